@@ -1,0 +1,124 @@
+"""The architecture: one frozen dataclass, read from and written to Hugging Face's config.json.
+
+Field names are Hugging Face's (`DeepseekV2Config`, `DeepseekV3Config`), so that a released config.json is read as it
+is. Nothing about training or parallelism lives here: the same `ModelConfig` describes a checkpoint in any layout.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past `original_max_position_embeddings` (YaRN: arXiv 2309.00071).
+
+    `kind` is Hugging Face's `rope_type`: linear, dynamic or yarn. The other fields apply to yarn, `factor` to all.
+    """
+
+    kind: str
+    factor: float
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "dynamic", "yarn"):
+            raise ValueError(f"rope_scaling type {self.kind!r} is not one of linear, dynamic, yarn")
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling factor {self.factor} is smaller than 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek-V2 or V3 architecture. Without routed experts every layer is dense.
+
+    `scoring_func`: softmax (V2) or sigmoid (V3). `topk_method`: greedy, group_limited_greedy (V2) or noaux_tc (V3).
+    `num_nextn_predict_layers`: depth of Multi-Token Prediction (V3 report, section 2.2).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    moe_intermediate_size: int = 0
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    topk_method: str = "greedy"
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    aux_loss_alpha: float = 0.0
+    seq_aux: bool = True
+    num_nextn_predict_layers: int = 0
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd; rotary embedding turns pairs")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func {self.scoring_func!r} is not one of softmax, sigmoid")
+        if self.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+            raise ValueError(f"topk_method {self.topk_method!r} is not one of greedy, group_limited_greedy, noaux_tc")
+        if self.n_routed_experts:
+            self._check_experts()
+
+    def _check_experts(self):
+        if self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size {self.moe_intermediate_size} with "
+                             f"n_routed_experts {self.n_routed_experts}; it must be at least 1")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(f"topk_group {self.topk_group} is not between 1 and n_group {self.n_group}")
+        limited = self.topk_method != "greedy"
+        reachable = self.n_routed_experts // self.n_group * self.topk_group if limited else self.n_routed_experts
+        if not 1 <= self.num_experts_per_tok <= reachable:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and "
+                             f"the {reachable} experts that a token can reach")
+        if self.topk_method == "noaux_tc" and self.n_routed_experts // self.n_group < 2:
+            raise ValueError(f"topk_method noaux_tc scores a group by its best two experts, but n_routed_experts "
+                             f"{self.n_routed_experts} over n_group {self.n_group} leaves one")
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def model_type(self) -> str:
+        return "deepseek_v3" if self.topk_method == "noaux_tc" or self.scoring_func == "sigmoid" else "deepseek_v2"
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer `index` routes to experts; MTP modules, whose ids follow the last layer's, always do."""
+        if not self.n_routed_experts:
+            return False
+        if index >= self.num_hidden_layers:
+            return True
+        return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0

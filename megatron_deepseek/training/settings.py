@@ -1,0 +1,120 @@
+"""What a run is told: frozen settings, one dataclass per concern, filled from the command line by arguments.py.
+
+Field names are Megatron-LM's argument names wherever Megatron has one. Sizes are in samples (sequences) unless the
+name says tokens; learning-rate lengths are in iterations after arguments.py has converted samples.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv 1711.05101). Norm weights and other vectors take no weight decay, as in Megatron."""
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class LearningRateSettings:
+    """`lr_decay_style`: constant, linear, cosine, inverse-square-root, WSD or deepseek-v3 (V3 report, section 4.2).
+
+    Iterations [0, lr_warmup_iters) rise linearly from lr_warmup_init to lr; decay runs until lr_decay_iters.
+    WSD holds lr until the last lr_wsd_decay_iters, which follow lr_wsd_decay_style. deepseek-v3 holds lr for
+    lr_constant_fraction of lr_decay_iters, falls by a cosine to min_lr over lr_cosine_fraction, holds min_lr, and
+    ends at lr_final for the last lr_final_fraction.
+    """
+
+    lr: float = 2.2e-4
+    min_lr: float = 0.0
+    lr_decay_style: str = "cosine"
+    lr_decay_iters: int = 0
+    lr_warmup_iters: int = 0
+    lr_warmup_init: float = 0.0
+    lr_wsd_decay_iters: int = 0
+    lr_wsd_decay_style: str = "linear"
+    lr_constant_fraction: float = 10.0 / 14.8
+    lr_cosine_fraction: float = 4.3 / 14.8
+    lr_final_fraction: float = 0.167 / 14.8
+    lr_final: float = 7.3e-6
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """`rampup_batch_size`: (start, increment, samples over which to reach global_batch_size), or None."""
+
+    micro_batch_size: int
+    global_batch_size: int
+    rampup_batch_size: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the losses beside cross-entropy. `balance_type`: none, seq_aux_loss or aux_loss (per micro-batch)."""
+
+    mtp_loss_scaling_factor: float = 0.3
+    balance_type: str = "none"
+    moe_aux_loss_coeff: float = 0.0
+    moe_device_aux_loss_coeff: float = 0.0
+    moe_communication_aux_loss_coeff: float = 0.0
+    moe_router_bias_update_rate: float = 0.0
+    moe_router_bias_update_until: int | None = None
+
+
+@dataclass(frozen=True)
+class RecomputeSettings:
+    """`granularity`: None, full (whole layers) or selective (`modules` of layernorm, mla_up_proj, moe_act)."""
+
+    granularity: str | None = None
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """`schedule`: a name of torch.distributed.pipelining; `layout`: Megatron's string, or None to balance by cost."""
+
+    schedule: str = "1F1B"
+    layout: str | None = None
+    num_virtual_stages: int = 1
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test."""
+
+    data_path: tuple[str, ...]
+    seq_length: int
+    split: str = "969,30,1"
+    data_cache_path: str | None = None
+    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_model: str | None = None
+    eod_mask_loss: bool = False
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The loop: how long, how often it evaluates, saves and reports."""
+
+    train_iters: int
+    save: Path | None = None
+    load: Path | None = None
+    save_interval: int | None = None
+    eval_interval: int | None = None
+    eval_iters: int = 0
+    log_interval: int = 1
+    exit_interval: int | None = None
+    finetune: bool = False
+    no_load_optim: bool = False
+    tensorboard_dir: Path | None = None
+    profile: bool = False
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    distributed_timeout_minutes: float = 10.0
+    seed: int = 1234
+    bf16: bool = False
+    sharding: str = "optim_grads"
