@@ -4,10 +4,11 @@ Field names are Hugging Face's (`DeepseekV2Config`, `DeepseekV3Config`), so that
 is. Nothing about training or parallelism lives here: the same `ModelConfig` describes a checkpoint in any layout.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_deepseek import hf_config
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class ModelConfig:
             raise ValueError(f"scoring_func {self.scoring_func!r} is not one of softmax, sigmoid")
         if self.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
             raise ValueError(f"topk_method {self.topk_method!r} is not one of greedy, group_limited_greedy, noaux_tc")
+        for name in ("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank is {self.q_lora_rank}; it must be at least 1, or null for no compression")
         if self.n_routed_experts:
             self._check_experts()
 
@@ -94,7 +100,9 @@ class ModelConfig:
         if self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size {self.moe_intermediate_size} with "
                              f"n_routed_experts {self.n_routed_experts}; it must be at least 1")
-        if self.n_routed_experts % self.n_group:
+        if self.moe_layer_freq < 1:
+            raise ValueError(f"moe_layer_freq is {self.moe_layer_freq}; it must be at least 1")
+        if self.n_group < 1 or self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"topk_group {self.topk_group} is not between 1 and n_group {self.n_group}")
@@ -122,3 +130,74 @@ class ModelConfig:
         if index >= self.num_hidden_layers:
             return True
         return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Decoder layers that route to experts, MTP modules not counted."""
+        return sum(self.is_moe_layer(index) for index in range(self.num_hidden_layers))
+
+    @classmethod
+    def from_hf_dict(cls, fields: dict) -> "ModelConfig":
+        """Reads a parsed config.json of model_type deepseek_v2 or deepseek_v3; see hf_config.py for the dialects."""
+        fields = hf_config.normalise(fields)
+        scaling = fields.pop("rope_scaling")
+        return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
+
+    def to_hf_dict(self) -> dict:
+        """The fields of a released config.json: DeepSeek's own code and transformers 4 and 5 read it."""
+        return hf_config.released_fields(self)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        """Reads a config.json, or that of a directory."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a readable config.json: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} holds a JSON {type(fields).__name__}, not an object")
+        try:
+            return cls.from_hf_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def attention_parameters(self) -> int:
+        """MLA's weights in one layer, both latent norms and the biases of the projections from the hidden states."""
+        query = self.num_attention_heads * self.qk_head_dim
+        rank, kv_a = self.q_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
+        total = self.hidden_size * query if rank is None else (self.hidden_size + query + 1) * rank
+        total += self.hidden_size * kv_a + self.kv_lora_rank
+        total += self.kv_lora_rank * self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        total += self.num_attention_heads * self.v_head_dim * self.hidden_size
+        if self.attention_bias:
+            total += (rank or 0) + kv_a + self.hidden_size
+        return total
+
+    def mlp_parameters(self, index: int, active: bool = False) -> int:
+        """The MLP of layer `index`: dense, or router with experts; `active`: of the routed, only a token's top k."""
+        if not self.is_moe_layer(index):
+            return 3 * self.hidden_size * self.intermediate_size
+        routed = self.num_experts_per_tok if active else self.n_routed_experts
+        router = self.n_routed_experts * self.hidden_size
+        bias = self.n_routed_experts if self.topk_method == "noaux_tc" else 0
+        return router + bias + 3 * self.hidden_size * self.moe_intermediate_size * (routed + self.n_shared_experts)
+
+    def layer_parameters(self, index: int, active: bool = False) -> int:
+        return self.attention_parameters() + self.mlp_parameters(index, active) + 2 * self.hidden_size
+
+    def mtp_parameters(self, active: bool = False) -> int:
+        """One MTP module's own weights: its layer, eh_proj and three norms; embedding and head are the model's."""
+        own = 2 * self.hidden_size * self.hidden_size + 3 * self.hidden_size
+        return self.layer_parameters(self.num_hidden_layers, active) + own
+
+    def num_parameters(self) -> int:
+        """Parameters of the model without its MTP modules, as the reports count (671B for V3)."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.hidden_size + sum(map(self.layer_parameters, range(self.num_hidden_layers)))
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token is multiplied with, without MTP. The embedding, a lookup, does not count."""
+        layers = (self.layer_parameters(index, active=True) for index in range(self.num_hidden_layers))
+        return self.vocab_size * self.hidden_size + self.hidden_size + sum(layers)

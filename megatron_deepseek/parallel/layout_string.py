@@ -1,0 +1,85 @@
+"""Megatron's pipeline layout strings: which parts of a model each stage holds.
+
+`E` is the embedding, `t` a decoder layer, `m` an MTP module, `L` the output head with the loss, `|` ends a stage,
+`x*3` and `(tt|)*3` repeat, commas and blanks are for the eye: "Ettt|(tt|)*29,m|L" is DeepSeek-V3 over 32 stages.
+The grammar is that of megatron.core's PipelineParallelLayerLayout (importing that costs seconds); beyond it,
+repetitions may nest and MTP modules may sit on several stages.
+"""
+
+import re
+from dataclasses import dataclass
+
+_LONGEST = 100_000  # characters of an expanded string: a slip like t*999999999 must not fill the memory
+_GROUP = re.compile(r"\(([^()]*)\)\*(\d+)")
+_LETTER = re.compile(r"([EtmL])\*(\d+)")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline stage holds, in the order of the forward pass.
+
+    `layers` are decoder layer ids, `mtp` are depths counted from 0, `loss` stands for final norm, head and loss.
+    """
+
+    embedding: bool
+    layers: tuple[int, ...]
+    mtp: tuple[int, ...]
+    loss: bool
+
+
+def parse(text: str, num_layers: int, mtp_layers: int = 0) -> tuple[Stage, ...]:
+    """The stages that `text` describes, checked against the model: every part once, in the order of the model."""
+    stages = expand(text).split("|")
+    parts = "".join(stages)
+    for letter, name, expected in (("t", "--num-layers", num_layers), ("m", "--mtp-num-layers", mtp_layers)):
+        if parts.count(letter) != expected:
+            raise _error(text, f"has {parts.count(letter)} {letter}, but {name} is {expected}")
+    if parts != "E" + "t" * num_layers + "m" * mtp_layers + "L":
+        raise _error(text, "is not in the order of a model: one E first, then every t, then every m, one L last")
+    if "" in stages:
+        raise _error(text, f"leaves stage {stages.index('')} of {len(stages)} empty")
+    return _number(stages)
+
+
+def count_stages(text: str) -> int:
+    return expand(text).count("|") + 1
+
+
+def expand(text: str) -> str:
+    """`text` without repetitions, commas and blanks: "E(t|)*2L" is "Et|t|L"."""
+    result, replaced = re.sub(r"[,\s]", "", text), 1
+    while replaced:
+        longest = max([len(part) * int(times) for part, times in _GROUP.findall(result) + _LETTER.findall(result)],
+                      default=0)
+        if longest > _LONGEST:
+            raise _error(text, f"repeats something into {longest} characters")
+        result, groups = _GROUP.subn(_repeat, result)
+        result, letters = _LETTER.subn(_repeat, result)
+        replaced = groups + letters
+    unknown = re.search(r"[^EtmL|]", result)
+    if unknown:
+        raise _error(text, f"holds {unknown.group()!r}; the parts are E, t, m, L, |, *n and (...)*n")
+    return result
+
+
+def to_string(stages: tuple[Stage, ...]) -> str:
+    """The layout string of `stages`, without repetitions."""
+    return "|".join("E" * s.embedding + "t" * len(s.layers) + "m" * len(s.mtp) + "L" * s.loss for s in stages)
+
+
+def _repeat(match: re.Match) -> str:
+    return match.group(1) * int(match.group(2))
+
+
+def _number(stages: list[str]) -> tuple[Stage, ...]:
+    result, layers, depths = [], 0, 0
+    for part in stages:
+        t, m = part.count("t"), part.count("m")
+        result.append(Stage(embedding="E" in part, layers=tuple(range(layers, layers + t)),
+                            mtp=tuple(range(depths, depths + m)), loss="L" in part))
+        layers, depths = layers + t, depths + m
+    return tuple(result)
+
+
+def _error(text: str, problem: str) -> ValueError:
+    return ValueError(f"--pipeline-model-parallel-layout {text!r} {problem}")

@@ -1,0 +1,77 @@
+"""Dividing a model over pipeline stages when no layout string says how: the costliest stage as cheap as can be.
+
+A pipeline runs at the pace of its slowest stage. The cost of a part is estimated by its multiplications for one token
+in the forward pass (the backward is twice that for every part alike): its active weights, and for attention the scores
+and the values over half the sequence, which is the mean length under the causal mask. An MTP module brings the output
+head along, which it uses for its own loss; the embedding, a lookup, costs nothing and stays with the first layer.
+"""
+
+from itertools import accumulate
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.layout_string import Stage, parse
+from megatron_deepseek.training.settings import PipelineSettings
+
+
+def layer_cost(model: ModelConfig, index: int, seq_length: int) -> int:
+    """Multiplications per token of decoder layer `index`."""
+    scores = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * seq_length // 2
+    return model.layer_parameters(index, active=True) + scores
+
+
+def head_cost(model: ModelConfig) -> int:
+    """Multiplications per token of the output head."""
+    return model.vocab_size * model.hidden_size
+
+
+def mtp_cost(model: ModelConfig, seq_length: int) -> int:
+    """Multiplications per token of one MTP module with its use of the output head."""
+    own = model.mtp_parameters(active=True) - model.layer_parameters(model.num_hidden_layers, active=True)
+    return layer_cost(model, model.num_hidden_layers, seq_length) + own + head_cost(model)
+
+
+def stages(model: ModelConfig, num_stages: int, seq_length: int = 4096) -> tuple[Stage, ...]:
+    """A contiguous division into `num_stages` non-empty stages with the least costly maximum.
+
+    Among those, the one with the least sum of squares: the stages below the maximum are as even as they can be.
+    """
+    layers, depths = model.num_hidden_layers, model.num_nextn_predict_layers
+    costs = [layer_cost(model, index, seq_length) for index in range(layers)]
+    costs += [mtp_cost(model, seq_length)] * depths + [head_cost(model)]
+    if num_stages > len(costs):
+        raise ValueError(f"{num_stages} pipeline stages are more than the {len(costs)} parts of the model: "
+                         f"{layers} layers, {depths} MTP modules, one head")
+    return tuple(Stage(embedding=first == 0,
+                       layers=tuple(range(first, min(end, layers))),
+                       mtp=tuple(range(max(first, layers) - layers, min(end, layers + depths) - layers)),
+                       loss=end == len(costs))
+                 for first, end in divide(costs, num_stages))
+
+
+def resolve(model: ModelConfig, pipeline: PipelineSettings, pp: int, seq_length: int) -> tuple[Stage, ...]:
+    """The stages of a run: those of its layout string, or the balanced ones, `num_virtual_stages` on each pp rank."""
+    if pipeline.layout is not None:
+        return parse(pipeline.layout, model.num_hidden_layers, model.num_nextn_predict_layers)
+    return stages(model, pp * pipeline.num_virtual_stages, seq_length)
+
+
+def divide(costs: list[int], parts: int) -> list[tuple[int, int]]:
+    """Bounds [first, end) of `parts` non-empty runs of `costs`: least maximum, then least sum of squares."""
+    prefix = [0, *accumulate(costs)]
+    maximum = _best(prefix, parts, lambda total, cost: max(total, cost))[0]
+    allowed = lambda total, cost: total + cost * cost if cost <= maximum else float("inf")
+    return _best(prefix, parts, allowed)[1]
+
+
+def _best(prefix: list[int], parts: int, add) -> tuple[float, list[tuple[int, int]]]:
+    """Least `add`-accumulated value over all contiguous divisions, and the division. O(parts * len(costs)^2)."""
+    count = len(prefix) - 1
+    table = {0: (0, [])}
+    for part in range(parts):
+        longer = {}
+        for end in range(part + 1, count - (parts - part - 1) + 1):
+            first = min((f for f in table if f < end), key=lambda f: add(table[f][0], prefix[end] - prefix[f]))
+            value, bounds = table[first]
+            longer[end] = add(value, prefix[end] - prefix[first]), [*bounds, (first, end)]
+        table = longer
+    return table[count]
