@@ -20,6 +20,7 @@ from megatron_deepseek.model.layer import Blueprint, DecoderLayer, MTPLayer, run
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.pipeline import received
 from megatron_deepseek.parallel.tensor import RMSNorm, column_linear
 from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
@@ -97,13 +98,12 @@ class DeepseekStage(nn.Module):
                 ) -> torch.Tensor:
         states = list(self.states(x, labels_BMS, step))
         if not self.stage.loss:
-            return torch.cat(states) if len(states) > 1 else states[0]
+            return torch.cat(states) if len(states) > 1 else states[0].contiguous()
         return self.loss(states, labels_BMS, label_mask_BMS, step)
 
     def states(self, x: torch.Tensor, labels_BMS: torch.Tensor, step: StepContext) -> list[torch.Tensor]:
         """The main state and those of the MTP depths up to and with this stage, [B, S, H] each."""
-        if self.stage.embedding:
-            x = self.model.embed_tokens(x)
+        x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
         for index in self.stage.layers:
             current = self._layer(index, step, current)

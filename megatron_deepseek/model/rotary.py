@@ -53,10 +53,11 @@ def inverse_frequencies(config: ModelConfig, seq_length: int) -> torch.Tensor:
     return frequencies / scaling.factor if scaling is not None and scaling.kind == "linear" else frequencies
 
 
-def rope_table(config: ModelConfig, seq_length: int, device: torch.device | None = None) -> torch.Tensor:
+def rope_table(config: ModelConfig, seq_length: int, device: torch.device) -> torch.Tensor:
     """cos and sin of every position and pair, [2, S, D/2] float32, times YaRN's ratio of mscales."""
-    angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), inverse_frequencies(config, seq_length))
-    table = torch.stack([angles.cos(), angles.sin()])
+    with torch.device("cpu"):  # real numbers also while a model is being made on the meta device
+        angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), inverse_frequencies(config, seq_length))
+        table = torch.stack([angles.cos(), angles.sin()])
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "yarn":
         table = table * (yarn_mscale(scaling.factor, scaling.mscale)

@@ -18,6 +18,8 @@ from torch.distributed.pipelining.schedules import (
     _Action,
     _ComputationType,
     _PipelineScheduleRuntime,
+    _add_send_recv,
+    _add_unshard_reshard,
     get_schedule_class,
 )
 
@@ -42,12 +44,18 @@ def stages_of_rank(rank: int, num_stages: int, pp: int, schedule: str) -> list[i
 class ForwardOnly(_PipelineScheduleRuntime):
     """Every micro-batch through every stage, no backward: evaluation under any placement of stages."""
 
-    def __init__(self, stages: list[PipelineStage], n_microbatches: int, loss_fn, ranks: Sequence[int]):
+    def __init__(self, stages: list[PipelineStage], n_microbatches: int, loss_fn,
+                 ranks: Sequence[int]):
         super().__init__(stages, n_microbatches, loss_fn=loss_fn, scale_grads=False)
-        self.pipeline_order = {rank: [] for rank in range(self.pp_group_size)}
+        actions = {rank: [] for rank in range(self.pp_group_size)}
         for stage, rank in enumerate(ranks):
-            self.pipeline_order[rank] += [_Action(stage, _ComputationType.FORWARD, mb) for mb in range(n_microbatches)]
-        self._prepare_schedule_with_comms(self.pipeline_order)
+            actions[rank] += [_Action(stage, _ComputationType.FORWARD, mb) for mb in range(n_microbatches)]
+        self.stage_index_to_group_rank = dict(enumerate(ranks))
+        for stage in stages:
+            stage.stage_index_to_group_rank = self.stage_index_to_group_rank
+        self.pipeline_order_with_comms = _add_send_recv(
+            {rank: _add_unshard_reshard(own) for rank, own in actions.items()},
+            stage_to_rank=self.stage_index_to_group_rank.__getitem__, num_stages=len(ranks))
 
 
 def _loss_is_output(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -103,10 +111,10 @@ class Pipeline:
         for x, kwargs in _micro_batches(tokens_BS, num_microbatches, inputs):
             module(x, **kwargs)
 
-    def _run(self, step, tokens_BS, **inputs) -> None:
+    def _run(self, run_schedule, tokens_BS, **inputs) -> None:
         args = (tokens_BS,) if self.holds_first else ()
         target = tokens_BS if self.holds_last else None
-        step(*args, target=target, return_outputs=False, **inputs)
+        run_schedule(*args, target=target, return_outputs=False, **inputs)
 
     def _schedule(self, num_microbatches: int, train: bool):
         key = num_microbatches, train
@@ -133,6 +141,23 @@ class Pipeline:
             torch.empty(shape.passed_on, dtype=self.hidden_dtype, device="meta", requires_grad=True)
         return PipelineStage(module, index, len(self.shapes), self.meshes.device, input_args=received,
                              output_args=passed_on, group=self.meshes.group("pp"))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity whose gradient is laid out as a send needs it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous()
+
+
+def received(x: torch.Tensor) -> torch.Tensor:
+    """Hidden states as a stage's first act takes them, so that their gradient can be sent back as it is."""
+    return _ContiguousGradient.apply(x) if x.requires_grad else x
 
 
 def _micro_batches(tokens_BS: torch.Tensor, number: int, inputs: dict):

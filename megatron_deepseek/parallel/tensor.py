@@ -32,7 +32,7 @@ def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Ten
     x_first = x.movedim(dim, 0).contiguous()
     out = x_first.new_empty(group.size() * x_first.shape[0], *x_first.shape[1:])
     dist.all_gather_into_tensor(out, x_first, group=group)
-    return out.movedim(0, dim)
+    return out.movedim(0, dim).contiguous()
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
@@ -41,7 +41,7 @@ def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch
     assert x_first.shape[0] % group.size() == 0, (x.shape, dim, group.size())
     out = x_first.new_empty(x_first.shape[0] // group.size(), *x_first.shape[1:])
     dist.reduce_scatter_tensor(out, x_first, group=group)
-    return out.movedim(0, dim)
+    return out.movedim(0, dim).contiguous()
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
