@@ -50,13 +50,15 @@ class Experts(nn.Module):
         shape = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = sharded_parameter((shape[0], 2 * shape[1], shape[2]), dispatcher.mesh, Shard(0))
         self.down_proj = sharded_parameter((shape[0], shape[2], shape[1]), dispatcher.mesh, Shard(0))
+        self.grouped_product = grouped_gemm
         self.activate = recompute if recompute_activation else compose
 
     def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up = self.gate_up_proj.to_local(grad_placements=[Shard(0)])
         down = self.down_proj.to_local(grad_placements=[Shard(0)])
-        hidden_R2I = grouped_gemm(rows_RH, gate_up, counts)
-        return self.activate(lambda h: swiglu(*h.chunk(2, -1)), (hidden_R2I,), lambda a: grouped_gemm(a, down, counts))
+        hidden_R2I = self.grouped_product(rows_RH, gate_up, counts)
+        return self.activate(lambda h: swiglu(*h.chunk(2, -1)), (hidden_R2I,),
+                             lambda a: self.grouped_product(a, down, counts))
 
 
 class MoE(nn.Module):

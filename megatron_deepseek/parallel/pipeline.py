@@ -25,8 +25,10 @@ from torch.distributed.pipelining.schedules import (
 
 from megatron_deepseek.parallel.data import synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
 def rank_of_stage(stage: int, num_stages: int, pp: int, schedule: str) -> int:
@@ -84,6 +86,8 @@ class Pipeline:
         self.modules, self.indices, self.shapes, self.schedule = modules, indices, shapes, schedule
         self.hidden_dtype, self.tokens_shape, self.meshes = hidden_dtype, tokens_shape, meshes
         self.holds_first, self.holds_last = 0 in indices, len(shapes) - 1 in indices
+        splits = meshes.layout.pp > 1 and schedule in ZERO_BUBBLE
+        self.deferred = [defer_weight_gradients(module) if splits else None for module in modules]
         self._schedules = {}
 
     def train(self, tokens_BS: torch.Tensor, num_microbatches: int, **inputs) -> None:
@@ -123,7 +127,7 @@ class Pipeline:
         return self._schedules[key]
 
     def _build_schedule(self, num_microbatches: int, train: bool):
-        stages = [self._stage(module, index) for module, index in zip(self.modules, self.indices)]
+        stages = [self._stage(*each) for each in zip(self.modules, self.indices, self.deferred)]
         if not train:
             ranks = [rank_of_stage(s, len(self.shapes), self.meshes.layout.pp, self.schedule)
                      for s in range(len(self.shapes))]
@@ -132,7 +136,7 @@ class Pipeline:
         single = issubclass(kind, PipelineScheduleSingle)
         return kind(stages[0] if single else stages, num_microbatches, loss_fn=_loss_is_output, scale_grads=False)
 
-    def _stage(self, module: nn.Module, index: int) -> PipelineStage:
+    def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None) -> PipelineStage:
         shape = self.shapes[index]
         received = torch.empty(self.tokens_shape, dtype=torch.int64, device="meta") if shape.received is None else \
             torch.empty(shape.received, dtype=self.hidden_dtype, device="meta", requires_grad=True)
@@ -140,7 +144,8 @@ class Pipeline:
                                 requires_grad=True) if shape.passed_on is None else \
             torch.empty(shape.passed_on, dtype=self.hidden_dtype, device="meta", requires_grad=True)
         return PipelineStage(module, index, len(self.shapes), self.meshes.device, input_args=received,
-                             output_args=passed_on, group=self.meshes.group("pp"))
+                             output_args=passed_on, group=self.meshes.group("pp"),
+                             dw_builder=deferred.take if deferred else None)
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -196,6 +196,8 @@ def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, placement: Place
 class ParallelLinear(nn.Module):
     """y = x W^T (+ b) on the local shard of W [out, in]. `weight_grad` is what the local gradient means.
 
+    `product` is F.linear, or a form of it that puts off the weight's gradient (zero_bubble.py).
+
     A bias is added to a complete output only: with row-parallel weights call `add_bias` after leaving the region.
     """
 
@@ -203,12 +205,13 @@ class ParallelLinear(nn.Module):
                  weight_grad: Placement, bias: bool = False):
         super().__init__()
         self.weight = sharded_parameter((out_features, in_features), tp.mesh, placement)
+        self.product = F.linear
         self.weight_grad = weight_grad
         self.bias_grad = tp.activation_grad
         self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to_local(grad_placements=[self.weight_grad]))
+        return self.product(x, self.weight.to_local(grad_placements=[self.weight_grad]))
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + self.bias.to_local(grad_placements=[self.bias_grad])
