@@ -1,0 +1,36 @@
+"""How many ranks each kind of parallelism takes. Pure arithmetic: no torch, so that arguments are checked in no time."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each kind of parallelism takes.
+
+    dp data, pp pipeline, tp tensor, cp context, ep expert, etp expert-tensor. `sequence_parallel` shards the
+    activations between tensor-parallel regions along the sequence (arXiv 2205.05198).
+    """
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self):
+        for name in ("dp", "pp", "tp", "cp", "ep", "etp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dp * self.cp * self.tp % (self.ep * self.etp):
+            raise ValueError(f"ep {self.ep} x etp {self.etp} does not divide the {self.dp * self.cp * self.tp} "
+                             f"ranks of a stage (dp {self.dp} x cp {self.cp} x tp {self.tp})")
+
+    @property
+    def edp(self) -> int:
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.pp * self.tp * self.cp
