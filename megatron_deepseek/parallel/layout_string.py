@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 _LONGEST = 100_000  # characters of an expanded string: a slip like t*999999999 must not fill the memory
 _GROUP = re.compile(r"\(([^()]*)\)\*(\d+)")
-_LETTER = re.compile(r"([EtmL])\*(\d+)")
+_LETTER = re.compile(r"([EtmL|])\*(\d+)(?!\*)")
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,14 @@ def count_stages(text: str) -> int:
 
 def expand(text: str) -> str:
     """`text` without repetitions, commas and blanks: "E(t|)*2L" is "Et|t|L"."""
-    result, replaced = re.sub(r"[,\s]", "", text), 1
-    while replaced:
-        longest = max([len(part) * int(times) for part, times in _GROUP.findall(result) + _LETTER.findall(result)],
-                      default=0)
-        if longest > _LONGEST:
-            raise _error(text, f"repeats something into {longest} characters")
-        result, groups = _GROUP.subn(_repeat, result)
-        result, letters = _LETTER.subn(_repeat, result)
-        replaced = groups + letters
+    result, before = re.sub(r"[,\s]", "", text), None
+    while result != before:
+        before = result
+        for pattern in (_LETTER, _GROUP):
+            grown = sum(len(part) * int(times) for part, times in pattern.findall(result))
+            if grown > _LONGEST:
+                raise _error(text, f"repeats something into {grown} characters")
+            result = pattern.sub(lambda match: match.group(1) * int(match.group(2)), result)
     unknown = re.search(r"[^EtmL|]", result)
     if unknown:
         raise _error(text, f"holds {unknown.group()!r}; the parts are E, t, m, L, |, *n and (...)*n")
@@ -65,10 +64,6 @@ def expand(text: str) -> str:
 def to_string(stages: tuple[Stage, ...]) -> str:
     """The layout string of `stages`, without repetitions."""
     return "|".join("E" * s.embedding + "t" * len(s.layers) + "m" * len(s.mtp) + "L" * s.loss for s in stages)
-
-
-def _repeat(match: re.Match) -> str:
-    return match.group(1) * int(match.group(2))
 
 
 def _number(stages: list[str]) -> tuple[Stage, ...]:

@@ -1,0 +1,37 @@
+# `make help` says what there is. PYTHON is any Python >= 3.10; the environment goes to VENV.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+RUN_DIR ?= runs/tiny
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv pretrain test clean
+
+help:
+	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
+	@echo '                RUN_DIR= another directory, STEPS= iterations, NPROC= processes (1, 2, 4 or 8)'
+	@echo 'make test       run the tests'
+	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
+	@echo 'make clean      remove $(VENV), $(RUN_DIR) and caches'
+	@echo 'PYTHON= chooses the interpreter (now: $(PYTHON)), which must be 3.10 or newer'
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'make: PYTHON=$(PYTHON) is not a Python 3.10 or newer; choose one with make PYTHON=...' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard]'
+	@touch $@
+
+pretrain: $(STAMP)
+	$(BIN)/python tools/run_tiny.py --run-dir '$(RUN_DIR)' $(if $(STEPS),--steps $(STEPS)) $(if $(NPROC),--nproc $(NPROC))
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q tests
+
+clean:
+	rm -rf $(VENV) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

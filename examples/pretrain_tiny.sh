@@ -1,0 +1,46 @@
+#!/bin/bash
+# A 10M-parameter DeepSeek-V3 on one machine, CPU or GPU: `make pretrain` runs this after making its data.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+GPUS_PER_NODE=${NPROC:-4}  # processes; on a machine without GPUs they share the cores
+STEPS=${STEPS:-200}
+RUN_DIR=${RUN_DIR:-runs/tiny}
+
+MODEL_ARGS=(--model tiny)
+
+case $GPUS_PER_NODE in
+    1) PARALLEL_ARGS=() ;;
+    2) PARALLEL_ARGS=(--expert-model-parallel-size 2) ;;
+    4) PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --expert-model-parallel-size 2) ;;
+    8) PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel
+                      --expert-model-parallel-size 2) ;;
+    *) echo "NPROC $GPUS_PER_NODE is not one of 1, 2, 4, 8" >&2; exit 2 ;;
+esac
+
+TRAINING_ARGS=(
+    --train-iters "$STEPS"
+    --micro-batch-size 2
+    --global-batch-size 16
+    --seq-length 256
+    --lr 2e-3
+    --min-lr 2e-4
+    --lr-decay-style cosine
+    --lr-warmup-fraction 0.05
+)
+
+DATA_ARGS=(
+    --data-path "${DATA_PATH:-$RUN_DIR/data/corpus_text_document}"
+    --data-cache-path "$RUN_DIR/data/cache"
+    --tokenizer-model "${TOKENIZER:-$RUN_DIR/data/tokenizer.json}"
+    --split 95,5,0
+)
+
+OUTPUT_ARGS=(
+    --save "$RUN_DIR/checkpoints"
+    --load "$RUN_DIR/checkpoints"
+    --save-interval 100
+    --eval-interval 50
+    --eval-iters 4
+)
+
+launch "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@"

@@ -1,0 +1,88 @@
+"""From --model and the architecture arguments to a ModelConfig: what was given on the command line overrides."""
+
+import dataclasses
+import re
+from argparse import Namespace
+
+from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.parser import ARCHITECTURE, ROPE_SCALING
+from megatron_deepseek.config import ModelConfig, RopeScaling
+from megatron_deepseek.presets import load_model
+
+
+def build_model(args: Namespace) -> ModelConfig:
+    """The architecture that `args` describes. Raises ValueError, naming arguments, where it contradicts itself."""
+    try:
+        base = load_model(args.model)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
+    given = {field: getattr(args, field) for _, field, _, _ in ARCHITECTURE if getattr(args, field) is not None}
+    if given.get("q_lora_rank") == 0:
+        given["q_lora_rank"] = None
+    given |= _router(args, base, given) | _layers(args, base, given) | _rope(args, base)
+    if args.untie_embeddings_and_output_weights or args.tie_word_embeddings:
+        given["tie_word_embeddings"] = args.tie_word_embeddings
+    if args.moe_shared_expert_intermediate_size is not None:
+        given["n_shared_experts"] = _shared_experts(args, base, given)
+    try:
+        return dataclasses.replace(base, **given)
+    except ValueError as error:
+        raise ValueError(_name_arguments(str(error), given)) from error
+
+
+def _router(args: Namespace, base: ModelConfig, given: dict) -> dict:
+    """How experts are chosen; Megatron has no name for it, but the expert bias or groups imply it."""
+    result = {} if args.scoring_func is None else {"scoring_func": args.scoring_func}
+    if args.moe_router_enable_expert_bias:
+        result["topk_method"] = "noaux_tc"
+    elif base.topk_method == "greedy" and given.get("n_group", 1) > 1:
+        result["topk_method"] = "group_limited_greedy"
+    return result
+
+
+def _layers(args: Namespace, base: ModelConfig, given: dict) -> dict:
+    if args.moe_layer_freq is None:
+        return {}
+    num_layers = given.get("num_hidden_layers", base.num_hidden_layers)
+    dense, frequency = values.dense_and_frequency(args.moe_layer_freq, num_layers)
+    return {"first_k_dense_replace": dense, "moe_layer_freq": frequency}
+
+
+def _shared_experts(args: Namespace, base: ModelConfig, given: dict) -> int:
+    width = given.get("moe_intermediate_size", base.moe_intermediate_size)
+    total = args.moe_shared_expert_intermediate_size
+    if total % max(width, 1):
+        raise ValueError(f"--moe-shared-expert-intermediate-size {total} is not a multiple of "
+                         f"--moe-ffn-hidden-size {width}")
+    return total // max(width, 1)
+
+
+def _rope(args: Namespace, base: ModelConfig) -> dict:
+    given = {field: getattr(args, f"rope_{field}") for _, field, _, _ in ROPE_SCALING
+             if getattr(args, f"rope_{field}") is not None}
+    if args.rope_type is None and not given:
+        return {}
+    old = base.rope_scaling
+    factor = given.get("factor", old.factor if old else None)
+    if factor is None and args.rope_type != "rope":
+        raise ValueError(f"{_first_rope_option(args, given)} needs --rotary-scaling-factor: "
+                         f"--model {args.model} has no scaling")
+    if args.rope_type == "rope" or factor == 1:
+        return {"rope_scaling": None}
+    kind = args.rope_type or (old.kind if old else "yarn")
+    fields = (dataclasses.asdict(old) if old else {}) | given | {"kind": kind}
+    return {"rope_scaling": RopeScaling(**fields)}
+
+
+def _first_rope_option(args: Namespace, given: dict) -> str:
+    if args.rope_type is not None:
+        return f"--rope-type {args.rope_type}"
+    return next(f"{option} {given[field]}" for option, field, _, _ in ROPE_SCALING if field in given)
+
+
+def _name_arguments(message: str, given: dict) -> str:
+    """`message` with the fields that the command line set under their argument names."""
+    for option, field, _, _ in ARCHITECTURE:
+        if field in given:
+            message = re.sub(rf"\b{field}\b", option, message)
+    return message

@@ -1,0 +1,180 @@
+"""Every combination of arguments that is refused, in one table, read from top to bottom before anything is built.
+
+An entry may rely on those above it. Messages are format strings over a Request `r`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_deepseek.arguments.parser import NOT_YET
+from megatron_deepseek.arguments.request import Request
+from megatron_deepseek.checkpoint.marker import MARKER, last_iteration
+from megatron_deepseek.parallel import layout_string, schedule_rules
+
+TP = "--tensor-model-parallel-size {r.tp}"
+PP = "--pipeline-model-parallel-size {r.pp}"
+EP = "--expert-model-parallel-size {r.ep}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses."""
+
+    name: str
+    when: Callable[[Request], bool]
+    message: str
+
+
+def _not_yet(option: str) -> Refusal:
+    dest = option[2:].replace("-", "_")
+    return Refusal(option, lambda r: getattr(r.args, dest) not in (None, False, "fp32"),
+                   f"{option} {{r.args.{dest}}} is not yet supported")
+
+
+def _layout_error(r: Request) -> bool:
+    """False, or the parser's own ValueError."""
+    if r.layout is not None:
+        layout_string.parse(r.layout, r.model.num_hidden_layers, r.model.num_nextn_predict_layers)
+    return False
+
+
+def _no_checkpoint(r: Request) -> bool:
+    """--load and --save in one directory, still empty, are the first start of a run that continues by itself."""
+    load, save = r.args.load, r.args.save
+    if load is None or last_iteration(load) is not None:
+        return False
+    same = save is not None and load.resolve() == save.resolve()
+    return not same or r.args.finetune or (load / MARKER).exists()
+
+
+_UNBUILT = (
+    *(_not_yet(option) for option, _ in NOT_YET),
+    Refusal("context parallel", lambda r: r.args.context_parallel_size > 1,
+            "--context-parallel-size {r.args.context_parallel_size} is not yet supported, only 1"),
+    Refusal("expert tensor parallel", lambda r: r.args.expert_tensor_parallel_size > 1,
+            "--expert-tensor-parallel-size {r.args.expert_tensor_parallel_size} is not yet supported, only 1"),
+    Refusal("dispatcher", lambda r: r.args.moe_token_dispatcher_type != "alltoall",
+            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type} is not yet supported, only alltoall"),
+    Refusal("attention dropout", lambda r: r.model.attention_dropout > 0,
+            "--attention-dropout {r.model.attention_dropout} is not supported: DeepSeek trains without, and with it "
+            "results would depend on the layout"),
+    Refusal("hidden dropout", lambda r: bool(r.args.hidden_dropout),
+            "--hidden-dropout {r.args.hidden_dropout} is not supported: DeepSeek trains without"),
+)
+
+_LAYOUT = (
+    Refusal("world size", lambda r: r.world_size % (r.tp * r.pp) != 0,
+            f"{TP} x {PP} does not divide the {{r.world_size}} ranks of the job"),
+    Refusal("ep without experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
+            f"{EP} conflicts with --num-experts 0: there are no experts to spread"),
+    Refusal("ep and ranks", lambda r: r.stage_ranks % r.ep != 0,
+            f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
+    Refusal("ep and experts", lambda r: r.model.n_routed_experts % r.ep != 0,
+            f"{EP} does not divide --num-experts {{r.model.n_routed_experts}}"),
+    Refusal("tp and heads", lambda r: r.model.num_attention_heads % r.tp != 0,
+            f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
+    Refusal("tp and vocabulary", lambda r: r.model.vocab_size % r.tp != 0,
+            f"{TP} does not divide --vocab-size {{r.model.vocab_size}}"),
+    Refusal("tp and dense width", lambda r: r.model.intermediate_size % r.tp != 0,
+            f"{TP} does not divide --ffn-hidden-size {{r.model.intermediate_size}}"),
+    Refusal("tp and shared width", lambda r: r.model.n_routed_experts > 0 and r.shared_width % r.tp != 0,
+            f"{TP} does not divide --moe-shared-expert-intermediate-size {{r.shared_width}}"),
+    Refusal("tp and sequence",
+            lambda r: (r.args.sequence_parallel or r.model.n_routed_experts > 0) and r.args.seq_length % r.tp != 0,
+            f"{TP} does not divide --seq-length {{r.args.seq_length}}, which it must with --sequence-parallel and "
+            "with experts"),
+)
+
+_BATCH = (
+    Refusal("sequence too long", lambda r: r.args.seq_length > r.model.max_position_embeddings,
+            "--seq-length {r.args.seq_length} is longer than --max-position-embeddings "
+            "{r.model.max_position_embeddings}"),
+    Refusal("uneven batch", lambda r: r.uneven_batch is not None,
+            "--global-batch-size {r.uneven_batch} is not a multiple of --micro-batch-size {r.args.micro_batch_size} x "
+            "{r.dp} data-parallel ranks"),
+    Refusal("too few samples", lambda r: r.args.train_samples is not None and r.args.train_samples < r.batch_sizes[0],
+            "--train-samples {r.args.train_samples} is less than one batch of {r.batch_sizes[0]}"),
+)
+
+_PIPELINE = (
+    Refusal("virtual layers divide",
+            lambda r: r.args.num_layers_per_virtual_pipeline_stage is not None
+            and r.model.num_hidden_layers % (r.pp * r.args.num_layers_per_virtual_pipeline_stage) != 0,
+            "--num-layers-per-virtual-pipeline-stage {r.args.num_layers_per_virtual_pipeline_stage} x "
+            f"{PP} does not divide --num-layers {{r.model.num_hidden_layers}}"),
+    Refusal("layout and ranks", lambda r: r.stage_count % r.pp != 0,
+            "--pipeline-model-parallel-layout {r.args.pipeline_model_parallel_layout!r} has {r.stage_count} stages, "
+            f"which {PP} does not divide"),
+    Refusal("one rank", lambda r: r.pp == 1 and r.stage_count > 1,
+            f"{PP} holds one stage, not the {{r.stage_count}} that the arguments for stages ask for"),
+    Refusal("schedule and stages",
+            lambda r: r.pp > 1 and not schedule_rules.takes_virtual_stages(r.schedule, r.virtual_stages),
+            "--pipeline-schedule {r.schedule} does not run with {r.virtual_stages} stages on a rank ({r.stage_count} "
+            f"stages, {PP})"),
+    Refusal("more stages than layers", lambda r: r.layout is None and r.stage_count > r.model.num_hidden_layers,
+            "--num-layers {r.model.num_hidden_layers} is less than the {r.stage_count} stages of "
+            f"{PP} x {{r.virtual_stages}} on a rank"),
+    Refusal("layout and model", _layout_error, "(the parser of layout strings says what is wrong)"),
+    Refusal("schedule and micro-batches", lambda r: r.pp > 1 and r.refused_microbatches is not None,
+            "--pipeline-schedule {r.schedule} does not run with {r.refused_microbatches} micro-batches for each "
+            "data-parallel rank (batch sizes {r.batch_sizes}, --micro-batch-size {r.args.micro_batch_size}); it needs "
+            "{r.microbatch_rule}"),
+)
+
+_EXPERTS = (
+    Refusal("bias without method",
+            lambda r: bool(r.args.moe_router_bias_update_rate) and r.model.topk_method != "noaux_tc",
+            "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --moe-router-enable-expert-bias; "
+            "topk_method is {r.model.topk_method}"),
+    Refusal("balance without experts", lambda r: bool(r.args.moe_aux_loss_coeff) and not r.model.n_routed_experts,
+            "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --num-experts 0"),
+    Refusal("balance switched off", lambda r: bool(r.args.moe_aux_loss_coeff) and r.balance[0] == "none",
+            "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --moe-router-load-balancing-type none"),
+    Refusal("balance without weight",
+            lambda r: r.balance[0] != "none" and r.args.moe_aux_loss_coeff is None and not r.balance[1],
+            "--moe-router-load-balancing-type {r.balance[0]} needs --moe-aux-loss-coeff: aux_loss_alpha is 0"),
+    Refusal("device balance", lambda r: r.args.moe_device_aux_loss_coeff > 0 and r.model.n_group == 1,
+            "--moe-device-aux-loss-coeff {r.args.moe_device_aux_loss_coeff} needs groups of experts; "
+            "--moe-router-num-groups is 1"),
+    Refusal("communication balance", lambda r: r.args.moe_communication_aux_loss_coeff > 0 and r.model.n_group == 1,
+            "--moe-communication-aux-loss-coeff {r.args.moe_communication_aux_loss_coeff} needs groups of experts; "
+            "--moe-router-num-groups is 1"),
+)
+
+_RUN = (
+    Refusal("recompute modules",
+            lambda r: r.args.recompute_modules is not None and r.args.recompute_granularity != "selective",
+            "--recompute-modules {r.args.recompute_modules} needs --recompute-granularity selective, not "
+            "{r.args.recompute_granularity}"),
+    Refusal("recompute method",
+            lambda r: (r.args.recompute_method or r.args.recompute_num_layers) is not None
+            and r.args.recompute_granularity != "full",
+            "--recompute-method {r.args.recompute_method} and --recompute-num-layers {r.args.recompute_num_layers} "
+            "need --recompute-granularity full, not {r.args.recompute_granularity}"),
+    Refusal("recompute layers", lambda r: r.args.recompute_num_layers not in (None, 1),
+            "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
+    Refusal("mixed blend", lambda r: r.mixed_blend,
+            "--data-path {r.args.data_path} is neither prefixes nor pairs of WEIGHT PREFIX"),
+    Refusal("nothing to evaluate", lambda r: bool(r.args.eval_iters) and r.validation_weight == 0,
+            "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0"),
+    Refusal("evaluation of what", lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
+            "--eval-interval {r.args.eval_interval} needs --eval-iters"),
+    Refusal("save interval", lambda r: r.args.save_interval is not None and r.args.save is None,
+            "--save-interval {r.args.save_interval} needs --save"),
+    Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load} holds no finished checkpoint"),
+    Refusal("finetune what", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
+    Refusal("no optimizer of what", lambda r: r.args.no_load_optim and r.args.load is None,
+            "--no-load-optim needs --load"),
+    Refusal("profile", lambda r: r.args.profile and r.args.profile_step_start >= r.args.profile_step_end,
+            "--profile-step-start {r.args.profile_step_start} is not below --profile-step-end "
+            "{r.args.profile_step_end}"),
+)
+
+REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _RUN
+
+
+def refuse(request: Request) -> None:
+    """Raises ValueError for the first entry of the table that applies."""
+    for refusal in REFUSALS:
+        if refusal.when(request):
+            raise ValueError(refusal.message.format(r=request))

@@ -1,0 +1,131 @@
+"""What a command line asks for, with the quantities that decide whether it fits together."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel import layout_string, schedule_rules
+from megatron_deepseek.training import schedules
+from megatron_deepseek.training.settings import BatchSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """Parsed arguments, the architecture that they give and the number of ranks.
+
+    The properties are meaningful in the order of the table of refusals: each relies on what was checked before it.
+    """
+
+    args: Namespace
+    model: ModelConfig
+    world_size: int
+
+    @property
+    def tp(self) -> int:
+        return self.args.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.args.pipeline_model_parallel_size
+
+    @property
+    def ep(self) -> int:
+        return self.args.expert_model_parallel_size
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.pp * self.args.context_parallel_size)
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that share one pipeline stage; the experts spread over them."""
+        return self.world_size // self.pp
+
+    @property
+    def shared_width(self) -> int:
+        return self.model.n_shared_experts * self.model.moe_intermediate_size
+
+    @property
+    def stage_count(self) -> int:
+        """Pipeline stages of all ranks together."""
+        if self.args.pipeline_model_parallel_layout is not None:
+            return layout_string.count_stages(self.args.pipeline_model_parallel_layout)
+        if self.args.num_layers_per_virtual_pipeline_stage is not None:
+            return self.model.num_hidden_layers // self.args.num_layers_per_virtual_pipeline_stage
+        if self.args.num_virtual_stages_per_pipeline_rank is not None:
+            return self.pp * self.args.num_virtual_stages_per_pipeline_rank
+        return self.pp * (schedule_rules.VIRTUAL_STAGES[self.args.pipeline_schedule or "1F1B"] if self.pp > 1 else 1)
+
+    @property
+    def virtual_stages(self) -> int:
+        return self.stage_count // self.pp
+
+    @property
+    def schedule(self) -> str:
+        return self.args.pipeline_schedule or ("Interleaved1F1B" if self.virtual_stages > 1 else "1F1B")
+
+    @property
+    def layout(self) -> str | None:
+        """The layout string that was given, or that of equal stages where their number of layers was."""
+        layers = self.args.num_layers_per_virtual_pipeline_stage
+        if layers is None:
+            return self.args.pipeline_model_parallel_layout
+        stages = "|".join(["t" * layers] * self.stage_count)
+        return f"E{stages}{'m' * self.model.num_nextn_predict_layers}L"
+
+    @property
+    def batch(self) -> BatchSettings:
+        ramp = self.args.rampup_batch_size
+        size = self.args.global_batch_size or self.args.micro_batch_size * self.dp
+        return BatchSettings(self.args.micro_batch_size, size, tuple(ramp) if ramp else None)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return schedules.batch_sizes(self.batch)
+
+    @property
+    def uneven_batch(self) -> int | None:
+        """A global batch size, of the ramp too, that does not divide among micro-batches and data ranks."""
+        step = self.args.micro_batch_size * self.dp
+        return next((size for size in self.batch_sizes if size % step), None)
+
+    @property
+    def refused_microbatches(self) -> int | None:
+        """A number of micro-batches, at some size of the ramp, that the schedule does not run with."""
+        counts = (size // (self.args.micro_batch_size * self.dp) for size in self.batch_sizes)
+        return next((n for n in counts if not schedule_rules.takes_microbatches(self.schedule, self.pp, n)), None)
+
+    @property
+    def microbatch_rule(self) -> str:
+        return schedule_rules.microbatch_rule(self.schedule, self.pp)
+
+    @property
+    def balance(self) -> tuple[str, float]:
+        """Type and coefficient of the balance loss: the arguments', else those of the config's aux_loss_alpha."""
+        coefficient = self.args.moe_aux_loss_coeff
+        kind = self.args.moe_router_load_balancing_type
+        if kind == "none" or not self.model.n_routed_experts:
+            return "none", coefficient or 0.0
+        coefficient = self.model.aux_loss_alpha if coefficient is None else coefficient
+        if kind is None:
+            kind = ("seq_aux_loss" if self.model.seq_aux else "aux_loss") if coefficient else "none"
+        return kind, coefficient
+
+    @property
+    def mixed_blend(self) -> bool:
+        """Whether --data-path mixes weights and prefixes in another pattern than WEIGHT PREFIX WEIGHT PREFIX."""
+        is_weight = [_is_number(part) for part in self.args.data_path]
+        pairs = len(is_weight) % 2 == 0 and all(w == (i % 2 == 0) for i, w in enumerate(is_weight))
+        return any(is_weight) and not pairs
+
+    @property
+    def validation_weight(self) -> float:
+        return float(self.args.split.split(",")[1])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,161 @@
+"""Arguments that fit together become frozen settings, one dataclass for each concern."""
+
+import contextlib
+import io
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_deepseek.arguments.architecture import build_model
+from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
+from megatron_deepseek.arguments.refusals import refuse
+from megatron_deepseek.arguments.request import Request
+from megatron_deepseek.checkpoint.marker import last_iteration
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.training import schedules
+from megatron_deepseek.training.settings import (BatchSettings, DataSettings, LearningRateSettings, LossSettings,
+                                                 OptimizerSettings, PipelineSettings, RecomputeSettings, RunSettings)
+
+# torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
+_SILENT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a pre-training run is told."""
+
+    model: ModelConfig
+    layout: Layout
+    pipeline: PipelineSettings
+    optimizer: OptimizerSettings
+    learning_rate: LearningRateSettings
+    batch: BatchSettings
+    loss: LossSettings
+    recompute: RecomputeSettings
+    data: DataSettings
+    run: RunSettings
+
+
+def parse(argv: Sequence[str], world_size: int) -> Settings:
+    """Settings of the command line `argv` on `world_size` ranks. Raises ValueError, of one line, for a user's mistake.
+
+    --help prints and raises SystemExit(0), as argparse does.
+    """
+    args = build_parser().parse_args(list(argv))
+    try:
+        request = Request(args, build_model(args), world_size)
+        refuse(request)
+        iterations = _iterations(request)
+        learning_rate = _learning_rate(request, iterations)
+        schedules.check_learning_rate(learning_rate)
+    except ValueError as error:
+        raise ValueError(_with_options(str(error))) from error
+    return Settings(
+        model=request.model, layout=_layout(request), learning_rate=learning_rate, batch=request.batch,
+        pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
+        optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
+        data=_data(request), run=_run(request, iterations))
+
+
+def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """`parse` for an entry point: rank 0 alone prints what is wrong, and every rank leaves with status 2."""
+    first = environ.get("RANK", "0") == "0"
+    with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):  # --help, once
+        try:
+            return parse(argv, int(environ.get("WORLD_SIZE", "1")))
+        except ValueError as error:
+            if first:
+                print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(_SILENT_SECONDS)
+    raise SystemExit(2)
+
+
+def _with_options(message: str) -> str:
+    """`message` of a check that knows settings, not arguments, with its field names as options."""
+    return re.sub(r"(?<![\w-])(lr(?:_\w+)?|min_lr|rampup_batch_size|global_batch_size)\b",
+                  lambda name: "--" + name.group().replace("_", "-"), message)
+
+
+def _fill(kind: type, args, **given):
+    """A `kind` of settings from the arguments of the same names."""
+    names = [name for name in kind.__dataclass_fields__ if name not in given and hasattr(args, name)]
+    return kind(**{name: getattr(args, name) for name in names}, **given)
+
+
+def _layout(request: Request) -> Layout:
+    return Layout(dp=request.dp, pp=request.pp, tp=request.tp, ep=request.ep,
+                  cp=request.args.context_parallel_size, etp=request.args.expert_tensor_parallel_size,
+                  sequence_parallel=request.args.sequence_parallel and request.tp > 1)
+
+
+def _iterations(request: Request) -> int:
+    if request.args.train_iters is not None:
+        return request.args.train_iters
+    return schedules.iterations_for_samples(request.batch, request.args.train_samples)
+
+
+def _samples(batch: BatchSettings, iterations: int) -> int:
+    """Samples consumed by the first `iterations` updates."""
+    consumed = 0
+    for done in range(iterations):
+        if batch.rampup_batch_size is None or consumed > batch.rampup_batch_size[2]:
+            return consumed + (iterations - done) * batch.global_batch_size
+        consumed += schedules.global_batch_size(batch, consumed)
+    return consumed
+
+
+def _learning_rate(request: Request, iterations: int) -> LearningRateSettings:
+    """Lengths count in batches of the final size, as `schedules.learning_rate` wants them under a ramp."""
+    args, batch = request.args, request.batch
+
+    def length(name: str, default: int) -> int:
+        in_iterations, in_samples = getattr(args, f"lr_{name}_iters"), getattr(args, f"lr_{name}_samples")
+        if in_iterations is None and in_samples is None:
+            return default
+        samples = _samples(batch, in_iterations) if in_samples is None else in_samples
+        return -(-samples // batch.global_batch_size)
+
+    total = args.train_samples if args.train_iters is None else _samples(batch, iterations)
+    decay = length("decay", -(-total // batch.global_batch_size))
+    warmup = length("warmup", round((args.lr_warmup_fraction or 0) * decay))
+    v3 = args.lr_decay_style == "deepseek-v3"
+    min_lr = (args.lr / 10 if v3 else 0.0) if args.min_lr is None else args.min_lr
+    final = args.lr * 7.3e-6 / 2.2e-4 if args.lr_final is None else args.lr_final
+    return _fill(LearningRateSettings, args, min_lr=min_lr, lr_decay_iters=decay, lr_warmup_iters=warmup,
+                 lr_wsd_decay_iters=length("wsd_decay", 0), lr_final=final)
+
+
+def _loss(request: Request) -> LossSettings:
+    args = request.args
+    has_bias = request.model.n_routed_experts > 0 and request.model.topk_method == "noaux_tc"
+    rate = args.moe_router_bias_update_rate
+    until = args.moe_router_bias_update_until
+    if args.moe_router_bias_update_samples is not None:
+        until = schedules.iterations_for_samples(request.batch, args.moe_router_bias_update_samples)
+    kind, coefficient = request.balance
+    return _fill(LossSettings, args, balance_type=kind, moe_aux_loss_coeff=coefficient,
+                 moe_router_bias_update_rate=(1e-3 if has_bias else 0.0) if rate is None else rate,
+                 moe_router_bias_update_until=until)
+
+
+def _recompute(request: Request) -> RecomputeSettings:
+    granularity, modules = request.args.recompute_granularity, request.args.recompute_modules
+    default = RECOMPUTE_MODULES if granularity == "selective" else ()
+    return RecomputeSettings(granularity, tuple(modules) if modules else default)
+
+
+def _data(request: Request) -> DataSettings:
+    return _fill(DataSettings, request.args, data_path=tuple(request.args.data_path))
+
+
+def _run(request: Request, iterations: int) -> RunSettings:
+    args = request.args
+    load = args.load if args.load is not None and last_iteration(args.load) is not None else None
+    eval_iters = args.eval_iters or 0
+    return _fill(RunSettings, args, train_iters=iterations, load=load, eval_iters=eval_iters,
+                 eval_interval=(args.eval_interval or 1000) if eval_iters else None,
+                 sharding=args.data_parallel_sharding_strategy)

@@ -1,0 +1,34 @@
+"""What each schedule of torch.distributed.pipelining asks of stages and micro-batches, known without importing torch.
+
+A test holds these rules against torch's own constructors.
+"""
+
+VIRTUAL_STAGES = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2,
+                  "DualPipeV": 2}
+SCHEDULES = tuple(VIRTUAL_STAGES)
+INTERLEAVED = ("Interleaved1F1B", "InterleavedZeroBubble")
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+
+
+def takes_virtual_stages(schedule: str, virtual_stages: int) -> bool:
+    """Whether a rank may hold that many stages; the interleaved schedules take any number from two."""
+    least = VIRTUAL_STAGES[schedule]
+    return virtual_stages >= least if schedule in INTERLEAVED else virtual_stages == least
+
+
+def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:
+    """Whether `schedule` runs over `pp` ranks with that many micro-batches for each data rank."""
+    if schedule == "1F1B":
+        return microbatches >= pp
+    if schedule == "DualPipeV":
+        return microbatches >= 2 * pp
+    if schedule in INTERLEAVED:
+        return microbatches % max(1, microbatches // pp) == 0
+    return True
+
+
+def microbatch_rule(schedule: str, pp: int) -> str:
+    """The rule that `takes_microbatches` applies, in words."""
+    if schedule in ("1F1B", "DualPipeV"):
+        return f"at least one for each of its {pp * VIRTUAL_STAGES[schedule]} stages"
+    return f"fewer than {pp}, or a number that divides into equal rounds of at least {pp}"

@@ -1,0 +1,21 @@
+#!/usr/bin/env python3
+"""Pre-train a DeepSeek model: torchrun --nproc_per_node N pretrain_deepseek.py --model NAME --data-path PREFIX ...
+
+Everything that a user can get wrong on the command line is refused before torch is imported.
+"""
+
+import os
+import sys
+
+from megatron_deepseek.arguments import parse_or_exit
+
+
+def main() -> None:
+    settings = parse_or_exit(sys.argv[1:], os.environ)
+    from megatron_deepseek.training.loop import pretrain
+
+    pretrain(settings)
+
+
+if __name__ == "__main__":
+    main()

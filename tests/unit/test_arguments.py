@@ -1,0 +1,313 @@
+"""The command line: what is refused, with which words, and what settings come of what is accepted."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_deepseek.arguments import parse
+from megatron_deepseek.arguments import settings as settings_module
+from megatron_deepseek.arguments.architecture import build_model
+from megatron_deepseek.arguments.parser import build_parser
+from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.request import Request
+from megatron_deepseek.presets import TINY, V2_LITE, V3
+
+ENTRY = Path(__file__).parents[2] / "pretrain_deepseek.py"
+BASE = "--model tiny --data-path corpus --train-iters 10 --seq-length 256"
+PP2 = "--pipeline-model-parallel-size 2"
+
+# name of the entry in the table: (ranks, arguments, fragments of the message)
+REFUSED = {
+    "--fp8-format": (1, "--fp8-format e4m3", ["--fp8-format e4m3", "not yet"]),
+    "--fp8-recipe": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "not yet"]),
+    "--exp-avg-dtype": (1, "--exp-avg-dtype bf16", ["--exp-avg-dtype bf16", "not yet"]),
+    "--exp-avg-sq-dtype": (1, "--exp-avg-sq-dtype bf16", ["--exp-avg-sq-dtype bf16", "not yet"]),
+    "--reset-attention-mask": (1, "--reset-attention-mask", ["--reset-attention-mask", "not yet"]),
+    "--reset-position-ids": (1, "--reset-position-ids", ["--reset-position-ids", "not yet"]),
+    "--moe-router-force-load-balancing": (1, "--moe-router-force-load-balancing", ["force-load-balancing", "not yet"]),
+    "context parallel": (2, "--context-parallel-size 2", ["--context-parallel-size 2", "not yet"]),
+    "expert tensor parallel": (2, "--expert-tensor-parallel-size 2", ["--expert-tensor-parallel-size 2", "not yet"]),
+    "dispatcher": (1, "--moe-token-dispatcher-type grouped", ["--moe-token-dispatcher-type grouped", "alltoall"]),
+    "attention dropout": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
+    "hidden dropout": (1, "--hidden-dropout 0.1", ["--hidden-dropout 0.1"]),
+    "world size": (4, "--tensor-model-parallel-size 3", ["--tensor-model-parallel-size 3", "4 ranks"]),
+    "ep without experts": (2, "--expert-model-parallel-size 2 --num-experts 0",
+                           ["--expert-model-parallel-size 2", "--num-experts 0"]),
+    "ep and ranks": (2, "--expert-model-parallel-size 4", ["--expert-model-parallel-size 4", "2 ranks"]),
+    "ep and experts": (8, "--expert-model-parallel-size 8 --num-experts 12",
+                       ["--expert-model-parallel-size 8", "--num-experts 12"]),
+    "tp and heads": (3, "--tensor-model-parallel-size 3", ["--tensor-model-parallel-size 3", "--num-attention-heads 8"]),
+    "tp and vocabulary": (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
+                          ["--tensor-model-parallel-size 2", "--vocab-size 8191"]),
+    "tp and dense width": (2, "--tensor-model-parallel-size 2 --ffn-hidden-size 511",
+                           ["--tensor-model-parallel-size 2", "--ffn-hidden-size 511"]),
+    "tp and shared width": (2, "--tensor-model-parallel-size 2 --moe-ffn-hidden-size 129",
+                            ["--tensor-model-parallel-size 2", "--moe-shared-expert-intermediate-size 129"]),
+    "tp and sequence": (2, "--tensor-model-parallel-size 2 --seq-length 255",
+                        ["--tensor-model-parallel-size 2", "--seq-length 255"]),
+    "sequence too long": (1, "--seq-length 4097", ["--seq-length 4097", "--max-position-embeddings 4096"]),
+    "uneven batch": (4, "--rampup-batch-size 8 6 100 --global-batch-size 32",
+                     ["--global-batch-size 14", "--micro-batch-size 1 x 4"]),
+    "virtual layers divide": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4",
+                              ["--num-layers-per-virtual-pipeline-stage 4", "--num-layers 4"]),
+    "layout and ranks": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
+                         ["--pipeline-model-parallel-layout 'Ett|t|tmL' has 3 stages",
+                          "--pipeline-model-parallel-size 2"]),
+    "one rank": (1, "--num-virtual-stages-per-pipeline-rank 2", ["--pipeline-model-parallel-size 1", "2"]),
+    "schedule and stages": (2, f"{PP2} --pipeline-schedule DualPipeV --pipeline-model-parallel-layout Ett|ttmL",
+                            ["--pipeline-schedule DualPipeV", "1 stages on a rank"]),
+    "more stages than layers": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 3", ["--num-layers 4", "6 stages"]),
+    "layout and model": (2, f"{PP2} --pipeline-model-parallel-layout Ett|tmL",
+                         ["--pipeline-model-parallel-layout 'Ett|tmL'", "3 t", "--num-layers is 4"]),
+    "schedule and micro-batches": (2, f"{PP2} --global-batch-size 3 --pipeline-schedule DualPipeV",
+                                   ["--pipeline-schedule DualPipeV", "3 micro-batches", "4 stages"]),
+    "bias without method": (1, "--model deepseek-v2-lite --moe-router-bias-update-rate 0.001",
+                            ["--moe-router-bias-update-rate 0.001", "greedy"]),
+    "balance without experts": (1, "--num-experts 0 --moe-aux-loss-coeff 0.1", ["--moe-aux-loss-coeff 0.1", "0"]),
+    "balance switched off": (1, "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
+                             ["--moe-aux-loss-coeff 0.1", "--moe-router-load-balancing-type none"]),
+    "device balance": (1, "--model deepseek-v2-lite --moe-device-aux-loss-coeff 0.1",
+                       ["--moe-device-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
+    "communication balance": (1, "--model deepseek-v2-lite --moe-communication-aux-loss-coeff 0.1",
+                              ["--moe-communication-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
+    "recompute modules": (1, "--recompute-granularity full --recompute-modules moe_act",
+                          ["--recompute-modules", "moe_act", "selective"]),
+    "recompute method": (1, "--recompute-granularity selective --recompute-method uniform",
+                         ["--recompute-method uniform", "selective"]),
+    "recompute layers": (1, "--recompute-granularity full --recompute-num-layers 2", ["--recompute-num-layers 2"]),
+    "mixed blend": (1, "--data-path 0.3 a b", ["--data-path", "0.3"]),
+    "nothing to evaluate": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
+    "evaluation of what": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
+    "save interval": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
+    "no checkpoint": (1, "--load /nowhere", ["--load /nowhere"]),
+    "finetune what": (1, "--finetune", ["--finetune", "--load"]),
+    "no optimizer of what": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
+    "profile": (1, "--profile --profile-step-start 5 --profile-step-end 5",
+                ["--profile-step-start 5", "--profile-step-end 5"]),
+}
+# Refused by the parser, by the architecture or by the checks of settings: (whole command line, fragments)
+REFUSED_ELSEWHERE = [
+    ("--model tiny --data-path a", ["--train-iters", "--train-samples"]),
+    ("--data-path a --train-iters 1", ["--model"]),
+    ("--model tiny --train-iters 1", ["--data-path"]),
+    ("--model gpt2 --data-path a --train-iters 1", ["--model", "'gpt2'", "deepseek-v3"]),
+    (f"{BASE} --train-samples 5", ["--train-samples", "--train-iters"]),
+    (f"{BASE} --lr abc", ["--lr: 'abc' is no number"]),
+    (f"{BASE} --lr nan", ["--lr: nan"]),
+    (f"{BASE} --lr -1", ["--lr: -1"]),
+    (f"{BASE} --micro-batch-size 0", ["--micro-batch-size: 0 is not at least 1"]),
+    (f"{BASE} --micro-batch-size 1.5", ["--micro-batch-size: '1.5' is no whole number"]),
+    (f"{BASE} --adam-beta1 1", ["--adam-beta1: 1"]),
+    (f"{BASE} --split 1,2,3,4", ["--split: '1,2,3,4'"]),
+    (f"{BASE} --split 0,0", ["--split: '0,0'"]),
+    (f"{BASE} --pipeline-schedule 2F2B", ["--pipeline-schedule", "'2F2B'", "1F1B"]),
+    (f"{BASE} --no-such-thing 3", ["--no-such-thing"]),
+    (f"{BASE} --num-experts 16 --moe-router-topk 17", ["--moe-router-topk 17", "8 experts"]),
+    (f"{BASE} --moe-router-num-groups 5", ["n_routed_experts 16", "--moe-router-num-groups 5"]),
+    (f"{BASE} --qk-pos-emb-head-dim 15", ["--qk-pos-emb-head-dim 15"]),
+    (f"{BASE} --moe-shared-expert-intermediate-size 200", ["intermediate-size 200", "--moe-ffn-hidden-size 128"]),
+    (f"{BASE} --moe-layer-freq [0,1]", ["--moe-layer-freq describes 2", "--num-layers is 4"]),
+    (f"{BASE} --moe-layer-freq [1,0,0,1]*1+[2]", ["--moe-layer-freq"]),
+    (f"{BASE} --moe-layer-freq [1,1,0,1]", ["--moe-layer-freq [1, 1, 0, 1]"]),
+    (f"{BASE} --moe-layer-freq __import__('os')[0]", ["--moe-layer-freq"]),
+    (f"{BASE} --beta-fast 16", ["--beta-fast 16", "--rotary-scaling-factor"]),
+    (f"{BASE} --min-lr 1", ["--min-lr 1.0", "--lr 0.00022"]),
+    (f"{BASE} --lr-warmup-iters 10", ["--lr-decay-iters 10", "--lr-warmup-iters 10"]),
+    (f"{BASE} --lr-decay-style WSD", ["--lr-wsd-decay-iters 0"]),
+    (f"{BASE} --rampup-batch-size 8 3 100 --global-batch-size 16", ["--rampup-batch-size 8", "16", "3"]),
+    (f"{BASE} --num-virtual-stages-per-pipeline-rank 2 --pipeline-model-parallel-layout EttttmL",
+     ["--pipeline-model-parallel-layout", "--num-virtual-stages-per-pipeline-rank"]),
+]
+
+
+def message(arguments: str, ranks: int = 1) -> str:
+    with pytest.raises(ValueError) as caught:
+        parse(arguments.split(), ranks)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_table_refuses(name):
+    ranks, arguments, fragments = REFUSED[name]
+    text = message(f"{BASE} {arguments}", ranks)
+    assert "\n" not in text
+    assert all(fragment in text for fragment in fragments), text
+    args = build_parser().parse_args(f"{BASE} {arguments}".split())
+    request = Request(args, build_model(args), ranks)
+    assert name == first_refusal(request), "another entry of the table answered"
+
+
+def first_refusal(request: Request) -> str | None:
+    for refusal in REFUSALS:
+        try:
+            if refusal.when(request):
+                return refusal.name
+        except ValueError:
+            return refusal.name
+    return None
+
+
+def test_every_refusal_is_tested():
+    untested = {refusal.name for refusal in REFUSALS} - set(REFUSED)
+    assert untested == {"too few samples", "balance without weight"}  # below: they need another command line
+
+
+def test_too_few_samples():
+    assert "--train-samples 3" in message("--model tiny --data-path a --train-samples 3 --global-batch-size 4 "
+                                          "--seq-length 64")
+
+
+def test_balance_without_weight(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf_dict() | {"aux_loss_alpha": 0}))
+    text = message(f"{BASE} --model {tmp_path} --moe-router-load-balancing-type aux_loss")
+    assert "--moe-router-load-balancing-type aux_loss needs --moe-aux-loss-coeff" in text
+
+
+@pytest.mark.parametrize("arguments, fragments", REFUSED_ELSEWHERE)
+def test_refused_elsewhere(arguments, fragments):
+    text = message(arguments)
+    assert "\n" not in text
+    assert all(fragment in text for fragment in fragments), text
+
+
+def settings(arguments: str = "", ranks: int = 1):
+    return parse(f"{BASE} {arguments}".split(), ranks)
+
+
+def test_nothing_given_leaves_the_preset_alone():
+    assert settings().model == TINY
+    assert settings("--model deepseek-v3").model == V3
+
+
+def test_given_arguments_override():
+    model = settings("--model deepseek-v3 --num-layers 4 --hidden-size 512 --moe-layer-freq [0]*2+[1]*2 "
+                     "--moe-shared-expert-intermediate-size 4096 --qk-head-dim 96 --tie-word-embeddings").model
+    assert (model.num_hidden_layers, model.hidden_size, model.qk_nope_head_dim) == (4, 512, 96)
+    assert (model.first_k_dense_replace, model.moe_layer_freq, model.n_shared_experts) == (2, 1, 2)
+    assert model.tie_word_embeddings and model.n_routed_experts == 256
+
+
+def test_moe_layer_frequency_is_megatrons():
+    """A number N puts experts into every N-th layer from layer 0, whatever the preset's dense layers were."""
+    model = settings("--moe-layer-freq 2").model
+    assert [model.is_moe_layer(i) for i in range(4)] == [True, False, True, False]
+
+
+def test_groups_imply_group_limited_routing():
+    model = settings("--model deepseek-v2-lite --moe-router-num-groups 8 --moe-router-group-topk 3").model
+    assert model.topk_method == "group_limited_greedy"
+    assert settings("--model deepseek-v2-lite --moe-router-enable-expert-bias").model.topk_method == "noaux_tc"
+
+
+def test_rope_scaling():
+    assert settings("--model deepseek-v3 --rope-type rope").model.rope_scaling is None
+    assert settings("--model deepseek-v3 --rotary-scaling-factor 1").model.rope_scaling is None
+    scaling = settings("--rotary-scaling-factor 4 --mscale 0.5").model.rope_scaling
+    assert (scaling.kind, scaling.factor, scaling.mscale) == ("yarn", 4.0, 0.5)
+    assert settings("--model deepseek-v2-lite --mscale 1").model.rope_scaling.factor == 40
+
+
+def test_layout_of_ranks():
+    layout = settings("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 4 "
+                      "--global-batch-size 8 --sequence-parallel", 16).layout
+    assert (layout.dp, layout.pp, layout.tp, layout.ep, layout.edp) == (4, 2, 2, 4, 2)
+    assert layout.sequence_parallel
+    assert not settings("--sequence-parallel").layout.sequence_parallel, "means nothing without tensor parallelism"
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ("", ("1F1B", None, 1)),
+    ("--pipeline-schedule DualPipeV", ("DualPipeV", None, 2)),
+    ("--pipeline-schedule Interleaved1F1B", ("Interleaved1F1B", None, 2)),
+    ("--num-virtual-stages-per-pipeline-rank 2", ("Interleaved1F1B", None, 2)),
+    ("--num-layers-per-virtual-pipeline-stage 1", ("Interleaved1F1B", "Et|t|t|tmL", 2)),
+    ("--pipeline-model-parallel-layout Ettt|tmL", ("1F1B", "Ettt|tmL", 1)),
+])
+def test_pipeline(arguments, expected):
+    pipeline = settings(f"{PP2} --global-batch-size 8 {arguments}", 2).pipeline
+    assert (pipeline.schedule, pipeline.layout, pipeline.num_virtual_stages) == expected
+
+
+def test_one_stage_runs_under_any_schedule():
+    """The same script on one rank: without stages there is nothing to schedule."""
+    assert settings("--pipeline-schedule DualPipeV").pipeline.num_virtual_stages == 1
+
+
+def test_samples_become_iterations():
+    """Ramp 2, 4 over 8 samples, then 6: sizes 2 2 4 (8 consumed), 6 6 ... and a rest of 1 is left out."""
+    text = "--model tiny --data-path a --seq-length 64 --train-samples 21 --rampup-batch-size 2 2 8 --global-batch-size 6"
+    result = parse(f"{text} --lr-warmup-samples 7 --lr-decay-samples 18".split(), 1)
+    assert result.run.train_iters == 5
+    assert (result.learning_rate.lr_warmup_iters, result.learning_rate.lr_decay_iters) == (2, 3)
+
+
+def test_learning_rate_lengths_follow_the_run():
+    rate = settings("--lr-warmup-fraction 0.3 --lr-decay-style deepseek-v3 --lr 2.2e-4").learning_rate
+    assert (rate.lr_decay_iters, rate.lr_warmup_iters) == (10, 3)
+    assert rate.min_lr == pytest.approx(2.2e-5) and rate.lr_final == pytest.approx(7.3e-6)
+
+
+def test_balance_comes_from_the_config_unless_given():
+    loss = settings().loss
+    assert (loss.balance_type, loss.moe_aux_loss_coeff, loss.moe_router_bias_update_rate) == ("seq_aux_loss", 1e-4, 1e-3)
+    assert settings("--moe-router-load-balancing-type none").loss.moe_aux_loss_coeff == 0
+    loss = settings("--model deepseek-v2-lite --moe-router-load-balancing-type aux_loss").loss
+    assert (loss.balance_type, loss.moe_aux_loss_coeff) == ("aux_loss", V2_LITE.aux_loss_alpha)
+    assert loss.moe_router_bias_update_rate == 0
+    assert settings("--num-experts 0").loss.balance_type == "none"
+
+
+def test_seed_reaches_weights_and_data():
+    result = settings("--seed 7")
+    assert result.run.seed == result.data.seed == 7
+
+
+def test_evaluation_only_when_asked():
+    assert (settings().run.eval_iters, settings().run.eval_interval) == (0, None)
+    assert settings("--eval-iters 3").run.eval_interval == 1000
+    assert settings("--eval-iters 0 --eval-interval 5").run.eval_iters == 0
+
+
+def test_first_start_in_the_save_directory(tmp_path):
+    """--load and --save in one empty directory begin anew; a finished checkpoint there is loaded."""
+    both = f"--save {tmp_path} --load {tmp_path}"
+    assert settings(both).run.load is None
+    assert "--load" in message(f"{BASE} {both} --finetune")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    assert "holds no finished checkpoint" in message(f"{BASE} {both}")
+    (tmp_path / "iter_0000020").mkdir()
+    assert settings(both).run.load == tmp_path
+
+
+def run_entry(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ENTRY), *arguments], capture_output=True, text=True, timeout=60,
+                          env={"PATH": "/usr/bin:/bin", **environ})
+
+
+def test_entry_prints_one_line_and_exits_with_2():
+    result = run_entry(*BASE.split(), "--lr", "x", RANK="0", WORLD_SIZE="2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "pretrain_deepseek.py: error: --lr: 'x' is no number\n"
+
+
+def test_help_is_quick_and_imports_no_torch():
+    start = time.perf_counter()
+    result = run_entry("--help")
+    assert result.returncode == 0 and "--pipeline-schedule" in result.stdout
+    assert time.perf_counter() - start < 1.0
+    code = "import sys, megatron_deepseek.arguments; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ENTRY.parent).returncode == 0
+
+
+def test_other_ranks_are_silent(monkeypatch, capsys):
+    """They wait, so that torchrun does not stop the rank that speaks before it has."""
+    waits = []
+    monkeypatch.setattr(settings_module.time, "sleep", waits.append)
+    with pytest.raises(SystemExit) as left:
+        settings_module.parse_or_exit([*BASE.split(), "--lr", "x"], {"RANK": "3", "WORLD_SIZE": "4"})
+    assert left.value.code == 2 and waits == [10.0]
+    assert capsys.readouterr() == ("", "")

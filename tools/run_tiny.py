@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""From nothing to a sample of a trained model: corpus, tokenizer, dataset, training, loss curve, sample.
+
+`make pretrain` runs this. A step is not repeated while it is valid: its stamp holds a fingerprint of the command, of
+the code behind it and of the files that it reads, and one of the files that it made. Training that was interrupted
+goes on from its last checkpoint as long as its fingerprint is the same, and begins anew otherwise.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "megatron_deepseek"
+PROMPT = "def read(self, size):"
+PROCESSES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with what it reads, what it makes and the code (files or directories) that it depends on."""
+
+    name: str
+    command: tuple[str, ...]
+    code: tuple[Path, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+
+
+def main() -> None:
+    args = parse_arguments()
+    run_dir = args.run_dir.resolve()
+    (run_dir / "data").mkdir(parents=True, exist_ok=True)
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+               "RUN_DIR": str(run_dir), "STEPS": str(args.steps), "NPROC": str(args.nproc)}
+    steps = plan(run_dir, args)
+    for number, step in enumerate(steps, start=1):
+        run_step(step, f"[{number}/{len(steps)}]", run_dir, environ)
+    show(run_dir)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/tiny"), help="where everything goes (runs/tiny)")
+    parser.add_argument("--steps", type=int, default=200, help="training iterations (200)")
+    parser.add_argument("--nproc", type=int, choices=PROCESSES, help="processes (4; with GPUs one for each)")
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} is not at least 1")
+    args.nproc = args.nproc or default_processes()
+    return args
+
+
+def default_processes() -> int:
+    """Four that share the cores, or as many as there are GPUs, of the numbers that the example has a layout for."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return max(number for number in PROCESSES if number <= gpus) if gpus else 4
+
+
+def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
+    data, checkpoints = run_dir / "data", run_dir / "checkpoints"
+    corpus, tokenizer, prefix = data / "corpus.jsonl", data / "tokenizer.json", data / "corpus"
+    dataset = (data / "corpus_text_document.bin", data / "corpus_text_document.idx")
+    metrics, plot, sample = checkpoints / "metrics.jsonl", run_dir / "loss.png", run_dir / "sample.txt"
+    marker = checkpoints / "latest_checkpointed_iteration.txt"
+    python = sys.executable
+
+    def tool(name: str, *arguments) -> tuple[str, ...]:
+        return python, str(REPOSITORY / "tools" / name), *map(str, arguments)
+
+    def module(name: str, *arguments) -> tuple[str, ...]:
+        return python, "-m", f"megatron_deepseek.{name}", *map(str, arguments)
+
+    tools, example = REPOSITORY / "tools", REPOSITORY / "examples"
+    return [
+        Step("corpus", tool("make_corpus.py", "--output", corpus), (tools / "make_corpus.py",), (), (corpus,)),
+        Step("tokenizer", tool("train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", 8192),
+             (tools / "train_tokenizer.py",), (corpus,), (tokenizer,)),
+        Step("dataset", tool("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer-type",
+                             "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2),
+             (tools / "preprocess_data.py", PACKAGE / "data"), (corpus, tokenizer), dataset),
+        Step("training", ("bash", str(example / "pretrain_tiny.sh")),
+             (PACKAGE, REPOSITORY / "pretrain_deepseek.py", example / "pretrain_tiny.sh", example / "common.sh"),
+             (*dataset, tokenizer), (metrics, marker)),
+        Step("loss curve", module("training.plot", metrics, "--output", plot),
+             (PACKAGE / "training",), (metrics,), (plot,)),
+        Step("sample", module("inference.generate", "--load", checkpoints, "--tokenizer-model", tokenizer,
+                              "--prompt", PROMPT, "--max-new-tokens", 64),
+             (PACKAGE,), (metrics, marker, tokenizer), (sample,)),
+    ]
+
+
+def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str]) -> None:
+    """Runs `step`, or says that what it made before is still valid."""
+    stamp = run_dir / "stamps" / f"{step.name.replace(' ', '_')}.json"
+    wanted = fingerprint(step, environ)
+    found = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if found.get("inputs") == wanted and found.get("outputs") == digest_files(step.outputs):
+        print(f"{label} {step.name}: still valid, reused", flush=True)
+        return
+    print(f"{label} {step.name}", flush=True)
+    if step.name == "training" and found.get("inputs") != wanted:
+        discard_checkpoints(run_dir / "checkpoints", ours=bool(found))
+    write_stamp(stamp, {"inputs": wanted, "outputs": None})
+    start = time.perf_counter()
+    execute(step, environ)
+    missing = [str(path) for path in step.outputs if not path.exists()]
+    if missing:
+        sys.exit(f"run_tiny.py: error: {step.name} did not make {', '.join(missing)}")
+    write_stamp(stamp, {"inputs": wanted, "outputs": digest_files(step.outputs)})
+    print(f"      {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def execute(step: Step, environ: dict[str, str]) -> None:
+    """The sample is what its command prints, and is kept; every other command writes its files itself."""
+    capture = step.name == "sample"
+    result = subprocess.run(step.command, env=environ, cwd=REPOSITORY, text=True,
+                            stdout=subprocess.PIPE if capture else None)
+    if result.returncode:
+        sys.exit(f"run_tiny.py: error: {step.name} ended with status {result.returncode}")
+    if capture:
+        step.outputs[0].write_text(result.stdout, encoding="utf-8")
+
+
+def discard_checkpoints(checkpoints: Path, ours: bool) -> None:
+    """Removes the checkpoints of another fingerprint, if a stamp says that this script made them."""
+    if not checkpoints.exists():
+        return
+    if not ours:
+        sys.exit(f"run_tiny.py: error: {checkpoints} is of another origin; choose another --run-dir (RUN_DIR=)")
+    print("      its inputs have changed: it begins anew", flush=True)
+    shutil.rmtree(checkpoints)
+
+
+def fingerprint(step: Step, environ: dict[str, str]) -> str:
+    code = [file for path in step.code for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    run = [environ["STEPS"], environ["NPROC"]] if step.name == "training" else []
+    return digest([sys.version, *step.command, *run, digest_files(tuple(code)), digest_files(step.inputs)])
+
+
+def digest(parts: list) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def digest_files(paths: tuple[Path, ...]) -> list:
+    return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None] for path in paths]
+
+
+def write_stamp(stamp: Path, content: dict) -> None:
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text(json.dumps(content))
+
+
+def show(run_dir: Path) -> None:
+    print("\n" + (run_dir / "sample.txt").read_text(encoding="utf-8").rstrip() + "\n")
+    for name, path in (("checkpoints", "checkpoints"), ("metrics", "checkpoints/metrics.jsonl"),
+                       ("loss curve", "loss.png"), ("sample", "sample.txt"), ("dataset", "data")):
+        print(f"{name:12s} {run_dir / path}")
+
+
+if __name__ == "__main__":
+    main()
