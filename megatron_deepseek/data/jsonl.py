@@ -34,13 +34,13 @@ def find_inputs(patterns) -> list[str]:
 def read_lines(path: str):
     """Each `Line` of a file that is not blank; a damaged .gz is refused where it breaks off."""
     number = 0
-    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-        try:
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             for number, content in enumerate(file, start=1):
                 if content.strip():
                     yield Line(path, number, content)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is damaged after line {number}: {error}") from error
+    except (EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} cannot be read after line {number}: {error}") from error
 
 
 def parse_texts(line: Line, keys) -> tuple[str | list[str], ...]:
