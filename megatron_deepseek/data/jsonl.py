@@ -61,7 +61,7 @@ def _text_of(line: Line, document: dict, key: str) -> str | list[str]:
     parts = value if isinstance(value, list) else [value]
     for part in parts:
         if not isinstance(part, str):
-            raise line.refuse(f"key {key!r} holds a {type(part).__name__}, not text")
+            raise line.refuse(f"key {key!r} holds a value of type {type(part).__name__}, not text")
         try:
             part.encode()
         except UnicodeEncodeError as error:
