@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_deepseek.data import jsonl
 from megatron_deepseek.data.indexed import open_indexed
 from megatron_deepseek.data.preprocess import LINES_PER_TASK, PreprocessSettings, id_dtype, preprocess
 
@@ -69,7 +70,7 @@ def test_dtype_is_megatrons():
 
 
 def test_workers_and_compression_change_nothing(tmp_path):
-    documents = [{"text": f"{i} {i + 1}", "title": str(i)} for i in range(3 * LINES_PER_TASK + 5)]
+    documents = [{"text": f"{i} {i + 1}", "title": str(i)} for i in range(12 * LINES_PER_TASK + 5)]
     write_lines(tmp_path / "in.jsonl", documents)
     write_lines(tmp_path / "a.jsonl.gz", documents[:70])
     write_lines(tmp_path / "b.jsonl.gz", documents[70:])
@@ -85,6 +86,14 @@ def test_an_error_in_a_worker_names_the_line(tmp_path):
     with pytest.raises(ValueError, match=rf"in.jsonl line {LINES_PER_TASK + 3}: NullTokenizer: ids from 1 to 5000"):
         run(settings_of(tmp_path, workers=2))
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_files_of_a_glob_are_sorted(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl.glob, "glob", lambda pattern: [str(tmp_path / name) for name in ("b", "a", "folder")])
+    (tmp_path / "folder").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    assert jsonl.find_inputs(["*", str(tmp_path / "b")]) == [str(tmp_path / name) for name in ("a", "b", "b")]
 
 
 @pytest.fixture
@@ -146,20 +155,25 @@ def test_bad_arguments_are_refused(tmp_path, changes, message):
 
 KILLED = """
 import os, signal, sys
-from megatron_deepseek.data import indexed, preprocess
-target, at = (preprocess, "tasks_of") if sys.argv[3] == "reading" else (indexed.os, "replace")
-original, calls = getattr(target, at), []
-def killing(*arguments):
-    calls.append(arguments)
-    if at == "tasks_of":
-        yield from list(original(*arguments))[:1]
-    if at == "tasks_of" or len(calls) == int(sys.argv[3]):
+from megatron_deepseek.data import preprocess
+source, prefix, moment = sys.argv[1:]
+tasks_of, replace, renames = preprocess.tasks_of, os.replace, []
+
+def killed_after_a_task(paths):
+    yield next(tasks_of(paths))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def killed_at_a_rename(*names):
+    renames.append(names)
+    if len(renames) == int(moment):
         os.kill(os.getpid(), signal.SIGKILL)
-    original(*arguments)
-def renaming(*arguments):
-    list(killing(*arguments))
-setattr(target, at, killing if at == "tasks_of" else renaming)
-preprocess.preprocess(preprocess.PreprocessSettings((sys.argv[1],), sys.argv[2], "NullTokenizer", "1000"))
+    replace(*names)
+
+if moment == "reading":
+    preprocess.tasks_of = killed_after_a_task
+else:
+    os.replace = killed_at_a_rename
+preprocess.preprocess(preprocess.PreprocessSettings((source,), prefix, "NullTokenizer", "1000"))
 """
 
 

@@ -90,7 +90,7 @@ def test_blend_without_weights_is_by_tokens(tmp_path):
 
 def test_splits_do_not_overlap_and_an_empty_one_is_no_trouble(tmp_path):
     documents = write_dataset(tmp_path / "data")
-    settings = settings_of(tmp_path / "data", split="3,1,0")
+    settings = settings_of(tmp_path / "data", split="75,24.99,0.01")
     train, valid, test = build_datasets(settings, (50, 20, 0))
     held_out = set(np.concatenate(documents[30:])) - {EOD}
     seen = [set(itertools.chain.from_iterable(tokens_of(split))) - {EOD} for split in (train, valid)]
@@ -116,7 +116,9 @@ def test_samples_of_each_rank_worked_by_hand():
 def test_two_ranks_read_what_one_reads(tmp_path):
     write_dataset(tmp_path / "data")
     sampler = Sampler(train_set(settings_of(tmp_path / "data"), 64), 1000, "")
-    whole = sampler.batch(32, 16, 8).tokens_BS
+    batch = sampler.batch(32, 16, 8)
+    whole = batch.tokens_BS
+    assert torch.equal(batch.labels_BS[:, :-1], whole[:, 1:])
     shares = [sampler.batch(32, 16, 4, rank, 2).tokens_BS.reshape(2, 4, SEQ) for rank in range(2)]
     assert torch.equal(torch.stack(shares, dim=1).reshape(16, SEQ), whole)
     evaluations = [[batch.tokens_BS for batch in sampler.evaluation(2, 16, 8)] for _ in range(2)]
@@ -148,9 +150,8 @@ def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
     assert tokens_of(train_set(settings, 5)) == first and index.stat().st_mtime_ns == changed, "not built again"
     index.write_bytes(index.read_bytes()[:-8])
     assert tokens_of(train_set(settings, 1)) == first
-    documents = write_dataset(tmp_path / "data", num_documents=20, seed=1)
-    tokens = sum(map(len, documents))
-    assert len(train_set(settings, 1)) == (tokens - 1) // SEQ
+    documents = write_dataset(tmp_path / "data", seed=1)
+    assert len(train_set(settings, 1)) == (sum(map(len, documents)) - 1) // SEQ != len(first)
 
 
 def build_on_rank(rank, settings, folder, queue):
@@ -236,6 +237,20 @@ def test_data_that_does_not_fit_is_refused(tmp_path, changes, vocab_size, num_sa
     check_data(settings_of(tmp_path / "data"), 1000)
     with pytest.raises(ValueError, match=message):
         check_data(settings_of(tmp_path / "data", **changes), vocab_size, num_samples)
+
+
+def test_the_smallest_dataset_is_one_sample_and_one_token(tmp_path):
+    for tokens, fits in ((0, False), (SEQ, False), (SEQ + 1, True)):
+        writer = IndexedWriter(str(tmp_path / "data"), "<u2")
+        writer.add(np.arange(tokens, dtype="<u2"), [[tokens]] if tokens else [[]])
+        writer.finish()
+        writer.publish()
+        if fits:
+            check_data(settings_of(tmp_path / "data"), 1000)
+            assert tokens_of(train_set(settings_of(tmp_path / "data"), 2)) == [list(range(SEQ))] * 2
+        else:
+            with pytest.raises(ValueError, match="too small for one sample" if tokens else "holds no sequences"):
+                check_data(settings_of(tmp_path / "data"), 1000)
 
 
 def test_negative_ids_are_refused_and_batches_are_checked(tmp_path):
