@@ -38,7 +38,7 @@ main(int(sys.argv[1]), int(sys.argv[2]))
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts torchrun on the script; what is still alive at the end is killed."""
+    """Starts torchrun on the script; an agent still alive at the end is told to stop, and stops its ranks."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -52,8 +52,8 @@ def launch(tmp_path):
 
     yield start
     for job in jobs:
-        job.kill()
-        job.communicate()
+        job.terminate()
+        job.communicate(timeout=60)
 
 
 def ranks_with_a_traceback(output):
