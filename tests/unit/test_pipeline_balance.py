@@ -18,6 +18,7 @@ from megatron_deepseek.training.settings import PipelineSettings
     ([1, 1, 1, 3], 2, [(0, 3), (3, 4)]),
     ([2, 2, 2, 2, 5], 2, [(0, 3), (3, 5)]),  # 6 | 7 beats 8 | 5
     ([1, 1, 1, 1, 1, 9], 3, [(0, 2), (2, 5), (5, 6)]),  # below the maximum of 9 as even as can be: 2 | 3
+    ([4, 2, 1, 6, 2], 3, [(0, 2), (2, 4), (4, 5)]),  # maximum 7, though 4 | 3 | 8 has the lesser sum of squares
     ([3], 1, [(0, 1)]),
 ])
 def test_divisions_by_hand(costs, parts, expected):
