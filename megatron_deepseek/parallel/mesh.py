@@ -10,35 +10,62 @@ The last axis changes fastest, so TP ranks are neighbours; that is Megatron's de
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-@dataclass(frozen=True)
-class Layout:
-    """How many ranks each kind of parallelism takes.
+from megatron_deepseek.parallel.layout import Layout
 
-    dp data, pp pipeline, tp tensor, cp context, ep expert, etp expert-tensor. `sequence_parallel` shards the
-    activations between tensor-parallel regions along the sequence (arXiv 2205.05198).
+
+@dataclass(frozen=True, eq=False)
+class Meshes:
+    """The process groups of a layout on this rank. Build one with `build_meshes`.
+
+    `dense` is (pp, dp, cp, tp), `expert` is (pp, edp, ep, etp). `dense_fsdp` flattens dp x cp: the ranks over which
+    FSDP sums the gradients of dense parameters; `expert_fsdp` is edp, for routed experts. `stage` is all the ranks of
+    this pipeline rank, dp x cp x tp.
     """
 
-    dp: int = 1
-    pp: int = 1
-    tp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-    sequence_parallel: bool = False
-
-    def __post_init__(self):
-        for name in ("dp", "pp", "tp", "cp", "ep", "etp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.dp * self.cp * self.tp % (self.ep * self.etp):
-            raise ValueError(f"ep {self.ep} x etp {self.etp} does not divide the {self.dp * self.cp * self.tp} "
-                             f"ranks of a stage (dp {self.dp} x cp {self.cp} x tp {self.tp})")
+    layout: Layout
+    device: torch.device
+    dense: DeviceMesh
+    expert: DeviceMesh
+    dense_fsdp: DeviceMesh
+    stage: DeviceMesh
 
     @property
-    def edp(self) -> int:
-        return self.dp * self.cp * self.tp // (self.ep * self.etp)
+    def tp(self) -> DeviceMesh:
+        return self.dense["tp"]
 
     @property
-    def world_size(self) -> int:
-        return self.dp * self.pp * self.tp * self.cp
+    def ep(self) -> DeviceMesh:
+        return self.expert["ep"]
+
+    @property
+    def expert_fsdp(self) -> DeviceMesh:
+        return self.expert["edp"]
+
+    def rank(self, axis: str) -> int:
+        """This rank's coordinate on `axis` of the dense mesh, or of the expert mesh for edp, ep and etp."""
+        mesh = self.expert if axis in ("edp", "ep", "etp") else self.dense
+        return mesh.get_local_rank(axis)
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        mesh = self.expert if axis in ("edp", "ep", "etp") else self.dense
+        return mesh.get_group(axis)
+
+
+def build_meshes(layout: Layout, device: torch.device) -> Meshes:
+    """Create every process group of `layout`. All ranks call it, in the same order of layouts.
+
+    Raises ValueError if the job's world size is not the layout's.
+    """
+    if dist.get_world_size() != layout.world_size:
+        raise ValueError(f"the layout needs {layout.world_size} ranks, the job has {dist.get_world_size()}")
+    dense = init_device_mesh(device.type, (layout.pp, layout.dp, layout.cp, layout.tp),
+                             mesh_dim_names=("pp", "dp", "cp", "tp"))
+    expert = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep, layout.etp),
+                              mesh_dim_names=("pp", "edp", "ep", "etp"))
+    dense_fsdp = dense["dp", "cp"]._flatten("dp_cp")
+    stage = dense["dp", "cp", "tp"]._flatten("dp_cp_tp")
+    return Meshes(layout, device, dense, expert, dense_fsdp, stage)

@@ -1,0 +1,91 @@
+"""Which samples a data rank reads at which step: a function of the number of consumed samples, and nothing else.
+
+A global batch is the samples [consumed, consumed + global_batch_size). Its micro-batch m is a run of
+micro_batch_size * dp_size of them, and data rank r takes its r-th micro_batch_size: so any number of data ranks and any
+micro-batch size read the same global batch. (Packing documents with their own attention will add a field to
+`GlobalBatch` that says where each document begins.)
+
+Shapes: B rows = num_micro_batches * micro_batch_size, S = seq_length.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from megatron_deepseek.data.pretraining import check_token_ids
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One data rank's share of a global batch; micro-batch m is rows [m * micro_batch_size, (m+1) * micro_batch_size).
+
+    tokens_BS and labels_BS int64: labels_BS[:, s] is the token after tokens_BS[:, s]. loss_mask_BS bool: the labels
+    that count.
+    """
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+    micro_batch_size: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.tokens_BS.shape[0] // self.micro_batch_size
+
+
+def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_size: int,
+                   dp_rank: int, dp_size: int) -> list[int]:
+    """The B samples of one data rank, in the order of its micro-batches."""
+    stride = micro_batch_size * dp_size
+    if global_batch_size < 1 or global_batch_size % stride:
+        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size "
+                         f"{micro_batch_size} x {dp_size} data-parallel ranks")
+    assert 0 <= dp_rank < dp_size
+    starts = range(consumed_samples + dp_rank * micro_batch_size, consumed_samples + global_batch_size, stride)
+    return [start + row for start in starts for row in range(micro_batch_size)]
+
+
+class Sampler:
+    """Global batches of a dataset by the number of consumed samples. Holds no position: the caller counts.
+
+    `data_path` is what a token id outside `vocab_size` is blamed on.
+    """
+
+    def __init__(self, dataset, vocab_size: int, data_path: str):
+        self.dataset, self.vocab_size, self.data_path = dataset, vocab_size, data_path
+
+    def batch(self, consumed_samples: int, global_batch_size: int, micro_batch_size: int,
+              dp_rank: int = 0, dp_size: int = 1) -> GlobalBatch:
+        indices = sample_indices(consumed_samples, global_batch_size, micro_batch_size, dp_rank, dp_size)
+        assert consumed_samples + global_batch_size <= len(self.dataset), "built for fewer samples than are read"
+        samples = [self.dataset[index] for index in indices]
+        tokens_BS = torch.stack([sample["tokens"] for sample in samples])
+        labels_BS = torch.stack([sample["labels"] for sample in samples])
+        for ids in (tokens_BS, labels_BS):
+            check_token_ids(ids, self.vocab_size, self.data_path)
+        loss_mask_BS = torch.stack([sample["loss_mask"] for sample in samples]) > 0
+        return GlobalBatch(tokens_BS, labels_BS, loss_mask_BS, micro_batch_size)
+
+    def evaluation(self, eval_iters: int, global_batch_size: int, micro_batch_size: int,
+                   dp_rank: int = 0, dp_size: int = 1):
+        """The same `eval_iters` batches every time: the first samples of the dataset."""
+        for step in range(eval_iters):
+            yield self.batch(step * global_batch_size, global_batch_size, micro_batch_size, dp_rank, dp_size)
+
+
+def read_ahead(read, requests):
+    """`read(*request)` for each of `requests`, the next one read in a thread while the caller works on this one.
+
+    The order is that of `requests`, which is asked one element early; an error appears in its turn. The thread ends
+    with the generator.
+    """
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        current = None
+        for request in requests:
+            following = pool.submit(read, *request)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()

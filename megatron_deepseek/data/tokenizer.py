@@ -1,0 +1,155 @@
+"""Tokenizers: text to ids and back, by Megatron-LM's names of the types.
+
+HuggingFaceTokenizer  a tokenizer.json, or a directory that holds one (the `tokenizers` library; no transformers needed)
+ByteTokenizer         the 256 bytes and DeepSeek's special tokens; needs no file
+NullTokenizer         text that is already ids ("17 4 99"), for synthetic data
+
+None of them adds special tokens to a text by itself: whoever builds a dataset says where a document ends.
+"""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOD = "<｜end▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+SPECIAL_TOKENS = (BOS, EOD, USER, ASSISTANT)
+
+# What the released tokenizers of other families call theirs, looked for in this order after DeepSeek's own.
+OTHER_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eod>", "<eos>", "<|im_end|>", "[EOS]")
+OTHER_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+
+
+class Tokenizer(Protocol):
+    """`vocab_size` is the highest id + 1; `eod` ends a document; `bos` is None where there is no such token."""
+
+    vocab_size: int
+    eod: int
+    bos: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens shown as they are written; ids without an entry give nothing."""
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json. eod and bos are those of the tokenizer_config.json beside it, else well-known names.
+
+    Ids are those of Megatron-LM's tokenizer of this name: no special tokens added, and one written out in a text is
+    read as that special token. Truncation and padding that tokenizer.json may ask for are off: they are for models
+    that read sentences, and would silently cut documents.
+    """
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer as Backend
+        self.path = path
+        try:
+            self.backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception for whatever it cannot read
+            raise ValueError(f"--tokenizer-model {path} is not a readable tokenizer.json: {error}") from error
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eod = self._find("eos_token", (EOD, *OTHER_EOD))
+        self.bos = self._find("bos_token", (BOS, *OTHER_BOS))
+        if self.eod is None:
+            raise ValueError(f"--tokenizer-model {path} has no end-of-document token: none is named as eos_token in "
+                             f"tokenizer_config.json, and none is called {', '.join((EOD, *OTHER_EOD))}")
+
+    def _find(self, role: str, names) -> int | None:
+        """The id of the token that tokenizer_config.json gives this role, else of the first of `names` there is."""
+        declared = _read_config(self.path.with_name("tokenizer_config.json")).get(role)
+        declared = declared.get("content") if isinstance(declared, dict) else declared
+        if declared is not None:
+            identity = self.backend.token_to_id(declared)
+            if identity is None:
+                raise ValueError(f"{self.path.with_name('tokenizer_config.json')}: {role} {declared!r} "
+                                 f"is not in the vocabulary of --tokenizer-model {self.path}")
+            return identity
+        identities = (self.backend.token_to_id(name) for name in names)
+        return next((identity for identity in identities if identity is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8; then begin, end, User and Assistant. Special tokens in a text stay bytes."""
+
+    def __init__(self):
+        self.vocab_size = 256 + len(SPECIAL_TOKENS)
+        self.bos = 256 + SPECIAL_TOKENS.index(BOS)
+        self.eod = 256 + SPECIAL_TOKENS.index(EOD)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        spelled = (bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids if i < self.vocab_size)
+        return b"".join(spelled).decode(errors="replace")
+
+
+class NullTokenizer:
+    """Text that is already ids. As in Megatron-LM, eod is the id after the `num_ids` given: vocab_size is one more."""
+
+    def __init__(self, num_ids: int):
+        self.vocab_size = num_ids + 1
+        self.eod = num_ids
+        self.bos = None
+
+    def encode(self, text: str) -> list[int]:
+        ids = [int(word) for word in text.split()]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"NullTokenizer: ids from {min(ids)} to {max(ids)}, not in [0, {self.vocab_size})")
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> Tokenizer:
+    """The tokenizer of `--tokenizer-type` and `--tokenizer-model` (for NullTokenizer the number of ids)."""
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(_find_tokenizer_json(tokenizer_model))
+    if tokenizer_type == "ByteTokenizer":
+        return ByteTokenizer()
+    if tokenizer_type == "NullTokenizer":
+        if tokenizer_model is None or not tokenizer_model.isdigit() or int(tokenizer_model) < 1:
+            raise ValueError(f"--tokenizer-model {tokenizer_model}: NullTokenizer needs its number of ids there")
+        return NullTokenizer(int(tokenizer_model))
+    raise ValueError(f"--tokenizer-type {tokenizer_type} is not one of "
+                     f"HuggingFaceTokenizer, ByteTokenizer, NullTokenizer")
+
+
+def _find_tokenizer_json(tokenizer_model: str | None) -> Path:
+    if tokenizer_model is None:
+        raise ValueError("--tokenizer-model is missing: HuggingFaceTokenizer needs a tokenizer.json, or its directory")
+    path = Path(tokenizer_model)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"--tokenizer-model {tokenizer_model}: there is no file {path}")
+    return path
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is malformed JSON: {error}") from error

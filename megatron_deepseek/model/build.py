@@ -1,0 +1,86 @@
+"""From an architecture and a layout to this rank's stages: made on the meta device, sharded, then initialised.
+
+No rank ever holds more of a parameter than its own shard.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.init import initialize
+from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
+from megatron_deepseek.model.moe import MoE
+from megatron_deepseek.parallel.data import Unit, shard_over_data
+from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.tensor import TensorParallel
+from megatron_deepseek.training.settings import LossSettings, RecomputeSettings
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`master`: dtype of weights, gradients and moments; `compute`: what layers run in, None for the master's."""
+
+    master: torch.dtype = torch.float32
+    compute: torch.dtype | None = None
+
+    @property
+    def activations(self) -> torch.dtype:
+        return self.compute or self.master
+
+
+def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int, *, seed: int,
+                 precision: Precision = Precision(), loss: LossSettings = LossSettings(),
+                 recompute: RecomputeSettings = RecomputeSettings(), reshard_after_forward: bool = False
+                 ) -> list[DeepseekStage]:
+    """The stages `mine` of this rank, ready to train."""
+    blueprint = make_blueprint(config, meshes, loss, recompute)
+    run = run_checkpointed if recompute.granularity == "full" else run_layer
+    stages = []
+    with torch.device("meta"), default_dtype(precision.master):
+        for stage in mine:
+            stages.append(DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run))
+    for stage in stages:
+        shard_over_data(units(stage, meshes, precision), reshard_after_forward)
+        stage.to_empty(device=meshes.device)
+    initialize(stages, config.initializer_range, seed)
+    return stages
+
+
+def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, recompute: RecomputeSettings) -> Blueprint:
+    balance = BalanceWeights()
+    if loss.balance_type != "none":
+        balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
+                                 loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
+    dispatcher = AllToAllDispatcher(meshes.ep, config.n_routed_experts) if config.n_routed_experts else None
+    recomputed = frozenset(recompute.modules if recompute.granularity == "selective" else ())
+    tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
+    return Blueprint(config, tp, dispatcher, balance, recomputed)
+
+
+def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:
+    """FSDP units of a stage, inner before outer: experts on their own mesh, routers in full precision, layers."""
+    for layer in stage.model.layers.values():
+        if isinstance(layer.mlp, MoE):
+            yield Unit(layer.mlp.experts, meshes.expert_fsdp, precision.compute)
+            if precision.compute is not None:
+                yield Unit(layer.mlp.gate, meshes.dense_fsdp)
+        yield Unit(layer, meshes.dense_fsdp, precision.compute)
+    yield Unit(stage, meshes.dense_fsdp, precision.compute)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    """Parameters made inside are of `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,154 @@
+"""A DeepSeek model, or the part of one that a pipeline stage holds.
+
+Parameter names are Hugging Face's whatever the stage: model.embed_tokens, model.layers.N, model.norm, lm_head; MTP
+module k is layer num_hidden_layers + k - 1, as in the released V3 weights.
+
+What travels between stages is a stack of hidden states along the batch: the main model's, and after it the state of
+every MTP depth already computed. Losses are made where the head is, and come out as one scalar: this micro-batch's
+contribution to the loss of the global batch.
+
+Shapes: B batch, S sequence, H hidden, M = 1 + MTP depth predictions of each token, v local vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.layer import Blueprint, DecoderLayer, MTPLayer, run_layer
+from megatron_deepseek.model.moe import RouterStats
+from megatron_deepseek.model.rotary import rope_table
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.pipeline import received
+from megatron_deepseek.parallel.tensor import RMSNorm, column_linear
+from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
+
+
+@dataclass
+class Tally:
+    """What a step's forwards leave behind on this rank, added up over its micro-batches.
+
+    `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name.
+    """
+
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    balance_loss: torch.Tensor | float = 0.0
+    expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add_loss(self, depth: int, loss: torch.Tensor) -> None:
+        self.losses[depth] = self.losses.get(depth, 0) + loss.detach()
+
+    def add_stats(self, layer: str, stats: RouterStats | None) -> None:
+        if stats is None:
+            return
+        self.balance_loss = self.balance_loss + stats.balance_loss
+        self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What every micro-batch of a step shares: the global counts that its losses are divided by.
+
+    `num_labels`: valid label tokens of the global batch for the main prediction and each MTP depth; `num_sequences`:
+    sequences of the global batch.
+    """
+
+    num_labels: tuple[int, ...]
+    num_sequences: int
+    tally: Tally
+
+
+class Trunk(nn.Module):
+    """The `model.` part: embedding, layers, final norm; each only where the stage has it."""
+
+    def __init__(self, stage: Stage, blueprint: Blueprint):
+        super().__init__()
+        config, tp = blueprint.config, blueprint.tp
+        if stage.embedding or stage.mtp or (stage.loss and config.tie_word_embeddings):
+            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleDict()
+        for index in stage.layers:
+            self.layers[str(index)] = DecoderLayer(index, blueprint)
+        for depth in stage.mtp:
+            index = config.num_hidden_layers + depth
+            self.layers[str(index)] = MTPLayer(index, blueprint)
+        if config.num_hidden_layers - 1 in stage.layers:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+
+
+class DeepseekStage(nn.Module):
+    """One pipeline stage; the whole model if `stage` holds everything.
+
+    forward(x, labels, label_mask, step): x is token ids [B, S] on the first stage and stacked states elsewhere. The
+    result is stacked states, or the loss on the last stage.
+    """
+
+    def __init__(self, stage: Stage, blueprint: Blueprint, seq_length: int, device: torch.device,
+                 mtp_loss_scale: float = 0.0, run=run_layer):
+        super().__init__()
+        self.stage, self.config, self.tp, self.run = stage, blueprint.config, blueprint.tp, run
+        self.mtp_loss_scale = mtp_loss_scale
+        self.model = Trunk(stage, blueprint)
+        if stage.loss and not self.config.tie_word_embeddings:
+            self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
+        self.rope_2SD = rope_table(self.config, seq_length, device)
+
+    def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext
+                ) -> torch.Tensor:
+        states = list(self.states(x, labels_BMS, step))
+        if not self.stage.loss:
+            return torch.cat(states) if len(states) > 1 else states[0].contiguous()
+        return self.loss(states, labels_BMS, label_mask_BMS, step)
+
+    def states(self, x: torch.Tensor, labels_BMS: torch.Tensor, step: StepContext) -> list[torch.Tensor]:
+        """The main state and those of the MTP depths up to and with this stage, [B, S, H] each."""
+        x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
+        *states, current = x.split(labels_BMS.shape[0])
+        for index in self.stage.layers:
+            current = self._layer(index, step, current)
+        if hasattr(self.model, "norm"):
+            current = self.model.norm(current)
+        states.append(current)
+        for depth in self.stage.mtp:
+            embedding = self.model.embed_tokens(labels_BMS[:, depth])
+            states.append(self._layer(self.config.num_hidden_layers + depth, step, states[-1], embedding))
+        return states
+
+    def _layer(self, index: int, step: StepContext, *states: torch.Tensor) -> torch.Tensor:
+        out, stats = self.run(self.model.layers[str(index)], *states, self.rope_2SD, step.num_sequences)
+        step.tally.add_stats(f"model.layers.{index}.mlp", stats)
+        return out
+
+    def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the vocabulary, [B, S, v], of the whole sequence."""
+        state_BSH = self.tp.enter(state_BSH)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(state_BSH)
+        return torch.nn.functional.linear(state_BSH, self.model.embed_tokens.local_weight())
+
+    def loss(self, states: list[torch.Tensor], labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor,
+             step: StepContext) -> torch.Tensor:
+        """lm_loss + mtp_loss_scale / depth * sum of the MTP losses: this micro-batch's contribution to each."""
+        total = states[0].new_zeros((), dtype=torch.promote_types(states[0].dtype, torch.float32))
+        for depth, state in enumerate(states):
+            logits = self.logits(state).flatten(0, 1)
+            loss_T = vocab_parallel_cross_entropy(logits, labels_BMS[:, depth].flatten(), self.tp)
+            loss = (loss_T * label_mask_BMS[:, depth].flatten()).sum() / max(step.num_labels[depth], 1)
+            step.tally.add_loss(depth, loss)
+            total = total + (loss if depth == 0 else loss * self.mtp_loss_scale / (len(states) - 1))
+        return total
+
+
+def shifted_labels(labels_BS: torch.Tensor, mask_BS: torch.Tensor, mtp_depth: int
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and their mask for the main prediction and each MTP depth, [B, M, S] each.
+
+    Depth k predicts the label k places further on; the last k positions have none. Made on whole sequences, before
+    any of them is divided over ranks. The input token of depth k at position i is the label of depth k - 1 there.
+    """
+    labels, masks = [labels_BS], [mask_BS]
+    for _ in range(mtp_depth):
+        labels.append(torch.nn.functional.pad(labels[-1][:, 1:], (0, 1)))
+        masks.append(torch.nn.functional.pad(masks[-1][:, 1:], (0, 1)))
+    return torch.stack(labels, 1), torch.stack(masks, 1)

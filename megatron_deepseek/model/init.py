@@ -1,0 +1,85 @@
+"""Initial weights as a function of (seed, parameter name, global index) alone.
+
+Every element is drawn by hashing its place in the whole parameter, so any layout starts from the same weights, a
+device fills just the shard it holds, and copies of a parameter on several stages are equal without communication.
+The generator is SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based one, and Box-Muller.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+_BLOCK = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
+
+
+def _signed(value: int) -> int:
+    """A 64-bit constant as the int64 that torch computes with."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift of int64, whose own shift copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _split_mix(counter: torch.Tensor, key: int) -> torch.Tensor:
+    """64 well-mixed bits for each int64 counter."""
+    z = counter * _signed(0x9E3779B97F4A7C15) + key
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
+    """Standard normal float64 for each int64 `index` of the parameter `name`."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    bits = _split_mix(index, int.from_bytes(digest, "little", signed=True))
+    uniform_1 = (_shift_right(bits, 32).double() + 0.5) / (1 << 32)
+    uniform_2 = ((bits & 0xFFFFFFFF).double() + 0.5) / (1 << 32)
+    return (-2 * uniform_1.log()).sqrt() * (2 * math.pi * uniform_2).cos()
+
+
+def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Size, offset: torch.Size,
+                 device: torch.device) -> torch.Tensor:
+    """Place in the flattened parameter of `shape` of elements start..stop of the flattened local shard."""
+    rest = torch.arange(start, stop, device=device)
+    index, stride = torch.zeros_like(rest), 1
+    for dim in reversed(range(len(shape))):
+        index += (rest % local_shape[dim] + offset[dim]) * stride
+        rest = rest // local_shape[dim]
+        stride *= shape[dim]
+    return index
+
+
+@torch.no_grad()
+def fill_normal(parameter: DTensor, std: float, seed: int, name: str) -> None:
+    """Fill this rank's shard with its part of the parameter's normal(0, std) values."""
+    local = parameter.to_local()
+    local_shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements)
+    assert tuple(local.shape) == tuple(local_shape), (name, local.shape, local_shape)
+    flat = local.view(-1)
+    for start in range(0, flat.numel(), _BLOCK):
+        stop = min(start + _BLOCK, flat.numel())
+        index = global_index(start, stop, parameter.shape, local.shape, offset, local.device)
+        flat[start:stop] = normal(index, seed, name) * std
+
+
+@torch.no_grad()
+def initialize(stages: Iterable[nn.Module], std: float, seed: int) -> None:
+    """Norm weights one, biases zero, all else normal(0, std), as DeepSeek-V3 (report, section 4.2)."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.to_local().fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.to_local().zero_()
+            else:
+                fill_normal(parameter, std, seed, name)
+        for buffer in stage.buffers():
+            buffer.zero_()

@@ -1,0 +1,95 @@
+"""One transformer layer, and the MTP module that wraps one.
+
+Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, D rotary dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.mla import MLA
+from megatron_deepseek.model.moe import MLP, MoE, RouterStats
+from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """What every layer of a model is built from. `recomputed` holds names of RecomputeSettings.modules."""
+
+    config: ModelConfig
+    tp: TensorParallel
+    dispatcher: AllToAllDispatcher | None
+    balance: BalanceWeights = BalanceWeights()
+    recomputed: frozenset[str] = frozenset()
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then + MLP or MoE(norm(.)). Layer ids follow Hugging Face."""
+
+    def __init__(self, index: int, blueprint: Blueprint):
+        super().__init__()
+        config, tp = blueprint.config, blueprint.tp
+        self.is_moe = config.is_moe_layer(index)
+        self.normed = recompute if "layernorm" in blueprint.recomputed else compose
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.self_attn = MLA(config, tp, "mla_up_proj" in blueprint.recomputed)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        if self.is_moe:
+            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, "moe_act" in blueprint.recomputed)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
+
+    def forward(self, x_BSH: torch.Tensor, rope_2SD: torch.Tensor, global_sequences: int
+                ) -> tuple[torch.Tensor, RouterStats | None]:
+        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, rope_2SD))
+        if not self.is_moe:
+            return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
+        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,), lambda x: self.mlp(x, global_sequences))
+        return x_BSH + y_BSH, stats
+
+
+class SharedHead(nn.Module):
+    """The norm before the output head that an MTP module shares with the main model."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+
+
+class MTPLayer(DecoderLayer):
+    """Multi-Token Prediction, one depth (arXiv 2412.19437, section 2.2).
+
+    At position i depth k joins the previous depth's state with the embedding of token i + k. `eh_proj` takes the
+    embedding first: the order of the released weights, not the paper's. States are passed on after their norm, as the
+    main model's is.
+    """
+
+    def __init__(self, index: int, blueprint: Blueprint):
+        super().__init__(index, blueprint)
+        config, tp = blueprint.config, blueprint.tp
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.eh_proj = replicated_linear(2 * config.hidden_size, config.hidden_size, tp)
+        self.shared_head = SharedHead(config, tp)
+
+    def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, rope_2SD: torch.Tensor,
+                global_sequences: int) -> tuple[torch.Tensor, RouterStats | None]:
+        joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
+        x_BSH, stats = super().forward(self.eh_proj(joined), rope_2SD, global_sequences)
+        return self.shared_head.norm(x_BSH), stats
+
+
+def run_layer(layer: nn.Module, *args):
+    """Keep what the backward needs."""
+    return layer(*args)
+
+
+def run_checkpointed(layer: nn.Module, *args):
+    """Keep the layer's inputs only and run it again in the backward (full recomputation)."""
+    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)

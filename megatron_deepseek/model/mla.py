@@ -1,0 +1,88 @@
+"""Multi-head Latent Attention (arXiv 2405.04434, section 2.1).
+
+    c_q  = norm(W_qa x)              query latent (without q-LoRA: x itself)
+    c_kv = norm(W_kva x)             key-value latent; k_pe beside it is shared by all heads
+    q    = [W_qb c_q] with its last dimensions turned by RoPE
+    k, v = [W_kvb c_kv], k extended by the turned k_pe
+    y    = W_o softmax(q k^T * scale) v
+
+Down-projections and norms run on the stream between TP regions (a slice of the sequence under sequence parallelism);
+what is gathered over TP is the latents. Up-projections are sharded by heads.
+
+Shapes: B batch, S sequence, H hidden, N local heads, C latent, D head dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.rotary import softmax_scale
+from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.ops.rope import apply_rope
+from megatron_deepseek.parallel.tensor import (
+    RMSNorm,
+    TensorParallel,
+    column_linear,
+    replicated_linear,
+    row_linear,
+)
+
+
+class MLA(nn.Module):
+    """Causal self-attention. `recompute_up_projection` re-makes q, k and v in the backward instead of keeping them."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, recompute_up_projection: bool = False):
+        super().__init__()
+        self.config, self.tp = config, tp
+        self.scale = softmax_scale(config)
+        self.attend = recompute if recompute_up_projection else compose
+        heads, bias = config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp)
+        else:
+            self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, tp)
+            self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp)
+        self.kv_a_proj_with_mqa = replicated_linear(
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, tp)
+        self.kv_b_proj = column_linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp)
+        self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias)
+
+    def forward(self, x_BSH: torch.Tensor, rope_2SD: torch.Tensor) -> torch.Tensor:
+        c_q, c_kv, k_pe = self.latents(x_BSH)
+        y_BSNV = self.attend(lambda c_q, c_kv, k_pe: self.up_project(c_q, c_kv, k_pe, rope_2SD), (c_q, c_kv, k_pe),
+                             self.attention)
+        return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSNV.flatten(-2))))
+
+    def latents(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query latent (or input), key-value latent and k_pe of the whole sequence, gathered over TP at once."""
+        c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(x_BSH)).split(
+            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        c_kv = self.kv_a_layernorm(c_kv)
+        c_q = x_BSH if self.config.q_lora_rank is None else self.q_a_layernorm(
+            self.q_a_proj.add_bias(self.q_a_proj(x_BSH)))
+        if self.tp.size == 1:
+            return c_q, c_kv, k_pe
+        sizes = [c_q.shape[-1], c_kv.shape[-1], k_pe.shape[-1]]
+        return self.tp.enter(torch.cat([c_q, c_kv, k_pe], -1)).split(sizes, -1)
+
+    def up_project(self, c_q, c_kv, k_pe, rope_2SD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys [B, S, N, nope + rope] and values [B, S, N, V] of this rank's heads.
+
+        On CPU the values are padded to the keys' width, which the fused attention kernel needs.
+        """
+        nope, rope, v_dim = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim, self.config.v_head_dim
+        project_q = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
+        q_nope, q_pe = project_q(c_q).unflatten(-1, (-1, nope + rope)).split([nope, rope], -1)
+        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)).split([nope, v_dim], -1)
+        q = torch.cat([q_nope, apply_rope(q_pe, rope_2SD)], -1)
+        k_pe = apply_rope(k_pe.unsqueeze(2), rope_2SD).expand(-1, -1, q.shape[2], -1)
+        return q, torch.cat([k_nope, k_pe], -1), v if v.is_cuda else F.pad(v, (0, q.shape[-1] - v_dim))
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Causal softmax attention, [B, S, N, V]."""
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                           scale=self.scale)
+        return y.transpose(1, 2)[..., :self.config.v_head_dim]

@@ -1,0 +1,90 @@
+"""DeepSeekMoE (arXiv 2401.06066): shared experts that see every token, routed experts that each see their share.
+
+Shapes: B batch, S sequence, T tokens, H hidden, I expert width, E experts, K top-k, R rows (token copies).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.balance_loss import BalanceWeights, attach_loss, balance_loss
+from megatron_deepseek.model.router import Router
+from megatron_deepseek.ops.grouped_gemm import grouped_gemm
+from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.ops.swiglu import swiglu
+from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.parallel.tensor import TensorParallel, column_linear, row_linear, sharded_parameter
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """Of one layer and micro-batch on this rank: tokens per expert [E] int64, and its share of the balance loss."""
+
+    counts_E: torch.Tensor
+    balance_loss: torch.Tensor
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward block; column- then row-parallel over TP."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.gate_proj = column_linear(hidden_size, intermediate_size, tp)
+        self.up_proj = column_linear(hidden_size, intermediate_size, tp)
+        self.down_proj = row_linear(intermediate_size, hidden_size, tp)
+
+    def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        x_BSH = self.tp.enter(x_BSH)
+        return self.tp.leave(self.down_proj(swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))))
+
+
+class Experts(nn.Module):
+    """This rank's routed experts, stacked: gate_up_proj [E, 2I, H] and down_proj [E, H, I], sharded by E over EP."""
+
+    def __init__(self, config: ModelConfig, dispatcher: AllToAllDispatcher, recompute_activation: bool):
+        super().__init__()
+        shape = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = sharded_parameter((shape[0], 2 * shape[1], shape[2]), dispatcher.mesh, Shard(0))
+        self.down_proj = sharded_parameter((shape[0], shape[2], shape[1]), dispatcher.mesh, Shard(0))
+        self.grouped_product = grouped_gemm
+        self.activate = recompute if recompute_activation else compose
+
+    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        gate_up = self.gate_up_proj.to_local(grad_placements=[Shard(0)])
+        down = self.down_proj.to_local(grad_placements=[Shard(0)])
+        hidden_R2I = self.grouped_product(rows_RH, gate_up, counts)
+        return self.activate(lambda h: swiglu(*h.chunk(2, -1)), (hidden_R2I,),
+                             lambda a: self.grouped_product(a, down, counts))
+
+
+class MoE(nn.Module):
+    """Routed plus shared experts. Each TP rank routes its own slice of the sequence."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: AllToAllDispatcher,
+                 balance: BalanceWeights, recompute_activation: bool = False):
+        super().__init__()
+        self.config, self.tp, self.dispatcher, self.balance = config, tp, dispatcher, balance
+        self.gate = Router(config, tp)
+        self.experts = Experts(config, dispatcher, recompute_activation)
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp)
+
+    def forward(self, x_BSH: torch.Tensor, global_sequences: int) -> tuple[torch.Tensor, RouterStats]:
+        own_BSH = self.tp.own_tokens(x_BSH)
+        x_TH = own_BSH.flatten(0, 1)
+        routing = self.gate(x_TH)
+        y_TH = self.dispatcher(x_TH, routing.experts_TK, routing.weights_TK, self.experts)
+        loss = routing.scores_TE.new_zeros(())
+        if self.balance.any and self.training:
+            group = self.tp.group if self.tp.size > 1 else None
+            loss = balance_loss(routing, x_BSH.shape[0], self.config, self.balance, group) / global_sequences
+            y_TH = attach_loss(y_TH, loss)
+        counts_E = routing.experts_TK.flatten().bincount(minlength=self.config.n_routed_experts)
+        y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
+        if self.config.n_shared_experts:
+            y_BSH = y_BSH + self.shared_experts(x_BSH)
+        return y_BSH, RouterStats(counts_E, loss.detach())

@@ -1,0 +1,65 @@
+"""How fast each rotary pair turns: `rope_scaling` none, linear, dynamic NTK or YaRN (arXiv 2309.00071).
+
+As in DeepSeek's modeling_deepseek.py. Shapes: S positions, D rotary dimensions.
+"""
+
+import math
+
+import torch
+
+from megatron_deepseek.config import ModelConfig, RopeScaling
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's temperature: 0.1 mscale ln(factor) + 1, and 1 without stretching."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1/sqrt(qk_head_dim), times YaRN's mscale_all_dim squared (queries and keys carry one factor each)."""
+    scale = config.qk_head_dim**-0.5
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.mscale_all_dim:
+        scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
+
+
+def _yarn_frequencies(base: float, dim: int, scaling: RopeScaling) -> torch.Tensor:
+    """Fast dimensions keep their frequency, slow ones are divided by `factor`, a linear ramp between."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    extrapolated = 1.0 / base**exponents
+    interpolated = 1.0 / (scaling.factor * base**exponents)
+
+    def dimension_of(rotations: float) -> float:
+        period = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(period) / (2 * math.log(base))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), dim - 1)
+    span = max(high - low, 0.001)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return interpolated * ramp + extrapolated * (1 - ramp)
+
+
+def inverse_frequencies(config: ModelConfig, seq_length: int) -> torch.Tensor:
+    """Angular speed of each pair, [D/2] float32. Only the dynamic kind depends on `seq_length`."""
+    base, dim, scaling = config.rope_theta, config.qk_rope_head_dim, config.rope_scaling
+    if scaling is not None and scaling.kind == "yarn":
+        return _yarn_frequencies(base, dim, scaling)
+    if scaling is not None and scaling.kind == "dynamic":
+        length, limit = max(seq_length, config.max_position_embeddings), config.max_position_embeddings
+        base = base * (scaling.factor * length / limit - (scaling.factor - 1)) ** (dim / (dim - 2))
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return frequencies / scaling.factor if scaling is not None and scaling.kind == "linear" else frequencies
+
+
+def rope_table(config: ModelConfig, seq_length: int, device: torch.device) -> torch.Tensor:
+    """cos and sin of every position and pair, [2, S, D/2] float32, times YaRN's ratio of mscales."""
+    with torch.device("cpu"):  # real numbers also while a model is being made on the meta device
+        angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), inverse_frequencies(config, seq_length))
+        table = torch.stack([angles.cos(), angles.sin()])
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "yarn":
+        table = table * (yarn_mscale(scaling.factor, scaling.mscale)
+                         / yarn_mscale(scaling.factor, scaling.mscale_all_dim))
+    return table.to(device)

@@ -1,0 +1,83 @@
+"""DeepSeek's routers: which experts a token goes to, and with what weight.
+
+  V2  softmax scores, greedy or limited to the best groups by each group's best expert (arXiv 2405.04434, 2.1.2)
+  V3  sigmoid scores; a bias steers the choice but not the weights; groups by their best two (arXiv 2412.19437, 2.1.2)
+
+Shapes: B batch, S sequence, T = B*S tokens, H hidden, E experts, K top-k, G groups of E/G experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import Partial, Replicate
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.tensor import TensorParallel, sharded_parameter
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided. `scores_TE` are un-biased, for the balance losses."""
+
+    experts_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    scores_TE: torch.Tensor
+
+
+class Router(nn.Module):
+    """weight [E, H], and for noaux_tc the bias [E] that training/balance.py moves after each step.
+
+    Logits, scores and bias are kept in at least float32. Under TP each rank routes its own slice of the sequence, so
+    the weight's local gradient is partial.
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        self.config = config
+        self.weight = sharded_parameter((config.n_routed_experts, config.hidden_size), tp.mesh, Replicate())
+        self.weight_grad = Partial() if tp.size > 1 else Replicate()
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_TH: torch.Tensor) -> Routing:
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        weight_EH = self.weight.to_local(grad_placements=[self.weight_grad])
+        logits_TE = F.linear(x_TH.to(wide), weight_EH.to(wide))
+        scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
+        bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
+        experts_TK = choose_experts(scores_TE, bias_E, self.config)
+        return Routing(experts_TK, expert_weights(scores_TE, experts_TK, self.config), scores_TE)
+
+
+@torch.no_grad()
+def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor | None, config: ModelConfig) -> torch.Tensor:
+    """Indices [T, K] of the chosen experts, of no particular order."""
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if config.topk_method != "greedy":
+        choice_TE = limit_to_groups(choice_TE, config)
+    return choice_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def limit_to_groups(choice_TE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Scores with every expert outside the token's best `topk_group` groups at -inf.
+
+    A group counts by its best expert (group_limited_greedy) or by the sum of its best two (noaux_tc).
+    """
+    if config.topk_group == config.n_group:
+        return choice_TE
+    choice_TGe = choice_TE.unflatten(-1, (config.n_group, -1))
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    group_scores_TG = choice_TGe.topk(best, dim=-1).values.sum(-1)
+    kept = group_scores_TG.topk(config.topk_group, dim=-1, sorted=False).indices
+    dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(-1, kept, False)
+    return choice_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def expert_weights(scores_TE: torch.Tensor, experts_TK: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Weights [T, K] from the un-biased scores: normalised where asked, then scaled, as Hugging Face does both."""
+    weights_TK = scores_TE.gather(-1, experts_TK)
+    if config.norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return weights_TK * config.routed_scaling_factor

@@ -1,0 +1,31 @@
+"""RMSNorm (arXiv 1910.07467) that keeps only its input and one number a row for the backward."""
+
+import torch
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_wide = x.to(wide)
+        norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+        rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, rstd)
+        return ((x_wide * rstd).to(x.dtype) * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        normed = x.to(rstd.dtype) * rstd
+        grad = grad.to(rstd.dtype)
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = grad * weight
+        inner = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
+        return (grad_normed.addcmul_(normed, inner, value=-1)).mul_(rstd).to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., H], weight [H] -> [..., H] in x's dtype; statistics in at least float32."""
+    if x.is_cuda:
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)

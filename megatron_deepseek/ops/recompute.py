@@ -1,0 +1,66 @@
+"""Recompute what a cheap producer made instead of keeping it for its consumer's backward.
+
+    y = consumer(producer(x))
+
+Autograd would keep producer(x) for the consumer's backward. Here the consumer's saved references to it are replaced
+by a note, and the backward runs the producer again from x. Megatron-LM frees such outputs by hand
+(CheckpointWithoutOutput); saved-tensor hooks do the same without touching storages.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+def compose(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
+    """consumer(*producer(*inputs)), everything kept."""
+    outputs = producer(*inputs)
+    return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
+
+
+class _Recomputed:
+    """The producer's outputs, made again at their first use in the backward and dropped after the last."""
+
+    def __init__(self, producer: Producer, inputs: tuple[torch.Tensor, ...]):
+        self.producer, self.inputs = producer, inputs
+        self.num_notes = self.num_read = 0
+        self.outputs: tuple[torch.Tensor, ...] = ()
+
+    def note(self, index: int, tensor: torch.Tensor):
+        self.num_notes += 1
+        return index, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def read(self, note) -> torch.Tensor:
+        if not self.outputs:
+            with torch.no_grad():
+                outputs = self.producer(*self.inputs)
+            self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        index, size, stride, offset = note
+        tensor = self.outputs[index].as_strided(size, stride, offset)
+        self.num_read += 1
+        if self.num_read % self.num_notes == 0:
+            self.outputs = ()
+        return tensor
+
+
+def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
+    """As `compose`, but the consumer's backward gets producer(*inputs) by running the producer again.
+
+    The producer must be deterministic and free of collectives; its outputs' storages must be its own.
+    """
+    outputs = producer(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    again = _Recomputed(producer, inputs)
+    index_of_storage = {out.untyped_storage().data_ptr(): i for i, out in enumerate(outputs)}
+
+    def pack(tensor):
+        index = index_of_storage.get(tensor.untyped_storage().data_ptr())
+        return tensor if index is None else again.note(index, tensor)
+
+    def unpack(packed):
+        return packed if isinstance(packed, torch.Tensor) else again.read(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return consumer(*outputs)

@@ -1,0 +1,45 @@
+"""Data parallelism by FSDP2: shards of weights, gradients and optimizer state; every gradient is a SUM.
+
+The losses are already divided by global counts, so nothing here divides: no factor of the number of ranks. Dense
+parameters are reduced over dp x cp, routed experts over edp.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that is gathered and reduced as one, the mesh it is sharded over, and the dtype it computes in.
+
+    Units are listed inner before outer; an outer unit takes the parameters that no inner one took.
+    """
+
+    module: nn.Module
+    mesh: DeviceMesh
+    compute_dtype: torch.dtype | None = None
+
+
+def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool) -> None:
+    """Wrap each unit. `reshard_after_forward` frees gathered weights between forward and backward (ZeRO-3).
+
+    Under a lower `compute_dtype` the shards stay in the parameters' own dtype as master weights, and gradients
+    accumulate and are reduced in it.
+    """
+    for unit in units:
+        master = next(unit.module.parameters()).dtype
+        policy = MixedPrecisionPolicy(param_dtype=unit.compute_dtype, reduce_dtype=master,
+                                      cast_forward_inputs=False)
+        fully_shard(unit.module, mesh=unit.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+        unit.module.set_gradient_divide_factor(1.0)
+        unit.module.set_force_sum_reduction_for_comms(True)
+
+
+def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over the data ranks or only accumulates them."""
+    module.set_requires_gradient_sync(enabled)

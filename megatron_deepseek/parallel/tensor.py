@@ -1,0 +1,246 @@
+"""Tensor and sequence parallelism: sharded linear layers and the collectives at the edges of a sharded region.
+
+A region of tensor-parallel weights is entered once and left once (arXiv 1909.08053, 2205.05198):
+
+                        entering                            leaving (partial sums over TP)
+  no sequence parallel  identity      / backward all-reduce     all-reduce     / backward identity
+  sequence parallel     all-gather S  / backward reduce-scatter reduce-scatter / backward all-gather
+
+Weights are DTensors on the TP mesh and compute on their local shards. `to_local(grad_placements=...)` states what the
+local gradient is: a slice of a sharded weight's gradient is complete; a replicated weight that saw only this rank's
+slice of the sequence has a partial one, and FSDP sums it over TP when it reduces.
+
+Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from megatron_deepseek.ops.norm import rms_norm
+
+SEQUENCE_DIM = 1
+
+
+def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Concatenate every rank's equally shaped `x` along `dim`, in rank order."""
+    x_first = x.movedim(dim, 0).contiguous()
+    out = x_first.new_empty(group.size() * x_first.shape[0], *x_first.shape[1:])
+    dist.all_gather_into_tensor(out, x_first, group=group)
+    return out.movedim(0, dim).contiguous()
+
+
+def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum `x` over the ranks and keep this rank's equal slice along `dim`."""
+    x_first = x.movedim(dim, 0).contiguous()
+    assert x_first.shape[0] % group.size() == 0, (x.shape, dim, group.size())
+    out = x_first.new_empty(x_first.shape[0] // group.size(), *x_first.shape[1:])
+    dist.reduce_scatter_tensor(out, x_first, group=group)
+    return out.movedim(0, dim).contiguous()
+
+
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum of every rank's `x`, in a new tensor."""
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+class _GatherSum(torch.autograd.Function):
+    """All-gather; every rank uses the whole result, so the gradients are summed and scattered."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    """Reduce-scatter of partial sums; each rank owns a slice, so the gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.dim, ctx.group), None, None
+
+
+class _Copy(torch.autograd.Function):
+    """Identity into a sharded region; each rank's gradient is a partial sum."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce of partial sums; the result is replicated, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Split(torch.autograd.Function):
+    """This rank's slice of a replicated tensor; the whole gradient is gathered from the slices'."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.dim, ctx.group), None, None
+
+
+class _Join(torch.autograd.Function):
+    """Gather slices into a replicated tensor; the gradient is replicated, so each rank takes its own slice."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()].contiguous(), None, None
+
+
+@dataclass(frozen=True, eq=False)
+class TensorParallel:
+    """The TP mesh of this rank and whether activations between regions are sharded along the sequence."""
+
+    mesh: DeviceMesh
+    sequence_parallel: bool
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_local_rank()
+
+    @property
+    def activation_grad(self) -> Placement:
+        """What the local gradient of a replicated weight is when its input is the stream between regions."""
+        return Partial() if self.sequence_parallel and self.size > 1 else Replicate()
+
+    def enter(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """From the stream between regions to the whole sequence, as input of column-parallel weights."""
+        if self.size == 1:
+            return x_BSH
+        return _GatherSum.apply(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Copy.apply(
+            x_BSH, self.group)
+
+    def leave(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """From the partial sums of row-parallel weights back to the stream between regions."""
+        if self.size == 1:
+            return x_BSH
+        return _ScatterSum.apply(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Sum.apply(
+            x_BSH, self.group)
+
+    def own_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of the sequence: the stream itself under sequence parallelism, a split of it without."""
+        if self.size == 1 or self.sequence_parallel:
+            return x_BSH
+        return _Split.apply(x_BSH, SEQUENCE_DIM, self.group)
+
+    def all_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """The inverse of `own_tokens`."""
+        if self.size == 1 or self.sequence_parallel:
+            return x_BSH
+        return _Join.apply(x_BSH, SEQUENCE_DIM, self.group)
+
+
+def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    """An uninitialised parameter of global `shape`, on the default device, as this rank's shard of a DTensor.
+
+    Raises ValueError if the sharded dimension is not a multiple of the mesh's size.
+    """
+    local = list(shape)
+    if isinstance(placement, Shard):
+        if local[placement.dim] % mesh.size():
+            raise ValueError(f"dimension {placement.dim} of a weight of shape {tuple(shape)} is not a multiple of "
+                             f"the {mesh.size()} ranks of {mesh.mesh_dim_names}")
+        local[placement.dim] //= mesh.size()
+    return nn.Parameter(DTensor.from_local(torch.empty(local), mesh, [placement], run_check=False))
+
+
+class ParallelLinear(nn.Module):
+    """y = x W^T (+ b) on the local shard of W [out, in]. `weight_grad` is what the local gradient means.
+
+    `product` is F.linear, or a form of it that puts off the weight's gradient (zero_bubble.py).
+
+    A bias is added to a complete output only: with row-parallel weights call `add_bias` after leaving the region.
+    """
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, placement: Placement,
+                 weight_grad: Placement, bias: bool = False):
+        super().__init__()
+        self.weight = sharded_parameter((out_features, in_features), tp.mesh, placement)
+        self.product = F.linear
+        self.weight_grad = weight_grad
+        self.bias_grad = tp.activation_grad
+        self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.weight.to_local(grad_placements=[self.weight_grad]))
+
+    def add_bias(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.bias is None else y + self.bias.to_local(grad_placements=[self.bias_grad])
+
+
+def column_linear(in_features: int, out_features: int, tp: TensorParallel) -> ParallelLinear:
+    """Output features sharded over TP; the input is the whole sequence (`TensorParallel.enter`)."""
+    return ParallelLinear(in_features, out_features, tp, Shard(0), Shard(0))
+
+
+def row_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> ParallelLinear:
+    """Input features sharded over TP; the output is a partial sum (`TensorParallel.leave`)."""
+    return ParallelLinear(in_features, out_features, tp, Shard(1), Shard(1), bias)
+
+
+def replicated_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> ParallelLinear:
+    """The same weight on every TP rank, applied to the stream between regions."""
+    return ParallelLinear(in_features, out_features, tp, Replicate(), tp.activation_grad, bias)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, computed in at least float32 (arXiv 1910.07467), weight replicated."""
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel):
+        super().__init__()
+        self.weight = sharded_parameter((size,), tp.mesh, Replicate())
+        self.weight_grad = tp.activation_grad
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to_local(grad_placements=[self.weight_grad])
+        return rms_norm(x, weight, self.eps)

@@ -1,0 +1,87 @@
+"""Zero-bubble schedules split a backward in two: B, which the previous stage waits for, and W, weight gradients that
+fill the bubbles (arXiv 2401.10241).
+
+Here B is an ordinary backward in which the large products leave their weight gradients as closures; W runs them.
+PyTorch can also cut the autograd graph itself, but that was seen to fail where a stage uses a parameter twice (a head
+or embedding shared with MTP modules), and with recomputed layers it runs their forward and collectives twice.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_wgrad
+
+
+class DeferredGradients:
+    """The weight gradients that one stage's last backward left behind.
+
+    `weight` in the closures is the local tensor that the forward used; back-propagating into it goes on to the
+    parameter as any backward would.
+    """
+
+    def __init__(self):
+        self._pending: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
+
+    def defer(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
+        self._pending.append((weight, gradient))
+
+    def take(self) -> Callable[[], None]:
+        """The W step of the backward that just ended (`PipelineStage`'s dw_builder)."""
+        pending, self._pending = self._pending, []
+
+        def run():
+            while pending:
+                weight, gradient = pending.pop()
+                with torch.no_grad():
+                    value = gradient()
+                torch.autograd.backward(weight, value)
+
+        return run
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return _Linear.apply(x, weight, self)
+
+    def grouped_gemm(self, x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
+        return _GroupedGemm.apply(x_RI, weight_EOI, counts_E, self)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, deferred):
+        ctx.save_for_backward(x, weight)
+        ctx.deferred = deferred
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        return grad @ weight, None, None
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RI, weight_EOI, counts_E, deferred):
+        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.counts_E, ctx.deferred = counts_E, deferred
+        return grouped_forward(x_RI, weight_EOI, counts_E)
+
+    @staticmethod
+    def backward(ctx, grad_RO):
+        x_RI, weight_EOI = ctx.saved_tensors
+        grad_RO, counts_E = grad_RO.contiguous(), ctx.counts_E
+        ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
+        return grouped_dgrad(grad_RO, weight_EOI, counts_E), None, None, None
+
+
+def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:
+    """Make every product of `stage` that names its own (`product`, `grouped_product`) leave its weight gradient."""
+    deferred = DeferredGradients()
+    for module in stage.modules():
+        if hasattr(module, "product"):
+            module.product = deferred.linear
+        if hasattr(module, "grouped_product"):
+            module.grouped_product = deferred.grouped_gemm
+    return deferred

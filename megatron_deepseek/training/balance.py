@@ -1,0 +1,33 @@
+"""Auxiliary-loss-free load balancing: after each step the router's bias moves toward the unloaded experts.
+
+V3 report, section 2.1.2: b_i rises by gamma where expert i got fewer tokens than the mean, and falls where more.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_deepseek.model.moe import MoE
+
+
+@torch.no_grad()
+def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tensor], rate: float,
+                       group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    """Sum `counts` (int64 [E] by layer, of this rank's tokens) over `group` and move every bias; the sums are returned.
+
+    `group` is every rank of a pipeline stage: counts are exact integers, whoever routed the token.
+    """
+    total = {}
+    for stage in stages:
+        for name, module in stage.named_modules():
+            if not isinstance(module, MoE):
+                continue
+            total[name] = counts[name].clone()
+            dist.all_reduce(total[name], group=group)
+            bias = getattr(module.gate, "e_score_correction_bias", None)
+            if bias is not None and rate:
+                mean = total[name].double().mean()
+                bias += rate * torch.sign(mean - total[name].double()).to(bias.dtype)
+    return total

@@ -1,0 +1,169 @@
+"""One rank fails: the job ends within seconds, and the user reads that rank's traceback and no other.
+
+The failing rank claims the failure by an atomic add in the store that torchrun's agent keeps, prints its traceback
+with its rank before every line, and leaves at once by `os._exit`: unwinding into process groups whose peers still
+wait in a collective can block. torchrun then stops the other ranks of the node. The ranks that notice first find the
+claim taken and leave without a word, whatever their own error was. Ranks of other nodes, which no agent stops and
+which may sit in a collective until its time-out, watch the store from a thread.
+
+What this cannot do: a `finally` in `main` that waits for peers runs before any of it, so a guarded main must not
+destroy process groups or meet a barrier there.
+"""
+
+import functools
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
+
+WATCH_SECONDS = 1.0
+# How long a rank that merely noticed a failure lets torchrun end it, or waits for the rank whose failure it was.
+GRACE_SECONDS = 3.0
+# What gloo, NCCL and the store say when the other end is gone; none of it can be this rank's own mistake.
+PEER_LOSS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
+             "remote process exited", "ncclRemoteError", "communicator was aborted", "Timed out waiting",
+             "Socket Timeout", "Connection was likely closed")
+
+
+def guarded(main: Callable) -> Callable:
+    """The entry of a rank: `main`, with its failure reported by one rank only. Without a launcher, `main` as it is."""
+
+    @functools.wraps(main)
+    def entry(*args, **kwargs):
+        if "RANK" not in os.environ:
+            return main(*args, **kwargs)
+        claim = FailureClaim(_agent_store())
+        try:
+            with claim.watched():
+                return record(main, OneTraceback(claim))(*args, **kwargs)
+        except KeyboardInterrupt:
+            _leave(130)
+        except Exception:
+            _leave(1)
+
+    return entry
+
+
+class FailureClaim:
+    """The question that all ranks answer alike: whose failure came first?
+
+    `store` is the agent's, or None where a launcher without one (srun, mpirun) started the ranks; then rank 0's store
+    is used once there is a process group. With no store that answers, a lost peer's failure came first and one's
+    own did too.
+    """
+
+    KEY = "megatron_deepseek/failures"
+
+    def __init__(self, store: dist.Store | None):
+        self.store = store
+
+    def is_first(self) -> bool:
+        try:
+            return self._reachable_store().add(self.KEY, 1) == 1
+        except Exception:
+            return True
+
+    def is_taken(self) -> bool:
+        """True also when the store is gone: its host was stopped."""
+        try:
+            return self._reachable_store().check([self.KEY])
+        except Exception:
+            return True
+
+    def wait_until_taken(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.is_taken():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """End this process when another rank's failure is claimed, even if the main thread waits in a collective."""
+        done = threading.Event()
+
+        def watch():
+            while not done.wait(WATCH_SECONDS):
+                if self.is_taken() and not done.wait(GRACE_SECONDS):
+                    _tell_torchrun("Stopped: a rank of another node failed first, and its output has the traceback")
+                    _leave(1)
+
+        if self.store is not None:
+            threading.Thread(target=watch, daemon=True, name="failure-watch").start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _reachable_store(self) -> dist.Store:
+        return self.store if self.store is not None else dist.distributed_c10d._get_default_store()
+
+
+class OneTraceback(ErrorHandler):
+    """Torch's error handler, which prints the traceback itself and gives torchrun's summary one line in its place."""
+
+    def __init__(self, claim: FailureClaim):
+        self.claim = claim
+
+    def record_exception(self, e: BaseException) -> None:
+        lost = lost_a_peer(e)
+        if (lost and self.claim.wait_until_taken(GRACE_SECONDS)) or not self.claim.is_first():
+            time.sleep(GRACE_SECONDS)  # torchrun's SIGTERM comes first: its summary then names the failed rank only
+            return
+        lines = traceback.format_exception(type(e), e, e.__traceback__.tb_next)  # not the frame of `record`
+        note = "A peer hung, or died without a traceback; this rank waited for it here:\n" if lost else ""
+        _print_with_rank(note + "".join(lines))
+        _tell_torchrun(f"{type(e).__name__}: {e} (traceback above, after [rank{os.environ['RANK']}])")
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether `error`, or one that it was raised from, says that the other end of a connection is gone."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, dist.DistNetworkError):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_LOSS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _agent_store() -> dist.Store | None:
+    """A connection of our own to the store of torchrun's agent, which outlives every rank."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A store whose host died refuses at once; the time-out is for one that is only slow, which is no failure.
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5), wait_for_workers=False)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _print_with_rank(text: str) -> None:
+    """In one write, so that lines of other ranks do not fall between."""
+    prefix = f"[rank{os.environ['RANK']}]: "
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+
+
+def _tell_torchrun(line: str) -> None:
+    """Fill the place that torchrun's summary keeps for this rank's traceback."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with open(path, "w") as file:
+            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,112 @@
+"""metrics.jsonl: one JSON object a line, the record of a run that plots, comparisons and tests read.
+
+A training step has the keys of `StepMetrics.record`; a validation has iteration, validation_lm_loss and
+validation_mtp_loss, and no lm_loss. A number that is not finite is written as null, because JSON has no NaN.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One update. `iteration` counts from 1: after that many updates. Losses in nats a token, tokens of this step.
+
+    mtp_loss has an entry for each depth; balance_loss is None where no such loss is trained on. mfu (0 to 1) and
+    peak_memory_bytes, the largest of all ranks, are None on a CPU and then not written.
+    """
+
+    iteration: int
+    lm_loss: float
+    mtp_loss: tuple[float, ...]
+    balance_loss: float | None
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    step_seconds: float
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    def record(self) -> dict:
+        fields = {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
+        return {name: value for name, value in fields.items()
+                if value is not None or name not in ("mfu", "peak_memory_bytes")}
+
+
+class MetricsFile:
+    """Appends records, each flushed, so that a killed run has lost at most the line it was writing."""
+
+    def __init__(self, path: Path, resumed_iteration: int):
+        """Goes on after `resumed_iteration`, 0 for a new run; later lines belong to a stretch that was undone."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.removed = cut_after(path, resumed_iteration)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def append(self, record: Mapping) -> None:
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict]:
+    """The records of a file, an unfinished last line left out. ValueError names the line that is no record."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            record = _parse(line)
+            if record is None:
+                raise ValueError(f"{path}, line {number} is not a JSON object with an iteration: {line.strip()[:60]!r}")
+            yield record
+
+
+def cut_after(path: Path, iteration: int) -> int:
+    """Remove the records after `iteration` and return how many; the file is replaced at once or stays as it was.
+
+    At iteration 0 nothing came before, so a validation of the untrained model goes too: it will be made again. Lines
+    that are no records (a crash of the machine can leave some) are removed as well, and not counted.
+    """
+    if not path.exists():
+        return 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [(line, _parse(line)) for line in file if line.endswith("\n")]
+    records = [(line, record["iteration"]) for line, record in lines if record is not None]
+    kept = [line for line, at in records if 0 < iteration >= at]
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return len(records) - len(kept)
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
+
+
+def _finite(value):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value

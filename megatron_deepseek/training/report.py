@@ -1,0 +1,192 @@
+"""What a run tells while it runs: metrics.jsonl, progress on the terminal, TensorBoard.
+
+A `Report` passes each event on to its listeners. Rank 0 has `open_report(...)`; every other rank has `Report()`, which
+has no listeners and says nothing, so the loop never asks which rank it is on.
+"""
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+from megatron_deepseek.training.metrics import FILE_NAME, MetricsFile, StepMetrics
+from megatron_deepseek.training.settings import RunSettings
+
+
+class Listener(Protocol):
+    """What a report passes on; iterations count finished updates."""
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Report:
+    """Tells every listener, in order. As a context manager it closes them, also when the run fails."""
+
+    def __init__(self, *listeners: Listener):
+        self._listeners = listeners
+
+    def step(self, metrics: StepMetrics) -> None:
+        for listener in self._listeners:
+            listener.step(metrics)
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...] = ()) -> None:
+        """Call before the checkpoint of the same iteration is written: a run resumed there does not validate again."""
+        for listener in self._listeners:
+            listener.validation(iteration, lm_loss, tuple(mtp_loss))
+
+    def message(self, text: str) -> None:
+        for listener in self._listeners:
+            listener.message(text)
+
+    def close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | None = None) -> Report:
+    """The report of the one rank that speaks. `stream`, standard output by default, gets a bar if it is a terminal."""
+    stream = stream or sys.stdout
+    listeners: list[Listener] = []
+    if run.tensorboard_dir is not None:
+        listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration))
+    log = MetricsLog(Path(run.save) / FILE_NAME, resumed_iteration) if run.save is not None else None
+    if log is not None:
+        listeners.append(log)
+    progress = ProgressBar if stream.isatty() else ProgressLines
+    report = Report(*listeners, progress(run, resumed_iteration, stream))
+    if log is not None and log.removed:
+        report.message(f"{log.path}: removed {log.removed} records after iteration {resumed_iteration}, "
+                       "where this run starts")
+    return report
+
+
+class MetricsLog:
+    """A listener that keeps metrics.jsonl."""
+
+    def __init__(self, path: Path, resumed_iteration: int):
+        self.path = path
+        self._file = MetricsFile(path, resumed_iteration)
+        self.removed = self._file.removed
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._file.append(metrics.record())
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
+        self._file.append({"iteration": iteration, "validation_lm_loss": lm_loss, "validation_mtp_loss": mtp_loss})
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressBar:
+    """A bar with loss, tokens a second and the time left, for a terminal."""
+
+    def __init__(self, run: RunSettings, resumed_iteration: int, stream: TextIO):
+        self._bar = tqdm(total=run.train_iters, initial=resumed_iteration, file=stream, unit="step", dynamic_ncols=True)
+        self._stream = stream
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._bar.set_postfix_str(f"lm loss {metrics.lm_loss:.4f}, {metrics.tokens_per_second:,.0f} tokens/s",
+                                  refresh=False)
+        self._bar.update()
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
+        self.message(_validation_line(iteration, lm_loss, mtp_loss))
+
+    def message(self, text: str) -> None:
+        self._bar.write(text, file=self._stream)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class ProgressLines:
+    """A line for the first step, every log_interval and the last, for a file or a pipe; each flushed."""
+
+    def __init__(self, run: RunSettings, resumed_iteration: int, stream: TextIO):
+        self._run, self._stream = run, stream
+        self._begun, self._begun_at = resumed_iteration, time.monotonic()
+
+    def step(self, metrics: StepMetrics) -> None:
+        done, total = metrics.iteration, self._run.train_iters
+        if done % self._run.log_interval and done not in (self._begun + 1, total):
+            return
+        fields = [f"iteration {done:>{len(str(total))}}/{total}", f"lm loss {metrics.lm_loss:.4f}"]
+        fields += [f"mtp loss {_losses(metrics.mtp_loss)}"] if metrics.mtp_loss else []
+        fields += [f"grad norm {metrics.grad_norm:.3f}", f"learning rate {metrics.learning_rate:.3e}",
+                   f"{metrics.tokens_per_second:,.0f} tokens/s"]
+        fields += [f"mfu {metrics.mfu:.1%}"] if metrics.mfu is not None else []
+        self.message(" | ".join([*fields, f"{self._time_left(done)} left"]))
+
+    def _time_left(self, done: int) -> timedelta:
+        """From the pace of this process so far, validation and saving included."""
+        pace = (time.monotonic() - self._begun_at) / (done - self._begun)
+        return timedelta(seconds=round(pace * (self._run.train_iters - done)))
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
+        self.message(_validation_line(iteration, lm_loss, mtp_loss))
+
+    def message(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; events of an undone stretch are hidden by its own purge_step."""
+
+    def __init__(self, directory: Path, resumed_iteration: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"tensorboard_dir {directory} needs the package tensorboard, "
+                             f"which is not installed ({error})") from error
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_iteration + 1)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._scalars("train", metrics.iteration, metrics.record())
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
+        self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss})
+
+    def _scalars(self, group: str, iteration: int, values: dict) -> None:
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                depths = {f"{name}_{depth}": loss for depth, loss in enumerate(value, start=1)}
+                self._scalars(group, iteration, depths)
+            elif value is not None and name != "iteration":
+                self._writer.add_scalar(f"{group}/{name}", value, iteration)
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> str:
+    mtp = f" | mtp loss {_losses(mtp_loss)}" if mtp_loss else ""
+    return f"validation at iteration {iteration} | lm loss {lm_loss:.4f}{mtp}"
+
+
+def _losses(losses: tuple[float, ...]) -> str:
+    return " ".join(f"{loss:.4f}" for loss in losses)

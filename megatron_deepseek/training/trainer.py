@@ -1,0 +1,159 @@
+"""One rank's share of a training job: its stages, the pipeline that runs them, the optimizer, and the step.
+
+A step, whatever the layout:
+  1. count the valid labels of the global batch: every loss is a sum divided by a global count
+  2. forward and backward of all micro-batches; FSDP sums gradients over the data ranks
+  3. sum the gradients of parameters that several stages hold
+  4. norm of the whole gradient, clip
+  5. AdamW, then the routers' biases
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import Precision, build_stages
+from megatron_deepseek.model.deepseek import StepContext, Tally, shifted_labels
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.pipeline import Pipeline, StageShape, rank_of_stage, stages_of_rank
+from megatron_deepseek.parallel.shared import find_shared
+from megatron_deepseek.training.balance import update_expert_bias
+from megatron_deepseek.training.optimizer import (
+    NamedParameter,
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    set_learning_rate,
+)
+from megatron_deepseek.training.settings import LossSettings, OptimizerSettings, RecomputeSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build: the architecture, its division over pipeline ranks, and the numerics. See settings.py."""
+
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    schedule: str
+    seq_length: int
+    micro_batch_size: int
+    precision: Precision = Precision()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    loss: LossSettings = LossSettings()
+    recompute: RecomputeSettings = RecomputeSettings()
+    reshard_after_forward: bool = False
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over the global batch. `mtp_loss` has one entry for each depth; `balance_loss` is already weighted."""
+
+    lm_loss: float
+    mtp_loss: tuple[float, ...]
+    balance_loss: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    losses: Losses
+    grad_norm: float
+    expert_counts: dict[str, torch.Tensor]
+
+
+class Trainer:
+    """Build it on every rank of the job, in the same order of calls."""
+
+    def __init__(self, plan: Plan, meshes: Meshes):
+        self.plan, self.meshes = plan, meshes
+        pp = meshes.layout.pp
+        holders = [rank_of_stage(s, len(plan.stages), pp, plan.schedule) for s in range(len(plan.stages))]
+        self.indices = stages_of_rank(meshes.rank("pp"), len(plan.stages), pp, plan.schedule)
+        self.stages = build_stages(plan.model, [plan.stages[i] for i in self.indices], meshes, plan.seq_length,
+                                   seed=plan.seed, precision=plan.precision, loss=plan.loss, recompute=plan.recompute,
+                                   reshard_after_forward=plan.reshard_after_forward)
+        self.shared = find_shared(_embedding_holders(plan), holders, dict(zip(self.indices, self.stages)), meshes)
+        self.parameters = self._named_parameters()
+        self.optimizer = build_optimizer(self.parameters, plan.optimizer)
+        self.pipeline = Pipeline(self.stages, self.indices, _stage_shapes(plan, meshes), plan.schedule,
+                                 plan.precision.activations, (plan.micro_batch_size, plan.seq_length), meshes)
+
+    def _named_parameters(self) -> list[NamedParameter]:
+        """Every parameter of this rank; of copies on several stages only the first holder's first is counted."""
+        counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None
+                   for shared in self.shared}
+        return [NamedParameter(name, parameter, counted.get(name, parameter) is parameter)
+                for stage in self.stages for name, parameter in stage.named_parameters()]
+
+    def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
+                   learning_rate: float, bias_rate: float = 0.0) -> StepResult:
+        """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them."""
+        num_microbatches, labels, mask, step = self._prepare(tokens_BS, labels_BS, mask_BS)
+        self.optimizer.zero_grad()
+        self.pipeline.train(tokens_BS, num_microbatches, labels_BMS=labels, label_mask_BMS=mask, step=step)
+        for shared in self.shared:
+            shared.sum_gradients()
+        norm = gradient_norm(self.parameters, self.meshes.device)
+        losses = self._reduce(step.tally)
+        self._check_finite(losses, norm)
+        if self.plan.optimizer.clip_grad:
+            clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        counts = update_expert_bias(self.stages, step.tally.expert_counts, bias_rate, self.meshes.stage.get_group())
+        return StepResult(losses, norm.item(), counts)
+
+    def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> Losses:
+        """Losses of a batch, weights untouched."""
+        num_microbatches, labels, mask, step = self._prepare(tokens_BS, labels_BS, mask_BS)
+        self.pipeline.evaluate(tokens_BS, num_microbatches, labels_BMS=labels, label_mask_BMS=mask, step=step)
+        return self._reduce(step.tally)
+
+    def _prepare(self, tokens_BS, labels_BS, mask_BS):
+        assert tokens_BS.shape[0] % self.plan.micro_batch_size == 0, (tokens_BS.shape, self.plan.micro_batch_size)
+        labels, mask = shifted_labels(labels_BS, mask_BS, self.plan.model.num_nextn_predict_layers)
+        counts = torch.cat([mask.sum((0, 2)), mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)])
+        dist.all_reduce(counts, group=self.meshes.group("dp"))
+        *num_labels, num_sequences = counts.tolist()
+        step = StepContext(tuple(num_labels), num_sequences, Tally())
+        return tokens_BS.shape[0] // self.plan.micro_batch_size, labels, mask, step
+
+    def _reduce(self, tally: Tally) -> Losses:
+        """Sum the ranks' contributions. Token losses are the same on all TP ranks, shares of the balance loss not."""
+        depths = 1 + self.plan.model.num_nextn_predict_layers
+        device, first_tp = self.meshes.device, self.meshes.rank("tp") == 0
+        values = torch.zeros(depths + 1, dtype=torch.float64, device=device)
+        for depth, loss in tally.losses.items():
+            values[depth] = loss if first_tp else 0
+        values[-1] = tally.balance_loss
+        dist.all_reduce(values)
+        lm_loss, *mtp_loss, balance_loss = values.tolist()
+        return Losses(lm_loss, tuple(mtp_loss), balance_loss)
+
+    def _check_finite(self, losses: Losses, norm: torch.Tensor) -> None:
+        if not torch.isfinite(norm) or losses.lm_loss != losses.lm_loss:
+            raise FloatingPointError(f"lm_loss is {losses.lm_loss} and the gradient norm {norm.item()}: "
+                                     f"the weights are left as they were before this step")
+
+
+def _embedding_holders(plan: Plan) -> dict[str, list[int]]:
+    """Stages that use the embedding: the first, those with MTP modules, and with tied weights the head's."""
+    tied = plan.model.tie_word_embeddings
+    holding = [i for i, stage in enumerate(plan.stages) if stage.embedding or stage.mtp or (stage.loss and tied)]
+    return {"model.embed_tokens.weight": holding}
+
+
+def _stage_shapes(plan: Plan, meshes: Meshes) -> list[StageShape]:
+    """Hidden states stacked along the batch: the main model's, then one for each MTP depth already computed."""
+    layout = meshes.layout
+    seq_length = plan.seq_length // (layout.tp if layout.sequence_parallel else 1)
+    shapes, received, states = [], None, 1
+    for stage in plan.stages:
+        states += len(stage.mtp)
+        passed_on = (states * plan.micro_batch_size, seq_length, plan.model.hidden_size)
+        shapes.append(StageShape(received, None if stage.loss else passed_on))
+        received = passed_on
+    return shapes

@@ -1,0 +1,107 @@
+"""What a user reads when one rank of a torchrun job fails: its traceback, once, and soon."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_deepseek.training.failure import guarded, lost_a_peer
+
+SCRIPT = '''
+import os, sys, time
+import torch
+import torch.distributed as dist
+from megatron_deepseek.training.failure import guarded
+
+def read_token(step):
+    raise RuntimeError(f"bad token in step {step}")
+
+@guarded
+def main(failing_rank, sleeping_rank):
+    dist.init_process_group("gloo")
+    for step in range(10**6):
+        dist.all_reduce(torch.ones(8))
+        if step == 20 and dist.get_rank() == failing_rank:
+            read_token(step)
+        if step == 20 and dist.get_rank() == sleeping_rank:
+            time.sleep(600)
+
+main(int(sys.argv[1]), int(sys.argv[2]))
+'''
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts torchrun on the script; an agent still alive at the end is told to stop, and stops its ranks."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    jobs = []
+
+    def start(torchrun_arguments, *script_arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments, script, *script_arguments]
+        jobs.append(subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
+                                     stderr=subprocess.STDOUT))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.terminate()
+        job.communicate(timeout=60)
+
+
+def ranks_with_a_traceback(output):
+    return re.findall(r"^\[rank(\d)\]: Traceback", output, flags=re.MULTILINE)
+
+
+def test_the_failing_rank_speaks_alone(launch):
+    begun = time.monotonic()
+    job = launch(["--standalone", "--nproc_per_node", "4"], "2", "-1")
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert ranks_with_a_traceback(output) == ["2"]
+    assert output.count('raise RuntimeError(f"bad token in step {step}")') == 1
+    assert "errors/__init__.py" not in "".join(line for line in output.splitlines() if line.startswith("[rank2]"))
+    # torchrun's own summary names the cause in a line.
+    assert "traceback : RuntimeError: bad token in step 20" in output
+    # About 4 s here, nearly all of it four imports of torch on two cores.
+    assert time.monotonic() - begun < 15
+
+
+def test_ranks_of_other_nodes_end_too(launch):
+    """No agent of theirs sees rank 1 fail. Rank 2 loses it in a collective; rank 0 sleeps and notices nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [launch(["--nnodes", "3", "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port],
+                    "1", "0") for node in range(3)]
+    outputs = [node.communicate(timeout=60)[0] for node in nodes]
+    assert [node.returncode != 0 for node in nodes] == [True, True, True]
+    assert [ranks_with_a_traceback(output) for output in outputs] == [[], ["1"], []]
+    assert "a rank of another node failed first" in outputs[0]
+
+
+def test_without_a_launcher_errors_are_pythons(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    @guarded
+    def main(value):
+        raise KeyError(value)
+
+    with pytest.raises(KeyError, match="seq_length"):
+        main("seq_length")
+
+
+def test_lost_peers_are_told_from_own_mistakes():
+    closed = RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:50076")
+    wrapped = RuntimeError("stage 1 failed")
+    wrapped.__cause__ = closed
+    assert lost_a_peer(closed) and lost_a_peer(wrapped) and lost_a_peer(dist.DistNetworkError("timed out"))
+    assert not lost_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_a_peer(ValueError("Connection closed by peer"))

@@ -1,0 +1,261 @@
+"""Pre-training data: the order of samples against one worked out from numpy's shuffles, blends, refusals, ranks."""
+
+import itertools
+import multiprocessing
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_deepseek.data.batches import Sampler, read_ahead, sample_indices
+from megatron_deepseek.data.indexed import IndexedWriter
+from megatron_deepseek.data.pretraining import build_datasets, check_data, check_token_ids, parse_blend, parse_split
+from megatron_deepseek.training.settings import DataSettings
+
+SEQ = 8
+EOD = 999
+
+
+def write_dataset(prefix, num_documents=40, base=0, dtype="<u2", seed=0):
+    """Documents of 3 to 30 ids that count up through the dataset from `base`, each with its EOD: no id is twice."""
+    lengths = np.random.default_rng(seed).integers(3, 30, num_documents)
+    ids = np.split(base + np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
+    documents = [np.append(part, EOD).astype(dtype) for part in ids]
+    writer = IndexedWriter(str(prefix), dtype)
+    writer.add(np.concatenate(documents), [[len(document)] for document in documents])
+    writer.finish()
+    writer.publish()
+    return documents
+
+
+def settings_of(*data_path, **changes):
+    values = {"seq_length": SEQ, "split": "1,0,0", "tokenizer_type": "NullTokenizer", "tokenizer_model": str(EOD)}
+    return DataSettings(tuple(map(str, data_path)), **(values | changes))
+
+
+def train_set(settings, num_samples):
+    return build_datasets(settings, (num_samples, 0, 0))[0]
+
+
+def tokens_of(dataset, count=None):
+    return [dataset[index]["tokens"].tolist() for index in range(count or len(dataset))]
+
+
+def test_first_epoch_is_megatrons_order(tmp_path):
+    """Documents shuffled, laid end to end, cut every SEQ tokens, samples shuffled: one RandomState(seed) for both."""
+    documents = write_dataset(tmp_path / "data")
+    random = np.random.RandomState(1234)
+    order = np.arange(len(documents))
+    random.shuffle(order)
+    stream = np.concatenate([documents[index] for index in order])
+    places = np.arange((len(stream) - 1) // SEQ)
+    random.shuffle(places)
+    dataset = train_set(settings_of(tmp_path / "data"), len(places))
+    assert len(dataset) == len(places)
+    for place, sample in zip(places, (dataset[index] for index in range(len(places))), strict=True):
+        assert sample["tokens"].tolist() == stream[place * SEQ:(place + 1) * SEQ].tolist()
+        assert sample["labels"].tolist() == stream[place * SEQ + 1:(place + 1) * SEQ + 1].tolist()
+
+
+def test_order_is_the_same_however_many_samples_are_asked_for(tmp_path):
+    write_dataset(tmp_path / "data")
+    few = train_set(settings_of(tmp_path / "data"), 1)
+    many = train_set(settings_of(tmp_path / "data"), 3 * len(few) + 1)
+    epochs = np.array(tokens_of(many)).reshape(4, len(few), SEQ)
+    assert len(many) == 4 * len(few) and tokens_of(few) == epochs[0].tolist()
+    assert len({tuple(epoch[:, 0]) for epoch in epochs}) == 4, "each epoch has an order of its own"
+    assert len({tuple(sorted(map(tuple, epoch.tolist()))) for epoch in epochs}) == 1, "and the same samples"
+    assert tokens_of(train_set(settings_of(tmp_path / "data", seed=1), 1)) != tokens_of(few)
+
+
+def test_blend_keeps_its_weights_at_every_moment(tmp_path):
+    write_dataset(tmp_path / "a", base=0)
+    write_dataset(tmp_path / "b", base=2000, num_documents=10)
+    blend = settings_of(0.3, tmp_path / "a", 0.7, tmp_path / "b", data_cache_path=str(tmp_path / "elsewhere"))
+    dataset = train_set(blend, 1000)
+    from_a = np.cumsum([max(tokens) < 2000 for tokens in tokens_of(dataset, 1000)])
+    assert np.abs(from_a - 0.3 * np.arange(1, 1001)).max() <= 1
+    assert tokens_of(train_set(blend, 50), 50) == tokens_of(dataset, 50)
+    assert list((tmp_path / "elsewhere").glob("*Blended*")) and not (tmp_path / "cache").exists()
+
+
+def test_blend_without_weights_is_by_tokens(tmp_path):
+    a, b = (sum(map(len, write_dataset(tmp_path / name, count, base)))
+            for name, count, base in (("a", 60, 0), ("b", 20, 2000)))
+    dataset = train_set(settings_of(tmp_path / "a", tmp_path / "b"), 400)
+    from_a = sum(max(tokens) < 2000 for tokens in tokens_of(dataset, 400))
+    assert abs(from_a - 400 * a / (a + b)) <= 1
+
+
+def test_splits_do_not_overlap_and_an_empty_one_is_no_trouble(tmp_path):
+    documents = write_dataset(tmp_path / "data")
+    settings = settings_of(tmp_path / "data", split="75,24.99,0.01")
+    train, valid, test = build_datasets(settings, (50, 20, 0))
+    held_out = set(np.concatenate(documents[30:])) - {EOD}
+    seen = [set(itertools.chain.from_iterable(tokens_of(split))) - {EOD} for split in (train, valid)]
+    assert not seen[0] & held_out and seen[1] <= held_out and test is None
+
+
+def test_end_of_document_masks_its_own_place_on_request(tmp_path):
+    write_dataset(tmp_path / "data")
+    for asked in (False, True):
+        batch = Sampler(train_set(settings_of(tmp_path / "data", eod_mask_loss=asked), 8), 1000, "").batch(0, 8, 2)
+        assert batch.loss_mask_BS.dtype == torch.bool and batch.num_micro_batches == 4
+        assert torch.equal(~batch.loss_mask_BS, (batch.tokens_BS == EOD) & asked)
+
+
+def test_samples_of_each_rank_worked_by_hand():
+    assert sample_indices(8, 8, 2, dp_rank=0, dp_size=2) == [8, 9, 12, 13]
+    assert sample_indices(8, 8, 2, dp_rank=1, dp_size=2) == [10, 11, 14, 15]
+    assert sample_indices(8, 8, 4, dp_rank=0, dp_size=1) == list(range(8, 16))
+    with pytest.raises(ValueError, match="--global-batch-size 8 is not a multiple of --micro-batch-size 3 x 2 data"):
+        sample_indices(8, 8, 3, 0, 2)
+
+
+def test_two_ranks_read_what_one_reads(tmp_path):
+    write_dataset(tmp_path / "data")
+    sampler = Sampler(train_set(settings_of(tmp_path / "data"), 64), 1000, "")
+    batch = sampler.batch(32, 16, 8)
+    whole = batch.tokens_BS
+    assert torch.equal(batch.labels_BS[:, :-1], whole[:, 1:])
+    shares = [sampler.batch(32, 16, 4, rank, 2).tokens_BS.reshape(2, 4, SEQ) for rank in range(2)]
+    assert torch.equal(torch.stack(shares, dim=1).reshape(16, SEQ), whole)
+    evaluations = [[batch.tokens_BS for batch in sampler.evaluation(2, 16, 8)] for _ in range(2)]
+    assert torch.equal(torch.cat(evaluations[0]), torch.cat(evaluations[1]))
+    assert torch.equal(evaluations[0][1], sampler.batch(16, 16, 8).tokens_BS)
+
+
+def test_read_ahead_keeps_order_raises_in_turn_and_leaves_no_thread():
+    read = []
+
+    def invert(number):
+        read.append(number)
+        return 1 / number
+    ahead = read_ahead(invert, ((number,) for number in (1, 2, 0, 4)))
+    assert [next(ahead), next(ahead)] == [1, 0.5]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+    ahead.close()
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    assert read == [1, 2, 0, 4]
+
+
+def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
+    write_dataset(tmp_path / "data")
+    settings = settings_of(tmp_path / "data")
+    first = tokens_of(train_set(settings, 1))
+    index, = (tmp_path / "cache").glob("*shuffle_index.npy")
+    changed = index.stat().st_mtime_ns
+    assert tokens_of(train_set(settings, 5)) == first and index.stat().st_mtime_ns == changed, "not built again"
+    index.write_bytes(index.read_bytes()[:-8])
+    assert tokens_of(train_set(settings, 1)) == first
+    documents = write_dataset(tmp_path / "data", seed=1)
+    assert len(train_set(settings, 1)) == (sum(map(len, documents)) - 1) // SEQ != len(first)
+
+
+def build_on_rank(rank, settings, folder, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    sampler = Sampler(train_set(settings, 16), 10_000, "")
+    queue.put((rank, sampler.batch(0, 16, 2, rank, 2).tokens_BS.tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_the_indices_that_rank_0_builds(tmp_path):
+    write_dataset(tmp_path / "a")
+    write_dataset(tmp_path / "b", base=2000)
+    settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
+    fork = multiprocessing.get_context("fork")  # megatron-core is imported already: a fresh process takes 5 s for it
+    queue = fork.Queue()
+    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    read = dict(queue.get(timeout=60) for _ in ranks)
+    for rank in ranks:
+        rank.join(60)
+    alone = Sampler(train_set(settings, 16), 10_000, "")
+    assert read == {rank: alone.batch(0, 16, 2, rank, 2).tokens_BS.tolist() for rank in range(2)}
+
+
+@pytest.mark.parametrize("data_path, message", [
+    ((), "--data-path is missing"),
+    (("0.3", "a", "0.7"), "--data-path 0.3 a 0.7: weights and prefixes must take turns, but there are 3 entries"),
+    (("0.3", "a", "O.7", "b"), "but 'O.7' is no number"),
+    (("-1", "a"), "the weight -1 is not greater than 0"),
+    (("inf", "a"), "the weight inf is not greater than 0 and finite"),
+])
+def test_bad_blends_are_refused(data_path, message):
+    with pytest.raises(ValueError, match=message):
+        parse_blend(data_path)
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "1,1,1,1", "-1,2,0", "0,0,0", "nan,1", "1;1"])
+def test_bad_splits_are_refused(split):
+    with pytest.raises(ValueError, match=f"--split {split}: "):
+        parse_split(split)
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGE = {
+    r"data.idx does not exist": lambda bin, idx: idx.unlink(),
+    r"data.bin does not exist": lambda bin, idx: bin.unlink(),
+    r"data.bin is truncated: 100 bytes, where .*data.idx points at \d+": lambda bin, idx: cut(bin, 100),
+    r"data.idx is truncated: 200 bytes, 842 for its 40 sequences": lambda bin, idx: cut(idx, 200),
+    r"data.idx is truncated: 20 bytes, its header alone has 34": lambda bin, idx: cut(idx, 20),
+    r"data.idx is no index of this format: it begins with b''": lambda bin, idx: cut(idx, 0),
+    r"data.idx is no index of this format: it begins with b'\{": lambda bin, idx: idx.write_bytes(b'{"text": 1}'),
+    r"data.idx has version 2": lambda bin, idx: idx.write_bytes(idx.read_bytes().replace(b"\1", b"\2", 1)),
+    r"data.idx has dtype code 7": lambda bin, idx: idx.write_bytes(idx.read_bytes().replace(b"\x08", b"\x07", 1)),
+    r"data.idx is damaged: 852 bytes, 842": lambda bin, idx: idx.write_bytes(idx.read_bytes() + bytes(10)),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damaged_files_are_refused(tmp_path, message):
+    write_dataset(tmp_path / "data")
+    DAMAGE[message](tmp_path / "data.bin", tmp_path / "data.idx")
+    with pytest.raises(ValueError, match=rf"--data-path {tmp_path}/data: .*{message}") as caught:
+        check_data(settings_of(tmp_path / "data"), 1000)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes, vocab_size, num_samples, message", [
+    ({"tokenizer_model": "1000"}, 1000, (1, 0, 0),
+     "--tokenizer-model 1000: its vocabulary of 1001 is larger than the model's vocab_size 1000"),
+    ({"tokenizer_model": "10"}, 999, (1, 0, 0), "data: token ids from 0 to 999 in .*outside the model's vocab_size 999"),
+    ({"seq_length": 0}, 1000, (1, 0, 0), "--seq-length 0: it must be at least 1"),
+    ({"seq_length": 10_000}, 1000, (1, 0, 0), "its train split .* too small for one sample of --seq-length 10000"),
+    ({"split": "1,0,0"}, 1000, (1, 1, 0), r"its valid split \(--split 1,0,0: 0 of 40 sequences, 0 tokens\) is too sm"),
+    ({"split": "99,1,0"}, 1000, (1, 1, 0), r"its valid split \(--split 99,1,0: 0 of 40 sequences, 0 tokens\) is too"),
+    ({"data_cache_path": "/dev/null"}, 1000, (1, 0, 0), "--data-cache-path /dev/null: cannot write indices"),
+])
+def test_data_that_does_not_fit_is_refused(tmp_path, changes, vocab_size, num_samples, message):
+    write_dataset(tmp_path / "data")
+    check_data(settings_of(tmp_path / "data"), 1000)
+    with pytest.raises(ValueError, match=message):
+        check_data(settings_of(tmp_path / "data", **changes), vocab_size, num_samples)
+
+
+def test_the_smallest_dataset_is_one_sample_and_one_token(tmp_path):
+    for tokens, fits in ((0, False), (SEQ, False), (SEQ + 1, True)):
+        writer = IndexedWriter(str(tmp_path / "data"), "<u2")
+        writer.add(np.arange(tokens, dtype="<u2"), [[tokens]] if tokens else [[]])
+        writer.finish()
+        writer.publish()
+        if fits:
+            check_data(settings_of(tmp_path / "data"), 1000)
+            assert tokens_of(train_set(settings_of(tmp_path / "data"), 2)) == [list(range(SEQ))] * 2
+        else:
+            with pytest.raises(ValueError, match="too small for one sample" if tokens else "holds no sequences"):
+                check_data(settings_of(tmp_path / "data"), 1000)
+
+
+def test_negative_ids_are_refused_and_batches_are_checked(tmp_path):
+    write_dataset(tmp_path / "data", base=-1, dtype="<i4")
+    with pytest.raises(ValueError, match="token ids from -1 to 999 in"):
+        check_data(settings_of(tmp_path / "data"), 1000)
+    with pytest.raises(ValueError, match="--data-path x: token ids from 0 to 5 in a batch, outside .*vocab_size 5"):
+        check_token_ids(torch.tensor([0, 5]), 5, "x")

@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Train a byte-level BPE tokenizer (arXiv 1508.07909) on JSONL text: DeepSeek-V3's pre-tokenization, any size.
+
+The four special tokens (begin and end of sentence, User, Assistant) come first, then the 256 bytes, then the merges;
+the end of sentence ends a document. The same input gives the same file, whatever the number of threads.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_deepseek.data.jsonl import find_inputs, parse_texts, read_lines
+from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS
+
+# As in the tokenizer.json of DeepSeek-V3: digits by threes, CJK apart, then words, punctuation, line ends, blanks.
+SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+SMALLEST = 256 + len(SPECIAL_TOKENS)
+
+
+def read_texts(paths, key: str, max_bytes: int):
+    """Texts in their order, until one would exceed `max_bytes` in all; the first always."""
+    size = 0
+    for path in paths:
+        for line in read_lines(path):
+            value, = parse_texts(line, [key])
+            for text in value if isinstance(value, list) else [value]:
+                if size and size + len(text.encode()) > max_bytes:
+                    return
+                size += len(text.encode())
+                yield text
+
+
+def train(texts, vocab_size: int):
+    """A `tokenizers.Tokenizer` of at most `vocab_size` entries: fewer where the text has no more pairs to merge."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save(tokenizer, output: Path):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(output.name + ".tmp")
+    aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    os.replace(aside, output)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on JSONL text.")
+    parser.add_argument("--input", nargs="+", required=True, help=".jsonl or .jsonl.gz files, or globs")
+    parser.add_argument("--output", type=Path, required=True, help="the tokenizer.json to write")
+    parser.add_argument("--json-key", default="text", help="the key that holds the text (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=8192,
+                        help="entries in all, special tokens included (default: %(default)s)")
+    parser.add_argument("--max-bytes", type=int, default=100_000_000,
+                        help="most bytes of text to learn from, taken from the start (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.vocab_size < SMALLEST:
+        parser.error(f"--vocab-size {arguments.vocab_size}: {SMALLEST} are needed for the bytes and special tokens")
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
+    start = time.perf_counter()
+    texts = list(read_texts(find_inputs(arguments.input), arguments.json_key, arguments.max_bytes))
+    if not texts:
+        raise ValueError(f"--input {' '.join(arguments.input)}: no text there")
+    tokenizer = train(texts, arguments.vocab_size)
+    save(tokenizer, arguments.output)
+    size = tokenizer.get_vocab_size()
+    short = "" if size == arguments.vocab_size else f" (the text gives no more; --vocab-size {arguments.vocab_size})"
+    print(f"{arguments.output}: {size} entries{short} from {len(texts)} texts, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB, "
+          f"in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
