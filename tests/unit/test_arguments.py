@@ -81,7 +81,6 @@ REFUSED = {
     "recompute method": (1, "--recompute-granularity selective --recompute-method uniform",
                          ["--recompute-method uniform", "selective"]),
     "recompute layers": (1, "--recompute-granularity full --recompute-num-layers 2", ["--recompute-num-layers 2"]),
-    "mixed blend": (1, "--data-path 0.3 a b", ["--data-path", "0.3"]),
     "nothing to evaluate": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
     "evaluation of what": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
     "save interval": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
