@@ -76,6 +76,13 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     assert path.read_text() == ""
 
 
+def test_a_last_record_without_its_newline_is_kept_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iteration": 2}')
+    assert cut_after(path, 2) == 0
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
 def test_an_interrupted_cut_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 1}\n{"iteration": 2}\n')

@@ -85,8 +85,11 @@ def test_a_contradiction_is_refused_by_name(change, words):
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-@pytest.mark.parametrize("start, increment, samples, final", [(2, 2, 60, 8), (16, 8, 1000, 96), (3, 1, 10, 6)])
+@pytest.mark.parametrize("start, increment, samples, final", [
+    (2, 2, 60, 8), (16, 8, 1000, 96), (3, 1, 10, 6),
+    (1, 1, 9, 8)])
 def test_ramp_is_megatrons(start, increment, samples, final):
+    """The last case: 9 / (9 / 7) is below 7 in floating point, and Megatron's last size comes a sample late."""
     settings = BatchSettings(1, final, (start, increment, samples))
     calculator = RampupBatchsizeNumMicroBatchesCalculator(final, 1, 1, False, 1, start, increment, samples)
     sizes = set()
