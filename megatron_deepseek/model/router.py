@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Partial, Replicate
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.parallel.tensor import TensorParallel, sharded_parameter
+from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> Routing:
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        weight_EH = self.weight.to_local(grad_placements=[self.weight_grad])
+        weight_EH = local_weight(self.weight, self.weight_grad)
         logits_TE = F.linear(x_TH.to(wide), weight_EH.to(wide))
         scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
