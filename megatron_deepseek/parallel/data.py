@@ -41,6 +41,13 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool) -> None:
         unit.module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(module: nn.Module) -> None:
+    """Free gathered weights, which a forward without a backward leaves behind, so that parameters are shards again."""
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
+
+
 def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
     """Whether the next backward reduces gradients over the data ranks or only accumulates them."""
     module.set_requires_gradient_sync(enabled)
