@@ -76,8 +76,11 @@ def limit_to_groups(choice_TE: torch.Tensor, config: ModelConfig) -> torch.Tenso
 
 
 def expert_weights(scores_TE: torch.Tensor, experts_TK: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Weights [T, K] from the un-biased scores: normalised where asked, then scaled, as Hugging Face does both."""
+    """Weights [T, K] from the un-biased scores: normalised where asked, then scaled, as Hugging Face does both.
+
+    A single expert's weight is not normalised, as in DeepSeek's own code: it would be a constant without gradient.
+    """
     weights_TK = scores_TE.gather(-1, experts_TK)
-    if config.norm_topk_prob:
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * config.routed_scaling_factor
