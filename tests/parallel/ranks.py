@@ -6,6 +6,7 @@ caches (which compare meshes by shape, not by group), no monkeypatch.
 """
 
 import faulthandler
+import logging
 import multiprocessing
 import os
 import pickle
@@ -125,6 +126,7 @@ def _run(rank: int, world_size: int, directory: Path, timeout: float, function: 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # DTensor's advice on gathering whole tensors
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     store = dist.FileStore(str(directory / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size,
