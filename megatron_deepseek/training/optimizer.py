@@ -24,13 +24,27 @@ class NamedParameter:
     counted: bool = True
 
 
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW whose update sees the local shards of DTensors; state and parameters stay DTensors.
+
+    The update is elementwise, so no rank needs more than its shards. Given DTensors, the first step spent most of its
+    time working out how to shard the update: 0.2 s of processor time a rank for a model of 4 layers.
+    """
+
+    def _init_group(self, group, *lists) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        return has_complex
+
+
 def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSettings) -> torch.optim.AdamW:
     """Matrices decay, vectors (norm weights, biases) do not, as in Megatron-LM."""
     groups: dict[tuple, list[nn.Parameter]] = {}
     for item in parameters:
         decays = item.parameter.ndim > 1
         groups.setdefault((item.parameter.device_mesh, decays), []).append(item.parameter)
-    return torch.optim.AdamW(
+    return ShardedAdamW(
         [{"params": params, "weight_decay": settings.weight_decay if decays else 0.0}
          for (_, decays), params in groups.items()],
         lr=0.0, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=True)

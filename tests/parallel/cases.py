@@ -1,0 +1,209 @@
+"""Which layouts and mixes of features are tested: their options, what goes with what, and what each stands for."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from covering import Space, covering_array
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel import schedule_rules
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.training.settings import LossSettings, PipelineSettings, RecomputeSettings
+
+SEQ_LENGTH = 8
+NUM_EXPERTS = 8
+
+# The options that a covering array is made of. Layout first: the search for valid cases assigns them in this order.
+OPTIONS = {
+    "pp": (1, 2, 4),
+    "schedule": ("none", *schedule_rules.SCHEDULES),
+    "virtual": (1, 2),
+    "tp": (1, 2, 4),
+    "dp": (1, 2, 3),
+    "sp": (False, True),
+    "router": ("dense", "greedy", "group_limited", "noaux_tc"),
+    "ep": (1, 2, 4),
+    "microbatches": (1, 3, 5, 8),
+    "micro_batch_size": (1, 2),
+    "mtp": (0, 1, 2),
+    "placement": ("balanced", "last", "own", "split"),
+    "shared": (0, 2),
+    "q_lora": (False, True),
+    "attention_bias": (False, True),
+    "tied": (False, True),
+    "recompute": ("none", "full", "layernorm", "mla_up_proj", "moe_act"),
+    "reshard": (False, True),
+}
+
+# What exhaustive.py draws from besides: values that differ from those above in size only.
+WIDER = OPTIONS | {
+    "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8), "ep": (1, 2, 4, 8),
+    "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
+    "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"),
+}
+
+CONSTRAINTS = (
+    lambda dp, tp, pp: dp * tp * pp <= 8,
+    lambda sp, tp: tp > 1 or not sp,
+    lambda ep, dp, tp: dp * tp % ep == 0,
+    lambda router, ep: router != "dense" or ep == 1,
+    lambda router, shared: router != "dense" or shared == 0,
+    lambda router, recompute: router != "dense" or recompute != "moe_act",
+    lambda pp, schedule: (pp == 1) == (schedule == "none"),
+    lambda schedule, virtual: virtual == 1 if schedule == "none" else
+    schedule_rules.takes_virtual_stages(schedule, virtual),
+    lambda schedule, pp, microbatches: schedule == "none" or
+    schedule_rules.takes_microbatches(schedule, pp, microbatches),
+    lambda mtp, placement: placement == "balanced" or mtp > 0,
+    lambda mtp, placement: placement != "split" or mtp > 1,
+    lambda pp, placement: placement == "balanced" or pp > 1,
+    lambda pp, virtual, placement: placement != "own" or pp * virtual > 2,
+)
+
+# Not rules of the project: what keeps a case cheap. DualPipeV over 4 ranks needs 8 micro-batches.
+SMALL = (
+    lambda pp, virtual: pp * virtual <= 8,
+    lambda dp, microbatches, micro_batch_size: dp * microbatches * micro_batch_size <= 16,
+)
+SMALLER = SMALL + (lambda schedule, pp, microbatches: microbatches < 8 or (schedule == "DualPipeV" and pp == 4),)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One value of every option; the properties say what they stand for."""
+
+    pp: int = 1
+    schedule: str = "none"
+    virtual: int = 1
+    tp: int = 1
+    dp: int = 1
+    sp: bool = False
+    router: str = "noaux_tc"
+    ep: int = 1
+    microbatches: int = 1
+    micro_batch_size: int = 1
+    mtp: int = 0
+    placement: str = "balanced"
+    shared: int = 0
+    q_lora: bool = True
+    attention_bias: bool = False
+    tied: bool = False
+    recompute: str = "none"
+    reshard: bool = False
+
+    def __str__(self) -> str:
+        """The options that differ from one plain process, as arguments for exhaustive.py."""
+        given = asdict(self)
+        return " ".join(f"{f.name}={given[f.name]}" for f in fields(self) if given[f.name] != f.default) or "plain"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, ep=self.ep, sequence_parallel=self.sp)
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.dp * self.microbatches * self.micro_batch_size
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * self.virtual
+
+    @property
+    def num_layers(self) -> int:
+        """At least one for each stage that `placement` leaves to layers."""
+        return max(2, self.num_stages - {"balanced": 0, "last": 1, "own": 2, "split": 1}[self.placement])
+
+    @property
+    def layout_string(self) -> str | None:
+        """MTP modules on the last stage, on a stage of their own before it, or on the last two."""
+        end = {"balanced": "", "last": "|" + "m" * self.mtp + "L", "own": "|" + "m" * self.mtp + "|L",
+               "split": "m" * (self.mtp - 1) + "|mL"}[self.placement]
+        if not end:
+            return None
+        num_holders = self.num_stages - end.count("|")
+        share, more = divmod(self.num_layers, num_holders)
+        return "E" + "|".join("t" * (share + (i < more)) for i in range(num_holders)) + end
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        pipeline = PipelineSettings(self.schedule, self.layout_string, self.virtual)
+        return resolve(self.model, pipeline, self.pp, SEQ_LENGTH)
+
+    @property
+    def model(self) -> ModelConfig:
+        """A DeepSeek small enough that a step is mostly overhead, with a dense layer before the MoE layers."""
+        return ModelConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=self.num_layers,
+            num_attention_heads=4, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,
+            q_lora_rank=12 if self.q_lora else None, first_k_dense_replace=1, initializer_range=0.2,
+            num_nextn_predict_layers=self.mtp, tie_word_embeddings=self.tied, attention_bias=self.attention_bias,
+            **ROUTERS[self.router], n_shared_experts=self.shared)
+
+    @property
+    def loss(self) -> LossSettings:
+        """Weights of the balance losses are large, so that a mistake in them shows."""
+        kind = {"dense": "none", "greedy": "aux_loss"}.get(self.router, "seq_aux_loss")
+        levels = dict(moe_device_aux_loss_coeff=0.2, moe_communication_aux_loss_coeff=0.3) \
+            if self.router == "group_limited" else {}
+        return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0, **levels)
+
+    @property
+    def recomputation(self) -> RecomputeSettings:
+        if self.recompute in ("none", "full"):
+            return RecomputeSettings(None if self.recompute == "none" else "full")
+        return RecomputeSettings("selective", tuple(self.recompute.split(",")))
+
+    @property
+    def reference(self) -> "Reference":
+        """What one process must compute to be compared with. It takes the batch as a whole, except where aux_loss
+        pools a micro-batch of several sequences: there its size is part of what is computed.
+        """
+        pooled = self.loss.balance_type == "aux_loss"
+        if pooled and self.micro_batch_size > 1:
+            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size)
+        loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model and its data on one process, whatever the layout that is compared with it."""
+
+    model: ModelConfig
+    loss: LossSettings
+    global_batch_size: int
+    micro_batch_size: int
+
+
+_MOE = dict(moe_intermediate_size=8, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=2)
+ROUTERS = {
+    "dense": {},
+    "greedy": _MOE | dict(topk_method="greedy", scoring_func="softmax"),
+    "group_limited": _MOE | dict(topk_method="group_limited_greedy", scoring_func="softmax", n_group=4, topk_group=2,
+                                 routed_scaling_factor=4.0),
+    "noaux_tc": _MOE | dict(topk_method="noaux_tc", scoring_func="sigmoid", n_group=4, topk_group=2,
+                            norm_topk_prob=True, routed_scaling_factor=2.5),
+}
+
+
+# Values that the array leaves out, once each: expert groups over 8 ranks, 4 data ranks, 3 stages a rank, 8 stages in a row.
+WIDE_CASES = (
+    Case(tp=4, dp=2, sp=True, ep=8, microbatches=2, mtp=1, shared=2),
+    Case(dp=4, pp=2, schedule="1F1B", ep=2, router="group_limited", microbatches=4, mtp=1, reshard=True),
+    Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
+         tied=True, recompute="layernorm,mla_up_proj,moe_act"),
+    Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, placement="own", tied=True),
+)
+
+
+def cost(case: dict) -> float:
+    """Processor seconds of a case and its reference, fitted to measurements on two cores."""
+    layers = max(2, case["pp"] * case["virtual"]) + case["mtp"]
+    ranks = case["tp"] * case["dp"]
+    return 0.8 + 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
+
+
+def covering_cases(seed: int = 0) -> list[Case]:
+    """Every valid pair of OPTIONS, for less than ten seconds of two cores each."""
+    return [Case(**case) for case in covering_array(Space(OPTIONS, CONSTRAINTS + SMALLER), seed, cost)]

@@ -1,0 +1,65 @@
+"""Records of a layout's ranks against that of one process."""
+
+from collections.abc import Iterator
+
+import torch
+from job import Record, Step
+
+from megatron_deepseek.training.trainer import Losses
+
+# Layouts add the same float64 numbers in another order. That was seen to change results by 1e-15 to 1e-13, the more the
+# deeper the model; any real mistake, even one label or one token miscounted, changes them by more than 1e-4.
+TOLERANCE = 1e-9
+
+# Below this, an element is zero but for the rounding of terms of order one that cancelled.
+ZERO = 1e-15
+
+
+def differences(records: list[Record], reference: Record, tolerance: float = TOLERANCE) -> list[str]:
+    """Everything in which some rank's record differs, in words; empty if the layout computes what one process does."""
+    found = [f"rank {rank}: {what}" for rank, record in enumerate(records)
+             for what in _record_differences(record, reference, tolerance)]
+    held = {name for record in records for _, name in record.weights}
+    missing = {name for _, name in reference.weights} - held
+    return found + [f"no rank holds {name}" for name in sorted(missing)]
+
+
+def _record_differences(record: Record, reference: Record, tolerance: float) -> Iterator[str]:
+    for number, (step, expected) in enumerate(zip(record.steps, reference.steps, strict=True)):
+        for what in _step_differences(step, expected, tolerance):
+            yield f"step {number}: {what}"
+    yield from (f"weight of {what}" for what in _tensor_differences(record.weights, reference.weights, tolerance))
+    yield from (f"evaluation: {what}" for what in _loss_differences(record.evaluation, reference.evaluation, tolerance))
+
+
+def _step_differences(step: Step, expected: Step, tolerance: float) -> Iterator[str]:
+    yield from _loss_differences(step.losses, expected.losses, tolerance)
+    if not _close(step.grad_norm, expected.grad_norm, tolerance):
+        yield f"grad_norm {step.grad_norm!r}, expected {expected.grad_norm!r}"
+    for name, counts in step.expert_counts.items():
+        if not torch.equal(counts, expected.expert_counts[name]):
+            yield f"expert counts of {name} {counts.tolist()}, expected {expected.expert_counts[name].tolist()}"
+    yield from (f"gradient of {what}" for what in _tensor_differences(step.gradients, expected.gradients, tolerance))
+
+
+def _loss_differences(losses: Losses, expected: Losses, tolerance: float) -> Iterator[str]:
+    found = (losses.lm_loss, *losses.mtp_loss, losses.balance_loss)
+    wanted = (expected.lm_loss, *expected.mtp_loss, expected.balance_loss)
+    if not all(_close(*pair, tolerance) for pair in zip(found, wanted, strict=True)):
+        yield f"losses {found}, expected {wanted}"
+
+
+def _tensor_differences(tensors: dict, expected: dict, tolerance: float) -> Iterator[str]:
+    """Relative to the largest element of the whole tensor: an element that cancels to nothing has no digits of its own."""
+    for (stage, name), tensor in tensors.items():
+        wanted = expected[0, name]
+        if tensor is None or tensor.shape != wanted.shape:
+            yield f"{name} (stage {stage}) is {None if tensor is None else tuple(tensor.shape)}"
+            continue
+        error, scale = (tensor - wanted).abs().max().item(), wanted.abs().max().item()
+        if not error <= tolerance * scale + ZERO:
+            yield f"{name} (stage {stage}) is off by {error:.2e} of {scale:.2e}"
+
+
+def _close(found: float, wanted: float, tolerance: float) -> bool:
+    return abs(found - wanted) <= tolerance * abs(wanted) + ZERO

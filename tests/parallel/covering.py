@@ -1,0 +1,75 @@
+"""Covering arrays: few cases in which every valid pair of option values meets (Cohen et al. 1997, AETG).
+
+A space is options with their values and the constraints among them. A pair is valid if some case that meets every
+constraint has it; that is decided by search, not by sampling, so no valid pair is missed.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+Case = dict[str, Any]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+class Space:
+    """`options`: name -> values. `constraints`: predicates whose parameters are named as the options they relate."""
+
+    def __init__(self, options: Mapping[str, tuple], constraints: tuple[Callable[..., bool], ...]):
+        self.options = options
+        self._relating = {name: [] for name in options}
+        for predicate in constraints:
+            names = tuple(inspect.signature(predicate).parameters)
+            for name in names:
+                self._relating[name].append((names, predicate))
+
+    def allows(self, case: Case, name: str) -> bool:
+        """Whether the partial `case` meets every constraint on `name` whose other options are known too."""
+        return all(predicate(*(case[n] for n in names)) for names, predicate in self._relating[name]
+                   if all(n in case for n in names))
+
+    def complete(self, fixed: Case, random_: random.Random) -> Case | None:
+        """A random valid case with the values of `fixed`, or None if there is none."""
+        if not all(self.allows(fixed, name) for name in fixed):
+            return None
+        names = [name for name in self.options if name not in fixed]
+        return self._extend(dict(fixed), names, random_)
+
+    def _extend(self, case: Case, names: list[str], random_: random.Random) -> Case | None:
+        if not names:
+            return {name: case[name] for name in self.options}
+        name, *rest = names
+        for value in random_.sample(self.options[name], len(self.options[name])):
+            case[name] = value
+            if self.allows(case, name) and (found := self._extend(case, rest, random_)):
+                return found
+        del case[name]
+        return None
+
+    def pairs(self) -> Iterator[Pair]:
+        """All pairs of values of different options, valid or not."""
+        for one, other in combinations(self.options, 2):
+            yield from (((one, a), (other, b)) for a in self.options[one] for b in self.options[other])
+
+
+def pairs_of(case: Case) -> set[Pair]:
+    return set(combinations(case.items(), 2))
+
+
+def covering_array(space: Space, seed: int, cost: Callable[[Case], float], candidates: int = 60) -> list[Case]:
+    """Cases that cover every valid pair, found greedily: each new one is the best of some random ones that hold an
+    uncovered pair, the best being that with the most uncovered pairs for its cost.
+    """
+    random_ = random.Random(seed)
+    uncovered = {pair: None for pair in space.pairs() if space.complete(dict(pair), random_)}
+    array = []
+    while uncovered:
+        pair = next(iter(uncovered))
+        drawn = [space.complete(dict(pair), random_) for _ in range(candidates)]
+        best = max(drawn, key=lambda case: sum(pair in uncovered for pair in pairs_of(case)) / cost(case))
+        array.append(best)
+        for covered in pairs_of(best):
+            uncovered.pop(covered, None)
+    return array

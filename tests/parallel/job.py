@@ -1,0 +1,116 @@
+"""What a rank does in a test: train a few steps, evaluate, and hand back everything that a layout must not change."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
+from torch.distributed.tensor import DTensor
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import Precision
+from megatron_deepseek.model.router import Router
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.training.settings import OptimizerSettings, PipelineSettings
+from megatron_deepseek.training.trainer import Losses, Plan, Trainer
+
+FLOAT64 = Precision(torch.float64)
+
+# AdamW divides by sqrt(v) + eps: with the usual eps a gradient that is zero but for rounding moves a weight by the whole
+# learning rate, and rounding differs between layouts. A large eps keeps the update in proportion to the gradient.
+OPTIMIZER = OptimizerSettings(adam_eps=1e-3, clip_grad=0.5)
+LEARNING_RATE, BIAS_RATE = 1e-2, 1e-2
+NEVER_CHOSEN = (2, 3)  # experts: one whole routing group, and with 4 expert ranks all experts of one
+
+
+@dataclass
+class Step:
+    """One training step; gradients are whole, by stage and name, so that each copy of a shared one is there."""
+
+    losses: Losses
+    grad_norm: float
+    expert_counts: dict[str, torch.Tensor]
+    gradients: dict[tuple[int, str], torch.Tensor]
+
+
+@dataclass
+class Record:
+    """What one rank saw. `weights` holds buffers too: the routers' biases."""
+
+    steps: list[Step] = field(default_factory=list)
+    weights: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    evaluation: Losses | None = None
+
+
+def batch(model: ModelConfig, size: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and label mask [size, S] of the global batch. Rows have between few and almost all labels; at
+    step 1 the first two rows (a micro-batch) have none, at step 2 the second half (whole data ranks) has none.
+    """
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(model.vocab_size, (size, SEQ_LENGTH + 1), generator=generator)
+    mask = torch.rand(size, SEQ_LENGTH, generator=generator) < torch.linspace(0.2, 0.95, size).unsqueeze(1)
+    if step == 1 and size > 2:
+        mask[:2] = False
+    if step == 2:
+        mask[(size + 1) // 2:] = False
+    return tokens[:, :-1], tokens[:, 1:], mask
+
+
+def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
+    return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
+                optimizer=OPTIMIZER, loss=case.loss, recompute=case.recomputation, reshard_after_forward=case.reshard)
+
+
+def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
+    return train(plan_of(case, precision), case.layout, case.global_batch_size, num_steps)
+
+
+def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
+    stages = resolve(reference.model, PipelineSettings(), 1, SEQ_LENGTH)
+    plan = Plan(reference.model, stages, "none", SEQ_LENGTH, reference.micro_batch_size, precision=precision,
+                optimizer=OPTIMIZER, loss=reference.loss)
+    return train(plan, Layout(), reference.global_batch_size, num_steps)
+
+
+def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int) -> Record:
+    meshes = build_meshes(layout, torch.device("cpu"))
+    trainer, record = Trainer(plan, meshes), Record()
+    withhold(trainer)
+    own = global_batch_size // layout.dp
+    rows = slice(meshes.rank("dp") * own, (meshes.rank("dp") + 1) * own)
+    bias_rate = BIAS_RATE if plan.model.topk_method == "noaux_tc" else 0.0
+    for step in range(num_steps):
+        inputs = [part[rows] for part in batch(plan.model, global_batch_size, step)]
+        result = trainer.train_step(*inputs, LEARNING_RATE, bias_rate)
+        gradients = {key: whole(parameter.grad) for key, parameter in named(trainer, "named_parameters")}
+        record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, gradients))
+    record.weights = {key: whole(value) for how in ("named_parameters", "named_buffers")
+                      for key, value in named(trainer, how)}
+    record.evaluation = trainer.evaluate(*[part[rows] for part in batch(plan.model, global_batch_size, num_steps)])
+    dist.barrier()
+    return record
+
+
+def withhold(trainer: Trainer) -> None:
+    """No token may choose the experts NEVER_CHOSEN, where the router has a bias to say so."""
+    for stage in trainer.stages:
+        for module in stage.modules():
+            if isinstance(module, Router) and hasattr(module, "e_score_correction_bias"):
+                assert module.e_score_correction_bias.shape == (NUM_EXPERTS,)
+                module.e_score_correction_bias[list(NEVER_CHOSEN)] = -10.0
+
+
+def named(trainer: Trainer, how: str):
+    """((stage, name), tensor) of this rank's parameters or buffers."""
+    for index, stage in zip(trainer.indices, trainer.stages):
+        for name, tensor in getattr(stage, how)():
+            yield (index, name), tensor
+
+
+def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor gathered from its shards, copied."""
+    if tensor is None:
+        return None
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()

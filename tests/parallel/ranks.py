@@ -1,0 +1,134 @@
+"""Ranks for tests: gloo jobs of any size, each in fresh processes that start in milliseconds.
+
+Importing torch eight times costs 10-20 s on two cores. Here one server process imports it once and every job's ranks
+are forked from that server. So nothing is left over between jobs: no process groups, no meshes in DTensor's
+caches (which compare meshes by shape, not by group), no monkeypatch.
+"""
+
+import faulthandler
+import logging
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+# What ranks would import one by one at their first step; the server imports it before the first fork.
+PRELOAD = ["torch", "torch.distributed.pipelining", "torch.distributed.tensor", "torch.testing",
+           "megatron_deepseek.planning.pipeline_balance", "megatron_deepseek.training.trainer"]
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung; the message is what it said."""
+
+
+class Ranks:
+    """Runs functions on gloo ranks: `run(world_size, function, *args)`."""
+
+    def __init__(self, timeout: float = 120.0):
+        self.timeout = timeout
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def run(self, world_size: int, function: Callable, *args, timeout: float | None = None) -> list:
+        """function(*args) on every rank of a new default process group; the results by rank.
+
+        `function` must be importable. Raises RankFailure with the traceback of the rank that failed first.
+        """
+        timeout = timeout or self.timeout
+        with TemporaryDirectory(prefix="ranks-") as directory:
+            job = _Job(Path(directory), world_size, timeout)
+            try:
+                for rank in range(world_size):
+                    job.start(self._context, rank, function, args)
+                return job.results()
+            finally:
+                job.end()
+
+
+class _Job:
+    """The processes of one call of `Ranks.run`, and a pipe from each."""
+
+    def __init__(self, directory: Path, world_size: int, timeout: float):
+        self.directory, self.world_size, self.timeout = directory, world_size, timeout
+        self.processes, self.pipes = [], []
+
+    def start(self, context, rank: int, function: Callable, args: tuple) -> None:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, daemon=True, name=f"rank {rank}", args=(
+            there, rank, self.world_size, self.directory, self.timeout, function, args))
+        process.start()
+        there.close()
+        self.processes.append(process)
+        self.pipes.append(here)
+
+    def results(self) -> list:
+        """Wait for all ranks. The rank that failed keeps its connections open, so the others don't fail after it."""
+        deadline = time.monotonic() + self.timeout
+        results, waiting = {}, dict(zip(self.pipes, range(self.world_size)))
+        while waiting:
+            ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise RankFailure(self._hung(sorted(waiting.values())))
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                results[rank] = self._receive(pipe, rank)
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _receive(self, pipe: Connection, rank: int) -> Any:
+        try:
+            failed, value = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            self.processes[rank].join(5)
+            raise RankFailure(f"rank {rank} died with exit code {self.processes[rank].exitcode}") from None
+        if failed:
+            raise RankFailure(f"rank {rank} of {self.world_size} failed:\n{value}")
+        return value
+
+    def _hung(self, ranks: list[int]) -> str:
+        stacks = "\n".join(f"rank {rank}:\n{_stack_file(self.directory, rank).read_text()}" for rank in ranks)
+        return f"ranks {ranks} of {self.world_size} had no result after {self.timeout:.0f} s; they were here:\n{stacks}"
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process, pipe in zip(self.processes, self.pipes):
+            process.join()
+            process.close()
+            pipe.close()
+
+
+def _stack_file(directory: Path, rank: int) -> Path:
+    return directory / f"stack-{rank}"
+
+
+def _rank_main(pipe: Connection, rank: int, world_size: int, directory: Path, timeout: float, function: Callable,
+               args: tuple) -> None:
+    """One rank: join the group, run, answer, and wait for the end so that no peer sees a connection break."""
+    with open(_stack_file(directory, rank), "w") as stack:
+        faulthandler.dump_traceback_later(max(timeout - 1, timeout / 2), file=stack)
+        try:
+            answer = False, _run(rank, world_size, directory, timeout, function, args)
+        except BaseException:
+            answer = True, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))
+        time.sleep(timeout + 60)
+
+
+def _run(rank: int, world_size: int, directory: Path, timeout: float, function: Callable, args: tuple):
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # DTensor's advice on gathering whole tensors
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    store = dist.FileStore(str(directory / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size,
+                            timeout=timedelta(seconds=2 * timeout))
+    return function(*args)
