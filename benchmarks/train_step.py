@@ -27,7 +27,7 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import join_job
 from megatron_deepseek.planning.flops import model_flops_per_token
-from megatron_deepseek.training.settings import OptimizerSettings
+from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 LEARNING_RATE = 1e-3

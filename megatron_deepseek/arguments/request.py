@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.training import schedules
-from megatron_deepseek.training.settings import BatchSettings
+from megatron_deepseek.settings import BatchSettings
 
 
 @dataclass(frozen=True)

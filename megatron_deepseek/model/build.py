@@ -20,7 +20,7 @@ from megatron_deepseek.parallel.expert import AllToAllDispatcher
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.training.settings import LossSettings, RecomputeSettings
+from megatron_deepseek.settings import LossSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout_string import Stage, parse
-from megatron_deepseek.training.settings import PipelineSettings
+from megatron_deepseek.settings import PipelineSettings
 
 
 def layer_cost(model: ModelConfig, index: int, seq_length: int) -> int:

@@ -12,7 +12,7 @@ from small_models import V2_SMALL, V3_SMALL, forward, random_batch, whole_model
 from megatron_deepseek.model.balance_loss import BalanceWeights, attach_loss, balance_loss
 from megatron_deepseek.model.router import Routing, choose_experts
 from megatron_deepseek.training.balance import update_expert_bias
-from megatron_deepseek.training.settings import LossSettings
+from megatron_deepseek.settings import LossSettings
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 SEQUENCES, TOKENS = 3, 11

@@ -25,7 +25,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.deepseek import shifted_labels
-from megatron_deepseek.training.settings import LossSettings
+from megatron_deepseek.settings import LossSettings
 
 BATCH, SEQ_LENGTH = 2, 8
 

@@ -11,7 +11,7 @@ import torch
 from megatron_deepseek.data.batches import Sampler, read_ahead, sample_indices
 from megatron_deepseek.data.indexed import IndexedWriter
 from megatron_deepseek.data.pretraining import build_datasets, check_data, check_token_ids, parse_blend, parse_split
-from megatron_deepseek.training.settings import DataSettings
+from megatron_deepseek.settings import DataSettings
 
 SEQ = 8
 EOD = 999

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.training.settings import RecomputeSettings
+from megatron_deepseek.settings import RecomputeSettings
 
 MODULES = ("layernorm", "mla_up_proj", "moe_act")
 SEQ_LENGTH = 16

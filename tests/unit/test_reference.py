@@ -23,7 +23,7 @@ from small_models import (
 
 from megatron_deepseek.config import RopeScaling
 from megatron_deepseek.model.rotary import rope_table
-from megatron_deepseek.training.settings import LossSettings
+from megatron_deepseek.settings import LossSettings
 
 EXACT = 1e-10
 BATCH, SEQ_LENGTH = 2, 5

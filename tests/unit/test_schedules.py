@@ -9,7 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_deepseek.training.schedules import (
     batch_sizes, check_learning_rate, global_batch_size, iterations_for_samples, learning_rate)
-from megatron_deepseek.training.settings import BatchSettings, LearningRateSettings
+from megatron_deepseek.settings import BatchSettings, LearningRateSettings
 
 BASE = LearningRateSettings(lr=3e-4, min_lr=2e-5, lr_decay_iters=37, lr_warmup_iters=5, lr_warmup_init=1e-6)
 

@@ -9,7 +9,7 @@ from small_models import V3_SMALL, enliven, gradients_of, random_batch, relative
 
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.rotary import rope_table
-from megatron_deepseek.training.settings import LossSettings, OptimizerSettings
+from megatron_deepseek.settings import LossSettings, OptimizerSettings
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 SEQ_LENGTH = 6
