@@ -16,7 +16,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5"],
+        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "nltk>=3.9"],
+        "sentences": ["nltk>=3.9"],  # tools/preprocess_data.py --split-sentences
         "tensorboard": ["tensorboard>=2.15"],
     },
 )

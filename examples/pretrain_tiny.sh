@@ -3,6 +3,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${NPROC:-4}  # processes; on a machine without GPUs they share the cores
+CORES=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS_PER_NODE ? CORES / GPUS_PER_NODE : 1))}
 STEPS=${STEPS:-200}
 RUN_DIR=${RUN_DIR:-runs/tiny}
 

@@ -29,7 +29,7 @@ FEWEST_BYTES = 1_000_000
 
 
 def manual_documents():
-    """(source, text) of each topic of the reference manual that CPython carries for `pydoc`; none where it is absent."""
+    """(source, text) of each topic of the manual that CPython carries for `pydoc`; none where it is absent."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:

@@ -56,3 +56,5 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"preprocess_data.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("preprocess_data.py: interrupted; nothing was written")

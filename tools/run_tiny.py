@@ -38,8 +38,7 @@ def main() -> None:
     args = parse_arguments()
     run_dir = args.run_dir.resolve()
     (run_dir / "data").mkdir(parents=True, exist_ok=True)
-    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-               "RUN_DIR": str(run_dir), "STEPS": str(args.steps), "NPROC": str(args.nproc)}
+    environ = environment(run_dir, args)
     steps = plan(run_dir, args)
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]", run_dir, environ)
@@ -66,12 +65,21 @@ def default_processes() -> int:
     return max(number for number in PROCESSES if number <= gpus) if gpus else 4
 
 
+def environment(run_dir: Path, args: argparse.Namespace) -> dict[str, str]:
+    """What the example script reads, so that nothing that the user has exported for another script reaches it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    own = {"PATH": path, "RUN_DIR": str(run_dir), "STEPS": str(args.steps), "NPROC": str(args.nproc), "NNODES": "1",
+           "DATA_PATH": "", "TOKENIZER": "", "DRY_RUN": ""}
+    return os.environ | own
+
+
 def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
     data, checkpoints = run_dir / "data", run_dir / "checkpoints"
     corpus, tokenizer, prefix = data / "corpus.jsonl", data / "tokenizer.json", data / "corpus"
     dataset = (data / "corpus_text_document.bin", data / "corpus_text_document.idx")
     metrics, plot, sample = checkpoints / "metrics.jsonl", run_dir / "loss.png", run_dir / "sample.txt"
     marker = checkpoints / "latest_checkpointed_iteration.txt"
+    last = checkpoints / f"iter_{args.steps:07d}"
     python = sys.executable
 
     def tool(name: str, *arguments) -> tuple[str, ...]:
@@ -90,12 +98,12 @@ def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
              (tools / "preprocess_data.py", PACKAGE / "data"), (corpus, tokenizer), dataset),
         Step("training", ("bash", str(example / "pretrain_tiny.sh")),
              (PACKAGE, REPOSITORY / "pretrain_deepseek.py", example / "pretrain_tiny.sh", example / "common.sh"),
-             (*dataset, tokenizer), (metrics, marker)),
+             (*dataset, tokenizer), (metrics, marker, last)),
         Step("loss curve", module("training.plot", metrics, "--output", plot),
              (PACKAGE / "training",), (metrics,), (plot,)),
         Step("sample", module("inference.generate", "--load", checkpoints, "--tokenizer-model", tokenizer,
                               "--prompt", PROMPT, "--max-new-tokens", 64),
-             (PACKAGE,), (metrics, marker, tokenizer), (sample,)),
+             (PACKAGE,), (metrics, last, tokenizer), (sample,)),
     ]
 
 
@@ -152,7 +160,15 @@ def digest(parts: list) -> str:
 
 
 def digest_files(paths: tuple[Path, ...]) -> list:
-    return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None] for path in paths]
+    """Names and digests, comparable with what a stamp has kept as JSON."""
+    return [[path.name, digest_path(path)] for path in paths]
+
+
+def digest_path(path: Path) -> str | list | None:
+    """Of a file its content, of a directory (a checkpoint, which may be large) the names and sizes of its files."""
+    if path.is_dir():
+        return sorted([file.name, file.stat().st_size] for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def write_stamp(stamp: Path, content: dict) -> None:

@@ -85,7 +85,8 @@ def main():
     save(tokenizer, arguments.output)
     size = tokenizer.get_vocab_size()
     short = "" if size == arguments.vocab_size else f" (the text gives no more; --vocab-size {arguments.vocab_size})"
-    print(f"{arguments.output}: {size} entries{short} from {len(texts)} texts, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB, "
+    read = sum(len(text.encode()) for text in texts)
+    print(f"{arguments.output}: {size} entries{short} from {len(texts)} texts, {read / 1e6:.1f} MB, "
           f"in {time.perf_counter() - start:.1f} s")
 
 

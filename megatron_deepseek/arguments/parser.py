@@ -12,6 +12,7 @@ from megatron_deepseek.parallel.schedule_rules import SCHEDULES
 from megatron_deepseek.presets import preset_names
 from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
 # (option, field of ModelConfig, type, help)
@@ -200,10 +201,11 @@ def _add_data(parser):
         help="a prefix of .bin/.idx, or WEIGHT PREFIX ...")
     add("--split", type=values.split, metavar="A,B,C", default="969,30,1",
         help="weights of train, valid, test (969,30,1)")
-    add("--data-cache-path", type=str, help="where sample indices are kept (beside the data)")
-    add("--tokenizer-type", type=str, choices=("HuggingFaceTokenizer",), default="HuggingFaceTokenizer",
-        help="the only one")
-    add("--tokenizer-model", type=str, help="tokenizer.json, or a directory with one")
+    add("--data-cache-path", type=str, metavar="DIR", help="where sample indices are kept (beside the data)")
+    add("--tokenizer-type", type=str, choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0],
+        help=f"({TOKENIZER_TYPES[0]})")
+    add("--tokenizer-model", type=str, metavar="PATH",
+        help="tokenizer.json or a directory with one; for NullTokenizer the number of ids")
     add("--eod-mask-loss", action="store_true", help="no loss on end-of-document tokens")
 
 

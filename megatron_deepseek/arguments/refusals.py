@@ -153,8 +153,6 @@ _RUN = (
             "need --recompute-granularity full, not {r.args.recompute_granularity}"),
     Refusal("recompute layers", lambda r: r.args.recompute_num_layers not in (None, 1),
             "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
-    Refusal("mixed blend", lambda r: r.mixed_blend,
-            "--data-path {r.args.data_path} is neither prefixes nor pairs of WEIGHT PREFIX"),
     Refusal("nothing to evaluate", lambda r: bool(r.args.eval_iters) and r.validation_weight == 0,
             "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0"),
     Refusal("evaluation of what", lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,

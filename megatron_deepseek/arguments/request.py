@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.training import schedules
-from megatron_deepseek.training.settings import BatchSettings
+from megatron_deepseek.settings import BatchSettings
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,5 @@ class Request:
         return kind, coefficient
 
     @property
-    def mixed_blend(self) -> bool:
-        """Whether --data-path mixes weights and prefixes in another pattern than WEIGHT PREFIX WEIGHT PREFIX."""
-        is_weight = [_is_number(part) for part in self.args.data_path]
-        pairs = len(is_weight) % 2 == 0 and all(w == (i % 2 == 0) for i, w in enumerate(is_weight))
-        return any(is_weight) and not pairs
-
-    @property
     def validation_weight(self) -> float:
         return float(self.args.split.split(",")[1])
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

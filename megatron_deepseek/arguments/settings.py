@@ -16,7 +16,7 @@ from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
-from megatron_deepseek.training.settings import (BatchSettings, DataSettings, LearningRateSettings, LossSettings,
+from megatron_deepseek.settings import (BatchSettings, DataSettings, LearningRateSettings, LossSettings,
                                                  OptimizerSettings, PipelineSettings, RecomputeSettings, RunSettings)
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.

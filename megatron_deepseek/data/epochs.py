@@ -8,7 +8,7 @@ import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_deepseek.training.settings import DataSettings
+from megatron_deepseek.settings import DataSettings
 
 
 @dataclass(frozen=True)

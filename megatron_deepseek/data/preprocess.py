@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -23,7 +23,8 @@ from megatron_deepseek.data.jsonl import Line, find_inputs, parse_texts, read_li
 from megatron_deepseek.data.sentences import sentence_splitter
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
 
-LINES_PER_TASK = 64
+LINES_PER_TASK = 1024
+BYTES_PER_TASK = 1 << 19
 TASKS_IN_FLIGHT_PER_WORKER = 4
 
 
@@ -136,9 +137,15 @@ def _encode_task(settings: PreprocessSettings, lines: list[Line]) -> list[Docume
 
 
 def tasks_of(paths: list[str]):
-    """The lines of all files, `LINES_PER_TASK` at a time."""
-    lines = itertools.chain.from_iterable(map(read_lines, paths))
-    while task := list(itertools.islice(lines, LINES_PER_TASK)):
+    """The lines of all files in runs of at most `LINES_PER_TASK`, that end once they reach `BYTES_PER_TASK`."""
+    task, size = [], 0
+    for line in itertools.chain.from_iterable(map(read_lines, paths)):
+        task.append(line)
+        size += len(line.content)
+        if len(task) == LINES_PER_TASK or size >= BYTES_PER_TASK:
+            yield task
+            task, size = [], 0
+    if task:
         yield task
 
 
@@ -183,6 +190,8 @@ def preprocess(settings: PreprocessSettings, say=functools.partial(print, file=s
             if not progress.documents:
                 raise ValueError(f"--input {' '.join(settings.input)}: no documents there")
             tokens = sum(writer.num_tokens for writer in writers)
+    except BrokenExecutor as error:
+        raise ValueError(f"--workers {settings.workers}: a worker process died (killed, or out of memory)") from error
     except OSError as error:
         raise ValueError(f"--output-prefix {settings.output_prefix}: cannot write there: {error}") from error
     return Summary(prefixes, progress.documents, tokens, progress.seconds)

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_deepseek.data.indexed import IndexedFile, open_indexed, token_range
 from megatron_deepseek.data.tokenizer import build_tokenizer
-from megatron_deepseek.training.settings import DataSettings
+from megatron_deepseek.settings import DataSettings
 
 SPLITS = ("train", "valid", "test")
 

@@ -56,6 +56,7 @@ def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weig
         dist.all_reduce(sent_BG, group=sequence_group)
         num_tokens *= sequence_group.size()
 
+    counts_BE, sent_BG = counts_BE.to(scores_BSE.dtype), sent_BG.to(scores_BSE.dtype)
     f_BE = counts_BE * (config.n_routed_experts / (config.num_experts_per_tok * num_tokens))
     p_BE = scores_BSE.sum(1) / num_tokens
     p_BG = p_BE.unflatten(-1, (num_groups, -1)).sum(-1)

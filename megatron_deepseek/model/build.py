@@ -20,7 +20,7 @@ from megatron_deepseek.parallel.expert import AllToAllDispatcher
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.training.settings import LossSettings, RecomputeSettings
+from megatron_deepseek.settings import LossSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,23 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  recompute: RecomputeSettings = RecomputeSettings(), reshard_after_forward: bool = False
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
-    blueprint = make_blueprint(config, meshes, loss, recompute)
-    run = run_checkpointed if recompute.granularity == "full" else run_layer
-    stages = []
-    with torch.device("meta"), default_dtype(precision.master):
-        for stage in mine:
-            stages.append(DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run))
+    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute)
     for stage in stages:
         shard_over_data(units(stage, meshes, precision), reshard_after_forward)
         stage.to_empty(device=meshes.device)
     initialize(stages, config.initializer_range, seed)
     return stages
+
+
+def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
+                 precision: Precision = Precision(), loss: LossSettings = LossSettings(),
+                 recompute: RecomputeSettings = RecomputeSettings()) -> list[DeepseekStage]:
+    """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
+    blueprint = make_blueprint(config, meshes, loss, recompute)
+    run = run_checkpointed if recompute.granularity == "full" else run_layer
+    with torch.device("meta"), default_dtype(precision.master):
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run)
+                for stage in mine]
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, recompute: RecomputeSettings) -> Blueprint:

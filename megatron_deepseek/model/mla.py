@@ -28,6 +28,8 @@ from megatron_deepseek.parallel.tensor import (
     row_linear,
 )
 
+LATENT_NORM_EPS = 1e-6  # DeepSeek's and transformers' latent norms take this one, whatever rms_norm_eps is
+
 
 class MLA(nn.Module):
     """Causal self-attention. `recompute_up_projection` re-makes q, k and v in the backward instead of keeping them."""
@@ -42,11 +44,11 @@ class MLA(nn.Module):
             self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp)
         else:
             self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, tp)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, tp)
             self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp)
         self.kv_a_proj_with_mqa = replicated_linear(
             config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, tp)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, tp)
         self.kv_b_proj = column_linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp)
         self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias)
 

@@ -16,7 +16,13 @@ from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.parallel.expert import AllToAllDispatcher
-from megatron_deepseek.parallel.tensor import TensorParallel, column_linear, row_linear, sharded_parameter
+from megatron_deepseek.parallel.tensor import (
+    TensorParallel,
+    column_linear,
+    local_weight,
+    row_linear,
+    sharded_parameter,
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Experts(nn.Module):
         self.activate = recompute if recompute_activation else compose
 
     def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        gate_up = self.gate_up_proj.to_local(grad_placements=[Shard(0)])
-        down = self.down_proj.to_local(grad_placements=[Shard(0)])
+        gate_up = local_weight(self.gate_up_proj, Shard(0))
+        down = local_weight(self.down_proj, Shard(0))
         hidden_R2I = self.grouped_product(rows_RH, gate_up, counts)
         return self.activate(lambda h: swiglu(*h.chunk(2, -1)), (hidden_R2I,),
                              lambda a: self.grouped_product(a, down, counts))

@@ -36,7 +36,7 @@ def _yarn_frequencies(base: float, dim: int, scaling: RopeScaling) -> torch.Tens
 
     low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension_of(scaling.beta_slow)), dim - 1)
-    span = max(high - low, 0.001)
+    span = high - low or 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     return interpolated * ramp + extrapolated * (1 - ramp)
 

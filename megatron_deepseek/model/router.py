@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Partial, Replicate
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.parallel.tensor import TensorParallel, sharded_parameter
+from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> Routing:
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        weight_EH = self.weight.to_local(grad_placements=[self.weight_grad])
+        weight_EH = local_weight(self.weight, self.weight_grad)
         logits_TE = F.linear(x_TH.to(wide), weight_EH.to(wide))
         scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
@@ -76,8 +76,11 @@ def limit_to_groups(choice_TE: torch.Tensor, config: ModelConfig) -> torch.Tenso
 
 
 def expert_weights(scores_TE: torch.Tensor, experts_TK: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Weights [T, K] from the un-biased scores: normalised where asked, then scaled, as Hugging Face does both."""
+    """Weights [T, K] from the un-biased scores: normalised where asked, then scaled, as Hugging Face does both.
+
+    A single expert's weight is not normalised, as in DeepSeek's own code: it would be a constant without gradient.
+    """
     weights_TK = scores_TE.gather(-1, experts_TK)
-    if config.norm_topk_prob:
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * config.routed_scaling_factor

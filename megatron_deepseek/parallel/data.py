@@ -36,8 +36,16 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool) -> None:
         policy = MixedPrecisionPolicy(param_dtype=unit.compute_dtype, reduce_dtype=master,
                                       cast_forward_inputs=False)
         fully_shard(unit.module, mesh=unit.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-        unit.module.set_gradient_divide_factor(1.0)
+        if unit.mesh.size() > 1:  # with one rank nothing is divided anyway, and a factor of 1 costs a pass
+            unit.module.set_gradient_divide_factor(1.0)
         unit.module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered weights, which a forward without a backward leaves behind, so that parameters are shards again."""
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
 
 
 def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:

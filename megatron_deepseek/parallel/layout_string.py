@@ -18,7 +18,7 @@ _LETTER = re.compile(r"([EtmL|])\*(\d+)(?!\*)")
 class Stage:
     """What one pipeline stage holds, in the order of the forward pass.
 
-    `layers` are decoder layer ids, `mtp` are depths counted from 0, `loss` stands for final norm, head and loss.
+    `layers` are decoder layer ids, `mtp` are depths counted from 0, `loss` stands for the output head and all losses.
     """
 
     embedding: bool

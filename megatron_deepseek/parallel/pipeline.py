@@ -23,7 +23,7 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from megatron_deepseek.parallel.data import synchronize_gradients
+from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
@@ -110,10 +110,13 @@ class Pipeline:
         for module in self.modules:
             module.eval()
         if self.meshes.layout.pp > 1:
-            return self._run(self._schedule(num_microbatches, train=False).eval, tokens_BS, **inputs)
-        (module,) = self.modules
-        for x, kwargs in _micro_batches(tokens_BS, num_microbatches, inputs):
-            module(x, **kwargs)
+            self._run(self._schedule(num_microbatches, train=False).eval, tokens_BS, **inputs)
+        else:
+            (module,) = self.modules
+            for x, kwargs in _micro_batches(tokens_BS, num_microbatches, inputs):
+                module(x, **kwargs)
+        for module in self.modules:
+            reshard(module)
 
     def _run(self, run_schedule, tokens_BS, **inputs) -> None:
         args = (tokens_BS,) if self.holds_first else ()

@@ -182,6 +182,7 @@ class TensorParallel:
 def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
     """An uninitialised parameter of global `shape`, on the default device, as this rank's shard of a DTensor.
 
+    On a mesh of one rank it is an ordinary parameter: DTensor's dispatch was 7 % of a small model's step on CPU.
     Raises ValueError if the sharded dimension is not a multiple of the mesh's size.
     """
     local = list(shape)
@@ -190,7 +191,14 @@ def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, placement: Place
             raise ValueError(f"dimension {placement.dim} of a weight of shape {tuple(shape)} is not a multiple of "
                              f"the {mesh.size()} ranks of {mesh.mesh_dim_names}")
         local[placement.dim] //= mesh.size()
+    if mesh.size() == 1:
+        return nn.Parameter(torch.empty(local))
     return nn.Parameter(DTensor.from_local(torch.empty(local), mesh, [placement], run_check=False))
+
+
+def local_weight(parameter: nn.Parameter, gradient: Placement) -> torch.Tensor:
+    """The shard that this rank computes with; `gradient` states what its local gradient is of the whole."""
+    return parameter.to_local(grad_placements=[gradient]) if isinstance(parameter, DTensor) else parameter
 
 
 class ParallelLinear(nn.Module):
@@ -211,10 +219,10 @@ class ParallelLinear(nn.Module):
         self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.weight.to_local(grad_placements=[self.weight_grad]))
+        return self.product(x, local_weight(self.weight, self.weight_grad))
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.bias is None else y + self.bias.to_local(grad_placements=[self.bias_grad])
+        return y if self.bias is None else y + local_weight(self.bias, self.bias_grad)
 
 
 def column_linear(in_features: int, out_features: int, tp: TensorParallel) -> ParallelLinear:
@@ -242,5 +250,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to_local(grad_placements=[self.weight_grad])
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, local_weight(self.weight, self.weight_grad), self.eps)

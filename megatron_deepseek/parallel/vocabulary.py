@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from megatron_deepseek.parallel.tensor import TensorParallel, sharded_parameter
+from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -22,7 +22,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def local_weight(self) -> torch.Tensor:
         """This rank's rows [v, H]; with tied embeddings the output head uses them too."""
-        return self.weight.to_local(grad_placements=[Shard(0)])
+        return local_weight(self.weight, Shard(0))
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """-> [B, S, H], or this rank's slice of S under sequence parallelism."""
@@ -71,4 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """Loss of each token [T], in at least float32, from this rank's logits. Labels are ids of the whole vocabulary."""
+    if tp.size == 1:
+        wide = torch.promote_types(logits_Tv.dtype, torch.float32)
+        return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
     return _CrossEntropy.apply(logits_Tv, labels_T, tp)

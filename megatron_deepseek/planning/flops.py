@@ -14,7 +14,7 @@ import re
 
 from megatron_deepseek.config import ModelConfig
 
-# Dense BF16 peak with float32 accumulation, FLOPs a second: NVIDIA's data sheets, half of what they give "with sparsity".
+# Dense BF16 peak with float32 accumulation, FLOPs a second: half of what NVIDIA's data sheets give "with sparsity".
 PEAK_BF16_FLOPS = {
     "GB300": 2500e12, "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "B100": 1750e12,
     "GH200": 989e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,

@@ -2,15 +2,15 @@
 
 A pipeline runs at the pace of its slowest stage. The cost of a part is estimated by its multiplications for one token
 in the forward pass (the backward is twice that for every part alike): its active weights, and for attention the scores
-and the values over half the sequence, which is the mean length under the causal mask. An MTP module brings the output
-head along, which it uses for its own loss; the embedding, a lookup, costs nothing and stays with the first layer.
+and the values over half the sequence, which is the mean length under the causal mask. The output head runs once for
+each prediction, MTP's too, on the last stage; the embedding, a lookup, costs nothing and stays with the first layer.
 """
 
 from itertools import accumulate
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout_string import Stage, parse
-from megatron_deepseek.training.settings import PipelineSettings
+from megatron_deepseek.settings import PipelineSettings
 
 
 def layer_cost(model: ModelConfig, index: int, seq_length: int) -> int:
@@ -20,14 +20,14 @@ def layer_cost(model: ModelConfig, index: int, seq_length: int) -> int:
 
 
 def head_cost(model: ModelConfig) -> int:
-    """Multiplications per token of the output head."""
-    return model.vocab_size * model.hidden_size
+    """Multiplications per token of the output head, for the next token and for each MTP depth."""
+    return (1 + model.num_nextn_predict_layers) * model.vocab_size * model.hidden_size
 
 
 def mtp_cost(model: ModelConfig, seq_length: int) -> int:
-    """Multiplications per token of one MTP module with its use of the output head."""
+    """Multiplications per token of one MTP module without the output head."""
     own = model.mtp_parameters(active=True) - model.layer_parameters(model.num_hidden_layers, active=True)
-    return layer_cost(model, model.num_hidden_layers, seq_length) + own + head_cost(model)
+    return layer_cost(model, model.num_hidden_layers, seq_length) + own
 
 
 def stages(model: ModelConfig, num_stages: int, seq_length: int = 4096) -> tuple[Stage, ...]:

@@ -77,12 +77,12 @@ def cut_after(path: Path, iteration: int) -> int:
     """Remove the records after `iteration` and return how many; the file is replaced at once or stays as it was.
 
     At iteration 0 nothing came before, so a validation of the untrained model goes too: it will be made again. Lines
-    that are no records (a crash of the machine can leave some) are removed as well, and not counted.
+    that are no records (a crash can leave part of one) are removed as well, and not counted.
     """
     if not path.exists():
         return 0
     with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [(line, _parse(line)) for line in file if line.endswith("\n")]
+        lines = [(line.rstrip("\n") + "\n", _parse(line)) for line in file]
     records = [(line, record["iteration"]) for line, record in lines if record is not None]
     kept = [line for line, at in records if 0 < iteration >= at]
     partial = path.with_name(path.name + ".partial")

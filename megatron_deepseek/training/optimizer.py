@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from megatron_deepseek.training.settings import OptimizerSettings
+from megatron_deepseek.settings import OptimizerSettings
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Draw metrics.jsonl: python -m megatron_deepseek.training.plot METRICS.jsonl [more files] [--output PNG] [--labels ...]
+"""Draw metrics.jsonl: python -m megatron_deepseek.training.plot METRICS.jsonl [more] [--output PNG] [--labels ...]
 
 The upper panel has the losses: each step light, their running mean strong, MTP dashed, validation as points. Two small
 panels below have the learning rate and the gradient norm. Several files are drawn over each other to compare runs.

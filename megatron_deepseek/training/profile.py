@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from megatron_deepseek.training.settings import RunSettings
+from megatron_deepseek.settings import RunSettings
 
 
 class Profiler(Protocol):

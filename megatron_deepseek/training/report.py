@@ -13,7 +13,7 @@ from typing import Protocol, TextIO
 from tqdm import tqdm
 
 from megatron_deepseek.training.metrics import FILE_NAME, MetricsFile, StepMetrics
-from megatron_deepseek.training.settings import RunSettings
+from megatron_deepseek.settings import RunSettings
 
 
 class Listener(Protocol):

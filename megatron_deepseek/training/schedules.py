@@ -6,7 +6,7 @@ style but deepseek-v3 is that of Megatron-LM (`megatron.core.optimizer_param_sch
 
 import math
 
-from megatron_deepseek.training.settings import BatchSettings, LearningRateSettings
+from megatron_deepseek.settings import BatchSettings, LearningRateSettings
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD", "deepseek-v3")
 WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")

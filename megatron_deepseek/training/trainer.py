@@ -28,7 +28,7 @@ from megatron_deepseek.training.optimizer import (
     gradient_norm,
     set_learning_rate,
 )
-from megatron_deepseek.training.settings import LossSettings, OptimizerSettings, RecomputeSettings
+from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)

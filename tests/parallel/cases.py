@@ -9,7 +9,7 @@ from megatron_deepseek.parallel import schedule_rules
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.training.settings import LossSettings, PipelineSettings, RecomputeSettings
+from megatron_deepseek.settings import LossSettings, PipelineSettings, RecomputeSettings
 
 SEQ_LENGTH = 8
 NUM_EXPERTS = 8

@@ -13,7 +13,7 @@ from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.training.settings import OptimizerSettings, PipelineSettings
+from megatron_deepseek.settings import OptimizerSettings, PipelineSettings
 from megatron_deepseek.training.trainer import Losses, Plan, Trainer
 
 FLOAT64 = Precision(torch.float64)

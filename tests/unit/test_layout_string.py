@@ -33,10 +33,11 @@ def test_agrees_with_megatron(megatron, text, layers, mtp):
 
 
 def test_layers_and_depths_are_numbered_through():
-    assert parse("Ett|t|mm,L", 3, 2) == (
+    assert parse("Ett|t|mm|mL", 3, 3) == (
         Stage(embedding=True, layers=(0, 1), mtp=(), loss=False),
         Stage(embedding=False, layers=(2,), mtp=(), loss=False),
-        Stage(embedding=False, layers=(), mtp=(0, 1), loss=True))
+        Stage(embedding=False, layers=(), mtp=(0, 1), loss=False),
+        Stage(embedding=False, layers=(), mtp=(2,), loss=True))
 
 
 @pytest.mark.parametrize("text, layers, mtp", VALID)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_deepseek.parallel.layout_string import parse, to_string
 from megatron_deepseek.planning.pipeline_balance import divide, head_cost, layer_cost, mtp_cost, resolve, stages
 from megatron_deepseek.presets import TINY, V3
-from megatron_deepseek.training.settings import PipelineSettings
+from megatron_deepseek.settings import PipelineSettings
 
 
 @pytest.mark.parametrize("costs, parts, expected", [
@@ -18,6 +18,7 @@ from megatron_deepseek.training.settings import PipelineSettings
     ([1, 1, 1, 3], 2, [(0, 3), (3, 4)]),
     ([2, 2, 2, 2, 5], 2, [(0, 3), (3, 5)]),  # 6 | 7 beats 8 | 5
     ([1, 1, 1, 1, 1, 9], 3, [(0, 2), (2, 5), (5, 6)]),  # below the maximum of 9 as even as can be: 2 | 3
+    ([4, 2, 1, 6, 2], 3, [(0, 2), (2, 4), (4, 5)]),  # maximum 7, though 4 | 3 | 8 has the lesser sum of squares
     ([3], 1, [(0, 1)]),
 ])
 def test_divisions_by_hand(costs, parts, expected):
@@ -45,13 +46,13 @@ def test_costs_by_hand():
     attention = 32768 + 128 + 49152 + 20480 + 64 + 32768 + 65536 + 81920
     assert layer_cost(TINY, 0, 256) == attention + 393216 + 512
     assert layer_cost(TINY, 1, 256) == attention + 4096 + 16 + 491520 + 512
-    assert head_cost(TINY) == 8192 * 256
-    assert mtp_cost(TINY, 256) == layer_cost(TINY, 1, 256) + 2 * 256 * 256 + 3 * 256 + head_cost(TINY)
+    assert head_cost(TINY) == 2 * 8192 * 256
+    assert mtp_cost(TINY, 256) == layer_cost(TINY, 1, 256) + 2 * 256 * 256 + 3 * 256
 
 
 def test_tiny_on_two_stages():
-    """Layers 0.68M + 3 x 0.78M, MTP module 3.0M, head 2.1M: the MTP module and the head outweigh all layers."""
-    assert to_string(stages(TINY, 2, 256)) == "Etttt|mL"
+    """Layers 0.68M + 3 x 0.78M, MTP module 0.91M, head 2 x 2.1M: the head outweighs all layers and the module."""
+    assert to_string(stages(TINY, 2, 256)) == "Ettttm|L"
     assert to_string(stages(TINY, 4, 256)) == "Ett|tt|m|L"
 
 

@@ -15,7 +15,8 @@ import torch
 
 from megatron_deepseek.data import jsonl
 from megatron_deepseek.data.indexed import open_indexed
-from megatron_deepseek.data.preprocess import LINES_PER_TASK, PreprocessSettings, id_dtype, preprocess
+from megatron_deepseek.data.preprocess import (
+    BYTES_PER_TASK, LINES_PER_TASK, PreprocessSettings, id_dtype, preprocess, tasks_of)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,11 +75,18 @@ def test_workers_and_compression_change_nothing(tmp_path):
     write_lines(tmp_path / "in.jsonl", documents)
     write_lines(tmp_path / "a.jsonl.gz", documents[:70])
     write_lines(tmp_path / "b.jsonl.gz", documents[70:])
-    run(settings_of(tmp_path, json_keys=("text", "title")))
-    run(settings_of(tmp_path, "?.jsonl.gz", json_keys=("text", "title"), workers=2, output_prefix=str(tmp_path / "w")))
+    asked = {"json_keys": ("text", "title"), "tokenizer_model": "20000"}
+    run(settings_of(tmp_path, **asked))
+    run(settings_of(tmp_path, "?.jsonl.gz", workers=2, output_prefix=str(tmp_path / "w"), **asked))
     for key in ("text", "title"):
         assert contents(tmp_path, f"out_{key}_document") == contents(tmp_path, f"w_{key}_document")
     assert open_indexed(str(tmp_path / "w_title_document"), "").ids[::2].tolist() == list(range(len(documents)))
+
+
+def test_tasks_are_bounded_in_lines_and_bytes(tmp_path):
+    lengths = [1] * (LINES_PER_TASK + 1) + [BYTES_PER_TASK] * 2 + [1]
+    write_lines(tmp_path / "in.jsonl", ["x" * length for length in lengths])
+    assert [len(task) for task in tasks_of([str(tmp_path / "in.jsonl")])] == [LINES_PER_TASK, 2, 1, 1]
 
 
 def test_an_error_in_a_worker_names_the_line(tmp_path):

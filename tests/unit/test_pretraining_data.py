@@ -11,7 +11,7 @@ import torch
 from megatron_deepseek.data.batches import Sampler, read_ahead, sample_indices
 from megatron_deepseek.data.indexed import IndexedWriter
 from megatron_deepseek.data.pretraining import build_datasets, check_data, check_token_ids, parse_blend, parse_split
-from megatron_deepseek.training.settings import DataSettings
+from megatron_deepseek.settings import DataSettings
 
 SEQ = 8
 EOD = 999
@@ -225,7 +225,7 @@ def test_damaged_files_are_refused(tmp_path, message):
 @pytest.mark.parametrize("changes, vocab_size, num_samples, message", [
     ({"tokenizer_model": "1000"}, 1000, (1, 0, 0),
      "--tokenizer-model 1000: its vocabulary of 1001 is larger than the model's vocab_size 1000"),
-    ({"tokenizer_model": "10"}, 999, (1, 0, 0), "data: token ids from 0 to 999 in .*outside the model's vocab_size 999"),
+    ({"tokenizer_model": "10"}, 999, (1, 0, 0), "token ids from 0 to 999 in .*outside the model's vocab_size 999"),
     ({"seq_length": 0}, 1000, (1, 0, 0), "--seq-length 0: it must be at least 1"),
     ({"seq_length": 10_000}, 1000, (1, 0, 0), "its train split .* too small for one sample of --seq-length 10000"),
     ({"split": "1,0,0"}, 1000, (1, 1, 0), r"its valid split \(--split 1,0,0: 0 of 40 sequences, 0 tokens\) is too sm"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_deepseek.training.profile import check_profile, profiler
-from megatron_deepseek.training.settings import RunSettings
+from megatron_deepseek.settings import RunSettings
 
 
 def marks(path):

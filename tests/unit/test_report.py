@@ -8,7 +8,7 @@ import pytest
 
 from megatron_deepseek.training.metrics import StepMetrics, cut_after, read_metrics
 from megatron_deepseek.training.report import Report, open_report
-from megatron_deepseek.training.settings import RunSettings
+from megatron_deepseek.settings import RunSettings
 
 STEP_KEYS = {"iteration", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens",
              "tokens_per_second", "step_seconds"}
@@ -74,6 +74,13 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     path.write_text('{"iteration": 0, "validation_lm_loss": 9.0}\n{"iteration": 1, "lm_loss": 9.0}\n')
     assert cut_after(path, 0) == 2
     assert path.read_text() == ""
+
+
+def test_a_last_record_without_its_newline_is_kept_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iteration": 2}')
+    assert cut_after(path, 2) == 0
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
 
 
 def test_an_interrupted_cut_changes_nothing(tmp_path, monkeypatch):

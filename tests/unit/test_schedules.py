@@ -9,7 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_deepseek.training.schedules import (
     batch_sizes, check_learning_rate, global_batch_size, iterations_for_samples, learning_rate)
-from megatron_deepseek.training.settings import BatchSettings, LearningRateSettings
+from megatron_deepseek.settings import BatchSettings, LearningRateSettings
 
 BASE = LearningRateSettings(lr=3e-4, min_lr=2e-5, lr_decay_iters=37, lr_warmup_iters=5, lr_warmup_init=1e-6)
 
@@ -85,8 +85,11 @@ def test_a_contradiction_is_refused_by_name(change, words):
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-@pytest.mark.parametrize("start, increment, samples, final", [(2, 2, 60, 8), (16, 8, 1000, 96), (3, 1, 10, 6)])
+@pytest.mark.parametrize("start, increment, samples, final", [
+    (2, 2, 60, 8), (16, 8, 1000, 96), (3, 1, 10, 6),
+    (1, 1, 9, 8)])
 def test_ramp_is_megatrons(start, increment, samples, final):
+    """The last case: 9 / (9 / 7) is below 7 in floating point, and Megatron's last size comes a sample late."""
     settings = BatchSettings(1, final, (start, increment, samples))
     calculator = RampupBatchsizeNumMicroBatchesCalculator(final, 1, 1, False, 1, start, increment, samples)
     sizes = set()

@@ -1,0 +1,156 @@
+"""One training step of a small DeepSeek-V3, here and in transformers, from the same weights on the same batch.
+
+    OMP_NUM_THREADS=2 python benchmarks/train_step.py [--bf16] [--output benchmarks/results/train_step.json]
+
+Both run in this process with the same threads and take turns, so a noisy machine slows both. A step is forward,
+backward, gradient clipping and fused AdamW. transformers gets its fastest experts implementation, found by a trial of
+each. Printed: tokens/s of both (median), their ratio, the losses of every step, which must agree, and the share of
+the measured GEMM rate that the model's multiply-adds come to.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import Precision
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.parallel.start import join_job
+from megatron_deepseek.planning.flops import model_flops_per_token
+from megatron_deepseek.settings import OptimizerSettings
+from megatron_deepseek.training.trainer import Plan, Trainer
+
+LEARNING_RATE = 1e-3
+OPTIMIZER = OptimizerSettings()
+MODEL = ModelConfig(
+    vocab_size=8192, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8,
+    q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    moe_intermediate_size=128, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, first_k_dense_replace=1,
+    n_group=4, topk_group=2, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True,
+    routed_scaling_factor=2.5, max_position_embeddings=4096)
+
+
+class Ours:
+    def __init__(self, batch: int, seq_length: int, bf16: bool):
+        layers = tuple(range(MODEL.num_hidden_layers))
+        plan = Plan(MODEL, (Stage(True, layers, (), True),), "1F1B", seq_length, batch, optimizer=OPTIMIZER,
+                    precision=Precision(torch.float32, torch.bfloat16 if bf16 else None))
+        self.trainer = Trainer(plan, build_meshes(Layout(), torch.device("cpu")))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        (stage,) = self.trainer.stages
+        return {name: parameter.to_local().clone() for name, parameter in stage.named_parameters()}
+
+    def step(self, tokens: torch.Tensor) -> float:
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        mask = torch.ones_like(labels, dtype=torch.bool)
+        return self.trainer.train_step(inputs, labels, mask, LEARNING_RATE).losses.lm_loss
+
+
+class Theirs:
+    def __init__(self, weights: dict[str, torch.Tensor], experts: str, bf16: bool):
+        config = DeepseekV3Config(**MODEL.to_hf_dict())
+        config._attn_implementation = "sdpa"
+        config._experts_implementation = experts
+        self.model = DeepseekV3ForCausalLM(config)
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        assert not unexpected and all("e_score_correction_bias" in name for name in missing), (missing, unexpected)
+        self.model.train()
+        self.bf16 = bf16
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=LEARNING_RATE, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2), eps=OPTIMIZER.adam_eps, fused=True)
+
+    def step(self, tokens: torch.Tensor) -> float:
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            logits = self.model(tokens[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_grad)
+        self.optimizer.step()
+        return loss.item()
+
+
+def fastest_experts(weights: dict[str, torch.Tensor], tokens: torch.Tensor, bf16: bool) -> tuple[str, dict]:
+    seconds = {}
+    for name in ("eager", "grouped_mm"):
+        try:
+            model = Theirs(weights, name, bf16)
+            model.step(tokens)
+            seconds[name] = min(timed(model.step, tokens)[0] for _ in range(2))
+        except (RuntimeError, ValueError) as error:
+            print(f"transformers' {name} does not run here: {str(error).splitlines()[0]}")
+    return min(seconds, key=seconds.get), seconds
+
+
+def timed(step, *args) -> tuple[float, float]:
+    begin = time.perf_counter()
+    loss = step(*args)
+    return time.perf_counter() - begin, loss
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square product, best of five."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    a @ b
+    return 2 * size**3 / min(timed(torch.mm, a, b)[0] for _ in range(5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bf16", action="store_true", help="ours with --bf16, transformers under autocast")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON here too")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    join_job(torch.device("cpu"), 10)
+    batches = torch.randint(0, MODEL.vocab_size, (args.steps + 1, args.batch, args.seq_length + 1)).unbind()
+    ours = Ours(args.batch, args.seq_length, args.bf16)
+    weights = ours.weights()
+    experts, trial = fastest_experts(weights, batches[0], args.bf16)
+    theirs = Theirs(weights, experts, args.bf16)
+    runs = [(timed(ours.step, batch), timed(theirs.step, batch)) for batch in batches]
+    figures = summarize(runs, args) | {"experts_implementation": experts, "experts_trial_seconds": trial}
+    for name, value in figures.items():
+        print(f"{name:28s} {value}")
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+def summarize(runs, args) -> dict:
+    tokens = args.batch * args.seq_length
+    difference = max(abs(a[1] - b[1]) / b[1] for a, b in runs)
+    our_rate = tokens / statistics.median(a[0] for a, _ in runs[1:])
+    their_rate = tokens / statistics.median(b[0] for _, b in runs[1:])
+    rate = gemm_rate(torch.bfloat16 if args.bf16 else torch.float32)
+    flops = model_flops_per_token(MODEL, args.seq_length)
+    return {
+        "dtype": "bf16" if args.bf16 else "fp32", "batch": args.batch, "seq_length": args.seq_length,
+        "threads": torch.get_num_threads(), "steps": args.steps, "processor": platform.processor() or os.uname().machine,
+        "torch": torch.__version__, "transformers": __import__("transformers").__version__,
+        "ours_tokens_per_second": round(our_rate), "transformers_tokens_per_second": round(their_rate),
+        "ratio": round(our_rate / their_rate, 2),
+        "first_losses": (runs[0][0][1], runs[0][1][1]), "last_losses": (runs[-1][0][1], runs[-1][1][1]),
+        "largest_relative_difference": difference, "gemm_gflops": round(rate / 1e9, 1),
+        "ours_share_of_gemm": round(our_rate * flops / rate, 3),
+        "transformers_share_of_gemm": round(their_rate * flops / rate, 3)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""pretrain_deepseek.py as a user runs it: it learns, every layout agrees, it resumes exactly, it refuses bad input."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+STEP = ("lm_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens")
+
+
+def steps(metrics: list[dict]) -> list[dict]:
+    return [record for record in metrics if "lm_loss" in record]
+
+
+def validations(metrics: list[dict]) -> list[dict]:
+    return [record for record in metrics if "validation_lm_loss" in record]
+
+
+@pytest.fixture(scope="module")
+def alone(workshop) -> list[dict]:
+    """Six steps on one rank, with a checkpoint after the third and the last."""
+    return workshop.train(1, "alone", "--save-interval", "3")
+
+
+def assert_same_run(metrics: list[dict], reference: list[dict]) -> None:
+    """Float32 in another order of additions: 1e-4 on losses, 1e-3 on gradient norms, as users are promised."""
+    assert [record["iteration"] for record in steps(metrics)] == [record["iteration"] for record in steps(reference)]
+    for ours, theirs in zip(steps(metrics), steps(reference)):
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-4)
+        assert ours["mtp_loss"] == pytest.approx(theirs["mtp_loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["tokens"] == theirs["tokens"] == 16 * 32
+    for ours, theirs in zip(validations(metrics), validations(reference), strict=True):
+        assert ours["validation_lm_loss"] == pytest.approx(theirs["validation_lm_loss"], rel=1e-4)
+
+
+def test_learns_and_writes_what_the_design_says(workshop, alone):
+    first, last = steps(alone)[0], steps(alone)[-1]
+    assert set(first) == {*STEP, "iteration", "tokens_per_second", "step_seconds"}
+    assert first["lm_loss"] == pytest.approx(6.24, abs=0.2)  # ln 512
+    assert last["lm_loss"] < first["lm_loss"] - 0.05
+    assert [record["iteration"] for record in validations(alone)] == [0, 3, 6]
+    assert (workshop.directory / "alone" / "latest_checkpointed_iteration.txt").read_text() == "6\n"
+
+
+@pytest.mark.parametrize("num_ranks, layout", [
+    (4, "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4"),
+    (4, "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2"),
+])
+def test_layouts_agree_with_one_rank(workshop, alone, num_ranks, layout):
+    assert_same_run(workshop.train(num_ranks, f"layout{num_ranks}{hash(layout)}", *layout.split()), alone)
+
+
+def test_resumes_exactly_after_a_kill(workshop, alone):
+    """Killed after its first checkpoint, the same command goes on and ends with the very same numbers."""
+    arguments = workshop.arguments("killed", "--load", str(workshop.directory / "killed"), "--save-interval", "3")
+    marker = workshop.directory / "killed" / "latest_checkpointed_iteration.txt"
+    process = workshop.start(1, arguments)
+    deadline = time.monotonic() + 120
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    job = workshop.run(1, arguments)
+    assert job.status == 0 and "continuing at iteration" in job.output, job.output
+    for ours, theirs in zip(workshop.metrics("killed"), alone, strict=True):
+        assert {name: ours.get(name) for name in STEP} == {name: theirs.get(name) for name in STEP}
+        assert ours.get("validation_lm_loss") == theirs.get("validation_lm_loss")
+
+
+def test_resumes_in_another_layout(workshop, alone):
+    """Weights, moments, biases and the place in the data come over from one rank to two stages of two."""
+    shutil.copytree(workshop.directory / "alone", workshop.directory / "other")
+    (workshop.directory / "other" / "latest_checkpointed_iteration.txt").write_text("3\n")
+    metrics = workshop.train(4, "other", "--load", str(workshop.directory / "other"), "--pipeline-model-parallel-size",
+                             "2", "--tensor-model-parallel-size", "2", "--pipeline-schedule", "ZBVZeroBubble")
+    assert_same_run(metrics, alone)
+
+
+def test_exit_interval_recompute_ramp_and_bf16(workshop):
+    """The options that change when and how a step is computed, all in one short run."""
+    metrics = workshop.train(
+        1, "options", "--bf16", "--exit-interval", "4", "--recompute-granularity", "selective", "--rampup-batch-size",
+        "4", "4", "24", "--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", "0.01",
+        "--lr-decay-style", "deepseek-v3", "--profile", "--profile-step-start", "1", "--profile-step-end", "2",
+        "--tensorboard-dir", str(workshop.directory / "tensorboard"))
+    assert [record["tokens"] // 32 for record in steps(metrics)] == [4, 4, 8, 12]  # a rise every 8 samples
+    assert all(record["balance_loss"] > 0 for record in steps(metrics))
+    assert list((workshop.directory / "tensorboard").iterdir())
+    assert list((workshop.directory / "options" / "profile").glob("rank_00000*.json.gz"))
+    assert (workshop.directory / "options" / "latest_checkpointed_iteration.txt").read_text() == "4\n"
+
+
+def bad_inputs(workshop) -> dict[str, tuple[list[str], str]]:
+    """Arguments to add, and what the one line must name."""
+    truncated = workshop.directory / "truncated"
+    shutil.copy(f"{workshop.prefix}.idx", f"{truncated}.idx")
+    truncated.with_suffix(".bin").write_bytes(workshop.prefix.with_suffix(".bin").read_bytes()[:-100])
+    return {
+        "missing data": (["--data-path", "nowhere"], "--data-path nowhere"),
+        "truncated data": (["--data-path", str(truncated)], str(truncated)),
+        "small vocabulary": (["--vocab-size", "200"], "vocab_size 200"),
+        "other architecture": (["--hidden-size", "64", "--load", str(workshop.directory / "alone")], "hidden_size 32"),
+        "no number": (["--lr", "fast"], "--lr"),
+        "heads": (["--num-attention-heads", "0"], "--num-attention-heads"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["missing data", "truncated data", "small vocabulary", "other architecture",
+                                  "no number", "heads"])
+def test_refuses_bad_input_in_one_line(workshop, alone, kind):
+    more, named = bad_inputs(workshop)[kind]
+    job = workshop.run(1, workshop.arguments("refused", *more))
+    lines = job.output.strip().splitlines()
+    assert job.status == 2 and len(lines) == 1, job.output
+    assert lines[0].startswith("pretrain_deepseek.py: error: ") and named in lines[0]
+    assert not (workshop.directory / "refused").exists()
+
+
+def test_refuses_once_for_all_ranks(workshop):
+    job = workshop.run(2, workshop.arguments("refused", "--data-path", "nowhere"))
+    assert job.output.count("pretrain_deepseek.py: error: ") == 1 and job.status != 0
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(workshop, alone):
+    """Nothing is dropped in silence: a model with one MTP module less does not load."""
+    config = json.loads(workshop.config.read_text()) | {"num_nextn_predict_layers": 0}
+    other = workshop.directory / "no_mtp.json"
+    other.write_text(json.dumps(config))
+    job = workshop.run(1, workshop.arguments("refused", "--model", str(other), "--load",
+                                             str(workshop.directory / "alone")))
+    assert job.status == 2 and "num_nextn_predict_layers 1 there, 0 here" in job.output

@@ -1,0 +1,149 @@
+"""Recomputation: the same numbers bit for bit, and really less memory held between forward and backward.
+
+What is held is measured, not believed: every storage that an operator makes in the forward is watched by a weak
+reference, and those still alive at its end are what the backward keeps.
+"""
+
+import pytest
+import torch
+from small_models import V3_SMALL, enliven, forward, gradients_of, random_batch, whole_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.settings import RecomputeSettings
+
+MODULES = ("layernorm", "mla_up_proj", "moe_act")
+SEQ_LENGTH = 16
+
+
+class Watch(TorchDispatchMode):
+    """Weak references to the storages of all tensors that operators return."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if type(tensor) is torch.Tensor:
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def kept_bytes(self) -> int:
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def kept_by(function) -> tuple[torch.Tensor, int]:
+    """The result of `function`, and the bytes that it keeps alive."""
+    with Watch() as watch:
+        result = function()
+    return result, watch.kept_bytes()
+
+
+def square_and_cube(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x * x, x * x * x
+
+
+@pytest.mark.parametrize("run", [compose, recompute])
+def test_gradient_of_a_pair(run):
+    x = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    y = run(square_and_cube, (x,), lambda a, b: (a * b).sum())
+    y.backward()
+    torch.testing.assert_close(x.grad, 5 * x.detach() ** 4, rtol=1e-12, atol=0)
+
+
+def test_views_of_outputs_are_restored():
+    """A consumer that saves a transposed slice gets the same slice of the second run."""
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for run in (compose, recompute):
+        y = run(lambda x: x.exp(), (x,), lambda e: e[:, 1:3].t() @ weight).square().sum()
+        gradients.append(torch.autograd.grad(y, (x, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_producer_runs_once_more_for_all_readers():
+    runs = []
+
+    def producer(x):
+        runs.append(torch.is_grad_enabled())
+        return x.exp()
+
+    x = torch.randn(5, requires_grad=True)
+    y = recompute(producer, (x,), lambda e: (e * e.sin() * e.cos()).sum())
+    y.backward(retain_graph=True)
+    assert runs == [True, False]
+    y.backward()
+    assert runs == [True, False, False]
+
+
+def test_backward_leaves_nothing_behind():
+    x = torch.randn(1000, requires_grad=True)
+    with Watch() as watch:
+        y = recompute(lambda x: x.exp(), (x,), lambda e: (e * e).sum())
+        y.backward()
+        del y
+    assert watch.kept_bytes() == x.grad.untyped_storage().nbytes()
+
+
+def test_the_producers_output_is_not_kept():
+    """exp keeps its own output for its backward, so a sum's output (kept by the consumer alone) is what must go."""
+    x = torch.randn(1000, requires_grad=True)
+    kept = [kept_by(lambda run=run: run(lambda x: x + 1, (x,), lambda a: (a * a).sum()))[1]
+            for run in (compose, recompute)]
+    assert kept[0] - kept[1] == 4000
+
+
+def test_empty_outputs():
+    """A rank that received no token: empty storages have no address to be told apart by."""
+    x = torch.empty(0, 4, requires_grad=True)
+    weight = torch.randn(3, 4, requires_grad=True)
+    recompute(lambda x: x * 2, (x,), lambda a: (a @ weight.t()).sum()).backward()
+    assert x.grad.shape == (0, 4) and not weight.grad.any()
+
+
+def model_with(meshes, settings: RecomputeSettings):
+    model = whole_model(V3_SMALL, meshes, SEQ_LENGTH, torch.float32, recompute=settings)
+    enliven(model)
+    return model
+
+
+SETTINGS = {"none": RecomputeSettings(), "full": RecomputeSettings("full"),
+            "selective": RecomputeSettings("selective", MODULES),
+            **{module: RecomputeSettings("selective", (module,)) for module in MODULES}}
+
+
+def held(meshes, settings: RecomputeSettings) -> int:
+    model, batch = model_with(meshes, settings), random_batch(V3_SMALL, 4, SEQ_LENGTH)
+    return kept_by(lambda: forward(model, *batch).loss)[1]
+
+
+def test_every_mode_holds_less(meshes):
+    """Each module's recomputation frees something of its own, all three more, whole layers most."""
+    bytes_held = {name: held(meshes, settings) for name, settings in SETTINGS.items()}
+    for module in MODULES:
+        assert bytes_held["selective"] < bytes_held[module] < bytes_held["none"], bytes_held
+    saved = sum(bytes_held["none"] - bytes_held[module] for module in MODULES)
+    assert bytes_held["none"] - bytes_held["selective"] == saved, bytes_held
+    assert bytes_held["full"] < bytes_held["selective"]
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "none"])
+def test_same_bits(meshes, name):
+    """The second run is the first one's arithmetic, so nothing may differ at all."""
+    outcomes = []
+    for settings in (SETTINGS["none"], SETTINGS[name]):
+        model = model_with(meshes, settings)
+        outcome = forward(model, *random_batch(V3_SMALL, 2, SEQ_LENGTH))
+        outcome.loss.backward()
+        outcomes.append((outcome, gradients_of(model)))
+    (kept, kept_gradients), (recomputed, gradients) = outcomes
+    assert torch.equal(kept.loss, recomputed.loss)
+    assert all(torch.equal(gradients[name], kept_gradients[name]) for name in kept_gradients)
+    counts = kept.tally.expert_counts
+    assert all(torch.equal(recomputed.tally.expert_counts[layer], counts[layer]) for layer in counts)

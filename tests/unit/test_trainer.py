@@ -1,0 +1,193 @@
+"""One step of training on one rank: its gradient and update against a plain float64 reference, and its promises."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference_model import ReferenceModel
+from small_models import V3_SMALL, enliven, gradients_of, random_batch, relative_error, weights_of, whole_stage
+
+from megatron_deepseek.model.build import Precision
+from megatron_deepseek.model.rotary import rope_table
+from megatron_deepseek.settings import LossSettings, OptimizerSettings
+from megatron_deepseek.training.trainer import Plan, Trainer
+
+SEQ_LENGTH = 6
+CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
+LOSS = LossSettings(mtp_loss_scaling_factor=0.3, balance_type="seq_aux_loss", moe_aux_loss_coeff=0.2)
+NO_CLIPPING = OptimizerSettings(clip_grad=0.0)
+BF16 = Precision(torch.float32, torch.bfloat16)
+EXACT = 1e-10  # float64 sums in another order
+
+
+def trainer(meshes, lively: bool = True, **changes) -> Trainer:
+    plan = Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size=2,
+                precision=Precision(torch.float64), optimizer=NO_CLIPPING, loss=LOSS)
+    made = Trainer(replace(plan, **changes), meshes)
+    if lively:
+        enliven(made.stages[0])
+    return made
+
+
+def batch_of(sequences: int, seed: int = 0):
+    return random_batch(CONFIG, sequences, SEQ_LENGTH, seed)
+
+
+def reference_step(reference: ReferenceModel, tokens, labels, mask) -> tuple[torch.Tensor, ...]:
+    """Back-propagates the whole loss; (lm_loss, mtp_loss, balance_loss)."""
+    lm_loss, mtp_loss = reference.losses(torch.cat([tokens, labels[:, -1:]], 1), mask)
+    balance = reference.balance_loss(expert=0.2)
+    (lm_loss + 0.3 * mtp_loss + balance).backward()
+    return lm_loss, mtp_loss, balance
+
+
+def reference_of(model) -> ReferenceModel:
+    return ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, SEQ_LENGTH, torch.device("cpu")),
+                          CONFIG.qk_head_dim**-0.5)
+
+
+def test_two_steps_against_plain_autograd_and_adamw(meshes):
+    """Losses, every gradient, the gradient norm and every updated weight, over two micro-batches a step."""
+    ours = trainer(meshes)
+    reference = reference_of(ours.stages[0])
+    trained = {name: w for name, w in reference.weights.items() if not name.endswith("correction_bias")}
+    decayed = [w for w in trained.values() if w.ndim > 1]
+    plain = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1},
+                               {"params": [w for w in trained.values() if w.ndim == 1], "weight_decay": 0.0}],
+                              lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(2):
+        batch = batch_of(4, seed=step)
+        result = ours.train_step(*batch, learning_rate=1e-2)
+        plain.zero_grad()
+        lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *batch))
+        plain.step()
+        assert result.losses.lm_loss == pytest.approx(lm_loss, rel=EXACT)
+        assert result.losses.mtp_loss == pytest.approx((mtp_loss,), rel=EXACT)
+        assert result.losses.balance_loss == pytest.approx(balance, rel=EXACT)
+        expected = reference.gradients()
+        errors = {name: relative_error(g, expected[name]) for name, g in gradients_of(ours.stages[0]).items()}
+        assert max(errors.values()) < EXACT, errors
+        norm = torch.cat([g.flatten() for g in expected.values()]).norm().item()
+        assert result.grad_norm == pytest.approx(norm, rel=EXACT)
+    weights = weights_of(ours.stages[0])
+    errors = {name: relative_error(weights[name], weight) for name, weight in reference.weights.items()}
+    assert max(errors.values()) < 1e-8, errors  # Adam divides by the root of small second moments
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_division_into_micro_batches_does_not_show(meshes, micro_batch_size):
+    """Though their valid labels differ in number."""
+    outcomes = []
+    for size in (2, micro_batch_size):
+        ours = trainer(meshes, micro_batch_size=size)
+        outcomes.append((ours.train_step(*batch_of(4), learning_rate=0.0), gradients_of(ours.stages[0])))
+    (one, one_gradients), (other, other_gradients) = outcomes
+    assert one.losses.lm_loss == pytest.approx(other.losses.lm_loss, rel=EXACT)
+    assert one.losses.mtp_loss == pytest.approx(other.losses.mtp_loss, rel=EXACT)
+    assert one.losses.balance_loss == pytest.approx(other.losses.balance_loss, rel=EXACT)
+    assert max(relative_error(other_gradients[name], g) for name, g in one_gradients.items()) < EXACT
+    assert all(torch.equal(one.expert_counts[layer], other.expert_counts[layer]) for layer in one.expert_counts)
+
+
+def test_clipping(meshes):
+    """The reported norm is the one before; the gradient keeps its direction. 1e-6 is Megatron's epsilon."""
+    free, clipped = trainer(meshes), trainer(meshes, optimizer=OptimizerSettings(clip_grad=0.01))
+    norms = [each.train_step(*batch_of(4), learning_rate=0.0).grad_norm for each in (free, clipped)]
+    assert norms[0] == norms[1] > 0.01
+    small, large = gradients_of(clipped.stages[0]), gradients_of(free.stages[0])
+    assert torch.cat([g.flatten() for g in small.values()]).norm().item() == pytest.approx(0.01, rel=1e-4)
+    factor = 0.01 / (norms[0] + 1e-6)
+    assert max(relative_error(small[name], large[name] * factor) for name in large) < EXACT
+
+
+def test_clipping_leaves_a_small_gradient_alone(meshes):
+    free, clipped = trainer(meshes), trainer(meshes, optimizer=OptimizerSettings(clip_grad=1e6))
+    for each in (free, clipped):
+        each.train_step(*batch_of(2), learning_rate=0.0)
+    small, large = gradients_of(clipped.stages[0]), gradients_of(free.stages[0])
+    assert all(torch.equal(small[name], large[name]) for name in large)
+
+
+def test_weight_decay_takes_matrices_only(meshes):
+    """A step whose labels are all masked has no gradient, so only decay moves weights: by 1 - lr * decay."""
+    settings = OptimizerSettings(weight_decay=0.5, clip_grad=0.0)
+    ours = trainer(meshes, optimizer=settings, loss=LossSettings())
+    before = weights_of(ours.stages[0])
+    tokens, labels, mask = batch_of(2)
+    ours.train_step(tokens, labels, torch.zeros_like(mask), learning_rate=0.1)
+    for name, weight in weights_of(ours.stages[0]).items():
+        factor = 1.0 if weight.ndim == 1 else 1 - 0.1 * 0.5
+        torch.testing.assert_close(weight, before[name] * factor, rtol=1e-12, atol=0, msg=name)
+
+
+def test_expert_bias_moves_after_the_step(meshes):
+    """By the counts of the step, in every MoE layer, MTP's included."""
+    ours = trainer(meshes)
+    before = weights_of(ours.stages[0])
+    counts = ours.train_step(*batch_of(4), learning_rate=0.0, bias_rate=0.125).expert_counts
+    assert counts.keys() == {"model.layers.1.mlp", "model.layers.2.mlp"}
+    after = weights_of(ours.stages[0])
+    for layer, counts_E in counts.items():
+        name = f"{layer}.gate.e_score_correction_bias"
+        expected = before[name] + 0.125 * torch.sign(counts_E.sum() / 8 - counts_E)
+        torch.testing.assert_close(after[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_leaves_everything_as_it_was(meshes):
+    """Weights, gradients, biases and the next step; its losses are those that training would see."""
+    ours, undisturbed = trainer(meshes), trainer(meshes)
+    for each in (ours, undisturbed):
+        each.train_step(*batch_of(2), learning_rate=0.01)
+    before, gradients = weights_of(ours.stages[0]), gradients_of(ours.stages[0])
+    losses = ours.evaluate(*batch_of(4, seed=5))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(ours.stages[0]).items())
+    assert all(torch.equal(g, gradients[name]) for name, g in gradients_of(ours.stages[0]).items())
+    trained = [each.train_step(*batch_of(4, seed=5), learning_rate=0.01).losses for each in (ours, undisturbed)]
+    assert trained[0] == trained[1]
+    assert (losses.lm_loss, losses.mtp_loss) == (trained[0].lm_loss, trained[0].mtp_loss)
+    assert losses.balance_loss == 0.0
+
+
+def test_bfloat16_keeps_float32_masters(meshes):
+    """Weights, gradients and moments are float32; the loss is bfloat16's 8 bits from float32's, averaged: 1 %."""
+    wide, narrow = trainer(meshes, precision=Precision()), trainer(meshes, precision=BF16)
+    results = [each.train_step(*batch_of(4), learning_rate=1e-3) for each in (wide, narrow)]
+    assert results[1].losses.lm_loss == pytest.approx(results[0].losses.lm_loss, rel=1e-2)
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=5e-2)
+    assert results[1].losses != results[0].losses, "it did not compute in bfloat16"
+    tensors = [t for item in narrow.parameters for t in (item.parameter, item.parameter.grad)]
+    moments = [m for state in narrow.optimizer.state.values() for key, m in state.items() if key != "step"]
+    assert len(moments) == 2 * len(narrow.parameters)
+    assert {tensor.dtype for tensor in (*tensors, *moments)} == {torch.float32}
+
+
+def test_bfloat16_accumulates_in_float32(meshes):
+    """32 equal micro-batches of 1/32 each add up to the gradient of one, bit for bit: in float32 such sums of
+    bfloat16 numbers are exact, in bfloat16 they would stop growing. The routers' are float32 numbers: 1e-6."""
+    gradients = []
+    for copies in (1, 32):
+        ours = trainer(meshes, precision=BF16, micro_batch_size=1, loss=LossSettings())
+        ours.train_step(*(x.expand(copies, -1) for x in batch_of(1)), learning_rate=0.0)
+        gradients.append(gradients_of(ours.stages[0]))
+    errors = {name: relative_error(gradients[1][name], gradient) for name, gradient in gradients[0].items()}
+    assert not {name: e for name, e in errors.items() if e > (1e-6 if name.endswith("gate.weight") else 0.0)}
+
+
+@pytest.mark.parametrize("precision", [Precision(), BF16], ids=["float32", "bfloat16"])
+def test_memorises_a_batch(meshes, precision):
+    """20 steps on 4 sequences from the ordinary start, both losses to less than half."""
+    ours = trainer(meshes, lively=False, precision=precision, optimizer=OptimizerSettings())
+    batch = batch_of(4)
+    first, *_, last = [ours.train_step(*batch, learning_rate=0.02, bias_rate=1e-3).losses for _ in range(20)]
+    assert first.lm_loss == pytest.approx(torch.tensor(float(CONFIG.vocab_size)).log().item(), rel=0.01)
+    assert last.lm_loss < 0.5 * first.lm_loss and last.mtp_loss[0] < 0.5 * first.mtp_loss[0]
+
+
+def test_not_finite_gradients_stop_before_the_update(meshes):
+    ours = trainer(meshes)
+    with torch.no_grad():
+        ours.stages[0].model.layers["0"].self_attn.o_proj.weight.to_local()[0, 0] = float("inf")
+    before = weights_of(ours.stages[0])
+    with pytest.raises(FloatingPointError, match="lm_loss is nan"):
+        ours.train_step(*batch_of(2), learning_rate=0.1)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(ours.stages[0]).items())
