@@ -17,7 +17,7 @@ from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.presets import V3
-from megatron_deepseek.training.settings import LossSettings, RecomputeSettings
+from megatron_deepseek.settings import LossSettings, RecomputeSettings
 
 LAYOUTS = (
     Layout(dp=2, pp=2, tp=2, ep=4),
