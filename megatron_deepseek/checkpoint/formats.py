@@ -1,0 +1,128 @@
+"""The formats that a conversion reads and writes: hf (Hugging Face) and native (the checkpoints of training)."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from megatron_deepseek.checkpoint.assets import (
+    DIRECTORY,
+    Assets,
+    carry,
+    read_assets,
+    write_config,
+    write_native_assets,
+)
+from megatron_deepseek.checkpoint.blocks import FP8, Output
+from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
+from megatron_deepseek.checkpoint.dcp_files import METADATA, write_metadata
+from megatron_deepseek.checkpoint.distributed import TrainState
+from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
+from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.names import mtp_copies, native_places
+from megatron_deepseek.checkpoint.shards import Record, Shard, divide, write_dcp, write_safetensors
+from megatron_deepseek.checkpoint.source import Source, open_stacked
+from megatron_deepseek.checkpoint.workspace import write_aside
+from megatron_deepseek.config import ModelConfig
+
+NATIVE_PREFIX = "model."
+_NATIVE_FILE_BYTES = 1 << 30
+
+
+def open_hf(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
+    source = open_huggingface(path, without_mtp)
+    copies = any(name in source.copies for name in mtp_copies(source.config))
+    return source, Assets(path, source.fields, copies or not source.config.num_nextn_predict_layers)
+
+
+def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
+    """`path`: a directory of checkpoints, of which the last finished one is taken, or one iteration's."""
+    directory = path
+    if not (path / METADATA).is_file():
+        iteration = last_iteration(path)
+        if iteration is None:
+            raise ValueError(f"--load {path} holds no finished checkpoint")
+        directory = iteration_directory(path, iteration)
+    config = ModelConfig.from_file(directory / "config.json")
+    dropped = {"optimizer.": "state of the optimizer"}
+    if without_mtp and config.num_nextn_predict_layers:
+        dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": "part of an MTP module"
+                    for depth in range(config.num_nextn_predict_layers)}
+        config = replace(config, num_nextn_predict_layers=0)
+    source = open_stacked(directory, config, native_places(config), NATIVE_PREFIX, dropped)
+    return source, read_assets(directory.parent / DIRECTORY)
+
+
+def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int) -> Target:
+    """Shards of at most `largest` bytes, their index, config.json and the carried files."""
+    copies = mtp_copies(source.config) if assets.mtp_copies else {}
+    written = outputs(source, dtype, True, copies)
+    groups = divide(written, largest)
+    shards = tuple(Shard(_shard_name(number, len(groups)), group) for number, group in enumerate(groups))
+
+    def write(path: Path, shard: Shard, advance: Callable[[int], None]) -> Record:
+        return write_safetensors(path, shard, source, advance)
+
+    def complete(directory: Path, _records: dict[str, Record]) -> None:
+        carry(assets, directory)
+        _write_index(directory, shards)
+        write_config(directory, source.config, assets, dtype_bytes(shards))
+
+    return Target("hf", save, shards, write, complete)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(directory: Path, shards: tuple[Shard, ...]) -> None:
+    weight_map = {}
+    for shard in shards:
+        for output in shard.outputs:
+            weight_map[output.name] = shard.name
+            if output.dtype == FP8:
+                weight_map[output.name + "_scale_inv"] = shard.name
+    total = sum(shard.nbytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None) -> Target:
+    """An iteration 0 without optimizer state, from which training starts."""
+    if dtype == FP8:
+        raise ValueError("--dtype fp8 is a format of released weights; a native checkpoint takes bf16, fp16 or fp32")
+    if (save / MARKER).exists():
+        raise ValueError(f"--save {save} holds a checkpoint already")
+    places = {place.name: place for place in native_places(source.config)}
+    shapes = {NATIVE_PREFIX + place.whole: place.whole_shape for place in places.values()}
+    groups = divide(_one_type_a_stack(outputs(source, dtype, False, {}), places), _NATIVE_FILE_BYTES)
+    shards = tuple(Shard(f"weights-{number:05d}.distcp", group) for number, group in enumerate(groups))
+
+    def write(path: Path, shard: Shard, advance: Callable[[int], None]) -> Record:
+        return write_dcp(path, shard, source, advance, places, NATIVE_PREFIX)
+
+    def complete(directory: Path, records: dict[str, Record]) -> None:
+        write_metadata(directory, shapes, [item for record in records.values() for item in record.items])
+        (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
+        (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
+
+    def publish() -> None:
+        write_native_assets(save / DIRECTORY, assets)
+        write_aside(save / MARKER, "0\n")
+
+    return Target("native", iteration_directory(save, 0), shards, write, complete, publish)
+
+
+def _one_type_a_stack(written: list[Output], places: dict) -> list[Output]:
+    """A stacked parameter has one type: the widest that any of its experts is stored in."""
+    widest: dict[str, torch.dtype] = {}
+    for output in written:
+        whole = places[output.name].whole
+        widest[whole] = torch.promote_types(widest.get(whole, output.dtype), output.dtype)
+    return [Output(output.name, output.original, output.shape, widest[places[output.name].whole])
+            for output in written]
+
+
+OPEN = {"hf": open_hf, "native": open_native}
