@@ -42,6 +42,10 @@ class Block:
     rows: torch.Tensor
     scales: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Rows of at most BLOCK_BYTES, or 128 rows, so that no block of 128 x 128 is cut."""
@@ -64,8 +68,9 @@ def cast_blocks(source: Source, outputs: Sequence[Output], advance: Callable[[in
             rows, scales = pending.result()
             if number + 1 < len(requests):
                 pending = pool.submit(_read, *requests[number + 1])
-            yield _cast(output, start, stop, rows, scales)
-            advance(prod((stop - start, *output.shape[1:])) * output.dtype.itemsize)
+            block = _cast(output, start, stop, rows, scales)
+            yield block
+            advance(block.nbytes)
 
 
 def _read(source: Source, output: Output, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -54,6 +54,7 @@ class Writer:
 
     def __init__(self, path: Path):
         self.path, self.tensor, self.position, self.crc = path, "the header", 0, 0
+        self.failure: ValueError | None = None
         self.file = open(path, "wb", buffering=0)
 
     def __enter__(self) -> "Writer":
@@ -80,7 +81,17 @@ class Writer:
                 count = os.pwrite(self.file.fileno(), data, offset)
                 data, offset = data[count:], offset + count
         except OSError as error:
-            raise ValueError(f"{self.path}: {self.tensor} cannot be written: {error.strerror}") from error
+            self.failure = ValueError(f"{self.path}: {self.tensor} cannot be written: {error.strerror}")
+            raise self.failure from error
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """torch.save at the current position; its own error after a failed write hides what failed."""
+        try:
+            torch.save(tensor, self)
+        except RuntimeError:
+            if self.failure is None:
+                raise
+            raise self.failure from None
 
 
 def write_safetensors(path: Path, shard: Shard, source: Source, advance: Callable[[int], None]) -> Record:
@@ -116,7 +127,7 @@ def write_dcp(path: Path, shard: Shard, source: Source, advance: Callable[[int],
         for block in cast_blocks(source, shard.outputs, advance):
             place, file.tensor, begin = places[block.output.name], block.output.name, file.position
             offset, size = place.rows(block.start, block.stop)
-            torch.save(block.rows.contiguous().view(size), file)
+            file.save(block.rows.contiguous().view(size))
             items.append(Item(prefix + place.whole, offset, size, block.output.dtype, shard.name, begin,
                               file.position - begin))
     return Record(file.position, [[0, file.position, file.crc]], items)
