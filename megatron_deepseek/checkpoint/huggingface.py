@@ -46,11 +46,6 @@ class HuggingFaceSource:
         return read_rows(self.stored[name], start, stop), scales.float()
 
 
-def is_huggingface(path: Path) -> bool:
-    """Whether a directory looks like a Hugging Face model, by its files' names."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-
-
 def open_huggingface(path: Path, without_mtp: bool = False) -> HuggingFaceSource:
     """ValueError naming tensor and file where anything is damaged, missing, unknown, double or of a wrong shape."""
     config = ModelConfig.from_file(path / "config.json")

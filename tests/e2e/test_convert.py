@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, DeepseekV3Config, PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    PreTrainedTokenizerFast,
+)
+
+from megatron_deepseek.checkpoint.names import hf_shapes
+from megatron_deepseek.config import ModelConfig
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -78,9 +87,6 @@ def large(tmp_path_factory) -> Path:
     fields = SMALL | {"model_type": "deepseek_v3", "hidden_size": 1024, "moe_intermediate_size": 1024,
                       "n_routed_experts": 20, "num_hidden_layers": 3, "q_lora_rank": 24, "num_nextn_predict_layers": 0,
                       "torch_dtype": "bfloat16"}
-    from megatron_deepseek.checkpoint.names import hf_shapes
-    from megatron_deepseek.config import ModelConfig
-
     shapes = hf_shapes(ModelConfig.from_hf_dict(fields))
     (directory / "config.json").write_text(json.dumps(fields))
     for part in (0, 1):
@@ -127,9 +133,6 @@ def test_kill_and_resume(tmp_path, large, to):
     assert_equal_files(tmp_path / ("back" if to == "native" else "out"), large)
 
 
-PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-
-
 def test_memory_does_not_hold_the_model(tmp_path, large):
     """Both ways under a limit of address space that torch's import and the model together exceed."""
     measure = "import torch; print([l for l in open('/proc/self/status') if l.startswith('VmPeak')][0].split()[1])"
@@ -144,13 +147,14 @@ def test_memory_does_not_hold_the_model(tmp_path, large):
     assert_equal_files(tmp_path / "back", large)
 
 
-def test_torchrun_shares_the_work(tmp_path, large):
-    """Two ranks write the files of one, bit for bit, and rank 0 alone reports."""
+def test_torchrun_shares_the_work(tmp_path):
+    """Two ranks write what one would, and rank 0 alone reports."""
+    AutoModelForCausalLM.from_config(MODELS["v3"]).save_pretrained(tmp_path / "hf")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = convert("hf", "hf", large, tmp_path / "out", "--max-shard-size", "40MB", launcher=torchrun)
+    done = convert("hf", "hf", tmp_path / "hf", tmp_path / "out", "--max-shard-size", "40KB", launcher=torchrun)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tensors") == 1
-    assert_equal_files(tmp_path / "out", large)
+    assert done.stdout.count("tensors") == 1 and len(list((tmp_path / "out").glob("*.safetensors"))) > 4
+    assert_equal_files(tmp_path / "out", tmp_path / "hf")
 
 
 def test_refused_in_one_line(tmp_path):
