@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
 from megatron_deepseek.checkpoint.conversion import DTYPES, Share, Target, convert
-from megatron_deepseek.checkpoint.formats import OPEN, hf_target, native_target
+from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.source import Source
 
@@ -62,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
     add("--workers", type=workers, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
-    add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's)")
+    add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's); "
+        "with --from megatron also config.json")
     add("--dry-run", action="store_true", help="check everything, list what would be written, write nothing")
     add("--layers", type=layers, metavar="0,3-5", help="list these layers only; means --dry-run")
     return parser
@@ -73,7 +74,7 @@ def make_target(args: argparse.Namespace, source: Source, assets: Assets) -> Tar
     save = args.save or Path("output")
     if args.to == "hf":
         return hf_target(source, assets, save, dtype, args.max_shard_size)
-    return native_target(source, assets, save, dtype)
+    return (native_target if args.to == "native" else megatron_target)(source, assets, save, dtype)
 
 
 def describe(source: Source, target: Target, chosen: frozenset[int] | None) -> None:
@@ -95,16 +96,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
+    """Megatron's files do not say the architecture, so --assets must."""
+    more = (args.assets,) if args.origin == "megatron" else ()
+    return OPEN[args.origin](args.load, args.no_mtp, *more)
+
+
 def run(args: argparse.Namespace, share: Share) -> None:
-    if args.origin == args.to == "native":
-        raise ValueError("--from native --to native changes nothing; checkpoints are read in any layout")
+    if args.origin == args.to != "hf":
+        raise ValueError(f"--from {args.origin} --to {args.to} changes nothing; checkpoints are read in any layout")
     looking = args.dry_run or args.layers is not None
     if args.save is None and not looking:
         raise ValueError("--save is required, unless --dry-run or --layers only look")
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load} is not a directory")
-    source, assets = OPEN[args.origin](args.load, args.no_mtp)
-    if args.assets is not None:
+    source, assets = _open(args)
+    if args.assets is not None and args.origin != "megatron":
         assets = Assets(args.assets, assets.fields, assets.mtp_copies)
         if not read_assets(args.assets).files():
             raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")

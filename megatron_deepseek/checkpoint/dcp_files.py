@@ -176,8 +176,8 @@ def _numbers_begin(file, item: Item) -> int:
     """The byte at which an item's numbers begin. They must be contiguous, which torch.save does not promise."""
     tensor = torch.load(Section(file, item.offset, item.length), map_location="meta", weights_only=True)
     if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype or not tensor.is_contiguous():
-        raise RuntimeError(f"it is saved as {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, not as "
-                           f"contiguous {item.dtype} {item.shape}")
+        raise RuntimeError(f"it is saved as {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
+                           f"not as contiguous {item.dtype} {item.shape}")
     return (item.offset + tensor.untyped_storage()._checkpoint_offset
             + tensor.storage_offset() * item.dtype.itemsize)
 

@@ -1,4 +1,4 @@
-"""The formats that a conversion reads and writes: hf (Hugging Face) and native (the checkpoints of training)."""
+"""The formats that a conversion reads and writes: hf (Hugging Face), native (the checkpoints of training), megatron."""
 
 import json
 from collections.abc import Callable
@@ -17,11 +17,12 @@ from megatron_deepseek.checkpoint.assets import (
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
-from megatron_deepseek.checkpoint.dcp_files import METADATA, write_metadata
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
 from megatron_deepseek.checkpoint.distributed import TrainState
 from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
-from megatron_deepseek.checkpoint.names import mtp_copies, native_places
+from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
+from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
 from megatron_deepseek.checkpoint.shards import Record, Shard, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.source import Source, open_stacked
 from megatron_deepseek.checkpoint.workspace import write_aside
@@ -51,8 +52,35 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
         dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": "part of an MTP module"
                     for depth in range(config.num_nextn_predict_layers)}
         config = replace(config, num_nextn_predict_layers=0)
-    source = open_stacked(directory, config, native_places(config), NATIVE_PREFIX, dropped)
+    stored = DcpDirectory(directory)
+    source = open_stacked(directory, config, stored, native_places(config), NATIVE_PREFIX, dropped)
     return source, read_assets(directory.parent / DIRECTORY)
+
+
+def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None) -> tuple[Source, Assets]:
+    """The last iteration of a Megatron-LM directory, or one iteration's; the architecture is that of `config_from`."""
+    directory = path if (path / METADATA).is_file() else _megatron_iteration(path)
+    assets = read_assets(config_from or directory.parent / DIRECTORY)
+    if assets.fields is None:
+        raise ValueError(f"--load {path} does not say the architecture; --assets names a directory with its config.json")
+    config = ModelConfig.from_hf_dict(assets.fields)
+    dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
+    if without_mtp:
+        config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), "part of an MTP module"
+    stored = DcpDirectory(directory)
+    places = megatron_places(config, frozenset(stored.shapes))
+    return open_stacked(directory, config, stored, places, "", dropped, PADDED), assets
+
+
+def _megatron_iteration(path: Path) -> Path:
+    """Its marker file holds a number, or "release" for converted weights."""
+    marker = path / MARKER
+    if marker.is_file() and marker.read_text().strip() == "release":
+        return path / "release"
+    iteration = last_iteration(path)
+    if iteration is None:
+        raise ValueError(f"--load {path} holds no finished checkpoint")
+    return iteration_directory(path, iteration)
 
 
 def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int) -> Target:
@@ -95,24 +123,51 @@ def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype
         raise ValueError("--dtype fp8 is a format of released weights; a native checkpoint takes bf16, fp16 or fp32")
     if (save / MARKER).exists():
         raise ValueError(f"--save {save} holds a checkpoint already")
-    places = {place.name: place for place in native_places(source.config)}
-    shapes = {NATIVE_PREFIX + place.whole: place.whole_shape for place in places.values()}
+
+    def add_files(directory: Path) -> None:
+        (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
+        (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
+
+    places = native_places(source.config)
+    return _stacked_target("native", source, assets, save, dtype, places, NATIVE_PREFIX, add_files)
+
+
+def megatron_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None) -> Target:
+    """An iteration 0 of weights alone, as megatron.core.dist_checkpointing reads them."""
+    if dtype == FP8:
+        raise ValueError("--dtype fp8 is a format of released weights; a Megatron checkpoint takes bf16, fp16 or fp32")
+    if (save / MARKER).exists():
+        raise ValueError(f"--save {save} holds a checkpoint already")
+
+    def add_files(directory: Path) -> None:
+        torch.save({"iteration": 0, "checkpoint_version": 3.0}, directory / "common.pt")
+        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+                   "common_backend_version": 1}
+        (directory / "metadata.json").write_text(json.dumps(backend))
+
+    return _stacked_target("megatron", source, assets, save, dtype, megatron_places(source.config), "", add_files)
+
+
+def _stacked_target(kind: str, source: Source, assets: Assets, save: Path, dtype: torch.dtype | None,
+                    all_places: list[Place], prefix: str, add_files: Callable[[Path], None]) -> Target:
+    """A DCP directory of stacked parameters at SAVE/iter_0000000; `add_files` adds what is not weights."""
+    places = {place.name: place for place in all_places}
+    shapes = {prefix + place.whole: place.whole_shape for place in all_places}
     groups = divide(_one_type_a_stack(outputs(source, dtype, False, {}), places), _NATIVE_FILE_BYTES)
     shards = tuple(Shard(f"weights-{number:05d}.distcp", group) for number, group in enumerate(groups))
 
     def write(path: Path, shard: Shard, advance: Callable[[int], None]) -> Record:
-        return write_dcp(path, shard, source, advance, places, NATIVE_PREFIX)
+        return write_dcp(path, shard, source, advance, places, prefix)
 
     def complete(directory: Path, records: dict[str, Record]) -> None:
         write_metadata(directory, shapes, [item for record in records.values() for item in record.items])
-        (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
-        (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
+        add_files(directory)
 
     def publish() -> None:
         write_native_assets(save / DIRECTORY, assets)
         write_aside(save / MARKER, "0\n")
 
-    return Target("native", iteration_directory(save, 0), shards, write, complete, publish)
+    return Target(kind, iteration_directory(save, 0), shards, write, complete, publish)
 
 
 def _one_type_a_stack(written: list[Output], places: dict) -> list[Output]:
@@ -125,4 +180,4 @@ def _one_type_a_stack(written: list[Output], places: dict) -> list[Output]:
             for output in written]
 
 
-OPEN = {"hf": open_hf, "native": open_native}
+OPEN = {"hf": open_hf, "native": open_native, "megatron": open_megatron}

@@ -65,13 +65,12 @@ class StackedSource:
         raise NotImplementedError("stacked checkpoints hold no float8 weights")
 
 
-def open_stacked(path: Path, config: ModelConfig, places: list[Place], prefix: str,
-                 dropped: dict[str, str]) -> StackedSource:
+def open_stacked(path: Path, config: ModelConfig, directory: DcpDirectory, places: list[Place], prefix: str,
+                 dropped: dict[str, str], padded: tuple[str, ...] = ()) -> StackedSource:
     """ValueError where the directory lacks a tensor, has another one, or one of another shape.
 
-    `dropped`: beginnings of the names that are left out, and why.
+    `dropped`: beginnings of the names that are left out, and why. `padded`: tensors that may have further rows.
     """
-    directory = DcpDirectory(path)
     wholes = {prefix + place.whole: place.whole_shape for place in places}
     left_out = {name: reason for name in directory.shapes for start, reason in dropped.items()
                 if name not in wholes and name.startswith(start)}
@@ -81,7 +80,8 @@ def open_stacked(path: Path, config: ModelConfig, places: list[Place], prefix: s
         if names:
             raise ValueError(f"{path} {what} {len(names)} tensor{'s' * (len(names) > 1)}, first {names[0]}")
     for name, shape in wholes.items():
-        if directory.shapes[name] != shape:
+        found = directory.shapes[name]
+        if found != shape and not (name in padded and found[1:] == shape[1:] and found[0] > shape[0]):
             raise ValueError(f"{path}: {name} has shape {directory.shapes[name]}, config.json says {shape}")
         if directory.dtypes[name] not in FLOATS:
             raise ValueError(f"{path}: {name} is of type {directory.dtypes[name]}, no floating-point number")
