@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Bytes per second and peak memory of hf -> native -> hf, beside `cp -r` and transformers' save_pretrained.
 
-The model has V3's shapes (all 128 heads, experts of 7168 x 2048) in two layers, with as many experts as --gigabytes
-ask for. Every command runs in its own process. Bytes are those of the model, once: what is read, or what is written.
+The model has V3's shapes (all 128 heads, experts of 7168 x 2048) in two layers, the first dense, or below 2.5 GB in one
+layer with experts; it has as many experts as --gigabytes ask for. Every command runs in its own process. Bytes are those of the model, once: what is read, or what is written.
 Disks that have been written to a lot stall; --rounds repeats everything and the best of each is printed beside all.
 """
 
@@ -44,10 +44,11 @@ class Measured:
 def generate(directory: Path, gigabytes: float) -> int:
     """The model's files, of about 1 GB; the size in bytes."""
     directory.mkdir()
-    rest = hf_shapes(_config(2))
+    layers = 2 if gigabytes >= 2.5 else 1
+    rest = hf_shapes(_config(2, layers))
     fixed = 2 * sum(torch.Size(shape).numel() for name, shape in rest.items() if ".experts." not in name)
     one_expert = 2 * 3 * V3.hidden_size * V3.moe_intermediate_size
-    config = _config(max(2, round((gigabytes * 1e9 - fixed) / one_expert)))
+    config = _config(max(2, round((gigabytes * 1e9 - fixed) / one_expert)), layers)
     (directory / "config.json").write_text(json.dumps(config.to_hf_dict()))
     pending, size, number = {}, 0, 0
     for name, shape in hf_shapes(config).items():
@@ -58,21 +59,12 @@ def generate(directory: Path, gigabytes: float) -> int:
             pending, number = {}, number + 1
     if pending:
         save_file(pending, directory / f"part-{number}.safetensors", metadata={"format": "pt"})
-    files = sorted(directory.glob("part-*"))
-    weight_map = {}
-    for index, file in enumerate(files):
-        target = file.with_name(f"model-{index + 1:05d}-of-{len(files):05d}.safetensors")
-        file.rename(target)
-        length = int.from_bytes(target.open("rb").read(8), "little")
-        header = json.loads(target.open("rb").read(8 + length)[8:])
-        weight_map |= {name: target.name for name in header if name != "__metadata__"}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return size
 
 
-def _config(experts: int):
-    return replace(V3, num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=experts, n_group=1, topk_group=1,
-                   num_experts_per_tok=2, vocab_size=8192, num_nextn_predict_layers=0, rope_scaling=None)
+def _config(experts: int, layers: int):
+    return replace(V3, num_hidden_layers=layers, first_k_dense_replace=layers - 1, n_routed_experts=experts, n_group=1,
+                   topk_group=1, num_experts_per_tok=2, vocab_size=8192, num_nextn_predict_layers=0, rope_scaling=None)
 
 
 def measure(command: list[str]) -> Measured:
