@@ -2,7 +2,8 @@
 """Bytes per second and peak memory of hf -> native -> hf, beside `cp -r` and transformers' save_pretrained.
 
 The model has V3's shapes (all 128 heads, experts of 7168 x 2048) in two layers, the first dense, or below 2.5 GB in one
-layer with experts; it has as many experts as --gigabytes ask for. Every command runs in its own process. Bytes are those of the model, once: what is read, or what is written.
+layer with experts; it has as many experts as --gigabytes ask for. Every command runs in its own process. Bytes are
+those of the model, once: what is read, or what is written.
 Disks that have been written to a lot stall; --rounds repeats everything and the best of each is printed beside all.
 """
 
@@ -88,7 +89,7 @@ def one_round(directory: Path, workers: int) -> dict[str, Measured]:
         "cp -r": ["cp", "-r", hf, str(directory / "copy")],
         "hf -> native": [*tool, "--from", "hf", "--to", "native", "--load", hf, "--save", native],
         "native -> hf": [*tool, "--from", "native", "--to", "hf", "--load", native, "--save", back],
-        "save_pretrained": [sys.executable, "-c", SAVE_PRETRAINED, hf, str(directory / "theirs")],
+        "save_pretrained": [sys.executable, "-c", SAVE_PRETRAINED, back, str(directory / "theirs")],
     }
     results = {}
     for name, command in commands.items():
