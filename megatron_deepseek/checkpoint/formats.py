@@ -62,7 +62,8 @@ def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None
     directory = path if (path / METADATA).is_file() else _megatron_iteration(path)
     assets = read_assets(config_from or directory.parent / DIRECTORY)
     if assets.fields is None:
-        raise ValueError(f"--load {path} does not say the architecture; --assets names a directory with its config.json")
+        raise ValueError(f"--load {path} does not say the architecture: --assets must name a directory with its "
+                         f"config.json")
     config = ModelConfig.from_hf_dict(assets.fields)
     dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
     if without_mtp:
