@@ -14,6 +14,7 @@ setup(
         "megatron-core>=0.16,<0.17",
         "tokenizers>=0.20",
         "matplotlib>=3.8",
+        "tqdm>=4.60",
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "nltk>=3.9"],

@@ -101,6 +101,19 @@ def released_fields(config) -> dict:
     return head | dict(sorted((fields | constant | rope).items()))
 
 
+def spelling(fields: dict, name: str) -> str:
+    """What the file that `fields` were read from calls ModelConfig's field `name`."""
+    return next((alias for alias, own in _ALIASES.items() if own == name and alias in fields), name)
+
+
+def write_rope(config, fields: dict) -> dict:
+    """RoPE in the dialect of `fields`: one rope_parameters, or rope_theta and rope_scaling."""
+    if "rope_parameters" not in fields:
+        return {"rope_theta": config.rope_theta, "rope_scaling": _write_rope(config)}
+    scaling = _write_rope(config) or {"type": "default"}
+    return {"rope_parameters": {"rope_type": scaling.pop("type"), "rope_theta": config.rope_theta, **scaling}}
+
+
 def _write_rope(config) -> dict | None:
     scaling = config.rope_scaling
     if scaling is None:

@@ -104,6 +104,7 @@ class RunSettings:
     save: Path | None = None
     load: Path | None = None
     save_interval: int | None = None
+    save_hf: Path | None = None
     eval_interval: int | None = None
     eval_iters: int = 0
     log_interval: int = 1

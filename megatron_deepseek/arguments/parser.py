@@ -213,8 +213,9 @@ def _add_checkpoint(parser):
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save", type=Path, metavar="DIR", help="for checkpoints and metrics.jsonl")
     add("--save-interval", type=values.positive_int, help="iterations between checkpoints (one, at the end)")
+    add("--save-hf", type=Path, metavar="DIR", help="at the end, also as a Hugging Face model (bf16 with --bf16)")
     add("--load", type=Path, metavar="DIR", help="continue from the last checkpoint there; when it is the --save "
-        "directory, the first start, without a checkpoint, begins anew")
+        "directory, the first start, without a checkpoint, begins anew; a Hugging Face directory gives the weights")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
     add("--no-load-optim", action="store_true", help="begin with fresh optimizer state")
     add("--exit-interval", type=values.positive_int, help="save and leave at an iteration that this divides")

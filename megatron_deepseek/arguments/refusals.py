@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_deepseek.arguments.parser import NOT_YET
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import MARKER, last_iteration
+from megatron_deepseek.checkpoint.marker import MARKER, is_huggingface, last_iteration
 from megatron_deepseek.parallel import layout_string, schedule_rules
 
 TP = "--tensor-model-parallel-size {r.tp}"
@@ -41,7 +41,7 @@ def _layout_error(r: Request) -> bool:
 def _no_checkpoint(r: Request) -> bool:
     """--load and --save in one directory, still empty, are the first start of a run that continues by itself."""
     load, save = r.args.load, r.args.save
-    if load is None or last_iteration(load) is not None:
+    if load is None or last_iteration(load) is not None or is_huggingface(load):
         return False
     same = save is not None and load.resolve() == save.resolve()
     return not same or r.args.finetune or (load / MARKER).exists()
@@ -159,6 +159,10 @@ _RUN = (
             "--eval-interval {r.args.eval_interval} needs --eval-iters"),
     Refusal("save interval", lambda r: r.args.save_interval is not None and r.args.save is None,
             "--save-interval {r.args.save_interval} needs --save"),
+    Refusal("export of what", lambda r: r.args.save_hf is not None and r.args.save is None,
+            "--save-hf {r.args.save_hf} needs --save: it is made from the last checkpoint"),
+    Refusal("export exists", lambda r: r.args.save_hf is not None and r.args.save_hf.exists(),
+            "--save-hf {r.args.save_hf} exists already"),
     Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load} holds no finished checkpoint"),
     Refusal("finetune what", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
     Refusal("no optimizer of what", lambda r: r.args.no_load_optim and r.args.load is None,

@@ -20,7 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.hf_reader import HuggingFaceReader
+from megatron_deepseek.checkpoint.huggingface import open_huggingface
+from megatron_deepseek.checkpoint.marker import MARKER, is_huggingface, iteration_directory, last_iteration
 from megatron_deepseek.config import ModelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,17 +80,28 @@ def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Mod
 
 
 def check_checkpoint(root: Path, config: ModelConfig) -> Path:
-    """The latest checkpoint's directory. ValueError if there is none, or if it is of another architecture."""
+    """The latest checkpoint's directory, or `root` itself if that is a Hugging Face model.
+
+    ValueError if there is none, or if it is of another architecture.
+    """
     iteration = last_iteration(root)
+    if iteration is None and is_huggingface(root):
+        return _same_architecture(root, open_huggingface(root).config, config, "it")
     if iteration is None:
         raise ValueError(f"--load {root}: it has no finished checkpoint ({MARKER} is missing or names none)")
     directory = iteration_directory(root, iteration)
-    theirs, ours = asdict(ModelConfig.from_file(directory / "config.json")), asdict(config)
+    _same_architecture(root, ModelConfig.from_file(directory / "config.json"), config, f"iteration {iteration}")
+    return directory
+
+
+def _same_architecture(root: Path, found: ModelConfig, config: ModelConfig, which: str) -> Path:
+    """`root`, unless what it holds differs in names, shapes or meaning of weights."""
+    theirs, ours = asdict(found), asdict(config)
     different = [f"{name} {theirs[name]} there, {ours[name]} here"
                  for name in _SHAPING if theirs[name] != ours[name]]
     if different:
-        raise ValueError(f"--load {root}: iteration {iteration} is of another architecture: {'; '.join(different)}")
-    return directory
+        raise ValueError(f"--load {root}: {which} is of another architecture: {'; '.join(different)}")
+    return root
 
 
 # What decides the names, shapes or meaning of weights; other fields (dropout, loss weights) may change between runs.
@@ -100,6 +113,14 @@ _SHAPING = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
             "attention_bias")
 
 
+def has_optimizer(directory: Path) -> bool:
+    """Whether a checkpoint has the optimizer's state. Released weights, and what is converted from them, have none."""
+    if is_huggingface(directory):
+        return False
+    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    return any(name.startswith("optimizer.") for name in saved)
+
+
 def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
 
@@ -108,10 +129,12 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     state = model_state(stages)
     if optimizer is not None:
         state |= optimizer_state(stages, optimizer)
-    _check_tensors(directory, state, ignore_optimizer=optimizer is None)
-    dcp.load(state, checkpoint_id=directory)
+    released = is_huggingface(directory)
+    reader = HuggingFaceReader(open_huggingface(directory)) if released else dcp.FileSystemReader(directory)
+    _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
+    dcp.load(state, storage_reader=reader)
     _fill_copies(stages, optimizer)
-    train_state = TrainState(**json.loads((directory / "state.json").read_text()))
+    train_state = TrainState() if released else TrainState(**json.loads((directory / "state.json").read_text()))
     if optimizer is not None:
         for stage in stages:
             for parameter in stage.parameters():
@@ -126,8 +149,9 @@ def load_weights(directory: Path, stages: list[nn.Module]) -> None:
     _fill_copies(stages, None)
 
 
-def _check_tensors(directory: Path, state: dict[str, torch.Tensor], ignore_optimizer: bool) -> None:
-    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
+                   ignore_optimizer: bool) -> None:
+    saved = reader.read_metadata().state_dict_metadata
     missing = sorted(set(state) - set(saved))
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}")

@@ -9,6 +9,11 @@ def iteration_directory(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+def is_huggingface(path: Path) -> bool:
+    """Whether a directory looks like a Hugging Face model, by its files' names."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
 def last_iteration(root: Path) -> int | None:
     """The iteration of the last finished checkpoint under `root`, or None.
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.distributed import TrainState
+from megatron_deepseek.checkpoint.export import export_hf, keep_assets
+from megatron_deepseek.checkpoint.marker import is_huggingface, last_iteration
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.pretraining import build_datasets, check_data
 from megatron_deepseek.model.build import Precision
@@ -41,7 +43,10 @@ def _pretrain(settings: Settings) -> None:
     first = dist.get_rank() == 0
     with open_report(settings.run, state.iteration) if first else Report() as report:
         describe(report, settings, trainer, state)
-        Run(settings, trainer, report, state).train()
+        keep_assets(settings.run)
+        run = Run(settings, trainer, report, state)
+        run.train()
+        run.export()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -86,6 +91,8 @@ def resume(settings: Settings, trainer: Trainer) -> TrainState:
         return TrainState()
     directory = checkpoint.check_checkpoint(run.load, settings.model)
     weights_only = run.finetune or run.no_load_optim
+    if not weights_only and not checkpoint.has_optimizer(directory):
+        weights_only = is_huggingface(directory) or last_iteration(run.load) == 0  # released weights, converted or not
     state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer)
     if run.finetune:
         return TrainState()
@@ -183,6 +190,18 @@ class Run:
                                     self.trainer.optimizer)
         self.saved_iteration = self.state.iteration
         self.report.message(f"saved {directory}")
+
+
+    def export(self) -> None:
+        """--save-hf: the last checkpoint as released models are, each rank writing its part of the files."""
+        run = self.settings.run
+        if run.save_hf is None:
+            return
+        if last_iteration(run.save) != self.state.iteration:
+            self.saved_iteration = None
+            self._save()
+        export_hf(run, dist.get_rank(), dist.get_world_size())
+        self.report.message(f"exported {run.save_hf}")
 
 
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

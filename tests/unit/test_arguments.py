@@ -84,6 +84,8 @@ REFUSED = {
     "nothing to evaluate": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
     "evaluation of what": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
     "save interval": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
+    "export of what": (1, "--save-hf out", ["--save-hf out", "--save"]),
+    "export exists": (1, "--save-hf / --save run", ["--save-hf /"]),
     "no checkpoint": (1, "--load /nowhere", ["--load /nowhere"]),
     "finetune what": (1, "--finetune", ["--finetune", "--load"]),
     "no optimizer of what": (1, "--no-load-optim", ["--no-load-optim", "--load"]),

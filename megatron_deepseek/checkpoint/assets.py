@@ -1,0 +1,96 @@
+"""What travels beside the weights: config.json in the dialect of its source, tokenizer, generation settings.
+
+A native checkpoint keeps them in `huggingface/`, at the root of the iterations, so that an export after training finds
+them; `conversion.json` there says what a config.json does not: whether the MTP modules and their copies of embedding
+and head were in the files.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from megatron_deepseek import hf_config
+from megatron_deepseek.checkpoint import block_fp8
+from megatron_deepseek.config import ModelConfig
+
+DIRECTORY = "huggingface"
+_NOTES = "conversion.json"
+_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "LICENSE*")
+_OWN = ("config.json", _NOTES)
+
+
+@dataclass(frozen=True)
+class Assets:
+    """`fields`: the source's config.json, or None for a model that was never in this form."""
+
+    directory: Path | None = None
+    fields: dict | None = None
+    mtp_copies: bool = True
+
+    def files(self) -> list[Path]:
+        """Tokenizer, generation_config.json, the model's own code: everything small that is carried as it is."""
+        if self.directory is None:
+            return []
+        found = {path for pattern in _CARRIED for path in self.directory.glob(pattern) if path.is_file()}
+        return sorted(path for path in found if path.name not in _OWN and not path.name.endswith(".index.json"))
+
+
+def read_assets(directory: Path) -> Assets:
+    """Of a Hugging Face directory, or of one that `write_native_assets` made; empty where there is none."""
+    if not (directory / "config.json").is_file():
+        return Assets(directory) if directory.is_dir() else Assets()
+    given = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    notes = directory / _NOTES
+    copies = json.loads(notes.read_text())["mtp_copies"] if notes.is_file() else True
+    return Assets(directory, given, copies)
+
+
+def write_native_assets(directory: Path, assets: Assets) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    carry(assets, directory)
+    if assets.fields is not None:
+        _write_json(directory / "config.json", assets.fields)
+    _write_json(directory / _NOTES, {"mtp_copies": assets.mtp_copies})
+
+
+def carry(assets: Assets, directory: Path) -> None:
+    for path in assets.files():
+        shutil.copyfile(path, directory / path.name)
+
+
+def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: dict[torch.dtype, int]) -> None:
+    """config.json of an export whose tensors have `dtypes`, bytes of each."""
+    quantized = torch.float8_e4m3fn in dtypes
+    widest = max((dtype for dtype in dtypes if dtype != torch.float8_e4m3fn), key=dtypes.get)
+    given = dict(assets.fields) if assets.fields is not None else config.to_hf_dict()
+    if assets.fields is not None:
+        given |= _changes(given, config)
+    key = "dtype" if "dtype" in given and "torch_dtype" not in given else "torch_dtype"
+    given[key] = str(widest).removeprefix("torch.")
+    if not quantized:
+        given.pop("quantization_config", None)
+    elif not given.get("quantization_config"):
+        given["quantization_config"] = block_fp8.QUANTIZATION_CONFIG
+    _write_json(directory / "config.json", given)
+
+
+def _changes(given: dict, config: ModelConfig) -> dict:
+    """What training changed since `given` was read, in its own dialect. Absent MTP modules stay as announced."""
+    theirs, changes = ModelConfig.from_hf_dict(given), {}
+    released = config.to_hf_dict()
+    names = [field.name for field in fields(config) if getattr(theirs, field.name) != getattr(config, field.name)]
+    for name in names:
+        if name == "num_nextn_predict_layers" and config.num_nextn_predict_layers == 0:
+            continue
+        if name not in ("rope_theta", "rope_scaling"):
+            changes[hf_config.spelling(given, name)] = released[name]
+    if {"rope_theta", "rope_scaling"} & set(names):
+        changes |= hf_config.write_rope(config, given)
+    return changes
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,156 @@
+"""The command line of tools/convert_checkpoint.py."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_deepseek.checkpoint.assets import Assets, read_assets
+from megatron_deepseek.checkpoint.conversion import DTYPES, Share, Target, convert
+from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
+from megatron_deepseek.checkpoint.names import layer_of
+from megatron_deepseek.checkpoint.source import Source
+
+PROGRAM = "convert_checkpoint.py"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(text: str) -> int:
+    """Bytes of 5GB, 500MB, 1GiB or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 1GiB")
+    return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)
+
+
+def workers(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def layers(text: str) -> frozenset[int]:
+    """Layer numbers of 0,3-5."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,3-5")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(found)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message.removeprefix("argument "))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog=PROGRAM, allow_abbrev=False,
+                           description="Convert DeepSeek checkpoints, in memory that does not grow with the model.")
+    add = parser.add_argument
+    add("--from", dest="origin", required=True, choices=sorted(OPEN), help="format of --load")
+    add("--to", required=True, choices=sorted(OPEN), help="format of --save")
+    add("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face directory, or one of checkpoints")
+    add("--save", type=Path, metavar="DIR", help="made whole, by a rename at the end")
+    add("--dtype", choices=sorted(DTYPES), help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
+    add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
+    add("--workers", type=workers, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
+    add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
+    add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's); "
+        "with --from megatron also config.json")
+    add("--dry-run", action="store_true", help="check everything, list what would be written, write nothing")
+    add("--layers", type=layers, metavar="0,3-5", help="list these layers only; means --dry-run")
+    return parser
+
+
+def make_target(args: argparse.Namespace, source: Source, assets: Assets) -> Target:
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    save = args.save or Path("output")
+    if args.to == "hf":
+        return hf_target(source, assets, save, dtype, args.max_shard_size)
+    return (native_target if args.to == "native" else megatron_target)(source, assets, save, dtype)
+
+
+def describe(source: Source, target: Target, chosen: frozenset[int] | None) -> None:
+    """Every tensor of the chosen layers (all of them) with its types and file; then what is dropped; then totals."""
+    for shard in target.shards:
+        for output in shard.outputs:
+            if chosen is None or layer_of(output.name) in chosen:
+                print(f"{output.name} {list(output.shape)} {_name(source.dtypes[output.original])} -> "
+                      f"{_name(output.dtype)} {shard.name}")
+    for name, reason in sorted(source.dropped.items()):
+        if chosen is None or layer_of(name) in chosen:
+            print(f"{name} dropped: {reason}")
+    tensors = sum(len(shard.outputs) for shard in target.shards)
+    print(f"{tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files; {len(source.dropped)} dropped, "
+          f"{len(source.copies)} copies of others")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
+    """Megatron's files do not say the architecture, so --assets must."""
+    more = (args.assets,) if args.origin == "megatron" else ()
+    return OPEN[args.origin](args.load, args.no_mtp, *more)
+
+
+def run(args: argparse.Namespace, share: Share) -> None:
+    if args.origin == args.to != "hf":
+        raise ValueError(f"--from {args.origin} --to {args.to} changes nothing; checkpoints are read in any layout")
+    looking = args.dry_run or args.layers is not None
+    if args.save is None and not looking:
+        raise ValueError("--save is required, unless --dry-run or --layers only look")
+    if not args.load.is_dir():
+        raise ValueError(f"--load {args.load} is not a directory")
+    source, assets = _open(args)
+    if args.assets is not None and args.origin != "megatron":
+        assets = Assets(args.assets, assets.fields, assets.mtp_copies)
+        if not read_assets(args.assets).files():
+            raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")
+    target = make_target(args, source, assets)
+    if looking:
+        describe(source, target, args.layers)
+        return
+    extra = sum(source.dtypes[original].itemsize * torch.Size(source.shapes[original]).numel()
+                for original in source.copies.values())
+    with tqdm(total=(target.nbytes + extra) if share.world_size == 1 else None, unit="B", unit_scale=True,
+              disable=share.rank > 0, mininterval=0.5) as bar:
+        convert(source, target, share, bar.update, lambda text: print(text, file=sys.stderr))
+    if share.rank == 0:
+        report(source, target)
+
+
+def report(source: Source, target: Target) -> None:
+    tensors = sum(len(shard.outputs) for shard in target.shards)
+    print(f"{target.destination}: {tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files")
+    reasons = sorted(set(source.dropped.values()))
+    for reason in reasons:
+        names = sorted(name for name, why in source.dropped.items() if why == reason)
+        print(f"dropped {len(names)} tensors ({reason}): {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+    if source.copies:
+        print(f"checked {len(source.copies)} copies against their originals: {', '.join(source.copies)}")
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """The exit status: 2 for what a user can mend, with one line that says what."""
+    rank = int(environ.get("RANK", "0"))
+    run_id = "-".join(environ.get(name, "0") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT",
+                                                          "TORCHELASTIC_RESTART_COUNT"))
+    try:
+        args = build_parser().parse_args(argv)
+        run(args, Share(args.workers, rank, int(environ.get("WORLD_SIZE", "1")), run_id))
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0

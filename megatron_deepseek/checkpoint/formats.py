@@ -1,0 +1,184 @@
+"""The formats that a conversion reads and writes: hf (Hugging Face), native (the checkpoints of training), megatron."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from megatron_deepseek.checkpoint.assets import (
+    DIRECTORY,
+    Assets,
+    carry,
+    read_assets,
+    write_config,
+    write_native_assets,
+)
+from megatron_deepseek.checkpoint.blocks import FP8, Output
+from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
+from megatron_deepseek.checkpoint.distributed import TrainState
+from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
+from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
+from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
+from megatron_deepseek.checkpoint.shards import Record, Shard, divide, write_dcp, write_safetensors
+from megatron_deepseek.checkpoint.source import Source, open_stacked
+from megatron_deepseek.checkpoint.workspace import write_aside
+from megatron_deepseek.config import ModelConfig
+
+NATIVE_PREFIX = "model."
+_NATIVE_FILE_BYTES = 1 << 30
+
+
+def open_hf(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
+    source = open_huggingface(path, without_mtp)
+    copies = any(name in source.copies for name in mtp_copies(source.config))
+    return source, Assets(path, source.fields, copies or not source.config.num_nextn_predict_layers)
+
+
+def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
+    """`path`: a directory of checkpoints, of which the last finished one is taken, or one iteration's."""
+    directory = path
+    if not (path / METADATA).is_file():
+        iteration = last_iteration(path)
+        if iteration is None:
+            raise ValueError(f"--load {path} holds no finished checkpoint")
+        directory = iteration_directory(path, iteration)
+    config = ModelConfig.from_file(directory / "config.json")
+    dropped = {"optimizer.": "state of the optimizer"}
+    if without_mtp and config.num_nextn_predict_layers:
+        dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": "part of an MTP module"
+                    for depth in range(config.num_nextn_predict_layers)}
+        config = replace(config, num_nextn_predict_layers=0)
+    stored = DcpDirectory(directory)
+    source = open_stacked(directory, config, stored, native_places(config), NATIVE_PREFIX, dropped)
+    return source, read_assets(directory.parent / DIRECTORY)
+
+
+def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None) -> tuple[Source, Assets]:
+    """The last iteration of a Megatron-LM directory, or one iteration's; the architecture is that of `config_from`."""
+    directory = path if (path / METADATA).is_file() else _megatron_iteration(path)
+    assets = read_assets(config_from or directory.parent / DIRECTORY)
+    if assets.fields is None:
+        raise ValueError(f"--load {path} does not say the architecture: --assets must name a directory with its "
+                         f"config.json")
+    config = ModelConfig.from_hf_dict(assets.fields)
+    dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
+    if without_mtp:
+        config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), "part of an MTP module"
+    stored = DcpDirectory(directory)
+    places = megatron_places(config, frozenset(stored.shapes))
+    return open_stacked(directory, config, stored, places, "", dropped, PADDED), assets
+
+
+def _megatron_iteration(path: Path) -> Path:
+    """Its marker file holds a number, or "release" for converted weights."""
+    marker = path / MARKER
+    if marker.is_file() and marker.read_text().strip() == "release":
+        return path / "release"
+    iteration = last_iteration(path)
+    if iteration is None:
+        raise ValueError(f"--load {path} holds no finished checkpoint")
+    return iteration_directory(path, iteration)
+
+
+def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int) -> Target:
+    """Shards of at most `largest` bytes, their index, config.json and the carried files."""
+    copies = mtp_copies(source.config) if assets.mtp_copies else {}
+    written = outputs(source, dtype, True, copies)
+    groups = divide(written, largest)
+    shards = tuple(Shard(_shard_name(number, len(groups)), group) for number, group in enumerate(groups))
+
+    def write(path: Path, shard: Shard, advance: Callable[[int], None]) -> Record:
+        return write_safetensors(path, shard, source, advance)
+
+    def complete(directory: Path, _records: dict[str, Record]) -> None:
+        carry(assets, directory)
+        _write_index(directory, shards)
+        write_config(directory, source.config, assets, dtype_bytes(shards))
+
+    return Target("hf", save, shards, write, complete)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(directory: Path, shards: tuple[Shard, ...]) -> None:
+    weight_map = {}
+    for shard in shards:
+        for output in shard.outputs:
+            weight_map[output.name] = shard.name
+            if output.dtype == FP8:
+                weight_map[output.name + "_scale_inv"] = shard.name
+    total = sum(shard.nbytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None) -> Target:
+    """An iteration 0 without optimizer state, from which training starts."""
+    if dtype == FP8:
+        raise ValueError("--dtype fp8 is a format of released weights; a native checkpoint takes bf16, fp16 or fp32")
+    if (save / MARKER).exists():
+        raise ValueError(f"--save {save} holds a checkpoint already")
+
+    def add_files(directory: Path) -> None:
+        (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
+        (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
+
+    places = native_places(source.config)
+    return _stacked_target("native", source, assets, save, dtype, places, NATIVE_PREFIX, add_files)
+
+
+def megatron_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None) -> Target:
+    """An iteration 0 of weights alone, as megatron.core.dist_checkpointing reads them."""
+    if dtype == FP8:
+        raise ValueError("--dtype fp8 is a format of released weights; a Megatron checkpoint takes bf16, fp16 or fp32")
+    if (save / MARKER).exists():
+        raise ValueError(f"--save {save} holds a checkpoint already")
+
+    def add_files(directory: Path) -> None:
+        torch.save({"iteration": 0, "checkpoint_version": 3.0}, directory / "common.pt")
+        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+                   "common_backend_version": 1}
+        (directory / "metadata.json").write_text(json.dumps(backend))
+
+    return _stacked_target("megatron", source, assets, save, dtype, megatron_places(source.config), "", add_files)
+
+
+def _stacked_target(kind: str, source: Source, assets: Assets, save: Path, dtype: torch.dtype | None,
+                    all_places: list[Place], prefix: str, add_files: Callable[[Path], None]) -> Target:
+    """A DCP directory of stacked parameters at SAVE/iter_0000000; `add_files` adds what is not weights."""
+    places = {place.name: place for place in all_places}
+    shapes = {prefix + place.whole: place.whole_shape for place in all_places}
+    groups = divide(_one_type_a_stack(outputs(source, dtype, False, {}), places), _NATIVE_FILE_BYTES)
+    shards = tuple(Shard(f"weights-{number:05d}.distcp", group) for number, group in enumerate(groups))
+
+    def write(path: Path, shard: Shard, advance: Callable[[int], None]) -> Record:
+        return write_dcp(path, shard, source, advance, places, prefix)
+
+    def complete(directory: Path, records: dict[str, Record]) -> None:
+        write_metadata(directory, shapes, [item for record in records.values() for item in record.items])
+        add_files(directory)
+
+    def publish() -> None:
+        write_native_assets(save / DIRECTORY, assets)
+        write_aside(save / MARKER, "0\n")
+
+    return Target(kind, iteration_directory(save, 0), shards, write, complete, publish)
+
+
+def _one_type_a_stack(written: list[Output], places: dict) -> list[Output]:
+    """A stacked parameter has one type: the widest that any of its experts is stored in."""
+    widest: dict[str, torch.dtype] = {}
+    for output in written:
+        whole = places[output.name].whole
+        widest[whole] = torch.promote_types(widest.get(whole, output.dtype), output.dtype)
+    return [Output(output.name, output.original, output.shape, widest[places[output.name].whole])
+            for output in written]
+
+
+OPEN = {"hf": open_hf, "native": open_native, "megatron": open_megatron}

@@ -1,0 +1,137 @@
+"""Safetensors files, read and written a few rows at a time.
+
+The library maps whole files into memory (`ulimit -v` below a shard's size then fails) and writes from a dictionary that
+holds every tensor of the file. Conversion wants neither, and the format is a length, a JSON header and the bytes
+(github.com/huggingface/safetensors, README, "Format"). Everything that the library refuses is refused here as well.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes, the library's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor's bytes are: `offset` counts from the beginning of `file`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name. ValueError, naming file and tensor, unless its bytes are exactly theirs."""
+    try:
+        header, begin, size = _raw_header(path)
+    except (UnicodeDecodeError, json.JSONDecodeError, struct.error) as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    header.pop("__metadata__", None)
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    end = 0
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != end:
+            raise ValueError(f"{path}: {name} begins at byte {start} of the data, where {end} was expected")
+        if begin + stop > size:
+            raise ValueError(f"{path} is truncated: {name} ends at byte {begin + stop}, the file at {size}")
+        end = stop
+    if begin + end != size:
+        raise ValueError(f"{path} has {size - begin - end} bytes after its last tensor")
+    return {name: StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, begin + spans[name][0])
+            for name, entry in header.items()}
+
+
+def _raw_header(path: Path) -> tuple[dict, int, int]:
+    """The parsed header, where the data begins, and the file's size."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"{path} is truncated or no safetensors file: its header should have {length} bytes, "
+                             f"the file has {size}")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its header is a JSON {type(header).__name__}, not an object")
+    return header, 8 + length, size
+
+
+def _span(path: Path, name: str, entry) -> tuple[int, int]:
+    """Begin and end of a tensor in the data, checked against its type and shape."""
+    try:
+        (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        expected = math.prod(shape)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: the header's entry of {name} is damaged") from error
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: {name} is of type {dtype}, which is not one of {', '.join(DTYPES)}")
+    if stop - start != expected * DTYPES[dtype].itemsize:
+        raise ValueError(f"{path}: {name} has {stop - start} bytes, its shape {shape} of {dtype} needs "
+                         f"{expected * DTYPES[dtype].itemsize}")
+    return start, stop
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Rows start..stop of the first dimension; the whole tensor where it has none."""
+    shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
+    out = torch.empty(shape, dtype=tensor.dtype)
+    try:
+        with open(tensor.file, "rb", buffering=0) as file:
+            file.seek(tensor.offset + start * tensor.row_bytes)
+            fill(file, as_bytes(out))
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{tensor.file}: {tensor.name} cannot be read: {error}") from error
+    return out
+
+
+def fill(file, buffer: memoryview) -> None:
+    """Read until `buffer` is full; a single read stops at 2 GiB."""
+    while len(buffer):
+        count = file.readinto(buffer)
+        if not count:
+            raise EOFError(f"the file ends {len(buffer)} bytes too early")
+        buffer = buffer[count:]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory, whatever its type; NumPy knows neither bfloat16 nor float8."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> tuple[bytes, list[StoredTensor]]:
+    """The header of a new file, and where each tensor goes. Wide types come first, so that all are aligned."""
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name in order:
+        dtype, shape = tensors[name]
+        starts[name], nbytes = end, math.prod(shape) * dtype.itemsize
+        end += nbytes
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end - nbytes, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    placed = [StoredTensor(name, tensors[name][0], tuple(tensors[name][1]), path, begin + starts[name])
+              for name in order]
+    return struct.pack("<Q", len(text)) + text, placed

@@ -1,0 +1,163 @@
+"""tools/convert_checkpoint.py as a user runs it: the export speaks in transformers, a kill costs one file, memory does
+not grow with the model, and torchrun shares the work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    PreTrainedTokenizerFast,
+)
+
+from megatron_deepseek.checkpoint.names import hf_shapes
+from megatron_deepseek.config import ModelConfig
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
+         "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16,
+         "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 8, "n_shared_experts": 1,
+         "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "initializer_range": 0.3,
+         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+# transformers 5's own dialect, and its default num_nextn_predict_layers of 1 without the weights.
+MODELS = {"v3": DeepseekV3Config(**SMALL, q_lora_rank=24), "tied v3": DeepseekV3Config(
+    **SMALL, q_lora_rank=None, tie_word_embeddings=True), "v2": DeepseekV2Config(**SMALL, q_lora_rank=24)}
+
+
+def command(origin: str, to: str, load: Path, save: Path, *more: str) -> list[str]:
+    return [str(REPOSITORY / "tools" / "convert_checkpoint.py"), "--from", origin, "--to", to, "--load", str(load),
+            "--save", str(save), *more]
+
+
+def convert(*arguments, launcher=(sys.executable,), **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*launcher, *command(*arguments)], env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def write_tokenizer(directory: Path) -> None:
+    words = {"<s>": 0, "</s>": 1, **{f"w{index}": index for index in range(2, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+
+
+def says(directory: Path) -> tuple[str, torch.Tensor]:
+    """Generated text, and the logits of the prompt."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompt = tokenizer("w5 w9 w20", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(prompt.input_ids).logits
+        text = model.generate(**prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    return tokenizer.decode(text[0]), logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_export_speaks_in_transformers(tmp_path, name):
+    """Through a native checkpoint and back: the same text and the same logits, in transformers' own classes."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MODELS[name]).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    for arguments in (("hf", "native", tmp_path / "hf", tmp_path / "native"),
+                      ("native", "hf", tmp_path / "native", tmp_path / "back")):
+        done = convert(*arguments)
+        assert done.returncode == 0, done.stderr
+    (text, logits), (expected_text, expected) = says(tmp_path / "back"), says(tmp_path / "hf")
+    assert text == expected_text and len(text.split()) == 15
+    assert torch.equal(logits, expected)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """About 270 MB in two files, mostly experts: enough that holding it shows, and that a kill comes in time."""
+    directory = tmp_path_factory.mktemp("large") / "hf"
+    directory.mkdir()
+    fields = SMALL | {"model_type": "deepseek_v3", "hidden_size": 1024, "moe_intermediate_size": 1024,
+                      "n_routed_experts": 20, "num_hidden_layers": 3, "q_lora_rank": 24, "num_nextn_predict_layers": 0,
+                      "torch_dtype": "bfloat16"}
+    shapes = hf_shapes(ModelConfig.from_hf_dict(fields))
+    (directory / "config.json").write_text(json.dumps(fields))
+    for part in (0, 1):
+        weights = {name: torch.full(shape, 0.5 + number / 512, dtype=torch.bfloat16)
+                   for number, (name, shape) in enumerate(shapes.items()) if number % 2 == part}
+        save_file(weights, directory / f"part-{part}.safetensors")
+    return directory
+
+
+def assert_equal_files(ours: Path, theirs: Path) -> None:
+    """Every tensor of `theirs`, one file of it in memory at a time."""
+    found = {name: tensor for path in ours.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in theirs.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert torch.equal(found.pop(name), tensor), name
+    assert not found
+
+
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_kill_and_resume(tmp_path, large, to):
+    """SIGKILL in the middle; the same command keeps the finished files and ends with the same weights."""
+    work = tmp_path / ("out/iter_0000000.incomplete" if to == "native" else "out.incomplete")
+    arguments = ("hf", to, large, tmp_path / "out", "--max-shard-size", "20MB")
+    slow = "import os, time; pwrite = os.pwrite; os.pwrite = lambda *a: (time.sleep(0.02), pwrite(*a))[1]; "
+    run = (f"import sys, runpy; {slow}sys.argv = {command(*arguments)!r}; "
+           "runpy.run_path(sys.argv[0], run_name='__main__')")
+    process = subprocess.Popen([sys.executable, "-c", run], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    started = "*.tmp" if to == "native" else "*.safetensors"
+    while not list((work / "output").glob(started)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
+    kept = {path: path.stat().st_ino for path in (work / "output").glob("*.safetensors")}
+    done = convert(*arguments)
+    assert done.returncode == 0 and "continuing the conversion" in done.stderr, done.stderr
+    assert not work.exists()
+    for path, inode in kept.items():
+        assert (tmp_path / "out" / path.name).stat().st_ino == inode
+    if to == "native":
+        assert convert("native", "hf", tmp_path / "out", tmp_path / "back").returncode == 0
+    assert_equal_files(tmp_path / ("back" if to == "native" else "out"), large)
+
+
+def test_memory_does_not_hold_the_model(tmp_path, large):
+    """Both ways under a limit of address space that torch's import and the model together exceed."""
+    measure = "import torch; print([l for l in open('/proc/self/status') if l.startswith('VmPeak')][0].split()[1])"
+    imports = "import megatron_deepseek.checkpoint.command; " + measure
+    base = int(subprocess.run([sys.executable, "-c", imports], env=ENVIRONMENT, capture_output=True, text=True).stdout)
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors")) // 1024
+    limited = ("bash", "-c", f"ulimit -v {base + int(size * 0.9)}; exec {sys.executable} \"$@\"", "limited")
+    done = convert("hf", "native", large, tmp_path / "native", launcher=limited)
+    assert done.returncode == 0, done.stderr
+    done = convert("native", "hf", tmp_path / "native", tmp_path / "back", launcher=limited)
+    assert done.returncode == 0, done.stderr
+    assert_equal_files(tmp_path / "back", large)
+
+
+def test_torchrun_shares_the_work(tmp_path):
+    """Two ranks write what one would, and rank 0 alone reports."""
+    AutoModelForCausalLM.from_config(MODELS["v3"]).save_pretrained(tmp_path / "hf")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = convert("hf", "hf", tmp_path / "hf", tmp_path / "out", "--max-shard-size", "40KB", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensors") == 1 and len(list((tmp_path / "out").glob("*.safetensors"))) > 4
+    assert_equal_files(tmp_path / "out", tmp_path / "hf")
+
+
+def test_refused_in_one_line(tmp_path):
+    done = convert("hf", "native", tmp_path, tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("convert_checkpoint.py: error: ")
+    assert done.stderr.count("\n") == 1

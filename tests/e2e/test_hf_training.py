@@ -1,0 +1,62 @@
+"""Training that begins with a Hugging Face directory and ends with one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_deepseek.checkpoint.names import hf_shapes, mtp_copies
+from megatron_deepseek.config import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def released(workshop) -> Path:
+    """The workshop's architecture with lively weights, in released form: bfloat16, MTP copies, two files."""
+    config = ModelConfig.from_file(workshop.config)
+    generator = torch.Generator().manual_seed(3)
+    weights = {name: (torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1)).bfloat16()
+               for name, shape in hf_shapes(config).items()}
+    weights |= {name: weights[original].clone() for name, original in mtp_copies(config).items()}
+    directory = workshop.directory / "released"
+    directory.mkdir()
+    for part in (0, 1):
+        save_file(dict(sorted(weights.items())[part::2]), directory / f"part-{part}.safetensors")
+    fields = json.loads(workshop.config.read_text()) | {"dtype": "bfloat16", "a_field": "of theirs"}
+    (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "tokenizer_config.json").write_text("{}")
+    return directory
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+LAYOUT = ("--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+          "--pipeline-schedule Interleaved1F1B --sequence-parallel").split()
+
+
+def test_weights_go_in_and_out(workshop, released):
+    """A step of size zero changes no weight: in any layout, out comes what went in, to the last bit."""
+    still = ["--train-iters", "1", "--lr", "1e-30", "--weight-decay", "0", "--moe-router-bias-update-rate", "0",
+             "--load", str(released), "--bf16"]
+    records = {}
+    for ranks, layout in ((1, []), (4, LAYOUT)):
+        out = workshop.directory / f"out{ranks}"
+        metrics = workshop.train(ranks, f"still{ranks}", *still, *layout, "--save-hf", str(out))
+        records[ranks] = [record["lm_loss"] for record in metrics if "lm_loss" in record]
+        ours, theirs = tensors(out), tensors(released)
+        assert ours.keys() == theirs.keys()
+        wrong = [name for name in theirs if not torch.equal(ours[name].float(), theirs[name].float())]
+        assert not wrong
+        assert json.loads((out / "config.json").read_text()) == json.loads((released / "config.json").read_text())
+        assert (out / "tokenizer_config.json").exists()
+    assert records[1] == pytest.approx(records[4], rel=1e-2)
+
+
+def test_refusals(workshop, released):
+    for more, named in ((["--load", str(released), "--hidden-size", "64"], "hidden_size 32 there, 64 here"),
+                        (["--save-hf", str(released)], "exists already")):
+        job = workshop.run(1, workshop.arguments("refused", *more))
+        assert job.status == 2 and named in job.output, job.output

@@ -1,0 +1,216 @@
+"""Conversion between Hugging Face's form and native checkpoints: what goes in comes out, bit for bit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from small_checkpoints import (
+    V3_WIDE,
+    all_tensors,
+    assert_identical,
+    convert,
+    random_weights,
+    v3_directory,
+    write_hf,
+)
+from small_models import V2_SMALL, V3_SMALL
+
+from megatron_deepseek.checkpoint import block_fp8
+from megatron_deepseek.checkpoint.assets import read_assets, write_config
+from megatron_deepseek.checkpoint.blocks import row_ranges
+from megatron_deepseek.checkpoint.distributed import model_state
+from megatron_deepseek.checkpoint.names import hf_shapes, mtp_copies, native_places
+from megatron_deepseek.config import ModelConfig, RopeScaling
+from megatron_deepseek.model.build import Precision, build_stages
+from megatron_deepseek.parallel.layout_string import Stage
+
+CONFIGS = {
+    "v3": V3_WIDE,
+    "v2": V2_SMALL,
+    "no q-LoRA, bias": replace(V3_SMALL, q_lora_rank=None, attention_bias=True, n_shared_experts=2),
+    "tied, two MTP": replace(V3_SMALL, tie_word_embeddings=True, num_nextn_predict_layers=2),
+    "dense": replace(V2_SMALL, n_routed_experts=0),
+    "every other layer": replace(V2_SMALL, moe_layer_freq=2, num_hidden_layers=4, first_k_dense_replace=0),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_and_shapes_are_those_of_the_model(meshes, name):
+    """Every parameter and buffer of the model, and nothing else, has its places, which cover it exactly once."""
+    config = CONFIGS[name]
+    whole = Stage(True, tuple(range(config.num_hidden_layers)), tuple(range(config.num_nextn_predict_layers)), True)
+    stages = build_stages(config, [whole], meshes, 8, seed=0, precision=Precision(torch.float32))
+    expected = {name: tuple(tensor.shape) for name, tensor in model_state(stages).items()}
+    places = native_places(config)
+    assert {f"model.{place.whole}": place.whole_shape for place in places} == expected
+    covered = {name: torch.zeros(shape, dtype=torch.int) for name, shape in expected.items()}
+    for place in places:
+        offset, size = place.rows(0, place.shape[0])
+        covered[f"model.{place.whole}"][tuple(slice(a, a + n) for a, n in zip(offset, size))] += 1
+    assert all((count == 1).all() for count in covered.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip_is_bit_identical(tmp_path, name, dtype):
+    config = CONFIGS[name]
+    weights = random_weights(config, dtype)
+    hf = write_hf(tmp_path / "hf", weights, config.to_hf_dict() | {"torch_dtype": str(dtype)[6:]})
+    assert convert("hf", "native", hf, tmp_path / "native", "--workers", "2") == 0
+    assert convert("native", "hf", tmp_path / "native", tmp_path / "back", "--workers", "2") == 0
+    assert_identical(all_tensors(tmp_path / "back"), weights)
+    for file in ("generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (hf / file).read_bytes()
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "native", "back"}
+
+
+def test_native_is_read_by_dcp_itself(tmp_path):
+    """torch.distributed.checkpoint finds experts stacked, gate over up."""
+    hf = v3_directory(tmp_path / "hf")
+    assert convert("hf", "native", hf, tmp_path / "native") == 0
+    weights = random_weights(V3_WIDE, torch.bfloat16)
+    state = {"model.model.layers.1.mlp.experts.gate_up_proj": torch.zeros(4, 280, 136),
+             "model.model.layers.2.eh_proj.weight": torch.zeros(136, 272)}
+    dcp.load(state, checkpoint_id=tmp_path / "native" / "iter_0000000", no_dist=True)
+    prefix = "model.layers.1.mlp.experts.3."
+    expected = torch.cat([weights[f"{prefix}gate_proj.weight"], weights[f"{prefix}up_proj.weight"]]).float()
+    assert torch.equal(state["model.model.layers.1.mlp.experts.gate_up_proj"][3], expected)
+    assert torch.equal(state["model.model.layers.2.eh_proj.weight"], weights["model.layers.2.eh_proj.weight"].float())
+
+
+def test_shards_are_at_most_as_large_as_asked(tmp_path):
+    hf = v3_directory(tmp_path / "hf")
+    assert convert("hf", "hf", hf, tmp_path / "out", "--max-shard-size", "200KB") == 0
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 4 and all(file.stat().st_size < 210_000 for file in files)
+    assert files[-1].name == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    assert_identical(all_tensors(tmp_path / "out"), all_tensors(hf))
+
+
+def test_types(tmp_path):
+    """Everything is cast, but a router's bias is never narrowed; the config says what was written."""
+    hf = v3_directory(tmp_path / "hf", torch.float32)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert convert("hf", "hf", hf, tmp_path / name, "--dtype", name) == 0
+        expected = {key: tensor if key.endswith("correction_bias") else tensor.to(dtype)
+                    for key, tensor in all_tensors(hf).items()}
+        assert_identical(all_tensors(tmp_path / name), expected)
+        assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
+
+
+def half_step(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Half the distance of neighbouring E4M3 numbers around values / scale, in the weights' own units."""
+    spread = scales.repeat_interleave(128, 0)[:values.shape[0]].repeat_interleave(128, 1)[:, :values.shape[1]]
+    exponent = (values.abs() / spread).clamp(min=2.0 ** -6).log2().floor()
+    return spread * torch.exp2(exponent - 3) / 2
+
+
+def test_fp8_is_within_half_a_step(tmp_path):
+    """hf -> fp8 -> float32, the largest number of each block included; rounding of float32 itself on top."""
+    hf = v3_directory(tmp_path / "hf", torch.float32)
+    assert convert("hf", "hf", hf, tmp_path / "fp8", "--dtype", "fp8") == 0
+    assert convert("hf", "hf", tmp_path / "fp8", tmp_path / "back", "--dtype", "fp32") == 0
+    given, stored, back = (all_tensors(tmp_path / name) for name in ("hf", "fp8", "back"))
+    quantized = [name for name in given if stored[name].dtype == torch.float8_e4m3fn]
+    assert len(quantized) == 3 * 5 + 3 + 2 * (4 + 1) * 3  # attention, dense MLP, experts of two layers
+    for name in quantized:
+        scales = stored[f"{name}_scale_inv"]
+        assert scales.shape == block_fp8.scale_shape(given[name].shape)
+        bound = half_step(given[name], scales) * (1 + 1e-5) + 1e-12
+        assert ((back[name] - given[name]).abs() <= bound).all(), name
+    rest = {name: tensor for name, tensor in stored.items()
+            if name not in quantized and not name.endswith("_scale_inv")}
+    for name, tensor in rest.items():
+        wide = name.endswith("correction_bias")
+        assert torch.equal(tensor, given[name] if wide else given[name].bfloat16()), name
+
+
+def test_fp8_passes_through_and_comes_into_native_as_bf16(tmp_path):
+    hf = v3_directory(tmp_path / "hf")
+    assert convert("hf", "hf", hf, tmp_path / "fp8", "--dtype", "fp8") == 0
+    for number, more in enumerate(([], ["--dtype", "fp8"])):
+        assert convert("hf", "hf", tmp_path / "fp8", tmp_path / f"again{number}", *more) == 0
+        assert_identical(all_tensors(tmp_path / f"again{number}"), all_tensors(tmp_path / "fp8"))
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["fmt"] == "e4m3"
+    assert convert("hf", "native", tmp_path / "fp8", tmp_path / "native") == 0
+    assert convert("native", "hf", tmp_path / "native", tmp_path / "bf16") == 0
+    name = "model.layers.0.mlp.down_proj.weight"
+    stored = all_tensors(tmp_path / "fp8")
+    values = block_fp8.dequantize(stored[name], stored[f"{name}_scale_inv"]).bfloat16()
+    assert torch.equal(all_tensors(tmp_path / "bf16")[name], values)
+    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+
+
+def test_block_scales_by_hand():
+    """Largest magnitude / 448 of each block; a block of zeros stays zero."""
+    weight = torch.zeros(130, 256)
+    weight[5, 7], weight[6, 8], weight[129, 255] = -896.0, 3.0, 224.0
+    quantized, scales = block_fp8.quantize(weight)
+    assert scales.tolist() == [[2.0, 1.0], [1.0, 0.5]]
+    assert quantized[5, 7] == -448 and quantized[6, 8] == 1.5 and quantized[129, 255] == 448
+    assert torch.equal(block_fp8.dequantize(quantized, scales), weight)
+
+
+def test_blocks_of_rows_cover_a_large_tensor():
+    ranges = list(row_ranges((129280, 7168)))
+    assert ranges[0][0] == 0 and ranges[-1][1] == 129280
+    assert all(a[1] == b[0] and b[0] % 128 == 0 for a, b in zip(ranges, ranges[1:]))
+    assert max(b - a for a, b in ranges) * 7168 * 4 <= 1 << 25
+
+
+def test_the_source_dialect_is_written_back(tmp_path):
+    """What training changed is changed, in the dialect of the file; all else stays, unknown fields too."""
+    given = V3_WIDE.to_hf_dict() | {"auto_map": {"AutoModel": "x"}, "eos_token_id": [1, 2]}
+    theirs = ModelConfig.from_hf_dict(given)
+    longer = replace(theirs, rope_scaling=RopeScaling("yarn", 80.0, 32, mscale_all_dim=1.0), aux_loss_alpha=0.5)
+    for parameters in (False, True):
+        fields = dict(given)
+        if parameters:
+            scaling = fields.pop("rope_scaling")
+            fields["rope_parameters"] = {"rope_type": scaling.pop("type"), "rope_theta": 10000.0, **scaling}
+            del fields["rope_theta"]
+        directory = tmp_path / str(parameters)
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(fields))
+        write_config(directory, longer, read_assets(directory), {torch.bfloat16: 1})
+        written = json.loads((directory / "config.json").read_text())
+        assert ModelConfig.from_hf_dict(written) == longer
+        assert written["auto_map"] == {"AutoModel": "x"} and written["eos_token_id"] == [1, 2]
+        assert written.keys() == fields.keys()
+        assert written["rope_parameters" if parameters else "rope_scaling"]["factor"] == 80.0
+
+
+def test_mtp_copies_come_out_where_the_source_had_them(tmp_path):
+    copies = mtp_copies(V3_WIDE)
+    assert sorted(copies) == ["model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"]
+    weights = random_weights(V3_WIDE, torch.bfloat16, copies=False)
+    hf = write_hf(tmp_path / "hf", weights, V3_WIDE.to_hf_dict())
+    assert convert("hf", "native", hf, tmp_path / "native") == 0
+    assert convert("native", "hf", tmp_path / "native", tmp_path / "back") == 0
+    assert_identical(all_tensors(tmp_path / "back"), weights)
+
+
+def test_without_mtp(tmp_path, capsys):
+    """By request, and where the files hold none of what num_nextn_predict_layers announces, as transformers saves."""
+    hf = v3_directory(tmp_path / "hf")
+    assert convert("hf", "native", hf, tmp_path / "native", "--no-mtp") == 0
+    assert "part of an MTP module" in capsys.readouterr().out
+    main_only = {name: tensor for name, tensor in all_tensors(hf).items() if ".layers.2." not in name}
+    announced = write_hf(tmp_path / "announced", main_only, V3_WIDE.to_hf_dict())
+    for load in (tmp_path / "native", announced):
+        origin = "native" if load == tmp_path / "native" else "hf"
+        assert convert(origin, "hf", load, tmp_path / f"{load.name}_out") == 0
+        assert_identical(all_tensors(tmp_path / f"{load.name}_out"), main_only)
+    assert sorted(main_only) == sorted(hf_shapes(replace(V3_WIDE, num_nextn_predict_layers=0)))
+
+
+def test_looking_writes_nothing(tmp_path, capsys):
+    hf = v3_directory(tmp_path / "hf")
+    assert convert("hf", "native", hf, tmp_path / "out", "--layers", "1-2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("model.layers.2.eh_proj.weight [136, 272] bfloat16 -> bfloat16") for line in lines)
+    assert not any("layers.0." in line or "lm_head" in line for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
