@@ -187,8 +187,10 @@ ROUTERS = {
 }
 
 
-# Values that the array leaves out, once each: expert groups over 8 ranks, 4 data ranks, 3 stages a rank, 8 stages in a row.
+# What the array leaves out, once each: recomputed layers whose weight gradients wait (one process's parameters are
+# leaves, which a wait can lose), expert groups over 8 ranks, 4 data ranks, 3 stages a rank, 8 stages in a row.
 WIDE_CASES = (
+    Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
     Case(tp=4, dp=2, sp=True, ep=8, microbatches=2, mtp=1, shared=2),
     Case(dp=4, pp=2, schedule="1F1B", ep=2, router="group_limited", microbatches=4, mtp=1, reshard=True),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
