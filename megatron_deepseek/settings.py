@@ -74,6 +74,13 @@ class RecomputeSettings:
 
 
 @dataclass(frozen=True)
+class CommunicationSettings:
+    """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence."""
+
+    cp_comm_type: str = "ring"
+
+
+@dataclass(frozen=True)
 class PipelineSettings:
     """`schedule`: a name of torch.distributed.pipelining; `layout`: Megatron's string, or None to balance by cost."""
 

@@ -13,6 +13,7 @@ from megatron_deepseek.presets import preset_names
 from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
+CP_COMM_TYPES = ("ring", "allgather")
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
 # (option, field of ModelConfig, type, help)
@@ -130,7 +131,9 @@ def _add_parallel(parser):
     add("--tensor-model-parallel-size", type=values.positive_int, default=1, help="ranks that share each matrix")
     add("--pipeline-model-parallel-size", type=values.positive_int, default=1, help="ranks that share the layers")
     add("--expert-model-parallel-size", type=values.positive_int, default=1, help="ranks that share the experts")
-    add("--context-parallel-size", type=values.positive_int, default=1, help="only 1 for now")
+    add("--context-parallel-size", type=values.positive_int, default=1, help="ranks that share each sequence")
+    add("--cp-comm-type", type=str, choices=CP_COMM_TYPES, default="ring",
+        help="how they pass on what keys and values are made of (ring)")
     add("--expert-tensor-parallel-size", type=values.positive_int, default=1, help="only 1 for now")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
     add("--pipeline-schedule", type=str, choices=SCHEDULES,

@@ -29,12 +29,16 @@ class Request:
         return self.args.pipeline_model_parallel_size
 
     @property
+    def cp(self) -> int:
+        return self.args.context_parallel_size
+
+    @property
     def ep(self) -> int:
         return self.args.expert_model_parallel_size
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp * self.args.context_parallel_size)
+        return self.world_size // (self.tp * self.pp * self.cp)
 
     @property
     def stage_ranks(self) -> int:

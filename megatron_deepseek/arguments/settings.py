@@ -16,8 +16,9 @@ from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
-from megatron_deepseek.settings import (BatchSettings, DataSettings, LearningRateSettings, LossSettings,
-                                                 OptimizerSettings, PipelineSettings, RecomputeSettings, RunSettings)
+from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
+                                        LossSettings, OptimizerSettings, PipelineSettings, RecomputeSettings,
+                                        RunSettings)
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0
@@ -35,6 +36,7 @@ class Settings:
     batch: BatchSettings
     loss: LossSettings
     recompute: RecomputeSettings
+    communication: CommunicationSettings
     data: DataSettings
     run: RunSettings
 
@@ -57,6 +59,7 @@ def parse(argv: Sequence[str], world_size: int) -> Settings:
         model=request.model, layout=_layout(request), learning_rate=learning_rate, batch=request.batch,
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
+        communication=_fill(CommunicationSettings, args),
         data=_data(request), run=_run(request, iterations))
 
 
@@ -88,7 +91,7 @@ def _fill(kind: type, args, **given):
 
 def _layout(request: Request) -> Layout:
     return Layout(dp=request.dp, pp=request.pp, tp=request.tp, ep=request.ep,
-                  cp=request.args.context_parallel_size, etp=request.args.expert_tensor_parallel_size,
+                  cp=request.cp, etp=request.args.expert_tensor_parallel_size,
                   sequence_parallel=request.args.sequence_parallel and request.tp > 1)
 
 

@@ -92,7 +92,7 @@ class DeepseekStage(nn.Module):
         self.model = Trunk(stage, blueprint)
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
-        self.rope_2SD = rope_table(self.config, seq_length, device)
+        self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
 
     def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext
                 ) -> torch.Tensor:

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,16 +15,23 @@ from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import AllToAllDispatcher
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 
 
 @dataclass(frozen=True, eq=False)
 class Blueprint:
-    """What every layer of a model is built from. `recomputed` holds names of RecomputeSettings.modules."""
+    """What every layer of a model is built from. 
+
+    `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
+    `recomputed` holds names of RecomputeSettings.modules.
+    """
 
     config: ModelConfig
     tp: TensorParallel
+    cp: ContextParallel
+    sharers: dist.ProcessGroup | None
     dispatcher: AllToAllDispatcher | None
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
@@ -38,10 +46,11 @@ class DecoderLayer(nn.Module):
         self.is_moe = config.is_moe_layer(index)
         self.normed = recompute if "layernorm" in blueprint.recomputed else compose
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.self_attn = MLA(config, tp, "mla_up_proj" in blueprint.recomputed)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
-            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, "moe_act" in blueprint.recomputed)
+            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.sharers,
+                           "moe_act" in blueprint.recomputed)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
 

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, T tokens, H hidden, I expert width, E experts, K to
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -71,9 +72,9 @@ class MoE(nn.Module):
     """Routed plus shared experts. Each TP rank routes its own slice of the sequence."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: AllToAllDispatcher,
-                 balance: BalanceWeights, recompute_activation: bool = False):
+                 balance: BalanceWeights, sharers: dist.ProcessGroup | None, recompute_activation: bool = False):
         super().__init__()
-        self.config, self.tp, self.dispatcher, self.balance = config, tp, dispatcher, balance
+        self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
         self.gate = Router(config, tp)
         self.experts = Experts(config, dispatcher, recompute_activation)
         if config.n_shared_experts:
@@ -86,8 +87,7 @@ class MoE(nn.Module):
         y_TH = self.dispatcher(x_TH, routing.experts_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:
-            group = self.tp.group if self.tp.size > 1 else None
-            loss = balance_loss(routing, x_BSH.shape[0], self.config, self.balance, group) / global_sequences
+            loss = balance_loss(routing, x_BSH.shape[0], self.config, self.balance, self.sharers) / global_sequences
             y_TH = attach_loss(y_TH, loss)
         counts_E = routing.experts_TK.flatten().bincount(minlength=self.config.n_routed_experts)
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))

@@ -9,7 +9,7 @@ from megatron_deepseek.parallel import schedule_rules
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.settings import LossSettings, PipelineSettings, RecomputeSettings
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, PipelineSettings, RecomputeSettings
 
 SEQ_LENGTH = 8
 NUM_EXPERTS = 8
@@ -21,6 +21,8 @@ OPTIONS = {
     "virtual": (1, 2),
     "tp": (1, 2, 4),
     "dp": (1, 2, 3),
+    "cp": (1, 2),
+    "cp_type": ("ring", "allgather"),
     "sp": (False, True),
     "router": ("dense", "greedy", "group_limited", "noaux_tc"),
     "ep": (1, 2, 4),
@@ -38,15 +40,18 @@ OPTIONS = {
 
 # What exhaustive.py draws from besides: values that differ from those above in size only.
 WIDER = OPTIONS | {
-    "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8), "ep": (1, 2, 4, 8),
+    "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
+    "ep": (1, 2, 4, 8),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
     "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"),
 }
 
 CONSTRAINTS = (
-    lambda dp, tp, pp: dp * tp * pp <= 8,
+    lambda dp, cp, tp, pp: dp * cp * tp * pp <= 8,
+    lambda cp, cp_type: cp > 1 or cp_type == "ring",
+    lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
-    lambda ep, dp, tp: dp * tp % ep == 0,
+    lambda ep, dp, cp, tp: dp * cp * tp % ep == 0,
     lambda router, ep: router != "dense" or ep == 1,
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
@@ -78,6 +83,8 @@ class Case:
     virtual: int = 1
     tp: int = 1
     dp: int = 1
+    cp: int = 1
+    cp_type: str = "ring"
     sp: bool = False
     router: str = "noaux_tc"
     ep: int = 1
@@ -99,7 +106,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, ep=self.ep, sequence_parallel=self.sp)
+        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, sequence_parallel=self.sp)
 
     @property
     def global_batch_size(self) -> int:
@@ -149,6 +156,10 @@ class Case:
         return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0, **levels)
 
     @property
+    def communication(self) -> CommunicationSettings:
+        return CommunicationSettings(self.cp_type)
+
+    @property
     def recomputation(self) -> RecomputeSettings:
         if self.recompute in ("none", "full"):
             return RecomputeSettings(None if self.recompute == "none" else "full")
@@ -188,10 +199,11 @@ ROUTERS = {
 
 
 # What the array leaves out, once each: recomputed layers whose weight gradients wait (one process's parameters are
-# leaves, which a wait can lose), expert groups over 8 ranks, 4 data ranks, 3 stages a rank, 8 stages in a row.
+# leaves, which a wait can lose), expert groups over 8 ranks, over 4 context ranks, 4 data ranks, 3 stages a rank, 8 stages in a row.
 WIDE_CASES = (
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
     Case(tp=4, dp=2, sp=True, ep=8, microbatches=2, mtp=1, shared=2),
+    Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
     Case(dp=4, pp=2, schedule="1F1B", ep=2, router="group_limited", microbatches=4, mtp=1, reshard=True),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
          tied=True, recompute="layernorm,mla_up_proj,moe_act"),
@@ -202,7 +214,7 @@ WIDE_CASES = (
 def cost(case: dict) -> float:
     """Processor seconds of a case and its reference, fitted to measurements on two cores."""
     layers = max(2, case["pp"] * case["virtual"]) + case["mtp"]
-    ranks = case["tp"] * case["dp"]
+    ranks = case["tp"] * case["dp"] * case["cp"]
     return 0.8 + 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
 
 

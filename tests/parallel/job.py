@@ -60,7 +60,8 @@ def batch(model: ModelConfig, size: int, step: int) -> tuple[torch.Tensor, torch
 
 def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
     return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
-                optimizer=OPTIMIZER, loss=case.loss, recompute=case.recomputation, reshard_after_forward=case.reshard)
+                optimizer=OPTIMIZER, loss=case.loss, recompute=case.recomputation,
+                communication=case.communication, reshard_after_forward=case.reshard)
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
