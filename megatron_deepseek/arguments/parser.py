@@ -56,8 +56,7 @@ ALWAYS_ON = ("--multi-latent-attention", "--swiglu", "--disable-bias-linear", "-
              "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer")
 # (option, type; None for a switch): known names that are refused until they are built.
 NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str), ("--exp-avg-dtype", str), ("--exp-avg-sq-dtype", str),
-           ("--reset-attention-mask", None), ("--reset-position-ids", None),
-           ("--moe-router-force-load-balancing", None))
+           ("--reset-attention-mask", None), ("--reset-position-ids", None))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -112,8 +111,12 @@ def _add_moe(parser):
         help="V2's balance over groups of experts (0)")
     add("--moe-communication-aux-loss-coeff", type=values.non_negative, default=0.0,
         help="V2's balance of what groups receive (0)")
+    add("--moe-router-force-load-balancing", action="store_true",
+        help="benchmarks only: every expert gets as many tokens, whatever the scores")
     add("--moe-token-dispatcher-type", type=str, choices=("allgather", "alltoall", "grouped"), default="alltoall",
-        help="only alltoall for now")
+        help="how tokens reach their experts; grouped crosses between nodes once a node (alltoall)")
+    add("--moe-ranks-per-node", type=values.positive_int,
+        help="ranks on a node, for grouped and for the count of bytes (torchrun's LOCAL_WORLD_SIZE)")
     add("--mtp-loss-scaling-factor", type=values.non_negative, default=0.3, help="weight of the MTP losses' mean (0.3)")
 
 

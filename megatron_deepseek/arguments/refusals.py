@@ -52,8 +52,6 @@ _UNBUILT = (
     *(_not_yet(option) for option, _ in NOT_YET),
     Refusal("expert tensor parallel", lambda r: r.args.expert_tensor_parallel_size > 1,
             "--expert-tensor-parallel-size {r.args.expert_tensor_parallel_size} is not yet supported, only 1"),
-    Refusal("dispatcher", lambda r: r.args.moe_token_dispatcher_type != "alltoall",
-            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type} is not yet supported, only alltoall"),
     Refusal("attention dropout", lambda r: r.model.attention_dropout > 0,
             "--attention-dropout {r.model.attention_dropout} is not supported: DeepSeek trains without, and with it "
             "results would depend on the layout"),
@@ -75,6 +73,10 @@ _LAYOUT = (
             f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
     Refusal("ep and experts", lambda r: r.model.n_routed_experts % r.ep != 0,
             f"{EP} does not divide --num-experts {{r.model.n_routed_experts}}"),
+    Refusal("grouped and nodes",
+            lambda r: r.args.moe_token_dispatcher_type == "grouped" and not r.nodes_divide_expert_groups,
+            "--moe-token-dispatcher-type grouped needs nodes that divide expert groups evenly: "
+            f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}"),
     Refusal("tp and heads", lambda r: r.model.num_attention_heads % r.tp != 0,
             f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
     Refusal("tp and vocabulary", lambda r: r.model.vocab_size % r.tp != 0,

@@ -41,14 +41,14 @@ class Settings:
     run: RunSettings
 
 
-def parse(argv: Sequence[str], world_size: int) -> Settings:
-    """Settings of the command line `argv` on `world_size` ranks. Raises ValueError, of one line, for a user's mistake.
+def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
+    """Settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node. Raises ValueError, of one line, for a user's mistake.
 
     --help prints and raises SystemExit(0), as argparse does.
     """
     args = build_parser().parse_args(list(argv))
     try:
-        request = Request(args, build_model(args), world_size)
+        request = Request(args, build_model(args), world_size, local_world_size)
         refuse(request)
         iterations = _iterations(request)
         learning_rate = _learning_rate(request, iterations)
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str], world_size: int) -> Settings:
         model=request.model, layout=_layout(request), learning_rate=learning_rate, batch=request.batch,
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
-        communication=_fill(CommunicationSettings, args),
+        communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         data=_data(request), run=_run(request, iterations))
 
 
@@ -68,7 +68,8 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     first = environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):  # --help, once
         try:
-            return parse(argv, int(environ.get("WORLD_SIZE", "1")))
+            world_size = int(environ.get("WORLD_SIZE", "1"))
+            return parse(argv, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
         except ValueError as error:
             if first:
                 print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from megatron_deepseek.model.layer import Blueprint, DecoderLayer, MTPLayer, run
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pipeline import received
 from megatron_deepseek.parallel.tensor import RMSNorm, column_linear
 from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -29,12 +30,14 @@ from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_
 class Tally:
     """What a step's forwards leave behind on this rank, added up over its micro-batches.
 
-    `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name.
+    `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name;
+    `traffic`: what expert dispatch sent forwards.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     balance_loss: torch.Tensor | float = 0.0
     expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    traffic: Traffic = Traffic()
 
     def add_loss(self, depth: int, loss: torch.Tensor) -> None:
         self.losses[depth] = self.losses.get(depth, 0) + loss.detach()
@@ -43,6 +46,7 @@ class Tally:
         if stats is None:
             return
         self.balance_loss = self.balance_loss + stats.balance_loss
+        self.traffic = self.traffic + stats.traffic
         self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
 
 

@@ -16,7 +16,7 @@ from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 
 
@@ -32,9 +32,10 @@ class Blueprint:
     tp: TensorParallel
     cp: ContextParallel
     sharers: dist.ProcessGroup | None
-    dispatcher: AllToAllDispatcher | None
+    dispatcher: Dispatcher | None
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
+    forced_balance: bool = False
 
 
 class DecoderLayer(nn.Module):
@@ -49,8 +50,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
-            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.sharers,
-                           "moe_act" in blueprint.recomputed)
+            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.cp,
+                           blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
 

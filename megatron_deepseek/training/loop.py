@@ -163,8 +163,10 @@ class Run:
             dist.all_reduce(memory, dist.ReduceOp.MAX)
             peak_memory = memory.item()
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None
+        spread = self.settings.layout.ep > 1
         return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
-                           tokens, seconds, mfu, peak_memory)
+                           tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
+                           result.traffic.across_nodes if spread else None)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""

@@ -19,6 +19,7 @@ from megatron_deepseek.model.deepseek import StepContext, Tally, shifted_labels
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pipeline import Pipeline, StageShape, rank_of_stage, stages_of_rank
 from megatron_deepseek.parallel.shared import find_shared
 from megatron_deepseek.training.balance import update_expert_bias
@@ -61,9 +62,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class StepResult:
+    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards."""
+
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
+    traffic: Traffic
 
 
 class Trainer:
@@ -109,7 +113,7 @@ class Trainer:
         self.optimizer.step()
         counts = update_expert_bias(self.stages, inputs["step"].tally.expert_counts, bias_rate,
                                     self.meshes.stage.get_group())
-        return StepResult(losses, norm.item(), counts)
+        return StepResult(losses, norm.item(), counts, self._traffic(inputs["step"].tally))
 
     def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> Losses:
         """Losses of a batch, weights untouched."""
@@ -141,6 +145,11 @@ class Trainer:
         dist.all_reduce(values)
         lm_loss, *mtp_loss, balance_loss = values.tolist()
         return Losses(lm_loss, tuple(mtp_loss), balance_loss)
+
+    def _traffic(self, tally: Tally) -> Traffic:
+        sent = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes], device=self.meshes.device)
+        dist.all_reduce(sent)
+        return Traffic(*(2 * sent).tolist())
 
     def _check_finite(self, losses: Losses, norm: torch.Tensor) -> None:
         if not torch.isfinite(norm) or losses.lm_loss != losses.lm_loss:

@@ -26,6 +26,9 @@ OPTIONS = {
     "sp": (False, True),
     "router": ("dense", "greedy", "group_limited", "noaux_tc"),
     "ep": (1, 2, 4),
+    "dispatcher": ("alltoall", "allgather", "grouped"),
+    "node": (1, 2),
+    "forced": (False, True),
     "microbatches": (1, 3, 5, 8),
     "micro_batch_size": (1, 2),
     "mtp": (0, 1, 2),
@@ -52,7 +55,10 @@ CONSTRAINTS = (
     lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
     lambda ep, dp, cp, tp: dp * cp * tp % ep == 0,
+    lambda ep, dispatcher: ep > 1 or dispatcher == "alltoall",
+    lambda dispatcher, ep, node: ep % node == 0 if dispatcher == "grouped" else node == 1,
     lambda router, ep: router != "dense" or ep == 1,
+    lambda router, forced: router != "dense" or not forced,
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
     lambda pp, schedule: (pp == 1) == (schedule == "none"),
@@ -88,6 +94,9 @@ class Case:
     sp: bool = False
     router: str = "noaux_tc"
     ep: int = 1
+    dispatcher: str = "alltoall"
+    node: int = 1
+    forced: bool = False
     microbatches: int = 1
     micro_batch_size: int = 1
     mtp: int = 0
@@ -153,11 +162,12 @@ class Case:
         kind = {"dense": "none", "greedy": "aux_loss"}.get(self.router, "seq_aux_loss")
         levels = dict(moe_device_aux_loss_coeff=0.2, moe_communication_aux_loss_coeff=0.3) \
             if self.router == "group_limited" else {}
-        return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0, **levels)
+        return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0,
+                            moe_router_force_load_balancing=self.forced, **levels)
 
     @property
     def communication(self) -> CommunicationSettings:
-        return CommunicationSettings(self.cp_type)
+        return CommunicationSettings(self.cp_type, self.dispatcher, self.node)
 
     @property
     def recomputation(self) -> RecomputeSettings:
@@ -202,7 +212,7 @@ ROUTERS = {
 # leaves, which a wait can lose), expert groups over 8 ranks, over 4 context ranks, 4 data ranks, 3 stages a rank, 8 stages in a row.
 WIDE_CASES = (
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
-    Case(tp=4, dp=2, sp=True, ep=8, microbatches=2, mtp=1, shared=2),
+    Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
     Case(dp=4, pp=2, schedule="1F1B", ep=2, router="group_limited", microbatches=4, mtp=1, reshard=True),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",

@@ -28,9 +28,7 @@ REFUSED = {
     "--exp-avg-sq-dtype": (1, "--exp-avg-sq-dtype bf16", ["--exp-avg-sq-dtype bf16", "not yet"]),
     "--reset-attention-mask": (1, "--reset-attention-mask", ["--reset-attention-mask", "not yet"]),
     "--reset-position-ids": (1, "--reset-position-ids", ["--reset-position-ids", "not yet"]),
-    "--moe-router-force-load-balancing": (1, "--moe-router-force-load-balancing", ["force-load-balancing", "not yet"]),
     "expert tensor parallel": (2, "--expert-tensor-parallel-size 2", ["--expert-tensor-parallel-size 2", "not yet"]),
-    "dispatcher": (1, "--moe-token-dispatcher-type grouped", ["--moe-token-dispatcher-type grouped", "alltoall"]),
     "attention dropout": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
     "hidden dropout": (1, "--hidden-dropout 0.1", ["--hidden-dropout 0.1"]),
     "world size": (4, "--tensor-model-parallel-size 3", ["--tensor-model-parallel-size 3", "4 ranks"]),
@@ -42,6 +40,8 @@ REFUSED = {
     "ep and ranks": (2, "--expert-model-parallel-size 4", ["--expert-model-parallel-size 4", "2 ranks"]),
     "ep and experts": (8, "--expert-model-parallel-size 8 --num-experts 12",
                        ["--expert-model-parallel-size 8", "--num-experts 12"]),
+    "grouped and nodes": (4, "--expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
+                          "--moe-ranks-per-node 3", ["--moe-ranks-per-node 3", "--expert-model-parallel-size 4"]),
     "tp and heads": (3, "--tensor-model-parallel-size 3",
                      ["--tensor-model-parallel-size 3", "--num-attention-heads 8"]),
     "tp and vocabulary": (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
