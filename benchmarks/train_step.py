@@ -86,7 +86,7 @@ class Theirs:
 
 def fastest_experts(weights: dict[str, torch.Tensor], tokens: torch.Tensor, bf16: bool) -> tuple[str, dict]:
     seconds = {}
-    for name in ("eager", "batched_mm", "grouped_mm"):
+    for name in ("eager", "grouped_mm"):
         try:
             model = Theirs(weights, name, bf16)
             model.step(tokens)

@@ -66,7 +66,7 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, recompute: RecomputeSettings,
-                   communication: CommunicationSettings) -> Blueprint:
+                   communication: CommunicationSettings = CommunicationSettings()) -> Blueprint:
     balance = BalanceWeights()
     if loss.balance_type != "none":
         balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,

@@ -51,3 +51,16 @@ def reshard(module: nn.Module) -> None:
 def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
     """Whether the next backward reduces gradients over the data ranks or only accumulates them."""
     module.set_requires_gradient_sync(enabled)
+
+
+def accumulate_gradients(module: nn.Module) -> None:
+    """Add the gradients that parameters in the compute dtype hold now to the sums in the master dtype.
+
+    FSDP does so at the end of a module's backward. Weight gradients that come later, in a step of their own, would
+    otherwise add up in the compute dtype until the next backward ends.
+    """
+    for each in module.modules():
+        group = each._get_fsdp_state()._fsdp_param_group if isinstance(each, FSDPModule) else None
+        for parameter in group.fsdp_params if group else ():
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()

@@ -10,21 +10,24 @@ holds the leaf's accumulator weakly, so that a gradient given to it after the gr
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_wgrad
+from megatron_deepseek.parallel.data import accumulate_gradients
 
 
 class DeferredGradients:
     """The weight gradients that one stage's last backward left behind.
 
     `weight` in the closures is the local tensor that the forward used; back-propagating into it goes on to the
-    parameter as any backward would.
+    parameter as any backward would. `finish` is called at the end of each W step.
     """
 
-    def __init__(self):
+    def __init__(self, finish: Callable[[], None] = lambda: None):
+        self._finish = finish
         self._pending: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
 
     def defer(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
@@ -40,6 +43,7 @@ class DeferredGradients:
                 with torch.no_grad():
                     value = gradient()
                 torch.autograd.backward(weight, value)
+            self._finish()
 
         return run
 
@@ -81,7 +85,7 @@ class _GroupedGemm(torch.autograd.Function):
 
 def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:
     """Make every product of `stage` that names its own (`product`, `grouped_product`) leave its weight gradient."""
-    deferred = DeferredGradients()
+    deferred = DeferredGradients(partial(accumulate_gradients, stage))
     for module in stage.modules():
         if hasattr(module, "product"):
             module.product = deferred.linear

@@ -19,8 +19,8 @@ OPTIONS = {
     "pp": (1, 2, 4),
     "schedule": ("none", *schedule_rules.SCHEDULES),
     "virtual": (1, 2),
-    "tp": (1, 2, 4),
-    "dp": (1, 2, 3),
+    "tp": (1, 2),
+    "dp": (1, 2),
     "cp": (1, 2),
     "cp_type": ("ring", "allgather"),
     "sp": (False, True),
@@ -208,13 +208,14 @@ ROUTERS = {
 }
 
 
-# What the array leaves out, once each: recomputed layers whose weight gradients wait (one process's parameters are
-# leaves, which a wait can lose), expert groups over 8 ranks, over 4 context ranks, 4 data ranks, 3 stages a rank, 8 stages in a row.
+# Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
+# context ranks, 3 stages on a rank, 8 ranks in a row), and recomputed layers whose weight gradients wait in W steps.
 WIDE_CASES = (
-    Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
-    Case(dp=4, pp=2, schedule="1F1B", ep=2, router="group_limited", microbatches=4, mtp=1, reshard=True),
+    Case(dp=3, tp=2, router="group_limited", ep=2, microbatches=2, mtp=1, attention_bias=True, reshard=True),
+    Case(dp=4, pp=2, schedule="1F1B", ep=4, microbatches=2, micro_batch_size=2, tied=True),
+    Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
          tied=True, recompute="layernorm,mla_up_proj,moe_act"),
     Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, placement="own", tied=True),

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from typing import Any
 # What ranks would import one by one at their first step; the server imports it before the first fork.
 PRELOAD = ["torch", "torch.distributed.pipelining", "torch.distributed.tensor", "torch.testing",
            "megatron_deepseek.planning.pipeline_balance", "megatron_deepseek.training.trainer"]
+
+_SLICE = 0.5
 
 
 class RankFailure(AssertionError):
@@ -69,12 +72,15 @@ class _Job:
         self.pipes.append(here)
 
     def results(self) -> list:
-        """Wait for all ranks. The rank that failed keeps its connections open, so the others don't fail after it."""
-        deadline = time.monotonic() + self.timeout
-        results, waiting = {}, dict(zip(self.pipes, range(self.world_size)))
+        """Wait for all ranks. The rank that failed keeps its connections open, so the others don't fail after it.
+
+        Time is counted in slices, so that a machine that was suspended does not look like a hang.
+        """
+        results, waiting, left = {}, dict(zip(self.pipes, range(self.world_size))), self.timeout
         while waiting:
-            ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
-            if not ready:
+            ready = wait(list(waiting), _SLICE)
+            left -= 0 if ready else _SLICE
+            if left <= 0:
                 raise RankFailure(self._hung(sorted(waiting.values())))
             for pipe in ready:
                 rank = waiting.pop(pipe)
@@ -92,6 +98,9 @@ class _Job:
         return value
 
     def _hung(self, ranks: list[int]) -> str:
+        for rank in ranks:
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(_SLICE)
         stacks = "\n".join(f"rank {rank}:\n{_stack_file(self.directory, rank).read_text()}" for rank in ranks)
         return f"ranks {ranks} of {self.world_size} had no result after {self.timeout:.0f} s; they were here:\n{stacks}"
 
@@ -112,13 +121,13 @@ def _rank_main(pipe: Connection, rank: int, world_size: int, directory: Path, ti
                args: tuple) -> None:
     """One rank: join the group, run, answer, and wait for the end so that no peer sees a connection break."""
     with open(_stack_file(directory, rank), "w") as stack:
-        faulthandler.dump_traceback_later(max(timeout - 1, timeout / 2), file=stack)
+        faulthandler.register(signal.SIGUSR1, file=stack)
         try:
             answer = False, _run(rank, world_size, directory, timeout, function, args)
         except BaseException:
             answer = True, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
-        time.sleep(timeout + 60)
+        time.sleep(60 + timeout)
 
 
 def _run(rank: int, world_size: int, directory: Path, timeout: float, function: Callable, args: tuple):
@@ -130,5 +139,5 @@ def _run(rank: int, world_size: int, directory: Path, timeout: float, function: 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     store = dist.FileStore(str(directory / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=2 * timeout))
+                            timeout=timedelta(seconds=600 + timeout))
     return function(*args)

@@ -1,0 +1,265 @@
+"""Mistakes as they are made, each by replacing what is right in this process, and a case that must show it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from cases import Case
+from job import Record, run_case
+from torch.distributed.tensor import Replicate
+
+from megatron_deepseek.model import balance_loss, build, deepseek
+from megatron_deepseek.model.router import Router
+from megatron_deepseek.ops import attention
+from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, pipeline, tensor, vocabulary,
+                                        zero_bubble)
+from megatron_deepseek.parallel.data import shard_over_data
+from megatron_deepseek.parallel.shared import SharedParameter
+from megatron_deepseek.parallel.zero_bubble import DeferredGradients
+from megatron_deepseek.training import balance, optimizer, trainer
+
+TP = Case(tp=2, shared=2)
+SP = Case(tp=2, shared=2, sp=True)
+DP = Case(dp=2, microbatches=2)
+EP = Case(dp=2, ep=2)
+PP_MTP = Case(pp=2, schedule="1F1B", microbatches=2, mtp=1)
+V_TIED = Case(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, tied=True)
+CP = Case(cp=2, mtp=1, microbatches=3)
+CP_GATHER = Case(cp=2, cp_type="allgather")
+CP_BALANCE = Case(cp=2, router="group_limited")
+GATHER = Case(dp=2, ep=2, dispatcher="allgather")
+GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
+DROPPED_LEAF = Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, recompute="full")
+SOFTMAX_TP = Case(tp=2, router="group_limited")
+
+
+class Mutation:
+    """Each of `changes` replaces something for the rest of the process; `case` is what must differ then."""
+
+    def __init__(self, case: Case, *changes: Callable[[], None]):
+        self.case, self.changes = case, changes
+
+
+def _replace(owner, name: str, value) -> Callable[[], None]:
+    return partial(setattr, owner, name, value)
+
+
+def _method(owner: type, name: str, function: Callable) -> Callable[[], None]:
+    return _replace(owner, name, staticmethod(function))
+
+
+def _no_all_reduce(module) -> Callable[[], None]:
+    """The module's own all-reduces do nothing."""
+    return _replace(module, "dist", SimpleNamespace(**vars(dist) | {"all_reduce": lambda *args, **kwargs: None}))
+
+
+def _own_part(x: torch.Tensor, dim: int, group) -> torch.Tensor:
+    return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+def _only_own_part(x: torch.Tensor, dim: int, group) -> torch.Tensor:
+    """What a gather gives if the other ranks' parts never come."""
+    parts = [torch.zeros_like(x) for _ in range(group.size())]
+    parts[group.rank()] = x
+    return torch.cat(parts, dim)
+
+
+def _sum_forward(ctx, x, group):
+    ctx.group = group
+    return tensor.all_reduce(x, group)
+
+
+def _scatter_without_sum(ctx, x, dim, group):
+    ctx.dim, ctx.group = dim, group
+    return _own_part(x, dim, group)
+
+
+def _divide_gradients(by: float):
+    def shard(units, *args):
+        units = list(units)
+        shard_over_data(units, *args)
+        for unit in units:
+            unit.module.set_gradient_divide_factor(by)
+
+    return shard
+
+
+def _with_whole_gradient(init: Callable):
+    def init_wrongly(self, *args):
+        init(self, *args)
+        self.weight_grad = Replicate()
+
+    return init_wrongly
+
+
+def _all_counted(named_parameters: Callable):
+    return lambda self: [replace(item, counted=True) for item in named_parameters(self)]
+
+
+def _labels_of_this_rank(prepare: Callable):
+    def prepare_locally(self, *args):
+        with_all_reduce, dist.all_reduce = dist.all_reduce, lambda *args, **kwargs: None
+        try:
+            return prepare(self, *args)
+        finally:
+            dist.all_reduce = with_all_reduce
+
+    return prepare_locally
+
+
+def _mask_not_shifted(shift: Callable):
+    def shifted(labels_BS, mask_BS, mtp_depth):
+        return shift(labels_BS, mask_BS, mtp_depth)[0], mask_BS.unsqueeze(1).expand(-1, mtp_depth + 1, -1)
+
+    return shifted
+
+
+def _scaled_schedules(get_class: Callable):
+    """Schedules that divide gradients by the number of micro-batches, torch's default."""
+    def scaled(name):
+        kind = get_class(name)
+        return type(kind.__name__, (kind,), {
+            "__init__": lambda self, *args, **kwargs: kind.__init__(self, *args, **kwargs | {"scale_grads": True})})
+
+    return scaled
+
+
+def _forget_last_weight_gradient(take: Callable):
+    def take_less(self):
+        self._pending = self._pending[:-1]
+        return take(self)
+
+    return take_less
+
+
+def _save_weight(ctx, x, weight, deferred):
+    ctx.save_for_backward(x, weight)
+    ctx.deferred = deferred
+    return torch.nn.functional.linear(x, weight)
+
+
+def _saved_weight(ctx, grad):
+    x, weight = ctx.saved_tensors
+    ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+    return grad @ weight, None, None
+
+
+def _shift_own_part(labels_BS, mask_BS, mtp_depth):
+    """Chunks 0 and 3, 1 and 2 of 4 shifted by themselves, as ranks would that cut first."""
+    order = torch.tensor([0, 1, 6, 7, 2, 3, 4, 5])
+    halves = [deepseek.shifted_labels(labels, mask, mtp_depth)
+              for labels, mask in zip(labels_BS[:, order].chunk(2, 1), mask_BS[:, order].chunk(2, 1))]
+    return tuple(torch.cat(parts, -1)[..., order.argsort()] for parts in zip(*halves))
+
+
+def _add_plainly(self, rows, out, lse):
+    self.out_BNSV[:, :, rows] += out / 2
+    self.lse_BNS[:, :, rows] = torch.logaddexp(self.lse_BNS[:, :, rows], lse)
+
+
+def _twice(gradient_of_block: Callable):
+    return lambda *args: 2 * gradient_of_block(*args)
+
+
+def _counts_times_cp(prepare: Callable):
+    def prepare_wrongly(self, *args):
+        tokens, number, inputs = prepare(self, *args)
+        step = inputs["step"]
+        labels = tuple(count * self.cp.size for count in step.num_labels)
+        return tokens, number, inputs | {"step": replace(step, num_labels=labels)}
+
+    return prepare_wrongly
+
+
+def _first_node_only(sum_copies: Callable):
+    def sum_less(y, weights, copies):
+        weights = weights.clone()
+        weights[:, 1:] = 0
+        return sum_copies(y, weights, copies)
+
+    return sum_less
+
+
+MUTATIONS = {
+    "TP: gradient of a copied input not summed": Mutation(
+        TP, _method(tensor._Copy, "backward", lambda ctx, grad: (grad, None))),
+    "TP: partial sums not summed": Mutation(TP, _method(tensor._Sum, "forward", lambda ctx, x, group: x.clone())),
+    "TP: gradient of a replicated sum summed again": Mutation(
+        TP, _method(tensor._Sum, "forward", _sum_forward),
+        _method(tensor._Sum, "backward", lambda ctx, grad: (tensor.all_reduce(grad, ctx.group), None))),
+    "TP: tokens split, their gradients not gathered": Mutation(
+        TP, _method(tensor._Split, "backward",
+                    lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None))),
+    "TP: tokens joined, their gradients summed": Mutation(
+        TP, _method(tensor._Join, "backward",
+                    lambda ctx, grad: (tensor.reduce_scatter(grad, ctx.dim, ctx.group), None, None))),
+    "TP: cross-entropy of this rank's vocabulary": Mutation(TP, _no_all_reduce(vocabulary)),
+    "TP: a replicated weight counts on every rank in the norm": Mutation(
+        TP, _replace(optimizer, "_counts_here", lambda item: item.counted)),
+    "TP: the router's gradient taken for whole": Mutation(
+        TP, _replace(Router, "__init__", _with_whole_gradient(Router.__init__))),
+    "SP: gathered, gradients not summed": Mutation(
+        SP, _method(tensor._GatherSum, "backward",
+                    lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None))),
+    "SP: scattered, partial sums not summed": Mutation(
+        SP, _method(tensor._ScatterSum, "forward", _scatter_without_sum)),
+    "SP: scattered, gradients not gathered": Mutation(
+        SP, _method(tensor._ScatterSum, "backward",
+                    lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None))),
+    "SP: a norm's gradient taken for whole": Mutation(
+        SP, _replace(tensor.TensorParallel, "activation_grad", property(lambda self: Replicate()))),
+    "TP: balance loss of this rank's counts": Mutation(SOFTMAX_TP, _no_all_reduce(balance_loss)),
+    "DP: gradients divided by the data ranks": Mutation(DP, _replace(build, "shard_over_data", _divide_gradients(2.0))),
+    "DP: labels counted on each rank": Mutation(
+        DP, _replace(trainer.Trainer, "_prepare", _labels_of_this_rank(trainer.Trainer._prepare))),
+    "DP: experts counted on each rank": Mutation(DP, _no_all_reduce(balance)),
+    "DP: gradients reduced before the last micro-batch only": Mutation(
+        DP, _replace(pipeline, "synchronize_gradients", lambda module, enabled: module.set_requires_gradient_sync(
+            not enabled))),
+    "EP: gradients stay with the experts' ranks": Mutation(
+        EP, _method(expert._AllToAll, "backward",
+                    lambda ctx, grad: (grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), None, None, None))),
+    "PP: copies of the embedding not summed": Mutation(
+        PP_MTP, _replace(SharedParameter, "sum_gradients", lambda self: None)),
+    "PP: copies on one rank not summed": Mutation(
+        V_TIED, _replace(SharedParameter, "sum_gradients", lambda self: None)),
+    "PP: every copy counts in the norm": Mutation(
+        PP_MTP, _replace(trainer.Trainer, "_named_parameters", _all_counted(trainer.Trainer._named_parameters))),
+    "PP: gradients divided by the micro-batches": Mutation(
+        PP_MTP, _replace(pipeline, "get_schedule_class", _scaled_schedules(pipeline.get_schedule_class))),
+    "ZB: a weight gradient is forgotten": Mutation(
+        V_TIED, _replace(DeferredGradients, "take", _forget_last_weight_gradient(DeferredGradients.take))),
+    "ZB: the weight of a recomputed layer is saved, not kept": Mutation(
+        DROPPED_LEAF, _method(zero_bubble._Linear, "forward", _save_weight),
+        _method(zero_bubble._Linear, "backward", _saved_weight)),
+    "CP: every rank takes the first positions": Mutation(
+        CP, _replace(context.ContextParallel, "positions", lambda self, length: context.zigzag(length, 0, self.size))),
+    "CP: MTP labels shifted after the cut": Mutation(CP, _replace(trainer, "shifted_labels", _shift_own_part)),
+    "CP: parts added without their log-sum-exp": Mutation(CP, _replace(attention.Joined, "add", _add_plainly)),
+    "CP: gradients of other ranks' latents not sent home": Mutation(
+        CP, _replace(exchange.Ring, "return_gradients", lambda self, gradients: list(gradients)[0])),
+    "CP: gathered latents' gradients not summed": Mutation(
+        CP_GATHER, _replace(exchange, "reduce_scatter", _own_part)),
+    "CP: one block's gradient comes twice": Mutation(
+        CP, _replace(context, "_gradient_of_block", _twice(context._gradient_of_block))),
+    "CP: balance loss of this rank's counts": Mutation(CP_BALANCE, _no_all_reduce(balance_loss)),
+    "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "_prepare", _counts_times_cp(
+        trainer.Trainer._prepare))),
+    "EP: tokens gathered, their gradients not summed": Mutation(
+        GATHER, _method(tensor._GatherSum, "backward",
+                        lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None))),
+    "EP: one node's partial sum is lost": Mutation(GROUPED, _replace(expert_grouped, "sum_copies", _first_node_only(
+        expert_grouped.sum_copies))),
+    "MTP: labels shifted, their mask not": Mutation(
+        PP_MTP, _replace(trainer, "shifted_labels", _mask_not_shifted(trainer.shifted_labels))),
+}
+
+
+def run_mutated(name: str) -> Record:
+    mutation = MUTATIONS[name]
+    for change in mutation.changes:
+        change()
+    return run_case(mutation.case, num_steps=1)

@@ -1,0 +1,150 @@
+"""Meshes, stages and shards far beyond the machine, without devices: torch's fake process groups, the meta device."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import Precision, default_dtype, make_blueprint, units
+from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.parallel.data import shard_over_data
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.planning.pipeline_balance import stages
+from megatron_deepseek.presets import V3
+from megatron_deepseek.settings import LossSettings, RecomputeSettings
+
+LAYOUTS = (
+    Layout(dp=2, pp=2, tp=2, ep=4),
+    Layout(dp=3, pp=2, tp=4, ep=6),
+    Layout(dp=4, pp=3, tp=2, cp=2, ep=2, etp=2),
+    Layout(dp=8, tp=1, ep=8),
+    Layout(pp=4, tp=4, ep=2),
+)
+V3_LAYOUTS = {
+    "PP16 x EP64": Layout(dp=128, pp=16, ep=64),
+    "PP16 x TP8 x EP64": Layout(dp=16, pp=16, tp=8, ep=64, sequence_parallel=True),
+    "TP8 x EP64": Layout(dp=256, tp=8, ep=64, sequence_parallel=True),
+}
+
+
+def fake_meshes(layout: Layout, rank: int) -> Meshes:
+    """The meshes of `rank`. The test runs in a rank process of its own, whose gloo group makes way."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=layout.world_size)
+    return build_meshes(layout, torch.device("cpu"))
+
+
+def groups_of(mesh, *axes: str) -> list[list[int]]:
+    """Every group of ranks along `axes` of a mesh, in Megatron's order: sorted by first rank."""
+    dims = [mesh.mesh_dim_names.index(axis) for axis in axes]
+    others = [dim for dim in range(mesh.ndim) if dim not in dims]
+    size = math.prod(mesh.mesh.shape[dim] for dim in dims)
+    return sorted(mesh.mesh.permute(*others, *dims).reshape(-1, size).tolist())
+
+
+def group_tables(layout: Layout) -> dict[str, list[list[int]]]:
+    """Megatron's name of each kind of group -> our groups; and that this rank's process groups are among them."""
+    meshes = fake_meshes(layout, rank=layout.world_size - 1)
+    tables = {axis: groups_of(meshes.dense, axis) for axis in ("tp", "cp", "dp", "pp")}
+    tables |= {"dp-cp": groups_of(meshes.dense, "dp", "cp"), "tp-dp-cp": groups_of(meshes.dense, "dp", "cp", "tp")}
+    tables |= {"expert " + name: groups_of(meshes.expert, axis)
+               for name, axis in (("tp", "etp"), ("ep", "ep"), ("dp", "edp"), ("pp", "pp"))}
+    own = {"tp": meshes.tp, "expert ep": meshes.ep, "expert dp": meshes.expert_fsdp, "dp-cp": meshes.dense_fsdp,
+           "tp-dp-cp": meshes.stage}
+    for name, mesh in own.items():
+        assert dist.get_process_group_ranks(mesh.get_group()) in tables[name], name
+    return tables
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ranks_are_grouped_as_megatron_groups_them(ranks, layout):
+    generator = pytest.importorskip("megatron.core.parallel_state").RankGenerator
+    order = "tp-cp-ep-dp-pp"
+    dense = generator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order=order)
+    expert = generator(tp=layout.etp, ep=layout.ep, dp=layout.edp, pp=layout.pp, cp=1, order=order)
+    (tables,) = ranks.run(1, group_tables, layout)
+    for name, groups in tables.items():
+        theirs = expert.get_ranks(name.removeprefix("expert ")) if name.startswith("expert ") else dense.get_ranks(name)
+        assert groups == sorted(theirs), name
+
+
+def meta_stage(model: ModelConfig, layout: Layout, pp_rank: int, stage_rank: int) -> DeepseekStage:
+    """The stage of pipeline rank `pp_rank` as its rank number `stage_rank` holds it: shards without memory."""
+    meshes = fake_meshes(layout, pp_rank * (layout.world_size // layout.pp) + stage_rank)
+    stage = stages(model, layout.pp)[pp_rank]
+    with torch.device("meta"), default_dtype(torch.float32):
+        module = DeepseekStage(stage, make_blueprint(model, meshes, LossSettings(), RecomputeSettings()), 64,
+                               meshes.device)
+    shard_over_data(units(module, meshes, Precision(torch.float32, torch.bfloat16)), reshard_after_forward=False)
+    return module
+
+
+def check_stages(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Build every stage, check that its parameters are covered, and return their names and shapes."""
+    shapes, checked = {}, set()
+    for pp_rank in range(layout.pp):
+        module = meta_stage(V3, layout, pp_rank, stage_rank=(37 * pp_rank + 5) % (layout.world_size // layout.pp))
+        for name, parameter in module.named_parameters():
+            shapes[name] = tuple(parameter.shape)
+            kind = tuple(parameter.shape), parameter.device_mesh.shape, str(parameter.placements)
+            if kind not in checked:
+                check_coverage(name, parameter)
+            checked.add(kind)
+    return shapes
+
+
+def check_coverage(name: str, parameter) -> None:
+    """The slices of all ranks of the mesh paint every element, as often as the placements say it is replicated.
+
+    Slices are boxes: painting the cells between their edges is painting the elements.
+    """
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)
+    boxes = {coordinate: box(shape, mesh.shape, coordinate, placements)
+             for coordinate in product(*map(range, mesh.shape))}
+    edges = [sorted({edge for b in boxes.values() for edge in b[dim]} | {0, size}) for dim, size in enumerate(shape)]
+    painted = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.int64)
+    for b in boxes.values():
+        painted[tuple(slice(edge.index(start), edge.index(stop)) for edge, (start, stop) in zip(edges, b))] += 1
+    copies = math.prod(n for n, placement in zip(mesh.shape, placements) if isinstance(placement, Replicate))
+    assert (painted == copies).all(), (name, mesh, placements)
+    check_box(name, parameter, boxes[tuple(mesh.get_coordinate())])
+
+
+def box(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
+    """[start, stop) in each dimension. TP or EP, the last axis, cuts first, then FSDP what is left, both as chunk does.
+
+    By hand, since torch's function lists every index of a dimension that is cut twice: minutes for 2,048 ranks.
+    """
+    bounds = [(0, size) for size in shape]
+    for parts, index, placement in reversed([*zip(mesh_shape, coordinate, placements)]):
+        if isinstance(placement, Replicate):
+            continue
+        start, stop = bounds[placement.dim]
+        chunk = math.ceil((stop - start) / parts)
+        start = min(start + index * chunk, stop)
+        bounds[placement.dim] = start, min(start + chunk, stop)
+    return bounds
+
+
+def check_box(name: str, parameter, expected: list[tuple[int, int]]) -> None:
+    """That torch says the same of the rank that this is, and holds a tensor of that shape."""
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements)
+    assert tuple(shape) == tuple(parameter.to_local().shape) == tuple(stop - start for start, stop in expected), name
+    assert not parameter.to_local().numel() or tuple(offset) == tuple(start for start, _ in expected), name
+
+
+@pytest.mark.parametrize("layout", V3_LAYOUTS.values(), ids=V3_LAYOUTS)
+def test_deepseek_v3_on_2048_ranks(ranks, layout):
+    """All 671B parameters and those of the MTP module are there, each in as many slices as ranks that share it."""
+    assert layout.world_size == 2048
+    (shapes,) = ranks.run(1, check_stages, layout)
+    bias = V3.n_routed_experts * (V3.num_moe_layers + 1)  # the routers' biases are buffers
+    assert sum(map(math.prod, shapes.values())) == V3.num_parameters() + V3.mtp_parameters() - bias
+    assert len([name for name in shapes if name.endswith("experts.down_proj")]) == V3.num_moe_layers + 1
