@@ -43,7 +43,7 @@ REFUSED = {
     "grouped and nodes": (4, "--expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
                           "--moe-ranks-per-node 3", ["--moe-ranks-per-node 3", "--expert-model-parallel-size 4"]),
     "tp and heads": (3, "--tensor-model-parallel-size 3",
-                     ["--tensor-model-parallel-size 3", "--num-attention-heads 8"]),
+                     ["--tensor-model-parallel-size 3", "--num-attention-heads 4"]),
     "tp and vocabulary": (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
                           ["--tensor-model-parallel-size 2", "--vocab-size 8191"]),
     "tp and dense width": (2, "--tensor-model-parallel-size 2 --ffn-hidden-size 511",
@@ -112,7 +112,7 @@ REFUSED_ELSEWHERE = [
     (f"{BASE} --num-experts 16 --moe-router-topk 17", ["--moe-router-topk 17", "8 experts"]),
     (f"{BASE} --moe-router-num-groups 5", ["n_routed_experts 16", "--moe-router-num-groups 5"]),
     (f"{BASE} --qk-pos-emb-head-dim 15", ["--qk-pos-emb-head-dim 15"]),
-    (f"{BASE} --moe-shared-expert-intermediate-size 200", ["intermediate-size 200", "--moe-ffn-hidden-size 128"]),
+    (f"{BASE} --moe-shared-expert-intermediate-size 200", ["intermediate-size 200", "--moe-ffn-hidden-size 64"]),
     (f"{BASE} --moe-layer-freq [0,1]", ["--moe-layer-freq describes 2", "--num-layers is 4"]),
     (f"{BASE} --moe-layer-freq [1,0,0,1]*1+[2]", ["--moe-layer-freq"]),
     (f"{BASE} --moe-layer-freq [1,1,0,1]", ["--moe-layer-freq [1, 1, 0, 1]"]),
