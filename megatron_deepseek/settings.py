@@ -109,6 +109,7 @@ class DataSettings:
     tokenizer_type: str = "HuggingFaceTokenizer"
     tokenizer_model: str | None = None
     eod_mask_loss: bool = False
+    reset_attention_mask: bool = False
     seed: int = 1234
 
 

@@ -55,8 +55,7 @@ ROPE_SCALING = (
 ALWAYS_ON = ("--multi-latent-attention", "--swiglu", "--disable-bias-linear", "--qk-layernorm", "--use-mcore-models",
              "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer")
 # (option, type; None for a switch): known names that are refused until they are built.
-NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str), ("--exp-avg-dtype", str), ("--exp-avg-sq-dtype", str),
-           ("--reset-attention-mask", None), ("--reset-position-ids", None))
+NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str), ("--exp-avg-dtype", str), ("--exp-avg-sq-dtype", str))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -212,6 +211,10 @@ def _add_data(parser):
         help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", type=str, metavar="PATH",
         help="tokenizer.json or a directory with one; for NullTokenizer the number of ids")
+    add("--reset-attention-mask", action="store_true",
+        help="tokens attend to their own document only, and MTP does not predict across documents")
+    add("--reset-position-ids", action="store_true",
+        help="accepted with --reset-attention-mask: rotary scores depend on distances alone")
     add("--eod-mask-loss", action="store_true", help="no loss on end-of-document tokens")
 
 

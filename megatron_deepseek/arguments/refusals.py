@@ -163,6 +163,9 @@ _RUN = (
             "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0"),
     Refusal("evaluation of what", lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
             "--eval-interval {r.args.eval_interval} needs --eval-iters"),
+    Refusal("positions of documents", lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
+            "--reset-position-ids needs --reset-attention-mask: without it tokens attend across documents, where "
+            "positions that begin anew have no meaning"),
     Refusal("save interval", lambda r: r.args.save_interval is not None and r.args.save is None,
             "--save-interval {r.args.save_interval} needs --save"),
     Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load} holds no finished checkpoint"),

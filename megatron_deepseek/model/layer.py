@@ -15,6 +15,7 @@ from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
@@ -55,9 +56,9 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
 
-    def forward(self, x_BSH: torch.Tensor, rope_2SD: torch.Tensor, global_sequences: int
+    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int
                 ) -> tuple[torch.Tensor, RouterStats | None]:
-        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, rope_2SD))
+        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, places))
         if not self.is_moe:
             return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
         y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,), lambda x: self.mlp(x, global_sequences))
@@ -88,10 +89,10 @@ class MTPLayer(DecoderLayer):
         self.eh_proj = replicated_linear(2 * config.hidden_size, config.hidden_size, tp)
         self.shared_head = SharedHead(config, tp)
 
-    def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, rope_2SD: torch.Tensor,
+    def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, places: Places,
                 global_sequences: int) -> tuple[torch.Tensor, RouterStats | None]:
         joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
-        x_BSH, stats = super().forward(self.eh_proj(joined), rope_2SD, global_sequences)
+        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences)
         return self.shared_head.norm(x_BSH), stats
 
 

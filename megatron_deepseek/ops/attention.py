@@ -28,6 +28,11 @@ class Scores:
         return None if self.mask_BSK is None else self.mask_BSK.unsqueeze(1)
 
 
+def same_document(queries_BS: torch.Tensor, keys_BK: torch.Tensor) -> torch.Tensor:
+    """Which query and key are of one document, bool [B, S, K]."""
+    return queries_BS.unsqueeze(2) == keys_BK.unsqueeze(1)
+
+
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores
            ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, S, V] and log-sum-exp [B, N, S], -inf (and output zero) for a query that may see no key."""

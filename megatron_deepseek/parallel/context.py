@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.attention import Joined, Scores, attend, attend_backward
+from megatron_deepseek.ops.attention import Joined, Scores, attend, attend_backward, same_document
 from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
 
 # [B, T, C] of any T tokens to keys [B, T, N, D] and values [B, T, N, V]
@@ -63,15 +63,18 @@ class ContextParallel:
         """This rank's part of something that has all positions of a sequence along `dim`."""
         return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))
 
-    def attention(self, q_BSND: torch.Tensor, block_BSC: torch.Tensor, project: Project, scale: float
-                  ) -> torch.Tensor:
+    def attention(self, q_BSND: torch.Tensor, block_BSC: torch.Tensor, project: Project, scale: float,
+                  documents: torch.Tensor | None = None) -> torch.Tensor:
         """Causal attention of this rank's queries over the whole sequence, [B, S, N, V].
+
+        With `documents` [B, whole sequence] given, over the tokens of the query's own document.
 
         `block_BSC` is what this rank's keys and values are made of by `project`, whose weights get their gradients
         by back-propagation inside this one's, as under reentrant checkpointing.
         """
         exchange = EXCHANGES[self.exchange](self.mesh.get_group())
-        return _BlockwiseAttention.apply(q_BSND, block_BSC, project, scale, self.rank, exchange)
+        sight = Sight(self.rank, self.size, q_BSND.shape[1], scale, documents)
+        return _BlockwiseAttention.apply(q_BSND, block_BSC, project, sight, exchange)
 
 
 def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
@@ -84,22 +87,42 @@ def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
     return slice(length // 2, length), everything, False
 
 
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What the queries of `rank` see of each block; `length` tokens on each rank."""
+
+    rank: int
+    size: int
+    length: int
+    scale: float
+    documents: torch.Tensor | None
+
+    def of(self, owner: int) -> tuple[slice, slice, Scores]:
+        rows, keys, causal = visible(owner, self.rank, self.length)
+        if self.documents is None:
+            return rows, keys, Scores(self.scale, causal)
+        queried, seen = (self.documents[:, zigzag(self.length * self.size, rank, self.size)[part].to(
+            self.documents.device)] for rank, part in ((self.rank, rows), (owner, keys)))
+        mask = same_document(queried, seen)
+        return rows, keys, Scores(self.scale, mask_BSK=mask.tril() if causal else mask)
+
+
 class _BlockwiseAttention(torch.autograd.Function):
     """Keeps the blocks, not the keys and values made of them."""
 
     @staticmethod
-    def forward(ctx, q_BSND, own_BSC, project: Project, scale: float, rank: int, exchange: Ring | Gather):
+    def forward(ctx, q_BSND, own_BSC, project: Project, sight: Sight, exchange: Ring | Gather):
         q_BNSD, blocks, owners, joined = q_BSND.transpose(1, 2), [], [], None
         for owner, block in exchange.blocks(own_BSC):
-            rows, keys, causal = visible(owner, rank, q_BNSD.shape[2])
+            rows, keys, scores = sight.of(owner)
             k, v = (x.transpose(1, 2) for x in project(block[:, keys]))
             joined = joined or Joined.empty(q_BNSD, v.shape[-1])
-            joined.add(rows, *attend(q_BNSD[:, :, rows], k, v, Scores(scale, causal)))
+            joined.add(rows, *attend(q_BNSD[:, :, rows], k, v, scores))
             blocks.append(block)
             owners.append(owner)
         out_BNSV = joined.out_BNSV.to(q_BSND.dtype)
         ctx.save_for_backward(q_BSND, out_BNSV, joined.lse_BNS, *blocks)
-        ctx.owners, ctx.project, ctx.scale, ctx.rank, ctx.exchange = owners, project, scale, rank, exchange
+        ctx.owners, ctx.project, ctx.sight, ctx.exchange = owners, project, sight, exchange
         return out_BNSV.transpose(1, 2)
 
     @staticmethod
@@ -111,19 +134,19 @@ class _BlockwiseAttention(torch.autograd.Function):
 
         def gradients():
             for owner, block in zip(ctx.owners, blocks):
-                rows, keys, causal = visible(owner, ctx.rank, q_BNSD.shape[2])
+                rows, keys, scores = ctx.sight.of(owner)
 
                 def through_attention(k, v):
                     grad_q, grad_k, grad_v = attend_backward(
                         grad_BNSV[:, :, rows], q_BNSD[:, :, rows], k.transpose(1, 2), v.transpose(1, 2),
-                        out_BNSV[:, :, rows], lse_BNS[:, :, rows], Scores(ctx.scale, causal))
+                        out_BNSV[:, :, rows], lse_BNS[:, :, rows], scores)
                     grad_q_BNSD[:, :, rows] += grad_q
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
                 yield _gradient_of_block(block, keys, ctx.project, through_attention)
 
         grad_own = ctx.exchange.return_gradients(gradients())
-        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None
+        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None
 
 
 def _gradient_of_block(block: torch.Tensor, keys: slice, project: Project, through_attention) -> torch.Tensor:

@@ -97,9 +97,13 @@ class Trainer:
                 for stage in self.stages for name, parameter in stage.named_parameters()]
 
     def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
-                   learning_rate: float, bias_rate: float = 0.0) -> StepResult:
-        """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them."""
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS)
+                   learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None
+                   ) -> StepResult:
+        """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them.
+
+        `documents_BS` numbers each token's document; without it attention and MTP see across documents.
+        """
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
         self.optimizer.zero_grad()
         self.pipeline.train(tokens, num_microbatches, **inputs)
         for shared in self.shared:
@@ -115,23 +119,26 @@ class Trainer:
                                     self.meshes.stage.get_group())
         return StepResult(losses, norm.item(), counts, self._traffic(inputs["step"].tally))
 
-    def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> Losses:
+    def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
+                 documents_BS: torch.Tensor | None = None) -> Losses:
         """Losses of a batch, weights untouched."""
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
         self.pipeline.evaluate(tokens, num_microbatches, **inputs)
         return self._reduce(inputs["step"].tally)
 
-    def _prepare(self, tokens_BS, labels_BS, mask_BS) -> tuple[torch.Tensor, int, dict]:
+    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS) -> tuple[torch.Tensor, int, dict]:
         """Tokens, their number of micro-batches and the stages' other inputs. Everything that looks along a sequence
         is made before context-parallel ranks divide it, so that they all know the counts of the whole.
         """
         assert tokens_BS.shape[0] % self.plan.micro_batch_size == 0, (tokens_BS.shape, self.plan.micro_batch_size)
-        labels, mask = shifted_labels(labels_BS, mask_BS, self.plan.model.num_nextn_predict_layers)
+        labels, mask = shifted_labels(labels_BS, mask_BS, self.plan.model.num_nextn_predict_layers, documents_BS)
         counts = torch.cat([mask.sum((0, 2)), mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)])
         dist.all_reduce(counts, group=self.meshes.group("dp"))
         *num_labels, num_sequences = counts.tolist()
         step = StepContext(tuple(num_labels), num_sequences, Tally())
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
+        if documents_BS is not None:
+            inputs["documents_BS"] = documents_BS
         return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
     def _reduce(self, tally: Tally) -> Losses:

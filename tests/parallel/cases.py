@@ -31,6 +31,7 @@ OPTIONS = {
     "forced": (False, True),
     "microbatches": (1, 3, 5, 8),
     "micro_batch_size": (1, 2),
+    "packed": (False, True),
     "mtp": (0, 1, 2),
     "placement": ("balanced", "last", "own", "split"),
     "shared": (0, 2),
@@ -99,6 +100,7 @@ class Case:
     forced: bool = False
     microbatches: int = 1
     micro_batch_size: int = 1
+    packed: bool = False
     mtp: int = 0
     placement: str = "balanced"
     shared: int = 0
@@ -182,9 +184,9 @@ class Case:
         """
         pooled = self.loss.balance_type == "aux_loss"
         if pooled and self.micro_batch_size > 1:
-            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size)
+            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed)
         loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size)
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class Reference:
     loss: LossSettings
     global_batch_size: int
     micro_batch_size: int
+    packed: bool = False
 
 
 _MOE = dict(moe_intermediate_size=8, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=2)

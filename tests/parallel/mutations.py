@@ -29,6 +29,7 @@ PP_MTP = Case(pp=2, schedule="1F1B", microbatches=2, mtp=1)
 V_TIED = Case(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, tied=True)
 CP = Case(cp=2, mtp=1, microbatches=3)
 CP_GATHER = Case(cp=2, cp_type="allgather")
+PACKED = Case(cp=2, mtp=2, microbatches=3, packed=True)
 CP_BALANCE = Case(cp=2, router="group_limited")
 GATHER = Case(dp=2, ep=2, dispatcher="allgather")
 GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
@@ -111,7 +112,7 @@ def _labels_of_this_rank(prepare: Callable):
 
 
 def _mask_not_shifted(shift: Callable):
-    def shifted(labels_BS, mask_BS, mtp_depth):
+    def shifted(labels_BS, mask_BS, mtp_depth, documents_BS=None):
         return shift(labels_BS, mask_BS, mtp_depth)[0], mask_BS.unsqueeze(1).expand(-1, mtp_depth + 1, -1)
 
     return shifted
@@ -147,12 +148,16 @@ def _saved_weight(ctx, grad):
     return grad @ weight, None, None
 
 
-def _shift_own_part(labels_BS, mask_BS, mtp_depth):
+def _shift_own_part(labels_BS, mask_BS, mtp_depth, documents_BS=None):
     """Chunks 0 and 3, 1 and 2 of 4 shifted by themselves, as ranks would that cut first."""
     order = torch.tensor([0, 1, 6, 7, 2, 3, 4, 5])
     halves = [deepseek.shifted_labels(labels, mask, mtp_depth)
               for labels, mask in zip(labels_BS[:, order].chunk(2, 1), mask_BS[:, order].chunk(2, 1))]
     return tuple(torch.cat(parts, -1)[..., order.argsort()] for parts in zip(*halves))
+
+
+def _across_documents(labels_BS, mask_BS, mtp_depth, documents_BS):
+    return deepseek.shifted_labels(labels_BS, mask_BS, mtp_depth)
 
 
 def _add_plainly(self, rows, out, lse):
@@ -253,6 +258,9 @@ MUTATIONS = {
                         lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None))),
     "EP: one node's partial sum is lost": Mutation(GROUPED, _replace(expert_grouped, "sum_copies", _first_node_only(
         expert_grouped.sum_copies))),
+    "MTP: labels of the next document": Mutation(PACKED, _replace(trainer, "shifted_labels", _across_documents)),
+    "CP: attention across documents": Mutation(PACKED, _replace(
+        context, "same_document", lambda queries, keys: torch.ones(*queries.shape, keys.shape[1], dtype=torch.bool))),
     "MTP: labels shifted, their mask not": Mutation(
         PP_MTP, _replace(trainer, "shifted_labels", _mask_not_shifted(trainer.shifted_labels))),
 }
