@@ -137,6 +137,8 @@ def _add_parallel(parser):
     add("--cp-comm-type", type=str, choices=CP_COMM_TYPES, default="ring",
         help="how they pass on what keys and values are made of (ring)")
     add("--expert-tensor-parallel-size", type=values.positive_int, default=1, help="only 1 for now")
+    add("--explain-layout", type=values.positive_int, metavar="RANKS",
+        help="print which of so many ranks holds what, and leave")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
     add("--pipeline-schedule", type=str, choices=SCHEDULES,
         help="a schedule of torch.distributed.pipelining (1F1B; with virtual stages Interleaved1F1B)")
