@@ -18,7 +18,7 @@ _MOST_RANKS = 64  # rows of the mesh that are printed
 
 
 def places(rank: int, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
-    """Coordinates of `rank` on the dense mesh (pp, dp, cp, tp) and the expert mesh (pp, edp, ep, etp), last axis first."""
+    """Coordinates of `rank` on the dense mesh (pp, dp, cp, tp) and the expert mesh (pp, edp, ep, etp)."""
     result = []
     for axes in (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp")):
         rest, coordinates = rank, {}
@@ -74,7 +74,8 @@ def compatibility() -> str:
         "# What goes with what", "",
         "Rendered by `python -m megatron_deepseek.arguments.explain`. Every combination of arguments below is refused "
         "before anything is built, with the reason and the values; read from top to bottom, the first that applies "
-        "speaks. Which pairs of what is accepted are tested against one process: OPTIONS in tests/parallel/cases.py.", "",
+        "speaks. Which pairs of what is accepted are tested against one process: OPTIONS in tests/parallel/cases.py.",
+        "",
         "| name | refused, and why |", "|---|---|", *rows]) + "\n"
 
 
