@@ -8,9 +8,11 @@ import os
 import sys
 
 from megatron_deepseek.arguments import parse_or_exit
+from megatron_deepseek.arguments.explain import explain_layout
 
 
 def main() -> None:
+    explain_layout(sys.argv[1:])
     settings = parse_or_exit(sys.argv[1:], os.environ)
     from megatron_deepseek.training.loop import pretrain
 

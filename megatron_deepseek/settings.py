@@ -54,7 +54,10 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the losses beside cross-entropy. `balance_type`: none, seq_aux_loss or aux_loss (per micro-batch)."""
+    """Weights of the losses beside cross-entropy. `balance_type`: none, seq_aux_loss or aux_loss (per micro-batch).
+
+    `moe_router_force_load_balancing` chooses experts by position, for benchmarks.
+    """
 
     mtp_loss_scaling_factor: float = 0.3
     balance_type: str = "none"
@@ -63,6 +66,7 @@ class LossSettings:
     moe_communication_aux_loss_coeff: float = 0.0
     moe_router_bias_update_rate: float = 0.0
     moe_router_bias_update_until: int | None = None
+    moe_router_force_load_balancing: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,18 @@ class RecomputeSettings:
 
     granularity: str | None = None
     modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CommunicationSettings:
+    """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence;
+    `moe_token_dispatcher_type` allgather, alltoall or grouped between expert ranks, and `moe_ranks_per_node` where
+    grouped divides them (None: all ranks of the job are on one node).
+    """
+
+    cp_comm_type: str = "ring"
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_ranks_per_node: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,7 @@ class DataSettings:
     tokenizer_type: str = "HuggingFaceTokenizer"
     tokenizer_model: str | None = None
     eod_mask_loss: bool = False
+    reset_attention_mask: bool = False
     seed: int = 1234
 
 

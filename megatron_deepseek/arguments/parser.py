@@ -13,6 +13,7 @@ from megatron_deepseek.presets import preset_names
 from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
+CP_COMM_TYPES = ("ring", "allgather")
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
 # (option, field of ModelConfig, type, help)
@@ -54,9 +55,7 @@ ROPE_SCALING = (
 ALWAYS_ON = ("--multi-latent-attention", "--swiglu", "--disable-bias-linear", "--qk-layernorm", "--use-mcore-models",
              "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer")
 # (option, type; None for a switch): known names that are refused until they are built.
-NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str), ("--exp-avg-dtype", str), ("--exp-avg-sq-dtype", str),
-           ("--reset-attention-mask", None), ("--reset-position-ids", None),
-           ("--moe-router-force-load-balancing", None))
+NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str), ("--exp-avg-dtype", str), ("--exp-avg-sq-dtype", str))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -111,8 +110,12 @@ def _add_moe(parser):
         help="V2's balance over groups of experts (0)")
     add("--moe-communication-aux-loss-coeff", type=values.non_negative, default=0.0,
         help="V2's balance of what groups receive (0)")
+    add("--moe-router-force-load-balancing", action="store_true",
+        help="benchmarks only: every expert gets as many tokens, whatever the scores")
     add("--moe-token-dispatcher-type", type=str, choices=("allgather", "alltoall", "grouped"), default="alltoall",
-        help="only alltoall for now")
+        help="how tokens reach their experts; grouped crosses between nodes once a node (alltoall)")
+    add("--moe-ranks-per-node", type=values.positive_int,
+        help="ranks on a node, for grouped and for the count of bytes (torchrun's LOCAL_WORLD_SIZE)")
     add("--mtp-loss-scaling-factor", type=values.non_negative, default=0.3, help="weight of the MTP losses' mean (0.3)")
 
 
@@ -130,8 +133,12 @@ def _add_parallel(parser):
     add("--tensor-model-parallel-size", type=values.positive_int, default=1, help="ranks that share each matrix")
     add("--pipeline-model-parallel-size", type=values.positive_int, default=1, help="ranks that share the layers")
     add("--expert-model-parallel-size", type=values.positive_int, default=1, help="ranks that share the experts")
-    add("--context-parallel-size", type=values.positive_int, default=1, help="only 1 for now")
+    add("--context-parallel-size", type=values.positive_int, default=1, help="ranks that share each sequence")
+    add("--cp-comm-type", type=str, choices=CP_COMM_TYPES, default="ring",
+        help="how they pass on what keys and values are made of (ring)")
     add("--expert-tensor-parallel-size", type=values.positive_int, default=1, help="only 1 for now")
+    add("--explain-layout", type=values.positive_int, metavar="RANKS",
+        help="print which of so many ranks holds what, and leave")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
     add("--pipeline-schedule", type=str, choices=SCHEDULES,
         help="a schedule of torch.distributed.pipelining (1F1B; with virtual stages Interleaved1F1B)")
@@ -206,6 +213,10 @@ def _add_data(parser):
         help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", type=str, metavar="PATH",
         help="tokenizer.json or a directory with one; for NullTokenizer the number of ids")
+    add("--reset-attention-mask", action="store_true",
+        help="tokens attend to their own document only, and MTP does not predict across documents")
+    add("--reset-position-ids", action="store_true",
+        help="accepted with --reset-attention-mask: rotary scores depend on distances alone")
     add("--eod-mask-loss", action="store_true", help="no loss on end-of-document tokens")
 
 

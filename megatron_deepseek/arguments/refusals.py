@@ -13,6 +13,7 @@ from megatron_deepseek.parallel import layout_string, schedule_rules
 
 TP = "--tensor-model-parallel-size {r.tp}"
 PP = "--pipeline-model-parallel-size {r.pp}"
+CP = "--context-parallel-size {r.cp}"
 EP = "--expert-model-parallel-size {r.ep}"
 
 
@@ -49,12 +50,8 @@ def _no_checkpoint(r: Request) -> bool:
 
 _UNBUILT = (
     *(_not_yet(option) for option, _ in NOT_YET),
-    Refusal("context parallel", lambda r: r.args.context_parallel_size > 1,
-            "--context-parallel-size {r.args.context_parallel_size} is not yet supported, only 1"),
     Refusal("expert tensor parallel", lambda r: r.args.expert_tensor_parallel_size > 1,
             "--expert-tensor-parallel-size {r.args.expert_tensor_parallel_size} is not yet supported, only 1"),
-    Refusal("dispatcher", lambda r: r.args.moe_token_dispatcher_type != "alltoall",
-            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type} is not yet supported, only alltoall"),
     Refusal("attention dropout", lambda r: r.model.attention_dropout > 0,
             "--attention-dropout {r.model.attention_dropout} is not supported: DeepSeek trains without, and with it "
             "results would depend on the layout"),
@@ -65,12 +62,21 @@ _UNBUILT = (
 _LAYOUT = (
     Refusal("world size", lambda r: r.world_size % (r.tp * r.pp) != 0,
             f"{TP} x {PP} does not divide the {{r.world_size}} ranks of the job"),
+    Refusal("world size and cp", lambda r: r.stage_ranks % (r.tp * r.cp) != 0,
+            f"{TP} x {CP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
+            f"{PP})"),
+    Refusal("cp and sequence", lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
+            f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
     Refusal("ep without experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
             f"{EP} conflicts with --num-experts 0: there are no experts to spread"),
     Refusal("ep and ranks", lambda r: r.stage_ranks % r.ep != 0,
             f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
     Refusal("ep and experts", lambda r: r.model.n_routed_experts % r.ep != 0,
             f"{EP} does not divide --num-experts {{r.model.n_routed_experts}}"),
+    Refusal("grouped and nodes",
+            lambda r: r.args.moe_token_dispatcher_type == "grouped" and not r.nodes_divide_expert_groups,
+            "--moe-token-dispatcher-type grouped needs nodes that divide expert groups evenly: "
+            f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}"),
     Refusal("tp and heads", lambda r: r.model.num_attention_heads % r.tp != 0,
             f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
     Refusal("tp and vocabulary", lambda r: r.model.vocab_size % r.tp != 0,
@@ -80,9 +86,9 @@ _LAYOUT = (
     Refusal("tp and shared width", lambda r: r.model.n_routed_experts > 0 and r.shared_width % r.tp != 0,
             f"{TP} does not divide --moe-shared-expert-intermediate-size {{r.shared_width}}"),
     Refusal("tp and sequence",
-            lambda r: (r.args.sequence_parallel or r.model.n_routed_experts > 0) and r.args.seq_length % r.tp != 0,
-            f"{TP} does not divide --seq-length {{r.args.seq_length}}, which it must with --sequence-parallel and "
-            "with experts"),
+            lambda r: (r.args.sequence_parallel or r.model.n_routed_experts > 0) and r.args.seq_length % (r.tp * r.cp),
+            f"{TP} x {CP} does not divide --seq-length {{r.args.seq_length}}, which it must with --sequence-parallel "
+            "and with experts"),
 )
 
 _BATCH = (
@@ -157,6 +163,9 @@ _RUN = (
             "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0"),
     Refusal("evaluation of what", lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
             "--eval-interval {r.args.eval_interval} needs --eval-iters"),
+    Refusal("positions of documents", lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
+            "--reset-position-ids needs --reset-attention-mask: without it tokens attend across documents, where "
+            "positions that begin anew have no meaning"),
     Refusal("save interval", lambda r: r.args.save_interval is not None and r.args.save is None,
             "--save-interval {r.args.save_interval} needs --save"),
     Refusal("export of what", lambda r: r.args.save_hf is not None and r.args.save is None,

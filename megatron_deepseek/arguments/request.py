@@ -19,6 +19,7 @@ class Request:
     args: Namespace
     model: ModelConfig
     world_size: int
+    local_world_size: int | None = None
 
     @property
     def tp(self) -> int:
@@ -29,17 +30,30 @@ class Request:
         return self.args.pipeline_model_parallel_size
 
     @property
+    def cp(self) -> int:
+        return self.args.context_parallel_size
+
+    @property
     def ep(self) -> int:
         return self.args.expert_model_parallel_size
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp * self.args.context_parallel_size)
+        return self.world_size // (self.tp * self.pp * self.cp)
 
     @property
     def stage_ranks(self) -> int:
         """Ranks that share one pipeline stage; the experts spread over them."""
         return self.world_size // self.pp
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.args.moe_ranks_per_node or self.local_world_size or self.world_size
+
+    @property
+    def nodes_divide_expert_groups(self) -> bool:
+        """Whether an expert group lies on one node, or on whole nodes."""
+        return self.ranks_per_node % self.ep == 0 or self.ep % self.ranks_per_node == 0
 
     @property
     def shared_width(self) -> int:

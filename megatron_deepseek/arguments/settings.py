@@ -16,8 +16,9 @@ from megatron_deepseek.checkpoint.marker import is_huggingface, last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
-from megatron_deepseek.settings import (BatchSettings, DataSettings, LearningRateSettings, LossSettings,
-                                                 OptimizerSettings, PipelineSettings, RecomputeSettings, RunSettings)
+from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
+                                        LossSettings, OptimizerSettings, PipelineSettings, RecomputeSettings,
+                                        RunSettings)
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0
@@ -35,18 +36,19 @@ class Settings:
     batch: BatchSettings
     loss: LossSettings
     recompute: RecomputeSettings
+    communication: CommunicationSettings
     data: DataSettings
     run: RunSettings
 
 
-def parse(argv: Sequence[str], world_size: int) -> Settings:
-    """Settings of the command line `argv` on `world_size` ranks. Raises ValueError, of one line, for a user's mistake.
+def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
+    """Settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node. Raises ValueError, of one line, for a user's mistake.
 
     --help prints and raises SystemExit(0), as argparse does.
     """
     args = build_parser().parse_args(list(argv))
     try:
-        request = Request(args, build_model(args), world_size)
+        request = Request(args, build_model(args), world_size, local_world_size)
         refuse(request)
         iterations = _iterations(request)
         learning_rate = _learning_rate(request, iterations)
@@ -57,6 +59,7 @@ def parse(argv: Sequence[str], world_size: int) -> Settings:
         model=request.model, layout=_layout(request), learning_rate=learning_rate, batch=request.batch,
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
+        communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         data=_data(request), run=_run(request, iterations))
 
 
@@ -65,7 +68,8 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     first = environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):  # --help, once
         try:
-            return parse(argv, int(environ.get("WORLD_SIZE", "1")))
+            world_size = int(environ.get("WORLD_SIZE", "1"))
+            return parse(argv, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
         except ValueError as error:
             if first:
                 print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
@@ -88,7 +92,7 @@ def _fill(kind: type, args, **given):
 
 def _layout(request: Request) -> Layout:
     return Layout(dp=request.dp, pp=request.pp, tp=request.tp, ep=request.ep,
-                  cp=request.args.context_parallel_size, etp=request.args.expert_tensor_parallel_size,
+                  cp=request.cp, etp=request.args.expert_tensor_parallel_size,
                   sequence_parallel=request.args.sequence_parallel and request.tp > 1)
 
 

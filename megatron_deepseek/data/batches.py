@@ -2,8 +2,7 @@
 
 A global batch is the samples [consumed, consumed + global_batch_size). Its micro-batch m is a run of
 micro_batch_size * dp_size of them, and data rank r takes its r-th micro_batch_size: so any number of data ranks and any
-micro-batch size read the same global batch. (Packing documents with their own attention will add a field to
-`GlobalBatch` that says where each document begins.)
+micro-batch size read the same global batch.
 
 Shapes: B rows = num_micro_batches * micro_batch_size, S = seq_length.
 """
@@ -21,13 +20,14 @@ class GlobalBatch:
     """One data rank's share of a global batch; micro-batch m is rows [m * micro_batch_size, (m+1) * micro_batch_size).
 
     tokens_BS and labels_BS int64: labels_BS[:, s] is the token after tokens_BS[:, s]. loss_mask_BS bool: the labels
-    that count.
+    that count. documents_BS int64 numbers each token's document within its row, None where rows are taken as one.
     """
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
     micro_batch_size: int
+    documents_BS: torch.Tensor | None = None
 
     @property
     def num_micro_batches(self) -> int:
@@ -49,11 +49,12 @@ def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_si
 class Sampler:
     """Global batches of a dataset by the number of consumed samples. Holds no position: the caller counts.
 
-    `data_path` is what a token id outside `vocab_size` is blamed on.
+    `data_path` is what a token id outside `vocab_size` is blamed on; `eod`, if given, ends documents whose attention is
+    their own.
     """
 
-    def __init__(self, dataset, vocab_size: int, data_path: str):
-        self.dataset, self.vocab_size, self.data_path = dataset, vocab_size, data_path
+    def __init__(self, dataset, vocab_size: int, data_path: str, eod: int | None = None):
+        self.dataset, self.vocab_size, self.data_path, self.eod = dataset, vocab_size, data_path, eod
 
     def batch(self, consumed_samples: int, global_batch_size: int, micro_batch_size: int,
               dp_rank: int = 0, dp_size: int = 1) -> GlobalBatch:
@@ -65,13 +66,20 @@ class Sampler:
         for ids in (tokens_BS, labels_BS):
             check_token_ids(ids, self.vocab_size, self.data_path)
         loss_mask_BS = torch.stack([sample["loss_mask"] for sample in samples]) > 0
-        return GlobalBatch(tokens_BS, labels_BS, loss_mask_BS, micro_batch_size)
+        documents_BS = None if self.eod is None else number_documents(tokens_BS, self.eod)
+        return GlobalBatch(tokens_BS, labels_BS, loss_mask_BS, micro_batch_size, documents_BS)
 
     def evaluation(self, eval_iters: int, global_batch_size: int, micro_batch_size: int,
                    dp_rank: int = 0, dp_size: int = 1):
         """The same `eval_iters` batches every time: the first samples of the dataset."""
         for step in range(eval_iters):
             yield self.batch(step * global_batch_size, global_batch_size, micro_batch_size, dp_rank, dp_size)
+
+
+def number_documents(tokens_BS: torch.Tensor, eod: int) -> torch.Tensor:
+    """The document of each token within its row, counted from 0; an `eod` is the last token of its document."""
+    ends_BS = (tokens_BS == eod).long()
+    return ends_BS.cumsum(1) - ends_BS
 
 
 def read_ahead(read, requests):

@@ -15,12 +15,16 @@ from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
 from megatron_deepseek.model.moe import MoE
+from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
-from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher
+from megatron_deepseek.parallel.expert_gather import AllGatherDispatcher
+from megatron_deepseek.parallel.expert_grouped import GroupedDispatcher
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.nodes import build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.settings import LossSettings, RecomputeSettings
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ class Precision:
 
 def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int, *, seed: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
-                 recompute: RecomputeSettings = RecomputeSettings(), reshard_after_forward: bool = False
+                 recompute: RecomputeSettings = RecomputeSettings(),
+                 communication: CommunicationSettings = CommunicationSettings(), reshard_after_forward: bool = False
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
-    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute)
+    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication)
     for stage in stages:
         shard_over_data(units(stage, meshes, precision), reshard_after_forward)
         stage.to_empty(device=meshes.device)
@@ -50,24 +55,37 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
-                 recompute: RecomputeSettings = RecomputeSettings()) -> list[DeepseekStage]:
+                 recompute: RecomputeSettings = RecomputeSettings(),
+                 communication: CommunicationSettings = CommunicationSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    blueprint = make_blueprint(config, meshes, loss, recompute)
+    blueprint = make_blueprint(config, meshes, loss, recompute, communication)
     run = run_checkpointed if recompute.granularity == "full" else run_layer
     with torch.device("meta"), default_dtype(precision.master):
         return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run)
                 for stage in mine]
 
 
-def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, recompute: RecomputeSettings) -> Blueprint:
+def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, recompute: RecomputeSettings,
+                   communication: CommunicationSettings = CommunicationSettings()) -> Blueprint:
     balance = BalanceWeights()
     if loss.balance_type != "none":
         balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
                                  loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
-    dispatcher = AllToAllDispatcher(meshes.ep, config.n_routed_experts) if config.n_routed_experts else None
+    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication) if config.n_routed_experts else None
     recomputed = frozenset(recompute.modules if recompute.granularity == "selective" else ())
     tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
-    return Blueprint(config, tp, dispatcher, balance, recomputed)
+    cp = ContextParallel(meshes.cp, communication.cp_comm_type)
+    sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
+    return Blueprint(config, tp, cp, sharers, dispatcher, balance, recomputed, loss.moe_router_force_load_balancing)
+
+
+def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings) -> Dispatcher:
+    ranks_per_node = communication.moe_ranks_per_node or meshes.layout.world_size
+    if communication.moe_token_dispatcher_type == "grouped":
+        levels = build_levels(meshes.layout, meshes.device, ranks_per_node)
+        return GroupedDispatcher(meshes.ep, num_experts, ranks_per_node, levels)
+    kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[communication.moe_token_dispatcher_type]
+    return kind(meshes.ep, num_experts, ranks_per_node)
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:

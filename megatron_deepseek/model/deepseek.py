@@ -13,13 +13,16 @@ Shapes: B batch, S sequence, H hidden, M = 1 + MTP depth predictions of each tok
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.layer import Blueprint, DecoderLayer, MTPLayer, run_layer
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.rotary import rope_table
+from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pipeline import received
 from megatron_deepseek.parallel.tensor import RMSNorm, column_linear
 from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -29,12 +32,14 @@ from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_
 class Tally:
     """What a step's forwards leave behind on this rank, added up over its micro-batches.
 
-    `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name.
+    `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name;
+    `traffic`: what expert dispatch sent forwards.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     balance_loss: torch.Tensor | float = 0.0
     expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    traffic: Traffic = Traffic()
 
     def add_loss(self, depth: int, loss: torch.Tensor) -> None:
         self.losses[depth] = self.losses.get(depth, 0) + loss.detach()
@@ -43,6 +48,7 @@ class Tally:
         if stats is None:
             return
         self.balance_loss = self.balance_loss + stats.balance_loss
+        self.traffic = self.traffic + stats.traffic
         self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
 
 
@@ -92,31 +98,34 @@ class DeepseekStage(nn.Module):
         self.model = Trunk(stage, blueprint)
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
-        self.rope_2SD = rope_table(self.config, seq_length, device)
+        self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
 
-    def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext
-                ) -> torch.Tensor:
-        states = list(self.states(x, labels_BMS, step))
+    def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext,
+                documents_BS: torch.Tensor | None = None) -> torch.Tensor:
+        states = list(self.states(x, labels_BMS, step, documents_BS))
         if not self.stage.loss:
             return torch.cat(states) if len(states) > 1 else states[0].contiguous()
         return self.loss(states, labels_BMS, label_mask_BMS, step)
 
-    def states(self, x: torch.Tensor, labels_BMS: torch.Tensor, step: StepContext) -> list[torch.Tensor]:
+    def states(self, x: torch.Tensor, labels_BMS: torch.Tensor, step: StepContext,
+               documents_BS: torch.Tensor | None = None) -> list[torch.Tensor]:
         """The main state and those of the MTP depths up to and with this stage, [B, S, H] each."""
         x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
+        places = Places(self.rope_2SD, documents_BS)
         for index in self.stage.layers:
-            current = self._layer(index, step, current)
+            current = self._layer(index, step, places, current)
         if hasattr(self.model, "norm"):
             current = self.model.norm(current)
         states.append(current)
         for depth in self.stage.mtp:
             embedding = self.model.embed_tokens(labels_BMS[:, depth])
-            states.append(self._layer(self.config.num_hidden_layers + depth, step, states[-1], embedding))
+            index = self.config.num_hidden_layers + depth
+            states.append(self._layer(index, step, places, states[-1], embedding))
         return states
 
-    def _layer(self, index: int, step: StepContext, *states: torch.Tensor) -> torch.Tensor:
-        out, stats = self.run(self.model.layers[str(index)], *states, self.rope_2SD, step.num_sequences)
+    def _layer(self, index: int, step: StepContext, places: Places, *states: torch.Tensor) -> torch.Tensor:
+        out, stats = self.run(self.model.layers[str(index)], *states, places, step.num_sequences)
         step.tally.add_stats(f"model.layers.{index}.mlp", stats)
         return out
 
@@ -125,7 +134,7 @@ class DeepseekStage(nn.Module):
         state_BSH = self.tp.enter(state_BSH)
         if not self.config.tie_word_embeddings:
             return self.lm_head(state_BSH)
-        return torch.nn.functional.linear(state_BSH, self.model.embed_tokens.local_weight())
+        return F.linear(state_BSH, self.model.embed_tokens.local_weight())
 
     def loss(self, states: list[torch.Tensor], labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor,
              step: StepContext) -> torch.Tensor:
@@ -140,15 +149,22 @@ class DeepseekStage(nn.Module):
         return total
 
 
-def shifted_labels(labels_BS: torch.Tensor, mask_BS: torch.Tensor, mtp_depth: int
-                   ) -> tuple[torch.Tensor, torch.Tensor]:
+def shifted_labels(labels_BS: torch.Tensor, mask_BS: torch.Tensor, mtp_depth: int,
+                   documents_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels and their mask for the main prediction and each MTP depth, [B, M, S] each.
 
     Depth k predicts the label k places further on; the last k positions have none. Made on whole sequences, before
-    any of them is divided over ranks. The input token of depth k at position i is the label of depth k - 1 there.
+    any of them is divided over ranks. The input token of depth k at position i is the label of depth k - 1 there;
+    where it is of another document than token i (`documents_BS` given), the depth has no label.
     """
-    labels, masks = [labels_BS], [mask_BS]
-    for _ in range(mtp_depth):
-        labels.append(torch.nn.functional.pad(labels[-1][:, 1:], (0, 1)))
-        masks.append(torch.nn.functional.pad(masks[-1][:, 1:], (0, 1)))
+    labels, masks, shifted_BS = [labels_BS], [mask_BS], mask_BS
+    for depth in range(1, mtp_depth + 1):
+        labels.append(F.pad(labels[-1][:, 1:], (0, 1)))
+        shifted_BS = F.pad(shifted_BS[:, 1:], (0, 1))
+        masks.append(shifted_BS if documents_BS is None else shifted_BS & _stays(documents_BS, depth))
     return torch.stack(labels, 1), torch.stack(masks, 1)
+
+
+def _stays(documents_BS: torch.Tensor, depth: int) -> torch.Tensor:
+    """Whether the token `depth` places further on is of the same document."""
+    return documents_BS == F.pad(documents_BS[:, depth:], (0, min(depth, documents_BS.shape[1])), value=-1)

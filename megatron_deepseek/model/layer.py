@@ -6,6 +6,7 @@ Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,19 +15,28 @@ from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.ops.rope import Places
+from megatron_deepseek.parallel.context import ContextParallel
+from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 
 
 @dataclass(frozen=True, eq=False)
 class Blueprint:
-    """What every layer of a model is built from. `recomputed` holds names of RecomputeSettings.modules."""
+    """What every layer of a model is built from. 
+
+    `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
+    `recomputed` holds names of RecomputeSettings.modules.
+    """
 
     config: ModelConfig
     tp: TensorParallel
-    dispatcher: AllToAllDispatcher | None
+    cp: ContextParallel
+    sharers: dist.ProcessGroup | None
+    dispatcher: Dispatcher | None
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
+    forced_balance: bool = False
 
 
 class DecoderLayer(nn.Module):
@@ -38,16 +48,17 @@ class DecoderLayer(nn.Module):
         self.is_moe = config.is_moe_layer(index)
         self.normed = recompute if "layernorm" in blueprint.recomputed else compose
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.self_attn = MLA(config, tp, "mla_up_proj" in blueprint.recomputed)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
-            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, "moe_act" in blueprint.recomputed)
+            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.cp,
+                           blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
 
-    def forward(self, x_BSH: torch.Tensor, rope_2SD: torch.Tensor, global_sequences: int
+    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int
                 ) -> tuple[torch.Tensor, RouterStats | None]:
-        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, rope_2SD))
+        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, places))
         if not self.is_moe:
             return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
         y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,), lambda x: self.mlp(x, global_sequences))
@@ -78,10 +89,10 @@ class MTPLayer(DecoderLayer):
         self.eh_proj = replicated_linear(2 * config.hidden_size, config.hidden_size, tp)
         self.shared_head = SharedHead(config, tp)
 
-    def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, rope_2SD: torch.Tensor,
+    def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, places: Places,
                 global_sequences: int) -> tuple[torch.Tensor, RouterStats | None]:
         joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
-        x_BSH, stats = super().forward(self.eh_proj(joined), rope_2SD, global_sequences)
+        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences)
         return self.shared_head.norm(x_BSH), stats
 
 

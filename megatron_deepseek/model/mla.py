@@ -7,7 +7,8 @@
     y    = W_o softmax(q k^T * scale) v
 
 Down-projections and norms run on the stream between TP regions (a slice of the sequence under sequence parallelism);
-what is gathered over TP is the latents. Up-projections are sharded by heads.
+what is gathered over TP is the latents. Up-projections are sharded by heads. Under context parallelism the key-value
+latent and the turned k_pe are also what travels between the ranks that share a sequence.
 
 Shapes: B batch, S sequence, H hidden, N local heads, C latent, D head dimension.
 """
@@ -18,8 +19,10 @@ from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.rotary import softmax_scale
+from megatron_deepseek.ops.attention import same_document
 from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.ops.rope import apply_rope
+from megatron_deepseek.ops.rope import Places, apply_rope
+from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.tensor import (
     RMSNorm,
     TensorParallel,
@@ -34,9 +37,10 @@ LATENT_NORM_EPS = 1e-6  # DeepSeek's and transformers' latent norms take this on
 class MLA(nn.Module):
     """Causal self-attention. `recompute_up_projection` re-makes q, k and v in the backward instead of keeping them."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, recompute_up_projection: bool = False):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, cp: ContextParallel,
+                 recompute_up_projection: bool = False):
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config, self.tp, self.cp = config, tp, cp
         self.scale = softmax_scale(config)
         self.attend = recompute if recompute_up_projection else compose
         heads, bias = config.num_attention_heads, config.attention_bias
@@ -52,10 +56,15 @@ class MLA(nn.Module):
         self.kv_b_proj = column_linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp)
         self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias)
 
-    def forward(self, x_BSH: torch.Tensor, rope_2SD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BSH: torch.Tensor, places: Places) -> torch.Tensor:
         c_q, c_kv, k_pe = self.latents(x_BSH)
-        y_BSNV = self.attend(lambda c_q, c_kv, k_pe: self.up_project(c_q, c_kv, k_pe, rope_2SD), (c_q, c_kv, k_pe),
-                             self.attention)
+        rope_2SD, documents_BS = places.rope_2SD, places.documents_BS
+        if self.cp.size > 1:
+            y_BSNV = self.attend(lambda c_q: self.queries(c_q, rope_2SD), (c_q,),
+                                 lambda q: self.attention_over_ranks(q, c_kv, k_pe, places))
+        else:
+            y_BSNV = self.attend(lambda *latents: self.up_project(*latents, rope_2SD), (c_q, c_kv, k_pe),
+                                 lambda q, k, v: self.attention(q, k, v, documents_BS))
         return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSNV.flatten(-2))))
 
     def latents(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,16 +84,37 @@ class MLA(nn.Module):
 
         On CPU the values are padded to the keys' width, which the fused attention kernel needs.
         """
-        nope, rope, v_dim = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim, self.config.v_head_dim
-        project_q = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
-        q_nope, q_pe = project_q(c_q).unflatten(-1, (-1, nope + rope)).split([nope, rope], -1)
-        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)).split([nope, v_dim], -1)
-        q = torch.cat([q_nope, apply_rope(q_pe, rope_2SD)], -1)
-        k_pe = apply_rope(k_pe.unsqueeze(2), rope_2SD).expand(-1, -1, q.shape[2], -1)
-        return q, torch.cat([k_nope, k_pe], -1), v if v.is_cuda else F.pad(v, (0, q.shape[-1] - v_dim))
+        q = self.queries(c_q, rope_2SD)
+        k, v = self.keys_and_values(c_kv, apply_rope(k_pe.unsqueeze(2), rope_2SD))
+        return q, k, v if v.is_cuda else F.pad(v, (0, q.shape[-1] - v.shape[-1]))
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Causal softmax attention, [B, S, N, V]."""
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                           scale=self.scale)
+    def queries(self, c_q: torch.Tensor, rope_2SD: torch.Tensor) -> torch.Tensor:
+        nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
+        project = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
+        q_nope, q_pe = project(c_q).unflatten(-1, (-1, nope + rope)).split([nope, rope], -1)
+        return torch.cat([q_nope, apply_rope(q_pe, rope_2SD)], -1)
+
+    def keys_and_values(self, c_kv: torch.Tensor, turned_BS1D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the latent and the turned k_pe, which all heads share."""
+        nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
+        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)).split([nope, v_dim], -1)
+        return torch.cat([k_nope, turned_BS1D.expand(-1, -1, k_nope.shape[2], -1)], -1), v
+
+    def attention_over_ranks(self, q, c_kv, k_pe, places: Places) -> torch.Tensor:
+        """Causal softmax attention over sequences that the context-parallel ranks share, [B, S, N, V]."""
+        turned = apply_rope(k_pe.unsqueeze(2), places.rope_2SD).squeeze(2)
+        sizes = [c_kv.shape[-1], turned.shape[-1]]
+
+        def project(block_BSC):
+            c_kv, turned = block_BSC.split(sizes, -1)
+            return self.keys_and_values(c_kv, turned.unsqueeze(2))
+
+        return self.cp.attention(q, torch.cat([c_kv, turned], -1), project, self.scale, places.documents_BS)
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None
+                  ) -> torch.Tensor:
+        """Causal softmax attention, within documents where they are given, [B, S, N, V]."""
+        mask = None if documents_BS is None else same_document(documents_BS, documents_BS).tril().unsqueeze(1)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                           is_causal=mask is None, scale=self.scale)
         return y.transpose(1, 2)[..., :self.config.v_head_dim]

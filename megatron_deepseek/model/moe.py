@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, T tokens, H hidden, I expert width, E experts, K to
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -15,7 +16,9 @@ from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.swiglu import swiglu
-from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.parallel.context import ContextParallel
+from megatron_deepseek.parallel.expert import Dispatcher
+from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.tensor import (
     TensorParallel,
     column_linear,
@@ -27,10 +30,13 @@ from megatron_deepseek.parallel.tensor import (
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Of one layer and micro-batch on this rank: tokens per expert [E] int64, and its share of the balance loss."""
+    """Of one layer and micro-batch on this rank: tokens per expert [E] int64, and its share of the balance loss,
+    and the bytes that its dispatch and combination sent in the forward.
+    """
 
     counts_E: torch.Tensor
     balance_loss: torch.Tensor
+    traffic: Traffic
 
 
 class MLP(nn.Module):
@@ -51,7 +57,7 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """This rank's routed experts, stacked: gate_up_proj [E, 2I, H] and down_proj [E, H, I], sharded by E over EP."""
 
-    def __init__(self, config: ModelConfig, dispatcher: AllToAllDispatcher, recompute_activation: bool):
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, recompute_activation: bool):
         super().__init__()
         shape = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = sharded_parameter((shape[0], 2 * shape[1], shape[2]), dispatcher.mesh, Shard(0))
@@ -70,11 +76,13 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed plus shared experts. Each TP rank routes its own slice of the sequence."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: AllToAllDispatcher,
-                 balance: BalanceWeights, recompute_activation: bool = False):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher,
+                 balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None, recompute_activation: bool = False,
+                 forced_balance: bool = False):
         super().__init__()
-        self.config, self.tp, self.dispatcher, self.balance = config, tp, dispatcher, balance
-        self.gate = Router(config, tp)
+        self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
+        self.cp = cp
+        self.gate = Router(config, tp, forced_balance)
         self.experts = Experts(config, dispatcher, recompute_activation)
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp)
@@ -82,15 +90,20 @@ class MoE(nn.Module):
     def forward(self, x_BSH: torch.Tensor, global_sequences: int) -> tuple[torch.Tensor, RouterStats]:
         own_BSH = self.tp.own_tokens(x_BSH)
         x_TH = own_BSH.flatten(0, 1)
-        routing = self.gate(x_TH)
-        y_TH = self.dispatcher(x_TH, routing.experts_TK, routing.weights_TK, self.experts)
+        routing = self.gate(x_TH, self._positions(own_BSH) if self.gate.forced else None)
+        y_TH, traffic = self.dispatcher(x_TH, routing.experts_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:
-            group = self.tp.group if self.tp.size > 1 else None
-            loss = balance_loss(routing, x_BSH.shape[0], self.config, self.balance, group) / global_sequences
+            loss = balance_loss(routing, x_BSH.shape[0], self.config, self.balance, self.sharers) / global_sequences
             y_TH = attach_loss(y_TH, loss)
         counts_E = routing.experts_TK.flatten().bincount(minlength=self.config.n_routed_experts)
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + self.shared_experts(x_BSH)
-        return y_BSH, RouterStats(counts_E, loss.detach())
+        return y_BSH, RouterStats(counts_E, loss.detach(), traffic)
+
+    def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
+        """Where each of this rank's B*S tokens stands in its sequence."""
+        sequences, length = own_BSH.shape[:2]
+        positions_S = self.cp.positions(length * self.tp.size * self.cp.size)
+        return positions_S[self.tp.rank * length:][:length].to(own_BSH.device).repeat(sequences)

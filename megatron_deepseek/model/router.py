@@ -33,21 +33,23 @@ class Router(nn.Module):
     the weight's local gradient is partial.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, forced: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.forced = config, forced
         self.weight = sharded_parameter((config.n_routed_experts, config.hidden_size), tp.mesh, Replicate())
         self.weight_grad = Partial() if tp.size > 1 else Replicate()
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_TH: torch.Tensor) -> Routing:
+    def forward(self, x_TH: torch.Tensor, positions_T: torch.Tensor | None = None) -> Routing:
+        """`positions_T`, places in their sequences, are looked at only where the balance is forced."""
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         weight_EH = local_weight(self.weight, self.weight_grad)
         logits_TE = F.linear(x_TH.to(wide), weight_EH.to(wide))
         scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
-        experts_TK = choose_experts(scores_TE, bias_E, self.config)
+        experts_TK = balanced_choice(positions_T, self.config) if self.forced else \
+            choose_experts(scores_TE, bias_E, self.config)
         return Routing(experts_TK, expert_weights(scores_TE, experts_TK, self.config), scores_TE)
 
 
@@ -58,6 +60,15 @@ def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor | None, config:
     if config.topk_method != "greedy":
         choice_TE = limit_to_groups(choice_TE, config)
     return choice_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def balanced_choice(positions_T: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """[T, K] experts by position alone, within `topk_group` groups: any E consecutive positions use each K times."""
+    k = torch.arange(config.num_experts_per_tok, device=positions_T.device)
+    groups, each = config.n_group, config.n_routed_experts // config.n_group
+    position_T1 = positions_T.unsqueeze(1)
+    group_TK = (position_T1 + k % config.topk_group) % groups
+    return group_TK * each + (position_T1 // groups + k // config.topk_group) % each
 
 
 def limit_to_groups(choice_TE: torch.Tensor, config: ModelConfig) -> torch.Tensor:

@@ -7,20 +7,37 @@
       experts
       regroup, all-to-all, weigh and add copies
 
-Gradients run the same road backwards: all-to-all is its own transpose with the split sizes exchanged.
+Gradients run the same road backwards: all-to-all is its own transpose with the split sizes exchanged. expert_gather.py
+and expert_grouped.py take other roads to the same sums.
 Shapes: T tokens, K top-k, R = T*K rows sent, Q rows received, E experts, e = E/ep local experts, H hidden.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
+from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
 
 Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
+
+
+class Dispatcher(Protocol):
+    """`mesh` is that of the expert ranks, over which the experts' weights are sharded."""
+
+    mesh: DeviceMesh
+
+    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
+                 ) -> tuple[torch.Tensor, Traffic]:
+        """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and what this rank
+        sent for it in the forward; the backward sends as much again.
+
+        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
+        """
 
 
 class _AllToAll(torch.autograd.Function):
@@ -38,44 +55,56 @@ class _AllToAll(torch.autograd.Function):
         return out, None, None, None
 
 
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it."""
+    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group)
+
+
+def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[ranks, E/ranks]: how many rows for each of this rank's bins come from each rank; `counts_E` go out."""
+    incoming_E = torch.empty_like(counts_E)
+    if group.size() == 1:
+        incoming_E.copy_(counts_E)
+    else:
+        dist.all_to_all_single(incoming_E, counts_E, group=group)
+    return incoming_E.view(group.size(), -1)
+
+
+def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts, nodes: NodeMap
+                ) -> tuple[torch.Tensor, Traffic]:
+    """Rows sorted by expert of the whole group to their experts' ranks and back, in the same order."""
+    group = nodes.group
+    incoming_re = exchange_counts(counts_E, group)
+    sent, received = counts_E.view(group.size(), -1).sum(1).tolist(), incoming_re.sum(1).tolist()
+    rows_QH = exchange_rows(rows_RH, sent, received, group)
+    order_Q = _group_by_expert(incoming_re)
+    inverse_Q = invert(order_Q)
+    rows_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    rows_QH = permute(rows_QH, inverse_Q, order_Q)
+    traffic = nodes.traffic(bytes_of(sent, rows_RH)) + nodes.traffic(bytes_of(received, rows_RH))
+    return exchange_rows(rows_QH, received, sent, group), traffic
+
+
 @dataclass(frozen=True, eq=False)
 class AllToAllDispatcher:
     """Every copy travels straight to its expert's rank (GShard, arXiv 2006.16668). No token is dropped."""
 
     mesh: DeviceMesh
     num_experts: int
-
-    @property
-    def num_local_experts(self) -> int:
-        return self.num_experts // self.mesh.size()
+    ranks_per_node: int
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> torch.Tensor:
-        """-> [T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype.
-
-        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
-        """
+                 ) -> tuple[torch.Tensor, Traffic]:
         order_R = experts_TK.flatten().argsort(stable=True)
         inverse_R = invert(order_R)
         counts_E = experts_TK.flatten().bincount(minlength=self.num_experts)
-        rows_RH = copy_and_permute(x_TH, order_R, inverse_R)
-        rows_RH = self._at_experts(rows_RH, counts_E, experts)
-        return weighted_sum(rows_RH, weights_TK, order_R, inverse_R)
-
-    def _at_experts(self, rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts) -> torch.Tensor:
+        rows_RH, traffic = copy_and_permute(x_TH, order_R, inverse_R), Traffic()
         if self.mesh.size() == 1:
-            return experts(rows_RH, counts_E.tolist())
-        group, shape = self.mesh.get_group(), (self.mesh.size(), self.num_local_experts)
-        incoming_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(incoming_E, counts_E, group=group)
-        sent, received = counts_E.view(shape).sum(1).tolist(), incoming_E.view(shape).sum(1).tolist()
-
-        rows_QH = _AllToAll.apply(rows_RH, sent, received, group)
-        order_Q = _group_by_expert(incoming_E.view(shape))
-        inverse_Q = invert(order_Q)
-        rows_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_E.view(shape).sum(0).tolist())
-        rows_QH = permute(rows_QH, inverse_Q, order_Q)
-        return _AllToAll.apply(rows_QH, received, sent, group)
+            rows_RH = experts(rows_RH, counts_E.tolist())
+        else:
+            nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
+            rows_RH, traffic = run_experts(rows_RH, counts_E, experts, nodes)
+        return weighted_sum(rows_RH, weights_TK, order_R, inverse_R), traffic
 
 
 def _group_by_expert(counts_re: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ class Meshes:
     """The process groups of a layout on this rank. Build one with `build_meshes`.
 
     `dense` is (pp, dp, cp, tp), `expert` is (pp, edp, ep, etp). `dense_fsdp` flattens dp x cp: the ranks over which
-    FSDP sums the gradients of dense parameters; `expert_fsdp` is edp, for routed experts. `stage` is all the ranks of
+    FSDP sums the gradients of dense parameters; `expert_fsdp` is edp, for routed experts. `sequence` is cp x tp: the
+    ranks that share a sequence's tokens. `stage` is all the ranks of
     this pipeline rank, dp x cp x tp.
     """
 
@@ -31,11 +32,16 @@ class Meshes:
     dense: DeviceMesh
     expert: DeviceMesh
     dense_fsdp: DeviceMesh
+    sequence: DeviceMesh
     stage: DeviceMesh
 
     @property
     def tp(self) -> DeviceMesh:
         return self.dense["tp"]
+
+    @property
+    def cp(self) -> DeviceMesh:
+        return self.dense["cp"]
 
     @property
     def ep(self) -> DeviceMesh:
@@ -67,5 +73,6 @@ def build_meshes(layout: Layout, device: torch.device) -> Meshes:
     expert = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep, layout.etp),
                               mesh_dim_names=("pp", "edp", "ep", "etp"))
     dense_fsdp = dense["dp", "cp"]._flatten("dp_cp")
+    sequence = dense["cp", "tp"]._flatten("cp_tp")
     stage = dense["dp", "cp", "tp"]._flatten("dp_cp_tp")
-    return Meshes(layout, device, dense, expert, dense_fsdp, stage)
+    return Meshes(layout, device, dense, expert, dense_fsdp, sequence, stage)

@@ -77,6 +77,16 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.dim, ctx.group), None, None
 
 
+def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """`all_gather` whose gradients are summed and scattered: every rank makes its own use of the whole."""
+    return _GatherSum.apply(x, dim, group)
+
+
+def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """`reduce_scatter` whose gradients are gathered."""
+    return _ScatterSum.apply(x, dim, group)
+
+
 class _Copy(torch.autograd.Function):
     """Identity into a sharded region; each rank's gradient is a partial sum."""
 

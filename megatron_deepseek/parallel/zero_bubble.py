@@ -4,6 +4,9 @@ fill the bubbles (arXiv 2401.10241).
 Here B is an ordinary backward in which the large products leave their weight gradients as closures; W runs them.
 PyTorch can also cut the autograd graph itself, but that was seen to fail where a stage uses a parameter twice (a head
 or embedding shared with MTP modules), and with recomputed layers it runs their forward and collectives twice.
+
+Contexts keep the weight itself and do not save it: what checkpointing's hooks hand back for a saved leaf is a copy that
+holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost.
 """
 
 from collections.abc import Callable
@@ -19,8 +22,9 @@ from megatron_deepseek.parallel.data import accumulate_gradients
 class DeferredGradients:
     """The weight gradients that one stage's last backward left behind.
 
-    `weight` is the local tensor that the forward used, kept apart from the saved tensors, which a recomputed forward
-    replaces by detached ones; back-propagating into it goes on to the parameter as any backward would. `finish` is called at the end of each W step.
+    `weight` in the closures is the local tensor that the forward used, kept on the node and not among its saved
+    tensors, which a recomputed forward replaces by detached ones; back-propagating into it goes on to the parameter as
+    any backward would. `finish` is called at the end of each W step.
     """
 
     def __init__(self, finish: Callable[[], None] = lambda: None):
@@ -54,29 +58,29 @@ class DeferredGradients:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, deferred):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
         ctx.weight, ctx.deferred = weight, deferred
         return nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        ctx.deferred.defer(ctx.weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
         return grad @ weight, None, None
 
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_EOI, counts_E, deferred):
-        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.save_for_backward(x_RI)
         ctx.weight, ctx.counts_E, ctx.deferred = weight_EOI, counts_E, deferred
         return grouped_forward(x_RI, weight_EOI, counts_E)
 
     @staticmethod
     def backward(ctx, grad_RO):
-        x_RI, weight_EOI = ctx.saved_tensors
+        (x_RI,), weight_EOI = ctx.saved_tensors, ctx.weight
         grad_RO, counts_E = grad_RO.contiguous(), ctx.counts_E
-        ctx.deferred.defer(ctx.weight, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
+        ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
         return grouped_dgrad(grad_RO, weight_EOI, counts_E), None, None, None
 
 

@@ -15,6 +15,7 @@ from megatron_deepseek.checkpoint.export import export_hf, keep_assets
 from megatron_deepseek.checkpoint.marker import is_huggingface, last_iteration
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.pretraining import build_datasets, check_data
+from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
@@ -81,6 +82,7 @@ def make_plan(settings: Settings) -> Plan:
         seq_length=settings.data.seq_length, micro_batch_size=settings.batch.micro_batch_size,
         precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None),
         optimizer=settings.optimizer, loss=settings.loss, recompute=settings.recompute,
+        communication=settings.communication,
         reshard_after_forward=settings.run.sharding == "optim_grads_params", seed=settings.run.seed)
 
 
@@ -116,8 +118,11 @@ class Run:
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
         train, valid, _ = build_datasets(settings.data, num_samples(settings))
         name = " ".join(settings.data.data_path)
-        self.train_data = Sampler(train, settings.model.vocab_size, name)
-        self.valid_data = Sampler(valid, settings.model.vocab_size, name) if valid is not None else None
+        eod = None
+        if settings.data.reset_attention_mask:
+            eod = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model).eod
+        self.train_data = Sampler(train, settings.model.vocab_size, name, eod)
+        self.valid_data = Sampler(valid, settings.model.vocab_size, name, eod) if valid is not None else None
         self.saved_iteration = state.iteration
         self.flops_per_token = model_flops_per_token(settings.model, settings.data.seq_length)
 
@@ -154,7 +159,8 @@ class Run:
         rate = learning_rate(settings.learning_rate, state.consumed_samples / settings.batch.global_batch_size)
         until = settings.loss.moe_router_bias_update_until
         bias_rate = settings.loss.moe_router_bias_update_rate if until is None or state.iteration < until else 0.0
-        result = self.trainer.train_step(*_on_device(batch, self.trainer.meshes), rate, bias_rate)
+        result = self.trainer.train_step(**_on_device(batch, self.trainer.meshes), learning_rate=rate,
+                                         bias_rate=bias_rate)
         size = batch.tokens_BS.shape[0] * settings.layout.dp
         self.state = TrainState(state.iteration + 1, state.consumed_samples + size, state.optimizer_steps + 1)
         self.report.step(self._metrics(result, rate, size * settings.data.seq_length, time.perf_counter() - begin))
@@ -169,8 +175,10 @@ class Run:
             dist.all_reduce(memory, dist.ReduceOp.MAX)
             peak_memory = memory.item()
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None
+        spread = self.settings.layout.ep > 1
         return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
-                           tokens, seconds, mfu, peak_memory)
+                           tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
+                           result.traffic.across_nodes if spread else None)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""
@@ -179,7 +187,7 @@ class Run:
             return
         batches = self.valid_data.evaluation(run.eval_iters, batch.global_batch_size, batch.micro_batch_size,
                                              *self._data_rank())
-        losses = [self.trainer.evaluate(*_on_device(each, self.trainer.meshes)) for each in batches]
+        losses = [self.trainer.evaluate(**_on_device(each, self.trainer.meshes)) for each in batches]
         self.report.validation(self.state.iteration, _mean([each.lm_loss for each in losses]),
                                tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))))
 
@@ -190,7 +198,6 @@ class Run:
                                     self.trainer.optimizer)
         self.saved_iteration = self.state.iteration
         self.report.message(f"saved {directory}")
-
 
     def export(self) -> None:
         """--save-hf: the last checkpoint as released models are, each rank writing its part of the files."""
@@ -204,9 +211,12 @@ class Run:
         self.report.message(f"exported {run.save_hf}")
 
 
-def _on_device(batch: GlobalBatch, meshes: Meshes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(tensor.to(meshes.device, non_blocking=True)
-                 for tensor in (batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS))
+def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:
+    """What `Trainer` takes of a batch, by its names."""
+    tensors = dict(tokens_BS=batch.tokens_BS, labels_BS=batch.labels_BS, mask_BS=batch.loss_mask_BS,
+                   documents_BS=batch.documents_BS)
+    return {name: None if tensor is None else tensor.to(meshes.device, non_blocking=True)
+            for name, tensor in tensors.items()}
 
 
 def _mean(values: list[float]) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
+OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class StepMetrics:
     """One update. `iteration` counts from 1: after that many updates. Losses in nats a token, tokens of this step.
 
     mtp_loss has an entry for each depth; balance_loss is None where no such loss is trained on. mfu (0 to 1) and
-    peak_memory_bytes, the largest of all ranks, are None on a CPU and then not written.
+    peak_memory_bytes, the largest of all ranks, are None on a CPU and then not written. moe_bytes_* are what expert
+    dispatch and combination of all ranks sent to other ranks, forwards and backwards, not written without experts on
+    several ranks.
     """
 
     iteration: int
@@ -33,6 +36,8 @@ class StepMetrics:
     step_seconds: float
     mfu: float | None = None
     peak_memory_bytes: int | None = None
+    moe_bytes_within_node: int | None = None
+    moe_bytes_across_nodes: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -41,7 +46,7 @@ class StepMetrics:
     def record(self) -> dict:
         fields = {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
         return {name: value for name, value in fields.items()
-                if value is not None or name not in ("mfu", "peak_memory_bytes")}
+                if value is not None or name not in OPTIONAL}
 
 
 class MetricsFile:

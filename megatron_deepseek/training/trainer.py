@@ -1,7 +1,7 @@
 """One rank's share of a training job: its stages, the pipeline that runs them, the optimizer, and the step.
 
 A step, whatever the layout:
-  1. count the valid labels of the global batch: every loss is a sum divided by a global count
+  1. count the valid labels of the global batch: every loss is a sum divided by a global count; then cut sequences
   2. forward and backward of all micro-batches; FSDP sums gradients over the data ranks
   3. sum the gradients of parameters that several stages hold
   4. norm of the whole gradient, clip
@@ -16,8 +16,10 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, build_stages
 from megatron_deepseek.model.deepseek import StepContext, Tally, shifted_labels
+from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pipeline import Pipeline, StageShape, rank_of_stage, stages_of_rank
 from megatron_deepseek.parallel.shared import find_shared
 from megatron_deepseek.training.balance import update_expert_bias
@@ -28,7 +30,7 @@ from megatron_deepseek.training.optimizer import (
     gradient_norm,
     set_learning_rate,
 )
-from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, OptimizerSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Plan:
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
     recompute: RecomputeSettings = RecomputeSettings()
+    communication: CommunicationSettings = CommunicationSettings()
     reshard_after_forward: bool = False
     seed: int = 1234
 
@@ -59,27 +62,32 @@ class Losses:
 
 @dataclass(frozen=True)
 class StepResult:
+    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards."""
+
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
+    traffic: Traffic
 
 
 class Trainer:
     """Build it on every rank of the job, in the same order of calls."""
 
     def __init__(self, plan: Plan, meshes: Meshes):
-        self.plan, self.meshes = plan, meshes
+        self.plan, self.meshes, self.cp = plan, meshes, ContextParallel(meshes.cp)
         pp = meshes.layout.pp
         holders = [rank_of_stage(s, len(plan.stages), pp, plan.schedule) for s in range(len(plan.stages))]
         self.indices = stages_of_rank(meshes.rank("pp"), len(plan.stages), pp, plan.schedule)
         self.stages = build_stages(plan.model, [plan.stages[i] for i in self.indices], meshes, plan.seq_length,
                                    seed=plan.seed, precision=plan.precision, loss=plan.loss, recompute=plan.recompute,
+                                   communication=plan.communication,
                                    reshard_after_forward=plan.reshard_after_forward)
         self.shared = find_shared(_embedding_holders(plan), holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
         self.optimizer = build_optimizer(self.parameters, plan.optimizer)
         self.pipeline = Pipeline(self.stages, self.indices, _stage_shapes(plan, meshes), plan.schedule,
-                                 plan.precision.activations, (plan.micro_batch_size, plan.seq_length), meshes)
+                                 plan.precision.activations,
+                                 (plan.micro_batch_size, plan.seq_length // meshes.layout.cp), meshes)
 
     def _named_parameters(self) -> list[NamedParameter]:
         """Every parameter of this rank; of copies on several stages only the first holder's first is counted."""
@@ -89,37 +97,49 @@ class Trainer:
                 for stage in self.stages for name, parameter in stage.named_parameters()]
 
     def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
-                   learning_rate: float, bias_rate: float = 0.0) -> StepResult:
-        """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them."""
-        num_microbatches, labels, mask, step = self._prepare(tokens_BS, labels_BS, mask_BS)
+                   learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None
+                   ) -> StepResult:
+        """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them.
+
+        `documents_BS` numbers each token's document; without it attention and MTP see across documents.
+        """
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
         self.optimizer.zero_grad()
-        self.pipeline.train(tokens_BS, num_microbatches, labels_BMS=labels, label_mask_BMS=mask, step=step)
+        self.pipeline.train(tokens, num_microbatches, **inputs)
         for shared in self.shared:
             shared.sum_gradients()
         norm = gradient_norm(self.parameters, self.meshes.device)
-        losses = self._reduce(step.tally)
+        losses = self._reduce(inputs["step"].tally)
         self._check_finite(losses, norm)
         if self.plan.optimizer.clip_grad:
             clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
-        counts = update_expert_bias(self.stages, step.tally.expert_counts, bias_rate, self.meshes.stage.get_group())
-        return StepResult(losses, norm.item(), counts)
+        counts = update_expert_bias(self.stages, inputs["step"].tally.expert_counts, bias_rate,
+                                    self.meshes.stage.get_group())
+        return StepResult(losses, norm.item(), counts, self._traffic(inputs["step"].tally))
 
-    def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> Losses:
+    def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
+                 documents_BS: torch.Tensor | None = None) -> Losses:
         """Losses of a batch, weights untouched."""
-        num_microbatches, labels, mask, step = self._prepare(tokens_BS, labels_BS, mask_BS)
-        self.pipeline.evaluate(tokens_BS, num_microbatches, labels_BMS=labels, label_mask_BMS=mask, step=step)
-        return self._reduce(step.tally)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
+        self.pipeline.evaluate(tokens, num_microbatches, **inputs)
+        return self._reduce(inputs["step"].tally)
 
-    def _prepare(self, tokens_BS, labels_BS, mask_BS):
+    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS) -> tuple[torch.Tensor, int, dict]:
+        """Tokens, their number of micro-batches and the stages' other inputs. Everything that looks along a sequence
+        is made before context-parallel ranks divide it, so that they all know the counts of the whole.
+        """
         assert tokens_BS.shape[0] % self.plan.micro_batch_size == 0, (tokens_BS.shape, self.plan.micro_batch_size)
-        labels, mask = shifted_labels(labels_BS, mask_BS, self.plan.model.num_nextn_predict_layers)
+        labels, mask = shifted_labels(labels_BS, mask_BS, self.plan.model.num_nextn_predict_layers, documents_BS)
         counts = torch.cat([mask.sum((0, 2)), mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)])
         dist.all_reduce(counts, group=self.meshes.group("dp"))
         *num_labels, num_sequences = counts.tolist()
         step = StepContext(tuple(num_labels), num_sequences, Tally())
-        return tokens_BS.shape[0] // self.plan.micro_batch_size, labels, mask, step
+        inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
+        if documents_BS is not None:
+            inputs["documents_BS"] = documents_BS
+        return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
     def _reduce(self, tally: Tally) -> Losses:
         """Sum the ranks' contributions. Token losses are the same on all TP ranks, shares of the balance loss not."""
@@ -132,6 +152,11 @@ class Trainer:
         dist.all_reduce(values)
         lm_loss, *mtp_loss, balance_loss = values.tolist()
         return Losses(lm_loss, tuple(mtp_loss), balance_loss)
+
+    def _traffic(self, tally: Tally) -> Traffic:
+        sent = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes], device=self.meshes.device)
+        dist.all_reduce(sent)
+        return Traffic(*(2 * sent).tolist())
 
     def _check_finite(self, losses: Losses, norm: torch.Tensor) -> None:
         if not torch.isfinite(norm) or losses.lm_loss != losses.lm_loss:
@@ -149,7 +174,7 @@ def _embedding_holders(plan: Plan) -> dict[str, list[int]]:
 def _stage_shapes(plan: Plan, meshes: Meshes) -> list[StageShape]:
     """Hidden states stacked along the batch: the main model's, then one for each MTP depth already computed."""
     layout = meshes.layout
-    seq_length = plan.seq_length // (layout.tp if layout.sequence_parallel else 1)
+    seq_length = plan.seq_length // layout.cp // (layout.tp if layout.sequence_parallel else 1)
     shapes, received, states = [], None, 1
     for stage in plan.stages:
         states += len(stage.mtp)

@@ -53,6 +53,16 @@ def test_layouts_agree_with_one_rank(workshop, alone, num_ranks, layout):
     assert_same_run(workshop.train(num_ranks, f"layout{num_ranks}{hash(layout)}", *layout.split()), alone)
 
 
+def test_context_parallel_grouped_experts_and_packing(workshop):
+    """Against one rank with the same documents; the bytes of each level are written."""
+    packed = workshop.train(1, "packed", "--reset-attention-mask")
+    shared = workshop.train(4, "shared", "--reset-attention-mask", "--reset-position-ids", *(
+        "--context-parallel-size 2 --expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
+        "--moe-ranks-per-node 2").split())
+    assert_same_run(shared, packed)
+    assert all(record["moe_bytes_within_node"] > 0 and record["moe_bytes_across_nodes"] > 0 for record in steps(shared))
+
+
 def test_resumes_exactly_after_a_kill(workshop, alone):
     """Killed after its first checkpoint, the same command goes on and ends with the very same numbers."""
     arguments = workshop.arguments("killed", "--load", str(workshop.directory / "killed"), "--save-interval", "3")

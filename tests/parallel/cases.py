@@ -9,7 +9,7 @@ from megatron_deepseek.parallel import schedule_rules
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.settings import LossSettings, PipelineSettings, RecomputeSettings
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, PipelineSettings, RecomputeSettings
 
 SEQ_LENGTH = 8
 NUM_EXPERTS = 8
@@ -21,11 +21,17 @@ OPTIONS = {
     "virtual": (1, 2),
     "tp": (1, 2),
     "dp": (1, 2),
+    "cp": (1, 2),
+    "cp_type": ("ring", "allgather"),
     "sp": (False, True),
     "router": ("dense", "greedy", "group_limited", "noaux_tc"),
     "ep": (1, 2, 4),
+    "dispatcher": ("alltoall", "allgather", "grouped"),
+    "node": (1, 2),
+    "forced": (False, True),
     "microbatches": (1, 3, 5, 8),
     "micro_batch_size": (1, 2),
+    "packed": (False, True),
     "mtp": (0, 1, 2),
     "placement": ("balanced", "last", "own", "split"),
     "shared": (0, 2),
@@ -38,16 +44,22 @@ OPTIONS = {
 
 # What exhaustive.py draws from besides: values that differ from those above in size only.
 WIDER = OPTIONS | {
-    "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8), "ep": (1, 2, 4, 8),
+    "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
+    "ep": (1, 2, 4, 8),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
     "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"),
 }
 
 CONSTRAINTS = (
-    lambda dp, tp, pp: dp * tp * pp <= 8,
+    lambda dp, cp, tp, pp: dp * cp * tp * pp <= 8,
+    lambda cp, cp_type: cp > 1 or cp_type == "ring",
+    lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
-    lambda ep, dp, tp: dp * tp % ep == 0,
+    lambda ep, dp, cp, tp: dp * cp * tp % ep == 0,
+    lambda ep, dispatcher: ep > 1 or dispatcher == "alltoall",
+    lambda dispatcher, ep, node: ep % node == 0 if dispatcher == "grouped" else node == 1,
     lambda router, ep: router != "dense" or ep == 1,
+    lambda router, forced: router != "dense" or not forced,
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
     lambda pp, schedule: (pp == 1) == (schedule == "none"),
@@ -78,11 +90,17 @@ class Case:
     virtual: int = 1
     tp: int = 1
     dp: int = 1
+    cp: int = 1
+    cp_type: str = "ring"
     sp: bool = False
     router: str = "noaux_tc"
     ep: int = 1
+    dispatcher: str = "alltoall"
+    node: int = 1
+    forced: bool = False
     microbatches: int = 1
     micro_batch_size: int = 1
+    packed: bool = False
     mtp: int = 0
     placement: str = "balanced"
     shared: int = 0
@@ -99,7 +117,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, ep=self.ep, sequence_parallel=self.sp)
+        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, sequence_parallel=self.sp)
 
     @property
     def global_batch_size(self) -> int:
@@ -146,7 +164,12 @@ class Case:
         kind = {"dense": "none", "greedy": "aux_loss"}.get(self.router, "seq_aux_loss")
         levels = dict(moe_device_aux_loss_coeff=0.2, moe_communication_aux_loss_coeff=0.3) \
             if self.router == "group_limited" else {}
-        return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0, **levels)
+        return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0,
+                            moe_router_force_load_balancing=self.forced, **levels)
+
+    @property
+    def communication(self) -> CommunicationSettings:
+        return CommunicationSettings(self.cp_type, self.dispatcher, self.node)
 
     @property
     def recomputation(self) -> RecomputeSettings:
@@ -161,9 +184,9 @@ class Case:
         """
         pooled = self.loss.balance_type == "aux_loss"
         if pooled and self.micro_batch_size > 1:
-            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size)
+            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed)
         loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size)
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed)
 
 
 @dataclass(frozen=True)
@@ -174,6 +197,7 @@ class Reference:
     loss: LossSettings
     global_batch_size: int
     micro_batch_size: int
+    packed: bool = False
 
 
 _MOE = dict(moe_intermediate_size=8, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=2)
@@ -187,12 +211,14 @@ ROUTERS = {
 }
 
 
-# Sizes that the array leaves out, once each: 8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 3
-# stages on a rank, 8 ranks in a row.
+# Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
+# context ranks, 3 stages on a rank, 8 ranks in a row), and recomputed layers whose weight gradients wait in W steps.
 WIDE_CASES = (
-    Case(tp=4, dp=2, sp=True, ep=8, microbatches=2, mtp=1, shared=2),
+    Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
+    Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
     Case(dp=3, tp=2, router="group_limited", ep=2, microbatches=2, mtp=1, attention_bias=True, reshard=True),
     Case(dp=4, pp=2, schedule="1F1B", ep=4, microbatches=2, micro_batch_size=2, tied=True),
+    Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
          tied=True, recompute="layernorm,mla_up_proj,moe_act"),
     Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, placement="own", tied=True),
@@ -202,7 +228,7 @@ WIDE_CASES = (
 def cost(case: dict) -> float:
     """Processor seconds of a case and its reference, fitted to measurements on two cores."""
     layers = max(2, case["pp"] * case["virtual"]) + case["mtp"]
-    ranks = case["tp"] * case["dp"]
+    ranks = case["tp"] * case["dp"] * case["cp"]
     return 0.8 + 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
 
 

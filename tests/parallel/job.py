@@ -58,37 +58,51 @@ def batch(model: ModelConfig, size: int, step: int) -> tuple[torch.Tensor, torch
     return tokens[:, :-1], tokens[:, 1:], mask
 
 
+def documents(size: int, step: int) -> torch.Tensor:
+    """[size, S]: the document of each token; some of one token, and one row that is a single document."""
+    starts = torch.rand(size, SEQ_LENGTH, generator=torch.Generator().manual_seed(100 + step)) < 0.3
+    starts[-1:] &= size == 1
+    return starts.long().cumsum(1)
+
+
 def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
     return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
-                optimizer=OPTIMIZER, loss=case.loss, recompute=case.recomputation, reshard_after_forward=case.reshard)
+                optimizer=OPTIMIZER, loss=case.loss, recompute=case.recomputation,
+                communication=case.communication, reshard_after_forward=case.reshard)
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
-    return train(plan_of(case, precision), case.layout, case.global_batch_size, num_steps)
+    return train(plan_of(case, precision), case.layout, case.global_batch_size, num_steps, case.packed)
 
 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, SEQ_LENGTH)
     plan = Plan(reference.model, stages, "none", SEQ_LENGTH, reference.micro_batch_size, precision=precision,
                 optimizer=OPTIMIZER, loss=reference.loss)
-    return train(plan, Layout(), reference.global_batch_size, num_steps)
+    return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed)
 
 
-def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int) -> Record:
+def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, packed: bool = False) -> Record:
     meshes = build_meshes(layout, torch.device("cpu"))
     trainer, record = Trainer(plan, meshes), Record()
     withhold(trainer)
     own = global_batch_size // layout.dp
     rows = slice(meshes.rank("dp") * own, (meshes.rank("dp") + 1) * own)
     bias_rate = BIAS_RATE if plan.model.topk_method == "noaux_tc" else 0.0
+
+    def inputs(step: int) -> dict[str, torch.Tensor]:
+        names = ("tokens_BS", "labels_BS", "mask_BS")
+        given = dict(zip(names, batch(plan.model, global_batch_size, step)))
+        given |= {"documents_BS": documents(global_batch_size, step)} if packed else {}
+        return {name: part[rows] for name, part in given.items()}
+
     for step in range(num_steps):
-        inputs = [part[rows] for part in batch(plan.model, global_batch_size, step)]
-        result = trainer.train_step(*inputs, LEARNING_RATE, bias_rate)
+        result = trainer.train_step(**inputs(step), learning_rate=LEARNING_RATE, bias_rate=bias_rate)
         gradients = {key: whole(parameter.grad) for key, parameter in named(trainer, "named_parameters")}
         record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, gradients))
     record.weights = {key: whole(value) for how in ("named_parameters", "named_buffers")
                       for key, value in named(trainer, how)}
-    record.evaluation = trainer.evaluate(*[part[rows] for part in batch(plan.model, global_batch_size, num_steps)])
+    record.evaluation = trainer.evaluate(**inputs(num_steps))
     dist.barrier()
     return record
 

@@ -11,9 +11,11 @@ from cases import Case
 from job import Record, run_case
 from torch.distributed.tensor import Replicate
 
-from megatron_deepseek.model import balance_loss, build
+from megatron_deepseek.model import balance_loss, build, deepseek
 from megatron_deepseek.model.router import Router
-from megatron_deepseek.parallel import expert, pipeline, tensor, vocabulary
+from megatron_deepseek.ops import attention
+from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, pipeline, tensor, vocabulary,
+                                        zero_bubble)
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.shared import SharedParameter
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
@@ -25,6 +27,13 @@ DP = Case(dp=2, microbatches=2)
 EP = Case(dp=2, ep=2)
 PP_MTP = Case(pp=2, schedule="1F1B", microbatches=2, mtp=1)
 V_TIED = Case(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, tied=True)
+CP = Case(cp=2, mtp=1, microbatches=3)
+CP_GATHER = Case(cp=2, cp_type="allgather")
+PACKED = Case(cp=2, mtp=2, microbatches=3, packed=True)
+CP_BALANCE = Case(cp=2, router="group_limited")
+GATHER = Case(dp=2, ep=2, dispatcher="allgather")
+GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
+DROPPED_LEAF = Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, recompute="full")
 SOFTMAX_TP = Case(tp=2, router="group_limited")
 
 
@@ -103,7 +112,7 @@ def _labels_of_this_rank(prepare: Callable):
 
 
 def _mask_not_shifted(shift: Callable):
-    def shifted(labels_BS, mask_BS, mtp_depth):
+    def shifted(labels_BS, mask_BS, mtp_depth, documents_BS=None):
         return shift(labels_BS, mask_BS, mtp_depth)[0], mask_BS.unsqueeze(1).expand(-1, mtp_depth + 1, -1)
 
     return shifted
@@ -125,6 +134,58 @@ def _forget_last_weight_gradient(take: Callable):
         return take(self)
 
     return take_less
+
+
+def _save_weight(ctx, x, weight, deferred):
+    ctx.save_for_backward(x, weight)
+    ctx.deferred = deferred
+    return torch.nn.functional.linear(x, weight)
+
+
+def _saved_weight(ctx, grad):
+    x, weight = ctx.saved_tensors
+    ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+    return grad @ weight, None, None
+
+
+def _shift_own_part(labels_BS, mask_BS, mtp_depth, documents_BS=None):
+    """Chunks 0 and 3, 1 and 2 of 4 shifted by themselves, as ranks would that cut first."""
+    order = torch.tensor([0, 1, 6, 7, 2, 3, 4, 5])
+    halves = [deepseek.shifted_labels(labels, mask, mtp_depth)
+              for labels, mask in zip(labels_BS[:, order].chunk(2, 1), mask_BS[:, order].chunk(2, 1))]
+    return tuple(torch.cat(parts, -1)[..., order.argsort()] for parts in zip(*halves))
+
+
+def _across_documents(labels_BS, mask_BS, mtp_depth, documents_BS):
+    return deepseek.shifted_labels(labels_BS, mask_BS, mtp_depth)
+
+
+def _add_plainly(self, rows, out, lse):
+    self.out_BNSV[:, :, rows] += out / 2
+    self.lse_BNS[:, :, rows] = torch.logaddexp(self.lse_BNS[:, :, rows], lse)
+
+
+def _twice(gradient_of_block: Callable):
+    return lambda *args: 2 * gradient_of_block(*args)
+
+
+def _counts_times_cp(prepare: Callable):
+    def prepare_wrongly(self, *args):
+        tokens, number, inputs = prepare(self, *args)
+        step = inputs["step"]
+        labels = tuple(count * self.cp.size for count in step.num_labels)
+        return tokens, number, inputs | {"step": replace(step, num_labels=labels)}
+
+    return prepare_wrongly
+
+
+def _first_node_only(sum_copies: Callable):
+    def sum_less(y, weights, copies):
+        weights = weights.clone()
+        weights[:, 1:] = 0
+        return sum_copies(y, weights, copies)
+
+    return sum_less
 
 
 MUTATIONS = {
@@ -176,6 +237,30 @@ MUTATIONS = {
         PP_MTP, _replace(pipeline, "get_schedule_class", _scaled_schedules(pipeline.get_schedule_class))),
     "ZB: a weight gradient is forgotten": Mutation(
         V_TIED, _replace(DeferredGradients, "take", _forget_last_weight_gradient(DeferredGradients.take))),
+    "ZB: the weight of a recomputed layer is saved, not kept": Mutation(
+        DROPPED_LEAF, _method(zero_bubble._Linear, "forward", _save_weight),
+        _method(zero_bubble._Linear, "backward", _saved_weight)),
+    "CP: every rank takes the first positions": Mutation(
+        CP, _replace(context.ContextParallel, "positions", lambda self, length: context.zigzag(length, 0, self.size))),
+    "CP: MTP labels shifted after the cut": Mutation(CP, _replace(trainer, "shifted_labels", _shift_own_part)),
+    "CP: parts added without their log-sum-exp": Mutation(CP, _replace(attention.Joined, "add", _add_plainly)),
+    "CP: gradients of other ranks' latents not sent home": Mutation(
+        CP, _replace(exchange.Ring, "return_gradients", lambda self, gradients: list(gradients)[0])),
+    "CP: gathered latents' gradients not summed": Mutation(
+        CP_GATHER, _replace(exchange, "reduce_scatter", _own_part)),
+    "CP: one block's gradient comes twice": Mutation(
+        CP, _replace(context, "_gradient_of_block", _twice(context._gradient_of_block))),
+    "CP: balance loss of this rank's counts": Mutation(CP_BALANCE, _no_all_reduce(balance_loss)),
+    "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "_prepare", _counts_times_cp(
+        trainer.Trainer._prepare))),
+    "EP: tokens gathered, their gradients not summed": Mutation(
+        GATHER, _method(tensor._GatherSum, "backward",
+                        lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None))),
+    "EP: one node's partial sum is lost": Mutation(GROUPED, _replace(expert_grouped, "sum_copies", _first_node_only(
+        expert_grouped.sum_copies))),
+    "MTP: labels of the next document": Mutation(PACKED, _replace(trainer, "shifted_labels", _across_documents)),
+    "CP: attention across documents": Mutation(PACKED, _replace(
+        context, "same_document", lambda queries, keys: torch.ones(*queries.shape, keys.shape[1], dtype=torch.bool))),
     "MTP: labels shifted, their mask not": Mutation(
         PP_MTP, _replace(trainer, "shifted_labels", _mask_not_shifted(trainer.shifted_labels))),
 }

@@ -1,0 +1,87 @@
+"""What a layout is, in words: which rank holds what, and the table of what is refused; rendered into docs too.
+
+`python -m megatron_deepseek.arguments.explain > docs/compatibility.md` writes the page of refusals.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+
+from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.settings import Settings, parse_or_exit
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import to_string
+from megatron_deepseek.parallel.schedule_rules import V_SHAPED
+from megatron_deepseek.planning.pipeline_balance import resolve
+
+_MOST_RANKS = 64  # rows of the mesh that are printed
+
+
+def places(rank: int, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """Coordinates of `rank` on the dense mesh (pp, dp, cp, tp) and the expert mesh (pp, edp, ep, etp)."""
+    result = []
+    for axes in (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp")):
+        rest, coordinates = rank, {}
+        for axis in axes:
+            rest, coordinates[axis] = divmod(rest, getattr(layout, axis))
+        result.append(coordinates)
+    return result[0], result[1]
+
+
+def stages_held(pp_rank: int, num_stages: int, pp: int, schedule: str) -> list[int]:
+    """As parallel/pipeline.py places them, which a test compares: that module imports torch."""
+    if schedule in V_SHAPED and num_stages == 2 * pp:
+        return [pp_rank, num_stages - 1 - pp_rank]
+    return list(range(pp_rank, num_stages, pp))
+
+
+def explain(settings: Settings) -> Iterator[str]:
+    """Lines: the sizes, the stages, and a row for each rank."""
+    layout, model = settings.layout, settings.model
+    yield (f"{layout.world_size} ranks: dense mesh pp {layout.pp} x dp {layout.dp} x cp {layout.cp} x tp {layout.tp}, "
+           f"expert mesh pp {layout.pp} x edp {layout.edp} x ep {layout.ep} x etp {layout.etp}")
+    stages = resolve(model, settings.pipeline, layout.pp, settings.data.seq_length)
+    yield f"stages: {to_string(stages)}" + (f", {settings.pipeline.schedule}" if layout.pp > 1 else "")
+    yield "rank  pp dp cp tp  edp ep  stages     experts    chunks of a sequence"
+    for rank in range(min(layout.world_size, _MOST_RANKS)):
+        dense, expert = places(rank, layout)
+        held = stages_held(dense["pp"], len(stages), layout.pp, settings.pipeline.schedule)
+        each = model.n_routed_experts // layout.ep
+        experts = f"{expert['ep'] * each}-{expert['ep'] * each + each - 1}" if each else "none"
+        chunks = "all" if layout.cp == 1 else f"{dense['cp']}, {2 * layout.cp - 1 - dense['cp']} of {2 * layout.cp}"
+        yield (f"{rank:4}  {dense['pp']:2} {dense['dp']:2} {dense['cp']:2} {dense['tp']:2}  {expert['edp']:3} "
+               f"{expert['ep']:2}  {','.join(map(str, held)):9}  {experts:9}  {chunks}")
+    if layout.world_size > _MOST_RANKS:
+        yield f"... and so on, to rank {layout.world_size - 1}"
+
+
+def explain_layout(argv: Sequence[str]) -> None:
+    """For an entry point: with --explain-layout RANKS in `argv`, print what it asks for and leave."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--explain-layout", type=int)
+    ranks = asked.parse_known_args(argv)[0].explain_layout
+    if ranks is None:
+        return
+    settings = parse_or_exit(argv, {"WORLD_SIZE": str(ranks)})
+    print("\n".join(explain(settings)))
+    raise SystemExit(0)
+
+
+def compatibility() -> str:
+    """docs/compatibility.md: the table of refusals, values left out."""
+    rows = [f"| {refusal.name} | {_without_values(refusal.message)} |" for refusal in REFUSALS]
+    return "\n".join([
+        "# What goes with what", "",
+        "Rendered by `python -m megatron_deepseek.arguments.explain`. Every combination of arguments below is refused "
+        "before anything is built, with the reason and the values; read from top to bottom, the first that applies "
+        "speaks. Which pairs of what is accepted are tested against one process: OPTIONS in tests/parallel/cases.py.",
+        "",
+        "| name | refused, and why |", "|---|---|", *rows]) + "\n"
+
+
+def _without_values(message: str) -> str:
+    return re.sub(r"\{r\.[^}]*\}", "N", message).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(compatibility(), end="")

@@ -1,0 +1,63 @@
+"""The `grouped` dispatcher: a two-level all-to-all that crosses between nodes once for each destination node.
+
+    across   a token goes to every node that holds one of its experts, once, to the rank with its own place there;
+             with it go the experts it chose on that node, and their weights
+    within   that rank fans copies out to the experts of its node, and adds up their weighted results
+    across   one partial sum for each node comes back; the token's rank adds them up
+
+With node-limited routing to M nodes (arXiv 2412.19437, section 2.1.2) a token crosses at most M times, not K; experts
+are numbered so that a routing group lies on one node where the number of groups is a multiple of the nodes'.
+
+Shapes: T tokens, K top-k, N nodes, R rows sent (token, node), Q rows received, E experts, n = E/N of a node, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.expert import Experts, exchange_counts, exchange_rows, run_experts
+from megatron_deepseek.parallel.nodes import NodeMap, Traffic, TwoLevels, bytes_of
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedDispatcher:
+    """`levels` divides the ranks of `mesh`, the expert ranks, into nodes."""
+
+    mesh: DeviceMesh
+    num_experts: int
+    ranks_per_node: int
+    levels: TwoLevels
+
+    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
+                 ) -> tuple[torch.Tensor, Traffic]:
+        group = self.levels.across.get_group()
+        copies = self._one_for_each_node(experts_TK)
+        received = exchange_counts(torch.tensor(copies.counts, device=x_TH.device), group).flatten().tolist()
+        rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]
+        x_QH, weights_QK, experts_QK = (exchange_rows(row, copies.counts, received, group) for row in rows)
+        y_QH, within = self._on_this_node(x_QH, experts_QK, weights_QK, experts)
+        y_RH = exchange_rows(y_QH, received, copies.counts, group)
+        ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
+        nodes = NodeMap(group, self.ranks_per_node)
+        across = nodes.traffic(bytes_of(copies.counts, *rows)) + nodes.traffic(bytes_of(received, y_QH))
+        return sum_copies(y_RH, ones, copies), within + across
+
+    def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:
+        """A copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
+        num_nodes = self.levels.across.size()
+        node_TK = experts_TK // (self.num_experts // num_nodes)
+        needed_TN = torch.zeros(len(experts_TK), num_nodes, dtype=torch.bool, device=experts_TK.device)
+        needed_TN.scatter_(1, node_TK, True)
+        nodes_N = torch.arange(num_nodes, device=experts_TK.device)
+        return sort_copies(nodes_N.where(needed_TN, num_nodes), num_nodes)
+
+    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> tuple[torch.Tensor, Traffic]:
+        """The part of each row's sum that this node's experts make."""
+        number = self.num_experts // self.levels.across.size()
+        copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
+        counts_n = torch.tensor(copies.counts, device=x_QH.device)
+        nodes = NodeMap(self.levels.within.get_group(), self.ranks_per_node)
+        rows, traffic = run_experts(copy_rows(x_QH, copies), counts_n, experts, nodes)
+        return sum_copies(rows, weights_QK, copies), traffic

@@ -1,0 +1,78 @@
+"""Which ranks share a node, and the bytes that travel inside nodes and between them.
+
+Rank r is on node r // ranks_per_node, as torchrun numbers them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_deepseek.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sent to other ranks of its node, and to other nodes."""
+
+    within_node: int = 0
+    across_nodes: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.within_node + other.within_node, self.across_nodes + other.across_nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class NodeMap:
+    """Where each rank of a process group is, seen from this rank."""
+
+    group: dist.ProcessGroup
+    ranks_per_node: int
+
+    def traffic(self, bytes_to_rank: list[int]) -> Traffic:
+        """`bytes_to_rank`: sent to each rank of the group; what a rank keeps is not sent."""
+        here, within, across = dist.get_rank(), 0, 0
+        for rank, number in zip(dist.get_process_group_ranks(self.group), bytes_to_rank, strict=True):
+            if rank != here and rank // self.ranks_per_node == here // self.ranks_per_node:
+                within += number
+            elif rank != here:
+                across += number
+        return Traffic(within, across)
+
+
+@dataclass(frozen=True, eq=False)
+class TwoLevels:
+    """The expert ranks of a stage as nodes x places: `across` links the same place on all nodes, `within` is a node."""
+
+    across: DeviceMesh
+    within: DeviceMesh
+
+
+def places_per_node(layout: Layout, ranks_per_node: int) -> int:
+    """Ranks of an expert group that share a node.
+
+    Raises ValueError where expert groups straddle nodes unevenly.
+    """
+    block = layout.ep * layout.etp
+    if ranks_per_node % block == 0:
+        return layout.ep
+    if block % ranks_per_node or ranks_per_node % layout.etp:
+        raise ValueError(f"nodes of {ranks_per_node} ranks do not divide expert groups of {block} ranks "
+                         f"(ep {layout.ep} x etp {layout.etp}) evenly")
+    return ranks_per_node // layout.etp
+
+
+def build_levels(layout: Layout, device: torch.device, ranks_per_node: int) -> TwoLevels:
+    """All ranks call it: it creates process groups."""
+    places = places_per_node(layout, ranks_per_node)
+    mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep // places, places, layout.etp),
+                            mesh_dim_names=("pp", "edp", "ep_across", "ep_within", "etp"))
+    return TwoLevels(mesh["ep_across"], mesh["ep_within"])
+
+
+def bytes_of(rows: list[int], *tensors: torch.Tensor) -> list[int]:
+    """Of `rows` rows of every one of `tensors` [any, ...]."""
+    row = sum(math.prod(x.shape[1:]) * x.element_size() for x in tensors)
+    return [number * row for number in rows]

@@ -1,0 +1,77 @@
+"""Copies of some choices by gradcheck and against indexing; bytes and nodes against counts worked by hand."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_models import V3_SMALL
+from torch.autograd import gradcheck
+
+from megatron_deepseek.model.router import balanced_choice
+from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of, places_per_node
+
+BINS = torch.tensor([[2, -1, 0], [5, 5, 5], [1, 2, 0], [0, 7, 1]])  # of 3: row 1 has no copy
+ROWS_IN_ORDER = [0, 2, 3, 2, 3, 0, 2]  # bin 0, then 1, then 2; within a bin by row
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape))
+                       ).requires_grad_()
+
+
+def test_copies_are_sorted_by_bin_and_the_rest_has_none():
+    copies = sort_copies(BINS, 3)
+    assert copies.row_R.tolist() == ROWS_IN_ORDER and copies.counts == [3, 2, 2]
+    assert [BINS[row, choice] for row, choice in zip(copies.row_R, copies.choice_R)] == [0, 0, 0, 1, 1, 2, 2]
+    assert copies.place_QK.tolist() == [[5, 7, 0], [7, 7, 7], [3, 6, 1], [2, 7, 4]]
+
+
+def test_sum_of_copies_and_gradients():
+    copies, x, weights = sort_copies(BINS, 3), doubles(4, 2), doubles(4, 3)
+    factor = torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64)  # what an expert does
+    rows = copy_rows(x, copies) * factor.repeat_interleave(torch.tensor(copies.counts)).unsqueeze(1)
+    gains = torch.where(BINS.clamp(0, 2) == BINS, factor[BINS.clamp(0, 2)], 0.0)
+    torch.testing.assert_close(sum_copies(rows, weights, copies), (weights * gains).sum(1, keepdim=True) * x)
+    assert gradcheck(lambda x: copy_rows(x, copies), (x,))
+    assert gradcheck(lambda y, w: sum_copies(y, w, copies), (doubles(7, 2), weights))
+
+
+def test_no_copies_at_all():
+    copies, x, weights = sort_copies(torch.full((2, 3), 9), 4), doubles(2, 5), doubles(2, 3)
+    y = sum_copies(copy_rows(x, copies), weights, copies)
+    assert copies.counts == [0] * 4 and not y.any()
+    y.sum().backward()
+    assert not x.grad.any() and not weights.grad.any()
+
+
+def test_bytes_of_rows():
+    assert bytes_of([2, 0, 3], torch.empty(5, 4, dtype=torch.bfloat16), torch.empty(0, 2, dtype=torch.int64)) == [
+        2 * (8 + 16), 0, 3 * (8 + 16)]
+
+
+def test_traffic_leaves_out_what_a_rank_keeps(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 5, 6, 7])
+    assert NodeMap(None, 2).traffic([1, 20, 300, 4000]) == Traffic(1, 4300)
+    assert NodeMap(None, 4).traffic([1, 20, 300, 4000]) == Traffic(4301, 0)
+
+
+@pytest.mark.parametrize("layout, ranks_per_node, places", [
+    (Layout(dp=64, ep=64), 8, 8), (Layout(dp=8, ep=4), 8, 4), (Layout(dp=4, tp=2, ep=4, etp=2), 4, 2)])
+def test_places_on_a_node(layout, ranks_per_node, places):
+    assert places_per_node(layout, ranks_per_node) == places
+
+
+def test_uneven_nodes_are_refused():
+    with pytest.raises(ValueError, match="nodes of 3 ranks .* 4 ranks"):
+        places_per_node(Layout(dp=4, ep=4), 3)
+
+
+def test_forced_balance_is_exact_and_within_the_groups_that_a_token_may_reach():
+    config = V3_SMALL
+    experts_TK = balanced_choice(torch.arange(3 * config.n_routed_experts), config)
+    assert experts_TK.flatten().bincount().tolist() == [3 * config.num_experts_per_tok] * config.n_routed_experts
+    for experts in experts_TK:
+        assert len(set(experts.tolist())) == config.num_experts_per_tok
+        assert len(set((experts // (config.n_routed_experts // config.n_group)).tolist())) <= config.topk_group

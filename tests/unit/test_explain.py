@@ -1,0 +1,52 @@
+"""The printed layout against the arithmetic of meshes and pipelines; the page of refusals against its table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_deepseek.arguments import parse
+from megatron_deepseek.arguments.explain import compatibility, explain, explain_layout, places, stages_held
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.pipeline import stages_of_rank
+from megatron_deepseek.parallel.schedule_rules import SCHEDULES
+
+LAYOUT = Layout(dp=2, pp=2, tp=2, cp=2, ep=4)
+COMMAND = ("--model tiny --data-path corpus --train-iters 10 --seq-length 256 --pipeline-model-parallel-size 2 "
+           "--context-parallel-size 2 --expert-model-parallel-size 2 --global-batch-size 8").split()
+
+
+def test_places_are_those_of_the_meshes():
+    """init_device_mesh lays ranks out row by row."""
+    dense = torch.arange(16).view(LAYOUT.pp, LAYOUT.dp, LAYOUT.cp, LAYOUT.tp)
+    expert = torch.arange(16).view(LAYOUT.pp, LAYOUT.edp, LAYOUT.ep, LAYOUT.etp)
+    for rank in range(16):
+        own, routed = places(rank, LAYOUT)
+        assert dense[own["pp"], own["dp"], own["cp"], own["tp"]] == rank
+        assert expert[routed["pp"], routed["edp"], routed["ep"], routed["etp"]] == rank
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_are_those_of_the_pipeline(schedule):
+    for pp, virtual in ((2, 1), (2, 2), (4, 2), (4, 3)):
+        for rank in range(pp):
+            assert stages_held(rank, pp * virtual, pp, schedule) == stages_of_rank(rank, pp * virtual, pp, schedule)
+
+
+def test_explains_every_rank():
+    lines = list(explain(parse(COMMAND, 8)))
+    assert "8 ranks: dense mesh pp 2 x dp 2 x cp 2 x tp 1, expert mesh pp 2 x edp 2 x ep 2 x etp 1" == lines[0]
+    assert [int(line.split()[0]) for line in lines[3:]] == list(range(8))
+    assert lines[3].endswith("0, 3 of 4") and lines[4].endswith("1, 2 of 4")
+
+
+def test_command_prints_and_leaves(capsys):
+    with pytest.raises(SystemExit) as left:
+        explain_layout([*COMMAND, "--explain-layout", "8"])
+    assert left.value.code == 0 and "8 ranks" in capsys.readouterr().out
+    explain_layout(COMMAND)
+
+
+def test_page_is_rendered_from_the_table():
+    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    assert page.read_text() == compatibility(), "run python -m megatron_deepseek.arguments.explain"
