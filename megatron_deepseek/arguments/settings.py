@@ -42,7 +42,9 @@ class Settings:
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
-    """Settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node. Raises ValueError, of one line, for a user's mistake.
+    """Settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node.
+
+    Raises ValueError, of one line, for a user's mistake.
 
     --help prints and raises SystemExit(0), as argparse does.
     """

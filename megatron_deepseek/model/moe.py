@@ -77,8 +77,8 @@ class MoE(nn.Module):
     """Routed plus shared experts. Each TP rank routes its own slice of the sequence."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher,
-                 balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None, recompute_activation: bool = False,
-                 forced_balance: bool = False):
+                 balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None,
+                 recompute_activation: bool = False, forced_balance: bool = False):
         super().__init__()
         self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
         self.cp = cp
