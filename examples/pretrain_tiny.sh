@@ -1,32 +1,32 @@
 #!/bin/bash
-# A 10M-parameter DeepSeek-V3 on one machine, CPU or GPU: `make pretrain` runs this after making its data.
+# A 3M-parameter DeepSeek-V3 on one machine, CPU or GPU: `make pretrain` runs this after making its data.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${NPROC:-4}  # processes; on a machine without GPUs they share the cores
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS_PER_NODE ? CORES / GPUS_PER_NODE : 1))}
-STEPS=${STEPS:-200}
+STEPS=${STEPS:-120}
 RUN_DIR=${RUN_DIR:-runs/tiny}
 
 MODEL_ARGS=(--model tiny)
 
 case $GPUS_PER_NODE in
-    1) PARALLEL_ARGS=() ;;
-    2) PARALLEL_ARGS=(--expert-model-parallel-size 2) ;;
-    4) PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --expert-model-parallel-size 2) ;;
-    8) PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel
+    1) MICRO_BATCH=8 PARALLEL_ARGS=() ;;
+    2) MICRO_BATCH=8 PARALLEL_ARGS=(--expert-model-parallel-size 2) ;;
+    4) MICRO_BATCH=4 PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --expert-model-parallel-size 2) ;;
+    8) MICRO_BATCH=4 PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel
                       --expert-model-parallel-size 2) ;;
     *) echo "NPROC $GPUS_PER_NODE is not one of 1, 2, 4, 8" >&2; exit 2 ;;
 esac
 
 TRAINING_ARGS=(
     --train-iters "$STEPS"
-    --micro-batch-size 2
+    --micro-batch-size "$MICRO_BATCH"
     --global-batch-size 16
     --seq-length 256
-    --lr 2e-3
-    --min-lr 2e-4
-    --lr-decay-style cosine
+    --lr 6e-3
+    --min-lr 0
+    --lr-decay-style linear
     --lr-warmup-fraction 0.05
 )
 
@@ -40,8 +40,8 @@ DATA_ARGS=(
 OUTPUT_ARGS=(
     --save "$RUN_DIR/checkpoints"
     --load "$RUN_DIR/checkpoints"
-    --save-interval 100
-    --eval-interval 50
+    --save-interval 60
+    --eval-interval 30
     --eval-iters 4
 )
 

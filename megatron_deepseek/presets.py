@@ -14,12 +14,12 @@ _V3_YARN = RopeScaling(kind="yarn", factor=40.0, original_max_position_embedding
 _HEADS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
 TINY = ModelConfig(
-    vocab_size=8192, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-    q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-    moe_intermediate_size=128, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4,
+    vocab_size=8192, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+    q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    moe_intermediate_size=64, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4,
     first_k_dense_replace=1, n_group=4, topk_group=2, topk_method="noaux_tc", scoring_func="sigmoid",
     norm_topk_prob=True, routed_scaling_factor=2.5, aux_loss_alpha=1e-4, num_nextn_predict_layers=1,
-    max_position_embeddings=4096)
+    max_position_embeddings=4096, initializer_range=0.03)
 
 V2_LITE = ModelConfig(
     **_HEADS, vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27,

@@ -48,7 +48,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/tiny"), help="where everything goes (runs/tiny)")
-    parser.add_argument("--steps", type=int, default=200, help="training iterations (200)")
+    parser.add_argument("--steps", type=int, default=120, help="training iterations (120)")
     parser.add_argument("--nproc", type=int, choices=PROCESSES, help="processes (4; with GPUs one for each)")
     args = parser.parse_args()
     if args.steps < 1:
@@ -91,7 +91,8 @@ def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
     tools, example = REPOSITORY / "tools", REPOSITORY / "examples"
     return [
         Step("corpus", tool("make_corpus.py", "--output", corpus), (tools / "make_corpus.py",), (), (corpus,)),
-        Step("tokenizer", tool("train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", 8192),
+        Step("tokenizer", tool("train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", 8192,
+                                "--isolate-punctuation"),
              (tools / "train_tokenizer.py",), (corpus,), (tokenizer,)),
         Step("dataset", tool("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer-type",
                              "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2),

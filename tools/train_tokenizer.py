@@ -23,6 +23,7 @@ SPLITS = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
+PUNCTUATION = r"[\p{P}\p{S}]|\p{N}"
 SMALLEST = 256 + len(SPECIAL_TOKENS)
 
 
@@ -39,12 +40,17 @@ def read_texts(paths, key: str, max_bytes: int):
                 yield text
 
 
-def train(texts, vocab_size: int):
-    """A `tokenizers.Tokenizer` of at most `vocab_size` entries: fewer where the text has no more pairs to merge."""
+def train(texts, vocab_size: int, isolate_punctuation: bool = False):
+    """A `tokenizers.Tokenizer` of at most `vocab_size` entries: fewer where the text has no more pairs to merge.
+
+    `isolate_punctuation` makes every punctuation mark and digit a token of its own, so that a small vocabulary is
+    spent on words and not on their combinations with marks.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
+        [pre_tokenizers.Split(Regex(pattern), "isolated")
+         for pattern in ((PUNCTUATION,) if isolate_punctuation else ()) + SPLITS]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
@@ -67,6 +73,8 @@ def parse_arguments():
     parser.add_argument("--json-key", default="text", help="the key that holds the text (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192,
                         help="entries in all, special tokens included (default: %(default)s)")
+    parser.add_argument("--isolate-punctuation", action="store_true",
+                        help="every punctuation mark and digit by itself: for code and a small vocabulary")
     parser.add_argument("--max-bytes", type=int, default=100_000_000,
                         help="most bytes of text to learn from, taken from the start (default: %(default)s)")
     arguments = parser.parse_args()
@@ -81,7 +89,7 @@ def main():
     texts = list(read_texts(find_inputs(arguments.input), arguments.json_key, arguments.max_bytes))
     if not texts:
         raise ValueError(f"--input {' '.join(arguments.input)}: no text there")
-    tokenizer = train(texts, arguments.vocab_size)
+    tokenizer = train(texts, arguments.vocab_size, arguments.isolate_punctuation)
     save(tokenizer, arguments.output)
     size = tokenizer.get_vocab_size()
     short = "" if size == arguments.vocab_size else f" (the text gives no more; --vocab-size {arguments.vocab_size})"

@@ -20,11 +20,30 @@ def compose(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Call
     return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
 
 
+class _Keep(torch.autograd.Function):
+    """Saves its inputs as any operator does, so that an outer `recompute` may keep a note in their place."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return inputs[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("nothing is computed from what is kept")
+
+
+def _keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """How to get `inputs` back in the backward."""
+    node = _Keep.apply(*inputs).grad_fn
+    return (lambda: inputs) if node is None else (lambda: node.saved_tensors)
+
+
 class _Recomputed:
     """The producer's outputs, made again at their first use in the backward and dropped after the last."""
 
     def __init__(self, producer: Producer, inputs: tuple[torch.Tensor, ...]):
-        self.producer, self.inputs = producer, inputs
+        self.producer, self.inputs = producer, _keep(inputs)
         self.num_notes = self.num_read = 0
         self.outputs: tuple[torch.Tensor, ...] = ()
 
@@ -35,7 +54,7 @@ class _Recomputed:
     def read(self, note) -> torch.Tensor:
         if not self.outputs:
             with torch.no_grad():
-                outputs = self.producer(*self.inputs)
+                outputs = self.producer(*self.inputs())
             self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         index, size, stride, offset = note
         tensor = self.outputs[index].as_strided(size, stride, offset)
@@ -50,6 +69,8 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
 
     The producer must be deterministic and free of collectives; its outputs' storages must be its own.
     """
+    if not torch.is_grad_enabled():
+        return compose(producer, inputs, consumer)
     outputs = producer(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     again = _Recomputed(producer, inputs)

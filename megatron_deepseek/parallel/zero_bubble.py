@@ -19,9 +19,9 @@ from megatron_deepseek.parallel.data import accumulate_gradients
 class DeferredGradients:
     """The weight gradients that one stage's last backward left behind.
 
-    `weight` in the closures is the local tensor that the forward used; back-propagating into it goes on to the
-    parameter as any backward would. Products keep it themselves: what autograd saved of a parameter comes back from
-    recomputation as another tensor, whose gradient would be lost. `finish` is called at the end of each W step.
+    `weight` is the local tensor that the forward used, kept apart from the saved tensors, which a recomputed forward
+    replaces by detached ones; back-propagating into it goes on to the parameter as any backward would. `finish` is
+    called at the end of each W step.
     """
 
     def __init__(self, finish: Callable[[], None] = lambda: None):
@@ -55,29 +55,29 @@ class DeferredGradients:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, deferred):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, weight)
         ctx.weight, ctx.deferred = weight, deferred
         return nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        x, weight = ctx.saved_tensors
+        ctx.deferred.defer(ctx.weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
         return grad @ weight, None, None
 
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_EOI, counts_E, deferred):
-        ctx.save_for_backward(x_RI)
-        ctx.weight_EOI, ctx.counts_E, ctx.deferred = weight_EOI, counts_E, deferred
+        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.weight, ctx.counts_E, ctx.deferred = weight_EOI, counts_E, deferred
         return grouped_forward(x_RI, weight_EOI, counts_E)
 
     @staticmethod
     def backward(ctx, grad_RO):
-        (x_RI,), weight_EOI = ctx.saved_tensors, ctx.weight_EOI
+        x_RI, weight_EOI = ctx.saved_tensors
         grad_RO, counts_E = grad_RO.contiguous(), ctx.counts_E
-        ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
+        ctx.deferred.defer(ctx.weight, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
         return grouped_dgrad(grad_RO, weight_EOI, counts_E), None, None, None
 
 

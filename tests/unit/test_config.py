@@ -111,7 +111,7 @@ def test_fields_of_the_run_are_read_over():
     ({"model_type": "llama"}, ["model_type 'llama'", "deepseek_v2", "deepseek_v3"]),
     ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
     ({"rope_interleave": False}, ["rope_interleave False"]),
-    ({"num_key_value_heads": 4}, ["num_key_value_heads 4", "num_attention_heads 8"]),
+    ({"num_key_value_heads": 2}, ["num_key_value_heads 2", "num_attention_heads 4"]),
     ({"hidden_size": "256"}, ["hidden_size is '256'"]),
     ({"hidden_size": True}, ["hidden_size is True"]),
     ({"hidden_size": 0}, ["hidden_size is 0"]),

@@ -41,17 +41,17 @@ def test_no_division_is_better(costs, data):
 
 
 def test_costs_by_hand():
-    """Tiny, 256 tokens. Attention: q 256*128 + 128 + 128*8*48, kv 256*80 + 64 + 64*8*64, out 8*32*256; 8*(48+32)*128
-    for scores and values; dense MLP 3*256*512; experts 256*16 + 16 + 3*256*128*5; two norms of 256."""
-    attention = 32768 + 128 + 49152 + 20480 + 64 + 32768 + 65536 + 81920
-    assert layer_cost(TINY, 0, 256) == attention + 393216 + 512
-    assert layer_cost(TINY, 1, 256) == attention + 4096 + 16 + 491520 + 512
-    assert head_cost(TINY) == 2 * 8192 * 256
-    assert mtp_cost(TINY, 256) == layer_cost(TINY, 1, 256) + 2 * 256 * 256 + 3 * 256
+    """Tiny, 256 tokens. Attention: q 128*64 + 64 + 64*4*48, kv 128*48 + 32 + 32*4*64, out 4*32*128; 4*(48+32)*128
+    for scores and values; dense MLP 3*128*384; experts 128*16 + 16 + 3*128*64*5; two norms of 128."""
+    attention = 8192 + 64 + 12288 + 6144 + 32 + 8192 + 16384 + 40960
+    assert layer_cost(TINY, 0, 256) == attention + 147456 + 256
+    assert layer_cost(TINY, 1, 256) == attention + 2048 + 16 + 122880 + 256
+    assert head_cost(TINY) == 2 * 8192 * 128
+    assert mtp_cost(TINY, 256) == layer_cost(TINY, 1, 256) + 2 * 128 * 128 + 3 * 128
 
 
 def test_tiny_on_two_stages():
-    """Layers 0.68M + 3 x 0.78M, MTP module 0.91M, head 2 x 2.1M: the head outweighs all layers and the module."""
+    """Layers 0.24M + 3 x 0.22M, MTP module 0.25M, head 2 x 1.05M: the head outweighs all layers and the module."""
     assert to_string(stages(TINY, 2, 256)) == "Ettttm|L"
     assert to_string(stages(TINY, 4, 256)) == "Ett|tt|m|L"
 

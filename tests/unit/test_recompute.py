@@ -4,13 +4,16 @@ What is held is measured, not believed: every storage that an operator makes in 
 reference, and those still alive at its end are what the backward keeps.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small_models import V3_SMALL, enliven, forward, gradients_of, random_batch, whole_model
+from small_models import V2_SMALL, V3_SMALL, enliven, forward, gradients_of, random_batch, whole_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.settings import RecomputeSettings
 
@@ -99,6 +102,35 @@ def test_the_producers_output_is_not_kept():
     assert kept[0] - kept[1] == 4000
 
 
+def test_one_inside_another_keeps_the_outer_input_alone():
+    """As MLA without q-LoRA: the input of its up-projection is the output of the norm before it."""
+    x = torch.randn(1000, requires_grad=True)
+
+    def inner(run):
+        return lambda a: run(lambda a: a + 2, (a,), lambda b: (b * b).sum())
+
+    outcomes = [kept_by(lambda run=run: run(lambda x: x + 1, (x,), inner(run))) for run in (compose, recompute)]
+    gradients = [torch.autograd.grad(y, x)[0] for y, _ in outcomes]
+    assert torch.equal(*gradients)
+    assert outcomes[0][1] - outcomes[1][1] == 4000 and outcomes[1][1] < 100
+
+
+@pytest.mark.parametrize("trained", ["x", "weight"])
+def test_with_frozen_inputs(trained):
+    """Fine-tuning a part: only the consumer's weight, or only what comes before, has a gradient."""
+    x, weight = torch.randn(3, 4, requires_grad=trained == "x"), torch.randn(4, 2, requires_grad=trained == "weight")
+    wanted = x if trained == "x" else weight
+    gradients = [torch.autograd.grad(run(lambda x: x.sin(), (x,), lambda a: (a @ weight).square().sum()), wanted)[0]
+                 for run in (compose, recompute)]
+    assert torch.equal(*gradients)
+
+
+def test_nothing_is_noted_without_gradients():
+    with torch.no_grad():
+        y, kept = kept_by(lambda: recompute(square_and_cube, (torch.ones(50),), lambda a, b: a * b))
+    assert kept == y.untyped_storage().nbytes()
+
+
 def test_empty_outputs():
     """A rank that received no token: empty storages have no address to be told apart by."""
     x = torch.empty(0, 4, requires_grad=True)
@@ -107,8 +139,8 @@ def test_empty_outputs():
     assert x.grad.shape == (0, 4) and not weight.grad.any()
 
 
-def model_with(meshes, settings: RecomputeSettings):
-    model = whole_model(V3_SMALL, meshes, SEQ_LENGTH, torch.float32, recompute=settings)
+def model_with(meshes, config: ModelConfig, settings: RecomputeSettings):
+    model = whole_model(config, meshes, SEQ_LENGTH, torch.float32, recompute=settings)
     enliven(model)
     return model
 
@@ -118,14 +150,15 @@ SETTINGS = {"none": RecomputeSettings(), "full": RecomputeSettings("full"),
             **{module: RecomputeSettings("selective", (module,)) for module in MODULES}}
 
 
-def held(meshes, settings: RecomputeSettings) -> int:
-    model, batch = model_with(meshes, settings), random_batch(V3_SMALL, 4, SEQ_LENGTH)
+def held(meshes, config: ModelConfig, settings: RecomputeSettings) -> int:
+    model, batch = model_with(meshes, config, settings), random_batch(config, 4, SEQ_LENGTH)
     return kept_by(lambda: forward(model, *batch).loss)[1]
 
 
-def test_every_mode_holds_less(meshes):
+@pytest.mark.parametrize("config", [V2_SMALL, V3_SMALL], ids=["v2", "v3"])
+def test_every_mode_holds_less(meshes, config):
     """Each module's recomputation frees something of its own, all three more, whole layers most."""
-    bytes_held = {name: held(meshes, settings) for name, settings in SETTINGS.items()}
+    bytes_held = {name: held(meshes, config, settings) for name, settings in SETTINGS.items()}
     for module in MODULES:
         assert bytes_held["selective"] < bytes_held[module] < bytes_held["none"], bytes_held
     saved = sum(bytes_held["none"] - bytes_held[module] for module in MODULES)
@@ -136,10 +169,11 @@ def test_every_mode_holds_less(meshes):
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "none"])
 def test_same_bits(meshes, name):
     """The second run is the first one's arithmetic, so nothing may differ at all."""
+    config = replace(V3_SMALL, num_nextn_predict_layers=1)
     outcomes = []
     for settings in (SETTINGS["none"], SETTINGS[name]):
-        model = model_with(meshes, settings)
-        outcome = forward(model, *random_batch(V3_SMALL, 2, SEQ_LENGTH))
+        model = model_with(meshes, config, settings)
+        outcome = forward(model, *random_batch(config, 2, SEQ_LENGTH))
         outcome.loss.backward()
         outcomes.append((outcome, gradients_of(model)))
     (kept, kept_gradients), (recomputed, gradients) = outcomes

@@ -98,7 +98,7 @@ def test_random_scores_against_the_reference(config):
 def router(config, meshes) -> Router:
     torch.manual_seed(0)
     gate = Router(config, TensorParallel(meshes.tp, False))
-    torch.nn.init.normal_(gate.weight.to_local())
+    torch.nn.init.normal_(gate.weight)
     return gate
 
 
@@ -122,7 +122,7 @@ def test_router_is_float32_under_bfloat16_activations(meshes):
     x_TH = torch.randn(5, V3_SMALL.hidden_size).bfloat16()
     routing = gate(x_TH)
     assert routing.scores_TE.dtype == routing.weights_TK.dtype == torch.float32
-    assert torch.equal(routing.scores_TE, (x_TH.float() @ gate.weight.to_local().t()).sigmoid())
+    assert torch.equal(routing.scores_TE, (x_TH.float() @ gate.weight.t()).sigmoid())
 
 
 def test_gradient_goes_through_weights_to_input_and_router(meshes):
@@ -135,8 +135,8 @@ def test_gradient_goes_through_weights_to_input_and_router(meshes):
     (routing.weights_TK * upstream).sum().backward()
 
     x = x_TH.detach().clone().requires_grad_()
-    weight = gate.weight.to_local().detach().clone().requires_grad_()
+    weight = gate.weight.detach().clone().requires_grad_()
     chosen = (x @ weight.t()).sigmoid().gather(-1, routing.experts_TK)
     (2.5 * chosen / chosen.sum(-1, keepdim=True) * upstream).sum().backward()
     torch.testing.assert_close(x_TH.grad, x.grad, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gate.weight.grad.to_local(), weight.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gate.weight.grad, weight.grad, rtol=1e-5, atol=1e-6)

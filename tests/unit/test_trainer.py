@@ -176,7 +176,7 @@ def test_bfloat16_accumulates_in_float32(meshes):
 @pytest.mark.parametrize("precision", [Precision(), BF16], ids=["float32", "bfloat16"])
 def test_memorises_a_batch(meshes, precision):
     """20 steps on 4 sequences from the ordinary start, both losses to less than half."""
-    ours = trainer(meshes, lively=False, precision=precision, optimizer=OptimizerSettings())
+    ours = trainer(meshes, lively=False, precision=precision, micro_batch_size=4, optimizer=OptimizerSettings())
     batch = batch_of(4)
     first, *_, last = [ours.train_step(*batch, learning_rate=0.02, bias_rate=1e-3).losses for _ in range(20)]
     assert first.lm_loss == pytest.approx(torch.tensor(float(CONFIG.vocab_size)).log().item(), rel=0.01)
