@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test clean
+.PHONY: help venv pretrain test test-exhaustive clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
 	@echo '                RUN_DIR= another directory, STEPS= iterations, NPROC= processes (1, 2, 4 or 8)'
 	@echo 'make test       run the tests'
+	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
 	@echo 'make clean      remove $(VENV), $(RUN_DIR) and caches'
 	@echo 'PYTHON= chooses the interpreter (now: $(PYTHON)), which must be 3.10 or newer'
@@ -31,6 +32,9 @@ pretrain: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q tests
+
+test-exhaustive: $(STAMP)
+	$(BIN)/python tests/parallel/exhaustive.py
 
 clean:
 	rm -rf $(VENV) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis

@@ -50,7 +50,7 @@ def _loss_differences(losses: Losses, expected: Losses, tolerance: float) -> Ite
 
 
 def _tensor_differences(tensors: dict, expected: dict, tolerance: float) -> Iterator[str]:
-    """Relative to the largest element of the whole tensor: an element that cancels to nothing has no digits of its own."""
+    """Relative to the largest element of the whole tensor: one that cancels to nothing has no digits of its own."""
     for (stage, name), tensor in tensors.items():
         wanted = expected[0, name]
         if tensor is None or tensor.shape != wanted.shape:

@@ -18,8 +18,8 @@ from megatron_deepseek.training.trainer import Losses, Plan, Trainer
 
 FLOAT64 = Precision(torch.float64)
 
-# AdamW divides by sqrt(v) + eps: with the usual eps a gradient that is zero but for rounding moves a weight by the whole
-# learning rate, and rounding differs between layouts. A large eps keeps the update in proportion to the gradient.
+# AdamW divides by sqrt(v) + eps: with the usual eps a gradient that is zero but for rounding moves a weight by the
+# whole learning rate, and rounding differs between layouts. A large eps keeps the update in proportion to the gradient.
 OPTIMIZER = OptimizerSettings(adam_eps=1e-3, clip_grad=0.5)
 LEARNING_RATE, BIAS_RATE = 1e-2, 1e-2
 NEVER_CHOSEN = (2, 3)  # experts: one whole routing group, and with 4 expert ranks all experts of one

@@ -1,4 +1,4 @@
-"""Any layout, schedule and mix of features against one process: losses, gradients, expert counts, weights, in float64."""
+"""Any layout, schedule and mix of features against one process, in float64."""
 
 from collections import Counter
 from itertools import combinations
