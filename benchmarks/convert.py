@@ -9,6 +9,8 @@ Disks that have been written to a lot stall; --rounds repeats everything and the
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -17,9 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -43,11 +42,17 @@ class Measured:
 
 
 def generate(directory: Path, gigabytes: float) -> int:
-    """The model's files, of about 1 GB; the size in bytes."""
+    """The model's files, of about 1 GB; the size in bytes.
+
+    In a process of its own: the peak memory of a command begins at that of the process that starts it.
+    """
+    import torch
+    from safetensors.torch import save_file
+
     directory.mkdir()
     layers = 2 if gigabytes >= 2.5 else 1
     rest = hf_shapes(_config(2, layers))
-    fixed = 2 * sum(torch.Size(shape).numel() for name, shape in rest.items() if ".experts." not in name)
+    fixed = 2 * sum(math.prod(shape) for name, shape in rest.items() if ".experts." not in name)
     one_expert = 2 * 3 * V3.hidden_size * V3.moe_intermediate_size
     config = _config(max(2, round((gigabytes * 1e9 - fixed) / one_expert)), layers)
     (directory / "config.json").write_text(json.dumps(config.to_hf_dict()))
@@ -110,9 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         directory = Path(scratch)
-        size = generate(directory / "hf", args.gigabytes)
-        print(f"{size:,} bytes, {args.workers} workers, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-              f"torch {torch.__version__}")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            size = pool.apply(generate, (directory / "hf", args.gigabytes))
+        print(f"{size:,} bytes, {args.workers} workers, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         rounds = [one_round(directory, args.workers) for _ in range(args.rounds)]
     for name in rounds[0]:
         rates = [size / results[name].seconds / 1e6 for results in rounds]
