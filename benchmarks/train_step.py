@@ -142,7 +142,8 @@ def summarize(runs, args) -> dict:
     flops = model_flops_per_token(MODEL, args.seq_length)
     return {
         "dtype": "bf16" if args.bf16 else "fp32", "batch": args.batch, "seq_length": args.seq_length,
-        "threads": torch.get_num_threads(), "steps": args.steps, "processor": platform.processor() or os.uname().machine,
+        "threads": torch.get_num_threads(), "steps": args.steps,
+        "processor": platform.processor() or os.uname().machine,
         "torch": torch.__version__, "transformers": __import__("transformers").__version__,
         "ours_tokens_per_second": round(our_rate), "transformers_tokens_per_second": round(their_rate),
         "ratio": round(our_rate / their_rate, 2),

@@ -1,4 +1,4 @@
-"""How many ranks each kind of parallelism takes. Pure arithmetic: no torch, so that arguments are checked in no time."""
+"""How many ranks each kind of parallelism takes. Pure arithmetic without torch: arguments are checked in no time."""
 
 from dataclasses import dataclass
 

@@ -30,7 +30,7 @@ from megatron_deepseek.training.trainer import Plan, StepResult, Trainer
 
 
 def pretrain(settings: Settings) -> None:
-    """Run the job that `settings` describe on this rank. A user's mistake in data or checkpoint ends it with status 2."""
+    """Run the job of `settings` on this rank. A user's mistake in data or checkpoint ends it with status 2."""
     guarded(_pretrain)(settings)
 
 

@@ -34,7 +34,7 @@ class RankFailure(AssertionError):
 class Ranks:
     """Runs functions on gloo ranks: `run(world_size, function, *args)`."""
 
-    def __init__(self, timeout: float = 120.0):
+    def __init__(self, timeout: float = 240.0):
         self.timeout = timeout
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
