@@ -25,9 +25,9 @@ from torch.distributed.pipelining.schedules import (
 
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.schedule_rules import V_SHAPED
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
-V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
