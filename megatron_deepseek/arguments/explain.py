@@ -11,7 +11,7 @@ from megatron_deepseek.arguments.refusals import REFUSALS
 from megatron_deepseek.arguments.settings import Settings, parse_or_exit
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import to_string
-from megatron_deepseek.parallel.schedule_rules import V_SHAPED
+from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 _MOST_RANKS = 64  # rows of the mesh that are printed
@@ -28,13 +28,6 @@ def places(rank: int, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
     return result[0], result[1]
 
 
-def stages_held(pp_rank: int, num_stages: int, pp: int, schedule: str) -> list[int]:
-    """As parallel/pipeline.py places them, which a test compares: that module imports torch."""
-    if schedule in V_SHAPED and num_stages == 2 * pp:
-        return [pp_rank, num_stages - 1 - pp_rank]
-    return list(range(pp_rank, num_stages, pp))
-
-
 def explain(settings: Settings) -> Iterator[str]:
     """Lines: the sizes, the stages, and a row for each rank."""
     layout, model = settings.layout, settings.model
@@ -45,7 +38,7 @@ def explain(settings: Settings) -> Iterator[str]:
     yield "rank  pp dp cp tp  edp ep  stages     experts    chunks of a sequence"
     for rank in range(min(layout.world_size, _MOST_RANKS)):
         dense, expert = places(rank, layout)
-        held = stages_held(dense["pp"], len(stages), layout.pp, settings.pipeline.schedule)
+        held = stages_of_rank(dense["pp"], len(stages), layout.pp, settings.pipeline.schedule)
         each = model.n_routed_experts // layout.ep
         experts = f"{expert['ep'] * each}-{expert['ep'] * each + each - 1}" if each else "none"
         chunks = "all" if layout.cp == 1 else f"{dense['cp']}, {2 * layout.cp - 1 - dense['cp']} of {2 * layout.cp}"

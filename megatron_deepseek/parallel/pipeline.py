@@ -25,22 +25,10 @@ from torch.distributed.pipelining.schedules import (
 
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
-from megatron_deepseek.parallel.schedule_rules import V_SHAPED
+from megatron_deepseek.parallel.schedule_rules import rank_of_stage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-
-
-def rank_of_stage(stage: int, num_stages: int, pp: int, schedule: str) -> int:
-    """The pipeline rank that holds `stage`."""
-    if schedule in V_SHAPED and num_stages == 2 * pp:
-        return min(stage, num_stages - 1 - stage)
-    return stage % pp
-
-
-def stages_of_rank(rank: int, num_stages: int, pp: int, schedule: str) -> list[int]:
-    """The stages that pipeline rank `rank` holds, in increasing order."""
-    return [s for s in range(num_stages) if rank_of_stage(s, num_stages, pp, schedule) == rank]
 
 
 class ForwardOnly(_PipelineScheduleRuntime):

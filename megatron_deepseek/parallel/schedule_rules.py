@@ -1,4 +1,4 @@
-"""What each schedule of torch.distributed.pipelining asks of stages and micro-batches, known without importing torch.
+"""Where schedules of torch.distributed.pipelining place stages and what they ask for, known without importing torch.
 
 A test holds these rules against torch's own constructors.
 """
@@ -8,6 +8,18 @@ VIRTUAL_STAGES = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroB
 SCHEDULES = tuple(VIRTUAL_STAGES)
 INTERLEAVED = ("Interleaved1F1B", "InterleavedZeroBubble")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+
+
+def rank_of_stage(stage: int, num_stages: int, pp: int, schedule: str) -> int:
+    """The pipeline rank that holds `stage`."""
+    if schedule in V_SHAPED and num_stages == 2 * pp:
+        return min(stage, num_stages - 1 - stage)
+    return stage % pp
+
+
+def stages_of_rank(rank: int, num_stages: int, pp: int, schedule: str) -> list[int]:
+    """The stages that pipeline rank `rank` holds, in increasing order."""
+    return [s for s in range(num_stages) if rank_of_stage(s, num_stages, pp, schedule) == rank]
 
 
 def takes_virtual_stages(schedule: str, virtual_stages: int) -> bool:

@@ -20,7 +20,8 @@ from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import Traffic
-from megatron_deepseek.parallel.pipeline import Pipeline, StageShape, rank_of_stage, stages_of_rank
+from megatron_deepseek.parallel.pipeline import Pipeline, StageShape
+from megatron_deepseek.parallel.schedule_rules import rank_of_stage, stages_of_rank
 from megatron_deepseek.parallel.shared import find_shared
 from megatron_deepseek.training.balance import update_expert_bias
 from megatron_deepseek.training.optimizer import (
