@@ -24,6 +24,7 @@ from megatron_deepseek.checkpoint.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.marker import MARKER, is_huggingface, iteration_directory, last_iteration
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.pieces import for_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,7 +43,7 @@ def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
     state = {}
     for stage in stages:
         for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
-            state.setdefault(f"model.{name}", tensor.detach())
+            state.setdefault(f"model.{name}", for_checkpoint(tensor.detach()))
     return state
 
 
@@ -56,7 +57,7 @@ def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -
             for moment in MOMENTS:
                 if moment not in of_parameter:
                     of_parameter[moment] = torch.zeros_like(parameter, requires_grad=False)
-                state.setdefault(f"optimizer.{moment}.{name}", of_parameter[moment])
+                state.setdefault(f"optimizer.{moment}.{name}", for_checkpoint(of_parameter[moment]))
     return state
 
 

@@ -20,6 +20,7 @@ from megatron_deepseek.parallel.data import Unit, shard_over_data
 from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher
 from megatron_deepseek.parallel.expert_gather import AllGatherDispatcher
 from megatron_deepseek.parallel.expert_grouped import GroupedDispatcher
+from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import build_levels
@@ -76,7 +77,8 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
     sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
-    return Blueprint(config, tp, cp, sharers, dispatcher, balance, recomputed, loss.moe_router_force_load_balancing)
+    etp = ExpertTensorParallel(meshes.experts, communication.moe_ranks_per_node or meshes.layout.world_size)
+    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed, loss.moe_router_force_load_balancing)
 
 
 def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings) -> Dispatcher:

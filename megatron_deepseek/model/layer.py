@@ -18,6 +18,7 @@ from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
+from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 
 
@@ -34,6 +35,7 @@ class Blueprint:
     cp: ContextParallel
     sharers: dist.ProcessGroup | None
     dispatcher: Dispatcher | None
+    etp: ExpertTensorParallel
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
     forced_balance: bool = False
@@ -51,7 +53,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
-            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.cp,
+            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.etp, blueprint.balance, blueprint.cp,
                            blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)

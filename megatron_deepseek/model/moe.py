@@ -18,7 +18,9 @@ from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
+from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.nodes import Traffic
+from megatron_deepseek.parallel.pieces import stacked_shard
 from megatron_deepseek.parallel.tensor import (
     TensorParallel,
     column_linear,
@@ -26,6 +28,10 @@ from megatron_deepseek.parallel.tensor import (
     row_linear,
     sharded_parameter,
 )
+
+# Placements of stacked experts on the mesh (ep, etp), and of their gradients.
+COLUMN_PARALLEL = Shard(0), stacked_shard(1, matrices=2)
+ROW_PARALLEL = Shard(0), Shard(2)
 
 
 @dataclass(frozen=True)
@@ -55,19 +61,26 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """This rank's routed experts, stacked: gate_up_proj [E, 2I, H] and down_proj [E, H, I], sharded by E over EP."""
+    """This rank's routed experts, stacked: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, recompute_activation: bool):
+    E is sharded over EP. Over ETP the first is column-parallel, gate rows and up rows each, and the second row-parallel.
+    """
+
+    def __init__(self, config: ModelConfig, etp: ExpertTensorParallel, recompute_activation: bool):
         super().__init__()
-        shape = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = sharded_parameter((shape[0], 2 * shape[1], shape[2]), dispatcher.mesh, Shard(0))
-        self.down_proj = sharded_parameter((shape[0], shape[2], shape[1]), dispatcher.mesh, Shard(0))
+        num, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.etp = etp
+        self.gate_up_proj = sharded_parameter((num, 2 * width, hidden), etp.mesh, *COLUMN_PARALLEL)
+        self.down_proj = sharded_parameter((num, hidden, width), etp.mesh, *ROW_PARALLEL)
         self.grouped_product = grouped_gemm
         self.activate = recompute if recompute_activation else compose
 
-    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        gate_up = local_weight(self.gate_up_proj, Shard(0))
-        down = local_weight(self.down_proj, Shard(0))
+    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, Traffic]:
+        return self.etp(rows_RH, counts, self._mlp)
+
+    def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        gate_up = local_weight(self.gate_up_proj, *COLUMN_PARALLEL)
+        down = local_weight(self.down_proj, *ROW_PARALLEL)
         hidden_R2I = self.grouped_product(rows_RH, gate_up, counts)
         return self.activate(lambda h: swiglu(*h.chunk(2, -1)), (hidden_R2I,),
                              lambda a: self.grouped_product(a, down, counts))
@@ -76,14 +89,14 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed plus shared experts. Each TP rank routes its own slice of the sequence."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher,
+    def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher, etp: ExpertTensorParallel,
                  balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None,
                  recompute_activation: bool = False, forced_balance: bool = False):
         super().__init__()
         self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
         self.cp = cp
         self.gate = Router(config, tp, forced_balance)
-        self.experts = Experts(config, dispatcher, recompute_activation)
+        self.experts = Experts(config, etp, recompute_activation)
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp)
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
 
-Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
+Experts = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, Traffic]]
 
 
 class Dispatcher(Protocol):
@@ -36,7 +36,8 @@ class Dispatcher(Protocol):
         """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and what this rank
         sent for it in the forward; the backward sends as much again.
 
-        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
+        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape, and says
+        what it sent itself.
         """
 
 
@@ -79,9 +80,9 @@ def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts,
     rows_QH = exchange_rows(rows_RH, sent, received, group)
     order_Q = _group_by_expert(incoming_re)
     inverse_Q = invert(order_Q)
-    rows_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    rows_QH, traffic = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
     rows_QH = permute(rows_QH, inverse_Q, order_Q)
-    traffic = nodes.traffic(bytes_of(sent, rows_RH)) + nodes.traffic(bytes_of(received, rows_RH))
+    traffic += nodes.traffic(bytes_of(sent, rows_RH)) + nodes.traffic(bytes_of(received, rows_RH))
     return exchange_rows(rows_QH, received, sent, group), traffic
 
 
@@ -98,9 +99,9 @@ class AllToAllDispatcher:
         order_R = experts_TK.flatten().argsort(stable=True)
         inverse_R = invert(order_R)
         counts_E = experts_TK.flatten().bincount(minlength=self.num_experts)
-        rows_RH, traffic = copy_and_permute(x_TH, order_R, inverse_R), Traffic()
+        rows_RH = copy_and_permute(x_TH, order_R, inverse_R)
         if self.mesh.size() == 1:
-            rows_RH = experts(rows_RH, counts_E.tolist())
+            rows_RH, traffic = experts(rows_RH, counts_E.tolist())
         else:
             nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
             rows_RH, traffic = run_experts(rows_RH, counts_E, experts, nodes)

@@ -26,6 +26,7 @@ OPTIONS = {
     "sp": (False, True),
     "router": ("dense", "greedy", "group_limited", "noaux_tc"),
     "ep": (1, 2, 4),
+    "etp": (1, 2),
     "dispatcher": ("alltoall", "allgather", "grouped"),
     "node": (1, 2),
     "forced": (False, True),
@@ -45,7 +46,7 @@ OPTIONS = {
 # What exhaustive.py draws from besides: values that differ from those above in size only.
 WIDER = OPTIONS | {
     "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
-    "ep": (1, 2, 4, 8),
+    "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
     "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"),
 }
@@ -55,10 +56,10 @@ CONSTRAINTS = (
     lambda cp, cp_type: cp > 1 or cp_type == "ring",
     lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
-    lambda ep, dp, cp, tp: dp * cp * tp % ep == 0,
+    lambda ep, etp, dp, cp, tp: dp * cp * tp % (ep * etp) == 0,
     lambda ep, dispatcher: ep > 1 or dispatcher == "alltoall",
     lambda dispatcher, ep, node: ep % node == 0 if dispatcher == "grouped" else node == 1,
-    lambda router, ep: router != "dense" or ep == 1,
+    lambda router, ep, etp: router != "dense" or ep * etp == 1,
     lambda router, forced: router != "dense" or not forced,
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
@@ -95,6 +96,7 @@ class Case:
     sp: bool = False
     router: str = "noaux_tc"
     ep: int = 1
+    etp: int = 1
     dispatcher: str = "alltoall"
     node: int = 1
     forced: bool = False
@@ -117,7 +119,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, sequence_parallel=self.sp)
+        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, etp=self.etp, sequence_parallel=self.sp)
 
     @property
     def global_batch_size(self) -> int:

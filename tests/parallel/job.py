@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.router import Router
+from megatron_deepseek.parallel import pieces
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -127,4 +128,4 @@ def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor gathered from its shards, copied."""
     if tensor is None:
         return None
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (pieces.whole(tensor) if isinstance(tensor, DTensor) else tensor).detach().clone()
