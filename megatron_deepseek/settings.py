@@ -56,7 +56,8 @@ class BatchSettings:
 class LossSettings:
     """Weights of the losses beside cross-entropy. `balance_type`: none, seq_aux_loss or aux_loss (per micro-batch).
 
-    `moe_router_force_load_balancing` chooses experts by position, for benchmarks.
+    `moe_router_force_load_balancing` chooses experts by position, for benchmarks. `moe_expert_capacity_factor`: None, or
+    how many times its even share of a sequence's tokens an expert takes; `moe_token_drop_policy` is probs or position.
     """
 
     mtp_loss_scaling_factor: float = 0.3
@@ -67,6 +68,8 @@ class LossSettings:
     moe_router_bias_update_rate: float = 0.0
     moe_router_bias_update_until: int | None = None
     moe_router_force_load_balancing: bool = False
+    moe_expert_capacity_factor: float | None = None
+    moe_token_drop_policy: str = "probs"
 
 
 @dataclass(frozen=True)

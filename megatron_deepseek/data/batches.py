@@ -21,6 +21,7 @@ class GlobalBatch:
 
     tokens_BS and labels_BS int64: labels_BS[:, s] is the token after tokens_BS[:, s]. loss_mask_BS bool: the labels
     that count. documents_BS int64 numbers each token's document within its row, None where rows are taken as one.
+    real_BS bool: false for padding behind a row's tokens, None where rows are full, as in pre-training.
     """
 
     tokens_BS: torch.Tensor
@@ -28,6 +29,7 @@ class GlobalBatch:
     loss_mask_BS: torch.Tensor
     micro_batch_size: int
     documents_BS: torch.Tensor | None = None
+    real_BS: torch.Tensor | None = None
 
     @property
     def num_micro_batches(self) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
@@ -78,7 +79,13 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
     sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
     etp = ExpertTensorParallel(meshes.experts, communication.moe_ranks_per_node or meshes.layout.world_size)
-    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed, loss.moe_router_force_load_balancing)
+    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed, loss.moe_router_force_load_balancing,
+                     make_capacity(config, loss))
+
+
+def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
+    factor = loss.moe_expert_capacity_factor
+    return None if factor is None else Capacity(factor, loss.moe_token_drop_policy, config.n_routed_experts)
 
 
 def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings) -> Dispatcher:

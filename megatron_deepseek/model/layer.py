@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.recompute import compose, recompute
@@ -39,6 +40,7 @@ class Blueprint:
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
     forced_balance: bool = False
+    capacity: Capacity | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -54,16 +56,18 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
             self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.etp, blueprint.balance, blueprint.cp,
-                           blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance)
+                           blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance,
+                           blueprint.capacity)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
 
-    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int
-                ) -> tuple[torch.Tensor, RouterStats | None]:
+    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int,
+                routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:
         x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, places))
         if not self.is_moe:
             return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
-        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,), lambda x: self.mlp(x, global_sequences))
+        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,),
+                                   lambda x: self.mlp(x, global_sequences, routed_BS))
         return x_BSH + y_BSH, stats
 
 
@@ -92,9 +96,10 @@ class MTPLayer(DecoderLayer):
         self.shared_head = SharedHead(config, tp)
 
     def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, places: Places,
-                global_sequences: int) -> tuple[torch.Tensor, RouterStats | None]:
+                global_sequences: int, routed_BS: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, RouterStats | None]:
         joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
-        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences)
+        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences, routed_BS)
         return self.shared_head.norm(x_BSH), stats
 
 

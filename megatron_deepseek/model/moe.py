@@ -12,12 +12,13 @@ from torch.distributed.tensor import Shard
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights, attach_loss, balance_loss
+from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.expert import Dispatcher
+from megatron_deepseek.parallel.expert import NOBODY, Dispatcher
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pieces import stacked_shard
@@ -36,11 +37,12 @@ ROW_PARALLEL = Shard(0), Shard(2)
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Of one layer and micro-batch on this rank: tokens per expert [E] int64, and its share of the balance loss,
-    and the bytes that its dispatch and combination sent in the forward.
+    """Of one layer and micro-batch on this rank: tokens that chose each expert [E] int64, how many of these copies were
+    dropped, its share of the balance loss, and the bytes that its dispatch and combination sent in the forward.
     """
 
     counts_E: torch.Tensor
+    dropped: torch.Tensor
     balance_loss: torch.Tensor
     traffic: Traffic
 
@@ -91,32 +93,48 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher, etp: ExpertTensorParallel,
                  balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None,
-                 recompute_activation: bool = False, forced_balance: bool = False):
+                 recompute_activation: bool = False, forced_balance: bool = False, capacity: Capacity | None = None):
         super().__init__()
         self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
-        self.cp = cp
+        self.cp, self.capacity = cp, capacity
         self.gate = Router(config, tp, forced_balance)
         self.experts = Experts(config, etp, recompute_activation)
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp)
 
-    def forward(self, x_BSH: torch.Tensor, global_sequences: int) -> tuple[torch.Tensor, RouterStats]:
+    def forward(self, x_BSH: torch.Tensor, global_sequences: int, routed_BS: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, RouterStats]:
+        """`routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and
+        count for their balance; None for all.
+        """
         own_BSH = self.tp.own_tokens(x_BSH)
-        x_TH = own_BSH.flatten(0, 1)
-        routing = self.gate(x_TH, self._positions(own_BSH) if self.gate.forced else None)
-        y_TH, traffic = self.dispatcher(x_TH, routing.experts_TK, routing.weights_TK, self.experts)
+        if routed_BS is not None:
+            routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
+        x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)
+        routing = self.gate(x_TH, self._positions(own_BSH).repeat(num_sequences) if self.gate.forced else None)
+        chosen_TK = routing.experts_TK
+        if routed_BS is not None:
+            chosen_TK = chosen_TK.where(routed_BS.reshape(-1, 1), NOBODY)
+        kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
+        y_TH, traffic = self.dispatcher(x_TH, kept_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:
-            loss = balance_loss(routing, x_BSH.shape[0], self.config, self.balance, self.sharers) / global_sequences
+            loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sharers, routed_BS)
+            loss = loss / global_sequences
             y_TH = attach_loss(y_TH, loss)
-        counts_E = routing.experts_TK.flatten().bincount(minlength=self.config.n_routed_experts)
+        counts_E = (chosen_TK.flatten() + 1).bincount(minlength=self.config.n_routed_experts + 1)[1:]
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + self.shared_experts(x_BSH)
-        return y_BSH, RouterStats(counts_E, loss.detach(), traffic)
+        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), traffic)
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
-        """Where each of this rank's B*S tokens stands in its sequence."""
-        sequences, length = own_BSH.shape[:2]
+        """Where this rank's S tokens of each sequence stand in it."""
+        length = own_BSH.shape[1]
         positions_S = self.cp.positions(length * self.tp.size * self.cp.size)
-        return positions_S[self.tp.rank * length:][:length].to(own_BSH.device).repeat(sequences)
+        return positions_S[self.tp.rank * length:][:length].to(own_BSH.device)
+
+    def _within_capacity(self, own_BSH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor
+                         ) -> torch.Tensor:
+        experts_BSK, weights_BSK = (x.unflatten(0, own_BSH.shape[:2]) for x in (experts_TK, weights_TK))
+        return self.capacity.keep(experts_BSK, weights_BSK, self._positions(own_BSH), self.sharers).flatten(0, 1)

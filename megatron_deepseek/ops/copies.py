@@ -1,7 +1,7 @@
-"""Copies of rows for some of their choices, sorted by what was chosen, and their weighted sum: gathers both ways.
+"""Copies of rows for their choices, sorted by what was chosen, and their weighted sum: gathers both ways.
 
-ops/permute.py copies every token once for each of its K experts. Where a rank serves only some of the experts, a row
-has between none and K copies here.
+Plain indexing would scatter-add in its backward, which is slow and, on CUDA, not deterministic. A row has K copies where
+all its choices are served, fewer where a rank serves only some of the experts or copies were dropped.
 
 Shapes: Q rows, K choices of each, R <= Q*K copies, H hidden.
 """
@@ -40,7 +40,9 @@ def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
 
 def _gather(x_RH: torch.Tensor, place_QK: torch.Tensor) -> torch.Tensor:
     """[Q, K, H]: the copies of each row, zero where there is none."""
-    return F.pad(x_RH, (0, 0, 0, 1)).index_select(0, place_QK.flatten()).unflatten(0, place_QK.shape)
+    if x_RH.shape[0] < place_QK.numel():
+        x_RH = F.pad(x_RH, (0, 0, 0, 1))
+    return x_RH.index_select(0, place_QK.flatten()).unflatten(0, place_QK.shape)
 
 
 class _Copy(torch.autograd.Function):

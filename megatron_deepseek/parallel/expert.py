@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
+from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
 
+NOBODY = -1  # in place of an expert
 Experts = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, Traffic]]
 
 
@@ -34,7 +36,7 @@ class Dispatcher(Protocol):
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
         """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and what this rank
-        sent for it in the forward; the backward sends as much again.
+        sent for it in the forward; the backward sends as much again. A choice of NOBODY has no part in it.
 
         `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape, and says
         what it sent itself.
@@ -71,10 +73,11 @@ def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return incoming_E.view(group.size(), -1)
 
 
-def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts, nodes: NodeMap
+def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap
                 ) -> tuple[torch.Tensor, Traffic]:
-    """Rows sorted by expert of the whole group to their experts' ranks and back, in the same order."""
+    """Rows sorted by expert of the whole group, `counts` of each, to their experts' ranks and back, in the same order."""
     group = nodes.group
+    counts_E = torch.tensor(counts, device=rows_RH.device)
     incoming_re = exchange_counts(counts_E, group)
     sent, received = counts_E.view(group.size(), -1).sum(1).tolist(), incoming_re.sum(1).tolist()
     rows_QH = exchange_rows(rows_RH, sent, received, group)
@@ -88,7 +91,7 @@ def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts,
 
 @dataclass(frozen=True, eq=False)
 class AllToAllDispatcher:
-    """Every copy travels straight to its expert's rank (GShard, arXiv 2006.16668). No token is dropped."""
+    """Every copy travels straight to its expert's rank (GShard, arXiv 2006.16668)."""
 
     mesh: DeviceMesh
     num_experts: int
@@ -96,16 +99,14 @@ class AllToAllDispatcher:
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
-        order_R = experts_TK.flatten().argsort(stable=True)
-        inverse_R = invert(order_R)
-        counts_E = experts_TK.flatten().bincount(minlength=self.num_experts)
-        rows_RH = copy_and_permute(x_TH, order_R, inverse_R)
+        copies = sort_copies(experts_TK, self.num_experts)
+        rows_RH = copy_rows(x_TH, copies)
         if self.mesh.size() == 1:
-            rows_RH, traffic = experts(rows_RH, counts_E.tolist())
+            rows_RH, traffic = experts(rows_RH, copies.counts)
         else:
             nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
-            rows_RH, traffic = run_experts(rows_RH, counts_E, experts, nodes)
-        return weighted_sum(rows_RH, weights_TK, order_R, inverse_R), traffic
+            rows_RH, traffic = run_experts(rows_RH, copies.counts, experts, nodes)
+        return sum_copies(rows_RH, weights_TK, copies), traffic
 
 
 def _group_by_expert(counts_re: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import Experts, exchange_counts, exchange_rows, run_experts
+from megatron_deepseek.parallel.expert import NOBODY, Experts, exchange_counts, exchange_rows, run_experts
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, TwoLevels, bytes_of
 
 
@@ -47,17 +47,16 @@ class GroupedDispatcher:
     def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:
         """A copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
         num_nodes = self.levels.across.size()
-        node_TK = experts_TK // (self.num_experts // num_nodes)
-        needed_TN = torch.zeros(len(experts_TK), num_nodes, dtype=torch.bool, device=experts_TK.device)
+        node_TK = (experts_TK // (self.num_experts // num_nodes)).where(experts_TK != NOBODY, num_nodes)
+        needed_TN = torch.zeros(len(experts_TK), num_nodes + 1, dtype=torch.bool, device=experts_TK.device)
         needed_TN.scatter_(1, node_TK, True)
         nodes_N = torch.arange(num_nodes, device=experts_TK.device)
-        return sort_copies(nodes_N.where(needed_TN, num_nodes), num_nodes)
+        return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], NOBODY), num_nodes)
 
     def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> tuple[torch.Tensor, Traffic]:
         """The part of each row's sum that this node's experts make."""
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
-        counts_n = torch.tensor(copies.counts, device=x_QH.device)
         nodes = NodeMap(self.levels.within.get_group(), self.ranks_per_node)
-        rows, traffic = run_experts(copy_rows(x_QH, copies), counts_n, experts, nodes)
+        rows, traffic = run_experts(copy_rows(x_QH, copies), copies.counts, experts, nodes)
         return sum_copies(rows, weights_QK, copies), traffic

@@ -214,7 +214,7 @@ class Run:
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:
     """What `Trainer` takes of a batch, by its names."""
     tensors = dict(tokens_BS=batch.tokens_BS, labels_BS=batch.labels_BS, mask_BS=batch.loss_mask_BS,
-                   documents_BS=batch.documents_BS)
+                   documents_BS=batch.documents_BS, real_BS=batch.real_BS)
     return {name: None if tensor is None else tensor.to(meshes.device, non_blocking=True)
             for name, tensor in tensors.items()}
 

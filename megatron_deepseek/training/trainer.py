@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, build_stages
-from megatron_deepseek.model.deepseek import StepContext, Tally, shifted_labels
+from megatron_deepseek.model.deepseek import StepContext, Tally, routed_tokens, shifted_labels
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
@@ -63,12 +63,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards."""
+    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards; `dropped`: the
+    part of all token copies that was above experts' capacity.
+    """
 
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
     traffic: Traffic
+    dropped: float = 0.0
 
 
 class Trainer:
@@ -98,13 +101,14 @@ class Trainer:
                 for stage in self.stages for name, parameter in stage.named_parameters()]
 
     def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
-                   learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None
-                   ) -> StepResult:
+                   learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None,
+                   real_BS: torch.Tensor | None = None) -> StepResult:
         """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them.
 
-        `documents_BS` numbers each token's document; without it attention and MTP see across documents.
+        `documents_BS` numbers each token's document; without it attention and MTP see across documents. `real_BS` is
+        false for padding, behind a row's tokens, which no expert gets; None where there is none.
         """
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, real_BS)
         self.optimizer.zero_grad()
         self.pipeline.train(tokens, num_microbatches, **inputs)
         for shared in self.shared:
@@ -118,21 +122,22 @@ class Trainer:
         self.optimizer.step()
         counts = update_expert_bias(self.stages, inputs["step"].tally.expert_counts, bias_rate,
                                     self.meshes.stage.get_group())
-        return StepResult(losses, norm.item(), counts, self._traffic(inputs["step"].tally))
+        return StepResult(losses, norm.item(), counts, *self._dispatched(inputs["step"].tally))
 
     def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
-                 documents_BS: torch.Tensor | None = None) -> Losses:
+                 documents_BS: torch.Tensor | None = None, real_BS: torch.Tensor | None = None) -> Losses:
         """Losses of a batch, weights untouched."""
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, real_BS)
         self.pipeline.evaluate(tokens, num_microbatches, **inputs)
         return self._reduce(inputs["step"].tally)
 
-    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS) -> tuple[torch.Tensor, int, dict]:
+    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS, real_BS) -> tuple[torch.Tensor, int, dict]:
         """Tokens, their number of micro-batches and the stages' other inputs. Everything that looks along a sequence
         is made before context-parallel ranks divide it, so that they all know the counts of the whole.
         """
         assert tokens_BS.shape[0] % self.plan.micro_batch_size == 0, (tokens_BS.shape, self.plan.micro_batch_size)
-        labels, mask = shifted_labels(labels_BS, mask_BS, self.plan.model.num_nextn_predict_layers, documents_BS)
+        mtp_depth = self.plan.model.num_nextn_predict_layers
+        labels, mask = shifted_labels(labels_BS, mask_BS, mtp_depth, documents_BS)
         counts = torch.cat([mask.sum((0, 2)), mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)])
         dist.all_reduce(counts, group=self.meshes.group("dp"))
         *num_labels, num_sequences = counts.tolist()
@@ -140,6 +145,9 @@ class Trainer:
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
         if documents_BS is not None:
             inputs["documents_BS"] = documents_BS
+        if self.plan.model.n_routed_experts and (mtp_depth or real_BS is not None):
+            real_BS = torch.ones_like(mask_BS) if real_BS is None else real_BS
+            inputs["routed_BMS"] = self.cp.own(routed_tokens(real_BS, mtp_depth, documents_BS))
         return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
     def _reduce(self, tally: Tally) -> Losses:
@@ -154,10 +162,14 @@ class Trainer:
         lm_loss, *mtp_loss, balance_loss = values.tolist()
         return Losses(lm_loss, tuple(mtp_loss), balance_loss)
 
-    def _traffic(self, tally: Tally) -> Traffic:
-        sent = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes], device=self.meshes.device)
-        dist.all_reduce(sent)
-        return Traffic(*(2 * sent).tolist())
+    def _dispatched(self, tally: Tally) -> tuple[Traffic, float]:
+        """What all ranks sent, and the part of all copies that was dropped."""
+        copies = sum(int(counts_E.sum()) for counts_E in tally.expert_counts.values())
+        sums = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes, int(tally.dropped), copies],
+                            device=self.meshes.device)
+        dist.all_reduce(sums)
+        within, across, dropped, copies = sums.tolist()
+        return Traffic(2 * within, 2 * across), dropped / max(copies, 1)
 
     def _check_finite(self, losses: Losses, norm: torch.Tensor) -> None:
         if not torch.isfinite(norm) or losses.lm_loss != losses.lm_loss:

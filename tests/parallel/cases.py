@@ -33,6 +33,8 @@ OPTIONS = {
     "microbatches": (1, 3, 5, 8),
     "micro_batch_size": (1, 2),
     "packed": (False, True),
+    "padded": (False, True),
+    "capacity": ("none", "probs", "position"),
     "mtp": (0, 1, 2),
     "placement": ("balanced", "last", "own", "split"),
     "shared": (0, 2),
@@ -58,9 +60,11 @@ CONSTRAINTS = (
     lambda sp, tp: tp > 1 or not sp,
     lambda ep, etp, dp, cp, tp: dp * cp * tp % (ep * etp) == 0,
     lambda ep, dispatcher: ep > 1 or dispatcher == "alltoall",
-    lambda dispatcher, ep, node: ep % node == 0 if dispatcher == "grouped" else node == 1,
+    lambda dispatcher, ep, etp, node: node == 1 if dispatcher != "grouped" else
+    node % (ep * etp) == 0 or ep * etp % node == 0 and node % etp == 0,
     lambda router, ep, etp: router != "dense" or ep * etp == 1,
     lambda router, forced: router != "dense" or not forced,
+    lambda router, capacity: router != "dense" or capacity == "none",
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
     lambda pp, schedule: (pp == 1) == (schedule == "none"),
@@ -103,6 +107,8 @@ class Case:
     microbatches: int = 1
     micro_batch_size: int = 1
     packed: bool = False
+    padded: bool = False
+    capacity: str = "none"
     mtp: int = 0
     placement: str = "balanced"
     shared: int = 0
@@ -167,7 +173,7 @@ class Case:
         levels = dict(moe_device_aux_loss_coeff=0.2, moe_communication_aux_loss_coeff=0.3) \
             if self.router == "group_limited" else {}
         return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0,
-                            moe_router_force_load_balancing=self.forced, **levels)
+                            moe_router_force_load_balancing=self.forced, **CAPACITIES[self.capacity], **levels)
 
     @property
     def communication(self) -> CommunicationSettings:
@@ -186,9 +192,10 @@ class Case:
         """
         pooled = self.loss.balance_type == "aux_loss"
         if pooled and self.micro_batch_size > 1:
-            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed)
+            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed,
+                             self.padded)
         loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed)
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.padded)
 
 
 @dataclass(frozen=True)
@@ -200,8 +207,12 @@ class Reference:
     global_batch_size: int
     micro_batch_size: int
     packed: bool = False
+    padded: bool = False
 
 
+# Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.
+CAPACITIES = {"none": {}, "probs": dict(moe_expert_capacity_factor=1.0, moe_token_drop_policy="probs"),
+              "position": dict(moe_expert_capacity_factor=0.7, moe_token_drop_policy="position")}
 _MOE = dict(moe_intermediate_size=8, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=2)
 ROUTERS = {
     "dense": {},

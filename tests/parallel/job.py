@@ -66,6 +66,14 @@ def documents(size: int, step: int) -> torch.Tensor:
     return starts.long().cumsum(1)
 
 
+def real_tokens(size: int, step: int) -> torch.Tensor:
+    """[size, S]: rows of between one token and all; the last row of step 1 is all padding."""
+    lengths = torch.randint(1, SEQ_LENGTH + 1, (size, 1), generator=torch.Generator().manual_seed(200 + step))
+    if step == 1 and size > 1:
+        lengths[-1] = 0
+    return torch.arange(SEQ_LENGTH) < lengths
+
+
 def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
     return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
                 optimizer=OPTIMIZER, loss=case.loss, recompute=case.recomputation,
@@ -73,17 +81,18 @@ def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
-    return train(plan_of(case, precision), case.layout, case.global_batch_size, num_steps, case.packed)
+    return train(plan_of(case, precision), case.layout, case.global_batch_size, num_steps, case.packed, case.padded)
 
 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, SEQ_LENGTH)
     plan = Plan(reference.model, stages, "none", SEQ_LENGTH, reference.micro_batch_size, precision=precision,
                 optimizer=OPTIMIZER, loss=reference.loss)
-    return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed)
+    return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed, reference.padded)
 
 
-def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, packed: bool = False) -> Record:
+def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, packed: bool = False,
+          padded: bool = False) -> Record:
     meshes = build_meshes(layout, torch.device("cpu"))
     trainer, record = Trainer(plan, meshes), Record()
     withhold(trainer)
@@ -95,6 +104,9 @@ def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, pa
         names = ("tokens_BS", "labels_BS", "mask_BS")
         given = dict(zip(names, batch(plan.model, global_batch_size, step)))
         given |= {"documents_BS": documents(global_batch_size, step)} if packed else {}
+        if padded:
+            given["real_BS"] = real_tokens(global_batch_size, step)
+            given["mask_BS"] = given["mask_BS"] & given["real_BS"]
         return {name: part[rows] for name, part in given.items()}
 
     for step in range(num_steps):
