@@ -3,9 +3,10 @@
 No rank ever holds more of a parameter than its own shard.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
 from megatron_deepseek.model.moe import MoE
+from megatron_deepseek.ops.side_stream import Beside, OnStream
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
 from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher
@@ -79,13 +81,21 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
     sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
     etp = ExpertTensorParallel(meshes.experts, communication.moe_ranks_per_node or meshes.layout.world_size)
-    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed, loss.moe_router_force_load_balancing,
-                     make_capacity(config, loss))
+    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed,
+                     loss.moe_router_force_load_balancing, make_capacity(config, loss),
+                     make_beside(communication, meshes.device))
 
 
 def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
     factor = loss.moe_expert_capacity_factor
     return None if factor is None else Capacity(factor, loss.moe_token_drop_policy, config.n_routed_experts)
+
+
+def make_beside(communication: CommunicationSettings, device: torch.device) -> Callable[[], Beside]:
+    """One stream for all layers: its work is in order, and each layer waits for its own."""
+    if communication.moe_shared_expert_overlap and device.type == "cuda":
+        return partial(OnStream, torch.cuda.Stream(device))
+    return Beside
 
 
 def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings) -> Dispatcher:

@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, D rotary dimensions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places
+from megatron_deepseek.ops.side_stream import Beside
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
@@ -28,7 +30,7 @@ class Blueprint:
     """What every layer of a model is built from. 
 
     `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules.
+    `recomputed` holds names of RecomputeSettings.modules; `beside` runs the shared experts beside dispatch.
     """
 
     config: ModelConfig
@@ -41,6 +43,7 @@ class Blueprint:
     recomputed: frozenset[str] = frozenset()
     forced_balance: bool = False
     capacity: Capacity | None = None
+    beside: Callable[[], Beside] = Beside
 
 
 class DecoderLayer(nn.Module):
@@ -57,7 +60,7 @@ class DecoderLayer(nn.Module):
         if self.is_moe:
             self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.etp, blueprint.balance, blueprint.cp,
                            blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance,
-                           blueprint.capacity)
+                           blueprint.capacity, blueprint.beside)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
 

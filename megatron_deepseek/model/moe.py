@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, T tokens, H hidden, I expert width, E experts, K top-k, R rows (token copies).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.ops.side_stream import Beside
 from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import NOBODY, Dispatcher
@@ -65,7 +67,7 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """This rank's routed experts, stacked: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
 
-    E is sharded over EP. Over ETP the first is column-parallel, gate rows and up rows each, and the second row-parallel.
+    E is sharded over EP. Over ETP the first is column-parallel, gate and up rows each, and the second row-parallel.
     """
 
     def __init__(self, config: ModelConfig, etp: ExpertTensorParallel, recompute_activation: bool):
@@ -93,10 +95,11 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher, etp: ExpertTensorParallel,
                  balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None,
-                 recompute_activation: bool = False, forced_balance: bool = False, capacity: Capacity | None = None):
+                 recompute_activation: bool = False, forced_balance: bool = False, capacity: Capacity | None = None,
+                 beside: Callable[[], Beside] = Beside):
         super().__init__()
         self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
-        self.cp, self.capacity = cp, capacity
+        self.cp, self.capacity, self.beside = cp, capacity, beside
         self.gate = Router(config, tp, forced_balance)
         self.experts = Experts(config, etp, recompute_activation)
         if config.n_shared_experts:
@@ -107,6 +110,9 @@ class MoE(nn.Module):
         """`routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and
         count for their balance; None for all.
         """
+        shared = self.beside()
+        if self.config.n_shared_experts:
+            shared.start(self.shared_experts, x_BSH)
         own_BSH = self.tp.own_tokens(x_BSH)
         if routed_BS is not None:
             routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
@@ -125,7 +131,7 @@ class MoE(nn.Module):
         counts_E = (chosen_TK.flatten() + 1).bincount(minlength=self.config.n_routed_experts + 1)[1:]
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
-            y_BSH = y_BSH + self.shared_experts(x_BSH)
+            y_BSH = y_BSH + shared.result()
         return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), traffic)
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Copies of rows for their choices, sorted by what was chosen, and their weighted sum: gathers both ways.
 
-Plain indexing would scatter-add in its backward, which is slow and, on CUDA, not deterministic. A row has K copies where
-all its choices are served, fewer where a rank serves only some of the experts or copies were dropped.
+Plain indexing would scatter-add in its backward, which is slow and, on CUDA, not deterministic. A row has K copies
+where all its choices are served, fewer where a rank serves only some of the experts or copies were dropped.
 
 Shapes: Q rows, K choices of each, R <= Q*K copies, H hidden.
 """

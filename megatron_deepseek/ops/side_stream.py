@@ -21,8 +21,8 @@ class Beside:
 
 
 class OnStream(Beside):
-    """On the CUDA stream `side`. A tensor made on one stream and used on the other is recorded there, so that its memory
-    is not given to others while it is read.
+    """On the CUDA stream `side`. A tensor made on one stream and used on the other is recorded there, so that its
+    memory is not given to others while it is read.
     """
 
     def __init__(self, side: torch.cuda.Stream):

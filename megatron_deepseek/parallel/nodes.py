@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout import Layout, nodes_divide
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,10 @@ def places_per_node(layout: Layout, ranks_per_node: int) -> int:
 
     Raises ValueError where expert groups straddle nodes unevenly.
     """
-    block = layout.ep * layout.etp
-    if ranks_per_node % block == 0:
-        return layout.ep
-    if block % ranks_per_node or ranks_per_node % layout.etp:
-        raise ValueError(f"nodes of {ranks_per_node} ranks do not divide expert groups of {block} ranks "
-                         f"(ep {layout.ep} x etp {layout.etp}) evenly")
-    return ranks_per_node // layout.etp
+    if not nodes_divide(layout.ep, layout.etp, ranks_per_node):
+        raise ValueError(f"nodes of {ranks_per_node} ranks do not divide expert groups of {layout.ep * layout.etp} "
+                         f"ranks (ep {layout.ep} x etp {layout.etp}) evenly")
+    return min(layout.ep, ranks_per_node // layout.etp)
 
 
 def build_levels(layout: Layout, device: torch.device, ranks_per_node: int) -> TwoLevels:

@@ -162,11 +162,12 @@ class Run:
             dist.all_reduce(memory, dist.ReduceOp.MAX)
             peak_memory = memory.item()
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None
-        spread = self.settings.layout.ep > 1
+        spread = self.settings.layout.ep * self.settings.layout.etp > 1
+        limited = self.settings.loss.moe_expert_capacity_factor is not None
         return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
                            tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
                            result.traffic.across_nodes if spread else None, self.saver.take_stall(),
-                           None if result.updated else True)
+                           None if result.updated else True, result.dropped if limited else None)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
-            "skipped")
+            "skipped", "moe_dropped_fraction")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class StepMetrics:
     dispatch and combination of all ranks sent to other ranks, forwards and backwards, not written without experts on
     several ranks. checkpoint_stall_seconds: how long training stood still for saves between the step before and this
     one, which step_seconds leaves out. `skipped` is true, and else not written, where a loss or gradient was not finite
-    and nothing was updated.
+    and nothing was updated. moe_dropped_fraction: the part of all token copies that experts had no room for, not
+    written without a capacity.
     """
 
     iteration: int
@@ -43,6 +44,7 @@ class StepMetrics:
     moe_bytes_across_nodes: int | None = None
     checkpoint_stall_seconds: float | None = None
     skipped: bool | None = None
+    moe_dropped_fraction: float | None = None
 
     @property
     def tokens_per_second(self) -> float:

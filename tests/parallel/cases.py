@@ -125,7 +125,8 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, etp=self.etp, sequence_parallel=self.sp)
+        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, etp=self.etp,
+                      sequence_parallel=self.sp)
 
     @property
     def global_batch_size(self) -> int:
