@@ -38,6 +38,7 @@ OPTIONS = {
     "mtp": (0, 1, 2),
     "placement": ("balanced", "last", "own", "split"),
     "shared": (0, 2),
+    "overlap": (False, True),
     "q_lora": (False, True),
     "attention_bias": (False, True),
     "tied": (False, True),
@@ -48,7 +49,7 @@ OPTIONS = {
 # What exhaustive.py draws from besides: values that differ from those above in size only.
 WIDER = OPTIONS | {
     "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
-    "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8),
+    "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
     "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"),
 }
@@ -65,6 +66,7 @@ CONSTRAINTS = (
     lambda router, ep, etp: router != "dense" or ep * etp == 1,
     lambda router, forced: router != "dense" or not forced,
     lambda router, capacity: router != "dense" or capacity == "none",
+    lambda shared, overlap: shared > 0 or not overlap,
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
     lambda pp, schedule: (pp == 1) == (schedule == "none"),
@@ -112,6 +114,7 @@ class Case:
     mtp: int = 0
     placement: str = "balanced"
     shared: int = 0
+    overlap: bool = False
     q_lora: bool = True
     attention_bias: bool = False
     tied: bool = False
@@ -178,7 +181,7 @@ class Case:
 
     @property
     def communication(self) -> CommunicationSettings:
-        return CommunicationSettings(self.cp_type, self.dispatcher, self.node)
+        return CommunicationSettings(self.cp_type, self.dispatcher, self.node, self.overlap)
 
     @property
     def recomputation(self) -> RecomputeSettings:

@@ -36,7 +36,7 @@ def batch_of(sequences: int, seed: int = 0):
 def reference_step(reference: ReferenceModel, tokens, labels, mask) -> tuple[torch.Tensor, ...]:
     """Back-propagates the whole loss; (lm_loss, mtp_loss, balance_loss)."""
     lm_loss, mtp_loss = reference.losses(torch.cat([tokens, labels[:, -1:]], 1), mask)
-    balance = reference.balance_loss(expert=0.2)
+    balance = reference.balance_loss(tails=False, expert=0.2)
     (lm_loss + 0.3 * mtp_loss + balance).backward()
     return lm_loss, mtp_loss, balance
 
