@@ -32,6 +32,22 @@ def _not_yet(option: str) -> Refusal:
                    f"{option} {{r.args.{dest}}} is not yet supported")
 
 
+def _moment_type(option: str) -> Refusal:
+    dest = option[2:].replace("-", "_")
+    return Refusal(f"type of {option}", lambda r: getattr(r.args, dest) in ("fp16", "fp8"),
+                   f"{option} {{r.args.{dest}}} is not supported, only fp32 and bf16: moments of fewer than bfloat16's "
+                   "exponent bits vanish unless each tensor is scaled")
+
+
+def _moment_decay(option: str, beta: str) -> Refusal:
+    """bfloat16 has 8 significant bits: a factor above 1 - 2**-8 rounds some moments back to what they were."""
+    dest, beta_dest = option[2:].replace("-", "_"), beta[2:].replace("-", "_")
+    return Refusal(f"{option} and {beta}",
+                   lambda r: getattr(r.args, dest) == "bf16" and getattr(r.args, beta_dest) > 1 - 2**-8,
+                   f"{option} {{r.args.{dest}}} conflicts with {beta} {{r.args.{beta_dest}}}: a bfloat16 moment times "
+                   "a factor above 0.996 rounds back to itself and would never decay")
+
+
 def _layout_error(r: Request) -> bool:
     """False, or the parser's own ValueError."""
     if r.layout is not None:
@@ -147,6 +163,13 @@ _EXPERTS = (
             "--moe-router-num-groups is 1"),
 )
 
+_OPTIMIZER = (
+    _moment_type("--exp-avg-dtype"),
+    _moment_type("--exp-avg-sq-dtype"),
+    _moment_decay("--exp-avg-dtype", "--adam-beta1"),
+    _moment_decay("--exp-avg-sq-dtype", "--adam-beta2"),
+)
+
 _RUN = (
     Refusal("recompute modules",
             lambda r: r.args.recompute_modules is not None and r.args.recompute_granularity != "selective",
@@ -181,7 +204,7 @@ _RUN = (
             "{r.args.profile_step_end}"),
 )
 
-REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _RUN
+REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _OPTIMIZER + _RUN
 
 
 def refuse(request: Request) -> None:

@@ -40,6 +40,7 @@ OPTIONS = {
     "tied": (False, True),
     "recompute": ("none", "full", "layernorm", "mla_up_proj", "moe_act"),
     "reshard": (False, True),
+    "moments": ("fp32", "bf16"),
 }
 
 # What exhaustive.py draws from besides: values that differ from those above in size only.
@@ -109,6 +110,7 @@ class Case:
     tied: bool = False
     recompute: str = "none"
     reshard: bool = False
+    moments: str = "fp32"
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""
@@ -184,9 +186,10 @@ class Case:
         """
         pooled = self.loss.balance_type == "aux_loss"
         if pooled and self.micro_batch_size > 1:
-            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed)
+            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed,
+                             self.moments)
         loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed)
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.moments)
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ class Reference:
     global_batch_size: int
     micro_batch_size: int
     packed: bool = False
+    moments: str = "fp32"
 
 
 _MOE = dict(moe_intermediate_size=8, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=2)
