@@ -89,13 +89,14 @@ def test_moments_are_kept_in_what_was_asked_for(mesh):
         assert state["step"].item() == 2
 
 
-def test_pieces_and_places_change_no_bit(mesh, monkeypatch):
+@pytest.mark.parametrize("exp_avg, exp_avg_sq", MIXES)
+def test_pieces_and_places_change_no_bit(mesh, monkeypatch, exp_avg, exp_avg_sq):
     """float32 weights in one tensor, or cut anywhere into several: the same bits of weights and moments."""
     outcomes = []
     for cuts in ([1000], [1, 16, 17, 100, 866], [333] * 3 + [1]):
         monkeypatch.setattr(optimizer_module, "_PIECE", 16 * len(cuts))
         parameters = [sharded(mesh, part) for part in gradient(7, (1000,)).float().split(cuts)]
-        adam = built(parameters, OptimizerSettings(exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16"))
+        adam = built(parameters, OptimizerSettings(exp_avg_dtype=exp_avg, exp_avg_sq_dtype=exp_avg_sq))
         for step in range(5):
             for parameter, part in zip(parameters, gradient(step, (1000,)).float().split(cuts)):
                 parameter.grad = sharded(mesh, part).detach()
