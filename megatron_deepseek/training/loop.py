@@ -75,7 +75,7 @@ def num_samples(settings: Settings) -> tuple[int, int, int]:
 
 
 def make_plan(settings: Settings) -> Plan:
-    """What this job builds. BF16 keeps float32 master weights, gradients and moments."""
+    """What this job builds. BF16 keeps float32 master weights and gradients."""
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, settings.data.seq_length)
     return Plan(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
@@ -109,6 +109,10 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
                    f"{trainer.meshes.device.type}, {'bf16' if settings.run.bf16 else 'fp32'}")
     if settings.run.load is not None:
         report.message(f"loaded {settings.run.load}, continuing at iteration {state.iteration}")
+    if state.optimizer_steps:
+        directory = checkpoint.check_checkpoint(settings.run.load, settings.model)
+        for conversion in checkpoint.converted_moments(directory, trainer.optimizer):
+            report.message(conversion)
 
 
 class Run:
