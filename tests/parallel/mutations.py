@@ -161,9 +161,9 @@ def _across_documents(labels_BS, mask_BS, mtp_depth, documents_BS):
     return deepseek.shifted_labels(labels_BS, mask_BS, mtp_depth)
 
 
-def _add_plainly(self, rows, out, lse):
-    self.out_BNSV[:, :, rows] += out / 2
-    self.lse_BNS[:, :, rows] = torch.logaddexp(self.lse_BNS[:, :, rows], lse)
+def _add_plainly(self, queries, out, lse):
+    self.out_BNSV[queries] += out / 2
+    self.lse_BNS[queries] = torch.logaddexp(self.lse_BNS[queries], lse)
 
 
 def _own_block_only(of: Callable):
