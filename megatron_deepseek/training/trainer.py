@@ -168,7 +168,7 @@ class Trainer:
         step = StepContext(tuple(num_labels), num_sequences, Tally())
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
         if documents_BS is not None:
-            inputs["documents_BS"] = documents_BS
+            inputs["documents_BS"] = documents_BS.cpu()  # attention is started document by document
         if self.plan.model.n_routed_experts and (mtp_depth or real_BS is not None):
             real_BS = torch.ones_like(mask_BS) if real_BS is None else real_BS
             inputs["routed_BMS"] = self.cp.own(routed_tokens(real_BS, mtp_depth, documents_BS))

@@ -15,6 +15,8 @@ SEQ_LENGTH = 8
 NUM_EXPERTS = 8
 
 # The options that a covering array is made of. Layout first: the search for valid cases assigns them in this order.
+# An option that means nothing without another has a value "none" for that: pairs with its other values are then pairs
+# with what they do.
 OPTIONS = {
     "pp": (1, 2, 4),
     "schedule": ("none", *schedule_rules.SCHEDULES),
@@ -22,12 +24,12 @@ OPTIONS = {
     "tp": (1, 2),
     "dp": (1, 2),
     "cp": (1, 2),
-    "cp_type": ("ring", "allgather"),
+    "cp_type": ("none", "ring", "allgather"),
     "sp": (False, True),
     "router": ("dense", "greedy", "group_limited", "noaux_tc"),
     "ep": (1, 2, 4),
     "etp": (1, 2),
-    "dispatcher": ("alltoall", "allgather", "grouped"),
+    "dispatcher": ("none", "alltoall", "allgather", "grouped"),
     "node": (1, 2),
     "forced": (False, True),
     "microbatches": (1, 3, 5, 8),
@@ -44,6 +46,7 @@ OPTIONS = {
     "tied": (False, True),
     "recompute": ("none", "full", "layernorm", "mla_up_proj", "moe_act"),
     "reshard": (False, True),
+    "moments": ("fp32", "bf16"),
 }
 
 # What exhaustive.py draws from besides: values that differ from those above in size only.
@@ -56,11 +59,11 @@ WIDER = OPTIONS | {
 
 CONSTRAINTS = (
     lambda dp, cp, tp, pp: dp * cp * tp * pp <= 8,
-    lambda cp, cp_type: cp > 1 or cp_type == "ring",
+    lambda cp, cp_type: (cp == 1) == (cp_type == "none"),
     lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
     lambda ep, etp, dp, cp, tp: dp * cp * tp % (ep * etp) == 0,
-    lambda ep, dispatcher: ep > 1 or dispatcher == "alltoall",
+    lambda ep, dispatcher: (ep == 1) == (dispatcher == "none"),
     lambda dispatcher, ep, etp, node: node == 1 if dispatcher != "grouped" else
     node % (ep * etp) == 0 or ep * etp % node == 0 and node % etp == 0,
     lambda router, ep, etp: router != "dense" or ep * etp == 1,
@@ -120,6 +123,7 @@ class Case:
     tied: bool = False
     recompute: str = "none"
     reshard: bool = False
+    moments: str = "fp32"
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""
@@ -181,7 +185,10 @@ class Case:
 
     @property
     def communication(self) -> CommunicationSettings:
-        return CommunicationSettings(self.cp_type, self.dispatcher, self.node, self.overlap)
+        """Defaults stand in for "none"."""
+        given = dict(cp_comm_type=self.cp_type, moe_token_dispatcher_type=self.dispatcher)
+        return CommunicationSettings(moe_ranks_per_node=self.node, moe_shared_expert_overlap=self.overlap,
+                                     **{name: value for name, value in given.items() if value != "none"})
 
     @property
     def recomputation(self) -> RecomputeSettings:
@@ -197,9 +204,10 @@ class Case:
         pooled = self.loss.balance_type == "aux_loss"
         if pooled and self.micro_batch_size > 1:
             return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed,
-                             self.padded)
+                             self.padded, self.moments)
         loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.padded)
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.padded,
+                         self.moments)
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,7 @@ class Reference:
     micro_batch_size: int
     packed: bool = False
     padded: bool = False
+    moments: str = "fp32"
 
 
 # Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.
