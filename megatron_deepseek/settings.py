@@ -92,13 +92,14 @@ class CommunicationSettings:
     """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence;
     `moe_token_dispatcher_type` allgather, alltoall or grouped between expert ranks, and `moe_ranks_per_node` where
     grouped divides them (None: all ranks of the job are on one node). `moe_shared_expert_overlap`: on CUDA the shared
-    experts compute while tokens travel.
+    experts compute while tokens travel. `overlap_moe_expert_parallel_comm`: so do the other half of DualPipeV's pairs.
     """
 
     cp_comm_type: str = "ring"
     moe_token_dispatcher_type: str = "alltoall"
     moe_ranks_per_node: int | None = None
     moe_shared_expert_overlap: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
 
 
 @dataclass(frozen=True)

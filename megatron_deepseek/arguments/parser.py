@@ -124,6 +124,8 @@ def _add_moe(parser):
     add("--moe-pad-expert-input-to-capacity", action="store_true", help=argparse.SUPPRESS)
     add("--moe-shared-expert-overlap", action="store_true",
         help="on CUDA the shared expert computes while tokens travel to the others")
+    add("--overlap-moe-expert-parallel-comm", action="store_true",
+        help="DualPipeV: the backward of one micro-batch computes while the forward of another sends tokens")
     add("--moe-token-dispatcher-type", type=str, choices=("allgather", "alltoall", "grouped"), default="alltoall",
         help="how tokens reach their experts; grouped crosses between nodes once a node (alltoall)")
     add("--moe-ranks-per-node", type=values.positive_int,

@@ -176,6 +176,15 @@ _EXPERTS = (
             lambda r: r.args.moe_token_drop_policy is not None and r.args.moe_expert_capacity_factor is None,
             "--moe-token-drop-policy {r.args.moe_token_drop_policy} needs --moe-expert-capacity-factor: without it no "
             "token is dropped"),
+    Refusal("pairs of what",
+            lambda r: r.args.overlap_moe_expert_parallel_comm and (r.pp == 1 or r.schedule != "DualPipeV"),
+            "--overlap-moe-expert-parallel-comm needs the pairs of forward and backward of --pipeline-schedule DualPipeV "
+            f"on several pipeline ranks: {PP}, {{r.schedule}}"),
+    Refusal("pairs without exchange",
+            lambda r: r.args.overlap_moe_expert_parallel_comm
+            and (r.ep == 1 or r.args.moe_token_dispatcher_type == "allgather"),
+            f"--overlap-moe-expert-parallel-comm needs tokens that travel by all-to-all: {EP}, "
+            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type}"),
     Refusal("overlap of what",
             lambda r: r.args.moe_shared_expert_overlap and not (r.model.n_routed_experts and r.model.n_shared_experts),
             "--moe-shared-expert-overlap needs shared experts: --num-experts {r.model.n_routed_experts}, "

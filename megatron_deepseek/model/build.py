@@ -28,6 +28,7 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
+from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.settings import CommunicationSettings, LossSettings, RecomputeSettings
 
 
@@ -75,7 +76,9 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     if loss.balance_type != "none":
         balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
                                  loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
-    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication) if config.n_routed_experts else None
+    turns = Turns()
+    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication, turns) \
+        if config.n_routed_experts else None
     recomputed = frozenset(recompute.modules if recompute.granularity == "selective" else ())
     tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
@@ -83,7 +86,7 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     etp = ExpertTensorParallel(meshes.experts, communication.moe_ranks_per_node or meshes.layout.world_size)
     return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed,
                      loss.moe_router_force_load_balancing, make_capacity(config, loss),
-                     make_beside(communication, meshes.device))
+                     make_beside(communication, meshes.device), turns)
 
 
 def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
@@ -98,13 +101,14 @@ def make_beside(communication: CommunicationSettings, device: torch.device) -> C
     return Beside
 
 
-def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings) -> Dispatcher:
+def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings, turns: Turns) -> Dispatcher:
     ranks_per_node = communication.moe_ranks_per_node or meshes.layout.world_size
     if communication.moe_token_dispatcher_type == "grouped":
         levels = build_levels(meshes.layout, meshes.device, ranks_per_node)
-        return GroupedDispatcher(meshes.ep, num_experts, ranks_per_node, levels)
-    kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[communication.moe_token_dispatcher_type]
-    return kind(meshes.ep, num_experts, ranks_per_node)
+        return GroupedDispatcher(meshes.ep, num_experts, ranks_per_node, turns, levels)
+    if communication.moe_token_dispatcher_type == "allgather":
+        return AllGatherDispatcher(meshes.ep, num_experts, ranks_per_node)
+    return AllToAllDispatcher(meshes.ep, num_experts, ranks_per_node, turns)
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:

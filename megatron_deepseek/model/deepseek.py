@@ -96,7 +96,7 @@ class DeepseekStage(nn.Module):
                  mtp_loss_scale: float = 0.0, run=run_layer):
         super().__init__()
         self.stage, self.config, self.tp, self.run = stage, blueprint.config, blueprint.tp, run
-        self.mtp_loss_scale = mtp_loss_scale
+        self.mtp_loss_scale, self.turns = mtp_loss_scale, blueprint.turns
         self.model = Trunk(stage, blueprint)
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)

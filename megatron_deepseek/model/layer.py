@@ -4,7 +4,7 @@ Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
+from megatron_deepseek.parallel.turns import Turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,8 @@ class Blueprint:
     """What every layer of a model is built from. 
 
     `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules; `beside` runs the shared experts beside dispatch.
+    `recomputed` holds names of RecomputeSettings.modules; `beside` runs the shared experts beside dispatch;
+    `turns` lets two paired chunks compute while the other's tokens travel.
     """
 
     config: ModelConfig
@@ -44,6 +46,7 @@ class Blueprint:
     forced_balance: bool = False
     capacity: Capacity | None = None
     beside: Callable[[], Beside] = Beside
+    turns: Turns = field(default_factory=Turns)
 
 
 class DecoderLayer(nn.Module):

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
+from megatron_deepseek.parallel.turns import Turns
 
 NOBODY = -1  # in place of an expert
 Experts = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, Traffic]]
@@ -45,22 +46,26 @@ class Dispatcher(Protocol):
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, sent, received, group):
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        out = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-        return out
+    def forward(ctx, x, sent, received, group, turns):
+        ctx.sent, ctx.received, ctx.group, ctx.turns = sent, received, group, turns
+        return _all_to_all(x, sent, received, group, turns)
 
     @staticmethod
     def backward(ctx, grad):
-        out = grad.new_empty(sum(ctx.sent), *grad.shape[1:])
-        dist.all_to_all_single(out, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        return out, None, None, None
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group, ctx.turns), None, None, None, None
 
 
-def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+def _all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns
+                ) -> torch.Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    turns.wait(dist.all_to_all_single(out, x.contiguous(), received, sent, group=group, async_op=True))
+    return out
+
+
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns
+                  ) -> torch.Tensor:
     """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it."""
-    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group)
+    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group, turns)
 
 
 def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -73,20 +78,20 @@ def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return incoming_E.view(group.size(), -1)
 
 
-def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap
+def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap, turns: Turns
                 ) -> tuple[torch.Tensor, Traffic]:
     """Rows sorted by expert of the whole group, `counts` of each, to their experts' ranks and back in the same order."""
     group = nodes.group
     counts_E = torch.tensor(counts, device=rows_RH.device)
     incoming_re = exchange_counts(counts_E, group)
     sent, received = counts_E.view(group.size(), -1).sum(1).tolist(), incoming_re.sum(1).tolist()
-    rows_QH = exchange_rows(rows_RH, sent, received, group)
+    rows_QH = exchange_rows(rows_RH, sent, received, group, turns)
     order_Q = _group_by_expert(incoming_re)
     inverse_Q = invert(order_Q)
     rows_QH, traffic = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
     rows_QH = permute(rows_QH, inverse_Q, order_Q)
     traffic += nodes.traffic(bytes_of(sent, rows_RH)) + nodes.traffic(bytes_of(received, rows_RH))
-    return exchange_rows(rows_QH, received, sent, group), traffic
+    return exchange_rows(rows_QH, received, sent, group, turns), traffic
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +101,7 @@ class AllToAllDispatcher:
     mesh: DeviceMesh
     num_experts: int
     ranks_per_node: int
+    turns: Turns
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
@@ -105,7 +111,7 @@ class AllToAllDispatcher:
             rows_RH, traffic = experts(rows_RH, copies.counts)
         else:
             nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
-            rows_RH, traffic = run_experts(rows_RH, copies.counts, experts, nodes)
+            rows_RH, traffic = run_experts(rows_RH, copies.counts, experts, nodes, self.turns)
         return sum_copies(rows_RH, weights_TK, copies), traffic
 
 

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.parallel.expert import NOBODY, Experts, exchange_counts, exchange_rows, run_experts
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, TwoLevels, bytes_of
+from megatron_deepseek.parallel.turns import Turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class GroupedDispatcher:
     mesh: DeviceMesh
     num_experts: int
     ranks_per_node: int
+    turns: Turns
     levels: TwoLevels
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
@@ -36,9 +38,10 @@ class GroupedDispatcher:
         copies = self._one_for_each_node(experts_TK)
         received = exchange_counts(torch.tensor(copies.counts, device=x_TH.device), group).flatten().tolist()
         rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]
-        x_QH, weights_QK, experts_QK = (exchange_rows(row, copies.counts, received, group) for row in rows)
+        x_QH, weights_QK, experts_QK = (exchange_rows(row, copies.counts, received, group, self.turns)
+                                        for row in rows)
         y_QH, within = self._on_this_node(x_QH, experts_QK, weights_QK, experts)
-        y_RH = exchange_rows(y_QH, received, copies.counts, group)
+        y_RH = exchange_rows(y_QH, received, copies.counts, group, self.turns)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
         nodes = NodeMap(group, self.ranks_per_node)
         across = nodes.traffic(bytes_of(copies.counts, *rows)) + nodes.traffic(bytes_of(received, y_QH))
@@ -58,5 +61,5 @@ class GroupedDispatcher:
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
         nodes = NodeMap(self.levels.within.get_group(), self.ranks_per_node)
-        rows, traffic = run_experts(copy_rows(x_QH, copies), copies.counts, experts, nodes)
+        rows, traffic = run_experts(copy_rows(x_QH, copies), copies.counts, experts, nodes, self.turns)
         return sum_copies(rows, weights_QK, copies), traffic

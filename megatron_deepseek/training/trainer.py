@@ -109,7 +109,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, plan.optimizer)
         self.pipeline = Pipeline(self.stages, self.indices, _stage_shapes(plan, meshes), plan.schedule,
                                  plan.precision.activations,
-                                 (plan.micro_batch_size, plan.seq_length // meshes.layout.cp), meshes)
+                                 (plan.micro_batch_size, plan.seq_length // meshes.layout.cp), meshes,
+                                 self.stages[0].turns if plan.communication.overlap_moe_expert_parallel_comm else None)
 
     def _named_parameters(self) -> list[NamedParameter]:
         """Every parameter of this rank; of copies on several stages only the first holder's first is counted."""

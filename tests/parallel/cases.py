@@ -41,6 +41,7 @@ OPTIONS = {
     "placement": ("balanced", "last", "own", "split"),
     "shared": (0, 2),
     "overlap": (False, True),
+    "turns": (False, True),
     "q_lora": (False, True),
     "attention_bias": (False, True),
     "tied": (False, True),
@@ -70,6 +71,7 @@ CONSTRAINTS = (
     lambda router, forced: router != "dense" or not forced,
     lambda router, capacity: router != "dense" or capacity == "none",
     lambda shared, overlap: shared > 0 or not overlap,
+    lambda turns, schedule, dispatcher: not turns or schedule == "DualPipeV" and dispatcher in ("alltoall", "grouped"),
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
     lambda pp, schedule: (pp == 1) == (schedule == "none"),
@@ -118,6 +120,7 @@ class Case:
     placement: str = "balanced"
     shared: int = 0
     overlap: bool = False
+    turns: bool = False
     q_lora: bool = True
     attention_bias: bool = False
     tied: bool = False
@@ -188,6 +191,7 @@ class Case:
         """Defaults stand in for "none"."""
         given = dict(cp_comm_type=self.cp_type, moe_token_dispatcher_type=self.dispatcher)
         return CommunicationSettings(moe_ranks_per_node=self.node, moe_shared_expert_overlap=self.overlap,
+                                     overlap_moe_expert_parallel_comm=self.turns,
                                      **{name: value for name, value in given.items() if value != "none"})
 
     @property

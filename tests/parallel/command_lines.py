@@ -40,7 +40,8 @@ def arguments_of(case: Case, config: Path) -> list[str]:
     if case.recomputation.modules:
         words += ["--recompute-modules", *case.recomputation.modules]
     switches = {"sequence-parallel": case.sp, "reset-attention-mask": case.packed,
-                "moe-router-force-load-balancing": case.forced, "moe-shared-expert-overlap": case.overlap}
+                "moe-router-force-load-balancing": case.forced, "moe-shared-expert-overlap": case.overlap,
+                "overlap-moe-expert-parallel-comm": case.turns}
     return words + [f"--{option}" for option, on in switches.items() if on]
 
 

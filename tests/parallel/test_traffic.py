@@ -13,6 +13,7 @@ from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.settings import CommunicationSettings
 
 HIDDEN = 16
@@ -36,7 +37,7 @@ ACROSS = {
 def dispatch(kind: str) -> tuple[int, int, float]:
     """Bytes within and across, and how far the result is off. Expert e multiplies by e + 1, half of it on each slice."""
     meshes = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu"))
-    dispatcher = make_dispatcher(4, meshes, CommunicationSettings("ring", kind, moe_ranks_per_node=2))
+    dispatcher = make_dispatcher(4, meshes, CommunicationSettings("ring", kind, moe_ranks_per_node=2), Turns())
     slices = ExpertTensorParallel(meshes.experts, 2)
     first = 2 * meshes.rank("ep")
 
