@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
-from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.refusals import IN_TURNS, REFUSALS
 from megatron_deepseek.arguments.settings import Settings
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -91,6 +91,8 @@ FEATURES = (
     _dispatcher("alltoall"), _dispatcher("allgather"), _dispatcher("grouped"),
     Feature("slices of experts", "--expert-tensor-parallel-size 2", lambda s: s.layout.etp > 1),
     *(_schedule(name) for name in VIRTUAL_STAGES),
+    Feature(IN_TURNS, "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2 "
+            "--overlap-moe-expert-parallel-comm", lambda s: s.communication.overlap_moe_expert_parallel_comm),
     Feature("several micro-batches", "--global-batch-size 64",
             lambda s: s.batch.global_batch_size > s.batch.micro_batch_size * s.layout.dp),
     Feature("micro-batches of several", "--micro-batch-size 2", lambda s: s.batch.micro_batch_size > 1),

@@ -16,6 +16,7 @@ PP = "--pipeline-model-parallel-size {r.pp}"
 CP = "--context-parallel-size {r.cp}"
 EP = "--expert-model-parallel-size {r.ep}"
 ETP = "--expert-tensor-parallel-size {r.etp}"
+IN_TURNS = "paired chunks in turns"  # a name in features.py
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ _LAYOUT = (
             f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
     Refusal("ep without experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
             f"{EP} conflicts with --num-experts 0: there are no experts to spread",
-            _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped")),
+            _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped",
+                             IN_TURNS)),
     Refusal("ep and ranks", lambda r: r.stage_ranks % r.ep != 0,
             f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
     Refusal("etp without experts", lambda r: r.etp > 1 and not r.model.n_routed_experts,
@@ -179,12 +181,14 @@ _EXPERTS = (
     Refusal("pairs of what",
             lambda r: r.args.overlap_moe_expert_parallel_comm and (r.pp == 1 or r.schedule != "DualPipeV"),
             "--overlap-moe-expert-parallel-comm needs the pairs of forward and backward of --pipeline-schedule DualPipeV "
-            f"on several pipeline ranks: {PP}, {{r.schedule}}"),
+            f"on several pipeline ranks: {PP}, {{r.schedule}}",
+            tuple((IN_TURNS, name) for name in schedule_rules.SCHEDULES if name != "DualPipeV")),
     Refusal("pairs without exchange",
             lambda r: r.args.overlap_moe_expert_parallel_comm
             and (r.ep == 1 or r.args.moe_token_dispatcher_type == "allgather"),
             f"--overlap-moe-expert-parallel-comm needs tokens that travel by all-to-all: {EP}, "
-            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type}"),
+            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type}",
+            ((IN_TURNS, "expert parallel, allgather"),)),
     Refusal("overlap of what",
             lambda r: r.args.moe_shared_expert_overlap and not (r.model.n_routed_experts and r.model.n_shared_experts),
             "--moe-shared-expert-overlap needs shared experts: --num-experts {r.model.n_routed_experts}, "

@@ -33,6 +33,7 @@ class Step:
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
+    dropped: float
     gradients: dict[tuple[int, str], torch.Tensor]
 
 
@@ -116,7 +117,7 @@ def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, pa
     for step in range(num_steps):
         result = trainer.train_step(**inputs(step), learning_rate=LEARNING_RATE, bias_rate=bias_rate)
         gradients = {key: whole(parameter.grad) for key, parameter in named(trainer, "named_parameters")}
-        record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, gradients))
+        record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, result.dropped, gradients))
     record.weights = {key: whole(value) for how in ("named_parameters", "named_buffers")
                       for key, value in named(trainer, how)}
     record.evaluation = trainer.evaluate(**inputs(num_steps))

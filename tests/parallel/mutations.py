@@ -39,7 +39,7 @@ GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
 DROPPED_LEAF = Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, recompute="full")
 SOFTMAX_TP = Case(tp=2, router="group_limited")
 SLICED = Case(dp=2, etp=2)
-LIMITED = Case(tp=2, mtp=1, capacity="probs", padded=True)
+LIMITED = Case(tp=2, mtp=1, capacity="probs", padded=True, microbatches=4)
 
 
 class Mutation:

@@ -52,7 +52,7 @@ REFUSED = {
                                  ["--moe-expert-capacity-factor 1.5", "--num-experts 0"]),
     "drop policy without capacity": (1, "--moe-token-drop-policy position",
                                      ["--moe-token-drop-policy position", "--moe-expert-capacity-factor"]),
-    "pairs of what": (2, f"{PP2} --overlap-moe-expert-parallel-comm",
+    "pairs of what": (2, f"{PP2} --overlap-moe-expert-parallel-comm --global-batch-size 8",
                       ["--overlap-moe-expert-parallel-comm", "--pipeline-schedule DualPipeV", "1F1B"]),
     "pairs without exchange": (2, f"{PP2} --pipeline-schedule DualPipeV --overlap-moe-expert-parallel-comm "
                                "--global-batch-size 8", ["--overlap-moe-expert-parallel-comm",
