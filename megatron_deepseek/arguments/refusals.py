@@ -180,7 +180,7 @@ _EXPERTS = (
             "token is dropped"),
     Refusal("pairs of what",
             lambda r: r.args.overlap_moe_expert_parallel_comm and (r.pp == 1 or r.schedule != "DualPipeV"),
-            "--overlap-moe-expert-parallel-comm needs the pairs of forward and backward of --pipeline-schedule DualPipeV "
+            "--overlap-moe-expert-parallel-comm needs the forward and backward pairs of --pipeline-schedule DualPipeV "
             f"on several pipeline ranks: {PP}, {{r.schedule}}",
             tuple((IN_TURNS, name) for name in schedule_rules.SCHEDULES if name != "DualPipeV")),
     Refusal("pairs without exchange",
@@ -192,7 +192,8 @@ _EXPERTS = (
     Refusal("overlap of what",
             lambda r: r.args.moe_shared_expert_overlap and not (r.model.n_routed_experts and r.model.n_shared_experts),
             "--moe-shared-expert-overlap needs shared experts: --num-experts {r.model.n_routed_experts}, "
-            "--moe-shared-expert-intermediate-size {r.shared_width}", _without_experts("shared experts beside dispatch")),
+            "--moe-shared-expert-intermediate-size {r.shared_width}",
+            _without_experts("shared experts beside dispatch")),
     Refusal("forced balance without experts",
             lambda r: r.args.moe_router_force_load_balancing and not r.model.n_routed_experts,
             "--moe-router-force-load-balancing conflicts with --num-experts 0", _without_experts("forced balance")),

@@ -80,7 +80,7 @@ def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.T
 
 def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap, turns: Turns
                 ) -> tuple[torch.Tensor, Traffic]:
-    """Rows sorted by expert of the whole group, `counts` of each, to their experts' ranks and back in the same order."""
+    """Rows sorted by expert of the group, `counts` of each, to their experts' ranks and back in the same order."""
     group = nodes.group
     counts_E = torch.tensor(counts, device=rows_RH.device)
     incoming_re = exchange_counts(counts_E, group)

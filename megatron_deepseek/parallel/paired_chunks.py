@@ -1,7 +1,7 @@
 """DualPipeV's paired chunks, a forward and a backward of two micro-batches, run in turns (turns.py).
 
-PyTorch's runtime knows such pairs (OVERLAP_F_B) and runs one after the other, unless it is given a function that runs them
-another way. This is that function; what it does for each half is what the runtime does.
+PyTorch's runtime knows such pairs (OVERLAP_F_B) and runs one half after the other, unless it is given a function that
+runs them another way. This is that function; what it does for each half is what the runtime does.
 """
 
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext, _wait_batch_p2p
@@ -11,7 +11,8 @@ from megatron_deepseek.parallel.turns import Turns
 
 def run_pairs_in_turns(schedule, turns: Turns) -> None:
     """Make `schedule`, a runtime of torch.distributed.pipelining, run its pairs so."""
-    schedule.register_custom_function(_ComputationType.OVERLAP_F_B, lambda action, context: _run(action, context, turns))
+    schedule.register_custom_function(_ComputationType.OVERLAP_F_B,
+                                      lambda action, context: _run(action, context, turns))
 
 
 def _run(action: _Action, context: _PipelineContext, turns: Turns) -> None:

@@ -1,8 +1,8 @@
 """Two runs in turn: while one waits for the network, the other computes.
 
-DualPipeV pairs the forward of one micro-batch with the backward of another (arXiv 2412.19437, section 3.2.1). Each of the
-two sends tokens to experts and back many times. Here a run that has begun an exchange lets the other compute until that
-begins one too, and only then waits for its own:
+DualPipeV pairs the forward of one micro-batch with the backward of another (arXiv 2412.19437, section 3.2.1). Both send
+tokens to experts and back many times. Here a run that has begun an exchange lets the other compute until that begins
+one too, and only then waits for its own:
 
     forward    attention  send |                      | wait, experts  send |
     backward                   | dgrad of experts send |                    | wait, attention ...

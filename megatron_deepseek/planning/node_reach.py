@@ -1,8 +1,8 @@
 """To how many nodes a token's copies go, and whether limited routing keeps them together as it is meant to.
 
-Experts are divided over the nodes of an expert group in their order, and in the same order into routing groups, of which
-a token reaches only some (arXiv 2412.19437, section 2.1.2). The limit on groups is one on nodes if each group lies on one
-node, or on whole ones. No torch: --explain-layout says it too.
+Experts are divided over the nodes of an expert group in their order, and in the same order into routing groups, of
+which a token reaches only some (arXiv 2412.19437, section 2.1.2). The limit on groups is one on nodes if each group lies
+on one node, or on whole ones. No torch: --explain-layout says it too.
 """
 
 from collections.abc import Iterator
@@ -40,8 +40,8 @@ def describe_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> I
     if not model.n_routed_experts or layout.ep * layout.etp <= ranks_per_node:
         return
     reach = node_reach(model, layout, ranks_per_node)
-    yield (f"experts on {reach.num_nodes} nodes of {ranks_per_node} ranks: a token goes to at most {reach.most} of them "
-           f"({model.num_experts_per_tok} experts of {model.topk_group} of {model.n_group} groups)")
+    yield (f"experts on {reach.num_nodes} nodes of {ranks_per_node} ranks: a token goes to at most {reach.most} of "
+           f"them ({model.num_experts_per_tok} experts of {model.topk_group} of {model.n_group} groups)")
     if not reach.aligned:
-        yield (f"--moe-router-num-groups {model.n_group} and {reach.num_nodes} nodes are no multiples of each other: some "
-               f"routing groups lie across nodes, and limiting groups limits nodes less than it could")
+        yield (f"--moe-router-num-groups {model.n_group} and {reach.num_nodes} nodes are no multiples of each other: "
+               f"some routing groups lie across nodes, and limiting groups limits nodes less than it could")

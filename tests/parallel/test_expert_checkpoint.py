@@ -1,7 +1,7 @@
 """Slices of experts in checkpoints: what one layout saves under the whole parameter's name and shape, any other loads.
 
-A rank of an expert-tensor-parallel layout holds two boxes of gate_up_proj (rows of gate, rows of up), so this is where a
-wrong offset would not be seen by training alone.
+A rank of an expert-tensor-parallel layout holds two boxes of gate_up_proj, rows of gate and rows of up: a wrong offset
+would not be seen by training alone.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Bytes that travel inside nodes and between them, counted by hand for each dispatcher with sliced experts, and the
 results that come back.
 
-4 ranks on 2 nodes: rank = 2 * ep + etp, so an etp group is a node and a token whose expert is of the other node crosses.
+4 ranks on 2 nodes: rank = 2 * ep + etp, so an etp group is a node, and a token with an expert of the other node crosses.
 4 experts, 0 and 1 on the first node; 3 tokens a rank, 2 choices each.
 """
 
@@ -35,7 +35,7 @@ ACROSS = {
 
 
 def dispatch(kind: str) -> tuple[int, int, float]:
-    """Bytes within and across, and how far the result is off. Expert e multiplies by e + 1, half of it on each slice."""
+    """Bytes within and across, and how far the result is off. Expert e multiplies by e + 1, half on each slice."""
     meshes = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu"))
     dispatcher = make_dispatcher(4, meshes, CommunicationSettings("ring", kind, moe_ranks_per_node=2), Turns())
     slices = ExpertTensorParallel(meshes.experts, 2)
