@@ -90,7 +90,7 @@ def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, node
     inverse_Q = invert(order_Q)
     rows_QH, traffic = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
     rows_QH = permute(rows_QH, inverse_Q, order_Q)
-    traffic += nodes.traffic(bytes_of(sent, rows_RH)) + nodes.traffic(bytes_of(received, rows_RH))
+    traffic += nodes.dispatched(sent, rows_RH) + nodes.traffic(bytes_of(received, rows_RH))
     return exchange_rows(rows_QH, received, sent, group, turns), traffic
 
 

@@ -36,7 +36,7 @@ class AllGatherDispatcher:
         y_TH = scatter_sum(y_GH, 0, group)
         rows = [x_TH.shape[0]] * size
         nodes = NodeMap(group, self.ranks_per_node)
-        traffic += nodes.traffic(bytes_of(rows, x_TH, weights_TK, experts_TK)) + nodes.traffic(bytes_of(rows, y_TH))
+        traffic += nodes.dispatched(rows, x_TH, weights_TK, experts_TK) + nodes.traffic(bytes_of(rows, y_TH))
         return y_TH, traffic
 
     def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int

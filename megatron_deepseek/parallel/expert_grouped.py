@@ -44,7 +44,7 @@ class GroupedDispatcher:
         y_RH = exchange_rows(y_QH, received, copies.counts, group, self.turns)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
         nodes = NodeMap(group, self.ranks_per_node)
-        across = nodes.traffic(bytes_of(copies.counts, *rows)) + nodes.traffic(bytes_of(received, y_QH))
+        across = nodes.dispatched(copies.counts, *rows) + nodes.traffic(bytes_of(received, y_QH))
         return sum_copies(y_RH, ones, copies), within + across
 
     def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:

@@ -167,7 +167,8 @@ class Run:
         return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
                            tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
                            result.traffic.across_nodes if spread else None, self.saver.take_stall(),
-                           None if result.updated else True, result.dropped if limited else None)
+                           None if result.updated else True, result.dropped if limited else None,
+                           result.crossings if result.crossings else None)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""

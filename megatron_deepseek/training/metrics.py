@@ -14,7 +14,8 @@ from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
-            "skipped", "moe_dropped_fraction")
+            "skipped", "moe_dropped_fraction",
+            "moe_crossings_per_token")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class StepMetrics:
     several ranks. checkpoint_stall_seconds: how long training stood still for saves between the step before and this
     one, which step_seconds leaves out. `skipped` is true, and else not written, where a loss or gradient was not finite
     and nothing was updated. moe_dropped_fraction: the part of all token copies that experts had no room for, not
-    written without a capacity.
+    written without a capacity. moe_crossings_per_token: to how many other nodes a token was sent on its way to the
+    experts of a layer, on average (with alltoall, how many copies of it), written where there are several nodes.
     """
 
     iteration: int
@@ -45,6 +47,7 @@ class StepMetrics:
     checkpoint_stall_seconds: float | None = None
     skipped: bool | None = None
     moe_dropped_fraction: float | None = None
+    moe_crossings_per_token: float | None = None
 
     @property
     def tokens_per_second(self) -> float:

@@ -10,7 +10,7 @@ A step, whatever the layout:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -80,16 +80,17 @@ class StepResult:
 
     `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
     `votes`: of all ranks together, the same everywhere. `dropped`: the part of all token copies that was above experts'
-    capacity.
+    capacity; `crossings`: to how many other nodes a token went for a layer's experts, on average.
     """
 
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
     traffic: Traffic
+    dropped: float = 0.0
+    crossings: float = 0.0
     updated: bool = True
     votes: Votes = Votes()
-    dropped: float = 0.0
 
 
 class Trainer:
@@ -140,8 +141,7 @@ class Trainer:
             self._update(norm, learning_rate)
         counts = update_expert_bias(self.stages, inputs["step"].tally.expert_counts, bias_rate if healthy else 0.0,
                                     self.meshes.stage.get_group())
-        traffic, dropped = self._dispatched(inputs["step"].tally)
-        return StepResult(losses, norm.item(), counts, traffic, healthy, agreed, dropped)
+        return StepResult(losses, norm.item(), counts, *self._traffic(inputs["step"].tally), healthy, agreed)
 
     def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
         if self.plan.optimizer.clip_grad:
@@ -188,14 +188,14 @@ class Trainer:
         lm_loss, *mtp_loss, balance_loss, save, leave = values.tolist()
         return Losses(lm_loss, tuple(mtp_loss), balance_loss), Votes(save > 0, leave > 0)
 
-    def _dispatched(self, tally: Tally) -> tuple[Traffic, float]:
-        """What all ranks sent, and the part of all copies that was dropped."""
+    def _traffic(self, tally: Tally) -> tuple[Traffic, float, float]:
+        """`traffic`, `dropped` and `crossings` of a StepResult."""
         copies = sum(int(counts_E.sum()) for counts_E in tally.expert_counts.values())
-        sums = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes, int(tally.dropped), copies],
-                            device=self.meshes.device)
+        sums = torch.tensor([*astuple(tally.traffic), int(tally.dropped), copies], device=self.meshes.device)
         dist.all_reduce(sums)
-        within, across, dropped, copies = sums.tolist()
-        return Traffic(2 * within, 2 * across), dropped / max(copies, 1)
+        within, across, crossings, dropped, copies = sums.tolist()
+        tokens = copies / (self.plan.model.num_experts_per_tok or 1)
+        return Traffic(2 * within, 2 * across, crossings), dropped / max(copies, 1), crossings / max(tokens, 1)
 
 
 def _embedding_holders(plan: Plan) -> dict[str, list[int]]:

@@ -46,23 +46,28 @@ def test_learns_and_writes_what_the_design_says(workshop, alone):
 
 
 def test_any_layout_continues_any_other(workshop, alone):
-    """Three steps under tensor, sequence and expert parallelism, three more on two stages: one rank's numbers."""
+    """Three steps on slices of tensors, sequences and experts, three more on two stages in turns: one rank's numbers."""
     halfway = ("--load", str(workshop.directory / "moved"))
     first = workshop.train(4, "moved", "--exit-interval", "3", *(
-        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4").split())
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 2").split())
     assert [record["iteration"] for record in steps(first)] == [1, 2, 3]
     assert_same_run(workshop.train(4, "moved", *halfway, *(
-        "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2").split()), alone)
+        "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2 "
+        "--overlap-moe-expert-parallel-comm").split()), alone)
 
 
 def test_context_parallel_grouped_experts_and_packing(workshop):
-    """Against one rank with the same documents; the bytes of each level are written."""
-    packed = workshop.train(1, "packed", "--reset-attention-mask")
-    shared = workshop.train(4, "shared", "--reset-attention-mask", "--reset-position-ids", *(
+    """Against one rank with the same documents, which drops the same tokens; the bytes of each level are written."""
+    limited = "--reset-attention-mask --moe-expert-capacity-factor 1.0 --moe-token-drop-policy position".split()
+    packed = workshop.train(1, "packed", *limited)
+    shared = workshop.train(4, "shared", *limited, "--reset-position-ids", *(
         "--context-parallel-size 2 --expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
         "--moe-ranks-per-node 2").split())
     assert_same_run(shared, packed)
     assert all(record["moe_bytes_within_node"] > 0 and record["moe_bytes_across_nodes"] > 0 for record in steps(shared))
+    dropped = [[record["moe_dropped_fraction"] for record in steps(run)] for run in (packed, shared)]
+    assert dropped[0] == pytest.approx(dropped[1], abs=2e-3) and all(0 < part < 0.5 for part in dropped[0])
 
 
 def test_resumes_exactly_after_a_kill(workshop, alone):
