@@ -12,10 +12,11 @@ import torch
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
-from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
+from megatron_deepseek.model.layer import run_checkpointed, run_layer
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops.side_stream import Beside, OnStream
 from megatron_deepseek.parallel.context import ContextParallel

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.layer import Blueprint, DecoderLayer, MTPLayer, run_layer
+from megatron_deepseek.model.blueprint import Blueprint
+from megatron_deepseek.model.layer import DecoderLayer, MTPLayer, run_layer
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.ops.rope import Places

@@ -3,50 +3,17 @@
 Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, D rotary dimensions.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.balance_loss import BalanceWeights
-from megatron_deepseek.model.capacity import Capacity
+from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places
-from megatron_deepseek.ops.side_stream import Beside
-from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.expert import Dispatcher
-from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
-from megatron_deepseek.parallel.turns import Turns
-
-
-@dataclass(frozen=True, eq=False)
-class Blueprint:
-    """What every layer of a model is built from. 
-
-    `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules; `beside` runs the shared experts beside dispatch;
-    `turns` lets two paired chunks compute while the other's tokens travel.
-    """
-
-    config: ModelConfig
-    tp: TensorParallel
-    cp: ContextParallel
-    sharers: dist.ProcessGroup | None
-    dispatcher: Dispatcher | None
-    etp: ExpertTensorParallel
-    balance: BalanceWeights = BalanceWeights()
-    recomputed: frozenset[str] = frozenset()
-    forced_balance: bool = False
-    capacity: Capacity | None = None
-    beside: Callable[[], Beside] = Beside
-    turns: Turns = field(default_factory=Turns)
 
 
 class DecoderLayer(nn.Module):
@@ -61,9 +28,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
-            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.etp, blueprint.balance, blueprint.cp,
-                           blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance,
-                           blueprint.capacity, blueprint.beside)
+            self.mlp = MoE(blueprint)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
 

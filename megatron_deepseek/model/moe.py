@@ -3,24 +3,20 @@
 Shapes: B batch, S sequence, T tokens, H hidden, I expert width, E experts, K top-k, R rows (token copies).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.balance_loss import BalanceWeights, attach_loss, balance_loss
-from megatron_deepseek.model.capacity import Capacity
+from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
+from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.ops.side_stream import Beside
 from megatron_deepseek.ops.swiglu import swiglu
-from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.expert import NOBODY, Dispatcher
+from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pieces import stacked_shard
@@ -93,15 +89,14 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed plus shared experts. Each TP rank routes its own slice of the sequence."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher, etp: ExpertTensorParallel,
-                 balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None,
-                 recompute_activation: bool = False, forced_balance: bool = False, capacity: Capacity | None = None,
-                 beside: Callable[[], Beside] = Beside):
+    def __init__(self, blueprint: Blueprint):
         super().__init__()
-        self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
-        self.cp, self.capacity, self.beside = cp, capacity, beside
-        self.gate = Router(config, tp, forced_balance)
-        self.experts = Experts(config, etp, recompute_activation)
+        config, tp = blueprint.config, blueprint.tp
+        self.config, self.tp, self.cp, self.sharers = config, tp, blueprint.cp, blueprint.sharers
+        self.dispatcher, self.balance = blueprint.dispatcher, blueprint.balance
+        self.capacity, self.beside = blueprint.capacity, blueprint.beside
+        self.gate = Router(config, tp, blueprint.forced_balance)
+        self.experts = Experts(config, blueprint.etp, "moe_act" in blueprint.recomputed)
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp)
 
