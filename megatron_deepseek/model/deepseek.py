@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.layer import DecoderLayer, MTPLayer, run_layer
 from megatron_deepseek.model.moe import RouterStats
