@@ -20,6 +20,7 @@ from torch import nn
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.attention import same_document
+from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places, apply_rope
 from megatron_deepseek.parallel.context import ContextParallel
@@ -38,23 +39,24 @@ class MLA(nn.Module):
     """Causal self-attention. `recompute_up_projection` re-makes q, k and v in the backward instead of keeping them."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, cp: ContextParallel,
-                 recompute_up_projection: bool = False):
+                 recompute_up_projection: bool = False, numerics: Numerics = Numerics()):
         super().__init__()
         self.config, self.tp, self.cp = config, tp, cp
         self.scale = softmax_scale(config)
         self.attend = recompute if recompute_up_projection else compose
-        heads, bias = config.num_attention_heads, config.attention_bias
+        heads, bias, product = config.num_attention_heads, config.attention_bias, numerics.linear
         if config.q_lora_rank is None:
-            self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp)
+            self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp, product)
         else:
-            self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias)
+            self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias, product)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, tp)
-            self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp)
+            self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp, product)
         self.kv_a_proj_with_mqa = replicated_linear(
-            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias)
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias, product)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, tp)
-        self.kv_b_proj = column_linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp)
-        self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias)
+        self.kv_b_proj = column_linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp, product)
+        self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, numerics.attention_output)
 
     def forward(self, x_BSH: torch.Tensor, places: Places) -> torch.Tensor:
         c_q, c_kv, k_pe = self.latents(x_BSH)
@@ -69,6 +71,7 @@ class MLA(nn.Module):
 
     def latents(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query latent (or input), key-value latent and k_pe of the whole sequence, gathered over TP at once."""
+        x_BSH = self.kv_a_proj_with_mqa.product.shared(x_BSH)
         c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(x_BSH)).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         c_kv = self.kv_a_layernorm(c_kv)

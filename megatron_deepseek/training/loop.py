@@ -80,7 +80,8 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
         seq_length=settings.data.seq_length, micro_batch_size=settings.batch.micro_batch_size,
-        precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None),
+        precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
+                            fp8=settings.run.fp8_format is not None),
         optimizer=settings.optimizer, loss=settings.loss, recompute=settings.recompute,
         communication=settings.communication,
         reshard_after_forward=settings.run.sharding == "optim_grads_params", seed=settings.run.seed)
@@ -106,7 +107,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
     schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
     report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
-                   f"{trainer.meshes.device.type}, {'bf16' if settings.run.bf16 else 'fp32'}")
+                   f"{trainer.meshes.device.type}, {'bf16' if settings.run.bf16 else 'fp32'}"
+                   + (f", fp8 {settings.run.fp8_format} blockwise" if settings.run.fp8_format else ""))
     if settings.run.load is not None:
         report.message(f"loaded {settings.run.load}, continuing at iteration {state.iteration}")
 
