@@ -1,6 +1,6 @@
 """FP8 against BF16 against float32: one small DeepSeek-V3 trained three times on the same real text.
 
-    python benchmarks/fp8_convergence.py --corpus prose.jsonl.gz [--steps 300] [--run-dir runs/fp8] [--only fp8]
+    python benchmarks/fp8_convergence.py --corpus prose.jsonl.gz [--steps 600] [--run-dir runs/fp8] [--only fp8]
 
 The three runs start from the same weights and read the same batches; they differ in the numbers of their products
 alone. On CPU FP8 is emulated (ops/fp8.py), which costs time but changes nothing. Every run goes on from its last
@@ -26,8 +26,8 @@ VOCABULARY = 4096
 MODEL = ("--model tiny --num-layers 3 --mtp-num-layers 0 --vocab-size 4096 --hidden-size 256 --ffn-hidden-size 768 --q-lora-rank 128 --kv-lora-rank 128 "
          "--qk-head-dim 64 --qk-pos-emb-head-dim 32 --v-head-dim 64 --moe-ffn-hidden-size 256 --num-experts 8 "
          "--moe-router-topk 2").split()
-TRAINING = ("--seq-length 256 --micro-batch-size 4 --global-batch-size 4 --lr 3e-3 --min-lr 3e-4 "
-            "--lr-decay-style cosine --lr-warmup-fraction 0.05 --split 95,5,0 --eval-interval 100 --eval-iters 16 "
+TRAINING = ("--seq-length 256 --micro-batch-size 8 --global-batch-size 8 --lr 2e-3 --min-lr 2e-4 "
+            "--lr-decay-style cosine --lr-warmup-fraction 0.05 --split 95,5,0 --eval-interval 100 --eval-iters 8 "
             "--save-interval 25").split()
 WINDOW = 25  # steps whose losses are averaged before they are compared
 
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True, help="JSONL (or .gz) with a field text")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/fp8"), help="where everything goes (runs/fp8)")
-    parser.add_argument("--steps", type=int, default=300, help="iterations of each run (300)")
+    parser.add_argument("--steps", type=int, default=600, help="iterations of each run (600)")
     parser.add_argument("--only", nargs="+", choices=PRECISIONS, help="go on with these runs alone (all)")
     return parser.parse_args()
 

@@ -17,7 +17,7 @@ from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops import fp8_products
 from megatron_deepseek.ops.products import Grouped, Numerics
-from megatron_deepseek.ops.recompute import recompute as run_again
+from megatron_deepseek.ops.recompute import compose, recompute as run_again
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
 from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher
@@ -65,7 +65,7 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  recompute: RecomputeSettings = RecomputeSettings(),
                  communication: CommunicationSettings = CommunicationSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    blueprint = make_blueprint(config, meshes, loss, recompute, communication, make_numerics(precision.fp8, recompute))
+    blueprint = make_blueprint(config, meshes, loss, recompute, communication, make_numerics(precision.fp8, recompute, meshes.layout.tp))
     run = run_checkpointed if recompute.granularity == "full" else run_layer
     with torch.device("meta"), default_dtype(precision.master):
         return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run)
@@ -92,12 +92,15 @@ def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
     return frozenset(recompute.modules if recompute.granularity == "selective" else ())
 
 
-def make_numerics(fp8: bool, recompute: RecomputeSettings) -> Numerics:
-    """The FP8 recipe never keeps SwiGLU's output; otherwise the experts' is kept unless `moe_act` is recomputed."""
+def make_numerics(fp8: bool, recompute: RecomputeSettings, tp: int) -> Numerics:
+    """The FP8 recipe never keeps SwiGLU's output; otherwise the experts' is kept unless `moe_act` is recomputed.
+
+    Where norms are recomputed so are the FP8 tiles made of them, unless TP has gathered what they are made of.
+    """
+    again = recomputed_modules(recompute)
     if fp8:
-        return fp8_products.recipe()
-    again = "moe_act" in recomputed_modules(recompute)
-    return Numerics(experts_down=Grouped(activate=run_again)) if again else Numerics()
+        return fp8_products.recipe(run_again if "layernorm" in again and tp == 1 else compose)
+    return Numerics(experts_down=Grouped(activate=run_again)) if "moe_act" in again else Numerics()
 
 
 def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings,

@@ -48,8 +48,10 @@ class MLP(nn.Module):
         self.down_proj = row_linear(intermediate_size, hidden_size, tp, product=product)
 
     def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        x_BSH = self.gate_proj.product.shared(self.tp.enter(x_BSH))
-        return self.tp.leave(self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH)))
+        return self.tp.leave(self.gate_proj.product.shared(self.tp.enter(x_BSH), self._from_input))
+
+    def _from_input(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        return self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
 
 
 class Experts(nn.Module):
@@ -88,7 +90,7 @@ class MoE(nn.Module):
         own_BSH = self.tp.own_tokens(x_BSH)
         x_TH = own_BSH.flatten(0, 1)
         routing = self.gate(x_TH, self._positions(own_BSH) if self.gate.forced else None)
-        rows_TH = self.experts.up_product.shared(x_TH)
+        rows_TH = self.experts.up_product.rows(x_TH)
         y_TH, traffic = self.dispatcher(rows_TH, routing.experts_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:

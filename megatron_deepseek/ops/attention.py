@@ -33,6 +33,15 @@ def same_document(queries_BS: torch.Tensor, keys_BK: torch.Tensor) -> torch.Tens
     return queries_BS.unsqueeze(2) == keys_BK.unsqueeze(1)
 
 
+def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, scores: Scores, width: int
+              ) -> torch.Tensor:
+    """[B, S, N * width]: of V the first `width` columns, the others are zero. Scores are causal or have a mask."""
+    out_BNSV = F.scaled_dot_product_attention(
+        q_BSND.transpose(1, 2), k_BSND.transpose(1, 2), v_BSNV.transpose(1, 2), attn_mask=scores.mask_B1SK,
+        is_causal=scores.causal, scale=scores.scale)
+    return out_BNSV.transpose(1, 2)[..., :width].flatten(-2)
+
+
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores
            ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, S, V] and log-sum-exp [B, N, S], -inf (and output zero) for a query that may see no key."""

@@ -17,12 +17,15 @@ _UNCHANGED = (_aten.detach.default, _aten.alias.default)
 
 
 class BlockScaled(torch.Tensor):
-    """`q` [..., K] float8_e4m3fn, `scale` [..., ceil(K / 128)] float32; `dtype` is what it stands for."""
+    """`q` [..., K] float8_e4m3fn, `scale` [..., ceil(K / 128)] float32; `dtype` is what it stands for.
+
+    `kept`: the same rows as the backward is to have them, if not as these tiles: E5M6 after attention.
+    """
 
     @staticmethod
-    def __new__(cls, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
+    def __new__(cls, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, kept: tuple[torch.Tensor, ...] = ()):
         self = torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=dtype, device=q.device)
-        self.q, self.scale = q, scale
+        self.q, self.scale, self.kept = q, scale, kept
         return self
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "BlockScaled":
@@ -39,7 +42,7 @@ class BlockScaled(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in _UNCHANGED or function is _aten.view.default and list(args[1]) == list(args[0].shape):
-            return args[0].map(lambda part: part)
+            return BlockScaled(args[0].q, args[0].scale, args[0].dtype, args[0].kept)
         if function is _aten.index_select.default and args[1] == 0 and type(args[2]) is torch.Tensor:
             return args[0].map(lambda part: part.index_select(0, args[2]))
         plain = torch.utils._pytree.tree_map_only(BlockScaled, BlockScaled.dequantize, (args, kwargs or {}))
@@ -56,10 +59,14 @@ def map_rows(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) 
     return x.map(function) if isinstance(x, BlockScaled) else function(x)
 
 
+def parts_of(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The ordinary tensors that x is made of."""
+    return (x.q, x.scale, *x.kept) if isinstance(x, BlockScaled) else (x,)
+
+
 def bytes_of_row(x: torch.Tensor) -> int:
     """What one of the rows x[i] takes to hold or send."""
-    parts = (x.q, x.scale) if isinstance(x, BlockScaled) else (x,)
-    return sum(math.prod(part.shape[1:]) * part.element_size() for part in parts)
+    return sum(math.prod(part.shape[1:]) * part.element_size() for part in parts_of(x))
 
 
 class _Share(torch.autograd.Function):

@@ -20,8 +20,10 @@ import torch
 from megatron_deepseek.ops import fp8
 from megatron_deepseek.ops.block_scaled import BlockScaled, quantize, share
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
+from megatron_deepseek.ops.fp8_attention import attention
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.products import Deferred, Numerics, Product
+from megatron_deepseek.ops.recompute import compose
 from megatron_deepseek.ops.swiglu import swiglu_backward, swiglu_forward
 
 Tensors = tuple[torch.Tensor, ...]
@@ -31,12 +33,14 @@ Tensors = tuple[torch.Tensor, ...]
 class Fp8Product(Product):
     """Scales of inputs and of output gradients are float32, or powers of two where the recipe says so.
 
-    `cache_e5m6`: keep the input for wgrad as E5M6 instead of the forward's E4M3.
+    `cache_e5m6`: keep the input for wgrad as E5M6 instead of the forward's E4M3. `sharing` (ops/recompute.py) says
+    whether an input that several products share is kept, or quantised again in the backward.
     """
 
     input_power_of_two: bool = False
     gradient_power_of_two: bool = False
     cache_e5m6: bool = False
+    sharing: Callable = compose
     deferred: Deferred | None = None
 
     def __call__(self, x, weight, *counts):
@@ -45,7 +49,10 @@ class Fp8Product(Product):
     def after_swiglu(self, gate, up, weight, *counts):
         return _MultiplySwiGLU.apply(gate, up, weight, self, *counts)
 
-    def shared(self, x):
+    def shared(self, x, consumer):
+        return self.sharing(self.rows, (x,), consumer)
+
+    def rows(self, x):
         return share(x, self.input_power_of_two)
 
     def deferring(self, deferred):
@@ -53,7 +60,9 @@ class Fp8Product(Product):
 
     def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
         """What wgrad will need of x; `restore` is the way back, to float32."""
-        return quantize_e5m6(x.flatten(0, -2)) if self.cache_e5m6 else (tiles.q, tiles.scale)
+        if not self.cache_e5m6:
+            return tiles.q, tiles.scale
+        return (isinstance(x, BlockScaled) and x.kept) or quantize_e5m6(x.flatten(0, -2))
 
     def restore(self, kept: Tensors, size: int) -> torch.Tensor:
         return dequantize_e5m6(*kept, size) if self.cache_e5m6 else fp8.dequantize_1x128(*kept)
@@ -63,14 +72,15 @@ class Fp8Product(Product):
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 
-def recipe() -> Numerics:
+def recipe(sharing: Callable = compose) -> Numerics:
     """Which product takes what (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
     return Numerics(
-        linear=Fp8Product(),
+        linear=Fp8Product(sharing=sharing),
         attention_output=Fp8Product(input_power_of_two=True, cache_e5m6=True),
         experts_up=Fp8Product(input_power_of_two=True),
         experts_down=Fp8Product(gradient_power_of_two=True),
-        to_experts=partial(quantize, power_of_two=True))
+        to_experts=partial(quantize, power_of_two=True),
+        attention=attention)
 
 
 class _Multiply(torch.autograd.Function):

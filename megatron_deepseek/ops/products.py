@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.attention import attention
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose
 from megatron_deepseek.ops.swiglu import swiglu
@@ -49,8 +50,12 @@ class Product(ABC):
     def deferring(self, deferred: Deferred) -> "Product":
         """The same product, whose weight gradient is left to `deferred`."""
 
-    def shared(self, x: torch.Tensor) -> torch.Tensor:
-        """x as several products take it: whatever would be done to it for each is done once."""
+    def shared(self, x: torch.Tensor, consumer: Callable[[torch.Tensor], Any]) -> Any:
+        """consumer(x) with x as several products take it: what would be done to it for each is done once."""
+        return consumer(x)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x as it travels to where the product is."""
         return x
 
 
@@ -87,9 +92,10 @@ def _unchanged(x: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Numerics:
-    """The products of a model. What has no place here (embedding, head, router, norms, attention) is never FP8.
+    """The products of a model. What has no place here (embedding, head, router, norms) is never FP8.
 
-    `to_experts` makes what travels of the gradients that go to the experts in the backward.
+    `to_experts` makes what travels of the gradients that go to the experts in the backward. `attention` is ops/
+    attention.py's or a form of it that keeps its output otherwise; on its own rank, not over context-parallel ones.
     """
 
     linear: Product = Linear()
@@ -97,3 +103,4 @@ class Numerics:
     experts_up: Product = Grouped()
     experts_down: Product = Grouped()
     to_experts: Callable[[torch.Tensor], torch.Tensor] = field(default=_unchanged)
+    attention: Callable[..., torch.Tensor] = field(default=attention)
