@@ -1,0 +1,44 @@
+"""What a rank does in a test of FP8: a step of a model whose shards are whole tiles."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from cases import Case
+from job import OPTIMIZER, Record, plan_of, train
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import Precision
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.settings import PipelineSettings
+from megatron_deepseek.training.trainer import Plan
+
+FP8 = Precision(torch.float64, fp8=True)
+SEQ_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class WideCase(Case):
+    """Every dimension that two ranks share is 256: features, heads' widths and tokens of a sequence."""
+
+    width: int = 256
+
+    @property
+    def model(self) -> ModelConfig:
+        return replace(
+            super().model, vocab_size=64, hidden_size=256, intermediate_size=self.width, num_attention_heads=4,
+            kv_lora_rank=128, q_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
+            moe_intermediate_size=128, first_k_dense_replace=self.num_layers - 1, initializer_range=0.05)
+
+
+def run_fp8(case: WideCase) -> Record:
+    plan = replace(plan_of(case, FP8), seq_length=SEQ_LENGTH)
+    return train(plan, case.layout, case.global_batch_size, 1, case.packed)
+
+
+def run_fp8_alone(case: WideCase, micro_batch_size: int) -> Record:
+    """The same on one process, in micro-batches of that many sequences."""
+    stages = resolve(case.model, PipelineSettings(), 1, SEQ_LENGTH)
+    plan = Plan(case.model, stages, "none", SEQ_LENGTH, micro_batch_size, precision=FP8, optimizer=OPTIMIZER,
+                loss=case.loss)
+    return train(plan, Layout(), case.global_batch_size, 1, case.packed)
