@@ -31,14 +31,17 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Fp8Product(Product):
-    """Scales of inputs and of output gradients are float32, or powers of two where the recipe says so.
+    """`input_power_of_two`: scales of the input's tiles are powers of two, not any float32.
+
+    `dispatched_gradient`: so are those of the output's gradient, which may have come from its tokens' ranks as FP8.
+    Wgrad then takes it from those 1x128 tiles wherever they were made, so that all layouts compute the same.
 
     `cache_e5m6`: keep the input for wgrad as E5M6 instead of the forward's E4M3. `sharing` (ops/recompute.py) says
     whether an input that several products share is kept, or quantised again in the backward.
     """
 
     input_power_of_two: bool = False
-    gradient_power_of_two: bool = False
+    dispatched_gradient: bool = False
     cache_e5m6: bool = False
     sharing: Callable = compose
     deferred: Deferred | None = None
@@ -57,6 +60,10 @@ class Fp8Product(Product):
 
     def deferring(self, deferred):
         return replace(self, deferred=deferred)
+
+    def received(self, grad: torch.Tensor) -> torch.Tensor:
+        """The output's gradient, block-scaled if it is one that is dispatched."""
+        return quantize(grad, power_of_two=True) if self.dispatched_gradient else grad
 
     def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
         """What wgrad will need of x; `restore` is the way back, to float32."""
@@ -78,7 +85,7 @@ def recipe(sharing: Callable = compose) -> Numerics:
         linear=Fp8Product(sharing=sharing),
         attention_output=Fp8Product(input_power_of_two=True, cache_e5m6=True),
         experts_up=Fp8Product(input_power_of_two=True),
-        experts_down=Fp8Product(gradient_power_of_two=True),
+        experts_down=Fp8Product(dispatched_gradient=True),
         to_experts=partial(quantize, power_of_two=True),
         attention=attention)
 
@@ -94,8 +101,9 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         product, weight, counts, size = ctx.product, ctx.weight, ctx.counts, ctx.weight.shape[-1]
-        grad_x = _dgrad(grad, product, weight, *counts) if ctx.needs_input_grad[0] else None
-        kept, columns = ctx.saved_tensors, _columns(grad, product.gradient_power_of_two, *counts)
+        grad = product.received(grad)
+        grad_x = _dgrad(grad, weight, *counts) if ctx.needs_input_grad[0] else None
+        kept, columns = ctx.saved_tensors, _columns(grad, product.dispatched_gradient, *counts)
 
         def wgrad():
             x = fp8.quantize_128x1(product.restore(kept, size), product.input_power_of_two, *counts)
@@ -115,11 +123,12 @@ class _MultiplySwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         product, weight, counts = ctx.product, ctx.weight, ctx.counts
+        grad = product.received(grad)
         gate_q, gate_s, up_q, up_s = ctx.saved_tensors
         gate, up = (_with_rows_of(grad, fp8.dequantize_1x128(*kept, grad.dtype)) for kept in (
             (gate_q, gate_s), (up_q, up_s)))
-        grad_gate, grad_up = swiglu_backward(_dgrad(grad, product, weight, *counts), gate, up)
-        columns = _columns(grad, product.gradient_power_of_two, *counts)
+        grad_gate, grad_up = swiglu_backward(_dgrad(grad, weight, *counts), gate, up)
+        columns = _columns(grad, product.dispatched_gradient, *counts)
         hidden = _columns(swiglu_forward(gate, up), product.input_power_of_two, *counts)
         grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
         return grad_gate, grad_up, grad_weight, None, *(None for _ in counts)
@@ -140,16 +149,16 @@ def _forward(x: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> to
     return multiply(x.q, x.scale, *fp8.quantize_128x128(weight), *counts, out_dtype=x.dtype)
 
 
-def _dgrad(grad: torch.Tensor, product: Fp8Product, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
+def _dgrad(grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
     """[..., I]"""
     multiply = grouped_scaled_mm if counts else scaled_mm
-    tiles = _rows(quantize(grad, product.gradient_power_of_two))
+    tiles = _rows(quantize(grad))
     blocks = (part.mT for part in fp8.quantize_128x128(weight))
     return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *blocks, *counts, out_dtype=grad.dtype))
 
 
 def _columns(x: torch.Tensor, power_of_two: bool, *counts: Sequence[int]) -> Tensors:
-    """128x1 tiles of rows [..., K]; of a gradient that came as FP8 from what came."""
+    """128x1 tiles of rows [..., K]; of what is block-scaled from its tiles."""
     plain = x.dequantize() if isinstance(x, BlockScaled) else x
     return fp8.quantize_128x1(plain.flatten(0, -2), power_of_two, *counts)
 

@@ -14,14 +14,14 @@ from megatron_deepseek.settings import PipelineSettings
 from megatron_deepseek.training.trainer import Plan
 
 FP8 = Precision(torch.float64, fp8=True)
-SEQ_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class WideCase(Case):
-    """Every dimension that two ranks share is 256: features, heads' widths and tokens of a sequence."""
+    """Every dimension that ranks may share is whole tiles: features, heads' widths; and `length`, of a sequence."""
 
     width: int = 256
+    length: int = 128
 
     @property
     def model(self) -> ModelConfig:
@@ -32,13 +32,13 @@ class WideCase(Case):
 
 
 def run_fp8(case: WideCase) -> Record:
-    plan = replace(plan_of(case, FP8), seq_length=SEQ_LENGTH)
+    plan = replace(plan_of(case, FP8), seq_length=case.length)
     return train(plan, case.layout, case.global_batch_size, 1, case.packed)
 
 
 def run_fp8_alone(case: WideCase, micro_batch_size: int) -> Record:
     """The same on one process, in micro-batches of that many sequences."""
-    stages = resolve(case.model, PipelineSettings(), 1, SEQ_LENGTH)
-    plan = Plan(case.model, stages, "none", SEQ_LENGTH, micro_batch_size, precision=FP8, optimizer=OPTIMIZER,
+    stages = resolve(case.model, PipelineSettings(), 1, case.length)
+    plan = Plan(case.model, stages, "none", case.length, micro_batch_size, precision=FP8, optimizer=OPTIMIZER,
                 loss=case.loss)
     return train(plan, Layout(), case.global_batch_size, 1, case.packed)

@@ -1,7 +1,7 @@
 """FP8 training in layouts against one process, in float64: nothing rounds but what is quantised.
 
 Tiles are of 128. Where every shard is whole tiles, and the rows that a weight gradient is made of are the same ones in
-the same order, a layout quantises what one process does, and all differences are those of float64 sums.
+the same order, a layout quantises what one process does.
 """
 
 import pytest
@@ -9,26 +9,44 @@ import torch
 from compare import differences
 from fp8_job import WideCase, run_fp8, run_fp8_alone
 
-from megatron_deepseek.ops import fp8
 from megatron_deepseek.parallel import expert
+
+# Sums in another order differ by 1e-15, which may round the float32 scale of a tile the other way: 6e-8 of what is in it.
+# A tile cut elsewhere changes gradients by 1e-2, gradients of experts that were re-tiled by another road by 2e-7.
+TOLERANCE = 1e-7
 
 # (case, sequences in a micro-batch of the one process). All expert ranks' rows of a micro-batch meet in one weight
 # gradient, so two data ranks of one expert group are one process's micro-batch of both sequences.
 ALIGNED = (
-    (WideCase(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=2, recompute="full"), 1),
+    (WideCase(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=2, recompute="full",
+              q_lora=False), 1),
     (WideCase(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, mtp=1, shared=2,
               recompute="layernorm,mla_up_proj,moe_act"), 1),
-    (WideCase(tp=2, sp=True, ep=2, microbatches=2, mtp=1, shared=2), 1),
-    (WideCase(dp=2, ep=2, packed=True), 2),
+    (WideCase(tp=2, sp=True, ep=2, microbatches=2, mtp=1, shared=2, packed=True, length=256), 1),
+    (WideCase(dp=2, ep=2), 2),
     (WideCase(dp=2, ep=2, dispatcher="allgather", reshard=True), 2),
-    (WideCase(dp=2, ep=2, dispatcher="grouped", q_lora=False), 2),
+    (WideCase(dp=2, ep=2, dispatcher="grouped"), 2),
 )
 
 
+@pytest.fixture(scope="module")
+def alone(ranks):
+    """The record of one process, computed once for each model and data."""
+    records = {}
+
+    def record(case: WideCase, micro_batch_size: int):
+        key = case.model, case.loss, case.packed, case.global_batch_size, micro_batch_size
+        if key not in records:
+            (records[key],) = ranks.run(1, run_fp8_alone, case, micro_batch_size)
+        return records[key]
+
+    return record
+
+
 @pytest.mark.parametrize("case, micro_batch_size", ALIGNED, ids=str)
-def test_whole_tiles_compute_what_one_process_does(ranks, case, micro_batch_size):
-    (reference,) = ranks.run(1, run_fp8_alone, case, micro_batch_size)
-    assert not differences(ranks.run(case.layout.world_size, run_fp8, case), reference)
+def test_whole_tiles_compute_what_one_process_does(ranks, alone, case, micro_batch_size):
+    records = ranks.run(case.layout.world_size, run_fp8, case)
+    assert not differences(records, alone(case, micro_batch_size), TOLERANCE)
 
 
 def worst(records, reference) -> tuple[float, float]:
@@ -40,23 +58,23 @@ def worst(records, reference) -> tuple[float, float]:
     return abs(step.losses.lm_loss / expected.losses.lm_loss - 1), max(gradients)
 
 
-def test_other_rows_in_a_tile_change_weight_gradients_alone(ranks):
+def test_other_rows_in_a_tile_change_weight_gradients_alone(ranks, alone):
     """Context parallelism deals chunks of 64 tokens, and quantises each rank's part of the latents' gradients by
     itself. The forward's tiles are rows of their own, so the loss is one process's to the last digits; gradients
     differ by rounding to E4M3: 2^-4 at most in an element, less in sums of them.
     """
-    case = WideCase(cp=2, router="dense")
-    (reference,) = ranks.run(1, run_fp8_alone, case, 1)
-    loss, gradient = worst(ranks.run(2, run_fp8, case), reference)
+    case = WideCase(cp=2, router="dense", length=256)
+    loss, gradient = worst(ranks.run(2, run_fp8, case), alone(case, 1))
     assert loss < 1e-12 and 1e-4 < gradient < 0.1
 
 
-def test_shards_that_are_no_whole_tiles_round_otherwise(ranks):
-    """160 features over two ranks: tiles of 80 and 80 instead of 128 and 32. Both are FP8 of the same numbers."""
+def test_shards_that_are_no_whole_tiles_round_otherwise(ranks, alone):
+    """160 features over two ranks: tiles of 80 and 80 instead of 128 and 32. Both are FP8 of the same numbers, so they
+    differ by no more than each does from the exact result: gradients of this model by 0.15.
+    """
     case = WideCase(tp=2, router="dense", width=160)
-    (reference,) = ranks.run(1, run_fp8_alone, case, 1)
-    loss, gradient = worst(ranks.run(2, run_fp8, case), reference)
-    assert 1e-9 < loss < 1e-3 and gradient < 0.1
+    loss, gradient = worst(ranks.run(2, run_fp8, case), alone(case, 1))
+    assert 1e-9 < loss < 1e-3 and 1e-2 < gradient < 0.2
 
 
 def run_and_list(case: WideCase) -> list[tuple[torch.dtype, int]]:
@@ -77,7 +95,6 @@ def test_dispatch_is_fp8_and_combine_is_not(ranks):
     """One layer of experts: in the forward tokens, in the backward the gradients of results go to the experts as codes
     and scales; results, and gradients of tokens, come back in the layer's dtype. Then an evaluation's forward.
     """
-    forward = [(torch.uint8, 256), (torch.float32, 2), (torch.float64, 256)]
+    forward = [(torch.uint8, 256), (torch.float32, 256 // 128), (torch.float64, 256)]
     moved = ranks.run(2, run_and_list, WideCase(dp=2, ep=2))[0]
     assert moved == forward + forward + forward
-    assert fp8.num_tiles(256) == 2
