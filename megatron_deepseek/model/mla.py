@@ -19,7 +19,6 @@ from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.rotary import softmax_scale
-from megatron_deepseek.ops.attention import Scores, same_document
 from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places, apply_rope
@@ -118,5 +117,4 @@ class MLA(nn.Module):
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None
                   ) -> torch.Tensor:
         """Causal softmax attention, within documents where they are given, [B, S, N * V]."""
-        mask = None if documents_BS is None else same_document(documents_BS, documents_BS).tril()
-        return self.joint_attention(q, k, v, Scores(self.scale, mask is None, mask), self.config.v_head_dim)
+        return self.joint_attention(q, k, v, documents_BS, self.scale, self.config.v_head_dim)

@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from cases import Case
-from job import OPTIMIZER, Record, plan_of, train
+from job import OPTIMIZER, Record, plan_of, run_case, run_reference, train
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision
+from megatron_deepseek.ops import e5m6, fp8, fp8_gemm
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import PipelineSettings
@@ -42,3 +43,19 @@ def run_fp8_alone(case: WideCase, micro_batch_size: int) -> Record:
     plan = Plan(case.model, stages, "none", case.length, micro_batch_size, precision=FP8, optimizer=OPTIMIZER,
                 loss=case.loss)
     return train(plan, Layout(), case.global_batch_size, 1, case.packed)
+
+
+def use_small_tiles() -> None:
+    """Tiles of 2, in this process: the shards of the smallest models are whole ones."""
+    for module in (e5m6, fp8, fp8_gemm):
+        module.TILE = 2
+
+
+def run_small_tiles(case: Case, precision: Precision = FP8) -> Record:
+    use_small_tiles()
+    return run_case(case, 2, precision)
+
+
+def run_small_tiles_alone(case: Case, precision: Precision = FP8) -> Record:
+    use_small_tiles()
+    return run_reference(case.reference, 2, precision)

@@ -22,8 +22,12 @@ PP2 = "--pipeline-model-parallel-size 2"
 
 # name of the entry in the table: (ranks, arguments, fragments of the message)
 REFUSED = {
-    "--exp-avg-dtype": (1, "--exp-avg-dtype bf16", ["--exp-avg-dtype bf16", "not yet"]),
-    "--exp-avg-sq-dtype": (1, "--exp-avg-sq-dtype bf16", ["--exp-avg-sq-dtype bf16", "not yet"]),
+    "type of --exp-avg-dtype": (1, "--exp-avg-dtype fp8", ["--exp-avg-dtype fp8", "only fp32 and bf16"]),
+    "type of --exp-avg-sq-dtype": (1, "--exp-avg-sq-dtype fp16", ["--exp-avg-sq-dtype fp16", "only fp32 and bf16"]),
+    "--exp-avg-dtype and --adam-beta1": (1, "--exp-avg-dtype bf16 --adam-beta1 0.999",
+                                         ["--exp-avg-dtype bf16", "--adam-beta1 0.999"]),
+    "--exp-avg-sq-dtype and --adam-beta2": (1, "--exp-avg-sq-dtype bf16 --adam-beta2 0.999",
+                                            ["--exp-avg-sq-dtype bf16", "--adam-beta2 0.999"]),
     "expert tensor parallel": (2, "--expert-tensor-parallel-size 2", ["--expert-tensor-parallel-size 2", "not yet"]),
     "attention dropout": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
     "hidden dropout": (1, "--hidden-dropout 0.1", ["--hidden-dropout 0.1"]),

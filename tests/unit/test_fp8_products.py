@@ -11,7 +11,7 @@ from test_recompute import Watch, kept_by
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.ops import fp8
-from megatron_deepseek.ops.attention import Scores, attention
+from megatron_deepseek.ops.attention import attention
 from megatron_deepseek.ops.block_scaled import BlockScaled, bytes_of_row, quantize, share
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
 from megatron_deepseek.ops.fp8_products import Fp8Product, recipe
@@ -128,14 +128,15 @@ def test_deferred_weight_gradients_are_the_same_bits(counts, swiglu):
     assert all(torch.equal(x.grad, expected) for x, expected in zip(own, at_once))
 
 
-def test_attention_reads_its_output_from_e5m6():
+@pytest.mark.parametrize("documents", [None, torch.tensor([0] * 40 + [0] * 7 + [1] * 32 + [2]).view(2, 40)])
+def test_attention_reads_its_output_from_e5m6(documents):
     """The same output and, but for E5M6's 2^-7 on one term, the same gradients as attention that keeps it whole."""
     q, k = (randn(2, 40, 3, 24, seed=i) for i in range(2))
     v = F.pad(randn(2, 40, 3, 16, seed=2), (0, 8))
     outcomes = []
     for attend in (attention, recipe().attention):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = attend(*inputs, Scores(0.2, causal=True), 16)
+        y = attend(*inputs, documents, 0.2, 16)
         outcomes.append((y.detach(), *torch.autograd.grad(y, inputs, randn(2, 40, 48, seed=4))))
     (exact, *exact_gradients), (got, *gradients) = outcomes
     assert isinstance(got, BlockScaled)
@@ -181,7 +182,7 @@ def test_attention_and_the_linear_after_it_keep_one_output():
     q, k, v = (torch.randn(1, 128, 2, 64).bfloat16().requires_grad_() for _ in range(3))
     weight = torch.randn(64, 128).bfloat16().requires_grad_()
     numerics = recipe()
-    kept = kept_types(lambda: numerics.attention_output(numerics.attention(q, k, v, Scores(0.1, True), 64), weight))
+    kept = kept_types(lambda: numerics.attention_output(numerics.attention(q, k, v, None, 0.1, 64), weight))
     assert kept == {torch.bfloat16: 3 * 128 * 2 * 64 * 2, torch.uint8: 128 * 128 * 3 // 2,
                     torch.float32: 2 * 128 * 4 + 128 * 4}  # log-sum-exp of 2 heads, one scale of each row
 
