@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,59 @@ def test_first_epoch_is_megatrons_order(tmp_path):
         assert sample["labels"].tolist() == stream[place * SEQ + 1:(place + 1) * SEQ + 1].tolist()
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def megatrons(settings, num_samples, blend):
+    """megatron-core's own datasets, each of one epoch, for (train, valid, test)."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    class OneEpoch(GPTDataset):
+        def __init__(self, indexed_dataset, dataset_path, indices, num_samples, index_split, config):
+            super().__init__(indexed_dataset, dataset_path, indices, None, index_split, config)
+
+    class Tokenizer:
+        eod, vocab_size, unique_identifiers = EOD, None, {}
+
+    config = GPTDatasetConfig(
+        random_seed=settings.seed, sequence_length=settings.seq_length, blend=blend, split=settings.split,
+        tokenizer=Tokenizer, mid_level_dataset_surplus=1.0, reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=settings.eod_mask_loss, create_attention_mask=False,
+        path_to_cache=str(Path(blend[0][0]).parent / "theirs"))
+    return BlendedMegatronDatasetBuilder(OneEpoch, num_samples, lambda: True, config).build()
+
+
+def test_every_sample_of_an_epoch_is_megatrons(tmp_path, process_group):
+    """Single and blended, train and valid, with and without a mask; documents of many samples and of no tokens too."""
+    for number in range(5):
+        write_dataset(tmp_path / f"{number}", 30 + 10 * number, base=1000 * number, seed=number)
+    writer = IndexedWriter(str(tmp_path / "odd"), "<u2")
+    writer.add(np.arange(700, dtype="<u2"), [[0], [300], [1, 0, 8], [], [0], [391], [0]])
+    writer.finish()
+    writer.publish()
+    prefixes = [str(tmp_path / str(number)) for number in range(5)]
+    weights = [0.1, 3.3, 1 / 3, 0.7, 1.1]
+    for paths, blend, num_samples in (
+            (prefixes[:1], (prefixes[:1], None), (50, 9, 0)),
+            ([tmp_path / "odd"], ([str(tmp_path / "odd")], None), (9, 1, 0)),
+            ([part for pair in zip(weights, prefixes) for part in pair], (prefixes, weights), (100, 10, 0))):
+        for masked in (False, True):
+            settings = settings_of(*paths, split="80,20,0", eod_mask_loss=masked)
+            ours, theirs = build_datasets(settings, num_samples), megatrons(settings, num_samples, blend)
+            for mine, reference, count in zip(ours[:2], theirs, num_samples):
+                for index in range(min(count, len(reference))):
+                    sample, expected = mine[index], reference[index]
+                    assert torch.equal(sample["tokens"], expected["tokens"]), (paths, index)
+                    assert torch.equal(sample["labels"], expected["labels"])
+                    assert torch.equal(sample["loss_mask"], expected["loss_mask"] > 0)
+                    assert sample["source"] == expected.get("dataset_id", 0)
+
+
 def test_order_is_the_same_however_many_samples_are_asked_for(tmp_path):
     write_dataset(tmp_path / "data")
     few = train_set(settings_of(tmp_path / "data"), 1)
@@ -77,7 +131,7 @@ def test_blend_keeps_its_weights_at_every_moment(tmp_path):
     from_a = np.cumsum([max(tokens) < 2000 for tokens in tokens_of(dataset, 1000)])
     assert np.abs(from_a - 0.3 * np.arange(1, 1001)).max() <= 1
     assert tokens_of(train_set(blend, 50), 50) == tokens_of(dataset, 50)
-    assert list((tmp_path / "elsewhere").glob("*Blended*")) and not (tmp_path / "cache").exists()
+    assert list((tmp_path / "elsewhere").glob("*.blend")) and not (tmp_path / "cache").exists()
 
 
 def test_blend_without_weights_is_by_tokens(tmp_path):
@@ -145,7 +199,7 @@ def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
     write_dataset(tmp_path / "data")
     settings = settings_of(tmp_path / "data")
     first = tokens_of(train_set(settings, 1))
-    index, = (tmp_path / "cache").glob("*shuffle_index.npy")
+    index, = (tmp_path / "cache").glob("*.samples")
     changed = index.stat().st_mtime_ns
     assert tokens_of(train_set(settings, 5)) == first and index.stat().st_mtime_ns == changed, "not built again"
     index.write_bytes(index.read_bytes()[:-8])
@@ -165,7 +219,7 @@ def test_ranks_share_the_indices_that_rank_0_builds(tmp_path):
     write_dataset(tmp_path / "a")
     write_dataset(tmp_path / "b", base=2000)
     settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
-    fork = multiprocessing.get_context("fork")  # megatron-core is imported already: a fresh process takes 5 s for it
+    fork = multiprocessing.get_context("fork")  # torch is imported already: a fresh process takes seconds for it
     queue = fork.Queue()
     ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue)) for rank in range(2)]
     for rank in ranks:
