@@ -211,11 +211,16 @@ def _add_optimizer(parser):
 
 
 def _add_data(parser):
-    add = parser.add_argument_group("data").add_argument
-    add("--data-path", type=str, nargs="+", required=True, metavar="PREFIX",
-        help="a prefix of .bin/.idx, or WEIGHT PREFIX ...")
+    add = parser.add_argument_group("data", "given once: by --data-path or --data-args-path, cut by --split, or for "
+                                    "each split its own").add_argument
+    add("--data-path", type=str, nargs="+", metavar="PREFIX", help="a prefix of .bin/.idx, or WEIGHT PREFIX ...")
+    add("--data-args-path", type=Path, metavar="FILE", help="a file that holds what --data-path takes")
     add("--split", type=values.split, metavar="A,B,C", default="969,30,1",
         help="weights of train, valid, test (969,30,1)")
+    for name in ("train", "valid", "test"):
+        add(f"--{name}-data-path", type=str, nargs="+", metavar="PREFIX", help=f"the same for {name} alone, uncut")
+    add("--per-split-data-args-path", type=Path, metavar="FILE",
+        help='JSON with these three: {"train": [WEIGHT, PREFIX, ...], "valid": [...], "test": [...]}')
     add("--data-cache-path", type=str, metavar="DIR", help="where sample indices are kept (beside the data)")
     add("--tokenizer-type", type=str, choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0],
         help=f"({TOKENIZER_TYPES[0]})")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_deepseek.data.blend import short_names
 from megatron_deepseek.data.blend_index import BlendIndex
 from megatron_deepseek.data.index_file import IndexFile, open_index
 from megatron_deepseek.data.sample_index import PackedSplit
@@ -80,6 +81,7 @@ class BlendedSamples:
 
     def __init__(self, datasets: list[PackedSamples], index: BlendIndex, folder: Path):
         self.datasets, self.index, self.folder = datasets, index, folder
+        self.names = short_names([dataset.split.prefix for dataset in datasets])
 
     def __len__(self) -> int:
         return self.index.size
