@@ -52,8 +52,8 @@ def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_si
 class Sampler:
     """Global batches of a dataset by the number of consumed samples. Holds no position: the caller counts.
 
-    `data_path` is what a token id outside `vocab_size` is blamed on; `eod`, if given, ends documents whose attention is
-    their own.
+    `data_path` is what a token id outside `vocab_size` is blamed on where there is no blend to name the dataset; `eod`,
+    if given, ends documents whose attention is their own.
     """
 
     def __init__(self, dataset, vocab_size: int, data_path: str, eod: int | None = None):
@@ -67,13 +67,18 @@ class Sampler:
         samples = [self.dataset[index] for index in indices]
         tokens_BS = torch.stack([sample["tokens"] for sample in samples])
         labels_BS = torch.stack([sample["labels"] for sample in samples])
-        for ids in (tokens_BS, labels_BS):
-            check_token_ids(ids, self.vocab_size, self.data_path)
+        for ids_BS in (tokens_BS, labels_BS):
+            if ids_BS.min() < 0 or ids_BS.max() >= self.vocab_size:
+                for sample, ids_S in zip(samples, ids_BS):
+                    check_token_ids(ids_S, self.vocab_size, self._name(sample))
         loss_mask_BS = torch.stack([sample["loss_mask"] for sample in samples]) > 0
         documents_BS = None if self.eod is None else number_documents(tokens_BS, self.eod)
         sources = torch.tensor([sample["source"] for sample in samples])
         sources_BK = F.one_hot(sources, len(self.source_names)).bool() if self.source_names else None
         return GlobalBatch(tokens_BS, labels_BS, loss_mask_BS, micro_batch_size, documents_BS, sources_BK)
+
+    def _name(self, sample: dict) -> str:
+        return self.source_names[sample["source"]] if self.source_names else self.data_path
 
     def evaluation(self, eval_iters: int, global_batch_size: int, micro_batch_size: int,
                    dp_rank: int = 0, dp_size: int = 1):

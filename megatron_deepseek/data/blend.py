@@ -86,11 +86,11 @@ def parse_split(split: str) -> tuple[float, ...]:
 
 def short_names(prefixes) -> tuple[str, ...]:
     """Each prefix without the folders that all of them begin with; a prefix that comes again gets its number."""
-    common = os.path.commonpath([os.path.dirname(prefix) for prefix in prefixes]) if len(set(prefixes)) > 1 else \
-        os.path.dirname(prefixes[0])
+    common = os.path.commonprefix([os.path.dirname(prefix) + "/" for prefix in prefixes])
+    begin = common.rfind("/") + 1 if all(map(os.path.dirname, prefixes)) else 0
     names, seen = [], {}
     for prefix in prefixes:
-        name = os.path.relpath(prefix, common) if common else prefix
+        name = prefix[begin:]
         seen[name] = seen.get(name, 0) + 1
         names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return tuple(names)

@@ -25,7 +25,7 @@ from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.settings import DataSettings
 
 __all__ = ["SPLITS", "Blend", "DataPlan", "SplitPlan", "build_datasets", "check_data", "check_token_ids", "make_plan",
-           "parse_blend", "parse_split"]
+           "open_datasets", "parse_blend", "parse_split", "shared_plan"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,12 @@ def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
     To be called by every rank, with the default process group initialised, or in a single process without one. Rank 0
     builds the indices; on other nodes that do not see its folder the first rank builds them again.
     """
+    return open_datasets(settings, shared_plan(settings, num_samples))
+
+
+def open_datasets(settings: DataSettings, plan: DataPlan):
+    """The datasets of a plan that is built."""
     from megatron_deepseek.data.samples import BlendedSamples, PackedSamples
-    plan = _shared_plan(settings, num_samples)
     eod = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model).eod
     masked = eod if settings.eod_mask_loss else None
     datasets = []
@@ -110,8 +114,8 @@ def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
     return tuple(datasets)
 
 
-def _shared_plan(settings: DataSettings, num_samples) -> DataPlan:
-    """The plan, once everything that it needs is built where this rank will look for it."""
+def shared_plan(settings: DataSettings, num_samples) -> DataPlan:
+    """The plan, once everything that it needs is built where this rank will look for it. Every rank calls this."""
     import torch.distributed as dist
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     plan = [None]

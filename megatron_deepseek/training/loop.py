@@ -11,7 +11,8 @@ from megatron_deepseek.checkpoint.export import export_hf, keep_assets
 from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
-from megatron_deepseek.data.pretraining import build_datasets
+from megatron_deepseek.data.pretraining import SPLITS, open_datasets, shared_plan
+from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
@@ -70,11 +71,15 @@ class Run:
 
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, state: TrainState, begun: float):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        train, valid, _ = build_datasets(settings.data, num_samples(settings))
-        name = " ".join(settings.data.data_path)
+        plan = shared_plan(settings.data, num_samples(settings))
+        train, valid, _ = open_datasets(settings.data, plan)
+        for split, each in zip(SPLITS, plan.splits):
+            for line in describe_split(split, each) if each is not None else ():
+                report.message(line)
         eod = None
         if settings.data.reset_attention_mask:
             eod = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model).eod
+        name = plan.splits[0].sources[0].prefix
         self.train_data = Sampler(train, settings.model.vocab_size, name, eod)
         self.valid_data = Sampler(valid, settings.model.vocab_size, name, eod) if valid is not None else None
         self.saver = Saver(settings.run, settings.model, trainer, report, _saved_already(settings, state))
