@@ -158,6 +158,21 @@ def test_each_split_of_its_own(tmp_path):
         check_data(settings, 1000, (100, 9, 0))
 
 
+def test_a_dataset_too_small_for_a_validation_sample_gives_none(tmp_path):
+    """With hundreds of datasets one is; training must have some of each."""
+    write_dataset(tmp_path / "a")
+    write_dataset(tmp_path / "small", num_documents=4, base=2000)
+    settings = settings_of(1, tmp_path / "a", 9, tmp_path / "small", split="90,10,0")
+    plan = make_plan(settings, (20, 4, 0))
+    assert plan.splits[1].weights == (1.0,) and plan.splits[1].left_out == (str(tmp_path / "small"),)
+    assert plan.splits[0].weights == (0.1, 0.9) and not plan.splits[0].left_out
+    train, valid, _ = build_datasets(settings, (20, 4, 0))
+    assert len(train.datasets) == 2 and max(map(max, tokens_of(valid, 4))) < 2000
+    assert "  without 1 dataset whose share is less than a sample: " in describe_split("valid", plan.splits[1])[1]
+    with pytest.raises(ValueError, match="small: its train split .* too small for one sample"):
+        check_data(dataclasses.replace(settings, split="10,90,0"), 10_000, (20, 4, 0))
+
+
 def test_batches_say_which_dataset_each_row_is_from(tmp_path):
     """Also of one dataset twice; a single dataset has no sources. A wrong id is blamed on the dataset it is from."""
     for name, base in (("a", 0), ("b", 2000)):
