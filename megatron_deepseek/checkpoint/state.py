@@ -33,11 +33,17 @@ def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -
         for name, parameter in stage.named_parameters():
             assert parameter in updated, f"{name} is not the shard that the optimizer updates"
             of_parameter = optimizer.state[parameter]
+            of_parameter.setdefault("step", torch.zeros((), device=parameter.device))
             for moment in MOMENTS:
                 if moment not in of_parameter:
                     of_parameter[moment] = torch.zeros_like(parameter, requires_grad=False)
                 state.setdefault(f"optimizer.{moment}.{name}", of_parameter[moment])
     return state
+
+
+def state_to_save(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Weights and biases of this rank, and the optimizer's moments unless None."""
+    return model_state(stages) | (optimizer_state(stages, optimizer) if optimizer is not None else {})
 
 
 @torch.no_grad()
