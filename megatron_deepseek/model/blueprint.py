@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.capacity import Capacity
+from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.side_stream import Beside
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
@@ -21,8 +22,8 @@ class Blueprint:
     """What every layer of a model is built from.
 
     `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules; `beside` runs the shared experts beside dispatch;
-    `turns` lets two paired chunks compute while the other's tokens travel.
+    `recomputed` holds names of RecomputeSettings.modules; `numerics` are the products of attention, MLP and experts;
+    `beside` runs the shared experts beside dispatch; `turns` lets two paired chunks compute while the other's tokens travel.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class Blueprint:
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
     forced_balance: bool = False
+    numerics: Numerics = Numerics()
     capacity: Capacity | None = None
     beside: Callable[[], Beside] = Beside
     turns: Turns = field(default_factory=Turns)

@@ -25,12 +25,13 @@ class DecoderLayer(nn.Module):
         self.is_moe = config.is_moe_layer(index)
         self.normed = recompute if "layernorm" in blueprint.recomputed else compose
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed,
+                             blueprint.numerics)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
             self.mlp = MoE(blueprint)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, blueprint.numerics.linear)
 
     def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int,
                 routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:

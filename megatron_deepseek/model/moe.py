@@ -13,9 +13,7 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.router import Router
-from megatron_deepseek.ops.grouped_gemm import grouped_gemm
-from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.ops.swiglu import swiglu
+from megatron_deepseek.ops.products import Linear, Numerics, Product
 from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.nodes import Traffic
@@ -48,16 +46,18 @@ class RouterStats:
 class MLP(nn.Module):
     """SwiGLU feed-forward block; column- then row-parallel over TP."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel):
+    def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel, product: Product = Linear()):
         super().__init__()
         self.tp = tp
-        self.gate_proj = column_linear(hidden_size, intermediate_size, tp)
-        self.up_proj = column_linear(hidden_size, intermediate_size, tp)
-        self.down_proj = row_linear(intermediate_size, hidden_size, tp)
+        self.gate_proj = column_linear(hidden_size, intermediate_size, tp, product)
+        self.up_proj = column_linear(hidden_size, intermediate_size, tp, product)
+        self.down_proj = row_linear(intermediate_size, hidden_size, tp, product=product)
 
     def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        x_BSH = self.tp.enter(x_BSH)
-        return self.tp.leave(self.down_proj(swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))))
+        return self.tp.leave(self.gate_proj.product.shared(self.tp.enter(x_BSH), self._from_input))
+
+    def _from_input(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        return self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
 
 
 class Experts(nn.Module):
@@ -66,14 +66,13 @@ class Experts(nn.Module):
     E is sharded over EP. Over ETP the first is column-parallel, gate and up rows each, and the second row-parallel.
     """
 
-    def __init__(self, config: ModelConfig, etp: ExpertTensorParallel, recompute_activation: bool):
+    def __init__(self, config: ModelConfig, etp: ExpertTensorParallel, numerics: Numerics):
         super().__init__()
         num, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.etp = etp
         self.gate_up_proj = sharded_parameter((num, 2 * width, hidden), etp.mesh, *COLUMN_PARALLEL)
         self.down_proj = sharded_parameter((num, hidden, width), etp.mesh, *ROW_PARALLEL)
-        self.grouped_product = grouped_gemm
-        self.activate = recompute if recompute_activation else compose
+        self.up_product, self.down_product = numerics.experts_up, numerics.experts_down
 
     def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, Traffic]:
         return self.etp(rows_RH, counts, self._mlp)
@@ -81,9 +80,8 @@ class Experts(nn.Module):
     def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up = local_weight(self.gate_up_proj, *COLUMN_PARALLEL)
         down = local_weight(self.down_proj, *ROW_PARALLEL)
-        hidden_R2I = self.grouped_product(rows_RH, gate_up, counts)
-        return self.activate(lambda h: swiglu(*h.chunk(2, -1)), (hidden_R2I,),
-                             lambda a: self.grouped_product(a, down, counts))
+        gate_RI, up_RI = self.up_product(rows_RH, gate_up, counts).chunk(2, -1)
+        return self.down_product.after_swiglu(gate_RI, up_RI, down, counts)
 
 
 class MoE(nn.Module):
@@ -91,14 +89,15 @@ class MoE(nn.Module):
 
     def __init__(self, blueprint: Blueprint):
         super().__init__()
-        config, tp = blueprint.config, blueprint.tp
+        config, tp, numerics = blueprint.config, blueprint.tp, blueprint.numerics
         self.config, self.tp, self.cp, self.sharers = config, tp, blueprint.cp, blueprint.sharers
         self.dispatcher, self.balance = blueprint.dispatcher, blueprint.balance
         self.capacity, self.beside = blueprint.capacity, blueprint.beside
         self.gate = Router(config, tp, blueprint.forced_balance)
-        self.experts = Experts(config, blueprint.etp, "moe_act" in blueprint.recomputed)
+        self.experts = Experts(config, blueprint.etp, numerics)
         if config.n_shared_experts:
-            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp)
+            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp,
+                                      numerics.linear)
 
     def forward(self, x_BSH: torch.Tensor, global_sequences: int, routed_BS: torch.Tensor | None = None
                 ) -> tuple[torch.Tensor, RouterStats]:
@@ -117,7 +116,8 @@ class MoE(nn.Module):
         if routed_BS is not None:
             chosen_TK = chosen_TK.where(routed_BS.reshape(-1, 1), NOBODY)
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
-        y_TH, traffic = self.dispatcher(x_TH, kept_TK, routing.weights_TK, self.experts)
+        rows_TH = self.experts.up_product.rows(x_TH)
+        y_TH, traffic = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:
             loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sharers, routed_BS)

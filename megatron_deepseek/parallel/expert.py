@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from megatron_deepseek.ops.block_scaled import map_rows
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
@@ -27,10 +28,15 @@ from megatron_deepseek.parallel.turns import Turns
 
 NOBODY = -1  # in place of an expert
 Experts = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, Traffic]]
+Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Dispatcher(Protocol):
-    """`mesh` is that of the expert ranks, over which the experts' weights are sharded."""
+    """`mesh` is that of the expert ranks, over which the experts' weights are sharded.
+
+    `to_experts` makes what travels of the gradients of the experts' results. What tokens travel as is what they come
+    as: block-scaled ones (ops/block_scaled.py) as FP8.
+    """
 
     mesh: DeviceMesh
 
@@ -44,28 +50,40 @@ class Dispatcher(Protocol):
         """
 
 
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, sent, received, group, turns):
-        ctx.sent, ctx.received, ctx.group, ctx.turns = sent, received, group, turns
+    def forward(ctx, x, sent, received, group, turns, encode):
+        ctx.sent, ctx.received, ctx.group, ctx.turns, ctx.encode = sent, received, group, turns, encode
         return _all_to_all(x, sent, received, group, turns)
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group, ctx.turns), None, None, None, None
+        grad = _all_to_all(ctx.encode(grad), ctx.received, ctx.sent, ctx.group, ctx.turns)
+        return grad, None, None, None, None, None
 
 
 def _all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns
                 ) -> torch.Tensor:
-    out = x.new_empty(sum(received), *x.shape[1:])
-    turns.wait(dist.all_to_all_single(out, x.contiguous(), received, sent, group=group, async_op=True))
-    return out
+    """Of every part of x, if it is block-scaled."""
+    def exchange(part):
+        out = part.new_empty(sum(received), *part.shape[1:])
+        turns.wait(dist.all_to_all_single(out, part.contiguous(), received, sent, group=group, async_op=True))
+        return out
+
+    return map_rows(x, exchange)
 
 
-def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns
-                  ) -> torch.Tensor:
-    """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it."""
-    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group, turns)
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns,
+                  encode: Encode = unchanged) -> torch.Tensor:
+    """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it.
+
+    `encode` makes of the gradient what travels back.
+    """
+    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group, turns, encode)
 
 
 def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -78,8 +96,8 @@ def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return incoming_E.view(group.size(), -1)
 
 
-def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap, turns: Turns
-                ) -> tuple[torch.Tensor, Traffic]:
+def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap, turns: Turns,
+                to_experts: Encode = unchanged) -> tuple[torch.Tensor, Traffic]:
     """Rows sorted by expert of the group, `counts` of each, to their experts' ranks and back in the same order."""
     group = nodes.group
     counts_E = torch.tensor(counts, device=rows_RH.device)
@@ -88,10 +106,10 @@ def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, node
     rows_QH = exchange_rows(rows_RH, sent, received, group, turns)
     order_Q = _group_by_expert(incoming_re)
     inverse_Q = invert(order_Q)
-    rows_QH, traffic = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
-    rows_QH = permute(rows_QH, inverse_Q, order_Q)
-    traffic += nodes.dispatched(sent, rows_RH) + nodes.traffic(bytes_of(received, rows_RH))
-    return exchange_rows(rows_QH, received, sent, group, turns), traffic
+    results_QH, traffic = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    results_QH = permute(results_QH, inverse_Q, order_Q)
+    traffic += nodes.dispatched(sent, rows_QH) + nodes.traffic(bytes_of(received, results_QH))
+    return exchange_rows(results_QH, received, sent, group, turns, to_experts), traffic
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +120,7 @@ class AllToAllDispatcher:
     num_experts: int
     ranks_per_node: int
     turns: Turns
+    to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
@@ -111,7 +130,7 @@ class AllToAllDispatcher:
             rows_RH, traffic = experts(rows_RH, copies.counts)
         else:
             nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
-            rows_RH, traffic = run_experts(rows_RH, copies.counts, experts, nodes, self.turns)
+            rows_RH, traffic = run_experts(rows_RH, copies.counts, experts, nodes, self.turns, self.to_experts)
         return sum_copies(rows_RH, weights_TK, copies), traffic
 
 

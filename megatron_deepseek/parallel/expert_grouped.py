@@ -17,7 +17,15 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import NOBODY, Experts, exchange_counts, exchange_rows, run_experts
+from megatron_deepseek.parallel.expert import (
+    NOBODY,
+    Encode,
+    Experts,
+    exchange_counts,
+    exchange_rows,
+    run_experts,
+    unchanged,
+)
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, TwoLevels, bytes_of
 from megatron_deepseek.parallel.turns import Turns
 
@@ -31,6 +39,7 @@ class GroupedDispatcher:
     ranks_per_node: int
     turns: Turns
     levels: TwoLevels
+    to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
@@ -61,5 +70,6 @@ class GroupedDispatcher:
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
         nodes = NodeMap(self.levels.within.get_group(), self.ranks_per_node)
-        rows, traffic = run_experts(copy_rows(x_QH, copies), copies.counts, experts, nodes, self.turns)
+        rows, traffic = run_experts(copy_rows(x_QH, copies), copies.counts, experts, nodes, self.turns,
+                                    self.to_experts)
         return sum_copies(rows, weights_QK, copies), traffic
