@@ -17,8 +17,8 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
-                                        LossSettings, OptimizerSettings, PipelineSettings, RecomputeSettings,
-                                        RunSettings)
+                                        LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
+                                        RecomputeSettings, RunSettings)
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0
@@ -37,6 +37,7 @@ class Settings:
     loss: LossSettings
     recompute: RecomputeSettings
     communication: CommunicationSettings
+    offload: OffloadSettings
     data: DataSettings
     run: RunSettings
 
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = N
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
-        data=_data(request), run=_run(request, iterations))
+        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:

@@ -72,7 +72,7 @@ def optimizer_of(moments: str) -> OptimizerSettings:
 def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
     return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(case.moments), loss=case.loss, recompute=case.recomputation,
-                communication=case.communication, reshard_after_forward=case.reshard)
+                communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard)
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
