@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 
+from megatron_deepseek.ops.block_scaled import parts_of
+
 Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 
@@ -45,6 +47,12 @@ def _hooks_around() -> tuple[Callable, Callable]:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda tensor: tensor, lambda tensor: tensor)
 
 
+def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The ordinary tensors of a producer's outputs."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(part for output in outputs for part in parts_of(output))
+
+
 class Notes:
     """Notes in the place of tensors that `make` makes again: at the first reading, kept until the last."""
 
@@ -71,8 +79,7 @@ class Notes:
 
 def _made_by(producer: Producer, inputs: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
-        outputs = producer(*inputs())
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+        return _parts(producer(*inputs()))
 
 
 def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
@@ -83,9 +90,8 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
     if not torch.is_grad_enabled():
         return compose(producer, inputs, consumer)
     outputs = producer(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     again = Notes(partial(_made_by, producer, keep(inputs)))
-    index_of_storage = {out.untyped_storage().data_ptr(): i for i, out in enumerate(outputs)}
+    index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
     pack_other, unpack_other = _hooks_around()
 
     def pack(tensor):
@@ -97,4 +103,4 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
         return unpack_other(what) if notes is None else notes.read(what)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return consumer(*outputs)
+        return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
