@@ -17,15 +17,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megatron_deepseek.ops.recompute import Notes
 
 
+_INDICES = (torch.bool, torch.int32, torch.int64)  # small; bytes are codes of narrow floating-point numbers
+
+
 class saved_on_host(torch.autograd.graph.saved_tensors_hooks):
-    """Inside, floating-point tensors that are saved for the backward are copied to the host, unless `stays` is true."""
+    """Inside, tensors that are saved for the backward are copied to the host, but for indices and what `stays`."""
 
     def __init__(self, stays: Callable[[torch.Tensor], bool]):
         # A storage's address may be used again once it is free, unless somebody holds a weak reference to it.
         travelled: dict[tuple, tuple[StorageWeakRef, Notes]] = {}
 
         def pack(tensor: torch.Tensor):
-            if not tensor.is_floating_point() or stays(tensor):
+            if tensor.dtype in _INDICES or stays(tensor):
                 return tensor
             storage = StorageWeakRef(tensor.untyped_storage())
             key = storage.cdata, tensor._version, tensor.dtype

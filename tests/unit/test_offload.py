@@ -102,8 +102,8 @@ def test_what_stays_and_integers_do_not_travel(travelled):
     assert [host.numel() for host in travelled] == [12]
 
 
-def model_with(meshes, recompute: RecomputeSettings, offload: OffloadSettings):
-    model = whole_model(CONFIG, meshes, SEQ_LENGTH, torch.float32, recompute=recompute, offload=offload)
+def model_with(meshes, recompute: RecomputeSettings, offload: OffloadSettings, precision: Precision = Precision()):
+    model = whole_model(CONFIG, meshes, SEQ_LENGTH, recompute=recompute, offload=offload, precision=precision)
     enliven(model)
     return model
 
@@ -136,6 +136,20 @@ def test_same_bits_and_nothing_stays_behind(meshes, travelled, name):
     assert all(torch.equal(gradients[name], kept[name]) for name in kept)
     recomputed, _ = kept_on_device(model_with(meshes, RECOMPUTED["full"], OffloadSettings()), [])
     assert travelled and after < before and after < 1.2 * recomputed, (before, after, recomputed)
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_same_bits_in_fp8(meshes, travelled, name):
+    """What products keep are codes and scales."""
+    outcomes, precision = [], Precision(torch.float32, torch.bfloat16, fp8=True)
+    for offload in (OffloadSettings(), ALL):
+        model = model_with(meshes, RECOMPUTED[name], offload, precision)
+        loss = forward(model, *random_batch(CONFIG, 2, SEQ_LENGTH)).loss
+        loss.backward()
+        outcomes.append((loss.detach(), gradients_of(model)))
+    (kept_loss, kept), (loss, gradients) = outcomes
+    assert travelled and torch.equal(kept_loss, loss)
+    assert all(torch.equal(gradients[name], kept[name]) for name in kept)
 
 
 def test_the_first_layers_of_a_stage(meshes, travelled):
