@@ -32,9 +32,8 @@ LAYOUTS = (
 )
 V3_LAYOUTS = {
     "PP16 x EP64": Layout(dp=128, pp=16, ep=64),
-    "PP16 x TP8 x EP64": Layout(dp=16, pp=16, tp=8, ep=64, sequence_parallel=True),
+    "PP16 x CP8 x TP8 x EP64": Layout(dp=2, pp=16, cp=8, tp=8, ep=64, sequence_parallel=True),
     "TP8 x EP64": Layout(dp=256, tp=8, ep=64, sequence_parallel=True),
-    "PP16 x CP8 x EP64": Layout(dp=16, pp=16, cp=8, ep=64),
 }
 LONG = 131072  # tokens of a sequence that CP8 is for
 
@@ -201,8 +200,7 @@ def pairs_of_part(part) -> int:
 
 
 @pytest.mark.parametrize("layout, line", [
-    (V3_LAYOUTS["PP16 x CP8 x EP64"], 5), (Layout(dp=16, pp=2, cp=8, tp=8, ep=64, sequence_parallel=True), 15)],
-    ids=["PP16 x CP8", "TP8 x CP8"])
+    (Layout(dp=16, pp=16, cp=8, ep=64), 5), (V3_LAYOUTS["PP16 x CP8 x TP8 x EP64"], 1)], ids=["CP8", "CP8 x TP8"])
 def test_128k_tokens_over_8_context_ranks(ranks, layout, line):
     """Each token and each causal pair once, as many pairs for each rank, and one ring through the whole group."""
     (found,) = ranks.run(1, context_ranks, layout, line)
