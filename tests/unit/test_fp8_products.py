@@ -239,12 +239,14 @@ def test_what_is_fp8_in_a_model(meshes):
 SELECTIVE = RecomputeSettings("selective", ("layernorm", "mla_up_proj"))
 
 
+@pytest.mark.parametrize("q_lora_rank", [128, None])
 @pytest.mark.parametrize("recomputation", [RecomputeSettings("full"), SELECTIVE], ids=["full", "selective"])
-def test_recomputed_bits_are_the_same(meshes, recomputation):
-    outcomes = []
+def test_recomputed_bits_are_the_same(meshes, recomputation, q_lora_rank):
+    outcomes, config = [], replace(MODEL, q_lora_rank=q_lora_rank)
     for settings in (RecomputeSettings(), recomputation):
-        model, batch = model_and_batch(meshes, replace(FP8, master=torch.float32), recompute=settings)
-        forward(model, *batch).loss.backward()
+        model = whole_model(config, meshes, 128, precision=replace(FP8, master=torch.float32), recompute=settings)
+        enliven(model)
+        forward(model, *random_batch(config, 1, 128)).loss.backward()
         outcomes.append(gradients_of(model))
     kept, recomputed = outcomes
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
