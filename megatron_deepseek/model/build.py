@@ -70,8 +70,8 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  communication: CommunicationSettings = CommunicationSettings(),
                  offload: OffloadSettings = OffloadSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    blueprint = make_blueprint(config, meshes, loss, recompute, communication,
-                               make_numerics(precision.fp8, recompute, meshes.layout.tp))
+    numerics = make_numerics(precision.fp8, recompute, meshes.layout.tp)
+    blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
     run_of = partial(choose_run, recompute, offload)
     with torch.device("meta"), default_dtype(precision.master):
         return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of)

@@ -75,7 +75,9 @@ class Fp8Product(Product):
         return dequantize_e5m6(*kept, size) if self.cache_e5m6 else fp8.dequantize_1x128(*kept)
 
     def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """Now, or None now and later what `gradient` gives."""
+        """Now, or None now and later what `gradient` gives; None for a frozen weight."""
+        if not weight.requires_grad:
+            return None
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 
