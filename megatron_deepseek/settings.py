@@ -106,10 +106,14 @@ class PipelineSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test."""
+    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test.
+
+    `split_data_paths` instead gives each of train, valid and test a path of its own, or None.
+    """
 
     data_path: tuple[str, ...]
     seq_length: int
+    split_data_paths: tuple[tuple[str, ...] | None, ...] | None = None
     split: str = "969,30,1"
     data_cache_path: str | None = None
     tokenizer_type: str = "HuggingFaceTokenizer"
@@ -121,7 +125,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The loop: how long, how often it evaluates, saves and reports."""
+    """The loop: how long, how often it evaluates, saves and reports; the numbers that it computes in.
+
+    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py).
+    """
 
     train_iters: int
     save: Path | None = None
@@ -149,4 +156,5 @@ class RunSettings:
     distributed_timeout_minutes: float = 10.0
     seed: int = 1234
     bf16: bool = False
+    fp8_format: str | None = None
     sharding: str = "optim_grads"
