@@ -4,7 +4,6 @@ A part is whole once `{number}.json` is there, which holds the checksums of the 
 a million characters, whatever the documents' size.
 """
 
-import collections
 import json
 import os
 import zlib
@@ -41,8 +40,8 @@ class Summary:
     documents: int = 0
     tokens: int = 0
     chars: int = 0
-    skipped: dict[str, int] = field(default_factory=collections.Counter)
-    notes: dict[str, int] = field(default_factory=collections.Counter)
+    skipped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     errors: list[tuple[int, int, str, str]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     checksums: dict[str, int] = field(default_factory=dict)

@@ -71,7 +71,8 @@ class SegmentReader:
                     self.blank_lines += 1
                     continue
                 if segment.damage is not None and isinstance(content, bytes) and not content.endswith(b"\n"):
-                    break  # the line in which a damaged stream breaks off
+                    self.lines -= 1  # the line in which a damaged stream breaks off is part of the damage
+                    break
                 yield self._record(content)
 
     def _contents(self, file) -> Iterator[bytes | mmap.mmap]:

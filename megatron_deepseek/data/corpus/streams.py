@@ -1,16 +1,17 @@
 """Decompressed bytes of a file as a buffered stream, in bounded memory, with damage told from its end.
 
-gzip's reader is the standard library's. The one for zstd and xz is here: python-zstandard's takes a cut-off file for a
-whole one, and the standard library's for xz believes whatever dictionary size the header claims.
+The readers of the libraries are not used: python-zstandard's takes a cut-off file for a whole one, the standard
+library's for gzip keeps back what it has already decompressed when it comes upon damage, and its for xz believes
+whatever dictionary size the header claims.
 """
 
-import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 BUFFER_BYTES = 1 << 18
-FED_AT_ONCE = 1 << 11  # 2 KB of the densest zstd blocks are 64 MB
 MOST_MEMORY = 1 << 27  # for the dictionary of xz and the window of zstd: all that `xz -9` and `zstd -19` use
 
 
@@ -18,47 +19,28 @@ class DamagedStream(ValueError):
     """The bytes end, or stop making sense, before the end that the format has."""
 
 
+@dataclass(frozen=True)
+class _Format:
+    """`new` makes a decompressor with `eof` and `unused_data`; what `fed_at_once` bytes may swell to is at most 70 MB."""
+
+    name: str
+    new: Callable
+    fed_at_once: int
+
+
 def open_stream(path: str, compression: str | None) -> io.BufferedIOBase:
     """ValueError in one line where a package is missing; DamagedStream when reading comes upon damage."""
-    file = open(path, "rb", buffering=BUFFER_BYTES)
     if compression is None:
-        return file
-    if compression == "gzip":
-        return io.BufferedReader(_Gzip(file), BUFFER_BYTES)
-    return io.BufferedReader(_Frames(file, _FRAMES[compression]()), BUFFER_BYTES)
-
-
-class _Gzip(io.RawIOBase):
-    def __init__(self, file):
-        self._file = file
-        self._inner = gzip.GzipFile(fileobj=file)
-        self._empty = not file.peek(1)
-
-    def readable(self):
-        return True
-
-    def fileno(self):
-        return self._file.fileno()
-
-    def readinto(self, buffer) -> int:
-        if self._empty:
-            raise DamagedStream("the gzip file is empty, without even a header")
-        try:
-            return self._inner.readinto(buffer)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DamagedStream(f"damaged gzip: {error}") from error
-
-    def close(self):
-        self._file.close()
-        super().close()
+        return open(path, "rb", buffering=BUFFER_BYTES)
+    return io.BufferedReader(_Frames(open(path, "rb", buffering=BUFFER_BYTES), _FORMATS[compression]()), BUFFER_BYTES)
 
 
 class _Frames(io.RawIOBase):
-    """Frame after frame (zstd) or stream after stream (xz), each by a decompressor of its own with `eof`."""
+    """Frame after frame (gzip's members, xz's streams), each by a decompressor of its own."""
 
-    def __init__(self, file, new_decompressor):
-        self._file, self._new = file, new_decompressor
-        self._decompressor = new_decompressor()
+    def __init__(self, file, form: _Format):
+        self._file, self._format = file, form
+        self._decompressor = form.new()
         self._began = False
         self._rest, self._ready = b"", memoryview(b"")
 
@@ -70,11 +52,12 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._ready:
-            fed = self._rest or self._file.read(FED_AT_ONCE)
+            fed = self._rest or self._file.read(self._format.fed_at_once)
             self._rest = b""
             if not fed:
-                if self._began and not self._decompressor.eof or not self._file.tell():
-                    raise DamagedStream("the compressed file breaks off")
+                if not self._decompressor.eof:
+                    raise DamagedStream(f"the {self._format.name} file breaks off" if self._began else
+                                        f"the {self._format.name} file is empty, without even a header")
                 return 0
             self._feed(fed)
         count = min(len(buffer), len(self._ready))
@@ -83,18 +66,16 @@ class _Frames(io.RawIOBase):
         return count
 
     def _feed(self, fed: bytes):
+        if self._decompressor.eof:
+            fed = fed.lstrip(b"\0")  # padding after the end is allowed
+            if not fed:
+                return
+            self._decompressor = self._format.new()
+        self._began = True
         try:
-            if self._decompressor.eof:
-                fed = fed.lstrip(b"\0")  # xz may pad its end
-                if not fed:
-                    return
-                self._decompressor = self._new()
-            self._began = True
             self._ready = memoryview(self._decompressor.decompress(fed))
-        except DamagedStream:
-            raise
         except Exception as error:  # each library has its own class
-            raise DamagedStream(f"damaged {type(error).__name__.removesuffix('Error').lower()}: {error}") from error
+            raise DamagedStream(f"damaged {self._format.name}: {error}") from error
         if self._decompressor.eof:
             self._rest = self._decompressor.unused_data
 
@@ -103,16 +84,20 @@ class _Frames(io.RawIOBase):
         super().close()
 
 
-def _new_xz():
-    return lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=MOST_MEMORY)
+def _gzip() -> _Format:
+    return _Format("gzip", lambda: zlib.decompressobj(wbits=31), 1 << 15)
 
 
-def _new_zstd():
+def _xz() -> _Format:
+    return _Format("xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=MOST_MEMORY), 1 << 13)
+
+
+def _zstd() -> _Format:
     try:
         import zstandard
     except ImportError as error:
         raise ValueError("reading .zst needs the package zstandard: pip install 'megatron-deepseek[data]'") from error
-    return lambda: zstandard.ZstdDecompressor(max_window_size=MOST_MEMORY).decompressobj()
+    return _Format("zstd", lambda: zstandard.ZstdDecompressor(max_window_size=MOST_MEMORY).decompressobj(), 1 << 11)
 
 
-_FRAMES = {"xz": _new_xz, "zstd": _new_zstd}
+_FORMATS = {"gzip": _gzip, "xz": _xz, "zstd": _zstd}
