@@ -10,13 +10,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv 1711.05101). Norm weights and other vectors take no weight decay, as in Megatron."""
+    """AdamW (arXiv 1711.05101). Norm weights and other vectors take no weight decay, as in Megatron.
+
+    `exp_avg_dtype`, `exp_avg_sq_dtype`: fp32 (the master weights' dtype) or bf16, in which moments are kept between
+    steps; the update is computed in the master weights' dtype.
+    """
 
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    exp_avg_dtype: str = "fp32"
+    exp_avg_sq_dtype: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,21 @@ class RunSettings:
     save: Path | None = None
     load: Path | None = None
     save_interval: int | None = None
+    save_every_seconds: float | None = None
+    async_save: bool = False
+    keep_last: int | None = None
+    no_save_optim: bool = False
     save_hf: Path | None = None
     eval_interval: int | None = None
     eval_iters: int = 0
     log_interval: int = 1
     exit_interval: int | None = None
+    exit_duration_in_mins: float | None = None
+    ckpt_step: int | None = None
     finetune: bool = False
     no_load_optim: bool = False
+    nan_policy: str = "stop"
+    max_skipped_steps: int = 10
     tensorboard_dir: Path | None = None
     profile: bool = False
     profile_step_start: int = 10

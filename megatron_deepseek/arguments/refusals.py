@@ -6,9 +6,9 @@ An entry may rely on those above it. Messages are format strings over a Request 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_deepseek.arguments.parser import NOT_YET
+from megatron_deepseek.arguments.parser import NOT_YET, RECOMPUTE_MODULES
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import MARKER, is_huggingface, last_iteration
+from megatron_deepseek.checkpoint.marker import begins_anew
 from megatron_deepseek.parallel import layout_string, schedule_rules
 
 TP = "--tensor-model-parallel-size {r.tp}"
@@ -19,17 +19,41 @@ EP = "--expert-model-parallel-size {r.ep}"
 
 @dataclass(frozen=True)
 class Refusal:
-    """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses."""
+    """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses.
+
+    `excludes`: pairs of features (features.py) that it refuses whatever the sizes.
+    """
 
     name: str
     when: Callable[[Request], bool]
     message: str
+    excludes: tuple[tuple[str, str], ...] = ()
+
+
+def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
+    return tuple(("no experts", feature) for feature in features)
 
 
 def _not_yet(option: str) -> Refusal:
     dest = option[2:].replace("-", "_")
     return Refusal(option, lambda r: getattr(r.args, dest) not in (None, False, "fp32"),
                    f"{option} {{r.args.{dest}}} is not yet supported")
+
+
+def _moment_type(option: str) -> Refusal:
+    dest = option[2:].replace("-", "_")
+    return Refusal(f"type of {option}", lambda r: getattr(r.args, dest) in ("fp16", "fp8"),
+                   f"{option} {{r.args.{dest}}} is not supported, only fp32 and bf16: moments of fewer than bfloat16's "
+                   "exponent bits vanish unless each tensor is scaled")
+
+
+def _moment_decay(option: str, beta: str) -> Refusal:
+    """bfloat16 has 8 significant bits: a factor above 1 - 2**-8 rounds some moments back to what they were."""
+    dest, beta_dest = option[2:].replace("-", "_"), beta[2:].replace("-", "_")
+    return Refusal(f"{option} and {beta}",
+                   lambda r: getattr(r.args, dest) == "bf16" and getattr(r.args, beta_dest) > 1 - 2**-8,
+                   f"{option} {{r.args.{dest}}} conflicts with {beta} {{r.args.{beta_dest}}}: a bfloat16 moment times "
+                   "a factor above 0.996 rounds back to itself and would never decay")
 
 
 def _layout_error(r: Request) -> bool:
@@ -42,10 +66,16 @@ def _layout_error(r: Request) -> bool:
 def _no_checkpoint(r: Request) -> bool:
     """--load and --save in one directory, still empty, are the first start of a run that continues by itself."""
     load, save = r.args.load, r.args.save
-    if load is None or last_iteration(load) is not None or is_huggingface(load):
+    if load is None or r.load_problem is None:
         return False
     same = save is not None and load.resolve() == save.resolve()
-    return not same or r.args.finetune or (load / MARKER).exists()
+    return not same or r.args.finetune or r.args.ckpt_step is not None or not begins_anew(load)
+
+
+def _without_save(option: str, value: str = "") -> Refusal:
+    dest = option[2:].replace("-", "_")
+    return Refusal(dest.replace("_", " "), lambda r: r.args.save is None and getattr(r.args, dest) not in (None, False),
+                   f"{option}{value} needs --save")
 
 
 _UNBUILT = (
@@ -68,7 +98,8 @@ _LAYOUT = (
     Refusal("cp and sequence", lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
             f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
     Refusal("ep without experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
-            f"{EP} conflicts with --num-experts 0: there are no experts to spread"),
+            f"{EP} conflicts with --num-experts 0: there are no experts to spread",
+            _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped")),
     Refusal("ep and ranks", lambda r: r.stage_ranks % r.ep != 0,
             f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
     Refusal("ep and experts", lambda r: r.model.n_routed_experts % r.ep != 0,
@@ -128,6 +159,13 @@ _PIPELINE = (
 )
 
 _EXPERTS = (
+    Refusal("forced balance without experts",
+            lambda r: r.args.moe_router_force_load_balancing and not r.model.n_routed_experts,
+            "--moe-router-force-load-balancing conflicts with --num-experts 0", _without_experts("forced balance")),
+    Refusal("shared experts without experts",
+            lambda r: bool(r.args.moe_shared_expert_intermediate_size) and not r.model.n_routed_experts,
+            "--moe-shared-expert-intermediate-size {r.args.moe_shared_expert_intermediate_size} conflicts with "
+            "--num-experts 0", _without_experts("shared experts")),
     Refusal("bias without method",
             lambda r: bool(r.args.moe_router_bias_update_rate) and r.model.topk_method != "noaux_tc",
             "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --moe-router-enable-expert-bias; "
@@ -147,11 +185,22 @@ _EXPERTS = (
             "--moe-router-num-groups is 1"),
 )
 
+_OPTIMIZER = (
+    _moment_type("--exp-avg-dtype"),
+    _moment_type("--exp-avg-sq-dtype"),
+    _moment_decay("--exp-avg-dtype", "--adam-beta1"),
+    _moment_decay("--exp-avg-sq-dtype", "--adam-beta2"),
+)
+
 _RUN = (
+    Refusal("recompute experts",
+            lambda r: "moe_act" in (r.args.recompute_modules or ()) and not r.model.n_routed_experts,
+            "--recompute-modules moe_act conflicts with --num-experts 0", _without_experts("recompute moe_act")),
     Refusal("recompute modules",
             lambda r: r.args.recompute_modules is not None and r.args.recompute_granularity != "selective",
             "--recompute-modules {r.args.recompute_modules} needs --recompute-granularity selective, not "
-            "{r.args.recompute_granularity}"),
+            "{r.args.recompute_granularity}",
+            tuple(("recompute layers", f"recompute {module}") for module in RECOMPUTE_MODULES)),
     Refusal("recompute method",
             lambda r: (r.args.recompute_method or r.args.recompute_num_layers) is not None
             and r.args.recompute_granularity != "full",
@@ -166,22 +215,29 @@ _RUN = (
     Refusal("positions of documents", lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
             "--reset-position-ids needs --reset-attention-mask: without it tokens attend across documents, where "
             "positions that begin anew have no meaning"),
-    Refusal("save interval", lambda r: r.args.save_interval is not None and r.args.save is None,
-            "--save-interval {r.args.save_interval} needs --save"),
+    _without_save("--save-interval", " {r.args.save_interval}"),
+    _without_save("--save-every-seconds", " {r.args.save_every_seconds}"),
+    _without_save("--keep-last", " {r.args.keep_last}"),
+    _without_save("--async-save"),
+    _without_save("--no-save-optim"),
     Refusal("export of what", lambda r: r.args.save_hf is not None and r.args.save is None,
             "--save-hf {r.args.save_hf} needs --save: it is made from the last checkpoint"),
     Refusal("export exists", lambda r: r.args.save_hf is not None and r.args.save_hf.exists(),
             "--save-hf {r.args.save_hf} exists already"),
-    Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load} holds no finished checkpoint"),
+    Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load}: {r.load_problem}"),
+    Refusal("step of what", lambda r: r.args.ckpt_step is not None and r.args.load is None,
+            "--ckpt-step {r.args.ckpt_step} needs --load"),
     Refusal("finetune what", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
     Refusal("no optimizer of what", lambda r: r.args.no_load_optim and r.args.load is None,
             "--no-load-optim needs --load"),
+    Refusal("skips", lambda r: r.args.max_skipped_steps is not None and r.args.nan_policy != "skip",
+            "--max-skipped-steps {r.args.max_skipped_steps} needs --nan-policy skip, not {r.args.nan_policy}"),
     Refusal("profile", lambda r: r.args.profile and r.args.profile_step_start >= r.args.profile_step_end,
             "--profile-step-start {r.args.profile_step_start} is not below --profile-step-end "
             "{r.args.profile_step_end}"),
 )
 
-REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _RUN
+REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _OPTIMIZER + _RUN
 
 
 def refuse(request: Request) -> None:

@@ -12,7 +12,6 @@ from megatron_deepseek.arguments.architecture import build_model
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import is_huggingface, last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
@@ -150,7 +149,8 @@ def _loss(request: Request) -> LossSettings:
 
 def _recompute(request: Request) -> RecomputeSettings:
     granularity, modules = request.args.recompute_granularity, request.args.recompute_modules
-    default = RECOMPUTE_MODULES if granularity == "selective" else ()
+    has = [module for module in RECOMPUTE_MODULES if request.model.n_routed_experts or module != "moe_act"]
+    default = tuple(has) if granularity == "selective" else ()
     return RecomputeSettings(granularity, tuple(modules) if modules else default)
 
 
@@ -160,9 +160,9 @@ def _data(request: Request) -> DataSettings:
 
 def _run(request: Request, iterations: int) -> RunSettings:
     args = request.args
-    there = args.load is not None and (last_iteration(args.load) is not None or is_huggingface(args.load))
-    load = args.load if there else None
+    load = args.load if args.load is not None and request.load_problem is None else None
     eval_iters = args.eval_iters or 0
     return _fill(RunSettings, args, train_iters=iterations, load=load, eval_iters=eval_iters,
                  eval_interval=(args.eval_interval or 1000) if eval_iters else None,
+                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                  sharding=args.data_parallel_sharding_strategy)

@@ -67,16 +67,22 @@ class IndexFile:
             return np.empty(0, section.dtype)
         return np.memmap(self.path, section.dtype, "r", section.offset, section.count)
 
-    def read(self, section: Section) -> Iterator[np.ndarray]:
-        """The section in chunks of ENTRIES_PER_CHUNK entries."""
+    def read(self, section: Section, first: int = 0, end: int | None = None) -> Iterator[np.ndarray]:
+        """Entries [first, end) of the section, by default all, in chunks of ENTRIES_PER_CHUNK."""
+        end = section.count if end is None else end
+        assert 0 <= first <= end <= section.count, (first, end, section)
         with open(self.path, "rb") as file:
-            file.seek(section.offset)
-            for first in range(0, section.count, ENTRIES_PER_CHUNK):
-                wanted = min(ENTRIES_PER_CHUNK, section.count - first)
+            file.seek(section.offset + first * section.dtype.itemsize)
+            for begin in range(first, end, ENTRIES_PER_CHUNK):
+                wanted = min(ENTRIES_PER_CHUNK, end - begin)
                 chunk = np.fromfile(file, section.dtype, wanted)
                 if len(chunk) < wanted:
                     raise ValueError(f"{self.path} was cut while it was read")
                 yield chunk
+
+    def at(self, section: Section, place: int) -> int:
+        """One entry."""
+        return int(next(self.read(section, place, place + 1))[0])
 
 
 def open_index(prefix: str, argument: str) -> IndexFile:
@@ -127,22 +133,23 @@ def _hint(prefix: str) -> str:
     return ""
 
 
-def index_damage(index: IndexFile, scanned=lambda entries: None) -> Iterator[str]:
+def index_damage(index: IndexFile, scanned=lambda num_bytes: None) -> Iterator[str]:
     """Everything wrong with the sections, each by file and position; nothing of a sound dataset.
 
     Sound is what Megatron-LM writes: sequences end to end that fill the .bin, documents in order from the first
-    sequence to the end. `scanned` is told of every chunk how many entries it had.
+    sequence to the end. `scanned` is told of the bytes of every chunk of the .idx.
     """
     yield from _sequence_damage(index, os.path.getsize(index.prefix + ".bin"), scanned)
     yield from _document_damage(index, scanned)
-    for first, modes in _numbered(index, index.modes, scanned):
+    for first, modes in _numbered(index.read(index.modes)):
         for place in np.flatnonzero(modes < 0):
             yield f"{index.path}: sequence {first + place} has the mode {modes[place]}"
+        scanned(modes.nbytes)
 
 
 def _sequence_damage(index: IndexFile, bin_size: int, scanned) -> Iterator[str]:
     end, itemsize = 0, index.token_dtype.itemsize
-    for (first, lengths), pointers in zip(_numbered(index, index.lengths, scanned), index.read(index.pointers)):
+    for (first, lengths), pointers in zip(_numbered(index.read(index.lengths)), index.read(index.pointers)):
         for place in np.flatnonzero(lengths < 0):
             yield f"{index.path}: sequence {first + place} has the length {lengths[place]}"
         sizes = lengths.astype(np.int64) * itemsize
@@ -150,19 +157,20 @@ def _sequence_damage(index: IndexFile, bin_size: int, scanned) -> Iterator[str]:
         for place in np.flatnonzero(outside):
             yield (f"{index.path}: sequence {first + place} is at bytes {pointers[place]} to "
                    f"{int(pointers[place]) + int(sizes[place])}, outside the {bin_size} bytes of {index.prefix}.bin")
-        before = np.concatenate(([end], pointers[:-1] + sizes[:-1]))
+        ends = pointers + sizes  # wraps round silently, where they are outside
+        before = np.concatenate(([end], ends[:-1]))
         for place in np.flatnonzero((pointers != before) & ~outside):
             yield (f"{index.path}: sequence {first + place} begins at byte {pointers[place]}, and the one before it "
                    f"ends at {before[place]}")
-        end = int(pointers[-1]) + int(sizes[-1])
-        end = end if abs(end) < 1 << 62 else 0  # reported already; what comes next must fit an int64
+        end = int(ends[-1])
+        scanned(lengths.nbytes + pointers.nbytes)
     if end != bin_size:
         yield f"{index.prefix}.bin holds {bin_size} bytes, but its last sequence in {index.path} ends at {end}"
 
 
 def _document_damage(index: IndexFile, scanned) -> Iterator[str]:
     before = 0
-    for first, entries in _numbered(index, index.documents, scanned):
+    for first, entries in _numbered(index.read(index.documents)):
         if first == 0 and entries[0] != 0:
             yield f"{index.path}: the first document begins at sequence {entries[0]}, not at 0"
         previous = np.concatenate(([before], entries[:-1]))
@@ -170,14 +178,14 @@ def _document_damage(index: IndexFile, scanned) -> Iterator[str]:
             yield (f"{index.path}: entry {first + place} of the document index is {entries[place]}, which is not "
                    f"between the one before, {previous[place]}, and the {index.num_sequences} sequences")
         before = entries[-1]
+        scanned(entries.nbytes)
     if before != index.num_sequences:
         yield f"{index.path}: the last document ends at sequence {before}, but there are {index.num_sequences}"
 
 
-def _numbered(index: IndexFile, section: Section, scanned) -> Iterator[tuple[int, np.ndarray]]:
-    """Chunks of a section, each with the number of its first entry."""
+def _numbered(chunks: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each with the number of its first entry."""
     first = 0
-    for chunk in index.read(section):
+    for chunk in chunks:
         yield first, chunk
         first += len(chunk)
-        scanned(len(chunk))

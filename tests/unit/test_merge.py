@@ -91,7 +91,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path, three):
     for prefixes, output, message in (
             ([], "out", "no datasets are given"),
             ([three[0], wide], "out", "wide has ids of int32, but .*/a of uint16"),
-            (three, "b", "/b is to be merged and is the output too"),
+            (three, "b", "/b is an input and an output too"),
             ([three[0], str(tmp_path / "d")], "out", "d.idx does not exist")):
         with pytest.raises(ValueError, match=message):
             merge_datasets(prefixes, str(tmp_path / output))
@@ -103,7 +103,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path, three):
 
 
 def test_a_source_cut_while_it_is_copied(tmp_path, three, monkeypatch):
-    monkeypatch.setattr(merge, "_pieces", lambda sources: [merge._Piece(sources[0], 0, 0, 1000)])
+    monkeypatch.setattr(merge, "_pieces", lambda slices: [merge._Piece(slices[0].index.prefix + ".bin", 0, 0, 1000)])
     with pytest.raises(ValueError, match="a.bin was cut while it was copied: it ends at byte 102"):
         merge_datasets(three, str(tmp_path / "out"))
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
