@@ -226,10 +226,13 @@ def test_the_report(tmp_path):
     write_lines(tmp_path / "in.jsonl", [{"text": " ".join(["7"] * length)} for length in lengths])
     report = run(settings_of(tmp_path, append_eod=False, part_bytes=20, min_chars=0, max_chars=700))
     written = json.loads((tmp_path / "out_report.json").read_text())
-    assert written["documents"] == 6 and written["tokens"] == 311 and written["chars"] == sum(max(0, 2 * n - 1) for n in lengths)
-    assert written["keys"]["text"] == {"documents": 6, "tokens": 311, "bytes": 622, "longest": [4, 300],
-                                       "histogram": [1, 1, 2, 1, 0, 0, 0, 0, 0, 1]}
-    assert any("256-511 tokens          1 " in line for line in report.lines())
+    assert (written["documents"], written["tokens"]) == (6, 311)
+    assert written["chars"] == sum(max(0, 2 * length - 1) for length in lengths)
+    dataset, = written["datasets"]["text"]
+    assert (dataset["shortest"], dataset["longest"], dataset["bin_bytes"]) == (0, 300, 622)
+    assert [(each["shortest"], each["documents"]) for each in dataset["histogram"] if each["documents"]] == [
+        (0, 1), (1, 1), (2, 2), (4, 1), (256, 1)]
+    assert "311 tokens in" in report.lines()[0] and "tokens in a document: 0 to 300" in report.lines()[-1]
     report = run(settings_of(tmp_path, append_eod=False, min_chars=2, max_chars=10))
     assert report.documents == 3
     assert report.skipped == {"shorter than --min-chars 2": 2, "longer than --max-chars 10": 1}

@@ -9,12 +9,13 @@ from megatron_deepseek.data.corpus.run import preprocess
 from megatron_deepseek.data.corpus.settings import (
     BACKENDS, INPUT_FORMATS, TEXT_UNITS, Content, Execution, PreprocessSettings, Selection)
 
+DATASET_COMMANDS = ("inspect", "verify", "merge", "split", "head")
 RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 EXAMPLE = """example:
   python tools/preprocess_data.py --input corpus/ --output-prefix data/mine --tokenizer-model tokenizer.json \\
       --append-eod --workers 8
 writes data/mine_text_document.bin and .idx, for --data-path data/mine_text_document, and data/mine_report.json.
-Killed, the same command continues where it was."""
+Killed, the same command continues where it was. `preprocess_data.py inspect|verify|merge|split|head` look into datasets."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,6 +127,10 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> int:
+    """`preprocess_data.py inspect ...` is `indexed_dataset.py inspect ...`, and so are its other commands."""
+    if arguments and arguments[0] in DATASET_COMMANDS:
+        from megatron_deepseek.data import dataset_command
+        return dataset_command.main(arguments)
     try:
         settings = settings_from(build_parser().parse_args(arguments))
         report = preprocess(settings)

@@ -11,16 +11,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from megatron_deepseek.data.corpus.assembly import assemble
+from megatron_deepseek.data.corpus.assembly import Assembled, assemble
 from megatron_deepseek.data.corpus.encoders import Encoder, choose_encoder
 from megatron_deepseek.data.corpus.inputs import STANDARD_INPUT, Source, find_sources
 from megatron_deepseek.data.corpus.ledger import Ledger, describe
 from megatron_deepseek.data.corpus.part import PartMaker, Summary, write_json
 from megatron_deepseek.data.corpus.plan import Part, Segment, default_part_bytes, plan_parts
 from megatron_deepseek.data.corpus.progress import Progress
-from megatron_deepseek.data.corpus.report import Report, describe_errors, measure
+from megatron_deepseek.data.corpus.report import Report, describe_errors, measure_all
 from megatron_deepseek.data.corpus.sample import sample_texts
 from megatron_deepseek.data.corpus.sentences import sentence_splitter
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
@@ -206,7 +206,7 @@ def _finish(settings: PreprocessSettings, made: Made, maker: PartMaker, ledger: 
             raise ValueError(_nothing_there(settings, made.parts, summaries))
         assembled = assemble(settings, summaries, maker.dtype, lambda: None)
         report = _report(settings, made, summaries, maker, assembled, start)
-        write_json(f"{settings.output_prefix}_report.json", report.as_json())
+        write_json(f"{settings.output_prefix}_report.json", asdict(report))
         ledger.remove()
         return report
 
@@ -226,17 +226,17 @@ def _total(counts) -> dict[str, int]:
     return total
 
 
-def _report(settings: PreprocessSettings, made: Made, summaries: list[Summary], maker: PartMaker, assembled,
+def _report(settings: PreprocessSettings, made: Made, summaries: list[Summary], maker: PartMaker, assembled: Assembled,
             start: float) -> Report:
-    keys = {key: measure(prefixes) for key, prefixes in assembled.prefixes.items()}
+    datasets = measure_all(assembled.prefixes)
     skipped = _total(summary.skipped for summary in summaries)
     for reason, count in (("duplicate of an earlier document", assembled.duplicates),
                           (f"beyond --max-documents {settings.selection.max_documents}", assembled.beyond_limit)):
         skipped |= {reason: count} if count else {}
     return Report(
-        prefixes=assembled.prefixes, keys=keys, documents=next(iter(keys.values())).documents,
-        tokens=sum(lengths.tokens for lengths in keys.values()), input_bytes=sum(part.size for part in made.parts),
-        chars=sum(summary.chars for summary in summaries), skipped=skipped,
-        notes=_total(summary.notes for summary in summaries), errors=describe_errors(made.parts, summaries),
-        tokenizer_backend=maker.encoder.backend, parts=len(made.parts), parts_reused=made.reused,
-        seconds=time.perf_counter() - start)
+        datasets=datasets, documents=sum(each.documents for each in next(iter(datasets.values()))),
+        tokens=sum(each.tokens for own in datasets.values() for each in own),
+        input_bytes=sum(part.size for part in made.parts), chars=sum(summary.chars for summary in summaries),
+        skipped=skipped, notes=_total(summary.notes for summary in summaries),
+        errors=describe_errors(made.parts, summaries), tokenizer_backend=maker.encoder.backend, parts=len(made.parts),
+        parts_reused=made.reused, seconds=time.perf_counter() - start)
