@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from corpora import contents, documents_of, run, settings_of, write_lines
-from megatron_deepseek.data.corpus import cutting, encoders, long_text, part
+from megatron_deepseek.data.corpus import cutting, encoders, long_text, part, records, texts
 from megatron_deepseek.data.corpus.fim import Rearrangement, draw_rearrangement
 from megatron_deepseek.data.corpus.long_text import BadDocument
 from megatron_deepseek.data.corpus.settings import Content
@@ -63,10 +63,10 @@ def expected_ids(tokenizer_json, texts):
 
 @pytest.mark.skipif(importlib.util.find_spec("gigatoken") is None, reason="gigatoken is not installed")
 def test_gigatoken_is_taken_where_its_ids_agree(tmp_path, tokenizer_json):
-    texts = corpus(tmp_path)
+    documents = corpus(tmp_path)
     report = run(settings_with(tmp_path, tokenizer_json))
     assert report.tokenizer_backend == "gigatoken"
-    assert documents_of(tmp_path / "out_text_document") == expected_ids(tokenizer_json, texts)
+    assert documents_of(tmp_path / "out_text_document") == expected_ids(tokenizer_json, documents)
 
 
 class WrongEncoder(encoders.GigatokenEncoder):
@@ -83,11 +83,11 @@ def test_tokenizers_is_taken_where_they_differ(tmp_path, tokenizer_json, monkeyp
     from megatron_deepseek.data.corpus.run import preprocess
     monkeypatch.setattr(encoders, "GigatokenEncoder", WrongEncoder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    texts, said = corpus(tmp_path), []
+    documents, said = corpus(tmp_path), []
     report = preprocess(settings_with(tmp_path, tokenizer_json), said.append)
     assert report.tokenizer_backend == "tokenizers" and len(said) == 1
     assert "--tokenizer-backend auto: tokenizers, which is slower, because gigatoken's ids differ" in said[0]
-    assert documents_of(tmp_path / "out_text_document") == expected_ids(tokenizer_json, texts)
+    assert documents_of(tmp_path / "out_text_document") == expected_ids(tokenizer_json, documents)
 
 
 def test_without_gigatoken(tmp_path, tokenizer_json, monkeypatch):
@@ -115,31 +115,30 @@ def small_pieces(monkeypatch):
     """Everything that is done for texts of megabytes is done for those of a few hundred characters."""
     for module, name, value in ((cutting, "PIECE_CHARS", 500), (cutting, "CONTEXT_CHARS", 60),
                                 (cutting, "MOST_UNCUT_CHARS", 2000), (part, "PIECE_CHARS", 500),
+                                (texts, "PIECE_CHARS", 500), (records, "LONG_LINE_BYTES", 600),
                                 (long_text, "LONG_LINE_BYTES", 600), (long_text, "LONG_STRING_BYTES", 100),
                                 (long_text, "PIECE_BYTES", 97)):
         monkeypatch.setattr(module, name, value)
-    from megatron_deepseek.data.corpus import records
-    monkeypatch.setattr(records, "LONG_LINE_BYTES", 600)
     monkeypatch.setattr(cutting.slices, "__defaults__", (500,))
 
 
 @pytest.mark.parametrize("backend", ["auto", "tokenizers"])
 @pytest.mark.parametrize("ascii_json", [True, False])
 def test_long_documents_have_the_ids_of_whole_ones(tmp_path, tokenizer_json, small_pieces, backend, ascii_json):
-    texts = corpus(tmp_path, (3, 2000, 50, 0, 700, 5000), ascii_json)
+    documents = corpus(tmp_path, (3, 2000, 50, 0, 700, 5000), ascii_json)
     run(settings_with(tmp_path, tokenizer_json, tokenizer_backend=backend))
-    assert documents_of(tmp_path / "out_text_document") == expected_ids(tokenizer_json, texts)
+    assert documents_of(tmp_path / "out_text_document") == expected_ids(tokenizer_json, documents)
 
 
 def test_long_documents_pass_the_same_filters(tmp_path, tokenizer_json, small_pieces):
-    texts = corpus(tmp_path, (2000, 300, 5000, 2000))
+    documents = corpus(tmp_path, (2000, 300, 5000, 2000))
     lines = (tmp_path / "in.jsonl").read_text().splitlines()
     (tmp_path / "in.jsonl").write_text("\n".join([*lines, lines[0], lines[2][:-3], json.dumps({"text": "Ω" * 3000})]))
     report = run(settings_with(tmp_path, tokenizer_json, dedup="exact", append_bos=True, append_eod=True,
-                               max_chars=len(texts[2]) - 1))
+                               max_chars=len(documents[2]) - 1))
     found = documents_of(tmp_path / "out_text_document")
-    assert found == [[0, *ids, 1] for ids in expected_ids(tokenizer_json, [texts[0], texts[1], texts[3]])]
-    assert report.skipped == {f"longer than --max-chars {len(texts[2]) - 1}": 1, "duplicate of an earlier document": 1,
+    assert found == [[0, *ids, 1] for ids in expected_ids(tokenizer_json, [documents[0], documents[1], documents[3]])]
+    assert report.skipped == {f"longer than --max-chars {len(documents[2]) - 1}": 1, "duplicate of an earlier document": 1,
                               "malformed JSON": 1, "cannot be cut": 1}
 
 
@@ -175,14 +174,14 @@ def test_fim_rates():
 
 @pytest.mark.parametrize("spm_rate", [0.0, 1.0])
 def test_fim_documents_give_their_text_back(tmp_path, tokenizer_json, spm_rate):
-    texts = corpus(tmp_path, (40,) * 60)
+    documents = corpus(tmp_path, (40,) * 60)
     asked = {"fim_rate": 0.5, "fim_spm_rate": spm_rate, "append_eod": True}
     run(settings_with(tmp_path, tokenizer_json, **asked))
     run(settings_with(tmp_path, tokenizer_json, output_prefix=str(tmp_path / "w"), part_bytes=700, workers=2, **asked))
     assert contents(tmp_path) == contents(tmp_path, "w_text_document")
     tokenizer = HuggingFaceTokenizer(tokenizer_json)
     changed = 0
-    for text, ids in zip(texts, documents_of(tmp_path / "out_text_document"), strict=True):
+    for text, ids in zip(documents, documents_of(tmp_path / "out_text_document"), strict=True):
         assert ids[-1] == tokenizer.eod
         restored, rearranged = restore(tokenizer, ids[:-1], spm_rate == 1)
         changed += rearranged

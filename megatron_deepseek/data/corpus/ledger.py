@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_deepseek.data.corpus.files import checksum_of
 from megatron_deepseek.data.corpus.inputs import Source
-from megatron_deepseek.data.corpus.part import PartMaker, Summary, checksum_of
+from megatron_deepseek.data.corpus.part import PartMaker, Summary
 from megatron_deepseek.data.corpus.plan import Part
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.tokenizer import find_tokenizer_json

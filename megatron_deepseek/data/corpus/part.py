@@ -4,28 +4,28 @@ A part is whole once `{number}.json` is there, which holds the checksums of the 
 a million characters, whatever the documents' size.
 """
 
-import json
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 
 import numpy as np
 
-from megatron_deepseek.data.corpus.cutting import PIECE_CHARS, encode_pieces, slices
-from megatron_deepseek.data.corpus.encoders import Encoder, check_ids
-from megatron_deepseek.data.corpus.fim import Rearrangement, draw_rearrangement
-from megatron_deepseek.data.corpus.long_text import BadDocument, LongText
+from megatron_deepseek.data.corpus.cutting import PIECE_CHARS
+from megatron_deepseek.data.corpus.documents import DocumentEncoder
+from megatron_deepseek.data.corpus.files import checksum_of, write_json
+from megatron_deepseek.data.corpus.long_text import BadDocument
 from megatron_deepseek.data.corpus.plan import Part, Segment
-from megatron_deepseek.data.corpus.records import Fault, Record, SegmentReader
+from megatron_deepseek.data.corpus.records import Fault, Record, SegmentReader, where
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
+from megatron_deepseek.data.corpus.texts import chars_held, hash_of, pieces, strings
 from megatron_deepseek.data.indexed import IndexedWriter, written_whole
+from megatron_deepseek.data.tokenizer import IdOutsideVocabulary
 
 DOCUMENTS_PER_BATCH = 1024
 CHARS_PER_BATCH = 1 << 19
-MOST_TOKENS = np.iinfo(np.int32).max
 RECORDS = np.dtype([("source", "<u4"), ("place", "<u8"), ("hash", "<u8", 2)])
+
+Progress = Callable[[int, int, int], None]
 
 
 class TooManyErrors(ValueError):
@@ -34,7 +34,9 @@ class TooManyErrors(ValueError):
 
 @dataclass
 class Summary:
-    """What became of a part. `errors` are (segment, line in it, reason, detail); `checksums` CRC-32 by file ending."""
+    """What became of a part. `errors` are (segment, line in it, reason, detail); `lines` those of each segment;
+    `checksums` the CRC-32 of its files by their endings.
+    """
 
     part: int
     documents: int = 0
@@ -54,28 +56,25 @@ def id_dtype(vocab_size: int) -> type:
 
 
 class PartMaker:
-    """Makes parts of one run, in whichever process; `split` turns a text into sentences, or is None."""
+    """Makes parts of one run, in whichever process."""
 
-    def __init__(self, settings: PreprocessSettings, encoder: Encoder, split: Callable[[str], list[str]] | None):
-        self.settings, self.encoder, self.split = settings, encoder, split
+    def __init__(self, settings: PreprocessSettings, encoder: DocumentEncoder):
+        self.settings, self.encoder = settings, encoder
         self.dtype = id_dtype(encoder.special.vocab_size)
 
-    def make(self, part: Part, progress: Callable[[int, int, int], None]) -> Summary:
+    def make(self, part: Part, progress: Progress) -> Summary:
         """Write the part, and tell `progress` of stored bytes, documents and tokens. TooManyErrors; OSError."""
         summary = Summary(part.number, input_checksum=part.checksum)
         base = os.path.join(self.settings.parts_directory, part.name)
-        with written_whole(self._prefixes(base), self.dtype) as writers:
+        with written_whole([f"{base}_{key}" for key in self.settings.content.json_keys], self.dtype) as writers:
             work = _PartInMaking(self, writers, summary, progress)
             for number, segment in enumerate(part.segments):
                 work.add_segment(number, segment)
             if self.settings.selection.needs_records:
-                np.concatenate(work.records or [np.empty(0, RECORDS)]).tofile(base + ".records")
+                np.concatenate([np.empty(0, RECORDS), *work.records]).tofile(base + ".records")
         summary.checksums = {ending: checksum_of(base + ending) for ending in self.endings()}
         write_json(base + ".json", asdict(summary))
         return summary
-
-    def _prefixes(self, base: str) -> list[str]:
-        return [f"{base}_{key}" for key in self.settings.content.json_keys]
 
     def endings(self) -> list[str]:
         """Of the files that make up a part."""
@@ -87,17 +86,17 @@ class PartMaker:
 class _PartInMaking:
     """The documents gathered for the next batch, and where they go."""
 
-    def __init__(self, maker: PartMaker, writers: list[IndexedWriter], summary: Summary, progress):
-        self.maker, self.writers, self.summary, self.progress = maker, writers, summary, progress
-        self.content, self.special = maker.settings.content, maker.encoder.special
+    def __init__(self, maker: PartMaker, writers: list[IndexedWriter], summary: Summary, progress: Progress):
+        self.settings, self.encoder = maker.settings, maker.encoder
+        self.writers, self.summary, self.progress = writers, summary, progress
         self.records: list[np.ndarray] = []
         self.batch: list[Record] = []
         self.batch_chars = self.reported = 0
 
     def add_segment(self, number: int, segment: Segment):
-        content, settings = self.content, self.maker.settings
         self.number, self.segment, self.reported = number, segment, 0
-        reader = SegmentReader(segment, content.json_keys, content.text_unit, settings.parts_directory)
+        content = self.settings.content
+        reader = SegmentReader(segment, content.json_keys, content.text_unit, self.settings.parts_directory)
         for record in reader:
             if isinstance(record, Fault):
                 self._flush()
@@ -106,46 +105,45 @@ class _PartInMaking:
                 self._add(record)
         self._flush()
         self.summary.lines.append(reader.lines)
-        if reader.blank_lines:
-            self._note("blank lines, not counted as documents", reader.blank_lines)
-        self._report(segment.size, 0, 0)
+        self._note("blank lines, not counted as documents", reader.blank_lines)
+        self._report(segment.size)
 
     def _add(self, record: Record):
-        chars = sum(map(_chars_held, record.texts))
+        chars = sum(map(chars_held, record.texts))
         if chars > PIECE_CHARS:
             self._flush()
             self._add_long(record)
-            return
-        why = self._why_unwanted(chars)
-        if why is not None:
-            self.summary.skipped[why] = self.summary.skipped.get(why, 0) + 1
-            return
-        self.batch.append(record)
-        self.batch_chars += chars
-        if len(self.batch) == DOCUMENTS_PER_BATCH or self.batch_chars >= CHARS_PER_BATCH:
-            self._flush()
+        elif not self._is_unwanted(chars):
+            self.batch.append(record)
+            self.batch_chars += chars
+            if len(self.batch) == DOCUMENTS_PER_BATCH or self.batch_chars >= CHARS_PER_BATCH:
+                self._flush()
 
-    def _why_unwanted(self, chars: int) -> str | None:
-        if chars < self.content.min_chars:
-            return f"shorter than --min-chars {self.content.min_chars}"
-        if self.content.max_chars is not None and chars > self.content.max_chars:
-            return f"longer than --max-chars {self.content.max_chars}"
-        return None
+    def _is_unwanted(self, chars: int) -> bool:
+        """Whether the length is out of bounds, which is counted."""
+        content, skipped = self.settings.content, self.summary.skipped
+        if chars < content.min_chars:
+            why = f"shorter than --min-chars {content.min_chars}"
+        elif content.max_chars is not None and chars > content.max_chars:
+            why = f"longer than --max-chars {content.max_chars}"
+        else:
+            return False
+        skipped[why] = skipped.get(why, 0) + 1
+        return True
 
     def _flush(self):
         records, chars = self.batch, self.batch_chars
-        if not records:
-            return
-        self.batch, self.batch_chars = [], 0
-        self._write(records)
-        self.summary.chars += chars
-        self._report(self._stored_bytes(records[-1].place), 0, 0)
+        if records:
+            self.batch, self.batch_chars = [], 0
+            self._write(records)
+            self._report(self._stored_bytes(records[-1].place))
 
     def _write(self, records: list[Record]):
         """All at once; where that fails, one by one, to name those at fault."""
+        places, source = [record.place for record in records], self.segment.source.index
         try:
-            encoded = [self._encode_key([record.texts[key] for record in records], records)
-                       for key in range(len(self.writers))]
+            encoded = [self.encoder.encode(list(texts), source, places)
+                       for texts in zip(*(record.texts for record in records), strict=True)]
         except ValueError as error:
             if len(records) > 1:
                 for record in records:
@@ -155,79 +153,18 @@ class _PartInMaking:
             return
         for writer, (ids, lengths) in zip(self.writers, encoded, strict=True):
             writer.add(ids, lengths)
-        self._count(records, sum(len(ids) for ids, _ in encoded))
-
-    def _encode_key(self, values: list, records: list[Record]) -> tuple[np.ndarray, list[list[int]]]:
-        """The ids of all sequences end to end, and each document's sequence lengths: none in an empty document."""
-        arrangements = [self._arrangement(value, record) for value, record in zip(values, records, strict=True)]
-        texts = [self._sequences_of(value, arrangement) for value, arrangement in zip(values, arrangements)]
-        encoded = self.maker.encoder.encode_batch([text for document in texts for text in document])
-        arrays, lengths, place = [], [], 0
-        for document, arrangement in zip(texts, arrangements):
-            sequences = encoded[place:place + len(document)]
-            place += len(document)
-            if arrangement is not None:
-                sequences = [arrangement.join(sequences, self.special.fim)]
-            own = self._with_ends([sequence for sequence in sequences if len(sequence)])
-            arrays.extend(own)
-            lengths.append([len(sequence) for sequence in own])
-        ids = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-        check_ids(ids, self.special.vocab_size)
-        return ids, lengths
-
-    def _arrangement(self, value, record: Record) -> Rearrangement | None:
-        content = self.content
-        if not content.fim_rate or not isinstance(value, str) or not value:
-            return None
-        return draw_rearrangement(content.seed, content.fim_rate, content.fim_spm_rate, self.segment.source.index,
-                                  record.place)
-
-    def _sequences_of(self, value, arrangement: Rearrangement | None) -> list[str]:
-        if arrangement is not None:
-            return arrangement.cut(value)
-        if isinstance(value, list):
-            return value
-        return [value] if self.maker.split is None else self.maker.split(value)
-
-    def _with_ends(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
-        """BOS before the first and EOD after the last, in a document that has any."""
-        if sequences and self.content.append_bos:
-            sequences[0] = np.concatenate([[self.special.bos], sequences[0]])
-        if sequences and self.content.append_eod:
-            sequences[-1] = np.concatenate([sequences[-1], [self.special.eod]])
-        return sequences
-
-    def _count(self, records: list[Record], tokens: int):
-        summary = self.summary
-        summary.documents += len(records)
-        summary.tokens += tokens
-        for record in records:
-            empty = not any(map(_chars_held, record.texts))
-            if empty:
-                self._note("empty, kept as documents without tokens")
-            if any("\0" in text for value in record.texts for text in _strings(value)):
-                self._note("with NUL characters, kept")
-        if self.maker.settings.selection.needs_records:
-            rows = np.empty(len(records), RECORDS)
-            rows["source"], rows["place"] = self.segment.source.index, [record.place for record in records]
-            if self.maker.settings.selection.dedup is not None:
-                rows["hash"] = [hash_of(record.texts) for record in records]
-            self.records.append(rows)
-        self.progress(0, len(records), tokens)
-
-    def _note(self, what: str, count: int = 1):
-        self.summary.notes[what] = self.summary.notes.get(what, 0) + count
+        self._count(records, sum(len(ids) for ids, _ in encoded),
+                    sum(chars_held(text) for record in records for text in record.texts))
 
     def _add_long(self, record: Record):
         """A document whose ids are written as they come, and taken back where it turns out to be unfit."""
         marks = [writer.num_tokens for writer in self.writers]
         try:
-            chars = sum(len(piece) for value in record.texts for piece in _pieces(value))
-            why = self._why_unwanted(chars)
-            if why is not None:
-                self.summary.skipped[why] = self.summary.skipped.get(why, 0) + 1
+            chars = sum(len(piece) for text in record.texts for piece in pieces(text))
+            if self._is_unwanted(chars):
                 return
-            lengths = [self._write_long(writer, value) for writer, value in zip(self.writers, record.texts)]
+            lengths = [self.encoder.encode_long(text, writer.extend)
+                       for writer, text in zip(self.writers, record.texts, strict=True)]
         except ValueError as error:
             for writer, mark in zip(self.writers, marks):
                 writer.rewind(mark)
@@ -235,40 +172,36 @@ class _PartInMaking:
             return
         for writer, own in zip(self.writers, lengths):
             writer.end_documents([own])
-        if self.content.fim_rate:
-            self._note(f"longer than {PIECE_CHARS} characters, left as they are by --fim-rate")
+        self._note(f"longer than {PIECE_CHARS} characters, left as they are by --fim-rate",
+                   int(self.settings.content.fim_rate > 0))
+        self._count([record], sum(map(sum, lengths)), chars)
+
+    def _count(self, records: list[Record], tokens: int, chars: int):
+        self.summary.documents += len(records)
+        self.summary.tokens += tokens
         self.summary.chars += chars
-        self._count([record], sum(map(sum, lengths)))
+        self._note("empty, kept as documents without tokens",
+                   sum(not any(map(chars_held, record.texts)) for record in records))
+        self._note("with NUL characters, kept", sum(
+            any("\0" in string for text in record.texts for string in strings(text)) for record in records))
+        if self.settings.selection.needs_records:
+            self.records.append(self._records_of(records))
+        self.progress(0, len(records), tokens)
 
-    def _write_long(self, writer: IndexedWriter, value) -> list[int]:
-        """The lengths of the sequences written."""
-        lengths, begun = [], not self.content.append_bos
-        for sequence in self._long_sequences(value):
-            length = 0
-            for ids in encode_pieces(self.maker.encoder, sequence):
-                check_ids(ids, self.special.vocab_size)
-                if len(ids) and not begun:
-                    ids, begun = np.concatenate([[self.special.bos], ids]), True
-                writer.extend(ids)
-                length += len(ids)
-            lengths += [length] if length else []
-            if length >= MOST_TOKENS:
-                raise BadDocument("too large", f"a sequence of {length} tokens, which no index can hold")
-        if lengths and self.content.append_eod:
-            writer.extend(np.array([self.special.eod]))
-            lengths[-1] += 1
-        return lengths
+    def _records_of(self, records: list[Record]) -> np.ndarray:
+        """What the selection wants to know of each document."""
+        rows = np.zeros(len(records), RECORDS)
+        rows["source"], rows["place"] = self.segment.source.index, [record.place for record in records]
+        if self.settings.selection.dedup is not None:
+            rows["hash"] = [hash_of(record.texts) for record in records]
+        return rows
 
-    def _long_sequences(self, value):
-        """Each sequence of the document as an iterable of pieces."""
-        if isinstance(value, list):
-            return (slices(text) for text in value)
-        if self.maker.split is None:
-            return (_pieces(value),)
-        return ([sentence] for piece in _rejoined(_pieces(value)) for sentence in self.maker.split(piece))
+    def _note(self, what: str, count: int):
+        if count:
+            self.summary.notes[what] = self.summary.notes.get(what, 0) + count
 
     def _count_error(self, fault: Fault):
-        summary, execution = self.summary, self.maker.settings.execution
+        summary, execution = self.summary, self.settings.execution
         summary.skipped[fault.reason] = summary.skipped.get(fault.reason, 0) + 1
         summary.errors.append((self.number, fault.line, fault.reason, fault.detail))
         if execution.on_error == "fail":
@@ -284,96 +217,13 @@ class _PartInMaking:
             return 0
         return segment.size * (place - segment.start) // max(1, segment.end - segment.start)
 
-    def _report(self, stored: int, documents: int, tokens: int):
+    def _report(self, stored: int):
         stored = max(self.reported, min(stored, self.segment.size))
-        self.progress(stored - self.reported, documents, tokens)
+        self.progress(stored - self.reported, 0, 0)
         self.reported = stored
 
 
 def _fault_of(record: Record, error: ValueError) -> Fault:
-    reason = error.reason if isinstance(error, BadDocument) else _words_of(type(error).__name__)
+    reason = (error.reason if isinstance(error, BadDocument) else
+              "id outside the vocabulary" if isinstance(error, IdOutsideVocabulary) else "cannot be tokenised")
     return Fault(record.place, record.line, reason, str(error))
-
-
-def _words_of(name: str) -> str:
-    return {"IdOutsideVocabulary": "id outside the vocabulary"}.get(name, "cannot be tokenised")
-
-
-def _chars_held(value) -> int:
-    """The characters of a value; of a long text more than any batch takes."""
-    if isinstance(value, LongText):
-        return PIECE_CHARS + 1
-    return len(value) if isinstance(value, str) else sum(map(len, value))
-
-
-def _strings(value) -> list[str]:
-    return [value] if isinstance(value, str) else value if isinstance(value, list) else []
-
-
-def _pieces(value):
-    """A value as strings of bounded size, whichever form it has."""
-    if isinstance(value, LongText):
-        return value.pieces()
-    return (piece for text in _strings(value) for piece in slices(text))
-
-
-def _rejoined(pieces, size: int = 1_000_000):
-    """The same text in pieces of `size` characters, where Megatron-LM cuts long texts before it splits sentences."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        while len(held) >= size:
-            yield held[:size]
-            held = held[size:]
-    yield held
-
-
-def hash_of(texts: tuple) -> tuple[int, int]:
-    """128 bits of the document's texts, with the borders between them."""
-    digest = blake2b(digest_size=16)
-    for value in texts:
-        for text in value if isinstance(value, list) else [value]:
-            size = 0
-            for piece in _pieces(text):
-                content = piece.encode()
-                digest.update(content)
-                size += len(content)
-            digest.update(size.to_bytes(8, "little") + b"\xff")
-        digest.update(b"\xfe")
-    value = int.from_bytes(digest.digest(), "little")
-    return value >> 64, value & (1 << 64) - 1
-
-
-def where(segment: Segment, line: int, lines_before: int | None = None) -> str:
-    """The file and the line (counting from 1) or row of a record; lines that nobody counted are counted now."""
-    if segment.source.format == "parquet":
-        return f"{segment.source.path} row {line}" + ("" if segment.start == 0 else
-                                                      f" after row group {segment.start - 1}")
-    before = segment.lines_before if lines_before is None else lines_before
-    if before is None:
-        before = count_lines(segment.source.path, segment.start)
-    return f"{segment.source.path} line {before + line}"
-
-
-def count_lines(path: str, end: int) -> int:
-    """Line ends before byte `end`."""
-    count = 0
-    with open(path, "rb") as file:
-        while end > 0:
-            block = file.read(min(end, 1 << 20))
-            count, end = count + block.count(b"\n"), end - len(block) if block else 0
-    return count
-
-
-def checksum_of(path: str) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def write_json(path: str, value):
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-    os.replace(path + ".tmp", path)

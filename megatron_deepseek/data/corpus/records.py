@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megatron_deepseek.data.corpus.files import count_lines
 from megatron_deepseek.data.corpus.inputs import Source
 from megatron_deepseek.data.corpus.long_text import (
     LONG_LINE_BYTES, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
@@ -219,11 +220,20 @@ def _check_surrogates(text: str, key: str):
                           f"key {key!r} holds half a surrogate pair, which UTF-8 cannot encode: {error}") from error
 
 
+def where(segment: Segment, line: int, lines_before: int | None = None) -> str:
+    """The file and the line (from 1) or row of a record. Lines before the segment that nobody counted are counted now."""
+    path = segment.source.path
+    if segment.source.format == "parquet":
+        return f"{path} row {line}" + (f" from row group {segment.start}" if segment.start else "")
+    before = segment.lines_before if lines_before is None else lines_before
+    return f"{path} line {line + (count_lines(path, segment.start) if before is None else before)}"
+
+
 def texts_of_source(source: Source, key: str) -> Iterator[str]:
     """Every text of one input, long ones in pieces; ValueError, by file and line, for what cannot be used."""
     directory = os.path.dirname(os.path.abspath(source.path))
     for record in SegmentReader(Segment(source), (key,), "file", directory):
         if isinstance(record, Fault):
-            raise ValueError(f"{source.path} line {record.line}: {record.detail}")
+            raise ValueError(f"{where(Segment(source), record.line)}: {record.detail}")
         value, = record.texts
         yield from value.pieces() if isinstance(value, LongText) else [value] if isinstance(value, str) else value

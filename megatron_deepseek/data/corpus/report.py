@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from megatron_deepseek.data.corpus.part import Summary, where
+from megatron_deepseek.data.corpus.part import Summary
 from megatron_deepseek.data.corpus.plan import Part
+from megatron_deepseek.data.corpus.records import where
 from megatron_deepseek.data.index_file import open_index
 from megatron_deepseek.data.inspection import Statistics, measure
 

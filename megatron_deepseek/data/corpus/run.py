@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from megatron_deepseek.data.corpus.assembly import Assembled, assemble
+from megatron_deepseek.data.corpus.documents import DocumentEncoder
 from megatron_deepseek.data.corpus.encoders import Encoder, choose_encoder
+from megatron_deepseek.data.corpus.files import write_json
 from megatron_deepseek.data.corpus.inputs import STANDARD_INPUT, Source, find_sources
 from megatron_deepseek.data.corpus.ledger import Ledger, describe
-from megatron_deepseek.data.corpus.part import PartMaker, Summary, write_json
+from megatron_deepseek.data.corpus.part import PartMaker, Summary
 from megatron_deepseek.data.corpus.plan import Part, Segment, default_part_bytes, plan_parts
 from megatron_deepseek.data.corpus.progress import Progress
 from megatron_deepseek.data.corpus.report import Report, describe_errors, measure_all
@@ -79,7 +81,7 @@ def _preprocess(settings: PreprocessSettings, sources: list[Source], ledger: Led
         _check_plan(settings, plan, part_bytes, encoder)
     split = (sentence_splitter(settings.content, lambda: sample_texts(sampled.segments, settings, whole=True), say)
              if settings.content.split_sentences else None)
-    maker = PartMaker(settings, encoder, split)
+    maker = PartMaker(settings, DocumentEncoder(settings.content, encoder, split))
     progress = Progress(Counters(), sum(source.size for source in sources), execution.log_interval, say)
     try:
         made = _make_parts(settings, parts, maker, ledger, progress)
@@ -238,5 +240,5 @@ def _report(settings: PreprocessSettings, made: Made, summaries: list[Summary], 
         tokens=sum(each.tokens for own in datasets.values() for each in own),
         input_bytes=sum(part.size for part in made.parts), chars=sum(summary.chars for summary in summaries),
         skipped=skipped, notes=_total(summary.notes for summary in summaries),
-        errors=describe_errors(made.parts, summaries), tokenizer_backend=maker.encoder.backend, parts=len(made.parts),
+        errors=describe_errors(made.parts, summaries), tokenizer_backend=maker.encoder.encoder.backend, parts=len(made.parts),
         parts_reused=made.reused, seconds=time.perf_counter() - start)
