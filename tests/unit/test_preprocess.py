@@ -195,6 +195,20 @@ def test_of_a_cut_file_all_whole_lines_are_kept_and_the_rest_is_reported(tmp_pat
     assert f"in.jsonl{suffix} line {len(kept) + 1}: cannot be read any further" in report.errors[0]
 
 
+def test_bad_rows_of_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, pyarrow.array([b"1", b"\xff", b"2"]).buffers())
+    parquet.write_table(pyarrow.table({"text": text, "other": ["1", None, "3"]}), tmp_path / "in.parquet")
+    report = run(settings_of(tmp_path, "in.parquet", append_eod=False))
+    assert documents_of(tmp_path / "out_text_document") == [[1], [2]] and report.skipped == {"invalid UTF-8": 1}
+    assert report.errors[0].endswith("in.parquet row 2: invalid UTF-8: invalid start byte at byte 0")
+    report = run(settings_of(tmp_path, "in.parquet", json_keys=("other",)))
+    assert report.documents == 2 and report.skipped == {"not text": 1}
+    with pytest.raises(ValueError, match="no documents there; skipped 3: missing key; first: .*in.parquet row 1: no key"):
+        run(settings_of(tmp_path, "in.parquet", json_keys=("body",)))
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"input": ("nothing*.jsonl",)}, r"--input nothing\*.jsonl: no such file"),
     ({"input": ("-", "x")}, "--input - x: standard input goes alone"),

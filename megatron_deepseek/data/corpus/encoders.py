@@ -58,7 +58,8 @@ class TokenizerEncoder:
         self._tokenizer = tokenizer
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.int64) for ids in self._tokenizer.encode_batch(texts)]
+        encoded = _without_panic("tokenizers", lambda: self._tokenizer.encode_batch(texts))
+        return [np.array(ids, np.int64) for ids in encoded]
 
 
 class GigatokenEncoder:
@@ -77,24 +78,24 @@ class GigatokenEncoder:
         from gigatoken.gigatoken_rs import load_hf_json
         self._tokenizer = None
         _return_freed_memory()
-        self._tokenizer = _without_panic(lambda: load_hf_json(self._path.read_bytes()))
+        self._tokenizer = _without_panic("gigatoken", lambda: load_hf_json(self._path.read_bytes()))
         self._limit = _own_memory() + self._cache_bytes
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if _own_memory() > self._limit:
             self._load()
         encode = self._tokenizer.encode
-        return _without_panic(lambda: [encode(text) for text in texts])
+        return _without_panic("gigatoken", lambda: [encode(text) for text in texts])
 
 
-def _without_panic(call: Callable):
-    """Rust's panics do not derive from Exception: make them, and everything else, a ValueError."""
+def _without_panic(library: str, call: Callable):
+    """Rust's panics do not derive from Exception: make them, and what else a library raises, a ValueError."""
     try:
         return call()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, ValueError):
         raise
     except BaseException as error:
-        raise ValueError(f"gigatoken: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"{library}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _own_memory() -> int:

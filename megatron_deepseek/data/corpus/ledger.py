@@ -77,7 +77,12 @@ class Ledger:
     @contextlib.contextmanager
     def assembling(self):
         """Yields whether this process may assemble: not while another rank does, nor after one has."""
-        with open(self.directory / "assembly.lock", "w") as file:
+        try:
+            file = open(self.directory / "assembly.lock", "w")
+        except FileNotFoundError:  # the folder is gone: it has been done
+            yield False
+            return
+        with file:
             yield _try_lock(file) and (self.directory / "plan.json").exists()
 
     def read_plan(self, described: dict) -> dict | None:
@@ -86,8 +91,8 @@ class Ledger:
             plan = json.loads((self.directory / "plan.json").read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError:
-            return None  # cannot be: it is linked whole
+        except ValueError as error:
+            raise ValueError(f"{self.directory}/plan.json is damaged: --discard-parts starts over") from error
         different = _first_difference(plan["described"], described)
         if different is not None:
             raise ValueError(f"--output-prefix {self.settings.output_prefix}: {self.directory} holds parts of another "

@@ -146,13 +146,16 @@ class SegmentReader:
                                             [name for name in file.schema_arrow.names if name in columns],
                                             use_threads=False)
                 for batch in batches:
-                    for row in batch.to_pylist():
+                    for number in range(batch.num_rows):
                         self.place, self.lines = self.place + 1, self.lines + 1
-                        yield self._row_record(row)
+                        yield self._row_record(batch, number)
 
-    def _row_record(self, row: dict) -> Record | Fault:
+    def _row_record(self, batch, number: int) -> Record | Fault:
         try:
+            row = {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns)}
             return Record(self.place, self.lines, texts_of(row, self.keys))
+        except UnicodeDecodeError as error:  # pyarrow lets any bytes pass as text
+            return Fault(self.place, self.lines, "invalid UTF-8", f"invalid UTF-8: {error.reason} at byte {error.start}")
         except BadDocument as error:
             return Fault(self.place, self.lines, error.reason, str(error))
 
@@ -178,11 +181,20 @@ def _to_file(file, beginning: bytes, directory: str, whole: bool = False) -> mma
     with tempfile.TemporaryFile(dir=directory) as spool:
         content = beginning
         while content:
-            spool.write(content)
+            _write(spool, content)
             content = (file.read(BYTES_PER_READ) if whole else
                        b"" if content.endswith(b"\n") else file.readline(BYTES_PER_READ))
-        spool.flush()
+        _write(spool, b"")
         return mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _write(spool, content: bytes):
+    """ValueError where there is no room: an OSError would be taken for damage of the input."""
+    try:
+        spool.write(content)
+        spool.flush()
+    except OSError as error:
+        raise ValueError(f"--output-prefix: no room for a long document beside the parts: {error}") from error
 
 
 def texts_of(document: dict, keys: tuple[str, ...]) -> tuple:

@@ -196,12 +196,12 @@ def _some_error(made: Made) -> str:
 
 
 def _finish(settings: PreprocessSettings, made: Made, maker: PartMaker, ledger: Ledger, say, start: float):
-    missing = [part.number for part in made.parts if not ledger.has(part.number)]
+    missing = sum(not ledger.has(part.number) for part in made.parts)
     with ledger.assembling() as ours:
         if missing or not ours:
-            say(f"rank {settings.execution.rank}: its parts are done; " +
-                (f"{len(missing)} of {len(made.parts)} parts are still missing, and the last rank to finish puts them "
-                 f"together" if missing else "another rank puts them together"))
+            there = f"{missing} of {len(made.parts)} parts are still missing; the last rank to finish puts them together"
+            say(f"rank {settings.execution.rank}: its parts are done; "
+                + (there if ours else "another rank puts them together"))
             return None
         summaries = [made.summaries.get(part.number) or ledger.summary(part.number) for part in made.parts]
         if not sum(summary.documents for summary in summaries):
