@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -250,6 +251,18 @@ def test_the_report(tmp_path):
     report = run(settings_of(tmp_path, append_eod=False, min_chars=2, max_chars=10))
     assert report.documents == 3
     assert report.skipped == {"shorter than --min-chars 2": 2, "longer than --max-chars 10": 1}
+
+
+def test_memory_does_not_grow_with_a_document(tmp_path):
+    """A document of 20 MB: as line, text and list of ids 200 MB. The processes may have 110 MB each, 50 are Python's."""
+    write_lines(tmp_path / "in.jsonl", [{"text": "ab"}, {"text": "The quick brown fox " * 1_000_000}, {"text": "c"}])
+    command = [sys.executable, TOOL, "--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out",
+               "--tokenizer-type", "ByteTokenizer"]
+    limited = lambda: resource.setrlimit(resource.RLIMIT_DATA, (110 << 20, 110 << 20))  # noqa: E731
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=limited)
+    assert done.returncode == 0, done.stderr
+    assert open_indexed(str(tmp_path / "out_text_document"), "").lengths.tolist() == [2, 20_000_000, 1]
 
 
 def test_the_tool_takes_megatrons_arguments(tmp_path):

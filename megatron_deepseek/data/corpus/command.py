@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 
+from megatron_deepseek.data.corpus.report import Report
 from megatron_deepseek.data.corpus.run import preprocess
 from megatron_deepseek.data.corpus.settings import (
     BACKENDS, INPUT_FORMATS, TEXT_UNITS, Content, Execution, PreprocessSettings, Selection)
@@ -134,15 +135,23 @@ def main(arguments: list[str]) -> int:
     try:
         settings = settings_from(build_parser().parse_args(arguments))
         report = preprocess(settings)
+        if report is not None:
+            _print(settings, report)
     except ValueError as error:
         print(f"preprocess_data.py: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # 'preprocess_data.py ... | head' left early
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("preprocess_data.py: interrupted; the same command continues", file=sys.stderr)
         return 130
-    if report is not None:
-        print("\n".join(report.lines()))
-        for key in settings.content.json_keys:
-            prefix = settings.prefix_of(key)
-            print(f"{prefix}.bin {prefix}.idx" if settings.execution.merge else f"{prefix}.blend")
     return 0
+
+
+def _print(settings: PreprocessSettings, report: Report):
+    print("\n".join(report.lines()))
+    for key in settings.content.json_keys:
+        prefix = settings.prefix_of(key)
+        print(f"{prefix}.bin {prefix}.idx" if settings.execution.merge else f"{prefix}.blend")
+    sys.stdout.flush()

@@ -106,6 +106,8 @@ def _serve(connection, work: Callable, one_thread: bool, parent: int):
             connection.send((work(task), None))
         except (ValueError, OSError) as error:
             connection.send((None, error))
+        except MemoryError:
+            connection.send((None, ValueError("a worker process ran out of memory")))
 
 
 def _die_with(parent: int):
