@@ -19,7 +19,7 @@ from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
 from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
 from megatron_deepseek.checkpoint.distributed import TrainState
-from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
+from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
 from megatron_deepseek.checkpoint.integrity import Checksum, checksum_directory
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
 from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
@@ -50,7 +50,7 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
     config = ModelConfig.from_file(directory / "config.json")
     dropped = {"optimizer.": "state of the optimizer"}
     if without_mtp and config.num_nextn_predict_layers:
-        dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": "part of an MTP module"
+        dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": MTP_LEFT_OUT
                     for depth in range(config.num_nextn_predict_layers)}
         config = replace(config, num_nextn_predict_layers=0)
     stored = DcpDirectory(directory)
@@ -68,7 +68,7 @@ def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None
     config = ModelConfig.from_hf_dict(assets.fields)
     dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
     if without_mtp:
-        config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), "part of an MTP module"
+        config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), MTP_LEFT_OUT
     stored = DcpDirectory(directory)
     places = megatron_places(config, frozenset(stored.shapes))
     return open_stacked(directory, config, stored, places, "", dropped, PADDED), assets

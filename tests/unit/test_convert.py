@@ -205,6 +205,7 @@ def test_without_mtp(tmp_path, capsys):
     for load in (tmp_path / "native", announced):
         origin = "native" if load == tmp_path / "native" else "hf"
         assert convert(origin, "hf", load, tmp_path / f"{load.name}_out") == 0
+        assert ("announces num_nextn_predict_layers 1, but" in capsys.readouterr().out) == (load == announced)
         assert_identical(all_tensors(tmp_path / f"{load.name}_out"), main_only)
     assert sorted(main_only) == sorted(hf_shapes(replace(V3_WIDE, num_nextn_predict_layers=0)))
 
