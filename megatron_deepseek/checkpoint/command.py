@@ -11,10 +11,11 @@ import torch
 from tqdm import tqdm
 
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
-from megatron_deepseek.checkpoint.conversion import DTYPES, Share, Target, convert
+from megatron_deepseek.checkpoint.conversion import DTYPES, Target, convert
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
 from megatron_deepseek.checkpoint.huggingface import HuggingFaceSource
 from megatron_deepseek.checkpoint.names import layer_of
+from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
 
 PROGRAM = "convert_checkpoint.py"

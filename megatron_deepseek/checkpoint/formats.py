@@ -20,11 +20,12 @@ from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
 from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
 from megatron_deepseek.checkpoint.distributed import TrainState
 from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
-from megatron_deepseek.checkpoint.integrity import Checksum, checksum_directory
+from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
 from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
 from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
-from megatron_deepseek.checkpoint.shards import Record, Shard, divide, write_dcp, write_safetensors
+from megatron_deepseek.checkpoint.records import Record
+from megatron_deepseek.checkpoint.shards import Shard, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.source import Source, open_stacked
 from megatron_deepseek.checkpoint.workspace import write_aside
 from megatron_deepseek.config import ModelConfig
@@ -129,8 +130,7 @@ def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype
     def add_files(directory: Path, records: dict[str, Record]) -> None:
         (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
         (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
-        checksum_directory(directory, {name: Checksum(record.size, record.digest)
-                                       for name, record in records.items() if record.digest is not None})
+        checksum_directory(directory, {name: record.checksum for name, record in records.items()})
 
     places = native_places(source.config)
     return _stacked_target("native", source, assets, save, dtype, places, NATIVE_PREFIX, add_files)

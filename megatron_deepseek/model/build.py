@@ -46,11 +46,18 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
     stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication)
+    shard_stages(stages, meshes, precision, reshard_after_forward)
     for stage in stages:
-        shard_over_data(units(stage, meshes, precision), reshard_after_forward)
         stage.to_empty(device=meshes.device)
     initialize(stages, config.initializer_range, seed)
     return stages
+
+
+def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, precision: Precision = Precision(),
+                 reshard_after_forward: bool = False) -> None:
+    """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
+    for stage in stages:
+        shard_over_data(units(stage, meshes, precision), reshard_after_forward)
 
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,

@@ -157,7 +157,7 @@ def test_block_scales_by_hand():
 
 
 def test_blocks_of_rows_cover_a_large_tensor():
-    ranges = list(row_ranges((129280, 7168)))
+    ranges = list(row_ranges((129280, 7168), 0, 129280))
     assert ranges[0][0] == 0 and ranges[-1][1] == 129280
     assert all(a[1] == b[0] and b[0] % 128 == 0 for a, b in zip(ranges, ranges[1:]))
     assert max(b - a for a, b in ranges) * 7168 * 4 <= 1 << 25
