@@ -66,20 +66,24 @@ def _read(source: Source, output: Output, start: int, stop: int) -> tuple[torch.
 
 
 def _cast(output: Output, start: int, stop: int, rows: torch.Tensor, scales: torch.Tensor | None) -> Block:
-    """To the output's type. What it cannot hold is an error, never an infinity."""
     if output.dtype != FP8:
-        cast = rows.to(output.dtype)
-        narrower = torch.finfo(output.dtype).max < torch.finfo(rows.dtype).max
-        if narrower and (cast.isinf() & ~rows.isinf()).any():
-            raise ValueError(f"{output.name} has a value of {rows.abs().max().item():g}, which is too large for "
-                             f"{str(output.dtype).removeprefix('torch.')}")
-        return Block(output, start, stop, cast)
+        return Block(output, start, stop, cast(output.name, rows, output.dtype))
     if scales is None:
         try:
             rows, scales = block_fp8.quantize(rows)
         except ValueError as error:
             raise ValueError(f"{output.name}: {error}") from error
     return Block(output, start, stop, rows, scales)
+
+
+def cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`rows` of the tensor `name` in another type. What it cannot hold is an error, never an infinity."""
+    result = rows.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(rows.dtype).max
+    if narrower and (result.isinf() & ~rows.isinf()).any():
+        raise ValueError(f"{name} has a value of {rows.abs().max().item():g}, which is too large for "
+                         f"{str(dtype).removeprefix('torch.')}")
+    return result
 
 
 def check_copies(source: Source, advance: Callable[[int], None]) -> None:

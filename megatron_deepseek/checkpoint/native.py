@@ -1,0 +1,73 @@
+"""A native checkpoint on disk, opened without a job."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory
+from megatron_deepseek.checkpoint.marker import iteration_directory, last_iteration
+from megatron_deepseek.config import ModelConfig
+
+CONFIG, STATE, LAYOUT = "config.json", "state.json", "layout.json"
+WEIGHTS, OPTIMIZER = "model.", "optimizer."
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """`state`: state.json; `layout`: layout.json, what the writing job looked like, or None where nobody noted it."""
+
+    directory: Path
+    config: ModelConfig
+    state: dict[str, Any]
+    layout: dict[str, Any] | None
+    stored: DcpDirectory
+
+    @property
+    def iteration(self) -> int:
+        return self.state["iteration"]
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(name.startswith(OPTIMIZER) for name in self.stored.shapes)
+
+    def inputs(self) -> list[Path]:
+        """Every file that reading it depends on."""
+        names = {item.file for items in self.stored.items.values() for item in items}
+        return [self.directory / name for name in (CONFIG, STATE, METADATA, *sorted(names))]
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """The directory of one iteration: `path` itself, or of the checkpoints under it that of `step`, or the last."""
+    if step is None and ((path / METADATA).exists() or path.name.startswith("iter_")):
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory")
+    iteration = last_iteration(path) if step is None else step
+    if iteration is None or not iteration_directory(path, iteration).is_dir():
+        raise ValueError(f"{path} holds no finished checkpoint" + (f" of iteration {step}" if step is not None else ""))
+    return iteration_directory(path, iteration)
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    """ValueError, with the file's name, where something is missing, truncated or damaged."""
+    directory = find_checkpoint(path, step)
+    state = read_json(directory / STATE)
+    if not isinstance(state.get("iteration"), int):
+        raise ValueError(f"{directory / STATE} is damaged: it has no iteration")
+    layout = read_json(directory / LAYOUT) if (directory / LAYOUT).exists() else None
+    if not (directory / CONFIG).is_file():
+        raise ValueError(f"{directory / CONFIG} is missing")
+    return Checkpoint(directory, ModelConfig.from_file(directory / CONFIG), state, layout, DcpDirectory(directory))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object")
+    return found
