@@ -109,6 +109,14 @@ class Reader:
         return known[key]
 
 
+def read_part(descriptor: int, item: Item, part: Box, target: torch.Tensor) -> None:
+    """`part`, a box in the tensor, of an item in an open file into `target`: a view, of any type and device.
+
+    RuntimeError, EOFError, OSError or UnpicklingError if the file is not what the item says.
+    """
+    _copy(descriptor, _numbers_begin(descriptor, item), item, part, target)
+
+
 def read(directory: DcpDirectory, name: str, box: Box) -> torch.Tensor:
     """A part of the tensor `name`, in its own type."""
     out = torch.empty(box.shape, dtype=directory.dtypes[name])

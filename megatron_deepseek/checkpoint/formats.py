@@ -18,15 +18,16 @@ from megatron_deepseek.checkpoint.assets import (
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
 from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
-from megatron_deepseek.checkpoint.distributed import TrainState
 from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
 from megatron_deepseek.checkpoint.integrity import checksum_directory
-from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory
+from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
 from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
 from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.shards import Shard, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.source import Source, open_stacked
+from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
 from megatron_deepseek.config import ModelConfig
 
@@ -44,10 +45,7 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
     """`path`: a directory of checkpoints, of which the last finished one is taken, or one iteration's."""
     directory = path
     if not (path / METADATA).is_file():
-        iteration = last_iteration(path)
-        if iteration is None:
-            raise ValueError(f"--load {path} holds no finished checkpoint")
-        directory = iteration_directory(path, iteration)
+        directory = checkpoint_directory(path)
     config = ModelConfig.from_file(directory / "config.json")
     dropped = {"optimizer.": "state of the optimizer"}
     if without_mtp and config.num_nextn_predict_layers:
@@ -80,10 +78,7 @@ def _megatron_iteration(path: Path) -> Path:
     marker = path / MARKER
     if marker.is_file() and marker.read_text().strip() == "release":
         return path / "release"
-    iteration = last_iteration(path)
-    if iteration is None:
-        raise ValueError(f"--load {path} holds no finished checkpoint")
-    return iteration_directory(path, iteration)
+    return checkpoint_directory(path)
 
 
 def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int) -> Target:

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory
-from megatron_deepseek.checkpoint.marker import iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.marker import (
+    REMOVING,
+    SAVING,
+    find_iteration,
+    is_huggingface,
+    last_iteration,
+    problem,
+)
 from megatron_deepseek.config import ModelConfig
 
 CONFIG, STATE, LAYOUT = "config.json", "state.json", "layout.json"
@@ -39,14 +46,18 @@ class Checkpoint:
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
     """The directory of one iteration: `path` itself, or of the checkpoints under it that of `step`, or the last."""
+    if path.suffix in (SAVING, REMOVING):
+        raise ValueError(f"{path} is a save that was never finished")
     if step is None and ((path / METADATA).exists() or path.name.startswith("iter_")):
         return path
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
-    iteration = last_iteration(path) if step is None else step
-    if iteration is None or not iteration_directory(path, iteration).is_dir():
-        raise ValueError(f"{path} holds no finished checkpoint" + (f" of iteration {step}" if step is not None else ""))
-    return iteration_directory(path, iteration)
+    wrong = problem(path, step)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong}")
+    if step is None and is_huggingface(path):
+        raise ValueError(f"{path} is a Hugging Face directory: tools/convert_checkpoint.py makes a checkpoint of it")
+    return find_iteration(path, last_iteration(path) if step is None else step)
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:

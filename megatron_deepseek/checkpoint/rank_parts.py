@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_deepseek.checkpoint.boxes import Box
-from megatron_deepseek.checkpoint.distributed import model_state, optimizer_state
+from megatron_deepseek.checkpoint.state import model_state, optimizer_state
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import shape_stages, shard_stages
 from megatron_deepseek.parallel.layout import Layout
