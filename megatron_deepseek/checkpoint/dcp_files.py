@@ -47,7 +47,7 @@ class Item:
 
 
 class DcpDirectory:
-    """Tensors of a DCP directory: `shapes`, `dtypes` and `items` by name, the items in order of their place.
+    """What .metadata says: `shapes`, `dtypes` and `items` of tensors by name, the items in order of their place.
 
     `begins`: where the numbers of items begin, by file and offset, as far as dcp_reader.py has looked.
     """
@@ -67,7 +67,6 @@ class DcpDirectory:
         self._starts = {name: [item.place[:1] for item in items] for name, items in self.items.items()}
         self._longest = {name: max((item.shape[0] for item in items if item.shape), default=0)
                          for name, items in self.items.items()}
-        self._check_files()
 
     def _items(self, tensors: dict, storage: dict) -> dict[str, list[Item]]:
         """Each tensor's items in the order of their first dimension."""
@@ -86,8 +85,8 @@ class DcpDirectory:
             items[name].sort(key=lambda item: item.place)
         return items
 
-    def _check_files(self) -> None:
-        """Every file that an item needs is there, and long enough."""
+    def check_files(self) -> None:
+        """ValueError unless every file that an item needs is there, and long enough."""
         last: dict[str, Item] = {}
         for item in (item for items in self.items.values() for item in items):
             if item.file not in last or item.offset > last[item.file].offset:
@@ -119,8 +118,15 @@ class DcpDirectory:
         return items[first:bisect.bisect_left(starts, box.end[:1])]
 
 
+def open_dcp(directory: Path) -> DcpDirectory:
+    """ValueError, with the file and a tensor in it, where something is missing or truncated."""
+    opened = DcpDirectory(directory)
+    opened.check_files()
+    return opened
+
+
 def write_metadata(directory: Path, shapes: dict[str, tuple[int, ...]], items: Iterable[Item]) -> None:
-    """Make the files of `items` a checkpoint: the file that DCP looks for first."""
+    """Make the files of `items` a checkpoint: the file that DCP looks for first. Tensors come in the order of `shapes`."""
     chunks, storage, dtypes = defaultdict(list), {}, {}
     for item in items:
         place = torch.Size(item.place)
@@ -128,8 +134,8 @@ def write_metadata(directory: Path, shapes: dict[str, tuple[int, ...]], items: I
             item.file, item.offset, item.length)
         chunks[item.name].append(ChunkStorageMetadata(place, torch.Size(item.shape)))
         dtypes[item.name] = item.dtype
-    tensors = {name: TensorStorageMetadata(TensorProperties(dtype=dtypes[name]), torch.Size(shapes[name]), parts)
-               for name, parts in chunks.items()}
+    tensors = {name: TensorStorageMetadata(TensorProperties(dtype=dtypes[name]), torch.Size(shape), chunks[name])
+               for name, shape in shapes.items() if name in chunks}
     metadata = Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
     with open(directory / METADATA, "wb") as file:
         pickle.dump(metadata, file)

@@ -17,7 +17,7 @@ from megatron_deepseek.checkpoint.assets import (
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
-from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
+from megatron_deepseek.checkpoint.dcp_files import METADATA, open_dcp, write_metadata
 from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
@@ -52,7 +52,7 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
         dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": MTP_LEFT_OUT
                     for depth in range(config.num_nextn_predict_layers)}
         config = replace(config, num_nextn_predict_layers=0)
-    stored = DcpDirectory(directory)
+    stored = open_dcp(directory)
     source = open_stacked(directory, config, stored, native_places(config), NATIVE_PREFIX, dropped)
     return source, read_assets(directory.parent / DIRECTORY)
 
@@ -68,7 +68,7 @@ def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None
     dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
     if without_mtp:
         config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), MTP_LEFT_OUT
-    stored = DcpDirectory(directory)
+    stored = open_dcp(directory)
     places = megatron_places(config, frozenset(stored.shapes))
     return open_stacked(directory, config, stored, places, "", dropped, PADDED), assets
 

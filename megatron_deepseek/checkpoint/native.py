@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp
 from megatron_deepseek.checkpoint.marker import (
     REMOVING,
     SAVING,
@@ -15,6 +15,8 @@ from megatron_deepseek.checkpoint.marker import (
     problem,
 )
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import Stage, to_string
 
 CONFIG, STATE, LAYOUT = "config.json", "state.json", "layout.json"
 WEIGHTS, OPTIMIZER = "model.", "optimizer."
@@ -69,7 +71,17 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     layout = read_json(directory / LAYOUT) if (directory / LAYOUT).exists() else None
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory / CONFIG} is missing")
-    return Checkpoint(directory, ModelConfig.from_file(directory / CONFIG), state, layout, DcpDirectory(directory))
+    return Checkpoint(directory, ModelConfig.from_file(directory / CONFIG), state, layout, open_dcp(directory))
+
+
+def layout_note(layout: Layout, stages: tuple[Stage, ...], schedule: str, seq_length: int) -> dict[str, Any]:
+    """layout.json: a job's layout in the words of its arguments."""
+    sizes = {"world_size": layout.world_size, "data_parallel_size": layout.dp,
+             "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
+             "context_parallel_size": layout.cp, "expert_model_parallel_size": layout.ep,
+             "expert_tensor_parallel_size": layout.etp, "seq_length": seq_length}
+    return sizes | ({"pipeline_model_parallel_layout": to_string(stages), "pipeline_schedule": schedule}
+                    if layout.pp > 1 else {})
 
 
 def read_json(path: Path) -> dict[str, Any]:
