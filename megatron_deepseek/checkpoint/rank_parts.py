@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_deepseek.checkpoint.boxes import Box
-from megatron_deepseek.checkpoint.state import model_state, optimizer_state
+from megatron_deepseek.checkpoint.state import MOMENTS, model_state, optimizer_state
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import shape_stages, shard_stages
 from megatron_deepseek.parallel.layout import Layout
@@ -63,6 +63,8 @@ def _placed(division: Division, rank: int) -> dict[str, dict[int, Box]]:
         stages = shape_stages(division.model, [division.stages[index] for index in mine], meshes, _SHORT)
         shard_stages(stages, meshes)
         optimizer = torch.optim.AdamW(parameter for stage in stages for parameter in stage.parameters())
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors = model_state(stages) | optimizer_state(stages, optimizer)
         everyone = meshes.dense.mesh[meshes.rank("pp")].flatten().tolist()
         known: dict[tuple, dict[int, Box]] = {}
