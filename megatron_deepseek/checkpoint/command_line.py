@@ -41,7 +41,8 @@ def progress(total: int | None, hidden: bool = False) -> tqdm:
 
 def produce_visibly(product: Product, share: Share) -> None:
     """`produce` with a bar; on the first rank only, whose total is unknown where others work too."""
-    with progress(product.nbytes if share.world_size == 1 else None, hidden=share.rank > 0) as bar:
+    total = product.nbytes + product.check_bytes if share.world_size == 1 else None
+    with progress(total, hidden=share.rank > 0) as bar:
         produce(product, share, bar.update, lambda text: print(text, file=sys.stderr))
 
 

@@ -6,7 +6,6 @@ part of it. Where an item's numbers begin, torch.load says without reading them 
 
 import io
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -90,7 +89,7 @@ class Reader:
         """The item's file; an error says which tensor of which file could not be read."""
         try:
             yield self._descriptor(item.file)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError) as error:
             raise ValueError(f"{self.directory.directory / item.file}: {item.name} cannot be read: {error}") from error
 
     def _descriptor(self, file: str) -> int:
@@ -112,7 +111,7 @@ class Reader:
 def read_part(descriptor: int, item: Item, part: Box, target: torch.Tensor) -> None:
     """`part`, a box in the tensor, of an item in an open file into `target`: a view, of any type and device.
 
-    RuntimeError, EOFError, OSError or UnpicklingError if the file is not what the item says.
+    RuntimeError, EOFError or OSError if the file is not what the item says.
     """
     _copy(descriptor, _numbers_begin(descriptor, item), item, part, target)
 
@@ -127,7 +126,12 @@ def read(directory: DcpDirectory, name: str, box: Box) -> torch.Tensor:
 
 def _numbers_begin(descriptor: int, item: Item) -> int:
     """They must be contiguous, which torch.save does not promise."""
-    tensor = torch.load(Section(descriptor, item.offset, item.length), map_location="meta", weights_only=True)
+    try:
+        tensor = torch.load(Section(descriptor, item.offset, item.length), map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes raise anything, in many lines
+        raise RuntimeError(f"what torch.save wrote at byte {item.offset} is damaged") from error
     if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype or not tensor.is_contiguous():
         raise RuntimeError(f"it is saved as {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
                            f"not as contiguous {item.dtype} {item.shape}")

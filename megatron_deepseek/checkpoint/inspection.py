@@ -1,12 +1,13 @@
 """What a checkpoint holds, for a user who looks at it: as JSON, and as lines of text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory
-from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums, verify_directory
+from megatron_deepseek.checkpoint.integrity import CHECKSUMS, Damage, read_checksums, verify_directory, verify_files
 from megatron_deepseek.checkpoint.names import BIAS
 from megatron_deepseek.checkpoint.native import WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.production import Advance
@@ -75,21 +76,32 @@ def verify(directory: Path, workers: int, advance: Advance) -> list[str]:
     """A line for each damaged file of a checkpoint that has checksums, with the tensors that it holds."""
     damage = verify_directory(directory, workers, advance)
     assert damage is not None, "bytes_to_verify comes first"
-    holds = _tensors_of_files(directory)
-    return [f"{each}; it holds {_some(holds[each.file])}" if each.file in holds else str(each) for each in damage]
+    return named(directory, damage)
 
 
-def _tensors_of_files(directory: Path) -> dict[str, list[str]]:
-    """Names of tensors by file; nothing where .metadata, which says so, is itself damaged."""
+def checks_of(directory: Path) -> list[Callable[[Advance], None]]:
+    """For `Product.checks`: one for each file that has a checksum. ValueError if the file is not what it was."""
+    listing = read_checksums(directory) or {}
+
+    def check(name: str, advance: Advance) -> None:
+        damage = verify_files(directory, listing, [name], 1, advance)
+        if damage:
+            raise ValueError(f"{directory} is damaged: {named(directory, damage)[0]}")
+
+    return [partial(check, name) for name in sorted(listing)]
+
+
+def named(directory: Path, damage: Sequence[Damage]) -> list[str]:
+    """Damage with the tensors that the files hold, as far as .metadata, which may be damaged too, says so."""
     try:
         items = DcpDirectory(directory).items
     except ValueError:
-        return {}
+        items = {}
     holds: dict[str, list[str]] = {}
     for name in items:
         for file in {item.file for item in items[name]}:
             holds.setdefault(file, []).append(name)
-    return holds
+    return [f"{each}; it holds {_some(holds[each.file])}" if each.file in holds else str(each) for each in damage]
 
 
 def _some(names: list[str]) -> str:

@@ -38,7 +38,7 @@ class Product:
     `what` names the work in messages. `inputs` are read; if one of them changes, or `contents` (anything that JSON
     takes: what goes into which file), finished files of an earlier run are worth nothing.
     `write(path, file, advance)` writes a file; `complete(directory, records)` adds what makes the files a checkpoint;
-    `publish()` runs after the rename. `checks` run beside the writing, on the first rank.
+    `publish()` runs after the rename. `checks` come before the writing, on the first rank; they read `check_bytes`.
     """
 
     what: str
@@ -50,9 +50,11 @@ class Product:
     complete: Callable[[Path, dict[str, Record]], None]
     publish: Callable[[], None] = lambda: None
     checks: Sequence[Callable[[Advance], None]] = ()
+    check_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
+        """To be written."""
         return sum(file.nbytes for file in self.files)
 
 

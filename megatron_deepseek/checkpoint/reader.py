@@ -5,7 +5,6 @@ DCP's own reader makes a tensor of the whole saved item first, then copies the w
 
 from collections import defaultdict
 from operator import add
-from pickle import UnpicklingError
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -53,6 +52,6 @@ class CheckpointReader(dcp.FileSystemReader):
         place = tuple(map(add, item.place, request.storage_offsets))
         try:
             read_part(file.fileno(), item, Box(place, tuple(request.lengths)), target)
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError) as error:
             raise ValueError(f"{self.path / item.file}: {item.name} cannot be read: {error}") from error
         planner.commit_tensor(request, target)

@@ -20,6 +20,7 @@ from megatron_deepseek.checkpoint.boxes import Box, segments
 from megatron_deepseek.checkpoint.conversion import output_dtype
 from megatron_deepseek.checkpoint.dcp_files import write_metadata
 from megatron_deepseek.checkpoint.dcp_reader import Reader
+from megatron_deepseek.checkpoint.inspection import checks_of
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.item_file import ItemFile, Part, split, write_items
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
@@ -86,18 +87,18 @@ def _whole(checkpoint: Checkpoint, name: str) -> Box:
 
 
 def resharded(checkpoint: Checkpoint, files: Sequence[ItemFile], save: Path, layout: dict[str, Any] | None,
-              with_optimizer: bool) -> Product:
-    """The same iteration in other files, under `save`."""
+              with_optimizer: bool, verify: bool = True) -> Product:
+    """The same iteration in other files, under `save`. `verify`: check the old ones first."""
     state = checkpoint.state if with_optimizer else checkpoint.state | {"optimizer_steps": 0}
-    return _product("resharding", [checkpoint], files, save, layout, state,
+    return _product("resharding", [checkpoint], files, save, layout, state, verify,
                     lambda readers: partial(_stored, readers[0]))
 
 
 def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float], files: Sequence[ItemFile], save: Path,
-             state: dict[str, Any]) -> Product:
+             state: dict[str, Any], verify: bool = True) -> Product:
     """The weighted mean of equal tensors of several checkpoints."""
     _check_comparable(checkpoints)
-    return _product("averaging", checkpoints, files, save, None, state,
+    return _product("averaging", checkpoints, files, save, None, state, verify,
                     lambda readers: partial(_mean, readers, weights), list(weights))
 
 
@@ -114,7 +115,7 @@ def _check_comparable(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile], save: Path,
-             layout: dict[str, Any] | None, state: dict[str, Any],
+             layout: dict[str, Any] | None, state: dict[str, Any], verify: bool,
              numbers_of: Callable[[list[Reader]], Numbers], more: Any = None) -> Product:
     """An iteration under `save`, whose parts' bytes come from `numbers_of` readers of `sources`."""
     first = sources[0]
@@ -143,8 +144,9 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
     contents = [[[file.name, [[part.name, part.box.place, part.box.shape, str(part.dtype)] for part in file.parts]]
                  for file in files], state, layout, more]
     inputs = [path for source in sources for path in source.inputs()]
+    checks = [check for source in sources for check in checks_of(source.directory)] if verify else []
     return Product(what, iteration_directory(save, state["iteration"]), files, inputs, contents, write, complete,
-                   publish)
+                   publish, checks, sum(path.stat().st_size for path in inputs) if checks else 0)
 
 
 def _stored(reader: Reader, part: Part) -> Iterator[memoryview]:

@@ -72,6 +72,7 @@ def _add_workers(parser) -> None:
 def _add_output(parser) -> None:
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="made whole, by a rename at the end")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (as stored)")
+    parser.add_argument("--no-verify", action="store_true", help="don't compare what is read with its checksums first")
 
 
 def _add_inspect(commands) -> None:
@@ -189,14 +190,16 @@ def reshard(args: argparse.Namespace, share: Share) -> int:
     target = target_of(args, checkpoint)
     tensors = wanted(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
     files = files_of_ranks(readers(target.division), tensors, checkpoint)
-    return _make(resharded(checkpoint, files, args.save, target.note, not args.drop_optimizer), share)
+    return _make(resharded(checkpoint, files, args.save, target.note, not args.drop_optimizer,
+                           not args.no_verify), share)
 
 
 def merge(args: argparse.Namespace, share: Share) -> int:
     checkpoint = open_checkpoint(args.load, args.ckpt_step)
     tensors = wanted(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
     files = files_of_size(tensors, checkpoint, args.max_file_size)
-    return _make(resharded(checkpoint, files, args.save, None, not args.drop_optimizer), share)
+    return _make(resharded(checkpoint, files, args.save, None, not args.drop_optimizer,
+                           not args.no_verify), share)
 
 
 def average(args: argparse.Namespace, share: Share) -> int:
@@ -207,7 +210,7 @@ def average(args: argparse.Namespace, share: Share) -> int:
     if not sum(weights) > 0:
         raise ValueError(f"--weights {' '.join(map(str, weights))} add up to {sum(weights):g}, not to more than 0")
     files = files_of_size(wanted(checkpoints[0], DTYPES.get(args.dtype), False), checkpoints[0], _AVERAGE_FILE_BYTES)
-    return _make(averaged(checkpoints, weights, files, args.save, asdict(TrainState())), share)
+    return _make(averaged(checkpoints, weights, files, args.save, asdict(TrainState()), not args.no_verify), share)
 
 
 def _make(product: Product, share: Share) -> int:
