@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Inspect, verify, reshard, merge, average and compare checkpoints of training: docs/checkpoints.md."""
+"""Inspect, verify, reshard, merge, average and compare checkpoints of training: docs/resharding.md."""
 
 import sys
 from pathlib import Path

@@ -10,7 +10,7 @@ from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.checkpoint.source import Source
 
 FP8 = torch.float8_e4m3fn
-BLOCK_BYTES = 1 << 22  # of a block's numbers in float32
+BLOCK_BYTES = 1 << 20  # of a block's numbers in float32: it stays in a core's cache until it is written
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,22 @@ class Block:
         return self.rows.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
-def row_ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Rows start..stop in steps of about BLOCK_BYTES, and of whole blocks of 128 rows, so that none is cut."""
+def row_ranges(shape: tuple[int, ...], start: int, stop: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Rows start..stop in steps of about BLOCK_BYTES and of a `multiple` of rows."""
     fitting = BLOCK_BYTES // (4 * prod(shape[1:])) if shape else 1
-    step = max(fitting // block_fp8.BLOCK, 1) * block_fp8.BLOCK
+    step = max(fitting // multiple, 1) * multiple
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
 
 
 def cast_rows(source: Source, output: Output, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-    """Rows start..stop of `output` (all of them) in order. ValueError names the tensor."""
+    """Rows start..stop of `output` (all of them) in order; of float8 no block of 128 x 128 is cut.
+
+    ValueError names the tensor.
+    """
     stop = (output.shape[0] if output.shape else 1) if stop is None else stop
-    for first, last in row_ranges(output.shape, start, stop):
+    multiple = block_fp8.BLOCK if FP8 in (output.dtype, source.dtypes[output.original]) else 1
+    for first, last in row_ranges(output.shape, start, stop, multiple):
         yield _cast(output, first, last, *_read(source, output, first, last))
 
 
@@ -90,7 +94,7 @@ def check_copies(source: Source, advance: Callable[[int], None]) -> None:
     """ValueError unless each copy (a tied head, an MTP module's embedding) equals its original in every number."""
     for name, original in source.copies.items():
         shape = source.shapes[original]
-        for start, stop in row_ranges(shape, 0, shape[0]):
+        for start, stop in row_ranges(shape, 0, shape[0], block_fp8.BLOCK):
             if not torch.equal(source.read(name, start, stop), source.read(original, start, stop)):
                 raise ValueError(f"{source.path}: {name} differs from {original} in rows {start}..{stop}; "
                                  f"here they are one parameter")

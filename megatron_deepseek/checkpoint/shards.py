@@ -40,7 +40,7 @@ def write_safetensors(path: Path, shard: Shard, source: Source, advance: Callabl
     places, digests = {tensor.name: tensor for tensor in placed}, {name: xxhash.xxh3_128() for name in tensors}
     with FileWriter(path) as file:
         file.write(header)
-        for output in shard.outputs:
+        for output in sorted(shard.outputs, key=lambda output: places[output.name].offset):
             file.tensor = output.name
             for block in cast_rows(source, output):
                 parts = [(output.name, block.start, block.rows)]
