@@ -15,7 +15,7 @@ from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
-from megatron_deepseek.parallel.start import choose_device, join_job
+from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.training.failure import guarded
@@ -41,6 +41,7 @@ def _pretrain(settings: Settings, begun: float) -> None:
     join_job(device, settings.run.distributed_timeout_minutes)
     meshes = build_meshes(settings.layout, device)
     trainer = Trainer(make_plan(settings), meshes)
+    limit_waiting(settings.run.distributed_timeout_minutes)
     state = resume(settings, trainer)
     first = dist.get_rank() == 0
     with open_report(settings.run, state.iteration) if first else Report() as report:
