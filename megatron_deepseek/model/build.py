@@ -56,12 +56,19 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
     stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication, offload)
+    shard_stages(stages, meshes, precision, reshard_after_forward, offload)
     for stage in stages:
-        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
         stage.to_empty(device="cpu" if offload.optimizer_cpu_offload else meshes.device)
         move_buffers(stage, meshes.device)
     initialize(stages, config.initializer_range, seed)
     return stages
+
+
+def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, precision: Precision = Precision(),
+                 reshard_after_forward: bool = False, offload: OffloadSettings = OffloadSettings()) -> None:
+    """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
+    for stage in stages:
+        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
 
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
