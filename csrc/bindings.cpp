@@ -176,22 +176,29 @@ Tensors4 route(const Tensor& experts, int64_t num_experts, int64_t align) {
   return {copy_of_slot, slot_of_copy, counts, offsets};
 }
 
-Tensor gather_rows(const Tensor& x, const Tensor& copy_of_slot, int64_t copies_of_token) {
-  check_dense(x, x.scalar_type(), "x");
+void check_places(const Tensor& copy_of_slot, const Tensor& slot_of_copy) {
   check_dense(copy_of_slot, ScalarType::Int, "copy_of_slot");
+  check_dense(slot_of_copy, ScalarType::Int, "slot_of_copy");
+  STD_TORCH_CHECK(slot_of_copy.dim() == 2, "slot_of_copy must be [T, K]");
+}
+
+Tensor gather_rows(const Tensor& x, const Tensor& copy_of_slot, const Tensor& slot_of_copy) {
+  check_dense(x, x.scalar_type(), "x");
+  check_places(copy_of_slot, slot_of_copy);
+  STD_TORCH_CHECK(x.size(0) == slot_of_copy.size(0), "x and slot_of_copy have different tokens");
   const int64_t row_bytes = x.size(1) * int64_t(x.element_size());
   STD_TORCH_CHECK(x.dim() == 2 && row_bytes % 16 == 0, "rows must be multiples of 16 bytes");
   const Launch launch(x);
   Tensor out = make(x, {copy_of_slot.numel(), x.size(1)}, x.scalar_type());
-  mds::gather_rows(x.data_ptr(), pointer<int>(copy_of_slot), int(copies_of_token), out.data_ptr(),
+  mds::gather_rows(x.data_ptr(), pointer<int>(copy_of_slot), int(slot_of_copy.size(1)), out.data_ptr(),
                    copy_of_slot.numel(), int(row_bytes), launch.stream());
   return out;
 }
 
-Tensor combine_rows(const Tensor& y, const Tensor& slot_of_copy, const std::optional<Tensor>& weights) {
+Tensor combine_rows(const Tensor& y, const Tensor& copy_of_slot, const Tensor& slot_of_copy,
+                    const std::optional<Tensor>& weights) {
   check_dense(y, ScalarType::BFloat16, "y");
-  check_dense(slot_of_copy, ScalarType::Int, "slot_of_copy");
-  STD_TORCH_CHECK(slot_of_copy.dim() == 2, "slot_of_copy must be [T, K]");
+  check_places(copy_of_slot, slot_of_copy);
   if (weights) check_dense(*weights, ScalarType::Float, "weights");
   check_vectors(y.size(1), "the width");
   const Launch launch(y);
@@ -483,8 +490,8 @@ STABLE_TORCH_LIBRARY(megatron_deepseek, m) {
   m.def("cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, int first_id, Tensor max, Tensor sum, Tensor grad) "
         "-> ()");
   m.def("route(Tensor experts, int num_experts, int align) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("gather_rows(Tensor x, Tensor copy_of_slot, int copies_of_token) -> Tensor");
-  m.def("combine_rows(Tensor y, Tensor slot_of_copy, Tensor? weights) -> Tensor");
+  m.def("gather_rows(Tensor x, Tensor copy_of_slot, Tensor slot_of_copy) -> Tensor");
+  m.def("combine_rows(Tensor y, Tensor copy_of_slot, Tensor slot_of_copy, Tensor? weights) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor y, Tensor copy_of_slot, Tensor weights) -> (Tensor, Tensor)");
   m.def("quantize_rows(Tensor x, bool power_of_two) -> (Tensor, Tensor)");
   m.def("quantize_columns(Tensor x, Tensor? tiles, bool power_of_two) -> (Tensor, Tensor)");
