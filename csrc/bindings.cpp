@@ -47,9 +47,11 @@ T* pointer(const Tensor& x) {
 
 const float* floats(const std::optional<Tensor>& x) { return x ? pointer<float>(*x) : nullptr; }
 
+// Whole numbers are read one by one, all others 16 bytes at a time.
 void check_dense(const Tensor& x, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has another dtype than the kernel takes");
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  if (dtype == ScalarType::Int || dtype == ScalarType::Long) return;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
 }
 
