@@ -15,6 +15,7 @@ setup(
         "tokenizers>=0.20",
         "matplotlib>=3.8",
         "tqdm>=4.60",
+        "xxhash>=3.0",
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "nltk>=3.9"],

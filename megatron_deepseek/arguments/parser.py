@@ -14,6 +14,7 @@ from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
 CP_COMM_TYPES = ("ring", "allgather")
+NAN_POLICIES = ("stop", "skip")
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
 # (option, field of ModelConfig, type, help)
@@ -53,7 +54,8 @@ ROPE_SCALING = (
 )
 # What Megatron-LM's scripts say and what every model here is anyway.
 ALWAYS_ON = ("--multi-latent-attention", "--swiglu", "--disable-bias-linear", "--qk-layernorm", "--use-mcore-models",
-             "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer")
+             "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer", "--exit-signal-handler",
+             "--no-load-rng", "--no-save-rng")
 # (option, type; None for a switch): known names that are refused until they are built.
 NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str), ("--exp-avg-dtype", str), ("--exp-avg-sq-dtype", str))
 
@@ -72,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
                            description="Pre-train a DeepSeek model. Defaults are given in parentheses.",
                            epilog="examples/ has scripts that start it for each model, on one node and on many.")
     for add in (_add_model, _add_moe, _add_rope, _add_parallel, _add_batch, _add_learning_rate, _add_optimizer,
-                _add_data, _add_checkpoint, _add_evaluation_and_logging, _add_recompute, _add_accepted):
+                _add_data, _add_checkpoint, _add_end_and_health,
+                _add_evaluation_and_logging, _add_recompute, _add_accepted):
         add(parser)
     return parser
 
@@ -224,12 +227,26 @@ def _add_checkpoint(parser):
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save", type=Path, metavar="DIR", help="for checkpoints and metrics.jsonl")
     add("--save-interval", type=values.positive_int, help="iterations between checkpoints (one, at the end)")
+    add("--save-every-seconds", type=values.positive, metavar="SECONDS", help="also after so much time without one")
+    add("--async-save", action="store_true", help="copy to memory, and write in the background while training goes on")
+    add("--keep-last", type=values.positive_int, metavar="N", help="remove all but the newest N checkpoints (keep all)")
+    add("--no-save-optim", action="store_true", help="save weights without the optimizer's state")
     add("--save-hf", type=Path, metavar="DIR", help="at the end, also as a Hugging Face model (bf16 with --bf16)")
     add("--load", type=Path, metavar="DIR", help="continue from the last checkpoint there; when it is the --save "
         "directory, the first start, without a checkpoint, begins anew; a Hugging Face directory gives the weights")
+    add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
     add("--no-load-optim", action="store_true", help="begin with fresh optimizer state")
+
+
+def _add_end_and_health(parser):
+    group = parser.add_argument_group("end and health of a run", "SIGTERM and SIGUSR1 save and leave after the step")
+    add = group.add_argument
     add("--exit-interval", type=values.positive_int, help="save and leave at an iteration that this divides")
+    add("--exit-duration-in-mins", type=values.positive, metavar="MINUTES", help="save and leave after so much time")
+    add("--nan-policy", type=str, choices=NAN_POLICIES, default="stop",
+        help="what follows a loss or gradient that is not finite: stop the run, or skip the update (stop)")
+    add("--max-skipped-steps", type=values.positive_int, metavar="N", help="skips in a row before the run stops (10)")
 
 
 def _add_evaluation_and_logging(parser):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_deepseek.arguments.parser import NOT_YET
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import MARKER, is_huggingface, last_iteration
+from megatron_deepseek.checkpoint.marker import begins_anew
 from megatron_deepseek.parallel import layout_string, schedule_rules
 
 TP = "--tensor-model-parallel-size {r.tp}"
@@ -42,10 +42,16 @@ def _layout_error(r: Request) -> bool:
 def _no_checkpoint(r: Request) -> bool:
     """--load and --save in one directory, still empty, are the first start of a run that continues by itself."""
     load, save = r.args.load, r.args.save
-    if load is None or last_iteration(load) is not None or is_huggingface(load):
+    if load is None or r.load_problem is None:
         return False
     same = save is not None and load.resolve() == save.resolve()
-    return not same or r.args.finetune or (load / MARKER).exists()
+    return not same or r.args.finetune or r.args.ckpt_step is not None or not begins_anew(load)
+
+
+def _without_save(option: str, value: str = "") -> Refusal:
+    dest = option[2:].replace("-", "_")
+    return Refusal(dest.replace("_", " "), lambda r: r.args.save is None and getattr(r.args, dest) not in (None, False),
+                   f"{option}{value} needs --save")
 
 
 _UNBUILT = (
@@ -166,16 +172,23 @@ _RUN = (
     Refusal("positions of documents", lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
             "--reset-position-ids needs --reset-attention-mask: without it tokens attend across documents, where "
             "positions that begin anew have no meaning"),
-    Refusal("save interval", lambda r: r.args.save_interval is not None and r.args.save is None,
-            "--save-interval {r.args.save_interval} needs --save"),
+    _without_save("--save-interval", " {r.args.save_interval}"),
+    _without_save("--save-every-seconds", " {r.args.save_every_seconds}"),
+    _without_save("--keep-last", " {r.args.keep_last}"),
+    _without_save("--async-save"),
+    _without_save("--no-save-optim"),
     Refusal("export of what", lambda r: r.args.save_hf is not None and r.args.save is None,
             "--save-hf {r.args.save_hf} needs --save: it is made from the last checkpoint"),
     Refusal("export exists", lambda r: r.args.save_hf is not None and r.args.save_hf.exists(),
             "--save-hf {r.args.save_hf} exists already"),
-    Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load} holds no finished checkpoint"),
+    Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load}: {r.load_problem}"),
+    Refusal("step of what", lambda r: r.args.ckpt_step is not None and r.args.load is None,
+            "--ckpt-step {r.args.ckpt_step} needs --load"),
     Refusal("finetune what", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
     Refusal("no optimizer of what", lambda r: r.args.no_load_optim and r.args.load is None,
             "--no-load-optim needs --load"),
+    Refusal("skips", lambda r: r.args.max_skipped_steps is not None and r.args.nan_policy != "skip",
+            "--max-skipped-steps {r.args.max_skipped_steps} needs --nan-policy skip, not {r.args.nan_policy}"),
     Refusal("profile", lambda r: r.args.profile and r.args.profile_step_start >= r.args.profile_step_end,
             "--profile-step-start {r.args.profile_step_start} is not below --profile-step-end "
             "{r.args.profile_step_end}"),

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_deepseek.checkpoint.marker import problem
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.training import schedules
@@ -128,3 +129,8 @@ class Request:
     @property
     def validation_weight(self) -> float:
         return float(self.args.split.split(",")[1])
+
+    @property
+    def load_problem(self) -> str | None:
+        """Why nothing can be loaded from --load, as far as names of files tell; None if something can."""
+        return problem(self.args.load, self.args.ckpt_step)

@@ -12,7 +12,6 @@ from megatron_deepseek.arguments.architecture import build_model
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import is_huggingface, last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
@@ -160,9 +159,9 @@ def _data(request: Request) -> DataSettings:
 
 def _run(request: Request, iterations: int) -> RunSettings:
     args = request.args
-    there = args.load is not None and (last_iteration(args.load) is not None or is_huggingface(args.load))
-    load = args.load if there else None
+    load = args.load if args.load is not None and request.load_problem is None else None
     eval_iters = args.eval_iters or 0
     return _fill(RunSettings, args, train_iters=iterations, load=load, eval_iters=eval_iters,
                  eval_interval=(args.eval_interval or 1000) if eval_iters else None,
+                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                  sharding=args.data_parallel_sharding_strategy)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
 from megatron_deepseek.checkpoint.conversion import DTYPES, Share, Target, convert
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
+from megatron_deepseek.checkpoint.huggingface import HuggingFaceSource
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.source import Source
 
@@ -135,6 +136,9 @@ def report(source: Source, target: Target) -> None:
     for reason in reasons:
         names = sorted(name for name, why in source.dropped.items() if why == reason)
         print(f"dropped {len(names)} tensors ({reason}): {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+    if isinstance(source, HuggingFaceSource) and source.absent_mtp:
+        print(f"without MTP: {source.path / 'config.json'} announces num_nextn_predict_layers "
+              f"{source.absent_mtp}, but the files hold no such module")
     if source.copies:
         print(f"checked {len(source.copies)} copies against their originals: {', '.join(source.copies)}")
 

@@ -105,6 +105,7 @@ def convert(source: Source, target: Target, share: Share, advance: Callable[[int
     if share.rank == 0:
         workspace.wait(share.world_size, share.run)
         records = {shard.name: workspace.record(shard.name) for shard in target.shards}
+        workspace.sweep()
         target.complete(workspace.output, records)
         workspace.publish(target.destination)
     _finish(target, workspace, share)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes, fill
 
 METADATA = ".metadata"
+_CUT_BYTES = 1 << 24  # read at a time where rows are cut
 
 
 @dataclass(frozen=True)
@@ -148,28 +149,47 @@ class DcpDirectory:
         path = self.directory / item.file
         try:
             with open(path, "rb", buffering=0) as file:
-                begin = _numbers_begin(file, item)
-                for index in range(part[0].start, part[0].stop) if len(part) == 3 else [None]:
-                    inner, goal = (part, target) if index is None else (part[1:], target[index - part[0].start])
-                    skipped = begin if index is None else begin + index * _nbytes(item.shape[1:], item.dtype)
-                    shape = item.shape if index is None else item.shape[1:]
-                    _read_rows(file, skipped, shape, inner, goal)
+                read_part(file, item, part, target)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: {item.name} cannot be read: {error}") from error
+
+
+def read_part(file, item: Item, part: tuple[slice, ...], target: torch.Tensor) -> None:
+    """`part` of an item, in the coordinates of the item, from its open file into `target`, which may be a view.
+
+    RuntimeError, EOFError, OSError or UnpicklingError if the file is not what the item says.
+    """
+    begin = _numbers_begin(file, item)
+    for index in range(part[0].start, part[0].stop) if len(part) == 3 else [None]:
+        inner, goal = (part, target) if index is None else (part[1:], target[index - part[0].start])
+        skipped = begin if index is None else begin + index * _nbytes(item.shape[1:], item.dtype)
+        shape = item.shape if index is None else item.shape[1:]
+        _read_rows(file, skipped, shape, item.dtype, inner, goal)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _read_rows(file, begin: int, shape: tuple[int, ...], part: tuple[slice, ...], target: torch.Tensor) -> None:
-    """A part of a vector or matrix of `shape` that lies at byte `begin`: whole rows are read, then cut."""
-    row = _nbytes(shape[1:], target.dtype)
+def _read_rows(file, begin: int, shape: tuple[int, ...], dtype: torch.dtype, part: tuple[slice, ...],
+               target: torch.Tensor) -> None:
+    """A part of a vector or matrix of `shape` that lies at byte `begin`: whole rows are read, some at a time, then cut.
+
+    Rows that go whole into contiguous memory of this machine and the same type are read right there.
+    """
+    row = _nbytes(shape[1:], dtype)
     rows = part[0] if part else slice(0, 1)
-    whole = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=target.dtype)
+    goal = target.view(-1) if target.ndim == 0 else target
     file.seek(begin + rows.start * row)
-    fill(file, as_bytes(whole))
-    target.copy_(whole[:, part[1]] if len(part) == 2 else whole.view_as(target))
+    if goal.device.type == "cpu" and goal.dtype == dtype and goal.is_contiguous() and goal.shape[1:] == shape[1:]:
+        fill(file, as_bytes(goal))
+        return
+    step = max(_CUT_BYTES // max(row, 1), 1)
+    for start in range(0, goal.shape[0], step):
+        some = goal[start:start + step]
+        whole = torch.empty((some.shape[0], *shape[1:]), dtype=dtype)
+        fill(file, as_bytes(whole))
+        some.copy_(whole[:, part[1]] if len(part) == 2 else whole)
 
 
 def _numbers_begin(file, item: Item) -> int:

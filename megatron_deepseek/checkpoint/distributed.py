@@ -3,114 +3,89 @@
     SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
                      /config.json   the architecture, in Hugging Face's form
                      /state.json    iteration, consumed samples, optimizer steps
-    SAVE/latest_checkpointed_iteration.txt    written last: a directory that it does not name may be torn
+                     /checksums.json   size and digest of every other file
+    SAVE/latest_checkpointed_iteration.txt    names the last finished one
 
 Tensors are saved by global shape and offset, under Hugging Face's parameter names, so nothing in the files depends on
 the layout that wrote them.
 """
 
 import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from megatron_deepseek.checkpoint.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
-from megatron_deepseek.checkpoint.marker import MARKER, is_huggingface, iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verify_files
+from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
+from megatron_deepseek.checkpoint.reader import CheckpointReader
+from megatron_deepseek.checkpoint.state import TrainState, fill_copies, model_state, optimizer_state
+from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run is. `iteration` updates are done; the optimizer may have fewer behind it (weights loaded alone)."""
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    optimizer_steps: int = 0
-
-
-def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
-    """Weights and router biases of this rank by name; of a parameter with copies on several stages the first."""
-    state = {}
-    for stage in stages:
-        for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
-            state.setdefault(f"model.{name}", tensor.detach())
-    return state
-
-
-def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Moments of this rank by parameter name; made as zeros where the optimizer has not stepped yet."""
-    state, updated = {}, {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for stage in stages:
-        for name, parameter in stage.named_parameters():
-            assert parameter in updated, f"{name} is not the shard that the optimizer updates"
-            of_parameter = optimizer.state[parameter]
-            for moment in MOMENTS:
-                if moment not in of_parameter:
-                    of_parameter[moment] = torch.zeros_like(parameter, requires_grad=False)
-                state.setdefault(f"optimizer.{moment}.{name}", of_parameter[moment])
-    return state
+def state_to_save(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Weights and biases of this rank, and the optimizer's moments unless None."""
+    return model_state(stages) | (optimizer_state(stages, optimizer) if optimizer is not None else {})
 
 
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
-         optimizer: torch.optim.Optimizer) -> Path:
-    """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it."""
-    directory = iteration_directory(root, state.iteration)
-    if dist.get_rank() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        (directory / "config.json").write_text(json.dumps(config.to_hf_dict(), indent=2))
-        (directory / "state.json").write_text(json.dumps(asdict(state), indent=2))
-    dist.barrier()
-    dcp.save(model_state(stages) | optimizer_state(stages, optimizer), checkpoint_id=directory)
-    if dist.get_rank() == 0:
-        aside = root / f"{MARKER}.tmp"
-        aside.write_text(f"{state.iteration}\n")
-        os.replace(aside, root / MARKER)
-    dist.barrier()
-    return directory
+         optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
+         group: dist.ProcessGroup | None = None) -> Path:
+    """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
 
-
-def check_checkpoint(root: Path, config: ModelConfig) -> Path:
-    """The latest checkpoint's directory, or `root` itself if that is a Hugging Face model.
-
-    ValueError if there is none, or if it is of another architecture.
+    Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
+    were there are then as before. `group`: a gloo group of all ranks (the default group).
     """
-    iteration = last_iteration(root)
-    if iteration is None and is_huggingface(root):
-        return _same_architecture(root, open_huggingface(root).config, config, "it")
-    if iteration is None:
-        raise ValueError(f"--load {root}: it has no finished checkpoint ({MARKER} is missing or names none)")
-    directory = iteration_directory(root, iteration)
-    _same_architecture(root, ModelConfig.from_file(directory / "config.json"), config, f"iteration {iteration}")
-    return directory
+    try:
+        dcp.save(state_to_save(stages, optimizer), process_group=group,
+                 storage_writer=CheckpointWriter(root, state, config, keep_last))
+    except CheckpointException as error:
+        raise first_failure(error) from None
+    return iteration_directory(root, state.iteration)
 
 
-def _same_architecture(root: Path, found: ModelConfig, config: ModelConfig, which: str) -> Path:
-    """`root`, unless what it holds differs in names, shapes or meaning of weights."""
-    theirs, ours = asdict(found), asdict(config)
-    different = [f"{name} {theirs[name]} there, {ours[name]} here"
-                 for name in _SHAPING if theirs[name] != ours[name]]
-    if different:
-        raise ValueError(f"--load {root}: {which} is of another architecture: {'; '.join(different)}")
-    return root
+class BackgroundSaver:
+    """Saves that stop training for a copy to memory alone: DCP's asynchronous path, in a thread.
+
+    The copy goes to memory that is kept between saves, pinned where there is CUDA. `group` must be a gloo group that
+    nothing else uses: the thread's collectives run while the job's own go on.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        cuda = torch.cuda.is_available()
+        self._group = group
+        self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
+                                                    use_async_staging=False, use_non_blocking_copy=cuda))
+
+    def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
+              optimizer: torch.optim.Optimizer | None, keep_last: int | None = None) -> Future:
+        """Like `save`; returns once everything is copied. Wait for the future before the next call.
+
+        The future's error is DCP's CheckpointException: see `first_failure`.
+        """
+        return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
+                              storage_writer=CheckpointWriter(root, state, config, keep_last))
+
+    def close(self) -> None:
+        self._stager.close()
 
 
-# What decides the names, shapes or meaning of weights; other fields (dropout, loss weights) may change between runs.
-_SHAPING = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank",
-            "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
-            "first_k_dense_replace", "moe_layer_freq", "n_group", "topk_group", "topk_method", "scoring_func",
-            "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers", "tie_word_embeddings",
-            "attention_bias")
+def first_failure(error: BaseException) -> BaseException:
+    """The cause of a CheckpointException, a BaseException that no `except Exception` sees; the lowest rank's."""
+    if not isinstance(error, CheckpointException) or not error.failures:
+        return error
+    rank = min(error.failures)
+    failure, _ = error.failures[rank]
+    failure.add_note(f"on rank {rank}") if hasattr(failure, "add_note") else None
+    return failure
 
 
 def has_optimizer(directory: Path) -> bool:
@@ -121,19 +96,32 @@ def has_optimizer(directory: Path) -> bool:
     return any(name.startswith("optimizer.") for name in saved)
 
 
+def verify(directory: Path) -> list[Damage] | None:
+    """Damage of a checkpoint's files, every byte read once, each rank its share; every rank gets all of it.
+
+    None for a directory without checksums.
+    """
+    listing = read_checksums(directory)
+    if listing is None:
+        return None
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    own = sorted(listing, key=lambda name: (listing[name].bytes, name))[rank::ranks]
+    everyone: list = [None] * ranks
+    dist.all_gather_object(everyone, verify_files(directory, listing, own))
+    return [damage for of_rank in everyone for damage in of_rank]
+
+
 def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
 
     Raises ValueError if a tensor is missing, unknown or of another shape: nothing is loaded or dropped in silence.
     """
-    state = model_state(stages)
-    if optimizer is not None:
-        state |= optimizer_state(stages, optimizer)
+    state = state_to_save(stages, optimizer)
     released = is_huggingface(directory)
-    reader = HuggingFaceReader(open_huggingface(directory)) if released else dcp.FileSystemReader(directory)
+    reader = HuggingFaceReader(open_huggingface(directory)) if released else CheckpointReader(directory)
     _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
-    dcp.load(state, storage_reader=reader)
-    _fill_copies(stages, optimizer)
+    _load(state, reader)
+    fill_copies(stages, optimizer)
     train_state = TrainState() if released else TrainState(**json.loads((directory / "state.json").read_text()))
     if optimizer is not None:
         for stage in stages:
@@ -145,14 +133,24 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
     """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
-    dcp.load(model_state(stages), checkpoint_id=directory)
-    _fill_copies(stages, None)
+    _load(model_state(stages), CheckpointReader(directory))
+    fill_copies(stages, None)
+
+
+def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
+    try:
+        dcp.load(state, storage_reader=reader)
+    except CheckpointException as error:
+        raise first_failure(error) from None
 
 
 def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
                    ignore_optimizer: bool) -> None:
     saved = reader.read_metadata().state_dict_metadata
     missing = sorted(set(state) - set(saved))
+    if missing and all(name.startswith("optimizer.") for name in missing):
+        raise ValueError(f"{directory} lacks {len(missing)} tensors of the optimizer, first {missing[0]}; "
+                         f"--no-load-optim begins with fresh moments")
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}")
     for name, tensor in state.items():
@@ -166,17 +164,3 @@ def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, 
         unknown = [name for name in unknown if not name.startswith("optimizer.")]
     if unknown:
         raise ValueError(f"{directory} has {len(unknown)} tensors that this model lacks, first {unknown[0]}")
-
-
-@torch.no_grad()
-def _fill_copies(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
-    """Further copies of a parameter on this rank, which `model_state` left out, become equal to the first."""
-    first: dict[str, nn.Parameter] = {}
-    for stage in stages:
-        for name, parameter in stage.named_parameters():
-            original = first.setdefault(name, parameter)
-            if original is parameter:
-                continue
-            parameter.to_local().copy_(original.to_local())
-            for moment in MOMENTS if optimizer is not None else ():
-                optimizer.state[parameter][moment].to_local().copy_(optimizer.state[original][moment].to_local())

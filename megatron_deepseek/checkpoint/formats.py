@@ -18,13 +18,15 @@ from megatron_deepseek.checkpoint.assets import (
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
 from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
-from megatron_deepseek.checkpoint.distributed import TrainState
-from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
-from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
+from megatron_deepseek.checkpoint.integrity import Checksum, checksum_directory
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory
+from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
 from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
 from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
 from megatron_deepseek.checkpoint.shards import Record, Shard, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.source import Source, open_stacked
+from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
 from megatron_deepseek.config import ModelConfig
 
@@ -42,14 +44,11 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
     """`path`: a directory of checkpoints, of which the last finished one is taken, or one iteration's."""
     directory = path
     if not (path / METADATA).is_file():
-        iteration = last_iteration(path)
-        if iteration is None:
-            raise ValueError(f"--load {path} holds no finished checkpoint")
-        directory = iteration_directory(path, iteration)
+        directory = checkpoint_directory(path)
     config = ModelConfig.from_file(directory / "config.json")
     dropped = {"optimizer.": "state of the optimizer"}
     if without_mtp and config.num_nextn_predict_layers:
-        dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": "part of an MTP module"
+        dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": MTP_LEFT_OUT
                     for depth in range(config.num_nextn_predict_layers)}
         config = replace(config, num_nextn_predict_layers=0)
     stored = DcpDirectory(directory)
@@ -67,7 +66,7 @@ def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None
     config = ModelConfig.from_hf_dict(assets.fields)
     dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
     if without_mtp:
-        config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), "part of an MTP module"
+        config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), MTP_LEFT_OUT
     stored = DcpDirectory(directory)
     places = megatron_places(config, frozenset(stored.shapes))
     return open_stacked(directory, config, stored, places, "", dropped, PADDED), assets
@@ -78,10 +77,7 @@ def _megatron_iteration(path: Path) -> Path:
     marker = path / MARKER
     if marker.is_file() and marker.read_text().strip() == "release":
         return path / "release"
-    iteration = last_iteration(path)
-    if iteration is None:
-        raise ValueError(f"--load {path} holds no finished checkpoint")
-    return iteration_directory(path, iteration)
+    return checkpoint_directory(path)
 
 
 def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int) -> Target:
@@ -125,9 +121,11 @@ def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype
     if (save / MARKER).exists():
         raise ValueError(f"--save {save} holds a checkpoint already")
 
-    def add_files(directory: Path) -> None:
+    def add_files(directory: Path, records: dict[str, Record]) -> None:
         (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
         (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
+        checksum_directory(directory, {name: Checksum(record.size, record.digest)
+                                       for name, record in records.items() if record.digest is not None})
 
     places = native_places(source.config)
     return _stacked_target("native", source, assets, save, dtype, places, NATIVE_PREFIX, add_files)
@@ -140,7 +138,7 @@ def megatron_target(source: Source, assets: Assets, save: Path, dtype: torch.dty
     if (save / MARKER).exists():
         raise ValueError(f"--save {save} holds a checkpoint already")
 
-    def add_files(directory: Path) -> None:
+    def add_files(directory: Path, _records: dict[str, Record]) -> None:
         torch.save({"iteration": 0, "checkpoint_version": 3.0}, directory / "common.pt")
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
                    "common_backend_version": 1}
@@ -150,7 +148,8 @@ def megatron_target(source: Source, assets: Assets, save: Path, dtype: torch.dty
 
 
 def _stacked_target(kind: str, source: Source, assets: Assets, save: Path, dtype: torch.dtype | None,
-                    all_places: list[Place], prefix: str, add_files: Callable[[Path], None]) -> Target:
+                    all_places: list[Place], prefix: str,
+                    add_files: Callable[[Path, dict[str, Record]], None]) -> Target:
     """A DCP directory of stacked parameters at SAVE/iter_0000000; `add_files` adds what is not weights."""
     places = {place.name: place for place in all_places}
     shapes = {prefix + place.whole: place.whole_shape for place in all_places}
@@ -162,7 +161,7 @@ def _stacked_target(kind: str, source: Source, assets: Assets, save: Path, dtype
 
     def complete(directory: Path, records: dict[str, Record]) -> None:
         write_metadata(directory, shapes, [item for record in records.values() for item in record.items])
-        add_files(directory)
+        add_files(directory, records)
 
     def publish() -> None:
         write_native_assets(save / DIRECTORY, assets)

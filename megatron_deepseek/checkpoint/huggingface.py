@@ -15,6 +15,7 @@ from megatron_deepseek.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+MTP_LEFT_OUT = "part of an MTP module"
 _FP8 = torch.float8_e4m3fn
 
 
@@ -30,6 +31,12 @@ class HuggingFaceSource:
     dtypes: dict[str, torch.dtype]
     copies: dict[str, str]
     dropped: dict[str, str]
+
+    @property
+    def absent_mtp(self) -> int:
+        """MTP modules that config.json announces and no file holds: transformers writes the number, not the weights."""
+        in_files = self.config.num_nextn_predict_layers or MTP_LEFT_OUT in self.dropped.values()
+        return 0 if in_files else self.fields.get("num_nextn_predict_layers", 0)
 
     def files(self) -> list[Path]:
         return sorted({tensor.file for tensor in self.stored.values()})
@@ -117,7 +124,7 @@ def _without_absent_mtp(config: ModelConfig, stored: dict, without_mtp: bool) ->
     known = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
     if not config.num_nextn_predict_layers or (mtp and not without_mtp):
         return config, {}
-    dropped = {name: "part of an MTP module" for name in mtp if layer_of(name) in known}
+    dropped = {name: MTP_LEFT_OUT for name in mtp if layer_of(name) in known}
     return replace(config, num_nextn_predict_layers=0), dropped
 
 

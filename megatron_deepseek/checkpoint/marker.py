@@ -1,12 +1,30 @@
-"""Which checkpoint of a directory is the last finished one: a file that is written last says so."""
+"""Which checkpoint of a directory is the last finished one, and which were never finished.
 
+    SAVE/iter_0000100/              whole: it got this name by one rename
+         iter_0000100.saving/       being written, or torn by a kill; never loaded
+         iter_0000100.replaced/     the older one of that iteration, for the moment between two renames
+         iter_0000100.removing/     being removed (--keep-last)
+         latest_checkpointed_iteration.txt
+
+This module only looks; `publish` makes the changes.
+"""
+
+import re
 from pathlib import Path
 
 MARKER = "latest_checkpointed_iteration.txt"
+SAVING, REPLACED, REMOVING = ".saving", ".replaced", ".removing"
+_DIRECTORY = re.compile(r"iter_(\d{7,})(\.saving|\.replaced|\.removing)?")
 
 
 def iteration_directory(root: Path, iteration: int) -> Path:
+    """The name of a checkpoint, whether it exists or not."""
     return root / f"iter_{iteration:07d}"
+
+
+def next_marker(root: Path) -> Path:
+    """The marker's next content, complete before the directory that it names gets its name."""
+    return root / f"{MARKER}.tmp"
 
 
 def is_huggingface(path: Path) -> bool:
@@ -14,13 +32,83 @@ def is_huggingface(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
+def find_iteration(root: Path, iteration: int) -> Path | None:
+    """Where the finished checkpoint of `iteration` is, or None."""
+    directory = iteration_directory(root, iteration)
+    older = directory.with_name(directory.name + REPLACED)
+    return next((path for path in (directory, older) if path.is_dir()), None)
+
+
 def last_iteration(root: Path) -> int | None:
     """The iteration of the last finished checkpoint under `root`, or None.
 
-    None also where the marker is not a number or names a directory that is not there.
+    None also where the marker is not a number or names a directory that is not there. Without a marker, one that was
+    about to be written counts: a run was killed between the renames of its first checkpoint and of its marker.
     """
+    marker = root / MARKER
     try:
-        iteration = int((root / MARKER).read_text())
+        iteration = int((marker if marker.exists() else next_marker(root)).read_text())
     except (OSError, ValueError):
         return None
-    return iteration if iteration_directory(root, iteration).is_dir() else None
+    return iteration if find_iteration(root, iteration) is not None else None
+
+
+def iterations(root: Path) -> list[int]:
+    """Finished checkpoints under `root`, oldest first, whatever the marker says."""
+    found = {int(match[1]) for match, _ in _entries(root) if match[2] in (None, REPLACED)}
+    return sorted(iteration for iteration in found if find_iteration(root, iteration) is not None)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Directories that a killed run left: torn checkpoints, and those it was removing."""
+    return sorted(path for match, path in _entries(root)
+                  if match[2] in (SAVING, REMOVING) or (match[2] == REPLACED and (root / path.stem).is_dir()))
+
+
+def _entries(root: Path) -> list[tuple[re.Match, Path]]:
+    if not root.is_dir():
+        return []
+    matches = ((_DIRECTORY.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+    return [(match, path) for match, path in matches if match]
+
+
+def begins_anew(root: Path) -> bool:
+    """Whether nothing under `root` was ever finished, so that a run may start there from nothing."""
+    return not (root / MARKER).exists() and not iterations(root)
+
+
+def problem(root: Path, step: int | None = None) -> str | None:
+    """Why no checkpoint of `root` can be loaded (that of iteration `step`, if given), and what to do; None if one can.
+
+    Looks at names only.
+    """
+    if step is None and (is_huggingface(root) or last_iteration(root) is not None):
+        return None
+    if step is not None and find_iteration(root, step) is not None:
+        return None
+    there = iterations(root)
+    listing = f"it has iteration{'s' * (len(there) > 1)} {', '.join(map(str, there))}" if there else ""
+    if step is not None:
+        return f"it has no finished checkpoint of iteration {step}" + (f"; {listing}" if there else "")
+    wrong = _marker_problem(root / MARKER)
+    if not there:
+        return f"it holds no finished checkpoint: {wrong}"
+    return f"{wrong}; {listing}: --ckpt-step {there[-1]} loads one, and the next save sets the file right"
+
+
+def _marker_problem(marker: Path) -> str:
+    try:
+        text = marker.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return f"{MARKER} is missing"
+    except OSError as error:
+        return f"{MARKER} cannot be read ({error.strerror})"
+    if text.isdecimal():
+        return f"{MARKER} names iteration {int(text)}, which is not there"
+    return f"{MARKER} is damaged: {text[:40]!r} is not a number"
+
+
+def leftover_notes(root: Path) -> list[str]:
+    """A line for each directory that a killed run left behind, for the start of the next."""
+    reasons = {SAVING: "a save that was never finished", REMOVING: "half removed", REPLACED: "replaced by a newer save"}
+    return [f"{path} is {reasons[path.suffix]}: not loaded, removed at the next save" for path in leftovers(root)]

@@ -11,6 +11,7 @@ import torch
 from megatron_deepseek.checkpoint.blocks import Output, cast_blocks, checksum
 from megatron_deepseek.checkpoint.block_fp8 import BLOCK, SCALE_SUFFIX, scale_shape
 from megatron_deepseek.checkpoint.dcp_files import Item
+from megatron_deepseek.checkpoint.integrity import RunningChecksum
 from megatron_deepseek.checkpoint.names import Place
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes, lay_out
 from megatron_deepseek.checkpoint.source import Source
@@ -32,21 +33,25 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished file is known by: size, CRC-32 of its regions [offset, length, crc], the DCP items in it."""
+    """What a finished file is known by: size, CRC-32 of its regions [offset, length, crc], the DCP items in it.
+
+    `digest`: of the whole file, for checksums.json, where it was written from its beginning to its end.
+    """
 
     size: int
     regions: list[list[int]]
     items: list[Item] = field(default_factory=list)
+    digest: str | None = None
 
     def to_json(self) -> dict:
         items = [asdict(item) | {"dtype": str(item.dtype).removeprefix("torch.")} for item in self.items]
-        return {"size": self.size, "regions": self.regions, "items": items}
+        return {"size": self.size, "regions": self.regions, "items": items, "digest": self.digest}
 
     @classmethod
     def from_json(cls, fields: dict) -> "Record":
         items = [Item(**(item | {"dtype": getattr(torch, item["dtype"]), "place": tuple(item["place"]),
                                  "shape": tuple(item["shape"])})) for item in fields["items"]]
-        return cls(fields["size"], fields["regions"], items)
+        return cls(fields["size"], fields["regions"], items, fields.get("digest"))
 
 
 class Writer:
@@ -54,6 +59,7 @@ class Writer:
 
     def __init__(self, path: Path):
         self.path, self.tensor, self.position, self.crc = path, "the header", 0, 0
+        self.checksum = RunningChecksum()
         self.failure: ValueError | None = None
         self.file = open(path, "wb", buffering=0)
 
@@ -64,10 +70,11 @@ class Writer:
         self.file.close()
 
     def write(self, data) -> int:
-        """At the current position, counted in `crc`: what torch.save writes to."""
+        """At the current position, counted in `crc` and `checksum`: what torch.save writes to."""
         data = memoryview(data).cast("B")
         self.write_at(self.position, data)
         self.crc = zlib.crc32(data, self.crc)
+        self.checksum.update(data)
         self.position += len(data)
         return len(data)
 
@@ -130,7 +137,7 @@ def write_dcp(path: Path, shard: Shard, source: Source, advance: Callable[[int],
             file.save(block.rows.contiguous().view(size))
             items.append(Item(prefix + place.whole, offset, size, block.output.dtype, shard.name, begin,
                               file.position - begin))
-    return Record(file.position, [[0, file.position, file.crc]], items)
+    return Record(file.position, [[0, file.position, file.crc]], items, file.checksum.result().digest)
 
 
 def verify(path: Path, record: Record) -> bool:

@@ -85,10 +85,13 @@ class Workspace:
     def _note(self, name: str) -> Path:
         return self.root / "finished" / f"{name}.json"
 
-    def publish(self, target: Path) -> None:
-        """Give the output its name, which must be free or an empty directory."""
+    def sweep(self) -> None:
+        """Remove what a killed run left unfinished and nobody took up."""
         for leftover in self.output.glob("*.tmp"):
             leftover.unlink()
+
+    def publish(self, target: Path) -> None:
+        """Give the output its name, which must be free or an empty directory."""
         os.rename(self.output, target)
 
     def remove(self) -> None:

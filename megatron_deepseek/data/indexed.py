@@ -1,8 +1,4 @@
-"""Megatron's indexed datasets: a .bin of token ids and an .idx that says where each sequence lies.
-
-The .idx, little-endian: magic (9 bytes), uint64 version 1, uint8 dtype code, uint64 S sequences, uint64 D entries of
-the document index; then int32[S] sequence lengths, int64[S] byte offsets into the .bin, int64[D] first sequence of
-each document and the end, and, only in multimodal datasets, int8[S] modes.
+"""Megatron's indexed datasets: a .bin of token ids and an .idx (index_file.py) that says where each sequence lies.
 
 In training megatron-core reads them. Here is what it leaves out: saying what is wrong with a file instead of failing
 in numpy or reading rubbish, and writing so that a kill leaves no half file that looks whole.
@@ -10,16 +6,13 @@ in numpy or reading rubbish, and writing so that a kill leaves no half file that
 
 import contextlib
 import os
-import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+from megatron_deepseek.data.index_file import HEADER, MAGIC, TOKEN_DTYPES, IndexFile, open_index
 
 TOKENS_PER_CHUNK = 1 << 20
 MOST_TOKENS_SCANNED = 1 << 28
@@ -36,56 +29,33 @@ class IndexedFile:
 
 def open_indexed(prefix: str, argument: str) -> IndexedFile:
     """Check both files against the header and each other; ValueError says what is wrong, after `argument`."""
-    def refuse(why: str):
-        return ValueError(f"{argument} {prefix}: {why}")
+    index = open_index(prefix, argument)
+    try:
+        _check_bounds(index)
+    except ValueError as error:
+        raise ValueError(f"{argument} {prefix}: {error}") from error
+    tokens = os.path.getsize(prefix + ".bin") // index.token_dtype.itemsize
+    ids = np.memmap(prefix + ".bin", index.token_dtype, "r", 0, tokens) if tokens else np.empty(0, index.token_dtype)
+    return IndexedFile(prefix, index.map(index.lengths), ids)
 
-    for suffix in (".idx", ".bin"):
-        if not Path(prefix + suffix).is_file():
-            raise refuse(f"{prefix}{suffix} does not exist" + _hint(prefix))
-    dtype, sequences, documents = _read_header(prefix, refuse)
-    if sequences == 0:
-        raise refuse("it holds no sequences")
-    lengths = np.memmap(prefix + ".idx", np.dtype("<i4"), "r", HEADER.size, sequences)
-    offsets = np.memmap(prefix + ".idx", np.dtype("<i8"), "r", HEADER.size + 4 * sequences, sequences)
-    size, itemsize = os.path.getsize(prefix + ".bin"), np.dtype(dtype).itemsize
-    end = int((offsets + lengths.astype(np.int64) * itemsize).max())
-    if lengths.min() < 0 or offsets.min() < 0:
-        raise refuse(f"{prefix}.idx is damaged: negative lengths or offsets")
+
+def _check_bounds(index: IndexFile):
+    """Nothing that is read in training lies outside the .bin. `index_damage` looks closer, and at every entry."""
+    size, itemsize, end = os.path.getsize(index.prefix + ".bin"), index.token_dtype.itemsize, 0
+    if index.num_sequences == 0:
+        raise ValueError("it holds no sequences")
+    for lengths, pointers in zip(index.read(index.lengths), index.read(index.pointers)):
+        if lengths.min() < 0 or pointers.min() < 0:
+            raise ValueError(f"{index.path} is damaged: negative lengths or offsets")
+        sizes = lengths.astype(np.int64) * itemsize
+        last = int((pointers + sizes).argmax()) if pointers.max() <= size else int(pointers.argmax())
+        end = max(end, int(pointers[last]) + int(sizes[last]))
     if size < end:
-        raise refuse(f"{prefix}.bin is truncated: {size} bytes, where {prefix}.idx points at {end}")
-    tokens = size // itemsize
-    ids = np.memmap(prefix + ".bin", dtype, "r", 0, tokens) if tokens else np.empty(0, dtype)
-    return IndexedFile(prefix, lengths, ids)
-
-
-def _read_header(prefix: str, refuse):
-    size = os.path.getsize(prefix + ".idx")
-    with open(prefix + ".idx", "rb") as file:
-        header = file.read(HEADER.size)
-    if not header.startswith(MAGIC[:len(header)]) or not header:
-        raise refuse(f"{prefix}.idx is no index of this format: it begins with {header[:9]!r}, not {MAGIC!r}")
-    if len(header) < HEADER.size:
-        raise refuse(f"{prefix}.idx is truncated: {size} bytes, its header alone has {HEADER.size}")
-    _, version, code, sequences, documents = HEADER.unpack(header)
-    if version != 1:
-        raise refuse(f"{prefix}.idx has version {version}; only version 1 is known")
-    if code not in TOKEN_DTYPES:
-        raise refuse(f"{prefix}.idx has dtype code {code}, which is no integer type of token ids")
-    expected = HEADER.size + 12 * sequences + 8 * documents
-    if size < expected:
-        raise refuse(f"{prefix}.idx is truncated: {size} bytes, {expected} for its {sequences} sequences")
-    if size not in (expected, expected + sequences):
-        raise refuse(f"{prefix}.idx is damaged: {size} bytes, {expected} for its {sequences} sequences")
-    return TOKEN_DTYPES[code], sequences, documents
-
-
-def _hint(prefix: str) -> str:
-    """What is often meant instead."""
-    if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
-        return "; give the prefix, without .bin or .idx"
-    if Path(prefix + "_text_document.idx").is_file():
-        return f"; did you mean {prefix}_text_document?"
-    return ""
+        raise ValueError(f"{index.prefix}.bin is truncated: {size} bytes, where {index.path} points at {end}")
+    first, last = np.memmap(index.path, "<i8", "r", index.documents.offset, index.num_document_entries)[[0, -1]]
+    if first != 0 or last != index.num_sequences:
+        raise ValueError(f"{index.path} is damaged: its documents are the sequences {first} to {last}, but there are "
+                         f"{index.num_sequences}")
 
 
 def token_range(file: IndexedFile) -> tuple[int, int]:
@@ -135,15 +105,26 @@ class IndexedWriter:
             file.write(np.array(self.documents, "<i8").data)
 
     def publish(self):
-        """A dataset is whole only with its .idx: an older one goes first and the new one comes last."""
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
-        os.replace(self.prefix + ".bin.tmp", self.prefix + ".bin")
-        os.replace(self.prefix + ".idx.tmp", self.prefix + ".idx")
+        publish(self.prefix)
 
     def discard(self):
         self.file.close()
-        for suffix in (".bin.tmp", ".idx.tmp"):
-            Path(self.prefix + suffix).unlink(missing_ok=True)
+        discard(self.prefix)
+
+
+def publish(prefix: str):
+    """Name `{prefix}.bin.tmp` and `.idx.tmp`. A dataset is whole only with its .idx: an older one goes first and the
+    new one comes last.
+    """
+    Path(prefix + ".idx").unlink(missing_ok=True)
+    os.replace(prefix + ".bin.tmp", prefix + ".bin")
+    os.replace(prefix + ".idx.tmp", prefix + ".idx")
+
+
+def discard(prefix: str):
+    """Remove what was written aside and not published."""
+    for suffix in (".bin.tmp", ".idx.tmp"):
+        Path(prefix + suffix).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.marker import iteration_directory, last_iteration
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import shape_stages
@@ -63,10 +63,7 @@ def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: 
 
 def load_model(root: Path, seq_length: int) -> DeepseekStage:
     """The main model of the latest checkpoint in `root`, whole, on this process. MTP modules are left out."""
-    iteration = last_iteration(root)
-    if iteration is None:
-        raise ValueError(f"--load {root}: it has no finished checkpoint")
-    directory = iteration_directory(root, iteration)
+    directory = checkpoint_directory(root)
     config = ModelConfig.from_file(directory / "config.json")
     whole = Stage(embedding=True, layers=tuple(range(config.num_hidden_layers)), mtp=(), loss=True)
     device = choose_device()

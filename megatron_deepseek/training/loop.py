@@ -1,7 +1,5 @@
 """Pre-training from settings to a trained checkpoint."""
 
-import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -9,12 +7,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.distributed import TrainState
 from megatron_deepseek.checkpoint.export import export_hf, keep_assets
-from megatron_deepseek.checkpoint.marker import is_huggingface, last_iteration
+from megatron_deepseek.checkpoint.marker import last_iteration
+from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
-from megatron_deepseek.data.pretraining import build_datasets, check_data
+from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
@@ -22,19 +19,23 @@ from megatron_deepseek.parallel.start import choose_device, join_job
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.training.failure import guarded
+from megatron_deepseek.training.health import NotFinite, SpikeWatch, find_origin
+from megatron_deepseek.training.interruptions import Interruptions
 from megatron_deepseek.training.metrics import StepMetrics
 from megatron_deepseek.training.profile import profiler
 from megatron_deepseek.training.report import Report, open_report
+from megatron_deepseek.training.resume import describe, num_samples, refuse_bad_input, resume
+from megatron_deepseek.training.saving import Saver
 from megatron_deepseek.training.schedules import global_batch_size, learning_rate
-from megatron_deepseek.training.trainer import Plan, StepResult, Trainer
+from megatron_deepseek.training.trainer import Plan, StepResult, Trainer, Votes
 
 
 def pretrain(settings: Settings) -> None:
     """Run the job of `settings` on this rank. A user's mistake in data or checkpoint ends it with status 2."""
-    guarded(_pretrain)(settings)
+    guarded(_pretrain)(settings, time.monotonic())
 
 
-def _pretrain(settings: Settings) -> None:
+def _pretrain(settings: Settings, begun: float) -> None:
     refuse_bad_input(settings)
     device = choose_device()
     join_job(device, settings.run.distributed_timeout_minutes)
@@ -45,33 +46,11 @@ def _pretrain(settings: Settings) -> None:
     with open_report(settings.run, state.iteration) if first else Report() as report:
         describe(report, settings, trainer, state)
         keep_assets(settings.run)
-        run = Run(settings, trainer, report, state)
+        run = Run(settings, trainer, report, state, begun)
         run.train()
         run.export()
     dist.barrier()
     dist.destroy_process_group()
-
-
-def refuse_bad_input(settings: Settings) -> None:
-    """Rank 0 looks at files before anything is built, and says in one line what is wrong with them."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    try:
-        choose_device()
-        check_data(settings.data, settings.model.vocab_size, num_samples(settings))
-        if settings.run.load is not None:
-            checkpoint.check_checkpoint(settings.run.load, settings.model)
-    except (ValueError, OSError) as error:
-        print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
-
-
-def num_samples(settings: Settings) -> tuple[int, int, int]:
-    """Samples of the train, valid and test split that the run reads."""
-    consumed = 0
-    for _ in range(settings.run.train_iters):
-        consumed += global_batch_size(settings.batch, consumed)
-    return consumed, settings.run.eval_iters * settings.batch.global_batch_size, 0
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -86,35 +65,10 @@ def make_plan(settings: Settings) -> Plan:
         reshard_after_forward=settings.run.sharding == "optim_grads_params", seed=settings.run.seed)
 
 
-def resume(settings: Settings, trainer: Trainer) -> TrainState:
-    """Load `--load`, or start anew. `--finetune` takes the weights alone and starts counting at zero."""
-    run = settings.run
-    if run.load is None:
-        return TrainState()
-    directory = checkpoint.check_checkpoint(run.load, settings.model)
-    weights_only = run.finetune or run.no_load_optim
-    if not weights_only and not checkpoint.has_optimizer(directory):
-        weights_only = is_huggingface(directory) or last_iteration(run.load) == 0  # released weights, converted or not
-    state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer)
-    if run.finetune:
-        return TrainState()
-    return TrainState(state.iteration, state.consumed_samples, 0 if weights_only else state.optimizer_steps)
-
-
-def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainState) -> None:
-    layout = settings.layout
-    sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
-    schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
-    report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
-                   f"{trainer.meshes.device.type}, {'bf16' if settings.run.bf16 else 'fp32'}")
-    if settings.run.load is not None:
-        report.message(f"loaded {settings.run.load}, continuing at iteration {state.iteration}")
-
-
 class Run:
-    """The loop of one job: steps, validation, checkpoints, until train_iters or exit_interval."""
+    """The loop of one job: steps, validation, checkpoints, until train_iters or something that ends it before."""
 
-    def __init__(self, settings: Settings, trainer: Trainer, report: Report, state: TrainState):
+    def __init__(self, settings: Settings, trainer: Trainer, report: Report, state: TrainState, begun: float):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
         train, valid, _ = build_datasets(settings.data, num_samples(settings))
         name = " ".join(settings.data.data_path)
@@ -123,25 +77,45 @@ class Run:
             eod = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model).eod
         self.train_data = Sampler(train, settings.model.vocab_size, name, eod)
         self.valid_data = Sampler(valid, settings.model.vocab_size, name, eod) if valid is not None else None
-        self.saved_iteration = state.iteration
+        self.saver = Saver(settings.run, settings.model, trainer, report, _saved_already(settings, state))
+        self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
+        self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
+        self.spikes = SpikeWatch()
         self.flops_per_token = model_flops_per_token(settings.model, settings.data.seq_length)
 
     def train(self) -> None:
-        run = self.settings.run
         if self.state.iteration == 0:
             self._validate()
-        with profiler(run, dist.get_rank()) as profile:
+        with self.interruptions.handling():
+            try:
+                self._steps()
+            except FloatingPointError:
+                self.saver.finish()  # a save on its way is of a healthy step
+                raise
+            self.saver.save(self.state)
+            self.saver.close()
+
+    def _steps(self) -> None:
+        with profiler(self.settings.run, dist.get_rank()) as profile:
             for batch in read_ahead(self.train_data.batch, self._requests()):
-                self._step(batch)
+                votes = self._step(batch)
                 profile.step()
-                done = self.state.iteration
-                last = done == run.train_iters or (run.exit_interval is not None and done % run.exit_interval == 0)
-                if run.eval_interval and (done % run.eval_interval == 0 or done == run.train_iters):
-                    self._validate()
-                if run.save is not None and (last or (run.save_interval and done % run.save_interval == 0)):
-                    self._save()
-                if last:
+                if self._between_steps(votes):
                     break
+
+    def _between_steps(self, votes: Votes) -> bool:
+        """Validation and checkpoints that are due; True if the run leaves here."""
+        run, done = self.settings.run, self.state.iteration
+        leave = votes.leave or (run.exit_interval is not None and done % run.exit_interval == 0)
+        if run.eval_interval and (done % run.eval_interval == 0 or done == run.train_iters):
+            self._validate()
+        if votes.leave:
+            self.report.message(f"leaving after iteration {done} {self.interruptions.reason()}")
+        if leave or votes.save or (run.save_interval and done % run.save_interval == 0):
+            self.saver.save(self.state)
+            self.interruptions.saved()
+        self.saver.poll()
+        return leave
 
     def _requests(self) -> Iterator[tuple[int, int, int, int, int]]:
         """Arguments of `Sampler.batch` for each remaining step."""
@@ -154,16 +128,29 @@ class Run:
     def _data_rank(self) -> tuple[int, int]:
         return self.trainer.meshes.rank("dp"), self.settings.layout.dp
 
-    def _step(self, batch: GlobalBatch) -> None:
+    def _step(self, batch: GlobalBatch) -> Votes:
         begin, settings, state = time.perf_counter(), self.settings, self.state
         rate = learning_rate(settings.learning_rate, state.consumed_samples / settings.batch.global_batch_size)
         until = settings.loss.moe_router_bias_update_until
         bias_rate = settings.loss.moe_router_bias_update_rate if until is None or state.iteration < until else 0.0
-        result = self.trainer.train_step(**_on_device(batch, self.trainer.meshes), learning_rate=rate,
-                                         bias_rate=bias_rate)
-        size = batch.tokens_BS.shape[0] * settings.layout.dp
-        self.state = TrainState(state.iteration + 1, state.consumed_samples + size, state.optimizer_steps + 1)
-        self.report.step(self._metrics(result, rate, size * settings.data.seq_length, time.perf_counter() - begin))
+        inputs = _on_device(batch, self.trainer.meshes)
+        result = self.trainer.train_step(**inputs, learning_rate=rate, bias_rate=bias_rate,
+                                         votes=self.interruptions.votes)
+        seconds, size = time.perf_counter() - begin, batch.tokens_BS.shape[0] * settings.layout.dp
+        self._check_health(result, inputs)
+        self.state = TrainState(state.iteration + 1, state.consumed_samples + size,
+                                state.optimizer_steps + result.updated)
+        self.report.step(self._metrics(result, rate, size * settings.data.seq_length, seconds))
+        return result.votes
+
+    def _check_health(self, result: StepResult, inputs: dict[str, torch.Tensor | None]) -> None:
+        """FloatingPointError where a step that is not finite ends the run."""
+        iteration = self.state.iteration + 1
+        skipped = self.not_finite.check(iteration, result, lambda: find_origin(self.trainer, inputs))
+        spike = self.spikes.see(iteration, result.losses.lm_loss)
+        for line in (skipped, spike):
+            if line is not None:
+                self.report.message(line)
 
     def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float) -> StepMetrics:
         losses, mfu, peak_memory = result.losses, None, None
@@ -178,7 +165,8 @@ class Run:
         spread = self.settings.layout.ep > 1
         return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
                            tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
-                           result.traffic.across_nodes if spread else None)
+                           result.traffic.across_nodes if spread else None, self.saver.take_stall(),
+                           None if result.updated else True)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""
@@ -191,24 +179,20 @@ class Run:
         self.report.validation(self.state.iteration, _mean([each.lm_loss for each in losses]),
                                tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))))
 
-    def _save(self) -> None:
-        if self.saved_iteration == self.state.iteration:
-            return
-        directory = checkpoint.save(self.settings.run.save, self.state, self.settings.model, self.trainer.stages,
-                                    self.trainer.optimizer)
-        self.saved_iteration = self.state.iteration
-        self.report.message(f"saved {directory}")
-
     def export(self) -> None:
         """--save-hf: the last checkpoint as released models are, each rank writing its part of the files."""
         run = self.settings.run
         if run.save_hf is None:
             return
-        if last_iteration(run.save) != self.state.iteration:
-            self.saved_iteration = None
-            self._save()
         export_hf(run, dist.get_rank(), dist.get_world_size())
         self.report.message(f"exported {run.save_hf}")
+
+
+def _saved_already(settings: Settings, state: TrainState) -> int | None:
+    """The iteration that needs no saving, because --save has it."""
+    run = settings.run
+    same = run.save is not None and run.load is not None and run.save.resolve() == run.load.resolve()
+    return state.iteration if same and last_iteration(run.save) == state.iteration else None
 
 
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
-OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes")
+OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
+            "skipped")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class StepMetrics:
     mtp_loss has an entry for each depth; balance_loss is None where no such loss is trained on. mfu (0 to 1) and
     peak_memory_bytes, the largest of all ranks, are None on a CPU and then not written. moe_bytes_* are what expert
     dispatch and combination of all ranks sent to other ranks, forwards and backwards, not written without experts on
-    several ranks.
+    several ranks. checkpoint_stall_seconds: how long training stood still for saves between the step before and this
+    one, which step_seconds leaves out. `skipped` is true, and else not written, where a loss or gradient was not finite
+    and nothing was updated.
     """
 
     iteration: int
@@ -38,6 +41,8 @@ class StepMetrics:
     peak_memory_bytes: int | None = None
     moe_bytes_within_node: int | None = None
     moe_bytes_across_nodes: int | None = None
+    checkpoint_stall_seconds: float | None = None
+    skipped: bool | None = None
 
     @property
     def tokens_per_second(self) -> float:

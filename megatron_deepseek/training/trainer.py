@@ -8,6 +8,8 @@ A step, whatever the layout:
   5. AdamW, then the routers' biases
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +63,32 @@ class Losses:
     balance_loss: float
 
 
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.lm_loss, *self.mtp_loss, self.balance_loss)))
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What a rank asks for between steps: a checkpoint, an end of the run. What one asks for, all do."""
+
+    save: bool = False
+    leave: bool = False
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards."""
+    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards.
+
+    `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
+    `votes`: of all ranks together, the same everywhere.
+    """
 
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
     traffic: Traffic
+    updated: bool = True
+    votes: Votes = Votes()
 
 
 class Trainer:
@@ -98,11 +118,12 @@ class Trainer:
                 for stage in self.stages for name, parameter in stage.named_parameters()]
 
     def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
-                   learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None
-                   ) -> StepResult:
+                   learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None,
+                   votes: Callable[[], Votes] = Votes) -> StepResult:
         """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them.
 
-        `documents_BS` numbers each token's document; without it attention and MTP see across documents.
+        `documents_BS` numbers each token's document; without it attention and MTP see across documents. `votes` is
+        asked when the ranks add up their losses, and travels with them.
         """
         tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
         self.optimizer.zero_grad()
@@ -110,22 +131,26 @@ class Trainer:
         for shared in self.shared:
             shared.sum_gradients()
         norm = gradient_norm(self.parameters, self.meshes.device)
-        losses = self._reduce(inputs["step"].tally)
-        self._check_finite(losses, norm)
+        losses, agreed = self._reduce(inputs["step"].tally, votes())
+        healthy = losses.finite() and math.isfinite(norm.item())
+        if healthy:
+            self._update(norm, learning_rate)
+        counts = update_expert_bias(self.stages, inputs["step"].tally.expert_counts, bias_rate if healthy else 0.0,
+                                    self.meshes.stage.get_group())
+        return StepResult(losses, norm.item(), counts, self._traffic(inputs["step"].tally), healthy, agreed)
+
+    def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
         if self.plan.optimizer.clip_grad:
             clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
-        counts = update_expert_bias(self.stages, inputs["step"].tally.expert_counts, bias_rate,
-                                    self.meshes.stage.get_group())
-        return StepResult(losses, norm.item(), counts, self._traffic(inputs["step"].tally))
 
     def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
                  documents_BS: torch.Tensor | None = None) -> Losses:
         """Losses of a batch, weights untouched."""
         tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
         self.pipeline.evaluate(tokens, num_microbatches, **inputs)
-        return self._reduce(inputs["step"].tally)
+        return self._reduce(inputs["step"].tally, Votes())[0]
 
     def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS) -> tuple[torch.Tensor, int, dict]:
         """Tokens, their number of micro-batches and the stages' other inputs. Everything that looks along a sequence
@@ -142,27 +167,23 @@ class Trainer:
             inputs["documents_BS"] = documents_BS
         return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
-    def _reduce(self, tally: Tally) -> Losses:
+    def _reduce(self, tally: Tally, votes: Votes) -> tuple[Losses, Votes]:
         """Sum the ranks' contributions. Token losses are the same on all TP ranks, shares of the balance loss not."""
         depths = 1 + self.plan.model.num_nextn_predict_layers
         device, first_tp = self.meshes.device, self.meshes.rank("tp") == 0
-        values = torch.zeros(depths + 1, dtype=torch.float64, device=device)
+        values = torch.zeros(depths + 3, dtype=torch.float64, device=device)
         for depth, loss in tally.losses.items():
             values[depth] = loss if first_tp else 0
-        values[-1] = tally.balance_loss
+        values[depths] = tally.balance_loss
+        values[-2:] = torch.tensor([votes.save, votes.leave])
         dist.all_reduce(values)
-        lm_loss, *mtp_loss, balance_loss = values.tolist()
-        return Losses(lm_loss, tuple(mtp_loss), balance_loss)
+        lm_loss, *mtp_loss, balance_loss, save, leave = values.tolist()
+        return Losses(lm_loss, tuple(mtp_loss), balance_loss), Votes(save > 0, leave > 0)
 
     def _traffic(self, tally: Tally) -> Traffic:
         sent = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes], device=self.meshes.device)
         dist.all_reduce(sent)
         return Traffic(*(2 * sent).tolist())
-
-    def _check_finite(self, losses: Losses, norm: torch.Tensor) -> None:
-        if not torch.isfinite(norm) or losses.lm_loss != losses.lm_loss:
-            raise FloatingPointError(f"lm_loss is {losses.lm_loss} and the gradient norm {norm.item()}: "
-                                     f"the weights are left as they were before this step")
 
 
 def _embedding_holders(plan: Plan) -> dict[str, list[int]]:

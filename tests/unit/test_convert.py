@@ -21,6 +21,7 @@ from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.checkpoint.assets import read_assets, write_config
 from megatron_deepseek.checkpoint.blocks import row_ranges
 from megatron_deepseek.checkpoint.distributed import model_state
+from megatron_deepseek.checkpoint.integrity import verify_directory
 from megatron_deepseek.checkpoint.names import hf_shapes, mtp_copies, native_places
 from megatron_deepseek.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.build import Precision, build_stages
@@ -75,6 +76,7 @@ def test_native_is_read_by_dcp_itself(tmp_path):
     state = {"model.model.layers.1.mlp.experts.gate_up_proj": torch.zeros(4, 280, 136),
              "model.model.layers.2.eh_proj.weight": torch.zeros(136, 272)}
     dcp.load(state, checkpoint_id=tmp_path / "native" / "iter_0000000", no_dist=True)
+    assert verify_directory(tmp_path / "native" / "iter_0000000") == []
     prefix = "model.layers.1.mlp.experts.3."
     expected = torch.cat([weights[f"{prefix}gate_proj.weight"], weights[f"{prefix}up_proj.weight"]]).float()
     assert torch.equal(state["model.model.layers.1.mlp.experts.gate_up_proj"][3], expected)
@@ -203,6 +205,7 @@ def test_without_mtp(tmp_path, capsys):
     for load in (tmp_path / "native", announced):
         origin = "native" if load == tmp_path / "native" else "hf"
         assert convert(origin, "hf", load, tmp_path / f"{load.name}_out") == 0
+        assert ("announces num_nextn_predict_layers 1, but" in capsys.readouterr().out) == (load == announced)
         assert_identical(all_tensors(tmp_path / f"{load.name}_out"), main_only)
     assert sorted(main_only) == sorted(hf_shapes(replace(V3_WIDE, num_nextn_predict_layers=0)))
 

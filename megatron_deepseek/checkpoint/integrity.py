@@ -1,0 +1,157 @@
+"""checksums.json: what every file of a checkpoint directory was when it was written, and whether it still is.
+
+    {"algorithm": "xxh3_128", "files": {"__0_0.distcp": {"bytes": 1048576, "digest": "9f..."}, ...}}
+
+It lists every file of the directory but itself. XXH3 finds what disks, copies and kills do to a file, at about the
+speed of memory; it is no protection against somebody who wants a file to look unchanged.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+CHECKSUMS = "checksums.json"
+ALGORITHM = "xxh3_128"
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """Size and XXH3 digest (128 bits, hexadecimal) of a file."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """`kind`: missing, truncated, longer, changed, unlisted or unreadable; `detail` is a sentence for the user."""
+
+    file: str
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.detail}"
+
+
+class RunningChecksum:
+    """The checksum of a file that is being written from its beginning to its end."""
+
+    def __init__(self):
+        self._hash, self._bytes = xxhash.xxh3_128(), 0
+
+    def update(self, data) -> None:
+        self._hash.update(data)
+        self._bytes += memoryview(data).nbytes
+
+    def result(self) -> Checksum:
+        return Checksum(self._bytes, self._hash.hexdigest())
+
+
+def checksum_file(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> Checksum:
+    """Of a file on disk, read once in pieces of 4 MiB; `advance` is told the bytes of each. Releases Python's lock."""
+    running, buffer = RunningChecksum(), memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            running.update(buffer[:count])
+            advance(count)
+    return running.result()
+
+
+def listed_files(directory: Path) -> list[str]:
+    """Names, relative to `directory`, of all files below it but checksums.json, sorted."""
+    found = (Path(root, name).relative_to(directory) for root, _, names in os.walk(directory) for name in names)
+    return sorted(path.as_posix() for path in found if path.as_posix() != CHECKSUMS)
+
+
+def write_checksums(directory: Path, files: Mapping[str, Checksum]) -> None:
+    """checksums.json, whole under its name and on the disk when this returns."""
+    listing = {"algorithm": ALGORITHM, "files": {name: asdict(files[name]) for name in sorted(files)}}
+    aside = directory / f"{CHECKSUMS}.tmp"
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(listing, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, directory / CHECKSUMS)
+
+
+def checksum_directory(directory: Path, known: Mapping[str, Checksum] | None = None) -> None:
+    """Write checksums.json of a finished directory; files in `known` are not read again."""
+    known = known or {}
+    write_checksums(directory, {name: known.get(name) or checksum_file(directory / name)
+                                for name in listed_files(directory)})
+
+
+def read_checksums(directory: Path) -> dict[str, Checksum] | None:
+    """The listing of checksums.json, or None for a checkpoint that has none. ValueError if it is damaged itself."""
+    path = directory / CHECKSUMS
+    try:
+        listing = json.loads(path.read_text(encoding="utf-8"))
+        if listing["algorithm"] != ALGORITHM:
+            raise ValueError(f"its algorithm is {listing['algorithm']!r}, known here is {ALGORITHM}")
+        return {name: Checksum(int(entry["bytes"]), str(entry["digest"])) for name, entry in listing["files"].items()}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def check_sizes(directory: Path, listing: Mapping[str, Checksum]) -> list[Damage]:
+    """What sizes alone tell: missing, truncated and longer files. Reads no data."""
+    return [damage for name in listing if (damage := _check_size(directory, name, listing[name])) is not None]
+
+
+def verify_files(directory: Path, listing: Mapping[str, Checksum], names: Iterable[str], workers: int = 1,
+                 advance: Callable[[int], None] = lambda nbytes: None) -> list[Damage]:
+    """Damage of the files `names` of `listing`, every byte read, by `workers` threads."""
+    with ThreadPoolExecutor(workers, "verify") as pool:
+        results = pool.map(partial(_verify_file, directory, listing, advance), names)
+        return [damage for damage in results if damage is not None]
+
+
+def verify_directory(directory: Path, workers: int = 1,
+                     advance: Callable[[int], None] = lambda nbytes: None) -> list[Damage] | None:
+    """All damage of a checkpoint directory, by name; None if it has no checksums.json and nothing can be said.
+
+    ValueError if checksums.json itself is damaged.
+    """
+    listing = read_checksums(directory)
+    if listing is None:
+        return None
+    unlisted = [Damage(name, "unlisted", f"is not in {CHECKSUMS}")
+                for name in listed_files(directory) if name not in listing]
+    return verify_files(directory, listing, sorted(listing), workers, advance) + unlisted
+
+
+def _check_size(directory: Path, name: str, listed: Checksum) -> Damage | None:
+    try:
+        found = (directory / name).stat().st_size
+    except FileNotFoundError:
+        return Damage(name, "missing", f"is missing: {listed.bytes:,} bytes")
+    if found < listed.bytes:
+        return Damage(name, "truncated", f"is truncated: {found:,} of {listed.bytes:,} bytes")
+    if found > listed.bytes:
+        return Damage(name, "longer", f"is longer than it was written: {found:,} bytes, not {listed.bytes:,}")
+    return None
+
+
+def _verify_file(directory: Path, listing: Mapping[str, Checksum], advance: Callable[[int], None],
+                 name: str) -> Damage | None:
+    listed = listing[name]
+    damage = _check_size(directory, name, listed)
+    if damage is not None:
+        return damage
+    try:
+        found = checksum_file(directory / name, advance)
+    except OSError as error:
+        return Damage(name, "unreadable", f"cannot be read: {error.strerror}")
+    if found == listed:
+        return None
+    return Damage(name, "changed", f"has changed: its {ALGORITHM} is {found.digest}, written was {listed.digest}")

@@ -1,0 +1,98 @@
+"""How a directory of files becomes the last checkpoint, and older ones go: each step leaves a loadable state behind.
+
+What a kill finds at any moment:
+  1. files are written to iter_N.saving: the marker names the previous checkpoint
+  2. the marker's next content is written and on the disk, under another name
+  3. an iter_N that exists already (a run that went back) is renamed to iter_N.replaced, which loading takes for iter_N
+  4. iter_N.saving is renamed to iter_N: it is whole, the marker still names the previous one
+  5. the marker is replaced
+  6. what is no longer needed is renamed to *.removing, then removed
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_deepseek.checkpoint.marker import (
+    MARKER,
+    REMOVING,
+    REPLACED,
+    SAVING,
+    iteration_directory,
+    iterations,
+    last_iteration,
+    leftovers,
+    next_marker,
+)
+
+
+def saving_directory(root: Path, iteration: int) -> Path:
+    directory = iteration_directory(root, iteration)
+    return directory.with_name(directory.name + SAVING)
+
+
+def begin(root: Path, iteration: int) -> Path:
+    """Remove what killed runs left under `root` and make the directory to write to."""
+    root.mkdir(parents=True, exist_ok=True)
+    settle(root)
+    directory = saving_directory(root, iteration)
+    directory.mkdir()
+    return directory
+
+
+def settle(root: Path) -> None:
+    """Finish what a kill interrupted: remove torn directories, give a replaced one its name back."""
+    for path in leftovers(root):
+        shutil.rmtree(path)
+    for path in root.glob(f"iter_*{REPLACED}"):
+        os.rename(path, path.with_suffix(""))
+
+
+def publish(root: Path, iteration: int, keep_last: int | None = None) -> Path:
+    """Make the files of `saving_directory`, which are on the disk, the last checkpoint; returns its directory.
+
+    With `keep_last`, all but so many of the newest finished checkpoints are removed.
+    """
+    directory, saving = iteration_directory(root, iteration), saving_directory(root, iteration)
+    sync_directory(saving)
+    write_synced(next_marker(root), f"{iteration}\n")
+    if directory.exists():
+        older = directory.with_name(directory.name + REPLACED)
+        shutil.rmtree(older, ignore_errors=True)
+        os.rename(directory, older)
+    os.rename(saving, directory)
+    sync_directory(root)
+    os.replace(next_marker(root), root / MARKER)
+    sync_directory(root)
+    if keep_last is not None:
+        _keep_newest(root, keep_last)
+    settle(root)
+    return directory
+
+
+def _keep_newest(root: Path, count: int) -> None:
+    """The one that the marker names stays in any case: after going back it may not be among the newest."""
+    named = last_iteration(root)
+    for iteration in iterations(root)[:-count]:
+        if iteration != named:
+            directory = iteration_directory(root, iteration)
+            os.rename(directory, directory.with_name(directory.name + REMOVING))
+
+
+def sync_directory(path: Path) -> None:
+    """Put the names in a directory on the disk, where the system can (some network file systems can't)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """A small file whose content is on the disk when this returns."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,54 @@
+"""What of a run is saved and loaded: weights, biases and moments of this rank by name, and where the run is."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run is. `iteration` updates are done; the optimizer may have fewer behind it (weights loaded alone)."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    optimizer_steps: int = 0
+
+
+def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
+    """Weights and router biases of this rank by name; of a parameter with copies on several stages the first."""
+    state = {}
+    for stage in stages:
+        for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
+            state.setdefault(f"model.{name}", tensor.detach())
+    return state
+
+
+def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Moments of this rank by parameter name; made as zeros where the optimizer has not stepped yet."""
+    state, updated = {}, {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            assert parameter in updated, f"{name} is not the shard that the optimizer updates"
+            of_parameter = optimizer.state[parameter]
+            for moment in MOMENTS:
+                if moment not in of_parameter:
+                    of_parameter[moment] = torch.zeros_like(parameter, requires_grad=False)
+                state.setdefault(f"optimizer.{moment}.{name}", of_parameter[moment])
+    return state
+
+
+@torch.no_grad()
+def fill_copies(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
+    """Further copies of a parameter on this rank, which `model_state` left out, become equal to the first."""
+    first: dict[str, nn.Parameter] = {}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            original = first.setdefault(name, parameter)
+            if original is parameter:
+                continue
+            parameter.to_local().copy_(original.to_local())
+            for moment in MOMENTS if optimizer is not None else ():
+                optimizer.state[parameter][moment].to_local().copy_(optimizer.state[original][moment].to_local())

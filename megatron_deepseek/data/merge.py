@@ -1,0 +1,193 @@
+"""Joining and cutting indexed datasets without reading a token: .bin files are copied by the kernel, .idx by chunks.
+
+A joined dataset has the bytes of megatron-core's IndexedDatasetBuilder.add_index, which holds every length in Python
+lists and copies in one thread. Memory here is 8 MB for each worker, whatever the sizes.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_deepseek.data.index_file import HEADER, MAGIC, TOKEN_DTYPES, IndexFile, index_damage, open_index
+from megatron_deepseek.data.indexed import discard, publish
+
+BYTES_PER_TASK = 1 << 28
+BYTES_PER_BLOCK = 1 << 23
+
+
+def merge_datasets(prefixes, output_prefix: str, workers: int = 1, copied=lambda num_bytes: None) -> IndexFile:
+    """Join the datasets of `prefixes`, in order, into `{output_prefix}.bin` and `.idx`; a prefix may come twice.
+
+    `workers` threads copy; `copied` is told of the bytes, from any of them. The output appears whole or not at all.
+    ValueError: a dataset that is missing or damaged, dtypes that differ, modes in some datasets only, or an input that
+    is the output.
+    """
+    if not prefixes:
+        raise ValueError(f"nothing to merge into {output_prefix}: no datasets are given")
+    indices = [_open_input(prefix, [output_prefix]) for prefix in prefixes]
+    first = indices[0]
+    for index in indices:
+        if index.token_dtype != first.token_dtype:
+            raise ValueError(f"dataset {index.prefix} has ids of {index.token_dtype.name}, but {first.prefix} of "
+                             f"{first.token_dtype.name}: they cannot be merged")
+        if index.has_modes != first.has_modes and index.num_sequences and first.num_sequences:
+            raise ValueError(f"of {first.prefix} and {index.prefix} only one has modes: they cannot be merged")
+    _write({output_prefix: [cut(index, 0, index.num_document_entries - 1) for index in indices]}, workers, copied)
+    return open_index(output_prefix, "merged")
+
+
+def split_dataset(prefix: str, output_prefix: str, weights, workers: int = 1,
+                  copied=lambda num_bytes: None) -> list[IndexFile]:
+    """Cut a dataset into runs of documents, as many in each as its weight says: `{output_prefix}_0` and so on.
+
+    The numbers in the names have as many digits as the last. ValueError as `merge_datasets`, and for weights that are
+    not positive or leave a part without documents.
+    """
+    if not weights or not min(weights) > 0 or not sum(weights) < float("inf"):
+        raise ValueError(f"weights {' '.join(f'{weight:g}' for weight in weights)}: all must be greater than 0")
+    outputs = [f"{output_prefix}_{part:0{len(str(len(weights) - 1))}d}" for part in range(len(weights))]
+    index = _open_input(prefix, outputs)
+    documents = index.num_document_entries - 1
+    bounds = [round(total / sum(weights) * documents) for total in itertools.accumulate(weights, initial=0)]
+    empty = next((part for part, bound in enumerate(itertools.pairwise(bounds)) if bound[0] == bound[1]), None)
+    if empty is not None:
+        raise ValueError(f"dataset {prefix} has {documents} documents: part {empty} of {len(weights)} would get none")
+    parts = [cut(index, first, end) for first, end in itertools.pairwise(bounds)]
+    _write({output: [part] for output, part in zip(outputs, parts)}, workers, copied)
+    return [open_index(output, "part") for output in outputs]
+
+
+def _open_input(prefix: str, outputs: list[str]) -> IndexFile:
+    index = open_index(prefix, "dataset")
+    if os.path.realpath(prefix) in map(os.path.realpath, outputs):
+        raise ValueError(f"dataset {prefix} is an input and an output too")
+    damage = next(index_damage(index), None)
+    if damage is not None:
+        raise ValueError(f"dataset {prefix} is damaged: {damage}")
+    return index
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive documents of a sound dataset: half-open ranges of documents, of their sequences, of bytes."""
+
+    index: IndexFile
+    documents: tuple[int, int]
+    sequences: tuple[int, int]
+    bytes: tuple[int, int]
+
+
+def cut(index: IndexFile, first_document: int, end_document: int) -> Slice:
+    def byte_of(sequence: int) -> int:
+        if sequence == index.num_sequences:
+            return os.path.getsize(index.prefix + ".bin")
+        return index.at(index.pointers, sequence)
+
+    first, end = (index.at(index.documents, document) for document in (first_document, end_document))
+    return Slice(index, (first_document, end_document), (first, end), (byte_of(first), byte_of(end)))
+
+
+def _write(outputs: dict[str, list[Slice]], workers: int, copied):
+    """Each output's slices, end to end; all outputs get their names once all are written."""
+    for output in outputs:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for output, slices in outputs.items():
+            _write_bin(output + ".bin.tmp", slices, workers, copied)
+            _write_index(output + ".idx.tmp", slices)
+        for output in outputs:
+            publish(output)
+    finally:
+        for output in outputs:
+            discard(output)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes [begin, begin + size) of `source`, to be copied to byte `target` of the output."""
+
+    source: str
+    begin: int
+    target: int
+    size: int
+
+
+def _write_bin(path: str, slices: list[Slice], workers: int, copied):
+    with open(path, "wb") as output, ThreadPoolExecutor(max(1, workers), "merge") as pool:
+        pending = [pool.submit(_copy, piece, output.fileno(), copied) for piece in _pieces(slices)]
+        try:
+            for future in pending:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pieces(slices: list[Slice]) -> Iterator[_Piece]:
+    target = 0
+    for part in slices:
+        first, end = part.bytes
+        for begin in range(first, end, BYTES_PER_TASK):
+            size = min(BYTES_PER_TASK, end - begin)
+            yield _Piece(part.index.prefix + ".bin", begin, target, size)
+            target += size
+
+
+def _copy(piece: _Piece, output: int, copied):
+    """By copy_file_range, which shares blocks where the file system can; where it refuses, by reading and writing."""
+    done = 0
+    with open(piece.source, "rb") as file:
+        while done < piece.size:
+            count = (_copy_in_kernel(file.fileno(), output, piece, done)
+                     or _copy_block(file.fileno(), output, piece, done))
+            if not count:
+                raise ValueError(f"{piece.source} was cut while it was copied: it ends at byte {piece.begin + done}")
+            done += count
+            copied(count)
+
+
+def _copy_in_kernel(source: int, output: int, piece: _Piece, done: int) -> int:
+    """Bytes copied; 0 at the end of the source, and on systems and file systems that cannot."""
+    try:
+        return os.copy_file_range(source, output, min(piece.size - done, BYTES_PER_BLOCK),
+                                  piece.begin + done, piece.target + done)
+    except (AttributeError, OSError):  # a full disk too: then the write that follows says so
+        return 0
+
+
+def _copy_block(source: int, output: int, piece: _Piece, done: int) -> int:
+    block = os.pread(source, min(piece.size - done, BYTES_PER_BLOCK), piece.begin + done)
+    written = 0
+    while written < len(block):
+        written += os.pwrite(output, block[written:], piece.target + done + written)
+    return len(block)
+
+
+def _write_index(path: str, slices: list[Slice]):
+    """In a sound dataset shifted pointers and document entries are those of the new one."""
+    num_sequences = [end - first for first, end in (part.sequences for part in slices)]
+    num_bytes = [end - first for first, end in (part.bytes for part in slices)]
+    num_documents = sum(end - first for first, end in (part.documents for part in slices))
+    code = next(code for code, dtype in TOKEN_DTYPES.items() if dtype == slices[0].index.token_dtype)
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, sum(num_sequences), num_documents + 1))
+        for part in slices:
+            _append(file, part.index.read(part.index.lengths, *part.sequences))
+        for part, target in zip(slices, itertools.accumulate(num_bytes, initial=0)):
+            _append(file, part.index.read(part.index.pointers, *part.sequences), target - part.bytes[0])
+        file.write(np.zeros(1, "<i8").data)
+        for part, target in zip(slices, itertools.accumulate(num_sequences, initial=0)):
+            ends = tuple(document + 1 for document in part.documents)
+            _append(file, part.index.read(part.index.documents, *ends), target - part.sequences[0])
+        for part in slices:
+            if part.index.has_modes:
+                _append(file, part.index.read(part.index.modes, *part.sequences))
+
+
+def _append(file, chunks: Iterator[np.ndarray], shift: int = 0):
+    for chunk in chunks:
+        file.write((chunk + chunk.dtype.type(shift)).data)

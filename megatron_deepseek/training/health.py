@@ -1,0 +1,153 @@
+"""A run that goes wrong says where: losses and gradients that are not finite, and losses that jump.
+
+What is not finite spoils everything it is added to, so after a step every gradient may be NaN on every rank. The
+origin is found by going back: a weight that is not finite, else the first module of a second forward whose output is
+not, else the gradient that is not while those the backward made before it are.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megatron_deepseek.training.trainer import StepResult, Trainer
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """`order`: 0 for a weight, 1 for an output, 2 for a gradient; then the stage. Findings of the least come first."""
+
+    order: int
+    stage: int
+    rank: int
+    text: str
+
+
+class NotFinite:
+    """What happens after a step that was not: `policy` stop or skip, and after `most` skips in a row stop.
+
+    Every rank sees the same steps, so all decide alike.
+    """
+
+    def __init__(self, policy: str, most: int):
+        self.policy, self.most, self.skipped = policy, most, 0
+
+    def check(self, iteration: int, result: StepResult, origin: Callable[[], str]) -> str | None:
+        """None for a healthy step, a line for one that was skipped. FloatingPointError where the run must stop."""
+        if result.updated:
+            self.skipped = 0
+            return None
+        self.skipped += 1
+        losses = result.losses
+        mtp = "".join(f", mtp_loss {loss:g}" for loss in losses.mtp_loss if not math.isfinite(loss))
+        what = (f"iteration {iteration}: lm_loss {losses.lm_loss:g}{mtp}, gradient norm {result.grad_norm:g}; "
+                f"{origin()}")
+        if self.policy == "stop":
+            raise FloatingPointError(f"{what}. The weights are as they were before this step; --nan-policy skip would "
+                                     "leave such batches out")
+        if self.skipped > self.most:
+            raise FloatingPointError(f"{what}. {self.skipped} steps in a row were not finite, --nan-policy skip "
+                                     f"allows {self.most}")
+        return f"{what}. Skipped: weights and moments are as before, its samples count as read"
+
+
+def find_origin(trainer: Trainer, batch: dict[str, torch.Tensor | None]) -> str:
+    """Where what is not finite began in the step on `batch`, with the rank. Every rank calls it, right after the step.
+
+    It runs the forward again. Gradients are still those of the step.
+    """
+    outputs: list[str] = []
+    with ExitStack() as stack:
+        for index, stage in zip(trainer.indices, trainer.stages):
+            stack.enter_context(_watched(index, stage, outputs))
+        trainer.evaluate(**batch)
+    rank = dist.get_rank()
+    own = [Finding(0, index, rank, f"the weight {name} is not finite") for index, name in _bad_weights(trainer)]
+    own += [Finding(1, index, rank, f"the output of {name} is not finite") for index, name in outputs[:1]]
+    own += [Finding(2, -index, rank, f"the gradient of {name} is not finite")
+            for index, name in _bad_gradients(trainer)]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, min(own, default=None))
+    found = sorted(finding for finding in everyone if finding is not None)
+    if not found:
+        return "a second forward and all gradients of single ranks are finite: only a sum over ranks is not"
+    same = [finding.rank for finding in found if finding.text == found[0].text]
+    return f"rank{'s' * (len(same) > 1)} {', '.join(map(str, same))}: {found[0].text}"
+
+
+def _bad_weights(trainer: Trainer) -> Iterator[tuple[int, str]]:
+    for index, stage in zip(trainer.indices, trainer.stages):
+        for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
+            if not _finite(tensor):
+                yield index, name
+                break
+
+
+def _bad_gradients(trainer: Trainer) -> Iterator[tuple[int, str]]:
+    """Of each stage the last parameter in the order of the forward: the backward came to it first."""
+    for index, stage in zip(trainer.indices, trainer.stages):
+        bad = [name for name, parameter in stage.named_parameters()
+               if parameter.grad is not None and not _finite(parameter.grad)]
+        if bad:
+            yield index, bad[-1]
+
+
+@contextmanager
+def _watched(index: int, stage: nn.Module, found: list) -> Iterator[None]:
+    """Collects (stage, module name) in `found` as modules put out what is not finite, innermost first."""
+
+    def watch(name: str) -> Callable:
+        return lambda module, args, output: None if _all_finite(output) else found.append((index, name))
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in stage.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _all_finite(output) -> bool:
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    return all(_finite(part) for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(torch.isfinite(local.detach()).all())
+
+
+class SpikeWatch:
+    """Tells a loss that jumps from one that wanders: far above the median of the last steps, measured by their spread.
+
+    A spike is more than `factor` standard deviations above the median of the last `window` losses, where the deviation
+    is 1.4826 times the median distance from the median (so that the spikes themselves do not widen it), and at least
+    1 % of the median. The first `fewest` losses are only collected.
+    """
+
+    def __init__(self, window: int = 64, fewest: int = 16, factor: float = 6.0):
+        self.losses: deque[float] = deque(maxlen=window)
+        self.fewest, self.factor = fewest, factor
+
+    def see(self, iteration: int, loss: float) -> str | None:
+        """A line if `loss` is a spike; what is not finite is another matter."""
+        if not math.isfinite(loss):
+            return None
+        line = self._line(iteration, loss) if len(self.losses) >= self.fewest else None
+        self.losses.append(loss)
+        return line
+
+    def _line(self, iteration: int, loss: float) -> str | None:
+        middle = median(self.losses)
+        deviation = max(1.4826 * median(abs(each - middle) for each in self.losses), 0.01 * abs(middle))
+        if loss <= middle + self.factor * deviation:
+            return None
+        return (f"iteration {iteration}: lm_loss {loss:.4f} is a spike, {(loss - middle) / deviation:.0f} deviations "
+                f"above the median {middle:.4f} of the last {len(self.losses)} steps")

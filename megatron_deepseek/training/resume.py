@@ -1,0 +1,96 @@
+"""Before the first step: bad input is refused in a line, and a checkpoint is loaded, or the run starts anew."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megatron_deepseek.arguments import Settings
+from megatron_deepseek.checkpoint import distributed as checkpoint
+from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
+from megatron_deepseek.checkpoint.loadable import check_checkpoint, checkpoint_directory, refuse_damage
+from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
+from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.parallel.start import choose_device
+from megatron_deepseek.training.report import Report
+from megatron_deepseek.training.schedules import global_batch_size
+from megatron_deepseek.training.trainer import Trainer
+
+_SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while rank 0 speaks
+
+
+@contextmanager
+def refusing(first_rank: bool) -> Iterator[None]:
+    """A user's mistake in files, which every rank inside sees, ends the job with one line and status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if first_rank:
+            print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SILENT_SECONDS)
+        os._exit(2)
+
+
+def refuse_bad_input(settings: Settings) -> None:
+    """Rank 0 looks at files before anything is built, and says in one line what is wrong with them."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with refusing(first_rank=True):
+        choose_device()
+        check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        if settings.run.load is not None:
+            check_checkpoint(settings.run.load, settings.model, settings.run.ckpt_step)
+
+
+def num_samples(settings: Settings) -> tuple[int, int, int]:
+    """Samples of the train, valid and test split that the run reads."""
+    consumed = 0
+    for _ in range(settings.run.train_iters):
+        consumed += global_batch_size(settings.batch, consumed)
+    return consumed, settings.run.eval_iters * settings.batch.global_batch_size, 0
+
+
+def resume(settings: Settings, trainer: Trainer) -> TrainState:
+    """Load `--load`, or start anew. `--finetune` takes the weights alone and starts counting at zero.
+
+    Every byte of the checkpoint is checked first, each rank its share of the files.
+    """
+    run = settings.run
+    if run.load is None:
+        return TrainState()
+    with refusing(dist.get_rank() == 0):
+        directory = checkpoint_directory(run.load, run.ckpt_step)
+        refuse_damage(directory, checkpoint.verify(directory) or [])
+        weights_only = run.finetune or run.no_load_optim or _has_weights_alone(directory)
+        state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer)
+    if run.finetune:
+        return TrainState()
+    return TrainState(state.iteration, state.consumed_samples, 0 if weights_only else state.optimizer_steps)
+
+
+def _has_weights_alone(directory) -> bool:
+    """Whether these are released weights, converted or not: nobody trained them here, so nothing of theirs is lost."""
+    return is_huggingface(directory) or (directory.name == "iter_0000000" and not checkpoint.has_optimizer(directory))
+
+
+def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainState) -> None:
+    """What this job is, what it continues, and what a killed one left behind."""
+    layout, run = settings.layout, settings.run
+    sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
+    schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
+    report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
+                   f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}")
+    for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
+        for note in leftover_notes(root):
+            report.message(note)
+    if run.load is not None:
+        directory = checkpoint_directory(run.load, run.ckpt_step)
+        report.message(f"loaded {directory}, continuing at iteration {state.iteration}")
+        if not is_huggingface(directory) and read_checksums(directory) is None:
+            report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
+                           "version, or converted")

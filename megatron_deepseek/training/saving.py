@@ -1,0 +1,120 @@
+"""Checkpoints of a run: in the foreground, or with --async-save in a thread while training goes on.
+
+A save that fails for want of disk space leaves the checkpoints before it as they were, is told, and tried again at the
+next occasion: hours of training are worth more than their last minutes. It ends the run only when there is no next
+occasion. Any other failure ends the run at once.
+"""
+
+import shutil
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_deepseek.checkpoint import distributed as checkpoint
+from megatron_deepseek.checkpoint.marker import iteration_directory
+from megatron_deepseek.checkpoint.publish import saving_directory
+from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.writer import is_disk_full
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.report import Report
+from megatron_deepseek.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save in the background: what it writes, when it began, and how long training stood still for it."""
+
+    future: Future
+    iteration: int
+    begun: float
+    stall: float
+
+
+class Saver:
+    """Every rank has one, and calls `save` after the same steps. `begun`: the iteration that was saved last."""
+
+    def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None):
+        self.run, self.model, self.report, self.begun = run, model, report, begun
+        self.stages, self.optimizer = trainer.stages, None if run.no_save_optim else trainer.optimizer
+        self.group = dist.new_group(backend="gloo", group_desc="checkpoint",
+                                    timeout=timedelta(minutes=max(run.distributed_timeout_minutes, _LONGEST_MINUTES)))
+        self.background = checkpoint.BackgroundSaver(self.group) if run.async_save else None
+        self.pending: _Pending | None = None
+        self.failed: OSError | None = None
+        self._stall: float | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Save, or begin to; a save that is still on its way is waited for. Nothing if `state` is saved already."""
+        if self.run.save is None or self.begun == state.iteration:
+            return
+        begin = time.perf_counter()
+        self.finish()
+        if self.background is not None:
+            future = self.background.begin(self.run.save, state, self.model, self.stages, self.optimizer,
+                                           self.run.keep_last)
+            stall = time.perf_counter() - begin
+            self.pending = _Pending(future, state.iteration, begin, stall)
+        else:
+            self._save_now(state, begin)
+            stall = time.perf_counter() - begin
+        self.begun = state.iteration if self.failed is None else None
+        self._stall = (self._stall or 0.0) + stall
+
+    def _save_now(self, state: TrainState, begin: float) -> None:
+        try:
+            directory = checkpoint.save(self.run.save, state, self.model, self.stages, self.optimizer,
+                                        self.run.keep_last, self.group)
+        except OSError as error:
+            self._survive(error, state.iteration)
+        else:
+            self.failed = None
+            self.report.message(f"saved {directory} in {time.perf_counter() - begin:.1f} s")
+
+    def poll(self) -> None:
+        """Take note of a background save that has ended, without waiting. Raises its error."""
+        if self.pending is not None and self.pending.future.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one. Raises its error."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        error = pending.future.exception()
+        if error is not None:
+            self._survive(checkpoint.first_failure(error), pending.iteration)
+            return
+        self.failed = None
+        self.report.message(f"saved {iteration_directory(self.run.save, pending.iteration)} in "
+                            f"{time.perf_counter() - pending.begun:.1f} s, for which training stood still "
+                            f"{pending.stall:.2f} s")
+
+    def _survive(self, error: BaseException, iteration: int) -> None:
+        """Go on without this checkpoint if the disk is full; every rank has the same error."""
+        if not is_disk_full(error):
+            raise error
+        self.failed, self.begun = error, None
+        if dist.get_rank() == 0:
+            shutil.rmtree(saving_directory(self.run.save, iteration), ignore_errors=True)
+        self.report.message(f"iteration {iteration} is NOT saved: {error.filename}: {error.strerror}. Checkpoints "
+                            "before it are intact; the next save tries again")
+
+    def take_stall(self) -> float | None:
+        """Seconds that training stood still for saves since the last call, None if there was no save."""
+        stall, self._stall = self._stall, None
+        return stall
+
+    def close(self) -> None:
+        """Wait for what is on its way. OSError if the last save of the run had no room."""
+        self.finish()
+        if self.background is not None:
+            self.background.close()
+        if self.failed is not None:
+            raise self.failed
+
+
+_LONGEST_MINUTES = 60.0  # that the fastest rank waits for the slowest one's file

@@ -1,0 +1,167 @@
+"""A run killed at any step of publishing a checkpoint leaves a whole one behind, and the next save cleans up."""
+
+import os
+import shutil
+
+import pytest
+
+from megatron_deepseek.checkpoint import marker, publish
+from megatron_deepseek.checkpoint.marker import (
+    MARKER,
+    begins_anew,
+    find_iteration,
+    iteration_directory,
+    iterations,
+    last_iteration,
+    leftover_notes,
+    leftovers,
+    next_marker,
+    problem,
+)
+
+MUTATIONS = ((os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"))
+
+
+class Killed(BaseException):
+    """No handler of ours catches it, as none catches SIGKILL."""
+
+
+class Reaper:
+    """Ends the process, so to speak, instead of its `after`-th change of the file system; then nothing else happens."""
+
+    def __init__(self, monkeypatch, after: int):
+        self.left = after
+        for module, name in MUTATIONS:
+            monkeypatch.setattr(module, name, self._dying(getattr(module, name)))
+
+    def _dying(self, real):
+        def call(*args, **kwargs):
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+
+def save(root, iteration, content, keep_last=None):
+    directory = publish.begin(root, iteration)
+    (directory / "data").write_text(content)
+    return publish.publish(root, iteration, keep_last)
+
+
+def content(root) -> str | None:
+    """What loading would find."""
+    iteration = last_iteration(root)
+    return None if iteration is None else (find_iteration(root, iteration) / "data").read_text()
+
+
+def killed_everywhere(monkeypatch, root, prepare, action, check):
+    """Runs `action` on a fresh `root`, killed before its first, second, ... change, until it survives."""
+    for after in range(100):
+        shutil.rmtree(root, ignore_errors=True)
+        prepare()
+        with monkeypatch.context() as patch:
+            Reaper(patch, after)
+            try:
+                action()
+                break
+            except Killed:
+                pass
+        check()
+        save(root, 900, "next")  # and life goes on
+        assert content(root) == "next" and not leftovers(root) and not next_marker(root).exists()
+        assert not list(root.glob(f"*{marker.REPLACED}"))
+    assert after > 5
+    check()
+
+
+def test_killed_while_saving_the_next(monkeypatch, tmp_path):
+    root = tmp_path / "run"
+
+    def check():
+        assert content(root) in ("old", "new") and problem(root) is None
+        assert all((find_iteration(root, step) / "data").exists() for step in iterations(root))
+
+    killed_everywhere(monkeypatch, root, lambda: save(root, 100, "old"), lambda: save(root, 200, "new"), check)
+    assert content(root) == "new"
+
+
+def test_killed_while_saving_the_first(monkeypatch, tmp_path):
+    """Either nothing was there yet and the run begins anew, or the checkpoint is found."""
+    root = tmp_path / "run"
+
+    def check():
+        assert content(root) == "new" or (content(root) is None and begins_anew(root))
+
+    killed_everywhere(monkeypatch, root, lambda: None, lambda: save(root, 100, "new"), check)
+    assert content(root) == "new"
+
+
+@pytest.mark.parametrize("named", [100, 200])
+def test_killed_while_saving_an_iteration_again(monkeypatch, tmp_path, named):
+    """After going back to 100 the old 200 stays until the new one is whole, whichever the marker names."""
+    root = tmp_path / "run"
+
+    def prepare():
+        save(root, 100, "first")
+        save(root, 200, "old")
+        (root / MARKER).write_text(f"{named}\n")
+
+    def check():
+        assert content(root) in ("first" if named == 100 else "old", "new")
+        assert (find_iteration(root, 200) / "data").read_text() in ("old", "new")
+
+    killed_everywhere(monkeypatch, root, prepare, lambda: save(root, 200, "new"), check)
+    assert content(root) == "new"
+
+
+def test_killed_while_removing_old_ones(monkeypatch, tmp_path):
+    root = tmp_path / "run"
+
+    def prepare():
+        for iteration in (100, 200, 300):
+            save(root, iteration, str(iteration))
+
+    def check():
+        assert content(root) in ("300", "new") and problem(root) is None
+        assert all((find_iteration(root, step) / "data").exists() for step in iterations(root))
+
+    killed_everywhere(monkeypatch, root, prepare, lambda: save(root, 400, "new", keep_last=2), check)
+    assert iterations(root) == [300, 400]
+
+
+def test_keep_last_keeps_what_the_marker_names(tmp_path):
+    """A run that went back from 300 to 100 and saved 150 keeps 150, though 200 and 300 have higher numbers."""
+    for iteration in (100, 200, 300):
+        save(tmp_path, iteration, "x")
+    save(tmp_path, 150, "x", keep_last=2)
+    assert iterations(tmp_path) == [150, 200, 300] and last_iteration(tmp_path) == 150
+
+
+def test_torn_directories_are_named_and_never_loaded(tmp_path):
+    save(tmp_path, 100, "whole")
+    publish.begin(tmp_path, 200)
+    assert last_iteration(tmp_path) == 100 and iterations(tmp_path) == [100]
+    [note] = leftover_notes(tmp_path)
+    assert "iter_0000200.saving" in note and "never finished" in note
+
+
+@pytest.mark.parametrize("text, says", [(None, "is missing"), ("many", "'many' is not a number"),
+                                        ("", "is not a number"), ("300", "names iteration 300, which is not there")])
+def test_a_lost_marker_is_an_error_that_says_what_to_do(tmp_path, text, says):
+    save(tmp_path, 100, "x")
+    save(tmp_path, 200, "x")
+    (tmp_path / MARKER).unlink()
+    if text is not None:
+        (tmp_path / MARKER).write_text(text)
+    assert last_iteration(tmp_path) is None and not begins_anew(tmp_path)
+    assert says in problem(tmp_path) and "iterations 100, 200" in problem(tmp_path)
+    assert "--ckpt-step 200" in problem(tmp_path)
+    assert problem(tmp_path, step=100) is None
+    assert problem(tmp_path, step=150) == "it has no finished checkpoint of iteration 150; it has iterations 100, 200"
+
+
+def test_nothing_there(tmp_path):
+    assert begins_anew(tmp_path / "nowhere") and "no finished checkpoint" in problem(tmp_path / "nowhere")
+    assert iteration_directory(tmp_path, 12).name == "iter_0000012"
