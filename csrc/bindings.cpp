@@ -263,37 +263,42 @@ mds::RowTiles row_tiles(const std::optional<Tensor>& tiles, int64_t rows) {
   return {pointer<int>(*tiles), int(tiles->size(0))};
 }
 
+ScalarType bf16_or_float(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float ? ScalarType::Float : ScalarType::BFloat16;
+}
+
+mds::Numbers numbers(const Tensor& x) { return {x.data_ptr(), x.scalar_type() == ScalarType::Float}; }
+
 Tensors2 quantize_rows(const Tensor& x, bool power_of_two) {
-  const auto [rows, columns] = check_matrix(x, ScalarType::BFloat16, "x");
+  const auto [rows, columns] = check_matrix(x, bf16_or_float(x), "x");
   const Launch launch(x);
   const Quantized out = make_rows(x, rows, columns);
-  mds::quantize_rows(pointer<mds::bf16>(x), rows, columns, out.codes(), power_of_two, launch.stream());
+  mds::quantize_rows(numbers(x), rows, columns, out.codes(), power_of_two, launch.stream());
   return {out.q, out.scales};
 }
 
 Tensors2 quantize_columns(const Tensor& x, const std::optional<Tensor>& tiles, bool power_of_two) {
-  const auto [rows, columns] = check_matrix(x, ScalarType::BFloat16, "x");
+  const auto [rows, columns] = check_matrix(x, bf16_or_float(x), "x");
   const auto table = row_tiles(tiles, rows);
   const Launch launch(x);
   const Quantized out = make_columns(x, columns, table.count);
-  mds::quantize_columns(pointer<mds::bf16>(x), rows, columns, {}, out.codes(), table, power_of_two, launch.stream());
+  mds::quantize_columns(numbers(x), rows, columns, {}, out.codes(), table, power_of_two, launch.stream());
   return {out.q, out.scales};
 }
 
 Tensors4 quantize_both(const Tensor& x, const std::optional<Tensor>& tiles, bool power_of_two) {
-  const auto [rows, columns] = check_matrix(x, ScalarType::BFloat16, "x");
+  const auto [rows, columns] = check_matrix(x, bf16_or_float(x), "x");
   const auto table = row_tiles(tiles, rows);
   const Launch launch(x);
   const Quantized by_row = make_rows(x, rows, columns), by_column = make_columns(x, columns, table.count);
-  mds::quantize_columns(pointer<mds::bf16>(x), rows, columns, by_row.codes(), by_column.codes(), table, power_of_two,
+  mds::quantize_columns(numbers(x), rows, columns, by_row.codes(), by_column.codes(), table, power_of_two,
                         launch.stream());
   return {by_row.q, by_row.scales, by_column.q, by_column.scales};
 }
 
 // w [M, K] or [E, M, K] -> codes and scales, and those of the transpose, [E, K, tiles of M * 128], or nothing of it.
 Tensors4 quantize_blocks(const Tensor& w, bool transpose, bool power_of_two) {
-  const bool is_float = w.scalar_type() == ScalarType::Float;
-  check_dense(w, is_float ? ScalarType::Float : ScalarType::BFloat16, "w");
+  check_dense(w, bf16_or_float(w), "w");
   STD_TORCH_CHECK(w.dim() == 2 || w.dim() == 3, "w must be a matrix or a stack of them");
   const bool stack = w.dim() == 3;
   const int64_t matrices = stack ? w.size(0) : 1, rows = w.size(w.dim() - 2), columns = w.size(w.dim() - 1);
@@ -306,7 +311,7 @@ Tensors4 quantize_blocks(const Tensor& w, bool transpose, bool power_of_two) {
   const Quantized by_column{
       stack ? make(w, {matrices, kept, m * mds::kTile}, fp8) : make(w, {kept, m * mds::kTile}, fp8),
       stack ? make(w, {matrices, kept_k, m}, fp32) : make(w, {kept_k, m}, fp32)};
-  mds::quantize_blocks(w.data_ptr(), is_float, int(matrices), rows, int(columns), by_row.codes(),
+  mds::quantize_blocks(numbers(w), int(matrices), rows, int(columns), by_row.codes(),
                        transpose ? by_column.codes() : mds::Codes{}, power_of_two, launch.stream());
   return {by_row.q, by_row.scales, by_column.q, by_column.scales};
 }
@@ -324,42 +329,46 @@ Tensors2 retile_columns(const Tensor& q, const Tensor& scales, const std::option
   return {out.q, out.scales};
 }
 
-int check_gate_up(const Tensor& gate_up) {
-  const auto [rows, columns] = check_matrix(gate_up, ScalarType::BFloat16, "gate_up");
-  STD_TORCH_CHECK(columns % 16 == 0, "gate and up must have a multiple of 8 columns each");
-  return columns / 2;
+mds::GateUp gate_up(const Tensor& gate, const Tensor& up) {
+  for (const Tensor& x : {gate, up})
+    STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1 &&
+                        x.stride(0) == gate.stride(0) && x.stride(0) % 8 == 0 && x.size(0) == gate.size(0) &&
+                        x.size(1) == gate.size(1) && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
+                    "gate and up must be bfloat16 matrices alike, with rows that start at multiples of 16 bytes");
+  check_vectors(gate.size(1), "the columns of gate and up");
+  return {pointer<mds::bf16>(gate), pointer<mds::bf16>(up), gate.stride(0)};
 }
 
-Tensors2 swiglu_quantize_rows(const Tensor& gate_up, bool power_of_two) {
-  const int columns = check_gate_up(gate_up);
-  const Launch launch(gate_up);
-  const Quantized out = make_rows(gate_up, gate_up.size(0), columns);
-  mds::swiglu_quantize_rows(pointer<mds::bf16>(gate_up), gate_up.size(0), columns, out.codes(), power_of_two,
-                            launch.stream());
+Tensors2 swiglu_quantize_rows(const Tensor& gate, const Tensor& up, bool power_of_two) {
+  const auto x = gate_up(gate, up);
+  const Launch launch(gate);
+  const Quantized out = make_rows(gate, gate.size(0), gate.size(1));
+  mds::swiglu_quantize_rows(x, gate.size(0), int(gate.size(1)), out.codes(), power_of_two, launch.stream());
   return {out.q, out.scales};
 }
 
-Tensors2 swiglu_quantize_columns(const Tensor& gate_up, const std::optional<Tensor>& tiles, bool power_of_two) {
-  const int columns = check_gate_up(gate_up);
-  const auto table = row_tiles(tiles, gate_up.size(0));
-  const Launch launch(gate_up);
-  const Quantized out = make_columns(gate_up, columns, table.count);
-  mds::swiglu_quantize_columns(pointer<mds::bf16>(gate_up), gate_up.size(0), columns, out.codes(), table,
-                               power_of_two, launch.stream());
+Tensors2 swiglu_quantize_columns(const Tensor& gate, const Tensor& up, const std::optional<Tensor>& tiles,
+                                 bool power_of_two) {
+  const auto x = gate_up(gate, up);
+  const auto table = row_tiles(tiles, gate.size(0));
+  const Launch launch(gate);
+  const Quantized out = make_columns(gate, gate.size(1), table.count);
+  mds::swiglu_quantize_columns(x, gate.size(0), int(gate.size(1)), out.codes(), table, power_of_two, launch.stream());
   return {out.q, out.scales};
 }
 
-Tensors4 swiglu_backward_quantize(const Tensor& grad, const Tensor& gate_up, const std::optional<Tensor>& tiles,
-                                  bool power_of_two) {
-  const int columns = check_gate_up(gate_up);
+// Of the gradients of gate and up side by side, [M, 2 I].
+Tensors4 swiglu_backward_quantize(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                  const std::optional<Tensor>& tiles, bool power_of_two) {
+  const auto x = gate_up(gate, up);
+  const int64_t rows = gate.size(0), columns = gate.size(1);
   check_dense(grad, ScalarType::BFloat16, "grad");
-  STD_TORCH_CHECK(grad.size(0) == gate_up.size(0) && grad.size(1) == columns, "grad must be half as wide as gate_up");
-  const auto table = row_tiles(tiles, gate_up.size(0));
-  const Launch launch(gate_up);
-  const Quantized by_row = make_rows(gate_up, gate_up.size(0), 2 * columns),
-                  by_column = make_columns(gate_up, 2 * columns, table.count);
-  mds::swiglu_backward_quantize(pointer<mds::bf16>(grad), pointer<mds::bf16>(gate_up), gate_up.size(0), 2 * columns,
-                                by_row.codes(), by_column.codes(), table, power_of_two, launch.stream());
+  STD_TORCH_CHECK(grad.size(0) == rows && grad.size(1) == columns, "grad must have gate's shape");
+  const auto table = row_tiles(tiles, rows);
+  const Launch launch(gate);
+  const Quantized by_row = make_rows(gate, rows, 2 * columns), by_column = make_columns(gate, 2 * columns, table.count);
+  mds::swiglu_backward_quantize(pointer<mds::bf16>(grad), x, rows, int(columns), by_row.codes(), by_column.codes(),
+                                table, power_of_two, launch.stream());
   return {by_row.q, by_row.scales, by_column.q, by_column.scales};
 }
 
@@ -500,9 +509,9 @@ STABLE_TORCH_LIBRARY(megatron_deepseek, m) {
   m.def("quantize_both(Tensor x, Tensor? tiles, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("quantize_blocks(Tensor w, bool transpose, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("retile_columns(Tensor q, Tensor scales, Tensor? tiles, bool power_of_two) -> (Tensor, Tensor)");
-  m.def("swiglu_quantize_rows(Tensor gate_up, bool power_of_two) -> (Tensor, Tensor)");
-  m.def("swiglu_quantize_columns(Tensor gate_up, Tensor? tiles, bool power_of_two) -> (Tensor, Tensor)");
-  m.def("swiglu_backward_quantize(Tensor grad, Tensor gate_up, Tensor? tiles, bool power_of_two) "
+  m.def("swiglu_quantize_rows(Tensor gate, Tensor up, bool power_of_two) -> (Tensor, Tensor)");
+  m.def("swiglu_quantize_columns(Tensor gate, Tensor up, Tensor? tiles, bool power_of_two) -> (Tensor, Tensor)");
+  m.def("swiglu_backward_quantize(Tensor grad, Tensor gate, Tensor up, Tensor? tiles, bool power_of_two) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("norm_quantize_rows(Tensor x, Tensor weight, float eps, bool keep, bool power_of_two) "
         "-> (Tensor, Tensor, Tensor, Tensor)");

@@ -77,18 +77,31 @@ struct RowTiles {
   int count;
 };
 
-void quantize_rows(const bf16* x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream);
-void quantize_columns(const bf16* x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
+// bfloat16 or float32.
+struct Numbers {
+  const void* data;
+  bool is_float;
+};
+
+// Rows of both are `pitch` numbers apart.
+struct GateUp {
+  const bf16* gate;
+  const bf16* up;
+  int64_t pitch;
+};
+
+void quantize_rows(Numbers x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream);
+void quantize_columns(Numbers x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
                       bool power_of_two, void* stream);
-void quantize_blocks(const void* x, bool is_float, int matrices, int64_t rows, int columns, Codes by_row,
-                     Codes by_column, bool power_of_two, void* stream);
+void quantize_blocks(Numbers x, int matrices, int64_t rows, int columns, Codes by_row, Codes by_column,
+                     bool power_of_two, void* stream);
 void retile_columns(const e4m3* q, const float* scales, int64_t rows, int columns, Codes by_column, RowTiles tiles,
                     bool power_of_two, void* stream);
-void swiglu_quantize_rows(const bf16* gate_up, int64_t rows, int columns, Codes out, bool power_of_two, void* stream);
-void swiglu_quantize_columns(const bf16* gate_up, int64_t rows, int columns, Codes by_column, RowTiles tiles,
-                             bool power_of_two, void* stream);
-void swiglu_backward_quantize(const bf16* grad, const bf16* gate_up, int64_t rows, int columns, Codes by_row,
-                              Codes by_column, RowTiles tiles, bool power_of_two, void* stream);
+void swiglu_quantize_rows(GateUp x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream);
+void swiglu_quantize_columns(GateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles, bool power_of_two,
+                             void* stream);
+void swiglu_backward_quantize(const bf16* grad, GateUp x, int64_t rows, int columns, Codes by_row, Codes by_column,
+                              RowTiles tiles, bool power_of_two, void* stream);
 void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t rows, int columns, Codes out,
                         float* rstd, bf16* kept, bool power_of_two, void* stream);
 void norm_quantize_columns(const bf16* x, const float* weight, const float* rstd, int64_t rows, int columns,

@@ -45,52 +45,53 @@ struct Scaled {
   }
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// silu(gate) * up of gate_up [M, 2 I], rounded after silu and after the product as ops/swiglu.py rounds.
+// silu(gate) * up, rounded after silu and after the product as ops/swiglu.py rounds. Rows of gate and up may be `pitch`
+// numbers apart, as halves of one product are.
 struct SwiGLU {
   using Element = bf16;
-  const bf16* gate_up;
-  int columns;  // I
+  const bf16* gate;
+  const bf16* up;
+  int64_t pitch;
+  int columns;
 
   __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
   __device__ __forceinline__ void enter_row(int64_t) {}
   __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
-    float gate[kVector], up[kVector];
-    load8(gate_up + row * 2 * columns + column, gate);
-    load8(gate_up + row * 2 * columns + columns + column, up);
+    float g[kVector], u[kVector];
+    load8(gate + row * pitch + column, g);
+    load8(up + row * pitch + column, u);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      out[i] = round_to_bf16(round_to_bf16(gate[i] / (1.0f + expf(-gate[i]))) * up[i]);
+    for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16(round_to_bf16(g[i] / (1.0f + expf(-g[i]))) * u[i]);
   }
 };
 
-// The gradient of gate_up [M, 2 I] from that of the activation [M, I]; columns below I are the gate's.
+// The gradients of gate and up side by side, from that of the activation [M, columns / 2].
 struct SwiGLUBackward {
   using Element = bf16;
   const bf16* grad;
-  const bf16* gate_up;
-  int columns;  // 2 I
+  const bf16* gate;
+  const bf16* up;
+  int64_t pitch;
+  int columns;
 
   __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
   __device__ __forceinline__ void enter_row(int64_t) {}
   __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
     const int half = columns / 2, place = column < half ? column : column - half;
-    float gate[kVector], g[kVector];
-    load8(gate_up + row * columns + place, gate);
-    load8(grad + row * half + place, g);
+    float g[kVector], d[kVector];
+    load8(gate + row * pitch + place, g);
+    load8(grad + row * half + place, d);
     if (column < half) {
-      float up[kVector];
-      load8(gate_up + row * columns + half + place, up);
+      float u[kVector];
+      load8(up + row * pitch + place, u);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const float s = sigmoid(gate[i]);
-        out[i] = round_to_bf16(round_to_bf16(g[i] * up[i]) * s * (1.0f + gate[i] * (1.0f - s)));
+        const float s = 1.0f / (1.0f + expf(-g[i]));
+        out[i] = round_to_bf16(round_to_bf16(d[i] * u[i]) * s * (1.0f + g[i] * (1.0f - s)));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        out[i] = round_to_bf16(round_to_bf16(gate[i] / (1.0f + expf(-gate[i]))) * g[i]);
+      for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16(round_to_bf16(g[i] / (1.0f + expf(-g[i]))) * d[i]);
     }
   }
 };

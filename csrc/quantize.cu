@@ -238,27 +238,45 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void quantize_rows(const bf16* x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
-  launch_rows(Plain<bf16>{x, columns}, rows, out, nullptr, power_of_two, stream);
-}
+namespace {
 
-void quantize_columns(const bf16* x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
-                      bool power_of_two, void* stream) {
-  const Plain<bf16> producer{x, columns};
+template <typename T>
+void quantize_columns_of(const T* x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
+                         bool power_of_two, void* stream) {
+  const Plain<T> producer{x, columns};
   if (by_row.q != nullptr)
     launch_tiles<Tiling::kRowsAndColumns>(producer, rows, by_row, by_column, tiles, power_of_two, stream);
   else
     launch_tiles<Tiling::kColumns>(producer, rows, by_row, by_column, tiles, power_of_two, stream);
 }
 
-void quantize_blocks(const void* x, bool is_float, int matrices, int64_t rows, int columns, Codes by_row,
-                     Codes by_column, bool power_of_two, void* stream) {
-  const RowTiles tiles{nullptr, int(ceil_div<int64_t>(rows, kTile))};
-  if (is_float)
-    launch_tiles<Tiling::kBlock>(Plain<float>{static_cast<const float*>(x), columns}, rows, by_row, by_column, tiles,
-                                 power_of_two, stream, matrices);
+}  // namespace
+
+void quantize_rows(Numbers x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
+  if (x.is_float)
+    launch_rows(Plain<float>{static_cast<const float*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
   else
-    launch_tiles<Tiling::kBlock>(Plain<bf16>{static_cast<const bf16*>(x), columns}, rows, by_row, by_column, tiles,
+    launch_rows(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
+}
+
+void quantize_columns(Numbers x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
+                      bool power_of_two, void* stream) {
+  if (x.is_float)
+    quantize_columns_of(static_cast<const float*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
+                        stream);
+  else
+    quantize_columns_of(static_cast<const bf16*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
+                        stream);
+}
+
+void quantize_blocks(Numbers x, int matrices, int64_t rows, int columns, Codes by_row, Codes by_column,
+                     bool power_of_two, void* stream) {
+  const RowTiles tiles{nullptr, int(ceil_div<int64_t>(rows, kTile))};
+  if (x.is_float)
+    launch_tiles<Tiling::kBlock>(Plain<float>{static_cast<const float*>(x.data), columns}, rows, by_row, by_column,
+                                 tiles, power_of_two, stream, matrices);
+  else
+    launch_tiles<Tiling::kBlock>(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, by_row, by_column, tiles,
                                  power_of_two, stream, matrices);
 }
 
@@ -267,19 +285,20 @@ void retile_columns(const e4m3* q, const float* scales, int64_t rows, int column
   launch_tiles<Tiling::kColumns>(Scaled{q, scales, columns}, rows, {}, by_column, tiles, power_of_two, stream);
 }
 
-void swiglu_quantize_rows(const bf16* gate_up, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
-  launch_rows(SwiGLU{gate_up, columns}, rows, out, nullptr, power_of_two, stream);
+void swiglu_quantize_rows(GateUp x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
+  launch_rows(SwiGLU{x.gate, x.up, x.pitch, columns}, rows, out, nullptr, power_of_two, stream);
 }
 
-void swiglu_quantize_columns(const bf16* gate_up, int64_t rows, int columns, Codes by_column, RowTiles tiles,
-                             bool power_of_two, void* stream) {
-  launch_tiles<Tiling::kColumns>(SwiGLU{gate_up, columns}, rows, {}, by_column, tiles, power_of_two, stream);
+void swiglu_quantize_columns(GateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles, bool power_of_two,
+                             void* stream) {
+  launch_tiles<Tiling::kColumns>(SwiGLU{x.gate, x.up, x.pitch, columns}, rows, {}, by_column, tiles, power_of_two,
+                                 stream);
 }
 
-void swiglu_backward_quantize(const bf16* grad, const bf16* gate_up, int64_t rows, int columns, Codes by_row,
-                              Codes by_column, RowTiles tiles, bool power_of_two, void* stream) {
-  launch_tiles<Tiling::kRowsAndColumns>(SwiGLUBackward{grad, gate_up, columns}, rows, by_row, by_column, tiles,
-                                        power_of_two, stream);
+void swiglu_backward_quantize(const bf16* grad, GateUp x, int64_t rows, int columns, Codes by_row, Codes by_column,
+                              RowTiles tiles, bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kRowsAndColumns>(SwiGLUBackward{grad, x.gate, x.up, x.pitch, 2 * columns}, rows, by_row,
+                                        by_column, tiles, power_of_two, stream);
 }
 
 void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t rows, int columns, Codes out,

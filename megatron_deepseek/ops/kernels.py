@@ -103,10 +103,10 @@ FAKES = {
     "quantize_both": lambda x, tiles, power_of_two: (*_rows(x, *x.shape), *_columns(x, x.shape[1], tiles)),
     "quantize_blocks": _quantize_blocks,
     "retile_columns": lambda q, scales, tiles, power_of_two: _columns(q, q.shape[1], tiles),
-    "swiglu_quantize_rows": lambda gate_up, power_of_two: _rows(gate_up, gate_up.shape[0], gate_up.shape[1] // 2),
-    "swiglu_quantize_columns": lambda gate_up, tiles, power_of_two: _columns(gate_up, gate_up.shape[1] // 2, tiles),
-    "swiglu_backward_quantize": lambda grad, gate_up, tiles, power_of_two: (
-        *_rows(gate_up, *gate_up.shape), *_columns(gate_up, gate_up.shape[1], tiles)),
+    "swiglu_quantize_rows": lambda gate, up, power_of_two: _rows(gate, *gate.shape),
+    "swiglu_quantize_columns": lambda gate, up, tiles, power_of_two: _columns(gate, gate.shape[1], tiles),
+    "swiglu_backward_quantize": lambda grad, gate, up, tiles, power_of_two: (
+        *_rows(gate, gate.shape[0], 2 * gate.shape[1]), *_columns(gate, 2 * gate.shape[1], tiles)),
     "norm_quantize_rows": _norm_rows,
     "norm_quantize_columns": lambda x, weight, rstd, tiles, power_of_two: _columns(x, x.shape[1], tiles),
     "norm_backward_quantize": _norm_backward,

@@ -54,10 +54,11 @@ def unpadded(result, rows: int):
     return q[:, :rows], scale
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("rows, columns", SHAPES)
-def test_rows(device, rows, columns, power_of_two):
-    x = numbers(rows, columns, device)
+def test_rows(device, rows, columns, power_of_two, dtype):
+    x = numbers(rows, columns, device).to(dtype)
     same(operator("quantize_rows")(x, power_of_two), fp8.quantize_1x128(x, power_of_two))
 
 
@@ -93,9 +94,10 @@ def ungrouped(result, counts):
 COUNTS = [[5, 0, 130, 128], [0, 0, 1], [256]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("counts", COUNTS)
-def test_columns_of_groups(device, counts):
-    x = numbers(sum(counts), 136, device)
+def test_columns_of_groups(device, counts, dtype):
+    x = numbers(sum(counts), 136, device).to(dtype)
     got = operator("quantize_columns")(x, tile_table(counts, device), False)
     same(ungrouped(got, counts), fp8.quantize_128x1(x, False, counts))
 
@@ -136,8 +138,8 @@ def test_a_broken_number_loses_its_tile(device, broken):
 def test_swiglu(device, rows, half):
     gate_up = (2 * torch.randn(rows, 2 * half, device=device)).bfloat16()
     activation = swiglu(*gate_up.chunk(2, -1))
-    nearly(operator("swiglu_quantize_rows")(gate_up, True), fp8.quantize_1x128(activation, True))
-    nearly(unpadded(operator("swiglu_quantize_columns")(gate_up, None, True), rows),
+    nearly(operator("swiglu_quantize_rows")(*gate_up.chunk(2, -1), True), fp8.quantize_1x128(activation, True))
+    nearly(unpadded(operator("swiglu_quantize_columns")(*gate_up.chunk(2, -1), None, True), rows),
            fp8.quantize_128x1(activation, True))
 
 
@@ -146,7 +148,8 @@ def test_swiglu_backward(device, rows, half):
     gate_up = (2 * torch.randn(rows, 2 * half, device=device)).bfloat16().requires_grad_()
     grad = torch.randn(rows, half, device=device).bfloat16()
     (expected,) = torch.autograd.grad(swiglu(*gate_up.chunk(2, -1)), gate_up, grad)
-    q, s, q_columns, s_columns = operator("swiglu_backward_quantize")(grad, gate_up.detach(), None, False)
+    q, s, q_columns, s_columns = operator("swiglu_backward_quantize")(
+        grad, *gate_up.detach().chunk(2, -1), None, False)
     nearly((q, s), fp8.quantize_1x128(expected))
     nearly(unpadded((q_columns, s_columns), rows), fp8.quantize_128x1(expected))
 
