@@ -1,9 +1,10 @@
 """Compiles csrc/: for GPUs by nvcc, or for the CPU with every thread emulated (tests/emulation). No torch is imported.
 
-    python csrc/build.py [--emulated] [--output PATH] [--jobs N]
+    python csrc/build.py [--if-useful | --emulated] [--output PATH] [--jobs N]
 
-setup.py calls `build_library`; the tests call it, `build_emulation` and `compile_kernels`. Objects are kept in
-build/csrc/ under a hash of everything that they were made from, so nothing is compiled twice.
+`make venv` calls it with --if-useful, setup.py calls `build_library`, the tests `build_emulation` and
+`compile_kernels`. Objects are kept in build/csrc/ under a hash of everything that they were made from, so nothing is
+compiled twice.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = Path(__file__).resolve().parent
 EMULATION = ROOT / "tests" / "emulation"
 CACHE = ROOT / "build" / "csrc"
+LIBRARY = ROOT / "megatron_deepseek" / "ops" / "libmegatron_deepseek.so"  # where ops/kernels.py looks for it
+FORCE = "MEGATRON_DEEPSEEK_CUDA"  # of the environment: 0 never builds, 1 builds or fails
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the stable ABI that the library asks for
 KERNELS = ("rope.cu", "cross_entropy.cu", "route.cu", "permute.cu", "quantize.cu", "gemm_fp8.cu")
 HOPPER_ONLY = ("gemm_fp8.cu",)  # wgmma and TMA; elsewhere FP8 products take torch's road
@@ -51,6 +55,28 @@ def torch_directory() -> Path:
     if spec is None or spec.origin is None:
         raise RuntimeError("torch is not installed: its headers are needed to build csrc/")
     return Path(spec.origin).parent
+
+
+def why_not() -> str | None:
+    """Why a build would be of no use here, None where it would. Raises RuntimeError where it is forced and impossible.
+
+    Without CUDA in torch the library could be compiled and never loaded.
+    """
+    force = os.environ.get(FORCE)
+    if force not in (None, "", "0", "1"):
+        raise RuntimeError(f"{FORCE} must be 0 or 1, is {force!r}")
+    if force == "0":
+        return f"{FORCE}=0"
+    if find_nvcc() is None:
+        if force == "1":
+            raise RuntimeError(f"{FORCE}=1, but nvcc was not found")
+        return "nvcc was not found"
+    if force == "1":
+        return None
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed yet"
+    version = re.search(r"^cuda\b.*= *(.+)$", (torch_directory() / "version.py").read_text(), re.MULTILINE)
+    return "this torch has no CUDA" if version is None or version.group(1) == "None" else None
 
 
 def architectures(kernel: str) -> tuple[str, ...]:
@@ -122,8 +148,8 @@ def _bindings_command(emulated: bool) -> list[str]:
 
 def build_library(output: Path, jobs: int = 2) -> Path:
     """The library of the GPU's kernels. Its references to libtorch_cuda are bound when it is loaded beside torch."""
-    bindings, _ = _cached(_bindings_command(False), SOURCES / "bindings.cpp", ".o")
     objects, _ = compile_kernels(jobs)
+    bindings, _ = _cached(_bindings_command(False), SOURCES / "bindings.cpp", ".o")
     output.parent.mkdir(parents=True, exist_ok=True)
     _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), str(bindings), *map(str, objects)])
     return output
@@ -146,12 +172,20 @@ def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--emulated", action="store_true", help="for CPU tensors, every GPU thread a fiber")
+    parser.add_argument("--if-useful", action="store_true", help=f"only with nvcc and CUDA in torch, or as {FORCE} says")
     parser.add_argument("--output", type=Path, help="default: where megatron_deepseek looks for it, or build/csrc/")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    default = CACHE / "emulated.so" if args.emulated else ROOT / "megatron_deepseek" / "ops" / "kernels.so"
-    build = build_emulation if args.emulated else build_library
-    print(build(args.output or default, args.jobs))
+    try:
+        problem = why_not() if args.if_useful else None
+        if problem:
+            print(f"csrc/ was not built: {problem}. Everything runs on the references.")
+        elif args.emulated:
+            print(build_emulation(args.output or CACHE / "emulated.so", args.jobs))
+        else:
+            print(build_library(args.output or LIBRARY, args.jobs))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

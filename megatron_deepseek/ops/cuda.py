@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_deepseek.ops.kernels import TILE, operator
+from megatron_deepseek.ops.registry import choices
 
 _BF16 = torch.bfloat16
 
@@ -121,17 +122,29 @@ def _table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> tor
 
 
 def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
-    """Every tile has 128 places, also where it has fewer rows: the others are zero codes."""
-    if not _takes(x):
+    """With `counts` every tile has 128 places, also where it has fewer rows: the others are zero codes.
+
+    That is for this module's grouped_scaled_mm_wgrad alone; where it is not in use neither is this.
+    """
+    if not _takes(x) or counts is not None and choices()["grouped_scaled_mm_wgrad"].backend != "csrc":
         return NotImplemented
     tiles = None if counts is None else _table([tile[1:] for tile in tile_rows(counts)], 2, x.device)
-    return operator("quantize_columns")(_dense(x), tiles, power_of_two)
+    q, scale = operator("quantize_columns")(_dense(x), tiles, power_of_two)
+    return (q[:, :x.shape[0]] if counts is None else q), scale
 
 
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
     if not _takes(x) or x.ndim not in (2, 3):
         return NotImplemented
     return operator("quantize_blocks")(_dense(x), False, power_of_two)[:2]
+
+
+def transposed_blocks(weight: torch.Tensor, power_of_two: bool = False):
+    """Rows of the codes are padded to whole tiles, which the view that is given does not show."""
+    if not _takes(weight) or weight.ndim not in (2, 3):
+        return NotImplemented
+    _, _, q, scale = operator("quantize_blocks")(_dense(weight), True, power_of_two)
+    return q[..., :weight.shape[-2]], scale
 
 
 def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool = False):

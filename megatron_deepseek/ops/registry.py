@@ -109,6 +109,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "quantize_1x128": _ours("quantize_1x128"),
     "quantize_128x1": _ours("quantize_128x1"),
     "quantize_128x128": _ours("quantize_128x128"),
+    "transposed_blocks": _ours("transposed_blocks"),
     "quantize_swiglu": _ours("quantize_swiglu"),
     "scaled_mm": (Candidate("csrc", "cuda:scaled_mm", _no_hopper),
                   Candidate("torch", "alternatives:torch_scaled_mm", _always),
