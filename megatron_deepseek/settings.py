@@ -10,13 +10,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv 1711.05101). Norm weights and other vectors take no weight decay, as in Megatron."""
+    """AdamW (arXiv 1711.05101). Norm weights and other vectors take no weight decay, as in Megatron.
+
+    `exp_avg_dtype`, `exp_avg_sq_dtype`: fp32 (the master weights' dtype) or bf16, in which moments are kept between
+    steps; the update is computed in the master weights' dtype.
+    """
 
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    exp_avg_dtype: str = "fp32"
+    exp_avg_sq_dtype: str = "fp32"
 
 
 @dataclass(frozen=True)

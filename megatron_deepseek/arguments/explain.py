@@ -1,12 +1,13 @@
-"""What a layout is, in words: which rank holds what, and the table of what is refused; rendered into docs too.
+"""What a layout is, in words: which rank holds what, and the table of what goes with what; rendered into docs too.
 
-`python -m megatron_deepseek.arguments.explain > docs/compatibility.md` writes the page of refusals.
+`python -m megatron_deepseek.arguments.explain > docs/compatibility.md` writes the page.
 """
 
 import argparse
 import re
 from collections.abc import Iterator, Sequence
 
+from megatron_deepseek.arguments.features import FEATURES, table
 from megatron_deepseek.arguments.refusals import REFUSALS
 from megatron_deepseek.arguments.settings import Settings, parse_or_exit
 from megatron_deepseek.parallel.layout import Layout
@@ -56,20 +57,55 @@ def explain_layout(argv: Sequence[str]) -> None:
     if ranks is None:
         return
     settings = parse_or_exit(argv, {"WORLD_SIZE": str(ranks)})
-    print("\n".join(explain(settings)))
+    print("\n".join([*explain(settings), "", *goes_with_what(settings)]))
     raise SystemExit(0)
 
 
+def goes_with_what(settings: Settings) -> Iterator[str]:
+    """Lines: the table of features, those of this run marked."""
+    used = frozenset(feature.name for feature in FEATURES if feature.used(settings))
+    yield "what goes with what (* in this run; docs/compatibility.md has the arguments and the reasons)"
+    yield from table(used)
+
+
+_PAGE = """# What goes with what
+
+Rendered by `python -m megatron_deepseek.arguments.explain`, and checked: `tests/parallel/test_compatibility.py` finds for
+every dot a test in which both features run on several ranks (or in several micro-batches) and give the losses of one
+process, and for every letter a command line that is refused for that reason. Float64 tests compare losses, gradients,
+norms, expert counts and updated weights to 1e-9; bf16 compares losses to 2 %.
+`pretrain_deepseek.py ... --explain-layout RANKS` prints the table with the features of that run marked.
+
+```
+{table}
+```
+
+## Features
+| | feature | arguments |
+|---|---|---|
+{features}
+
+## Refusals
+Every combination of arguments below is refused before anything is built, with the reason and the values; read from top
+to bottom, the first that applies speaks.
+
+| | name | refused, and why |
+|---|---|---|
+{refusals}
+"""
+
+
 def compatibility() -> str:
-    """docs/compatibility.md: the table of refusals, values left out."""
-    rows = [f"| {refusal.name} | {_without_values(refusal.message)} |" for refusal in REFUSALS]
-    return "\n".join([
-        "# What goes with what", "",
-        "Rendered by `python -m megatron_deepseek.arguments.explain`. Every combination of arguments below is refused "
-        "before anything is built, with the reason and the values; read from top to bottom, the first that applies "
-        "speaks. Which pairs of what is accepted are tested against one process: OPTIONS in tests/parallel/cases.py.",
-        "",
-        "| name | refused, and why |", "|---|---|", *rows]) + "\n"
+    """docs/compatibility.md: the table of features, and that of refusals with their values left out."""
+    features = [f"| {n} | {feature.name} | {_code(feature.arguments) or 'ranks that no other argument takes'} |"
+                for n, feature in enumerate(FEATURES, 1)]
+    refusals = [f"| {n} | {refusal.name} | {_without_values(refusal.message)} |"
+                for n, refusal in enumerate(REFUSALS, 1)]
+    return _PAGE.format(table="\n".join(table()), features="\n".join(features), refusals="\n".join(refusals))
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", "\\|") if text else ""
 
 
 def _without_values(message: str) -> str:

@@ -15,6 +15,7 @@ from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
 CP_COMM_TYPES = ("ring", "allgather")
 NAN_POLICIES = ("stop", "skip")
+MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")  # Megatron-LM's; refusals.py refuses the last two
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
 # (option, field of ModelConfig, type, help)
@@ -54,10 +55,10 @@ ROPE_SCALING = (
 )
 # What Megatron-LM's scripts say and what every model here is anyway.
 ALWAYS_ON = ("--multi-latent-attention", "--swiglu", "--disable-bias-linear", "--qk-layernorm", "--use-mcore-models",
-             "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer", "--exit-signal-handler",
-             "--no-load-rng", "--no-save-rng")
+             "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer",
+             "--use-precision-aware-optimizer", "--exit-signal-handler", "--no-load-rng", "--no-save-rng")
 # (option, type; None for a switch): known names that are refused until they are built.
-NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str), ("--exp-avg-dtype", str), ("--exp-avg-sq-dtype", str))
+NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -203,6 +204,10 @@ def _add_optimizer(parser):
     add("--adam-eps", type=values.positive, default=1e-8, help="(1e-8)")
     add("--weight-decay", type=values.non_negative, default=0.1, help="(0.1)")
     add("--clip-grad", type=values.non_negative, default=1.0, help="largest norm of the gradient; 0 does not clip (1)")
+    add("--exp-avg-dtype", type=str, choices=MOMENT_DTYPES, default="fp32",
+        help="what the first moment is kept in; it is updated in float32 (fp32; bf16)")
+    add("--exp-avg-sq-dtype", type=str, choices=MOMENT_DTYPES, default="fp32",
+        help="the same for the second moment (fp32; bf16)")
 
 
 def _add_data(parser):
@@ -274,7 +279,8 @@ def _add_accepted(parser):
         group.add_argument(option, action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--normalization", type=str, choices=("RMSNorm",), help="RMSNorm")
     group.add_argument("--position-embedding-type", type=str, choices=("rope",), help="rope")
-    group.add_argument("--moe-router-dtype", type=str, choices=("fp32",), help="fp32")
+    for option in ("--moe-router-dtype", "--main-grads-dtype", "--main-params-dtype"):
+        group.add_argument(option, type=str, choices=("fp32",), help="fp32")
     group.add_argument("--hidden-dropout", type=values.fraction, help="0")
     group.description += ": " + " ".join(ALWAYS_ON)
     later = parser.add_argument_group("not yet supported", "refused: " + " ".join(option for option, _ in NOT_YET))

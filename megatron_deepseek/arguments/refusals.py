@@ -6,7 +6,7 @@ An entry may rely on those above it. Messages are format strings over a Request 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_deepseek.arguments.parser import NOT_YET
+from megatron_deepseek.arguments.parser import NOT_YET, RECOMPUTE_MODULES
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.checkpoint.marker import begins_anew
 from megatron_deepseek.parallel import layout_string, schedule_rules
@@ -19,17 +19,41 @@ EP = "--expert-model-parallel-size {r.ep}"
 
 @dataclass(frozen=True)
 class Refusal:
-    """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses."""
+    """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses.
+
+    `excludes`: pairs of features (features.py) that it refuses whatever the sizes.
+    """
 
     name: str
     when: Callable[[Request], bool]
     message: str
+    excludes: tuple[tuple[str, str], ...] = ()
+
+
+def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
+    return tuple(("no experts", feature) for feature in features)
 
 
 def _not_yet(option: str) -> Refusal:
     dest = option[2:].replace("-", "_")
     return Refusal(option, lambda r: getattr(r.args, dest) not in (None, False, "fp32"),
                    f"{option} {{r.args.{dest}}} is not yet supported")
+
+
+def _moment_type(option: str) -> Refusal:
+    dest = option[2:].replace("-", "_")
+    return Refusal(f"type of {option}", lambda r: getattr(r.args, dest) in ("fp16", "fp8"),
+                   f"{option} {{r.args.{dest}}} is not supported, only fp32 and bf16: moments of fewer than bfloat16's "
+                   "exponent bits vanish unless each tensor is scaled")
+
+
+def _moment_decay(option: str, beta: str) -> Refusal:
+    """bfloat16 has 8 significant bits: a factor above 1 - 2**-8 rounds some moments back to what they were."""
+    dest, beta_dest = option[2:].replace("-", "_"), beta[2:].replace("-", "_")
+    return Refusal(f"{option} and {beta}",
+                   lambda r: getattr(r.args, dest) == "bf16" and getattr(r.args, beta_dest) > 1 - 2**-8,
+                   f"{option} {{r.args.{dest}}} conflicts with {beta} {{r.args.{beta_dest}}}: a bfloat16 moment times "
+                   "a factor above 0.996 rounds back to itself and would never decay")
 
 
 def _layout_error(r: Request) -> bool:
@@ -74,7 +98,8 @@ _LAYOUT = (
     Refusal("cp and sequence", lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
             f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
     Refusal("ep without experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
-            f"{EP} conflicts with --num-experts 0: there are no experts to spread"),
+            f"{EP} conflicts with --num-experts 0: there are no experts to spread",
+            _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped")),
     Refusal("ep and ranks", lambda r: r.stage_ranks % r.ep != 0,
             f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
     Refusal("ep and experts", lambda r: r.model.n_routed_experts % r.ep != 0,
@@ -134,6 +159,13 @@ _PIPELINE = (
 )
 
 _EXPERTS = (
+    Refusal("forced balance without experts",
+            lambda r: r.args.moe_router_force_load_balancing and not r.model.n_routed_experts,
+            "--moe-router-force-load-balancing conflicts with --num-experts 0", _without_experts("forced balance")),
+    Refusal("shared experts without experts",
+            lambda r: bool(r.args.moe_shared_expert_intermediate_size) and not r.model.n_routed_experts,
+            "--moe-shared-expert-intermediate-size {r.args.moe_shared_expert_intermediate_size} conflicts with "
+            "--num-experts 0", _without_experts("shared experts")),
     Refusal("bias without method",
             lambda r: bool(r.args.moe_router_bias_update_rate) and r.model.topk_method != "noaux_tc",
             "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --moe-router-enable-expert-bias; "
@@ -153,11 +185,22 @@ _EXPERTS = (
             "--moe-router-num-groups is 1"),
 )
 
+_OPTIMIZER = (
+    _moment_type("--exp-avg-dtype"),
+    _moment_type("--exp-avg-sq-dtype"),
+    _moment_decay("--exp-avg-dtype", "--adam-beta1"),
+    _moment_decay("--exp-avg-sq-dtype", "--adam-beta2"),
+)
+
 _RUN = (
+    Refusal("recompute experts",
+            lambda r: "moe_act" in (r.args.recompute_modules or ()) and not r.model.n_routed_experts,
+            "--recompute-modules moe_act conflicts with --num-experts 0", _without_experts("recompute moe_act")),
     Refusal("recompute modules",
             lambda r: r.args.recompute_modules is not None and r.args.recompute_granularity != "selective",
             "--recompute-modules {r.args.recompute_modules} needs --recompute-granularity selective, not "
-            "{r.args.recompute_granularity}"),
+            "{r.args.recompute_granularity}",
+            tuple(("recompute layers", f"recompute {module}") for module in RECOMPUTE_MODULES)),
     Refusal("recompute method",
             lambda r: (r.args.recompute_method or r.args.recompute_num_layers) is not None
             and r.args.recompute_granularity != "full",
@@ -194,7 +237,7 @@ _RUN = (
             "{r.args.profile_step_end}"),
 )
 
-REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _RUN
+REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _OPTIMIZER + _RUN
 
 
 def refuse(request: Request) -> None:

@@ -149,7 +149,8 @@ def _loss(request: Request) -> LossSettings:
 
 def _recompute(request: Request) -> RecomputeSettings:
     granularity, modules = request.args.recompute_granularity, request.args.recompute_modules
-    default = RECOMPUTE_MODULES if granularity == "selective" else ()
+    has = [module for module in RECOMPUTE_MODULES if request.model.n_routed_experts or module != "moe_act"]
+    default = tuple(has) if granularity == "selective" else ()
     return RecomputeSettings(granularity, tuple(modules) if modules else default)
 
 

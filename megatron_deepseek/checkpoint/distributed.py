@@ -26,7 +26,7 @@ from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verify_files
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
-from megatron_deepseek.checkpoint.state import TrainState, fill_copies, model_state, optimizer_state
+from megatron_deepseek.checkpoint.state import MOMENTS, TrainState, fill_copies, model_state, optimizer_state
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 
@@ -111,8 +111,27 @@ def verify(directory: Path) -> list[Damage] | None:
     return [damage for of_rank in everyone for damage in of_rank]
 
 
+def converted_moments(directory: Path, optimizer: torch.optim.Optimizer) -> list[str]:
+    """In words, the moments that a checkpoint has in another dtype than `optimizer` keeps them in.
+
+    Loading widens exactly and narrows by rounding to nearest, ties to even.
+    """
+    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    own = next(iter(optimizer.state.values()))
+    dtypes = {moment: {entry.properties.dtype for name, entry in saved.items()
+                       if name.startswith(f"optimizer.{moment}.")} for moment in MOMENTS}
+    return [f"{moment} was saved in {_names(dtypes[moment])} and is kept in {_names({own[moment].dtype})} from here on"
+            for moment in MOMENTS if dtypes[moment] - {own[moment].dtype}]
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
 def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
+
+    Tensors saved in another dtype are converted (`converted_moments` says which).
 
     Raises ValueError if a tensor is missing, unknown or of another shape: nothing is loaded or dropped in silence.
     """

@@ -27,16 +27,13 @@ def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Moments of this rank by parameter name; made as zeros where the optimizer has not stepped yet."""
+    """Moments of this rank by parameter name, each in the dtype that the optimizer keeps it in."""
     state, updated = {}, {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for stage in stages:
         for name, parameter in stage.named_parameters():
             assert parameter in updated, f"{name} is not the shard that the optimizer updates"
-            of_parameter = optimizer.state[parameter]
             for moment in MOMENTS:
-                if moment not in of_parameter:
-                    of_parameter[moment] = torch.zeros_like(parameter, requires_grad=False)
-                state.setdefault(f"optimizer.{moment}.{name}", of_parameter[moment])
+                state.setdefault(f"optimizer.{moment}.{name}", optimizer.state[parameter][moment])
     return state
 
 

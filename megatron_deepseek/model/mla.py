@@ -19,7 +19,7 @@ from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.rotary import softmax_scale
-from megatron_deepseek.ops.attention import same_document
+from megatron_deepseek.ops.attention import attend_within_documents
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places, apply_rope, join_keys, turn_tail
 from megatron_deepseek.parallel.context import ContextParallel
@@ -113,7 +113,9 @@ class MLA(nn.Module):
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None
                   ) -> torch.Tensor:
         """Causal softmax attention, within documents where they are given, [B, S, N, V]."""
-        mask = None if documents_BS is None else same_document(documents_BS, documents_BS).tril().unsqueeze(1)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                           is_causal=mask is None, scale=self.scale)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if documents_BS is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        else:
+            y = attend_within_documents(q, k, v, documents_BS, self.scale)
         return y.transpose(1, 2)[..., :self.config.v_head_dim]

@@ -15,43 +15,59 @@ import torch.nn.functional as F
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Scores:
-    """Which scores count: q k^T * scale, all of them, those of a lower triangle, or those that `mask_BSK` allows."""
+    """Which scores count: q k^T * scale, all of them or, of a square, those of the lower triangle."""
 
     scale: float
     causal: bool = False
-    mask_BSK: torch.Tensor | None = None
-
-    @property
-    def mask_B1SK(self) -> torch.Tensor | None:
-        return None if self.mask_BSK is None else self.mask_BSK.unsqueeze(1)
 
 
-def same_document(queries_BS: torch.Tensor, keys_BK: torch.Tensor) -> torch.Tensor:
-    """Which query and key are of one document, bool [B, S, K]."""
-    return queries_BS.unsqueeze(2) == keys_BK.unsqueeze(1)
+def documents_of(row_S: torch.Tensor) -> dict[int, slice]:
+    """Where each document lies in a row that numbers every token's; raises ValueError if one lies in two places."""
+    numbers, counts = row_S.unique_consecutive(return_counts=True)
+    stops = counts.cumsum(0).tolist()
+    found = {number: slice(stop - count, stop)
+             for number, stop, count in zip(numbers.tolist(), stops, counts.tolist())}
+    if len(found) < len(stops):
+        raise ValueError(f"a document of a packed row is not in one piece: {numbers.tolist()}")
+    return found
+
+
+def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: torch.Tensor,
+                            documents_BS: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal softmax attention of each token over its own document, [B, N, S, V].
+
+    Document by document, without a mask: the fused kernels see plain causal squares, nothing of size S x S is ever
+    made, and no score across documents is computed.
+    """
+    rows = []
+    for q_NSD, k_NSD, v_NSV, row_S in zip(q_BNSD, k_BNSD, v_BNSV, documents_BS):
+        parts = [F.scaled_dot_product_attention(*(x[None, :, place] for x in (q_NSD, k_NSD, v_NSV)), is_causal=True,
+                                                scale=scale) for place in documents_of(row_S).values()]
+        rows.append(torch.cat(parts, 2))
+    return torch.cat(rows)
 
 
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores
            ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, N, S, V] and log-sum-exp [B, N, S], -inf (and output zero) for a query that may see no key."""
-    forward, _ = _kernel(q_BNSD, scores)
+    """Output [B, N, S, V] and log-sum-exp [B, N, S]."""
+    forward, _ = _kernel(q_BNSD)
     return forward(q_BNSD, k_BNKD, v_BNKV, scores)
 
 
 def attend_backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores: Scores
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; `out_BNSV` and `lse_BNS` are the joint ones over all parts of the keys."""
-    _, backward = _kernel(q_BNSD, scores)
+    _, backward = _kernel(q_BNSD)
     return backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores)
 
 
-def _kernel(q: torch.Tensor, scores: Scores):
-    """(forward, backward): fused where there is a kernel. CUDA's flash kernel takes no mask and no wide dtypes."""
+def _kernel(q: torch.Tensor):
+    """(forward, backward): fused where there is a kernel. CUDA's flash kernel takes no wide dtypes."""
     if q.device.type == "cpu":
         return _cpu_forward, _cpu_backward
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and scores.mask_BSK is None:
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _cuda_forward, _cuda_backward
     return plain_forward, plain_backward
 
@@ -60,7 +76,7 @@ def plain_forward(q, k, v, scores: Scores):
     """The definition, in at least float32; keeps S x K scores while it runs."""
     logits = _logits(q, k, scores)
     lse = logits.logsumexp(-1)
-    probabilities = (logits - lse.unsqueeze(-1)).exp().where(lse.isfinite().unsqueeze(-1), 0)
+    probabilities = (logits - lse.unsqueeze(-1)).exp()
     return (probabilities @ v.to(logits.dtype)).to(q.dtype), lse
 
 
@@ -78,10 +94,10 @@ def plain_backward(grad, q, k, v, out, lse, scores: Scores):
 def _logits(q, k, scores: Scores) -> torch.Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = q.to(wide) @ k.to(wide).mT * scores.scale
-    allowed = scores.mask_B1SK
-    if scores.causal:
-        allowed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+    if not scores.causal:
+        return logits
+    later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return logits.masked_fill(later, float("-inf"))
 
 
 def _pad(v: torch.Tensor, width: int) -> torch.Tensor:
@@ -89,24 +105,16 @@ def _pad(v: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(v, (0, width - v.shape[-1]))
 
 
-def _additive(scores: Scores, dtype: torch.dtype) -> torch.Tensor | None:
-    mask = scores.mask_B1SK
-    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
-
-
 def _cpu_forward(q, k, v, scores: Scores):
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, _pad(v, q.shape[-1]), 0.0, scores.causal, attn_mask=_additive(scores, q.dtype), scale=scores.scale)
-    if scores.mask_BSK is not None:  # the kernel gives a query without keys the log-sum-exp 0
-        lse = lse.masked_fill(~scores.mask_B1SK.any(-1), float("-inf"))
+        q, k, _pad(v, q.shape[-1]), 0.0, scores.causal, scale=scores.scale)
     return out[..., :v.shape[-1]], lse
 
 
 def _cpu_backward(grad, q, k, v, out, lse, scores: Scores):
     width = q.shape[-1]
     grad_q, grad_k, grad_v = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _pad(grad, width), q, k, _pad(v, width), _pad(out, width), lse, 0.0, scores.causal,
-        attn_mask=_additive(scores, q.dtype), scale=scores.scale)
+        _pad(grad, width), q, k, _pad(v, width), _pad(out, width), lse, 0.0, scores.causal, scale=scores.scale)
     return grad_q, grad_k, grad_v[..., :v.shape[-1]]
 
 
@@ -137,10 +145,10 @@ class Joined:
         out = q_BNSD.new_zeros(*q_BNSD.shape[:-1], v_width, dtype=wide)
         return cls(out, out.new_full(out.shape[:-1], float("-inf")))
 
-    def add(self, rows: slice, out_BNRV: torch.Tensor, lse_BNR: torch.Tensor) -> None:
-        """Join a part that the queries `rows` saw."""
-        before = self.lse_BNS[:, :, rows]
+    def add(self, queries: tuple[slice, ...], out_BNRV: torch.Tensor, lse_BNR: torch.Tensor) -> None:
+        """Join a part that some `queries` saw; they index [B, N, S]."""
+        before = self.lse_BNS[queries]
         joint = torch.logaddexp(before, lse_BNR)
         keep, new = (torch.where(joint.isfinite(), (lse - joint).exp(), 0).unsqueeze(-1) for lse in (before, lse_BNR))
-        self.out_BNSV[:, :, rows] = self.out_BNSV[:, :, rows] * keep + out_BNRV.to(self.out_BNSV.dtype) * new
-        self.lse_BNS[:, :, rows] = joint
+        self.out_BNSV[queries] = self.out_BNSV[queries] * keep + out_BNRV.to(self.out_BNSV.dtype) * new
+        self.lse_BNS[queries] = joint

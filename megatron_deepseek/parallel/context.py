@@ -11,6 +11,9 @@ Of the block of another rank o, rank r needs, without any mask:
     o < r    all queries, the keys of chunk o; chunk 2*cp-1-o is later than all queries
     o > r    the queries of chunk 2*cp-1-r, all keys; chunk r is earlier than all keys
 
+With packed documents, of each of these only what lies within one document, again without any mask; a block that shares
+no document with this rank's queries is passed on unread.
+
 Labels, MTP shifts and masks are made on whole sequences before any is cut.
 
 Shapes: B batch, S tokens of a sequence on this rank, N heads, D query width, V value width, C width of what travels.
@@ -22,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.attention import Joined, Scores, attend, attend_backward, same_document
+from megatron_deepseek.ops.attention import Joined, Scores, attend, attend_backward, documents_of
 from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
 
 # [B, T, C] of any T tokens to keys [B, T, N, D] and values [B, T, N, V]
@@ -67,7 +70,8 @@ class ContextParallel:
                   documents: torch.Tensor | None = None) -> torch.Tensor:
         """Causal attention of this rank's queries over the whole sequence, [B, S, N, V].
 
-        With `documents` [B, whole sequence] given, over the tokens of the query's own document.
+        With `documents` [B, whole sequence] given, over the tokens of the query's own document. They are best on the
+        CPU: where documents lie decides which kernels are started.
 
         `block_BSC` is what this rank's keys and values are made of by `project`, whose weights get their gradients
         by back-propagation inside this one's, as under reentrant checkpointing.
@@ -87,6 +91,24 @@ def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
     return slice(length // 2, length), everything, False
 
 
+@dataclass(frozen=True)
+class Part:
+    """Queries of this rank that see a rectangle or, `causal`, a triangle of the keys of one block."""
+
+    batch: slice
+    rows: slice
+    keys: slice
+    causal: bool
+
+    def queries(self) -> tuple[slice, slice, slice]:
+        """Index of the queries in [B, N, S]."""
+        return self.batch, slice(None), self.rows
+
+    def keys_among(self, made: slice) -> tuple[slice, slice, slice]:
+        """Index of the keys in [B, N, K], of which only the keys `made` exist."""
+        return self.batch, slice(None), slice(self.keys.start - made.start, self.keys.stop - made.start)
+
+
 @dataclass(frozen=True, eq=False)
 class Sight:
     """What the queries of `rank` see of each block; `length` tokens on each rank."""
@@ -97,14 +119,27 @@ class Sight:
     scale: float
     documents: torch.Tensor | None
 
-    def of(self, owner: int) -> tuple[slice, slice, Scores]:
+    def of(self, owner: int) -> tuple[slice, list[Part]]:
+        """The keys of the block of `owner` that are seen at all, and who sees what of them."""
         rows, keys, causal = visible(owner, self.rank, self.length)
         if self.documents is None:
-            return rows, keys, Scores(self.scale, causal)
-        queried, seen = (self.documents[:, zigzag(self.length * self.size, rank, self.size)[part].to(
-            self.documents.device)] for rank, part in ((self.rank, rows), (owner, keys)))
-        mask = same_document(queried, seen)
-        return rows, keys, Scores(self.scale, mask_BSK=mask.tril() if causal else mask)
+            return keys, [Part(slice(None), rows, keys, causal)]
+        parts = []
+        for index, row_S in enumerate(self.documents):
+            asking, seen = self._documents(row_S, self.rank, rows), self._documents(row_S, owner, keys)
+            parts += [Part(slice(index, index + 1), asking[number], seen[number], causal)
+                      for number in asking.keys() & seen.keys()]
+        bounds = [(part.keys.start, part.keys.stop) for part in parts] or [(0, 0)]
+        return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds)), parts
+
+    def _documents(self, row_S: torch.Tensor, rank: int, part: slice) -> dict[int, slice]:
+        """Where documents lie in the block of `rank`, of which only `part` is looked at.
+
+        A block's two chunks are of increasing positions, so that a document of both of them is in one piece here too.
+        """
+        own = row_S[zigzag(self.length * self.size, rank, self.size)[part].to(row_S.device)]
+        return {number: slice(place.start + part.start, place.stop + part.start)
+                for number, place in documents_of(own).items()}
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -114,10 +149,13 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(ctx, q_BSND, own_BSC, project: Project, sight: Sight, exchange: Ring | Gather):
         q_BNSD, blocks, owners, joined = q_BSND.transpose(1, 2), [], [], None
         for owner, block in exchange.blocks(own_BSC):
-            rows, keys, scores = sight.of(owner)
-            k, v = (x.transpose(1, 2) for x in project(block[:, keys]))
-            joined = joined or Joined.empty(q_BNSD, v.shape[-1])
-            joined.add(rows, *attend(q_BNSD[:, :, rows], k, v, scores))
+            made, parts = sight.of(owner)
+            if parts:
+                k, v = (x.transpose(1, 2) for x in project(block[:, made]))
+                joined = joined or Joined.empty(q_BNSD, v.shape[-1])
+            for part in parts:
+                queries, keys = part.queries(), part.keys_among(made)
+                joined.add(queries, *attend(q_BNSD[queries], k[keys], v[keys], Scores(sight.scale, part.causal)))
             blocks.append(block)
             owners.append(owner)
         out_BNSV = joined.out_BNSV.to(q_BSND.dtype)
@@ -128,22 +166,27 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BSNV):
         q_BSND, out_BNSV, lse_BNS, *blocks = ctx.saved_tensors
-        q_BNSD, grad_BNSV = q_BSND.transpose(1, 2), grad_BSNV.transpose(1, 2)
+        q_BNSD, grad_BNSV, sight = q_BSND.transpose(1, 2), grad_BSNV.transpose(1, 2), ctx.sight
         wide = torch.promote_types(q_BSND.dtype, torch.float32)
         grad_q_BNSD = torch.zeros_like(q_BNSD, dtype=wide)
 
         def gradients():
             for owner, block in zip(ctx.owners, blocks):
-                rows, keys, scores = ctx.sight.of(owner)
+                made, parts = sight.of(owner)
 
                 def through_attention(k, v):
-                    grad_q, grad_k, grad_v = attend_backward(
-                        grad_BNSV[:, :, rows], q_BNSD[:, :, rows], k.transpose(1, 2), v.transpose(1, 2),
-                        out_BNSV[:, :, rows], lse_BNS[:, :, rows], scores)
-                    grad_q_BNSD[:, :, rows] += grad_q
+                    k, v = k.transpose(1, 2), v.transpose(1, 2)
+                    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+                    for part in parts:
+                        queries, keys = part.queries(), part.keys_among(made)
+                        grad_q, grad_k[keys], grad_v[keys] = attend_backward(
+                            grad_BNSV[queries], q_BNSD[queries], k[keys], v[keys], out_BNSV[queries],
+                            lse_BNS[queries], Scores(sight.scale, part.causal))
+                        grad_q_BNSD[queries] += grad_q
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
-                yield _gradient_of_block(block, keys, ctx.project, through_attention)
+                yield _gradient_of_block(block, made, ctx.project, through_attention) if parts \
+                    else torch.zeros_like(block)
 
         grad_own = ctx.exchange.return_gradients(gradients())
         return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None

@@ -54,7 +54,7 @@ def _pretrain(settings: Settings, begun: float) -> None:
 
 
 def make_plan(settings: Settings) -> Plan:
-    """What this job builds. BF16 keeps float32 master weights, gradients and moments."""
+    """What this job builds. BF16 keeps float32 master weights and gradients."""
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, settings.data.seq_length)
     return Plan(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,

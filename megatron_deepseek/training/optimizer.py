@@ -1,18 +1,25 @@
 """AdamW over FSDP's shards, and the norm of the whole model's gradient.
 
-Master weights, gradients and moments are shards in the master dtype. Optimizer groups never mix meshes, because fused
-updates work on lists of DTensors of one mesh.
+Master weights and gradients are shards in the master dtype, moments in that or in bfloat16. Optimizer groups never mix
+meshes, because fused updates work on lists of DTensors of one mesh.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from megatron_deepseek.settings import OptimizerSettings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: as the master weights, which are float32 outside tests
+
+_PIECE = 1 << 22  # elements that are widened at a time: 16 MB for each moment
+_VECTOR = 16  # elements: a cache line of float32, in multiples of which the fused CPU kernel divides its work
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +36,18 @@ class ShardedAdamW(torch.optim.AdamW):
 
     The update is elementwise, so no rank needs more than its shards. Given DTensors, the first step spent most of its
     time working out how to shard the update: 0.2 s of processor time a rank for a model of 4 layers.
+
+    Moments are there from the start, so that a checkpoint can be filled or written before the first step.
+    `moment_dtypes`: of exp_avg and exp_avg_sq, None for the parameter's own.
     """
+
+    def __init__(self, groups: list[dict], moment_dtypes: tuple[torch.dtype | None, torch.dtype | None], **options):
+        super().__init__(groups, **options)
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            state = self.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for name, dtype in zip(MOMENTS, moment_dtypes, strict=True):
+                state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
     def _init_group(self, group, *lists) -> bool:
         has_complex = super()._init_group(group, *lists)
@@ -38,16 +56,95 @@ class ShardedAdamW(torch.optim.AdamW):
         return has_complex
 
 
-def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+class NarrowMomentsAdamW(ShardedAdamW):
+    """Moments are kept in fewer bits than the weights, as DeepSeek-V3's (report, section 3.3.2).
+
+    Each step widens them to the weights' dtype, updates by the fused kernel, and rounds to nearest, ties to even: a
+    function of each element alone, so a layout changes no bit. That is done in batches of pieces, so that the wide
+    copies take little memory.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            params, grads, exp_avgs, exp_avg_sqs, steps = [], [], [], [], []
+            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
+            torch._foreach_add_(steps, 1)
+            shards = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+            for batch in _batches(piece for shard in shards for piece in _pieces(*shard)):
+                _update(batch, group)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A stretch of one parameter's local shard: views, one-dimensional; `step` is of the whole parameter."""
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    step: torch.Tensor
+
+    def widened(self) -> tuple[torch.Tensor, ...]:
+        """Parameter, gradient and moments in the parameter's dtype; what needs neither widening nor padding is itself.
+
+        The fused kernel rounds the last elements of a tensor, those that fill no vector, otherwise than the rest (with
+        one multiplication and addition fused). Padded, no element's bits depend on where a layout cuts.
+        """
+        wide = (self.param, self.grad, *(m.to(self.param.dtype) for m in (self.exp_avg, self.exp_avg_sq)))
+        missing = -self.param.numel() % _VECTOR
+        return tuple(F.pad(t, (0, missing)) for t in wide) if missing else wide
+
+    def store(self, param: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+        """Take back what `widened` gave, rounding to this piece's own dtypes."""
+        for own, new in ((self.param, param), (self.exp_avg, exp_avg), (self.exp_avg_sq, exp_avg_sq)):
+            if new is not own:
+                own.copy_(new[:own.numel()])
+
+
+def _pieces(*shard: torch.Tensor) -> Iterator[_Piece]:
+    *tensors, step = shard
+    for parts in zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True):
+        if parts[0].numel():
+            yield _Piece(*parts, step)
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Lists of pieces of at most 2 * _PIECE elements together."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += piece.param.numel()
+        if size >= _PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _update(batch: list[_Piece], group: dict) -> None:
+    params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*(piece.widened() for piece in batch)))
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], [piece.step for piece in batch], lr=group["lr"],
+                        beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                        amsgrad=False, maximize=False)
+    for piece, *updated in zip(batch, params, exp_avgs, exp_avg_sqs):
+        piece.store(*updated)
+
+
+def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSettings) -> ShardedAdamW:
     """Matrices decay, vectors (norm weights, biases) do not, as in Megatron-LM."""
     groups: dict[tuple, list[nn.Parameter]] = {}
     for item in parameters:
         decays = item.parameter.ndim > 1
         groups.setdefault((item.parameter.device_mesh, decays), []).append(item.parameter)
-    return ShardedAdamW(
+    moment_dtypes = MOMENT_DTYPES[settings.exp_avg_dtype], MOMENT_DTYPES[settings.exp_avg_sq_dtype]
+    kind = ShardedAdamW if moment_dtypes == (None, None) else NarrowMomentsAdamW
+    return kind(
         [{"params": params, "weight_decay": settings.weight_decay if decays else 0.0}
          for (_, decays), params in groups.items()],
-        lr=0.0, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=True)
+        moment_dtypes, lr=0.0, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=True)
 
 
 def _counts_here(item: NamedParameter) -> bool:

@@ -94,3 +94,5 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
         if not is_huggingface(directory) and read_checksums(directory) is None:
             report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
                            "version, or converted")
+        for conversion in checkpoint.converted_moments(directory, trainer.optimizer) if state.optimizer_steps else ():
+            report.message(conversion)

@@ -164,7 +164,7 @@ class Trainer:
         step = StepContext(tuple(num_labels), num_sequences, Tally())
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
         if documents_BS is not None:
-            inputs["documents_BS"] = documents_BS
+            inputs["documents_BS"] = documents_BS.cpu()  # attention is started document by document
         return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
     def _reduce(self, tally: Tally, votes: Votes) -> tuple[Losses, Votes]:

@@ -15,6 +15,8 @@ SEQ_LENGTH = 8
 NUM_EXPERTS = 8
 
 # The options that a covering array is made of. Layout first: the search for valid cases assigns them in this order.
+# An option that means nothing without another has a value "none" for that: pairs with its other values are then pairs
+# with what they do.
 OPTIONS = {
     "pp": (1, 2, 4),
     "schedule": ("none", *schedule_rules.SCHEDULES),
@@ -22,11 +24,11 @@ OPTIONS = {
     "tp": (1, 2),
     "dp": (1, 2),
     "cp": (1, 2),
-    "cp_type": ("ring", "allgather"),
+    "cp_type": ("none", "ring", "allgather"),
     "sp": (False, True),
     "router": ("dense", "greedy", "group_limited", "noaux_tc"),
     "ep": (1, 2, 4),
-    "dispatcher": ("alltoall", "allgather", "grouped"),
+    "dispatcher": ("none", "alltoall", "allgather", "grouped"),
     "node": (1, 2),
     "forced": (False, True),
     "microbatches": (1, 3, 5, 8),
@@ -40,6 +42,7 @@ OPTIONS = {
     "tied": (False, True),
     "recompute": ("none", "full", "layernorm", "mla_up_proj", "moe_act"),
     "reshard": (False, True),
+    "moments": ("fp32", "bf16"),
 }
 
 # What exhaustive.py draws from besides: values that differ from those above in size only.
@@ -52,11 +55,11 @@ WIDER = OPTIONS | {
 
 CONSTRAINTS = (
     lambda dp, cp, tp, pp: dp * cp * tp * pp <= 8,
-    lambda cp, cp_type: cp > 1 or cp_type == "ring",
+    lambda cp, cp_type: (cp == 1) == (cp_type == "none"),
     lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
     lambda ep, dp, cp, tp: dp * cp * tp % ep == 0,
-    lambda ep, dispatcher: ep > 1 or dispatcher == "alltoall",
+    lambda ep, dispatcher: (ep == 1) == (dispatcher == "none"),
     lambda dispatcher, ep, node: ep % node == 0 if dispatcher == "grouped" else node == 1,
     lambda router, ep: router != "dense" or ep == 1,
     lambda router, forced: router != "dense" or not forced,
@@ -109,6 +112,7 @@ class Case:
     tied: bool = False
     recompute: str = "none"
     reshard: bool = False
+    moments: str = "fp32"
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""
@@ -169,7 +173,10 @@ class Case:
 
     @property
     def communication(self) -> CommunicationSettings:
-        return CommunicationSettings(self.cp_type, self.dispatcher, self.node)
+        """Defaults stand in for "none"."""
+        given = dict(cp_comm_type=self.cp_type, moe_token_dispatcher_type=self.dispatcher)
+        return CommunicationSettings(moe_ranks_per_node=self.node,
+                                     **{name: value for name, value in given.items() if value != "none"})
 
     @property
     def recomputation(self) -> RecomputeSettings:
@@ -184,9 +191,10 @@ class Case:
         """
         pooled = self.loss.balance_type == "aux_loss"
         if pooled and self.micro_batch_size > 1:
-            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed)
+            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed,
+                             self.moments)
         loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed)
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.moments)
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,7 @@ class Reference:
     global_batch_size: int
     micro_batch_size: int
     packed: bool = False
+    moments: str = "fp32"
 
 
 _MOE = dict(moe_intermediate_size=8, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=2)

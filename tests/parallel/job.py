@@ -1,6 +1,6 @@
 """What a rank does in a test: train a few steps, evaluate, and hand back everything that a layout must not change."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -65,9 +65,13 @@ def documents(size: int, step: int) -> torch.Tensor:
     return starts.long().cumsum(1)
 
 
+def optimizer_of(moments: str) -> OptimizerSettings:
+    return replace(OPTIMIZER, exp_avg_dtype=moments, exp_avg_sq_dtype=moments)
+
+
 def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
     return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
-                optimizer=OPTIMIZER, loss=case.loss, recompute=case.recomputation,
+                optimizer=optimizer_of(case.moments), loss=case.loss, recompute=case.recomputation,
                 communication=case.communication, reshard_after_forward=case.reshard)
 
 
@@ -78,7 +82,7 @@ def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, SEQ_LENGTH)
     plan = Plan(reference.model, stages, "none", SEQ_LENGTH, reference.micro_batch_size, precision=precision,
-                optimizer=OPTIMIZER, loss=reference.loss)
+                optimizer=optimizer_of(reference.moments), loss=reference.loss)
     return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed)
 
 

@@ -30,6 +30,7 @@ V_TIED = Case(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, tied=Tr
 CP = Case(cp=2, mtp=1, microbatches=3)
 CP_GATHER = Case(cp=2, cp_type="allgather")
 PACKED = Case(cp=2, mtp=2, microbatches=3, packed=True)
+PACKED_DP = Case(dp=2, microbatches=2, packed=True)
 CP_BALANCE = Case(cp=2, router="group_limited")
 GATHER = Case(dp=2, ep=2, dispatcher="allgather")
 GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
@@ -160,9 +161,13 @@ def _across_documents(labels_BS, mask_BS, mtp_depth, documents_BS):
     return deepseek.shifted_labels(labels_BS, mask_BS, mtp_depth)
 
 
-def _add_plainly(self, rows, out, lse):
-    self.out_BNSV[:, :, rows] += out / 2
-    self.lse_BNS[:, :, rows] = torch.logaddexp(self.lse_BNS[:, :, rows], lse)
+def _add_plainly(self, queries, out, lse):
+    self.out_BNSV[queries] += out / 2
+    self.lse_BNS[queries] = torch.logaddexp(self.lse_BNS[queries], lse)
+
+
+def _own_block_only(of: Callable):
+    return lambda self, owner: of(self, owner) if owner == self.rank else (slice(0, 0), [])
 
 
 def _twice(gradient_of_block: Callable):
@@ -260,7 +265,11 @@ MUTATIONS = {
         expert_grouped.sum_copies))),
     "MTP: labels of the next document": Mutation(PACKED, _replace(trainer, "shifted_labels", _across_documents)),
     "CP: attention across documents": Mutation(PACKED, _replace(
-        context, "same_document", lambda queries, keys: torch.ones(*queries.shape, keys.shape[1], dtype=torch.bool))),
+        context, "documents_of", lambda row: {0: slice(0, len(row))})),
+    "CP: documents of other ranks' chunks not seen": Mutation(PACKED, _replace(
+        context.Sight, "of", _own_block_only(context.Sight.of))),
+    "attention across documents": Mutation(PACKED_DP, _replace(
+        attention, "documents_of", lambda row: {0: slice(0, len(row))})),
     "MTP: labels shifted, their mask not": Mutation(
         PP_MTP, _replace(trainer, "shifted_labels", _mask_not_shifted(trainer.shifted_labels))),
 }

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megatron_deepseek.ops.attention import (Joined, Scores, attend, attend_backward, plain_backward, plain_forward)
-from megatron_deepseek.parallel.context import visible, zigzag
+from megatron_deepseek.ops.attention import (Joined, Scores, attend, attend_backward, attend_within_documents,
+                                             documents_of, plain_backward, plain_forward)
+from megatron_deepseek.parallel.context import Sight, visible, zigzag
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 B, N, S, K, D, V = 2, 3, 5, 8, 6, 4
@@ -20,26 +23,21 @@ def inputs():
     return [torch.randn(shape, dtype=torch.float64) for shape in ((B, N, S, D), (B, N, K, D), (B, N, K, V))]
 
 
-def some_mask() -> torch.Tensor:
-    """With a query that sees no key at all, and one that sees only the second half."""
-    mask = torch.rand(B, S, K, generator=torch.Generator().manual_seed(1)) < 0.6
-    mask[0, 1], mask[1, 2] = False, torch.arange(K) >= K // 2
-    return mask
+def dense(q, k, v, mask_BSK: torch.Tensor) -> torch.Tensor:
+    """Softmax attention with all its scores, a query without keys giving zero."""
+    logits = (q @ k.mT * 0.3).masked_fill(~mask_BSK.unsqueeze(1), float("-inf"))
+    return logits.softmax(-1).nan_to_num() @ v
 
 
-SCORES = [Scores(0.3), Scores(0.3, mask_BSK=some_mask())]
-
-
-@pytest.mark.parametrize("scores", SCORES, ids=["all", "mask"])
+@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, causal=True)], ids=["all", "causal"])
 def test_kernel_against_the_definition(scores):
-    """Output and log-sum-exp, which is -inf where a query sees no key; gradients where every query sees one."""
     q, k, v = inputs()
-    for found, expected in zip(attend(q, k, v, scores), plain_forward(q, k, v, scores), strict=True):
-        torch.testing.assert_close(found, expected, **EXACT)
+    if scores.causal:
+        k, v = k[:, :, :S], v[:, :, :S]
     out, lse = plain_forward(q, k, v, scores)
-    seen = lse.isfinite().unsqueeze(-1)
-    grad = torch.randn(out.shape, dtype=torch.float64) * seen
-    lse = lse.masked_fill(~lse.isfinite(), 0)  # what another part of the keys would have given
+    for found, expected in zip(attend(q, k, v, scores), (out, lse), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+    grad = torch.randn(out.shape, dtype=torch.float64)
     for found, expected in zip(attend_backward(grad, q, k, v, out, lse, scores),
                                plain_backward(grad, q, k, v, out, lse, scores), strict=True):
         torch.testing.assert_close(found, expected, **EXACT)
@@ -62,7 +60,7 @@ class _InParts(torch.autograd.Function):
     def forward(ctx, q, k, v):
         joined = Joined.empty(q, V)
         for rows, keys in _InParts.PARTS:
-            joined.add(rows, *attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], Scores(0.3)))
+            joined.add((slice(None), slice(None), rows), *attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], Scores(0.3)))
         ctx.save_for_backward(q, k, v, joined.out_BNSV, joined.lse_BNS)
         return joined.out_BNSV
 
@@ -82,8 +80,7 @@ def test_parts_join_exactly_forwards_and_backwards():
     q, k, v = (x.requires_grad_() for x in inputs())
     mask = torch.ones(S, K, dtype=torch.bool)
     mask[:2, 3:] = False
-    torch.testing.assert_close(_InParts.apply(q, k, v), plain_forward(q, k, v, Scores(0.3, mask_BSK=mask[None]))[0],
-                               **EXACT)
+    torch.testing.assert_close(_InParts.apply(q, k, v), dense(q, k, v, mask[None]), **EXACT)
     assert gradcheck(_InParts.apply, (q, k, v))
 
 
@@ -103,6 +100,71 @@ def test_zigzag_gives_every_position_and_every_causal_pair_once(size):
         work.append(seen.sum().item() - before)
     assert torch.equal(seen, torch.ones_like(seen).tril())
     assert len(set(work)) == 1
+
+
+PACKINGS = {
+    "one": [16], "tokens": [1] * 16, "uneven": [5, 1, 7, 3], "at the chunks": [4, 4, 8], "long second": [1, 15],
+}
+
+
+def numbered(*packings: list[int]) -> torch.Tensor:
+    """[B, S]: the document of each token of rows that hold documents of these lengths."""
+    return torch.stack([torch.arange(len(p)).repeat_interleave(torch.tensor(p)) for p in packings])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_see_every_causal_pair_of_a_document_once_and_no_other(size):
+    """All packings as rows of one batch."""
+    documents, length = numbered(*PACKINGS.values()), 16
+    seen = torch.zeros(len(documents), length, length, dtype=torch.int64)
+    positions = [zigzag(length, rank, size) for rank in range(size)]
+    for rank, mine in enumerate(positions):
+        sight = Sight(rank, size, length // size, 0.3, documents)
+        for owner, theirs in enumerate(positions):
+            made, parts = sight.of(owner)
+            for part in parts:
+                assert made.start <= part.keys.start < part.keys.stop <= made.stop
+                rows, keys = mine[part.rows], theirs[part.keys]
+                block = torch.ones(len(rows), len(keys), dtype=torch.int64)
+                seen[part.batch, rows.unsqueeze(1), keys] += block.tril() if part.causal else block
+    assert torch.equal(seen, (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().long())
+
+
+def test_within_documents_against_all_scores():
+    """Output and gradients of a batch whose rows are packed differently."""
+    documents = numbered([5, 1, 7, 3], [16], [1] * 16)
+    q, k, v = (torch.randn(3, N, 16, width, dtype=torch.float64, requires_grad=True) for width in (D, D, D))
+    mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril()
+    found, expected = attend_within_documents(q, k, v, documents, 0.3), dense(q, k, v, mask)
+    torch.testing.assert_close(found, expected, **EXACT)
+    grad = torch.randn_like(expected)
+    for ours, theirs in zip(torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operator gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.elements = max(self.elements, *(t.numel() for t in tensors), 0)
+        return result
+
+
+def test_nothing_grows_with_the_square_of_a_packed_sequence():
+    length = 256
+    q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
+    with LargestTensor() as largest:
+        attend_within_documents(q, k, v, numbered([16] * 16), 0.3).sum().backward()
+    assert length <= largest.elements < length**2 / 2
+
+
+def test_a_document_in_two_places_is_refused():
+    with pytest.raises(ValueError, match=r"not in one piece: \[0, 1, 0\]"):
+        documents_of(torch.tensor([0, 0, 1, 0]))
 
 
 def test_zigzag_refuses_uneven_chunks():

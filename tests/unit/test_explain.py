@@ -1,4 +1,4 @@
-"""The printed layout against the arithmetic of meshes and pipelines; the page of refusals against its table."""
+"""The printed layout against the arithmetic of meshes and pipelines; the page of what goes with what, its table."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.arguments.explain import compatibility, explain, explain_layout, places
+from megatron_deepseek.arguments.explain import compatibility, explain, explain_layout, goes_with_what, places
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import V_SHAPED, stages_of_rank
 from megatron_deepseek.parallel.schedule_rules import SCHEDULES
@@ -42,10 +42,19 @@ def test_explains_every_rank():
     assert lines[3].endswith("0, 3 of 4") and lines[4].endswith("1, 2 of 4")
 
 
+def test_marks_what_the_run_uses():
+    marked = {line.split("*")[0].strip() for line in goes_with_what(parse(COMMAND, 8)) if "*" in line.split("  ")[0]
+              or "*" in line[30:36]}
+    names = {line.split(maxsplit=1)[1] for line in marked if line[:1].isdigit()}
+    assert names == {"data parallel", "context parallel, ring", "expert parallel, alltoall", "1F1B",
+                     "several micro-batches", "router noaux_tc", "shared experts", "MTP", "MTP before the last stage"}
+
+
 def test_command_prints_and_leaves(capsys):
     with pytest.raises(SystemExit) as left:
         explain_layout([*COMMAND, "--explain-layout", "8"])
-    assert left.value.code == 0 and "8 ranks" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert left.value.code == 0 and "8 ranks" in printed and "what goes with what" in printed
     explain_layout(COMMAND)
 
 

@@ -1,0 +1,138 @@
+"""What a run can switch on, and which two of those go together: the one table of what goes with what.
+
+A feature is one entry of FEATURES. Two features are alternatives if they are of one kind, refused if an entry of
+REFUSALS says so (`excludes`), and otherwise tested together: tests/parallel/test_compatibility.py asks each tested case
+which features it uses, and fails for a pair that no case has.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
+from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.settings import Settings
+from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
+from megatron_deepseek.planning.pipeline_balance import resolve
+
+TESTED, ALTERNATIVE = ".", "/"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """`used` tells whether a run has it; `arguments` switch it on for the model `tiny` on 8 ranks.
+
+    Features of one `kind` exclude each other, since one argument takes one value.
+    """
+
+    name: str
+    arguments: str
+    used: Callable[[Settings], bool]
+    kind: str | None = None
+
+
+def _schedule(name: str) -> Feature:
+    layers = "" if VIRTUAL_STAGES[name] == 1 else " --num-virtual-stages-per-pipeline-rank 2"
+    return Feature(name, f"--pipeline-model-parallel-size 2 --pipeline-schedule {name}{layers}",
+                   lambda s: s.layout.pp > 1 and s.pipeline.schedule == name, "schedule")
+
+
+def _placement(name: str, layout: str, where: str) -> Feature:
+    return Feature(name, f"--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout {layout}",
+                   lambda s: mtp_placement(s) == where, "placement")
+
+
+def mtp_placement(s: Settings) -> str | None:
+    """Where a pipeline has its MTP modules: split over stages, on the last one, or on one before it."""
+    if s.layout.pp == 1 or not s.model.num_nextn_predict_layers:
+        return None
+    stages = resolve(s.model, s.pipeline, s.layout.pp, s.data.seq_length)
+    holding = [index for index, stage in enumerate(stages) if stage.mtp]
+    if len(holding) > 1:
+        return "split"
+    return "last" if holding[0] == len(stages) - 1 else "own"
+
+
+def _context(exchange: str) -> Feature:
+    return Feature(f"context parallel, {exchange}", f"--context-parallel-size 2 --cp-comm-type {exchange}",
+                   lambda s: s.layout.cp > 1 and s.communication.cp_comm_type == exchange, "exchange")
+
+
+def _dispatcher(name: str) -> Feature:
+    nodes = " --moe-ranks-per-node 2" if name == "grouped" else ""
+    return Feature(f"expert parallel, {name}",
+                   f"--expert-model-parallel-size 4 --moe-token-dispatcher-type {name}{nodes}",
+                   lambda s: s.layout.ep > 1 and s.communication.moe_token_dispatcher_type == name, "dispatcher")
+
+
+def _router(name: str, arguments: str, method: str) -> Feature:
+    return Feature(name, arguments, lambda s: bool(s.model.n_routed_experts) and s.model.topk_method == method,
+                   "router")
+
+
+def _recomputed(module: str) -> Feature:
+    return Feature(f"recompute {module}", f"--recompute-granularity selective --recompute-modules {module}",
+                   lambda s: s.recompute.granularity == "selective" and module in s.recompute.modules)
+
+
+FEATURES = (
+    Feature("data parallel", "", lambda s: s.layout.dp > 1),
+    Feature("weights sharded too", "--data-parallel-sharding-strategy optim_grads_params",
+            lambda s: s.run.sharding == "optim_grads_params"),
+    Feature("tensor parallel", "--tensor-model-parallel-size 2", lambda s: s.layout.tp > 1),
+    Feature("sequence parallel", "--tensor-model-parallel-size 2 --sequence-parallel",
+            lambda s: s.layout.sequence_parallel),
+    _context("ring"), _context("allgather"),
+    _dispatcher("alltoall"), _dispatcher("allgather"), _dispatcher("grouped"),
+    *(_schedule(name) for name in VIRTUAL_STAGES),
+    Feature("several micro-batches", "--global-batch-size 64",
+            lambda s: s.batch.global_batch_size > s.batch.micro_batch_size * s.layout.dp),
+    Feature("micro-batches of several", "--micro-batch-size 2", lambda s: s.batch.micro_batch_size > 1),
+    Feature("packed documents", "--reset-attention-mask", lambda s: s.data.reset_attention_mask),
+    Feature("no experts", "--num-experts 0", lambda s: not s.model.n_routed_experts, "router"),
+    _router("router greedy", "--model deepseek-v2-lite", "greedy"),
+    _router("router group-limited", "--model deepseek-v2", "group_limited_greedy"),
+    _router("router noaux_tc", "--model tiny", "noaux_tc"),
+    Feature("forced balance", "--moe-router-force-load-balancing",
+            lambda s: s.loss.moe_router_force_load_balancing),
+    Feature("shared experts", "--moe-shared-expert-intermediate-size 128",
+            lambda s: bool(s.model.n_routed_experts and s.model.n_shared_experts)),
+    Feature("MTP", "--mtp-num-layers 1", lambda s: s.model.num_nextn_predict_layers > 0),
+    Feature("MTP, several depths", "--mtp-num-layers 2", lambda s: s.model.num_nextn_predict_layers > 1),
+    _placement("MTP on the last stage", "Ett|t|t|mL", "last"),
+    _placement("MTP before the last stage", "Ettt|t|m|L", "own"),
+    _placement("MTP on several stages", "Ettt|t|m|mL --mtp-num-layers 2", "split"),
+    Feature("no query compression", "--q-lora-rank 0", lambda s: s.model.q_lora_rank is None),
+    Feature("tied embeddings", "--tie-word-embeddings", lambda s: s.model.tie_word_embeddings),
+    Feature("recompute layers", "--recompute-granularity full", lambda s: s.recompute.granularity == "full"),
+    *(_recomputed(module) for module in RECOMPUTE_MODULES),
+    Feature("bf16", "--bf16", lambda s: s.run.bf16),
+    Feature("bf16 moments", "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+            lambda s: "bf16" in (s.optimizer.exp_avg_dtype, s.optimizer.exp_avg_sq_dtype)),
+)
+
+
+def cell(one: Feature, other: Feature) -> str | int:
+    """TESTED, ALTERNATIVE, or the number of the refusal, counted from 1."""
+    if one.kind is not None and one.kind == other.kind:
+        return ALTERNATIVE
+    for number, refusal in enumerate(REFUSALS, 1):
+        if any({one.name, other.name} == set(pair) for pair in refusal.excludes):
+            return number
+    return TESTED
+
+
+def table(marked: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Lines of the triangle of all pairs; features whose names are `marked` have a star."""
+    width = max(len(feature.name) for feature in FEATURES)
+    numbers = range(1, len(FEATURES) + 1)
+    letters: dict[int, str] = {}
+    yield " " * (width + 6) + "".join(f"{n // 10 or ' '} " for n in numbers).rstrip()
+    yield " " * (width + 6) + "".join(f"{n % 10} " for n in numbers).rstrip()
+    for number, row in zip(numbers, FEATURES):
+        cells = [cell(row, column) for column in FEATURES[:number - 1]]
+        shown = [c if isinstance(c, str) else letters.setdefault(c, "abcdefghijklmnopqrstuvwxyz"[len(letters)])
+                 for c in cells]
+        yield f"{number:3} {row.name:{width}} {'*' if row.name in marked else ' '}{' '.join(shown)}".rstrip()
+    yield f"  {TESTED} compared with one process in a test   {ALTERNATIVE} one or the other"
+    for reason, letter in letters.items():
+        yield f"  {letter} refused, reason {reason}: {REFUSALS[reason - 1].name}"
