@@ -49,6 +49,17 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
     return torch.cat(rows)
 
 
+def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
+              scale: float, width: int) -> torch.Tensor:
+    """Causal, within documents where they are given: [B, S, N * width], of V the first `width` columns; the rest is 0."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
+    if documents_BS is None:
+        y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        y_BNSV = attend_within_documents(q, k, v, documents_BS, scale)
+    return y_BNSV.transpose(1, 2)[..., :width].flatten(-2)
+
+
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores
            ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, S, V] and log-sum-exp [B, N, S]."""

@@ -30,11 +30,10 @@ def scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torc
     assert a_s.shape == (rows, num_tiles(a_q.shape[1])) and a_q.shape[1] == b_q.shape[1], (a_q.shape, b_q.shape)
     wide = torch.float64 if out_dtype == torch.float64 else torch.float32
     a, b = decode(a_q).to(wide), decode(b_q).to(wide)
-    scales = _for_each_row(b_s, columns).to(wide)
+    a_s, b_s = a_s.to(wide), _for_each_row(b_s, columns).to(wide)
     result = torch.zeros(rows, columns, dtype=wide, device=a_q.device)
-    for j, (part_a, part_b) in enumerate(zip(a.split(TILE, 1), b.split(TILE, 1))):
-        # (sum * a_s) * b_s would round otherwise than sum * (a_s * b_s)
-        result.addcmul_(part_a @ part_b.t(), torch.outer(a_s[:, j].to(wide), scales[:, j]))
+    for part_a, part_b, scale_a, scale_b in zip(a.split(TILE, 1), b.split(TILE, 1), a_s.t(), b_s.t()):
+        result.addcmul_(part_a @ part_b.t(), torch.outer(scale_a, scale_b))
     return result.to(out_dtype)
 
 

@@ -44,13 +44,14 @@ class Record:
     evaluation: Losses | None = None
 
 
-def batch(model: ModelConfig, size: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels and label mask [size, S] of the global batch. Rows have between few and almost all labels; at
+def batch(model: ModelConfig, size: int, step: int, length: int = SEQ_LENGTH
+          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and label mask [size, length] of the global batch. Rows have between few and almost all labels; at
     step 1 the first two rows (a micro-batch) have none, at step 2 the second half (whole data ranks) has none.
     """
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(model.vocab_size, (size, SEQ_LENGTH + 1), generator=generator)
-    mask = torch.rand(size, SEQ_LENGTH, generator=generator) < torch.linspace(0.2, 0.95, size).unsqueeze(1)
+    tokens = torch.randint(model.vocab_size, (size, length + 1), generator=generator)
+    mask = torch.rand(size, length, generator=generator) < torch.linspace(0.2, 0.95, size).unsqueeze(1)
     if step == 1 and size > 2:
         mask[:2] = False
     if step == 2:
@@ -58,9 +59,9 @@ def batch(model: ModelConfig, size: int, step: int) -> tuple[torch.Tensor, torch
     return tokens[:, :-1], tokens[:, 1:], mask
 
 
-def documents(size: int, step: int) -> torch.Tensor:
-    """[size, S]: the document of each token; some of one token, and one row that is a single document."""
-    starts = torch.rand(size, SEQ_LENGTH, generator=torch.Generator().manual_seed(100 + step)) < 0.3
+def documents(size: int, step: int, length: int = SEQ_LENGTH) -> torch.Tensor:
+    """[size, length]: the document of each token; some of one token, and one row that is a single document."""
+    starts = torch.rand(size, length, generator=torch.Generator().manual_seed(100 + step)) < 0.3
     starts[-1:] &= size == 1
     return starts.long().cumsum(1)
 
@@ -96,8 +97,8 @@ def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, pa
 
     def inputs(step: int) -> dict[str, torch.Tensor]:
         names = ("tokens_BS", "labels_BS", "mask_BS")
-        given = dict(zip(names, batch(plan.model, global_batch_size, step)))
-        given |= {"documents_BS": documents(global_batch_size, step)} if packed else {}
+        given = dict(zip(names, batch(plan.model, global_batch_size, step, plan.seq_length)))
+        given |= {"documents_BS": documents(global_batch_size, step, plan.seq_length)} if packed else {}
         return {name: part[rows] for name, part in given.items()}
 
     for step in range(num_steps):
