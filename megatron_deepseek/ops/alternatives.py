@@ -29,12 +29,13 @@ def _attention_module(heads: int, key_width: int, value_width: int, scale: float
                                attn_mask_type="causal", softmax_scale=scale)
 
 
-def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, scores):
-    """[B, S, N, V]; causal scores alone, in 16 bits."""
-    if not scores.causal or q_BSND.dtype not in (torch.bfloat16, torch.float16):
+def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor,
+                                 documents_BS: torch.Tensor | None, scale: float, width: int):
+    """16 bits, whole sequences, and values of their own width alone."""
+    if documents_BS is not None or width != v_BSNV.shape[-1] or q_BSND.dtype not in (torch.bfloat16, torch.float16):
         return NotImplemented
-    attend = _attention_module(q_BSND.shape[2], q_BSND.shape[3], v_BSNV.shape[3], scores.scale)
-    return attend(q_BSND, k_BSND, v_BSNV).view(*q_BSND.shape[:3], -1)
+    attend = _attention_module(q_BSND.shape[2], q_BSND.shape[3], width, scale)
+    return attend(q_BSND, k_BSND, v_BSNV)
 
 
 def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.registry import with_backends
+
 _aten = torch.ops.aten
 
 
@@ -49,6 +51,7 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
     return torch.cat(rows)
 
 
+@with_backends("attention")
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
               scale: float, width: int) -> torch.Tensor:
     """Causal, within documents where they are given: [B, S, N * width], of V the first `width` columns; the rest is 0."""

@@ -24,6 +24,7 @@ from megatron_deepseek.ops.fp8_attention import attention
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.products import Deferred, Numerics, Product
 from megatron_deepseek.ops.recompute import compose
+from megatron_deepseek.ops.registry import with_backends
 from megatron_deepseek.ops.swiglu import swiglu_backward, swiglu_forward
 
 Tensors = tuple[torch.Tensor, ...]
@@ -117,7 +118,7 @@ class _MultiplySwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up, weight, product: Fp8Product, *counts):
         ctx.weight, ctx.product, ctx.counts = weight, product, counts
         ctx.save_for_backward(*fp8.quantize_1x128(gate.flatten(0, -2)), *fp8.quantize_1x128(up.flatten(0, -2)))
-        tiles = _rows(quantize(swiglu_forward(gate, up), product.input_power_of_two))
+        tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
         return _with_rows_of(gate, _forward(tiles, weight, *counts))
 
     @staticmethod
@@ -132,6 +133,12 @@ class _MultiplySwiGLU(torch.autograd.Function):
         hidden = _columns(swiglu_forward(gate, up), product.input_power_of_two, *counts)
         grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
         return grad_gate, grad_up, grad_weight, None, *(None for _ in counts)
+
+
+@with_backends("quantize_swiglu")
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up in 1x128 tiles."""
+    return fp8.quantize_1x128(swiglu_forward(gate, up), power_of_two)
 
 
 def _rows(tiles: BlockScaled) -> BlockScaled:
@@ -153,7 +160,7 @@ def _dgrad(grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]) -> 
     """[..., I]"""
     multiply = grouped_scaled_mm if counts else scaled_mm
     tiles = _rows(quantize(grad))
-    blocks = (part.mT for part in fp8.quantize_128x128(weight))
+    blocks = fp8.transposed_blocks(weight)
     return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *blocks, *counts, out_dtype=grad.dtype))
 
 

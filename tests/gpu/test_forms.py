@@ -5,7 +5,13 @@ import torch
 
 from megatron_deepseek.ops import cuda, permute, rope
 from megatron_deepseek.ops import cross_entropy as losses
-from megatron_deepseek.ops.fp8 import dequantize_1x128, dequantize_128x128, quantize_1x128, quantize_128x128
+from megatron_deepseek.ops.fp8 import (
+    dequantize_1x128,
+    dequantize_128x128,
+    quantize_1x128,
+    quantize_128x1,
+    quantize_128x128,
+)
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.registry import Choice
 
@@ -111,7 +117,6 @@ def test_experts_of_three_products(device, ours_in_use):
         *g_q, *transposed, counts))
     columns = [cuda.quantize_128x1(t, False, counts) for t in (grad, x)]
     got = cuda.grouped_scaled_mm_wgrad(*columns[0], *columns[1], counts)
-    from megatron_deepseek.ops.fp8 import quantize_128x1
     references = [quantize_128x1(t, False, counts) for t in (grad, x)]
     close(got, grouped_scaled_mm_wgrad(*references[0], *references[1], counts))
     assert not got[1].any()
