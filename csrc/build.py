@@ -158,7 +158,7 @@ def build_library(output: Path, jobs: int = 2) -> Path:
 def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) -> Path:
     """The same operators for CPU tensors, every GPU thread a fiber. `extra`: flags, such as a sanitizer's."""
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
+    command = [compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
                "-DMEGATRON_DEEPSEEK_EMULATED", f"-I{EMULATION}", *extra, "-x", "c++", "-c"]
     calls = [lambda k=k: _cached(command, SOURCES / k, ".o") for k in KERNELS]
     calls.insert(0, lambda: _cached(_bindings_command(True), SOURCES / "bindings.cpp", ".o"))

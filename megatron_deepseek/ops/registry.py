@@ -163,12 +163,16 @@ def choices() -> Mapping[str, Choice]:
     return MappingProxyType({operator: choose(operator, wishes.get(operator)) for operator in CANDIDATES})
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
 def with_backends(operator: str):
     """The decorated function is the reference; its first argument's device says whether a choice is made at all."""
     def decorate(reference):
         @functools.wraps(reference)
         def call(x, *args, **kwargs):
-            if x.is_cuda:
+            if on_gpu(x):
                 function = choices()[operator].function
                 result = NotImplemented if function is None else function(x, *args, **kwargs)
                 if result is not NotImplemented:
