@@ -42,7 +42,7 @@ class MLA(nn.Module):
         super().__init__()
         self.config, self.tp, self.cp = config, tp, cp
         self.scale = softmax_scale(config)
-        self.joint_attention = numerics.attention
+        self.joint_attention, self.output_form = numerics.attention, numerics.attention_output_form
         self.attend = recompute if recompute_up_projection else compose
         heads, bias, product = config.num_attention_heads, config.attention_bias, numerics.linear
         if config.q_lora_rank is None:
@@ -110,8 +110,8 @@ class MLA(nn.Module):
             c_kv, turned = block_BSC.split(sizes, -1)
             return self.keys_and_values(c_kv, turned, None)
 
-        y_BSNV = self.cp.attention(q, torch.cat([c_kv, turned], -1), project, self.scale, places.documents_BS)
-        return y_BSNV.flatten(-2)
+        return self.cp.attention(q, torch.cat([c_kv, turned], -1), project, self.scale, places.documents_BS,
+                                 self.output_form)
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None
                   ) -> torch.Tensor:

@@ -51,6 +51,18 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
     return torch.cat(rows)
 
 
+class Output:
+    """What becomes of attention's output, [B, S, N * V]: here it is given on, and kept for the backward, as it is."""
+
+    def give(self, y_BSV: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """What the next layer gets, and what is kept."""
+        return y_BSV, (y_BSV,)
+
+    def restore(self, kept: tuple[torch.Tensor, ...], like_BSV: torch.Tensor) -> torch.Tensor:
+        """The output from what was kept, in shape and dtype as `like_BSV`."""
+        return kept[0]
+
+
 @with_backends("attention")
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
               scale: float, width: int) -> torch.Tensor:

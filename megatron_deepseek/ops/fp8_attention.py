@@ -10,9 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.ops import fp8
-from megatron_deepseek.ops.attention import Scores, attend, attend_backward, documents_of
+from megatron_deepseek.ops.attention import Output, Scores, attend, attend_backward, documents_of
 from megatron_deepseek.ops.block_scaled import BlockScaled
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
+
+
+class E5M6Output(Output):
+    """Given on as E4M3 tiles with what is kept beside them, so that the linear that follows keeps the same tensors."""
+
+    def give(self, y_BSV: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        kept = quantize_e5m6(y_BSV.flatten(0, 1))
+        return BlockScaled(*fp8.quantize_1x128(y_BSV, power_of_two=True), y_BSV.dtype, kept), kept
+
+    def restore(self, kept: tuple[torch.Tensor, ...], like_BSV: torch.Tensor) -> torch.Tensor:
+        return dequantize_e5m6(*kept, like_BSV.shape[-1], like_BSV.dtype).view_as(like_BSV)
 
 
 class _Attention(torch.autograd.Function):
@@ -22,17 +33,15 @@ class _Attention(torch.autograd.Function):
         out_BNSV, lse_BNS = _empty_results(q, v)
         for place in squares:
             out_BNSV[place], lse_BNS[place] = attend(q[place], k[place], v[place], scores)
-        out_BSV = out_BNSV[..., :width].transpose(1, 2).flatten(-2)
-        kept = quantize_e5m6(out_BSV.flatten(0, 1))
+        result, kept = E5M6Output().give(out_BNSV[..., :width].transpose(1, 2).flatten(-2))
         ctx.save_for_backward(q_BSND, k_BSND, v_BSNV, lse_BNS, *kept)
         ctx.squares, ctx.scores = squares, scores
-        return BlockScaled(*fp8.quantize_1x128(out_BSV, power_of_two=True), out_BSV.dtype, kept)
+        return result
 
     @staticmethod
     def backward(ctx, grad_BSV):
         q_BSND, k_BSND, v_BSNV, lse_BNS, *kept = ctx.saved_tensors
-        out_BSV = dequantize_e5m6(*kept, grad_BSV.shape[-1], grad_BSV.dtype)
-        grad, out = (_heads(x, v_BSNV) for x in (grad_BSV, out_BSV))
+        grad, out = (_heads(x, v_BSNV) for x in (grad_BSV, E5M6Output().restore(kept, grad_BSV)))
         q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         for place in ctx.squares:
@@ -48,7 +57,7 @@ def _empty_results(q_BNSD: torch.Tensor, v_BNSV: torch.Tensor) -> tuple[torch.Te
 
 
 def _heads(x: torch.Tensor, v_BSNV: torch.Tensor) -> torch.Tensor:
-    """[B, N, S, V] of x [B, S, N * width] or its rows, with zeros where v is wider."""
+    """[B, N, S, V] of x [B, S, N * width], with zeros where v is wider."""
     x_BSNW = x.reshape(*v_BSNV.shape[:3], -1)
     return F.pad(x_BSNW, (0, v_BSNV.shape[-1] - x_BSNW.shape[-1])).transpose(1, 2)
 

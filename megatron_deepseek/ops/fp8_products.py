@@ -20,7 +20,7 @@ import torch
 from megatron_deepseek.ops import fp8
 from megatron_deepseek.ops.block_scaled import BlockScaled, quantize, share
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
-from megatron_deepseek.ops.fp8_attention import attention
+from megatron_deepseek.ops.fp8_attention import E5M6Output, attention
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.products import Deferred, Numerics, Product
 from megatron_deepseek.ops.recompute import compose
@@ -88,7 +88,7 @@ def recipe(sharing: Callable = compose) -> Numerics:
         experts_up=Fp8Product(input_power_of_two=True),
         experts_down=Fp8Product(dispatched_gradient=True),
         to_experts=partial(quantize, power_of_two=True),
-        attention=attention)
+        attention=attention, attention_output_form=E5M6Output())
 
 
 class _Multiply(torch.autograd.Function):

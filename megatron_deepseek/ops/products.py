@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.attention import attention
+from megatron_deepseek.ops.attention import Output, attention
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose
 from megatron_deepseek.ops.swiglu import swiglu
@@ -95,7 +95,8 @@ class Numerics:
     """The products of a model. What has no place here (embedding, head, router, norms) is never FP8.
 
     `to_experts` makes what travels of the gradients that go to the experts in the backward. `attention` is ops/
-    attention.py's or a form of it that keeps its output otherwise; on its own rank, not over context-parallel ones.
+    attention.py's or a form of it that keeps its output otherwise, and `attention_output_form` how context-parallel
+    ranks do.
     """
 
     linear: Product = Linear()
@@ -104,3 +105,4 @@ class Numerics:
     experts_down: Product = Grouped()
     to_experts: Callable[[torch.Tensor], torch.Tensor] = field(default=_unchanged)
     attention: Callable[..., torch.Tensor] = field(default=attention)
+    attention_output_form: Output = Output()

@@ -70,19 +70,20 @@ def optimizer_of(moments: str) -> OptimizerSettings:
     return replace(OPTIMIZER, exp_avg_dtype=moments, exp_avg_sq_dtype=moments)
 
 
-def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
-    return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
+def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
+    return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(case.moments), loss=case.loss, recompute=case.recomputation,
                 communication=case.communication, reshard_after_forward=case.reshard)
 
 
-def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
-    return train(plan_of(case, precision), case.layout, case.global_batch_size, num_steps, case.packed)
+def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:
+    return train(plan_of(case, precision, seq_length), case.layout, case.global_batch_size, num_steps, case.packed)
 
 
-def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
-    stages = resolve(reference.model, PipelineSettings(), 1, SEQ_LENGTH)
-    plan = Plan(reference.model, stages, "none", SEQ_LENGTH, reference.micro_batch_size, precision=precision,
+def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64,
+                  seq_length: int = SEQ_LENGTH) -> Record:
+    stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
+    plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(reference.moments), loss=reference.loss)
     return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed)
 
