@@ -12,7 +12,6 @@ import torch.distributed as dist
 from gpu_pieces.timing import Bench, Case, Row, first_line
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, shape_stages
-from megatron_deepseek.model.init import initialize
 from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
@@ -50,7 +49,10 @@ def our_layer(config: ModelConfig, length: int, bench: Bench, fp8: bool) -> Call
     meshes = build_meshes(Layout(), bench.device)
     (part,) = shape_stages(config, [stage], meshes, length, Precision(torch.bfloat16, None, fp8))
     part.to_empty(device=bench.device)
-    initialize([part], config.initializer_range, 0)
+    with torch.no_grad():
+        for name, tensor in part.state_dict().items():
+            norm, bias = name.endswith("norm.weight"), name.endswith("bias")
+            tensor.fill_(float(norm)) if norm or bias else tensor.normal_(0, config.initializer_range)
     layer, places = part.model.layers["0"], Places(part.rope_2SD)
     return lambda x: layer(x, places, 1)[0]
 
