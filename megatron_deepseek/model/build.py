@@ -65,7 +65,8 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  recompute: RecomputeSettings = RecomputeSettings(),
                  communication: CommunicationSettings = CommunicationSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    blueprint = make_blueprint(config, meshes, loss, recompute, communication, make_numerics(precision.fp8, recompute, meshes.layout.tp))
+    numerics = make_numerics(precision.fp8, recompute, meshes.layout.tp)
+    blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
     run = run_checkpointed if recompute.granularity == "full" else run_layer
     with torch.device("meta"), default_dtype(precision.master):
         return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run)

@@ -59,7 +59,8 @@ class MLA(nn.Module):
         self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, numerics.attention_output)
 
     def forward(self, x_BSH: torch.Tensor, places: Places) -> torch.Tensor:
-        c_q, c_kv, k_pe = self.kv_a_proj_with_mqa.product.shared(x_BSH, self.latents)
+        c_q, c_kv, k_pe = self.kv_a_proj_with_mqa.product.shared(
+            x_BSH, lambda shared_BSH: self.latents(shared_BSH, x_BSH))
         rope_2SD, documents_BS = places.rope_2SD, places.documents_BS
         if self.cp.size > 1:
             y_BSV = self.attend(lambda c_q: self.queries(c_q, rope_2SD), (c_q,),
@@ -69,13 +70,17 @@ class MLA(nn.Module):
                                 lambda q, k, v: self.attention(q, k, v, documents_BS))
         return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))
 
-    def latents(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query latent (or input), key-value latent and k_pe of the whole sequence, gathered over TP at once."""
-        c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(x_BSH)).split(
+    def latents(self, shared_BSH: torch.Tensor, x_BSH: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query latent (or input x), key-value latent and k_pe of the whole sequence, gathered over TP at once.
+
+        `shared_BSH` is x as the products take it.
+        """
+        c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(shared_BSH)).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         c_kv = self.kv_a_layernorm(c_kv)
         c_q = x_BSH if self.config.q_lora_rank is None else self.q_a_layernorm(
-            self.q_a_proj.add_bias(self.q_a_proj(x_BSH)))
+            self.q_a_proj.add_bias(self.q_a_proj(shared_BSH)))
         if self.tp.size == 1:
             return c_q, c_kv, k_pe
         sizes = [c_q.shape[-1], c_kv.shape[-1], k_pe.shape[-1]]

@@ -11,7 +11,7 @@ The rules, in order, for a tile of any floating dtype:
   2. scale = amax / 448, at least 2^-126, and where `power_of_two` rounded up to a power of two;
      a tile of zeros has scale 1;
   3. q = x / scale, clamped to +-448, rounded to nearest even with E4M3's subnormals (steps of 2^-9);
-  4. a tile with an infinity or a NaN is lost as a whole, so that it cannot go unnoticed: scale and all q are NaN (0x7f).
+  4. a tile with an infinity or a NaN is lost as a whole, so that it can't go unnoticed: scale and all q are NaN (0x7f).
 Tiles at the edges are smaller: nothing is padded that a caller sees, and padding never enters an amax.
 Tensors with a dimension of 0 have results with one.
 

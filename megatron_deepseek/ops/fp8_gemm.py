@@ -57,8 +57,7 @@ def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b
     result = torch.empty(a_q.shape[0], b_q.shape[1], dtype=out_dtype, device=a_q.device)
     parts = zip(a_q.split(list(counts)), a_s.split(list(counts)), b_q, b_s, result.split(list(counts)), strict=True)
     for part_q, part_s, weight_q, weight_s, out in parts:
-        if len(out):
-            out.copy_(scaled_mm(part_q, part_s, weight_q, weight_s, out_dtype))
+        out.copy_(scaled_mm(part_q, part_s, weight_q, weight_s, out_dtype))
     return result
 
 
@@ -70,10 +69,9 @@ def grouped_scaled_mm_wgrad(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Ten
     Scales [M, T] and [N, T] of `quantize_128x1` with the same counts. Zero for a group of no rows.
     """
     tiles = [num_tiles(count) for count in counts]
-    result = torch.zeros(len(counts), a_q.shape[0], b_q.shape[0], dtype=out_dtype, device=a_q.device)
+    result = torch.empty(len(counts), a_q.shape[0], b_q.shape[0], dtype=out_dtype, device=a_q.device)
     parts = zip(*(x.split(sizes, 1) for x, sizes in ((a_q, list(counts)), (a_s, tiles), (b_q, list(counts)),
                                                      (b_s, tiles))), result, strict=True)
     for part_a, scale_a, part_b, scale_b, out in parts:
-        if part_a.shape[1]:
-            out.copy_(scaled_mm(part_a, scale_a, part_b, scale_b, out_dtype))
+        out.copy_(scaled_mm(part_a, scale_a, part_b, scale_b, out_dtype))
     return result
