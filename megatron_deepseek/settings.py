@@ -106,10 +106,14 @@ class PipelineSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test."""
+    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test.
+
+    `split_data_paths` instead gives each of train, valid and test a path of its own, or None.
+    """
 
     data_path: tuple[str, ...]
     seq_length: int
+    split_data_paths: tuple[tuple[str, ...] | None, ...] | None = None
     split: str = "969,30,1"
     data_cache_path: str | None = None
     tokenizer_type: str = "HuggingFaceTokenizer"

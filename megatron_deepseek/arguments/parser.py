@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
                            description="Pre-train a DeepSeek model. Defaults are given in parentheses.",
                            epilog="examples/ has scripts that start it for each model, on one node and on many.")
     for add in (_add_model, _add_moe, _add_rope, _add_parallel, _add_batch, _add_learning_rate, _add_optimizer,
-                _add_data, _add_checkpoint, _add_end_and_health,
+                add_data, _add_checkpoint, _add_end_and_health,
                 _add_evaluation_and_logging, _add_recompute, _add_accepted):
         add(parser)
     return parser
@@ -213,12 +213,17 @@ def _add_optimizer(parser):
         help="the same for the second moment (fp32; bf16)")
 
 
-def _add_data(parser):
-    add = parser.add_argument_group("data").add_argument
-    add("--data-path", type=str, nargs="+", required=True, metavar="PREFIX",
-        help="a prefix of .bin/.idx, or WEIGHT PREFIX ...")
+def add_data(parser):
+    add = parser.add_argument_group("data", "given once: by --data-path or --data-args-path, cut by --split, or for "
+                                    "each split its own").add_argument
+    add("--data-path", type=str, nargs="+", metavar="PREFIX", help="a prefix of .bin/.idx, or WEIGHT PREFIX ...")
+    add("--data-args-path", type=Path, metavar="FILE", help="a file that holds what --data-path takes")
     add("--split", type=values.split, metavar="A,B,C", default="969,30,1",
         help="weights of train, valid, test (969,30,1)")
+    for name in ("train", "valid", "test"):
+        add(f"--{name}-data-path", type=str, nargs="+", metavar="PREFIX", help=f"the same for {name} alone, uncut")
+    add("--per-split-data-args-path", type=Path, metavar="FILE",
+        help='JSON with these three: {"train": [WEIGHT, PREFIX, ...], "valid": [...], "test": [...]}')
     add("--data-cache-path", type=str, metavar="DIR", help="where sample indices are kept (beside the data)")
     add("--tokenizer-type", type=str, choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0],
         help=f"({TOKENIZER_TYPES[0]})")

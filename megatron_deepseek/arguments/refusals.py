@@ -6,6 +6,7 @@ An entry may rely on those above it. Messages are format strings over a Request 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.checkpoint.marker import begins_anew
@@ -54,6 +55,12 @@ def _layout_error(r: Request) -> bool:
     """False, or the parser's own ValueError."""
     if r.layout is not None:
         layout_string.parse(r.layout, r.model.num_hidden_layers, r.model.num_nextn_predict_layers)
+    return False
+
+
+def _data_error(r: Request) -> bool:
+    """False, or the reader's own ValueError."""
+    data_paths(r.args)
     return False
 
 
@@ -197,6 +204,7 @@ _OPTIMIZER = (
 )
 
 _RUN = (
+    Refusal("data paths", _data_error, "(the reader of data arguments says what is wrong: none, several, unreadable)"),
     Refusal("recompute experts",
             lambda r: "moe_act" in (r.args.recompute_modules or ()) and not r.model.n_routed_experts,
             "--recompute-modules moe_act conflicts with --num-experts 0", _without_experts("recompute moe_act")),
@@ -213,7 +221,8 @@ _RUN = (
     Refusal("recompute layers", lambda r: r.args.recompute_num_layers not in (None, 1),
             "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
     Refusal("nothing to evaluate", lambda r: bool(r.args.eval_iters) and r.validation_weight == 0,
-            "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0"),
+            "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0, or "
+            "--valid-data-path is missing"),
     Refusal("evaluation of what", lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
             "--eval-interval {r.args.eval_interval} needs --eval-iters"),
     Refusal("positions of documents", lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.architecture import build_model
+from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
@@ -155,7 +156,8 @@ def _recompute(request: Request) -> RecomputeSettings:
 
 
 def _data(request: Request) -> DataSettings:
-    return _fill(DataSettings, request.args, data_path=tuple(request.args.data_path))
+    data_path, split_data_paths = data_paths(request.args)
+    return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths)
 
 
 def _run(request: Request, iterations: int) -> RunSettings:

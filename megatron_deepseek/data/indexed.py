@@ -58,10 +58,10 @@ def _check_bounds(index: IndexFile):
                          f"{index.num_sequences}")
 
 
-def token_range(file: IndexedFile) -> tuple[int, int]:
-    """The least and the greatest id, by chunks; past 2^28 tokens of chunks spread evenly over the file."""
+def token_range(file: IndexedFile, most_tokens: int = MOST_TOKENS_SCANNED) -> tuple[int, int]:
+    """The least and the greatest id, by chunks; past `most_tokens` of chunks spread evenly over the file."""
     chunks = -(-len(file.ids) // TOKENS_PER_CHUNK)
-    scanned = min(chunks, MOST_TOKENS_SCANNED // TOKENS_PER_CHUNK)
+    scanned = min(chunks, -(-most_tokens // TOKENS_PER_CHUNK))
     least, greatest = [], []
     for index in np.linspace(0, chunks - 1, scanned).astype(np.int64):
         chunk = file.ids[index * TOKENS_PER_CHUNK:(index + 1) * TOKENS_PER_CHUNK]

@@ -70,6 +70,11 @@ def optimizer_of(moments: str) -> OptimizerSettings:
     return replace(OPTIMIZER, exp_avg_dtype=moments, exp_avg_sq_dtype=moments)
 
 
+def sources(size: int) -> torch.Tensor:
+    """[size, K]: rows of three datasets in turn; a fourth that no row is from."""
+    return torch.nn.functional.one_hot(torch.arange(size) % 3, 4).bool()
+
+
 def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
     return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(case.moments), loss=case.loss, recompute=case.recomputation,
@@ -99,6 +104,7 @@ def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, pa
     def inputs(step: int) -> dict[str, torch.Tensor]:
         names = ("tokens_BS", "labels_BS", "mask_BS")
         given = dict(zip(names, batch(plan.model, global_batch_size, step, plan.seq_length)))
+        given["sources_BK"] = sources(global_batch_size)
         given |= {"documents_BS": documents(global_batch_size, step, plan.seq_length)} if packed else {}
         return {name: part[rows] for name, part in given.items()}
 

@@ -86,6 +86,7 @@ REFUSED = {
     "recompute method": (1, "--recompute-granularity selective --recompute-method uniform",
                          ["--recompute-method uniform", "selective"]),
     "recompute layers": (1, "--recompute-granularity full --recompute-num-layers 2", ["--recompute-num-layers 2"]),
+    "data paths": (1, "--data-args-path corpus.txt", ["--data-path corpus", "--data-args-path corpus.txt conflict"]),
     "nothing to evaluate": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
     "evaluation of what": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
     "positions of documents": (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
