@@ -121,16 +121,33 @@ def _table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> tor
     return torch.tensor(rows, dtype=torch.int32).view(-1, width).to(device, non_blocking=True)
 
 
-def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
-    """With `counts` every tile has 128 places, also where it has fewer rows: the others are zero codes.
+def _row_tiles(counts: Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
+    return None if counts is None else _table([tile[1:] for tile in tile_rows(counts)], 2, device)
 
-    That is for this module's grouped_scaled_mm_wgrad alone; where it is not in use neither is this.
-    """
-    if not _takes(x) or counts is not None and choices()["grouped_scaled_mm_wgrad"].backend != "csrc":
-        return NotImplemented
-    tiles = None if counts is None else _table([tile[1:] for tile in tile_rows(counts)], 2, x.device)
-    q, scale = operator("quantize_columns")(_dense(x), tiles, power_of_two)
+
+def _columns(x: torch.Tensor, counts: Sequence[int] | None, quantized: tuple[torch.Tensor, torch.Tensor]):
+    """Codes of 128x1 tiles. With `counts` every tile has 128 places, also where it has fewer rows: zero codes."""
+    q, scale = quantized
     return (q[:, :x.shape[0]] if counts is None else q), scale
+
+
+def _no_columns(counts: Sequence[int] | None) -> bool:
+    """Padded tiles are for this module's grouped_scaled_mm_wgrad alone: where it is not in use neither are they."""
+    return counts is not None and choices()["grouped_scaled_mm_wgrad"].backend != "csrc"
+
+
+def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
+    if not _takes(x) or _no_columns(counts):
+        return NotImplemented
+    return _columns(x, counts, operator("quantize_columns")(_dense(x), _row_tiles(counts, x.device), power_of_two))
+
+
+def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
+                 counts: Sequence[int] | None = None):
+    if q.shape[-1] % 8 or not q.numel() or _no_columns(counts):
+        return NotImplemented
+    return _columns(q, counts, operator("retile_columns")(
+        _dense(q), scale.contiguous(), _row_tiles(counts, q.device), power_of_two))
 
 
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
@@ -147,14 +164,29 @@ def transposed_blocks(weight: torch.Tensor, power_of_two: bool = False):
     return q[..., :weight.shape[-2]], scale
 
 
-def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool = False):
-    rows = [_aligned(x.flatten(0, -2)) for x in (gate, up)]
+def _gate_and_up(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor] | None:
+    """Both as matrices with rows equally far apart; None if the kernels don't take them."""
     if gate.dtype != _BF16 or gate.shape[-1] % 8 or not gate.numel():
+        return None
+    rows = [_aligned(x.flatten(0, -2)) for x in (gate, up)]
+    return rows if rows[0].stride(0) == rows[1].stride(0) else [_dense(x) for x in rows]
+
+
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool = False):
+    rows = _gate_and_up(gate, up)
+    if rows is None:
         return NotImplemented
-    if rows[0].stride(0) != rows[1].stride(0):
-        rows = [_dense(x) for x in rows]
     q, scale = operator("swiglu_quantize_rows")(*rows, power_of_two)
     return q.view(gate.shape), scale.view(*gate.shape[:-1], -1)
+
+
+def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool,
+                            counts: Sequence[int] | None = None):
+    rows = _gate_and_up(gate, up)
+    if rows is None or _no_columns(counts):
+        return NotImplemented
+    return _columns(rows[0], counts, operator("swiglu_quantize_columns")(
+        *rows, _row_tiles(counts, gate.device), power_of_two))
 
 
 def _operand(q: torch.Tensor, columns: int) -> torch.Tensor:

@@ -109,6 +109,7 @@ def dequantize_128x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype 
     return decode(q).mul_(spread).to(dtype)
 
 
+@with_backends("retile_128x1")
 def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
                  counts: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """From 1x128 tiles, q [M, K] and scales [M, k], to the 128x1 ones of `quantize_128x1`, by way of float32.
