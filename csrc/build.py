@@ -147,11 +147,14 @@ def _bindings_command(emulated: bool) -> list[str]:
 
 
 def build_library(output: Path, jobs: int = 2) -> Path:
-    """The library of the GPU's kernels. Its references to libtorch_cuda are bound when it is loaded beside torch."""
+    """The library of the GPU's kernels. It asks for libtorch.so by name alone, which is there once torch is imported;
+    through that it finds libtorch_cuda, which a torch without CUDA, as it may be compiled beside, does not have.
+    """
     objects, _ = compile_kernels(jobs)
     bindings, _ = _cached(_bindings_command(False), SOURCES / "bindings.cpp", ".o")
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), str(bindings), *map(str, objects)])
+    _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), str(bindings), *map(str, objects),
+          f"-L{torch_directory() / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"])
     return output
 
 

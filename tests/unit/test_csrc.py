@@ -52,8 +52,10 @@ def test_every_kernel_is_there(compiled):
 def test_the_library_links(compiled, tmp_path):
     """What it leaves to torch are the names of the stable ABI, nothing of C++ that changes with torch's version."""
     library = build.build_library(tmp_path / "kernels.so")
-    if shutil.which("nm") is None:
-        pytest.skip("no nm")
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("no nm and readelf")
+    needed = build._run(["readelf", "-d", str(library)])
+    assert "[libtorch.so]" in needed and "cudart" not in needed and "python" not in needed
     undefined = [line.split()[-1] for line in build._run(["nm", "-D", "--undefined-only", str(library)]).splitlines()]
     torch_names = [name for name in undefined if "torch" in name.lower() or "c10" in name.lower()]
     assert torch_names and not [name for name in torch_names if name.startswith("_Z")], torch_names
