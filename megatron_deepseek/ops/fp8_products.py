@@ -78,7 +78,9 @@ class Fp8Product(Product):
         return fp8.retile_128x1(*kept, self.input_power_of_two, *counts)
 
     def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """Now, or None now and later what `gradient` gives."""
+        """Now, or None now and later what `gradient` gives; None for a frozen weight."""
+        if not weight.requires_grad:
+            return None
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 

@@ -129,6 +129,16 @@ def test_deferred_weight_gradients_are_the_same_bits(counts, swiglu):
     assert all(torch.equal(x.grad, expected) for x, expected in zip(own, at_once))
 
 
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_frozen_weight_has_no_gradient_to_defer(swiglu):
+    inputs, weight, deferred = [randn(3, 200, seed=i) for i in range(1 + swiglu)], randn(140, 200), DeferredGradients()
+    for product in (Fp8Product(), Fp8Product().deferring(deferred)):
+        own = [x.clone().requires_grad_() for x in inputs]
+        (product.after_swiglu if swiglu else product)(*own, weight).sum().backward()
+        deferred.take()()
+        assert all(x.grad is not None for x in own) and weight.grad is None
+
+
 @pytest.mark.parametrize("documents", [None, torch.tensor([0] * 40 + [0] * 7 + [1] * 32 + [2]).view(2, 40)])
 def test_attention_reads_its_output_from_e5m6(documents):
     """The same output and, but for E5M6's 2^-7 on one term, the same gradients as attention that keeps it whole."""
