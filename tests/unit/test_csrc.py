@@ -1,7 +1,10 @@
 """csrc/ compiles for its GPUs, into registers alone: no spills, no stack, and Hopper's products are not serialised."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,34 @@ def test_the_library_links(compiled, tmp_path):
     undefined = [line.split()[-1] for line in build._run(["nm", "-D", "--undefined-only", str(library)]).splitlines()]
     torch_names = [name for name in undefined if "torch" in name.lower() or "c10" in name.lower()]
     assert torch_names and not [name for name in torch_names if name.startswith("_Z")], torch_names
+
+
+LOAD = """
+import sys, torch
+from pathlib import Path
+from torch._subclasses import FakeTensorMode
+from megatron_deepseek.ops import kernels
+kernels.load(Path(sys.argv[1]))
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+assert all(has(f"megatron_deepseek::{name}", "CUDA") for name in kernels.FAKES)
+with FakeTensorMode():
+    x = torch.empty(256, 512, dtype=torch.bfloat16, device="cuda")
+    print([tuple(part.shape) for part in torch.ops.megatron_deepseek.quantize_rows(x, True)])
+"""
+
+
+@needs_nvcc
+def test_the_library_loads(compiled, tmp_path):
+    """Beside a torch without CUDA, given the one function that it lacks: the operators are there, for CUDA tensors."""
+    if build.why_not() is None:
+        pytest.skip("tests/gpu loads it")
+    lacking = tmp_path / "lacking.cpp"
+    lacking.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
+    build._run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", str(lacking), "-o", str(tmp_path / "lacking.so")])
+    library = build.build_library(tmp_path / "kernels.so")
+    done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True,
+                          env=os.environ | {"LD_PRELOAD": str(tmp_path / "lacking.so")})
+    assert done.stdout == "[(256, 512), (256, 4)]\n", done.stderr
 
 
 def test_reports_are_read():
