@@ -21,7 +21,7 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.ops.rope import Places, apply_rope
+from megatron_deepseek.ops.rope import Places, apply_rope, join_keys, turn_tail
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.tensor import (
     RMSNorm,
@@ -92,20 +92,19 @@ class MLA(nn.Module):
         On CPU the values are padded to the keys' width, which the fused attention kernel needs.
         """
         q = self.queries(c_q, rope_2SD)
-        k, v = self.keys_and_values(c_kv, apply_rope(k_pe.unsqueeze(2), rope_2SD))
+        k, v = self.keys_and_values(c_kv, k_pe, rope_2SD)
         return q, k, v if v.is_cuda else F.pad(v, (0, q.shape[-1] - v.shape[-1]))
 
     def queries(self, c_q: torch.Tensor, rope_2SD: torch.Tensor) -> torch.Tensor:
         nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
         project = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
-        q_nope, q_pe = project(c_q).unflatten(-1, (-1, nope + rope)).split([nope, rope], -1)
-        return torch.cat([q_nope, apply_rope(q_pe, rope_2SD)], -1)
+        return turn_tail(project(c_q).unflatten(-1, (-1, nope + rope)), rope_2SD, nope)
 
-    def keys_and_values(self, c_kv: torch.Tensor, turned_BS1D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the latent and the turned k_pe, which all heads share."""
+    def keys_and_values(self, c_kv: torch.Tensor, k_pe_BSD: torch.Tensor, rope_2SD: torch.Tensor | None
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the latent and k_pe, which all heads share; without a table k_pe has been turned."""
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
-        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)).split([nope, v_dim], -1)
-        return torch.cat([k_nope, turned_BS1D.expand(-1, -1, k_nope.shape[2], -1)], -1), v
+        return join_keys(self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)), k_pe_BSD, rope_2SD, nope)
 
     def attention_over_ranks(self, q, c_kv, k_pe, places: Places) -> torch.Tensor:
         """Causal softmax attention over sequences that the context-parallel ranks share, [B, S, N * V]."""
@@ -114,7 +113,7 @@ class MLA(nn.Module):
 
         def project(block_BSC):
             c_kv, turned = block_BSC.split(sizes, -1)
-            return self.keys_and_values(c_kv, turned.unsqueeze(2))
+            return self.keys_and_values(c_kv, turned, None)
 
         return self.cp.attention(q, torch.cat([c_kv, turned], -1), project, self.scale, places.documents_BS,
                                  self.output_form)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.registry import with_backends
+
 _aten = torch.ops.aten
 
 
@@ -61,6 +63,7 @@ class Output:
         return kept[0]
 
 
+@with_backends("attention")
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
               scale: float, width: int) -> torch.Tensor:
     """Causal, within documents where given: [B, S, N * width], of V its first `width` columns (the rest is 0)."""

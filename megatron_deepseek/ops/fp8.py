@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.registry import with_backends
+
 TILE = 128
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
@@ -51,6 +53,7 @@ def _encode(tiles: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return q
 
 
+@with_backends("quantize_1x128")
 def quantize_1x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., K] -> q [..., K] float8_e4m3fn, scales [..., k] float32."""
     size = x.shape[-1]
@@ -59,6 +62,7 @@ def quantize_1x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.T
     return _encode(tiles, scale.unsqueeze(-1)).flatten(-2)[..., :size].contiguous(), scale
 
 
+@with_backends("quantize_128x128")
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., M, K] -> q [..., M, K], scales [..., ceil(M / 128), k]."""
     rows, columns = x.shape[-2:]
@@ -69,6 +73,14 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch
     return q[..., :rows, :columns].contiguous(), scale
 
 
+@with_backends("transposed_blocks")
+def transposed_blocks(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_128x128` of the transpose of x's last two dimensions: the same numbers, for dgrad."""
+    q, scale = quantize_128x128(x, power_of_two)
+    return q.mT, scale.mT
+
+
+@with_backends("quantize_128x1")
 def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None
                    ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] -> q [K, M], scales [K, tiles of rows]: the transpose, in tiles of 128 along M.
@@ -97,6 +109,7 @@ def dequantize_128x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype 
     return decode(q).mul_(spread).to(dtype)
 
 
+@with_backends("retile_128x1")
 def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
                  counts: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """From 1x128 tiles, q [M, K] and scales [M, k], to the 128x1 ones of `quantize_128x1`, by way of float32.

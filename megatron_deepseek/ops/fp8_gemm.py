@@ -18,8 +18,10 @@ from collections.abc import Sequence
 import torch
 
 from megatron_deepseek.ops.fp8 import TILE, decode, num_tiles
+from megatron_deepseek.ops.registry import with_backends
 
 
+@with_backends("scaled_mm")
 def scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
               out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """[M, N] of a [M, K] with scales [M, k] and b [N, K] with scales [N, k] (1x128) or [ceil(N / 128), k] (128x128).
@@ -45,6 +47,7 @@ def _for_each_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
     return scale.repeat_interleave(TILE, 0)[:rows]
 
 
+@with_backends("grouped_scaled_mm")
 def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                       counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """M-grouped, for forward and dgrad: [R, N], the first counts[0] rows of a times b[0], the next times b[1], ...
@@ -58,6 +61,7 @@ def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b
     return result
 
 
+@with_backends("grouped_scaled_mm_wgrad")
 def grouped_scaled_mm_wgrad(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                             counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """K-grouped: [E, M, N], for each group of columns of a [M, R] and b [N, R] their product over that group.
