@@ -125,7 +125,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The loop: how long, how often it evaluates, saves and reports."""
+    """The loop: how long, how often it evaluates, saves and reports; the numbers that it computes in.
+
+    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py).
+    """
 
     train_iters: int
     save: Path | None = None
@@ -153,4 +156,5 @@ class RunSettings:
     distributed_timeout_minutes: float = 10.0
     seed: int = 1234
     bf16: bool = False
+    fp8_format: str | None = None
     sharding: str = "optim_grads"

@@ -106,6 +106,7 @@ FEATURES = (
     Feature("recompute layers", "--recompute-granularity full", lambda s: s.recompute.granularity == "full"),
     *(_recomputed(module) for module in RECOMPUTE_MODULES),
     Feature("bf16", "--bf16", lambda s: s.run.bf16),
+    Feature("fp8", "--fp8-format e4m3 --fp8-recipe blockwise", lambda s: s.run.fp8_format is not None),
     Feature("bf16 moments", "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             lambda s: "bf16" in (s.optimizer.exp_avg_dtype, s.optimizer.exp_avg_sq_dtype)),
 )

@@ -26,14 +26,9 @@ from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verify_files
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
-from megatron_deepseek.checkpoint.state import MOMENTS, TrainState, fill_copies, model_state, optimizer_state
+from megatron_deepseek.checkpoint.state import MOMENTS, TrainState, fill_copies, model_state, state_to_save
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
-
-
-def state_to_save(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Weights and biases of this rank, and the optimizer's moments unless None."""
-    return model_state(stages) | (optimizer_state(stages, optimizer) if optimizer is not None else {})
 
 
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
@@ -165,21 +160,28 @@ def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
 
 def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
                    ignore_optimizer: bool) -> None:
+    """ValueError on every rank if on any rank a tensor of `state` is not in the checkpoint as it should be."""
     saved = reader.read_metadata().state_dict_metadata
-    missing = sorted(set(state) - set(saved))
-    if missing and all(name.startswith("optimizer.") for name in missing):
-        raise ValueError(f"{directory} lacks {len(missing)} tensors of the optimizer, first {missing[0]}; "
-                         f"--no-load-optim begins with fresh moments")
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}")
-    for name, tensor in state.items():
-        if tuple(saved[name].size) != tuple(tensor.shape):
-            raise ValueError(f"{directory}: {name} has shape {tuple(saved[name].size)}, "
-                             f"this model's has {tuple(tensor.shape)}")
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(state))
-    unknown = sorted(set(saved) - {name for names in everyone for name in names})
+    dist.all_gather_object(everyone, (list(state), _mismatch(directory, saved, state)))
+    for _, mismatch in everyone:
+        if mismatch is not None:
+            raise ValueError(mismatch)
+    unknown = sorted(set(saved) - {name for names, _ in everyone for name in names})
     if ignore_optimizer:
         unknown = [name for name in unknown if not name.startswith("optimizer.")]
     if unknown:
         raise ValueError(f"{directory} has {len(unknown)} tensors that this model lacks, first {unknown[0]}")
+
+
+def _mismatch(directory: Path, saved: dict, state: dict[str, torch.Tensor]) -> str | None:
+    missing = sorted(set(state) - set(saved))
+    if missing and all(name.startswith("optimizer.") for name in missing):
+        return (f"{directory} lacks {len(missing)} tensors of the optimizer, first {missing[0]}; --no-load-optim "
+                "begins with fresh moments")
+    if missing:
+        return f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}"
+    for name, tensor in state.items():
+        if tuple(saved[name].size) != tuple(tensor.shape):
+            return f"{directory}: {name} has shape {tuple(saved[name].size)}, this model's has {tuple(tensor.shape)}"
+    return None

@@ -14,6 +14,7 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
+from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.context import ContextParallel
@@ -26,7 +27,7 @@ class Blueprint:
     """What every layer of a model is built from. 
 
     `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules.
+    `recomputed` holds names of RecomputeSettings.modules; `numerics` are the products of attention, MLP and experts.
     """
 
     config: ModelConfig
@@ -37,6 +38,7 @@ class Blueprint:
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
     forced_balance: bool = False
+    numerics: Numerics = Numerics()
 
 
 class DecoderLayer(nn.Module):
@@ -48,13 +50,14 @@ class DecoderLayer(nn.Module):
         self.is_moe = config.is_moe_layer(index)
         self.normed = recompute if "layernorm" in blueprint.recomputed else compose
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed,
+                             blueprint.numerics)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
             self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.cp,
-                           blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance)
+                           blueprint.sharers, blueprint.numerics, blueprint.forced_balance)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, blueprint.numerics.linear)
 
     def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int
                 ) -> tuple[torch.Tensor, RouterStats | None]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_deepseek.ops.block_scaled import parts_of
+
 Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 
@@ -39,6 +41,12 @@ def _keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, 
     return (lambda: inputs) if node is None else (lambda: node.saved_tensors)
 
 
+def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The ordinary tensors of a producer's outputs."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(part for output in outputs for part in parts_of(output))
+
+
 class _Recomputed:
     """The producer's outputs, made again at their first use in the backward and dropped after the last."""
 
@@ -54,8 +62,7 @@ class _Recomputed:
     def read(self, note) -> torch.Tensor:
         if not self.outputs:
             with torch.no_grad():
-                outputs = self.producer(*self.inputs())
-            self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                self.outputs = _parts(self.producer(*self.inputs()))
         index, size, stride, offset = note
         tensor = self.outputs[index].as_strided(size, stride, offset)
         self.num_read += 1
@@ -72,9 +79,8 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
     if not torch.is_grad_enabled():
         return compose(producer, inputs, consumer)
     outputs = producer(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     again = _Recomputed(producer, inputs)
-    index_of_storage = {out.untyped_storage().data_ptr(): i for i, out in enumerate(outputs)}
+    index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
 
     def pack(tensor):
         index = index_of_storage.get(tensor.untyped_storage().data_ptr())
@@ -84,4 +90,4 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
         return packed if isinstance(packed, torch.Tensor) else again.read(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return consumer(*outputs)
+        return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
