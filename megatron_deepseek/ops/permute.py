@@ -1,9 +1,14 @@
-"""Permutations of rows, with gathers in both directions: a permutation's transpose is the inverse permutation.
+"""Sort token copies by expert and bring them back, with gathers in both directions.
 
-Shapes: R rows, H hidden.
+Plain indexing would scatter-add in its backward, which is slow and, on CUDA, not deterministic; a permutation's
+transpose is the inverse permutation, so here every pass is a gather.
+
+Shapes: T tokens, K copies of each (top-k), R = T*K rows, H hidden.
 """
 
 import torch
+
+from megatron_deepseek.ops.registry import with_backends
 
 
 class _Permute(torch.autograd.Function):
@@ -18,6 +23,37 @@ class _Permute(torch.autograd.Function):
         return grad_RH.index_select(0, inverse_R), None, None
 
 
+class _CopyAndPermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, order_R, inverse_R, num_copies):
+        ctx.save_for_backward(inverse_R)
+        ctx.num_copies = num_copies
+        return x_TH.index_select(0, order_R // num_copies)
+
+    @staticmethod
+    def backward(ctx, grad_RH):
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RH.index_select(0, inverse_R).unflatten(0, (-1, ctx.num_copies)).sum(1), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Sum of a token's K expert outputs by weight, straight from the sorted rows."""
+
+    @staticmethod
+    def forward(ctx, y_RH, weights_TK, order_R, inverse_R):
+        y_TKH = y_RH.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
+        ctx.save_for_backward(y_TKH, weights_TK, order_R)
+        return torch.bmm(weights_TK.to(y_RH.dtype).unsqueeze(1), y_TKH).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        y_TKH, weights_TK, order_R = ctx.saved_tensors
+        grad_weights_TK = torch.bmm(y_TKH, grad_TH.unsqueeze(-1)).squeeze(-1).to(weights_TK.dtype)
+        weights_R1 = weights_TK.to(grad_TH.dtype).flatten().index_select(0, order_R).unsqueeze(-1)
+        grad_RH = grad_TH.index_select(0, order_R // weights_TK.shape[1]) * weights_R1
+        return grad_RH, grad_weights_TK, None, None
+
+
 def invert(order_R: torch.Tensor) -> torch.Tensor:
     """The permutation that undoes `order_R`."""
     inverse_R = torch.empty_like(order_R)
@@ -25,6 +61,28 @@ def invert(order_R: torch.Tensor) -> torch.Tensor:
     return inverse_R
 
 
+@with_backends("sort_by_expert")
+def sort_by_expert(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Order of the copies by expert, within an expert by token, its inverse, and how many each expert has [E] int64."""
+    order_R = experts_TK.flatten().argsort(stable=True)
+    return order_R, invert(order_R), experts_TK.flatten().bincount(minlength=num_experts)
+
+
+@with_backends("permute")
 def permute(x_RH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
     """Row i of the result is row order_R[i] of x."""
     return _Permute.apply(x_RH, order_R, inverse_R)
+
+
+@with_backends("copy_and_permute")
+def copy_and_permute(x_TH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
+    """Row i of the result is token order_R[i] // K of x."""
+    num_copies = order_R.shape[0] // max(x_TH.shape[0], 1)
+    return _CopyAndPermute.apply(x_TH, order_R, inverse_R, num_copies)
+
+
+@with_backends("weighted_sum")
+def weighted_sum(y_RH: torch.Tensor, weights_TK: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
+                 ) -> torch.Tensor:
+    """Undo `copy_and_permute` and add each token's copies times its weights: [T, H] in y's dtype."""
+    return _WeightedSum.apply(y_RH, weights_TK, order_R, inverse_R)

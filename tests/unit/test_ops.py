@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_gemm, grouped_wgrad
 from megatron_deepseek.ops.norm import rms_norm
-from megatron_deepseek.ops.permute import invert, permute
+from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
 from megatron_deepseek.ops.swiglu import swiglu
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -96,6 +96,34 @@ def test_permute():
     assert gradcheck(lambda x: permute(x, order, inverse), (x,))
 
 
+def test_copy_and_permute():
+    order, inverse = routing(6, 3, 5)
+    x = doubles(6, 4)
+    got, expected = copy_and_permute(x, order, inverse), x.repeat_interleave(3, 0)[order]
+    assert torch.equal(got, expected)
+    torch.testing.assert_close(gradients(got, x)[0], gradients(expected, x)[0], **EXACT)
+    assert gradcheck(lambda x: copy_and_permute(x, order, inverse), (x,))
+
+
+def test_weighted_sum():
+    order, inverse = routing(6, 3, 5)
+    rows, weights = doubles(18, 4), doubles(6, 3)
+    got = weighted_sum(rows, weights, order, inverse)
+    unsorted = torch.zeros(18, 4, dtype=torch.float64).index_put((order,), rows)
+    expected = (unsorted.view(6, 3, 4) * weights.unsqueeze(-1)).sum(1)
+    torch.testing.assert_close(got, expected, **EXACT)
+    for a, b in zip(gradients(got, rows, weights), gradients(expected, rows, weights)):
+        torch.testing.assert_close(a, b, **EXACT)
+    assert gradcheck(lambda r, w: weighted_sum(r, w, order, inverse), (rows, weights))
+
+
+def test_weighted_sum_undoes_copy_and_permute():
+    order, inverse = routing(6, 3, 5)
+    x = doubles(6, 4)
+    third = torch.full((6, 3), 1 / 3, dtype=torch.float64)
+    torch.testing.assert_close(weighted_sum(copy_and_permute(x, order, inverse), third, order, inverse), x, **EXACT)
+
+
 def all_copies(tokens: int, copies: int, experts: int) -> Copies:
     """Every choice has a copy: no row is padded."""
     return sort_copies(torch.stack([torch.randperm(experts)[:copies] for _ in range(tokens)]), experts)
@@ -122,9 +150,9 @@ def test_weighted_sum_of_every_copy():
 
 def test_no_tokens():
     """A rank whose slice of the batch is empty."""
-    copies = sort_copies(torch.empty(0, 3, dtype=torch.int64), 5)
-    rows = copy_rows(torch.empty(0, 4, requires_grad=True), copies)
-    y = sum_copies(rows, torch.empty(0, 3), copies)
+    nothing = torch.empty(0, dtype=torch.int64)
+    rows = copy_and_permute(torch.empty(0, 4, requires_grad=True), nothing, nothing)
+    y = weighted_sum(rows, torch.empty(0, 3), nothing, nothing)
     assert rows.shape == (0, 4) and y.shape == (0, 4)
 
 
