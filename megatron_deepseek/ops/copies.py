@@ -35,8 +35,8 @@ class Copies:
 
     @property
     def complete(self) -> bool:
-        """Whether every choice has its copy: then they are a permutation (permute.py)."""
-        return len(self.order_R) == self.place_QK.numel()
+        """Whether there are copies, one of every choice: then they are a permutation (permute.py)."""
+        return 0 < len(self.order_R) == self.place_QK.numel()
 
 
 def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
