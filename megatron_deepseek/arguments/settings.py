@@ -1,5 +1,6 @@
 """Arguments that fit together become frozen settings, one dataclass for each concern."""
 
+import argparse
 import contextlib
 import io
 import re
@@ -49,7 +50,11 @@ def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = N
 
     --help prints and raises SystemExit(0), as argparse does.
     """
-    args = build_parser().parse_args(list(argv))
+    return build_settings(build_parser().parse_args(list(argv)), world_size, local_world_size)
+
+
+def build_settings(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> Settings:
+    """What parsed arguments ask for, if it fits together."""
     try:
         request = Request(args, build_model(args), world_size, local_world_size)
         refuse(request)

@@ -56,12 +56,19 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
     stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication, offload)
+    shard_stages(stages, meshes, precision, reshard_after_forward, offload)
     for stage in stages:
-        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
         stage.to_empty(device="cpu" if offload.optimizer_cpu_offload else meshes.device)
         move_buffers(stage, meshes.device)
     initialize(stages, config.initializer_range, seed)
     return stages
+
+
+def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, precision: Precision = Precision(),
+                 reshard_after_forward: bool = False, offload: OffloadSettings = OffloadSettings()) -> None:
+    """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
+    for stage in stages:
+        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
 
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
@@ -70,8 +77,8 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  communication: CommunicationSettings = CommunicationSettings(),
                  offload: OffloadSettings = OffloadSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    blueprint = make_blueprint(config, meshes, loss, recompute, communication,
-                               make_numerics(precision.fp8, recompute, meshes.layout.tp))
+    numerics = make_numerics(precision.fp8, recompute, meshes.layout.tp)
+    blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
     run_of = partial(choose_run, recompute, offload)
     with torch.device("meta"), default_dtype(precision.master):
         return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of)
