@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,10 +107,14 @@ def test_average(tmp_path, state):
 
 
 def test_average_refuses_another_architecture(tmp_path, original, state, capsys):
+    """Both numbers are told; a tensor of another shape is found, too, where config.json says nothing of it."""
+    wider = replace(MODEL, n_routed_experts=16)
+    write_native(tmp_path / "wider", random_state(wider), wider)
     name = "model.model.norm.weight"
-    write_native(tmp_path / "a", state | {name: torch.ones(7)})
-    assert tool("average", original, tmp_path / "a", "--save", tmp_path / "b") == 2
-    assert name in capsys.readouterr().err
+    write_native(tmp_path / "odd", state | {name: torch.ones(7)})
+    for other, said in (("wider", "n_routed_experts 16 there, 8 here"), ("odd", name)):
+        assert tool("average", original, tmp_path / other, "--save", tmp_path / "mean") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_diff_says_how_much(tmp_path, original, state, capsys):
