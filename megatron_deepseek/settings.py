@@ -84,6 +84,16 @@ class RecomputeSettings:
 
 
 @dataclass(frozen=True)
+class OffloadSettings:
+    """What is kept in the host's memory: the activations of the first `cpu_offloading_num_layers` layers of each stage,
+    and with `optimizer_cpu_offload` master weights, gradients and moments, which are then updated there.
+    """
+
+    cpu_offloading_num_layers: int = 0
+    optimizer_cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
 class CommunicationSettings:
     """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence;
     `moe_token_dispatcher_type` allgather, alltoall or grouped between expert ranks, and `moe_ranks_per_node` where
@@ -106,10 +116,14 @@ class PipelineSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test."""
+    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test.
+
+    `split_data_paths` instead gives each of train, valid and test a path of its own, or None.
+    """
 
     data_path: tuple[str, ...]
     seq_length: int
+    split_data_paths: tuple[tuple[str, ...] | None, ...] | None = None
     split: str = "969,30,1"
     data_cache_path: str | None = None
     tokenizer_type: str = "HuggingFaceTokenizer"
@@ -121,7 +135,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The loop: how long, how often it evaluates, saves and reports."""
+    """The loop: how long, how often it evaluates, saves and reports; the numbers that it computes in.
+
+    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py).
+    """
 
     train_iters: int
     save: Path | None = None
@@ -149,4 +166,5 @@ class RunSettings:
     distributed_timeout_minutes: float = 10.0
     seed: int = 1234
     bf16: bool = False
+    fp8_format: str | None = None
     sharding: str = "optim_grads"

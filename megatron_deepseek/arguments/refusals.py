@@ -6,7 +6,8 @@ An entry may rely on those above it. Messages are format strings over a Request 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_deepseek.arguments.parser import NOT_YET, RECOMPUTE_MODULES
+from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.checkpoint.marker import begins_anew
 from megatron_deepseek.parallel import layout_string, schedule_rules
@@ -34,12 +35,6 @@ def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
     return tuple(("no experts", feature) for feature in features)
 
 
-def _not_yet(option: str) -> Refusal:
-    dest = option[2:].replace("-", "_")
-    return Refusal(option, lambda r: getattr(r.args, dest) not in (None, False, "fp32"),
-                   f"{option} {{r.args.{dest}}} is not yet supported")
-
-
 def _moment_type(option: str) -> Refusal:
     dest = option[2:].replace("-", "_")
     return Refusal(f"type of {option}", lambda r: getattr(r.args, dest) in ("fp16", "fp8"),
@@ -63,6 +58,12 @@ def _layout_error(r: Request) -> bool:
     return False
 
 
+def _data_error(r: Request) -> bool:
+    """False, or the reader's own ValueError."""
+    data_paths(r.args)
+    return False
+
+
 def _no_checkpoint(r: Request) -> bool:
     """--load and --save in one directory, still empty, are the first start of a run that continues by itself."""
     load, save = r.args.load, r.args.save
@@ -79,7 +80,6 @@ def _without_save(option: str, value: str = "") -> Refusal:
 
 
 _UNBUILT = (
-    *(_not_yet(option) for option, _ in NOT_YET),
     Refusal("expert tensor parallel", lambda r: r.args.expert_tensor_parallel_size > 1,
             "--expert-tensor-parallel-size {r.args.expert_tensor_parallel_size} is not yet supported, only 1"),
     Refusal("attention dropout", lambda r: r.model.attention_dropout > 0,
@@ -185,6 +185,17 @@ _EXPERTS = (
             "--moe-router-num-groups is 1"),
 )
 
+_FP8 = (
+    Refusal("fp8 recipe of what", lambda r: r.args.fp8_recipe is not None and r.args.fp8_format is None,
+            "--fp8-recipe {r.args.fp8_recipe} needs --fp8-format e4m3"),
+    Refusal("fp8 format", lambda r: r.args.fp8_format == "hybrid",
+            "--fp8-format hybrid is not supported: with a scale for each tile E4M3 has the range for gradients too, "
+            "and more precision than E5M2; use e4m3"),
+    Refusal("fp8 recipe", lambda r: r.args.fp8_recipe not in (None, "blockwise"),
+            "--fp8-recipe {r.args.fp8_recipe} is not supported, only blockwise: DeepSeek-V3's scales, 1x128 and "
+            "128x128"),
+)
+
 _OPTIMIZER = (
     _moment_type("--exp-avg-dtype"),
     _moment_type("--exp-avg-sq-dtype"),
@@ -193,6 +204,7 @@ _OPTIMIZER = (
 )
 
 _RUN = (
+    Refusal("data paths", _data_error, "(the reader of data arguments says what is wrong: none, several, unreadable)"),
     Refusal("recompute experts",
             lambda r: "moe_act" in (r.args.recompute_modules or ()) and not r.model.n_routed_experts,
             "--recompute-modules moe_act conflicts with --num-experts 0", _without_experts("recompute moe_act")),
@@ -209,7 +221,8 @@ _RUN = (
     Refusal("recompute layers", lambda r: r.args.recompute_num_layers not in (None, 1),
             "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
     Refusal("nothing to evaluate", lambda r: bool(r.args.eval_iters) and r.validation_weight == 0,
-            "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0"),
+            "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0, or "
+            "--valid-data-path is missing"),
     Refusal("evaluation of what", lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
             "--eval-interval {r.args.eval_interval} needs --eval-iters"),
     Refusal("positions of documents", lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
@@ -237,7 +250,7 @@ _RUN = (
             "{r.args.profile_step_end}"),
 )
 
-REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _OPTIMIZER + _RUN
+REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
 
 
 def refuse(request: Request) -> None:

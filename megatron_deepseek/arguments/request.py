@@ -4,6 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_deepseek.checkpoint.marker import problem
+from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.training import schedules
@@ -128,6 +129,9 @@ class Request:
 
     @property
     def validation_weight(self) -> float:
+        split_data_paths = data_paths(self.args)[1]
+        if split_data_paths is not None:
+            return float(split_data_paths[1] is not None)
         return float(self.args.split.split(",")[1])
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.architecture import build_model
+from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
@@ -17,8 +18,8 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
-                                        LossSettings, OptimizerSettings, PipelineSettings, RecomputeSettings,
-                                        RunSettings)
+                                        LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
+                                        RecomputeSettings, RunSettings)
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0
@@ -37,6 +38,7 @@ class Settings:
     loss: LossSettings
     recompute: RecomputeSettings
     communication: CommunicationSettings
+    offload: OffloadSettings
     data: DataSettings
     run: RunSettings
 
@@ -66,7 +68,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
-        data=_data(request), run=_run(request, iterations))
+        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -160,7 +162,8 @@ def _recompute(request: Request) -> RecomputeSettings:
 
 
 def _data(request: Request) -> DataSettings:
-    return _fill(DataSettings, request.args, data_path=tuple(request.args.data_path))
+    data_path, split_data_paths = data_paths(request.args)
+    return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths)
 
 
 def _run(request: Request, iterations: int) -> RunSettings:

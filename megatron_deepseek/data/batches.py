@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from megatron_deepseek.data.pretraining import check_token_ids
 
@@ -21,6 +22,7 @@ class GlobalBatch:
 
     tokens_BS and labels_BS int64: labels_BS[:, s] is the token after tokens_BS[:, s]. loss_mask_BS bool: the labels
     that count. documents_BS int64 numbers each token's document within its row, None where rows are taken as one.
+    sources_BK bool, with one True in each row: which of the K datasets of a blend it is from; None for a single one.
     """
 
     tokens_BS: torch.Tensor
@@ -28,6 +30,7 @@ class GlobalBatch:
     loss_mask_BS: torch.Tensor
     micro_batch_size: int
     documents_BS: torch.Tensor | None = None
+    sources_BK: torch.Tensor | None = None
 
     @property
     def num_micro_batches(self) -> int:
@@ -49,12 +52,13 @@ def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_si
 class Sampler:
     """Global batches of a dataset by the number of consumed samples. Holds no position: the caller counts.
 
-    `data_path` is what a token id outside `vocab_size` is blamed on; `eod`, if given, ends documents whose attention is
-    their own.
+    `data_path` is what a token id outside `vocab_size` is blamed on where there is no blend to name the dataset; `eod`,
+    if given, ends documents whose attention is their own.
     """
 
     def __init__(self, dataset, vocab_size: int, data_path: str, eod: int | None = None):
         self.dataset, self.vocab_size, self.data_path, self.eod = dataset, vocab_size, data_path, eod
+        self.source_names = getattr(dataset, "names", ())  # of a blend
 
     def batch(self, consumed_samples: int, global_batch_size: int, micro_batch_size: int,
               dp_rank: int = 0, dp_size: int = 1) -> GlobalBatch:
@@ -63,11 +67,18 @@ class Sampler:
         samples = [self.dataset[index] for index in indices]
         tokens_BS = torch.stack([sample["tokens"] for sample in samples])
         labels_BS = torch.stack([sample["labels"] for sample in samples])
-        for ids in (tokens_BS, labels_BS):
-            check_token_ids(ids, self.vocab_size, self.data_path)
+        for ids_BS in (tokens_BS, labels_BS):
+            if ids_BS.min() < 0 or ids_BS.max() >= self.vocab_size:
+                for sample, ids_S in zip(samples, ids_BS):
+                    check_token_ids(ids_S, self.vocab_size, self._name(sample))
         loss_mask_BS = torch.stack([sample["loss_mask"] for sample in samples]) > 0
         documents_BS = None if self.eod is None else number_documents(tokens_BS, self.eod)
-        return GlobalBatch(tokens_BS, labels_BS, loss_mask_BS, micro_batch_size, documents_BS)
+        sources = torch.tensor([sample["source"] for sample in samples])
+        sources_BK = F.one_hot(sources, len(self.source_names)).bool() if self.source_names else None
+        return GlobalBatch(tokens_BS, labels_BS, loss_mask_BS, micro_batch_size, documents_BS, sources_BK)
+
+    def _name(self, sample: dict) -> str:
+        return self.source_names[sample["source"]] if self.source_names else self.data_path
 
     def evaluation(self, eval_iters: int, global_batch_size: int, micro_batch_size: int,
                    dp_rank: int = 0, dp_size: int = 1):

@@ -58,10 +58,10 @@ def _check_bounds(index: IndexFile):
                          f"{index.num_sequences}")
 
 
-def token_range(file: IndexedFile) -> tuple[int, int]:
-    """The least and the greatest id, by chunks; past 2^28 tokens of chunks spread evenly over the file."""
+def token_range(file: IndexedFile, most_tokens: int = MOST_TOKENS_SCANNED) -> tuple[int, int]:
+    """The least and the greatest id, by chunks; past `most_tokens` of chunks spread evenly over the file."""
     chunks = -(-len(file.ids) // TOKENS_PER_CHUNK)
-    scanned = min(chunks, MOST_TOKENS_SCANNED // TOKENS_PER_CHUNK)
+    scanned = min(chunks, -(-most_tokens // TOKENS_PER_CHUNK))
     least, greatest = [], []
     for index in np.linspace(0, chunks - 1, scanned).astype(np.int64):
         chunk = file.ids[index * TOKENS_PER_CHUNK:(index + 1) * TOKENS_PER_CHUNK]
@@ -88,10 +88,22 @@ class IndexedWriter:
 
     def add(self, ids: np.ndarray, sequence_lengths):
         """Documents end to end: their ids, and for each the lengths of its sequences (none in an empty document)."""
+        self.extend(ids)
+        self.end_documents(sequence_lengths)
+
+    def extend(self, ids: np.ndarray):
+        """Ids of a document that is not complete yet: `end_documents` or `rewind` follows."""
         self.file.write(ids.astype(self.dtype, copy=False).data)
+
+    def end_documents(self, sequence_lengths):
         for lengths in sequence_lengths:
             self.lengths.extend(lengths)
             self.documents.append(len(self.lengths))
+
+    def rewind(self, num_tokens: int):
+        """Forget what was written after the first `num_tokens`, which ended a document."""
+        self.file.seek(num_tokens * self.dtype.itemsize)
+        self.file.truncate()
 
     def finish(self):
         self.file.close()

@@ -1,124 +1,191 @@
-"""Pre-training data: from `--data-path` and `--split` to endless datasets of samples (seq_length tokens and labels).
+"""Pre-training data: from the data arguments to endless datasets of samples (seq_length tokens and labels).
 
-megatron-core splits, packs, shuffles and blends (BlendedMegatronDatasetBuilder over GPTDataset). One thing differs:
-its GPTDataset shuffles all the epochs of a run together, so that a run resumed with more iterations would see another
-order from its first sample on. Here a dataset is one epoch of Megatron's, repeated in an order that is drawn anew for
-each epoch: the order depends on the seed and the number of consumed samples alone. Within one epoch it is Megatron's.
+Documents are split, packed, shuffled and blended as megatron-core does. One thing differs: its GPTDataset shuffles all
+the epochs of a run together, so that a run resumed with more iterations would see another order from its first sample
+on. Here a dataset is one epoch of Megatron's, repeated in an order that is drawn anew for each epoch: the order depends
+on the seed and the number of consumed samples alone. Within one epoch it is Megatron's.
+
+Rank 0 looks at the files (survey.py) and builds what the cache lacks (sample_index.py, blend_index.py); the other ranks
+are told the plan and open files as they read from them.
 """
 
-import hashlib
-import itertools
-import math
 import os
 import tempfile
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_deepseek.data.indexed import IndexedFile, open_indexed, token_range
+from megatron_deepseek.data.blend import SPLITS, Blend, SplitBlend, parse_blend, parse_split, split_blends
+from megatron_deepseek.data.blend_index import BlendIndex
+from megatron_deepseek.data.index_file import open_index
+from megatron_deepseek.data.sample_index import PackedSplit, build_missing
+from megatron_deepseek.data.survey import Survey, survey_all
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.settings import DataSettings
 
-SPLITS = ("train", "valid", "test")
+__all__ = ["SPLITS", "Blend", "DataPlan", "SplitPlan", "build_datasets", "check_data", "check_token_ids", "make_plan",
+           "open_datasets", "parse_blend", "parse_split", "shared_plan"]
 
 
 @dataclass(frozen=True)
-class Blend:
-    """Prefixes and their weights; `weights` None: in proportion to their tokens."""
+class SplitPlan:
+    """What one split is read from: a source for each dataset of its blend, with weights that add up to 1.
 
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...] | None
+    `left_out`: prefixes whose share of a split that is not trained on is less than a sample.
+    """
 
+    sources: tuple[PackedSplit, ...]
+    weights: tuple[float, ...]
+    num_samples: int
+    left_out: tuple[str, ...] = ()
 
-def parse_blend(data_path) -> Blend:
-    """`--data-path`: prefixes alone, or weights and prefixes in turn. One number among them asks for the latter."""
-    def refuse(why: str):
-        return ValueError(f"--data-path {' '.join(data_path)}: {why}")
-
-    if not data_path:
-        raise ValueError("--data-path is missing: it takes the prefix of a dataset, or weights and prefixes")
-    if not any(_is_number(entry) and not os.path.isfile(entry + ".idx") for entry in data_path):
-        return Blend(tuple(data_path), None)
-    if len(data_path) % 2:
-        raise refuse(f"weights and prefixes must take turns, but there are {len(data_path)} entries, an odd number")
-    for entry in data_path[::2]:
-        if not _is_number(entry):
-            raise refuse(f"weights and prefixes must take turns, but {entry!r} is no number")
-        if not 0 < float(entry) < math.inf:
-            raise refuse(f"the weight {entry} is not greater than 0 and finite")
-    return Blend(tuple(data_path[1::2]), tuple(map(float, data_path[::2])))
+    @property
+    def index(self) -> BlendIndex | None:
+        """None for a single dataset, whose samples come in its own order."""
+        return BlendIndex(self.weights, self.num_samples) if len(self.sources) > 1 else None
 
 
-def parse_split(split: str) -> tuple[float, ...]:
-    """`--split`: up to three weights, for train, valid and test, as shares that add up to 1."""
-    entries = split.split(",")
-    if len(entries) > 3 or not all(map(_is_number, entries)):
-        raise ValueError(f"--split {split}: it takes up to three numbers, for train, valid and test: 969,30,1")
-    weights = [*map(float, entries), 0.0, 0.0][:3]
-    if min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        raise ValueError(f"--split {split}: the weights must not be negative, and their sum must be greater than 0")
-    return tuple(weight / sum(weights) for weight in weights)
+@dataclass(frozen=True)
+class DataPlan:
+    """Plans of (train, valid, test), None where no samples are needed, and the folder of the indices."""
+
+    splits: tuple[SplitPlan | None, ...]
+    folder: Path
+
+    def build(self, workers: int | None = None, built=lambda split: None):
+        """Build what the folder lacks; `built` is told of each index of samples."""
+        wanted = [split for split in self.splits if split is not None]
+        build_missing([source for split in wanted for source in split.sources], self.folder, workers, built)
+        for split in wanted:
+            if split.index is not None and split.index.find(self.folder) is None:
+                split.index.build(self.folder)
 
 
-def _is_number(entry: str) -> bool:
-    try:
-        return not math.isnan(float(entry))
-    except ValueError:
-        return False
-
-
-def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:
-    """First and end sequence of each of the three splits, rounded as megatron-core does."""
-    ends = [0.0, *itertools.accumulate(parse_split(split))]
-    return [(round(first * num_sequences), round(end * num_sequences)) for first, end in zip(ends, ends[1:])]
-
-
-def samples_in_epoch(settings: DataSettings, file: IndexedFile) -> list[int]:
-    """Whole samples in each split: a sample is seq_length tokens and one more, which the next sample begins with."""
-    tokens = (int(file.lengths[first:end].sum(dtype=np.int64)) for first, end in
-              split_bounds(settings.split, len(file.lengths)))
-    return [max(0, count - 1) // settings.seq_length for count in tokens]
-
-
-def check_data(settings: DataSettings, model_vocab_size: int, num_samples=(1, 0, 0)):
+def check_data(settings: DataSettings, model_vocab_size: int | None, num_samples=(1, 0, 0)):
     """Refuse data that training would trip over, by a ValueError that names the argument, its value and the conflict.
 
     To be called once, before anything is built. `num_samples` of (train, valid, test): splits with 0 are not needed.
-    Token ids are all looked at up to 2^28 tokens a file, beyond that evenly spread chunks of as many tokens are:
-    `check_token_ids` then looks at each batch.
+    Of the token ids, 2^28 are looked at, spread evenly over the datasets: `check_token_ids` then looks at each batch.
+    `model_vocab_size` None: ids are not compared.
     """
-    blend = parse_blend(settings.data_path)
-    if settings.seq_length < 1:
-        raise ValueError(f"--seq-length {settings.seq_length}: it must be at least 1")
     tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
-    if tokenizer.vocab_size > model_vocab_size:
+    if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
         raise ValueError(f"--tokenizer-model {settings.tokenizer_model}: its vocabulary of {tokenizer.vocab_size} is "
                          f"larger than the model's vocab_size {model_vocab_size}")
-    for prefix in blend.prefixes:
-        file = open_indexed(prefix, "--data-path")
-        _check_samples(settings, file, num_samples)
-        least, greatest = token_range(file)
-        if least < 0 or greatest >= model_vocab_size:
-            raise ValueError(f"--data-path {prefix}: token ids from {least} to {greatest} in {prefix}.bin, outside "
-                             f"the model's vocab_size {model_vocab_size}")
-    _check_cache(settings, blend)
+    blends = _needed(settings, num_samples)
+    for blend, surveys in zip(blends, _survey(settings, blends)):
+        for survey in surveys:
+            if model_vocab_size is not None and (survey.least < 0 or survey.greatest >= model_vocab_size):
+                raise ValueError(f"{blend.argument} {survey.prefix}: token ids from {survey.least} to "
+                                 f"{survey.greatest} in {survey.prefix}.bin, outside the model's vocab_size "
+                                 f"{model_vocab_size}")
+        _plan_split(settings, blend, surveys, num_samples)
 
 
-def _check_samples(settings: DataSettings, file: IndexedFile, num_samples):
-    bounds = split_bounds(settings.split, len(file.lengths))
-    for name, needed, there, (first, end) in zip(SPLITS, num_samples, samples_in_epoch(settings, file), bounds):
-        if needed and not there:
-            tokens = int(file.lengths[first:end].sum(dtype=np.int64))
-            raise ValueError(f"--data-path {file.prefix}: its {name} split (--split {settings.split}: {end - first} "
-                             f"of {len(file.lengths)} sequences, {tokens} tokens) is too small for one sample of "
-                             f"--seq-length {settings.seq_length} + 1 tokens")
+def make_plan(settings: DataSettings, num_samples) -> DataPlan:
+    """What `build_datasets` builds, and nothing built; ValueError for data that cannot be used."""
+    blends = _needed(settings, num_samples)
+    plans = {blend.name: _plan_split(settings, blend, surveys, num_samples)
+             for blend, surveys in zip(blends, _survey(settings, blends))}
+    return DataPlan(tuple(map(plans.get, SPLITS)), cache_folder(settings))
 
 
-def _check_cache(settings: DataSettings, blend: Blend):
-    folder = cache_folder(settings, blend)
+def _plan_split(settings: DataSettings, blend: SplitBlend, surveys: list[Survey], num_samples) -> SplitPlan:
+    """ValueError where a dataset to train on, or every dataset of another split, holds no sample."""
+    packed = [_pack(settings, blend, survey) for survey in surveys]
+    small = [place for place, split in enumerate(packed) if not split.num_samples]
+    if small and (blend.name == "train" or len(small) == len(packed)):
+        split, survey = packed[small[0]], surveys[small[0]]
+        raise ValueError(f"{blend.argument} {split.prefix}: its {blend.name} split ({blend.share_argument}: "
+                         f"{split.end - split.first} of {survey.sequences} sequences, {split.tokens} tokens) is too "
+                         f"small for one sample of --seq-length {settings.seq_length} + 1 tokens")
+    weights = np.array(blend.blend.weights or [survey.tokens for survey in surveys], np.float64)
+    weights[small] = 0
+    kept = [(split, weight) for split, weight in zip(packed, (weights / np.sum(weights)).tolist()) if split.num_samples]
+    sources, weights = zip(*kept)
+    return SplitPlan(sources, weights, num_samples[SPLITS.index(blend.name)],
+                     tuple(packed[place].prefix for place in small))
+
+
+def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
+    """Datasets of (train, valid, test), each with at least its `num_samples`; None where that is 0. See samples.py.
+
+    To be called by every rank, with the default process group initialised, or in a single process without one. Rank 0
+    builds the indices; on other nodes that do not see its folder the first rank builds them again.
+    """
+    return open_datasets(settings, shared_plan(settings, num_samples))
+
+
+def open_datasets(settings: DataSettings, plan: DataPlan):
+    """The datasets of a plan that is built."""
+    from megatron_deepseek.data.samples import BlendedSamples, PackedSamples
+    eod = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model).eod
+    masked = eod if settings.eod_mask_loss else None
+    datasets = []
+    for split in plan.splits:
+        packed = [PackedSamples(source, plan.folder, split.num_samples, masked) for source in split.sources] \
+            if split is not None else [None]
+        blended = split is not None and split.index is not None
+        datasets.append(BlendedSamples(packed, split.index, plan.folder) if blended else packed[0])
+    return tuple(datasets)
+
+
+def shared_plan(settings: DataSettings, num_samples) -> DataPlan:
+    """The plan, once everything that it needs is built where this rank will look for it. Every rank calls this."""
+    import torch.distributed as dist
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    plan = [None]
+    if alone or dist.get_rank() == 0:
+        plan = [make_plan(settings, num_samples)]
+        plan[0].build()
+    if alone:
+        return plan[0]
+    dist.broadcast_object_list(plan)
+    if _first_of_its_node():
+        plan[0].build()  # what the folder of this node lacks: nothing where it is shared
+    dist.barrier()
+    return plan[0]
+
+
+def _first_of_its_node() -> bool:
+    """True of every rank where the launcher does not say: to build side by side is slow, not wrong."""
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _needed(settings: DataSettings, num_samples) -> list[SplitBlend]:
+    """The splits that samples are needed of; ValueError where nothing says what they are made of."""
+    if settings.seq_length < 1:
+        raise ValueError(f"--seq-length {settings.seq_length}: it must be at least 1")
+    blends = split_blends(settings)
+    for name, blend, needed in zip(SPLITS, blends, num_samples):
+        if needed and blend is None:
+            raise ValueError(f"--{name}-data-path is missing, and {needed} samples of it are needed")
+    return [blend for blend, needed in zip(blends, num_samples) if needed]
+
+
+def _survey(settings: DataSettings, blends: list[SplitBlend]) -> list[list[Survey]]:
+    """Of each dataset of each blend."""
+    for blend in blends:
+        for prefix in blend.blend.prefixes:
+            open_index(prefix, blend.argument)  # what is missing is said before the folder for the cache is made
+    folder = cache_folder(settings)
+    _check_cache(settings, folder)
+    known = {}
+    for blend in blends:
+        new = [prefix for prefix in dict.fromkeys(blend.blend.prefixes) if prefix not in known]
+        known |= zip(new, survey_all(new, blend.argument, folder)) if new else {}
+    return [[known[prefix] for prefix in blend.blend.prefixes] for blend in blends]
+
+
+def _pack(settings: DataSettings, blend: SplitBlend, survey: Survey) -> PackedSplit:
+    first, end = blend.bounds(survey.sequences)
+    return PackedSplit(survey.prefix, survey.digest, first, end, survey.tokens_between(first, end),
+                       settings.seq_length, settings.seed)
+
+
+def _check_cache(settings: DataSettings, folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -136,58 +203,7 @@ def check_token_ids(tokens, vocab_size: int, prefix: str):
                          f"vocab_size {vocab_size}")
 
 
-def cache_folder(settings: DataSettings, blend: Blend) -> Path:
+def cache_folder(settings: DataSettings) -> Path:
     """`--data-cache-path`, else `cache/` beside the first dataset."""
-    return Path(settings.data_cache_path or Path(blend.prefixes[0]).parent / "cache")
-
-
-def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
-    """Datasets of (train, valid, test), each with at least its `num_samples`; None where that is 0.
-
-    An item is a dict with tokens, labels [seq_length] int64 and loss_mask [seq_length] float. To be called by every
-    rank, with the default process group initialised or in a single process without one: rank 0 builds the indices in
-    the cache, the others wait at megatron-core's barriers and map them. On several nodes the cache must be shared.
-    """
-    blend = parse_blend(settings.data_path)
-    files = [open_indexed(prefix, "--data-path") for prefix in blend.prefixes]
-    weights = blend.weights or tuple(float(len(file.ids)) for file in files)
-    tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
-    folder = cache_folder(settings, blend)
-    with warnings.catch_warnings(), _process_group() as rank:
-        warnings.simplefilter("ignore")  # megatron-core's import says four times that it has no Transformer Engine
-        from megatron_deepseek.data.epochs import build_splits
-        if rank == 0:
-            drop_broken_indices(folder)
-        return build_splits(settings, blend.prefixes, weights, num_samples, tokenizer.eod, folder, fingerprint(files))
-
-
-def fingerprint(files: list[IndexedFile]) -> str:
-    """Of the sequence lengths, on which the cached indices rest: data made anew under an old name has other indices."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(len(file.lengths).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(file.lengths).data)
-    return digest.hexdigest()
-
-
-def drop_broken_indices(folder: Path):
-    """Remove cached indices that a killed run left half written, which megatron-core would take for whole."""
-    for path in folder.glob("*.npy"):
-        try:
-            np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
-            path.unlink()
-
-
-@contextmanager
-def _process_group():
-    """This process's rank. Blending asks torch.distributed for it, so one process alone gets a group for that while."""
-    import torch.distributed as dist
-    if dist.is_initialized():
-        yield dist.get_rank()
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield 0
-    finally:
-        dist.destroy_process_group()
+    first = next(blend for blend in split_blends(settings) if blend is not None).blend.prefixes[0]
+    return Path(settings.data_cache_path or Path(first).parent / "cache")

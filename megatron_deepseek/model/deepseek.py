@@ -10,6 +10,7 @@ contribution to the loss of the global batch.
 Shapes: B batch, S sequence, H hidden, M = 1 + MTP depth predictions of each token, v local vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,16 +34,21 @@ class Tally:
     """What a step's forwards leave behind on this rank, added up over its micro-batches.
 
     `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name;
-    `traffic`: what expert dispatch sent forwards.
+    `traffic`: what expert dispatch sent forwards; `sources_K2`: sum of main token losses, and labels, of each source.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     balance_loss: torch.Tensor | float = 0.0
     expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
     traffic: Traffic = Traffic()
+    sources_K2: torch.Tensor | float = 0.0
 
     def add_loss(self, depth: int, loss: torch.Tensor) -> None:
         self.losses[depth] = self.losses.get(depth, 0) + loss.detach()
+
+    def add_sources(self, sources_BK: torch.Tensor, loss_BS: torch.Tensor, mask_BS: torch.Tensor) -> None:
+        sums_B2 = torch.stack([(loss_BS.detach() * mask_BS).double().sum(1), mask_BS.double().sum(1)], 1)
+        self.sources_K2 = self.sources_K2 + sources_BK.double().T @ sums_B2
 
     def add_stats(self, layer: str, stats: RouterStats | None) -> None:
         if stats is None:
@@ -87,25 +93,28 @@ class DeepseekStage(nn.Module):
     """One pipeline stage; the whole model if `stage` holds everything.
 
     forward(x, labels, label_mask, step): x is token ids [B, S] on the first stage and stacked states elsewhere. The
-    result is stacked states, or the loss on the last stage.
+    result is stacked states, or the loss on the last stage. `sources_BK` (one True in each row) has it tallied by
+    source too.
     """
 
     def __init__(self, stage: Stage, blueprint: Blueprint, seq_length: int, device: torch.device,
-                 mtp_loss_scale: float = 0.0, run=run_layer):
+                 mtp_loss_scale: float = 0.0, run_of: Callable[[int], Callable] = lambda position: run_layer):
+        """`run_of`: how the layer at each position of this stage is run (layer.choose_run)."""
         super().__init__()
-        self.stage, self.config, self.tp, self.run = stage, blueprint.config, blueprint.tp, run
+        self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
         self.mtp_loss_scale = mtp_loss_scale
         self.model = Trunk(stage, blueprint)
+        self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
         self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
 
     def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext,
-                documents_BS: torch.Tensor | None = None) -> torch.Tensor:
+                documents_BS: torch.Tensor | None = None, sources_BK: torch.Tensor | None = None) -> torch.Tensor:
         states = list(self.states(x, labels_BMS, step, documents_BS))
         if not self.stage.loss:
             return torch.cat(states) if len(states) > 1 else states[0].contiguous()
-        return self.loss(states, labels_BMS, label_mask_BMS, step)
+        return self.loss(states, labels_BMS, label_mask_BMS, step, sources_BK)
 
     def states(self, x: torch.Tensor, labels_BMS: torch.Tensor, step: StepContext,
                documents_BS: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -125,7 +134,7 @@ class DeepseekStage(nn.Module):
         return states
 
     def _layer(self, index: int, step: StepContext, places: Places, *states: torch.Tensor) -> torch.Tensor:
-        out, stats = self.run(self.model.layers[str(index)], *states, places, step.num_sequences)
+        out, stats = self.runs[str(index)](self.model.layers[str(index)], *states, places, step.num_sequences)
         step.tally.add_stats(f"model.layers.{index}.mlp", stats)
         return out
 
@@ -137,7 +146,7 @@ class DeepseekStage(nn.Module):
         return F.linear(state_BSH, self.model.embed_tokens.local_weight())
 
     def loss(self, states: list[torch.Tensor], labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor,
-             step: StepContext) -> torch.Tensor:
+             step: StepContext, sources_BK: torch.Tensor | None = None) -> torch.Tensor:
         """lm_loss + mtp_loss_scale / depth * sum of the MTP losses: this micro-batch's contribution to each."""
         total = states[0].new_zeros((), dtype=torch.promote_types(states[0].dtype, torch.float32))
         for depth, state in enumerate(states):
@@ -145,6 +154,9 @@ class DeepseekStage(nn.Module):
             loss_T = vocab_parallel_cross_entropy(logits, labels_BMS[:, depth].flatten(), self.tp)
             loss = (loss_T * label_mask_BMS[:, depth].flatten()).sum() / max(step.num_labels[depth], 1)
             step.tally.add_loss(depth, loss)
+            if depth == 0 and sources_BK is not None:
+                mask_BS = label_mask_BMS[:, 0]
+                step.tally.add_sources(sources_BK, loss_T.view_as(mask_BS), mask_BS)
             total = total + (loss if depth == 0 else loss * self.mtp_loss_scale / (len(states) - 1))
         return total
 

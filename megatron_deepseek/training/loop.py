@@ -11,7 +11,8 @@ from megatron_deepseek.checkpoint.export import export_hf, keep_assets
 from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
-from megatron_deepseek.data.pretraining import build_datasets
+from megatron_deepseek.data.pretraining import SPLITS, open_datasets, shared_plan
+from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
@@ -21,7 +22,7 @@ from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.training.failure import guarded
 from megatron_deepseek.training.health import NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.interruptions import Interruptions
-from megatron_deepseek.training.metrics import StepMetrics
+from megatron_deepseek.training.metrics import StepMetrics, by_source
 from megatron_deepseek.training.profile import profiler
 from megatron_deepseek.training.report import Report, open_report
 from megatron_deepseek.training.resume import describe, num_samples, refuse_bad_input, resume
@@ -60,9 +61,10 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
         seq_length=settings.data.seq_length, micro_batch_size=settings.batch.micro_batch_size,
-        precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None),
+        precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
+                            fp8=settings.run.fp8_format is not None),
         optimizer=settings.optimizer, loss=settings.loss, recompute=settings.recompute,
-        communication=settings.communication,
+        communication=settings.communication, offload=settings.offload,
         reshard_after_forward=settings.run.sharding == "optim_grads_params", seed=settings.run.seed)
 
 
@@ -71,11 +73,15 @@ class Run:
 
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, state: TrainState, begun: float):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        train, valid, _ = build_datasets(settings.data, num_samples(settings))
-        name = " ".join(settings.data.data_path)
+        plan = shared_plan(settings.data, num_samples(settings))
+        train, valid, _ = open_datasets(settings.data, plan)
+        for split, each in zip(SPLITS, plan.splits):
+            for line in describe_split(split, each) if each is not None else ():
+                report.message(line)
         eod = None
         if settings.data.reset_attention_mask:
             eod = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model).eod
+        name = plan.splits[0].sources[0].prefix
         self.train_data = Sampler(train, settings.model.vocab_size, name, eod)
         self.valid_data = Sampler(valid, settings.model.vocab_size, name, eod) if valid is not None else None
         self.saver = Saver(settings.run, settings.model, trainer, report, _saved_already(settings, state))
@@ -167,7 +173,7 @@ class Run:
         return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
                            tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
                            result.traffic.across_nodes if spread else None, self.saver.take_stall(),
-                           None if result.updated else True)
+                           None if result.updated else True, *by_source(self.train_data.source_names, losses.sources))
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""
@@ -177,8 +183,10 @@ class Run:
         batches = self.valid_data.evaluation(run.eval_iters, batch.global_batch_size, batch.micro_batch_size,
                                              *self._data_rank())
         losses = [self.trainer.evaluate(**_on_device(each, self.trainer.meshes)) for each in batches]
+        sums = [tuple(map(sum, zip(*batches))) for batches in zip(*[each.sources for each in losses])]
         self.report.validation(self.state.iteration, _mean([each.lm_loss for each in losses]),
-                               tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))))
+                               tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))),
+                               by_source(self.valid_data.source_names, sums)[0])
 
     def export(self) -> None:
         """--save-hf: the last checkpoint as released models are, each rank writing its part of the files."""
@@ -199,7 +207,7 @@ def _saved_already(settings: Settings, state: TrainState) -> int | None:
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:
     """What `Trainer` takes of a batch, by its names."""
     tensors = dict(tokens_BS=batch.tokens_BS, labels_BS=batch.labels_BS, mask_BS=batch.loss_mask_BS,
-                   documents_BS=batch.documents_BS)
+                   documents_BS=batch.documents_BS, sources_BK=batch.sources_BK)
     return {name: None if tensor is None else tensor.to(meshes.device, non_blocking=True)
             for name, tensor in tensors.items()}
 

@@ -1,20 +1,20 @@
 """metrics.jsonl: one JSON object a line, the record of a run that plots, comparisons and tests read.
 
 A training step has the keys of `StepMetrics.record`; a validation has iteration, validation_lm_loss and
-validation_mtp_loss, and no lm_loss. A number that is not finite is written as null, because JSON has no NaN.
+validation_mtp_loss, in a blend validation_source_loss too, and no lm_loss. A number that is not finite is written as null, because JSON has no NaN.
 """
 
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
-            "skipped")
+            "skipped", "source_loss", "source_tokens")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class StepMetrics:
     dispatch and combination of all ranks sent to other ranks, forwards and backwards, not written without experts on
     several ranks. checkpoint_stall_seconds: how long training stood still for saves between the step before and this
     one, which step_seconds leaves out. `skipped` is true, and else not written, where a loss or gradient was not finite
-    and nothing was updated.
+    and nothing was updated. In a blend, source_loss is the mean of lm_loss over the labels of each dataset that had any
+    in this step, and source_tokens the number of those labels; both by the dataset's name.
     """
 
     iteration: int
@@ -43,6 +44,8 @@ class StepMetrics:
     moe_bytes_across_nodes: int | None = None
     checkpoint_stall_seconds: float | None = None
     skipped: bool | None = None
+    source_loss: dict[str, float] | None = None
+    source_tokens: dict[str, int] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,6 +55,14 @@ class StepMetrics:
         fields = {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
         return {name: value for name, value in fields.items()
                 if value is not None or name not in OPTIONAL}
+
+
+def by_source(names: Sequence[str], sums: Sequence[tuple[float, int]]) -> tuple[dict, dict] | tuple[None, None]:
+    """(mean loss, labels) by name, of sums of losses and labels; without datasets that had none. None for no names."""
+    if not names:
+        return None, None
+    seen = [(name, loss, labels) for name, (loss, labels) in zip(names, sums, strict=True) if labels]
+    return {name: loss / labels for name, loss, labels in seen}, {name: labels for name, _, labels in seen}
 
 
 class MetricsFile:

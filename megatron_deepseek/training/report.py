@@ -21,7 +21,8 @@ class Listener(Protocol):
 
     def step(self, metrics: StepMetrics) -> None: ...
 
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None: ...
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -38,10 +39,11 @@ class Report:
         for listener in self._listeners:
             listener.step(metrics)
 
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...] = ()) -> None:
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...] = (),
+                   source_loss: dict[str, float] | None = None) -> None:
         """Call before the checkpoint of the same iteration is written: a run resumed there does not validate again."""
         for listener in self._listeners:
-            listener.validation(iteration, lm_loss, tuple(mtp_loss))
+            listener.validation(iteration, lm_loss, tuple(mtp_loss), source_loss)
 
     def message(self, text: str) -> None:
         for listener in self._listeners:
@@ -86,8 +88,11 @@ class MetricsLog:
     def step(self, metrics: StepMetrics) -> None:
         self._file.append(metrics.record())
 
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
-        self._file.append({"iteration": iteration, "validation_lm_loss": lm_loss, "validation_mtp_loss": mtp_loss})
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
+        by_source = {} if source_loss is None else {"validation_source_loss": source_loss}
+        self._file.append({"iteration": iteration, "validation_lm_loss": lm_loss, "validation_mtp_loss": mtp_loss,
+                           **by_source})
 
     def message(self, text: str) -> None:
         pass
@@ -108,7 +113,8 @@ class ProgressBar:
                                   refresh=False)
         self._bar.update()
 
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
         self.message(_validation_line(iteration, lm_loss, mtp_loss))
 
     def message(self, text: str) -> None:
@@ -141,7 +147,8 @@ class ProgressLines:
         pace = (time.monotonic() - self._begun_at) / (done - self._begun)
         return timedelta(seconds=round(pace * (self._run.train_iters - done)))
 
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
         self.message(_validation_line(iteration, lm_loss, mtp_loss))
 
     def message(self, text: str) -> None:
@@ -165,14 +172,17 @@ class TensorBoard:
     def step(self, metrics: StepMetrics) -> None:
         self._scalars("train", metrics.iteration, metrics.record())
 
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> None:
-        self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss})
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
+        self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss})
 
     def _scalars(self, group: str, iteration: int, values: dict) -> None:
         for name, value in values.items():
             if isinstance(value, tuple):
                 depths = {f"{name}_{depth}": loss for depth, loss in enumerate(value, start=1)}
                 self._scalars(group, iteration, depths)
+            elif isinstance(value, dict):
+                self._scalars(f"{group}/{name}", iteration, value)
             elif value is not None and name != "iteration":
                 self._writer.add_scalar(f"{group}/{name}", value, iteration)
 

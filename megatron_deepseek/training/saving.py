@@ -56,6 +56,7 @@ class Saver:
             return
         begin = time.perf_counter()
         self.finish()
+        self.failed = None
         if self.background is not None:
             future = self.background.begin(self.run.save, state, self.model, self.stages, self.optimizer,
                                            self.run.keep_last, self.layout)
@@ -74,7 +75,6 @@ class Saver:
         except OSError as error:
             self._survive(error, state.iteration)
         else:
-            self.failed = None
             self.report.message(f"saved {directory} in {time.perf_counter() - begin:.1f} s")
 
     def poll(self) -> None:
@@ -91,7 +91,6 @@ class Saver:
         if error is not None:
             self._survive(checkpoint.first_failure(error), pending.iteration)
             return
-        self.failed = None
         self.report.message(f"saved {iteration_directory(self.run.save, pending.iteration)} in "
                             f"{time.perf_counter() - pending.begun:.1f} s, for which training stood still "
                             f"{pending.stall:.2f} s")

@@ -33,7 +33,8 @@ from megatron_deepseek.training.optimizer import (
     gradient_norm,
     set_learning_rate,
 )
-from megatron_deepseek.settings import CommunicationSettings, LossSettings, OptimizerSettings, RecomputeSettings
+from megatron_deepseek.settings import (CommunicationSettings, LossSettings, OffloadSettings, OptimizerSettings,
+                                        RecomputeSettings)
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,22 @@ class Plan:
     loss: LossSettings = LossSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     communication: CommunicationSettings = CommunicationSettings()
+    offload: OffloadSettings = OffloadSettings()
     reshard_after_forward: bool = False
     seed: int = 1234
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over the global batch. `mtp_loss` has one entry for each depth; `balance_loss` is already weighted."""
+    """Means over the global batch. `mtp_loss` has one entry for each depth; `balance_loss` is already weighted.
+
+    `sources`: of each dataset of a blend the sum of its main token losses, and its labels.
+    """
 
     lm_loss: float
     mtp_loss: tuple[float, ...]
     balance_loss: float
-
+    sources: tuple[tuple[float, int], ...] = ()
 
     def finite(self) -> bool:
         return all(map(math.isfinite, (self.lm_loss, *self.mtp_loss, self.balance_loss)))
@@ -101,7 +106,7 @@ class Trainer:
         self.indices = stages_of_rank(meshes.rank("pp"), len(plan.stages), pp, plan.schedule)
         self.stages = build_stages(plan.model, [plan.stages[i] for i in self.indices], meshes, plan.seq_length,
                                    seed=plan.seed, precision=plan.precision, loss=plan.loss, recompute=plan.recompute,
-                                   communication=plan.communication,
+                                   communication=plan.communication, offload=plan.offload,
                                    reshard_after_forward=plan.reshard_after_forward)
         self.shared = find_shared(_embedding_holders(plan), holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
@@ -119,19 +124,20 @@ class Trainer:
 
     def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
                    learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None,
-                   votes: Callable[[], Votes] = Votes) -> StepResult:
+                   sources_BK: torch.Tensor | None = None, votes: Callable[[], Votes] = Votes) -> StepResult:
         """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them.
 
-        `documents_BS` numbers each token's document; without it attention and MTP see across documents. `votes` is
-        asked when the ranks add up their losses, and travels with them.
+        `documents_BS` numbers each token's document; without it attention and MTP see across documents. `sources_BK`
+        says which of K datasets each row is from, whose losses are then told apart. `votes` is asked when the ranks
+        add up their losses, and travels with them.
         """
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK)
         self.optimizer.zero_grad()
         self.pipeline.train(tokens, num_microbatches, **inputs)
         for shared in self.shared:
             shared.sum_gradients()
         norm = gradient_norm(self.parameters, self.meshes.device)
-        losses, agreed = self._reduce(inputs["step"].tally, votes())
+        losses, agreed = self._reduce(inputs["step"].tally, votes(), sources_BK)
         healthy = losses.finite() and math.isfinite(norm.item())
         if healthy:
             self._update(norm, learning_rate)
@@ -146,13 +152,13 @@ class Trainer:
         self.optimizer.step()
 
     def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
-                 documents_BS: torch.Tensor | None = None) -> Losses:
+                 documents_BS: torch.Tensor | None = None, sources_BK: torch.Tensor | None = None) -> Losses:
         """Losses of a batch, weights untouched."""
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK)
         self.pipeline.evaluate(tokens, num_microbatches, **inputs)
-        return self._reduce(inputs["step"].tally, Votes())[0]
+        return self._reduce(inputs["step"].tally, Votes(), sources_BK)[0]
 
-    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS) -> tuple[torch.Tensor, int, dict]:
+    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK) -> tuple[torch.Tensor, int, dict]:
         """Tokens, their number of micro-batches and the stages' other inputs. Everything that looks along a sequence
         is made before context-parallel ranks divide it, so that they all know the counts of the whole.
         """
@@ -165,20 +171,27 @@ class Trainer:
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
         if documents_BS is not None:
             inputs["documents_BS"] = documents_BS.cpu()  # attention is started document by document
+        if sources_BK is not None:
+            inputs["sources_BK"] = sources_BK
         return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
-    def _reduce(self, tally: Tally, votes: Votes) -> tuple[Losses, Votes]:
+    def _reduce(self, tally: Tally, votes: Votes, sources_BK: torch.Tensor | None) -> tuple[Losses, Votes]:
         """Sum the ranks' contributions. Token losses are the same on all TP ranks, shares of the balance loss not."""
         depths = 1 + self.plan.model.num_nextn_predict_layers
         device, first_tp = self.meshes.device, self.meshes.rank("tp") == 0
         values = torch.zeros(depths + 3, dtype=torch.float64, device=device)
+        sources = torch.zeros(0 if sources_BK is None else sources_BK.shape[1], 2, dtype=torch.float64, device=device)
         for depth, loss in tally.losses.items():
             values[depth] = loss if first_tp else 0
         values[depths] = tally.balance_loss
         values[-2:] = torch.tensor([votes.save, votes.leave])
-        dist.all_reduce(values)
-        lm_loss, *mtp_loss, balance_loss, save, leave = values.tolist()
-        return Losses(lm_loss, tuple(mtp_loss), balance_loss), Votes(save > 0, leave > 0)
+        if first_tp:
+            sources += tally.sources_K2
+        together = torch.cat([values, sources.flatten()])
+        dist.all_reduce(together)
+        lm_loss, *mtp_loss, balance_loss, save, leave = together[:len(values)].tolist()
+        by_source = tuple((loss, round(labels)) for loss, labels in together[len(values):].view(-1, 2).tolist())
+        return Losses(lm_loss, tuple(mtp_loss), balance_loss, by_source), Votes(save > 0, leave > 0)
 
     def _traffic(self, tally: Tally) -> Traffic:
         sent = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes], device=self.meshes.device)

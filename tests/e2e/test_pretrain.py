@@ -30,8 +30,11 @@ def assert_same_run(metrics: list[dict], reference: list[dict]) -> None:
         assert ours["mtp_loss"] == pytest.approx(theirs["mtp_loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert ours["tokens"] == theirs["tokens"] == 16 * 32
+        assert ours.get("source_tokens") == theirs.get("source_tokens")
+        assert ours.get("source_loss") == pytest.approx(theirs.get("source_loss"), rel=1e-4)
     for ours, theirs in zip(validations(metrics), validations(reference), strict=True):
         assert ours["validation_lm_loss"] == pytest.approx(theirs["validation_lm_loss"], rel=1e-4)
+        assert ours.get("validation_source_loss") == pytest.approx(theirs.get("validation_source_loss"), rel=1e-4)
 
 
 def test_learns_and_writes_what_the_design_says(workshop, alone):
@@ -54,12 +57,18 @@ def test_any_layout_continues_any_other(workshop, alone):
 
 
 def test_context_parallel_grouped_experts_and_packing(workshop):
-    """Against one rank with the same documents; the bytes of each level are written."""
-    packed = workshop.train(1, "packed", "--reset-attention-mask")
-    shared = workshop.train(4, "shared", "--reset-attention-mask", "--reset-position-ids", *(
+    """A blend against one rank with the same documents; the bytes of each level, and losses by source, are written."""
+    blend = ("--data-path", "0.3", str(workshop.prefix), "0.7", str(workshop.prefix))
+    packed = workshop.train(1, "packed", "--reset-attention-mask", *blend)
+    shared = workshop.train(4, "shared", "--reset-attention-mask", "--reset-position-ids", *blend, *(
         "--context-parallel-size 2 --expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
         "--moe-ranks-per-node 2").split())
     assert_same_run(shared, packed)
+    for record in steps(shared):
+        assert sum(record["source_tokens"].values()) == 16 * 32
+        assert sum(record["source_tokens"][name] * loss for name, loss in record["source_loss"].items()) == (
+            pytest.approx(record["lm_loss"] * 16 * 32, rel=1e-6))
+    assert set(validations(shared)[0]["validation_source_loss"]) == {workshop.prefix.name, workshop.prefix.name + "#2"}
     assert all(record["moe_bytes_within_node"] > 0 and record["moe_bytes_across_nodes"] > 0 for record in steps(shared))
 
 

@@ -47,6 +47,9 @@ def _loss_differences(losses: Losses, expected: Losses, tolerance: float) -> Ite
     wanted = (expected.lm_loss, *expected.mtp_loss, expected.balance_loss)
     if not all(_close(*pair, tolerance) for pair in zip(found, wanted, strict=True)):
         yield f"losses {found}, expected {wanted}"
+    for number, ((loss, labels), (wanted, count)) in enumerate(zip(losses.sources, expected.sources, strict=True)):
+        if labels != count or not _close(loss, wanted, tolerance):
+            yield f"source {number} has loss {loss} of {labels} labels, expected {wanted} of {count}"
 
 
 def _tensor_differences(tensors: dict, expected: dict, tolerance: float) -> Iterator[str]:

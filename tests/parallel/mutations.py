@@ -174,6 +174,14 @@ def _twice(gradient_of_block: Callable):
     return lambda *args: 2 * gradient_of_block(*args)
 
 
+def _last_micro_batch_only(add_sources: Callable):
+    def add_anew(self, *args):
+        self.sources_K2 = 0.0
+        add_sources(self, *args)
+
+    return add_anew
+
+
 def _counts_times_cp(prepare: Callable):
     def prepare_wrongly(self, *args):
         tokens, number, inputs = prepare(self, *args)
@@ -270,6 +278,8 @@ MUTATIONS = {
         context.Sight, "of", _own_block_only(context.Sight.of))),
     "attention across documents": Mutation(PACKED_DP, _replace(
         attention, "documents_of", lambda row: {0: slice(0, len(row))})),
+    "losses by source of the last micro-batch only": Mutation(PACKED_DP, _replace(
+        deepseek.Tally, "add_sources", _last_micro_batch_only(deepseek.Tally.add_sources))),
     "MTP: labels shifted, their mask not": Mutation(
         PP_MTP, _replace(trainer, "shifted_labels", _mask_not_shifted(trainer.shifted_labels))),
 }

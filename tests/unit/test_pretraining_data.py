@@ -1,16 +1,25 @@
 """Pre-training data: the order of samples against one worked out from numpy's shuffles, blends, refusals, ranks."""
 
+import dataclasses
 import itertools
 import multiprocessing
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_deepseek.data import sample_index, survey
 from megatron_deepseek.data.batches import Sampler, read_ahead, sample_indices
-from megatron_deepseek.data.indexed import IndexedWriter
-from megatron_deepseek.data.pretraining import build_datasets, check_data, check_token_ids, parse_blend, parse_split
+from megatron_deepseek.data.blend import short_names
+from megatron_deepseek.data.index_file import HEADER, MAGIC
+from megatron_deepseek.data.indexed import IndexedWriter, open_indexed
+from megatron_deepseek.data.pretraining import (
+    SplitPlan, build_datasets, check_data, check_token_ids, make_plan, parse_blend, parse_split)
+from megatron_deepseek.data.sample_index import PackedSplit
+from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.settings import DataSettings
 
 SEQ = 8
@@ -58,6 +67,59 @@ def test_first_epoch_is_megatrons_order(tmp_path):
         assert sample["labels"].tolist() == stream[place * SEQ + 1:(place + 1) * SEQ + 1].tolist()
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def megatrons(settings, num_samples, blend):
+    """megatron-core's own datasets, each of one epoch, for (train, valid, test)."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    class OneEpoch(GPTDataset):
+        def __init__(self, indexed_dataset, dataset_path, indices, num_samples, index_split, config):
+            super().__init__(indexed_dataset, dataset_path, indices, None, index_split, config)
+
+    class Tokenizer:
+        eod, vocab_size, unique_identifiers = EOD, None, {}
+
+    config = GPTDatasetConfig(
+        random_seed=settings.seed, sequence_length=settings.seq_length, blend=blend, split=settings.split,
+        tokenizer=Tokenizer, mid_level_dataset_surplus=1.0, reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=settings.eod_mask_loss, create_attention_mask=False,
+        path_to_cache=str(Path(blend[0][0]).parent / "theirs"))
+    return BlendedMegatronDatasetBuilder(OneEpoch, num_samples, lambda: True, config).build()
+
+
+def test_every_sample_of_an_epoch_is_megatrons(tmp_path, process_group):
+    """Single and blended, train and valid, with and without a mask; documents of many samples and of no tokens too."""
+    for number in range(5):
+        write_dataset(tmp_path / f"{number}", 30 + 10 * number, base=1000 * number, seed=number)
+    writer = IndexedWriter(str(tmp_path / "odd"), "<u2")
+    writer.add(np.arange(700, dtype="<u2"), [[0], [300], [1, 0, 8], [], [0], [391], [0]])
+    writer.finish()
+    writer.publish()
+    prefixes = [str(tmp_path / str(number)) for number in range(5)]
+    weights = [0.1, 3.3, 1 / 3, 0.7, 1.1]
+    for paths, blend, num_samples in (
+            (prefixes[:1], (prefixes[:1], None), (50, 9, 0)),
+            ([tmp_path / "odd"], ([str(tmp_path / "odd")], None), (9, 1, 0)),
+            ([part for pair in zip(weights, prefixes) for part in pair], (prefixes, weights), (100, 10, 0))):
+        for masked in (False, True):
+            settings = settings_of(*paths, split="80,20,0", eod_mask_loss=masked)
+            ours, theirs = build_datasets(settings, num_samples), megatrons(settings, num_samples, blend)
+            for mine, reference, count in zip(ours[:2], theirs, num_samples):
+                for index in range(min(count, len(reference))):
+                    sample, expected = mine[index], reference[index]
+                    assert torch.equal(sample["tokens"], expected["tokens"]), (paths, index)
+                    assert torch.equal(sample["labels"], expected["labels"])
+                    assert torch.equal(sample["loss_mask"], expected["loss_mask"] > 0)
+                    assert sample["source"] == expected.get("dataset_id", 0)
+
+
 def test_order_is_the_same_however_many_samples_are_asked_for(tmp_path):
     write_dataset(tmp_path / "data")
     few = train_set(settings_of(tmp_path / "data"), 1)
@@ -77,7 +139,143 @@ def test_blend_keeps_its_weights_at_every_moment(tmp_path):
     from_a = np.cumsum([max(tokens) < 2000 for tokens in tokens_of(dataset, 1000)])
     assert np.abs(from_a - 0.3 * np.arange(1, 1001)).max() <= 1
     assert tokens_of(train_set(blend, 50), 50) == tokens_of(dataset, 50)
-    assert list((tmp_path / "elsewhere").glob("*Blended*")) and not (tmp_path / "cache").exists()
+    assert list((tmp_path / "elsewhere").glob("*.blend")) and not (tmp_path / "cache").exists()
+
+
+def test_each_split_of_its_own(tmp_path):
+    for name, base in (("a", 0), ("b", 2000), ("c", 4000)):
+        write_dataset(tmp_path / name, base=base)
+    settings = settings_of(split_data_paths=((str(tmp_path / "a"), str(tmp_path / "b")), (str(tmp_path / "c"),), None))
+    train, valid, test = build_datasets(settings, (100, 9, 0))
+    assert {sample // 2000 for tokens in tokens_of(train, 100) for sample in tokens if sample != EOD} == {0, 1}
+    assert all(4000 <= token < 5000 or token == EOD for tokens in tokens_of(valid) for token in tokens)
+    assert len(valid) == 2 * valid.samples_per_epoch or valid.samples_per_epoch >= 9
+    assert test is None
+    with pytest.raises(ValueError, match="--test-data-path is missing, and 4 samples of it are needed"):
+        build_datasets(settings, (100, 9, 4))
+    (tmp_path / "c.bin").unlink()
+    with pytest.raises(ValueError, match="--valid-data-path .*/c: .*c.bin does not exist"):
+        check_data(settings, 1000, (100, 9, 0))
+
+
+def test_a_dataset_too_small_for_a_validation_sample_gives_none(tmp_path):
+    """With hundreds of datasets one is; training must have some of each."""
+    write_dataset(tmp_path / "a")
+    write_dataset(tmp_path / "small", num_documents=4, base=2000)
+    settings = settings_of(1, tmp_path / "a", 9, tmp_path / "small", split="90,10,0")
+    plan = make_plan(settings, (20, 4, 0))
+    assert plan.splits[1].weights == (1.0,) and plan.splits[1].left_out == (str(tmp_path / "small"),)
+    assert plan.splits[0].weights == (0.1, 0.9) and not plan.splits[0].left_out
+    train, valid, _ = build_datasets(settings, (20, 4, 0))
+    assert len(train.datasets) == 2 and max(map(max, tokens_of(valid, 4))) < 2000
+    assert "  without 1 dataset whose share is less than a sample: " in describe_split("valid", plan.splits[1])[1]
+    with pytest.raises(ValueError, match="small: its train split .* too small for one sample"):
+        check_data(dataclasses.replace(settings, split="10,90,0"), 10_000, (20, 4, 0))
+
+
+def test_batches_say_which_dataset_each_row_is_from(tmp_path):
+    """Also of one dataset twice; a single dataset has no sources. A wrong id is blamed on the dataset it is from."""
+    for name, base in (("a", 0), ("b", 2000)):
+        write_dataset(tmp_path / name, base=base)
+    a, b = tmp_path / "a", tmp_path / "b"
+    sampler = Sampler(train_set(settings_of(1, a, 2, b, 1, a), 64), 10_000, "")
+    assert sampler.source_names == ("a", "b", "a#2")
+    batch = sampler.batch(0, 64, 4)
+    assert batch.sources_BK.sum(1).tolist() == [1] * 64 and batch.sources_BK.sum(0).tolist() == [16, 32, 16]
+    from_b = [max(row) >= 2000 for row in batch.tokens_BS.tolist()]
+    assert batch.sources_BK[:, 1].tolist() == from_b
+    assert Sampler(train_set(settings_of(a), 8), 1000, "").batch(0, 8, 4).sources_BK is None
+    with pytest.raises(ValueError, match="--data-path b: token ids from 2.* in a batch"):
+        Sampler(sampler.dataset, 1500, "").batch(0, 64, 4)
+
+
+def test_documents_of_a_blend_keep_to_themselves(tmp_path):
+    """--reset-attention-mask: rows of any dataset are numbered by their own ends of documents."""
+    write_dataset(tmp_path / "a")
+    write_dataset(tmp_path / "b", base=2000)
+    blend = train_set(settings_of(1, tmp_path / "a", 1, tmp_path / "b"), 32)
+    batch = Sampler(blend, 10_000, "", eod=EOD).batch(0, 32, 4)
+    for tokens, documents in zip(batch.tokens_BS.tolist(), batch.documents_BS.tolist()):
+        assert documents == [tokens[:place].count(EOD) for place in range(SEQ)]
+    assert batch.documents_BS.max() == 1  # the shortest document has four tokens, a row eight
+
+
+def test_short_names():
+    assert short_names(["/x/wiki/a_text", "/x/code/a_text"]) == ("wiki/a_text", "code/a_text")
+    assert short_names(["/x/web1", "/x/web2", "/x/web1"]) == ("web1", "web2", "web1#2")
+    assert short_names(["a", "/x/a"]) == ("a", "/x/a") and short_names(["x/a"]) == ("a",)
+
+
+def test_a_longer_index_of_a_blend_serves_a_shorter_run(tmp_path):
+    for name in "ab":
+        write_dataset(tmp_path / name)
+    settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
+    long = [sample["source"] for sample in map(train_set(settings, 90).__getitem__, range(50))]
+    assert [sample["source"] for sample in map(train_set(settings, 50).__getitem__, range(50))] == long
+    assert [path.name[-9:] for path in (tmp_path / "cache").glob("*.blend")] == ["-90.blend"]
+
+
+def test_processes_build_what_one_builds(tmp_path, monkeypatch):
+    for number in range(5):
+        write_dataset(tmp_path / f"{number}", 10 + 9 * number, seed=number)
+    settings = settings_of(*(tmp_path / str(number) for number in range(5)), split="50,50,0")
+    train_set(settings, 9)
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*.samples")}
+    monkeypatch.setattr(sample_index, "FEW_SEQUENCES", 0)
+    plan = make_plan(dataclasses.replace(settings, data_cache_path=str(tmp_path / "other")), (9, 0, 0))
+    built = []
+    plan.build(workers=2, built=built.append)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").glob("*.samples")} == alone
+    assert sorted(split.prefix for split in built) == [str(tmp_path / str(number)) for number in range(5)]
+    (tmp_path / "3.idx").unlink()
+    third = tmp_path / "third"
+    third.mkdir()
+    with pytest.raises(RuntimeError, match="the process that indexes .*/[0-9] in .*/third failed, with status 1"):
+        dataclasses.replace(plan, folder=third).build(workers=2)
+    assert not list(third.glob("*.tmp"))
+
+
+def test_a_survey_is_made_once(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "data")
+    check_data(settings_of(tmp_path / "data"), 1000)
+    reads = []
+    monkeypatch.setattr(survey, "open_indexed", lambda *args: reads.append(args) or open_indexed(*args))
+    check_data(settings_of(tmp_path / "data"), 1000)
+    assert not reads
+    with open(tmp_path / "data.bin", "r+b") as file:
+        file.write(b"\xff\xff")
+    os.utime(tmp_path / "data.bin", ns=(1, 1))
+    with pytest.raises(ValueError, match="token ids from 1 to 65535 in"):
+        check_data(settings_of(tmp_path / "data"), 1000)
+    assert len(reads) == 1
+
+
+def test_sequences_that_do_not_lie_in_order(tmp_path):
+    """Nobody writes such files any more, but the format allows them, and megatron-core reads them."""
+    lengths, ids = np.array([10, 20, 30], "<i4"), np.arange(60, dtype="<u2")
+    pointers = np.array([100, 60, 0], "<i8")  # the first behind the second, behind the third
+    header = HEADER.pack(MAGIC, 1, 8, 3, 4)
+    (tmp_path / "data.bin").write_bytes(ids.tobytes())
+    (tmp_path / "data.idx").write_bytes(header + lengths.tobytes() + pointers.tobytes()
+                                        + np.arange(4, dtype="<i8").tobytes())
+    found, = survey.survey_all([str(tmp_path / "data")], "--data-path", tmp_path)
+    assert not found.contiguous
+    assert [found.tokens_between(*bounds) for bounds in ((0, 1), (1, 3), (0, 3), (2, 2))] == [10, 50, 60, 0]
+    dataset = train_set(settings_of(tmp_path / "data", split="34,0,66"), 1)
+    assert tokens_of(dataset) == [list(range(50, 50 + SEQ))]
+
+
+def test_the_table_of_a_blend_worked_by_hand():
+    sources = tuple(PackedSplit(f"/x/{name}", "", 0, 1, tokens, 10, 0) for name, tokens in (("a", 401), ("b", 101)))
+    head, columns, *rows = describe_split("train", SplitPlan(sources, (0.5, 0.5), 100))
+    assert head == "train data: 2 datasets of 502 tokens; 100 samples of 10 tokens are 2.00 epochs"
+    assert columns.split() == ["dataset", "tokens", "of", "tokens", "weight", "samples", "epochs"]
+    assert [row.split() for row in rows] == [["a", "401", "79.880%", "50.000%", "50", "1.250"],
+                                             ["b", "101", "20.120%", "50.000%", "50", "5.000"]]
+    assert describe_split("train", SplitPlan(sources, (0.4, 0.6), 100), 1)[2:] == [
+        f"  {'b':7}  {101:>17}  {'20.120%':>9}  {'60.000%':>8}  {60:>13}  {'6.000':>9}",
+        "  and 1 dataset more, of weight 40.000% together"]
+    assert len(describe_split("train", SplitPlan(sources[:1], (1.0,), 100))) == 1
 
 
 def test_blend_without_weights_is_by_tokens(tmp_path):
@@ -145,7 +343,7 @@ def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
     write_dataset(tmp_path / "data")
     settings = settings_of(tmp_path / "data")
     first = tokens_of(train_set(settings, 1))
-    index, = (tmp_path / "cache").glob("*shuffle_index.npy")
+    index, = (tmp_path / "cache").glob("*.samples")
     changed = index.stat().st_mtime_ns
     assert tokens_of(train_set(settings, 5)) == first and index.stat().st_mtime_ns == changed, "not built again"
     index.write_bytes(index.read_bytes()[:-8])
@@ -154,25 +352,42 @@ def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
     assert len(train_set(settings, 1)) == (sum(map(len, documents)) - 1) // SEQ != len(first)
 
 
-def build_on_rank(rank, settings, folder, queue):
+def move_plan(folder):
+    """What this process is told from now on names another folder: as if it could not see the one of rank 0."""
+    broadcast = torch.distributed.broadcast_object_list
+
+    def broadcast_moved(objects):
+        broadcast(objects)
+        objects[0] = dataclasses.replace(objects[0], folder=folder)
+    torch.distributed.broadcast_object_list = broadcast_moved
+
+
+def build_on_rank(rank, settings, folder, queue, own_folder):
+    os.environ["LOCAL_RANK"] = "0" if own_folder else str(rank)
+    if rank == 1 and own_folder:
+        move_plan(own_folder)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sampler = Sampler(train_set(settings, 16), 10_000, "")
     queue.put((rank, sampler.batch(0, 16, 2, rank, 2).tokens_BS.tolist()))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_share_the_indices_that_rank_0_builds(tmp_path):
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_read_by_the_indices_that_rank_0_builds_or_by_their_nodes_own(tmp_path, shared):
     write_dataset(tmp_path / "a")
     write_dataset(tmp_path / "b", base=2000)
     settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
-    fork = multiprocessing.get_context("fork")  # megatron-core is imported already: a fresh process takes 5 s for it
+    fork = multiprocessing.get_context("fork")  # torch is imported already: a fresh process takes seconds for it
     queue = fork.Queue()
-    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue)) for rank in range(2)]
+    own_folder = None if shared else tmp_path / "other"
+    (tmp_path / "other").mkdir()
+    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue, own_folder)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     read = dict(queue.get(timeout=60) for _ in ranks)
     for rank in ranks:
         rank.join(60)
+    assert len(list((tmp_path / "other").iterdir())) == (0 if shared else 2)  # both datasets have the same lengths
     alone = Sampler(train_set(settings, 16), 10_000, "")
     assert read == {rank: alone.batch(0, 16, 2, rank, 2).tokens_BS.tolist() for rank in range(2)}
 

@@ -1,0 +1,75 @@
+"""Where the data is: on the command line or in a file, for all splits together or for each its own."""
+
+import json
+from argparse import Namespace
+
+SPLITS = ("train", "valid", "test")
+
+Path = tuple[str, ...]
+
+
+def data_paths(args: Namespace) -> tuple[Path, tuple[Path | None, ...] | None]:
+    """(path of all splits, None), or ((), paths of train, valid and test), of entries as `--data-path` takes them.
+
+    Raises ValueError where none or several of the arguments for them are given, or a file cannot be read.
+    """
+    own = {name: getattr(args, f"{name}_data_path") for name in SPLITS}
+    given = {"--data-path": args.data_path, "--data-args-path": args.data_args_path,
+             "--per-split-data-args-path": args.per_split_data_args_path,
+             **{f"--{name}-data-path": path for name, path in own.items()}}
+    named = [f"{option} {_short(value)}" for option, value in given.items() if value is not None]
+    kinds = [args.data_path, args.data_args_path, args.per_split_data_args_path, next(filter(None, own.values()), None)]
+    if sum(kind is not None for kind in kinds) > 1:
+        raise ValueError(f"{' and '.join(named)} conflict: the data is given once")
+    if args.data_path is not None:
+        return tuple(args.data_path), None
+    if args.data_args_path is not None:
+        return _entries(_read(args.data_args_path, "--data-args-path"), "--data-args-path", args.data_args_path), None
+    if args.per_split_data_args_path is not None:
+        own = _read_splits(args.per_split_data_args_path)
+    if own["train"] is None:
+        missing = f" beside {' and '.join(named)}: --train-data-path" if named else \
+            ": --data-path, --data-args-path, --train-data-path or --per-split-data-args-path"
+        raise ValueError(f"the data for training is missing{missing}")
+    return (), tuple(None if own[name] is None else tuple(own[name]) for name in SPLITS)
+
+
+def _short(value) -> str:
+    entries = [value] if not isinstance(value, list) else value
+    return " ".join(map(str, entries[:4])) + (" ..." if len(entries) > 4 else "")
+
+
+def _read(path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {path} cannot be read: {error}") from error
+
+
+def _entries(text: str, option: str, path) -> Path:
+    if not text.split():
+        raise ValueError(f"{option} {path} is empty: it holds what --data-path takes, divided by blanks or new lines")
+    return tuple(text.split())
+
+
+def _read_splits(path) -> dict[str, Path | None]:
+    """Megatron-LM's file: {"train": [...], "valid": [...], "test": [...]}, lists or texts with blanks."""
+    option = "--per-split-data-args-path"
+
+    def refuse(why: str):
+        return ValueError(f'{option} {path} {why}; it holds {{"train": [WEIGHT, PREFIX, ...], "valid": [...], ...}}')
+
+    try:
+        given = json.loads(_read(path, option))
+    except json.JSONDecodeError as error:
+        raise refuse(f"is malformed JSON: {error}") from error
+    if not isinstance(given, dict) or not set(given) <= set(SPLITS):
+        raise refuse("has other keys than train, valid and test")
+    own = dict.fromkeys(SPLITS)
+    for name, value in given.items():
+        entries = value.split() if isinstance(value, str) else value
+        if entries is not None and not (isinstance(entries, list)
+                                        and all(isinstance(entry, (str, int, float)) for entry in entries)):
+            raise refuse(f"has {value!r} for {name}")
+        own[name] = tuple(map(str, entries)) if entries else None
+    return own

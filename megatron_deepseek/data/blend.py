@@ -1,0 +1,103 @@
+"""Which datasets train, valid and test come from, and in what proportion: `--data-path`, `--split` and their kin."""
+
+import itertools
+import math
+import os
+from dataclasses import dataclass
+
+from megatron_deepseek.settings import DataSettings
+
+SPLITS = ("train", "valid", "test")
+MOST_DATASETS = 32767  # int16 in the index of a blend
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Prefixes and their weights; `weights` None: in proportion to their tokens."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class SplitBlend:
+    """One split: the same `share` of every dataset, as fractions by position, and the arguments that say so."""
+
+    name: str
+    blend: Blend
+    share: tuple[float, float]
+    argument: str
+    share_argument: str
+
+    def bounds(self, num_sequences: int) -> tuple[int, int]:
+        """First and end sequence of a dataset, rounded as megatron-core does."""
+        first, end = self.share
+        return round(first * num_sequences), round(end * num_sequences)
+
+
+def split_blends(settings: DataSettings) -> tuple[SplitBlend | None, ...]:
+    """(train, valid, test). ValueError names the argument that cannot be understood."""
+    if settings.split_data_paths is not None:
+        options = [f"--{name}-data-path" for name in SPLITS]
+        return tuple(None if path is None else
+                     SplitBlend(name, parse_blend(path, option), (0.0, 1.0), option, option)
+                     for name, path, option in zip(SPLITS, settings.split_data_paths, options, strict=True))
+    blend = parse_blend(settings.data_path)
+    ends = itertools.accumulate(parse_split(settings.split), initial=0.0)
+    return tuple(SplitBlend(name, blend, share, "--data-path", f"--split {settings.split}")
+                 for name, share in zip(SPLITS, itertools.pairwise(ends), strict=True))
+
+
+def parse_blend(data_path, argument: str = "--data-path") -> Blend:
+    """Prefixes alone, or weights and prefixes in turn. One number among them asks for the latter."""
+    shown = " ".join(data_path if len(data_path) <= 8 else [*data_path[:8], "..."])
+
+    def refuse(why: str):
+        return ValueError(f"{argument} {shown}: {why}")
+
+    if not data_path:
+        raise ValueError(f"{argument} is missing: it takes the prefix of a dataset, or weights and prefixes")
+    if not any(_is_number(entry) and not os.path.isfile(entry + ".idx") for entry in data_path):
+        blend = Blend(tuple(data_path), None)
+    else:
+        if len(data_path) % 2:
+            raise refuse(f"weights and prefixes must take turns, but there are {len(data_path)} entries, an odd number")
+        for entry in data_path[::2]:
+            if not _is_number(entry):
+                raise refuse(f"weights and prefixes must take turns, but {entry!r} is no number")
+            if not 0 < float(entry) < math.inf:
+                raise refuse(f"the weight {entry} is not greater than 0 and finite")
+        blend = Blend(tuple(data_path[1::2]), tuple(map(float, data_path[::2])))
+    if len(blend.prefixes) > MOST_DATASETS:
+        raise refuse(f"{len(blend.prefixes)} datasets, more than {MOST_DATASETS}")
+    return blend
+
+
+def parse_split(split: str) -> tuple[float, ...]:
+    """`--split`: up to three weights, for train, valid and test, as shares that add up to 1."""
+    entries = split.split(",")
+    if len(entries) > 3 or not all(map(_is_number, entries)):
+        raise ValueError(f"--split {split}: it takes up to three numbers, for train, valid and test: 969,30,1")
+    weights = [*map(float, entries), 0.0, 0.0][:3]
+    if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise ValueError(f"--split {split}: the weights must not be negative, and their sum must be greater than 0")
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def short_names(prefixes) -> tuple[str, ...]:
+    """Each prefix without the folders that all of them begin with; a prefix that comes again gets its number."""
+    common = os.path.commonprefix([os.path.dirname(prefix) + "/" for prefix in prefixes])
+    begin = common.rfind("/") + 1 if all(map(os.path.dirname, prefixes)) else 0
+    names, seen = [], {}
+    for prefix in prefixes:
+        name = prefix[begin:]
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return tuple(names)
+
+
+def _is_number(entry: str) -> bool:
+    try:
+        return not math.isnan(float(entry))
+    except ValueError:
+        return False

@@ -1,0 +1,68 @@
+"""Which dataset of a blend each sample comes from: at every moment the dataset that is furthest behind its weight.
+
+The rule and the compiled loop are those of megatron-core's BlendedDataset. An index is a file of int64[size] sample
+numbers within their datasets, then int16[size] datasets. A longer one begins with a shorter one, so that it serves a
+shorter run too.
+"""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+
+from megatron_deepseek.data.cache import replacing
+from megatron_deepseek.data.index_file import mapped
+
+
+@dataclass(frozen=True)
+class BlendIndex:
+    """Of `size` samples or more; `weights` add up to 1."""
+
+    weights: tuple[float, ...]
+    size: int
+
+    @property
+    def name(self) -> str:
+        return hashlib.blake2b(json.dumps(self.weights).encode(), digest_size=16).hexdigest()
+
+    def find(self, folder: Path) -> tuple[Path, int] | None:
+        """The smallest index in `folder` that is large enough, and its size."""
+        found = []
+        for path in folder.glob(f"{self.name}-*.blend"):
+            size = int(path.stem.rpartition("-")[2])
+            if size >= self.size and path.stat().st_size == 10 * size:
+                found.append((size, path))
+        return min(found)[::-1] if found else None
+
+    def build(self, folder: Path):
+        """Write it, of just `size` samples."""
+        datasets, numbers = np.zeros(self.size, np.int16), np.zeros(self.size, np.int64)
+        weights = np.array(self.weights) / np.sum(self.weights)  # once more, as megatron-core does
+        _helpers().build_blending_indices(datasets, numbers, weights, len(weights), self.size, False)
+        with replacing(folder / f"{self.name}-{self.size}.blend") as file:
+            file.write(numbers.astype("<i8", copy=False).data)
+            file.write(datasets.astype("<i2", copy=False).data)
+
+    def map(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        """(datasets, sample numbers), mapped."""
+        path, size = self.find(folder)
+        return mapped(path, "<i2", 8 * size, size), mapped(path, "<i8", 0, size)
+
+
+def _helpers():
+    """megatron-core's compiled helpers by themselves: importing megatron.core takes 3 to 7 s on every rank."""
+    megatron = importlib.util.find_spec("megatron")
+    for place in megatron.submodule_search_locations if megatron else ():
+        for suffix in EXTENSION_SUFFIXES:
+            path = Path(place) / "core" / "datasets" / f"helpers_cpp{suffix}"
+            if path.exists():
+                spec = importlib.util.spec_from_file_location("helpers_cpp", path)
+                helpers = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(helpers)
+                return helpers
+    from megatron.core.datasets import helpers_cpp
+    return helpers_cpp

@@ -1,0 +1,152 @@
+"""The samples of one dataset: its documents shuffled and laid end to end, cut every seq_length tokens, shuffled again.
+
+That is an epoch of Megatron's GPTDataset, to the sample (a test compares them). An index is a file of four arrays, one
+behind the other, named after all that decides its content; it gets that name when it is whole. N samples, D sequences:
+
+    order      uint32[N]    the place that the k-th sample has in the stream
+    documents  int32[D]     sequences of the dataset in their shuffled order
+    starts     int32[N+1]   by place: which of `documents` a sample begins in
+    offsets    int32[N+1]   and at which of its tokens
+
+64 bits where 32 are too few. Run as a module it builds what standard input asks for: see `build_missing`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_deepseek.data.cache import replacing
+from megatron_deepseek.data.index_file import mapped, open_index
+
+VERSION = 1
+FEW_SEQUENCES = 4_000_000  # indexed in about a second: not worth starting processes for
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """What an index is of: `tokens` in the sequences [first, end) of a dataset, whose lengths have the `digest`."""
+
+    prefix: str
+    digest: str
+    first: int
+    end: int
+    tokens: int
+    seq_length: int
+    seed: int
+
+    @property
+    def num_samples(self) -> int:
+        """A sample is seq_length tokens and one more, which the next sample begins with."""
+        return max(0, self.tokens - 1) // self.seq_length
+
+    @property
+    def file_name(self) -> str:
+        identity = json.dumps([VERSION, self.digest, self.first, self.end, self.seq_length, self.seed])
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest() + ".samples"
+
+    @property
+    def sections(self) -> tuple[tuple[np.dtype, int], ...]:
+        """(dtype, entries) of order, documents, starts and offsets."""
+        samples, sequences = self.num_samples, self.end - self.first
+        place = np.dtype("<u4") if samples < 2**32 else np.dtype("<u8")
+        sequence = np.dtype("<i4") if self.end < 2**31 else np.dtype("<i8")
+        return (place, samples), (sequence, sequences), (sequence, samples + 1), (np.dtype("<i4"), samples + 1)
+
+    @property
+    def file_size(self) -> int:
+        return sum(dtype.itemsize * count for dtype, count in self.sections)
+
+    def is_built(self, folder: Path) -> bool:
+        try:
+            return (folder / self.file_name).stat().st_size == self.file_size
+        except OSError:
+            return False
+
+    def map(self, folder: Path) -> tuple[np.ndarray, ...]:
+        """The four arrays, mapped."""
+        offset, arrays = 0, []
+        for dtype, count in self.sections:
+            arrays.append(mapped(folder / self.file_name, dtype, offset, count))
+            offset += dtype.itemsize * count
+        return tuple(arrays)
+
+
+def build(split: PackedSplit, folder: Path):
+    """Write the index of one split."""
+    index = open_index(split.prefix, "dataset")
+    dtypes = [dtype for dtype, _ in split.sections]
+    random = np.random.RandomState(split.seed)
+    documents = np.arange(split.first, split.end, dtype=dtypes[1])
+    random.shuffle(documents)
+    lengths = index.map(index.lengths)[split.first:split.end][documents - split.first]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    order = np.arange(split.num_samples, dtype=dtypes[0])
+    random.shuffle(order)
+    positions = np.arange(split.num_samples + 1, dtype=np.int64) * split.seq_length
+    starts = np.searchsorted(ends, positions, "right")
+    offsets = positions - (ends[starts] - lengths[starts])
+    with replacing(folder / split.file_name) as file:
+        for array, dtype in zip((order, documents, starts, offsets), dtypes):
+            file.write(array.astype(dtype, copy=False).data)
+
+
+def build_missing(splits, folder: Path, workers: int | None = None, built=lambda split: None) -> int:
+    """Build the indices that `folder` lacks, by processes if they are large, and return how many there were.
+
+    `workers` None: one on each core of this process. The processes are of this module alone and import no torch.
+    """
+    missing = list({split.file_name: split for split in splits if not split.is_built(folder)}.values())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(missing))
+    if workers < 2 or sum(split.end - split.first for split in missing) < FEW_SEQUENCES:
+        for split in missing:
+            build(split, folder)
+            built(split)
+    else:
+        _build_by_processes(missing, folder, workers, built)
+    return len(missing)
+
+
+def _build_by_processes(splits: list[PackedSplit], folder: Path, workers: int, built):
+    """Each process gets a share of like size, and answers with a line for each index that it wrote."""
+    shares: list[list[PackedSplit]] = [[] for _ in range(workers)]
+    for split in sorted(splits, key=lambda split: split.first - split.end):
+        min(shares, key=lambda share: sum(split.end - split.first for split in share)).append(split)
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    processes = [subprocess.Popen([sys.executable, "-m", __name__], text=True,
+                                  env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in shares]
+    try:
+        for process, share in zip(processes, shares):
+            json.dump({"folder": str(folder), "splits": [dataclasses.asdict(split) for split in share]}, process.stdin)
+            process.stdin.close()
+        for process, share in zip(processes, shares):
+            for split in share:
+                if process.stdout.readline().strip() != split.file_name:
+                    raise RuntimeError(f"the process that indexes {split.prefix} in {folder} failed, with status "
+                                       f"{process.wait()}: its message is above")
+                built(split)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def main():
+    asked = json.load(sys.stdin)
+    for fields in asked["splits"]:
+        split = PackedSplit(**fields)
+        build(split, Path(asked["folder"]))
+        print(split.file_name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
