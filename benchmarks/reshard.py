@@ -57,9 +57,9 @@ def generate(directory: Path, gigabytes: float) -> int:
     return write_checkpoint(directory, gigabytes)
 
 
-def one_round(directory: Path, size: int, workers: int) -> dict[str, list[Rate]]:
-    """Each kind, a `cp` before each."""
-    source, save = directory / "source", directory / "out"
+def one_round(source: Path, save: Path, workers: int) -> dict[str, list[Rate]]:
+    """Each kind, a `cp` before each; `save` must not exist."""
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     results: dict[str, list[Rate]] = {"cp -r": []}
     for kind, arguments in KINDS.items():
         copied = measure(["cp", "-r", str(source), str(save)])
@@ -74,6 +74,19 @@ def one_round(directory: Path, size: int, workers: int) -> dict[str, list[Rate]]
     return results
 
 
+def measure_rounds(source: Path, save: Path, workers: int, rounds: int) -> None:
+    """Print the rates of each kind over `rounds`, after one that is not counted."""
+    counted = [one_round(source, save, workers) for _ in range(rounds + 1)][1:]
+    copied = max(rate.work for results in counted for rate in results["cp -r"])
+    for kind in counted[0]:
+        rates = [rate for results in counted for rate in results[kind]]
+        work = [rate.work for rate in rates]
+        print(f"{kind:32s} best {max(work) / 1e6:5.0f} MB/s ({max(work) / copied:4.0%} of the best cp) of "
+              f"{' '.join(f'{each / 1e6:.0f}' for each in work)}; with start-up "
+              f"{max(rate.command for rate in rates) / 1e6:.0f}; CPU {min(rate.cpu_seconds for rate in rates):.1f} s; "
+              f"peak resident {max(rate.peak_bytes for rate in rates) / 1e6:.0f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
@@ -85,16 +98,7 @@ def main() -> None:
         with get_context("spawn").Pool(1) as pool:
             size = pool.apply(generate, (Path(scratch) / "source", args.gigabytes))
         print(f"{size:,} bytes, {args.workers} workers, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-        rounds = [one_round(Path(scratch), size, args.workers) for _ in range(args.rounds + 1)][1:]
-    copied = max(rate.work for results in rounds for rate in results["cp -r"])
-    for kind in rounds[0]:
-        rates = [rate for results in rounds for rate in results[kind]]
-        work = [rate.work for rate in rates]
-        print(f"{kind:32s} best {max(work) / 1e6:5.0f} MB/s ({max(work) / copied:4.0%} of the best cp) of "
-              f"{' '.join(f'{each / 1e6:.0f}' for each in work)}; with start-up "
-              f"{max(rate.command for rate in rates) / 1e6:.0f}; CPU {min(rate.cpu_seconds for rate in rates):.1f} s; "
-              f"peak resident "
-              f"{max(rate.peak_bytes for rate in rates) / 1e6:.0f} MB")
+        measure_rounds(Path(scratch) / "source", Path(scratch) / "out", args.workers, args.rounds)
 
 
 if __name__ == "__main__":
