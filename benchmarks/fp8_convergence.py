@@ -5,7 +5,8 @@
 The three runs start from the same weights and read the same batches; they differ in the numbers of their products
 alone. On CPU FP8 is emulated (ops/fp8.py), which costs time but changes nothing. Every run goes on from its last
 checkpoint when it was interrupted, and is left alone when it is complete, so the command may be repeated until all are.
-Written: RUN_DIR/comparison.json and comparison.png, with the losses over each other and their relative difference.
+Written, also before all are complete: RUN_DIR/comparison.json and comparison.png, with the losses over each other and
+their relative difference.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PRECISIONS = {"fp32": (), "bf16": ("--bf16",), "fp8": ("--bf16", "--fp8-format", "e4m3")}
 LABELS = {"fp32": "float32", "bf16": "BF16", "fp8": "FP8 over BF16"}
 VOCABULARY = 4096
-MODEL = ("--model tiny --num-layers 3 --mtp-num-layers 0 --vocab-size 4096 --hidden-size 256 --ffn-hidden-size 768 --q-lora-rank 128 --kv-lora-rank 128 "
-         "--qk-head-dim 64 --qk-pos-emb-head-dim 32 --v-head-dim 64 --moe-ffn-hidden-size 256 --num-experts 8 "
-         "--moe-router-topk 2").split()
+MODEL = ("--model tiny --num-layers 3 --mtp-num-layers 0 --vocab-size 4096 --hidden-size 256 --ffn-hidden-size 768 "
+         "--q-lora-rank 128 --kv-lora-rank 128 --qk-head-dim 64 --qk-pos-emb-head-dim 32 --v-head-dim 64 "
+         "--moe-ffn-hidden-size 256 --num-experts 8 --moe-router-topk 2").split()
 TRAINING = ("--seq-length 256 --micro-batch-size 8 --global-batch-size 8 --lr 2e-3 --min-lr 2e-4 "
             "--lr-decay-style cosine --lr-warmup-fraction 0.05 --split 95,5,0 --eval-interval 100 --eval-iters 8 "
-            "--save-interval 25").split()
+            "--save-interval 10").split()
 WINDOW = 25  # steps whose losses are averaged before they are compared
 
 
@@ -37,15 +39,29 @@ def main() -> None:
     prefix, tokenizer = prepare(args.corpus, args.run_dir / "data")
     for name in args.only or PRECISIONS:
         train(name, args.run_dir / name, args.steps, prefix, tokenizer)
-    files = {name: args.run_dir / name / "metrics.jsonl" for name in PRECISIONS}
-    runs = {name: read_curves(path, LABELS[name]) for name, path in files.items() if path.exists()}
-    complete = {name: run for name, run in runs.items() if run.iteration[-1] == args.steps}
-    if len(complete) < len(PRECISIONS):
-        return print(f"complete: {', '.join(complete) or 'none'}; the comparison needs {', '.join(PRECISIONS)}")
-    figures = compare(complete, args.steps)
-    (args.run_dir / "comparison.json").write_text(json.dumps(figures, indent=2) + "\n")
-    draw(complete, args.run_dir / "comparison.png")
+    report(args.run_dir)
+
+
+def report(run_dir: Path) -> None:
+    """Compares the runs as far as all three have come, on the way or at the end."""
+    files = {name: run_dir / name / "metrics.jsonl" for name in PRECISIONS}
+    missing = [name for name, path in files.items() if not path.exists()]
+    if missing:
+        return print(f"no comparison yet: {', '.join(missing)} did not begin")
+    runs = {name: read_curves(path, LABELS[name]) for name, path in files.items()}
+    steps = min(len(run.iteration) for run in runs.values())
+    runs = {name: cut(run, steps) for name, run in runs.items()}
+    figures = compare(runs)
+    (run_dir / "comparison.json").write_text(json.dumps(figures, indent=2) + "\n")
+    draw(runs, run_dir / "comparison.png")
     print(json.dumps(figures, indent=2))
+
+
+def cut(run: Curves, steps: int) -> Curves:
+    """The first steps of a run and its validations among them."""
+    seen = run.validation_iteration <= steps
+    return replace(run, iteration=run.iteration[:steps], lm_loss=run.lm_loss[:steps],
+                   validation_iteration=run.validation_iteration[seen], validation_lm_loss=run.validation_lm_loss[seen])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,11 +108,11 @@ def difference(run: Curves, reference: Curves) -> np.ndarray:
     return 100 * (smooth(run.lm_loss, WINDOW) / smooth(reference.lm_loss, WINDOW) - 1)
 
 
-def compare(runs: dict[str, Curves], steps: int) -> dict:
+def compare(runs: dict[str, Curves]) -> dict:
     tail = slice(-WINDOW, None)
     pairs = (("fp8", "bf16"), ("fp8", "fp32"), ("bf16", "fp32"))
     return {
-        "steps": steps, "model": " ".join(MODEL), "training": " ".join(TRAINING), "window": WINDOW,
+        "steps": len(runs["fp8"].iteration), "model": " ".join(MODEL), "training": " ".join(TRAINING), "window": WINDOW,
         "last_training_loss": {name: run.lm_loss[tail].mean() for name, run in runs.items()},
         "last_validation_loss": {name: run.validation_lm_loss[-1] for name, run in runs.items()},
         "training_difference_percent": {f"{a} to {b}": 100 * (

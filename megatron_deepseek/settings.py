@@ -84,6 +84,16 @@ class RecomputeSettings:
 
 
 @dataclass(frozen=True)
+class OffloadSettings:
+    """What is kept in the host's memory: the activations of the first `cpu_offloading_num_layers` layers of each stage,
+    and with `optimizer_cpu_offload` master weights, gradients and moments, which are then updated there.
+    """
+
+    cpu_offloading_num_layers: int = 0
+    optimizer_cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
 class CommunicationSettings:
     """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence;
     `moe_token_dispatcher_type` allgather, alltoall or grouped between expert ranks, and `moe_ranks_per_node` where

@@ -274,11 +274,15 @@ def _add_evaluation_and_logging(parser):
 
 
 def _add_recompute(parser):
-    add = parser.add_argument_group("activation recomputation").add_argument
+    add = parser.add_argument_group("recomputation and offloading", "memory for time; no number changes").add_argument
     add("--recompute-granularity", type=str, choices=("full", "selective"), help="whole layers, or the modules below")
     add("--recompute-modules", type=str, nargs="+", choices=RECOMPUTE_MODULES, help="for selective (all of them)")
     add("--recompute-method", type=str, choices=("uniform",), help="for full: each layer by itself, the only method")
     add("--recompute-num-layers", type=values.positive_int, help="for full: 1, as each layer is by itself")
+    add("--cpu-offloading-num-layers", type=values.count, default=0,
+        help="layers of each stage, the first ones, whose activations wait in the host's memory (0)")
+    add("--optimizer-cpu-offload", action="store_true",
+        help="master weights, gradients and moments in the host's memory, updated there")
 
 
 def _add_accepted(parser):

@@ -189,8 +189,8 @@ _FP8 = (
     Refusal("fp8 recipe of what", lambda r: r.args.fp8_recipe is not None and r.args.fp8_format is None,
             "--fp8-recipe {r.args.fp8_recipe} needs --fp8-format e4m3"),
     Refusal("fp8 format", lambda r: r.args.fp8_format == "hybrid",
-            "--fp8-format hybrid is not supported: with a scale for each tile E4M3 has the range for gradients too, and "
-            "more precision than E5M2; use e4m3"),
+            "--fp8-format hybrid is not supported: with a scale for each tile E4M3 has the range for gradients too, "
+            "and more precision than E5M2; use e4m3"),
     Refusal("fp8 recipe", lambda r: r.args.fp8_recipe not in (None, "blockwise"),
             "--fp8-recipe {r.args.fp8_recipe} is not supported, only blockwise: DeepSeek-V3's scales, 1x128 and "
             "128x128"),

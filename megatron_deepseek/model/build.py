@@ -6,14 +6,16 @@ No rank ever holds more of a parameter than its own shard.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
-from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
+from megatron_deepseek.model.layer import Blueprint, choose_run
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops import fp8_products
 from megatron_deepseek.ops.products import Grouped, Numerics
@@ -27,7 +29,7 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.settings import CommunicationSettings, LossSettings, RecomputeSettings
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, OffloadSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,37 @@ class Precision:
 def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int, *, seed: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
                  recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings(), reshard_after_forward: bool = False
+                 communication: CommunicationSettings = CommunicationSettings(),
+                 offload: OffloadSettings = OffloadSettings(), reshard_after_forward: bool = False
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
-    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication)
+    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication, offload)
+    shard_stages(stages, meshes, precision, reshard_after_forward, offload)
     for stage in stages:
-        shard_over_data(units(stage, meshes, precision), reshard_after_forward)
-        stage.to_empty(device=meshes.device)
+        stage.to_empty(device="cpu" if offload.optimizer_cpu_offload else meshes.device)
+        move_buffers(stage, meshes.device)
     initialize(stages, config.initializer_range, seed)
     return stages
+
+
+def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, precision: Precision = Precision(),
+                 reshard_after_forward: bool = False, offload: OffloadSettings = OffloadSettings()) -> None:
+    """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
+    for stage in stages:
+        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
 
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
                  recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings()) -> list[DeepseekStage]:
+                 communication: CommunicationSettings = CommunicationSettings(),
+                 offload: OffloadSettings = OffloadSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    blueprint = make_blueprint(config, meshes, loss, recompute, communication, make_numerics(precision.fp8, recompute, meshes.layout.tp))
-    run = run_checkpointed if recompute.granularity == "full" else run_layer
+    numerics = make_numerics(precision.fp8, recompute, meshes.layout.tp)
+    blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
+    run_of = partial(choose_run, recompute, offload)
     with torch.device("meta"), default_dtype(precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run)
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of)
                 for stage in mine]
 
 
@@ -122,6 +135,13 @@ def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterato
                 yield Unit(layer.mlp.gate, meshes.dense_fsdp)
         yield Unit(layer, meshes.dense_fsdp, precision.compute)
     yield Unit(stage, meshes.dense_fsdp, precision.compute)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers take part in the forward as they are, wherever FSDP keeps the shards of parameters."""
+    for each in module.modules():
+        for name, buffer in each.named_buffers(recurse=False):
+            setattr(each, name, buffer.to(device))
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.registry import with_backends
+
 _aten = torch.ops.aten
 
 
@@ -61,9 +63,10 @@ class Output:
         return kept[0]
 
 
+@with_backends("attention")
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
               scale: float, width: int) -> torch.Tensor:
-    """Causal, within documents where they are given: [B, S, N * width], of V the first `width` columns; the rest is 0."""
+    """Causal, within documents where given: [B, S, N * width], of V its first `width` columns (the rest is 0)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
     if documents_BS is None:
         y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

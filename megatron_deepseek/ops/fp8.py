@@ -11,7 +11,7 @@ The rules, in order, for a tile of any floating dtype:
   2. scale = amax / 448, at least 2^-126, and where `power_of_two` rounded up to a power of two;
      a tile of zeros has scale 1;
   3. q = x / scale, clamped to +-448, rounded to nearest even with E4M3's subnormals (steps of 2^-9);
-  4. a tile with an infinity or a NaN is lost as a whole, so that it cannot go unnoticed: scale and all q are NaN (0x7f).
+  4. a tile with an infinity or a NaN is lost as a whole, so that it can't go unnoticed: scale and all q are NaN (0x7f).
 Tiles at the edges are smaller: nothing is padded that a caller sees, and padding never enters an amax.
 Tensors with a dimension of 0 have results with one.
 
@@ -22,6 +22,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from megatron_deepseek.ops.registry import with_backends
 
 TILE = 128
 LARGEST = 448.0  # of float8_e4m3fn
@@ -51,6 +53,7 @@ def _encode(tiles: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return q
 
 
+@with_backends("quantize_1x128")
 def quantize_1x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., K] -> q [..., K] float8_e4m3fn, scales [..., k] float32."""
     size = x.shape[-1]
@@ -59,6 +62,7 @@ def quantize_1x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.T
     return _encode(tiles, scale.unsqueeze(-1)).flatten(-2)[..., :size].contiguous(), scale
 
 
+@with_backends("quantize_128x128")
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., M, K] -> q [..., M, K], scales [..., ceil(M / 128), k]."""
     rows, columns = x.shape[-2:]
@@ -69,6 +73,14 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch
     return q[..., :rows, :columns].contiguous(), scale
 
 
+@with_backends("transposed_blocks")
+def transposed_blocks(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_128x128` of the transpose of x's last two dimensions: the same numbers, for dgrad."""
+    q, scale = quantize_128x128(x, power_of_two)
+    return q.mT, scale.mT
+
+
+@with_backends("quantize_128x1")
 def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None
                    ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] -> q [K, M], scales [K, tiles of rows]: the transpose, in tiles of 128 along M.
@@ -97,6 +109,7 @@ def dequantize_128x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype 
     return decode(q).mul_(spread).to(dtype)
 
 
+@with_backends("retile_128x1")
 def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
                  counts: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """From 1x128 tiles, q [M, K] and scales [M, k], to the 128x1 ones of `quantize_128x1`, by way of float32.

@@ -1,7 +1,7 @@
 """Attention of the FP8 recipe: computed in the layer's dtype, its output kept once, as E5M6, for two backwards.
 
 Attention's own backward reads the output (for the softmax's row term sum(do * o)), and so does the weight gradient of
-the linear after it. Both read the same E5M6 here; what the linear computes with are E4M3 tiles made of the exact output.
+the linear after it. Both read the same E5M6 here; what the linear computes with are E4M3 tiles of the exact output.
 
 Shapes: B batch, S queries and keys, N heads, D query and key width, V value width.
 """

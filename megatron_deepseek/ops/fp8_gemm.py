@@ -18,8 +18,10 @@ from collections.abc import Sequence
 import torch
 
 from megatron_deepseek.ops.fp8 import TILE, decode, num_tiles
+from megatron_deepseek.ops.registry import with_backends
 
 
+@with_backends("scaled_mm")
 def scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
               out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """[M, N] of a [M, K] with scales [M, k] and b [N, K] with scales [N, k] (1x128) or [ceil(N / 128), k] (128x128).
@@ -45,6 +47,7 @@ def _for_each_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
     return scale.repeat_interleave(TILE, 0)[:rows]
 
 
+@with_backends("grouped_scaled_mm")
 def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                       counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """M-grouped, for forward and dgrad: [R, N], the first counts[0] rows of a times b[0], the next times b[1], ...
@@ -54,11 +57,11 @@ def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b
     result = torch.empty(a_q.shape[0], b_q.shape[1], dtype=out_dtype, device=a_q.device)
     parts = zip(a_q.split(list(counts)), a_s.split(list(counts)), b_q, b_s, result.split(list(counts)), strict=True)
     for part_q, part_s, weight_q, weight_s, out in parts:
-        if len(out):
-            out.copy_(scaled_mm(part_q, part_s, weight_q, weight_s, out_dtype))
+        out.copy_(scaled_mm(part_q, part_s, weight_q, weight_s, out_dtype))
     return result
 
 
+@with_backends("grouped_scaled_mm_wgrad")
 def grouped_scaled_mm_wgrad(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                             counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """K-grouped: [E, M, N], for each group of columns of a [M, R] and b [N, R] their product over that group.
@@ -66,10 +69,9 @@ def grouped_scaled_mm_wgrad(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Ten
     Scales [M, T] and [N, T] of `quantize_128x1` with the same counts. Zero for a group of no rows.
     """
     tiles = [num_tiles(count) for count in counts]
-    result = torch.zeros(len(counts), a_q.shape[0], b_q.shape[0], dtype=out_dtype, device=a_q.device)
+    result = torch.empty(len(counts), a_q.shape[0], b_q.shape[0], dtype=out_dtype, device=a_q.device)
     parts = zip(*(x.split(sizes, 1) for x, sizes in ((a_q, list(counts)), (a_s, tiles), (b_q, list(counts)),
                                                      (b_s, tiles))), result, strict=True)
     for part_a, scale_a, part_b, scale_b, out in parts:
-        if part_a.shape[1]:
-            out.copy_(scaled_mm(part_a, scale_a, part_b, scale_b, out_dtype))
+        out.copy_(scaled_mm(part_a, scale_a, part_b, scale_b, out_dtype))
     return result

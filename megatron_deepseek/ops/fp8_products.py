@@ -24,6 +24,7 @@ from megatron_deepseek.ops.fp8_attention import E5M6Output, attention
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.products import Deferred, Numerics, Product
 from megatron_deepseek.ops.recompute import compose
+from megatron_deepseek.ops.registry import with_backends
 from megatron_deepseek.ops.swiglu import swiglu_backward, swiglu_forward
 
 Tensors = tuple[torch.Tensor, ...]
@@ -66,16 +67,20 @@ class Fp8Product(Product):
         return quantize(grad, power_of_two=True) if self.dispatched_gradient else grad
 
     def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
-        """What wgrad will need of x; `restore` is the way back, to float32."""
+        """What wgrad will need of x; `columns` makes its tiles of it."""
         if not self.cache_e5m6:
             return tiles.q, tiles.scale
         return (isinstance(x, BlockScaled) and x.kept) or quantize_e5m6(x.flatten(0, -2))
 
-    def restore(self, kept: Tensors, size: int) -> torch.Tensor:
-        return dequantize_e5m6(*kept, size) if self.cache_e5m6 else fp8.dequantize_1x128(*kept)
+    def columns(self, kept: Tensors, size: int, *counts: Sequence[int]) -> Tensors:
+        if self.cache_e5m6:
+            return fp8.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
+        return fp8.retile_128x1(*kept, self.input_power_of_two, *counts)
 
     def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """Now, or None now and later what `gradient` gives."""
+        """Now, or None now and later what `gradient` gives; None for a frozen weight."""
+        if not weight.requires_grad:
+            return None
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 
@@ -106,8 +111,7 @@ class _Multiply(torch.autograd.Function):
         kept, columns = ctx.saved_tensors, _columns(grad, product.dispatched_gradient, *counts)
 
         def wgrad():
-            x = fp8.quantize_128x1(product.restore(kept, size), product.input_power_of_two, *counts)
-            return _wgrad(columns, x, grad.dtype, *counts)
+            return _wgrad(columns, product.columns(kept, size, *counts), grad.dtype, *counts)
 
         return grad_x, product.weight_gradient(weight, wgrad), None, *(None for _ in counts)
 
@@ -117,7 +121,7 @@ class _MultiplySwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up, weight, product: Fp8Product, *counts):
         ctx.weight, ctx.product, ctx.counts = weight, product, counts
         ctx.save_for_backward(*fp8.quantize_1x128(gate.flatten(0, -2)), *fp8.quantize_1x128(up.flatten(0, -2)))
-        tiles = _rows(quantize(swiglu_forward(gate, up), product.input_power_of_two))
+        tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
         return _with_rows_of(gate, _forward(tiles, weight, *counts))
 
     @staticmethod
@@ -129,9 +133,22 @@ class _MultiplySwiGLU(torch.autograd.Function):
             (gate_q, gate_s), (up_q, up_s)))
         grad_gate, grad_up = swiglu_backward(_dgrad(grad, weight, *counts), gate, up)
         columns = _columns(grad, product.dispatched_gradient, *counts)
-        hidden = _columns(swiglu_forward(gate, up), product.input_power_of_two, *counts)
+        hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
         grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
         return grad_gate, grad_up, grad_weight, None, *(None for _ in counts)
+
+
+@with_backends("quantize_swiglu")
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up in 1x128 tiles."""
+    return fp8.quantize_1x128(swiglu_forward(gate, up), power_of_two)
+
+
+@with_backends("quantize_swiglu_columns")
+def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
+                            ) -> Tensors:
+    """silu(gate) * up in 128x1 tiles of rows."""
+    return _columns(swiglu_forward(gate, up), power_of_two, *counts)
 
 
 def _rows(tiles: BlockScaled) -> BlockScaled:
@@ -153,7 +170,7 @@ def _dgrad(grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]) -> 
     """[..., I]"""
     multiply = grouped_scaled_mm if counts else scaled_mm
     tiles = _rows(quantize(grad))
-    blocks = (part.mT for part in fp8.quantize_128x128(weight))
+    blocks = fp8.transposed_blocks(weight)
     return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *blocks, *counts, out_dtype=grad.dtype))
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.block_scaled import map_rows
-from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
+from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, sort_by_expert, weighted_sum
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
 
 Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
@@ -116,9 +116,7 @@ class AllToAllDispatcher:
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
-        order_R = experts_TK.flatten().argsort(stable=True)
-        inverse_R = invert(order_R)
-        counts_E = experts_TK.flatten().bincount(minlength=self.num_experts)
+        order_R, inverse_R, counts_E = sort_by_expert(experts_TK, self.num_experts)
         rows_RH, traffic = copy_and_permute(x_TH, order_R, inverse_R), Traffic()
         if self.mesh.size() == 1:
             rows_RH = experts(rows_RH, counts_E.tolist())

@@ -65,7 +65,7 @@ def make_plan(settings: Settings) -> Plan:
         precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
                             fp8=settings.run.fp8_format is not None),
         optimizer=settings.optimizer, loss=settings.loss, recompute=settings.recompute,
-        communication=settings.communication,
+        communication=settings.communication, offload=settings.offload,
         reshard_after_forward=settings.run.sharding == "optim_grads_params", seed=settings.run.seed)
 
 

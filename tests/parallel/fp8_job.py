@@ -1,4 +1,4 @@
-"""What a rank does in a test of FP8: a step with tiles of any size, so that the shards of small models are whole ones."""
+"""What a rank does in a test of FP8: steps with tiles of any size, so that shards of small models are whole ones."""
 
 from dataclasses import dataclass, replace
 

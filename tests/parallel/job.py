@@ -78,7 +78,7 @@ def sources(size: int) -> torch.Tensor:
 def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
     return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(case.moments), loss=case.loss, recompute=case.recomputation,
-                communication=case.communication, reshard_after_forward=case.reshard)
+                communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard)
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:

@@ -34,7 +34,7 @@ def test_a_case_is_what_its_command_line_asks_for(compared):
     assert settings.layout == case.layout
     assert resolve(settings.model, settings.pipeline, case.pp, settings.data.seq_length) == case.stages
     assert case.pp == 1 or settings.pipeline.schedule == case.schedule
-    assert settings.recompute == case.recomputation
+    assert settings.recompute == case.recomputation and settings.offload == case.offload
     assert settings.communication.cp_comm_type == case.communication.cp_comm_type
     assert settings.communication.moe_token_dispatcher_type == case.communication.moe_token_dispatcher_type
     assert settings.loss.moe_router_force_load_balancing == case.forced

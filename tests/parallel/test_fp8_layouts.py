@@ -20,7 +20,7 @@ from megatron_deepseek.parallel import expert
 FP8_CASES = BFLOAT16_CASES  # in which every feature is used
 BF16_TOO = Case(dp=2, microbatches=2)
 
-# Sums in another order differ by 1e-15, which may round the float32 scale of a tile the other way: 6e-8 of what is in it.
+# Sums in another order differ by 1e-15, which may round a tile's float32 scale the other way: 6e-8 of what it holds.
 # A tile cut elsewhere changes gradients by 1e-2, gradients of experts that were re-tiled by another road by 2e-7.
 TOLERANCE = 1e-7
 

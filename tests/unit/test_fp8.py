@@ -181,6 +181,13 @@ def test_every_e5m6_code():
     assert e5m6.pack(torch.tensor([0x123, 0xABC, 0xFED])).tolist() == [0x23, 0xC1, 0xAB, 0xED, 0x0F, 0x00]
 
 
+def test_e5m6_rounds_ties_to_even():
+    """Steps are 2^-6 from 1 on, and 2^-20 among the subnormals: halves go to the even code, whatever the sign."""
+    step, small = 2.0**-6, 2.0**-20
+    x = torch.tensor([1 + step / 2, 1 + 3 * step / 2, -1 - step / 2, small / 2, 3 * small / 2, -5 * small / 2])
+    assert e5m6.decode(e5m6.encode(x)).tolist() == [1, 1 + 2 * step, -1, 0, 2 * small, -2 * small]
+
+
 @pytest.mark.parametrize("size", [1, 128, 129, 301])
 def test_e5m6_against_brute_force(size):
     x = lively(20, size) * torch.tensor(1e-3)

@@ -77,7 +77,8 @@ def test_linear_is_its_definition(input_power, dispatched, e5m6):
     close = dict(rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(y, tiled(x, input_power) @ blocked(weight).t(), **close)
     torch.testing.assert_close(grad_x, tiled(grad, dispatched) @ blocked(weight), **close)
-    expected = tiled_columns(kept_tiles(grad, True) if dispatched else grad, dispatched).t() @ tiled_columns(kept, input_power)
+    seen = kept_tiles(grad, True) if dispatched else grad
+    expected = tiled_columns(seen, dispatched).t() @ tiled_columns(kept, input_power)
     torch.testing.assert_close(grad_weight, expected, **close)
     assert (y - x @ weight.t()).norm() / y.norm() < 0.06  # two operands, each off by 2^-4 at most, 2^-5.2 in the mean
 
@@ -126,6 +127,16 @@ def test_deferred_weight_gradients_are_the_same_bits(counts, swiglu):
     assert own[-1].grad is None
     deferred.take()()
     assert all(torch.equal(x.grad, expected) for x, expected in zip(own, at_once))
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_frozen_weight_has_no_gradient_to_defer(swiglu):
+    inputs, weight, deferred = [randn(3, 200, seed=i) for i in range(1 + swiglu)], randn(140, 200), DeferredGradients()
+    for product in (Fp8Product(), Fp8Product().deferring(deferred)):
+        own = [x.clone().requires_grad_() for x in inputs]
+        (product.after_swiglu if swiglu else product)(*own, weight).sum().backward()
+        deferred.take()()
+        assert all(x.grad is not None for x in own) and weight.grad is None
 
 
 @pytest.mark.parametrize("documents", [None, torch.tensor([0] * 40 + [0] * 7 + [1] * 32 + [2]).view(2, 40)])
@@ -238,12 +249,14 @@ def test_what_is_fp8_in_a_model(meshes):
 SELECTIVE = RecomputeSettings("selective", ("layernorm", "mla_up_proj"))
 
 
+@pytest.mark.parametrize("q_lora_rank", [128, None])
 @pytest.mark.parametrize("recomputation", [RecomputeSettings("full"), SELECTIVE], ids=["full", "selective"])
-def test_recomputed_bits_are_the_same(meshes, recomputation):
-    outcomes = []
+def test_recomputed_bits_are_the_same(meshes, recomputation, q_lora_rank):
+    outcomes, config = [], replace(MODEL, q_lora_rank=q_lora_rank)
     for settings in (RecomputeSettings(), recomputation):
-        model, batch = model_and_batch(meshes, replace(FP8, master=torch.float32), recompute=settings)
-        forward(model, *batch).loss.backward()
+        model = whole_model(config, meshes, 128, precision=replace(FP8, master=torch.float32), recompute=settings)
+        enliven(model)
+        forward(model, *random_batch(config, 1, 128)).loss.backward()
         outcomes.append(gradients_of(model))
     kept, recomputed = outcomes
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
