@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_deepseek.data.corpus.settings import Content
+from megatron_deepseek.data.corpus.workers import die_with
 from megatron_deepseek.data.tokenizer import (
     BOS, EOD, HuggingFaceTokenizer, IdOutsideVocabulary, Tokenizer, build_tokenizer, find_tokenizer_json)
 
@@ -147,7 +148,7 @@ def _checked_gigatoken(path: Path, cache_bytes: int, texts: list[str]) -> tuple[
     texts = [*PROBES, *texts] if texts else []
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
-    reference = fork.Process(target=_send_reference, args=(theirs, path, texts), daemon=True)
+    reference = fork.Process(target=_send_reference, args=(theirs, ours, path, texts, os.getpid()), daemon=True)
     reference.start()
     theirs.close()
     try:
@@ -166,7 +167,9 @@ def _checked_gigatoken(path: Path, cache_bytes: int, texts: list[str]) -> tuple[
     return encoder, ""
 
 
-def _send_reference(connection, path: Path, texts: list[str]):
+def _send_reference(connection, received, path: Path, texts: list[str], parent: int):
+    die_with(parent)
+    received.close()
     try:
         encoder = TokenizerEncoder(HuggingFaceTokenizer(path), "tokenizers")
         connection.send((encoder.special, encoder.encode_batch(texts) if texts else []))
