@@ -1,12 +1,36 @@
-"""The package and its ranges of dependencies; constraints.txt has the exact versions that it was tested with."""
+"""The package and its ranges of dependencies; constraints.txt has the exact versions that it was tested with.
 
-from setuptools import find_namespace_packages, setup
+The kernels of csrc/ are built too where that is of use: csrc/build.py says when, docs/kernels.md how to force it.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+spec = importlib.util.spec_from_file_location("csrc_build", Path(__file__).parent / "csrc" / "build.py")
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+
+
+class BuildKernels(build_ext):
+    """The library has no Python in it: its name does not say which."""
+
+    def build_extension(self, extension):
+        kernels.build_library(Path(self.get_ext_fullpath(extension.name)))
+
+    def get_ext_filename(self, name):
+        return name.replace(".", "/") + ".so"
+
 
 setup(
     name="megatron-deepseek",
     version="0.1.0",
     description="Megatron-style training of DeepSeek models on PyTorch",
     packages=find_namespace_packages(include=["megatron_deepseek", "megatron_deepseek.*"]),
+    ext_modules=[] if kernels.why_not() else [Extension("megatron_deepseek.ops.libmegatron_deepseek", [])],
+    cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

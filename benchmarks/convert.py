@@ -37,8 +37,11 @@ FILE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Measured:
+    """`error`: what the command said on stderr."""
+
     seconds: float
     peak_bytes: int
+    error: str = ""
 
 
 def generate(directory: Path, gigabytes: float) -> int:
@@ -79,12 +82,12 @@ def measure(command: list[str]) -> Measured:
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
-    error = process.stderr.read()
+    error = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{error.decode()[-2000:]}")
-    return Measured(time.perf_counter() - begin, usage.ru_maxrss * 1024)
+        sys.exit(f"{' '.join(command)} failed:\n{error[-2000:]}")
+    return Measured(time.perf_counter() - begin, usage.ru_maxrss * 1024, error)
 
 
 def one_round(directory: Path, workers: int) -> dict[str, Measured]:

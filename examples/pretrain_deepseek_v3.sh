@@ -2,6 +2,8 @@
 # DeepSeek-V3 (671B, 37B active) on 128 nodes of 8 GPUs: PP16, EP64, no tensor parallelism, as its report has it.
 # Recipe: DeepSeek-V3 report, section 4.2. By hand at 10T tokens: --mtp-loss-scaling-factor 0.1.
 #
+# The report's precision: FP8=1, FP8 products and moments in BF16 (docs/fp8.md); without it, BF16 and float32 moments.
+#
 # The first batches of 3072 sequences are 48 micro-batches for each of the 64 data ranks. On 256 nodes they are 24,
 # fewer than the 32 stages of DualPipeV: use SCHEDULE=ZBVZeroBubble there, or begin the ramp at 4608.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -50,6 +52,10 @@ TRAINING_ARGS=(
     --weight-decay 0.1
     --clip-grad 1.0
 )
+
+if [ "${FP8:-0}" = 1 ]; then
+    TRAINING_ARGS+=(--fp8-format e4m3 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16)
+fi
 
 # Several prefixes with weights: DATA_PATH="0.7 /data/web 0.3 /data/code", hence without quotes.
 DATA_ARGS=(--data-path $DATA_PATH --tokenizer-model "$TOKENIZER" --split 999,1,0)

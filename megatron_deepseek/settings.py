@@ -84,6 +84,16 @@ class RecomputeSettings:
 
 
 @dataclass(frozen=True)
+class OffloadSettings:
+    """What is kept in the host's memory: the activations of the first `cpu_offloading_num_layers` layers of each stage,
+    and with `optimizer_cpu_offload` master weights, gradients and moments, which are then updated there.
+    """
+
+    cpu_offloading_num_layers: int = 0
+    optimizer_cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
 class CommunicationSettings:
     """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence;
     `moe_token_dispatcher_type` allgather, alltoall or grouped between expert ranks, and `moe_ranks_per_node` where
@@ -125,7 +135,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The loop: how long, how often it evaluates, saves and reports."""
+    """The loop: how long, how often it evaluates, saves and reports; the numbers that it computes in.
+
+    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py).
+    """
 
     train_iters: int
     save: Path | None = None
@@ -153,4 +166,5 @@ class RunSettings:
     distributed_timeout_minutes: float = 10.0
     seed: int = 1234
     bf16: bool = False
+    fp8_format: str | None = None
     sharding: str = "optim_grads"

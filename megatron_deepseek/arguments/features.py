@@ -105,7 +105,11 @@ FEATURES = (
     Feature("tied embeddings", "--tie-word-embeddings", lambda s: s.model.tie_word_embeddings),
     Feature("recompute layers", "--recompute-granularity full", lambda s: s.recompute.granularity == "full"),
     *(_recomputed(module) for module in RECOMPUTE_MODULES),
+    Feature("activations offloaded", "--cpu-offloading-num-layers 1",
+            lambda s: s.offload.cpu_offloading_num_layers > 0),
+    Feature("optimizer offloaded", "--optimizer-cpu-offload", lambda s: s.offload.optimizer_cpu_offload),
     Feature("bf16", "--bf16", lambda s: s.run.bf16),
+    Feature("fp8", "--fp8-format e4m3 --fp8-recipe blockwise", lambda s: s.run.fp8_format is not None),
     Feature("bf16 moments", "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             lambda s: "bf16" in (s.optimizer.exp_avg_dtype, s.optimizer.exp_avg_sq_dtype)),
 )

@@ -14,6 +14,8 @@ from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
 CP_COMM_TYPES = ("ring", "allgather")
+FP8_FORMATS = ("e4m3", "hybrid")
+FP8_RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 NAN_POLICIES = ("stop", "skip")
 MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")  # Megatron-LM's; refusals.py refuses the last two
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
@@ -57,8 +59,6 @@ ROPE_SCALING = (
 ALWAYS_ON = ("--multi-latent-attention", "--swiglu", "--disable-bias-linear", "--qk-layernorm", "--use-mcore-models",
              "--moe-grouped-gemm", "--moe-router-pre-softmax", "--use-distributed-optimizer",
              "--use-precision-aware-optimizer", "--exit-signal-handler", "--no-load-rng", "--no-save-rng")
-# (option, type; None for a switch): known names that are refused until they are built.
-NOT_YET = (("--fp8-format", str), ("--fp8-recipe", str))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -171,6 +171,9 @@ def _add_batch(parser):
     add("--seq-length", type=values.positive_int, default=4096, help="tokens of a training sequence (4096)")
     add("--seed", type=values.count, default=1234, help="of weights and of the order of samples (1234)")
     add("--bf16", action="store_true", help="compute in bfloat16, keep weights in float32 (compute in float32)")
+    add("--fp8-format", type=str, choices=FP8_FORMATS,
+        help="products of attention, MLP and experts in FP8; e4m3 is DeepSeek-V3's (none)")
+    add("--fp8-recipe", type=str, choices=FP8_RECIPES, help="where its scales come from (blockwise)")
 
 
 def _add_learning_rate(parser):
@@ -271,11 +274,15 @@ def _add_evaluation_and_logging(parser):
 
 
 def _add_recompute(parser):
-    add = parser.add_argument_group("activation recomputation").add_argument
+    add = parser.add_argument_group("recomputation and offloading", "memory for time; no number changes").add_argument
     add("--recompute-granularity", type=str, choices=("full", "selective"), help="whole layers, or the modules below")
     add("--recompute-modules", type=str, nargs="+", choices=RECOMPUTE_MODULES, help="for selective (all of them)")
     add("--recompute-method", type=str, choices=("uniform",), help="for full: each layer by itself, the only method")
     add("--recompute-num-layers", type=values.positive_int, help="for full: 1, as each layer is by itself")
+    add("--cpu-offloading-num-layers", type=values.count, default=0,
+        help="layers of each stage, the first ones, whose activations wait in the host's memory (0)")
+    add("--optimizer-cpu-offload", action="store_true",
+        help="master weights, gradients and moments in the host's memory, updated there")
 
 
 def _add_accepted(parser):
@@ -288,7 +295,3 @@ def _add_accepted(parser):
         group.add_argument(option, type=str, choices=("fp32",), help="fp32")
     group.add_argument("--hidden-dropout", type=values.fraction, help="0")
     group.description += ": " + " ".join(ALWAYS_ON)
-    later = parser.add_argument_group("not yet supported", "refused: " + " ".join(option for option, _ in NOT_YET))
-    for option, kind in NOT_YET:
-        extra = {"action": "store_true"} if kind is None else {"type": kind}
-        later.add_argument(option, help=argparse.SUPPRESS, **extra)

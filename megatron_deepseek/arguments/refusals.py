@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.data_paths import data_paths
-from megatron_deepseek.arguments.parser import NOT_YET, RECOMPUTE_MODULES
+from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.checkpoint.marker import begins_anew
 from megatron_deepseek.parallel import layout_string, schedule_rules
@@ -33,12 +33,6 @@ class Refusal:
 
 def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
     return tuple(("no experts", feature) for feature in features)
-
-
-def _not_yet(option: str) -> Refusal:
-    dest = option[2:].replace("-", "_")
-    return Refusal(option, lambda r: getattr(r.args, dest) not in (None, False, "fp32"),
-                   f"{option} {{r.args.{dest}}} is not yet supported")
 
 
 def _moment_type(option: str) -> Refusal:
@@ -86,7 +80,6 @@ def _without_save(option: str, value: str = "") -> Refusal:
 
 
 _UNBUILT = (
-    *(_not_yet(option) for option, _ in NOT_YET),
     Refusal("expert tensor parallel", lambda r: r.args.expert_tensor_parallel_size > 1,
             "--expert-tensor-parallel-size {r.args.expert_tensor_parallel_size} is not yet supported, only 1"),
     Refusal("attention dropout", lambda r: r.model.attention_dropout > 0,
@@ -192,6 +185,17 @@ _EXPERTS = (
             "--moe-router-num-groups is 1"),
 )
 
+_FP8 = (
+    Refusal("fp8 recipe of what", lambda r: r.args.fp8_recipe is not None and r.args.fp8_format is None,
+            "--fp8-recipe {r.args.fp8_recipe} needs --fp8-format e4m3"),
+    Refusal("fp8 format", lambda r: r.args.fp8_format == "hybrid",
+            "--fp8-format hybrid is not supported: with a scale for each tile E4M3 has the range for gradients too, "
+            "and more precision than E5M2; use e4m3"),
+    Refusal("fp8 recipe", lambda r: r.args.fp8_recipe not in (None, "blockwise"),
+            "--fp8-recipe {r.args.fp8_recipe} is not supported, only blockwise: DeepSeek-V3's scales, 1x128 and "
+            "128x128"),
+)
+
 _OPTIMIZER = (
     _moment_type("--exp-avg-dtype"),
     _moment_type("--exp-avg-sq-dtype"),
@@ -246,7 +250,7 @@ _RUN = (
             "{r.args.profile_step_end}"),
 )
 
-REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _OPTIMIZER + _RUN
+REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
 
 
 def refuse(request: Request) -> None:

@@ -3,6 +3,7 @@
     SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
                      /config.json   the architecture, in Hugging Face's form
                      /state.json    iteration, consumed samples, optimizer steps
+                     /layout.json   the layout that wrote it, for people and the resharding tool
                      /checksums.json   size and digest of every other file
     SAVE/latest_checkpointed_iteration.txt    names the last finished one
 
@@ -13,6 +14,7 @@ the layout that wrote them.
 import json
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,19 +28,14 @@ from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verify_files
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
-from megatron_deepseek.checkpoint.state import MOMENTS, TrainState, fill_copies, model_state, optimizer_state
+from megatron_deepseek.checkpoint.state import MOMENTS, TrainState, fill_copies, model_state, state_to_save
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 
 
-def state_to_save(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Weights and biases of this rank, and the optimizer's moments unless None."""
-    return model_state(stages) | (optimizer_state(stages, optimizer) if optimizer is not None else {})
-
-
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-         group: dist.ProcessGroup | None = None) -> Path:
+         group: dist.ProcessGroup | None = None, layout: dict[str, Any] | None = None) -> Path:
     """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
 
     Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
@@ -46,7 +43,7 @@ def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Mod
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
-                 storage_writer=CheckpointWriter(root, state, config, keep_last))
+                 storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
     except CheckpointException as error:
         raise first_failure(error) from None
     return iteration_directory(root, state.iteration)
@@ -66,13 +63,14 @@ class BackgroundSaver:
                                                     use_async_staging=False, use_non_blocking_copy=cuda))
 
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
-              optimizer: torch.optim.Optimizer | None, keep_last: int | None = None) -> Future:
+              optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
+              layout: dict[str, Any] | None = None) -> Future:
         """Like `save`; returns once everything is copied. Wait for the future before the next call.
 
         The future's error is DCP's CheckpointException: see `first_failure`.
         """
         return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
-                              storage_writer=CheckpointWriter(root, state, config, keep_last))
+                              storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
 
     def close(self) -> None:
         self._stager.close()
@@ -165,21 +163,28 @@ def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
 
 def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
                    ignore_optimizer: bool) -> None:
+    """ValueError on every rank if on any rank a tensor of `state` is not in the checkpoint as it should be."""
     saved = reader.read_metadata().state_dict_metadata
-    missing = sorted(set(state) - set(saved))
-    if missing and all(name.startswith("optimizer.") for name in missing):
-        raise ValueError(f"{directory} lacks {len(missing)} tensors of the optimizer, first {missing[0]}; "
-                         f"--no-load-optim begins with fresh moments")
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}")
-    for name, tensor in state.items():
-        if tuple(saved[name].size) != tuple(tensor.shape):
-            raise ValueError(f"{directory}: {name} has shape {tuple(saved[name].size)}, "
-                             f"this model's has {tuple(tensor.shape)}")
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(state))
-    unknown = sorted(set(saved) - {name for names in everyone for name in names})
+    dist.all_gather_object(everyone, (list(state), _mismatch(directory, saved, state)))
+    for _, mismatch in everyone:
+        if mismatch is not None:
+            raise ValueError(mismatch)
+    unknown = sorted(set(saved) - {name for names, _ in everyone for name in names})
     if ignore_optimizer:
         unknown = [name for name in unknown if not name.startswith("optimizer.")]
     if unknown:
         raise ValueError(f"{directory} has {len(unknown)} tensors that this model lacks, first {unknown[0]}")
+
+
+def _mismatch(directory: Path, saved: dict, state: dict[str, torch.Tensor]) -> str | None:
+    missing = sorted(set(state) - set(saved))
+    if missing and all(name.startswith("optimizer.") for name in missing):
+        return (f"{directory} lacks {len(missing)} tensors of the optimizer, first {missing[0]}; --no-load-optim "
+                "begins with fresh moments")
+    if missing:
+        return f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}"
+    for name, tensor in state.items():
+        if tuple(saved[name].size) != tuple(tensor.shape):
+            return f"{directory}: {name} has shape {tuple(saved[name].size)}, this model's has {tuple(tensor.shape)}"
+    return None

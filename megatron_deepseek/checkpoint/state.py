@@ -37,6 +37,11 @@ def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -
     return state
 
 
+def state_to_save(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Weights and biases of this rank, and the optimizer's moments unless None."""
+    return model_state(stages) | (optimizer_state(stages, optimizer) if optimizer is not None else {})
+
+
 @torch.no_grad()
 def fill_copies(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
     """Further copies of a parameter on this rank, which `model_state` left out, become equal to the first."""

@@ -30,11 +30,15 @@ __all__ = ["SPLITS", "Blend", "DataPlan", "SplitPlan", "build_datasets", "check_
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What one split is read from: a source for each dataset of its blend, with weights that add up to 1."""
+    """What one split is read from: a source for each dataset of its blend, with weights that add up to 1.
+
+    `left_out`: prefixes whose share of a split that is not trained on is less than a sample.
+    """
 
     sources: tuple[PackedSplit, ...]
     weights: tuple[float, ...]
     num_samples: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def index(self) -> BlendIndex | None:
@@ -76,19 +80,32 @@ def check_data(settings: DataSettings, model_vocab_size: int | None, num_samples
                 raise ValueError(f"{blend.argument} {survey.prefix}: token ids from {survey.least} to "
                                  f"{survey.greatest} in {survey.prefix}.bin, outside the model's vocab_size "
                                  f"{model_vocab_size}")
-            _pack(settings, blend, survey)
+        _plan_split(settings, blend, surveys, num_samples)
 
 
 def make_plan(settings: DataSettings, num_samples) -> DataPlan:
     """What `build_datasets` builds, and nothing built; ValueError for data that cannot be used."""
     blends = _needed(settings, num_samples)
-    plans = dict.fromkeys(SPLITS)
-    for blend, surveys in zip(blends, _survey(settings, blends)):
-        weights = np.array(blend.blend.weights or [survey.tokens for survey in surveys], np.float64)
-        sources = tuple(_pack(settings, blend, survey) for survey in surveys)
-        plans[blend.name] = SplitPlan(sources, tuple((weights / np.sum(weights)).tolist()),
-                                      num_samples[SPLITS.index(blend.name)])
-    return DataPlan(tuple(plans.values()), cache_folder(settings))
+    plans = {blend.name: _plan_split(settings, blend, surveys, num_samples)
+             for blend, surveys in zip(blends, _survey(settings, blends))}
+    return DataPlan(tuple(map(plans.get, SPLITS)), cache_folder(settings))
+
+
+def _plan_split(settings: DataSettings, blend: SplitBlend, surveys: list[Survey], num_samples) -> SplitPlan:
+    """ValueError where a dataset to train on, or every dataset of another split, holds no sample."""
+    packed = [_pack(settings, blend, survey) for survey in surveys]
+    small = [place for place, split in enumerate(packed) if not split.num_samples]
+    if small and (blend.name == "train" or len(small) == len(packed)):
+        split, survey = packed[small[0]], surveys[small[0]]
+        raise ValueError(f"{blend.argument} {split.prefix}: its {blend.name} split ({blend.share_argument}: "
+                         f"{split.end - split.first} of {survey.sequences} sequences, {split.tokens} tokens) is too "
+                         f"small for one sample of --seq-length {settings.seq_length} + 1 tokens")
+    weights = np.array(blend.blend.weights or [survey.tokens for survey in surveys], np.float64)
+    weights[small] = 0
+    kept = [(split, weight) for split, weight in zip(packed, (weights / np.sum(weights)).tolist()) if split.num_samples]
+    sources, weights = zip(*kept)
+    return SplitPlan(sources, weights, num_samples[SPLITS.index(blend.name)],
+                     tuple(packed[place].prefix for place in small))
 
 
 def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
@@ -164,13 +181,8 @@ def _survey(settings: DataSettings, blends: list[SplitBlend]) -> list[list[Surve
 
 def _pack(settings: DataSettings, blend: SplitBlend, survey: Survey) -> PackedSplit:
     first, end = blend.bounds(survey.sequences)
-    split = PackedSplit(survey.prefix, survey.digest, first, end, survey.tokens_between(first, end),
-                        settings.seq_length, settings.seed)
-    if not split.num_samples:
-        raise ValueError(f"{blend.argument} {survey.prefix}: its {blend.name} split ({blend.share_argument}: "
-                         f"{end - first} of {survey.sequences} sequences, {split.tokens} tokens) is too small for one "
-                         f"sample of --seq-length {settings.seq_length} + 1 tokens")
-    return split
+    return PackedSplit(survey.prefix, survey.digest, first, end, survey.tokens_between(first, end),
+                       settings.seq_length, settings.seed)
 
 
 def _check_cache(settings: DataSettings, folder: Path):

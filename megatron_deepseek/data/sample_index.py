@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_deepseek.data.cache import replacing
-from megatron_deepseek.data.index_file import open_index
+from megatron_deepseek.data.index_file import mapped, open_index
 
 VERSION = 1
 FEW_SEQUENCES = 4_000_000  # indexed in about a second: not worth starting processes for
@@ -73,7 +73,7 @@ class PackedSplit:
         """The four arrays, mapped."""
         offset, arrays = 0, []
         for dtype, count in self.sections:
-            arrays.append(np.memmap(folder / self.file_name, dtype, "r", offset, count))
+            arrays.append(mapped(folder / self.file_name, dtype, offset, count))
             offset += dtype.itemsize * count
         return tuple(arrays)
 

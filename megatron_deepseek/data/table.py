@@ -16,6 +16,9 @@ def describe_split(name: str, plan: SplitPlan, most_rows: int = MOST_ROWS) -> li
     epoch = sum(source.num_samples for source in sources)
     lines = [f"{name} data: {_count(len(sources), 'dataset')} of {tokens:,} tokens; {plan.num_samples:,} samples of "
              f"{seq_length:,} tokens are {plan.num_samples / epoch:.2f} epochs"]
+    if plan.left_out:
+        lines.append(f"  without {_count(len(plan.left_out), 'dataset')} whose share is less than a sample: "
+                     f"{', '.join(plan.left_out[:5])}{', ...' * (len(plan.left_out) > 5)}")
     if len(sources) == 1:
         return lines
     rows = list(zip(short_names([source.prefix for source in sources]), sources, plan.weights))

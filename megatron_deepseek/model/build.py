@@ -3,18 +3,23 @@
 No rank ever holds more of a parameter than its own shard.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
-from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
+from megatron_deepseek.model.layer import Blueprint, choose_run
 from megatron_deepseek.model.moe import MoE
+from megatron_deepseek.ops import fp8_products
+from megatron_deepseek.ops.products import Grouped, Numerics
+from megatron_deepseek.ops.recompute import compose, recompute as run_again
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
 from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher
@@ -24,15 +29,19 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.settings import CommunicationSettings, LossSettings, RecomputeSettings
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, OffloadSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`master`: dtype of weights, gradients and moments; `compute`: what layers run in, None for the master's."""
+    """`master`: dtype of weights, gradients and moments; `compute`: what layers run in, None for the master's.
+
+    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8_products.py).
+    """
 
     master: torch.dtype = torch.float32
     compute: torch.dtype | None = None
+    fp8: bool = False
 
     @property
     def activations(self) -> torch.dtype:
@@ -42,50 +51,79 @@ class Precision:
 def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int, *, seed: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
                  recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings(), reshard_after_forward: bool = False
+                 communication: CommunicationSettings = CommunicationSettings(),
+                 offload: OffloadSettings = OffloadSettings(), reshard_after_forward: bool = False
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
-    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication)
+    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication, offload)
+    shard_stages(stages, meshes, precision, reshard_after_forward, offload)
     for stage in stages:
-        shard_over_data(units(stage, meshes, precision), reshard_after_forward)
-        stage.to_empty(device=meshes.device)
+        stage.to_empty(device="cpu" if offload.optimizer_cpu_offload else meshes.device)
+        move_buffers(stage, meshes.device)
     initialize(stages, config.initializer_range, seed)
     return stages
+
+
+def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, precision: Precision = Precision(),
+                 reshard_after_forward: bool = False, offload: OffloadSettings = OffloadSettings()) -> None:
+    """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
+    for stage in stages:
+        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
 
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
                  recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings()) -> list[DeepseekStage]:
+                 communication: CommunicationSettings = CommunicationSettings(),
+                 offload: OffloadSettings = OffloadSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    blueprint = make_blueprint(config, meshes, loss, recompute, communication)
-    run = run_checkpointed if recompute.granularity == "full" else run_layer
+    numerics = make_numerics(precision.fp8, recompute, meshes.layout.tp)
+    blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
+    run_of = partial(choose_run, recompute, offload)
     with torch.device("meta"), default_dtype(precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run)
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of)
                 for stage in mine]
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, recompute: RecomputeSettings,
-                   communication: CommunicationSettings = CommunicationSettings()) -> Blueprint:
+                   communication: CommunicationSettings = CommunicationSettings(), numerics: Numerics = Numerics()
+                   ) -> Blueprint:
     balance = BalanceWeights()
     if loss.balance_type != "none":
         balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
                                  loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
-    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication) if config.n_routed_experts else None
-    recomputed = frozenset(recompute.modules if recompute.granularity == "selective" else ())
+    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication, numerics.to_experts) \
+        if config.n_routed_experts else None
     tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
     sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
-    return Blueprint(config, tp, cp, sharers, dispatcher, balance, recomputed, loss.moe_router_force_load_balancing)
+    return Blueprint(config, tp, cp, sharers, dispatcher, balance, recomputed_modules(recompute),
+                     loss.moe_router_force_load_balancing, numerics)
 
 
-def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings) -> Dispatcher:
+def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
+    return frozenset(recompute.modules if recompute.granularity == "selective" else ())
+
+
+def make_numerics(fp8: bool, recompute: RecomputeSettings, tp: int) -> Numerics:
+    """The FP8 recipe never keeps SwiGLU's output; otherwise the experts' is kept unless `moe_act` is recomputed.
+
+    Where norms are recomputed so are the FP8 tiles made of them, unless TP has gathered what they are made of.
+    """
+    again = recomputed_modules(recompute)
+    if fp8:
+        return fp8_products.recipe(run_again if "layernorm" in again and tp == 1 else compose)
+    return Numerics(experts_down=Grouped(activate=run_again)) if "moe_act" in again else Numerics()
+
+
+def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings,
+                    to_experts: Callable[[torch.Tensor], torch.Tensor]) -> Dispatcher:
     ranks_per_node = communication.moe_ranks_per_node or meshes.layout.world_size
     if communication.moe_token_dispatcher_type == "grouped":
         levels = build_levels(meshes.layout, meshes.device, ranks_per_node)
-        return GroupedDispatcher(meshes.ep, num_experts, ranks_per_node, levels)
+        return GroupedDispatcher(meshes.ep, num_experts, ranks_per_node, levels, to_experts)
     kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[communication.moe_token_dispatcher_type]
-    return kind(meshes.ep, num_experts, ranks_per_node)
+    return kind(meshes.ep, num_experts, ranks_per_node, to_experts)
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:
@@ -97,6 +135,13 @@ def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterato
                 yield Unit(layer.mlp.gate, meshes.dense_fsdp)
         yield Unit(layer, meshes.dense_fsdp, precision.compute)
     yield Unit(stage, meshes.dense_fsdp, precision.compute)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers take part in the forward as they are, wherever FSDP keeps the shards of parameters."""
+    for each in module.modules():
+        for name, buffer in each.named_buffers(recurse=False):
+            setattr(each, name, buffer.to(device))
 
 
 @contextmanager

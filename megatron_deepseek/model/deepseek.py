@@ -10,6 +10,7 @@ contribution to the loss of the global batch.
 Shapes: B batch, S sequence, H hidden, M = 1 + MTP depth predictions of each token, v local vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -97,11 +98,13 @@ class DeepseekStage(nn.Module):
     """
 
     def __init__(self, stage: Stage, blueprint: Blueprint, seq_length: int, device: torch.device,
-                 mtp_loss_scale: float = 0.0, run=run_layer):
+                 mtp_loss_scale: float = 0.0, run_of: Callable[[int], Callable] = lambda position: run_layer):
+        """`run_of`: how the layer at each position of this stage is run (layer.choose_run)."""
         super().__init__()
-        self.stage, self.config, self.tp, self.run = stage, blueprint.config, blueprint.tp, run
+        self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
         self.mtp_loss_scale = mtp_loss_scale
         self.model = Trunk(stage, blueprint)
+        self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
         self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
@@ -131,7 +134,7 @@ class DeepseekStage(nn.Module):
         return states
 
     def _layer(self, index: int, step: StepContext, places: Places, *states: torch.Tensor) -> torch.Tensor:
-        out, stats = self.run(self.model.layers[str(index)], *states, places, step.num_sequences)
+        out, stats = self.runs[str(index)](self.model.layers[str(index)], *states, places, step.num_sequences)
         step.tally.add_stats(f"model.layers.{index}.mlp", stats)
         return out
 

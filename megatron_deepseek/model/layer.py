@@ -3,30 +3,36 @@
 Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, D rotary dimensions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
-from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.ops.offload import saved_on_host
+from megatron_deepseek.ops.products import Numerics
+from megatron_deepseek.ops.recompute import compose, keep, recompute
 from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
+from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
 @dataclass(frozen=True, eq=False)
 class Blueprint:
-    """What every layer of a model is built from. 
+    """What every layer of a model is built from.
 
     `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules.
+    `recomputed` holds names of RecomputeSettings.modules; `numerics` are the products of attention, MLP and experts.
     """
 
     config: ModelConfig
@@ -37,6 +43,7 @@ class Blueprint:
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
     forced_balance: bool = False
+    numerics: Numerics = Numerics()
 
 
 class DecoderLayer(nn.Module):
@@ -48,13 +55,14 @@ class DecoderLayer(nn.Module):
         self.is_moe = config.is_moe_layer(index)
         self.normed = recompute if "layernorm" in blueprint.recomputed else compose
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed,
+                             blueprint.numerics)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
             self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.cp,
-                           blueprint.sharers, "moe_act" in blueprint.recomputed, blueprint.forced_balance)
+                           blueprint.sharers, blueprint.numerics, blueprint.forced_balance)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, blueprint.numerics.linear)
 
     def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int
                 ) -> tuple[torch.Tensor, RouterStats | None]:
@@ -104,3 +112,40 @@ def run_layer(layer: nn.Module, *args):
 def run_checkpointed(layer: nn.Module, *args):
     """Keep the layer's inputs only and run it again in the backward (full recomputation)."""
     return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def run_offloaded(layer: nn.Module, *args):
+    """Keep what the backward needs in the host's memory, but for the weights."""
+    with saved_on_host(partial(_is_weight, layer)):
+        return layer(*args)
+
+
+def run_checkpointed_offloaded(layer: nn.Module, *args):
+    """Keep the layer's inputs only, those in the host's memory, and run it again in the backward."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    with saved_on_host(lambda tensor: False):
+        fetch = keep(tuple(tensors))
+    given = [args]  # checkpoint would hold on to arguments; the first run takes them from here
+
+    def run():
+        if given:
+            return layer(*given.pop())
+        fetched = iter(fetch())
+        return layer(*(next(fetched) if arg is None else arg for arg in others))
+
+    others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+    return checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_weight(layer: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether `tensor` lies in what the layer's parameters are at this moment: FSDP's gathered weights."""
+    own = tensor.untyped_storage()._cdata
+    return any(own == (p.to_local() if isinstance(p, DTensor) else p).untyped_storage()._cdata
+               for p in layer.parameters())
+
+
+def choose_run(recompute: RecomputeSettings, offload: OffloadSettings, position: int) -> Callable:
+    """How the layer at `position` of its stage is run."""
+    plain, offloaded = (run_checkpointed, run_checkpointed_offloaded) if recompute.granularity == "full" else (
+        run_layer, run_offloaded)
+    return offloaded if position < offload.cpu_offloading_num_layers else plain

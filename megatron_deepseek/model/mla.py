@@ -19,9 +19,9 @@ from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.rotary import softmax_scale
-from megatron_deepseek.ops.attention import attend_within_documents
+from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.ops.rope import Places, apply_rope
+from megatron_deepseek.ops.rope import Places, apply_rope, join_keys, turn_tail
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.tensor import (
     RMSNorm,
@@ -38,42 +38,49 @@ class MLA(nn.Module):
     """Causal self-attention. `recompute_up_projection` re-makes q, k and v in the backward instead of keeping them."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, cp: ContextParallel,
-                 recompute_up_projection: bool = False):
+                 recompute_up_projection: bool = False, numerics: Numerics = Numerics()):
         super().__init__()
         self.config, self.tp, self.cp = config, tp, cp
         self.scale = softmax_scale(config)
+        self.joint_attention, self.output_form = numerics.attention, numerics.attention_output_form
         self.attend = recompute if recompute_up_projection else compose
-        heads, bias = config.num_attention_heads, config.attention_bias
+        heads, bias, product = config.num_attention_heads, config.attention_bias, numerics.linear
         if config.q_lora_rank is None:
-            self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp)
+            self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp, product)
         else:
-            self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias)
+            self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias, product)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, tp)
-            self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp)
+            self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp, product)
         self.kv_a_proj_with_mqa = replicated_linear(
-            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias)
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias, product)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, tp)
-        self.kv_b_proj = column_linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp)
-        self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias)
+        self.kv_b_proj = column_linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp, product)
+        self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, numerics.attention_output)
 
     def forward(self, x_BSH: torch.Tensor, places: Places) -> torch.Tensor:
-        c_q, c_kv, k_pe = self.latents(x_BSH)
+        c_q, c_kv, k_pe = self.kv_a_proj_with_mqa.product.shared(
+            x_BSH, lambda shared_BSH: self.latents(shared_BSH, x_BSH))
         rope_2SD, documents_BS = places.rope_2SD, places.documents_BS
         if self.cp.size > 1:
-            y_BSNV = self.attend(lambda c_q: self.queries(c_q, rope_2SD), (c_q,),
-                                 lambda q: self.attention_over_ranks(q, c_kv, k_pe, places))
+            y_BSV = self.attend(lambda c_q: self.queries(c_q, rope_2SD), (c_q,),
+                                lambda q: self.attention_over_ranks(q, c_kv, k_pe, places))
         else:
-            y_BSNV = self.attend(lambda *latents: self.up_project(*latents, rope_2SD), (c_q, c_kv, k_pe),
-                                 lambda q, k, v: self.attention(q, k, v, documents_BS))
-        return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSNV.flatten(-2))))
+            y_BSV = self.attend(lambda *latents: self.up_project(*latents, rope_2SD), (c_q, c_kv, k_pe),
+                                lambda q, k, v: self.attention(q, k, v, documents_BS))
+        return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))
 
-    def latents(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query latent (or input), key-value latent and k_pe of the whole sequence, gathered over TP at once."""
-        c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(x_BSH)).split(
+    def latents(self, shared_BSH: torch.Tensor, x_BSH: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query latent (or input x), key-value latent and k_pe of the whole sequence, gathered over TP at once.
+
+        `shared_BSH` is x as the products take it.
+        """
+        c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(shared_BSH)).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         c_kv = self.kv_a_layernorm(c_kv)
         c_q = x_BSH if self.config.q_lora_rank is None else self.q_a_layernorm(
-            self.q_a_proj.add_bias(self.q_a_proj(x_BSH)))
+            self.q_a_proj.add_bias(self.q_a_proj(shared_BSH)))
         if self.tp.size == 1:
             return c_q, c_kv, k_pe
         sizes = [c_q.shape[-1], c_kv.shape[-1], k_pe.shape[-1]]
@@ -85,38 +92,33 @@ class MLA(nn.Module):
         On CPU the values are padded to the keys' width, which the fused attention kernel needs.
         """
         q = self.queries(c_q, rope_2SD)
-        k, v = self.keys_and_values(c_kv, apply_rope(k_pe.unsqueeze(2), rope_2SD))
+        k, v = self.keys_and_values(c_kv, k_pe, rope_2SD)
         return q, k, v if v.is_cuda else F.pad(v, (0, q.shape[-1] - v.shape[-1]))
 
     def queries(self, c_q: torch.Tensor, rope_2SD: torch.Tensor) -> torch.Tensor:
         nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
         project = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
-        q_nope, q_pe = project(c_q).unflatten(-1, (-1, nope + rope)).split([nope, rope], -1)
-        return torch.cat([q_nope, apply_rope(q_pe, rope_2SD)], -1)
+        return turn_tail(project(c_q).unflatten(-1, (-1, nope + rope)), rope_2SD, nope)
 
-    def keys_and_values(self, c_kv: torch.Tensor, turned_BS1D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the latent and the turned k_pe, which all heads share."""
+    def keys_and_values(self, c_kv: torch.Tensor, k_pe_BSD: torch.Tensor, rope_2SD: torch.Tensor | None
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the latent and k_pe, which all heads share; without a table k_pe has been turned."""
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
-        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)).split([nope, v_dim], -1)
-        return torch.cat([k_nope, turned_BS1D.expand(-1, -1, k_nope.shape[2], -1)], -1), v
+        return join_keys(self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)), k_pe_BSD, rope_2SD, nope)
 
     def attention_over_ranks(self, q, c_kv, k_pe, places: Places) -> torch.Tensor:
-        """Causal softmax attention over sequences that the context-parallel ranks share, [B, S, N, V]."""
+        """Causal softmax attention over sequences that the context-parallel ranks share, [B, S, N * V]."""
         turned = apply_rope(k_pe.unsqueeze(2), places.rope_2SD).squeeze(2)
         sizes = [c_kv.shape[-1], turned.shape[-1]]
 
         def project(block_BSC):
             c_kv, turned = block_BSC.split(sizes, -1)
-            return self.keys_and_values(c_kv, turned.unsqueeze(2))
+            return self.keys_and_values(c_kv, turned, None)
 
-        return self.cp.attention(q, torch.cat([c_kv, turned], -1), project, self.scale, places.documents_BS)
+        return self.cp.attention(q, torch.cat([c_kv, turned], -1), project, self.scale, places.documents_BS,
+                                 self.output_form)
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None
                   ) -> torch.Tensor:
-        """Causal softmax attention, within documents where they are given, [B, S, N, V]."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if documents_BS is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        else:
-            y = attend_within_documents(q, k, v, documents_BS, self.scale)
-        return y.transpose(1, 2)[..., :self.config.v_head_dim]
+        """Causal softmax attention, within documents where they are given, [B, S, N * V]."""
+        return self.joint_attention(q, k, v, documents_BS, self.scale, self.config.v_head_dim)

@@ -13,9 +13,7 @@ from torch.distributed.tensor import Shard
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights, attach_loss, balance_loss
 from megatron_deepseek.model.router import Router
-from megatron_deepseek.ops.grouped_gemm import grouped_gemm
-from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.ops.swiglu import swiglu
+from megatron_deepseek.ops.products import Linear, Numerics, Product
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.nodes import Traffic
@@ -42,35 +40,35 @@ class RouterStats:
 class MLP(nn.Module):
     """SwiGLU feed-forward block; column- then row-parallel over TP."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel):
+    def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel, product: Product = Linear()):
         super().__init__()
         self.tp = tp
-        self.gate_proj = column_linear(hidden_size, intermediate_size, tp)
-        self.up_proj = column_linear(hidden_size, intermediate_size, tp)
-        self.down_proj = row_linear(intermediate_size, hidden_size, tp)
+        self.gate_proj = column_linear(hidden_size, intermediate_size, tp, product)
+        self.up_proj = column_linear(hidden_size, intermediate_size, tp, product)
+        self.down_proj = row_linear(intermediate_size, hidden_size, tp, product=product)
 
     def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        x_BSH = self.tp.enter(x_BSH)
-        return self.tp.leave(self.down_proj(swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))))
+        return self.tp.leave(self.gate_proj.product.shared(self.tp.enter(x_BSH), self._from_input))
+
+    def _from_input(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        return self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
 
 
 class Experts(nn.Module):
     """This rank's routed experts, stacked: gate_up_proj [E, 2I, H] and down_proj [E, H, I], sharded by E over EP."""
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, recompute_activation: bool):
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, numerics: Numerics):
         super().__init__()
         shape = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = sharded_parameter((shape[0], 2 * shape[1], shape[2]), dispatcher.mesh, Shard(0))
         self.down_proj = sharded_parameter((shape[0], shape[2], shape[1]), dispatcher.mesh, Shard(0))
-        self.grouped_product = grouped_gemm
-        self.activate = recompute if recompute_activation else compose
+        self.up_product, self.down_product = numerics.experts_up, numerics.experts_down
 
     def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up = local_weight(self.gate_up_proj, Shard(0))
         down = local_weight(self.down_proj, Shard(0))
-        hidden_R2I = self.grouped_product(rows_RH, gate_up, counts)
-        return self.activate(lambda h: swiglu(*h.chunk(2, -1)), (hidden_R2I,),
-                             lambda a: self.grouped_product(a, down, counts))
+        gate_RI, up_RI = self.up_product(rows_RH, gate_up, counts).chunk(2, -1)
+        return self.down_product.after_swiglu(gate_RI, up_RI, down, counts)
 
 
 class MoE(nn.Module):
@@ -78,20 +76,22 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, dispatcher: Dispatcher,
                  balance: BalanceWeights, cp: ContextParallel, sharers: dist.ProcessGroup | None,
-                 recompute_activation: bool = False, forced_balance: bool = False):
+                 numerics: Numerics = Numerics(), forced_balance: bool = False):
         super().__init__()
         self.config, self.tp, self.dispatcher, self.balance, self.sharers = config, tp, dispatcher, balance, sharers
         self.cp = cp
         self.gate = Router(config, tp, forced_balance)
-        self.experts = Experts(config, dispatcher, recompute_activation)
+        self.experts = Experts(config, dispatcher, numerics)
         if config.n_shared_experts:
-            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp)
+            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp,
+                                      numerics.linear)
 
     def forward(self, x_BSH: torch.Tensor, global_sequences: int) -> tuple[torch.Tensor, RouterStats]:
         own_BSH = self.tp.own_tokens(x_BSH)
         x_TH = own_BSH.flatten(0, 1)
         routing = self.gate(x_TH, self._positions(own_BSH) if self.gate.forced else None)
-        y_TH, traffic = self.dispatcher(x_TH, routing.experts_TK, routing.weights_TK, self.experts)
+        rows_TH = self.experts.up_product.rows(x_TH)
+        y_TH, traffic = self.dispatcher(rows_TH, routing.experts_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:
             loss = balance_loss(routing, x_BSH.shape[0], self.config, self.balance, self.sharers) / global_sequences

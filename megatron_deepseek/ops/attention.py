@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.registry import with_backends
+
 _aten = torch.ops.aten
 
 
@@ -47,6 +49,30 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
                                                 scale=scale) for place in documents_of(row_S).values()]
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows)
+
+
+class Output:
+    """What becomes of attention's output, [B, S, N * V]: here it is given on, and kept for the backward, as it is."""
+
+    def give(self, y_BSV: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """What the next layer gets, and what is kept."""
+        return y_BSV, (y_BSV,)
+
+    def restore(self, kept: tuple[torch.Tensor, ...], like_BSV: torch.Tensor) -> torch.Tensor:
+        """The output from what was kept, in shape and dtype as `like_BSV`."""
+        return kept[0]
+
+
+@with_backends("attention")
+def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
+              scale: float, width: int) -> torch.Tensor:
+    """Causal, within documents where given: [B, S, N * width], of V its first `width` columns (the rest is 0)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
+    if documents_BS is None:
+        y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        y_BNSV = attend_within_documents(q, k, v, documents_BS, scale)
+    return y_BNSV.transpose(1, 2)[..., :width].flatten(-2)
 
 
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores

@@ -2,6 +2,8 @@
 
 import torch
 
+from megatron_deepseek.ops.registry import with_backends
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -24,8 +26,7 @@ class _RMSNorm(torch.autograd.Function):
         return (grad_normed.addcmul_(normed, inner, value=-1)).mul_(rstd).to(x.dtype), grad_weight, None
 
 
+@with_backends("rms_norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., H], weight [H] -> [..., H] in x's dtype; statistics in at least float32."""
-    if x.is_cuda:
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)

@@ -8,6 +8,8 @@ Shapes: T tokens, K copies of each (top-k), R = T*K rows, H hidden.
 
 import torch
 
+from megatron_deepseek.ops.registry import with_backends
+
 
 class _Permute(torch.autograd.Function):
     @staticmethod
@@ -59,17 +61,27 @@ def invert(order_R: torch.Tensor) -> torch.Tensor:
     return inverse_R
 
 
+@with_backends("sort_by_expert")
+def sort_by_expert(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Order of the copies by expert, within an expert by token, its inverse, and how many each expert has [E] int64."""
+    order_R = experts_TK.flatten().argsort(stable=True)
+    return order_R, invert(order_R), experts_TK.flatten().bincount(minlength=num_experts)
+
+
+@with_backends("permute")
 def permute(x_RH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
     """Row i of the result is row order_R[i] of x."""
     return _Permute.apply(x_RH, order_R, inverse_R)
 
 
+@with_backends("copy_and_permute")
 def copy_and_permute(x_TH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
     """Row i of the result is token order_R[i] // K of x."""
     num_copies = order_R.shape[0] // max(x_TH.shape[0], 1)
     return _CopyAndPermute.apply(x_TH, order_R, inverse_R, num_copies)
 
 
+@with_backends("weighted_sum")
 def weighted_sum(y_RH: torch.Tensor, weights_TK: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
                  ) -> torch.Tensor:
     """Undo `copy_and_permute` and add each token's copies times its weights: [T, H] in y's dtype."""

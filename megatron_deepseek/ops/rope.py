@@ -1,11 +1,13 @@
 """Rotary position embedding (arXiv 2104.09864) on interleaved pairs, as DeepSeek applies it.
 
-Shapes: B batch, S positions, D rotary dimensions.
+Shapes: B batch, S positions, N heads, D rotary dimensions, V value width.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from megatron_deepseek.ops.registry import with_backends
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,3 +30,22 @@ def apply_rope(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
     cos, sin = table_2SD.to(wide).unsqueeze(2)
     even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+@with_backends("turn_tail")
+def turn_tail(x_BSNX: torch.Tensor, table_2SD: torch.Tensor, nope: int) -> torch.Tensor:
+    """Heads whose dimensions from `nope` on are turned, as MLA's decoupled queries are."""
+    return torch.cat([x_BSNX[..., :nope], apply_rope(x_BSNX[..., nope:], table_2SD)], -1)
+
+
+@with_backends("join_keys")
+def join_keys(kv_BSNX: torch.Tensor, k_pe_BSD: torch.Tensor, table_2SD: torch.Tensor | None, nope: int
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [B, S, N, nope + D] and values [B, S, N, V] from heads [.., nope + V] and the part that all heads share.
+
+    That part is turned here, or has been where no table is given.
+    """
+    k_nope, v = kv_BSNX[..., :nope], kv_BSNX[..., nope:]
+    k_pe_BS1D = k_pe_BSD.unsqueeze(2)
+    turned = k_pe_BS1D if table_2SD is None else apply_rope(k_pe_BS1D, table_2SD)
+    return torch.cat([k_nope, turned.expand(-1, -1, kv_BSNX.shape[2], -1)], -1), v

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.attention import Joined, Scores, attend, attend_backward, documents_of
+from megatron_deepseek.ops.attention import Joined, Output, Scores, attend, attend_backward, documents_of
 from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
 
 # [B, T, C] of any T tokens to keys [B, T, N, D] and values [B, T, N, V]
@@ -67,8 +67,8 @@ class ContextParallel:
         return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))
 
     def attention(self, q_BSND: torch.Tensor, block_BSC: torch.Tensor, project: Project, scale: float,
-                  documents: torch.Tensor | None = None) -> torch.Tensor:
-        """Causal attention of this rank's queries over the whole sequence, [B, S, N, V].
+                  documents: torch.Tensor | None = None, output: Output = Output()) -> torch.Tensor:
+        """Causal attention of this rank's queries over the whole sequence, [B, S, N * V]; `output` says in which form.
 
         With `documents` [B, whole sequence] given, over the tokens of the query's own document. They are best on the
         CPU: where documents lie decides which kernels are started.
@@ -78,7 +78,7 @@ class ContextParallel:
         """
         exchange = EXCHANGES[self.exchange](self.mesh.get_group())
         sight = Sight(self.rank, self.size, q_BSND.shape[1], scale, documents)
-        return _BlockwiseAttention.apply(q_BSND, block_BSC, project, sight, exchange)
+        return _BlockwiseAttention.apply(q_BSND, block_BSC, project, sight, exchange, output)
 
 
 def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
@@ -146,7 +146,8 @@ class _BlockwiseAttention(torch.autograd.Function):
     """Keeps the blocks, not the keys and values made of them."""
 
     @staticmethod
-    def forward(ctx, q_BSND, own_BSC, project: Project, sight: Sight, exchange: Ring | Gather):
+    def forward(ctx, q_BSND, own_BSC, project: Project, sight: Sight, exchange: Ring | Gather,
+                output: Output):
         q_BNSD, blocks, owners, joined = q_BSND.transpose(1, 2), [], [], None
         for owner, block in exchange.blocks(own_BSC):
             made, parts = sight.of(owner)
@@ -158,15 +159,18 @@ class _BlockwiseAttention(torch.autograd.Function):
                 joined.add(queries, *attend(q_BNSD[queries], k[keys], v[keys], Scores(sight.scale, part.causal)))
             blocks.append(block)
             owners.append(owner)
-        out_BNSV = joined.out_BNSV.to(q_BSND.dtype)
-        ctx.save_for_backward(q_BSND, out_BNSV, joined.lse_BNS, *blocks)
-        ctx.owners, ctx.project, ctx.sight, ctx.exchange = owners, project, sight, exchange
-        return out_BNSV.transpose(1, 2)
+        result, kept = output.give(joined.out_BNSV.to(q_BSND.dtype).transpose(1, 2).flatten(-2))
+        ctx.save_for_backward(q_BSND, joined.lse_BNS, *blocks, *kept)
+        ctx.owners, ctx.project, ctx.sight, ctx.exchange, ctx.output = owners, project, sight, exchange, output
+        return result
 
     @staticmethod
-    def backward(ctx, grad_BSNV):
-        q_BSND, out_BNSV, lse_BNS, *blocks = ctx.saved_tensors
-        q_BNSD, grad_BNSV, sight = q_BSND.transpose(1, 2), grad_BSNV.transpose(1, 2), ctx.sight
+    def backward(ctx, grad_BSV):
+        q_BSND, lse_BNS, *saved = ctx.saved_tensors
+        blocks, kept = saved[:len(ctx.owners)], saved[len(ctx.owners):]
+        out_BSV = ctx.output.restore(kept, grad_BSV)
+        out_BNSV, grad_BNSV = (x.unflatten(-1, (q_BSND.shape[2], -1)).transpose(1, 2) for x in (out_BSV, grad_BSV))
+        q_BNSD, sight = q_BSND.transpose(1, 2), ctx.sight
         wide = torch.promote_types(q_BSND.dtype, torch.float32)
         grad_q_BNSD = torch.zeros_like(q_BNSD, dtype=wide)
 
@@ -189,7 +193,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                     else torch.zeros_like(block)
 
         grad_own = ctx.exchange.return_gradients(gradients())
-        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None
+        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None
 
 
 def _gradient_of_block(block: torch.Tensor, keys: slice, project: Project, through_attention) -> torch.Tensor:

@@ -20,14 +20,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
+from megatron_deepseek.ops.block_scaled import map_rows
+from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, sort_by_expert, weighted_sum
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
 
 Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
+Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Dispatcher(Protocol):
-    """`mesh` is that of the expert ranks, over which the experts' weights are sharded."""
+    """`mesh` is that of the expert ranks, over which the experts' weights are sharded.
+
+    `to_experts` makes what travels of the gradients of the experts' results. What tokens travel as is what they come
+    as: block-scaled ones (ops/block_scaled.py) as FP8.
+    """
 
     mesh: DeviceMesh
 
@@ -40,24 +46,38 @@ class Dispatcher(Protocol):
         """
 
 
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, sent, received, group):
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        out = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-        return out
+    def forward(ctx, x, sent, received, group, encode):
+        ctx.sent, ctx.received, ctx.group, ctx.encode = sent, received, group, encode
+        return _all_to_all(x, sent, received, group)
 
     @staticmethod
     def backward(ctx, grad):
-        out = grad.new_empty(sum(ctx.sent), *grad.shape[1:])
-        dist.all_to_all_single(out, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        return out, None, None, None
+        return _all_to_all(ctx.encode(grad), ctx.received, ctx.sent, ctx.group), None, None, None, None
 
 
-def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it."""
-    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group)
+def _all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Of every part of x, if it is block-scaled."""
+    def exchange(part):
+        out = part.new_empty(sum(received), *part.shape[1:])
+        dist.all_to_all_single(out, part.contiguous(), received, sent, group=group)
+        return out
+
+    return map_rows(x, exchange)
+
+
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup,
+                  encode: Encode = unchanged) -> torch.Tensor:
+    """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it.
+
+    `encode` makes of the gradient what travels back.
+    """
+    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group, encode)
 
 
 def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -70,8 +90,8 @@ def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return incoming_E.view(group.size(), -1)
 
 
-def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts, nodes: NodeMap
-                ) -> tuple[torch.Tensor, Traffic]:
+def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts, nodes: NodeMap,
+                to_experts: Encode = unchanged) -> tuple[torch.Tensor, Traffic]:
     """Rows sorted by expert of the whole group to their experts' ranks and back, in the same order."""
     group = nodes.group
     incoming_re = exchange_counts(counts_E, group)
@@ -79,10 +99,10 @@ def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts,
     rows_QH = exchange_rows(rows_RH, sent, received, group)
     order_Q = _group_by_expert(incoming_re)
     inverse_Q = invert(order_Q)
-    rows_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
-    rows_QH = permute(rows_QH, inverse_Q, order_Q)
-    traffic = nodes.traffic(bytes_of(sent, rows_RH)) + nodes.traffic(bytes_of(received, rows_RH))
-    return exchange_rows(rows_QH, received, sent, group), traffic
+    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    results_QH = permute(results_QH, inverse_Q, order_Q)
+    traffic = nodes.traffic(bytes_of(sent, rows_QH)) + nodes.traffic(bytes_of(received, results_QH))
+    return exchange_rows(results_QH, received, sent, group, to_experts), traffic
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +112,17 @@ class AllToAllDispatcher:
     mesh: DeviceMesh
     num_experts: int
     ranks_per_node: int
+    to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
-        order_R = experts_TK.flatten().argsort(stable=True)
-        inverse_R = invert(order_R)
-        counts_E = experts_TK.flatten().bincount(minlength=self.num_experts)
+        order_R, inverse_R, counts_E = sort_by_expert(experts_TK, self.num_experts)
         rows_RH, traffic = copy_and_permute(x_TH, order_R, inverse_R), Traffic()
         if self.mesh.size() == 1:
             rows_RH = experts(rows_RH, counts_E.tolist())
         else:
             nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
-            rows_RH, traffic = run_experts(rows_RH, counts_E, experts, nodes)
+            rows_RH, traffic = run_experts(rows_RH, counts_E, experts, nodes, self.to_experts)
         return weighted_sum(rows_RH, weights_TK, order_R, inverse_R), traffic
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import Experts
+from megatron_deepseek.parallel.expert import Encode, Experts, unchanged
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
 from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
@@ -23,6 +23,7 @@ class AllGatherDispatcher:
     mesh: DeviceMesh
     num_experts: int
     ranks_per_node: int
+    to_experts: Encode = unchanged  # its gradients travel before they are weighed, as whole tokens: not as FP8
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:

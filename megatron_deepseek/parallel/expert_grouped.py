@@ -17,7 +17,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import Experts, exchange_counts, exchange_rows, run_experts
+from megatron_deepseek.parallel.expert import Encode, Experts, exchange_counts, exchange_rows, run_experts, unchanged
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, TwoLevels, bytes_of
 
 
@@ -29,6 +29,7 @@ class GroupedDispatcher:
     num_experts: int
     ranks_per_node: int
     levels: TwoLevels
+    to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
@@ -59,5 +60,5 @@ class GroupedDispatcher:
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
         counts_n = torch.tensor(copies.counts, device=x_QH.device)
         nodes = NodeMap(self.levels.within.get_group(), self.ranks_per_node)
-        rows, traffic = run_experts(copy_rows(x_QH, copies), counts_n, experts, nodes)
+        rows, traffic = run_experts(copy_rows(x_QH, copies), counts_n, experts, nodes, self.to_experts)
         return sum_copies(rows, weights_QK, copies), traffic

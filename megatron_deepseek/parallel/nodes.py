@@ -3,13 +3,13 @@
 Rank r is on node r // ranks_per_node, as torchrun numbers them.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megatron_deepseek.ops.block_scaled import bytes_of_row
 from megatron_deepseek.parallel.layout import Layout
 
 
@@ -74,5 +74,5 @@ def build_levels(layout: Layout, device: torch.device, ranks_per_node: int) -> T
 
 def bytes_of(rows: list[int], *tensors: torch.Tensor) -> list[int]:
     """Of `rows` rows of every one of `tensors` [any, ...]."""
-    row = sum(math.prod(x.shape[1:]) * x.element_size() for x in tensors)
+    row = sum(map(bytes_of_row, tensors))
     return [number * row for number in rows]

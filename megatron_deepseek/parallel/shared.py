@@ -66,5 +66,5 @@ def _subgroup(pp_ranks: list[int], meshes: Meshes) -> dist.ProcessGroup | None:
     if len(pp_ranks) < 2:
         return None
     lines = meshes.dense.mesh[pp_ranks].flatten(1).t().tolist()
-    group, _ = dist.new_subgroups_by_enumeration(lines)
+    group, _ = dist.new_subgroups_by_enumeration(lines, group_desc="shared_parameters")
     return group

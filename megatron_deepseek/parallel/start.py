@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.parallel.lives import agent_store
+
 
 def choose_device() -> torch.device:
     """This rank's CUDA GPU where the machine has GPUs, else the CPU.
@@ -45,5 +47,21 @@ def join_job(device: torch.device, timeout_minutes: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **_rendezvous())
+
+
+def _rendezvous() -> dict:
+    """Where the ranks find each other: a store of their own life under torchrun, else what the environment says."""
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store = agent_store()
+    if store is None:
+        return {}
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
+def limit_waiting(timeout_minutes: float) -> None:
+    """Give every process group the time-out of the default one; torch gives those made without one its own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group != dist.GroupMember.NON_GROUP_MEMBER:
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)

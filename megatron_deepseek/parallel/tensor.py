@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from megatron_deepseek.ops.block_scaled import map_rows
 from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.products import Linear, Product
 
 SEQUENCE_DIM = 1
 
@@ -57,7 +58,7 @@ class _GatherSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, group):
         ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group)
+        return map_rows(x, lambda part: all_gather(part, dim, group))
 
     @staticmethod
     def backward(ctx, grad):
@@ -214,16 +215,16 @@ def local_weight(parameter: nn.Parameter, gradient: Placement) -> torch.Tensor:
 class ParallelLinear(nn.Module):
     """y = x W^T (+ b) on the local shard of W [out, in]. `weight_grad` is what the local gradient means.
 
-    `product` is F.linear, or a form of it that puts off the weight's gradient (zero_bubble.py).
+    `product` says in which numbers it is computed, and when the weight's gradient is (ops/products.py).
 
     A bias is added to a complete output only: with row-parallel weights call `add_bias` after leaving the region.
     """
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, placement: Placement,
-                 weight_grad: Placement, bias: bool = False):
+                 weight_grad: Placement, bias: bool = False, product: Product = Linear()):
         super().__init__()
         self.weight = sharded_parameter((out_features, in_features), tp.mesh, placement)
-        self.product = F.linear
+        self.product = product
         self.weight_grad = weight_grad
         self.bias_grad = tp.activation_grad
         self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
@@ -231,23 +232,30 @@ class ParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, local_weight(self.weight, self.weight_grad))
 
+    def after_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Of silu(gate) * up."""
+        return self.product.after_swiglu(gate, up, local_weight(self.weight, self.weight_grad))
+
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + local_weight(self.bias, self.bias_grad)
 
 
-def column_linear(in_features: int, out_features: int, tp: TensorParallel) -> ParallelLinear:
+def column_linear(in_features: int, out_features: int, tp: TensorParallel, product: Product = Linear()
+                  ) -> ParallelLinear:
     """Output features sharded over TP; the input is the whole sequence (`TensorParallel.enter`)."""
-    return ParallelLinear(in_features, out_features, tp, Shard(0), Shard(0))
+    return ParallelLinear(in_features, out_features, tp, Shard(0), Shard(0), product=product)
 
 
-def row_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> ParallelLinear:
+def row_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False,
+               product: Product = Linear()) -> ParallelLinear:
     """Input features sharded over TP; the output is a partial sum (`TensorParallel.leave`)."""
-    return ParallelLinear(in_features, out_features, tp, Shard(1), Shard(1), bias)
+    return ParallelLinear(in_features, out_features, tp, Shard(1), Shard(1), bias, product)
 
 
-def replicated_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> ParallelLinear:
+def replicated_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False,
+                      product: Product = Linear()) -> ParallelLinear:
     """The same weight on every TP rank, applied to the stream between regions."""
-    return ParallelLinear(in_features, out_features, tp, Replicate(), tp.activation_grad, bias)
+    return ParallelLinear(in_features, out_features, tp, Replicate(), tp.activation_grad, bias, product)
 
 
 class RMSNorm(nn.Module):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
 from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
@@ -41,37 +42,33 @@ def local_ids(ids: torch.Tensor, rows: int, tp: TensorParallel) -> tuple[torch.T
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Softmax cross-entropy over a sharded vocabulary: three all-reduces of [T] instead of a gather of [T, V]."""
+    """Softmax cross-entropy over a sharded vocabulary: all-reduces of [T] instead of a gather of [T, V].
+
+    What is kept are the logits as they are; their exponentials are made again in the backward.
+    """
 
     @staticmethod
     def forward(ctx, logits_Tv, labels_T, tp):
-        wide = torch.promote_types(logits_Tv.dtype, torch.float32)
-        max_T = logits_Tv.amax(-1).to(wide)
+        ctx.first_id = tp.rank * logits_Tv.shape[-1]
+        own_max_T, sum_T, label_logit_T = cross_entropy_statistics(logits_Tv, labels_T, ctx.first_id)
+        max_T = own_max_T.clone()
         if tp.size > 1:
             dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=tp.group)
-        shifted_Tv = logits_Tv.to(wide) - max_T.unsqueeze(-1)
-        local_T, mine_T = local_ids(labels_T, logits_Tv.shape[-1], tp)
-        label_logit_T = shifted_Tv.gather(-1, local_T.unsqueeze(-1)).squeeze(-1) * mine_T
-        exp_Tv = shifted_Tv.exp_()
-        sums_2T = torch.stack([exp_Tv.sum(-1), label_logit_T])
-        if tp.size > 1:
+            sums_2T = torch.stack([sum_T * (own_max_T - max_T).exp(), label_logit_T])
             dist.all_reduce(sums_2T, group=tp.group)
-        sum_T, label_logit_T = sums_2T
-        ctx.save_for_backward(exp_Tv, sum_T, local_T, mine_T)
-        ctx.logits_dtype = logits_Tv.dtype
-        return sum_T.log() - label_logit_T
+            sum_T, label_logit_T = sums_2T
+        ctx.save_for_backward(logits_Tv, labels_T, max_T, sum_T)
+        return sum_T.log() - (label_logit_T - max_T)
 
     @staticmethod
     def backward(ctx, grad_T):
-        exp_Tv, sum_T, local_T, mine_T = ctx.saved_tensors
-        grad_Tv = exp_Tv * (grad_T / sum_T).unsqueeze(-1)
-        grad_Tv.scatter_add_(-1, local_T.unsqueeze(-1), -(grad_T * mine_T).unsqueeze(-1))
-        return grad_Tv.to(ctx.logits_dtype), None, None
+        logits_Tv, labels_T, max_T, sum_T = ctx.saved_tensors
+        return cross_entropy_gradient(logits_Tv, labels_T, ctx.first_id, max_T, sum_T, grad_T), None, None
 
 
 def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """Loss of each token [T], in at least float32, from this rank's logits. Labels are ids of the whole vocabulary."""
-    if tp.size == 1:
+    if tp.size == 1 and not logits_Tv.is_cuda:
         wide = torch.promote_types(logits_Tv.dtype, torch.float32)
         return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
     return _CrossEntropy.apply(logits_Tv, labels_T, tp)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_wgrad
+from megatron_deepseek.ops.products import Product
 from megatron_deepseek.parallel.data import accumulate_gradients
 
 
@@ -85,11 +86,10 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:
-    """Make every product of `stage` that names its own (`product`, `grouped_product`) leave its weight gradient."""
+    """Make every product that a module of `stage` holds leave its weight gradient."""
     deferred = DeferredGradients(partial(accumulate_gradients, stage))
     for module in stage.modules():
-        if hasattr(module, "product"):
-            module.product = deferred.linear
-        if hasattr(module, "grouped_product"):
-            module.grouped_product = deferred.grouped_gemm
+        for name, product in [*vars(module).items()]:
+            if isinstance(product, Product):
+                setattr(module, name, product.deferring(deferred))
     return deferred

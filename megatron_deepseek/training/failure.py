@@ -17,16 +17,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
+from megatron_deepseek.parallel.lives import agent_store
+from megatron_deepseek.training.hang import describe_group, group_of, location, missing_ranks, timed_out
+
 WATCH_SECONDS = 1.0
 # How long a rank that merely noticed a failure lets torchrun end it, or waits for the rank whose failure it was.
 GRACE_SECONDS = 3.0
+_ANSWER_SECONDS = 2.0  # for other ranks' watches to see a failure and say where they are
 # What gloo, NCCL and the store say when the other end is gone; none of it can be this rank's own mistake.
 PEER_LOSS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
              "remote process exited", "ncclRemoteError", "communicator was aborted", "Timed out waiting",
@@ -40,7 +43,7 @@ def guarded(main: Callable) -> Callable:
     def entry(*args, **kwargs):
         if "RANK" not in os.environ:
             return main(*args, **kwargs)
-        claim = FailureClaim(_agent_store())
+        claim = FailureClaim(agent_store())
         try:
             with claim.watched():
                 return record(main, OneTraceback(claim))(*args, **kwargs)
@@ -63,7 +66,7 @@ class FailureClaim:
     KEY = "megatron_deepseek/failures"
 
     def __init__(self, store: dist.Store | None):
-        self.store = store
+        self.store, self.failed_here = store, False
 
     def is_first(self) -> bool:
         try:
@@ -93,7 +96,10 @@ class FailureClaim:
 
         def watch():
             while not done.wait(WATCH_SECONDS):
-                if self.is_taken() and not done.wait(GRACE_SECONDS):
+                if not self.is_taken():
+                    continue
+                self.tell_location()
+                if not done.wait(GRACE_SECONDS):
                     _tell_torchrun("Stopped: a rank of another node failed first, and its output has the traceback")
                     _leave(1)
 
@@ -103,6 +109,24 @@ class FailureClaim:
             yield
         finally:
             done.set()
+
+    def tell_location(self) -> None:
+        """Leave word of where this rank's training stands, for the rank whose failure came first."""
+        try:
+            place = "" if self.failed_here else location()
+            self._reachable_store().set(f"{self.KEY}/where/{os.environ['RANK']}", place)
+        except Exception:
+            pass
+
+    def locations(self, ranks: Sequence[int], seconds: float) -> dict[int, str | None]:
+        """What `ranks` left word of within `seconds`; None for one that did not."""
+        deadline, found = time.monotonic() + seconds, dict.fromkeys(ranks)
+        while None in found.values() and time.monotonic() < deadline:
+            time.sleep(0.1)
+            for rank in ranks:
+                if found[rank] is None and self._reachable_store().check([f"{self.KEY}/where/{rank}"]):
+                    found[rank] = self._reachable_store().get(f"{self.KEY}/where/{rank}").decode()
+        return found
 
     def _reachable_store(self) -> dist.Store:
         return self.store if self.store is not None else dist.distributed_c10d._get_default_store()
@@ -115,14 +139,24 @@ class OneTraceback(ErrorHandler):
         self.claim = claim
 
     def record_exception(self, e: BaseException) -> None:
-        lost = lost_a_peer(e)
-        if (lost and self.claim.wait_until_taken(GRACE_SECONDS)) or not self.claim.is_first():
+        self.claim.failed_here, lost, hung = True, lost_a_peer(e), timed_out(e)
+        if (lost and not hung and self.claim.wait_until_taken(GRACE_SECONDS)) or not self.claim.is_first():
             time.sleep(GRACE_SECONDS)  # torchrun's SIGTERM comes first: its summary then names the failed rank only
             return
         lines = traceback.format_exception(type(e), e, e.__traceback__.tb_next)  # not the frame of `record`
-        note = "A peer hung, or died without a traceback; this rank waited for it here:\n" if lost else ""
+        note = "A peer died without a traceback; this rank waited for it here:\n" if lost else ""
+        if hung:
+            note = self._hang(e)
         _print_with_rank(note + "".join(lines))
         _tell_torchrun(f"{type(e).__name__}: {e} (traceback above, after [rank{os.environ['RANK']}])")
+
+    def _hang(self, error: BaseException) -> str:
+        """Of which group a collective timed out here, and which of its ranks were elsewhere."""
+        group = group_of(error)
+        others = [] if group is None else [rank for rank in dist.get_process_group_ranks(group)
+                                           if rank != dist.get_rank()]
+        where = f"; {missing_ranks(self.claim.locations(others, _ANSWER_SECONDS))}" if others else ""
+        return f"A collective of {describe_group(group)} timed out{where}. This rank waited here:\n"
 
 
 def lost_a_peer(error: BaseException) -> bool:
@@ -136,16 +170,6 @@ def lost_a_peer(error: BaseException) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _agent_store() -> dist.Store | None:
-    """A connection of our own to the store of torchrun's agent, which outlives every rank."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # A store whose host died refuses at once; the time-out is for one that is only slow, which is no failure.
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5), wait_for_workers=False)
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _print_with_rank(text: str) -> None:

@@ -132,7 +132,7 @@ class SpikeWatch:
     1 % of the median. The first `fewest` losses are only collected.
     """
 
-    def __init__(self, window: int = 64, fewest: int = 16, factor: float = 6.0):
+    def __init__(self, window: int = 32, fewest: int = 16, factor: float = 6.0):
         self.losses: deque[float] = deque(maxlen=window)
         self.fewest, self.factor = fewest, factor
 

@@ -51,9 +51,17 @@ class Interruptions:
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        except BaseException:
+            _restore(before)
+            if self.signal is not None:  # the rest of the job is gone: whoever sent it wants an end, not a checkpoint
+                signal.raise_signal(self.signal)
+            raise
+        _restore(before)
 
     def _note(self, number: int, _frame) -> None:
         self.signal = signal.Signals(number)
+
+
+def _restore(handlers: dict) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -16,7 +16,7 @@ from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
-from megatron_deepseek.parallel.start import choose_device, join_job
+from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.training.failure import guarded
@@ -42,6 +42,7 @@ def _pretrain(settings: Settings, begun: float) -> None:
     join_job(device, settings.run.distributed_timeout_minutes)
     meshes = build_meshes(settings.layout, device)
     trainer = Trainer(make_plan(settings), meshes)
+    limit_waiting(settings.run.distributed_timeout_minutes)
     state = resume(settings, trainer)
     first = dist.get_rank() == 0
     with open_report(settings.run, state.iteration) if first else Report() as report:
@@ -60,9 +61,10 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
         seq_length=settings.data.seq_length, micro_batch_size=settings.batch.micro_batch_size,
-        precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None),
+        precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
+                            fp8=settings.run.fp8_format is not None),
         optimizer=settings.optimizer, loss=settings.loss, recompute=settings.recompute,
-        communication=settings.communication,
+        communication=settings.communication, offload=settings.offload,
         reshard_after_forward=settings.run.sharding == "optim_grads_params", seed=settings.run.seed)
 
 

@@ -84,7 +84,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
     schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
     report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
-                   f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}")
+                   f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
+                   + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):
             report.message(note)

@@ -33,7 +33,8 @@ from megatron_deepseek.training.optimizer import (
     gradient_norm,
     set_learning_rate,
 )
-from megatron_deepseek.settings import CommunicationSettings, LossSettings, OptimizerSettings, RecomputeSettings
+from megatron_deepseek.settings import (CommunicationSettings, LossSettings, OffloadSettings, OptimizerSettings,
+                                        RecomputeSettings)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Plan:
     loss: LossSettings = LossSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     communication: CommunicationSettings = CommunicationSettings()
+    offload: OffloadSettings = OffloadSettings()
     reshard_after_forward: bool = False
     seed: int = 1234
 
@@ -104,7 +106,7 @@ class Trainer:
         self.indices = stages_of_rank(meshes.rank("pp"), len(plan.stages), pp, plan.schedule)
         self.stages = build_stages(plan.model, [plan.stages[i] for i in self.indices], meshes, plan.seq_length,
                                    seed=plan.seed, precision=plan.precision, loss=plan.loss, recompute=plan.recompute,
-                                   communication=plan.communication,
+                                   communication=plan.communication, offload=plan.offload,
                                    reshard_after_forward=plan.reshard_after_forward)
         self.shared = find_shared(_embedding_holders(plan), holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()

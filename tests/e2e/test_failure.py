@@ -15,6 +15,7 @@ from megatron_deepseek.training.failure import guarded, lost_a_peer
 
 SCRIPT = '''
 import os, sys, time
+from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron_deepseek.training.failure import guarded
@@ -22,17 +23,21 @@ from megatron_deepseek.training.failure import guarded
 def read_token(step):
     raise RuntimeError(f"bad token in step {step}")
 
+def look_away():
+    time.sleep(600)
+
 @guarded
-def main(failing_rank, sleeping_rank):
+def main(failing_rank, sleeping_rank, timeout=600):
     dist.init_process_group("gloo")
+    group = dist.new_group(group_desc="mesh_tp", timeout=timedelta(seconds=timeout))
     for step in range(10**6):
-        dist.all_reduce(torch.ones(8))
+        dist.all_reduce(torch.ones(8), group=group)
         if step == 20 and dist.get_rank() == failing_rank:
             read_token(step)
         if step == 20 and dist.get_rank() == sleeping_rank:
-            time.sleep(600)
+            look_away()
 
-main(int(sys.argv[1]), int(sys.argv[2]))
+main(*map(int, sys.argv[1:]))
 '''
 
 
@@ -85,6 +90,17 @@ def test_ranks_of_other_nodes_end_too(launch):
     assert [node.returncode != 0 for node in nodes] == [True, True, True]
     assert [ranks_with_a_traceback(output) for output in outputs] == [[], ["1"], []]
     assert "a rank of another node failed first" in outputs[0]
+
+
+def test_a_hang_names_group_and_rank(launch):
+    """Ranks 0 and 2 wait for rank 1 in vain; the one that speaks says whom they waited for, and where that one is."""
+    begun = time.monotonic()
+    job = launch(["--standalone", "--nproc_per_node", "3"], "-1", "1", "3")
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0 and len(ranks_with_a_traceback(output)) <= 1, output
+    assert "A collective of the group tp (all ranks 0, 1, 2) timed out; rank 1 is in no collective but in look_away " \
+        "(script.py, line 10). This rank waited here:" in output, output
+    assert time.monotonic() - begun < 30
 
 
 def test_without_a_launcher_errors_are_pythons(monkeypatch):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import time
 
 import pytest
 
@@ -72,23 +70,6 @@ def test_context_parallel_grouped_experts_and_packing(workshop):
             pytest.approx(record["lm_loss"] * 16 * 32, rel=1e-6))
     assert set(validations(shared)[0]["validation_source_loss"]) == {workshop.prefix.name, workshop.prefix.name + "#2"}
     assert all(record["moe_bytes_within_node"] > 0 and record["moe_bytes_across_nodes"] > 0 for record in steps(shared))
-
-
-def test_resumes_exactly_after_a_kill(workshop, alone):
-    """Killed after its first checkpoint, the same command goes on and ends with the very same numbers."""
-    arguments = workshop.arguments("killed", "--load", str(workshop.directory / "killed"), "--save-interval", "3")
-    marker = workshop.directory / "killed" / "latest_checkpointed_iteration.txt"
-    process = workshop.start(1, arguments)
-    deadline = time.monotonic() + 120
-    while not marker.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    job = workshop.run(1, arguments)
-    assert job.status == 0 and "continuing at iteration" in job.output, job.output
-    for ours, theirs in zip(workshop.metrics("killed"), alone, strict=True):
-        assert {name: ours.get(name) for name in STEP} == {name: theirs.get(name) for name in STEP}
-        assert ours.get("validation_lm_loss") == theirs.get("validation_lm_loss")
 
 
 def test_exit_interval_recompute_ramp_and_bf16(workshop):

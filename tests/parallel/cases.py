@@ -9,7 +9,8 @@ from megatron_deepseek.parallel import schedule_rules
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.settings import CommunicationSettings, LossSettings, PipelineSettings, RecomputeSettings
+from megatron_deepseek.settings import (CommunicationSettings, LossSettings, OffloadSettings, PipelineSettings,
+                                        RecomputeSettings)
 
 SEQ_LENGTH = 8
 NUM_EXPERTS = 8
@@ -43,6 +44,8 @@ OPTIONS = {
     "recompute": ("none", "full", "layernorm", "mla_up_proj", "moe_act"),
     "reshard": (False, True),
     "moments": ("fp32", "bf16"),
+    "offload_layers": (0, 1),
+    "offload_optimizer": (False, True),
 }
 
 # What exhaustive.py draws from besides: values that differ from those above in size only.
@@ -113,6 +116,8 @@ class Case:
     recompute: str = "none"
     reshard: bool = False
     moments: str = "fp32"
+    offload_layers: int = 0
+    offload_optimizer: bool = False
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""
@@ -177,6 +182,10 @@ class Case:
         given = dict(cp_comm_type=self.cp_type, moe_token_dispatcher_type=self.dispatcher)
         return CommunicationSettings(moe_ranks_per_node=self.node,
                                      **{name: value for name, value in given.items() if value != "none"})
+
+    @property
+    def offload(self) -> OffloadSettings:
+        return OffloadSettings(self.offload_layers, self.offload_optimizer)
 
     @property
     def recomputation(self) -> RecomputeSettings:

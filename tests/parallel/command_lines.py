@@ -22,6 +22,7 @@ def arguments_of(case: Case, config: Path) -> list[str]:
         "moe-token-dispatcher-type": case.communication.moe_token_dispatcher_type,
         "micro-batch-size": case.micro_batch_size,
         "global-batch-size": case.global_batch_size, "exp-avg-dtype": case.moments, "exp-avg-sq-dtype": case.moments,
+        "cpu-offloading-num-layers": case.offload_layers,
         "data-parallel-sharding-strategy": "optim_grads_params" if case.reshard else "optim_grads",
     }
     if case.dispatcher == "grouped":
@@ -37,7 +38,7 @@ def arguments_of(case: Case, config: Path) -> list[str]:
     if case.recomputation.modules:
         words += ["--recompute-modules", *case.recomputation.modules]
     switches = {"sequence-parallel": case.sp, "reset-attention-mask": case.packed,
-                "moe-router-force-load-balancing": case.forced}
+                "moe-router-force-load-balancing": case.forced, "optimizer-cpu-offload": case.offload_optimizer}
     return words + [f"--{option}" for option, on in switches.items() if on]
 
 

@@ -44,13 +44,14 @@ class Record:
     evaluation: Losses | None = None
 
 
-def batch(model: ModelConfig, size: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels and label mask [size, S] of the global batch. Rows have between few and almost all labels; at
+def batch(model: ModelConfig, size: int, step: int, length: int = SEQ_LENGTH
+          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and label mask [size, length] of the global batch. Rows have between few and almost all labels; at
     step 1 the first two rows (a micro-batch) have none, at step 2 the second half (whole data ranks) has none.
     """
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(model.vocab_size, (size, SEQ_LENGTH + 1), generator=generator)
-    mask = torch.rand(size, SEQ_LENGTH, generator=generator) < torch.linspace(0.2, 0.95, size).unsqueeze(1)
+    tokens = torch.randint(model.vocab_size, (size, length + 1), generator=generator)
+    mask = torch.rand(size, length, generator=generator) < torch.linspace(0.2, 0.95, size).unsqueeze(1)
     if step == 1 and size > 2:
         mask[:2] = False
     if step == 2:
@@ -58,9 +59,9 @@ def batch(model: ModelConfig, size: int, step: int) -> tuple[torch.Tensor, torch
     return tokens[:, :-1], tokens[:, 1:], mask
 
 
-def documents(size: int, step: int) -> torch.Tensor:
-    """[size, S]: the document of each token; some of one token, and one row that is a single document."""
-    starts = torch.rand(size, SEQ_LENGTH, generator=torch.Generator().manual_seed(100 + step)) < 0.3
+def documents(size: int, step: int, length: int = SEQ_LENGTH) -> torch.Tensor:
+    """[size, length]: the document of each token; some of one token, and one row that is a single document."""
+    starts = torch.rand(size, length, generator=torch.Generator().manual_seed(100 + step)) < 0.3
     starts[-1:] &= size == 1
     return starts.long().cumsum(1)
 
@@ -74,19 +75,20 @@ def sources(size: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.arange(size) % 3, 4).bool()
 
 
-def plan_of(case: Case, precision: Precision = FLOAT64) -> Plan:
-    return Plan(case.model, case.stages, case.schedule, SEQ_LENGTH, case.micro_batch_size, precision=precision,
+def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
+    return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(case.moments), loss=case.loss, recompute=case.recomputation,
-                communication=case.communication, reshard_after_forward=case.reshard)
+                communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard)
 
 
-def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
-    return train(plan_of(case, precision), case.layout, case.global_batch_size, num_steps, case.packed)
+def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:
+    return train(plan_of(case, precision, seq_length), case.layout, case.global_batch_size, num_steps, case.packed)
 
 
-def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64) -> Record:
-    stages = resolve(reference.model, PipelineSettings(), 1, SEQ_LENGTH)
-    plan = Plan(reference.model, stages, "none", SEQ_LENGTH, reference.micro_batch_size, precision=precision,
+def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64,
+                  seq_length: int = SEQ_LENGTH) -> Record:
+    stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
+    plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(reference.moments), loss=reference.loss)
     return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed)
 
@@ -101,9 +103,9 @@ def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, pa
 
     def inputs(step: int) -> dict[str, torch.Tensor]:
         names = ("tokens_BS", "labels_BS", "mask_BS")
-        given = dict(zip(names, batch(plan.model, global_batch_size, step)))
+        given = dict(zip(names, batch(plan.model, global_batch_size, step, plan.seq_length)))
         given["sources_BK"] = sources(global_batch_size)
-        given |= {"documents_BS": documents(global_batch_size, step)} if packed else {}
+        given |= {"documents_BS": documents(global_batch_size, step, plan.seq_length)} if packed else {}
         return {name: part[rows] for name, part in given.items()}
 
     for step in range(num_steps):

@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 from cases import WIDE_CASES
 from command_lines import features_of, settings_of
+from test_fp8_layouts import BF16_TOO, FP8_CASES
 from test_layouts import CASES
 from test_precision import BFLOAT16_CASES
 
@@ -16,7 +17,8 @@ from megatron_deepseek.arguments.refusals import REFUSALS
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 # Every list of cases that some test compares with one process, with the arguments that the test adds to the case's.
-COMPARED = [*((case,) for case in (*CASES, *WIDE_CASES)), *((case, "--bf16") for case in BFLOAT16_CASES)]
+COMPARED = [*((case,) for case in (*CASES, *WIDE_CASES)), *((case, "--bf16") for case in BFLOAT16_CASES),
+            *((case, "--fp8-format", "e4m3") for case in FP8_CASES), (BF16_TOO, "--bf16", "--fp8-format", "e4m3")]
 BASE = "--model tiny --data-path corpus --train-iters 1 --seq-length 256 --global-batch-size 32"
 RANKS = 8
 
@@ -32,7 +34,7 @@ def test_a_case_is_what_its_command_line_asks_for(compared):
     assert settings.layout == case.layout
     assert resolve(settings.model, settings.pipeline, case.pp, settings.data.seq_length) == case.stages
     assert case.pp == 1 or settings.pipeline.schedule == case.schedule
-    assert settings.recompute == case.recomputation
+    assert settings.recompute == case.recomputation and settings.offload == case.offload
     assert settings.communication.cp_comm_type == case.communication.cp_comm_type
     assert settings.communication.moe_token_dispatcher_type == case.communication.moe_token_dispatcher_type
     assert settings.loss.moe_router_force_load_balancing == case.forced

@@ -1,6 +1,7 @@
 """Meshes, stages and shards far beyond the machine, without devices: torch's fake process groups, the meta device."""
 
 import math
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -12,12 +13,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, default_dtype, make_blueprint, units
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.parallel import exchange
+from megatron_deepseek.parallel.context import ContextParallel, Sight
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.presets import V3
 from megatron_deepseek.settings import LossSettings, RecomputeSettings
+from megatron_deepseek.training.trainer import Plan, _stage_shapes
 
 LAYOUTS = (
     Layout(dp=2, pp=2, tp=2, ep=4),
@@ -28,9 +32,10 @@ LAYOUTS = (
 )
 V3_LAYOUTS = {
     "PP16 x EP64": Layout(dp=128, pp=16, ep=64),
-    "PP16 x TP8 x EP64": Layout(dp=16, pp=16, tp=8, ep=64, sequence_parallel=True),
+    "PP16 x CP8 x TP8 x EP64": Layout(dp=2, pp=16, cp=8, tp=8, ep=64, sequence_parallel=True),
     "TP8 x EP64": Layout(dp=256, tp=8, ep=64, sequence_parallel=True),
 }
+LONG = 131072  # tokens of a sequence that CP8 is for
 
 
 def fake_meshes(layout: Layout, rank: int) -> Meshes:
@@ -148,3 +153,66 @@ def test_deepseek_v3_on_2048_ranks(ranks, layout):
     bias = V3.n_routed_experts * (V3.num_moe_layers + 1)  # the routers' biases are buffers
     assert sum(map(math.prod, shapes.values())) == V3.num_parameters() + V3.mtp_parameters() - bias
     assert len([name for name in shapes if name.endswith("experts.down_proj")]) == V3.num_moe_layers + 1
+
+
+@dataclass(frozen=True)
+class ContextRank:
+    """What a rank has of a sequence, and which global ranks it sends blocks to and receives them from."""
+
+    rank: int
+    positions: torch.Tensor
+    sends_to: int
+    receives_from: int
+    pairs: int
+    packed_pairs: int
+    passed_on: tuple[int, ...]
+
+
+def packed_row() -> torch.Tensor:
+    """[1, LONG]: documents of 1 to 40,000 tokens."""
+    starts = torch.rand(LONG, generator=torch.Generator().manual_seed(0)) < 1e-4
+    starts[torch.tensor([1, 17, 8192, 16384, 65536])] = True
+    return starts.long().cumsum(0).unsqueeze(0)
+
+
+def context_ranks(layout: Layout, line: int) -> list[ContextRank]:
+    """Every member of one context-parallel group, that of the ranks at `line` of a stage's data ranks."""
+    found, transfers = [], []
+    exchange.dist.batch_isend_irecv = lambda ops: transfers.append(ops) or []
+    for cp_rank in range(layout.cp):
+        meshes = fake_meshes(layout, (line * layout.cp + cp_rank) * layout.tp)
+        cp = ContextParallel(meshes.cp)
+        next(exchange.Ring(meshes.cp.get_group()).blocks(torch.zeros(1)))
+        send, receive = transfers.pop()
+        assert (send.op, receive.op) == (dist.isend, dist.irecv)
+        plan = Plan(V3, stages(V3, layout.pp), "1F1B", LONG, micro_batch_size=1)
+        shape = _stage_shapes(plan, meshes)[0].passed_on
+        pairs = [sum(map(pairs_of_part, Sight(cp.rank, cp.size, LONG // cp.size, 1.0, documents).of(owner)[1]))
+                 for documents in (None, packed_row()) for owner in range(cp.size)]
+        found.append(ContextRank(dist.get_rank(), cp.positions(LONG), send.peer, receive.peer, sum(pairs[:cp.size]),
+                                 sum(pairs[cp.size:]), shape))
+    return found
+
+
+def pairs_of_part(part) -> int:
+    rows, keys = part.rows.stop - part.rows.start, part.keys.stop - part.keys.start
+    return rows * (rows + 1) // 2 if part.causal else rows * keys
+
+
+@pytest.mark.parametrize("layout, line", [
+    (Layout(dp=16, pp=16, cp=8, ep=64), 5), (V3_LAYOUTS["PP16 x CP8 x TP8 x EP64"], 1)], ids=["CP8", "CP8 x TP8"])
+def test_128k_tokens_over_8_context_ranks(ranks, layout, line):
+    """Each token and each causal pair once, as many pairs for each rank, and one ring through the whole group."""
+    (found,) = ranks.run(1, context_ranks, layout, line)
+    assert torch.equal(torch.cat([each.positions for each in found]).sort().values, torch.arange(LONG))
+    chunk = LONG // 16
+    for cp_rank, each in enumerate(found):
+        assert sorted({*(each.positions // chunk).tolist()}) == [cp_rank, 15 - cp_rank]
+        assert each.passed_on == (1, LONG // 8 // layout.tp, V3.hidden_size)
+    assert {each.pairs for each in found} == {LONG * (LONG + 1) // 2 // 8}
+    lengths = packed_row().unique_consecutive(return_counts=True)[1]
+    assert sum(each.packed_pairs for each in found) == (lengths * (lengths + 1) // 2).sum()
+    members = [each.rank for each in found]
+    assert members == [line * layout.cp * layout.tp + layout.tp * i for i in range(8)]
+    assert [each.sends_to for each in found] == members[1:] + members[:1]
+    assert [each.receives_from for each in found] == members[-1:] + members[:-1]

@@ -22,8 +22,6 @@ PP2 = "--pipeline-model-parallel-size 2"
 
 # name of the entry in the table: (ranks, arguments, fragments of the message)
 REFUSED = {
-    "--fp8-format": (1, "--fp8-format e4m3", ["--fp8-format e4m3", "not yet"]),
-    "--fp8-recipe": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "not yet"]),
     "type of --exp-avg-dtype": (1, "--exp-avg-dtype fp8", ["--exp-avg-dtype fp8", "only fp32 and bf16"]),
     "type of --exp-avg-sq-dtype": (1, "--exp-avg-sq-dtype fp16", ["--exp-avg-sq-dtype fp16", "only fp32 and bf16"]),
     "--exp-avg-dtype and --adam-beta1": (1, "--exp-avg-dtype bf16 --adam-beta1 0.999",
@@ -39,6 +37,12 @@ REFUSED = {
                         ["--seq-length 250", "2 x --context-parallel-size 2"]),
     "ep without experts": (2, "--expert-model-parallel-size 2 --num-experts 0",
                            ["--expert-model-parallel-size 2", "--num-experts 0"]),
+    "forced balance without experts": (1, "--num-experts 0 --moe-router-force-load-balancing",
+                                       ["--moe-router-force-load-balancing", "--num-experts 0"]),
+    "shared experts without experts": (1, "--num-experts 0 --moe-shared-expert-intermediate-size 256",
+                                       ["--moe-shared-expert-intermediate-size 256", "--num-experts 0"]),
+    "recompute experts": (1, "--num-experts 0 --recompute-granularity selective --recompute-modules moe_act",
+                          ["--recompute-modules moe_act", "--num-experts 0"]),
     "ep and ranks": (2, "--expert-model-parallel-size 4", ["--expert-model-parallel-size 4", "2 ranks"]),
     "ep and experts": (8, "--expert-model-parallel-size 8 --num-experts 12",
                        ["--expert-model-parallel-size 8", "--num-experts 12"]),
@@ -80,6 +84,9 @@ REFUSED = {
                        ["--moe-device-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
     "communication balance": (1, "--model deepseek-v2-lite --moe-communication-aux-loss-coeff 0.1",
                               ["--moe-communication-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
+    "fp8 recipe of what": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "--fp8-format"]),
+    "fp8 format": (1, "--fp8-format hybrid", ["--fp8-format hybrid", "e4m3"]),
+    "fp8 recipe": (1, "--fp8-format e4m3 --fp8-recipe mxfp8", ["--fp8-recipe mxfp8", "blockwise"]),
     "recompute modules": (1, "--recompute-granularity full --recompute-modules moe_act",
                           ["--recompute-modules", "moe_act", "selective"]),
     "recompute method": (1, "--recompute-granularity selective --recompute-method uniform",

@@ -72,6 +72,12 @@ def test_v3_is_its_report():
     assert settings.model.rope_scaling is None
 
 
+def test_v3_in_its_reports_precision():
+    settings = run_script("pretrain_deepseek_v3.sh", FP8="1")
+    assert (settings.run.bf16, settings.run.fp8_format, settings.optimizer.exp_avg_dtype) == (True, "e4m3", "bf16")
+    assert run_script("pretrain_deepseek_v3.sh").run.fp8_format is None
+
+
 def test_v3_on_twice_the_nodes():
     assert run_script("pretrain_deepseek_v3.sh", NNODES="256", SCHEDULE="ZBVZeroBubble").layout.dp == 128
     with pytest.raises(ValueError, match="DualPipeV does not run with 24 micro-batches"):

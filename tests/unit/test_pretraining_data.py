@@ -158,6 +158,21 @@ def test_each_split_of_its_own(tmp_path):
         check_data(settings, 1000, (100, 9, 0))
 
 
+def test_a_dataset_too_small_for_a_validation_sample_gives_none(tmp_path):
+    """With hundreds of datasets one is; training must have some of each."""
+    write_dataset(tmp_path / "a")
+    write_dataset(tmp_path / "small", num_documents=4, base=2000)
+    settings = settings_of(1, tmp_path / "a", 9, tmp_path / "small", split="90,10,0")
+    plan = make_plan(settings, (20, 4, 0))
+    assert plan.splits[1].weights == (1.0,) and plan.splits[1].left_out == (str(tmp_path / "small"),)
+    assert plan.splits[0].weights == (0.1, 0.9) and not plan.splits[0].left_out
+    train, valid, _ = build_datasets(settings, (20, 4, 0))
+    assert len(train.datasets) == 2 and max(map(max, tokens_of(valid, 4))) < 2000
+    assert "  without 1 dataset whose share is less than a sample: " in describe_split("valid", plan.splits[1])[1]
+    with pytest.raises(ValueError, match="small: its train split .* too small for one sample"):
+        check_data(dataclasses.replace(settings, split="10,90,0"), 10_000, (20, 4, 0))
+
+
 def test_batches_say_which_dataset_each_row_is_from(tmp_path):
     """Also of one dataset twice; a single dataset has no sources. A wrong id is blamed on the dataset it is from."""
     for name, base in (("a", 0), ("b", 2000)):
@@ -337,25 +352,42 @@ def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
     assert len(train_set(settings, 1)) == (sum(map(len, documents)) - 1) // SEQ != len(first)
 
 
-def build_on_rank(rank, settings, folder, queue):
+def move_plan(folder):
+    """What this process is told from now on names another folder: as if it could not see the one of rank 0."""
+    broadcast = torch.distributed.broadcast_object_list
+
+    def broadcast_moved(objects):
+        broadcast(objects)
+        objects[0] = dataclasses.replace(objects[0], folder=folder)
+    torch.distributed.broadcast_object_list = broadcast_moved
+
+
+def build_on_rank(rank, settings, folder, queue, own_folder):
+    os.environ["LOCAL_RANK"] = "0" if own_folder else str(rank)
+    if rank == 1 and own_folder:
+        move_plan(own_folder)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sampler = Sampler(train_set(settings, 16), 10_000, "")
     queue.put((rank, sampler.batch(0, 16, 2, rank, 2).tokens_BS.tolist()))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_share_the_indices_that_rank_0_builds(tmp_path):
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_read_by_the_indices_that_rank_0_builds_or_by_their_nodes_own(tmp_path, shared):
     write_dataset(tmp_path / "a")
     write_dataset(tmp_path / "b", base=2000)
     settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
     fork = multiprocessing.get_context("fork")  # torch is imported already: a fresh process takes seconds for it
     queue = fork.Queue()
-    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue)) for rank in range(2)]
+    own_folder = None if shared else tmp_path / "other"
+    (tmp_path / "other").mkdir()
+    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue, own_folder)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     read = dict(queue.get(timeout=60) for _ in ranks)
     for rank in ranks:
         rank.join(60)
+    assert len(list((tmp_path / "other").iterdir())) == (0 if shared else 2)  # both datasets have the same lengths
     alone = Sampler(train_set(settings, 16), 10_000, "")
     assert read == {rank: alone.batch(0, 16, 2, rank, 2).tokens_BS.tolist() for rank in range(2)}
 

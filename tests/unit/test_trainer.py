@@ -10,7 +10,7 @@ from small_models import V3_SMALL, enliven, gradients_of, random_batch, relative
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.settings import LossSettings, OptimizerSettings
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import Plan, Trainer, Votes
 
 SEQ_LENGTH = 6
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
@@ -183,11 +183,29 @@ def test_memorises_a_batch(meshes, precision):
     assert last.lm_loss < 0.5 * first.lm_loss and last.mtp_loss[0] < 0.5 * first.mtp_loss[0]
 
 
-def test_not_finite_gradients_stop_before_the_update(meshes):
-    ours = trainer(meshes)
+def test_what_is_not_finite_changes_nothing(meshes):
+    """No weight, no moment, no bias; the step says so, and the next one, healthy again, is as if it had not been."""
+    ours, undisturbed = trainer(meshes), trainer(meshes)
+    for each in (ours, undisturbed):
+        each.train_step(*batch_of(2), learning_rate=0.1)
+    weight = ours.stages[0].model.layers["0"].self_attn.o_proj.weight.to_local()
+    kept = weight[0, 0].item()
     with torch.no_grad():
-        ours.stages[0].model.layers["0"].self_attn.o_proj.weight.to_local()[0, 0] = float("inf")
+        weight[0, 0] = float("inf")
     before = weights_of(ours.stages[0])
-    with pytest.raises(FloatingPointError, match="lm_loss is nan"):
-        ours.train_step(*batch_of(2), learning_rate=0.1)
+    result = ours.train_step(*batch_of(2), learning_rate=0.1, bias_rate=0.1)
+    assert not result.updated and result.losses.lm_loss != result.losses.lm_loss
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(ours.stages[0]).items())
+    with torch.no_grad():
+        weight[0, 0] = kept
+    for each in (ours, undisturbed):
+        assert each.train_step(*batch_of(2), learning_rate=0.1).updated
+    after = weights_of(undisturbed.stages[0])
+    assert all(torch.equal(weight, after[name]) for name, weight in weights_of(ours.stages[0]).items())
+
+
+def test_votes_travel_with_the_losses(meshes):
+    ours = trainer(meshes)
+    assert ours.train_step(*batch_of(2), learning_rate=0.1).votes == Votes()
+    result = ours.train_step(*batch_of(2), learning_rate=0.1, votes=lambda: Votes(leave=True))
+    assert result.votes == Votes(save=False, leave=True)

@@ -1,0 +1,191 @@
+"""The kernels of csrc/ beside what torch has for the same work, eager and compiled, at DeepSeek-V3's sizes.
+
+Bytes are the fewest that the work must move: every input read once, every output written once.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from gpu_pieces.timing import Bench, Case, Ceilings, Row
+from megatron_deepseek.ops import alternatives, cuda, fp8, fp8_gemm, norm, permute, rope
+from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
+from megatron_deepseek.ops.fp8_products import quantize_swiglu
+from megatron_deepseek.ops.grouped_gemm import grouped_forward, grouped_wgrad
+from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.swiglu import swiglu_backward
+
+TILE = 128
+
+
+def _random(bench: Bench, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=bench.device).bfloat16()
+
+
+def beside_torch(ours: Callable, reference: Callable) -> dict[str, Callable]:
+    """Ours, the reference in torch, and torch.compile's form of the reference."""
+    return {"torch": reference, "csrc": ours, "torch.compile": torch.compile(reference, dynamic=False)}
+
+
+def ceilings(bench: Bench) -> tuple[Ceilings, list[Row]]:
+    """A copy many times the cache, and a product whose operands are random: on zeros it would run faster."""
+    numbers, size = (2**20, 256) if bench.small else (2**31, 8192)
+    source, a, b = torch.empty(numbers, dtype=torch.int16, device=bench.device).random_(), *(
+        _random(bench, size, size) for _ in range(2))
+    target = torch.empty_like(source)
+    copy, product = Case("copy", {}, bytes=4 * numbers), Case("bf16 product", {}, flops=2 * size**3)
+    seconds = [bench.seconds(lambda: target.copy_(source), 20), bench.seconds(lambda: a @ b, 20)]
+    rows = [bench.row(case, "torch", time) for case, time in zip((copy, product), seconds)]
+    return Ceilings(copy.bytes / seconds[0], product.flops / seconds[1]), rows
+
+
+def quantize(bench: Bench) -> Iterator[Row]:
+    m, k, half = (256, 256, 128) if bench.small else (4096, 7168, 2048)
+    x, w, gate_up, weight = (_random(bench, *shape) for shape in ((m, k), (k, k), (m, 2 * half), (k,)))
+    gate, up = gate_up.chunk(2, -1)
+    grad, grad_half, wide = _random(bench, m, k), _random(bench, m, half), weight.float()
+    rstd = (x.float().square().mean(-1) + 1e-6).rsqrt()
+    codes, scales = fp8.quantize_1x128.reference(x, True)
+    one, both = 3 * m * k, 4 * m * k  # read as bfloat16, write codes once or twice
+    cases = [
+        Case("1x128", beside_torch(lambda: operator("quantize_rows")(x, True),
+                                   lambda: fp8.quantize_1x128.reference(x, True)), one),
+        Case("128x1, transposed", beside_torch(lambda: operator("quantize_columns")(x, None, True),
+                                               lambda: fp8.quantize_128x1.reference(x, True)), one),
+        Case("1x128 and 128x1", {"torch": lambda: (*fp8.quantize_1x128.reference(x), *fp8.quantize_128x1.reference(x)),
+                                 "csrc": lambda: operator("quantize_both")(x, None, False)}, both),
+        Case("128x128", beside_torch(lambda: operator("quantize_blocks")(w, False, False),
+                                     lambda: fp8.quantize_128x128.reference(w)), 3 * k * k),
+        Case("128x128 and transpose", {"csrc": lambda: operator("quantize_blocks")(w, True, False)}, 4 * k * k),
+        Case("1x128 to 128x1", {"torch": lambda: fp8.retile_128x1(codes, scales, True),
+                                "csrc": lambda: operator("retile_columns")(codes, scales, None, True)}, 2 * m * k),
+        Case("RMSNorm, 1x128", {"torch": lambda: fp8.quantize_1x128.reference(norm.rms_norm.reference(x, weight, 1e-6)),
+                                "csrc": lambda: operator("norm_quantize_rows")(x, wide, 1e-6, False, False)}, one),
+        Case("RMSNorm backward, 1x128 and 128x1", {
+            "csrc": lambda: operator("norm_backward_quantize")(grad, x, wide, rstd, None, False)}, 8 * m * k),
+        Case("SwiGLU, 1x128", {"torch": lambda: quantize_swiglu.reference(gate, up, True),
+                               "csrc": lambda: operator("swiglu_quantize_rows")(gate, up, True)}, 5 * m * half),
+        Case("SwiGLU backward, 1x128 and 128x1", {
+            "torch": lambda: [f(torch.cat(swiglu_backward(grad_half, gate, up), -1)) for f in (
+                fp8.quantize_1x128.reference, fp8.quantize_128x1.reference)][0],
+            "csrc": lambda: operator("swiglu_backward_quantize")(grad_half, gate, up, None, False)}, 10 * m * half)]
+    for case in cases:
+        yield from bench.rows(case)
+
+
+def routing(bench: Bench) -> Iterator[Row]:
+    tokens, top_k, experts, width = (64, 4, 16, 256) if bench.small else (4096, 8, 256, 7168)
+    chosen = torch.rand(tokens, experts, device=bench.device).topk(top_k, -1).indices
+    weights, x = torch.rand(tokens, top_k, device=bench.device), _random(bench, tokens, width)
+    rows, grad = _random(bench, tokens * top_k, width), _random(bench, tokens, width)
+    order, inverse, _ = permute.sort_by_expert.reference(chosen, experts)
+    places = order.int(), inverse.int().view(tokens, top_k)
+    token, copies = 2 * tokens * width, 2 * tokens * top_k * width
+    cases = [
+        Case("map and sort", {"torch": lambda: permute.sort_by_expert.reference(chosen, experts),
+                              "csrc": lambda: operator("route")(chosen, experts, 1)}, 16 * chosen.numel()),
+        Case("map and sort, padded to 128", {"csrc": lambda: operator("route")(chosen, experts, TILE)},
+             16 * chosen.numel()),
+        Case("permute", beside_torch(lambda: operator("gather_rows")(x, *places),
+                                     lambda: x.index_select(0, order // top_k)), token + copies),
+        Case("permute backward", beside_torch(
+            lambda: operator("combine_rows")(rows, *places, None),
+            lambda: rows.index_select(0, inverse).view(tokens, top_k, width).sum(1)), token + copies),
+        Case("unpermute", beside_torch(
+            lambda: operator("combine_rows")(rows, *places, weights),
+            lambda: permute.weighted_sum.reference(rows, weights, order, inverse)), token + copies),
+        Case("unpermute backward", {"csrc": lambda: operator("combine_backward")(grad, rows, places[0], weights)},
+             token + 2 * copies)]
+    for case in cases:
+        yield from bench.rows(case)
+
+
+def rotary(bench: Bench) -> Iterator[Row]:
+    length, heads = (16, 4) if bench.small else (4096, 128)
+    q, kv, k_pe = (_random(bench, 1, length, *shape) for shape in ((heads, 192), (heads, 256), (64,)))
+    table = torch.randn(2, length, 32, device=bench.device)
+    grad_k, grad_v = _random(bench, 1, length, heads, 192), _random(bench, 1, length, heads, 128)
+    head = 2 * length * heads
+    cases = [
+        Case("queries", beside_torch(lambda: operator("rope_tail")(q, table, 128, False),
+                                     lambda: rope.turn_tail.reference(q, table, 128)), head * 2 * 192),
+        Case("keys and values", beside_torch(lambda: operator("keys_values")(kv, k_pe, table, 128),
+                                             lambda: rope.join_keys.reference(kv, k_pe, table, 128)),
+             head * (256 + 192 + 128)),
+        Case("keys and values, backward", {"csrc": lambda: operator("keys_values_backward")(
+            grad_k, grad_v, table, 128)}, head * (192 + 128 + 256))]
+    for case in cases:
+        yield from bench.rows(case)
+
+
+def cross_entropy(bench: Bench) -> Iterator[Row]:
+    tokens, vocabulary = (16, 512) if bench.small else (4096, 129280)
+    logits, labels = _random(bench, tokens, vocabulary), torch.randint(vocabulary, (tokens,), device=bench.device)
+    grad, size = torch.rand(tokens, device=bench.device), 2 * tokens * vocabulary
+    top, total, _ = cross_entropy_statistics.reference(logits, labels, 0)
+
+    def in_place():  # on copies, or the logits would soon be zeros: the copy is a third of what is timed
+        work = logits.clone()
+        operator("cross_entropy_gradient_")(work, labels, 0, top, total, grad)
+        return work
+
+    def loss(top_T, sum_T, label_T):
+        return sum_T.log() - (label_T - top_T)
+
+    cases = [
+        Case("loss", {"torch": lambda: F.cross_entropy(logits.float(), labels, reduction="none"),
+                      "torch, by parts": lambda: loss(*cross_entropy_statistics.reference(logits, labels, 0)),
+                      "csrc": lambda: loss(*operator("cross_entropy_statistics")(logits, labels, 0))}, size),
+        Case("gradient, and a copy of the logits", {
+            "torch": lambda: cross_entropy_gradient.reference(logits.clone(), labels, 0, top, total, grad),
+            "csrc": in_place}, 4 * size)]
+    for case in cases:
+        yield from bench.rows(case)
+
+
+def products(bench: Bench) -> Iterator[Row]:
+    """Dense, at DeepGEMM's shapes; operations over the time of the product alone, quantised before."""
+    shapes = [(128, 256, 384)] if bench.small else [
+        (4096, 7168, 16384), (4096, 7168, 2048), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 32768, 512)]
+    for m, n, k in shapes:
+        x, w = _random(bench, m, k), _random(bench, n, k)
+        operands = *fp8.quantize_1x128.reference(x), *fp8.quantize_128x128.reference(w)
+        rows = *fp8.quantize_1x128.reference(x), *fp8.quantize_1x128.reference(w)
+        yield from bench.rows(Case(f"{m} x {n} x {k}", {
+            "torch, bf16": lambda: x @ w.t(), "csrc": lambda: cuda.scaled_mm(*operands),
+            "csrc, 1x128 both": lambda: cuda.scaled_mm(*rows),
+            "torch, scaled_mm": lambda: alternatives.torch_scaled_mm(*operands)}, flops=2 * m * n * k))
+
+
+def grouped_products(bench: Bench) -> Iterator[Row]:
+    """8 local experts of V3: 4,096 rows each, then as many in all but unevenly, one expert with none."""
+    experts, even, width, inner = (2, 128, 256, 256) if bench.small else (8, 4096, 7168, 4096)
+    uneven = [0, 2 * even] if bench.small else [0, 100, 8000, 3000, 5000, 4096, 7000, 5572]
+    for name, counts in (("even", [even] * experts), ("uneven", uneven)):
+        rows = sum(counts)
+        x, grad, w = _random(bench, rows, width), _random(bench, rows, inner), _random(bench, experts, inner, width)
+        operands = *fp8.quantize_1x128.reference(x), *fp8.quantize_128x128.reference(w)
+        tiles = torch.tensor([tile[1:] for tile in cuda.tile_rows(counts)], dtype=torch.int32, device=bench.device)
+        columns = {}
+
+        def wgrad():
+            if not columns:
+                columns.update(zip("ax", (operator("quantize_columns")(t, tiles, False) for t in (grad, x))))
+            return cuda.grouped_scaled_mm_wgrad(*columns["a"], *columns["x"], counts)
+
+        flops = 2 * rows * width * inner
+        yield from bench.rows(Case(f"forward, {name}", {
+            "torch, bf16": lambda: grouped_forward(x, w, counts),
+            "csrc": lambda: cuda.grouped_scaled_mm(*operands, counts)}, flops=flops))
+        yield from bench.rows(Case(f"wgrad, {name}", {
+            "torch, bf16": lambda: grouped_wgrad(grad, x, counts), "csrc": wgrad}, flops=flops))
+
+
+def references_agree(bench: Bench) -> Iterator[Row]:
+    """What FP8 itself costs in accuracy, so that the errors above can be read: the reference beside bfloat16."""
+    x, w = _random(bench, 256, 512), _random(bench, 384, 512)
+    operands = *fp8.quantize_1x128.reference(x), *fp8.quantize_128x128.reference(w)
+    yield from bench.rows(Case("256 x 384 x 512", {
+        "torch, bf16": lambda: x @ w.t(), "reference": lambda: fp8_gemm.scaled_mm.reference(*operands)},
+        flops=2 * 256 * 384 * 512))

@@ -1,0 +1,195 @@
+"""Compiles csrc/: for GPUs by nvcc, or for the CPU with every thread emulated (tests/emulation). No torch is imported.
+
+    python csrc/build.py [--if-useful | --emulated] [--output PATH] [--jobs N]
+
+`make venv` calls it with --if-useful, setup.py calls `build_library`, the tests `build_emulation` and
+`compile_kernels`. Objects are kept in build/csrc/ under a hash of everything that they were made from, so nothing is
+compiled twice.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = Path(__file__).resolve().parent
+EMULATION = ROOT / "tests" / "emulation"
+CACHE = ROOT / "build" / "csrc"
+LIBRARY = ROOT / "megatron_deepseek" / "ops" / "libmegatron_deepseek.so"  # where ops/kernels.py looks for it
+FORCE = "MEGATRON_DEEPSEEK_CUDA"  # of the environment: 0 never builds, 1 builds or fails
+OLDEST_TORCH = "0x020b000000000000"  # 2.11: the stable ABI that the library asks for
+KERNELS = ("rope.cu", "cross_entropy.cu", "route.cu", "permute.cu", "quantize.cu", "gemm_fp8.cu")
+HOPPER_ONLY = ("gemm_fp8.cu",)  # wgmma and TMA; elsewhere FP8 products take torch's road
+PORTABLE = ("80", "90a")
+NUMERICS = ["-std=c++17", "-fmad=false"]  # fused multiply-adds would round otherwise than the references
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ptxas says of one kernel."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def find_nvcc() -> str | None:
+    """nvcc of $CUDA_HOME, of the PATH, or of the usual place."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = ([f"{home}/bin/nvcc"] if home else []) + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def torch_directory() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("torch is not installed: its headers are needed to build csrc/")
+    return Path(spec.origin).parent
+
+
+def why_not() -> str | None:
+    """Why a build would be of no use here, None where it would. Raises RuntimeError where it is forced and impossible.
+
+    Without CUDA in torch the library could be compiled and never loaded.
+    """
+    force = os.environ.get(FORCE)
+    if force not in (None, "", "0", "1"):
+        raise RuntimeError(f"{FORCE} must be 0 or 1, is {force!r}")
+    if force == "0":
+        return f"{FORCE}=0"
+    if find_nvcc() is None:
+        if force == "1":
+            raise RuntimeError(f"{FORCE}=1, but nvcc was not found")
+        return "nvcc was not found"
+    if force == "1":
+        return None
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed yet"
+    version = re.search(r"^cuda\b.*= *(.+)$", (torch_directory() / "version.py").read_text(), re.MULTILINE)
+    return "this torch has no CUDA" if version is None or version.group(1) == "None" else None
+
+
+def architectures(kernel: str) -> tuple[str, ...]:
+    return ("90a",) if kernel in HOPPER_ONLY else PORTABLE
+
+
+def _run(command: list[str]) -> str:
+    """What the command wrote. Raises RuntimeError with it when it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
+    return done.stdout
+
+
+def _cached(command: list[str], source: Path, suffix: str) -> tuple[Path, str]:
+    """The object that `command` makes of `source`, and what the compiler wrote when it was made."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in sorted([*SOURCES.glob("*"), *EMULATION.glob("*.h")]):
+        if path == source or path.suffix in (".cuh", ".h"):
+            digest.update(path.read_bytes())
+    made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
+    log = made.with_suffix(".log")
+    if not (made.exists() and log.exists()):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}.partial.o")
+        log.write_text(_run([*command, str(source), "-o", str(partial)]))
+        partial.rename(made)
+    return made, log.read_text()
+
+
+def _all(calls: list, jobs: int) -> list:
+    with ThreadPoolExecutor(jobs) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def kernel_command(nvcc: str, kernel: str) -> list[str]:
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures(kernel)]
+    if kernel not in HOPPER_ONLY:
+        codes.append("-gencode=arch=compute_90,code=compute_90")  # for GPUs to come
+    return [nvcc, *NUMERICS, "-O3", *codes, "-Xptxas", "-v", "-Xcompiler", "-fPIC", "--threads", "2", "-c"]
+
+
+def compile_kernels(jobs: int = 2) -> tuple[list[Path], list[Report]]:
+    """Objects of all kernels for all their architectures, and ptxas' reports. Raises RuntimeError without nvcc."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc was not found: neither in CUDA_HOME, on the PATH nor in /usr/local/cuda")
+    made = _all([lambda k=k: _cached(kernel_command(nvcc, k), SOURCES / k, ".o") for k in KERNELS], jobs)
+    return [path for path, _ in made], [report for _, log in made for report in read_reports(log)]
+
+
+def read_reports(log: str) -> list[Report]:
+    """Every entry function of a log of `-Xptxas -v`."""
+    reports = []
+    for part in log.split("Compiling entry function '")[1:]:
+        name, architecture = re.match(r"(\S+)' for '(\w+)'", part).groups()
+        stack, stores, loads = map(int, re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        reports.append(Report(name, architecture, registers, stack, stores + loads))
+    return reports
+
+
+def _bindings_command(emulated: bool) -> list[str]:
+    kind = ["-DMEGATRON_DEEPSEEK_EMULATED", f"-I{EMULATION}"] if emulated else ["-DUSE_CUDA"]
+    return [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", *kind,
+            f"-I{torch_directory() / 'include'}", "-c"]
+
+
+def build_library(output: Path, jobs: int = 2) -> Path:
+    """The library of the GPU's kernels. It asks for libtorch.so by name alone, which is there once torch is imported;
+    through that it finds libtorch_cuda, which a torch without CUDA, as it may be compiled beside, does not have.
+    """
+    objects, _ = compile_kernels(jobs)
+    bindings, _ = _cached(_bindings_command(False), SOURCES / "bindings.cpp", ".o")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), str(bindings), *map(str, objects),
+          f"-L{torch_directory() / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"])
+    return output
+
+
+def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) -> Path:
+    """The same operators for CPU tensors, every GPU thread a fiber. `extra`: flags, such as a sanitizer's."""
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
+               "-DMEGATRON_DEEPSEEK_EMULATED", f"-I{EMULATION}", *extra, "-x", "c++", "-c"]
+    calls = [lambda k=k: _cached(command, SOURCES / k, ".o") for k in KERNELS]
+    calls.insert(0, lambda: _cached(_bindings_command(True), SOURCES / "bindings.cpp", ".o"))
+    libraries = torch_directory() / "lib"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _run([compiler, "-shared", "-o", str(output), *[str(path) for path, _ in _all(calls, jobs)], *extra,
+          f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"])
+    return output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--emulated", action="store_true", help="for CPU tensors, every GPU thread a fiber")
+    parser.add_argument("--if-useful", action="store_true", help=f"only with nvcc and CUDA in torch, or as {FORCE} says")
+    parser.add_argument("--output", type=Path, help="default: where megatron_deepseek looks for it, or build/csrc/")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    try:
+        problem = why_not() if args.if_useful else None
+        if problem:
+            print(f"csrc/ was not built: {problem}. Everything runs on the references.")
+        elif args.emulated:
+            print(build_emulation(args.output or CACHE / "emulated.so", args.jobs))
+        else:
+            print(build_library(args.output or LIBRARY, args.jobs))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+// Launching a kernel: checked, with as much shared memory as it asks for, on a caller's stream.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "platform.cuh"
+
+namespace mds {
+
+struct Grid {
+  unsigned blocks;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  bool all_at_once = false;  // blocks wait for each other: they must all be resident (a cooperative launch)
+  unsigned rows = 1;         // blockIdx.y
+};
+
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
+  if (grid.blocks == 0 || grid.rows == 0) return;
+  emulation::run({grid.blocks, grid.rows, grid.threads, grid.shared_bytes, grid.all_at_once},
+                 [&] { kernel(Parameters(arguments)...); });
+}
+
+inline int multiprocessors() { return 3; }  // few, and no power of two: persistent kernels must take several turns
+
+#else
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments&&... arguments) {
+  if (grid.blocks == 0 || grid.rows == 0) return;
+  if (grid.shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
+          "shared memory of a kernel");
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.blocks, grid.rows);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cooperative;
+  config.numAttrs = grid.all_at_once ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launch of a kernel");
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  return count;
+}
+
+#endif
+
+}  // namespace mds

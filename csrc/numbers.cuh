@@ -1,0 +1,199 @@
+// bfloat16 and FP8 (E4M3) numbers, and the 16-byte groups that device memory is read and written in.
+//
+// Conversions round to nearest even. The portable forms are what the emulation runs and what devices before sm_89 use
+// for E4M3; tests/emulation compares them with torch for every bfloat16 and across E4M3's rounding boundaries.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "platform.cuh"
+
+namespace mds {
+
+constexpr float kE4M3Max = 448.0f;
+
+__host__ __device__ __forceinline__ uint32_t float_bits(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+
+__host__ __device__ __forceinline__ float bits_float(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+__host__ __device__ __forceinline__ float to_float(bf16 x) { return bits_float(uint32_t(x) << 16); }
+
+__host__ __device__ __forceinline__ bf16 to_bf16(float x) {
+#ifdef __CUDA_ARCH__
+  bf16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+#else
+  uint32_t bits = float_bits(x);
+  if (x != x) return bf16(0x7fff);  // as the GPU's conversion: one NaN
+  return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+}
+
+// What a float becomes when it is kept as bfloat16: fused kernels round where the separate ones would have stored.
+__host__ __device__ __forceinline__ float round_to_bf16(float x) { return to_float(to_bf16(x)); }
+
+// Saturating conversion, in integer arithmetic: |x| beyond 448 becomes 448 (infinities too), NaN stays NaN.
+__host__ __device__ __forceinline__ e4m3 to_e4m3_portable(float x) {
+  uint32_t bits = float_bits(x);
+  uint32_t sign = (bits >> 24) & 0x80, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7f;
+  if (magnitude >= 0x43e00000) return e4m3(sign | 0x7e);  // 448 and more
+  if (magnitude < 0x3c800000) {
+    // Below 2^-6 numbers are whole multiples of 2^-9. Adding 2^14 leaves exactly those multiples in the last bits of the
+    // float, rounded to nearest even by the addition itself.
+    uint32_t sum = float_bits(bits_float(magnitude) + 16384.0f);
+    return e4m3(sign | (sum - 0x46800000));
+  }
+  // Drop 20 of 23 mantissa bits to nearest even; a carry moves the exponent, as it must. Rebias from 127 to 7.
+  uint32_t rounded = magnitude + 0x7ffff + ((magnitude >> 20) & 1);
+  uint32_t code = (rounded >> 20) - ((127 - 7) << 3);
+  return e4m3(sign | (code > 0x7e ? 0x7e : code));
+}
+
+// Two at once, the first in the low byte: one instruction from sm_89 on.
+__host__ __device__ __forceinline__ uint16_t to_e4m3x2(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(second), "f"(first));
+  return packed;
+#else
+  return uint16_t(to_e4m3_portable(first) | (uint32_t(to_e4m3_portable(second)) << 8));
+#endif
+}
+
+// The value of a code, exact.
+__host__ __device__ __forceinline__ float from_e4m3(e4m3 code) {
+  const uint32_t magnitude = code & 0x7f, sign = uint32_t(code & 0x80) << 24;
+  if (magnitude == 0x7f) return bits_float(0x7fffffff);
+  // As float bits the code's exponent is 120 too small; the product with 2^120 corrects that, subnormals included.
+  return bits_float(float_bits(bits_float(magnitude << 20) * bits_float((127 + 120) << 23)) | sign);
+}
+
+// |x| as an integer: integer order is the order of magnitudes, with infinity and then NaN above everything finite, so
+// that a maximum cannot lose a NaN.
+__host__ __device__ __forceinline__ uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffff; }
+
+// The scale of a tile with this largest magnitude, by the rules of ops/fp8.py.
+__host__ __device__ __forceinline__ float tile_scale(uint32_t magnitude, bool power_of_two) {
+  if (magnitude == 0) return 1.0f;
+  if (magnitude >= 0x7f800000) return bits_float(0x7fffffff);  // the tile is lost
+  const float smallest = bits_float(1u << 23);                // 2^-126
+  float scale = bits_float(magnitude) / kE4M3Max;
+  if (scale < smallest) scale = smallest;
+  return power_of_two ? bits_float((float_bits(scale) + 0x7fffff) & 0x7f800000) : scale;
+}
+
+struct alignas(16) Words4 {
+  uint32_t word[4];
+};
+
+__device__ __forceinline__ Words4 load16(const void* address) {
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+  return *static_cast<const Words4*>(emulation::aligned(address, 16));
+#else
+  uint4 v = *static_cast<const uint4*>(address);
+  return {{v.x, v.y, v.z, v.w}};
+#endif
+}
+
+__device__ __forceinline__ void store16(void* address, const Words4& v) {
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+  *static_cast<Words4*>(emulation::aligned(address, 16)) = v;
+#else
+  *static_cast<uint4*>(address) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+#endif
+}
+
+constexpr int kVector = 8;  // bfloat16 numbers in 16 bytes
+
+__device__ __forceinline__ void unpack(const Words4& v, float (&x)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = bits_float(v.word[i] << 16);
+    x[2 * i + 1] = bits_float(v.word[i] & 0xffff0000u);
+  }
+}
+
+__device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  return to_bf16(low) | (uint32_t(to_bf16(high)) << 16);
+#endif
+}
+
+__device__ __forceinline__ Words4 pack(const float (&x)[kVector]) {
+  Words4 v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v.word[i] = pack_bf16x2(x[2 * i], x[2 * i + 1]);
+  return v;
+}
+
+struct alignas(8) Words2 {
+  uint32_t word[2];
+};
+
+// Eight codes of x / scale; the division is IEEE's (the files are compiled without fast mathematics).
+__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], float scale) {
+  Words2 v;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    v.word[i] = to_e4m3x2(x[4 * i] / scale, x[4 * i + 1] / scale) |
+                (uint32_t(to_e4m3x2(x[4 * i + 2] / scale, x[4 * i + 3] / scale)) << 16);
+  return v;
+}
+
+__device__ __forceinline__ uint32_t largest_magnitude(const float (&x)[kVector]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const uint32_t bits = magnitude_bits(x[i]);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+__device__ __forceinline__ void load8(const bf16* address, float (&x)[kVector]) { unpack(load16(address), x); }
+__device__ __forceinline__ void store8(bf16* address, const float (&x)[kVector]) { store16(address, pack(x)); }
+
+__device__ __forceinline__ void load8(const float* address, float (&x)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Words4 v = load16(address + 4 * i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[4 * i + j] = bits_float(v.word[j]);
+  }
+}
+
+__device__ __forceinline__ void store8(float* address, const float (&x)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    store16(address + 4 * i, Words4{{float_bits(x[4 * i]), float_bits(x[4 * i + 1]), float_bits(x[4 * i + 2]),
+                                     float_bits(x[4 * i + 3])}});
+}
+
+__device__ __forceinline__ float as_float(bf16 x) { return to_float(x); }
+__device__ __forceinline__ float as_float(float x) { return x; }
+
+}  // namespace mds

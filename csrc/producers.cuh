@@ -1,0 +1,177 @@
+// What the quantising kernels quantise: each producer gives 8 neighbouring numbers of a row, as float32 values of the
+// bfloat16 (or float32) numbers that a separate kernel would have stored. `enter_row` is called by all threads that
+// share a row before its first `load`; in row kernels it may use the whole block.
+#pragma once
+
+#include "numbers.cuh"
+#include "warp.cuh"
+
+namespace mds {
+
+constexpr int kQuantizeThreads = 256;
+constexpr int kQuantizeWarps = kQuantizeThreads / kWarp;
+
+struct RowScratch {
+  float warp[kQuantizeWarps];
+};
+
+// The tensor itself, bfloat16 or float32.
+template <typename T>
+struct Plain {
+  using Element = T;
+  const T* x;
+  int columns;
+
+  __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
+  __device__ __forceinline__ void enter_row(int64_t) {}
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    load8(x + row * columns + column, out);
+  }
+};
+
+// E4M3 codes with 1x128 scales, on their way to tiles of another shape; float32, not rounded in between.
+struct Scaled {
+  using Element = float;
+  const e4m3* q;
+  const float* scale;
+  int columns;
+
+  __device__ __forceinline__ void enter_row(int64_t) {}
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    const Words2 codes = *reinterpret_cast<const Words2*>(q + row * columns + column);
+    const float s = scale[row * ceil_div(columns, kTile) + column / kTile];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = from_e4m3(e4m3(codes.word[i / 4] >> (8 * (i % 4)))) * s;
+  }
+};
+
+// silu(gate) * up, rounded after silu and after the product as ops/swiglu.py rounds. Rows of gate and up may be `pitch`
+// numbers apart, as halves of one product are.
+struct SwiGLU {
+  using Element = bf16;
+  const bf16* gate;
+  const bf16* up;
+  int64_t pitch;
+  int columns;
+
+  __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
+  __device__ __forceinline__ void enter_row(int64_t) {}
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    float g[kVector], u[kVector];
+    load8(gate + row * pitch + column, g);
+    load8(up + row * pitch + column, u);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16(round_to_bf16(g[i] / (1.0f + expf(-g[i]))) * u[i]);
+  }
+};
+
+// The gradients of gate and up side by side, from that of the activation [M, columns / 2].
+struct SwiGLUBackward {
+  using Element = bf16;
+  const bf16* grad;
+  const bf16* gate;
+  const bf16* up;
+  int64_t pitch;
+  int columns;
+
+  __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
+  __device__ __forceinline__ void enter_row(int64_t) {}
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    const int half = columns / 2, place = column < half ? column : column - half;
+    float g[kVector], d[kVector];
+    load8(gate + row * pitch + place, g);
+    load8(grad + row * half + place, d);
+    if (column < half) {
+      float u[kVector];
+      load8(up + row * pitch + place, u);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float s = 1.0f / (1.0f + expf(-g[i]));
+        out[i] = round_to_bf16(round_to_bf16(d[i] * u[i]) * s * (1.0f + g[i] * (1.0f - s)));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16(round_to_bf16(g[i] / (1.0f + expf(-g[i]))) * d[i]);
+    }
+  }
+};
+
+// x * rstd, rounded, times the weight. Row kernels compute rstd and leave it; tile kernels find it there.
+struct RMSNorm {
+  using Element = bf16;
+  const bf16* x;
+  const float* weight;
+  float* rstd;
+  float eps;
+  int columns;
+  float own_rstd = 0;
+
+  __device__ __forceinline__ void enter_row(int64_t row) { own_rstd = rstd[row]; }
+  __device__ __forceinline__ void enter_row_alone(int64_t row, RowScratch& scratch) {
+    float squares = 0;
+    for (int column = int(threadIdx.x) * kVector; column < columns; column += kQuantizeThreads * kVector) {
+      float values[kVector];
+      load8(x + row * columns + column, values);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) squares += values[i] * values[i];
+    }
+    own_rstd = 1.0f / sqrtf(block_sum<kQuantizeWarps>(squares, scratch.warp) / float(columns) + eps);
+    if (threadIdx.x == 0) rstd[row] = own_rstd;
+  }
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    float w[kVector];
+    load8(x + row * columns + column, out);
+    load8(weight + column, w);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16(round_to_bf16(out[i] * own_rstd) * w[i]);
+  }
+};
+
+// The gradient of RMSNorm's input: (g w - n mean(g w n)) rstd with n = x rstd. Row kernels leave the mean too.
+struct RMSNormBackward {
+  using Element = bf16;
+  const bf16* grad;
+  const bf16* x;
+  const float* weight;
+  const float* rstd;
+  float* inner;
+  int columns;
+  float own_rstd = 0, own_inner = 0;
+
+  __device__ __forceinline__ void enter_row(int64_t row) {
+    own_rstd = rstd[row];
+    own_inner = inner[row];
+  }
+  __device__ __forceinline__ void enter_row_alone(int64_t row, RowScratch& scratch) {
+    own_rstd = rstd[row];
+    float product = 0;
+    for (int column = int(threadIdx.x) * kVector; column < columns; column += kQuantizeThreads * kVector) {
+      float g[kVector], values[kVector];
+      read(row, column, g, values);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) product += g[i] * values[i];
+    }
+    own_inner = block_sum<kQuantizeWarps>(product, scratch.warp) / float(columns);
+    if (threadIdx.x == 0) inner[row] = own_inner;
+  }
+  // g w and n
+  __device__ __forceinline__ void read(int64_t row, int column, float (&g)[kVector], float (&n)[kVector]) const {
+    float w[kVector];
+    load8(grad + row * columns + column, g);
+    load8(x + row * columns + column, n);
+    load8(weight + column, w);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      g[i] *= w[i];
+      n[i] *= own_rstd;
+    }
+  }
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    float n[kVector];
+    read(row, column, out, n);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16((out[i] - n[i] * own_inner) * own_rstd);
+  }
+};
+
+}  // namespace mds

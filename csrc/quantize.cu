@@ -1,0 +1,334 @@
+// Block-scaled FP8 by the rules of ops/fp8.py, fused with what makes the numbers (producers.cuh).
+//
+//   rows_kernel   1x128 tiles along K; a block has one row, so that it can also reduce over it (RMSNorm)
+//   tile_kernel   a block has 128 x 128 numbers: tiles of 128x1, stored transposed (wgrad), optionally 1x128 tiles of the
+//                 same numbers in the same pass, or one 128x128 tile, optionally with its transpose (weights)
+//
+// Memory: every number is read once (rows_kernel with a reduction reads a row again from the cache), every code written
+// once, 16 and 8 bytes at a time. Results with a transpose have rows of whole tiles, T * 128 codes, zero behind the edge
+// of a group: what TMA can address and wgrad can sum without a mask.
+// Shapes: M rows, K columns (multiples of 8), k = ceil(K / 128), T tiles of rows.
+#include "kernels.h"
+#include "launch.cuh"
+#include "producers.cuh"
+
+namespace mds {
+namespace {
+
+constexpr int kThreads = kQuantizeThreads;
+constexpr int kLanes = kTile / kVector;  // that share a row of a tile
+
+// `kept`, if any, gets the producer's bfloat16 numbers.
+template <typename Producer>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(Producer producer, e4m3* q, float* scales, bf16* kept, bool power_of_two) {
+  RowScratch& scratch = block_shared<RowScratch>();
+  const int64_t row = blockIdx.x;
+  const int columns = producer.columns, tiles = ceil_div(columns, kTile);
+  producer.enter_row_alone(row, scratch);
+  // Whole warps: lanes behind the edge take part in the exchange with zeros.
+  const int end = round_up(columns, kWarp * kVector);
+  for (int column = int(threadIdx.x) * kVector; column < end; column += kThreads * kVector) {
+    const bool inside = column < columns;
+    float values[kVector] = {};
+    if (inside) producer.load(row, column, values);
+    const float scale = tile_scale(group_reduce<kLanes>(largest_magnitude(values), Max{}), power_of_two);
+    if (inside) {
+      *reinterpret_cast<Words2*>(q + row * columns + column) = encode8(values, scale);
+      if (kept != nullptr) store8(kept + row * columns + column, values);
+      if (column % kTile == 0) scales[row * tiles + column / kTile] = scale;
+    }
+  }
+}
+
+enum class Tiling { kColumns, kRowsAndColumns, kBlock };
+
+template <typename Element>
+struct TileShared {
+  static constexpr int kPitch = kTile + 16 / int(sizeof(Element));  // 16 bytes more: no two rows start in one bank
+  static constexpr int kCodePitch = kTile + 16;
+  alignas(16) Element value[kTile][kPitch];
+  alignas(16) e4m3 code[kTile][kCodePitch];  // transposed
+  uint32_t magnitude[2][kTile];
+  uint32_t warp_magnitude[kQuantizeWarps];
+};
+
+struct TileOutputs {
+  e4m3* q_rows;        // [M, K]
+  float* s_rows;       // [M, k], or [ceil(M / 128), k] of blocks
+  e4m3* q_columns;     // [K, T * 128]; null: none
+  float* s_columns;    // [K, T], or [k, ceil(M / 128)] of blocks
+  const int* tiles;    // [T, 2]: first row and rows of each tile; null: one after the other
+  int64_t rows;        // M, of each matrix where there are several
+  int num_tiles;       // T, likewise
+};
+
+struct TileRows {
+  int matrix, tile;
+  int64_t first;  // counted over all matrices
+  int count;
+};
+
+__device__ __forceinline__ TileRows rows_of(const TileOutputs& out) {
+  const int matrix = int(blockIdx.y) / out.num_tiles, tile = int(blockIdx.y) % out.num_tiles;
+  if (out.tiles != nullptr) return {matrix, tile, out.tiles[2 * tile], out.tiles[2 * tile + 1]};
+  const int64_t first = int64_t(tile) * kTile, left = out.rows - first;
+  return {matrix, tile, matrix * out.rows + first, int(left < kTile ? left : kTile)};
+}
+
+// The tile's numbers to shared memory, zero outside; 16 lanes share a row. With kRowsAndColumns their 1x128 tiles go
+// out at once. Returns this thread's largest magnitude.
+template <Tiling kind, typename Producer>
+__device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typename Producer::Element>& shared,
+                                              const TileOutputs& out, TileRows rows, bool power_of_two) {
+  const int local = int(threadIdx.x) % kLanes * kVector, column = int(blockIdx.x) * kTile + local;
+  uint32_t largest = 0;
+#pragma unroll 2
+  for (int r = int(threadIdx.x) / kLanes; r < kTile; r += kThreads / kLanes) {
+    const int64_t row = rows.first + r;
+    const bool inside = r < rows.count && column < producer.columns;
+    float values[kVector] = {};
+    if (inside) {
+      producer.enter_row(row);
+      producer.load(row, column, values);
+    }
+    store8(&shared.value[r][local], values);
+    const uint32_t magnitude = largest_magnitude(values);
+    largest = Max{}(largest, magnitude);
+    if constexpr (kind == Tiling::kRowsAndColumns) {
+      const float scale = tile_scale(group_reduce<kLanes>(magnitude, Max{}), power_of_two);
+      if (inside) {
+        *reinterpret_cast<Words2*>(out.q_rows + row * producer.columns + column) = encode8(values, scale);
+        if (local == 0) out.s_rows[row * ceil_div(producer.columns, kTile) + blockIdx.x] = scale;
+      }
+    }
+  }
+  return largest;
+}
+
+// Codes of 64 numbers of one column, transposed in shared memory.
+template <typename Element>
+__device__ __forceinline__ void encode_half_column(TileShared<Element>& shared, int column, int half, float scale) {
+#pragma unroll
+  for (int first = half * kTile / 2; first < (half + 1) * kTile / 2; first += 16) {
+    Words4 codes;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      float values[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[i] = as_float(shared.value[first + part * kVector + i][column]);
+      const Words2 eight = encode8(values, scale);
+      codes.word[2 * part] = eight.word[0];
+      codes.word[2 * part + 1] = eight.word[1];
+    }
+    store16(&shared.code[column][first], codes);
+  }
+}
+
+// A column's scale, of two threads that have half of it each. All threads must call.
+template <typename Element>
+__device__ __forceinline__ float column_scale(TileShared<Element>& shared, int column, int half, bool power_of_two) {
+  uint32_t largest = 0;
+#pragma unroll 8
+  for (int r = half * kTile / 2; r < (half + 1) * kTile / 2; ++r)
+    largest = Max{}(largest, magnitude_bits(as_float(shared.value[r][column])));
+  shared.magnitude[half][column] = largest;
+  __syncthreads();
+  return tile_scale(Max{}(shared.magnitude[0][column], shared.magnitude[1][column]), power_of_two);
+}
+
+// The scale of the whole tile. All threads must call.
+template <typename Element>
+__device__ __forceinline__ float block_scale(TileShared<Element>& shared, uint32_t largest, bool power_of_two) {
+  largest = group_reduce<kWarp>(largest, Max{});
+  if (lane_id() == 0) shared.warp_magnitude[warp_id()] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kQuantizeWarps; ++w) largest = Max{}(largest, shared.warp_magnitude[w]);
+  return tile_scale(largest, power_of_two);
+}
+
+template <typename Element>
+__device__ __forceinline__ void write_rows(const TileShared<Element>& shared, const TileOutputs& out, TileRows rows,
+                                           int columns, float scale) {
+  const int local = int(threadIdx.x) % kLanes * kVector, column = int(blockIdx.x) * kTile + local;
+  if (column >= columns) return;
+  for (int r = int(threadIdx.x) / kLanes; r < rows.count; r += kThreads / kLanes) {
+    float values[kVector];
+    load8(&shared.value[r][local], values);
+    *reinterpret_cast<Words2*>(out.q_rows + (rows.first + r) * columns + column) = encode8(values, scale);
+  }
+}
+
+// 128 columns of 128 codes, each a whole line of the transposed result.
+template <typename Element>
+__device__ __forceinline__ void write_columns(const TileShared<Element>& shared, const TileOutputs& out, TileRows rows,
+                                              int columns) {
+  const int64_t pitch = int64_t(out.num_tiles) * kTile;
+  constexpr int kVectors = kTile / 16;
+  for (int i = int(threadIdx.x); i < kTile * kVectors; i += kThreads) {
+    const int local = i / kVectors, place = i % kVectors * 16, column = int(blockIdx.x) * kTile + local;
+    if (column < columns)
+      store16(out.q_columns + (int64_t(rows.matrix) * columns + column) * pitch + int64_t(rows.tile) * kTile + place,
+              load16(&shared.code[local][place]));
+  }
+}
+
+// blockIdx: (tile of columns, tile of rows)
+template <Tiling kind, typename Producer>
+__global__ void __launch_bounds__(kThreads) tile_kernel(Producer producer, TileOutputs out, bool power_of_two) {
+  auto& shared = block_shared<TileShared<typename Producer::Element>>();
+  const int columns = producer.columns;
+  const TileRows rows = rows_of(out);
+  const uint32_t largest = load_tile<kind>(producer, shared, out, rows, power_of_two);
+  __syncthreads();
+  const int local = int(threadIdx.x) % kTile, half = int(threadIdx.x) / kTile;
+  const int column = int(blockIdx.x) * kTile + local, blocks = ceil_div(columns, kTile);
+  if constexpr (kind == Tiling::kBlock) {
+    const float scale = block_scale(shared, largest, power_of_two);
+    write_rows(shared, out, rows, columns, scale);
+    if (threadIdx.x == 0) out.s_rows[int64_t(blockIdx.y) * blocks + blockIdx.x] = scale;
+    if (out.q_columns == nullptr) return;
+    if (threadIdx.x == 0)
+      out.s_columns[(int64_t(rows.matrix) * blocks + blockIdx.x) * out.num_tiles + rows.tile] = scale;
+    encode_half_column(shared, local, half, scale);
+  } else {
+    const float scale = column_scale(shared, local, half, power_of_two);
+    if (half == 0 && column < columns) out.s_columns[int64_t(column) * out.num_tiles + rows.tile] = scale;
+    encode_half_column(shared, local, half, scale);
+  }
+  __syncthreads();
+  write_columns(shared, out, rows, columns);
+}
+
+template <typename Producer>
+void launch_rows(const Producer& producer, int64_t rows, Codes out, bf16* kept, bool power_of_two, void* stream) {
+  launch(rows_kernel<Producer>, {unsigned(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q, out.scales,
+         kept, power_of_two);
+}
+
+template <Tiling kind, typename Producer>
+void launch_tiles(const Producer& producer, int64_t rows, Codes by_row, Codes by_column, RowTiles tiles,
+                  bool power_of_two, void* stream, int matrices = 1) {
+  const TileOutputs out{by_row.q, by_row.scales, by_column.q, by_column.scales, tiles.table, rows, tiles.count};
+  Grid grid{unsigned(ceil_div(producer.columns, kTile)), kThreads, sizeof(TileShared<typename Producer::Element>)};
+  grid.rows = unsigned(matrices * tiles.count);
+  launch(tile_kernel<kind, Producer>, grid, stream, producer, out, power_of_two);
+}
+
+// grad_weight of RMSNorm, in parts: [parts, K] sums of g x rstd over the rows of each part.
+__global__ void __launch_bounds__(kThreads)
+    norm_weight_kernel(const bf16* grad, const bf16* x, const float* rstd, float* partial, int64_t rows, int columns,
+                       int rows_of_part) {
+  const int column = (int(blockIdx.x) * kThreads + int(threadIdx.x)) * kVector;
+  if (column >= columns) return;
+  const int64_t first = int64_t(blockIdx.y) * rows_of_part;
+  const int64_t end = first + rows_of_part < rows ? first + rows_of_part : rows;
+  float total[kVector] = {};
+#pragma unroll 4
+  for (int64_t row = first; row < end; ++row) {
+    float g[kVector], values[kVector];
+    load8(grad + row * columns + column, g);
+    load8(x + row * columns + column, values);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) total[i] += g[i] * (values[i] * rstd[row]);
+  }
+  store8(partial + int64_t(blockIdx.y) * columns + column, total);
+}
+
+}  // namespace
+
+namespace {
+
+template <typename T>
+void quantize_columns_of(const T* x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
+                         bool power_of_two, void* stream) {
+  const Plain<T> producer{x, columns};
+  if (by_row.q != nullptr)
+    launch_tiles<Tiling::kRowsAndColumns>(producer, rows, by_row, by_column, tiles, power_of_two, stream);
+  else
+    launch_tiles<Tiling::kColumns>(producer, rows, by_row, by_column, tiles, power_of_two, stream);
+}
+
+}  // namespace
+
+void quantize_rows(Numbers x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
+  if (x.is_float)
+    launch_rows(Plain<float>{static_cast<const float*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
+  else
+    launch_rows(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
+}
+
+void quantize_columns(Numbers x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
+                      bool power_of_two, void* stream) {
+  if (x.is_float)
+    quantize_columns_of(static_cast<const float*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
+                        stream);
+  else
+    quantize_columns_of(static_cast<const bf16*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
+                        stream);
+}
+
+void quantize_blocks(Numbers x, int matrices, int64_t rows, int columns, Codes by_row, Codes by_column,
+                     bool power_of_two, void* stream) {
+  const RowTiles tiles{nullptr, int(ceil_div<int64_t>(rows, kTile))};
+  if (x.is_float)
+    launch_tiles<Tiling::kBlock>(Plain<float>{static_cast<const float*>(x.data), columns}, rows, by_row, by_column,
+                                 tiles, power_of_two, stream, matrices);
+  else
+    launch_tiles<Tiling::kBlock>(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, by_row, by_column, tiles,
+                                 power_of_two, stream, matrices);
+}
+
+void retile_columns(const e4m3* q, const float* scales, int64_t rows, int columns, Codes by_column, RowTiles tiles,
+                    bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kColumns>(Scaled{q, scales, columns}, rows, {}, by_column, tiles, power_of_two, stream);
+}
+
+void swiglu_quantize_rows(GateUp x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
+  launch_rows(SwiGLU{x.gate, x.up, x.pitch, columns}, rows, out, nullptr, power_of_two, stream);
+}
+
+void swiglu_quantize_columns(GateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles, bool power_of_two,
+                             void* stream) {
+  launch_tiles<Tiling::kColumns>(SwiGLU{x.gate, x.up, x.pitch, columns}, rows, {}, by_column, tiles, power_of_two,
+                                 stream);
+}
+
+void swiglu_backward_quantize(const bf16* grad, GateUp x, int64_t rows, int columns, Codes by_row, Codes by_column,
+                              RowTiles tiles, bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kRowsAndColumns>(SwiGLUBackward{grad, x.gate, x.up, x.pitch, 2 * columns}, rows, by_row,
+                                        by_column, tiles, power_of_two, stream);
+}
+
+void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t rows, int columns, Codes out,
+                        float* rstd, bf16* kept, bool power_of_two, void* stream) {
+  launch_rows(RMSNorm{x, weight, rstd, eps, columns}, rows, out, kept, power_of_two, stream);
+}
+
+void norm_quantize_columns(const bf16* x, const float* weight, const float* rstd, int64_t rows, int columns,
+                           Codes by_column, RowTiles tiles, bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kColumns>(RMSNorm{x, weight, const_cast<float*>(rstd), 0, columns}, rows, {}, by_column, tiles,
+                                 power_of_two, stream);
+}
+
+void norm_backward_quantize(const bf16* grad, const bf16* x, const float* weight, const float* rstd, int64_t rows,
+                            int columns, Codes by_row, Codes by_column, float* inner, bf16* kept, RowTiles tiles,
+                            bool power_of_two, void* stream) {
+  const RMSNormBackward producer{grad, x, weight, rstd, inner, columns};
+  launch_rows(producer, rows, by_row, kept, power_of_two, stream);
+  launch_tiles<Tiling::kColumns>(producer, rows, {}, by_column, tiles, power_of_two, stream);
+}
+
+int norm_weight_parts(int64_t rows) { return int(rows < 64 * 64 ? ceil_div<int64_t>(rows, 64) : 64); }
+
+void norm_weight_gradient(const bf16* grad, const bf16* x, const float* rstd, float* partial, int64_t rows,
+                          int columns, void* stream) {
+  const int parts = norm_weight_parts(rows);
+  Grid grid{unsigned(ceil_div(columns, kThreads * kVector)), kThreads};
+  grid.rows = unsigned(parts);
+  launch(norm_weight_kernel, grid, stream, grad, x, rstd, partial, rows, columns,
+         parts == 0 ? 0 : int(ceil_div<int64_t>(rows, parts)));
+}
+
+}  // namespace mds

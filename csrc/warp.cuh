@@ -1,0 +1,53 @@
+// Reductions over the lanes of a warp and the warps of a block, in an order that depends on nothing but the indices.
+#pragma once
+
+#include "platform.cuh"
+
+namespace mds {
+
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp_id() { return int(threadIdx.x) / kWarp; }
+
+// Every lane of an aligned group of `Lanes` gets the group's result.
+template <int Lanes, typename T, typename Op>
+__device__ __forceinline__ T group_reduce(T x, Op op) {
+#pragma unroll
+  for (int distance = Lanes / 2; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(kFullWarp, x, distance));
+  return x;
+}
+
+struct Sum {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
+};
+
+// Every thread of the block gets the sum; `scratch` has a place for each warp. All threads must call.
+template <int Warps>
+__device__ __forceinline__ float block_sum(float x, float (&scratch)[Warps]) {
+  x = group_reduce<kWarp>(x, Sum{});
+  __syncthreads();  // an earlier sum may still be read
+  if (lane_id() == 0) scratch[warp_id()] = x;
+  __syncthreads();
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < Warps; ++w) total += scratch[w];
+  return total;
+}
+
+// Inclusive sum over the lanes of a warp.
+__device__ __forceinline__ int warp_inclusive_sum(int x) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    int before = __shfl_up_sync(kFullWarp, x, distance);
+    if (lane_id() >= distance) x += before;
+  }
+  return x;
+}
+
+}  // namespace mds

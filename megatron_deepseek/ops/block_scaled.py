@@ -1,0 +1,84 @@
+"""A tensor that is held and sent as FP8: E4M3 values with one scale for each 1x128 tile (fp8.py).
+
+`BlockScaled` looks like a tensor of its `dtype`, so that autograd and dispatchers take it where rows are taken. FP8
+products read its parts; gathers of rows and collectives move its parts; any other operator sees the dequantised tensor.
+With powers of two as scales that is harmless: quantising the dequantised tensor again gives the same values.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from megatron_deepseek.ops import fp8
+
+_aten = torch.ops.aten
+_UNCHANGED = (_aten.detach.default, _aten.alias.default)
+
+
+class BlockScaled(torch.Tensor):
+    """`q` [..., K] float8_e4m3fn, `scale` [..., ceil(K / 128)] float32; `dtype` is what it stands for.
+
+    `kept`: the same rows as the backward is to have them, if not as these tiles: E5M6 after attention.
+    """
+
+    @staticmethod
+    def __new__(cls, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, kept: tuple[torch.Tensor, ...] = ()):
+        self = torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=dtype, device=q.device)
+        self.q, self.scale, self.kept = q, scale, kept
+        return self
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "BlockScaled":
+        """`function`, of rows, on the codes (as bytes, which every collective takes) and on the scales."""
+        codes = function(self.q.view(torch.uint8)).view(fp8.E4M3)
+        return BlockScaled(codes, function(self.scale), self.dtype)
+
+    def dequantize(self) -> torch.Tensor:
+        return fp8.dequantize_1x128(self.q, self.scale, self.dtype)
+
+    def __repr__(self) -> str:
+        return f"BlockScaled({self.dtype}, {self.dequantize()!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in _UNCHANGED or function is _aten.view.default and list(args[1]) == list(args[0].shape):
+            return BlockScaled(args[0].q, args[0].scale, args[0].dtype, args[0].kept)
+        if function is _aten.index_select.default and args[1] == 0 and type(args[2]) is torch.Tensor:
+            return args[0].map(lambda part: part.index_select(0, args[2]))
+        plain = torch.utils._pytree.tree_map_only(BlockScaled, BlockScaled.dequantize, (args, kwargs or {}))
+        return function(*plain[0], **plain[1])
+
+
+def quantize(x: torch.Tensor, power_of_two: bool = False) -> BlockScaled:
+    """x [..., K] in 1x128 tiles, with no gradient; what is block-scaled already stays as it is."""
+    return x if isinstance(x, BlockScaled) else BlockScaled(*fp8.quantize_1x128(x, power_of_two), x.dtype)
+
+
+def map_rows(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`function` on x, or on each part that a block-scaled x is made of."""
+    return x.map(function) if isinstance(x, BlockScaled) else function(x)
+
+
+def parts_of(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The ordinary tensors that x is made of."""
+    return (x.q, x.scale, *x.kept) if isinstance(x, BlockScaled) else (x,)
+
+
+def bytes_of_row(x: torch.Tensor) -> int:
+    """What one of the rows x[i] takes to hold or send."""
+    return sum(math.prod(part.shape[1:]) * part.element_size() for part in parts_of(x))
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, power_of_two):
+        return quantize(x, power_of_two)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def share(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
+    """x as several FP8 products take it, quantised once; the gradient passes as if nothing had happened."""
+    return x if isinstance(x, BlockScaled) else _Share.apply(x, power_of_two)

@@ -1,0 +1,47 @@
+"""Softmax cross-entropy over a part of the vocabulary: what each part contributes, and the gradient from the whole.
+
+    loss = log(sum) - (label_logit - max),  sum and label_logit summed over the parts, max their maximum
+
+parallel/vocabulary.py joins the parts of several ranks. Shapes: T tokens, v columns of this part.
+"""
+
+import torch
+
+from megatron_deepseek.ops.registry import with_backends
+
+
+@with_backends("cross_entropy_statistics")
+def cross_entropy_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, first_id: int
+                             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maximum, sum of exp(logit - maximum) and the label's logit of each row, [T] each, in at least float32.
+
+    This part's columns are ids first_id, first_id + 1, ...; a label that is none of them counts as 0. A row of nothing
+    but -inf has the sum 0.
+    """
+    wide = torch.promote_types(logits_Tv.dtype, torch.float32)
+    max_T = logits_Tv.amax(-1).to(wide)
+    shift_T1 = max_T.where(max_T != float("-inf"), 0).unsqueeze(-1)
+    sum_T = (logits_Tv.to(wide) - shift_T1).exp_().sum(-1)
+    local_T, mine_T = _columns(labels_T, logits_Tv.shape[-1], first_id)
+    label_T = logits_Tv.gather(-1, local_T.unsqueeze(-1)).squeeze(-1).to(wide)
+    return max_T, sum_T, label_T.where(mine_T, 0)
+
+
+@with_backends("cross_entropy_gradient")
+def cross_entropy_gradient(logits_Tv: torch.Tensor, labels_T: torch.Tensor, first_id: int, max_T: torch.Tensor,
+                           sum_T: torch.Tensor, grad_T: torch.Tensor) -> torch.Tensor:
+    """(softmax - one-hot label) * grad [T, v] in the logits' dtype, from the maximum and the sum over all parts.
+
+    The CUDA form turns contiguous bfloat16 logits into their gradient in place.
+    """
+    grad_Tv = (logits_Tv.to(max_T.dtype) - max_T.unsqueeze(-1)).exp_() * (grad_T / sum_T).unsqueeze(-1)
+    local_T, mine_T = _columns(labels_T, logits_Tv.shape[-1], first_id)
+    grad_Tv.scatter_add_(-1, local_T.unsqueeze(-1), -(grad_T * mine_T).unsqueeze(-1))
+    return grad_Tv.to(logits_Tv.dtype)
+
+
+def _columns(labels_T: torch.Tensor, columns: int, first_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each label (0 where another part has it), and whether this part has it."""
+    local_T = labels_T - first_id
+    mine_T = (local_T >= 0) & (local_T < columns)
+    return local_T.where(mine_T, 0), mine_T

@@ -1,0 +1,185 @@
+"""Products of the FP8 recipe as autograd functions: E4M3 forward, dgrad and wgrad (fp8.py has the formats).
+
+    forward  x in 1x128 tiles       x  weight in 128x128 blocks
+    dgrad    gradient in 1x128      x  the same blocks, transposed
+    wgrad    gradient in 128x1      x  the kept x, re-tiled to 128x1
+
+What is kept of x is FP8 and nothing else: the forward's own tiles, or E5M6 after attention. Before a `down_proj` it is
+SwiGLU's inputs, in FP8, and the backward makes SwiGLU's output again from them. Output and gradients have the layer's
+dtype. The weight is quantised anew each time: it is the same for a whole step, but kept it would be one more copy.
+
+The weight itself is held by the node and not saved, for the reason that zero_bubble.py gives.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from megatron_deepseek.ops import fp8
+from megatron_deepseek.ops.block_scaled import BlockScaled, quantize, share
+from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
+from megatron_deepseek.ops.fp8_attention import E5M6Output, attention
+from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.ops.products import Deferred, Numerics, Product
+from megatron_deepseek.ops.recompute import compose
+from megatron_deepseek.ops.registry import with_backends
+from megatron_deepseek.ops.swiglu import swiglu_backward, swiglu_forward
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Fp8Product(Product):
+    """`input_power_of_two`: scales of the input's tiles are powers of two, not any float32.
+
+    `dispatched_gradient`: so are those of the output's gradient, which may have come from its tokens' ranks as FP8.
+    Wgrad then takes it from those 1x128 tiles wherever they were made, so that all layouts compute the same.
+
+    `cache_e5m6`: keep the input for wgrad as E5M6 instead of the forward's E4M3. `sharing` (ops/recompute.py) says
+    whether an input that several products share is kept, or quantised again in the backward.
+    """
+
+    input_power_of_two: bool = False
+    dispatched_gradient: bool = False
+    cache_e5m6: bool = False
+    sharing: Callable = compose
+    deferred: Deferred | None = None
+
+    def __call__(self, x, weight, *counts):
+        return _Multiply.apply(x, weight, self, *counts)
+
+    def after_swiglu(self, gate, up, weight, *counts):
+        return _MultiplySwiGLU.apply(gate, up, weight, self, *counts)
+
+    def shared(self, x, consumer):
+        return self.sharing(self.rows, (x,), consumer)
+
+    def rows(self, x):
+        return share(x, self.input_power_of_two)
+
+    def deferring(self, deferred):
+        return replace(self, deferred=deferred)
+
+    def received(self, grad: torch.Tensor) -> torch.Tensor:
+        """The output's gradient, block-scaled if it is one that is dispatched."""
+        return quantize(grad, power_of_two=True) if self.dispatched_gradient else grad
+
+    def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
+        """What wgrad will need of x; `columns` makes its tiles of it."""
+        if not self.cache_e5m6:
+            return tiles.q, tiles.scale
+        return (isinstance(x, BlockScaled) and x.kept) or quantize_e5m6(x.flatten(0, -2))
+
+    def columns(self, kept: Tensors, size: int, *counts: Sequence[int]) -> Tensors:
+        if self.cache_e5m6:
+            return fp8.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
+        return fp8.retile_128x1(*kept, self.input_power_of_two, *counts)
+
+    def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Now, or None now and later what `gradient` gives; None for a frozen weight."""
+        if not weight.requires_grad:
+            return None
+        return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
+
+
+def recipe(sharing: Callable = compose) -> Numerics:
+    """Which product takes what (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
+    return Numerics(
+        linear=Fp8Product(sharing=sharing),
+        attention_output=Fp8Product(input_power_of_two=True, cache_e5m6=True),
+        experts_up=Fp8Product(input_power_of_two=True),
+        experts_down=Fp8Product(dispatched_gradient=True),
+        to_experts=partial(quantize, power_of_two=True),
+        attention=attention, attention_output_form=E5M6Output())
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, product: Fp8Product, *counts):
+        ctx.weight, ctx.product, ctx.counts = weight, product, counts
+        tiles = _rows(quantize(x, product.input_power_of_two))
+        ctx.save_for_backward(*product.keep(x, tiles))
+        return _with_rows_of(x, _forward(tiles, weight, *counts))
+
+    @staticmethod
+    def backward(ctx, grad):
+        product, weight, counts, size = ctx.product, ctx.weight, ctx.counts, ctx.weight.shape[-1]
+        grad = product.received(grad)
+        grad_x = _dgrad(grad, weight, *counts) if ctx.needs_input_grad[0] else None
+        kept, columns = ctx.saved_tensors, _columns(grad, product.dispatched_gradient, *counts)
+
+        def wgrad():
+            return _wgrad(columns, product.columns(kept, size, *counts), grad.dtype, *counts)
+
+        return grad_x, product.weight_gradient(weight, wgrad), None, *(None for _ in counts)
+
+
+class _MultiplySwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight, product: Fp8Product, *counts):
+        ctx.weight, ctx.product, ctx.counts = weight, product, counts
+        ctx.save_for_backward(*fp8.quantize_1x128(gate.flatten(0, -2)), *fp8.quantize_1x128(up.flatten(0, -2)))
+        tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
+        return _with_rows_of(gate, _forward(tiles, weight, *counts))
+
+    @staticmethod
+    def backward(ctx, grad):
+        product, weight, counts = ctx.product, ctx.weight, ctx.counts
+        grad = product.received(grad)
+        gate_q, gate_s, up_q, up_s = ctx.saved_tensors
+        gate, up = (_with_rows_of(grad, fp8.dequantize_1x128(*kept, grad.dtype)) for kept in (
+            (gate_q, gate_s), (up_q, up_s)))
+        grad_gate, grad_up = swiglu_backward(_dgrad(grad, weight, *counts), gate, up)
+        columns = _columns(grad, product.dispatched_gradient, *counts)
+        hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
+        grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
+        return grad_gate, grad_up, grad_weight, None, *(None for _ in counts)
+
+
+@with_backends("quantize_swiglu")
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up in 1x128 tiles."""
+    return fp8.quantize_1x128(swiglu_forward(gate, up), power_of_two)
+
+
+@with_backends("quantize_swiglu_columns")
+def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
+                            ) -> Tensors:
+    """silu(gate) * up in 128x1 tiles of rows."""
+    return _columns(swiglu_forward(gate, up), power_of_two, *counts)
+
+
+def _rows(tiles: BlockScaled) -> BlockScaled:
+    """[..., K] as [M, K]."""
+    return tiles if tiles.ndim == 2 else tiles.map(lambda part: part.flatten(0, -2))
+
+
+def _with_rows_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y [M, K] as [..., K]; never a view of what is whole already, which FSDP takes for a danger."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _forward(x: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
+    multiply = grouped_scaled_mm if counts else scaled_mm
+    return multiply(x.q, x.scale, *fp8.quantize_128x128(weight), *counts, out_dtype=x.dtype)
+
+
+def _dgrad(grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
+    """[..., I]"""
+    multiply = grouped_scaled_mm if counts else scaled_mm
+    tiles = _rows(quantize(grad))
+    blocks = fp8.transposed_blocks(weight)
+    return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *blocks, *counts, out_dtype=grad.dtype))
+
+
+def _columns(x: torch.Tensor, power_of_two: bool, *counts: Sequence[int]) -> Tensors:
+    """128x1 tiles of rows [..., K]; of what is block-scaled from its tiles."""
+    plain = x.dequantize() if isinstance(x, BlockScaled) else x
+    return fp8.quantize_128x1(plain.flatten(0, -2), power_of_two, *counts)
+
+
+def _wgrad(grad: Tensors, x: Tensors, dtype: torch.dtype, *counts: Sequence[int]) -> torch.Tensor:
+    multiply = grouped_scaled_mm_wgrad if counts else scaled_mm
+    return multiply(*grad, *x, *counts, out_dtype=dtype)

@@ -1,0 +1,108 @@
+"""The large products of the layers as objects, chosen once when a model is built (model/build.py).
+
+A layer says which of its products it means; the object says in which numbers it is computed, what of its inputs is
+kept for the backward and when its weight gradient is made. `Linear` and `Grouped` compute in the layer's own dtype,
+fp8_products.py has the ones of the FP8 recipe.
+
+Shapes: R rows, E experts, I inputs, O outputs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from megatron_deepseek.ops.attention import Output, attention
+from megatron_deepseek.ops.grouped_gemm import grouped_gemm
+from megatron_deepseek.ops.recompute import compose
+from megatron_deepseek.ops.swiglu import swiglu
+
+
+class Deferred(Protocol):
+    """Where zero-bubble schedules collect weight gradients (parallel/zero_bubble.py)."""
+
+    def defer(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
+        """Call `gradient` later, and back-propagate what it gives into `weight`."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """F.linear that defers."""
+
+    def grouped_gemm(self, x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
+        """ops/grouped_gemm.py's that defers."""
+
+
+class Product(ABC):
+    """x [..., I] times weight [O, I] transposed; or, with `counts`, each expert's rows times its own of [E, O, I]."""
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, *counts: list[int]) -> torch.Tensor:
+        """[..., O] in x's dtype."""
+
+    @abstractmethod
+    def after_swiglu(self, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor, *counts: list[int]
+                     ) -> torch.Tensor:
+        """The product of silu(gate) * up."""
+
+    @abstractmethod
+    def deferring(self, deferred: Deferred) -> "Product":
+        """The same product, whose weight gradient is left to `deferred`."""
+
+    def shared(self, x: torch.Tensor, consumer: Callable[[torch.Tensor], Any]) -> Any:
+        """consumer(x) with x as several products take it: what would be done to it for each is done once."""
+        return consumer(x)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x as it travels to where the product is."""
+        return x
+
+
+@dataclass(frozen=True)
+class Linear(Product):
+    """F.linear."""
+
+    multiply: Callable = F.linear
+    activate: Callable = compose
+
+    def __call__(self, x, weight, *counts):
+        return self.multiply(x, weight, *counts)
+
+    def after_swiglu(self, gate, up, weight, *counts):
+        return self.activate(swiglu, (gate, up), lambda hidden: self(hidden, weight, *counts))
+
+    def deferring(self, deferred: Deferred) -> "Linear":
+        return replace(self, multiply=deferred.linear)
+
+
+@dataclass(frozen=True)
+class Grouped(Linear):
+    """grouped_gemm. `activate` is `recompute` where SwiGLU's output is not kept."""
+
+    multiply: Callable = grouped_gemm
+
+    def deferring(self, deferred: Deferred) -> "Grouped":
+        return replace(self, multiply=deferred.grouped_gemm)
+
+
+def _unchanged(x: torch.Tensor) -> Any:
+    return x
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The products of a model. What has no place here (embedding, head, router, norms) is never FP8.
+
+    `to_experts` makes what travels of the gradients that go to the experts in the backward. `attention` is ops/
+    attention.py's or a form of it that keeps its output otherwise, and `attention_output_form` how context-parallel
+    ranks do.
+    """
+
+    linear: Product = Linear()
+    attention_output: Product = Linear()
+    experts_up: Product = Grouped()
+    experts_down: Product = Grouped()
+    to_experts: Callable[[torch.Tensor], torch.Tensor] = field(default=_unchanged)
+    attention: Callable[..., torch.Tensor] = field(default=attention)
+    attention_output_form: Output = Output()

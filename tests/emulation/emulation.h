@@ -1,0 +1,270 @@
+// Runs CUDA kernels on a CPU, one fiber for each thread of a block, so that csrc/ can be tested without a GPU.
+//
+// A fiber runs until it waits at a barrier or a warp's exchange; then the next one runs. Which one is next is the
+// environment's EMULATION_ORDER: forward, reverse or a number that seeds a random order. A kernel whose result depends
+// on the order lacks a barrier. Shared memory starts as NaN in every format, ends in a guard that is checked, and a
+// block whose fibers all wait is an error that says where they wait. What this cannot show: speed, and mistakes about
+// the hardware that the emulation shares (see hopper_emulation.h).
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kGuardBytes = 64;
+
+struct Shape {
+  unsigned blocks, rows, threads;
+  size_t shared_bytes;
+  bool all_at_once;
+};
+
+struct Barrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t slot[32];
+};
+
+struct Block {
+  dim3 index;
+  std::unique_ptr<unsigned char[]> storage;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  Barrier named[16];  // 0 is __syncthreads
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Block* block = nullptr;
+  unsigned thread = 0;
+  bool done = true;
+  const uint64_t* watched = nullptr;  // runs again when *watched is no longer `seen`
+  uint64_t seen = 0;
+  const char* place = "";
+  std::vector<std::function<void()>> asynchronous;  // this thread's wgmma that nobody has waited for
+
+  bool ready() const { return !done && (watched == nullptr || *watched != seen); }
+};
+
+struct Machine {
+  ucontext_t scheduler;
+  Fiber* running = nullptr;
+  const std::function<void()>* kernel = nullptr;
+  Barrier grid;
+  std::deque<std::function<void()>> copies;  // bulk copies that have been issued and not yet happened
+};
+
+inline Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+
+inline Fiber& self() { return *machine().running; }
+inline unsigned char* shared_memory() { return self().block->shared; }
+
+inline const void* aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) std::abort();  // a GPU would fault
+  return address;
+}
+inline void* aligned(void* address, size_t bytes) {
+  return const_cast<void*>(aligned(static_cast<const void*>(address), bytes));
+}
+
+inline void wait_until_changed(const uint64_t* watched, uint64_t seen, const char* place) {
+  Fiber& fiber = self();
+  fiber.watched = watched, fiber.seen = seen, fiber.place = place;
+  swapcontext(&fiber.context, &machine().scheduler);
+}
+
+inline void arrive_and_wait(Barrier& barrier, int expected, const char* place) {
+  uint64_t seen = barrier.generation;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    wait_until_changed(&barrier.generation, seen, place);
+  }
+}
+
+inline void grid_barrier() {
+  arrive_and_wait(machine().grid, int(gridDim.x * gridDim.y * blockDim.x), "grid barrier");
+}
+
+inline Warp& own_warp() { return self().block->warps[self().thread / 32]; }
+
+// Every lane puts a value down; `take` makes each lane's result of all 32.
+template <typename T, typename Take>
+auto exchange(unsigned mask, T value, Take take) {
+  if (mask != 0xffffffffu) std::abort();
+  Warp& warp = own_warp();
+  static_assert(sizeof(T) <= 8, "one slot is 8 bytes");
+  std::memcpy(&warp.slot[self().thread % 32], &value, sizeof(T));
+  arrive_and_wait(warp.barrier, 32, "warp exchange");
+  T all[32];
+  for (int lane = 0; lane < 32; ++lane) std::memcpy(&all[lane], &warp.slot[lane], sizeof(T));
+  auto result = take(all, int(self().thread % 32));
+  arrive_and_wait(warp.barrier, 32, "warp exchange, second half");
+  return result;
+}
+
+inline void start_fiber() {
+  (*machine().kernel)();
+  self().done = true;
+  swapcontext(&self().context, &machine().scheduler);
+}
+
+inline void prepare(Fiber& fiber, Block& block, unsigned thread) {
+  fiber.block = &block, fiber.thread = thread, fiber.done = false, fiber.watched = nullptr;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, start_fiber, 0);
+}
+
+inline void resume(Fiber& fiber) {
+  machine().running = &fiber;
+  threadIdx = {fiber.thread, 0, 0};
+  blockIdx = fiber.block->index;
+  fiber.watched = nullptr;
+  swapcontext(&machine().scheduler, &fiber.context);
+}
+
+struct Order {
+  std::vector<size_t> sequence;
+  std::mt19937 random;
+  bool shuffled = false;
+
+  explicit Order(size_t size) : sequence(size) {
+    for (size_t i = 0; i < size; ++i) sequence[i] = i;
+    const char* name = std::getenv("EMULATION_ORDER");
+    std::string order = name ? name : "forward";
+    if (order == "reverse") std::reverse(sequence.begin(), sequence.end());
+    if (order != "reverse" && order != "forward") shuffled = true, random.seed(unsigned(std::stoul(order)));
+  }
+  const std::vector<size_t>& next() {
+    if (shuffled) std::shuffle(sequence.begin(), sequence.end(), random);
+    return sequence;
+  }
+};
+
+inline void make_block(Block& block, dim3 index, const Shape& shape) {
+  block.index = index;
+  block.shared_bytes = shape.shared_bytes;
+  block.storage.reset(new unsigned char[shape.shared_bytes + 1024 + kGuardBytes]);
+  uintptr_t base = reinterpret_cast<uintptr_t>(block.storage.get());
+  block.shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024);
+  std::memset(block.shared, 0xff, shape.shared_bytes);
+  std::memset(block.shared + shape.shared_bytes, 0x5a, kGuardBytes);
+  block.warps = std::vector<Warp>((shape.threads + 31) / 32);
+}
+
+inline void check_guard(const Block& block) {
+  for (size_t i = 0; i < kGuardBytes; ++i)
+    if (block.shared[block.shared_bytes + i] != 0x5a) throw std::runtime_error("a kernel wrote past its shared memory");
+}
+
+inline void run_fibers(std::vector<Fiber>& fibers) {
+  Order order(fibers.size());
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (size_t i : order.next())
+      if (fibers[i].ready()) resume(fibers[i]), progress = true;
+    if (!machine().copies.empty()) {  // the copy engine works at its own pace: one copy for each round of the threads
+      machine().copies.front()();
+      machine().copies.pop_front();
+      progress = true;
+    }
+  }
+  for (const Fiber& fiber : fibers)
+    if (!fiber.done)
+      throw std::runtime_error("deadlock: thread " + std::to_string(fiber.thread) + " of block " +
+                               std::to_string(fiber.block->index.x) + " waits at " + fiber.place);
+  for (const Fiber& fiber : fibers)
+    if (!fiber.asynchronous.empty()) throw std::runtime_error("a kernel ended with wgmma in flight");
+}
+
+// One block after the other, or all at once where blocks wait for each other.
+inline void run(const Shape& shape, const std::function<void()>& kernel) {
+  machine().kernel = &kernel;
+  gridDim = {shape.blocks, shape.rows, 1};
+  blockDim = {shape.threads, 1, 1};
+  const size_t total = size_t(shape.blocks) * shape.rows, together = shape.all_at_once ? total : 1;
+  std::vector<Fiber> fibers(together * shape.threads);
+  for (size_t first = 0; first < total; first += together) {
+    std::vector<Block> blocks(together);
+    for (size_t b = 0; b < together; ++b) {
+      make_block(blocks[b], {unsigned((first + b) % shape.blocks), unsigned((first + b) / shape.blocks), 0}, shape);
+      for (unsigned t = 0; t < shape.threads; ++t) prepare(fibers[b * shape.threads + t], blocks[b], t);
+    }
+    run_fibers(fibers);
+    for (const Block& block : blocks) check_guard(block);
+  }
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() {
+  emulation::arrive_and_wait(emulation::self().block->named[0], int(blockDim.x), "__syncthreads");
+}
+inline void __syncwarp() { emulation::arrive_and_wait(emulation::own_warp().barrier, 32, "__syncwarp"); }
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulation::exchange(mask, value, [&](const T* all, int lane) { return all[lane ^ lanes]; });
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  return emulation::exchange(mask, value, [&](const T* all, int lane) { return all[std::max(lane - distance, 0)]; });
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return emulation::exchange(mask, value, [&](const T* all, int) { return all[source % 32]; });
+}
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  return emulation::exchange(mask, value, [](const int* all, int lane) {
+    unsigned same = 0;
+    for (int other = 0; other < 32; ++other) same |= unsigned(all[other] == all[lane]) << other;
+    return same;
+  });
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline int atomicAdd(int* address, int value) {
+  int before = *address;
+  *address += value;
+  return before;
+}

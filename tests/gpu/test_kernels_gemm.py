@@ -1,0 +1,103 @@
+"""Block-scaled products against ops/fp8_gemm.py: dense, M-grouped, K-grouped.
+
+The reference's operands are exact, so both differ by float32 sums of up to K products, and on a GPU by the 14 bits that
+tensor cores keep within 128 of K: relative to the whole result (as METHOD demands of a norm) 2^-12 there, 1e-6 emulated;
+results in bfloat16 are rounded once more, 2^-9.
+"""
+
+import pytest
+import torch
+
+from megatron_deepseek.ops import fp8, fp8_gemm
+from megatron_deepseek.ops.kernels import operator
+
+HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
+pytestmark = pytest.mark.skipif(not HOPPER, reason="wgmma on E4M3 needs compute capability 9.0")
+
+
+def close(got: torch.Tensor, expected: torch.Tensor):
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    if not expected.numel():
+        return
+    bound = 2**-12 if got.is_cuda else 1e-6
+    bound += 2**-9 if got.dtype == torch.bfloat16 else 0
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error < bound, float(error)
+
+
+def matrix(*shape: int, device) -> torch.Tensor:
+    """Tiles of very different scales, so that a wrong one is seen."""
+    x = torch.randn(*shape, device=device)
+    return (x * torch.exp2(torch.randint(-6, 6, (*shape[:-1], 1), device=device).float())).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528)])
+def test_dense(device, m, n, k, dtype):
+    a, b = matrix(m, k, device=device), matrix(n, k, device=device)
+    operands = *fp8.quantize_1x128(a), *fp8.quantize_128x128(b)
+    close(operator("scaled_mm")(*operands, dtype == torch.float32), fp8_gemm.scaled_mm(*operands, dtype))
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640)])
+def test_dense_with_scales_of_rows(device, m, n, k, any_order):
+    """wgrad: both operands have 1x128 tiles. N = 137 is no multiple of 8: single numbers are stored."""
+    operands = *fp8.quantize_1x128(matrix(m, k, device=device)), *fp8.quantize_1x128(matrix(n, k, device=device))
+    close(operator("scaled_mm")(*operands, True), fp8_gemm.scaled_mm(*operands, torch.float32))
+
+
+def test_tall_tiles(device):
+    """More than two tall tiles for each multiprocessor, 3 of them in the emulation."""
+    m, n = (8192, 8192) if device.type == "cuda" else (520, 264)
+    operands = *fp8.quantize_1x128(matrix(m, 272, device=device)), *fp8.quantize_128x128(matrix(n, 272, device=device))
+    close(operator("scaled_mm")(*operands, True), fp8_gemm.scaled_mm(*operands, torch.float32))
+
+
+def test_a_transposed_weight_with_padded_rows(device):
+    """dgrad: codes of the transpose as quantize_blocks leaves them, K padded to whole tiles."""
+    grad, weight = matrix(70, 200, device=device), matrix(200, 96, device=device)
+    _, _, q_t, s_t = operator("quantize_blocks")(weight, True, False)
+    expected = fp8_gemm.scaled_mm(*fp8.quantize_1x128(grad), *fp8.quantize_128x128(weight.t()))
+    grad_q = torch.nn.functional.pad(fp8.quantize_1x128(grad)[0].view(torch.uint8), (0, 8)).view(torch.float8_e4m3fn)
+    got = operator("scaled_mm")(grad_q[:, :200], fp8.quantize_1x128(grad)[1], q_t, s_t, False)
+    close(got, expected)
+
+
+def row_tiles(counts: list[int], device) -> torch.Tensor:
+    tiles, first = [], 0
+    for matrix_index, count in enumerate(counts):
+        tiles += [(matrix_index, first + i, min(128, count - i)) for i in range(0, count, 128)]
+        first += count
+    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256]])
+def test_rows_grouped(device, counts, dtype):
+    a, b = matrix(sum(counts), 272, device=device), matrix(len(counts), 200, 272, device=device)
+    operands = *fp8.quantize_1x128(a), *fp8.quantize_128x128(b)
+    got = operator("grouped_scaled_mm")(*operands, row_tiles(counts, device), dtype == torch.float32)
+    close(got, fp8_gemm.grouped_scaled_mm(*operands, counts, dtype))
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256]])
+def test_depth_grouped(device, counts, any_order):
+    """Operands as the kernel makes them: every group starts a new tile."""
+    x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), 72, device=device)
+    tiles = row_tiles(counts, device)[:, 1:].contiguous()
+    first, groups = 0, []
+    for count in counts:
+        groups.append((first, -(-count // 128)))
+        first += groups[-1][1]
+    a, b = (operator("quantize_columns")(t, tiles, False) for t in (grad, x))
+    got = operator("grouped_scaled_mm_wgrad")(*a, *b, torch.tensor(groups, dtype=torch.int32, device=device), True)
+    a, b = (fp8.quantize_128x1(t, False, counts) for t in (grad, x))
+    close(got, fp8_gemm.grouped_scaled_mm_wgrad(*a, *b, counts, torch.float32))
+
+
+def test_a_lost_tile_is_lost_in_the_product(device):
+    a, b = matrix(3, 256, device=device), matrix(8, 256, device=device)
+    a[1, 200] = float("inf")
+    operands = *fp8.quantize_1x128(a), *fp8.quantize_128x128(b)
+    got = operator("scaled_mm")(*operands, True)
+    assert got[1].isnan().all() and got[[0, 2]].isfinite().all()

@@ -1,0 +1,185 @@
+"""The quantising kernels against ops/fp8.py: the same codes and scales, bit for bit.
+
+Where a kernel also makes what it quantises, exponentials and square roots of different libraries may differ in the
+last place before a rounding: there a share of the codes may be one step off (`nearly`).
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_deepseek.ops import fp8
+from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.swiglu import swiglu
+
+SHAPES = [(1, 8), (3, 128), (130, 136), (128, 256), (200, 520), (0, 64)]
+
+
+def numbers(rows: int, columns: int, device) -> torch.Tensor:
+    """Over many magnitudes, zeros and bfloat16's own extremes among them, tiles with nothing but zeros too."""
+    x = torch.randn(rows, columns, device=device) * torch.exp2(torch.randint(-12, 12, (rows, 1), device=device))
+    x[:, columns // 2] = 0
+    x[rows // 2:rows // 2 + 1] = 0
+    if rows > 2:
+        x[1, :3] = torch.tensor([3e38, 1e-40, -1e-38], device=device)
+    return x.bfloat16()
+
+
+def codes(q: torch.Tensor) -> torch.Tensor:
+    return q.view(torch.uint8)
+
+
+def same(got, expected):
+    (q, scale), (expected_q, expected_scale) = got, expected
+    assert q.shape == expected_q.shape and scale.shape == expected_scale.shape
+    assert torch.equal(scale.view(torch.int32) | 0, torch.where(expected_scale.isnan(), scale, expected_scale
+                                                                ).view(torch.int32))
+    assert torch.equal(scale.isnan(), expected_scale.isnan())
+    assert torch.equal(codes(q), codes(expected_q))
+
+
+def nearly(got, expected, share: float = 2e-3):
+    """Scales to 2^-7, the step of bfloat16; at most `share` of the codes off, by one."""
+    (q, scale), (expected_q, expected_scale) = got, expected
+    torch.testing.assert_close(scale, expected_scale, rtol=2**-7, atol=0)
+    distance = (codes(q).int() - codes(expected_q).int()).abs()
+    assert distance.max() <= 1 and (distance > 0).float().mean() <= share, (distance.max(), (distance > 0).sum())
+
+
+def unpadded(result, rows: int):
+    """Without the zero columns behind the last tile's rows, which the reference does not have."""
+    q, scale = result
+    assert not codes(q[:, rows:]).any()
+    return q[:, :rows], scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_rows(device, rows, columns, power_of_two, dtype):
+    x = numbers(rows, columns, device).to(dtype)
+    same(operator("quantize_rows")(x, power_of_two), fp8.quantize_1x128(x, power_of_two))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_columns(device, rows, columns, power_of_two, any_order):
+    x = numbers(rows, columns, device)
+    expected = fp8.quantize_128x1(x, power_of_two)
+    same(unpadded(operator("quantize_columns")(x, None, power_of_two), rows), expected)
+    q, s, q_columns, s_columns = operator("quantize_both")(x, None, power_of_two)
+    same((q, s), fp8.quantize_1x128(x, power_of_two))
+    same(unpadded((q_columns, s_columns), rows), expected)
+
+
+def tile_table(counts: list[int], device) -> torch.Tensor:
+    tiles, first = [], 0
+    for count in counts:
+        tiles += [(first + i, min(128, count - i)) for i in range(0, count, 128)]
+        first += count
+    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 2)
+
+
+def ungrouped(result, counts):
+    """Padded tiles of groups -> the reference's, one group right after the other."""
+    q, scale = result
+    parts, first = [], 0
+    for count in counts:
+        parts.append(q[:, first:first + count])
+        first += -(-count // 128) * 128
+    return torch.cat(parts, 1), scale
+
+
+COUNTS = [[5, 0, 130, 128], [0, 0, 1], [256]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_columns_of_groups(device, counts, dtype):
+    x = numbers(sum(counts), 136, device).to(dtype)
+    got = operator("quantize_columns")(x, tile_table(counts, device), False)
+    same(ungrouped(got, counts), fp8.quantize_128x1(x, False, counts))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_retile(device, counts):
+    q, scale = fp8.quantize_1x128(numbers(sum(counts), 264, device), True)
+    got = operator("retile_columns")(q, scale, tile_table(counts, device), True)
+    same(ungrouped(got, counts), fp8.retile_128x1(q, scale, True, counts))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 8), (130, 136), (3, 200, 264)])
+def test_blocks(device, shape, dtype, any_order):
+    w = numbers(shape[-2] * (shape[0] if len(shape) == 3 else 1), shape[-1], device).view(shape).to(dtype)
+    q, s, q_t, s_t = operator("quantize_blocks")(w, True, False)
+    same((q, s), fp8.quantize_128x128(w))
+    expected_q, expected_s = fp8.quantize_128x128(w.mT)
+    assert not codes(q_t[..., shape[-2]:]).any()
+    same((q_t[..., :shape[-2]].contiguous(), s_t), (expected_q, expected_s))
+    alone = operator("quantize_blocks")(w, False, False)
+    same(alone[:2], (q, s))
+    assert alone[2].numel() == 0 and alone[3].numel() == 0
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_number_loses_its_tile(device, broken):
+    x = numbers(130, 264, device)
+    x[129, 200] = broken
+    same(operator("quantize_rows")(x, False), fp8.quantize_1x128(x))
+    q, scale = operator("quantize_columns")(x, None, False)
+    expected_q, expected_scale = fp8.quantize_128x1(x)
+    same((q[:, :130], scale), (expected_q, expected_scale))
+    same(operator("quantize_blocks")(x, False, False)[:2], fp8.quantize_128x128(x))
+
+
+@pytest.mark.parametrize("rows, half", [(1, 8), (130, 136), (64, 256)])
+def test_swiglu(device, rows, half):
+    gate_up = (2 * torch.randn(rows, 2 * half, device=device)).bfloat16()
+    activation = swiglu(*gate_up.chunk(2, -1))
+    nearly(operator("swiglu_quantize_rows")(*gate_up.chunk(2, -1), True), fp8.quantize_1x128(activation, True))
+    nearly(unpadded(operator("swiglu_quantize_columns")(*gate_up.chunk(2, -1), None, True), rows),
+           fp8.quantize_128x1(activation, True))
+
+
+@pytest.mark.parametrize("rows, half", [(1, 8), (130, 136), (64, 256)])
+def test_swiglu_backward(device, rows, half):
+    gate_up = (2 * torch.randn(rows, 2 * half, device=device)).bfloat16().requires_grad_()
+    grad = torch.randn(rows, half, device=device).bfloat16()
+    (expected,) = torch.autograd.grad(swiglu(*gate_up.chunk(2, -1)), gate_up, grad)
+    q, s, q_columns, s_columns = operator("swiglu_backward_quantize")(
+        grad, *gate_up.detach().chunk(2, -1), None, False)
+    nearly((q, s), fp8.quantize_1x128(expected))
+    nearly(unpadded((q_columns, s_columns), rows), fp8.quantize_128x1(expected))
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 8), (130, 136), (3, 7168)])
+def test_norm(device, rows, columns):
+    """The kernel's own formula is that of ops/norm.py's CPU form."""
+    x, weight = (3 * torch.randn(rows, columns, device=device)).bfloat16(), torch.rand(columns, device=device) + 0.5
+    normed = rms_norm(x.cpu(), weight.cpu(), 1e-6).to(device)
+    q, s, rstd, kept = operator("norm_quantize_rows")(x, weight, 1e-6, True, False)
+    nearly((q, s), fp8.quantize_1x128(normed))
+    torch.testing.assert_close(kept, normed, rtol=2**-7, atol=0)
+    torch.testing.assert_close(rstd, (x.double().square().mean(-1) + 1e-6).rsqrt().float(), rtol=1e-5, atol=0)
+    assert operator("norm_quantize_rows")(x, weight, 1e-6, False, False)[3].numel() == 0
+    nearly(unpadded(operator("norm_quantize_columns")(x, weight, rstd, None, False), rows),
+           fp8.quantize_128x1(normed))
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 8), (130, 136), (5, 2056)])
+def test_norm_backward(device, rows, columns):
+    """Against float64, rounded to bfloat16 once; sums of up to 2,056 float32 numbers: 1e-4."""
+    x, grad = (torch.randn(rows, columns, device=device).bfloat16() for _ in range(2))
+    weight = torch.rand(columns, device=device) + 0.5
+    rstd = (x.float().square().mean(-1) + 1e-6).rsqrt()
+    q, s, q_columns, s_columns, kept, grad_weight = operator("norm_backward_quantize")(
+        grad, x, weight, rstd, None, False)
+    wide_x, wide_w = x.double().requires_grad_(), weight.double().requires_grad_()
+    expected, expected_w = torch.autograd.grad(
+        F.rms_norm(wide_x, (columns,), wide_w, 1e-6), (wide_x, wide_w), grad.double())
+    torch.testing.assert_close(kept.double(), expected, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(grad_weight.double(), expected_w, rtol=1e-4, atol=1e-4)
+    same((q, s), fp8.quantize_1x128(kept))
+    same(unpadded((q_columns, s_columns), rows), fp8.quantize_128x1(kept))

@@ -1,0 +1,141 @@
+"""What a rank does in tests of checkpoints: train, save, load in another layout, and hand back every number."""
+
+import errno
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from cases import Case
+from job import LEARNING_RATE, batch, named, plan_of, whole
+
+from megatron_deepseek.checkpoint import distributed as checkpoint
+from megatron_deepseek.checkpoint.distributed import BackgroundSaver, first_failure
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory
+from megatron_deepseek.checkpoint.state import TrainState, state_to_save
+from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.training.trainer import Trainer
+
+STEPS = 2
+
+
+def build(case: Case) -> Trainer:
+    return Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
+
+
+def step(trainer: Trainer, case: Case, number: int):
+    own = case.global_batch_size // case.layout.dp
+    rows = slice(trainer.meshes.rank("dp") * own, (trainer.meshes.rank("dp") + 1) * own)
+    tokens, labels, mask = (part[rows] for part in batch(case.model, case.global_batch_size, number))
+    return trainer.train_step(tokens, labels, mask, learning_rate=LEARNING_RATE, bias_rate=1e-2)
+
+
+def numbers(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every weight, bias and moment of this rank's stages, whole, by the name in a checkpoint."""
+    return {name: whole(tensor) for name, tensor in state_to_save(trainer.stages, trainer.optimizer).items()}
+
+
+def train_and_save(case: Case, root: Path) -> dict[str, torch.Tensor]:
+    """From nothing; the numbers after STEPS steps."""
+    trainer = build(case)
+    for number in range(STEPS):
+        step(trainer, case, number)
+    checkpoint.save(root, TrainState(STEPS, STEPS * case.global_batch_size, STEPS), case.model, trainer.stages,
+                    trainer.optimizer)
+    return numbers(trainer)
+
+
+def load_and_save(case: Case, load: Path, save: Path) -> dict[str, torch.Tensor]:
+    """What arrives in the layout of `case`, saved again from there."""
+    trainer = build(case)
+    state = checkpoint.load(checkpoint_directory(load), trainer.stages, trainer.optimizer)
+    assert asdict(state) == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
+                             "optimizer_steps": STEPS}
+    checkpoint.save(save, state, case.model, trainer.stages, trainer.optimizer)
+    return numbers(trainer)
+
+
+def uninterrupted_and_resumed(case: Case, root: Path) -> tuple[dict, dict]:
+    """The numbers after 2 * STEPS steps, in one go and with a checkpoint loaded by fresh ranks' objects half-way."""
+    trainer = build(case)
+    for number in range(STEPS):
+        step(trainer, case, number)
+    checkpoint.save(root, TrainState(STEPS, 0, STEPS), case.model, trainer.stages, trainer.optimizer)
+    resumed = build(case)
+    checkpoint.load(checkpoint_directory(root), resumed.stages, resumed.optimizer)
+    for number in range(STEPS, 2 * STEPS):
+        ours, theirs = step(trainer, case, number), step(resumed, case, number)
+        assert (ours.losses, ours.grad_norm) == (theirs.losses, theirs.grad_norm)
+    return numbers(trainer), numbers(resumed)
+
+
+def save_in_the_background(case: Case, root: Path) -> tuple[dict, dict]:
+    """The numbers when a background save began, and those that it wrote although training went on."""
+    trainer = build(case)
+    step(trainer, case, 0)
+    saver = BackgroundSaver(dist.new_group(backend="gloo"))
+    for iteration in (1, 2):
+        before = numbers(trainer)
+        future = saver.begin(root, TrainState(iteration, 0, iteration), case.model, trainer.stages, trainer.optimizer)
+        step(trainer, case, iteration)
+        assert future.result() is not None
+    saver.close()
+    written = build(case)
+    checkpoint.load(checkpoint_directory(root), written.stages, written.optimizer)
+    return before, numbers(written)
+
+
+def save_on_a_full_disk(case: Case, root: Path, in_background: bool) -> tuple[OSError, float]:
+    """The last rank's disk is full after its first tensors: the error that this rank sees, and after how long."""
+    trainer = build(case)
+    checkpoint.save(root, TrainState(1, 0, 1), case.model, trainer.stages, trainer.optimizer)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        _fill_disk_after(20_000)
+    begun, state = time.monotonic(), TrainState(2, 0, 2)
+    try:
+        if in_background:
+            saver = BackgroundSaver(dist.new_group(backend="gloo"))
+            error = saver.begin(root, state, case.model, trainer.stages, trainer.optimizer).exception()
+            raise first_failure(error)
+        checkpoint.save(root, state, case.model, trainer.stages, trainer.optimizer)
+    except OSError as error:
+        return error, time.monotonic() - begun
+    raise AssertionError("the save went through")
+
+
+def _fill_disk_after(nbytes: int) -> None:
+    """In this process: what is written to a file of weights beyond `nbytes` meets ENOSPC, after a part of it."""
+    from megatron_deepseek.checkpoint import writer
+
+    class Full:
+        def __init__(self, raw):
+            self.raw, self.name, self.left = raw, raw.name, nbytes
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = self.raw.write(data[:self.left])
+            self.left -= written
+            return written
+
+        def fileno(self):
+            return self.raw.fileno()
+
+    checksummed = writer._ChecksummedFile
+    writer._ChecksummedFile = lambda raw: checksummed(Full(raw))
+
+
+def load_damaged(case: Case, root: Path) -> list[str]:
+    return [str(each) for each in checkpoint.verify(checkpoint_directory(root))]
+
+
+def load_into(case: Case, root: Path, with_optimizer: bool) -> str:
+    """The error of loading another model's checkpoint, as this rank sees it."""
+    trainer = build(case)
+    try:
+        checkpoint.load(checkpoint_directory(root), trainer.stages, trainer.optimizer if with_optimizer else None)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it was loaded")

@@ -1,0 +1,43 @@
+"""What a rank does in a test of FP8: steps with tiles of any size, so that shards of small models are whole ones."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from cases import Case, Reference
+from job import Record, run_case, run_reference
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import Precision
+from megatron_deepseek.ops import e5m6, fp8, fp8_gemm
+
+FP8 = Precision(torch.float64, fp8=True)
+WIDE_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class WideCase(Case):
+    """Two ranks have whole tiles of 128 of everything that they divide: features, heads' widths, WIDE_LENGTH tokens."""
+
+    @property
+    def model(self) -> ModelConfig:
+        return replace(
+            super().model, vocab_size=64, hidden_size=256, intermediate_size=256, num_attention_heads=4,
+            kv_lora_rank=128, q_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
+            moe_intermediate_size=128, initializer_range=0.05)
+
+
+def use_tiles(size: int) -> None:
+    """In this process. The models of cases.py are whole tiles of 2, also where two ranks divide them."""
+    for module in (e5m6, fp8, fp8_gemm):
+        module.TILE = size
+
+
+def run_fp8(tile: int, case: Case, num_steps: int = 1, precision: Precision = FP8, *length: int) -> Record:
+    use_tiles(tile)
+    return run_case(case, num_steps, precision, *length)
+
+
+def run_fp8_alone(tile: int, reference: Reference, num_steps: int = 1, precision: Precision = FP8,
+                  *length: int) -> Record:
+    use_tiles(tile)
+    return run_reference(reference, num_steps, precision, *length)

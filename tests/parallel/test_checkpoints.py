@@ -1,0 +1,93 @@
+"""Checkpoints on several ranks: the same bits through any layout, in the background too, and errors that say what."""
+
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case
+from checkpoint_job import (
+    load_and_save,
+    load_damaged,
+    load_into,
+    save_in_the_background,
+    save_on_a_full_disk,
+    train_and_save,
+    uninterrupted_and_resumed,
+)
+
+from megatron_deepseek.checkpoint.integrity import verify_directory
+from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration, leftovers
+
+# One model (two layers, MTP, experts with a bias, tied embedding) in four layouts.
+A = Case(dp=2, tp=2, sp=True, ep=4, dispatcher="allgather", microbatches=3, mtp=1, shared=2, tied=True)
+B = Case(pp=2, schedule="1F1B", dp=1, microbatches=6, mtp=1, shared=2, tied=True)
+C = Case(dp=3, tp=1, ep=1, microbatches=2, mtp=1, shared=2, tied=True, reshard=True)
+SMALL = replace(A, tp=1, ep=2, sp=False)
+
+
+def assert_same_bits(ours: list[dict], theirs: list[dict]) -> None:
+    """What ranks hold of one name is equal on all of them, and between the two jobs, moments included."""
+    first: dict[str, torch.Tensor] = {}
+    for of_rank in [*theirs, *ours]:
+        for name, tensor in of_rank.items():
+            assert torch.equal(tensor, first.setdefault(name, tensor)), name
+    assert set().union(*ours) == set().union(*theirs)
+    assert any(name.startswith("optimizer.exp_avg_sq.") and tensor.any() for name, tensor in first.items())
+    assert any(name.endswith("e_score_correction_bias") and tensor.any() for name, tensor in first.items())
+
+
+def test_from_layout_to_layout_and_back(ranks, tmp_path):
+    """A -> B -> C -> A; every directory passes its checksums."""
+    assert A.model == B.model == C.model and A.global_batch_size == B.global_batch_size == C.global_batch_size
+    start = ranks.run(4, train_and_save, A, tmp_path / "0")
+    for number, case in enumerate((B, C, A)):
+        arrived = ranks.run(case.layout.world_size, load_and_save, case, tmp_path / str(number),
+                            tmp_path / str(number + 1))
+        assert_same_bits(arrived, start)
+        assert verify_directory(find_iteration(tmp_path / str(number + 1), 2)) == []
+
+
+@pytest.mark.parametrize("case", [SMALL, replace(B, schedule="ZBVZeroBubble", virtual=2)], ids=["data", "V-shaped"])
+def test_resuming_in_the_same_layout_changes_no_bit(ranks, tmp_path, case):
+    for uninterrupted, resumed in ranks.run(case.layout.world_size, uninterrupted_and_resumed, case, tmp_path):
+        assert_same_bits([resumed], [uninterrupted])
+
+
+def test_a_save_in_the_background_has_the_numbers_of_its_beginning(ranks, tmp_path):
+    for before, written in ranks.run(2, save_in_the_background, SMALL, tmp_path):
+        assert_same_bits([written], [before])
+    assert iterations(tmp_path) == [1, 2] and last_iteration(tmp_path) == 2 and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_is_the_same_error_on_every_rank(ranks, tmp_path, in_background):
+    """One rank meets it; both say which file and how much is free, soon, and the checkpoint before is whole."""
+    errors = ranks.run(2, save_on_a_full_disk, SMALL, tmp_path, in_background)
+    for error, seconds in errors:
+        assert error.errno == errno.ENOSPC and "__1_0.distcp" in error.filename and "are free" in error.strerror
+        assert seconds < 20
+    assert last_iteration(tmp_path) == 1 and verify_directory(find_iteration(tmp_path, 1)) == []
+    assert [path.name for path in leftovers(tmp_path)] == ["iter_0000002.saving"]
+
+
+def test_damage_and_another_model_are_named_on_every_rank(ranks, tmp_path):
+    """A flipped bit; then models with tensors that the checkpoint lacks, and one that lacks some of its."""
+    ranks.run(2, train_and_save, SMALL, tmp_path)
+    directory = find_iteration(tmp_path, 2)
+    file = directory / "__1_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    for damage in ranks.run(2, load_damaged, SMALL, tmp_path):
+        assert len(damage) == 1 and damage[0].startswith("__1_0.distcp has changed")
+    state = json.loads((directory / "state.json").read_text())
+    assert state == {"iteration": 2, "consumed_samples": 12, "optimizer_steps": 2}
+    with_biases = replace(SMALL, attention_bias=True)
+    for message in ranks.run(2, load_into, with_biases, tmp_path, True):
+        assert "lacks" in message and "tensors of this model, first model." in message and "bias" in message
+    for message in ranks.run(2, load_into, replace(SMALL, tied=False), tmp_path, True):
+        assert "model.lm_head.weight" in message
+    for message in ranks.run(2, load_into, replace(SMALL, mtp=0), tmp_path, False):
+        assert "tensors that this model lacks, first model.model.layers.2" in message
