@@ -16,16 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_deepseek.data.blend import SPLITS, Blend, SplitBlend, parse_blend, parse_split, split_blends
+from megatron_deepseek.data.blend import SPLITS, SplitBlend, split_blends
 from megatron_deepseek.data.blend_index import BlendIndex
 from megatron_deepseek.data.index_file import open_index
 from megatron_deepseek.data.sample_index import PackedSplit, build_missing
 from megatron_deepseek.data.survey import Survey, survey_all
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.settings import DataSettings
-
-__all__ = ["SPLITS", "Blend", "DataPlan", "SplitPlan", "build_datasets", "check_data", "check_token_ids", "make_plan",
-           "open_datasets", "parse_blend", "parse_split", "shared_plan"]
 
 
 @dataclass(frozen=True)
