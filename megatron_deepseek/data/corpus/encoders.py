@@ -21,7 +21,8 @@ from megatron_deepseek.data.tokenizer import (
     BOS, EOD, HuggingFaceTokenizer, IdOutsideVocabulary, Tokenizer, build_tokenizer, find_tokenizer_json)
 
 PROBES = (
-    "", " ", "\n", "\r\n\r\n \t\n", "a" * 300, "Hello,world!  It's 1234567 o'clock...\n\n\tdef f(x):\n        return x\n",
+    "", " ", "\n", "\r\n\r\n \t\n", "a" * 300,
+    "Hello,world!  It's 1234567 o'clock...\n\n\tdef f(x):\n        return x\n",
     "深度求索，人工智能。日本語のテキストと한국어 텍스트", "نص عربي ไทย हिन्दी é e\u0301 ﬁ Å", "👩‍👩‍👧‍👦🏳️‍🌈 \U0001f600",
     "\0\x01\x7f\ufeff\u200b\u2028\u00a0\u3000", f"a{EOD}b {BOS}c<|im_end|> <｜User｜>x", "١٢٣ ⅷ ½ 1,000.00 12a34",
 )

@@ -113,7 +113,7 @@ def _serve(connection, parents_end, work: Callable, one_thread: bool, parent: in
 
 
 def die_with(parent: int):
-    """Be killed when `parent`, which forked this process, ends. On Linux; elsewhere a worker ends at its next report."""
+    """Be killed when `parent`, which forked this process, ends. Only on Linux."""
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
