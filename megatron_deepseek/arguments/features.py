@@ -7,6 +7,7 @@ which features it uses, and fails for a pair that no case has.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from string import ascii_letters
 
 from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
 from megatron_deepseek.arguments.refusals import IN_TURNS, REFUSALS
@@ -146,7 +147,7 @@ def table(marked: frozenset[str] = frozenset()) -> Iterator[str]:
     yield " " * (width + 6) + "".join(f"{n % 10} " for n in numbers).rstrip()
     for number, row in zip(numbers, FEATURES):
         cells = [cell(row, column) for column in FEATURES[:number - 1]]
-        shown = [c if isinstance(c, str) else letters.setdefault(c, "abcdefghijklmnopqrstuvwxyz"[len(letters)])
+        shown = [c if isinstance(c, str) else letters.setdefault(c, ascii_letters[len(letters)])
                  for c in cells]
         yield f"{number:3} {row.name:{width}} {'*' if row.name in marked else ' '}{' '.join(shown)}".rstrip()
     yield f"  {TESTED} compared with one process in a test   {ALTERNATIVE} one or the other"

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.config import ModelConfig
@@ -117,8 +116,7 @@ def run_checkpointed_offloaded(layer: nn.Module, *args):
 def _is_weight(layer: nn.Module, tensor: torch.Tensor) -> bool:
     """Whether `tensor` lies in what the layer's parameters are at this moment: FSDP's gathered weights."""
     own = tensor.untyped_storage()._cdata
-    return any(own == (p.to_local() if isinstance(p, DTensor) else p).untyped_storage()._cdata
-               for p in layer.parameters())
+    return any(own == getattr(p, "_local_tensor", p).untyped_storage()._cdata for p in layer.parameters())
 
 
 def choose_run(recompute: RecomputeSettings, offload: OffloadSettings, position: int) -> Callable:

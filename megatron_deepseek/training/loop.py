@@ -11,7 +11,8 @@ from megatron_deepseek.checkpoint.export import export_hf, keep_assets
 from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
-from megatron_deepseek.data.pretraining import SPLITS, open_datasets, shared_plan
+from megatron_deepseek.data.blend import SPLITS
+from megatron_deepseek.data.pretraining import open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
@@ -73,7 +74,7 @@ class Run:
 
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, state: TrainState, begun: float):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        plan = shared_plan(settings.data, num_samples(settings))
+        plan = shared_plan(settings.data, num_samples(settings), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
             for line in describe_split(split, each) if each is not None else ():

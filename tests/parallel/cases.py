@@ -58,7 +58,7 @@ WIDER = OPTIONS | {
     "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
     "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
-    "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"),
+    "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"), "offload_layers": (0, 1, 2, 9),
 }
 
 CONSTRAINTS = (
