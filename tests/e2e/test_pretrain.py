@@ -34,7 +34,8 @@ def assert_same_run(metrics: list[dict], reference: list[dict]) -> None:
         assert ours.get("source_loss", {}) == pytest.approx(theirs.get("source_loss", {}), rel=1e-4)
     for ours, theirs in zip(validations(metrics), validations(reference), strict=True):
         assert ours["validation_lm_loss"] == pytest.approx(theirs["validation_lm_loss"], rel=1e-4)
-        assert ours.get("validation_source_loss", {}) == pytest.approx(theirs.get("validation_source_loss", {}), rel=1e-4)
+        assert ours.get("validation_source_loss", {}) == pytest.approx(
+            theirs.get("validation_source_loss", {}), rel=1e-4)
 
 
 def test_learns_and_writes_what_the_design_says(workshop, alone):
