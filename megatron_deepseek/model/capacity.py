@@ -21,8 +21,8 @@ from megatron_deepseek.parallel.tensor import all_gather
 class Capacity:
     """`factor` times an even share of the sequence's copies: ceil(factor * routed tokens * K / num_experts).
 
-    `policy`: whose copies an expert keeps. probs: those with the largest weights, of equal ones the first; position:
-    the first of the sequence, so that what is kept of a token does not depend on later ones.
+    `policy`: whose copies an expert keeps. probs: those with the largest weights, of equal ones (to 11 bits) the first;
+    position: the first of the sequence, so that what is kept of a token does not depend on later ones.
     """
 
     factor: float
@@ -50,12 +50,14 @@ class Capacity:
         return own.where(kept_BSK.chunk(size, 1)[rank], NOBODY)
 
     def _order(self, weights_BSK: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-        """Copies of each sequence from the one to be kept first."""
+        """Copies of each sequence from the one to be kept first. Weights are compared to 11 bits: equal tokens, which
+        are common in packed documents, get weights that differ by rounding alone, and otherwise in each layout.
+        """
         num_copies = weights_BSK.shape[2]
         order_BN = positions_S.repeat_interleave(num_copies).argsort(stable=True).repeat(len(weights_BSK), 1)
         if self.policy == "position":
             return order_BN
-        weights_BN = weights_BSK.flatten(1)
+        weights_BN = weights_BSK.flatten(1).half()
         return order_BN.gather(1, weights_BN.gather(1, order_BN).argsort(dim=1, descending=True, stable=True))
 
 

@@ -107,9 +107,9 @@ def run_checkpointed_offloaded(layer: nn.Module, *args):
         if given:
             return layer(*given.pop())
         fetched = iter(fetch())
-        return layer(*(next(fetched) if arg is None else arg for arg in others))
+        return layer(*(next(fetched) if kept else arg for kept, arg in others))
 
-    others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+    others = [(True, None) if isinstance(arg, torch.Tensor) else (False, arg) for arg in args]
     return checkpoint(run, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -268,7 +268,7 @@ MUTATIONS = {
             not enabled))),
     "EP: gradients stay with the experts' ranks": Mutation(
         EP, _method(expert._AllToAll, "backward",
-                    lambda ctx, grad: (grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), None, None, None))),
+                    lambda ctx, grad: (grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), *[None] * 5))),
     "PP: copies of the embedding not summed": Mutation(
         PP_MTP, _replace(SharedParameter, "sum_gradients", lambda self: None)),
     "PP: copies on one rank not summed": Mutation(

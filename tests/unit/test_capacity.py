@@ -69,7 +69,7 @@ def test_against_a_loop(policy, factor):
         for expert in range(8):
             takers = [(s, k) for s in range(16) for k in range(3) if chosen[s][k] == expert]
             if policy == "probs":
-                takers.sort(key=lambda place: -weight[place[0]][place[1]])
+                takers.sort(key=lambda place: -torch.tensor(weight[place[0]][place[1]]).half().item())
             for number, (s, k) in enumerate(takers):
                 assert kept[row, s, k] == (expert if number < limit else NOBODY)
                 dropped += number >= limit
