@@ -5,6 +5,7 @@ Ranks of one job hold a model with experts, its weights and two moments in float
 which puts every file on the disk (fsync) before it is published; verify and load; save in the background, where training
 stands still for the copy in memory. In turn with each, `cp -r` of the checkpoint, and `cp -r` followed by fsync of the
 copies, which is what a save promises. The first round warms up memory and page cache and is not counted; --rounds are.
+Then the last checkpoint is resharded, in the same way (reshard.py).
 """
 
 import argparse
@@ -23,7 +24,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+from reshard import measure_rounds  # noqa: E402
 
 from megatron_deepseek.checkpoint import distributed as checkpoint  # noqa: E402
 from megatron_deepseek.checkpoint.marker import iteration_directory  # noqa: E402
@@ -131,6 +134,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--reshard-rounds", type=int, default=2, help="0 leaves the resharding out")
     parser.add_argument("--directory", type=Path, help="where the files go; needs four times the size")
     args = parser.parse_args()
     with socket.socket() as free, tempfile.TemporaryDirectory(dir=args.directory) as scratch:
@@ -138,6 +142,9 @@ def main() -> None:
         port = free.getsockname()[1]
         free.close()
         torch.multiprocessing.spawn(run_rank, (args, port, Path(scratch)), nprocs=args.ranks)
+        if args.reshard_rounds:
+            measure_rounds(Path(scratch), Path(scratch).with_name(Path(scratch).name + "-resharded"), 2,
+                           args.reshard_rounds)
 
 
 if __name__ == "__main__":

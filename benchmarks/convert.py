@@ -37,11 +37,12 @@ FILE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Measured:
-    """`error`: what the command said on stderr."""
+    """`cpu_seconds`: in the program and in the kernel on its behalf; `error`: what the command said on stderr."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
-    error: str = ""
+    error: str
 
 
 def generate(directory: Path, gigabytes: float) -> int:
@@ -87,7 +88,7 @@ def measure(command: list[str]) -> Measured:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{error[-2000:]}")
-    return Measured(time.perf_counter() - begin, usage.ru_maxrss * 1024, error)
+    return Measured(time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, error)
 
 
 def one_round(directory: Path, workers: int) -> dict[str, Measured]:
@@ -125,8 +126,9 @@ def main() -> None:
     for name in rounds[0]:
         rates = [size / results[name].seconds / 1e6 for results in rounds]
         peak = max(results[name].peak_bytes for results in rounds) / 1e6
+        cpu = min(results[name].cpu_seconds for results in rounds)
         print(f"{name:16s} best {max(rates):6.0f} MB/s of {' '.join(f'{rate:.0f}' for rate in rates)}; "
-              f"peak resident {peak:5.0f} MB")
+              f"CPU {cpu:.1f} s; peak resident {peak:5.0f} MB")
 
 
 if __name__ == "__main__":

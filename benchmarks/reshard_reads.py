@@ -24,9 +24,10 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from native import ITERATION, write_checkpoint  # noqa: E402
 
-from megatron_deepseek.checkpoint.distributed import load, state_to_save  # noqa: E402
+from megatron_deepseek.checkpoint.distributed import load  # noqa: E402
 from megatron_deepseek.checkpoint.marker import iteration_directory  # noqa: E402
 from megatron_deepseek.checkpoint.reshard_command import main as reshard  # noqa: E402
+from megatron_deepseek.checkpoint.state import state_to_save  # noqa: E402
 from megatron_deepseek.config import ModelConfig  # noqa: E402
 from megatron_deepseek.parallel.layout import Layout  # noqa: E402
 from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402

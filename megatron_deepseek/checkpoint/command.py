@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek.arguments.parser import OneLineParser
+from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
-from megatron_deepseek.checkpoint.command_line import exit_status, progress, share_of, size, workers
+from megatron_deepseek.checkpoint.command_line import exit_status, progress, share_of, size
 from megatron_deepseek.checkpoint.conversion import DTYPES, Target, convert
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
 from megatron_deepseek.checkpoint.huggingface import HuggingFaceSource
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save", type=Path, metavar="DIR", help="made whole, by a rename at the end")
     add("--dtype", choices=sorted(DTYPES), help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
     add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
-    add("--workers", type=workers, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
+    add("--workers", type=positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
     add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's); "
         "with --from megatron also config.json")

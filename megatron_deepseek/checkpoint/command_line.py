@@ -21,12 +21,6 @@ def size(text: str) -> int:
     return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)
 
 
-def workers(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
 def share_of(environ: Mapping[str, str], workers: int) -> Share:
     """This process's share of the work: all of it, or under torchrun that of its rank."""
     names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")

@@ -9,7 +9,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -69,8 +69,10 @@ class DcpDirectory:
                          for name, items in self.items.items()}
 
     def _items(self, tensors: dict, storage: dict) -> dict[str, list[Item]]:
-        """Each tensor's items in the order of their first dimension."""
-        items = defaultdict(list)
+        """Each tensor's items in the order of their first dimension. Equal places, of which there are many in a model
+        of equal layers, share their memory.
+        """
+        items, plain = defaultdict(list), lru_cache(maxsize=None)(tuple)
         for name, entry in tensors.items():
             for chunk in entry.chunks:
                 info = storage.get(MetadataIndex(name, chunk.offsets))
@@ -80,7 +82,7 @@ class DcpDirectory:
                 if getattr(info, "transform_descriptors", None):
                     raise ValueError(f"{self.directory / info.relative_path}: {name} is stored compressed, "
                                      f"which is not supported")
-                items[name].append(Item(name, tuple(chunk.offsets), tuple(chunk.sizes), entry.properties.dtype,
+                items[name].append(Item(name, plain(chunk.offsets), plain(chunk.sizes), entry.properties.dtype,
                                         info.relative_path, info.offset, info.length))
             items[name].sort(key=lambda item: item.place)
         return items
@@ -128,11 +130,13 @@ def open_dcp(directory: Path) -> DcpDirectory:
 def write_metadata(directory: Path, shapes: dict[str, tuple[int, ...]], items: Iterable[Item]) -> None:
     """Make the files of `items` a checkpoint: the file that DCP looks for first. Tensors come in the order of `shapes`."""
     chunks, storage, dtypes = defaultdict(list), {}, {}
+    size = lru_cache(maxsize=None)(torch.Size)  # shared by the parts of equal layers: hundreds of thousands are alike
+    chunk = lru_cache(maxsize=None)(ChunkStorageMetadata)
     for item in items:
-        place = torch.Size(item.place)
+        place = size(item.place)
         storage[MetadataIndex(item.name, place, len(chunks[item.name]))] = _StorageInfo(
             item.file, item.offset, item.length)
-        chunks[item.name].append(ChunkStorageMetadata(place, torch.Size(item.shape)))
+        chunks[item.name].append(chunk(place, size(item.shape)))
         dtypes[item.name] = item.dtype
     tensors = {name: TensorStorageMetadata(TensorProperties(dtype=dtypes[name]), torch.Size(shape), chunks[name])
                for name, shape in shapes.items() if name in chunks}

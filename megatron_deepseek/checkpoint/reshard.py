@@ -23,6 +23,7 @@ from megatron_deepseek.checkpoint.dcp_reader import Reader
 from megatron_deepseek.checkpoint.inspection import checks_of
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.item_file import ItemFile, Part, split, write_items
+from megatron_deepseek.checkpoint.loadable import architecture_differences
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
 from megatron_deepseek.checkpoint.native import CONFIG, LAYOUT, STATE, WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.production import Advance, Product
@@ -106,12 +107,13 @@ def _check_comparable(checkpoints: Sequence[Checkpoint]) -> None:
     first, *others = checkpoints
     weights = {name: shape for name, shape in first.stored.shapes.items() if name.startswith(WEIGHTS)}
     for other in others:
+        different = architecture_differences(other.config, first.config)
         theirs = {name: shape for name, shape in other.stored.shapes.items() if name.startswith(WEIGHTS)}
-        different = sorted(name for name in weights.keys() | theirs.keys() if weights.get(name) != theirs.get(name))
+        different += [f"{name} has shape {theirs.get(name)} there, {weights.get(name)} here"
+                      for name in sorted(weights.keys() | theirs.keys()) if weights.get(name) != theirs.get(name)][:1]
         if different:
-            name = different[0]
-            raise ValueError(f"{other.directory} is of another architecture than {first.directory}: {name} has shape "
-                             f"{theirs.get(name)} there, {weights.get(name)} here ({len(different)} tensors differ)")
+            raise ValueError(f"{other.directory} is of another architecture than {first.directory}: "
+                             f"{'; '.join(different)}")
 
 
 def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile], save: Path,

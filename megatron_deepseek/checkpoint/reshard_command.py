@@ -12,8 +12,9 @@ from pathlib import Path
 from megatron_deepseek.arguments.parser import OneLineParser
 from megatron_deepseek.arguments.parser import build_parser as training_parser
 from megatron_deepseek.arguments.settings import build_settings
+from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint import inspection
-from megatron_deepseek.checkpoint.command_line import exit_status, produce_visibly, progress, share_of, size, workers
+from megatron_deepseek.checkpoint.command_line import exit_status, produce_visibly, progress, share_of, size
 from megatron_deepseek.checkpoint.comparison import Difference, compare
 from megatron_deepseek.checkpoint.conversion import DTYPES
 from megatron_deepseek.checkpoint.native import (
@@ -52,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
+                                 formatter_class=argparse.MetavarTypeHelpFormatter)
     parser.set_defaults(run=run)
     return parser
 
@@ -66,12 +68,12 @@ def _add_step(parser) -> None:
 
 
 def _add_workers(parser) -> None:
-    parser.add_argument("--workers", type=workers, default=1, metavar="N", help="threads (1)")
+    parser.add_argument("--workers", type=positive_int, default=1, metavar="N", help="threads (1)")
 
 
 def _add_output(parser) -> None:
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="made whole, by a rename at the end")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (as stored)")
+    parser.add_argument("--dtype", type=str, choices=("bf16", "fp16", "fp32"), help="type of the weights (as stored)")
     parser.add_argument("--no-verify", action="store_true", help="don't compare what is read with its checksums first")
 
 
@@ -99,12 +101,12 @@ def _add_reshard(commands) -> None:
     _add_workers(parser)
     group = parser.add_argument_group("the layout that will load it", "as given to pretrain_deepseek.py")
     ranks = group.add_mutually_exclusive_group()
-    ranks.add_argument("--world-size", type=workers, metavar="N", help="ranks of the job (data parallel size x others)")
-    ranks.add_argument("--data-parallel-size", type=workers, metavar="N", help="the same, by what is left for data (1)")
+    ranks.add_argument("--world-size", type=positive_int, metavar="N", help="ranks of the job (data parallel size x others)")
+    ranks.add_argument("--data-parallel-size", type=positive_int, metavar="N", help="the same, by what is left for data (1)")
     options = training_parser()._option_string_actions
     for option in LAYOUT_OPTIONS:
         group._add_action(options[option])
-    group.add_argument("--seq-length", type=workers, help="tokens of a training sequence, which weighs in when layers "
+    group.add_argument("--seq-length", type=positive_int, help="tokens of a training sequence, which weighs in when layers "
                        "are balanced over stages (the writing job's, or 4096)")
 
 

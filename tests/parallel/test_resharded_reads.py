@@ -10,9 +10,8 @@ from cases import Case
 from job import BIAS_RATE, LEARNING_RATE, batch, plan_of, whole
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.distributed import state_to_save
 from megatron_deepseek.checkpoint.reshard_command import main
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.state import TrainState, state_to_save
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,14 +107,18 @@ def test_average(tmp_path, state):
 
 
 def test_average_refuses_another_architecture(tmp_path, original, state, capsys):
+    """Both numbers are told; a tensor of another shape is found, too, where config.json says nothing of it."""
+    wider = replace(MODEL, n_routed_experts=16)
+    write_native(tmp_path / "wider", random_state(wider), wider)
     name = "model.model.norm.weight"
-    write_native(tmp_path / "a", state | {name: torch.ones(7)})
-    assert tool("average", original, tmp_path / "a", "--save", tmp_path / "b") == 2
-    assert name in capsys.readouterr().err
+    write_native(tmp_path / "odd", state | {name: torch.ones(7)})
+    for other, said in (("wider", "n_routed_experts 16 there, 8 here"), ("odd", name)):
+        assert tool("average", original, tmp_path / other, "--save", tmp_path / "mean") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_diff_says_how_much(tmp_path, original, state, capsys):
-    """Hand-made: one number, a sign of zero, a not-a-number, a missing tensor, one too many."""
+    """Hand-made: one number, one that is no number any more, a missing tensor, one too many."""
     def name(which):
         return f"model.model.layers.0.{which}.weight"
 
@@ -135,6 +140,19 @@ def test_diff_says_how_much(tmp_path, original, state, capsys):
     assert sum(each["reason"] is not None for each in found.values()) == 4
     assert tool("diff", original, tmp_path / "b") == 1
     assert "4 are not" in capsys.readouterr().out
+
+
+def test_diff_compares_bits(tmp_path, capsys):
+    """Zeros of either sign differ, by nothing; equal not-a-numbers are the same; another type is another tensor."""
+    nan = float("nan")
+    write_native(tmp_path / "a", {"zero": torch.tensor([0.0, 1.0]), "nan": torch.tensor([nan]), "type": torch.ones(2)})
+    write_native(tmp_path / "b", {"zero": torch.tensor([-0.0, 1.0]), "nan": torch.tensor([nan]),
+                                  "type": torch.ones(2, dtype=torch.bfloat16)})
+    assert tool("diff", tmp_path / "a", tmp_path / "b", "--json") == 1
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["tensors"]}
+    assert (found["zero"]["reason"], found["zero"]["different"], found["zero"]["largest"]) == ("numbers", 1, 0.0)
+    assert found["nan"]["reason"] is None
+    assert found["type"]["reason"] == "dtype" and found["type"]["largest"] == 0.0
 
 
 def test_inspect_tells_architecture_step_and_tensors(original, state, capsys):
