@@ -43,7 +43,9 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "nltk>=3.9"],
-        "sentences": ["nltk>=3.9"],  # tools/preprocess_data.py --split-sentences
+        # tools/preprocess_data.py: the fast tokenizer, .zst, parquet, --split-sentences
+        "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
+        "sentences": ["nltk>=3.9"],
         "tensorboard": ["tensorboard>=2.15"],
     },
 )

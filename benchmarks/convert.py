@@ -37,8 +37,12 @@ FILE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Measured:
+    """`cpu_seconds`: in the program and in the kernel on its behalf; `error`: what the command said on stderr."""
+
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
+    error: str
 
 
 def generate(directory: Path, gigabytes: float) -> int:
@@ -79,12 +83,12 @@ def measure(command: list[str]) -> Measured:
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
-    error = process.stderr.read()
+    error = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{error.decode()[-2000:]}")
-    return Measured(time.perf_counter() - begin, usage.ru_maxrss * 1024)
+        sys.exit(f"{' '.join(command)} failed:\n{error[-2000:]}")
+    return Measured(time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, error)
 
 
 def one_round(directory: Path, workers: int) -> dict[str, Measured]:
@@ -122,8 +126,9 @@ def main() -> None:
     for name in rounds[0]:
         rates = [size / results[name].seconds / 1e6 for results in rounds]
         peak = max(results[name].peak_bytes for results in rounds) / 1e6
+        cpu = min(results[name].cpu_seconds for results in rounds)
         print(f"{name:16s} best {max(rates):6.0f} MB/s of {' '.join(f'{rate:.0f}' for rate in rates)}; "
-              f"peak resident {peak:5.0f} MB")
+              f"CPU {cpu:.1f} s; peak resident {peak:5.0f} MB")
 
 
 if __name__ == "__main__":

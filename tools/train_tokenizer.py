@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_deepseek.data.jsonl import find_inputs, parse_texts, read_lines
+from megatron_deepseek.data.corpus.inputs import find_sources
+from megatron_deepseek.data.corpus.records import texts_of_source
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS
 
 # As in the tokenizer.json of DeepSeek-V3: digits by threes, CJK apart, then words, punctuation, line ends, blanks.
@@ -27,17 +28,15 @@ PUNCTUATION = r"[\p{P}\p{S}]|\p{N}"
 SMALLEST = 256 + len(SPECIAL_TOKENS)
 
 
-def read_texts(paths, key: str, max_bytes: int):
+def read_texts(sources, key: str, max_bytes: int):
     """Texts in their order, until one would exceed `max_bytes` in all; the first always."""
     size = 0
-    for path in paths:
-        for line in read_lines(path):
-            value, = parse_texts(line, [key])
-            for text in value if isinstance(value, list) else [value]:
-                if size and size + len(text.encode()) > max_bytes:
-                    return
-                size += len(text.encode())
-                yield text
+    for source in sources:
+        for text in texts_of_source(source, key):
+            if size and size + len(text.encode()) > max_bytes:
+                return
+            size += len(text.encode())
+            yield text
 
 
 def train(texts, vocab_size: int, isolate_punctuation: bool = False):
@@ -67,8 +66,8 @@ def save(tokenizer, output: Path):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on JSONL text.")
-    parser.add_argument("--input", nargs="+", required=True, help=".jsonl or .jsonl.gz files, or globs")
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories, as in preprocess_data.py")
     parser.add_argument("--output", type=Path, required=True, help="the tokenizer.json to write")
     parser.add_argument("--json-key", default="text", help="the key that holds the text (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192,
@@ -86,7 +85,7 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     start = time.perf_counter()
-    texts = list(read_texts(find_inputs(arguments.input), arguments.json_key, arguments.max_bytes))
+    texts = list(read_texts(find_sources(arguments.input), arguments.json_key, arguments.max_bytes))
     if not texts:
         raise ValueError(f"--input {' '.join(arguments.input)}: no text there")
     tokenizer = train(texts, arguments.vocab_size, arguments.isolate_punctuation)

@@ -1,5 +1,6 @@
 """Arguments that fit together become frozen settings, one dataclass for each concern."""
 
+import argparse
 import contextlib
 import io
 import re
@@ -17,8 +18,8 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
-                                        LossSettings, OptimizerSettings, PipelineSettings, RecomputeSettings,
-                                        RunSettings)
+                                        LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
+                                        RecomputeSettings, RunSettings)
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0
@@ -37,6 +38,7 @@ class Settings:
     loss: LossSettings
     recompute: RecomputeSettings
     communication: CommunicationSettings
+    offload: OffloadSettings
     data: DataSettings
     run: RunSettings
 
@@ -48,7 +50,11 @@ def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = N
 
     --help prints and raises SystemExit(0), as argparse does.
     """
-    args = build_parser().parse_args(list(argv))
+    return build_settings(build_parser().parse_args(list(argv)), world_size, local_world_size)
+
+
+def build_settings(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> Settings:
+    """What parsed arguments ask for, if it fits together."""
     try:
         request = Request(args, build_model(args), world_size, local_world_size)
         refuse(request)
@@ -62,7 +68,7 @@ def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = N
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
-        data=_data(request), run=_run(request, iterations))
+        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -144,6 +150,7 @@ def _loss(request: Request) -> LossSettings:
         until = schedules.iterations_for_samples(request.batch, args.moe_router_bias_update_samples)
     kind, coefficient = request.balance
     return _fill(LossSettings, args, balance_type=kind, moe_aux_loss_coeff=coefficient,
+                 moe_token_drop_policy=args.moe_token_drop_policy or "probs",
                  moe_router_bias_update_rate=(1e-3 if has_bias else 0.0) if rate is None else rate,
                  moe_router_bias_update_until=until)
 

@@ -8,31 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from megatron_deepseek.arguments.parser import OneLineParser
+from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
-from megatron_deepseek.checkpoint.conversion import DTYPES, Share, Target, convert
+from megatron_deepseek.checkpoint.command_line import exit_status, progress, share_of, size
+from megatron_deepseek.checkpoint.conversion import DTYPES, Target, convert
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
 from megatron_deepseek.checkpoint.huggingface import HuggingFaceSource
 from megatron_deepseek.checkpoint.names import layer_of
+from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
 
 PROGRAM = "convert_checkpoint.py"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def size(text: str) -> int:
-    """Bytes of 5GB, 500MB, 1GiB or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 1GiB")
-    return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)
-
-
-def workers(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def layers(text: str) -> frozenset[int]:
@@ -46,11 +34,6 @@ def layers(text: str) -> frozenset[int]:
     return frozenset(found)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message.removeprefix("argument "))
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=PROGRAM, allow_abbrev=False,
                            description="Convert DeepSeek checkpoints, in memory that does not grow with the model.")
@@ -61,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save", type=Path, metavar="DIR", help="made whole, by a rename at the end")
     add("--dtype", choices=sorted(DTYPES), help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
     add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
-    add("--workers", type=workers, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
+    add("--workers", type=positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
     add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's); "
         "with --from megatron also config.json")
@@ -122,8 +105,7 @@ def run(args: argparse.Namespace, share: Share) -> None:
         return
     extra = sum(source.dtypes[original].itemsize * torch.Size(source.shapes[original]).numel()
                 for original in source.copies.values())
-    with tqdm(total=(target.nbytes + extra) if share.world_size == 1 else None, unit="B", unit_scale=True,
-              disable=share.rank > 0, mininterval=0.5) as bar:
+    with progress((target.nbytes + extra) if share.world_size == 1 else None, hidden=share.rank > 0) as bar:
         convert(source, target, share, bar.update, lambda text: print(text, file=sys.stderr))
     if share.rank == 0:
         report(source, target)
@@ -145,16 +127,10 @@ def report(source: Source, target: Target) -> None:
 
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """The exit status: 2 for what a user can mend, with one line that says what."""
-    rank = int(environ.get("RANK", "0"))
-    run_id = "-".join(environ.get(name, "0") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT",
-                                                          "TORCHELASTIC_RESTART_COUNT"))
-    try:
+
+    def convert_checkpoint() -> int:
         args = build_parser().parse_args(argv)
-        run(args, Share(args.workers, rank, int(environ.get("WORLD_SIZE", "1")), run_id))
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        run(args, share_of(environ, args.workers))
+        return 0
+
+    return exit_status(PROGRAM, convert_checkpoint)

@@ -3,6 +3,7 @@
     SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
                      /config.json   the architecture, in Hugging Face's form
                      /state.json    iteration, consumed samples, optimizer steps
+                     /layout.json   the layout that wrote it, for people and the resharding tool
                      /checksums.json   size and digest of every other file
     SAVE/latest_checkpointed_iteration.txt    names the last finished one
 
@@ -13,6 +14,7 @@ the layout that wrote them.
 import json
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,7 @@ from megatron_deepseek.config import ModelConfig
 
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-         group: dist.ProcessGroup | None = None) -> Path:
+         group: dist.ProcessGroup | None = None, layout: dict[str, Any] | None = None) -> Path:
     """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
 
     Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
@@ -41,7 +43,7 @@ def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Mod
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
-                 storage_writer=CheckpointWriter(root, state, config, keep_last))
+                 storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
     except CheckpointException as error:
         raise first_failure(error) from None
     return iteration_directory(root, state.iteration)
@@ -61,13 +63,14 @@ class BackgroundSaver:
                                                     use_async_staging=False, use_non_blocking_copy=cuda))
 
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
-              optimizer: torch.optim.Optimizer | None, keep_last: int | None = None) -> Future:
+              optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
+              layout: dict[str, Any] | None = None) -> Future:
         """Like `save`; returns once everything is copied. Wait for the future before the next call.
 
         The future's error is DCP's CheckpointException: see `first_failure`.
         """
         return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
-                              storage_writer=CheckpointWriter(root, state, config, keep_last))
+                              storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
 
     def close(self) -> None:
         self._stager.close()

@@ -6,9 +6,10 @@ import shutil
 import torch
 
 from megatron_deepseek.checkpoint.assets import DIRECTORY, write_native_assets
-from megatron_deepseek.checkpoint.conversion import Share, convert
+from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.marker import is_huggingface
+from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.settings import RunSettings
 
 _SHARD_BYTES = 5 * 10**9

@@ -17,14 +17,15 @@ from megatron_deepseek.checkpoint.assets import (
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
-from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, write_metadata
+from megatron_deepseek.checkpoint.dcp_files import METADATA, open_dcp, write_metadata
 from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
-from megatron_deepseek.checkpoint.integrity import Checksum, checksum_directory
+from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
 from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
 from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
-from megatron_deepseek.checkpoint.shards import Record, Shard, divide, write_dcp, write_safetensors
+from megatron_deepseek.checkpoint.records import Record
+from megatron_deepseek.checkpoint.shards import Shard, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.source import Source, open_stacked
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
@@ -51,7 +52,7 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
         dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": MTP_LEFT_OUT
                     for depth in range(config.num_nextn_predict_layers)}
         config = replace(config, num_nextn_predict_layers=0)
-    stored = DcpDirectory(directory)
+    stored = open_dcp(directory)
     source = open_stacked(directory, config, stored, native_places(config), NATIVE_PREFIX, dropped)
     return source, read_assets(directory.parent / DIRECTORY)
 
@@ -67,7 +68,7 @@ def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None
     dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
     if without_mtp:
         config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), MTP_LEFT_OUT
-    stored = DcpDirectory(directory)
+    stored = open_dcp(directory)
     places = megatron_places(config, frozenset(stored.shapes))
     return open_stacked(directory, config, stored, places, "", dropped, PADDED), assets
 
@@ -124,8 +125,7 @@ def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype
     def add_files(directory: Path, records: dict[str, Record]) -> None:
         (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
         (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
-        checksum_directory(directory, {name: Checksum(record.size, record.digest)
-                                       for name, record in records.items() if record.digest is not None})
+        checksum_directory(directory, {name: record.checksum for name, record in records.items()})
 
     places = native_places(source.config)
     return _stacked_target("native", source, assets, save, dtype, places, NATIVE_PREFIX, add_files)

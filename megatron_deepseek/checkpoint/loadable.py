@@ -49,12 +49,16 @@ def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None) -
         listing = read_checksums(directory)
         refuse_damage(directory, check_sizes(directory, listing or {}))
         found = ModelConfig.from_file(directory / "config.json")
-    theirs, ours = asdict(found), asdict(config)
-    different = [f"{name} {theirs[name]} there, {ours[name]} here"
-                 for name in _SHAPING if theirs[name] != ours[name]]
+    different = architecture_differences(found, config)
     if different:
         raise ValueError(f"--load {directory}: it is of another architecture: {'; '.join(different)}")
     return directory
+
+
+def architecture_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """Fields that decide the names, shapes or meaning of weights and are not the same, with both values."""
+    theirs, ours = asdict(there), asdict(here)
+    return [f"{name} {theirs[name]} there, {ours[name]} here" for name in _SHAPING if theirs[name] != ours[name]]
 
 
 def refuse_damage(directory: Path, damage: list[Damage]) -> None:

@@ -4,14 +4,16 @@ DCP's own reader makes a tensor of the whole saved item first, then copies the w
 """
 
 from collections import defaultdict
-from pickle import UnpicklingError
+from operator import add
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megatron_deepseek.checkpoint.dcp_files import Item, read_part
+from megatron_deepseek.checkpoint.boxes import Box
+from megatron_deepseek.checkpoint.dcp_files import Item
+from megatron_deepseek.checkpoint.dcp_reader import read_part
 
 
 class CheckpointReader(dcp.FileSystemReader):
@@ -47,9 +49,9 @@ class CheckpointReader(dcp.FileSystemReader):
 
     def _read(self, file, item: Item, request: ReadItem, planner: LoadPlanner) -> None:
         target = planner.resolve_tensor(request).detach()
-        part = tuple(slice(start, start + length) for start, length in zip(request.storage_offsets, request.lengths))
+        place = tuple(map(add, item.place, request.storage_offsets))
         try:
-            read_part(file, item, part, target)
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            read_part(file.fileno(), item, Box(place, tuple(request.lengths)), target)
+        except (OSError, EOFError, RuntimeError) as error:
             raise ValueError(f"{self.path / item.file}: {item.name} cannot be read: {error}") from error
         planner.commit_tensor(request, target)

@@ -6,7 +6,9 @@ from typing import Protocol
 
 import torch
 
+from megatron_deepseek.checkpoint.boxes import Box
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory
+from megatron_deepseek.checkpoint.dcp_reader import read
 from megatron_deepseek.checkpoint.names import Place
 from megatron_deepseek.config import ModelConfig
 
@@ -58,7 +60,7 @@ class StackedSource:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         place = self.places[name]
         offset, size = place.rows(start, stop) if place.shape else (place.offset, place.extent)
-        rows = self.directory.read(self.prefix + place.whole, offset, size)
+        rows = read(self.directory, self.prefix + place.whole, Box(offset, size))
         return rows.view((stop - start, *place.shape[1:]))
 
     def read_fp8(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_deepseek.checkpoint.shards import Record, verify
+from megatron_deepseek.checkpoint.records import Record, verify
 
 _POLL_SECONDS = 0.2
 

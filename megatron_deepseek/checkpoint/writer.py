@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem, _item_size
@@ -40,11 +41,16 @@ _HEADER_BYTES = 2048  # about, around each tensor: torch.save's zip
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
-    """Writes iteration `state.iteration` under `root` and makes it the last one; every rank has its own."""
+    """Writes iteration `state.iteration` under `root` and makes it the last one; every rank has its own.
 
-    def __init__(self, root: Path, state: TrainState, config: ModelConfig, keep_last: int | None = None):
+    `layout`: the job's, for layout.json, which only people and the resharding tool read.
+    """
+
+    def __init__(self, root: Path, state: TrainState, config: ModelConfig, keep_last: int | None = None,
+                 layout: dict[str, Any] | None = None):
         super().__init__(saving_directory(root, state.iteration), sync_files=True)
         self.root, self.state, self.config, self.keep_last = root, state, config, keep_last
+        self.layout = layout
         self.fs = _ChecksummedFiles()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -83,6 +89,8 @@ class CheckpointWriter(dcp.FileSystemWriter):
         super().finish(metadata, results)
         write_synced(self.path / "config.json", json.dumps(self.config.to_hf_dict(), indent=2))
         write_synced(self.path / "state.json", json.dumps(asdict(self.state), indent=2))
+        if self.layout is not None:
+            write_synced(self.path / "layout.json", json.dumps(self.layout, indent=2))
         checksum_directory(self.path, written)
         damage = check_sizes(self.path, read_checksums(self.path))
         if damage:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_deepseek.data.cache import replacing
+from megatron_deepseek.data.index_file import mapped
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class BlendIndex:
     def map(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         """(datasets, sample numbers), mapped."""
         path, size = self.find(folder)
-        return np.memmap(path, "<i2", "r", 8 * size, size), np.memmap(path, "<i8", "r", 0, size)
+        return mapped(path, "<i2", 8 * size, size), mapped(path, "<i8", 0, size)
 
 
 def _helpers():

@@ -88,10 +88,22 @@ class IndexedWriter:
 
     def add(self, ids: np.ndarray, sequence_lengths):
         """Documents end to end: their ids, and for each the lengths of its sequences (none in an empty document)."""
+        self.extend(ids)
+        self.end_documents(sequence_lengths)
+
+    def extend(self, ids: np.ndarray):
+        """Ids of a document that is not complete yet: `end_documents` or `rewind` follows."""
         self.file.write(ids.astype(self.dtype, copy=False).data)
+
+    def end_documents(self, sequence_lengths):
         for lengths in sequence_lengths:
             self.lengths.extend(lengths)
             self.documents.append(len(self.lengths))
+
+    def rewind(self, num_tokens: int):
+        """Forget what was written after the first `num_tokens`, which ended a document."""
+        self.file.seek(num_tokens * self.dtype.itemsize)
+        self.file.truncate()
 
     def finish(self):
         self.file.close()

@@ -5,6 +5,7 @@ An item is a dict: tokens and labels, int64 [seq_length], labels[s] being the to
 from them, so that a blend of hundreds costs nothing at the start.
 """
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from megatron_deepseek.data.blend import short_names
 from megatron_deepseek.data.blend_index import BlendIndex
-from megatron_deepseek.data.index_file import IndexFile, open_index
+from megatron_deepseek.data.index_file import IndexFile, mapped, open_index
 from megatron_deepseek.data.sample_index import PackedSplit
 
 
@@ -62,7 +63,8 @@ class PackedSamples:
     def _files(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pointers and lengths of the sequences, bytes of the .bin; all mapped."""
         index = self._index_file
-        return index.map(index.pointers), index.map(index.lengths), np.memmap(index.prefix + ".bin", np.uint8, "r")
+        data = mapped(index.prefix + ".bin", np.uint8, 0, os.path.getsize(index.prefix + ".bin"))
+        return index.map(index.pointers), index.map(index.lengths), data
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, ...]:

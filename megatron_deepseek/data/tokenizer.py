@@ -21,13 +21,26 @@ SPECIAL_TOKENS = (BOS, EOD, USER, ASSISTANT)
 OTHER_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eod>", "<eos>", "<|im_end|>", "[EOS]")
 OTHER_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 
+# Begin, hole and end of a document that is filled in the middle: DeepSeek's, then those of other families.
+FIM_TOKENS = (("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+              ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+              ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+
+
+class IdOutsideVocabulary(ValueError):
+    """An id that no model with this vocabulary has an embedding for."""
+
 
 class Tokenizer(Protocol):
-    """`vocab_size` is the highest id + 1; `eod` ends a document; `bos` is None where there is no such token."""
+    """`vocab_size` is the highest id + 1; `eod` ends a document; `bos` is None where there is no such token.
+
+    `fim` are the ids of FIM_TOKENS' begin, hole and end, or None.
+    """
 
     vocab_size: int
     eod: int
     bos: int | None
+    fim: tuple[int, int, int] | None
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -57,6 +70,8 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod = self._find("eos_token", (EOD, *OTHER_EOD))
         self.bos = self._find("bos_token", (BOS, *OTHER_BOS))
+        named = (tuple(map(self.backend.token_to_id, names)) for names in FIM_TOKENS)
+        self.fim = next((ids for ids in named if None not in ids), None)
         if self.eod is None:
             raise ValueError(f"--tokenizer-model {path} has no end-of-document token: none is named as eos_token in "
                              f"tokenizer_config.json, and none is called {', '.join((EOD, *OTHER_EOD))}")
@@ -91,6 +106,7 @@ class ByteTokenizer:
         self.vocab_size = 256 + len(SPECIAL_TOKENS)
         self.bos = 256 + SPECIAL_TOKENS.index(BOS)
         self.eod = 256 + SPECIAL_TOKENS.index(EOD)
+        self.fim = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -109,12 +125,13 @@ class NullTokenizer:
     def __init__(self, num_ids: int):
         self.vocab_size = num_ids + 1
         self.eod = num_ids
-        self.bos = None
+        self.bos = self.fim = None
 
     def encode(self, text: str) -> list[int]:
         ids = [int(word) for word in text.split()]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"NullTokenizer: ids from {min(ids)} to {max(ids)}, not in [0, {self.vocab_size})")
+            raise IdOutsideVocabulary(f"NullTokenizer: ids from {min(ids)} to {max(ids)}, "
+                                      f"not in [0, {self.vocab_size})")
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -127,7 +144,7 @@ class NullTokenizer:
 def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> Tokenizer:
     """The tokenizer of `--tokenizer-type` and `--tokenizer-model` (for NullTokenizer the number of ids)."""
     if tokenizer_type == "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer(_find_tokenizer_json(tokenizer_model))
+        return HuggingFaceTokenizer(find_tokenizer_json(tokenizer_model))
     if tokenizer_type == "ByteTokenizer":
         return ByteTokenizer()
     if tokenizer_type == "NullTokenizer":
@@ -138,7 +155,7 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> 
                      f"HuggingFaceTokenizer, ByteTokenizer, NullTokenizer")
 
 
-def _find_tokenizer_json(tokenizer_model: str | None) -> Path:
+def find_tokenizer_json(tokenizer_model: str | None) -> Path:
     if tokenizer_model is None:
         raise ValueError("--tokenizer-model is missing: HuggingFaceTokenizer needs a tokenizer.json, or its directory")
     path = Path(tokenizer_model)

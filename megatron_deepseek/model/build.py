@@ -6,28 +6,35 @@ No rank ever holds more of a parameter than its own shard.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.blueprint import Blueprint
+from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
-from megatron_deepseek.model.layer import Blueprint, run_checkpointed, run_layer
+from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops import fp8_products
 from megatron_deepseek.ops.products import Grouped, Numerics
 from megatron_deepseek.ops.recompute import compose, recompute as run_again
+from megatron_deepseek.ops.side_stream import Beside, OnStream
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
-from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher
+from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher, unchanged
 from megatron_deepseek.parallel.expert_gather import AllGatherDispatcher
 from megatron_deepseek.parallel.expert_grouped import GroupedDispatcher
+from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.settings import CommunicationSettings, LossSettings, RecomputeSettings
+from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, OffloadSettings, RecomputeSettings
 
 
 @dataclass(frozen=True)
@@ -49,27 +56,37 @@ class Precision:
 def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int, *, seed: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
                  recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings(), reshard_after_forward: bool = False
+                 communication: CommunicationSettings = CommunicationSettings(),
+                 offload: OffloadSettings = OffloadSettings(), reshard_after_forward: bool = False
                  ) -> list[DeepseekStage]:
     """The stages `mine` of this rank, ready to train."""
-    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication)
+    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication, offload)
+    shard_stages(stages, meshes, precision, reshard_after_forward, offload)
     for stage in stages:
-        shard_over_data(units(stage, meshes, precision), reshard_after_forward)
-        stage.to_empty(device=meshes.device)
+        stage.to_empty(device="cpu" if offload.optimizer_cpu_offload else meshes.device)
+        move_buffers(stage, meshes.device)
     initialize(stages, config.initializer_range, seed)
     return stages
+
+
+def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, precision: Precision = Precision(),
+                 reshard_after_forward: bool = False, offload: OffloadSettings = OffloadSettings()) -> None:
+    """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
+    for stage in stages:
+        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
 
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
                  recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings()) -> list[DeepseekStage]:
+                 communication: CommunicationSettings = CommunicationSettings(),
+                 offload: OffloadSettings = OffloadSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
     numerics = make_numerics(precision.fp8, recompute, meshes.layout.tp)
     blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
-    run = run_checkpointed if recompute.granularity == "full" else run_layer
+    run_of = partial(choose_run, recompute, offload)
     with torch.device("meta"), default_dtype(precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run)
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of)
                 for stage in mine]
 
 
@@ -80,13 +97,16 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     if loss.balance_type != "none":
         balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
                                  loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
-    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication, numerics.to_experts) \
+    turns = Turns()
+    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication, turns, numerics.to_experts) \
         if config.n_routed_experts else None
     tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
     sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
-    return Blueprint(config, tp, cp, sharers, dispatcher, balance, recomputed_modules(recompute),
-                     loss.moe_router_force_load_balancing, numerics)
+    etp = ExpertTensorParallel(meshes.experts, communication.moe_ranks_per_node or meshes.layout.world_size)
+    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed_modules(recompute),
+                     loss.moe_router_force_load_balancing, numerics, make_capacity(config, loss),
+                     make_beside(communication, meshes.device), turns)
 
 
 def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
@@ -104,14 +124,28 @@ def make_numerics(fp8: bool, recompute: RecomputeSettings, tp: int) -> Numerics:
     return Numerics(experts_down=Grouped(activate=run_again)) if "moe_act" in again else Numerics()
 
 
-def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings,
-                    to_experts: Callable[[torch.Tensor], torch.Tensor]) -> Dispatcher:
+def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
+    factor = loss.moe_expert_capacity_factor
+    return None if factor is None else Capacity(factor, loss.moe_token_drop_policy, config.n_routed_experts)
+
+
+def make_beside(communication: CommunicationSettings, device: torch.device) -> Callable[[], Beside]:
+    """One stream for all layers: its work is in order, and each layer waits for its own."""
+    if communication.moe_shared_expert_overlap and device.type == "cuda":
+        return partial(OnStream, torch.cuda.Stream(device))
+    return Beside
+
+
+def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings, turns: Turns,
+                    to_experts: Callable[[torch.Tensor], torch.Tensor] = unchanged) -> Dispatcher:
     ranks_per_node = communication.moe_ranks_per_node or meshes.layout.world_size
+    common = meshes.ep, num_experts, ranks_per_node
     if communication.moe_token_dispatcher_type == "grouped":
         levels = build_levels(meshes.layout, meshes.device, ranks_per_node)
-        return GroupedDispatcher(meshes.ep, num_experts, ranks_per_node, levels, to_experts)
-    kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[communication.moe_token_dispatcher_type]
-    return kind(meshes.ep, num_experts, ranks_per_node, to_experts)
+        return GroupedDispatcher(*common, turns, levels, to_experts)
+    if communication.moe_token_dispatcher_type == "allgather":
+        return AllGatherDispatcher(*common, to_experts)
+    return AllToAllDispatcher(*common, turns, to_experts)
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:
@@ -123,6 +157,13 @@ def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterato
                 yield Unit(layer.mlp.gate, meshes.dense_fsdp)
         yield Unit(layer, meshes.dense_fsdp, precision.compute)
     yield Unit(stage, meshes.dense_fsdp, precision.compute)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers take part in the forward as they are, wherever FSDP keeps the shards of parameters."""
+    for each in module.modules():
+        for name, buffer in each.named_buffers(recurse=False):
+            setattr(each, name, buffer.to(device))
 
 
 @contextmanager

@@ -3,42 +3,22 @@
 Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, D rotary dimensions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
-from megatron_deepseek.ops.products import Numerics
-from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.ops.offload import saved_on_host
+from megatron_deepseek.ops.recompute import compose, keep, recompute
 from megatron_deepseek.ops.rope import Places
-from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
-
-
-@dataclass(frozen=True, eq=False)
-class Blueprint:
-    """What every layer of a model is built from. 
-
-    `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules; `numerics` are the products of attention, MLP and experts.
-    """
-
-    config: ModelConfig
-    tp: TensorParallel
-    cp: ContextParallel
-    sharers: dist.ProcessGroup | None
-    dispatcher: Dispatcher | None
-    balance: BalanceWeights = BalanceWeights()
-    recomputed: frozenset[str] = frozenset()
-    forced_balance: bool = False
-    numerics: Numerics = Numerics()
+from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
 class DecoderLayer(nn.Module):
@@ -54,17 +34,17 @@ class DecoderLayer(nn.Module):
                              blueprint.numerics)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
-            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.cp,
-                           blueprint.sharers, blueprint.numerics, blueprint.forced_balance)
+            self.mlp = MoE(blueprint)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, blueprint.numerics.linear)
 
-    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int
-                ) -> tuple[torch.Tensor, RouterStats | None]:
+    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int,
+                routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:
         x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, places))
         if not self.is_moe:
             return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
-        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,), lambda x: self.mlp(x, global_sequences))
+        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,),
+                                   lambda x: self.mlp(x, global_sequences, routed_BS))
         return x_BSH + y_BSH, stats
 
 
@@ -93,9 +73,10 @@ class MTPLayer(DecoderLayer):
         self.shared_head = SharedHead(config, tp)
 
     def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, places: Places,
-                global_sequences: int) -> tuple[torch.Tensor, RouterStats | None]:
+                global_sequences: int, routed_BS: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, RouterStats | None]:
         joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
-        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences)
+        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences, routed_BS)
         return self.shared_head.norm(x_BSH), stats
 
 
@@ -107,3 +88,39 @@ def run_layer(layer: nn.Module, *args):
 def run_checkpointed(layer: nn.Module, *args):
     """Keep the layer's inputs only and run it again in the backward (full recomputation)."""
     return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def run_offloaded(layer: nn.Module, *args):
+    """Keep what the backward needs in the host's memory, but for the weights."""
+    with saved_on_host(partial(_is_weight, layer)):
+        return layer(*args)
+
+
+def run_checkpointed_offloaded(layer: nn.Module, *args):
+    """Keep the layer's inputs only, those in the host's memory, and run it again in the backward."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    with saved_on_host(lambda tensor: False):
+        fetch = keep(tuple(tensors))
+    given = [args]  # checkpoint would hold on to arguments; the first run takes them from here
+
+    def run():
+        if given:
+            return layer(*given.pop())
+        fetched = iter(fetch())
+        return layer(*(next(fetched) if arg is None else arg for arg in others))
+
+    others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+    return checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_weight(layer: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether `tensor` lies in what the layer's parameters are at this moment: FSDP's gathered weights."""
+    own = tensor.untyped_storage()._cdata
+    return any(own == getattr(p, "_local_tensor", p).untyped_storage()._cdata for p in layer.parameters())
+
+
+def choose_run(recompute: RecomputeSettings, offload: OffloadSettings, position: int) -> Callable:
+    """How the layer at `position` of its stage is run."""
+    plain, offloaded = (run_checkpointed, run_checkpointed_offloaded) if recompute.granularity == "full" else (
+        run_layer, run_offloaded)
+    return offloaded if position < offload.cpu_offloading_num_layers else plain

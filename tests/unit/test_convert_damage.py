@@ -2,15 +2,14 @@
 
 import json
 import os
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
+from interruptions import largest_file, stop_after
 from safetensors.torch import load_file, save_file
 from small_checkpoints import all_tensors, assert_identical, convert, v3_directory
 
-from megatron_deepseek.checkpoint import shards, workspace
+from megatron_deepseek.checkpoint import shards
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -135,17 +134,6 @@ def test_a_damaged_native_checkpoint_is_refused(tmp_path, capsys, damage, named)
     assert not (tmp_path / "out").exists()
 
 
-@contextmanager
-def largest_file(size: int):
-    """What a full disk does to a write, for every file of this process."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("to", ["native", "hf"])
 def test_a_full_disk(tmp_path, capsys, to):
     """An error that names tensor and file, no output; the same command goes on once there is space."""
@@ -185,19 +173,6 @@ def test_bad_arguments_are_refused(tmp_path, capsys, arguments, named):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and named in error[0]
     assert not (tmp_path / "out").exists()
-
-
-def stop_after(files: int, monkeypatch) -> None:
-    """Let the process fail when it has finished so many files, as a kill would: nothing is cleaned up."""
-    finish, done = workspace.Workspace.finish, []
-
-    def failing(self, name, record):
-        if len(done) == files:
-            raise RuntimeError("killed")
-        finish(self, name, record)
-        done.append(name)
-
-    monkeypatch.setattr(workspace.Workspace, "finish", failing)
 
 
 def test_finished_files_are_kept_and_verified(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from megatron_deepseek.data.indexed import open_indexed, token_range
 from megatron_deepseek.data.inspection import measure, read_documents, verify
 from megatron_deepseek.data.merge import merge_datasets, split_dataset
 
-FUZZ = settings(max_examples=250, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture],
+FUZZ = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture],
                 derandomize=True)
 MOST_MEMORY = 48 << 20
 

@@ -5,7 +5,7 @@ import torch
 from small_models import V3_SMALL, random_batch, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.distributed import TrainState
+from megatron_deepseek.checkpoint.state import TrainState, optimizer_state
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training.trainer import Plan, Trainer
 
@@ -20,7 +20,7 @@ def trainer(meshes, settings: OptimizerSettings) -> Trainer:
 
 
 def moments(made: Trainer) -> dict[str, torch.Tensor]:
-    state = checkpoint.optimizer_state(made.stages, made.optimizer)
+    state = optimizer_state(made.stages, made.optimizer)
     return {name: tensor.to_local().clone() for name, tensor in state.items()}
 
 

@@ -13,11 +13,11 @@ import torch
 
 from megatron_deepseek.data import sample_index, survey
 from megatron_deepseek.data.batches import Sampler, read_ahead, sample_indices
-from megatron_deepseek.data.blend import short_names
+from megatron_deepseek.data.blend import parse_blend, parse_split, short_names
 from megatron_deepseek.data.index_file import HEADER, MAGIC
 from megatron_deepseek.data.indexed import IndexedWriter, open_indexed
 from megatron_deepseek.data.pretraining import (
-    SplitPlan, build_datasets, check_data, check_token_ids, make_plan, parse_blend, parse_split)
+    SplitPlan, build_datasets, check_data, check_token_ids, make_plan)
 from megatron_deepseek.data.sample_index import PackedSplit
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.settings import DataSettings
@@ -352,25 +352,42 @@ def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
     assert len(train_set(settings, 1)) == (sum(map(len, documents)) - 1) // SEQ != len(first)
 
 
-def build_on_rank(rank, settings, folder, queue):
+def move_plan(folder):
+    """What this process is told from now on names another folder: as if it could not see the one of rank 0."""
+    broadcast = torch.distributed.broadcast_object_list
+
+    def broadcast_moved(objects):
+        broadcast(objects)
+        objects[0] = dataclasses.replace(objects[0], folder=folder)
+    torch.distributed.broadcast_object_list = broadcast_moved
+
+
+def build_on_rank(rank, settings, folder, queue, own_folder):
+    os.environ["LOCAL_RANK"] = "0" if own_folder else str(rank)
+    if rank == 1 and own_folder:
+        move_plan(own_folder)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sampler = Sampler(train_set(settings, 16), 10_000, "")
     queue.put((rank, sampler.batch(0, 16, 2, rank, 2).tokens_BS.tolist()))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_share_the_indices_that_rank_0_builds(tmp_path):
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_read_by_the_indices_that_rank_0_builds_or_by_their_nodes_own(tmp_path, shared):
     write_dataset(tmp_path / "a")
     write_dataset(tmp_path / "b", base=2000)
     settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
     fork = multiprocessing.get_context("fork")  # torch is imported already: a fresh process takes seconds for it
     queue = fork.Queue()
-    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue)) for rank in range(2)]
+    own_folder = None if shared else tmp_path / "other"
+    (tmp_path / "other").mkdir()
+    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue, own_folder)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     read = dict(queue.get(timeout=60) for _ in ranks)
     for rank in ranks:
         rank.join(60)
+    assert len(list((tmp_path / "other").iterdir())) == (0 if shared else 2)  # both datasets have the same lengths
     alone = Sampler(train_set(settings, 16), 10_000, "")
     assert read == {rank: alone.batch(0, 16, 2, rank, 2).tokens_BS.tolist() for rank in range(2)}
 

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_deepseek.parallel import schedule_rules
 
+torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 torch_schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
 
 
@@ -43,7 +44,13 @@ def test_v_shaped_schedules_take_two_stages_on_a_rank(name):
     assert torch_accepts(name, 2, 2, 8) and not torch_accepts(name, 2, 1, 8)
 
 
-def test_interleaved_schedules_take_any_number_from_two():
-    for name in schedule_rules.INTERLEAVED:
+def test_schedules_are_all_that_torch_has():
+    """Of torch.distributed.pipelining's public names; the forward-only one, for evaluation, has its own place here."""
+    names = {name.removeprefix("Schedule") for name in dir(torch_pipelining) if name.startswith("Schedule")}
+    assert names == set(schedule_rules.SCHEDULES)
+
+
+def test_loops_over_several_stages_take_any_number_from_two():
+    for name in ("LoopedBFS", *schedule_rules.INTERLEAVED):
         assert [v for v in (1, 2, 3) if schedule_rules.takes_virtual_stages(name, v)] == [2, 3]
         assert torch_accepts(name, 2, 3, 8)

@@ -1,0 +1,118 @@
+"""Parts of tensors, and how one is put together from others: the geometry of resharding, without any file.
+
+A box is a block of indices; a rank's shard is one, and so is each part that a checkpoint stores. Copying is fast where
+numbers that follow each other in the source also do in the target: `segments` finds those runs.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Generic, Protocol, TypeVar
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """The indices place[d] <= index < place[d] + shape[d] of every dimension d of a tensor."""
+
+    place: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        return tuple(p + n for p, n in zip(self.place, self.shape))
+
+    def overlap(self, other: "Box") -> "Box | None":
+        low = tuple(map(max, self.place, other.place))
+        high = tuple(map(min, self.end, other.end))
+        return Box(low, tuple(b - a for a, b in zip(low, high))) if all(a < b for a, b in zip(low, high)) else None
+
+    def slices(self, inner: "Box") -> tuple[slice, ...]:
+        """Where `inner` lies in an array that holds this box."""
+        return tuple(slice(a - p, a - p + n) for a, n, p in zip(inner.place, inner.shape, self.place))
+
+    def is_run(self, inner: "Box") -> bool:
+        """Whether the numbers of `inner` follow each other in the row-major order of this box."""
+        first = next((dim for dim, size in enumerate(inner.shape) if size > 1), len(inner.shape))
+        return inner.shape[first + 1:] == self.shape[first + 1:]
+
+    def position(self, index: tuple[int, ...]) -> int:
+        """How many numbers of this box come before the one at `index`, in row-major order."""
+        position = 0
+        for i, p, n in zip(index, self.place, self.shape):
+            position = position * n + i - p
+        return position
+
+    def cut(self, axis: int, edges: Sequence[int]) -> list["Box"]:
+        """The boxes between increasing `edges` (inside this box) along `axis`."""
+        bounds = [self.place[axis], *edges, self.end[axis]]
+        return [Box((*self.place[:axis], low, *self.place[axis + 1:]),
+                    (*self.shape[:axis], high - low, *self.shape[axis + 1:]))
+                for low, high in zip(bounds, bounds[1:])]
+
+    def pieces(self, largest: int) -> Iterator["Box"]:
+        """Runs of this box of at most `largest` numbers, in order; it is cut along leading dimensions."""
+        axis = next((dim for dim, size in enumerate(self.shape) if size > 1), None)
+        if self.numel <= largest or axis is None:
+            yield self
+            return
+        step = max(1, largest // (self.numel // self.shape[axis]))
+        for part in self.cut(axis, range(self.place[axis] + step, self.end[axis], step)):
+            yield from part.pieces(largest)
+
+
+class Boxed(Protocol):
+    """Something that holds the numbers of a box, in row-major order."""
+
+    @property
+    def box(self) -> Box:
+        ...
+
+
+T = TypeVar("T", bound=Boxed)
+
+
+@dataclass(frozen=True)
+class Segment(Generic[T]):
+    """A run of the target and what holds its numbers. `is_run`: they are a run in the one source, too."""
+
+    box: Box
+    sources: tuple[T, ...]
+    is_run: bool
+
+
+def segments(target: Box, sources: Sequence[T], largest: int) -> Iterator[Segment[T]]:
+    """The target in row-major order: runs of a source of any length, and what must be gathered in segments of at most
+    `largest` numbers. The sources cover the target and don't overlap.
+    """
+    if len(sources) == 1 and sources[0].box.is_run(target):
+        yield Segment(target, tuple(sources), True)
+        return
+    axis = next((dim for dim, size in enumerate(target.shape) if size > 1), None)
+    assert axis is not None, "two sources of one number"
+    edges = sorted({edge for source in sources for edge in (source.box.place[axis], source.box.end[axis])
+                    if target.place[axis] < edge < target.end[axis]})
+    if edges:
+        parts = target.cut(axis, edges)
+        for part, holding in zip(parts, _divide(sources, axis, [part.place[axis] for part in parts])):
+            yield from segments(part, holding, largest)
+    elif target.numel <= largest:
+        yield Segment(target, tuple(sources), False)
+    else:
+        step = max(1, largest // (target.numel // target.shape[axis]))
+        for part in target.cut(axis, range(target.place[axis] + step, target.end[axis], step)):
+            yield from segments(part, sources, largest)
+
+
+def _divide(sources: Sequence[T], axis: int, starts: list[int]) -> list[list[T]]:
+    """For each part that begins at `starts` along `axis`, cut at every source's edges: the sources that cover it."""
+    holding: list[list[T]] = [[] for _ in starts]
+    for source in sources:
+        first = max(bisect_right(starts, source.box.place[axis]) - 1, 0)
+        for number in range(first, bisect_left(starts, source.box.end[axis])):
+            holding[number].append(source)
+    return holding

@@ -1,0 +1,96 @@
+"""A native checkpoint on disk, opened without a job."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp
+from megatron_deepseek.checkpoint.marker import (
+    REMOVING,
+    SAVING,
+    find_iteration,
+    is_huggingface,
+    last_iteration,
+    problem,
+)
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import Stage, to_string
+
+CONFIG, STATE, LAYOUT = "config.json", "state.json", "layout.json"
+WEIGHTS, OPTIMIZER = "model.", "optimizer."
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """`state`: state.json; `layout`: layout.json, what the writing job looked like, or None where nobody noted it."""
+
+    directory: Path
+    config: ModelConfig
+    state: dict[str, Any]
+    layout: dict[str, Any] | None
+    stored: DcpDirectory
+
+    @property
+    def iteration(self) -> int:
+        return self.state["iteration"]
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(name.startswith(OPTIMIZER) for name in self.stored.shapes)
+
+    def inputs(self) -> list[Path]:
+        """Every file that reading it depends on."""
+        names = {item.file for items in self.stored.items.values() for item in items}
+        return [self.directory / name for name in (CONFIG, STATE, METADATA, *sorted(names))]
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """The directory of one iteration: `path` itself, or of the checkpoints under it that of `step`, or the last."""
+    if path.suffix in (SAVING, REMOVING):
+        raise ValueError(f"{path} is a save that was never finished")
+    if step is None and ((path / METADATA).exists() or path.name.startswith("iter_")):
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory")
+    wrong = problem(path, step)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong}")
+    if step is None and is_huggingface(path):
+        raise ValueError(f"{path} is a Hugging Face directory: tools/convert_checkpoint.py makes a checkpoint of it")
+    return find_iteration(path, last_iteration(path) if step is None else step)
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    """ValueError, with the file's name, where something is missing, truncated or damaged."""
+    directory = find_checkpoint(path, step)
+    state = read_json(directory / STATE)
+    if not isinstance(state.get("iteration"), int):
+        raise ValueError(f"{directory / STATE} is damaged: it has no iteration")
+    layout = read_json(directory / LAYOUT) if (directory / LAYOUT).exists() else None
+    if not (directory / CONFIG).is_file():
+        raise ValueError(f"{directory / CONFIG} is missing")
+    return Checkpoint(directory, ModelConfig.from_file(directory / CONFIG), state, layout, open_dcp(directory))
+
+
+def layout_note(layout: Layout, stages: tuple[Stage, ...], schedule: str, seq_length: int) -> dict[str, Any]:
+    """layout.json: a job's layout in the words of its arguments."""
+    sizes = {"world_size": layout.world_size, "data_parallel_size": layout.dp,
+             "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
+             "context_parallel_size": layout.cp, "expert_model_parallel_size": layout.ep,
+             "expert_tensor_parallel_size": layout.etp, "seq_length": seq_length}
+    return sizes | ({"pipeline_model_parallel_layout": to_string(stages), "pipeline_schedule": schedule}
+                    if layout.pp > 1 else {})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object")
+    return found

@@ -1,0 +1,162 @@
+"""Making a directory of large files: shared among threads and processes, resumable after a kill, whole by one rename.
+
+What the files are, and how one is written, is the caller's (conversion.py, reshard.py). The files are divided among
+the ranks of a torchrun job, if there is one, and the threads of each rank: reading, casting, checksums and writing all
+release Python's lock.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any, Protocol
+
+from megatron_deepseek.checkpoint.records import Record
+from megatron_deepseek.checkpoint.workspace import Workspace
+
+Advance = Callable[[int], None]
+
+
+class PlannedFile(Protocol):
+    """A file to write and the bytes that it will have, headers left out."""
+
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A directory to make. `destination` is made by one rename of the finished files' directory.
+
+    `what` names the work in messages. `inputs` are read; if one of them changes, or `contents` (anything that JSON
+    takes: what goes into which file), finished files of an earlier run are worth nothing.
+    `write(path, file, advance)` writes a file; `complete(directory, records)` adds what makes the files a checkpoint;
+    `publish()` runs after the rename. `checks` come before the writing, on the first rank; they read `check_bytes`.
+    """
+
+    what: str
+    destination: Path
+    files: Sequence[PlannedFile]
+    inputs: Sequence[Path]
+    contents: Any
+    write: Callable[[Path, Any, Advance], Record]
+    complete: Callable[[Path, dict[str, Record]], None]
+    publish: Callable[[], None] = lambda: None
+    checks: Sequence[Callable[[Advance], None]] = ()
+    check_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """To be written."""
+        return sum(file.nbytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of the work. `run` tells one start of a torchrun job from another."""
+
+    workers: int = 1
+    rank: int = 0
+    world_size: int = 1
+    run: str = "0"
+
+
+def produce(product: Product, share: Share, advance: Advance, say: Callable[[str], None]) -> None:
+    """Make `product`. ValueError, and no `product.destination`, where anything is wrong."""
+    workspace = Workspace(product.destination.with_name(product.destination.name + ".incomplete"))
+    plan = _plan(product)
+    if workspace.published(plan, product.destination):  # killed just after the rename
+        _finish(product, workspace, share)
+        return
+    if share.rank == 0:
+        _check_destination(product, workspace)
+        if workspace.begin(plan):
+            say(f"continuing the {product.what} in {workspace.root}")
+    else:
+        workspace.join(plan)
+    _check_space(product, workspace)
+    _work(product, workspace, share, _locked(advance))
+    workspace.leave(share.rank, share.run)
+    if share.rank == 0:
+        workspace.wait(share.world_size, share.run)
+        records = {file.name: workspace.record(file.name) for file in product.files}
+        workspace.sweep()
+        product.complete(workspace.output, records)
+        workspace.publish(product.destination)
+    _finish(product, workspace, share)
+
+
+def _finish(product: Product, workspace: Workspace, share: Share) -> None:
+    if share.rank == 0:
+        product.publish()
+        workspace.remove()
+
+
+def _check_destination(product: Product, workspace: Workspace) -> None:
+    destination = product.destination
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"--save {destination} exists already and is not empty")
+    workspace.root.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_space(product: Product, workspace: Workspace) -> None:
+    """Refuse at once what cannot fit; files that are finished already count as written."""
+    free = shutil.disk_usage(workspace.output).free
+    needed = sum(file.nbytes for file in product.files if workspace.record(file.name) is None)
+    if needed > free:
+        raise ValueError(f"{product.destination}: {needed:,} bytes are to be written, {free:,} are free there")
+
+
+def _plan(product: Product) -> dict:
+    """What a later run must have in common with this one for its finished files to be kept."""
+    read = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in product.inputs]
+    digest = hashlib.sha256(json.dumps([read, product.contents]).encode()).hexdigest()
+    return {"what": product.what, "digest": digest}
+
+
+def _work(product: Product, workspace: Workspace, share: Share, advance: Advance) -> None:
+    """This share's files on its threads. The first error stops the others at their next block."""
+    stop = Event()
+
+    def step(nbytes: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("another worker failed")
+        advance(nbytes)
+
+    with ThreadPoolExecutor(share.workers, "worker") as pool:
+        jobs = [pool.submit(check, step) for check in product.checks] if share.rank == 0 else []
+        jobs += [pool.submit(_make, file, product, workspace, step)
+                 for file in product.files[share.rank::share.world_size]]
+        try:
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:  # nothing is left to stop where all went well
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    errors = [job.exception() for job in jobs if not job.cancelled() and job.exception() is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, InterruptedError)):
+        raise error
+
+
+def _make(file: PlannedFile, product: Product, workspace: Workspace, advance: Advance) -> None:
+    if workspace.finished(file.name) is not None:
+        advance(file.nbytes)
+        return
+    workspace.forget(file.name)
+    workspace.finish(file.name, product.write(workspace.temporary(file.name), file, advance))
+
+
+def _locked(advance: Advance) -> Advance:
+    lock = Lock()
+
+    def locked(nbytes: int) -> None:
+        with lock:
+            advance(nbytes)
+
+    return locked

@@ -1,0 +1,100 @@
+"""Which part of every tensor each rank of a layout reads: found by sharding the model as training does.
+
+The stages are built on the meta device in a job of torch's `fake` ranks, so there is no second description of the
+shards that could drift from the first. One rank's build says what all ranks of its meshes hold, since a DTensor's
+placements depend on the coordinates alone; so a few builds for each pipeline rank are enough.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_deepseek.checkpoint.boxes import Box
+from megatron_deepseek.checkpoint.state import MOMENTS, model_state, optimizer_state
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import shape_stages, shard_stages
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+
+Readers = dict[str, dict[Box, set[int]]]
+_SHORT = 64  # tokens of a sequence, which decide nothing about weights
+
+
+@dataclass(frozen=True)
+class Division:
+    """A job as far as it decides who holds what: its layout, and the stages that its schedule places."""
+
+    model: ModelConfig
+    layout: Layout
+    stages: tuple[Stage, ...]
+    schedule: str
+
+
+def readers(division: Division) -> Readers:
+    """By name of a saved tensor: the parts that ranks hold, and the ranks that hold each. The model comes first."""
+    found: Readers = {}
+    for pp_rank in range(division.layout.pp):
+        of_stage = division.layout.world_size // division.layout.pp
+        waiting = list(range(pp_rank * of_stage, (pp_rank + 1) * of_stage))
+        while waiting:
+            placed = _placed(division, waiting[0])
+            for name, boxes in placed.items():
+                for rank, box in boxes.items():
+                    if box.numel:  # few rows over many ranks leave some without
+                        found.setdefault(name, {}).setdefault(box, set()).add(rank)
+            waiting = [rank for rank in waiting if any(rank not in boxes for boxes in placed.values())]
+    kinds = ("model.", "optimizer.")
+    return {name: parts for kind in kinds for name, parts in found.items() if name.startswith(kind)}
+
+
+def _placed(division: Division, rank: int) -> dict[str, dict[int, Box]]:
+    """The parts of `rank`'s tensors that the ranks of their meshes hold."""
+    with _fake_job(division.layout, rank) as meshes:
+        mine = stages_of_rank(meshes.rank("pp"), len(division.stages), division.layout.pp, division.schedule)
+        stages = shape_stages(division.model, [division.stages[index] for index in mine], meshes, _SHORT)
+        shard_stages(stages, meshes)
+        optimizer = torch.optim.AdamW(parameter for stage in stages for parameter in stage.parameters())
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        tensors = model_state(stages) | optimizer_state(stages, optimizer)
+        everyone = meshes.dense.mesh[meshes.rank("pp")].flatten().tolist()
+        known: dict[tuple, dict[int, Box]] = {}
+        return {name: _boxes(tensor, everyone, known) for name, tensor in tensors.items()}
+
+
+def _boxes(tensor: torch.Tensor, everyone: list[int], known: dict[tuple, dict[int, Box]]) -> dict[int, Box]:
+    """The part of each rank; `known` remembers those of equal tensors, of which a model has many."""
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):  # a buffer that every rank of the stage holds whole
+        return dict.fromkeys(everyone, Box((0,) * len(shape), shape))
+    mesh, placements = tensor.device_mesh, tensor.placements
+    key = shape, mesh, placements
+    if key not in known:
+        coordinates = product(*map(range, mesh.shape))
+        known[key] = {rank: _box(shape, mesh.shape, coordinate, placements)
+                      for rank, coordinate in zip(mesh.mesh.flatten().tolist(), coordinates)}
+    return known[key]
+
+
+def _box(shape, mesh_shape, coordinate, placements) -> Box:
+    local, place = _compute_local_shape_and_global_offset(shape, mesh_shape, list(coordinate), placements)
+    return Box(tuple(place), tuple(local))
+
+
+@contextmanager
+def _fake_job(layout: Layout, rank: int) -> Iterator[Meshes]:
+    assert not dist.is_initialized(), "the parts of a layout are worked out outside of jobs"
+    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
+    try:
+        yield build_meshes(layout, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,92 @@
+"""Finding the input: files, globs, directories and standard input, each with its format and compression."""
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+STANDARD_INPUT = "-"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
+FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text", ".md": "text",
+           ".parquet": "parquet"}
+BEGINNINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"PAR1": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input. `index` is its place among them; `size` in bytes as stored; `modified` in ns."""
+
+    index: int
+    path: str
+    format: str
+    compression: str | None
+    size: int
+    modified: int
+
+    def is_splittable(self, text_unit: str) -> bool:
+        """Whether reading may begin at any byte, because a line end is found from there."""
+        return self.compression is None and (self.format == "jsonl" or self.format == "text" and text_unit == "line")
+
+
+def find_sources(patterns: Iterable[str], input_format: str = "auto") -> list[Source]:
+    """The inputs that `patterns` name, in order; those of one glob or directory sorted.
+
+    ValueError where a pattern names none. Of directories, at any depth, the files with a known ending are taken, hidden ones not.
+    """
+    return [_source_of(index, path, input_format) for index, path in enumerate(find_paths(patterns))]
+
+
+def find_paths(patterns: Iterable[str]) -> list[str]:
+    found = []
+    for pattern in patterns:
+        if pattern == STANDARD_INPUT or os.path.isfile(pattern):
+            paths = [pattern]
+        elif os.path.isdir(pattern):
+            paths = _files_below(pattern)
+            if not paths:
+                raise ValueError(f"--input {pattern}: no file in this directory ends in one of {' '.join(FORMATS)}, "
+                                 f"with or without {' '.join(COMPRESSIONS)}")
+        else:
+            paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        if not paths:
+            raise ValueError(f"--input {pattern}: no such file")
+        found.extend(paths)
+    return found
+
+
+def _files_below(directory: str) -> list[str]:
+    found = []
+    for parent, children, names in os.walk(directory):
+        children[:] = [child for child in children if not child.startswith(".")]
+        found.extend(os.path.join(parent, name) for name in names
+                     if not name.startswith(".") and _format_by_name(name)[0] is not None)
+    return sorted(found)
+
+
+def _format_by_name(name: str) -> tuple[str | None, str | None]:
+    """(format, compression), each None where the ending does not tell."""
+    path = Path(name)
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    inner = Path(path.stem).suffix if compression else path.suffix
+    return FORMATS.get(inner.lower()), compression
+
+
+def _source_of(index: int, path: str, input_format: str) -> Source:
+    """An ending that says nothing means JSONL. Compressed files under another ending are known by their first bytes."""
+    if path == STANDARD_INPUT:
+        return Source(index, path, "jsonl" if input_format == "auto" else input_format, None, 0, 0)
+    by_name, compression = _format_by_name(path)
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as file:
+            beginning = file.read(6)
+    except OSError as error:
+        raise ValueError(f"--input {path}: cannot be read: {error.strerror}") from error
+    by_content = next((name for magic, name in BEGINNINGS.items() if beginning.startswith(magic)), None)
+    if by_content == "parquet":
+        by_name = by_name or "parquet"
+    elif by_name != "parquet":
+        compression = compression or by_content
+    chosen = (by_name or "jsonl") if input_format == "auto" else input_format
+    return Source(index, path, chosen, compression, status.st_size, status.st_mtime_ns)

@@ -1,0 +1,145 @@
+"""What tools/preprocess_data.py was asked for. Field names are its arguments; those of Megatron-LM's tool keep theirs.
+
+Three objects by what a change of them means: `Content` decides the bytes of every part, so parts of another content are
+never used; `Selection` only which documents of the parts are taken, and in which order; `Execution` changes no byte.
+"""
+
+import os
+from dataclasses import dataclass
+
+INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
+TEXT_UNITS = ("file", "line")
+BACKENDS = ("auto", "gigatoken", "tokenizers")
+
+
+def _argument(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_range(settings, name: str, least, most=None):
+    value = getattr(settings, name)
+    if value is not None and (value < least or most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{_argument(name)} {value}: it must be {bounds}")
+
+
+def _check_choice(settings, name: str, choices):
+    if getattr(settings, name) not in choices:
+        raise ValueError(f"{_argument(name)} {getattr(settings, name)} is not one of {', '.join(map(str, choices))}")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What becomes of each document by itself.
+
+    Of a document that is rearranged (FIM), the choice and the places are drawn from `seed` and from where the document
+    begins: its file's place in the input and its byte (or row) there. No count of documents before it enters.
+    """
+
+    json_keys: tuple[str, ...] = ("text",)
+    input_format: str = "auto"
+    text_unit: str = "file"
+    split_sentences: bool = False
+    keep_newlines: bool = False
+    lang: str = "english"
+    nltk_data_dir: str | None = None
+    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_model: str | None = None
+    append_bos: bool = False
+    append_eod: bool = False
+    min_chars: int = 0
+    max_chars: int | None = None
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.0
+    seed: int = 1234
+
+    def __post_init__(self):
+        repeated = next((key for key in self.json_keys if self.json_keys.count(key) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"--json-keys {' '.join(self.json_keys)}: {repeated} is given twice")
+        separated = next((key for key in self.json_keys if os.sep in key or not key), None)
+        if separated is not None:
+            raise ValueError(f"--json-keys {separated}: names a file of the output, so it cannot be empty or hold "
+                             f"{os.sep!r}; a nested key is written with dots")
+        _check_choice(self, "input_format", INPUT_FORMATS)
+        _check_choice(self, "text_unit", TEXT_UNITS)
+        _check_range(self, "min_chars", 0)
+        _check_range(self, "max_chars", max(1, self.min_chars))
+        _check_range(self, "fim_rate", 0, 1)
+        _check_range(self, "fim_spm_rate", 0, 1)
+        if self.fim_rate and self.split_sentences:
+            raise ValueError(f"--fim-rate {self.fim_rate} and --split-sentences cannot be combined: a document filled "
+                             f"in the middle is one sequence")
+
+    @property
+    def level(self) -> str:
+        return "sentence" if self.split_sentences else "document"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Of the documents that are fit, those to keep: the first of equal ones, then the first so many, then shuffled."""
+
+    dedup: str | None = None
+    max_documents: int | None = None
+    shuffle_seed: int | None = None
+
+    def __post_init__(self):
+        _check_choice(self, "dedup", (None, "exact"))
+        _check_range(self, "max_documents", 1)
+        _check_range(self, "shuffle_seed", 0)
+
+    @property
+    def needs_records(self) -> bool:
+        return self.dedup is not None or self.shuffle_seed is not None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done and what is tolerated; `part_bytes` None lets the size of the input decide."""
+
+    workers: int = 1
+    rank: int = 0
+    world_size: int = 1
+    part_bytes: int | None = None
+    tokenizer_backend: str = "auto"
+    merge: bool = True
+    on_error: str = "skip"
+    max_errors: int = 1000
+    log_interval: int = 1000
+    discard_parts: bool = False
+
+    def __post_init__(self):
+        for name in ("workers", "world_size", "part_bytes", "log_interval"):
+            _check_range(self, name, 1)
+        _check_range(self, "max_errors", 0)
+        _check_choice(self, "tokenizer_backend", BACKENDS)
+        _check_choice(self, "on_error", ("skip", "fail"))
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"--rank {self.rank} is not in [0, --world-size {self.world_size})")
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    input: tuple[str, ...]
+    output_prefix: str
+    content: Content = Content()
+    selection: Selection = Selection()
+    execution: Execution = Execution()
+
+    def __post_init__(self):
+        if "-" in self.input and (len(self.input) > 1 or self.execution.world_size > 1):
+            raise ValueError(f"--input {' '.join(self.input)}: standard input goes alone, and to one machine "
+                             f"(--world-size {self.execution.world_size})")
+
+    def prefix_of(self, key: str) -> str:
+        """What `--data-path` takes afterwards."""
+        return f"{self.output_prefix}_{key}_{self.content.level}"
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        return tuple(map(self.prefix_of, self.content.json_keys))
+
+    @property
+    def parts_directory(self) -> str:
+        return f"{self.output_prefix}.parts"

@@ -1,0 +1,103 @@
+"""Decompressed bytes of a file as a buffered stream, in bounded memory, with damage told from its end.
+
+The readers of the libraries are not used: python-zstandard's takes a cut-off file for a whole one, the standard
+library's for gzip keeps back what it has already decompressed when it comes upon damage, and its for xz believes
+whatever dictionary size the header claims.
+"""
+
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+BUFFER_BYTES = 1 << 18
+MOST_MEMORY = 1 << 27  # for the dictionary of xz and the window of zstd: all that `xz -9` and `zstd -19` use
+
+
+class DamagedStream(ValueError):
+    """The bytes end, or stop making sense, before the end that the format has."""
+
+
+@dataclass(frozen=True)
+class _Format:
+    """`new` makes a decompressor with `eof` and `unused_data`; `fed_at_once` bytes may swell to 70 MB at most."""
+
+    name: str
+    new: Callable
+    fed_at_once: int
+
+
+def open_stream(path: str, compression: str | None) -> io.BufferedIOBase:
+    """ValueError in one line where a package is missing; DamagedStream when reading comes upon damage."""
+    if compression is None:
+        return open(path, "rb", buffering=BUFFER_BYTES)
+    return io.BufferedReader(_Frames(open(path, "rb", buffering=BUFFER_BYTES), _FORMATS[compression]()), BUFFER_BYTES)
+
+
+class _Frames(io.RawIOBase):
+    """Frame after frame (gzip's members, xz's streams), each by a decompressor of its own."""
+
+    def __init__(self, file, form: _Format):
+        self._file, self._format = file, form
+        self._decompressor = form.new()
+        self._began = False
+        self._rest, self._ready = b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def fileno(self):
+        return self._file.fileno()
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            fed = self._rest or self._file.read(self._format.fed_at_once)
+            self._rest = b""
+            if not fed:
+                if not self._decompressor.eof:
+                    raise DamagedStream(f"the {self._format.name} file breaks off" if self._began else
+                                        f"the {self._format.name} file is empty, without even a header")
+                return 0
+            self._feed(fed)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _feed(self, fed: bytes):
+        if self._decompressor.eof:
+            fed = fed.lstrip(b"\0")  # padding after the end is allowed
+            if not fed:
+                return
+            self._decompressor = self._format.new()
+        self._began = True
+        try:
+            self._ready = memoryview(self._decompressor.decompress(fed))
+        except Exception as error:  # each library has its own class
+            raise DamagedStream(f"damaged {self._format.name}: {error}") from error
+        if self._decompressor.eof:
+            self._rest = self._decompressor.unused_data
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+
+def _gzip() -> _Format:
+    return _Format("gzip", lambda: zlib.decompressobj(wbits=31), 1 << 15)
+
+
+def _xz() -> _Format:
+    return _Format("xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=MOST_MEMORY), 1 << 13)
+
+
+def _zstd() -> _Format:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ValueError("reading .zst needs the package zstandard: pip install 'megatron-deepseek[data]'") from error
+    return _Format("zstd", lambda: zstandard.ZstdDecompressor(max_window_size=MOST_MEMORY).decompressobj(), 1 << 11)
+
+
+_FORMATS = {"gzip": _gzip, "xz": _xz, "zstd": _zstd}

@@ -1,0 +1,60 @@
+"""Keep in the host's memory what the backward needs, instead of on the device.
+
+torch.autograd.graph.save_on_cpu does so tensor by tensor, weights and views of one storage included, and gives back
+contiguous copies. Here a storage travels once, what `stays` stays, and strides come back as they were, so that the
+backward runs the same kernels on the same numbers.
+
+Copies are queued on the stream that computes, from and to pinned memory: in order without the host waiting, but not
+beside the computation.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from megatron_deepseek.ops.recompute import Notes
+
+
+_INDICES = (torch.bool, torch.int32, torch.int64)  # small; bytes are codes of narrow floating-point numbers
+
+
+class saved_on_host(torch.autograd.graph.saved_tensors_hooks):
+    """Inside, tensors that are saved for the backward are copied to the host, but for indices and what `stays`."""
+
+    def __init__(self, stays: Callable[[torch.Tensor], bool]):
+        # A storage's address may be used again once it is free, unless somebody holds a weak reference to it.
+        travelled: dict[tuple, tuple[StorageWeakRef, Notes]] = {}
+
+        def pack(tensor: torch.Tensor):
+            if tensor.dtype in _INDICES or stays(tensor):
+                return tensor
+            storage = StorageWeakRef(tensor.untyped_storage())
+            key = storage.cdata, tensor._version, tensor.dtype
+            if key not in travelled:
+                travelled[key] = storage, _to_host(tensor)
+            notes = travelled[key][1]
+            return notes, notes.note(0, tensor)
+
+        super().__init__(pack, _read)
+
+
+def _read(packed) -> torch.Tensor:
+    if isinstance(packed, torch.Tensor):
+        return packed
+    notes, note = packed
+    return notes.read(note)
+
+
+def _to_host(tensor: torch.Tensor) -> Notes:
+    """The whole storage of `tensor`, on its way to the host."""
+    storage = tensor.untyped_storage()
+    whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+    host = torch.empty_like(whole, device="cpu", pin_memory=tensor.is_cuda)
+    host.copy_(whole, non_blocking=True)
+    return Notes(partial(_to_device, host, tensor.device))
+
+
+def _to_device(host: torch.Tensor, device: torch.device) -> tuple[torch.Tensor]:
+    return (host.to(device, non_blocking=True),)

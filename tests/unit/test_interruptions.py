@@ -1,0 +1,72 @@
+"""What asks a run to save or to leave: signals, and the first rank's clock."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training import interruptions
+from megatron_deepseek.training.interruptions import Interruptions
+from megatron_deepseek.training.trainer import Votes
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that `clock[0]` says."""
+    now = [1000.0]
+    monkeypatch.setattr(interruptions.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_time_is_up_on_the_first_rank_alone(clock):
+    run = RunSettings(10, exit_duration_in_mins=2)
+    first, other = (Interruptions(run, is_first, begun=990.0) for is_first in (True, False))
+    clock[0] = 990 + 119
+    assert first.votes() == other.votes() == Votes()
+    clock[0] = 990 + 120
+    assert first.votes() == Votes(leave=True) and other.votes() == Votes()
+    assert "--exit-duration-in-mins" in first.reason() and "another rank" in other.reason()
+
+
+def test_saves_by_the_clock_from_the_last_save(clock):
+    watch = Interruptions(RunSettings(10, save=Path("x"), save_every_seconds=60), True, begun=0.0)
+    clock[0] += 59
+    assert watch.votes() == Votes()
+    clock[0] += 1
+    assert watch.votes() == Votes(save=True)
+    watch.saved()
+    assert watch.votes() == Votes()
+    clock[0] += 60
+    assert watch.votes() == Votes(save=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_note_while_training_and_what_it_was_after(number):
+    received = []
+    before = signal.signal(number, lambda *args: received.append(args[0]))
+    try:
+        watch = Interruptions(RunSettings(10), False, 0.0)
+        with watch.handling():
+            assert watch.votes() == Votes()
+            signal.raise_signal(number)
+            assert watch.votes() == Votes(leave=True) and watch.reason() == f"on {number.name}"
+        assert received == []
+        signal.raise_signal(number)
+        assert received == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_takes_effect_when_the_run_fails():
+    """torchrun tells the ranks that lost a peer to end: they must, at once, and as of that signal."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *args: received.append(args[0]))
+    try:
+        watch = Interruptions(RunSettings(10), False, 0.0)
+        with pytest.raises(RuntimeError), watch.handling():
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("Connection closed by peer")
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,130 @@
+"""Saves of a run on one rank: in the foreground and the background, on a disk that is full for a while, and resumed."""
+
+import io
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import V3_SMALL, random_batch, weights_of, whole_stage
+
+from megatron_deepseek.checkpoint import distributed as checkpoint
+from megatron_deepseek.checkpoint import writer
+from megatron_deepseek.checkpoint.loadable import check_checkpoint
+from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
+from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.report import ProgressLines, Report
+from megatron_deepseek.training.saving import Saver
+from megatron_deepseek.training.trainer import Plan, Trainer
+
+SEQ_LENGTH = 6
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def trainer(meshes) -> Trainer:
+    return Trainer(Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2), meshes)
+
+
+def make_saver(trainer, root, **settings) -> tuple[Saver, io.StringIO]:
+    run, told = RunSettings(100, save=root, **settings), io.StringIO()
+    return Saver(run, V3_SMALL, trainer, Report(ProgressLines(run, 0, told)), None), told
+
+
+def step(trainer: Trainer, seed: int) -> None:
+    trainer.train_step(*random_batch(V3_SMALL, 2, SEQ_LENGTH, seed), learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_saves_once_tells_and_counts_the_stall(trainer, tmp_path, async_save):
+    saver, told = make_saver(trainer, tmp_path, async_save=async_save, keep_last=2)
+    assert saver.take_stall() is None
+    for iteration in (1, 2, 3):
+        step(trainer, iteration)
+        saver.save(TrainState(iteration, 2 * iteration, iteration))
+        saver.save(TrainState(iteration, 2 * iteration, iteration))  # as at the end of a run that just saved
+        saver.poll()
+        assert saver.take_stall() > 0 and saver.take_stall() is None
+    saver.close()
+    assert iterations(tmp_path) == [2, 3] and told.getvalue().count("saved ") == 3
+    assert f"saved {tmp_path}/iter_0000003 in" in told.getvalue()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_disk_that_was_full_for_a_while(trainer, tmp_path, monkeypatch, async_save):
+    """Training goes on without that checkpoint; the message has path and bytes; the next save is as if nothing was."""
+    saver, told = make_saver(trainer, tmp_path, async_save=async_save)
+    saver.save(TrainState(1, 0, 0))
+    with monkeypatch.context() as patch:
+        saver.finish()
+        patch.setattr(writer.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 1234))
+        saver.save(TrainState(2, 0, 0))
+        saver.finish()
+    assert f"iteration 2 is NOT saved: {tmp_path}: no room" in told.getvalue() and "1,234 are free" in told.getvalue()
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"] and last_iteration(tmp_path) == 1
+    saver.save(TrainState(3, 0, 0))
+    saver.close()
+    assert iterations(tmp_path) == [1, 3] and last_iteration(tmp_path) == 3
+
+
+def test_a_run_that_ends_without_its_last_checkpoint_fails(trainer, tmp_path, monkeypatch):
+    saver, _ = make_saver(trainer, tmp_path, async_save=True)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 0))
+    saver.save(TrainState(1, 0, 0))
+    with pytest.raises(OSError, match="no room for a checkpoint"):
+        saver.close()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_another_error_ends_the_run(trainer, tmp_path, async_save):
+    """The parent of --save is a file."""
+    (tmp_path / "file").write_text("")
+    saver, _ = make_saver(trainer, tmp_path / "file" / "run", async_save=async_save)
+    with pytest.raises(NotADirectoryError):
+        saver.save(TrainState(1, 0, 0))
+        saver.finish()
+
+
+def test_without_moments(trainer, tmp_path):
+    """They are not in the files, loading asks for what drops them, and the weights come back."""
+    step(trainer, 0)
+    saver, _ = make_saver(trainer, tmp_path, no_save_optim=True)
+    saver.save(TrainState(7, 14, 1))
+    directory = find_iteration(tmp_path, 7)
+    assert not checkpoint.has_optimizer(directory)
+    with pytest.raises(ValueError, match="lacks .* tensors of the optimizer.*--no-load-optim"):
+        checkpoint.load(directory, trainer.stages, trainer.optimizer)
+    before = weights_of(trainer.stages[0])
+    step(trainer, 1)
+    assert checkpoint.load(directory, trainer.stages, None).iteration == 7
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer.stages[0]).items())
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_hidden_layers": 3}, "num_hidden_layers 2 there, 3 here"),
+    ({"n_routed_experts": 16}, "n_routed_experts 8 there, 16 here"),
+    ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers 0 there, 2 here"),
+])
+def test_another_number_of_layers_experts_or_mtp_modules_is_refused(trainer, tmp_path, change, words):
+    saver, _ = make_saver(trainer, tmp_path)
+    saver.save(TrainState(1, 0, 0))
+    assert check_checkpoint(tmp_path, V3_SMALL) == find_iteration(tmp_path, 1)
+    with pytest.raises(ValueError, match=words):
+        check_checkpoint(tmp_path, replace(V3_SMALL, **change))
+
+
+def test_damage_is_refused_before_anything_is_built(trainer, tmp_path):
+    """With the file and what to do instead; a directory without checksums passes, as older ones do."""
+    saver, _ = make_saver(trainer, tmp_path)
+    for iteration in (1, 2):
+        saver.save(TrainState(iteration, 0, 0))
+    file = find_iteration(tmp_path, 2) / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"__0_0.distcp is truncated: .*--ckpt-step 1 loads another one"):
+        check_checkpoint(tmp_path, V3_SMALL)
+    assert check_checkpoint(tmp_path, V3_SMALL, step=1) == find_iteration(tmp_path, 1)
+    shutil.copytree(find_iteration(tmp_path, 1), tmp_path / "iter_0000003")
+    (tmp_path / "iter_0000003" / "checksums.json").unlink()
+    assert check_checkpoint(tmp_path, V3_SMALL, step=3) and checkpoint.verify(tmp_path / "iter_0000003") is None
