@@ -52,8 +52,10 @@ def main() -> None:
     for length in args.lengths:
         row = []
         for way in WAYS:
-            command = [sys.executable, __file__, "--way", way, "--lengths", str(length), "--document", str(args.document)]
-            megabytes, seconds = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+            command = [sys.executable, __file__, "--way", way, "--lengths", str(length),
+                       "--document", str(args.document)]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            megabytes, seconds = map(float, printed.split())
             row.append(f"{megabytes:8.0f} MB {seconds:7.2f} s")
         print(f"{length:8}" + "".join(f"  {each:>20}" for each in row), flush=True)
 

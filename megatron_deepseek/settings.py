@@ -62,7 +62,9 @@ class BatchSettings:
 class LossSettings:
     """Weights of the losses beside cross-entropy. `balance_type`: none, seq_aux_loss or aux_loss (per micro-batch).
 
-    `moe_router_force_load_balancing` chooses experts by position, for benchmarks.
+    `moe_router_force_load_balancing` chooses experts by position, for benchmarks. `moe_expert_capacity_factor`: how
+    many times its even share of a sequence's tokens an expert takes, None for all; `moe_token_drop_policy` is probs or
+    position.
     """
 
     mtp_loss_scaling_factor: float = 0.3
@@ -73,6 +75,8 @@ class LossSettings:
     moe_router_bias_update_rate: float = 0.0
     moe_router_bias_update_until: int | None = None
     moe_router_force_load_balancing: bool = False
+    moe_expert_capacity_factor: float | None = None
+    moe_token_drop_policy: str = "probs"
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,15 @@ class OffloadSettings:
 class CommunicationSettings:
     """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence;
     `moe_token_dispatcher_type` allgather, alltoall or grouped between expert ranks, and `moe_ranks_per_node` where
-    grouped divides them (None: all ranks of the job are on one node).
+    grouped divides them (None: all ranks of the job are on one node). `moe_shared_expert_overlap`: on CUDA the shared
+    experts compute while tokens travel. `overlap_moe_expert_parallel_comm`: so do the other half of DualPipeV's pairs.
     """
 
     cp_comm_type: str = "ring"
     moe_token_dispatcher_type: str = "alltoall"
     moe_ranks_per_node: int | None = None
+    moe_shared_expert_overlap: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,9 @@ def settings_of(args) -> DataSettings:
     return DataSettings(data_path, split_data_paths=split_data_paths, **{name: getattr(args, name) for name in names})
 
 
-def build(plan: DataPlan, workers: int | None):
-    splits = [split for split in plan.splits if split is not None]
-    missing = {source.file_name: source for split in splits for source in split.sources
-               if not source.is_built(plan.folder)}
-    total = sum(source.end - source.first for source in missing.values())
+def build(plan: DataPlan, workers: int | None) -> int:
+    missing = plan.missing()
+    total = sum(source.end - source.first for source in missing)
     with tqdm(total=total, unit="seq", unit_scale=True, desc=f"{len(missing)} indices", disable=None) as bar:
         plan.build(workers, lambda source: bar.update(source.end - source.first))
     return len(missing)

@@ -13,6 +13,7 @@ from megatron_deepseek.arguments.settings import Settings, parse_or_exit
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import to_string
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 _MOST_RANKS = 64  # rows of the mesh that are printed
@@ -36,15 +37,17 @@ def explain(settings: Settings) -> Iterator[str]:
            f"expert mesh pp {layout.pp} x edp {layout.edp} x ep {layout.ep} x etp {layout.etp}")
     stages = resolve(model, settings.pipeline, layout.pp, settings.data.seq_length)
     yield f"stages: {to_string(stages)}" + (f", {settings.pipeline.schedule}" if layout.pp > 1 else "")
-    yield "rank  pp dp cp tp  edp ep  stages     experts    chunks of a sequence"
+    yield from describe_reach(model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
+    yield "rank  pp dp cp tp  edp ep etp  stages     experts    chunks of a sequence"
     for rank in range(min(layout.world_size, _MOST_RANKS)):
         dense, expert = places(rank, layout)
         held = stages_of_rank(dense["pp"], len(stages), layout.pp, settings.pipeline.schedule)
         each = model.n_routed_experts // layout.ep
         experts = f"{expert['ep'] * each}-{expert['ep'] * each + each - 1}" if each else "none"
+        experts += f" 1/{layout.etp}" if layout.etp > 1 else ""
         chunks = "all" if layout.cp == 1 else f"{dense['cp']}, {2 * layout.cp - 1 - dense['cp']} of {2 * layout.cp}"
         yield (f"{rank:4}  {dense['pp']:2} {dense['dp']:2} {dense['cp']:2} {dense['tp']:2}  {expert['edp']:3} "
-               f"{expert['ep']:2}  {','.join(map(str, held)):9}  {experts:9}  {chunks}")
+               f"{expert['ep']:2} {expert['etp']:3}  {','.join(map(str, held)):9}  {experts:9}  {chunks}")
     if layout.world_size > _MOST_RANKS:
         yield f"... and so on, to rank {layout.world_size - 1}"
 
@@ -71,8 +74,8 @@ def goes_with_what(settings: Settings) -> Iterator[str]:
 _PAGE = """# What goes with what
 
 Rendered by `python -m megatron_deepseek.arguments.explain`, and checked: `tests/parallel/test_compatibility.py` finds for
-every dot a test in which both features run on several ranks (or in several micro-batches) and give the losses of one
-process, and for every letter a command line that is refused for that reason. Float64 tests compare losses, gradients,
+every dot a case with both features that some test compares with one process, and for every letter a command line that
+is refused for that reason. Float64 tests compare losses, gradients,
 norms, expert counts and updated weights to 1e-9; bf16 compares losses to 2 %.
 `pretrain_deepseek.py ... --explain-layout RANKS` prints the table with the features of that run marked.
 

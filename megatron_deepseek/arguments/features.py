@@ -7,9 +7,10 @@ which features it uses, and fails for a pair that no case has.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from string import ascii_letters
 
-from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
-from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
+from megatron_deepseek.arguments.refusals import IN_TURNS, REFUSALS
 from megatron_deepseek.arguments.settings import Settings
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -64,6 +65,12 @@ def _dispatcher(name: str) -> Feature:
                    lambda s: s.layout.ep > 1 and s.communication.moe_token_dispatcher_type == name, "dispatcher")
 
 
+def _capacity(policy: str) -> Feature:
+    return Feature(f"capacity, {policy}", f"--moe-expert-capacity-factor 1.5 --moe-token-drop-policy {policy}",
+                   lambda s: s.loss.moe_expert_capacity_factor is not None and s.loss.moe_token_drop_policy == policy,
+                   "capacity")
+
+
 def _router(name: str, arguments: str, method: str) -> Feature:
     return Feature(name, arguments, lambda s: bool(s.model.n_routed_experts) and s.model.topk_method == method,
                    "router")
@@ -83,7 +90,10 @@ FEATURES = (
             lambda s: s.layout.sequence_parallel),
     _context("ring"), _context("allgather"),
     _dispatcher("alltoall"), _dispatcher("allgather"), _dispatcher("grouped"),
+    Feature("slices of experts", "--expert-tensor-parallel-size 2", lambda s: s.layout.etp > 1),
     *(_schedule(name) for name in VIRTUAL_STAGES),
+    Feature(IN_TURNS, "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2 "
+            "--overlap-moe-expert-parallel-comm", lambda s: s.communication.overlap_moe_expert_parallel_comm),
     Feature("several micro-batches", "--global-batch-size 64",
             lambda s: s.batch.global_batch_size > s.batch.micro_batch_size * s.layout.dp),
     Feature("micro-batches of several", "--micro-batch-size 2", lambda s: s.batch.micro_batch_size > 1),
@@ -94,8 +104,11 @@ FEATURES = (
     _router("router noaux_tc", "--model tiny", "noaux_tc"),
     Feature("forced balance", "--moe-router-force-load-balancing",
             lambda s: s.loss.moe_router_force_load_balancing),
+    *(_capacity(policy) for policy in DROP_POLICIES),
     Feature("shared experts", "--moe-shared-expert-intermediate-size 128",
             lambda s: bool(s.model.n_routed_experts and s.model.n_shared_experts)),
+    Feature("shared experts beside dispatch", "--moe-shared-expert-overlap",
+            lambda s: s.communication.moe_shared_expert_overlap),
     Feature("MTP", "--mtp-num-layers 1", lambda s: s.model.num_nextn_predict_layers > 0),
     Feature("MTP, several depths", "--mtp-num-layers 2", lambda s: s.model.num_nextn_predict_layers > 1),
     _placement("MTP on the last stage", "Ett|t|t|mL", "last"),
@@ -134,7 +147,7 @@ def table(marked: frozenset[str] = frozenset()) -> Iterator[str]:
     yield " " * (width + 6) + "".join(f"{n % 10} " for n in numbers).rstrip()
     for number, row in zip(numbers, FEATURES):
         cells = [cell(row, column) for column in FEATURES[:number - 1]]
-        shown = [c if isinstance(c, str) else letters.setdefault(c, "abcdefghijklmnopqrstuvwxyz"[len(letters)])
+        shown = [c if isinstance(c, str) else letters.setdefault(c, ascii_letters[len(letters)])
                  for c in cells]
         yield f"{number:3} {row.name:{width}} {'*' if row.name in marked else ' '}{' '.join(shown)}".rstrip()
     yield f"  {TESTED} compared with one process in a test   {ALTERNATIVE} one or the other"

@@ -17,6 +17,7 @@ CP_COMM_TYPES = ("ring", "allgather")
 FP8_FORMATS = ("e4m3", "hybrid")
 FP8_RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 NAN_POLICIES = ("stop", "skip")
+DROP_POLICIES = ("probs", "position")
 MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")  # Megatron-LM's; refusals.py refuses the last two
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
@@ -116,6 +117,15 @@ def _add_moe(parser):
         help="V2's balance of what groups receive (0)")
     add("--moe-router-force-load-balancing", action="store_true",
         help="benchmarks only: every expert gets as many tokens, whatever the scores")
+    add("--moe-expert-capacity-factor", type=values.positive,
+        help="an expert takes so many times its even share of a sequence's tokens, the rest is dropped (no limit)")
+    add("--moe-token-drop-policy", type=str, choices=DROP_POLICIES,
+        help="what is kept below that: the largest weights, or the first of the sequence (probs)")
+    add("--moe-pad-expert-input-to-capacity", action="store_true", help=argparse.SUPPRESS)
+    add("--moe-shared-expert-overlap", action="store_true",
+        help="on CUDA the shared expert computes while tokens travel to the others")
+    add("--overlap-moe-expert-parallel-comm", action="store_true",
+        help="DualPipeV: the backward of one micro-batch computes while the forward of another sends tokens")
     add("--moe-token-dispatcher-type", type=str, choices=("allgather", "alltoall", "grouped"), default="alltoall",
         help="how tokens reach their experts; grouped crosses between nodes once a node (alltoall)")
     add("--moe-ranks-per-node", type=values.positive_int,
@@ -140,7 +150,8 @@ def _add_parallel(parser):
     add("--context-parallel-size", type=values.positive_int, default=1, help="ranks that share each sequence")
     add("--cp-comm-type", type=str, choices=CP_COMM_TYPES, default="ring",
         help="how they pass on what keys and values are made of (ring)")
-    add("--expert-tensor-parallel-size", type=values.positive_int, default=1, help="only 1 for now")
+    add("--expert-tensor-parallel-size", type=values.positive_int, default=1,
+        help="ranks that share the width of each expert")
     add("--explain-layout", type=values.positive_int, metavar="RANKS",
         help="print which of so many ranks holds what, and leave")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.data_paths import data_paths
-from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
+from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.checkpoint.marker import begins_anew
 from megatron_deepseek.parallel import layout_string, schedule_rules
@@ -16,6 +16,8 @@ TP = "--tensor-model-parallel-size {r.tp}"
 PP = "--pipeline-model-parallel-size {r.pp}"
 CP = "--context-parallel-size {r.cp}"
 EP = "--expert-model-parallel-size {r.ep}"
+ETP = "--expert-tensor-parallel-size {r.etp}"
+IN_TURNS = "paired chunks in turns"  # a name in features.py
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def _without_save(option: str, value: str = "") -> Refusal:
 
 
 _UNBUILT = (
-    Refusal("expert tensor parallel", lambda r: r.args.expert_tensor_parallel_size > 1,
-            "--expert-tensor-parallel-size {r.args.expert_tensor_parallel_size} is not yet supported, only 1"),
+    Refusal("padded capacity", lambda r: r.args.moe_pad_expert_input_to_capacity,
+            "--moe-pad-expert-input-to-capacity is not supported: the grouped products take any number of rows, so "
+            "padding would only multiply zeros"),
     Refusal("attention dropout", lambda r: r.model.attention_dropout > 0,
             "--attention-dropout {r.model.attention_dropout} is not supported: DeepSeek trains without, and with it "
             "results would depend on the layout"),
@@ -99,15 +102,24 @@ _LAYOUT = (
             f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
     Refusal("ep without experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
             f"{EP} conflicts with --num-experts 0: there are no experts to spread",
-            _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped")),
+            _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped",
+                             IN_TURNS)),
     Refusal("ep and ranks", lambda r: r.stage_ranks % r.ep != 0,
             f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
+    Refusal("etp without experts", lambda r: r.etp > 1 and not r.model.n_routed_experts,
+            f"{ETP} conflicts with --num-experts 0: there are no experts to divide",
+            _without_experts("slices of experts")),
+    Refusal("etp and ranks", lambda r: r.stage_ranks % (r.ep * r.etp) != 0,
+            f"{EP} x {ETP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
+            f"{PP})"),
+    Refusal("etp and width", lambda r: r.model.n_routed_experts > 0 and r.model.moe_intermediate_size % r.etp != 0,
+            f"{ETP} does not divide --moe-ffn-hidden-size {{r.model.moe_intermediate_size}}"),
     Refusal("ep and experts", lambda r: r.model.n_routed_experts % r.ep != 0,
             f"{EP} does not divide --num-experts {{r.model.n_routed_experts}}"),
     Refusal("grouped and nodes",
             lambda r: r.args.moe_token_dispatcher_type == "grouped" and not r.nodes_divide_expert_groups,
             "--moe-token-dispatcher-type grouped needs nodes that divide expert groups evenly: "
-            f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}"),
+            f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}, {ETP}"),
     Refusal("tp and heads", lambda r: r.model.num_attention_heads % r.tp != 0,
             f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
     Refusal("tp and vocabulary", lambda r: r.model.vocab_size % r.tp != 0,
@@ -159,6 +171,29 @@ _PIPELINE = (
 )
 
 _EXPERTS = (
+    Refusal("capacity without experts", lambda r: r.args.moe_expert_capacity_factor and not r.model.n_routed_experts,
+            "--moe-expert-capacity-factor {r.args.moe_expert_capacity_factor} conflicts with --num-experts 0",
+            _without_experts(*(f"capacity, {policy}" for policy in DROP_POLICIES))),
+    Refusal("drop policy without capacity",
+            lambda r: r.args.moe_token_drop_policy is not None and r.args.moe_expert_capacity_factor is None,
+            "--moe-token-drop-policy {r.args.moe_token_drop_policy} needs --moe-expert-capacity-factor: without it no "
+            "token is dropped"),
+    Refusal("pairs of what",
+            lambda r: r.args.overlap_moe_expert_parallel_comm and (r.pp == 1 or r.schedule != "DualPipeV"),
+            "--overlap-moe-expert-parallel-comm needs the forward and backward pairs of --pipeline-schedule DualPipeV "
+            f"on several pipeline ranks: {PP}, {{r.schedule}}",
+            tuple((IN_TURNS, name) for name in schedule_rules.SCHEDULES if name != "DualPipeV")),
+    Refusal("pairs without exchange",
+            lambda r: r.args.overlap_moe_expert_parallel_comm
+            and (r.ep == 1 or r.args.moe_token_dispatcher_type == "allgather"),
+            f"--overlap-moe-expert-parallel-comm needs tokens that travel by all-to-all: {EP}, "
+            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type}",
+            ((IN_TURNS, "expert parallel, allgather"),)),
+    Refusal("overlap of what",
+            lambda r: r.args.moe_shared_expert_overlap and not (r.model.n_routed_experts and r.model.n_shared_experts),
+            "--moe-shared-expert-overlap needs shared experts: --num-experts {r.model.n_routed_experts}, "
+            "--moe-shared-expert-intermediate-size {r.shared_width}",
+            _without_experts("shared experts beside dispatch")),
     Refusal("forced balance without experts",
             lambda r: r.args.moe_router_force_load_balancing and not r.model.n_routed_experts,
             "--moe-router-force-load-balancing conflicts with --num-experts 0", _without_experts("forced balance")),

@@ -7,6 +7,7 @@ from megatron_deepseek.checkpoint.marker import problem
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
+from megatron_deepseek.parallel.layout import nodes_divide
 from megatron_deepseek.training import schedules
 from megatron_deepseek.settings import BatchSettings
 
@@ -40,6 +41,10 @@ class Request:
         return self.args.expert_model_parallel_size
 
     @property
+    def etp(self) -> int:
+        return self.args.expert_tensor_parallel_size
+
+    @property
     def dp(self) -> int:
         return self.world_size // (self.tp * self.pp * self.cp)
 
@@ -55,7 +60,7 @@ class Request:
     @property
     def nodes_divide_expert_groups(self) -> bool:
         """Whether an expert group lies on one node, or on whole nodes."""
-        return self.ranks_per_node % self.ep == 0 or self.ep % self.ranks_per_node == 0
+        return nodes_divide(self.ep, self.etp, self.ranks_per_node)
 
     @property
     def shared_width(self) -> int:

@@ -150,6 +150,7 @@ def _loss(request: Request) -> LossSettings:
         until = schedules.iterations_for_samples(request.batch, args.moe_router_bias_update_samples)
     kind, coefficient = request.balance
     return _fill(LossSettings, args, balance_type=kind, moe_aux_loss_coeff=coefficient,
+                 moe_token_drop_policy=args.moe_token_drop_policy or "probs",
                  moe_router_bias_update_rate=(1e-3 if has_bias else 0.0) if rate is None else rate,
                  moe_router_bias_update_until=until)
 

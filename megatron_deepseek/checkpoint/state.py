@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_deepseek.parallel.pieces import for_checkpoint
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -22,7 +24,7 @@ def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
     state = {}
     for stage in stages:
         for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
-            state.setdefault(f"model.{name}", tensor.detach())
+            state.setdefault(f"model.{name}", for_checkpoint(tensor.detach()))
     return state
 
 
@@ -33,7 +35,7 @@ def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -
         for name, parameter in stage.named_parameters():
             assert parameter in updated, f"{name} is not the shard that the optimizer updates"
             for moment in MOMENTS:
-                state.setdefault(f"optimizer.{moment}.{name}", optimizer.state[parameter][moment])
+                state.setdefault(f"optimizer.{moment}.{name}", for_checkpoint(optimizer.state[parameter][moment]))
     return state
 
 

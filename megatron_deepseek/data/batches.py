@@ -23,6 +23,7 @@ class GlobalBatch:
     tokens_BS and labels_BS int64: labels_BS[:, s] is the token after tokens_BS[:, s]. loss_mask_BS bool: the labels
     that count. documents_BS int64 numbers each token's document within its row, None where rows are taken as one.
     sources_BK bool, with one True in each row: which of the K datasets of a blend it is from; None for a single one.
+    real_BS bool: false for padding behind a row's tokens, None where rows are full, as in pre-training.
     """
 
     tokens_BS: torch.Tensor
@@ -31,6 +32,7 @@ class GlobalBatch:
     micro_batch_size: int
     documents_BS: torch.Tensor | None = None
     sources_BK: torch.Tensor | None = None
+    real_BS: torch.Tensor | None = None
 
     @property
     def num_micro_batches(self) -> int:

@@ -16,16 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_deepseek.data.blend import SPLITS, Blend, SplitBlend, parse_blend, parse_split, split_blends
+from megatron_deepseek.data.blend import SPLITS, SplitBlend, split_blends
 from megatron_deepseek.data.blend_index import BlendIndex
 from megatron_deepseek.data.index_file import open_index
-from megatron_deepseek.data.sample_index import PackedSplit, build_missing
+from megatron_deepseek.data.sample_index import PackedSplit, build_all
 from megatron_deepseek.data.survey import Survey, survey_all
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.settings import DataSettings
-
-__all__ = ["SPLITS", "Blend", "DataPlan", "SplitPlan", "build_datasets", "check_data", "check_token_ids", "make_plan",
-           "open_datasets", "parse_blend", "parse_split", "shared_plan"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,16 @@ class DataPlan:
     splits: tuple[SplitPlan | None, ...]
     folder: Path
 
+    def missing(self) -> list[PackedSplit]:
+        """What the folder lacks indices of, each once."""
+        sources = (source for split in self.splits if split is not None for source in split.sources)
+        return list({source.file_name: source for source in sources if not source.is_built(self.folder)}.values())
+
     def build(self, workers: int | None = None, built=lambda split: None):
         """Build what the folder lacks; `built` is told of each index of samples."""
-        wanted = [split for split in self.splits if split is not None]
-        build_missing([source for split in wanted for source in split.sources], self.folder, workers, built)
-        for split in wanted:
-            if split.index is not None and split.index.find(self.folder) is None:
+        build_all(self.missing(), self.folder, workers, built)
+        for split in self.splits:
+            if split is not None and split.index is not None and split.index.find(self.folder) is None:
                 split.index.build(self.folder)
 
 
@@ -131,13 +132,17 @@ def open_datasets(settings: DataSettings, plan: DataPlan):
     return tuple(datasets)
 
 
-def shared_plan(settings: DataSettings, num_samples) -> DataPlan:
+def shared_plan(settings: DataSettings, num_samples, say=lambda line: None) -> DataPlan:
     """The plan, once everything that it needs is built where this rank will look for it. Every rank calls this."""
     import torch.distributed as dist
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     plan = [None]
     if alone or dist.get_rank() == 0:
         plan = [make_plan(settings, num_samples)]
+        missing = plan[0].missing()
+        if missing:
+            sequences = sum(split.end - split.first for split in missing)
+            say(f"indexing {sequences:,} sequences for {len(missing)} files in {plan[0].folder}")
         plan[0].build()
     if alone:
         return plan[0]

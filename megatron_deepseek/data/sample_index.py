@@ -8,7 +8,7 @@ behind the other, named after all that decides its content; it gets that name wh
     starts     int32[N+1]   by place: which of `documents` a sample begins in
     offsets    int32[N+1]   and at which of its tokens
 
-64 bits where 32 are too few. Run as a module it builds what standard input asks for: see `build_missing`.
+64 bits where 32 are too few. Run as a module it builds what standard input asks for: see `build_all`.
 """
 
 import dataclasses
@@ -97,12 +97,11 @@ def build(split: PackedSplit, folder: Path):
             file.write(array.astype(dtype, copy=False).data)
 
 
-def build_missing(splits, folder: Path, workers: int | None = None, built=lambda split: None) -> int:
-    """Build the indices that `folder` lacks, by processes if they are large, and return how many there were.
+def build_all(missing: list[PackedSplit], folder: Path, workers: int | None = None, built=lambda split: None):
+    """Build the indices of `missing` in `folder`, by processes if they are large; `built` is told of each.
 
     `workers` None: one on each core of this process. The processes are of this module alone and import no torch.
     """
-    missing = list({split.file_name: split for split in splits if not split.is_built(folder)}.values())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers or cores, len(missing))
     if workers < 2 or sum(split.end - split.first for split in missing) < FEW_SEQUENCES:
@@ -111,7 +110,6 @@ def build_missing(splits, folder: Path, workers: int | None = None, built=lambda
             built(split)
     else:
         _build_by_processes(missing, folder, workers, built)
-    return len(missing)
 
 
 def _build_by_processes(splits: list[PackedSplit], folder: Path, workers: int, built):

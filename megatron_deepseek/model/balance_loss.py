@@ -7,6 +7,7 @@
 f counts choices made from the un-biased scores under the same group limit; it carries no gradient. A sequence's tokens
 may lie on several ranks: its counts are summed over them, its P is not, so each rank returns its share of the loss and
 the shares add up to it. The mean over sequences is over the global batch.
+Tokens that are not routed (padding, MTP positions without a label) are not among a sequence's tokens.
 
 Shapes: B sequences, S tokens of each on this rank, E experts, K top-k, G groups.
 """
@@ -35,33 +36,36 @@ class BalanceWeights:
 
 
 def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weights: BalanceWeights,
-                 sequence_group: dist.ProcessGroup | None) -> torch.Tensor:
+                 sequence_group: dist.ProcessGroup | None, routed_BS: torch.Tensor | None = None) -> torch.Tensor:
     """This rank's share, a scalar: the sum over its B = `num_sequences` sequences; the caller divides by the batch's.
 
-    `sequence_group`: the ranks among which a sequence's tokens are divided, None if this rank has them all.
+    `sequence_group`: the ranks among which a sequence's tokens are divided, None if this rank has them all;
+    `routed_BS`: which of this rank's tokens are routed, None for all.
     """
     num_groups = config.n_group
     scores_BSE = routing.scores_TE.unflatten(0, (num_sequences, -1))
     if config.scoring_func == "sigmoid":
         scores_BSE = scores_BSE / scores_BSE.sum(-1, keepdim=True)
     chosen_BSE = _choices(routing, config).unflatten(0, (num_sequences, -1))
+    if routed_BS is None:
+        routed_BS = chosen_BSE.new_ones(chosen_BSE.shape[:2])
+    else:
+        scores_BSE, chosen_BSE = (x.masked_fill(~routed_BS.unsqueeze(-1), 0) for x in (scores_BSE, chosen_BSE))
     if not weights.per_sequence:
-        scores_BSE, chosen_BSE = scores_BSE.flatten(0, 1).unsqueeze(0), chosen_BSE.flatten(0, 1).unsqueeze(0)
+        scores_BSE, chosen_BSE, routed_BS = (x.flatten(0, 1).unsqueeze(0) for x in (scores_BSE, chosen_BSE, routed_BS))
     reached_BSG = chosen_BSE.unflatten(-1, (num_groups, -1)).any(-1)
 
-    counts_BE, sent_BG = chosen_BSE.sum(1), reached_BSG.sum(1)
-    num_tokens = scores_BSE.shape[1]
+    counts_BE, sent_BG, tokens_B1 = chosen_BSE.sum(1), reached_BSG.sum(1), routed_BS.sum(1, keepdim=True)
     if sequence_group is not None:
-        dist.all_reduce(counts_BE, group=sequence_group)
-        dist.all_reduce(sent_BG, group=sequence_group)
-        num_tokens *= sequence_group.size()
+        for counts in (counts_BE, sent_BG, tokens_B1):
+            dist.all_reduce(counts, group=sequence_group)
 
-    counts_BE, sent_BG = counts_BE.to(scores_BSE.dtype), sent_BG.to(scores_BSE.dtype)
-    f_BE = counts_BE * (config.n_routed_experts / (config.num_experts_per_tok * num_tokens))
-    p_BE = scores_BSE.sum(1) / num_tokens
+    counts_BE, sent_BG, tokens_B1 = (x.to(scores_BSE.dtype) for x in (counts_BE, sent_BG, tokens_B1.clamp(min=1)))
+    f_BE = counts_BE * config.n_routed_experts / (config.num_experts_per_tok * tokens_B1)
+    p_BE = scores_BSE.sum(1) / tokens_B1
     p_BG = p_BE.unflatten(-1, (num_groups, -1)).sum(-1)
     f_device_BG = f_BE.unflatten(-1, (num_groups, -1)).mean(-1)
-    f_communication_BG = sent_BG * (num_groups / (config.topk_group * num_tokens))
+    f_communication_BG = sent_BG * num_groups / (config.topk_group * tokens_B1)
 
     loss = weights.expert * (f_BE * p_BE).sum()
     loss = loss + weights.device * (f_device_BG * p_BG).sum()

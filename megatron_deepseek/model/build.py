@@ -13,22 +13,27 @@ from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.blueprint import Blueprint
+from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.init import initialize
-from megatron_deepseek.model.layer import Blueprint, choose_run
+from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops import fp8_products
 from megatron_deepseek.ops.products import Grouped, Numerics
 from megatron_deepseek.ops.recompute import compose, recompute as run_again
+from megatron_deepseek.ops.side_stream import Beside, OnStream
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
-from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher
+from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher, unchanged
 from megatron_deepseek.parallel.expert_gather import AllGatherDispatcher
 from megatron_deepseek.parallel.expert_grouped import GroupedDispatcher
+from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
+from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.settings import CommunicationSettings, LossSettings, OffloadSettings, RecomputeSettings
 
 
@@ -92,13 +97,16 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     if loss.balance_type != "none":
         balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
                                  loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
-    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication, numerics.to_experts) \
+    turns = Turns()
+    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication, turns, numerics.to_experts) \
         if config.n_routed_experts else None
     tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
     sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
-    return Blueprint(config, tp, cp, sharers, dispatcher, balance, recomputed_modules(recompute),
-                     loss.moe_router_force_load_balancing, numerics)
+    etp = ExpertTensorParallel(meshes.experts, communication.moe_ranks_per_node or meshes.layout.world_size)
+    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed_modules(recompute),
+                     loss.moe_router_force_load_balancing, numerics, make_capacity(config, loss),
+                     make_beside(communication, meshes.device), turns)
 
 
 def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
@@ -116,14 +124,28 @@ def make_numerics(fp8: bool, recompute: RecomputeSettings, tp: int) -> Numerics:
     return Numerics(experts_down=Grouped(activate=run_again)) if "moe_act" in again else Numerics()
 
 
-def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings,
-                    to_experts: Callable[[torch.Tensor], torch.Tensor]) -> Dispatcher:
+def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
+    factor = loss.moe_expert_capacity_factor
+    return None if factor is None else Capacity(factor, loss.moe_token_drop_policy, config.n_routed_experts)
+
+
+def make_beside(communication: CommunicationSettings, device: torch.device) -> Callable[[], Beside]:
+    """One stream for all layers: its work is in order, and each layer waits for its own."""
+    if communication.moe_shared_expert_overlap and device.type == "cuda":
+        return partial(OnStream, torch.cuda.Stream(device))
+    return Beside
+
+
+def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings, turns: Turns,
+                    to_experts: Callable[[torch.Tensor], torch.Tensor] = unchanged) -> Dispatcher:
     ranks_per_node = communication.moe_ranks_per_node or meshes.layout.world_size
+    common = meshes.ep, num_experts, ranks_per_node
     if communication.moe_token_dispatcher_type == "grouped":
         levels = build_levels(meshes.layout, meshes.device, ranks_per_node)
-        return GroupedDispatcher(meshes.ep, num_experts, ranks_per_node, levels, to_experts)
-    kind = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[communication.moe_token_dispatcher_type]
-    return kind(meshes.ep, num_experts, ranks_per_node, to_experts)
+        return GroupedDispatcher(*common, turns, levels, to_experts)
+    if communication.moe_token_dispatcher_type == "allgather":
+        return AllGatherDispatcher(*common, to_experts)
+    return AllToAllDispatcher(*common, turns, to_experts)
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.layer import Blueprint, DecoderLayer, MTPLayer, run_layer
+from megatron_deepseek.model.blueprint import Blueprint
+from megatron_deepseek.model.layer import DecoderLayer, MTPLayer, run_layer
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.ops.rope import Places
@@ -34,12 +34,14 @@ class Tally:
     """What a step's forwards leave behind on this rank, added up over its micro-batches.
 
     `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name;
-    `traffic`: what expert dispatch sent forwards; `sources_K2`: sum of main token losses, and labels, of each source.
+    `dropped`: token copies above experts' capacity; `traffic`: what expert dispatch sent forwards; `sources_K2`: sum of
+    main token losses, and labels, of each source.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     balance_loss: torch.Tensor | float = 0.0
     expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    dropped: torch.Tensor | int = 0
     traffic: Traffic = Traffic()
     sources_K2: torch.Tensor | float = 0.0
 
@@ -55,6 +57,7 @@ class Tally:
             return
         self.balance_loss = self.balance_loss + stats.balance_loss
         self.traffic = self.traffic + stats.traffic
+        self.dropped = self.dropped + stats.dropped
         self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
 
 
@@ -94,7 +97,7 @@ class DeepseekStage(nn.Module):
 
     forward(x, labels, label_mask, step): x is token ids [B, S] on the first stage and stacked states elsewhere. The
     result is stacked states, or the loss on the last stage. `sources_BK` (one True in each row) has it tallied by
-    source too.
+    source too. `routed_BMS` (`routed_tokens`): None where all tokens are routed.
     """
 
     def __init__(self, stage: Stage, blueprint: Blueprint, seq_length: int, device: torch.device,
@@ -102,7 +105,7 @@ class DeepseekStage(nn.Module):
         """`run_of`: how the layer at each position of this stage is run (layer.choose_run)."""
         super().__init__()
         self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
-        self.mtp_loss_scale = mtp_loss_scale
+        self.mtp_loss_scale, self.turns = mtp_loss_scale, blueprint.turns
         self.model = Trunk(stage, blueprint)
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:
@@ -110,31 +113,35 @@ class DeepseekStage(nn.Module):
         self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
 
     def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext,
-                documents_BS: torch.Tensor | None = None, sources_BK: torch.Tensor | None = None) -> torch.Tensor:
-        states = list(self.states(x, labels_BMS, step, documents_BS))
+                documents_BS: torch.Tensor | None = None, sources_BK: torch.Tensor | None = None,
+                routed_BMS: torch.Tensor | None = None) -> torch.Tensor:
+        states = list(self.states(x, labels_BMS, step, documents_BS, routed_BMS))
         if not self.stage.loss:
             return torch.cat(states) if len(states) > 1 else states[0].contiguous()
         return self.loss(states, labels_BMS, label_mask_BMS, step, sources_BK)
 
     def states(self, x: torch.Tensor, labels_BMS: torch.Tensor, step: StepContext,
-               documents_BS: torch.Tensor | None = None) -> list[torch.Tensor]:
+               documents_BS: torch.Tensor | None = None, routed_BMS: torch.Tensor | None = None) -> list[torch.Tensor]:
         """The main state and those of the MTP depths up to and with this stage, [B, S, H] each."""
         x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
         places = Places(self.rope_2SD, documents_BS)
+        routed = [None] * labels_BMS.shape[1] if routed_BMS is None else routed_BMS.unbind(1)
         for index in self.stage.layers:
-            current = self._layer(index, step, places, current)
+            current = self._layer(index, step, places, routed[0], current)
         if hasattr(self.model, "norm"):
             current = self.model.norm(current)
         states.append(current)
         for depth in self.stage.mtp:
             embedding = self.model.embed_tokens(labels_BMS[:, depth])
             index = self.config.num_hidden_layers + depth
-            states.append(self._layer(index, step, places, states[-1], embedding))
+            states.append(self._layer(index, step, places, routed[depth + 1], states[-1], embedding))
         return states
 
-    def _layer(self, index: int, step: StepContext, places: Places, *states: torch.Tensor) -> torch.Tensor:
-        out, stats = self.runs[str(index)](self.model.layers[str(index)], *states, places, step.num_sequences)
+    def _layer(self, index: int, step: StepContext, places: Places, routed_BS: torch.Tensor | None,
+               *states: torch.Tensor) -> torch.Tensor:
+        out, stats = self.runs[str(index)](self.model.layers[str(index)], *states, places, step.num_sequences,
+                                           routed_BS)
         step.tally.add_stats(f"model.layers.{index}.mlp", stats)
         return out
 
@@ -175,6 +182,21 @@ def shifted_labels(labels_BS: torch.Tensor, mask_BS: torch.Tensor, mtp_depth: in
         shifted_BS = F.pad(shifted_BS[:, 1:], (0, 1))
         masks.append(shifted_BS if documents_BS is None else shifted_BS & _stays(documents_BS, depth))
     return torch.stack(labels, 1), torch.stack(masks, 1)
+
+
+def routed_tokens(real_BS: torch.Tensor, mtp_depth: int, documents_BS: torch.Tensor | None = None) -> torch.Tensor:
+    """Which positions go to routed experts and count for their balance, [B, M, S] bool.
+
+    Of the main model every token that is `real_BS`, no padding, whether its label counts or not. Of depth k those whose
+    input, the token k places further on, is there, real, and of the same document: so not the last k positions.
+    What is left out has no label, and comes after everything in its document that has one.
+    """
+    routed = [real_BS]
+    for depth in range(1, mtp_depth + 1):
+        ahead_BS = F.pad(real_BS[:, depth:], (0, min(depth, real_BS.shape[1])))
+        both_BS = real_BS & ahead_BS
+        routed.append(both_BS if documents_BS is None else both_BS & _stays(documents_BS, depth))
+    return torch.stack(routed, 1)
 
 
 def _stays(documents_BS: torch.Tensor, depth: int) -> torch.Tensor:

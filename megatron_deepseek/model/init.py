@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from megatron_deepseek.parallel.pieces import pieces
 
 _BLOCK = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
 
@@ -44,9 +45,9 @@ def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
     return (-2 * uniform_1.log()).sqrt() * (2 * math.pi * uniform_2).cos()
 
 
-def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Size, offset: torch.Size,
+def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Size, offset: tuple[int, ...],
                  device: torch.device) -> torch.Tensor:
-    """Place in the flattened parameter of `shape` of elements start..stop of the flattened local shard."""
+    """Place in the flattened parameter of `shape` of elements start..stop of a flattened box at `offset`."""
     rest = torch.arange(start, stop, device=device)
     index, stride = torch.zeros_like(rest), 1
     for dim in reversed(range(len(shape))):
@@ -59,15 +60,13 @@ def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Si
 @torch.no_grad()
 def fill_normal(parameter: DTensor, std: float, seed: int, name: str) -> None:
     """Fill this rank's shard with its part of the parameter's normal(0, std) values."""
-    local = parameter.to_local()
-    local_shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements)
-    assert tuple(local.shape) == tuple(local_shape), (name, local.shape, local_shape)
-    flat = local.view(-1)
-    for start in range(0, flat.numel(), _BLOCK):
-        stop = min(start + _BLOCK, flat.numel())
-        index = global_index(start, stop, parameter.shape, local.shape, offset, local.device)
-        flat[start:stop] = normal(index, seed, name) * std
+    for piece in pieces(parameter):
+        for part in piece.contiguous():
+            flat = part.local.view(-1)
+            for start in range(0, flat.numel(), _BLOCK):
+                stop = min(start + _BLOCK, flat.numel())
+                index = global_index(start, stop, parameter.shape, part.local.shape, part.offset, flat.device)
+                flat[start:stop] = normal(index, seed, name) * std
 
 
 @torch.no_grad()

@@ -4,46 +4,21 @@ Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.ops.offload import saved_on_host
-from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, keep, recompute
 from megatron_deepseek.ops.rope import Places
-from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
-
-
-@dataclass(frozen=True, eq=False)
-class Blueprint:
-    """What every layer of a model is built from.
-
-    `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules; `numerics` are the products of attention, MLP and experts.
-    """
-
-    config: ModelConfig
-    tp: TensorParallel
-    cp: ContextParallel
-    sharers: dist.ProcessGroup | None
-    dispatcher: Dispatcher | None
-    balance: BalanceWeights = BalanceWeights()
-    recomputed: frozenset[str] = frozenset()
-    forced_balance: bool = False
-    numerics: Numerics = Numerics()
 
 
 class DecoderLayer(nn.Module):
@@ -59,17 +34,17 @@ class DecoderLayer(nn.Module):
                              blueprint.numerics)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if self.is_moe:
-            self.mlp = MoE(config, tp, blueprint.dispatcher, blueprint.balance, blueprint.cp,
-                           blueprint.sharers, blueprint.numerics, blueprint.forced_balance)
+            self.mlp = MoE(blueprint)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, blueprint.numerics.linear)
 
-    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int
-                ) -> tuple[torch.Tensor, RouterStats | None]:
+    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int,
+                routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:
         x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, places))
         if not self.is_moe:
             return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
-        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,), lambda x: self.mlp(x, global_sequences))
+        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,),
+                                   lambda x: self.mlp(x, global_sequences, routed_BS))
         return x_BSH + y_BSH, stats
 
 
@@ -98,9 +73,10 @@ class MTPLayer(DecoderLayer):
         self.shared_head = SharedHead(config, tp)
 
     def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, places: Places,
-                global_sequences: int) -> tuple[torch.Tensor, RouterStats | None]:
+                global_sequences: int, routed_BS: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, RouterStats | None]:
         joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
-        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences)
+        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences, routed_BS)
         return self.shared_head.norm(x_BSH), stats
 
 
@@ -140,8 +116,7 @@ def run_checkpointed_offloaded(layer: nn.Module, *args):
 def _is_weight(layer: nn.Module, tensor: torch.Tensor) -> bool:
     """Whether `tensor` lies in what the layer's parameters are at this moment: FSDP's gathered weights."""
     own = tensor.untyped_storage()._cdata
-    return any(own == (p.to_local() if isinstance(p, DTensor) else p).untyped_storage()._cdata
-               for p in layer.parameters())
+    return any(own == getattr(p, "_local_tensor", p).untyped_storage()._cdata for p in layer.parameters())
 
 
 def choose_run(recompute: RecomputeSettings, offload: OffloadSettings, position: int) -> Callable:

@@ -1,7 +1,7 @@
-"""Copies of rows for some of their choices, sorted by what was chosen, and their weighted sum: gathers both ways.
+"""Copies of rows for their choices, sorted by what was chosen, and their weighted sum: gathers both ways.
 
-ops/permute.py copies every token once for each of its K experts. Where a rank serves only some of the experts, a row
-has between none and K copies here.
+A row has K copies where all its choices are served: then the copies are a permutation, and permute.py has what moves
+them. It has fewer where a rank serves only some of the experts, or where copies were dropped.
 
 Shapes: Q rows, K choices of each, R <= Q*K copies, H hidden.
 """
@@ -11,31 +11,41 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.permute import copy_and_permute, sort_by_expert, weighted_sum
+
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """`row_R`, `choice_R`: whose copy each is and for which choice; `place_QK`: where it lies, R where there is none.
+    """`order_R`: of which row and choice each copy is, row * K + choice; `place_QK`: where it lies, R where there is none.
 
     `counts`: copies of each bin, which lie one bin after the other.
     """
 
-    row_R: torch.Tensor
-    choice_R: torch.Tensor
+    order_R: torch.Tensor
     place_QK: torch.Tensor
     counts: list[int]
+
+    @property
+    def row_R(self) -> torch.Tensor:
+        return self.order_R // self.place_QK.shape[1]
+
+    @property
+    def choice_R(self) -> torch.Tensor:
+        return self.order_R % self.place_QK.shape[1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has its copy: then they are a permutation (permute.py)."""
+        return len(self.order_R) == self.place_QK.numel()
 
 
 def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
     """Copies by bin, within a bin by row. A choice outside 0..num_bins-1 has none."""
-    bins = bins_QK.flatten()
-    bins = bins.where((bins >= 0) & (bins < num_bins), num_bins)
-    counts = bins.bincount(minlength=num_bins + 1)[:num_bins].tolist()
+    bins_QK = bins_QK.where((bins_QK >= 0) & (bins_QK < num_bins), num_bins)
+    order, inverse, counts = sort_by_expert(bins_QK, num_bins + 1)
+    counts = counts[:num_bins].tolist()
     number = sum(counts)
-    order_R = bins.argsort(stable=True)[:number]
-    place = torch.full_like(bins, number)
-    place[order_R] = torch.arange(number, device=bins.device)
-    width = bins_QK.shape[1]
-    return Copies(order_R // width, order_R % width, place.view_as(bins_QK), counts)
+    return Copies(order[:number], inverse.clamp(max=number).view_as(bins_QK), counts)
 
 
 def _gather(x_RH: torch.Tensor, place_QK: torch.Tensor) -> torch.Tensor:
@@ -73,9 +83,13 @@ class _Sum(torch.autograd.Function):
 
 def copy_rows(x_QH: torch.Tensor, copies: Copies) -> torch.Tensor:
     """[R, H] in the order of `copies`."""
+    if copies.complete:
+        return copy_and_permute(x_QH, copies.order_R, copies.place_QK.flatten())
     return _Copy.apply(x_QH, copies.row_R, copies.place_QK)
 
 
 def sum_copies(y_RH: torch.Tensor, weights_QK: torch.Tensor, copies: Copies) -> torch.Tensor:
     """[Q, H]: each row's copies times its weights, in y's dtype."""
+    if copies.complete:
+        return weighted_sum(y_RH, weights_QK, copies.order_R, copies.place_QK.flatten())
     return _Sum.apply(y_RH, weights_QK, copies.row_R, copies.choice_R, copies.place_QK)

@@ -21,10 +21,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.block_scaled import map_rows
-from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, sort_by_expert, weighted_sum
+from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
+from megatron_deepseek.parallel.turns import Turns
 
-Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
+NOBODY = -1  # in place of an expert
+Experts = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, Traffic]]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -40,9 +43,10 @@ class Dispatcher(Protocol):
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
         """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and what this rank
-        sent for it in the forward; the backward sends as much again.
+        sent for it in the forward; the backward sends as much again. A choice of NOBODY has no part in it.
 
-        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
+        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape, and says
+        what it sent itself.
         """
 
 
@@ -52,32 +56,34 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, sent, received, group, encode):
-        ctx.sent, ctx.received, ctx.group, ctx.encode = sent, received, group, encode
-        return _all_to_all(x, sent, received, group)
+    def forward(ctx, x, sent, received, group, turns, encode):
+        ctx.sent, ctx.received, ctx.group, ctx.turns, ctx.encode = sent, received, group, turns, encode
+        return _all_to_all(x, sent, received, group, turns)
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_to_all(ctx.encode(grad), ctx.received, ctx.sent, ctx.group), None, None, None, None
+        grad = _all_to_all(ctx.encode(grad), ctx.received, ctx.sent, ctx.group, ctx.turns)
+        return grad, None, None, None, None, None
 
 
-def _all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+def _all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns
+                ) -> torch.Tensor:
     """Of every part of x, if it is block-scaled."""
     def exchange(part):
         out = part.new_empty(sum(received), *part.shape[1:])
-        dist.all_to_all_single(out, part.contiguous(), received, sent, group=group)
+        turns.wait(dist.all_to_all_single(out, part.contiguous(), received, sent, group=group, async_op=True))
         return out
 
     return map_rows(x, exchange)
 
 
-def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup,
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns,
                   encode: Encode = unchanged) -> torch.Tensor:
     """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it.
 
     `encode` makes of the gradient what travels back.
     """
-    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group, encode)
+    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group, turns, encode)
 
 
 def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -90,40 +96,42 @@ def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return incoming_E.view(group.size(), -1)
 
 
-def run_experts(rows_RH: torch.Tensor, counts_E: torch.Tensor, experts: Experts, nodes: NodeMap,
+def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap, turns: Turns,
                 to_experts: Encode = unchanged) -> tuple[torch.Tensor, Traffic]:
-    """Rows sorted by expert of the whole group to their experts' ranks and back, in the same order."""
+    """Rows sorted by expert of the group, `counts` of each, to their experts' ranks and back in the same order."""
     group = nodes.group
+    counts_E = torch.tensor(counts, device=rows_RH.device)
     incoming_re = exchange_counts(counts_E, group)
     sent, received = counts_E.view(group.size(), -1).sum(1).tolist(), incoming_re.sum(1).tolist()
-    rows_QH = exchange_rows(rows_RH, sent, received, group)
+    rows_QH = exchange_rows(rows_RH, sent, received, group, turns)
     order_Q = _group_by_expert(incoming_re)
     inverse_Q = invert(order_Q)
-    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    results_QH, traffic = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
     results_QH = permute(results_QH, inverse_Q, order_Q)
-    traffic = nodes.traffic(bytes_of(sent, rows_QH)) + nodes.traffic(bytes_of(received, results_QH))
-    return exchange_rows(results_QH, received, sent, group, to_experts), traffic
+    traffic += nodes.dispatched(sent, rows_QH) + nodes.traffic(bytes_of(received, results_QH))
+    return exchange_rows(results_QH, received, sent, group, turns, to_experts), traffic
 
 
 @dataclass(frozen=True, eq=False)
 class AllToAllDispatcher:
-    """Every copy travels straight to its expert's rank (GShard, arXiv 2006.16668). No token is dropped."""
+    """Every copy travels straight to its expert's rank (GShard, arXiv 2006.16668)."""
 
     mesh: DeviceMesh
     num_experts: int
     ranks_per_node: int
+    turns: Turns
     to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, Traffic]:
-        order_R, inverse_R, counts_E = sort_by_expert(experts_TK, self.num_experts)
-        rows_RH, traffic = copy_and_permute(x_TH, order_R, inverse_R), Traffic()
+        copies = sort_copies(experts_TK, self.num_experts)
+        rows_RH = copy_rows(x_TH, copies)
         if self.mesh.size() == 1:
-            rows_RH = experts(rows_RH, counts_E.tolist())
+            rows_RH, traffic = experts(rows_RH, copies.counts)
         else:
             nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
-            rows_RH, traffic = run_experts(rows_RH, counts_E, experts, nodes, self.to_experts)
-        return weighted_sum(rows_RH, weights_TK, order_R, inverse_R), traffic
+            rows_RH, traffic = run_experts(rows_RH, copies.counts, experts, nodes, self.turns, self.to_experts)
+        return sum_copies(rows_RH, weights_TK, copies), traffic
 
 
 def _group_by_expert(counts_re: torch.Tensor) -> torch.Tensor:

@@ -29,16 +29,20 @@ class AllGatherDispatcher:
                  ) -> tuple[torch.Tensor, Traffic]:
         size, mine = self.mesh.size(), self.num_experts // self.mesh.size()
         if size == 1:
-            return self._serve(x_TH, experts_TK, weights_TK, experts, mine), Traffic()
+            return self._serve(x_TH, experts_TK, weights_TK, experts, mine)
         group = self.mesh.get_group()
         x_GH, weights_GK = gather_sum(x_TH, 0, group), gather_sum(weights_TK, 0, group)
         experts_GK = all_gather(experts_TK, 0, group) - self.mesh.get_local_rank() * mine
-        y_TH = scatter_sum(self._serve(x_GH, experts_GK, weights_GK, experts, mine), 0, group)
+        y_GH, traffic = self._serve(x_GH, experts_GK, weights_GK, experts, mine)
+        y_TH = scatter_sum(y_GH, 0, group)
         rows = [x_TH.shape[0]] * size
         nodes = NodeMap(group, self.ranks_per_node)
-        return y_TH, nodes.traffic(bytes_of(rows, x_TH, weights_TK, experts_TK)) + nodes.traffic(bytes_of(rows, y_TH))
+        traffic += nodes.dispatched(rows, x_TH, weights_TK, experts_TK) + nodes.traffic(bytes_of(rows, y_TH))
+        return y_TH, traffic
 
-    def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int) -> torch.Tensor:
+    def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int
+               ) -> tuple[torch.Tensor, Traffic]:
         """The part of each token's sum that experts 0..num_bins-1 make."""
         copies = sort_copies(experts_GK, num_bins)
-        return sum_copies(experts(copy_rows(x_GH, copies), copies.counts), weights_GK, copies)
+        rows, traffic = experts(copy_rows(x_GH, copies), copies.counts)
+        return sum_copies(rows, weights_GK, copies), traffic

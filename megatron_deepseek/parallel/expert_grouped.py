@@ -17,8 +17,17 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import Encode, Experts, exchange_counts, exchange_rows, run_experts, unchanged
+from megatron_deepseek.parallel.expert import (
+    NOBODY,
+    Encode,
+    Experts,
+    exchange_counts,
+    exchange_rows,
+    run_experts,
+    unchanged,
+)
 from megatron_deepseek.parallel.nodes import NodeMap, Traffic, TwoLevels, bytes_of
+from megatron_deepseek.parallel.turns import Turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +37,7 @@ class GroupedDispatcher:
     mesh: DeviceMesh
     num_experts: int
     ranks_per_node: int
+    turns: Turns
     levels: TwoLevels
     to_experts: Encode = unchanged
 
@@ -37,28 +47,29 @@ class GroupedDispatcher:
         copies = self._one_for_each_node(experts_TK)
         received = exchange_counts(torch.tensor(copies.counts, device=x_TH.device), group).flatten().tolist()
         rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]
-        x_QH, weights_QK, experts_QK = (exchange_rows(row, copies.counts, received, group) for row in rows)
+        x_QH, weights_QK, experts_QK = (exchange_rows(row, copies.counts, received, group, self.turns)
+                                        for row in rows)
         y_QH, within = self._on_this_node(x_QH, experts_QK, weights_QK, experts)
-        y_RH = exchange_rows(y_QH, received, copies.counts, group)
+        y_RH = exchange_rows(y_QH, received, copies.counts, group, self.turns)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
         nodes = NodeMap(group, self.ranks_per_node)
-        across = nodes.traffic(bytes_of(copies.counts, *rows)) + nodes.traffic(bytes_of(received, y_QH))
+        across = nodes.dispatched(copies.counts, *rows) + nodes.traffic(bytes_of(received, y_QH))
         return sum_copies(y_RH, ones, copies), within + across
 
     def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:
         """A copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
         num_nodes = self.levels.across.size()
-        node_TK = experts_TK // (self.num_experts // num_nodes)
-        needed_TN = torch.zeros(len(experts_TK), num_nodes, dtype=torch.bool, device=experts_TK.device)
+        node_TK = (experts_TK // (self.num_experts // num_nodes)).where(experts_TK != NOBODY, num_nodes)
+        needed_TN = torch.zeros(len(experts_TK), num_nodes + 1, dtype=torch.bool, device=experts_TK.device)
         needed_TN.scatter_(1, node_TK, True)
         nodes_N = torch.arange(num_nodes, device=experts_TK.device)
-        return sort_copies(nodes_N.where(needed_TN, num_nodes), num_nodes)
+        return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], NOBODY), num_nodes)
 
     def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> tuple[torch.Tensor, Traffic]:
         """The part of each row's sum that this node's experts make."""
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
-        counts_n = torch.tensor(copies.counts, device=x_QH.device)
         nodes = NodeMap(self.levels.within.get_group(), self.ranks_per_node)
-        rows, traffic = run_experts(copy_rows(x_QH, copies), counts_n, experts, nodes, self.to_experts)
+        rows, traffic = run_experts(copy_rows(x_QH, copies), copies.counts, experts, nodes, self.turns,
+                                    self.to_experts)
         return sum_copies(rows, weights_QK, copies), traffic

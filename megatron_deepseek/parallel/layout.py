@@ -34,3 +34,9 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.dp * self.pp * self.tp * self.cp
+
+
+def nodes_divide(ep: int, etp: int, ranks_per_node: int) -> bool:
+    """Whether a group of ep x etp expert ranks lies on one node, or on whole nodes that keep etp ranks together."""
+    block = ep * etp
+    return ranks_per_node % block == 0 or block % ranks_per_node == 0 and ranks_per_node % etp == 0

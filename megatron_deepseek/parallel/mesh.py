@@ -48,6 +48,11 @@ class Meshes:
         return self.expert["ep"]
 
     @property
+    def experts(self) -> DeviceMesh:
+        """(ep, etp): the ranks that share one copy of a stage's experts."""
+        return self.expert["ep", "etp"]
+
+    @property
     def expert_fsdp(self) -> DeviceMesh:
         return self.expert["edp"]
 

@@ -3,25 +3,29 @@
 Rank r is on node r // ranks_per_node, as torchrun numbers them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_deepseek.ops.block_scaled import bytes_of_row
-from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout import Layout, nodes_divide
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sent to other ranks of its node, and to other nodes."""
+    """Bytes that one rank sent to other ranks of its node, and to other nodes; `crossings`: how often it sent a token, or
+    a copy of one, to another node.
+    """
 
     within_node: int = 0
     across_nodes: int = 0
+    crossings: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.within_node + other.within_node, self.across_nodes + other.across_nodes)
+        return Traffic(self.within_node + other.within_node, self.across_nodes + other.across_nodes,
+                       self.crossings + other.crossings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +37,15 @@ class NodeMap:
 
     def traffic(self, bytes_to_rank: list[int]) -> Traffic:
         """`bytes_to_rank`: sent to each rank of the group; what a rank keeps is not sent."""
-        here, within, across = dist.get_rank(), 0, 0
-        for rank, number in zip(dist.get_process_group_ranks(self.group), bytes_to_rank, strict=True):
-            if rank != here and rank // self.ranks_per_node == here // self.ranks_per_node:
-                within += number
-            elif rank != here:
-                across += number
-        return Traffic(within, across)
+        here, node = dist.get_rank(), dist.get_rank() // self.ranks_per_node
+        sent = [(rank, number) for rank, number in zip(dist.get_process_group_ranks(self.group), bytes_to_rank,
+                                                       strict=True) if rank != here]
+        within = sum(number for rank, number in sent if rank // self.ranks_per_node == node)
+        return Traffic(within, sum(number for _, number in sent) - within)
+
+    def dispatched(self, rows_to_rank: list[int], *rows: torch.Tensor) -> Traffic:
+        """Of tokens on their way to experts: `rows_to_rank` rows of every one of `rows` to each rank of the group."""
+        return replace(self.traffic(bytes_of(rows_to_rank, *rows)), crossings=self.traffic(rows_to_rank).across_nodes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +61,10 @@ def places_per_node(layout: Layout, ranks_per_node: int) -> int:
 
     Raises ValueError where expert groups straddle nodes unevenly.
     """
-    block = layout.ep * layout.etp
-    if ranks_per_node % block == 0:
-        return layout.ep
-    if block % ranks_per_node or ranks_per_node % layout.etp:
-        raise ValueError(f"nodes of {ranks_per_node} ranks do not divide expert groups of {block} ranks "
-                         f"(ep {layout.ep} x etp {layout.etp}) evenly")
-    return ranks_per_node // layout.etp
+    if not nodes_divide(layout.ep, layout.etp, ranks_per_node):
+        raise ValueError(f"nodes of {ranks_per_node} ranks do not divide expert groups of {layout.ep * layout.etp} "
+                         f"ranks (ep {layout.ep} x etp {layout.etp}) evenly")
+    return min(layout.ep, ranks_per_node // layout.etp)
 
 
 def build_levels(layout: Layout, device: torch.device, ranks_per_node: int) -> TwoLevels:

@@ -25,7 +25,9 @@ from torch.distributed.pipelining.schedules import (
 
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.paired_chunks import run_pairs_in_turns
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
+from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -66,13 +68,14 @@ class Pipeline:
 
     A module is called as module(x, labels=, label_mask=, step=); x is int64 [B, S] on stage 0, and the last stage
     returns the scalar contribution of the micro-batch to the global loss. Schedules are built at the first step with
-    a given number of micro-batches, and kept.
+    a given number of micro-batches, and kept. With `turns`, paired chunks compute while the other's tokens travel.
     """
 
     def __init__(self, modules: list[nn.Module], indices: list[int], shapes: list[StageShape], schedule: str,
-                 hidden_dtype: torch.dtype, tokens_shape: tuple[int, int], meshes: Meshes):
+                 hidden_dtype: torch.dtype, tokens_shape: tuple[int, int], meshes: Meshes,
+                 turns: Turns | None = None):
         self.modules, self.indices, self.shapes, self.schedule = modules, indices, shapes, schedule
-        self.hidden_dtype, self.tokens_shape, self.meshes = hidden_dtype, tokens_shape, meshes
+        self.hidden_dtype, self.tokens_shape, self.meshes, self.turns = hidden_dtype, tokens_shape, meshes, turns
         self.holds_first, self.holds_last = 0 in indices, len(shapes) - 1 in indices
         splits = meshes.layout.pp > 1 and schedule in ZERO_BUBBLE
         self.deferred = [defer_weight_gradients(module) if splits else None for module in modules]
@@ -125,7 +128,10 @@ class Pipeline:
             return ForwardOnly(stages, num_microbatches, _loss_is_output, ranks)
         kind = get_schedule_class(self.schedule)
         single = issubclass(kind, PipelineScheduleSingle)
-        return kind(stages[0] if single else stages, num_microbatches, loss_fn=_loss_is_output, scale_grads=False)
+        schedule = kind(stages[0] if single else stages, num_microbatches, loss_fn=_loss_is_output, scale_grads=False)
+        if self.turns is not None:
+            run_pairs_in_turns(schedule, self.turns)
+        return schedule
 
     def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None) -> PipelineStage:
         shape = self.shapes[index]

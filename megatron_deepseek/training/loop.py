@@ -11,7 +11,8 @@ from megatron_deepseek.checkpoint.export import export_hf, keep_assets
 from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
-from megatron_deepseek.data.pretraining import SPLITS, open_datasets, shared_plan
+from megatron_deepseek.data.blend import SPLITS
+from megatron_deepseek.data.pretraining import open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
@@ -73,7 +74,7 @@ class Run:
 
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, state: TrainState, begun: float):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        plan = shared_plan(settings.data, num_samples(settings))
+        plan = shared_plan(settings.data, num_samples(settings), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
             for line in describe_split(split, each) if each is not None else ():
@@ -169,11 +170,13 @@ class Run:
             dist.all_reduce(memory, dist.ReduceOp.MAX)
             peak_memory = memory.item()
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None
-        spread = self.settings.layout.ep > 1
+        spread = self.settings.layout.ep * self.settings.layout.etp > 1
+        limited = self.settings.loss.moe_expert_capacity_factor is not None
         return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
                            tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
                            result.traffic.across_nodes if spread else None, self.saver.take_stall(),
-                           None if result.updated else True, *by_source(self.train_data.source_names, losses.sources))
+                           None if result.updated else True, *by_source(self.train_data.source_names, losses.sources),
+                           result.dropped if limited else None, result.crossings if result.crossings else None)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""
@@ -207,7 +210,7 @@ def _saved_already(settings: Settings, state: TrainState) -> int | None:
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:
     """What `Trainer` takes of a batch, by its names."""
     tensors = dict(tokens_BS=batch.tokens_BS, labels_BS=batch.labels_BS, mask_BS=batch.loss_mask_BS,
-                   documents_BS=batch.documents_BS, sources_BK=batch.sources_BK)
+                   documents_BS=batch.documents_BS, sources_BK=batch.sources_BK, real_BS=batch.real_BS)
     return {name: None if tensor is None else tensor.to(meshes.device, non_blocking=True)
             for name, tensor in tensors.items()}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
-            "skipped", "source_loss", "source_tokens")
+            "skipped", "source_loss", "source_tokens", "moe_dropped_fraction", "moe_crossings_per_token")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class StepMetrics:
     several ranks. checkpoint_stall_seconds: how long training stood still for saves between the step before and this
     one, which step_seconds leaves out. `skipped` is true, and else not written, where a loss or gradient was not finite
     and nothing was updated. In a blend, source_loss is the mean of lm_loss over the labels of each dataset that had any
-    in this step, and source_tokens the number of those labels; both by the dataset's name.
+    in this step, and source_tokens the number of those labels; both by the dataset's name. moe_dropped_fraction: the
+    part of all token copies that experts had no room for, not written without a capacity. moe_crossings_per_token: to
+    how many other nodes a token was sent on its way to the experts of a layer, on average (with alltoall, how many
+    copies of it), written where there are several nodes.
     """
 
     iteration: int
@@ -46,6 +49,8 @@ class StepMetrics:
     skipped: bool | None = None
     source_loss: dict[str, float] | None = None
     source_tokens: dict[str, int] | None = None
+    moe_dropped_fraction: float | None = None
+    moe_crossings_per_token: float | None = None
 
     @property
     def tokens_per_second(self) -> float:

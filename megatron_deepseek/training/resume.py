@@ -16,6 +16,7 @@ from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.parallel.start import choose_device
+from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.schedules import global_batch_size
 from megatron_deepseek.training.trainer import Trainer
@@ -86,6 +87,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
                    f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
+    for line in describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size):
+        report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):
             report.message(note)

@@ -10,14 +10,14 @@ A step, whatever the layout:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, build_stages
-from megatron_deepseek.model.deepseek import StepContext, Tally, shifted_labels
+from megatron_deepseek.model.deepseek import StepContext, Tally, routed_tokens, shifted_labels
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
@@ -85,13 +85,16 @@ class StepResult:
     """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards.
 
     `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
-    `votes`: of all ranks together, the same everywhere.
+    `votes`: of all ranks together, the same everywhere. `dropped`: the part of all token copies that was above experts'
+    capacity; `crossings`: to how many other nodes a token went for a layer's experts, on average.
     """
 
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
     traffic: Traffic
+    dropped: float = 0.0
+    crossings: float = 0.0
     updated: bool = True
     votes: Votes = Votes()
 
@@ -113,7 +116,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, plan.optimizer)
         self.pipeline = Pipeline(self.stages, self.indices, _stage_shapes(plan, meshes), plan.schedule,
                                  plan.precision.activations,
-                                 (plan.micro_batch_size, plan.seq_length // meshes.layout.cp), meshes)
+                                 (plan.micro_batch_size, plan.seq_length // meshes.layout.cp), meshes,
+                                 self.stages[0].turns if plan.communication.overlap_moe_expert_parallel_comm else None)
 
     def _named_parameters(self) -> list[NamedParameter]:
         """Every parameter of this rank; of copies on several stages only the first holder's first is counted."""
@@ -124,14 +128,17 @@ class Trainer:
 
     def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
                    learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None,
-                   sources_BK: torch.Tensor | None = None, votes: Callable[[], Votes] = Votes) -> StepResult:
+                   sources_BK: torch.Tensor | None = None, votes: Callable[[], Votes] = Votes,
+                   real_BS: torch.Tensor | None = None) -> StepResult:
         """One step on this data rank's rows of the global batch, B = micro-batches x micro_batch_size of them.
 
         `documents_BS` numbers each token's document; without it attention and MTP see across documents. `sources_BK`
-        says which of K datasets each row is from, whose losses are then told apart. `votes` is asked when the ranks
-        add up their losses, and travels with them.
+        says which of K datasets each row is from, whose losses are then told apart. `real_BS` is false for padding,
+        behind a row's tokens, which no expert gets; None where there is none. `votes` is asked when the ranks add up
+        their losses, and travels with them.
         """
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK,
+                                                         real_BS)
         self.optimizer.zero_grad()
         self.pipeline.train(tokens, num_microbatches, **inputs)
         for shared in self.shared:
@@ -143,7 +150,7 @@ class Trainer:
             self._update(norm, learning_rate)
         counts = update_expert_bias(self.stages, inputs["step"].tally.expert_counts, bias_rate if healthy else 0.0,
                                     self.meshes.stage.get_group())
-        return StepResult(losses, norm.item(), counts, self._traffic(inputs["step"].tally), healthy, agreed)
+        return StepResult(losses, norm.item(), counts, *self._traffic(inputs["step"].tally), healthy, agreed)
 
     def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
         if self.plan.optimizer.clip_grad:
@@ -152,18 +159,22 @@ class Trainer:
         self.optimizer.step()
 
     def evaluate(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
-                 documents_BS: torch.Tensor | None = None, sources_BK: torch.Tensor | None = None) -> Losses:
+                 documents_BS: torch.Tensor | None = None, sources_BK: torch.Tensor | None = None,
+                 real_BS: torch.Tensor | None = None) -> Losses:
         """Losses of a batch, weights untouched."""
-        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK)
+        tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK,
+                                                         real_BS)
         self.pipeline.evaluate(tokens, num_microbatches, **inputs)
         return self._reduce(inputs["step"].tally, Votes(), sources_BK)[0]
 
-    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK) -> tuple[torch.Tensor, int, dict]:
+    def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK, real_BS
+                 ) -> tuple[torch.Tensor, int, dict]:
         """Tokens, their number of micro-batches and the stages' other inputs. Everything that looks along a sequence
         is made before context-parallel ranks divide it, so that they all know the counts of the whole.
         """
         assert tokens_BS.shape[0] % self.plan.micro_batch_size == 0, (tokens_BS.shape, self.plan.micro_batch_size)
-        labels, mask = shifted_labels(labels_BS, mask_BS, self.plan.model.num_nextn_predict_layers, documents_BS)
+        mtp_depth = self.plan.model.num_nextn_predict_layers
+        labels, mask = shifted_labels(labels_BS, mask_BS, mtp_depth, documents_BS)
         counts = torch.cat([mask.sum((0, 2)), mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)])
         dist.all_reduce(counts, group=self.meshes.group("dp"))
         *num_labels, num_sequences = counts.tolist()
@@ -173,6 +184,9 @@ class Trainer:
             inputs["documents_BS"] = documents_BS.cpu()  # attention is started document by document
         if sources_BK is not None:
             inputs["sources_BK"] = sources_BK
+        if self.plan.model.n_routed_experts and (mtp_depth or real_BS is not None):
+            real_BS = torch.ones_like(mask_BS) if real_BS is None else real_BS
+            inputs["routed_BMS"] = self.cp.own(routed_tokens(real_BS, mtp_depth, documents_BS))
         return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
     def _reduce(self, tally: Tally, votes: Votes, sources_BK: torch.Tensor | None) -> tuple[Losses, Votes]:
@@ -193,10 +207,14 @@ class Trainer:
         by_source = tuple((loss, round(labels)) for loss, labels in together[len(values):].view(-1, 2).tolist())
         return Losses(lm_loss, tuple(mtp_loss), balance_loss, by_source), Votes(save > 0, leave > 0)
 
-    def _traffic(self, tally: Tally) -> Traffic:
-        sent = torch.tensor([tally.traffic.within_node, tally.traffic.across_nodes], device=self.meshes.device)
-        dist.all_reduce(sent)
-        return Traffic(*(2 * sent).tolist())
+    def _traffic(self, tally: Tally) -> tuple[Traffic, float, float]:
+        """`traffic`, `dropped` and `crossings` of a StepResult."""
+        copies = sum(int(counts_E.sum()) for counts_E in tally.expert_counts.values())
+        sums = torch.tensor([*astuple(tally.traffic), int(tally.dropped), copies], device=self.meshes.device)
+        dist.all_reduce(sums)
+        within, across, crossings, dropped, copies = sums.tolist()
+        tokens = copies / (self.plan.model.num_experts_per_tok or 1)
+        return Traffic(2 * within, 2 * across, crossings), dropped / max(copies, 1), crossings / max(tokens, 1)
 
 
 def _embedding_holders(plan: Plan) -> dict[str, list[int]]:

@@ -99,7 +99,7 @@ def test_a_hang_names_group_and_rank(launch):
     output, _ = job.communicate(timeout=60)
     assert job.returncode != 0 and len(ranks_with_a_traceback(output)) <= 1, output
     assert "A collective of the group tp (all ranks 0, 1, 2) timed out; rank 1 is in no collective but in look_away " \
-        "(script.py, line 10). This rank waited here:" in output, output
+        "(script.py, line 12). This rank waited here:" in output, output
     assert time.monotonic() - begun < 30
 
 

@@ -47,20 +47,25 @@ def test_learns_and_writes_what_the_design_says(workshop, alone):
 
 
 def test_any_layout_continues_any_other(workshop, alone):
-    """Three steps under tensor, sequence and expert parallelism, three more on two stages: one rank's numbers."""
+    """Three steps on slices of tensors, sequences and experts, three more on two stages in turns: one rank's numbers."""
     halfway = ("--load", str(workshop.directory / "moved"))
     first = workshop.train(4, "moved", "--exit-interval", "3", *(
-        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4").split())
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 2").split())
     assert [record["iteration"] for record in steps(first)] == [1, 2, 3]
     assert_same_run(workshop.train(4, "moved", *halfway, *(
-        "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2").split()), alone)
+        "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2 "
+        "--overlap-moe-expert-parallel-comm").split()), alone)
 
 
 def test_context_parallel_grouped_experts_and_packing(workshop):
-    """A blend against one rank with the same documents; the bytes of each level, and losses by source, are written."""
-    blend = ("--data-path", "0.3", str(workshop.prefix), "0.7", str(workshop.prefix))
-    packed = workshop.train(1, "packed", "--reset-attention-mask", *blend)
-    shared = workshop.train(4, "shared", "--reset-attention-mask", "--reset-position-ids", *blend, *(
+    """A blend against one rank with the same documents, which drops the same tokens; the bytes of each level, and losses
+    by source, are written.
+    """
+    common = ["--data-path", "0.3", str(workshop.prefix), "0.7", str(workshop.prefix), *(
+        "--reset-attention-mask --moe-expert-capacity-factor 1.0 --moe-token-drop-policy position").split()]
+    packed = workshop.train(1, "packed", *common)
+    shared = workshop.train(4, "shared", *common, "--reset-position-ids", *(
         "--context-parallel-size 2 --expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
         "--moe-ranks-per-node 2").split())
     assert_same_run(shared, packed)
@@ -70,6 +75,8 @@ def test_context_parallel_grouped_experts_and_packing(workshop):
             pytest.approx(record["lm_loss"] * 16 * 32, rel=1e-6))
     assert set(validations(shared)[0]["validation_source_loss"]) == {workshop.prefix.name, workshop.prefix.name + "#2"}
     assert all(record["moe_bytes_within_node"] > 0 and record["moe_bytes_across_nodes"] > 0 for record in steps(shared))
+    dropped = [[record["moe_dropped_fraction"] for record in steps(run)] for run in (packed, shared)]
+    assert dropped[0] == pytest.approx(dropped[1], abs=2e-3) and all(0 < part < 0.5 for part in dropped[0])
 
 
 def test_exit_interval_recompute_ramp_and_bf16(workshop):

@@ -29,15 +29,20 @@ OPTIONS = {
     "sp": (False, True),
     "router": ("dense", "greedy", "group_limited", "noaux_tc"),
     "ep": (1, 2, 4),
+    "etp": (1, 2),
     "dispatcher": ("none", "alltoall", "allgather", "grouped"),
     "node": (1, 2),
     "forced": (False, True),
     "microbatches": (1, 3, 5, 8),
     "micro_batch_size": (1, 2),
     "packed": (False, True),
+    "padded": (False, True),
+    "capacity": ("none", "probs", "position"),
     "mtp": (0, 1, 2),
     "placement": ("balanced", "last", "own", "split"),
     "shared": (0, 2),
+    "overlap": (False, True),
+    "turns": (False, True),
     "q_lora": (False, True),
     "attention_bias": (False, True),
     "tied": (False, True),
@@ -51,9 +56,9 @@ OPTIONS = {
 # What exhaustive.py draws from besides: values that differ from those above in size only.
 WIDER = OPTIONS | {
     "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
-    "ep": (1, 2, 4, 8),
+    "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
-    "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"),
+    "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"), "offload_layers": (0, 1, 2, 9),
 }
 
 CONSTRAINTS = (
@@ -61,11 +66,15 @@ CONSTRAINTS = (
     lambda cp, cp_type: (cp == 1) == (cp_type == "none"),
     lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
-    lambda ep, dp, cp, tp: dp * cp * tp % ep == 0,
+    lambda ep, etp, dp, cp, tp: dp * cp * tp % (ep * etp) == 0,
     lambda ep, dispatcher: (ep == 1) == (dispatcher == "none"),
-    lambda dispatcher, ep, node: ep % node == 0 if dispatcher == "grouped" else node == 1,
-    lambda router, ep: router != "dense" or ep == 1,
+    lambda dispatcher, ep, etp, node: node == 1 if dispatcher != "grouped" else
+    node % (ep * etp) == 0 or ep * etp % node == 0 and node % etp == 0,
+    lambda router, ep, etp: router != "dense" or ep * etp == 1,
     lambda router, forced: router != "dense" or not forced,
+    lambda router, capacity: router != "dense" or capacity == "none",
+    lambda shared, overlap: shared > 0 or not overlap,
+    lambda turns, schedule, dispatcher: not turns or schedule == "DualPipeV" and dispatcher in ("alltoall", "grouped"),
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
     lambda pp, schedule: (pp == 1) == (schedule == "none"),
@@ -101,15 +110,20 @@ class Case:
     sp: bool = False
     router: str = "noaux_tc"
     ep: int = 1
+    etp: int = 1
     dispatcher: str = "alltoall"
     node: int = 1
     forced: bool = False
     microbatches: int = 1
     micro_batch_size: int = 1
     packed: bool = False
+    padded: bool = False
+    capacity: str = "none"
     mtp: int = 0
     placement: str = "balanced"
     shared: int = 0
+    overlap: bool = False
+    turns: bool = False
     q_lora: bool = True
     attention_bias: bool = False
     tied: bool = False
@@ -126,7 +140,8 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, sequence_parallel=self.sp)
+        return Layout(dp=self.dp, pp=self.pp, tp=self.tp, cp=self.cp, ep=self.ep, etp=self.etp,
+                      sequence_parallel=self.sp)
 
     @property
     def global_batch_size(self) -> int:
@@ -174,13 +189,14 @@ class Case:
         levels = dict(moe_device_aux_loss_coeff=0.2, moe_communication_aux_loss_coeff=0.3) \
             if self.router == "group_limited" else {}
         return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0,
-                            moe_router_force_load_balancing=self.forced, **levels)
+                            moe_router_force_load_balancing=self.forced, **CAPACITIES[self.capacity], **levels)
 
     @property
     def communication(self) -> CommunicationSettings:
         """Defaults stand in for "none"."""
         given = dict(cp_comm_type=self.cp_type, moe_token_dispatcher_type=self.dispatcher)
-        return CommunicationSettings(moe_ranks_per_node=self.node,
+        return CommunicationSettings(moe_ranks_per_node=self.node, moe_shared_expert_overlap=self.overlap,
+                                     overlap_moe_expert_parallel_comm=self.turns,
                                      **{name: value for name, value in given.items() if value != "none"})
 
     @property
@@ -201,9 +217,10 @@ class Case:
         pooled = self.loss.balance_type == "aux_loss"
         if pooled and self.micro_batch_size > 1:
             return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed,
-                             self.moments)
+                             self.padded, self.moments)
         loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.moments)
+        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.padded,
+                         self.moments)
 
 
 @dataclass(frozen=True)
@@ -215,9 +232,13 @@ class Reference:
     global_batch_size: int
     micro_batch_size: int
     packed: bool = False
+    padded: bool = False
     moments: str = "fp32"
 
 
+# Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.
+CAPACITIES = {"none": {}, "probs": dict(moe_expert_capacity_factor=1.0, moe_token_drop_policy="probs"),
+              "position": dict(moe_expert_capacity_factor=0.7, moe_token_drop_policy="position")}
 _MOE = dict(moe_intermediate_size=8, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=2)
 ROUTERS = {
     "dense": {},

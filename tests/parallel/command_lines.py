@@ -18,7 +18,7 @@ def arguments_of(case: Case, config: Path) -> list[str]:
         "model": config, "data-path": "corpus", "train-iters": 3, "seq-length": SEQ_LENGTH,
         "tensor-model-parallel-size": case.tp, "pipeline-model-parallel-size": case.pp,
         "context-parallel-size": case.cp, "cp-comm-type": case.communication.cp_comm_type,
-        "expert-model-parallel-size": case.ep,
+        "expert-model-parallel-size": case.ep, "expert-tensor-parallel-size": case.etp,
         "moe-token-dispatcher-type": case.communication.moe_token_dispatcher_type,
         "micro-batch-size": case.micro_batch_size,
         "global-batch-size": case.global_batch_size, "exp-avg-dtype": case.moments, "exp-avg-sq-dtype": case.moments,
@@ -27,6 +27,9 @@ def arguments_of(case: Case, config: Path) -> list[str]:
     }
     if case.dispatcher == "grouped":
         given["moe-ranks-per-node"] = case.node
+    if case.capacity != "none":
+        given["moe-expert-capacity-factor"] = case.loss.moe_expert_capacity_factor
+        given["moe-token-drop-policy"] = case.capacity
     if case.pp > 1:
         given["pipeline-schedule"] = case.schedule
         stages = case.layout_string
@@ -38,7 +41,8 @@ def arguments_of(case: Case, config: Path) -> list[str]:
     if case.recomputation.modules:
         words += ["--recompute-modules", *case.recomputation.modules]
     switches = {"sequence-parallel": case.sp, "reset-attention-mask": case.packed,
-                "moe-router-force-load-balancing": case.forced, "optimizer-cpu-offload": case.offload_optimizer}
+                "moe-router-force-load-balancing": case.forced, "moe-shared-expert-overlap": case.overlap,
+                "overlap-moe-expert-parallel-comm": case.turns, "optimizer-cpu-offload": case.offload_optimizer}
     return words + [f"--{option}" for option, on in switches.items() if on]
 
 

@@ -36,6 +36,8 @@ def _step_differences(step: Step, expected: Step, tolerance: float) -> Iterator[
     yield from _loss_differences(step.losses, expected.losses, tolerance)
     if not _close(step.grad_norm, expected.grad_norm, tolerance):
         yield f"grad_norm {step.grad_norm!r}, expected {expected.grad_norm!r}"
+    if step.dropped != expected.dropped:
+        yield f"dropped {step.dropped!r} of all copies, expected {expected.dropped!r}"
     for name, counts in step.expert_counts.items():
         if not torch.equal(counts, expected.expert_counts[name]):
             yield f"expert counts of {name} {counts.tolist()}, expected {expected.expert_counts[name].tolist()}"

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.router import Router
+from megatron_deepseek.parallel import pieces
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -32,6 +33,7 @@ class Step:
     losses: Losses
     grad_norm: float
     expert_counts: dict[str, torch.Tensor]
+    dropped: float
     gradients: dict[tuple[int, str], torch.Tensor]
 
 
@@ -66,6 +68,14 @@ def documents(size: int, step: int, length: int = SEQ_LENGTH) -> torch.Tensor:
     return starts.long().cumsum(1)
 
 
+def real_tokens(size: int, step: int, length: int = SEQ_LENGTH) -> torch.Tensor:
+    """[size, length]: rows of between one token and all; the last row of step 1 is all padding."""
+    lengths = torch.randint(1, length + 1, (size, 1), generator=torch.Generator().manual_seed(200 + step))
+    if step == 1 and size > 1:
+        lengths[-1] = 0
+    return torch.arange(length) < lengths
+
+
 def optimizer_of(moments: str) -> OptimizerSettings:
     return replace(OPTIMIZER, exp_avg_dtype=moments, exp_avg_sq_dtype=moments)
 
@@ -82,7 +92,8 @@ def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LE
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:
-    return train(plan_of(case, precision, seq_length), case.layout, case.global_batch_size, num_steps, case.packed)
+    return train(plan_of(case, precision, seq_length), case.layout, case.global_batch_size, num_steps, case.packed,
+                 case.padded)
 
 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64,
@@ -90,10 +101,11 @@ def run_reference(reference: Reference, num_steps: int = 3, precision: Precision
     stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
     plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(reference.moments), loss=reference.loss)
-    return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed)
+    return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed, reference.padded)
 
 
-def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, packed: bool = False) -> Record:
+def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, packed: bool = False,
+          padded: bool = False) -> Record:
     meshes = build_meshes(layout, torch.device("cpu"))
     trainer, record = Trainer(plan, meshes), Record()
     withhold(trainer)
@@ -106,12 +118,15 @@ def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, pa
         given = dict(zip(names, batch(plan.model, global_batch_size, step, plan.seq_length)))
         given["sources_BK"] = sources(global_batch_size)
         given |= {"documents_BS": documents(global_batch_size, step, plan.seq_length)} if packed else {}
+        if padded:
+            given["real_BS"] = real_tokens(global_batch_size, step, plan.seq_length)
+            given["mask_BS"] = given["mask_BS"] & given["real_BS"]
         return {name: part[rows] for name, part in given.items()}
 
     for step in range(num_steps):
         result = trainer.train_step(**inputs(step), learning_rate=LEARNING_RATE, bias_rate=bias_rate)
         gradients = {key: whole(parameter.grad) for key, parameter in named(trainer, "named_parameters")}
-        record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, gradients))
+        record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, result.dropped, gradients))
     record.weights = {key: whole(value) for how in ("named_parameters", "named_buffers")
                       for key, value in named(trainer, how)}
     record.evaluation = trainer.evaluate(**inputs(num_steps))
@@ -139,4 +154,4 @@ def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor gathered from its shards, copied."""
     if tensor is None:
         return None
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (pieces.whole(tensor) if isinstance(tensor, DTensor) else tensor).detach().clone()

@@ -9,13 +9,15 @@ import torch
 import torch.distributed as dist
 from cases import Case
 from job import Record, run_case
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 
-from megatron_deepseek.model import balance_loss, build, deepseek
+from megatron_deepseek.model import balance_loss, build, capacity, deepseek, moe
+from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops import attention
-from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, pipeline, tensor, vocabulary,
-                                        zero_bubble)
+from megatron_deepseek.ops import copies as copies_
+from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, expert_tensor, pipeline, tensor,
+                                        vocabulary, zero_bubble)
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.shared import SharedParameter
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
@@ -36,6 +38,8 @@ GATHER = Case(dp=2, ep=2, dispatcher="allgather")
 GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
 DROPPED_LEAF = Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, recompute="full")
 SOFTMAX_TP = Case(tp=2, router="group_limited")
+SLICED = Case(dp=2, etp=2)
+LIMITED = Case(tp=2, mtp=1, capacity="probs", padded=True, microbatches=4)
 
 
 class Mutation:
@@ -201,6 +205,31 @@ def _first_node_only(sum_copies: Callable):
     return sum_less
 
 
+class _GatherOnly(torch.autograd.Function):
+    """All-gather whose gradients stay where they were made."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return tensor.all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _own_part(grad, ctx.dim, ctx.group), None, None
+
+
+def _last_first(place: Callable, experts_BN: torch.Tensor, order_BN: torch.Tensor) -> torch.Tensor:
+    return place(experts_BN, order_BN.flip(1))
+
+
+def _tails_too(real_BS, mtp_depth, documents_BS=None):
+    return real_BS.unsqueeze(1).expand(-1, 1 + mtp_depth, -1)
+
+
+def _padding_too(real_BS, mtp_depth, documents_BS=None):
+    return deepseek.routed_tokens(torch.ones_like(real_BS), mtp_depth, documents_BS)
+
+
 MUTATIONS = {
     "TP: gradient of a copied input not summed": Mutation(
         TP, _method(tensor._Copy, "backward", lambda ctx, grad: (grad, None))),
@@ -269,6 +298,23 @@ MUTATIONS = {
     "EP: tokens gathered, their gradients not summed": Mutation(
         GATHER, _method(tensor._GatherSum, "backward",
                         lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None))),
+    "ETP: partial sums of the slices not summed": Mutation(SLICED, _replace(expert_tensor, "scatter_sum", _own_part)),
+    "ETP: gradients of gathered rows not summed": Mutation(
+        SLICED, _replace(expert_tensor, "gather_sum", _GatherOnly.apply)),
+    "ETP: every slice gives the whole result": Mutation(
+        SLICED, _replace(expert_tensor, "sum_copies", lambda y, weights, copies: copies_.sum_copies(
+            y, 2 * weights, copies))),
+    "ETP: gate and up rows divided as one matrix": Mutation(
+        SLICED, _replace(moe, "COLUMN_PARALLEL", (Shard(0), Shard(1)))),
+    "capacity: each rank drops of its own tokens": Mutation(
+        LIMITED, _replace(Capacity, "keep", lambda self, experts, weights, positions, group, keep=Capacity.keep: keep(
+            self, experts, weights, positions, None))),
+    "capacity: the least weights are kept": Mutation(
+        LIMITED, _replace(capacity, "place_in_expert", partial(_last_first, capacity.place_in_expert))),
+    "padding goes to experts": Mutation(LIMITED, _replace(trainer, "routed_tokens", _padding_too)),
+    "MTP: positions without a label go to experts": Mutation(LIMITED, _replace(trainer, "routed_tokens", _tails_too)),
+    "padding counts in the balance loss": Mutation(
+        LIMITED, _replace(moe, "balance_loss", lambda *args: balance_loss.balance_loss(*args[:-1], None))),
     "EP: one node's partial sum is lost": Mutation(GROUPED, _replace(expert_grouped, "sum_copies", _first_node_only(
         expert_grouped.sum_copies))),
     "MTP: labels of the next document": Mutation(PACKED, _replace(trainer, "shifted_labels", _across_documents)),

@@ -37,7 +37,11 @@ def test_a_case_is_what_its_command_line_asks_for(compared):
     assert settings.recompute == case.recomputation and settings.offload == case.offload
     assert settings.communication.cp_comm_type == case.communication.cp_comm_type
     assert settings.communication.moe_token_dispatcher_type == case.communication.moe_token_dispatcher_type
+    assert settings.communication.moe_shared_expert_overlap == case.overlap
+    assert settings.communication.overlap_moe_expert_parallel_comm == case.turns
     assert settings.loss.moe_router_force_load_balancing == case.forced
+    assert settings.loss.moe_expert_capacity_factor == case.loss.moe_expert_capacity_factor
+    assert settings.loss.moe_token_drop_policy == case.loss.moe_token_drop_policy
     assert (settings.data.reset_attention_mask, settings.optimizer.exp_avg_dtype) == (case.packed, case.moments)
     assert (settings.batch.micro_batch_size, settings.batch.global_batch_size) == (
         case.micro_batch_size, case.global_batch_size)

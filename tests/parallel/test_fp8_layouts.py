@@ -35,6 +35,7 @@ ALIGNED = (
     (Case(dp=2, ep=2, attention_bias=True), 2),
     (Case(dp=2, ep=2, attention_bias=True, dispatcher="allgather", reshard=True), 2),
     (Case(dp=2, ep=2, attention_bias=True, dispatcher="grouped"), 2),
+    (Case(dp=2, etp=2, attention_bias=True), 2),
 )
 
 

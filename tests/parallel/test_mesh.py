@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, default_dtype, make_blueprint, units
@@ -18,6 +18,7 @@ from megatron_deepseek.parallel.context import ContextParallel, Sight
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.parallel.pieces import pieces
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.presets import V3
 from megatron_deepseek.settings import LossSettings, RecomputeSettings
@@ -29,10 +30,12 @@ LAYOUTS = (
     Layout(dp=4, pp=3, tp=2, cp=2, ep=2, etp=2),
     Layout(dp=8, tp=1, ep=8),
     Layout(pp=4, tp=4, ep=2),
+    Layout(dp=2, pp=2, tp=2, cp=4, ep=4, etp=4),
 )
 V3_LAYOUTS = {
     "PP16 x EP64": Layout(dp=128, pp=16, ep=64),
     "PP16 x CP8 x TP8 x EP64": Layout(dp=2, pp=16, cp=8, tp=8, ep=64, sequence_parallel=True),
+    "PP16 x EP32 x ETP2": Layout(dp=128, pp=16, ep=32, etp=2),
     "TP8 x EP64": Layout(dp=256, tp=8, ep=64, sequence_parallel=True),
 }
 LONG = 131072  # tokens of a sequence that CP8 is for
@@ -110,19 +113,32 @@ def check_coverage(name: str, parameter) -> None:
     Slices are boxes: painting the cells between their edges is painting the elements.
     """
     mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)
-    boxes = {coordinate: box(shape, mesh.shape, coordinate, placements)
-             for coordinate in product(*map(range, mesh.shape))}
-    edges = [sorted({edge for b in boxes.values() for edge in b[dim]} | {0, size}) for dim, size in enumerate(shape)]
+    held = {coordinate: boxes(shape, mesh.shape, coordinate, placements)
+            for coordinate in product(*map(range, mesh.shape))}
+    every = [box for boxes in held.values() for box in boxes]
+    edges = [sorted({edge for b in every for edge in b[dim]} | {0, size}) for dim, size in enumerate(shape)]
     painted = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.int64)
-    for b in boxes.values():
+    for b in every:
         painted[tuple(slice(edge.index(start), edge.index(stop)) for edge, (start, stop) in zip(edges, b))] += 1
     copies = math.prod(n for n, placement in zip(mesh.shape, placements) if isinstance(placement, Replicate))
     assert (painted == copies).all(), (name, mesh, placements)
-    check_box(name, parameter, boxes[tuple(mesh.get_coordinate())])
+    check_pieces(name, parameter, held[tuple(mesh.get_coordinate())])
+
+
+def boxes(shape, mesh_shape, coordinate, placements) -> list[list[tuple[int, int]]]:
+    """What a rank holds: one box, or one of each of the matrices that are stacked in a dimension other than 0."""
+    stacked = next((p for p in placements if isinstance(p, _StridedShard) and p.dim > 0), None)
+    if stacked is None:
+        return [box(shape, mesh_shape, coordinate, placements)]
+    dim, number = stacked.dim, stacked.split_factor
+    rows = shape[dim] // number
+    first = box((*shape[:dim], rows, *shape[dim + 1:]), mesh_shape, coordinate, placements)
+    return [[*first[:dim], tuple(edge + matrix * rows for edge in first[dim]), *first[dim + 1:]]
+            for matrix in range(number)]
 
 
 def box(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
-    """[start, stop) in each dimension. TP or EP, the last axis, cuts first, then FSDP what is left, both as chunk does.
+    """[start, stop) in each dimension. The last axis cuts first, then those before it what is left, as chunk does.
 
     By hand, since torch's function lists every index of a dimension that is cut twice: minutes for 2,048 ranks.
     """
@@ -137,12 +153,11 @@ def box(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
     return bounds
 
 
-def check_box(name: str, parameter, expected: list[tuple[int, int]]) -> None:
-    """That torch says the same of the rank that this is, and holds a tensor of that shape."""
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements)
-    assert tuple(shape) == tuple(parameter.to_local().shape) == tuple(stop - start for start, stop in expected), name
-    assert not parameter.to_local().numel() or tuple(offset) == tuple(start for start, _ in expected), name
+def check_pieces(name: str, parameter, expected: list[list[tuple[int, int]]]) -> None:
+    """That the rank that this is takes itself to hold just that, in tensors of those shapes."""
+    for piece, box_ in zip(pieces(parameter), expected, strict=True):
+        assert tuple(piece.local.shape) == tuple(stop - start for start, stop in box_), name
+        assert not piece.local.numel() or piece.offset == tuple(start for start, _ in box_), name
 
 
 @pytest.mark.parametrize("layout", V3_LAYOUTS.values(), ids=V3_LAYOUTS)

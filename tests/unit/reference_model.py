@@ -113,10 +113,14 @@ class ReferenceModel:
             losses.append(sum(terms) / len(terms))
         return losses
 
-    def balance_loss(self, **alphas: float) -> torch.Tensor:
-        """Of the last forward: sum over layers of the mean over sequences."""
-        return sum(balance_loss(scores_TE, self.config, **alphas) / len(scores)
-                   for scores in self.scores for scores_TE in scores)
+    def balance_loss(self, tails: bool = True, **alphas: float) -> torch.Tensor:
+        """Of the last forward: sum over layers of the mean over sequences. Without `tails`, an MTP module of depth k
+        leaves out the last k positions, which have no label.
+        """
+        depths = [0] * (len(self.scores) - self.config.num_nextn_predict_layers)
+        depths += [0 if tails else 1 + depth for depth in range(self.config.num_nextn_predict_layers)]
+        return sum(balance_loss(scores_TE[:len(scores_TE) - depth], self.config, **alphas) / len(scores)
+                   for scores, depth in zip(self.scores, depths) for scores_TE in scores)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: torch.zeros_like(weight) if weight.grad is None else weight.grad

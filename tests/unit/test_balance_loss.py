@@ -50,6 +50,19 @@ def test_without_sequences_the_micro_batch_is_one():
     torch.testing.assert_close(loss / SEQUENCES, slow_loss(routing.scores_TE, V2_SMALL, **ALPHAS), **EXACT)
 
 
+@pytest.mark.parametrize("config", [V2_SMALL, V3_SMALL])
+def test_tokens_that_are_not_routed_are_not_there(config):
+    """Sequences of 11, 4 and no tokens: the loss and gradient of the tokens alone."""
+    routing, lengths = routing_of(config, bias=0.4), torch.tensor([TOKENS, 4, 0])
+    routed_BS = torch.arange(TOKENS) < lengths.unsqueeze(1)
+    loss = balance_loss(routing, SEQUENCES, config, BalanceWeights(**ALPHAS), None, routed_BS)
+    (gradient,) = torch.autograd.grad(loss, routing.scores_TE)
+    scores = routing.scores_TE.detach().clone().requires_grad_()
+    expected = sum(slow_loss(each[:length], config, **ALPHAS) for each, length in zip(scores.split(TOKENS), (11, 4)))
+    torch.testing.assert_close(loss, expected, **EXACT)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, scores)[0], **EXACT)
+
+
 def test_uniform_use_by_hand():
     """4 experts in 2 groups, top-1, each expert chosen once by a score of 0.7 over three of 0.1.
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from corpora import contents, documents_of, run, settings_of, write_lines
+from corpora import contents, documents_of, run, settings_of
 from megatron_deepseek.data.corpus import cutting, encoders, long_text, part, records, texts
 from megatron_deepseek.data.corpus.fim import Rearrangement, draw_rearrangement
 from megatron_deepseek.data.corpus.long_text import BadDocument
@@ -138,8 +138,8 @@ def test_long_documents_pass_the_same_filters(tmp_path, tokenizer_json, small_pi
                                max_chars=len(documents[2]) - 1))
     found = documents_of(tmp_path / "out_text_document")
     assert found == [[0, *ids, 1] for ids in expected_ids(tokenizer_json, [documents[0], documents[1], documents[3]])]
-    assert report.skipped == {f"longer than --max-chars {len(documents[2]) - 1}": 1, "duplicate of an earlier document": 1,
-                              "malformed JSON": 1, "cannot be cut": 1}
+    assert report.skipped == {f"longer than --max-chars {len(documents[2]) - 1}": 1, "malformed JSON": 1,
+                              "duplicate of an earlier document": 1, "cannot be cut": 1}
 
 
 def test_a_place_to_cut_is_one_where_the_ids_do_not_change(tokenizer_json):

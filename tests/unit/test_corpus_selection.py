@@ -93,7 +93,8 @@ def test_a_blend_names_the_pieces(folder, tmp_path):
     folder, texts = folder
     report = run(settings_in(folder, tmp_path, merge=False, part_bytes=20_000))
     lines = [line.split() for line in (tmp_path / "out_text_document.blend").read_text().splitlines()]
-    assert [prefix for _, prefix in lines] == [each.prefix for each in report.datasets["text"]] and len(lines) == report.parts > 1
+    assert [prefix for _, prefix in lines] == [each.prefix for each in report.datasets["text"]]
+    assert len(lines) == report.parts > 1
     assert [text for _, prefix in lines for text in texts_of(prefix)] == texts
     assert [int(tokens) for tokens, _ in lines] == [sum(map(len, documents_of(prefix))) for _, prefix in lines]
     assert json.loads((tmp_path / "out_report.json").read_text())["documents"] == 1000

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_gemm, grouped_wgrad
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
@@ -121,6 +122,30 @@ def test_weighted_sum_undoes_copy_and_permute():
     x = doubles(6, 4)
     third = torch.full((6, 3), 1 / 3, dtype=torch.float64)
     torch.testing.assert_close(weighted_sum(copy_and_permute(x, order, inverse), third, order, inverse), x, **EXACT)
+
+
+def all_copies(tokens: int, copies: int, experts: int) -> Copies:
+    """Every choice has a copy: no row is padded."""
+    return sort_copies(torch.stack([torch.randperm(experts)[:copies] for _ in range(tokens)]), experts)
+
+
+def test_copies_of_every_choice():
+    copies, x = all_copies(6, 3, 5), doubles(6, 4)
+    got, expected = copy_rows(x, copies), x[copies.row_R]
+    assert torch.equal(got, expected) and len(got) == sum(copies.counts) == 18
+    torch.testing.assert_close(gradients(got, x)[0], gradients(expected, x)[0], **EXACT)
+    assert gradcheck(lambda x: copy_rows(x, copies), (x,))
+
+
+def test_weighted_sum_of_every_copy():
+    copies, rows, weights = all_copies(6, 3, 5), doubles(18, 4), doubles(6, 3)
+    got = sum_copies(rows, weights, copies)
+    unsorted = torch.zeros(18, 4, dtype=torch.float64).index_put((copies.row_R * 3 + copies.choice_R,), rows)
+    expected = (unsorted.view(6, 3, 4) * weights.unsqueeze(-1)).sum(1)
+    torch.testing.assert_close(got, expected, **EXACT)
+    for a, b in zip(gradients(got, rows, weights), gradients(expected, rows, weights)):
+        torch.testing.assert_close(a, b, **EXACT)
+    assert gradcheck(lambda r, w: sum_copies(r, w, copies), (rows, weights))
 
 
 def test_no_tokens():

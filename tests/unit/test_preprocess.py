@@ -1,4 +1,4 @@
-"""Preprocessing: the bytes of .bin and .idx against hand-worked ones and megatron-core's builder; refusals; the tool."""
+"""Preprocessing: the bytes of .bin and .idx against hand-worked ones and megatron-core's; refusals; the tool."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_nothing_but_the_input_decides_the_bytes(tmp_path):
     write_parquet(tmp_path / "rows" / "b.parquet", documents[1000:])
     for source, execution in (("folder", {"workers": 2, "part_bytes": 777}), ("folder.gz", {"part_bytes": 99}),
                               ("folder.xz", {"part_bytes": 500}), ("folder.zst", {"workers": 2}),
-                              ("rows", {"workers": 2, "part_bytes": 2000}), ("folder", {"world_size": 2, "workers": 2})):
+                              ("rows", {"workers": 2, "part_bytes": 2000}), ("folder", {"world_size": 2})):
         if "world_size" in execution:
             assert run(settings_of(tmp_path, source, output_prefix=str(tmp_path / "w"), rank=1, **asked, **execution,
                                    part_bytes=5000)) is None
@@ -127,7 +127,8 @@ def test_sentences(tmp_path, punkt, keep_newlines, lengths):
 def test_sentences_learned_from_the_input(tmp_path):
     """No model of this language is installed: Punkt sees that `xyz.` is followed by small letters, and says so."""
     from megatron_deepseek.data.corpus.run import preprocess
-    write_lines(tmp_path / "in.jsonl", [{"text": "The xyz. test ran. It was good. An xyz. test again. So it was. "} for _ in range(50)])
+    text = "The xyz. test ran. It was good. An xyz. test again. So it was. "
+    write_lines(tmp_path / "in.jsonl", [{"text": text}] * 50)
     said = []
     preprocess(settings_of(tmp_path, tokenizer_type="ByteTokenizer", split_sentences=True, lang="klingon"), said.append)
     assert len(said) == 1 and "--lang klingon: no Punkt model" in said[0] and "first 3150 characters" in said[0]
@@ -163,18 +164,18 @@ def test_bad_input_is_skipped_and_reported_or_refused(tmp_path, content, reason,
 
 
 def test_lines_are_counted_over_parts(tmp_path):
-    """Parts begin inside the file, where nobody has counted its lines: the report and a refusal know them all the same."""
+    """Parts begin inside the file, where nobody has counted its lines: the report and a refusal know them still."""
     write_lines(tmp_path / "in.jsonl", [{"text": "1"} if i % 7 else {"body": i} for i in range(1, 100)])
     report = run(settings_of(tmp_path, workers=2, part_bytes=100))
     assert report.parts > 9
     assert [error.partition(":")[0].split()[-1] for error in report.errors] == [str(i) for i in range(7, 100, 7)]
-    with pytest.raises(ValueError, match=r"more than --max-errors 0 .*in.jsonl line 14: no key|in.jsonl line 7: no key"):
+    with pytest.raises(ValueError, match=r"in.jsonl line (7|14): no key"):
         run(settings_of(tmp_path, max_errors=0, part_bytes=100))
 
 
 def test_errors_past_the_limit_end_the_run_and_a_higher_limit_continues_it(tmp_path):
     write_lines(tmp_path / "in.jsonl", [{"text": "1"} if i % 7 else {"body": i} for i in range(1, 100)])
-    with pytest.raises(ValueError, match="--max-errors 5: [67] documents cannot be used so far, such as .*line 7: no key"):
+    with pytest.raises(ValueError, match="--max-errors 5: [67] documents cannot be used so far.*line 7: no key"):
         run(settings_of(tmp_path, max_errors=5, part_bytes=100))
     report = run(settings_of(tmp_path, max_errors=20, part_bytes=100))
     assert report.parts_reused > 3 and report.documents == 85
@@ -206,7 +207,7 @@ def test_bad_rows_of_parquet(tmp_path):
     assert report.errors[0].endswith("in.parquet row 2: invalid UTF-8: invalid start byte at byte 0")
     report = run(settings_of(tmp_path, "in.parquet", json_keys=("other",)))
     assert report.documents == 2 and report.skipped == {"not text": 1}
-    with pytest.raises(ValueError, match="no documents there; skipped 3: missing key; first: .*in.parquet row 1: no key"):
+    with pytest.raises(ValueError, match="no documents there; skipped 3: missing key; first: .* row 1: no key"):
         run(settings_of(tmp_path, "in.parquet", json_keys=("body",)))
 
 
@@ -232,7 +233,7 @@ def test_bad_arguments_are_refused(tmp_path, changes, message):
 
 def test_no_documents_are_refused_with_the_reasons(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n[]\n")
-    with pytest.raises(ValueError, match="no documents there; skipped 1: not an object; first: .*in.jsonl line 2: a JSON"):
+    with pytest.raises(ValueError, match="no documents there; skipped 1: not an object; first: .* line 2: a JSON"):
         run(settings_of(tmp_path))
 
 
@@ -254,7 +255,7 @@ def test_the_report(tmp_path):
 
 
 def test_memory_does_not_grow_with_a_document(tmp_path):
-    """A document of 20 MB: as line, text and list of ids 200 MB. The processes may have 110 MB each, 50 are Python's."""
+    """A document of 20 MB: as line, text and list of ids 200 MB. Each process may have 110 MB, 50 are Python's."""
     write_lines(tmp_path / "in.jsonl", [{"text": "ab"}, {"text": "The quick brown fox " * 1_000_000}, {"text": "c"}])
     command = [sys.executable, TOOL, "--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out",
                "--tokenizer-type", "ByteTokenizer"]

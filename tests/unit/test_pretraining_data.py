@@ -13,11 +13,11 @@ import torch
 
 from megatron_deepseek.data import sample_index, survey
 from megatron_deepseek.data.batches import Sampler, read_ahead, sample_indices
-from megatron_deepseek.data.blend import short_names
+from megatron_deepseek.data.blend import parse_blend, parse_split, short_names
 from megatron_deepseek.data.index_file import HEADER, MAGIC
 from megatron_deepseek.data.indexed import IndexedWriter, open_indexed
 from megatron_deepseek.data.pretraining import (
-    SplitPlan, build_datasets, check_data, check_token_ids, make_plan, parse_blend, parse_split)
+    SplitPlan, build_datasets, check_data, check_token_ids, make_plan)
 from megatron_deepseek.data.sample_index import PackedSplit
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.settings import DataSettings

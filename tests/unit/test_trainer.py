@@ -36,9 +36,27 @@ def batch_of(sequences: int, seed: int = 0):
 def reference_step(reference: ReferenceModel, tokens, labels, mask) -> tuple[torch.Tensor, ...]:
     """Back-propagates the whole loss; (lm_loss, mtp_loss, balance_loss)."""
     lm_loss, mtp_loss = reference.losses(torch.cat([tokens, labels[:, -1:]], 1), mask)
-    balance = reference.balance_loss(expert=0.2)
+    balance = reference.balance_loss(tails=False, expert=0.2)
     (lm_loss + 0.3 * mtp_loss + balance).backward()
     return lm_loss, mtp_loss, balance
+
+
+def test_losses_by_source_are_those_of_its_rows_alone(meshes):
+    """Over two micro-batches, in training and in evaluation; a source without rows, and a row without labels."""
+    ours = trainer(meshes)
+    tokens, labels, mask = batch_of(4)
+    mask[3] = False
+    sources = torch.tensor([[1, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 1]]).bool()
+    expected = []
+    for rows in ([0, 2], None, [1, 3]):
+        alone = 0.0 if rows is None else ours.evaluate(tokens[rows], labels[rows], mask[rows]).lm_loss
+        count = 0 if rows is None else int(mask[rows].sum())
+        expected.append((pytest.approx(alone * count, rel=EXACT), count))
+    assert ours.evaluate(tokens, labels, mask, sources_BK=sources).sources == tuple(expected)
+    losses = ours.train_step(tokens, labels, mask, learning_rate=0.0, sources_BK=sources).losses
+    assert losses.sources == tuple(expected)
+    assert sum(loss for loss, _ in losses.sources) == pytest.approx(losses.lm_loss * int(mask.sum()), rel=EXACT)
+    assert ours.evaluate(tokens, labels, mask).sources == ()
 
 
 def reference_of(model) -> ReferenceModel:

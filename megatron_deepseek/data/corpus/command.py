@@ -16,11 +16,12 @@ EXAMPLE = """example:
   python tools/preprocess_data.py --input corpus/ --output-prefix data/mine --tokenizer-model tokenizer.json \\
       --append-eod --workers 8
 writes data/mine_text_document.bin and .idx, for --data-path data/mine_text_document, and data/mine_report.json.
-Killed, the same command continues where it was. `preprocess_data.py inspect|verify|merge|split|head` look into datasets."""
+Killed, the same command continues where it was.
+`preprocess_data.py inspect|verify|merge|split|head --help`: what can be done with a dataset."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("preprocess_data.py", description="Turn text into an indexed dataset (.bin, .idx).",
+    parser = argparse.ArgumentParser("preprocess_data.py", description="Turn text into indexed datasets (.bin, .idx).",
                                      epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_input(parser.add_argument_group("input"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
@@ -67,7 +68,7 @@ def _add_documents(group):
     add("--fim-rate", type=float, default=0.0, metavar="P",
         help="share of documents to rearrange for fill-in-the-middle; DeepSeek-V3: 0.1 (default: 0)")
     add("--fim-spm-rate", type=float, default=0.0, metavar="P",
-        help="share of those in the order suffix, prefix, middle; DeepSeek-V3: 0, all prefix, suffix, middle (default: 0)")
+        help="share of those in the order suffix, prefix, middle instead of prefix, suffix, middle (default: 0, as V3)")
     add("--seed", type=int, default=1234, help="of --fim-rate (default: %(default)s)")
 
 

@@ -16,11 +16,13 @@ from typing import Protocol
 import numpy as np
 
 from megatron_deepseek.data.corpus.settings import Content
+from megatron_deepseek.data.corpus.workers import die_with
 from megatron_deepseek.data.tokenizer import (
     BOS, EOD, HuggingFaceTokenizer, IdOutsideVocabulary, Tokenizer, build_tokenizer, find_tokenizer_json)
 
 PROBES = (
-    "", " ", "\n", "\r\n\r\n \t\n", "a" * 300, "Hello,world!  It's 1234567 o'clock...\n\n\tdef f(x):\n        return x\n",
+    "", " ", "\n", "\r\n\r\n \t\n", "a" * 300,
+    "Hello,world!  It's 1234567 o'clock...\n\n\tdef f(x):\n        return x\n",
     "深度求索，人工智能。日本語のテキストと한국어 텍스트", "نص عربي ไทย हिन्दी é e\u0301 ﬁ Å", "👩‍👩‍👧‍👦🏳️‍🌈 \U0001f600",
     "\0\x01\x7f\ufeff\u200b\u2028\u00a0\u3000", f"a{EOD}b {BOS}c<|im_end|> <｜User｜>x", "١٢٣ ⅷ ½ 1,000.00 12a34",
 )
@@ -147,7 +149,7 @@ def _checked_gigatoken(path: Path, cache_bytes: int, texts: list[str]) -> tuple[
     texts = [*PROBES, *texts] if texts else []
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
-    reference = fork.Process(target=_send_reference, args=(theirs, path, texts), daemon=True)
+    reference = fork.Process(target=_send_reference, args=(theirs, ours, path, texts, os.getpid()), daemon=True)
     reference.start()
     theirs.close()
     try:
@@ -166,7 +168,9 @@ def _checked_gigatoken(path: Path, cache_bytes: int, texts: list[str]) -> tuple[
     return encoder, ""
 
 
-def _send_reference(connection, path: Path, texts: list[str]):
+def _send_reference(connection, received, path: Path, texts: list[str], parent: int):
+    die_with(parent)
+    received.close()
     try:
         encoder = TokenizerEncoder(HuggingFaceTokenizer(path), "tokenizers")
         connection.send((encoder.special, encoder.encode_batch(texts) if texts else []))

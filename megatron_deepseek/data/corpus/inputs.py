@@ -30,9 +30,9 @@ class Source:
 
 
 def find_sources(patterns: Iterable[str], input_format: str = "auto") -> list[Source]:
-    """The inputs that `patterns` name, in order; those of one glob or directory sorted. ValueError where one names none.
+    """The inputs that `patterns` name, in order; those of one glob or directory sorted.
 
-    Of directories, at any depth, the files with a known ending are taken, hidden ones not.
+    ValueError where a pattern names none. Of directories, at any depth, the files with a known ending are taken, hidden ones not.
     """
     return [_source_of(index, path, input_format) for index, path in enumerate(find_paths(patterns))]
 
@@ -73,7 +73,7 @@ def _format_by_name(name: str) -> tuple[str | None, str | None]:
 
 
 def _source_of(index: int, path: str, input_format: str) -> Source:
-    """An ending that says nothing means JSONL. A compressed file under another ending is recognised by its first bytes."""
+    """An ending that says nothing means JSONL. Compressed files under another ending are known by their first bytes."""
     if path == STANDARD_INPUT:
         return Source(index, path, "jsonl" if input_format == "auto" else input_format, None, 0, 0)
     by_name, compression = _format_by_name(path)

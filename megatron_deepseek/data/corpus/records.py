@@ -60,9 +60,12 @@ class SegmentReader:
             else:
                 yield from self._lines()
         except (DamagedStream, OSError) as error:
-            yield Fault(self.place, self.lines + 1, "damaged file", f"cannot be read any further: {error}")
+            yield self._end(error)
         if self.segment.damage is not None:
-            yield Fault(self.place, self.lines + 1, "damaged file", f"cannot be read any further: {self.segment.damage}")
+            yield self._end(self.segment.damage)
+
+    def _end(self, why) -> Fault:
+        return Fault(self.place, self.lines + 1, "damaged file", f"cannot be read any further: {why}")
 
     def _lines(self) -> Iterator[Record | Fault]:
         segment = self.segment
@@ -130,8 +133,7 @@ class SegmentReader:
         try:
             yield from self._batches_of_rows()
         except pyarrow.ArrowException as error:
-            first_line = str(error).partition("\n")[0]
-            yield Fault(self.place, self.lines + 1, "damaged file", f"cannot be read any further: {first_line}")
+            yield self._end(str(error).partition("\n")[0])
 
     def _batches_of_rows(self) -> Iterator[Record | Fault]:
         from pyarrow.parquet import ParquetFile
@@ -155,7 +157,8 @@ class SegmentReader:
             row = {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns)}
             return Record(self.place, self.lines, texts_of(row, self.keys))
         except UnicodeDecodeError as error:  # pyarrow lets any bytes pass as text
-            return Fault(self.place, self.lines, "invalid UTF-8", f"invalid UTF-8: {error.reason} at byte {error.start}")
+            detail = f"invalid UTF-8: {error.reason} at byte {error.start}"
+            return Fault(self.place, self.lines, "invalid UTF-8", detail)
         except BadDocument as error:
             return Fault(self.place, self.lines, error.reason, str(error))
 
@@ -209,7 +212,7 @@ def _text_of(document: dict, key: str):
         if isinstance(part, str):
             _check_surrogates(part, key)
         elif not isinstance(part, LongText) or part is not value:
-            what = f"a value of type {type(part).__name__}" if not isinstance(part, LongText) else "a long text in a list"
+            what = "a long text in a list" if isinstance(part, LongText) else f"a value of type {type(part).__name__}"
             raise BadDocument("not text", f"key {key!r} holds {what}, not text")
     return value
 
@@ -233,7 +236,7 @@ def _check_surrogates(text: str, key: str):
 
 
 def where(segment: Segment, line: int, lines_before: int | None = None) -> str:
-    """The file and the line (from 1) or row of a record. Lines before the segment that nobody counted are counted now."""
+    """The file and the line (from 1) or row of a record. Lines before the segment are counted if nobody has."""
     path = segment.source.path
     if segment.source.format == "parquet":
         return f"{path} row {line}" + (f" from row group {segment.start}" if segment.start else "")

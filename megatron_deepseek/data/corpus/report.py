@@ -42,7 +42,7 @@ class Report:
         made += [f"  {error}" for error in self.errors[:ERRORS_ON_SCREEN]]
         if len(self.errors) > ERRORS_ON_SCREEN:
             made.append(f"  ... and {len(self.errors) - ERRORS_ON_SCREEN} more in the report")
-        return made + [describe(statistics) for own in self.datasets.values() for statistics in own[:DATASETS_ON_SCREEN]]
+        return made + [describe(each) for own in self.datasets.values() for each in own[:DATASETS_ON_SCREEN]]
 
 
 def measure_all(prefixes: dict[str, list[str]]) -> dict[str, list[Statistics]]:

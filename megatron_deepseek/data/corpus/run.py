@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from megatron_deepseek.data.corpus.assembly import Assembled, assemble
@@ -199,9 +199,9 @@ def _finish(settings: PreprocessSettings, made: Made, maker: PartMaker, ledger: 
     missing = sum(not ledger.has(part.number) for part in made.parts)
     with ledger.assembling() as ours:
         if missing or not ours:
-            there = f"{missing} of {len(made.parts)} parts are still missing; the last rank to finish puts them together"
-            say(f"rank {settings.execution.rank}: its parts are done; "
-                + (there if ours else "another rank puts them together"))
+            why = (f"{missing} of {len(made.parts)} parts are still missing; the last rank to finish puts them together"
+                   if ours else "another rank puts them together")
+            say(f"rank {settings.execution.rank}: its parts are done; {why}")
             return None
         summaries = [made.summaries.get(part.number) or ledger.summary(part.number) for part in made.parts]
         if not sum(summary.documents for summary in summaries):
@@ -240,5 +240,5 @@ def _report(settings: PreprocessSettings, made: Made, summaries: list[Summary], 
         tokens=sum(each.tokens for own in datasets.values() for each in own),
         input_bytes=sum(part.size for part in made.parts), chars=sum(summary.chars for summary in summaries),
         skipped=skipped, notes=_total(summary.notes for summary in summaries),
-        errors=describe_errors(made.parts, summaries), tokenizer_backend=maker.encoder.encoder.backend, parts=len(made.parts),
-        parts_reused=made.reused, seconds=time.perf_counter() - start)
+        errors=describe_errors(made.parts, summaries), tokenizer_backend=maker.encoder.encoder.backend,
+        parts=len(made.parts), parts_reused=made.reused, seconds=time.perf_counter() - start)

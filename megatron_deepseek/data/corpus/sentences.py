@@ -43,8 +43,8 @@ def _trained_on(texts: list[str], content: Content, say):
     found = len(trainer.get_params().abbrev_types)
     where = f" in --nltk-data-dir {content.nltk_data_dir} or" if content.nltk_data_dir else " in"
     say(f"--split-sentences --lang {content.lang}: no Punkt model of this language{where} NLTK's folders, so Punkt "
-        f"learned from the first {sum(map(len, texts))} characters of the input: {found} abbreviations. For the released "
-        f"model: python -m nltk.downloader punkt_tab")
+        f"learned from the first {sum(map(len, texts))} characters of the input: {found} abbreviations. For the "
+        f"released model: python -m nltk.downloader punkt_tab")
     return PunktSentenceTokenizer(trainer.get_params())
 
 

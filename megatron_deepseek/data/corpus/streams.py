@@ -21,7 +21,7 @@ class DamagedStream(ValueError):
 
 @dataclass(frozen=True)
 class _Format:
-    """`new` makes a decompressor with `eof` and `unused_data`; what `fed_at_once` bytes may swell to is at most 70 MB."""
+    """`new` makes a decompressor with `eof` and `unused_data`; `fed_at_once` bytes may swell to 70 MB at most."""
 
     name: str
     new: Callable

@@ -37,7 +37,8 @@ class _Worker:
     def __init__(self, work: Callable, one_thread: bool):
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work, one_thread, os.getpid()), daemon=True)
+        self.process = context.Process(target=_serve, daemon=True,
+                                       args=(theirs, self.connection, work, one_thread, os.getpid()))
         self.process.start()
         theirs.close()
 
@@ -91,10 +92,11 @@ def run_tasks(tasks: Iterable, work: Callable, workers: int, tick: Callable[[], 
             worker.stop()
 
 
-def _serve(connection, work: Callable, one_thread: bool, parent: int):
+def _serve(connection, parents_end, work: Callable, one_thread: bool, parent: int):
+    parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and says what becomes of us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with(parent)
+    die_with(parent)
     if one_thread:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each worker starts a thread for each core
     while True:
@@ -110,8 +112,8 @@ def _serve(connection, work: Callable, one_thread: bool, parent: int):
             connection.send((None, ValueError("a worker process ran out of memory")))
 
 
-def _die_with(parent: int):
-    """On Linux. Elsewhere a worker ends at its next report."""
+def die_with(parent: int):
+    """Be killed when `parent`, which forked this process, ends. Only on Linux."""
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

@@ -1,0 +1,59 @@
+"""Expert tensor parallelism: the ranks of an etp group hold slices of the same experts.
+
+Each of them was sent rows of its own. All compute on everyone's rows and make a partial sum over their slice of the
+experts' width; the sums return to where the rows came from:
+
+    rows of each rank, padded to the longest   all-gather       / backward reduce-scatter
+    sorted by expert, the slices of gate, up and down
+    partial sums                               reduce-scatter   / backward all-gather
+
+It happens around the experts, not around dispatch, so that between expert ranks nothing travels twice.
+Shapes: R rows of this rank, M of the longest, G = etp*M gathered, e local experts, H hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
+from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
+
+# rows sorted by expert and how many of each, to rows of the same shape
+ExpertMLP = Callable[[torch.Tensor, list[int]], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertTensorParallel:
+    """`mesh` is (ep, etp): experts are divided over the first axis, each expert over the second."""
+
+    mesh: DeviceMesh
+    ranks_per_node: int
+
+    def __call__(self, rows_RH: torch.Tensor, counts: list[int], mlp: ExpertMLP) -> tuple[torch.Tensor, Traffic]:
+        """[R, H]: what the whole experts make of `rows_RH`, and the bytes sent for it in the forward.
+
+        `mlp` uses this rank's slices of the experts; its result is a partial sum.
+        """
+        group = self.mesh.get_group("etp")
+        if group.size() == 1:
+            return mlp(rows_RH, counts), Traffic()
+        counts_re = all_gather(torch.tensor([counts], device=rows_RH.device), 0, group)
+        longest = int(counts_re.sum(1).max())
+        rows_GH = gather_sum(F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH))), 0, group)
+        copies = sort_copies(_expert_of_row(counts_re, longest), len(counts))
+        y = mlp(copy_rows(rows_GH, copies), copies.counts)
+        y_GH = sum_copies(y, y.new_ones(len(rows_GH), 1), copies)
+        nodes, sent = NodeMap(group, self.ranks_per_node), [longest] * group.size()
+        traffic = nodes.traffic(bytes_of(sent, rows_GH)) + nodes.traffic(bytes_of(sent, y_GH))
+        return F.pad(scatter_sum(y_GH, 0, group), (0, 0, 0, len(rows_RH) - longest)), traffic
+
+
+def _expert_of_row(counts_re: torch.Tensor, longest: int) -> torch.Tensor:
+    """[G, 1] the local expert of each gathered row; of padding, the number behind the last expert."""
+    positions_M = torch.arange(longest, device=counts_re.device)
+    ends_re = counts_re.cumsum(1)
+    return torch.searchsorted(ends_re, positions_M.repeat(len(counts_re), 1), right=True).flatten().unsqueeze(1)

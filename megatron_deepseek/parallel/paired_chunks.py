@@ -1,0 +1,46 @@
+"""DualPipeV's paired chunks, a forward and a backward of two micro-batches, run in turns (turns.py).
+
+PyTorch's runtime knows such pairs (OVERLAP_F_B) and runs one half after the other, unless it is given a function that
+runs them another way. This is that function; what it does for each half is what the runtime does.
+"""
+
+from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext, _wait_batch_p2p
+
+from megatron_deepseek.parallel.turns import Turns
+
+
+def run_pairs_in_turns(schedule, turns: Turns) -> None:
+    """Make `schedule`, a runtime of torch.distributed.pipelining, run its pairs so."""
+    schedule.register_custom_function(_ComputationType.OVERLAP_F_B,
+                                      lambda action, context: _run(action, context, turns))
+
+
+def _run(action: _Action, context: _PipelineContext, turns: Turns) -> None:
+    forward, backward = action.sub_actions
+    schedule = context.schedule_ref
+    stages = {stage.stage_index: stage for stage in schedule._stages}
+    for half, received in ((forward, schedule.fwd_recv_ops), (backward, schedule.bwd_recv_ops)):
+        schedule._assert_unsharded(stages[half.stage_index])
+        key = half.stage_index, half.microbatch_index
+        if key in received:
+            _wait_batch_p2p(received.pop(key))
+    turns.run(lambda: _forward(schedule, stages, forward, context), lambda: _backward(schedule, stages, backward))
+
+
+def _forward(schedule, stages: dict, action: _Action, context: _PipelineContext) -> None:
+    stage, number = stages[action.stage_index], action.microbatch_index
+    output = stage.forward_one_chunk(number, context.arg_mbs[number], context.kwarg_mbs[number],
+                                     save_forward_output=False)
+    schedule._maybe_compute_loss(stage, output, context.target_mbs, number)
+    if action.stage_index + 1 in stages:  # the turn of the V
+        stages[action.stage_index + 1].set_local_fwd_input(output, number)
+
+
+def _backward(schedule, stages: dict, action: _Action) -> None:
+    stage, number = stages[action.stage_index], action.microbatch_index
+    schedule.backward_counter[action.stage_index] += 1
+    last = schedule.backward_counter[action.stage_index] == schedule._n_microbatches
+    stage.backward_one_chunk(number, loss=schedule._maybe_get_loss(stage, number), full_backward=True,
+                             last_backward=last)
+    if action.stage_index - 1 in stages:
+        stages[action.stage_index - 1].set_local_bwd_input(stage.get_local_bwd_output(number), number)

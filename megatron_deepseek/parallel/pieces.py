@@ -1,0 +1,80 @@
+"""Which parts of a whole parameter a rank's shard is made of.
+
+A shard is a box of the whole, except where several matrices are stacked in one dimension and each of them is divided:
+half of the experts' gate rows and half of their up rows are two boxes of `gate_up_proj` [E, 2I, H]. `stacked_shard`
+is the placement of such a shard; DTensor computes with it, but what works by global offsets (initial weights,
+checkpoints) must take it piece by piece.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+
+
+def stacked_shard(dim: int, matrices: int) -> _StridedShard:
+    """Each rank has its part of each of `matrices` equal matrices that are stacked along `dim`, in their order.
+
+    `dim` is not 0: there FSDP uses the same kind of placement for shards of shards, which are boxes.
+    """
+    assert dim > 0, dim
+    return _StridedShard(dim, split_factor=matrices)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A box of the whole that begins at `offset`; `local` is the part of the shard that holds it, not a copy."""
+
+    offset: tuple[int, ...]
+    local: torch.Tensor
+
+    def contiguous(self) -> "list[Piece]":
+        """The same box as parts that are contiguous in memory: itself, or its slices along dimension 0."""
+        if self.local.is_contiguous():
+            return [self]
+        first, *rest = self.offset
+        return [Piece((first + row, *rest), part) for row, part in enumerate(self.local.split(1))]
+
+
+def pieces(tensor: DTensor) -> list[Piece]:
+    """The boxes of this rank's shard."""
+    local = tensor.to_local()
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(local.shape) == tuple(shape), (local.shape, shape)
+    stacked = _stacked_axis(tensor)
+    if stacked is None:
+        return [Piece(tuple(offset), local)]
+    dim, matrices = tensor.placements[stacked].dim, tensor.placements[stacked].split_factor
+    rows = tensor.shape[dim] // matrices
+    return [Piece((*offset[:dim], offset[dim] + number * rows, *offset[dim + 1:]), part)
+            for number, part in enumerate(local.chunk(matrices, dim))]
+
+
+def whole(tensor: DTensor) -> torch.Tensor:
+    """Gathered from every rank. A stacked axis goes first: DTensor of torch 2.13 fails to gather it with FSDP's."""
+    stacked = _stacked_axis(tensor)
+    if stacked is not None:
+        placements = list(tensor.placements)
+        placements[stacked] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.full_tensor()
+
+
+def for_checkpoint(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, sharing its memory, as torch.distributed.checkpoint can write and read it."""
+    if not isinstance(tensor, DTensor) or _stacked_axis(tensor) is None:
+        return tensor
+    held = [piece for piece in pieces(tensor) if piece.local.numel()]
+    local = LocalShardsWrapper([piece.local for piece in held], [piece.offset for piece in held])
+    meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
+    return DTensor(local, DTensorSpec(tensor.device_mesh, tensor.placements, meta), requires_grad=False)
+
+
+def _stacked_axis(tensor: DTensor) -> int | None:
+    """The mesh axis over which stacked matrices are divided."""
+    return next((axis for axis, placement in enumerate(tensor.placements)
+                 if isinstance(placement, _StridedShard) and placement.dim > 0), None)

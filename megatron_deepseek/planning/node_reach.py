@@ -1,0 +1,47 @@
+"""To how many nodes a token's copies go, and whether limited routing keeps them together as it is meant to.
+
+Experts are divided over the nodes of an expert group in their order, and in the same order into routing groups, of
+which a token reaches only some (arXiv 2412.19437, section 2.1.2). The limit on groups is one on nodes if each group lies
+on one node, or on whole ones. No torch: --explain-layout says it too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class NodeReach:
+    """`most`: to how many of the `num_nodes` of an expert group one token goes at most. `aligned`: whether each routing
+    group lies on one node, or on whole nodes.
+    """
+
+    num_nodes: int
+    most: int
+    aligned: bool
+
+
+def node_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> NodeReach:
+    """Of the experts of `model`. Raises no error where nodes divide expert groups unevenly: then `most` is a bound."""
+    num_nodes = max(1, -(-layout.ep * layout.etp // ranks_per_node))
+    groups = model.n_group
+    first = [group * num_nodes // groups for group in range(groups)]
+    behind = [-(-(group + 1) * num_nodes // groups) for group in range(groups)]
+    spans = sorted((stop - start for start, stop in zip(first, behind)), reverse=True)
+    kept = groups if model.topk_method == "greedy" else model.topk_group
+    aligned = groups % num_nodes == 0 or num_nodes % groups == 0
+    return NodeReach(num_nodes, min(num_nodes, model.num_experts_per_tok, sum(spans[:kept])), aligned)
+
+
+def describe_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> Iterator[str]:
+    """Lines for the user; none where the expert group has no second node."""
+    if not model.n_routed_experts or layout.ep * layout.etp <= ranks_per_node:
+        return
+    reach = node_reach(model, layout, ranks_per_node)
+    yield (f"experts on {reach.num_nodes} nodes of {ranks_per_node} ranks: a token goes to at most {reach.most} of "
+           f"them ({model.num_experts_per_tok} experts of {model.topk_group} of {model.n_group} groups)")
+    if not reach.aligned:
+        yield (f"--moe-router-num-groups {model.n_group} and {reach.num_nodes} nodes are no multiples of each other: "
+               f"some routing groups lie across nodes, and limiting groups limits nodes less than it could")

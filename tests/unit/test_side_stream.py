@@ -1,0 +1,53 @@
+"""Work beside other work: who waits for whom, told by stand-ins for CUDA's streams, since there is no GPU here."""
+
+from contextlib import contextmanager
+
+import torch
+
+from megatron_deepseek.ops.side_stream import Beside, OnStream
+
+
+class Stream:
+    def __init__(self, name: str, log: list[str]):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class Tensor:
+    def __init__(self, name: str, log: list[str]):
+        self.name, self.log = name, log
+
+    def record_stream(self, stream: Stream) -> None:
+        self.log.append(f"{self.name} is used on {stream.name}")
+
+
+def test_side_stream_waits_for_its_input_and_is_waited_for(monkeypatch):
+    log: list[str] = []
+    main, side = Stream("main", log), Stream("side", log)
+
+    @contextmanager
+    def on(stream):
+        log.append(f"on {stream.name}:")
+        yield
+        log.append("back on main:")
+
+    def work(x):
+        log.append("work")
+        return Tensor("y", log)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    beside = OnStream(side)
+    beside.start(work, Tensor("x", log))
+    log.append("dispatch")
+    assert beside.result().name == "y"
+    assert log == ["side waits for main", "x is used on side", "on side:", "work", "back on main:", "dispatch",
+                   "main waits for side", "y is used on main"]
+
+
+def test_without_streams_it_is_a_call():
+    beside = Beside()
+    beside.start(lambda x: 2 * x, 21)
+    assert beside.result() == 42
