@@ -102,7 +102,7 @@ def resharded(layout: Layout, root: Path, save: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=0.8)
+    parser.add_argument("--gigabytes", type=float, default=0.3)
     parser.add_argument("--json", type=Path, help="the counts of every rank")
     args = parser.parse_args()
     results = []
