@@ -19,8 +19,8 @@ from megatron_deepseek.settings import DataSettings
 
 def parse_arguments(argv: list[str]):
     parser = OneLineParser(prog="build_data_cache.py", description="Build the indices that pretrain_deepseek.py reads "
-                           "its samples by, on all cores of this machine. A run with the same data arguments, --seq-length "
-                           "and --seed finds them, and builds nothing; a shorter run does, too.")
+                           "its samples by, on all cores of this machine. A run with the same data arguments, "
+                           "--seq-length and --seed finds them, and builds nothing; a shorter run does, too.")
     add_data(parser)
     group = parser.add_argument_group("the run")
     add = group.add_argument
@@ -29,7 +29,7 @@ def parse_arguments(argv: list[str]):
     length = group.add_mutually_exclusive_group(required=True)
     length.add_argument("--train-samples", type=values.positive_int, help="sequences to train on")
     length.add_argument("--train-iters", type=values.positive_int, help="iterations of --global-batch-size")
-    add("--global-batch-size", type=values.positive_int, help="sequences in an update, for the two counts of iterations")
+    add("--global-batch-size", type=values.positive_int, help="sequences in an update, for counts of iterations")
     add("--eval-iters", type=values.count, default=0, help="batches of an evaluation (0: none)")
     add("--vocab-size", type=values.positive_int, help="also look for ids outside it")
     add("--workers", type=values.positive_int, help="processes (one on each core)")

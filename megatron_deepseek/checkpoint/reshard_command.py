@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -101,13 +100,13 @@ def _add_reshard(commands) -> None:
     _add_workers(parser)
     group = parser.add_argument_group("the layout that will load it", "as given to pretrain_deepseek.py")
     ranks = group.add_mutually_exclusive_group()
-    ranks.add_argument("--world-size", type=positive_int, metavar="N", help="ranks of the job (data parallel size x others)")
-    ranks.add_argument("--data-parallel-size", type=positive_int, metavar="N", help="the same, by what is left for data (1)")
+    ranks.add_argument("--world-size", type=positive_int, help="ranks of the job (data parallel size x others)")
+    ranks.add_argument("--data-parallel-size", type=positive_int, help="the same, by what is left for data (1)")
     options = training_parser()._option_string_actions
     for option in LAYOUT_OPTIONS:
         group._add_action(options[option])
-    group.add_argument("--seq-length", type=positive_int, help="tokens of a training sequence, which weighs in when layers "
-                       "are balanced over stages (the writing job's, or 4096)")
+    group.add_argument("--seq-length", type=positive_int, help="tokens of a training sequence, which weighs in when "
+                       "layers are balanced over stages (the writing job's, or 4096)")
 
 
 def _add_merge(commands) -> None:

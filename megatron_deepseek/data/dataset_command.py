@@ -51,7 +51,7 @@ def _add_inspect(commands):
 
 
 def _add_verify(commands):
-    parser = commands.add_parser("verify", help="every length, pointer, document entry and id; status 2 if any is wrong")
+    parser = commands.add_parser("verify", help="every length, pointer, document and id; status 2 if any is wrong")
     parser.add_argument("dataset", nargs="+", help="prefix, .idx or directory")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="ids must be below N (they must not be negative)")
     parser.add_argument("--most", type=int, default=20, metavar="N", help="stop after so many faults of a dataset (20)")
@@ -117,7 +117,8 @@ def run_inspect(arguments) -> int:
 def describe(statistics: Statistics) -> str:
     s = statistics
     lines = [s.prefix,
-             f"  {s.documents:,} documents ({s.empty_documents:,} empty), {s.sequences:,} sequences, {s.tokens:,} tokens",
+             f"  {s.documents:,} documents ({s.empty_documents:,} empty), {s.sequences:,} sequences, "
+             f"{s.tokens:,} tokens",
              f"  ids as {s.dtype}{', with modes' if s.modes else ''}; .bin {s.bin_bytes:,} bytes, .idx {s.idx_bytes:,}",
              f"  tokens in a document: {s.shortest:,} to {s.longest:,}, {s.mean:,.1f} on average"]
     if s.histogram:
@@ -152,8 +153,8 @@ def _verify_one(index: IndexFile, arguments) -> tuple[str, ...]:
     with _bar(index.prefix, _size(index)) as bar:
         verdict = verify(index, arguments.vocab_size, arguments.most, bar.update)
     if not verdict.damage:
-        print(f"{index.prefix}: sound; {index.num_document_entries - 1:,} documents, {index.num_sequences:,} sequences, "
-              f"ids from {verdict.least} to {verdict.greatest}")
+        print(f"{index.prefix}: sound; {index.num_document_entries - 1:,} documents, {index.num_sequences:,} "
+              f"sequences, ids from {verdict.least} to {verdict.greatest}")
     return verdict.damage
 
 

@@ -1,7 +1,7 @@
 """What there is to know of a dataset before it is indexed, found by reading it once and remembered in the cache.
 
-A survey reads the whole .idx and up to MOST_TOKENS_SCANNED ids of a blend. Its record holds sizes and times of change of
-both files: as long as they stay, the next start reads the record and nothing else.
+A survey reads the whole .idx and up to MOST_TOKENS_SCANNED ids of a blend. Its record holds sizes and times of change
+of both files: as long as they stay, the next start reads the record and nothing else.
 """
 
 import dataclasses

@@ -24,7 +24,8 @@ def describe_split(name: str, plan: SplitPlan, most_rows: int = MOST_ROWS) -> li
     rows = list(zip(short_names([source.prefix for source in sources]), sources, plan.weights))
     shown = rows if len(rows) <= most_rows else sorted(rows, key=lambda row: -row[2])[:most_rows]
     width = max(len("dataset"), *(len(row[0]) for row in shown))
-    lines.append(f"  {'dataset':{width}}  {'tokens':>17}  {'of tokens':>9}  {'weight':>8}  {'samples':>13}  {'epochs':>9}")
+    columns = f"{'tokens':>17}  {'of tokens':>9}  {'weight':>8}  {'samples':>13}  {'epochs':>9}"
+    lines.append(f"  {'dataset':{width}}  {columns}")
     for label, source, weight in shown:
         samples = weight * plan.num_samples
         lines.append(f"  {label:{width}}  {source.tokens:>17,}  {source.tokens / tokens:>9.3%}  {weight:>8.3%}  "

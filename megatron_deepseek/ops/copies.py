@@ -16,7 +16,7 @@ from megatron_deepseek.ops.permute import copy_and_permute, sort_by_expert, weig
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """`order_R`: of which row and choice each copy is, row * K + choice; `place_QK`: where it lies, R where there is none.
+    """`order_R`: of which row and choice each copy is, row * K + choice; `place_QK`: where it lies, R if there is none.
 
     `counts`: copies of each bin, which lie one bin after the other.
     """
@@ -35,8 +35,8 @@ class Copies:
 
     @property
     def complete(self) -> bool:
-        """Whether every choice has its copy: then they are a permutation (permute.py)."""
-        return len(self.order_R) == self.place_QK.numel()
+        """Whether there are copies, one of every choice: then they are a permutation (permute.py)."""
+        return 0 < len(self.order_R) == self.place_QK.numel()
 
 
 def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:

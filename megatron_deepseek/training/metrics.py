@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a line, the record of a run that plots, comparisons and tests read.
 
 A training step has the keys of `StepMetrics.record`; a validation has iteration, validation_lm_loss and
-validation_mtp_loss, in a blend validation_source_loss too, and no lm_loss. A number that is not finite is written as null, because JSON has no NaN.
+validation_mtp_loss, in a blend validation_source_loss too, and no lm_loss. A number that is not finite is written as
+null, because JSON has no NaN.
 """
 
 import dataclasses

@@ -45,6 +45,14 @@ def test_no_copies_at_all():
     assert not x.grad.any() and not weights.grad.any()
 
 
+def test_no_rows_at_all():
+    """A rank that was sent nothing still back-propagates: others wait for its collectives."""
+    copies, x = sort_copies(torch.empty(0, 1, dtype=torch.int64), 4), torch.empty(0, 5, requires_grad=True)
+    weights = torch.empty(0, 1, requires_grad=True)
+    sum_copies(copy_rows(x, copies), weights, copies).sum().backward()
+    assert copies.counts == [0] * 4 and x.grad.shape == (0, 5) and weights.grad.shape == (0, 1)
+
+
 def test_bytes_of_rows():
     assert bytes_of([2, 0, 3], torch.empty(5, 4, dtype=torch.bfloat16), torch.empty(0, 2, dtype=torch.int64)) == [
         2 * (8 + 16), 0, 3 * (8 + 16)]

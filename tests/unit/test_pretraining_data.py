@@ -381,7 +381,8 @@ def test_ranks_read_by_the_indices_that_rank_0_builds_or_by_their_nodes_own(tmp_
     queue = fork.Queue()
     own_folder = None if shared else tmp_path / "other"
     (tmp_path / "other").mkdir()
-    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, tmp_path, queue, own_folder)) for rank in range(2)]
+    given = (settings, tmp_path, queue, own_folder)
+    ranks = [fork.Process(target=build_on_rank, args=(rank, *given)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     read = dict(queue.get(timeout=60) for _ in ranks)
