@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Bytes per second of saving and loading a checkpoint beside `cp -r` of the same bytes, and what a background save stalls.
+"""Bytes per second of saving, loading and resharding a checkpoint beside `cp -r`, and what a background save stalls.
 
 Ranks of one job hold a model with experts, its weights and two moments in float32, and do what training does: save,
 which puts every file on the disk (fsync) before it is published; verify and load; save in the background, where training
@@ -125,8 +125,8 @@ def report(job: Rank, args: argparse.Namespace) -> None:
               + " ".join(f"{each:.2f}" for each in seconds) + " s")
     print(f"save is {best['cp -r and fsync'] / best['save']:.0%} of cp with fsync, {best['cp -r'] / best['save']:.0%} of "
           f"cp without; load {best['cp -r'] / best['load']:.0%} of cp, with verification "
-          f"{best['cp -r'] / (best['load'] + best['verify']):.0%}; stall {best['stall of a background save'] / best['save']:.0%} "
-          "of a save")
+          f"{best['cp -r'] / (best['load'] + best['verify']):.0%}; "
+          f"stall {best['stall of a background save'] / best['save']:.0%} of a save")
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Bytes per second and peak memory of tools/reshard_checkpoint.py, beside `cp -r` of the same checkpoint.
 
-The checkpoint has the kinds of layers of V3, weights and two moments in float32, in the files of four ranks (TP 2, DP 2,
-EP 4). Every command runs in a process of its own, in turn with `cp`; a first round warms up memory and is not counted.
-Of a command two rates are told: of its own work, as it measures it, and from its start to its end, in which the import
-of torch (seconds) counts. Bytes are those of the checkpoint, once. On a machine with other load compare CPU seconds.
+The checkpoint has the kinds of layers of V3, weights and two moments in float32, in the files of four ranks (TP 2,
+DP 2, EP 4). Every command runs in a process of its own, in turn with `cp`; a first round warms up memory and is not
+counted. Of a command two rates are told: of its own work, as it measures it, and from its start to its end, in which
+the import of torch (seconds) counts. Bytes are those of the checkpoint, once. On a machine with other load compare
+CPU seconds.
 """
 
 import argparse

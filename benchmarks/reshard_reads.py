@@ -80,7 +80,8 @@ def job(layout: Layout, root: Path, stock: bool) -> list[Reads]:
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as scratch:
-        processes = [context.Process(target=rank_main, args=(rank, layout, root, stock, Path(scratch) / "store", answers))
+        store = Path(scratch) / "store"
+        processes = [context.Process(target=rank_main, args=(rank, layout, root, stock, store, answers))
                      for rank in range(layout.world_size)]
         for process in processes:
             process.start()
@@ -101,7 +102,7 @@ def resharded(layout: Layout, root: Path, save: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=0.8)
+    parser.add_argument("--gigabytes", type=float, default=0.3)
     parser.add_argument("--json", type=Path, help="the counts of every rank")
     args = parser.parse_args()
     results = []
@@ -109,8 +110,8 @@ def main() -> None:
         source = Path(scratch) / "source"
         size = write_checkpoint(source, args.gigabytes)
         print(f"{size:,} bytes, written by 4 ranks (TP 2, DP 2, EP 4)")
-        print(f"{'loaded by':28s} {'reader':9s} {'files':12s} {'opened (most)':>13s} {'read (most, MB)':>15s} {'own':>6s} "
-              f"{'seconds':>8s}")
+        print(f"{'loaded by':28s} {'reader':9s} {'files':12s} {'opened (most)':>13s} {'read (most, MB)':>15s} "
+              f"{'own':>6s} {'seconds':>8s}")
         for number, layout in enumerate(LAYOUTS):
             after = resharded(layout, source, Path(scratch) / str(number))
             for stock in (False, True):

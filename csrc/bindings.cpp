@@ -1,6 +1,6 @@
 // torch.ops.megatron_deepseek.*, by the LibTorch stable ABI: one build serves every torch from the one it names on, and
-// every Python. Here tensors are checked, results allocated, and the functions of kernels.h called on the current stream;
-// derivatives and shapes without data are in megatron_deepseek/ops/kernels.py.
+// every Python. Here tensors are checked, results allocated, and the functions of kernels.h called on the current
+// stream; derivatives and shapes without data are in megatron_deepseek/ops/kernels.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -422,9 +422,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_quantiz
                               pointer<float>(inner), pointer<mds::bf16>(kept), table, power_of_two, launch.stream());
   mds::norm_weight_gradient(pointer<mds::bf16>(grad), pointer<mds::bf16>(x), pointer<float>(rstd),
                             pointer<float>(parts), rows, columns, launch.stream());
-  const int64_t by_rows[] = {0};
-  return {by_row.q,         by_row.scales, by_column.q,
-          by_column.scales, kept,          torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(by_rows, 1))};
+  const int64_t of_parts[] = {0};
+  Tensor grad_weight = torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(of_parts, 1));
+  return {by_row.q, by_row.scales, by_column.q, by_column.scales, kept, grad_weight};
 }
 
 // Block-scaled products -----------------------------------------------------------------------------------------------
@@ -435,7 +435,8 @@ mds::ScaledOperand operand(const Tensor& q, const Tensor& scales, const char* na
   STD_TORCH_CHECK((d == 2 || d == 3) && scales.dim() == d && q.scalar_type() == ScalarType::Float8_e4m3fn &&
                       scales.scalar_type() == ScalarType::Float,
                   name, " must be E4M3 matrices with float32 scales");
-  const int64_t matrices = d == 3 ? q.size(0) : 1, rows = q.size(d - 2), columns = q.size(d - 1), pitch = q.stride(d - 2);
+  const int64_t matrices = d == 3 ? q.size(0) : 1, rows = q.size(d - 2), columns = q.size(d - 1);
+  const int64_t pitch = q.stride(d - 2);
   STD_TORCH_CHECK(q.stride(d - 1) == 1 && pitch % 16 == 0 && reinterpret_cast<uintptr_t>(q.data_ptr()) % 16 == 0 &&
                       (d == 2 || matrices == 1 || q.stride(0) == rows * pitch),
                   name, " must have contiguous rows that start at multiples of 16 bytes");
@@ -464,7 +465,7 @@ Tensor scaled_mm(const Tensor& a_q, const Tensor& a_s, const Tensor& b_q, const 
 }
 
 Tensor grouped_scaled_mm(const Tensor& a_q, const Tensor& a_s, const Tensor& b_q, const Tensor& b_s,
-                         const Tensor& tiles, bool fp32) {
+                         const Tensor& tiles, bool tall, bool fp32) {
   const auto a = operand(a_q, a_s, "a"), b = operand(b_q, b_s, "b");
   check_product(a, b);
   check_dense(tiles, ScalarType::Int, "tiles");
@@ -472,7 +473,8 @@ Tensor grouped_scaled_mm(const Tensor& a_q, const Tensor& a_s, const Tensor& b_q
   STD_TORCH_CHECK(a.matrices == 1, "a must be a matrix");
   const Launch launch(a_q);
   Tensor out = make(a_q, {a.rows, b.rows}, result_type(fp32));
-  mds::grouped_scaled_mm(a, b, {pointer<int>(tiles), int(tiles.size(0))}, {out.data_ptr(), fp32}, launch.stream());
+  mds::grouped_scaled_mm(a, b, {pointer<int>(tiles), int(tiles.size(0))}, tall, {out.data_ptr(), fp32},
+                         launch.stream());
   return out;
 }
 
@@ -520,7 +522,8 @@ STABLE_TORCH_LIBRARY(megatron_deepseek, m) {
   m.def("norm_backward_quantize(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? tiles, bool power_of_two) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, bool fp32) -> Tensor");
-  m.def("grouped_scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor tiles, bool fp32) -> Tensor");
+  m.def("grouped_scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor tiles, bool tall, bool fp32) "
+        "-> Tensor");
   m.def("grouped_scaled_mm_wgrad(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor groups, bool fp32) -> Tensor");
 }
 

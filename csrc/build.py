@@ -175,7 +175,8 @@ def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--emulated", action="store_true", help="for CPU tensors, every GPU thread a fiber")
-    parser.add_argument("--if-useful", action="store_true", help=f"only with nvcc and CUDA in torch, or as {FORCE} says")
+    parser.add_argument("--if-useful", action="store_true",
+                        help=f"only with nvcc and CUDA in torch, or as {FORCE} says")
     parser.add_argument("--output", type=Path, help="default: where megatron_deepseek looks for it, or build/csrc/")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()

@@ -2,8 +2,8 @@
 //
 //   out[m, n] = sum over blocks j of 128 of K:  (sum over k in j of a[m, k] b[n, k]) * (scale_a[m, j] * scale_b[n, j])
 //
-// The inner sums are wgmma's, the outer one is float32 in registers: Hopper's tensor cores keep about 14 bits of a sum, so
-// every 128 of K their result is taken out and promoted (DeepSeek-V3 report, section 3.3.2; DeepGEMM).
+// The inner sums are wgmma's, the outer one is float32 in registers: Hopper's tensor cores keep about 14 bits of a sum,
+// so every 128 of K their result is taken out and promoted (DeepSeek-V3 report, section 3.3.2; DeepGEMM).
 //
 // A block is one producer warpgroup and two that multiply. The producer's first thread has the copy engine fill a ring
 // of stages, a [TileM, 128] and b [128, 128] codes each; `full` and `empty` barriers pass them back and forth. A
@@ -204,7 +204,8 @@ __device__ __forceinline__ void consume(Shared<Waves>& shared, const Product& pr
       if (k + 1 < work.k_tiles) next = reader.read(work.k + k + 1);  // on its way while the tensor cores work
       float* column_scales = shared.scale_b[consumer][buffer];
       if (!BlocksB) {
-        // One barrier for two buffers: who writes this one again has met the others, who are done with it, at the other.
+        // Two buffers and one barrier each: who writes this one again has met the others at the other's barrier, and
+        // they came there only when they were done with this one.
         buffer ^= 1;
         column_scales[thread] = scales.column;
         hopper::warpgroup_barrier(1 + consumer);
@@ -303,11 +304,14 @@ void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, void* stream) {
     start<Grouping::kNone, false, 1>(a, b, product_of(a, b, Shape<1>::kTileM), out, stream);
 }
 
-void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, GemmOutput out, void* stream) {
+void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, void* stream) {
   Product product = product_of(a, b, Shape<1>::kTileM);
   product.table = tiles.table, product.m_tiles = tiles.count;
   product.tiles = int64_t(tiles.count) * product.n_tiles;
-  start<Grouping::kRows, true, 1>(a, b, product, out, stream);
+  if (tall)
+    start<Grouping::kRows, true, 2>(a, b, product, out, stream);
+  else
+    start<Grouping::kRows, true, 1>(a, b, product, out, stream);
 }
 
 void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, void* stream) {

@@ -13,16 +13,16 @@
 
 namespace mds::hopper {
 
-// A tile's row is 128 bytes: what the 128-byte swizzle wants. Of every 8 rows (1,024 bytes) the 16-byte chunk c of row r
-// lies at chunk c ^ r, so that neither the copy engine nor wgmma meets a bank twice.
+// A tile's row is 128 bytes: what the 128-byte swizzle wants. Of every 8 rows (1,024 bytes) the 16-byte chunk c of row
+// r lies at chunk c ^ r, so that neither the copy engine nor wgmma meets a bank twice.
 constexpr int kSwizzleRow = 128;
 constexpr int kSwizzleAtom = 1024;
 
 constexpr __host__ __device__ uint32_t swizzled(uint32_t offset) { return offset ^ ((offset >> 7 & 7) << 4); }
 
-// Shared memory descriptor of wgmma ("Matrix descriptor"), K-major rows of 128 bytes with the 128-byte swizzle: bits 0-13
-// the address / 16, 16-29 the leading offset / 16 (no meaning with a swizzle), 32-45 the stride from 8 rows to the next
-// 8 / 16, 62-63 the swizzle, 1 for 128 bytes. A step of k bytes along K adds k / 16 to the address.
+// Shared memory descriptor of wgmma ("Matrix descriptor"), K-major rows of 128 bytes with the 128-byte swizzle: bits
+// 0-13 the address / 16, 16-29 the leading offset / 16 (no meaning with a swizzle), 32-45 the stride from 8 rows to the
+// next 8 / 16, 62-63 the swizzle, 1 for 128 bytes. A step of k bytes along K adds k / 16 to the address.
 constexpr __host__ __device__ uint64_t descriptor(uint32_t shared_address) {
   return uint64_t(shared_address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(kSwizzleAtom >> 4) << 32 |
          uint64_t(1) << 62;
@@ -86,8 +86,8 @@ __device__ __forceinline__ void prefetch(const TensorMap* map) {
 // A box of the tensor from (row, column) on; what lies outside the tensor arrives as zeros and counts as bytes too.
 __device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, int column, int row, Barrier* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }

@@ -71,7 +71,7 @@ struct Codes {
   float* scales = nullptr;
 };
 
-// Which rows share a tile of 128x1: `table` [count, 2] has each tile's first row and rows, null for one after the other.
+// Which rows share a tile of 128x1: `table` [count, 2] has each tile's first row and rows; null: one after the other.
 struct RowTiles {
   const int* table;
   int count;
@@ -115,8 +115,8 @@ void norm_weight_gradient(const bf16* grad, const bf16* x, const float* rstd, fl
 
 // gemm_fp8.cu ---------------------------------------------------------------------------------------------------------
 
-// E4M3 codes [matrices * rows, columns], `pitch` bytes from row to row, and the scales of tiles of 128 along the columns:
-// of each row, or of blocks of 128 rows of a matrix.
+// E4M3 codes [matrices * rows, columns], `pitch` bytes from row to row, and the scales of tiles of 128 along the
+// columns: of each row, or of blocks of 128 rows of a matrix.
 struct ScaledOperand {
   const e4m3* q;
   const float* scales;
@@ -133,12 +133,13 @@ struct GemmOutput {
 
 // Tiles of M of the M-grouped product, and groups of K of the K-grouped one; int32 on the device.
 struct Groups {
-  const int* table = nullptr;  // M: [count, 3] matrix of b, first row, rows; K: [count, 2] first tile of K, tiles
-  int count = 0;
+  const int* table;  // M: [count, 3] matrix of b, first row, rows; K: [count, 2] first tile of K, tiles
+  int count;
 };
 
 void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, void* stream);
-void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, GemmOutput out, void* stream);
+// `tall`: tiles have up to 256 rows, else up to 128.
+void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, void* stream);
 void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, void* stream);
 
 }  // namespace mds

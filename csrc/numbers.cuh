@@ -58,8 +58,8 @@ __host__ __device__ __forceinline__ e4m3 to_e4m3_portable(float x) {
   if (magnitude > 0x7f800000) return 0x7f;
   if (magnitude >= 0x43e00000) return e4m3(sign | 0x7e);  // 448 and more
   if (magnitude < 0x3c800000) {
-    // Below 2^-6 numbers are whole multiples of 2^-9. Adding 2^14 leaves exactly those multiples in the last bits of the
-    // float, rounded to nearest even by the addition itself.
+    // Below 2^-6 numbers are whole multiples of 2^-9. Adding 2^14 leaves exactly those multiples in the last bits of
+    // the float, rounded to nearest even by the addition itself.
     uint32_t sum = float_bits(bits_float(magnitude) + 16384.0f);
     return e4m3(sign | (sum - 0x46800000));
   }

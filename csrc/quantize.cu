@@ -1,12 +1,12 @@
 // Block-scaled FP8 by the rules of ops/fp8.py, fused with what makes the numbers (producers.cuh).
 //
 //   rows_kernel   1x128 tiles along K; a block has one row, so that it can also reduce over it (RMSNorm)
-//   tile_kernel   a block has 128 x 128 numbers: tiles of 128x1, stored transposed (wgrad), optionally 1x128 tiles of the
-//                 same numbers in the same pass, or one 128x128 tile, optionally with its transpose (weights)
+//   tile_kernel   a block has 128 x 128 numbers: tiles of 128x1, stored transposed (wgrad), optionally 1x128 tiles of
+//                 the same numbers in the same pass, or one 128x128 tile, optionally with its transpose (weights)
 //
 // Memory: every number is read once (rows_kernel with a reduction reads a row again from the cache), every code written
-// once, 16 and 8 bytes at a time. Results with a transpose have rows of whole tiles, T * 128 codes, zero behind the edge
-// of a group: what TMA can address and wgrad can sum without a mask.
+// once, 16 and 8 bytes at a time. Results with a transpose have rows of whole tiles, T * 128 codes, zero behind the
+// edge of a group: what TMA can address and wgrad can sum without a mask.
 // Shapes: M rows, K columns (multiples of 8), k = ceil(K / 128), T tiles of rows.
 #include "kernels.h"
 #include "launch.cuh"

@@ -107,7 +107,8 @@ def _layer_row(bench: Bench, case: Case, name: str, run, width: int, length: int
 def training(bench: Bench) -> Iterator[Row]:
     """Steps of the trainer itself on one device: forward, backward, clipping, AdamW; tokens/s of the median step."""
     tiny = TINY if not bench.small else replace(TINY, num_hidden_layers=2)
-    sizes = [("tiny", tiny, 512, 4)] if bench.small else [("tiny", tiny, 2048, 8), ("V2-Lite, 6 layers", V2_LITE_CUT, 4096, 4)]
+    sizes = [("tiny", tiny, 512, 4)] if bench.small else [
+        ("tiny", tiny, 2048, 8), ("V2-Lite, 6 layers", V2_LITE_CUT, 4096, 4)]
     for name, config, length, batch in sizes:
         for precision in (Precision(torch.float32, torch.bfloat16), Precision(torch.float32, torch.bfloat16, True)):
             case = Case(name, {}, flops=batch * length * model_flops_per_token(config, length))

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch
 from megatron_deepseek.arguments.parser import OneLineParser
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
-from megatron_deepseek.checkpoint.command_line import exit_status, progress, share_of, size
-from megatron_deepseek.checkpoint.conversion import DTYPES, Target, convert
+from megatron_deepseek.checkpoint.command_line import exit_status, produce_visibly, share_of, size
+from megatron_deepseek.checkpoint.conversion import DTYPES, Target, conversion
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
 from megatron_deepseek.checkpoint.huggingface import HuggingFaceSource
 from megatron_deepseek.checkpoint.names import layer_of
@@ -103,10 +102,7 @@ def run(args: argparse.Namespace, share: Share) -> None:
     if looking:
         describe(source, target, args.layers)
         return
-    extra = sum(source.dtypes[original].itemsize * torch.Size(source.shapes[original]).numel()
-                for original in source.copies.values())
-    with progress((target.nbytes + extra) if share.world_size == 1 else None, hidden=share.rank > 0) as bar:
-        convert(source, target, share, bar.update, lambda text: print(text, file=sys.stderr))
+    produce_visibly(conversion(source, target), share)
     if share.rank == 0:
         report(source, target)
 

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 
 from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.checkpoint.blocks import FP8, Output, check_copies
+from megatron_deepseek.checkpoint.inspection import checks_of
 from megatron_deepseek.checkpoint.names import BIAS
 from megatron_deepseek.checkpoint.production import Product, Share, produce
 from megatron_deepseek.checkpoint.records import Record
@@ -74,10 +76,19 @@ def outputs(source: Source, requested: torch.dtype | None, to_fp8: bool, copies:
 def convert(source: Source, target: Target, share: Share, advance: Callable[[int], None],
             say: Callable[[str], None]) -> None:
     """Write `target` from `source`. ValueError, and no `target.destination`, where anything is wrong."""
+    produce(conversion(source, target), share, advance, say)
+
+
+def conversion(source: Source, target: Target) -> Product:
+    """What there is to make. Copies are checked first, and a native checkpoint's files against their checksums."""
     contents = [target.kind, [[shard.name, [[output.name, output.original, str(output.dtype)]
                                             for output in shard.outputs]] for shard in target.shards]]
-    produce(Product("conversion", target.destination, target.shards, source.files(), contents, target.write,
-                    target.complete, target.publish, [partial(check_copies, source)]), share, advance, say)
+    checksums = checks_of(source.path)
+    check_bytes = sum(source.dtypes[original].itemsize * prod(source.shapes[original])
+                      for original in source.copies.values())
+    check_bytes += sum(path.stat().st_size for path in source.files()) if checksums else 0
+    return Product("conversion", target.destination, target.shards, source.files(), contents, target.write,
+                   target.complete, target.publish, [partial(check_copies, source), *checksums], check_bytes)
 
 
 def dtype_bytes(shards: tuple[Shard, ...]) -> dict[torch.dtype, int]:

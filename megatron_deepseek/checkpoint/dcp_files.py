@@ -128,7 +128,7 @@ def open_dcp(directory: Path) -> DcpDirectory:
 
 
 def write_metadata(directory: Path, shapes: dict[str, tuple[int, ...]], items: Iterable[Item]) -> None:
-    """Make the files of `items` a checkpoint: the file that DCP looks for first. Tensors come in the order of `shapes`."""
+    """Make the files of `items` a checkpoint: the file that DCP looks for first, tensors in the order of `shapes`."""
     chunks, storage, dtypes = defaultdict(list), {}, {}
     size = lru_cache(maxsize=None)(torch.Size)  # shared by the parts of equal layers: hundreds of thousands are alike
     chunk = lru_cache(maxsize=None)(ChunkStorageMetadata)

@@ -86,7 +86,7 @@ def checks_of(directory: Path) -> list[Callable[[Advance], None]]:
     def check(name: str, advance: Advance) -> None:
         damage = verify_files(directory, listing, [name], 1, advance)
         if damage:
-            raise ValueError(f"{directory} is damaged: {named(directory, damage)[0]}")
+            raise ValueError(f"{directory}/{named(directory, damage)[0]}")
 
     return [partial(check, name) for name in sorted(listing)]
 

@@ -5,9 +5,9 @@ shards that could drift from the first. One rank's build says what all ranks of 
 placements depend on the coordinates alone; so a few builds for each pipeline rank are enough.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_deepseek.checkpoint.boxes import Box
+from megatron_deepseek.checkpoint.dcp_files import DcpDirectory
 from megatron_deepseek.checkpoint.state import MOMENTS, model_state, optimizer_state
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import shape_stages, shard_stages
@@ -54,6 +55,30 @@ def readers(division: Division) -> Readers:
             waiting = [rank for rank in waiting if any(rank not in boxes for boxes in placed.values())]
     kinds = ("model.", "optimizer.")
     return {name: parts for kind in kinds for name, parts in found.items() if name.startswith(kind)}
+
+
+@dataclass
+class Reads:
+    """What one rank reads of a checkpoint: from how many files, the bytes of its shards, and of the items that hold
+    them, which DCP's own reader reads whole.
+    """
+
+    files: set[str] = field(default_factory=set)
+    own: int = 0
+    items: int = 0
+
+
+def reads_of_ranks(found: Readers, names: Iterable[str], stored: DcpDirectory) -> dict[int, Reads]:
+    """By rank, for the tensors `names` as they are stored now."""
+    reads: dict[int, Reads] = {}
+    for name in names:
+        for box, ranks in found[name].items():
+            items = stored.covering(name, box)
+            for each in (reads.setdefault(rank, Reads()) for rank in ranks):
+                each.files |= {item.file for item in items}
+                each.own += box.numel * stored.dtypes[name].itemsize
+                each.items += sum(item.length for item in items)
+    return reads
 
 
 def _placed(division: Division, rank: int) -> dict[str, dict[int, Box]]:

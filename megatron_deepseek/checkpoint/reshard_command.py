@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from megatron_deepseek.checkpoint.native import (
     open_checkpoint,
 )
 from megatron_deepseek.checkpoint.production import Product, Share
-from megatron_deepseek.checkpoint.rank_parts import Division, readers
+from megatron_deepseek.checkpoint.rank_parts import Division, Reads, readers, reads_of_ranks
 from megatron_deepseek.checkpoint.reshard import averaged, files_of_ranks, files_of_size, resharded, wanted
 from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -71,8 +70,9 @@ def _add_workers(parser) -> None:
     parser.add_argument("--workers", type=positive_int, default=1, metavar="N", help="threads (1)")
 
 
-def _add_output(parser) -> None:
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="made whole, by a rename at the end")
+def _add_output(parser, required: bool = True) -> None:
+    parser.add_argument("--save", type=Path, required=required, metavar="DIR",
+                        help="made whole, by a rename at the end")
     parser.add_argument("--dtype", type=str, choices=("bf16", "fp16", "fp32"), help="type of the weights (as stored)")
     parser.add_argument("--no-verify", action="store_true", help="don't compare what is read with its checksums first")
 
@@ -96,18 +96,20 @@ def _add_reshard(commands) -> None:
     parser = _command(commands, "reshard", reshard, "files from which each rank of a layout reads only its own")
     _add_directory(parser, "--load", required=True)
     _add_step(parser)
-    _add_output(parser)
+    _add_output(parser, required=False)
     parser.add_argument("--drop-optimizer", action="store_true", help="weights alone")
+    parser.add_argument("--dry-run", action="store_true", help="tell what ranks would read without resharding, write "
+                        "nothing")
     _add_workers(parser)
     group = parser.add_argument_group("the layout that will load it", "as given to pretrain_deepseek.py")
     ranks = group.add_mutually_exclusive_group()
-    ranks.add_argument("--world-size", type=positive_int, metavar="N", help="ranks of the job (data parallel size x others)")
-    ranks.add_argument("--data-parallel-size", type=positive_int, metavar="N", help="the same, by what is left for data (1)")
+    ranks.add_argument("--world-size", type=positive_int, help="ranks of the job (data parallel size x others)")
+    ranks.add_argument("--data-parallel-size", type=positive_int, help="the same, by what is left for data (1)")
     options = training_parser()._option_string_actions
     for option in LAYOUT_OPTIONS:
         group._add_action(options[option])
-    group.add_argument("--seq-length", type=positive_int, help="tokens of a training sequence, which weighs in when layers "
-                       "are balanced over stages (the writing job's, or 4096)")
+    group.add_argument("--seq-length", type=positive_int, help="tokens of a training sequence, which weighs in when "
+                       "layers are balanced over stages (the writing job's, or 4096)")
 
 
 def _add_merge(commands) -> None:
@@ -191,9 +193,24 @@ def reshard(args: argparse.Namespace, share: Share) -> int:
     checkpoint = open_checkpoint(args.load, args.ckpt_step)
     target = target_of(args, checkpoint)
     tensors = wanted(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
-    files = files_of_ranks(readers(target.division), tensors, checkpoint)
+    found = readers(target.division)
+    files = files_of_ranks(found, tensors, checkpoint)
+    if args.dry_run:
+        _print_reads(reads_of_ranks(found, tensors, checkpoint.stored), len(files))
+        return 0
+    if args.save is None:
+        raise ValueError("--save is required, unless --dry-run only looks")
     return _make(resharded(checkpoint, files, args.save, target.note, not args.drop_optimizer,
                            not args.no_verify), share)
+
+
+def _print_reads(reads: dict[int, Reads], new_files: int) -> None:
+    """What ranks read of the files as they are; after resharding a rank reads what is its own, and nothing else."""
+    opened = [len(each.files) for each in reads.values()]
+    print(f"{len(reads)} ranks, {new_files} files after resharding")
+    print(f"files that a rank opens now: {max(opened)} at most, {sum(opened) / len(opened):.1f} on average")
+    print(f"bytes of a rank's own shards: {max(each.own for each in reads.values()):,} at most; of the stored items "
+          f"that hold them, which DCP's own reader reads whole: {max(each.items for each in reads.values()):,}")
 
 
 def merge(args: argparse.Namespace, share: Share) -> int:

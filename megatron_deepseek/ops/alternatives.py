@@ -39,7 +39,7 @@ def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_B
 
 
 def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
-    """torch.nn.functional.scaled_mm. 1x128 scales go in by columns, 128x128 ones too, padded to a multiple of 4 of K."""
+    """torch.nn.functional.scaled_mm. Scales go in by columns, those of 128x128 padded to a multiple of 4 along K."""
     from torch.nn.functional import ScalingType
 
     if a_q.shape[1] % 16 or b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):

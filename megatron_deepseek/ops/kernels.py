@@ -111,7 +111,7 @@ FAKES = {
     "norm_quantize_columns": lambda x, weight, rstd, tiles, power_of_two: _columns(x, x.shape[1], tiles),
     "norm_backward_quantize": _norm_backward,
     "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32: _product(a_q, a_q.shape[0], b_q.shape[0], fp32=fp32),
-    "grouped_scaled_mm": lambda a_q, a_s, b_q, b_s, tiles, fp32: _product(
+    "grouped_scaled_mm": lambda a_q, a_s, b_q, b_s, tiles, tall, fp32: _product(
         a_q, a_q.shape[0], b_q.shape[-2], fp32=fp32),
     "grouped_scaled_mm_wgrad": lambda a_q, a_s, b_q, b_s, groups, fp32: _product(
         a_q, groups.shape[0], a_q.shape[0], b_q.shape[0], fp32=fp32),

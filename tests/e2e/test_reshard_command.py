@@ -1,4 +1,4 @@
-"""tools/reshard_checkpoint.py as a user runs it: killed, under a limit of memory that the checkpoint exceeds, resumed."""
+"""tools/reshard_checkpoint.py as a user runs it: killed, under a limit of memory below the checkpoint, resumed."""
 
 import json
 import os
@@ -57,7 +57,8 @@ def test_kill_and_resume_in_little_memory(tmp_path, large):
     limit = f"ulimit -v {address_space() + int(0.7 * size)}; exec {sys.executable} \"$@\""
     arguments = ["reshard", "--load", str(large), "--save", str(tmp_path / "out"), *EXPERTS]
     slow = "import os, time; pwrite = os.pwrite; os.pwrite = lambda *a: (time.sleep(0.004), pwrite(*a))[1]; "
-    run = f"import sys, runpy; {slow}sys.argv = {[TOOL, *arguments]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = (f"import sys, runpy; {slow}sys.argv = {[TOOL, *arguments]!r}; "
+           "runpy.run_path(sys.argv[0], run_name='__main__')")
     process = subprocess.Popen(["bash", "-c", limit, "limited", "-c", run], env=ENVIRONMENT, stderr=subprocess.PIPE)
     work, deadline = tmp_path / "out" / "iter_0000005.incomplete", time.monotonic() + 120
     while not list((work / "finished").glob("*.json")) and time.monotonic() < deadline and process.poll() is None:

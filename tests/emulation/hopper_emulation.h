@@ -1,4 +1,4 @@
-// csrc/hopper.cuh for the CPU: what the PTX ISA says that mbarriers, the copy engine and wgmma do, as slowly as it allows.
+// csrc/hopper.cuh for the CPU: what mbarriers, the copy engine and wgmma do by the PTX ISA, as late as it allows.
 //
 // Copies happen some time after they were asked for, and products only when they are waited for: whoever reads a tile
 // or an accumulator too early gets NaN or old numbers. Shared addresses are offsets in the block's shared memory.

@@ -1,14 +1,15 @@
 """Block-scaled products against ops/fp8_gemm.py: dense, M-grouped, K-grouped.
 
 The reference's operands are exact, so both differ by float32 sums of up to K products, and on a GPU by the 14 bits that
-tensor cores keep within 128 of K: relative to the whole result (as METHOD demands of a norm) 2^-12 there, 1e-6 emulated;
-results in bfloat16 are rounded once more, 2^-9.
+tensor cores keep within 128 of K: relative to the norm of the whole result 2^-12 there, 1e-6 emulated; results in
+bfloat16 are rounded once more, 2^-9.
 """
 
 import pytest
 import torch
 
 from megatron_deepseek.ops import fp8, fp8_gemm
+from megatron_deepseek.ops.cuda import tile_rows
 from megatron_deepseek.ops.kernels import operator
 
 HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
@@ -63,20 +64,18 @@ def test_a_transposed_weight_with_padded_rows(device):
     close(got, expected)
 
 
-def row_tiles(counts: list[int], device) -> torch.Tensor:
-    tiles, first = [], 0
-    for matrix_index, count in enumerate(counts):
-        tiles += [(matrix_index, first + i, min(128, count - i)) for i in range(0, count, 128)]
-        first += count
-    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 3)
+def row_tiles(counts: list[int], device, height: int = 128) -> torch.Tensor:
+    return torch.tensor(tile_rows(counts, height), dtype=torch.int32, device=device)
 
 
+@pytest.mark.parametrize("tall", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256]])
-def test_rows_grouped(device, counts, dtype):
+@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 384]])
+def test_rows_grouped(device, counts, dtype, tall):
     a, b = matrix(sum(counts), 272, device=device), matrix(len(counts), 200, 272, device=device)
     operands = *fp8.quantize_1x128(a), *fp8.quantize_128x128(b)
-    got = operator("grouped_scaled_mm")(*operands, row_tiles(counts, device), dtype == torch.float32)
+    tiles = row_tiles(counts, device, 256 if tall else 128)
+    got = operator("grouped_scaled_mm")(*operands, tiles, tall, dtype == torch.float32)
     close(got, fp8_gemm.grouped_scaled_mm(*operands, counts, dtype))
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.ops import fp8
+from megatron_deepseek.ops.cuda import tile_rows
 from megatron_deepseek.ops.kernels import operator
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.swiglu import swiglu
@@ -74,11 +75,7 @@ def test_columns(device, rows, columns, power_of_two, any_order):
 
 
 def tile_table(counts: list[int], device) -> torch.Tensor:
-    tiles, first = [], 0
-    for count in counts:
-        tiles += [(first + i, min(128, count - i)) for i in range(0, count, 128)]
-        first += count
-    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 2)
+    return torch.tensor([tile[1:] for tile in tile_rows(counts)], dtype=torch.int32, device=device)
 
 
 def ungrouped(result, counts):

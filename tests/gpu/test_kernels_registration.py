@@ -36,7 +36,8 @@ def samples(device) -> dict[str, tuple]:
         "cross_entropy_gradient_": (bf16(2, 24, device=device), labels, 0, row, row, row),
         "route": (experts, 4, 8),
         "gather_rows": (leaf(bf16(5, 16, device=device)), *places),
-        "combine_rows": (leaf(bf16(len(copy_of_slot), 16, device=device)), *places, leaf(torch.rand(5, 2, device=device))),
+        "combine_rows": (leaf(bf16(len(copy_of_slot), 16, device=device)), *places,
+                         leaf(torch.rand(5, 2, device=device))),
         "combine_backward": (bf16(5, 16, device=device), bf16(len(copy_of_slot), 16, device=device), copy_of_slot,
                              torch.rand(5, 2, device=device)),
         "quantize_rows": (x, True), "quantize_columns": (x, tiles, False), "quantize_both": (x, None, False),
@@ -46,7 +47,7 @@ def samples(device) -> dict[str, tuple]:
         "norm_quantize_rows": (x, weight, 1e-6, True, False),
         "norm_quantize_columns": (x, weight, rstd, None, False),
         "norm_backward_quantize": (x, x, weight, rstd, tiles, False),
-        "scaled_mm": (q, s, q, s, False), "grouped_scaled_mm": (q, s, *blocks, row_tiles, True),
+        "scaled_mm": (q, s, q, s, False), "grouped_scaled_mm": (q, s, *blocks, row_tiles, False, True),
         "grouped_scaled_mm_wgrad": (*columns, *columns, groups, False),
     }
 

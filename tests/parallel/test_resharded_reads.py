@@ -1,4 +1,4 @@
-"""After tools/reshard_checkpoint.py each rank of a real job opens its own files alone, and needs all that is in them."""
+"""After tools/reshard_checkpoint.py each rank of a job opens its own files alone, and needs all that is in them."""
 
 import os
 from dataclasses import dataclass

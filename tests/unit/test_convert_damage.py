@@ -122,7 +122,9 @@ def test_not_finite_is_refused_for_fp8(tmp_path, capsys):
 @pytest.mark.parametrize("damage, named", [
     (lambda file: os.truncate(file, file.stat().st_size // 2), "truncated"),
     (lambda file: file.unlink(), "missing"),
-    (lambda file: file.write_bytes(b"\0" * file.stat().st_size), "cannot be read"),
+    (lambda file: file.write_bytes(b"\0" * file.stat().st_size), "has changed"),
+    (lambda file: [(file.parent / "checksums.json").unlink(), file.write_bytes(b"\0" * file.stat().st_size)],
+     "cannot be read"),
 ])
 def test_a_damaged_native_checkpoint_is_refused(tmp_path, capsys, damage, named):
     assert convert("hf", "native", v3_directory(tmp_path / "hf"), tmp_path / "native") == 0

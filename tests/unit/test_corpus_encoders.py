@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 import sys
 
 import numpy as np
@@ -154,6 +155,21 @@ def test_a_place_to_cut_is_one_where_the_ids_do_not_change(tokenizer_json):
     assert places > 30
     with pytest.raises(BadDocument, match="without a place"):
         list(cutting.encode_pieces(encoder, ["Ω" * (1 << 20)] * 5))
+
+
+class JoiningEncoder:
+    """A tokenizer that no rule of thumb knows: it has tokens across the blanks between words, none across lines."""
+
+    def encode_batch(self, texts):
+        return [np.array([len(token) for token in re.findall(r"\w \w|.|\n", text)], int) for text in texts]
+
+
+def test_a_likely_place_that_changes_the_ids_is_not_taken():
+    text = ("words and words and words\n" + "more words " * 20 + "\n") * 9
+    for near in range(300, len(text), 300):
+        place = cutting.find_cut(JoiningEncoder(), text, near)
+        assert text[place - 1] == "\n"
+    assert cutting.find_cut(JoiningEncoder(), "more words " * 90, 900) is None
 
 
 def test_fim_by_hand():

@@ -66,7 +66,8 @@ def text_by_json(line: bytes):
 
 
 @FEW
-@given(text=st.text(max_size=60) | JSON_LIKE.map(lambda parts: b"".join(parts).decode(errors="replace")),
+@given(text=st.text(max_size=60) | st.text("😀\U0001d518\\\"\nué中d8", min_size=20, max_size=60)
+       | JSON_LIKE.map(lambda parts: b"".join(parts).decode(errors="replace")),
        ascii_json=st.booleans(), piece=st.integers(13, 30))
 def test_long_strings_in_pieces_join_to_the_text(text, ascii_json, piece):
     line = json.dumps({"a": [1, {"b": "x"}], "text": text, "z": "short"}, ensure_ascii=ascii_json).encode()
@@ -78,7 +79,7 @@ def test_long_strings_in_pieces_join_to_the_text(text, ascii_json, piece):
 
 
 @FEW
-@given(content=st.binary(min_size=1, max_size=60), piece=st.integers(4, 20))
+@given(content=st.binary(min_size=1, max_size=60) | st.text("aé中😀", min_size=10, max_size=30).map(str.encode), piece=st.integers(4, 20))
 def test_plain_text_in_pieces(content, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_text, "PIECE_BYTES", piece)

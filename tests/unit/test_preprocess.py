@@ -72,8 +72,8 @@ def test_nothing_but_the_input_decides_the_bytes(tmp_path):
     (tmp_path / "rows").mkdir()
     write_parquet(tmp_path / "rows" / "a.parquet", documents[:1000])
     write_parquet(tmp_path / "rows" / "b.parquet", documents[1000:])
-    for source, execution in (("folder", {"workers": 2, "part_bytes": 777}), ("folder.gz", {"part_bytes": 99}),
-                              ("folder.xz", {"part_bytes": 500}), ("folder.zst", {"workers": 2}),
+    for source, execution in (("folder", {"workers": 2, "part_bytes": 3000}), ("folder.gz", {"part_bytes": 2000}),
+                              ("folder.xz", {"part_bytes": 1500}), ("folder.zst", {"workers": 2}),
                               ("rows", {"workers": 2, "part_bytes": 2000}), ("folder", {"world_size": 2})):
         if "world_size" in execution:
             assert run(settings_of(tmp_path, source, output_prefix=str(tmp_path / "w"), rank=1, **asked, **execution,

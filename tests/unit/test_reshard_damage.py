@@ -1,4 +1,4 @@
-"""reshard_checkpoint.py with damaged checkpoints, full disks, stops and wrong arguments: one line, status 2, no output."""
+"""reshard_checkpoint.py with damaged files, full disks, stops, wrong arguments: one line, status 2, no output."""
 
 import json
 import os
