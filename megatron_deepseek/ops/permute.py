@@ -77,7 +77,7 @@ def permute(x_RH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) 
 @with_backends("copy_and_permute")
 def copy_and_permute(x_TH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
     """Row i of the result is token order_R[i] // K of x."""
-    num_copies = order_R.shape[0] // max(x_TH.shape[0], 1)
+    num_copies = order_R.shape[0] // x_TH.shape[0] if x_TH.shape[0] else 1  # a rank that received no token
     return _CopyAndPermute.apply(x_TH, order_R, inverse_R, num_copies)
 
 

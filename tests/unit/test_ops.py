@@ -148,6 +148,13 @@ def test_weighted_sum_of_every_copy():
     assert gradcheck(lambda r, w: sum_copies(r, w, copies), (rows, weights))
 
 
+def test_copies_of_no_tokens():
+    """A rank that received none, whose number of copies nothing tells."""
+    x, none = torch.empty(0, 4, requires_grad=True), torch.empty(0, dtype=torch.int64)
+    copy_and_permute(x, none, none).sum().backward()
+    assert x.grad.shape == (0, 4)
+
+
 def test_no_tokens():
     """A rank whose slice of the batch is empty."""
     nothing = torch.empty(0, dtype=torch.int64)
