@@ -134,13 +134,16 @@ def test_long_documents_have_the_ids_of_whole_ones(tmp_path, tokenizer_json, sma
 def test_long_documents_pass_the_same_filters(tmp_path, tokenizer_json, small_pieces):
     documents = corpus(tmp_path, (2000, 300, 5000, 2000))
     lines = (tmp_path / "in.jsonl").read_text().splitlines()
-    (tmp_path / "in.jsonl").write_text("\n".join([*lines, lines[0], lines[2][:-3], json.dumps({"text": "Ω" * 3000})]))
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, lines[0], lines[2][:-3], json.dumps({"text": "Ω" * 3000}),
+                                                    json.dumps({"text": documents[0] + "Ω" * 3000}),
+                                                    json.dumps({"text": "in the end"})]))
     report = run(settings_with(tmp_path, tokenizer_json, dedup="exact", append_bos=True, append_eod=True,
                                max_chars=len(documents[2]) - 1))
     found = documents_of(tmp_path / "out_text_document")
-    assert found == [[0, *ids, 1] for ids in expected_ids(tokenizer_json, [documents[0], documents[1], documents[3]])]
+    kept = [documents[0], documents[1], documents[3], "in the end"]
+    assert found == [[0, *ids, 1] for ids in expected_ids(tokenizer_json, kept)]
     assert report.skipped == {f"longer than --max-chars {len(documents[2]) - 1}": 1, "malformed JSON": 1,
-                              "duplicate of an earlier document": 1, "cannot be cut": 1}
+                              "duplicate of an earlier document": 1, "cannot be cut": 2}
 
 
 def test_a_place_to_cut_is_one_where_the_ids_do_not_change(tokenizer_json):
