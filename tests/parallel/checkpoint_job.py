@@ -14,7 +14,7 @@ from job import LEARNING_RATE, batch, named, plan_of, whole
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.distributed import BackgroundSaver, first_failure
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
-from megatron_deepseek.checkpoint.state import TrainState, state_to_save
+from megatron_deepseek.checkpoint.state import MOMENTS, TrainState
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
 
@@ -34,7 +34,10 @@ def step(trainer: Trainer, case: Case, number: int):
 
 def numbers(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every weight, bias and moment of this rank's stages, whole, by the name in a checkpoint."""
-    return {name: whole(tensor) for name, tensor in state_to_save(trainer.stages, trainer.optimizer).items()}
+    found = {f"model.{name}": whole(tensor) for how in ("named_parameters", "named_buffers")
+             for (_, name), tensor in named(trainer, how)}
+    return found | {f"optimizer.{moment}.{name}": whole(trainer.optimizer.state[parameter][moment])
+                    for (_, name), parameter in named(trainer, "named_parameters") for moment in MOMENTS}
 
 
 def train_and_save(case: Case, root: Path) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ def test_the_first_bad_gradient_of_the_backward_is_named(trainer):
 
 
 def result(loss: float, updated: bool) -> StepResult:
-    return StepResult(Losses(loss, (loss,), 0.0), loss, {}, None, updated)
+    return StepResult(Losses(loss, (loss,), 0.0), loss, {}, None, updated=updated)
 
 
 def test_stop_says_step_and_origin():
