@@ -13,7 +13,6 @@ from itertools import product
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_deepseek.checkpoint.boxes import Box
@@ -24,6 +23,7 @@ from megatron_deepseek.model.build import shape_stages, shard_stages
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.parallel.pieces import boxes
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 
 Readers = dict[str, dict[Box, set[int]]]
@@ -48,11 +48,11 @@ def readers(division: Division) -> Readers:
         waiting = list(range(pp_rank * of_stage, (pp_rank + 1) * of_stage))
         while waiting:
             placed = _placed(division, waiting[0])
-            for name, boxes in placed.items():
-                for rank, box in boxes.items():
+            for name, held in placed.items():
+                for rank, box in ((rank, box) for rank, parts in held.items() for box in parts):
                     if box.numel:  # few rows over many ranks leave some without
                         found.setdefault(name, {}).setdefault(box, set()).add(rank)
-            waiting = [rank for rank in waiting if any(rank not in boxes for boxes in placed.values())]
+            waiting = [rank for rank in waiting if any(rank not in held for held in placed.values())]
     kinds = ("model.", "optimizer.")
     return {name: parts for kind in kinds for name, parts in found.items() if name.startswith(kind)}
 
@@ -81,7 +81,7 @@ def reads_of_ranks(found: Readers, names: Iterable[str], stored: DcpDirectory) -
     return reads
 
 
-def _placed(division: Division, rank: int) -> dict[str, dict[int, Box]]:
+def _placed(division: Division, rank: int) -> dict[str, dict[int, list[Box]]]:
     """The parts of `rank`'s tensors that the ranks of their meshes hold."""
     with _fake_job(division.layout, rank) as meshes:
         mine = stages_of_rank(meshes.rank("pp"), len(division.stages), division.layout.pp, division.schedule)
@@ -92,27 +92,22 @@ def _placed(division: Division, rank: int) -> dict[str, dict[int, Box]]:
             optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors = model_state(stages) | optimizer_state(stages, optimizer)
         everyone = meshes.dense.mesh[meshes.rank("pp")].flatten().tolist()
-        known: dict[tuple, dict[int, Box]] = {}
+        known: dict[tuple, dict[int, list[Box]]] = {}
         return {name: _boxes(tensor, everyone, known) for name, tensor in tensors.items()}
 
 
-def _boxes(tensor: torch.Tensor, everyone: list[int], known: dict[tuple, dict[int, Box]]) -> dict[int, Box]:
-    """The part of each rank; `known` remembers those of equal tensors, of which a model has many."""
+def _boxes(tensor: torch.Tensor, everyone: list[int], known: dict[tuple, dict[int, list[Box]]]) -> dict[int, list[Box]]:
+    """The parts of each rank; `known` remembers those of equal tensors, of which a model has many."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):  # a buffer that every rank of the stage holds whole
-        return dict.fromkeys(everyone, Box((0,) * len(shape), shape))
+        return dict.fromkeys(everyone, [Box((0,) * len(shape), shape)])
     mesh, placements = tensor.device_mesh, tensor.placements
     key = shape, mesh, placements
     if key not in known:
         coordinates = product(*map(range, mesh.shape))
-        known[key] = {rank: _box(shape, mesh.shape, coordinate, placements)
+        known[key] = {rank: [Box(*box) for box in boxes(shape, mesh.shape, coordinate, placements)]
                       for rank, coordinate in zip(mesh.mesh.flatten().tolist(), coordinates)}
     return known[key]
-
-
-def _box(shape, mesh_shape, coordinate, placements) -> Box:
-    local, place = _compute_local_shape_and_global_offset(shape, mesh_shape, list(coordinate), placements)
-    return Box(tuple(place), tuple(local))
 
 
 @contextmanager

@@ -6,14 +6,15 @@ is the placement of such a shard; DTensor computes with it, but what works by gl
 checkpoints) must take it piece by piece.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 
 def stacked_shard(dim: int, matrices: int) -> _StridedShard:
@@ -40,18 +41,31 @@ class Piece:
         return [Piece((first + row, *rest), part) for row, part in enumerate(self.local.split(1))]
 
 
+def boxes(shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+          ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, shape) of each box of the whole that the rank at `coordinate` of a mesh holds, in the shard's order."""
+    local, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, list(coordinate), placements)
+    stacked = next((placement for size, placement in zip(mesh_shape, placements)
+                    if size > 1 and _is_stacked(placement)), None)
+    if stacked is None:
+        return [(tuple(offset), tuple(local))]
+    dim, matrices = stacked.dim, stacked.split_factor
+    part = (*local[:dim], local[dim] // matrices, *local[dim + 1:])
+    rows = shape[dim] // matrices
+    return [((*offset[:dim], offset[dim] + number * rows, *offset[dim + 1:]), part) for number in range(matrices)]
+
+
 def pieces(tensor: DTensor) -> list[Piece]:
     """The boxes of this rank's shard."""
-    local = tensor.to_local()
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    assert tuple(local.shape) == tuple(shape), (local.shape, shape)
-    stacked = _stacked_axis(tensor)
-    if stacked is None:
-        return [Piece(tuple(offset), local)]
-    dim, matrices = tensor.placements[stacked].dim, tensor.placements[stacked].split_factor
-    rows = tensor.shape[dim] // matrices
-    return [Piece((*offset[:dim], offset[dim] + number * rows, *offset[dim + 1:]), part)
-            for number, part in enumerate(local.chunk(matrices, dim))]
+    local, mesh = tensor.to_local(), tensor.device_mesh
+    found = boxes(tensor.shape, mesh.shape, mesh.get_coordinate(), tensor.placements)
+    if len(found) == 1:
+        assert tuple(local.shape) == found[0][1], (local.shape, found)
+        return [Piece(found[0][0], local)]
+    dim = tensor.placements[_stacked_axis(tensor)].dim
+    parts = local.chunk(len(found), dim)
+    assert [tuple(part.shape) for part in parts] == [shape for _, shape in found], (local.shape, found)
+    return [Piece(offset, part) for (offset, _), part in zip(found, parts)]
 
 
 def whole(tensor: DTensor) -> torch.Tensor:
@@ -68,13 +82,19 @@ def for_checkpoint(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, sharing its memory, as torch.distributed.checkpoint can write and read it."""
     if not isinstance(tensor, DTensor) or _stacked_axis(tensor) is None:
         return tensor
-    held = [piece for piece in pieces(tensor) if piece.local.numel()]
+    every = pieces(tensor)
+    if len(every) == 1:
+        return tensor
+    held = [piece for piece in every if piece.local.numel()]
     local = LocalShardsWrapper([piece.local for piece in held], [piece.offset for piece in held])
     meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
     return DTensor(local, DTensorSpec(tensor.device_mesh, tensor.placements, meta), requires_grad=False)
 
 
+def _is_stacked(placement: Placement) -> bool:
+    return isinstance(placement, _StridedShard) and placement.dim > 0
+
+
 def _stacked_axis(tensor: DTensor) -> int | None:
-    """The mesh axis over which stacked matrices are divided."""
-    return next((axis for axis, placement in enumerate(tensor.placements)
-                 if isinstance(placement, _StridedShard) and placement.dim > 0), None)
+    """The mesh axis, of any size, over which stacked matrices are divided."""
+    return next((axis for axis, placement in enumerate(tensor.placements) if _is_stacked(placement)), None)

@@ -32,12 +32,17 @@ def step(trainer: Trainer, case: Case, number: int):
     return trainer.train_step(tokens, labels, mask, learning_rate=LEARNING_RATE, bias_rate=1e-2)
 
 
-def numbers(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Every weight, bias and moment of this rank's stages, whole, by the name in a checkpoint."""
-    found = {f"model.{name}": whole(tensor) for how in ("named_parameters", "named_buffers")
+def held(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every weight, bias and moment of this rank's stages by the name in a checkpoint."""
+    found = {f"model.{name}": tensor for how in ("named_parameters", "named_buffers")
              for (_, name), tensor in named(trainer, how)}
-    return found | {f"optimizer.{moment}.{name}": whole(trainer.optimizer.state[parameter][moment])
+    return found | {f"optimizer.{moment}.{name}": trainer.optimizer.state[parameter][moment]
                     for (_, name), parameter in named(trainer, "named_parameters") for moment in MOMENTS}
+
+
+def numbers(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The same, gathered from all ranks."""
+    return {name: whole(tensor) for name, tensor in held(trainer).items()}
 
 
 def train_and_save(case: Case, root: Path) -> dict[str, torch.Tensor]:

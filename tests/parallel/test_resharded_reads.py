@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case
-from job import BIAS_RATE, LEARNING_RATE, batch, plan_of, whole
+from checkpoint_job import held, numbers
+from job import BIAS_RATE, LEARNING_RATE, batch, plan_of
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.reshard_command import main
-from megatron_deepseek.checkpoint.state import TrainState, state_to_save
+from megatron_deepseek.checkpoint.state import TrainState
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
@@ -22,9 +23,10 @@ MODEL = dict(pp=2, schedule="1F1B", mtp=1, shared=2, microbatches=4)
 WRITER = Case(**MODEL, dp=2, ep=2)
 READERS = (  # the model is WRITER's: two layers over two stages
     Case(**MODEL, tp=2, dp=2, ep=4, sp=True), Case(**MODEL | {"pp": 1, "schedule": "none"}, tp=2, dp=3, ep=2),
-    Case(**MODEL, cp=2, tp=2, placement="last"))
+    Case(**MODEL, cp=2, tp=2, placement="last"), Case(**MODEL, tp=2, dp=2, ep=2, etp=2))
 OPTIONS = {"pp": "--pipeline-model-parallel-size", "tp": "--tensor-model-parallel-size",
-           "cp": "--context-parallel-size", "ep": "--expert-model-parallel-size", "dp": "--data-parallel-size",
+           "cp": "--context-parallel-size", "ep": "--expert-model-parallel-size",
+           "etp": "--expert-tensor-parallel-size", "dp": "--data-parallel-size",
            "layout_string": "--pipeline-model-parallel-layout"}
 
 
@@ -45,7 +47,7 @@ def save_trained(case: Case, root: Path) -> dict[str, torch.Tensor]:
     rows = slice(trainer.meshes.rank("dp") * own, (trainer.meshes.rank("dp") + 1) * own)
     trainer.train_step(*(part[rows] for part in batch(case.model, case.global_batch_size, 0)), LEARNING_RATE, BIAS_RATE)
     checkpoint.save(root, TrainState(1, case.global_batch_size, 1), case.model, trainer.stages, trainer.optimizer)
-    return {name: whole(tensor) for name, tensor in state_to_save(trainer.stages, trainer.optimizer).items()}
+    return numbers(trainer)
 
 
 def load_counted(case: Case, root: Path) -> Loaded:
@@ -60,9 +62,8 @@ def load_counted(case: Case, root: Path) -> Loaded:
     os.preadv = counted
     checkpoint.load(root / "iter_0000001", trainer.stages, trainer.optimizer)
     os.preadv = preadv
-    state = state_to_save(trainer.stages, trainer.optimizer)
-    local = sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in state.values())
-    return Loaded({name: whole(tensor) for name, tensor in state.items()}, local, files, sum(counts))
+    local = sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held(trainer).values())
+    return Loaded(numbers(trainer), local, files, sum(counts))
 
 
 @pytest.fixture(scope="module")
