@@ -126,8 +126,9 @@ def check_coverage(name: str, parameter) -> None:
 
 
 def boxes(shape, mesh_shape, coordinate, placements) -> list[list[tuple[int, int]]]:
-    """What a rank holds: one box, or one of each of the matrices that are stacked in a dimension other than 0."""
-    stacked = next((p for p in placements if isinstance(p, _StridedShard) and p.dim > 0), None)
+    """What a rank holds: one box, or one of each of the matrices that are stacked and divided in a dimension but 0."""
+    stacked = next((placement for parts, placement in zip(mesh_shape, placements)
+                    if parts > 1 and isinstance(placement, _StridedShard) and placement.dim > 0), None)
     if stacked is None:
         return [box(shape, mesh_shape, coordinate, placements)]
     dim, number = stacked.dim, stacked.split_factor
