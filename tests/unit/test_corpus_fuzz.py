@@ -79,7 +79,8 @@ def test_long_strings_in_pieces_join_to_the_text(text, ascii_json, piece):
 
 
 @FEW
-@given(content=st.binary(min_size=1, max_size=60) | st.text("aé中😀", min_size=10, max_size=30).map(str.encode), piece=st.integers(4, 20))
+@given(content=st.binary(min_size=1, max_size=60) | st.text("aé中😀", min_size=10, max_size=30).map(str.encode),
+       piece=st.integers(4, 20))
 def test_plain_text_in_pieces(content, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_text, "PIECE_BYTES", piece)

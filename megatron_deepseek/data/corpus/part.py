@@ -132,7 +132,7 @@ class _PartInMaking:
         return True
 
     def _flush(self):
-        records, chars = self.batch, self.batch_chars
+        records = self.batch
         if records:
             self.batch, self.batch_chars = [], 0
             self._write(records)
