@@ -15,7 +15,8 @@ from megatron_deepseek.checkpoint.item_file import Part, split, write_items
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
 from megatron_deepseek.checkpoint.names import native_places
 from megatron_deepseek.checkpoint.rank_parts import Division, readers
-from megatron_deepseek.checkpoint.state import MOMENTS, TrainState
+from megatron_deepseek.checkpoint.state import MOMENTS
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.pipeline_balance import stages

@@ -27,7 +27,7 @@ from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.shards import Shard, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.source import Source, open_stacked
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
 from megatron_deepseek.config import ModelConfig
 

@@ -16,7 +16,7 @@ import torch
 
 from megatron_deepseek.checkpoint.assets import DIRECTORY
 from megatron_deepseek.checkpoint.blocks import cast
-from megatron_deepseek.checkpoint.boxes import Box, segments
+from megatron_deepseek.checkpoint.boxes import Box
 from megatron_deepseek.checkpoint.conversion import output_dtype
 from megatron_deepseek.checkpoint.dcp_files import write_metadata
 from megatron_deepseek.checkpoint.dcp_reader import Reader
@@ -154,18 +154,11 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
 def _stored(reader: Reader, part: Part) -> Iterator[memoryview]:
     """The bytes of a part, cast where its type is another."""
     stored = reader.directory.dtypes[part.name]
-    items = reader.directory.covering(part.name, part.box)
-    if stored != part.dtype:
-        for box in part.box.pieces(_GATHER_BYTES // stored.itemsize):
-            yield as_bytes(cast(part.name, _gather(reader, part.name, box), part.dtype))
+    if stored == part.dtype:
+        yield from reader.numbers(part.name, part.box)
         return
-    for segment in segments(part.box, items, _GATHER_BYTES // stored.itemsize):
-        if segment.is_run:
-            yield from reader.stream(segment.sources[0], segment.box)
-        else:
-            out = torch.empty(segment.box.shape, dtype=stored)
-            reader.gather(segment.box, segment.sources, out)
-            yield as_bytes(out)
+    for box in part.box.pieces(_GATHER_BYTES // stored.itemsize):
+        yield as_bytes(cast(part.name, _gather(reader, part.name, box), part.dtype))
 
 
 def _mean(readers: Sequence[Reader], weights: Sequence[float], part: Part) -> Iterator[memoryview]:

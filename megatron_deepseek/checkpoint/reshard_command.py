@@ -27,7 +27,7 @@ from megatron_deepseek.checkpoint.native import (
 from megatron_deepseek.checkpoint.production import Product, Share
 from megatron_deepseek.checkpoint.rank_parts import Division, Reads, readers, reads_of_ranks
 from megatron_deepseek.checkpoint.reshard import averaged, files_of_ranks, files_of_size, resharded, wanted
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 PROGRAM = "reshard_checkpoint.py"
