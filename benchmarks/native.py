@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint.dcp_files import write_metadata
+from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.item_file import Part, split, write_items
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory

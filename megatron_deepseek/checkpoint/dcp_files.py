@@ -1,13 +1,11 @@
 """What is where in a torch.distributed.checkpoint (DCP) directory.
 
 Tensors are stored in items, each a part of a tensor and a zip file of torch.save inside a larger file. dcp_reader.py
-reads any part of them, item_file.py writes files of them, and the metadata written here makes those DCP's own.
+reads any part of them, item_file.py writes files of them, and dcp_metadata_writer.py makes those DCP's own.
 """
 
-import pickle
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -118,30 +116,3 @@ def open_dcp(directory: Path) -> DcpDirectory:
     opened = DcpDirectory(directory)
     opened.check_files()
     return opened
-
-
-def write_metadata(directory: Path, shapes: dict[str, tuple[int, ...]], items: Iterable[Item]) -> None:
-    """Make the files of `items` a checkpoint: the file that DCP looks for first, tensors in the order of `shapes`."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo  # half a second, which reading does without
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    chunks, storage, dtypes = defaultdict(list), {}, {}
-    size = cache(torch.Size)  # shared by the parts of equal layers: hundreds of thousands are alike
-    chunk = cache(lambda place, shape: ChunkStorageMetadata(size(place), size(shape)))
-    for item in items:
-        storage[MetadataIndex(item.name, size(item.place), len(chunks[item.name]))] = _StorageInfo(
-            item.file, item.offset, item.length)
-        chunks[item.name].append(chunk(item.place, item.shape))
-        dtypes[item.name] = item.dtype
-    tensors = {name: TensorStorageMetadata(TensorProperties(dtype=dtypes[name]), torch.Size(shape), chunks[name])
-               for name, shape in shapes.items() if name in chunks}
-    metadata = Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
-    with open(directory / METADATA, "wb") as file:
-        pickle.dump(metadata, file)
