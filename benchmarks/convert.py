@@ -3,7 +3,7 @@
 
 The model has V3's shapes (all 128 heads, experts of 7168 x 2048) in two layers, the first dense, or below 2.5 GB in one
 layer with experts; it has as many experts as --gigabytes ask for. Every command runs in its own process. Bytes are
-those of the model, once: what is read, or what is written.
+those of the model, once: what is read, or what is written. --help is the tool's start-up, which is in its other times.
 Disks that have been written to a lot stall; --rounds repeats everything and the best of each is printed beside all.
 """
 
@@ -91,19 +91,21 @@ def measure(command: list[str]) -> Measured:
     return Measured(time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, error)
 
 
-def one_round(directory: Path, workers: int) -> dict[str, Measured]:
+def one_round(directory: Path, workers: int) -> dict[str, list[Measured]]:
+    """Each command once, a `cp` of the model before each, and the tool's start-up alone."""
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), "--workers", str(workers)]
     hf, native, back = (str(directory / name) for name in ("hf", "native", "back"))
     commands = {
-        "cp -r": ["cp", "-r", hf, str(directory / "copy")],
         "hf -> native": [*tool, "--from", "hf", "--to", "native", "--load", hf, "--save", native],
         "native -> hf": [*tool, "--from", "native", "--to", "hf", "--load", native, "--save", back],
         "save_pretrained": [sys.executable, "-c", SAVE_PRETRAINED, back, str(directory / "theirs")],
     }
-    results = {}
+    results = {"cp -r": [], "--help": [measure([*tool[:2], "--help"])]}
     for name, command in commands.items():
-        results[name] = measure(command)
-        used = {"cp -r": "copy", "native -> hf": "native", "save_pretrained": "theirs"}.get(name)
+        results["cp -r"].append(measure(["cp", "-r", hf, str(directory / "copy")]))
+        shutil.rmtree(directory / "copy")
+        results[name] = [measure(command)]
+        used = {"native -> hf": "native", "save_pretrained": "theirs"}.get(name)
         if used:
             shutil.rmtree(directory / used)
     shutil.rmtree(directory / "back")
@@ -124,11 +126,11 @@ def main() -> None:
         print(f"{size:,} bytes, {args.workers} workers, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         rounds = [one_round(directory, args.workers) for _ in range(args.rounds)]
     for name in rounds[0]:
-        rates = [size / results[name].seconds / 1e6 for results in rounds]
-        peak = max(results[name].peak_bytes for results in rounds) / 1e6
-        cpu = min(results[name].cpu_seconds for results in rounds)
-        print(f"{name:16s} best {max(rates):6.0f} MB/s of {' '.join(f'{rate:.0f}' for rate in rates)}; "
-              f"CPU {cpu:.1f} s; peak resident {peak:5.0f} MB")
+        times = [measured for results in rounds for measured in results[name]]
+        rates = "" if name == "--help" else (f"{size / min(each.seconds for each in times) / 1e6:5.0f} MB/s, ")
+        print(f"{name:16s} best {rates}{min(each.seconds for each in times):.2f} s of "
+              f"{' '.join(f'{each.seconds:.2f}' for each in times)}; CPU {min(each.cpu_seconds for each in times):.1f} s; "
+              f"peak resident {max(each.peak_bytes for each in times) / 1e6:.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -209,3 +210,27 @@ def test_another_plan_starts_anew(tmp_path, monkeypatch):
             convert("hf", "hf", hf, tmp_path / "out", "--max-shard-size", "200KB", "--dtype", "fp32")
     assert convert("hf", "hf", hf, tmp_path / "out", "--max-shard-size", "200KB") == 0
     assert_identical(all_tensors(tmp_path / "out"), all_tensors(hf))
+
+
+@pytest.mark.parametrize("origin", ("hf", "native"))
+def test_a_source_that_shrinks_after_it_was_opened(tmp_path, capsys, monkeypatch, origin):
+    """Every header is whole when the conversion begins; then each file loses its second half, checksums are gone."""
+    source, target = v3_directory(tmp_path / "hf"), "native"
+    if origin == "native":
+        assert convert("hf", "native", source, tmp_path / "native") == 0
+        source, target = tmp_path / "native", "hf"
+        next(source.glob("iter_*/checksums.json")).unlink()
+    files = [*source.glob("*.safetensors"), *source.glob("iter_*/*.distcp")]
+    usage = shutil.disk_usage
+
+    def shrink(path):  # asked for between opening and writing
+        for file in files:
+            os.truncate(file, file.stat().st_size // 2)
+        return usage(path)
+
+    monkeypatch.setattr("shutil.disk_usage", shrink)
+    capsys.readouterr()
+    assert convert(origin, target, source, tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be read" in error and any(str(file) in error for file in files) and "model." in error, error
+    assert not list((tmp_path / "out").glob("iter_0000000")) and not list((tmp_path / "out").glob("*.safetensors"))
