@@ -127,9 +127,10 @@ def main() -> None:
         rounds = [one_round(directory, args.workers) for _ in range(args.rounds)]
     for name in rounds[0]:
         times = [measured for results in rounds for measured in results[name]]
-        rates = "" if name == "--help" else (f"{size / min(each.seconds for each in times) / 1e6:5.0f} MB/s, ")
-        print(f"{name:16s} best {rates}{min(each.seconds for each in times):.2f} s of "
-              f"{' '.join(f'{each.seconds:.2f}' for each in times)}; CPU {min(each.cpu_seconds for each in times):.1f} s; "
+        rates = "" if name == "--help" else f"{size / min(each.seconds for each in times) / 1e6:5.0f} MB/s, "
+        seconds = [each.seconds for each in times]
+        print(f"{name:16s} best {rates}{min(seconds):.2f} s of {' '.join(f'{each:.2f}' for each in seconds)}; "
+              f"CPU {min(each.cpu_seconds for each in times):.1f} s; "
               f"peak resident {max(each.peak_bytes for each in times) / 1e6:.0f} MB", flush=True)
 
 

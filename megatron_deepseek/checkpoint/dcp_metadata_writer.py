@@ -1,7 +1,7 @@
 """Writes .metadata of a torch.distributed.checkpoint directory: the pickle of DCP's Metadata, an entry at a time.
 
-DCP's objects, and what pickle remembers of them, take 1.4 KB for each item, half a gigabyte for V3 with moments on 2,048
-ranks, and importing DCP takes half a second. Here texts, sizes and chunks that come again are written once; all else
+DCP's objects, and what pickle remembers of them, take 1.4 KB for each item, half a gigabyte for V3 with moments on
+2,048 ranks, and importing DCP takes half a second. Here texts, sizes and chunks that come again are written once; all else
 goes to the file and is forgotten. Unpickled the two are equal.
 """
 
@@ -34,7 +34,7 @@ def write_metadata(directory: Path, shapes: dict[str, tuple[int, ...]], items: S
                                                       for name, shape in shapes.items() if name in parts),
             "planner_data": None,
             "storage_data": lambda: to.mapping((lambda: _index(to, item, number), lambda: _stored(to, item))
-                                               for of_tensor in parts.values() for number, item in enumerate(of_tensor)),
+                                               for stored in parts.values() for number, item in enumerate(stored)),
             "storage_meta": lambda: to.instance(_METADATA_MODULE, "StorageMeta", dict.fromkeys(
                 ("checkpoint_id", "save_id", "load_id")) | {"modules": lambda: to.listing(())}),
             "version": _VERSION})

@@ -2,6 +2,8 @@
 
 import gc
 import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -49,7 +51,8 @@ def test_dcp_reads_what_is_written(tmp_path):
     expected.storage_meta.load_id = found.storage_meta.load_id  # the reader's own
     assert found == expected
     assert [index.index for index in found.storage_data] == [index.index for index in expected.storage_data]
-    assert all(type(chunk.sizes) is torch.Size for entry in found.state_dict_metadata.values() for chunk in entry.chunks)
+    chunks = [chunk for entry in found.state_dict_metadata.values() for chunk in entry.chunks]
+    assert all(type(chunk.sizes) is torch.Size for chunk in chunks)
 
 
 @pytest.mark.parametrize("write", (lambda path: write_metadata(path, SHAPES, ITEMS),
@@ -87,8 +90,8 @@ def test_nothing_that_a_pickle_names_is_run(tmp_path):
 
 
 def test_memory_of_many_items(tmp_path):
-    """What stays of an item is below 250 bytes; reading takes 500 for a moment, writing 50. V3 with moments on 2,048 ranks
-    has 350,000.
+    """What stays of an item is below 250 bytes; reading takes 500 for a moment, writing 50. V3 with moments on 2,048
+    ranks has 350,000.
     """
     layers, parts = 10, 300
     shapes = {f"model.layers.{layer}.weight": (parts, 7) for layer in range(layers)}
@@ -109,3 +112,11 @@ def test_memory_of_many_items(tmp_path):
     assert held < 250 * len(items)
     assert read_peak < 500 * len(items)
     assert write_peak < 50 * len(items)
+
+
+def test_the_tools_start_without_dcp():
+    """Half a second of their start."""
+    program = """import sys
+import megatron_deepseek.checkpoint.command, megatron_deepseek.checkpoint.reshard_command
+print(*(name for name in ("torch.distributed.checkpoint", "megatron_deepseek.model.build") if name in sys.modules))"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
