@@ -162,14 +162,15 @@ SHARED = _of(
 )
 
 PIPELINE = _of(
-    "parallel/pipeline.py", LAYOUTS,
+    "parallel/pipeline.py", STEP,
     ("synchronize_gradients(module, i == num_microbatches - 1)", "synchronize_gradients(module, i == 0)"),
     ("            module.train()", "            pass"),
     ("        for module in self.modules:\n            reshard(module)", "        pass"),
     ("scale_grads=False)\n        if self.turns", "scale_grads=True)\n        if self.turns"),
+    ("            module.eval()", "            pass"),
     ("for i, x in enumerate(tokens_BS.tensor_split(number)):",
      "for i, x in enumerate(reversed(tokens_BS.tensor_split(number))):"),
-) + _of("parallel/pipeline.py", (*STEP,), ("            module.eval()", "            pass"))
+)
 
 ZERO_BUBBLE = _of(
     "parallel/zero_bubble.py", LAYOUTS,
