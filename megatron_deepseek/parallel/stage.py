@@ -12,7 +12,9 @@ from torch.distributed.pipelining._backward import stage_backward
 
 
 class ReducingStage(PipelineStage):
-    """Read in torch 2.13: every schedule says which backward of a stage is its last, of all micro-batches."""
+    """Read in torch 2.13: every schedule says which backward of a stage is its last, of all micro-batches. Gradients are
+    sums, so there is no factor to scale them by.
+    """
 
     submod: FSDPModule
 
@@ -26,7 +28,6 @@ class ReducingStage(PipelineStage):
         return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        assert grad_scale_factor == 1, grad_scale_factor
         if self.dw_builder:
             super().perform_reduce_grad(grad_scale_factor)
 

@@ -82,7 +82,7 @@ def main() -> int:
         if args.log:
             with args.log.open("a") as file:
                 file.write(line + "\n")
-        survived += outcome == "SURVIVED" and not mutant.equal
+        survived += outcome == "SURVIVED"
     return bool(survived)
 
 
