@@ -241,9 +241,13 @@ __global__ void __launch_bounds__(kThreads)
 namespace {
 
 template <typename T>
-void quantize_columns_of(const T* x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
+Plain<T> plain(Numbers x, int columns) {
+  return {static_cast<const T*>(x.data), x.pitch, columns};
+}
+
+template <typename T>
+void quantize_columns_of(const Plain<T>& producer, int64_t rows, Codes by_row, Codes by_column, RowTiles tiles,
                          bool power_of_two, void* stream) {
-  const Plain<T> producer{x, columns};
   if (by_row.q != nullptr)
     launch_tiles<Tiling::kRowsAndColumns>(producer, rows, by_row, by_column, tiles, power_of_two, stream);
   else
@@ -254,30 +258,28 @@ void quantize_columns_of(const T* x, int64_t rows, int columns, Codes by_row, Co
 
 void quantize_rows(Numbers x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
   if (x.is_float)
-    launch_rows(Plain<float>{static_cast<const float*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
+    launch_rows(plain<float>(x, columns), rows, out, nullptr, power_of_two, stream);
   else
-    launch_rows(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
+    launch_rows(plain<bf16>(x, columns), rows, out, nullptr, power_of_two, stream);
 }
 
 void quantize_columns(Numbers x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
                       bool power_of_two, void* stream) {
   if (x.is_float)
-    quantize_columns_of(static_cast<const float*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
-                        stream);
+    quantize_columns_of(plain<float>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream);
   else
-    quantize_columns_of(static_cast<const bf16*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
-                        stream);
+    quantize_columns_of(plain<bf16>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream);
 }
 
 void quantize_blocks(Numbers x, int matrices, int64_t rows, int columns, Codes by_row, Codes by_column,
                      bool power_of_two, void* stream) {
   const RowTiles tiles{nullptr, int(ceil_div<int64_t>(rows, kTile))};
   if (x.is_float)
-    launch_tiles<Tiling::kBlock>(Plain<float>{static_cast<const float*>(x.data), columns}, rows, by_row, by_column,
-                                 tiles, power_of_two, stream, matrices);
+    launch_tiles<Tiling::kBlock>(plain<float>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream,
+                                 matrices);
   else
-    launch_tiles<Tiling::kBlock>(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, by_row, by_column, tiles,
-                                 power_of_two, stream, matrices);
+    launch_tiles<Tiling::kBlock>(plain<bf16>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream,
+                                 matrices);
 }
 
 void retile_columns(const e4m3* q, const float* scales, int64_t rows, int columns, Codes by_column, RowTiles tiles,
@@ -306,17 +308,11 @@ void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t r
   launch_rows(RMSNorm{x, weight, rstd, eps, columns}, rows, out, kept, power_of_two, stream);
 }
 
-void norm_quantize_columns(const bf16* x, const float* weight, const float* rstd, int64_t rows, int columns,
-                           Codes by_column, RowTiles tiles, bool power_of_two, void* stream) {
-  launch_tiles<Tiling::kColumns>(RMSNorm{x, weight, const_cast<float*>(rstd), 0, columns}, rows, {}, by_column, tiles,
-                                 power_of_two, stream);
-}
-
 void norm_backward_quantize(const bf16* grad, const bf16* x, const float* weight, const float* rstd, int64_t rows,
-                            int columns, Codes by_row, Codes by_column, float* inner, bf16* kept, RowTiles tiles,
+                            int columns, Codes by_row, Codes by_column, float* inner, RowTiles tiles,
                             bool power_of_two, void* stream) {
   const RMSNormBackward producer{grad, x, weight, rstd, inner, columns};
-  launch_rows(producer, rows, by_row, kept, power_of_two, stream);
+  launch_rows(producer, rows, by_row, nullptr, power_of_two, stream);
   launch_tiles<Tiling::kColumns>(producer, rows, {}, by_column, tiles, power_of_two, stream);
 }
 

@@ -15,6 +15,10 @@ def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def torch_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor):
+    return torch.ops.aten._fused_rms_norm_backward(grad.contiguous(), x, weight.shape, rstd, weight, (True, True))
+
+
 def apex_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
