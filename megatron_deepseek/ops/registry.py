@@ -67,11 +67,14 @@ def _no_library() -> str | None:
     return None
 
 
+def _not_hopper() -> str | None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
+        return None
+    return f"products with such scales need compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+
+
 def _no_hopper() -> str | None:
-    problem = _no_library()
-    if problem or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
-        return problem
-    return f"wgmma on E4M3 needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+    return _no_library() or _not_hopper()
 
 
 def _no_module(name: str, library: str) -> str | None:
@@ -86,6 +89,16 @@ def _no_apex() -> str | None:
 
 def _no_transformer_engine() -> str | None:
     return _no_module("transformer_engine", "transformer-engine")
+
+
+def _no_blockwise_product() -> str | None:
+    """torch's own: cuBLASLt has 128-element scales for Hopper alone, from CUDA 12.9 on."""
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return _not_hopper() or (None if version >= (12, 9) else f"needs CUDA 12.9, this torch has {torch.version.cuda}")
+
+
+def _no_transformer_engine_product() -> str | None:
+    return _no_transformer_engine() or _not_hopper()
 
 
 def _ours(function: str) -> tuple[Candidate, ...]:
@@ -121,7 +134,9 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "quantize_swiglu_columns": _ours("quantize_swiglu_columns"),
     "swiglu_backward_tiles": _ours("swiglu_backward_tiles"),
     "scaled_mm": (Candidate("csrc", "cuda:scaled_mm", _no_hopper),
-                  Candidate("torch", "alternatives:torch_scaled_mm", _always),
+                  Candidate("torch", "alternatives:torch_scaled_mm", _no_blockwise_product),
+                  Candidate("transformer_engine", "alternatives:transformer_engine_scaled_mm",
+                            _no_transformer_engine_product),
                   Candidate(REFERENCE, None, _always)),
     "grouped_scaled_mm": (Candidate("csrc", "cuda:grouped_scaled_mm", _no_hopper),
                           Candidate(REFERENCE, None, _always)),
