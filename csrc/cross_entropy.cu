@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   bf16* x = logits + row * columns;
   const int64_t label = labels[row] - first_id;
   const float row_max = max[row], row_grad = grad[row], scale = row_grad / sum[row];
-#pragma unroll 4
+#pragma unroll 2
   for (int column = int(threadIdx.x) * Width; column < columns; column += kThreads * Width) {
     float values[Width];
     load(x + column, values);
