@@ -274,9 +274,9 @@ mds::Numbers numbers(const Tensor& x, int64_t pitch) {
 // Rows may be further apart than their numbers, as halves of a product are.
 Matrix check_rows(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == bf16_or_float(x), name, " must be a bfloat16 or float32 matrix");
+  check_vectors(x.size(1), "the columns of a quantised matrix");
   STD_TORCH_CHECK(x.stride(1) == 1 && x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name,
                   " must have contiguous rows that start at multiples of 16 bytes");
-  check_vectors(x.size(1), "the columns of a quantised matrix");
   return {x.size(0), int(x.size(1))};
 }
 
