@@ -42,12 +42,13 @@ def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, .
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return lambda: inputs
     parts, together = zip(*map(apart, inputs))
-    node = _Keep.apply(torch.empty(0, requires_grad=True), *chain.from_iterable(parts)).grad_fn
+    anchor = torch.empty(0, requires_grad=True)
+    kept = _Keep.apply(anchor, *chain.from_iterable(parts))  # torch 2.11 frees what a node saved when its output goes
     sizes = [len(each) for each in parts]
     del inputs, parts
 
     def fetch():
-        saved = iter(node.saved_tensors)
+        saved = iter(kept.grad_fn.saved_tensors)
         return tuple(make(*islice(saved, size)) for make, size in zip(together, sizes))
 
     return fetch
