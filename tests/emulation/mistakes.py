@@ -1,6 +1,6 @@
 """Plants mistakes in csrc/, one at a time, and says which tests on the emulation see each.
 
-    python tests/emulation/mistakes.py [--only PART_OF_A_NAME]
+    python tests/emulation/mistakes.py [--only PART_OF_A_FILE_OR_NAME]
 
 By hand, since each takes a compilation and a run of tests. A mistake that no test sees is the reason to write one. A
 replacement that is no longer in its file is an error, so that the table cannot rot.
@@ -145,8 +145,9 @@ def verdict(mistake: Mistake, folder: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="mistakes whose names have this in them")
-    chosen = [mistake for mistake in MISTAKES if parser.parse_args().only in mistake.name]
+    parser.add_argument("--only", default="", help="mistakes whose files or names have this in them")
+    only = parser.parse_args().only
+    chosen = [mistake for mistake in MISTAKES if only in f"{mistake.file} {mistake.name}"]
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         for mistake in chosen:
