@@ -178,7 +178,7 @@ class Trainer:
         mtp_depth = self.plan.model.num_nextn_predict_layers
         labels, mask = shifted_labels(labels_BS, mask_BS, mtp_depth, documents_BS)
         counts = torch.cat([mask.sum((0, 2)), mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)])
-        dist.all_reduce(counts, group=self.meshes.group("dp"))
+        dist.all_reduce(counts, group=self.meshes.group("dp"))  # cp and tp ranks were given the same rows
         *num_labels, num_sequences = counts.tolist()
         step = StepContext(tuple(num_labels), num_sequences, Tally())
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)

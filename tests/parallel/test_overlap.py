@@ -4,7 +4,7 @@ On a CPU nothing runs side by side, so that no time is saved here; what a device
 before it waits.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -87,10 +87,12 @@ def hidden_behind(spans: list[Span]) -> set[str]:
 
 
 def test_tokens_travel_behind_the_other_chunk_of_a_pair(ranks):
-    """Attention of a forward while a backward's tokens travel, and the other way round; without turns, of neither."""
-    case = Case(pp=2, dp=2, ep=2, schedule="DualPipeV", virtual=2, microbatches=4, turns=True)
-    for spans in ranks.run(4, trace, case):
+    """Attention of a forward while a backward's tokens travel, and the other way round; without turns, of neither. A
+    forward goes first, so that it is the attention of its second layer which a backward waits behind.
+    """
+    case = Case(pp=2, dp=2, ep=2, schedule="DualPipeV", virtual=2, microbatches=4)
+    for spans in ranks.run(4, trace, Deep(**vars(case) | {"turns": True})):
         hidden = hidden_behind(spans)
         assert hidden & {*ATTENTION} and ATTENTION_BACKWARD in hidden
-    for spans in ranks.run(4, trace, replace(case, turns=False)):
+    for spans in ranks.run(4, trace, case):
         assert any(span.name == WAITED for span in spans) and not hidden_behind(spans)
