@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import REPOSITORY
+from workshop import REPOSITORY
 
 from megatron_deepseek.checkpoint.integrity import verify_directory
 from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration, leftovers
