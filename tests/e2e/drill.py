@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
-from mortal import Death, draw_deaths, obituary, train, write_plan  # noqa: E402
+from mortal import MOMENTS, Death, draw_deaths, obituary, train, write_plan  # noqa: E402
 from workshop import REPOSITORY, Workshop, make_workshop  # noqa: E402
 
 from megatron_deepseek.checkpoint.integrity import verify_directory  # noqa: E402
@@ -73,6 +74,15 @@ class Drill:
 def draw_drill(seed: int, layouts: Sequence[str], saves: Sequence[str], number: int) -> Drill:
     layout, kind = list(itertools.product(layouts, saves))[seed % (len(layouts) * len(saves))]
     return Drill(f"seed{seed}", layout, kind, tuple(draw_deaths(random.Random(seed), number, RANKS)))
+
+
+def planned_drills(args: argparse.Namespace) -> list[Drill]:
+    if args.die:
+        return [Drill(f"planned-{layout}-{saves}", layout, saves, tuple(args.die))
+                for layout, saves in itertools.product(args.layouts, args.saves)]
+    first = int(time.time()) if args.first_seed is None else args.first_seed
+    print(f"--first-seed {first}", flush=True)
+    return [draw_drill(seed, args.layouts, args.saves, args.deaths) for seed in range(first, first + args.seeds)]
 
 
 def run_forked(drill: Drill, workshop: Workshop) -> list[str]:
@@ -218,6 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=10, metavar="N", help="jobs to run (10)")
     add("--first-seed", type=int, default=None, metavar="N", help="by the clock, and printed, if not given")
     add("--deaths", type=int, default=4, metavar="N", help="of each job (4)")
+    add("--die", nargs="+", type=Death.parse, metavar="RANK:WHAT:COUNT", help="a life's end each, instead of drawn "
+        f"ones; what: {', '.join(MOMENTS[0])} (milliseconds); it is wrong if one does not come about")
+    add("--workshop", type=Path, metavar="DIR", help="a corpus and undisturbed jobs of an earlier drill (a new one)")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     add("--saves", nargs="+", choices=SAVES, default=list(SAVES))
     add("--torchrun", action="store_true", help="let torchrun restart the ranks, which takes longer")
@@ -235,20 +248,23 @@ def report(drill: Drill, died: list[Death], wrong: list[str], seconds: float, wo
 
 def main() -> int:
     args = build_parser().parse_args()
-    first = int(time.time()) if args.first_seed is None else args.first_seed
-    print(f"--first-seed {first}", flush=True)
-    workshop = make_workshop(Path(tempfile.mkdtemp(prefix="drill-")))
+    drills = planned_drills(args)
+    workshop = make_workshop(args.workshop or Path(tempfile.mkdtemp(prefix="drill-")))
     references, deaths, failed = References(workshop), Counter(), 0
-    for seed in range(first, first + args.seeds):
-        begun, drill = time.monotonic(), draw_drill(seed, args.layouts, args.saves, args.deaths)
+    for drill in drills:
+        begun = time.monotonic()
         died, wrong = perform(drill, workshop, references, args.torchrun)
+        if args.die and died != args.die:
+            wrong.append("not all deaths came about")
         report(drill, died, wrong, time.monotonic() - begun, workshop)
         deaths.update(f"{'first' if death.rank == 0 else 'other'} rank, {death.what}" for death in died)
         failed += bool(wrong)
-    print(f"{sum(deaths.values())} deaths in {args.seeds} jobs, {failed} of which ended otherwise than without: "
+    print(f"{sum(deaths.values())} deaths in {len(drills)} jobs, {failed} of which ended otherwise than without: "
           + ", ".join(f"{what} {count}" for what, count in sorted(deaths.items())))
-    if failed:
+    if failed or args.workshop:
         print(f"what they left is in {workshop.directory}")
+    else:
+        shutil.rmtree(workshop.directory)
     return 1 if failed else 0
 
 

@@ -11,20 +11,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.checkpoint import writer
+from megatron_deepseek.checkpoint.marker import MARKER, SAVING
 from megatron_deepseek.training.loop import pretrain
 from megatron_deepseek.training.trainer import Trainer
 
 WHAT = {"step": (Trainer, "train_step"), "write": (writer._ChecksummedFile, "write"), "fsync": (os, "fsync"),
-        "rename": (os, "rename"), "replace": (os, "replace"), "rmtree": (shutil, "rmtree")}
+        "rename": (os, "rename"), "replace": (os, "replace"), "rmtree": (shutil, "rmtree"),
+        # of all renames, the one that gives a checkpoint its name, and the one that makes it the last
+        "publish": (os, "rename", lambda source, target: str(source).endswith(SAVING)),
+        "marker": (os, "replace", lambda source, target: Path(target).name == MARKER)}
 # What the first rank and another one may be doing when they die, and at which of its calls at most: all within the
 # first saves of a life. A clock's are milliseconds from the life's beginning.
-MOMENTS = ({"step": 3, "write": 200, "fsync": 16, "rename": 6, "replace": 6, "rmtree": 2, "clock": 2500},
+MOMENTS = ({"step": 3, "write": 200, "fsync": 16, "rename": 6, "replace": 6, "rmtree": 2, "publish": 2, "marker": 2,
+            "clock": 2500},
            {"step": 3, "write": 200, "fsync": 2, "clock": 2500})
 
 
@@ -39,6 +44,14 @@ class Death:
     what: str
     count: int
     merciful: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Death":
+        """Of RANK:WHAT:COUNT."""
+        rank, what, count = text.split(":")
+        if what not in MOMENTS[0]:
+            raise ValueError(text)
+        return cls(int(rank), what, int(count))
 
     def __str__(self) -> str:
         when = f"after {self.count} ms" if self.what == "clock" else f"at {self.what} {self.count}"
@@ -60,7 +73,7 @@ def train(arguments: Sequence[str], death: Death | None, obituary: Path) -> None
         if death.what == "clock":
             threading.Thread(target=_die_after, args=(death.count / 1000, obituary), daemon=True).start()
         else:
-            _die_at(*WHAT[death.what], death.count, obituary)
+            _die_at(death.count, obituary, *WHAT[death.what])
     pretrain(parse_or_exit(arguments, os.environ))
 
 
@@ -74,12 +87,12 @@ def _die_after(seconds: float, obituary: Path) -> None:
     _die(obituary)
 
 
-def _die_at(owner, name: str, count: int, obituary: Path) -> None:
-    """`owner.name` works `count - 1` times more; instead of the next call this process is gone."""
+def _die_at(count: int, obituary: Path, owner, name: str, counts: Callable[..., bool] = lambda *_, **__: True) -> None:
+    """`owner.name` works `count - 1` times more; instead of the next call that `counts` this process is gone."""
     real, calls = getattr(owner, name), []
 
     def call(*args, **kwargs):
-        calls.append(None)
+        calls.extend([None] * counts(*args, **kwargs))
         if len(calls) == count:
             _die(obituary)
         return real(*args, **kwargs)

@@ -64,7 +64,11 @@ class Workshop:
 
 
 def make_workshop(directory: Path) -> Workshop:
-    """Preprocess this repository's sources for training."""
+    """This repository's sources, ready for training; what an earlier call made in `directory` is kept."""
+    workshop = Workshop(directory, directory / "config.json", directory / "corpus_text_document")
+    if workshop.config.exists():
+        return workshop
+    directory.mkdir(parents=True, exist_ok=True)
     corpus = directory / "corpus.jsonl"
     with corpus.open("w") as file:
         for path in sorted((REPOSITORY / "megatron_deepseek").rglob("*.py")):
@@ -72,6 +76,5 @@ def make_workshop(directory: Path) -> Workshop:
     tool = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(corpus),
             "--output-prefix", str(directory / "corpus"), "--tokenizer-type", "ByteTokenizer", "--append-eod"]
     subprocess.run(tool, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    config = directory / "config.json"
-    config.write_text(json.dumps(CONFIG))
-    return Workshop(directory, config, directory / "corpus_text_document")
+    workshop.config.write_text(json.dumps(CONFIG))
+    return workshop
