@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager
 
 from megatron_deepseek.checkpoint.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
@@ -49,6 +50,25 @@ def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Mod
     return iteration_directory(root, state.iteration)
 
 
+class _KeptCopy(AsyncStager):
+    """DCP's copier, with its memory kept for the next save. torch 2.11's DefaultStager can be used only once."""
+
+    should_synchronize_after_execute = False
+
+    def __init__(self):
+        self._cuda = torch.cuda.is_available()
+        self._copier = StateDictStager(pin_memory=self._cuda, share_memory=False)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        copy = self._copier.stage(state_dict, non_blocking=self._cuda)
+        if self._cuda:
+            torch.cuda.synchronize()
+        return copy
+
+    def close(self) -> None:
+        self._copier.close()
+
+
 class BackgroundSaver:
     """Saves that stop training for a copy to memory alone: DCP's asynchronous path, in a thread.
 
@@ -57,10 +77,8 @@ class BackgroundSaver:
     """
 
     def __init__(self, group: dist.ProcessGroup):
-        cuda = torch.cuda.is_available()
         self._group = group
-        self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_shared_memory=False,
-                                                    use_async_staging=False, use_non_blocking_copy=cuda))
+        self._stager = _KeptCopy()
 
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
               optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,

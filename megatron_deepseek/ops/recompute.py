@@ -38,8 +38,8 @@ class _Keep(torch.autograd.Function):
 
 def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
     """How to get `inputs` back in the backward; hooks for saved tensors apply to them as to an operator's."""
-    node = _Keep.apply(*inputs).grad_fn
-    return (lambda: inputs) if node is None else (lambda: node.saved_tensors)
+    kept = _Keep.apply(*inputs)  # torch 2.11 frees what a node saved when its output goes
+    return (lambda: inputs) if kept.grad_fn is None else (lambda: kept.grad_fn.saved_tensors)
 
 
 def _hooks_around() -> tuple[Callable, Callable]:
