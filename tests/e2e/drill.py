@@ -47,7 +47,7 @@ from megatron_deepseek.checkpoint.marker import (  # noqa: E402
     problem,
 )
 
-RANKS, ITERATIONS, KEEP = 2, 12, 2
+RANKS, KEEP = 2, 2
 LAYOUTS = {"dp": (), "tp": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
            "pp": ("--pipeline-model-parallel-size", "2"), "ep": ("--expert-model-parallel-size", "2"),
            "cp": ("--context-parallel-size", "2")}
@@ -62,27 +62,30 @@ class Drill:
     name: str
     layout: str
     saves: str
+    iterations: int
     deaths: tuple[Death, ...] = ()
 
     def arguments(self, workshop: Workshop) -> list[str]:
         root = str(workshop.directory / self.name)
-        return workshop.arguments(self.name, "--train-iters", str(ITERATIONS), "--global-batch-size", "4",
+        return workshop.arguments(self.name, "--train-iters", str(self.iterations), "--global-batch-size", "4",
                                   "--save-interval", "1", "--keep-last", str(KEEP), "--load", root,
                                   *LAYOUTS[self.layout], *SAVES[self.saves])
 
 
-def draw_drill(seed: int, layouts: Sequence[str], saves: Sequence[str], number: int) -> Drill:
-    layout, kind = list(itertools.product(layouts, saves))[seed % (len(layouts) * len(saves))]
-    return Drill(f"seed{seed}", layout, kind, tuple(draw_deaths(random.Random(seed), number, RANKS)))
+def draw_drill(seed: int, args: argparse.Namespace) -> Drill:
+    turns = list(itertools.product(args.layouts, args.saves))
+    layout, saves = turns[seed % len(turns)]
+    return Drill(f"seed{seed}", layout, saves, args.iterations,
+                 tuple(draw_deaths(random.Random(seed), args.deaths, RANKS)))
 
 
 def planned_drills(args: argparse.Namespace) -> list[Drill]:
     if args.die:
-        return [Drill(f"planned-{layout}-{saves}", layout, saves, tuple(args.die))
+        return [Drill(f"planned-{layout}-{saves}", layout, saves, args.iterations, tuple(args.die))
                 for layout, saves in itertools.product(args.layouts, args.saves)]
     first = int(time.time()) if args.first_seed is None else args.first_seed
     print(f"--first-seed {first}", flush=True)
-    return [draw_drill(seed, args.layouts, args.saves, args.deaths) for seed in range(first, first + args.seeds)]
+    return [draw_drill(seed, args) for seed in range(first, first + args.seeds)]
 
 
 def run_forked(drill: Drill, workshop: Workshop) -> list[str]:
@@ -171,14 +174,14 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def differences(root: Path, undisturbed: Path) -> list[str]:
+def differences(root: Path, undisturbed: Path, iteration: int) -> list[str]:
     """How what a job left under `root` differs from what one without deaths left."""
-    if last_iteration(root) != ITERATIONS:
-        return [f"ended at iteration {last_iteration(root)} instead of {ITERATIONS}"]
+    if last_iteration(root) != iteration:
+        return [f"ended at iteration {last_iteration(root)} instead of {iteration}"]
     wrong = damage(root)
     if iterations(root) != iterations(undisturbed) or leftovers(root):
         wrong.append(f"{root} holds {sorted(path.name for path in root.iterdir())}")
-    ours, theirs = (tensors(find_iteration(each, ITERATIONS)) for each in (root, undisturbed))
+    ours, theirs = (tensors(find_iteration(each, iteration)) for each in (root, undisturbed))
     assert len(theirs) > 100, "an empty reference proves nothing"
     wrong += [f"{name} has other bits, or is not there" for name in ours.keys() | theirs.keys()
               if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])]
@@ -204,10 +207,10 @@ class References:
     def __init__(self, workshop: Workshop):
         self.workshop = workshop
 
-    def root(self, layout: str) -> Path:
-        root = self.workshop.directory / f"undisturbed-{layout}"
+    def root(self, layout: str, iterations: int) -> Path:
+        root = self.workshop.directory / f"undisturbed-{layout}-{iterations}"
         if not root.exists():
-            wrong = run_forked(Drill(root.name, layout, "sync"), self.workshop)
+            wrong = run_forked(Drill(root.name, layout, "sync", iterations), self.workshop)
             if wrong:
                 sys.exit(f"the undisturbed job failed: {wrong}\n{root.with_suffix('.log').read_text()}")
         return root
@@ -215,11 +218,11 @@ class References:
 
 def perform(drill: Drill, workshop: Workshop, references: References, torchrun: bool) -> tuple[list[Death], list[str]]:
     """The deaths that came about, and what was wrong afterwards."""
-    undisturbed = references.root(drill.layout)
+    undisturbed = references.root(drill.layout, drill.iterations)
     wrong = (run_torchrun if torchrun else run_forked)(drill, workshop)
     plan = workshop.directory / f"{drill.name}.json"
     died = [death for number, death in enumerate(drill.deaths) if obituary(plan, number).exists()]
-    return died, wrong or differences(workshop.directory / drill.name, undisturbed)
+    return died, wrong or differences(workshop.directory / drill.name, undisturbed, drill.iterations)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -231,6 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--die", nargs="+", type=Death.parse, metavar="RANK:WHAT:COUNT", help="a life's end each, instead of drawn "
         f"ones; what: {', '.join(MOMENTS[0])} (milliseconds); it is wrong if one does not come about")
     add("--workshop", type=Path, metavar="DIR", help="a corpus and undisturbed jobs of an earlier drill (a new one)")
+    add("--iterations", type=int, default=12, metavar="N", help="of each job (12), a checkpoint after each")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     add("--saves", nargs="+", choices=SAVES, default=list(SAVES))
     add("--torchrun", action="store_true", help="let torchrun restart the ranks, which takes longer")
