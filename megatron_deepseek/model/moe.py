@@ -13,10 +13,10 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.router import Router
+from megatron_deepseek.ops.block_scaled import whole
 from megatron_deepseek.ops.products import Linear, Numerics, Product
 from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
-from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pieces import stacked_shard
 from megatron_deepseek.parallel.tensor import (
     TensorParallel,
@@ -34,13 +34,13 @@ ROW_PARALLEL = Shard(0), Shard(2)
 @dataclass(frozen=True)
 class RouterStats:
     """Of one layer and micro-batch on this rank: tokens that chose each expert [E] int64, how many of these copies were
-    dropped, its share of the balance loss, and the bytes that its dispatch and combination sent in the forward.
+    dropped, its share of the balance loss, and how often a token was sent to another node.
     """
 
     counts_E: torch.Tensor
     dropped: torch.Tensor
     balance_loss: torch.Tensor
-    traffic: Traffic
+    crossings: int
 
 
 class MLP(nn.Module):
@@ -74,14 +74,18 @@ class Experts(nn.Module):
         self.down_proj = sharded_parameter((num, hidden, width), etp.mesh, *ROW_PARALLEL)
         self.up_product, self.down_product = numerics.experts_up, numerics.experts_down
 
-    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, Traffic]:
+    @property
+    def weight_products(self) -> dict[str, Product]:
+        """Who alone reads a weight, by the weight's name (parallel/data.py)."""
+        return {"gate_up_proj": self.up_product, "down_proj": self.down_product}
+
+    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         return self.etp(rows_RH, counts, self._mlp)
 
     def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up = local_weight(self.gate_up_proj, *COLUMN_PARALLEL)
         down = local_weight(self.down_proj, *ROW_PARALLEL)
-        gate_RI, up_RI = self.up_product(rows_RH, gate_up, counts).chunk(2, -1)
-        return self.down_product.after_swiglu(gate_RI, up_RI, down, counts)
+        return self.down_product.after_swiglu((self.up_product(rows_RH, gate_up, counts),), down, counts)
 
 
 class MoE(nn.Module):
@@ -107,7 +111,7 @@ class MoE(nn.Module):
         shared = self.beside()
         if self.config.n_shared_experts:
             shared.start(self.shared_experts, x_BSH)
-        own_BSH = self.tp.own_tokens(x_BSH)
+        own_BSH = self.tp.own_tokens(whole(x_BSH))
         if routed_BS is not None:
             routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
         x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)
@@ -117,7 +121,7 @@ class MoE(nn.Module):
             chosen_TK = chosen_TK.where(routed_BS.reshape(-1, 1), NOBODY)
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
         rows_TH = self.experts.up_product.rows(x_TH)
-        y_TH, traffic = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
+        y_TH, crossings = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:
             loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sharers, routed_BS)
@@ -127,7 +131,7 @@ class MoE(nn.Module):
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
-        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), traffic)
+        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), crossings)
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
         """Where this rank's S tokens of each sequence stand in it."""
