@@ -67,6 +67,8 @@ def rank_main(rank: int, layout: Layout, root: Path, stock: bool, store: Path, a
     seconds, read = time.perf_counter() - begin, _rchar() - before
     own = sum((each.to_local() if hasattr(each, "to_local") else each).nbytes for each in state.values())
     answers.put((rank, Reads(sum(name.endswith(".distcp") for name in opened), read, own, seconds)))
+    answers.close()
+    answers.join_thread()  # which sends the answer
     dist.barrier()
     os._exit(0)  # interpreters are slow to leave
 
@@ -85,7 +87,7 @@ def job(layout: Layout, root: Path, stock: bool) -> list[Reads]:
                      for rank in range(layout.world_size)]
         for process in processes:
             process.start()
-        found = dict(answers.get(timeout=300) for _ in processes)
+        found = dict(answers.get(timeout=120) for _ in processes)
         for process in processes:
             process.join()
     return [found[rank] for rank in range(layout.world_size)]

@@ -5,6 +5,7 @@ An entry may rely on those above it. Messages are format strings over a Request 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
@@ -73,6 +74,11 @@ def _no_checkpoint(r: Request) -> bool:
         return False
     same = save is not None and load.resolve() == save.resolve()
     return not same or r.args.finetune or r.args.ckpt_step is not None or not begins_anew(load)
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether there is something at `path` that an output would replace; an empty directory is nothing."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def _without_save(option: str, value: str = "") -> Refusal:
@@ -272,8 +278,8 @@ _RUN = (
     _without_save("--no-save-optim"),
     Refusal("export of what", lambda r: r.args.save_hf is not None and r.args.save is None,
             "--save-hf {r.args.save_hf} needs --save: it is made from the last checkpoint"),
-    Refusal("export exists", lambda r: r.args.save_hf is not None and r.args.save_hf.exists(),
-            "--save-hf {r.args.save_hf} exists already"),
+    Refusal("export exists", lambda r: r.args.save_hf is not None and _is_taken(r.args.save_hf),
+            "--save-hf {r.args.save_hf} exists already and is not empty"),
     Refusal("no checkpoint", _no_checkpoint, "--load {r.args.load}: {r.load_problem}"),
     Refusal("step of what", lambda r: r.args.ckpt_step is not None and r.args.load is None,
             "--ckpt-step {r.args.ckpt_step} needs --load"),

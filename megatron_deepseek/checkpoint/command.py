@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.parser import OneLineParser
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
-from megatron_deepseek.checkpoint.command_line import exit_status, produce_visibly, share_of, size
+from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size
 from megatron_deepseek.checkpoint.conversion import DTYPES, Target, conversion
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
 from megatron_deepseek.checkpoint.huggingface import HuggingFaceSource
@@ -129,4 +130,4 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
         run(args, share_of(environ, args.workers))
         return 0
 
-    return exit_status(PROGRAM, convert_checkpoint)
+    return exit_status(PROGRAM, convert_checkpoint, "interrupted; the same command continues")

@@ -1,10 +1,9 @@
-"""What the commands on checkpoints have in common: sizes, workers, one line for what is wrong, the progress bar."""
+"""What the commands on checkpoints have in common: sizes, workers, the progress bar."""
 
 import argparse
-import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -38,18 +37,3 @@ def produce_visibly(product: Product, share: Share) -> None:
     total = product.nbytes + product.check_bytes if share.world_size == 1 else None
     with progress(total, hidden=share.rank > 0) as bar:
         produce(product, share, bar.update, lambda text: print(text, file=sys.stderr))
-
-
-def exit_status(program: str, body: Callable[[], int]) -> int:
-    """What `body` returns, or 2 for what a user can mend, with one line that says what."""
-    try:
-        return body()
-    except BrokenPipeError:  # of `| head`: nobody wants to read more, and Python must not try once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command continues", file=sys.stderr)
-        return 130

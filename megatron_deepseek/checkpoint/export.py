@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from math import prod
+from pathlib import Path
 
 import torch
 
@@ -9,7 +11,10 @@ from megatron_deepseek.checkpoint.assets import DIRECTORY, write_native_assets
 from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.marker import is_huggingface
+from megatron_deepseek.checkpoint.names import hf_shapes
 from megatron_deepseek.checkpoint.production import Share
+from megatron_deepseek.checkpoint.publish import check_writable
+from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings
 
 _SHARD_BYTES = 5 * 10**9
@@ -23,6 +28,15 @@ def keep_assets(run: RunSettings) -> None:
         write_native_assets(run.save / DIRECTORY, open_hf(run.load, without_mtp=False)[1])
     elif (run.load / DIRECTORY).is_dir():
         shutil.copytree(run.load / DIRECTORY, run.save / DIRECTORY)
+
+
+def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:
+    """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end."""
+    place = check_writable("--save-hf", save_hf)
+    needed = sum(map(prod, hf_shapes(config).values())) * (2 if bf16 else 4)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(f"--save-hf {save_hf}: the export will take {needed:,} bytes, {free:,} are free there")
 
 
 def export_hf(run: RunSettings, rank: int, world_size: int) -> None:

@@ -86,11 +86,15 @@ def problem(root: Path, step: int | None = None) -> str | None:
         return None
     if step is not None and find_iteration(root, step) is not None:
         return None
+    if not root.is_dir():
+        return "there is no such directory"
     there = iterations(root)
     listing = f"it has iteration{'s' * (len(there) > 1)} {', '.join(map(str, there))}" if there else ""
     if step is not None:
         return f"it has no finished checkpoint of iteration {step}" + (f"; {listing}" if there else "")
     wrong = _marker_problem(root / MARKER)
+    if not there and (root / "config.json").is_file():
+        return "it has a config.json, but neither *.safetensors nor a finished checkpoint"
     if not there:
         return f"it holds no finished checkpoint: {wrong}"
     return f"{wrong}; {listing}: --ckpt-step {there[-1]} loads one, and the next save sets the file right"

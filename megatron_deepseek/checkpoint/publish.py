@@ -11,6 +11,7 @@ What a kill finds at any moment:
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.marker import (
@@ -24,6 +25,17 @@ from megatron_deepseek.checkpoint.marker import (
     leftovers,
     next_marker,
 )
+
+
+def check_writable(option: str, path: Path) -> Path:
+    """What exists of `path`, if files can be made there. ValueError if not, long before the first is to be written."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {path}: nothing can be written to {there}: {error.strerror}") from error
+    return there
 
 
 def saving_directory(root: Path, iteration: int) -> Path:

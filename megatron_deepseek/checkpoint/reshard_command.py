@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.parser import OneLineParser
 from megatron_deepseek.arguments.parser import build_parser as training_parser
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint import inspection
-from megatron_deepseek.checkpoint.command_line import exit_status, produce_visibly, progress, share_of, size
+from megatron_deepseek.checkpoint.command_line import produce_visibly, progress, share_of, size
 from megatron_deepseek.checkpoint.comparison import Difference, compare
 from megatron_deepseek.checkpoint.conversion import DTYPES
 from megatron_deepseek.checkpoint.native import WEIGHTS, find_checkpoint, open_checkpoint
@@ -242,4 +243,4 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
         args = build_parser().parse_args(argv)
         return args.run(args, share_of(environ, getattr(args, "workers", 1)))
 
-    return exit_status(PROGRAM, run)
+    return exit_status(PROGRAM, run, "interrupted; the same command continues")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.data.index_file import IndexFile, open_index
 from megatron_deepseek.data.inspection import Statistics, measure, read_documents, verify
 from megatron_deepseek.data.merge import merge_datasets, split_dataset
@@ -18,19 +19,9 @@ BAR_WIDTH = 30
 
 
 def main(argv: list[str]) -> int:
-    """0, or 2 where a dataset is damaged or an argument wrong; 1 where it was interrupted."""
+    """0, or 2 where a dataset is damaged or an argument wrong; for the rest see arguments/ending.py."""
     arguments = parse_arguments(argv)
-    try:
-        return arguments.run(arguments)
-    except BrokenPipeError:  # 'head | less' left early
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"indexed_dataset.py {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"indexed_dataset.py {arguments.command}: interrupted", file=sys.stderr)
-        return 1
+    return exit_status(f"indexed_dataset.py {arguments.command}", lambda: arguments.run(arguments))
 
 
 def parse_arguments(argv: list[str]):

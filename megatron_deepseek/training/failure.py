@@ -91,11 +91,15 @@ class FailureClaim:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """End this process when another rank's failure is claimed, even if the main thread waits in a collective."""
-        done = threading.Event()
+        """End this process when another rank's failure is claimed, or torchrun's agent has died, even if the main thread
+        waits in a collective.
+        """
+        done, agent = threading.Event(), os.getppid()
 
         def watch():
             while not done.wait(WATCH_SECONDS):
+                if os.getppid() != agent:  # killed, and a new one will start this rank again: two must not train
+                    _leave(1)
                 if not self.is_taken():
                     continue
                 self.tell_location()

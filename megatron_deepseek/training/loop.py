@@ -26,7 +26,7 @@ from megatron_deepseek.training.interruptions import Interruptions
 from megatron_deepseek.training.metrics import StepMetrics, by_source
 from megatron_deepseek.training.profile import profiler
 from megatron_deepseek.training.report import Report, open_report
-from megatron_deepseek.training.resume import describe, num_samples, refuse_bad_input, resume
+from megatron_deepseek.training.resume import describe, num_samples, refuse_bad_input, refusing, resume
 from megatron_deepseek.training.saving import Saver
 from megatron_deepseek.training.schedules import global_batch_size, learning_rate
 from megatron_deepseek.training.trainer import Plan, StepResult, Trainer, Votes
@@ -196,7 +196,10 @@ class Run:
         run = self.settings.run
         if run.save_hf is None:
             return
-        export_hf(run, dist.get_rank(), dist.get_world_size())
+        advice = (f"; the training itself is saved: tools/convert_checkpoint.py --from native --to hf --load {run.save} "
+                  "--save DIR exports it")
+        with refusing(True, advice):  # each rank writes files of its own, so any may fail alone
+            export_hf(run, dist.get_rank(), dist.get_world_size())
         self.report.message(f"exported {run.save_hf}")
 
 

@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint import distributed as checkpoint
+from megatron_deepseek.checkpoint.export import check_export
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.loadable import check_checkpoint, checkpoint_directory, refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
+from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.parallel.start import choose_device
@@ -25,13 +27,13 @@ _SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, w
 
 
 @contextmanager
-def refusing(first_rank: bool) -> Iterator[None]:
+def refusing(first_rank: bool, advice: str = "") -> Iterator[None]:
     """A user's mistake in files, which every rank inside sees, ends the job with one line and status 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         if first_rank:
-            print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
+            print(f"pretrain_deepseek.py: error: {error}{advice}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SILENT_SECONDS)
         os._exit(2)
@@ -46,6 +48,10 @@ def refuse_bad_input(settings: Settings) -> None:
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
         if settings.run.load is not None:
             check_checkpoint(settings.run.load, settings.model, settings.run.ckpt_step)
+        if settings.run.save is not None:
+            check_writable("--save", settings.run.save)
+        if settings.run.save_hf is not None:
+            check_export(settings.run.save_hf, settings.model, settings.run.bf16)
 
 
 def num_samples(settings: Settings) -> tuple[int, int, int]:

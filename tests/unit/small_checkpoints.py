@@ -39,7 +39,7 @@ def write_hf(directory: Path, weights: dict[str, torch.Tensor], fields: dict, sh
         mine = names[shard::shards]
         save_file({name: weights[name].contiguous() for name in mine}, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(fields))
     (directory / "generation_config.json").write_text('{"temperature": 0.6}')
     (directory / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')

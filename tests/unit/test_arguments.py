@@ -121,7 +121,7 @@ REFUSED = {
     "keep last": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "async save": (1, "--async-save", ["--async-save", "--save"]),
     "no save optim": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
-    "no checkpoint": (1, "--load /nowhere", ["--load /nowhere", "no finished checkpoint"]),
+    "no checkpoint": (1, "--load /nowhere", ["--load /nowhere", "no such directory"]),
     "step of what": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
     "skips": (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
     "finetune what": (1, "--finetune", ["--finetune", "--load"]),

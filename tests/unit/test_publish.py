@@ -163,5 +163,8 @@ def test_a_lost_marker_is_an_error_that_says_what_to_do(tmp_path, text, says):
 
 
 def test_nothing_there(tmp_path):
-    assert begins_anew(tmp_path / "nowhere") and "no finished checkpoint" in problem(tmp_path / "nowhere")
+    assert begins_anew(tmp_path / "nowhere") and "no such directory" in problem(tmp_path / "nowhere")
+    assert "no finished checkpoint" in problem(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert "neither *.safetensors nor a finished checkpoint" in problem(tmp_path)
     assert iteration_directory(tmp_path, 12).name == "iter_0000012"

@@ -1,7 +1,9 @@
 """One step of training on one rank: its gradient and update against a plain float64 reference, and its promises."""
 
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from reference_model import ReferenceModel
@@ -9,7 +11,7 @@ from small_models import V3_SMALL, enliven, gradients_of, random_batch, relative
 
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.rotary import rope_table
-from megatron_deepseek.settings import LossSettings, OptimizerSettings
+from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
 from megatron_deepseek.training.trainer import Plan, Trainer, Votes
 
 SEQ_LENGTH = 6
@@ -164,6 +166,29 @@ def test_evaluation_leaves_everything_as_it_was(meshes):
     assert trained[0] == trained[1]
     assert (losses.lm_loss, losses.mtp_loss) == (trained[0].lm_loss, trained[0].mtp_loss)
     assert losses.balance_loss == 0.0
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": BF16, "recompute": RecomputeSettings("full")}],
+                         ids=["plain", "bfloat16 recomputed"])
+def test_training_draws_no_random_numbers(meshes, changes):
+    """So a checkpoint needs no generator's state: every generator stays where it was, and a step does not ask them."""
+    steps = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        before = generator_states()
+        ours = trainer(meshes, lively=False, **changes)
+        result = ours.train_step(*batch_of(4), learning_rate=0.01, bias_rate=0.1)
+        ours.evaluate(*batch_of(4))
+        assert generator_states() == before
+        steps.append((result.losses, weights_of(ours.stages[0])))
+    assert steps[0][0] == steps[1][0]
+    assert all(torch.equal(weight, steps[1][1][name]) for name, weight in steps[0][1].items())
+
+
+def generator_states() -> tuple:
+    return bytes(torch.get_rng_state()), random.getstate(), np.random.get_state()[1].tobytes()
 
 
 def test_bfloat16_keeps_float32_masters(meshes):

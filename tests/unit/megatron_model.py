@@ -1,0 +1,139 @@
+"""megatron-core's own GPTModel of a DeepSeek, on one CPU process: reads a checkpoint, writes another, says its logits.
+
+    python megatron_model.py CONFIG.json TOKENS.pt READ WRITE OUTPUT.pt
+
+READ and WRITE are torch_dist directories, through megatron.core.dist_checkpointing. The weights of WRITE are random.
+OUTPUT.pt: logits of the tokens [B, S, V] with the weights of either, by "read" and "written"; with MTP also the
+modules' logits. Three things of megatron-core 0.16.1 need CUDA or Transformer Engine, and are replaced here: where
+tensors are made, a test of an absent class, and the local attention, which has no weights and takes V as wide as QK.
+"""
+
+import json
+import multiprocessing.dummy
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+torch.cuda.current_device, torch.cuda.synchronize = lambda: "cpu", lambda: None
+
+import megatron.core.transformer.multi_latent_attention as latent_attention  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
+
+latent_attention.HAVE_TE, moe_utils.te_general_gemm = False, None
+filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)  # threads instead of processes
+filesystem_async._process_memory = lambda: 0  # which asks for psutil
+tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
+
+
+class NarrowValues(DotProductAttention):
+    """V may be narrower than QK."""
+
+    def __init__(self, config, k_channels=None, v_channels=None, **options):
+        super().__init__(config, **options)
+        self.hidden_size_per_partition = config.v_head_dim * config.num_attention_heads
+
+
+def transformer_config(fields: dict) -> MLATransformerConfig:
+    """Of a config.json with the router of V3."""
+    rope = fields.get("rope_scaling") or {"type": "rope", "factor": 1.0}
+    yarn = {name: rope[name] for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+                                          "original_max_position_embeddings") if name in rope}
+    dense = fields["first_k_dense_replace"]
+    return MLATransformerConfig(
+        num_layers=fields["num_hidden_layers"], mtp_num_layers=fields["num_nextn_predict_layers"] or None,
+        hidden_size=fields["hidden_size"], ffn_hidden_size=fields["intermediate_size"],
+        num_attention_heads=fields["num_attention_heads"], q_lora_rank=fields["q_lora_rank"],
+        kv_lora_rank=fields["kv_lora_rank"], qk_head_dim=fields["qk_nope_head_dim"],
+        qk_pos_emb_head_dim=fields["qk_rope_head_dim"], v_head_dim=fields["v_head_dim"],
+        rope_type=rope["type"], rotary_base=fields["rope_theta"], rotary_scaling_factor=rope["factor"], **yarn,
+        moe_layer_freq=[0] * dense + [1] * (fields["num_hidden_layers"] - dense),
+        num_moe_experts=fields["n_routed_experts"], moe_ffn_hidden_size=fields["moe_intermediate_size"],
+        moe_shared_expert_intermediate_size=fields["moe_intermediate_size"] * fields["n_shared_experts"],
+        moe_router_topk=fields["num_experts_per_tok"], moe_router_num_groups=fields["n_group"],
+        moe_router_group_topk=fields["topk_group"], moe_router_topk_scaling_factor=fields["routed_scaling_factor"],
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
+        normalization="RMSNorm", layernorm_epsilon=fields["rms_norm_eps"], qk_layernorm=True, gated_linear_unit=True,
+        activation_func=F.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
+        use_cpu_initialization=True, multi_latent_attention=True, apply_rope_fusion=False, bias_dropout_fusion=False,
+        bias_activation_fusion=False, masked_softmax_fusion=False)
+
+
+def build(fields: dict) -> GPTModel:
+    config = transformer_config(fields)
+    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    for layer in layers.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = NarrowValues
+    mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False) if config.mtp_num_layers else None
+    return GPTModel(config, layers, fields["vocab_size"], fields["max_position_embeddings"], mtp_block_spec=mtp,
+                    position_embedding_type="rope", share_embeddings_and_output_weights=False).eval()
+
+
+def with_fused_norms(state: dict) -> dict:
+    """The same tensors, norms under the names that they have as a part of Transformer Engine's linear layers."""
+    for name, tensor in state.items():
+        dense = name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.weight") in state
+        tensor.key = tensor.key.replace("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_")
+        tensor.key = tensor.key.replace("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_")
+        if dense:
+            tensor.key = tensor.key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    return state
+
+
+@torch.no_grad()
+def randomize(model: GPTModel) -> None:
+    """Lively weights: norms around one, biases that decide which experts are chosen."""
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("weight") or name.endswith("expert_bias"):
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.2 * noise)
+
+
+@torch.no_grad()
+def logits(model: GPTModel, tokens_BS: torch.Tensor) -> list[torch.Tensor]:
+    """[B, S, V] of the model; then, of each MTP module, as it makes them from its own input."""
+    found = []
+    hook = model.output_layer.register_forward_hook(lambda _, __, output: found.append(output[0].transpose(0, 1).clone()))
+    length = tokens_BS.shape[1]
+    positions = torch.arange(length).expand_as(tokens_BS)
+    model(tokens_BS, positions, torch.ones(length, length, dtype=torch.bool).triu(1)[None, None], labels=tokens_BS)
+    hook.remove()
+    return [found[-1], *found[:-1]]
+
+
+def main() -> None:
+    config, tokens, read, write, output = sys.argv[1:]
+    fields = json.loads(Path(config).read_text())
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    parallel_state.initialize_model_parallel()
+    model, tokens_BS, said = build(fields), torch.load(tokens), {}
+    state = dist_checkpointing.load(with_fused_norms(model.sharded_state_dict()), read, strict="log_all")
+    lost = model.load_state_dict(state, strict=False)
+    assert set(lost.unexpected_keys) == {"iteration", "checkpoint_version"}, lost
+    assert all(name.endswith("_extra_state") for name in lost.missing_keys), lost
+    said["read"] = logits(model, tokens_BS)
+    randomize(model)
+    os.makedirs(write)
+    dist_checkpointing.save(model.sharded_state_dict(), write)
+    said["written"] = logits(model, tokens_BS)
+    torch.save(said, output)
+
+
+if __name__ == "__main__":
+    main()
