@@ -267,13 +267,24 @@ ScalarType bf16_or_float(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float ? ScalarType::Float : ScalarType::BFloat16;
 }
 
-mds::Numbers numbers(const Tensor& x) { return {x.data_ptr(), x.scalar_type() == ScalarType::Float}; }
+mds::Numbers numbers(const Tensor& x, int64_t pitch) {
+  return {x.data_ptr(), x.scalar_type() == ScalarType::Float, pitch};
+}
+
+// Rows may be further apart than their numbers, as halves of a product are.
+Matrix check_rows(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == bf16_or_float(x), name, " must be a bfloat16 or float32 matrix");
+  check_vectors(x.size(1), "the columns of a quantised matrix");
+  STD_TORCH_CHECK(x.stride(1) == 1 && x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name,
+                  " must have contiguous rows that start at multiples of 16 bytes");
+  return {x.size(0), int(x.size(1))};
+}
 
 Tensors2 quantize_rows(const Tensor& x, bool power_of_two) {
-  const auto [rows, columns] = check_matrix(x, bf16_or_float(x), "x");
+  const auto [rows, columns] = check_rows(x, "x");
   const Launch launch(x);
   const Quantized out = make_rows(x, rows, columns);
-  mds::quantize_rows(numbers(x), rows, columns, out.codes(), power_of_two, launch.stream());
+  mds::quantize_rows(numbers(x, x.stride(0)), rows, columns, out.codes(), power_of_two, launch.stream());
   return {out.q, out.scales};
 }
 
@@ -282,7 +293,7 @@ Tensors2 quantize_columns(const Tensor& x, const std::optional<Tensor>& tiles, b
   const auto table = row_tiles(tiles, rows);
   const Launch launch(x);
   const Quantized out = make_columns(x, columns, table.count);
-  mds::quantize_columns(numbers(x), rows, columns, {}, out.codes(), table, power_of_two, launch.stream());
+  mds::quantize_columns(numbers(x, columns), rows, columns, {}, out.codes(), table, power_of_two, launch.stream());
   return {out.q, out.scales};
 }
 
@@ -291,7 +302,7 @@ Tensors4 quantize_both(const Tensor& x, const std::optional<Tensor>& tiles, bool
   const auto table = row_tiles(tiles, rows);
   const Launch launch(x);
   const Quantized by_row = make_rows(x, rows, columns), by_column = make_columns(x, columns, table.count);
-  mds::quantize_columns(numbers(x), rows, columns, by_row.codes(), by_column.codes(), table, power_of_two,
+  mds::quantize_columns(numbers(x, columns), rows, columns, by_row.codes(), by_column.codes(), table, power_of_two,
                         launch.stream());
   return {by_row.q, by_row.scales, by_column.q, by_column.scales};
 }
@@ -311,7 +322,7 @@ Tensors4 quantize_blocks(const Tensor& w, bool transpose, bool power_of_two) {
   const Quantized by_column{
       stack ? make(w, {matrices, kept, m * mds::kTile}, fp8) : make(w, {kept, m * mds::kTile}, fp8),
       stack ? make(w, {matrices, kept_k, m}, fp32) : make(w, {kept_k, m}, fp32)};
-  mds::quantize_blocks(numbers(w), int(matrices), rows, int(columns), by_row.codes(),
+  mds::quantize_blocks(numbers(w, columns), int(matrices), rows, int(columns), by_row.codes(),
                        transpose ? by_column.codes() : mds::Codes{}, power_of_two, launch.stream());
   return {by_row.q, by_row.scales, by_column.q, by_column.scales};
 }
@@ -390,21 +401,8 @@ Tensors4 norm_quantize_rows(const Tensor& x, const Tensor& weight, double eps, b
   return {out.q, out.scales, rstd, kept};
 }
 
-Tensors2 norm_quantize_columns(const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                               const std::optional<Tensor>& tiles, bool power_of_two) {
-  const auto [rows, columns] = check_matrix(x, ScalarType::BFloat16, "x");
-  check_norm(weight, columns);
-  check_dense(rstd, ScalarType::Float, "rstd");
-  const auto table = row_tiles(tiles, rows);
-  const Launch launch(x);
-  const Quantized out = make_columns(x, columns, table.count);
-  mds::norm_quantize_columns(pointer<mds::bf16>(x), pointer<float>(weight), pointer<float>(rstd), rows, columns,
-                             out.codes(), table, power_of_two, launch.stream());
-  return {out.q, out.scales};
-}
-
-// The gradient of a norm's input: codes and scales by row, by column, the bfloat16 rows; and the weight's gradient.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_quantize(
+// The gradient of a norm's input, codes and scales by row and by column; and the weight's gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_quantize(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::optional<Tensor>& tiles,
     bool power_of_two) {
   const auto [rows, columns] = check_matrix(x, ScalarType::BFloat16, "x");
@@ -415,16 +413,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_quantiz
   const auto table = row_tiles(tiles, rows);
   const Launch launch(x);
   const Quantized by_row = make_rows(x, rows, columns), by_column = make_columns(x, columns, table.count);
-  Tensor inner = make(x, {rows}, ScalarType::Float), kept = make(x, {rows, columns}, ScalarType::BFloat16);
+  Tensor inner = make(x, {rows}, ScalarType::Float);
   Tensor parts = make(x, {mds::norm_weight_parts(rows), columns}, ScalarType::Float);
   mds::norm_backward_quantize(pointer<mds::bf16>(grad), pointer<mds::bf16>(x), pointer<float>(weight),
                               pointer<float>(rstd), rows, columns, by_row.codes(), by_column.codes(),
-                              pointer<float>(inner), pointer<mds::bf16>(kept), table, power_of_two, launch.stream());
+                              pointer<float>(inner), table, power_of_two, launch.stream());
   mds::norm_weight_gradient(pointer<mds::bf16>(grad), pointer<mds::bf16>(x), pointer<float>(rstd),
                             pointer<float>(parts), rows, columns, launch.stream());
   const int64_t of_parts[] = {0};
   Tensor grad_weight = torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(of_parts, 1));
-  return {by_row.q, by_row.scales, by_column.q, by_column.scales, kept, grad_weight};
+  return {by_row.q, by_row.scales, by_column.q, by_column.scales, grad_weight};
 }
 
 // Block-scaled products -----------------------------------------------------------------------------------------------
@@ -517,10 +515,8 @@ STABLE_TORCH_LIBRARY(megatron_deepseek, m) {
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("norm_quantize_rows(Tensor x, Tensor weight, float eps, bool keep, bool power_of_two) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("norm_quantize_columns(Tensor x, Tensor weight, Tensor rstd, Tensor? tiles, bool power_of_two) "
-        "-> (Tensor, Tensor)");
   m.def("norm_backward_quantize(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? tiles, bool power_of_two) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, bool fp32) -> Tensor");
   m.def("grouped_scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor tiles, bool tall, bool fp32) "
         "-> Tensor");
@@ -551,7 +547,6 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_deepseek, CUDA, m) {
   REGISTER(swiglu_quantize_columns);
   REGISTER(swiglu_backward_quantize);
   REGISTER(norm_quantize_rows);
-  REGISTER(norm_quantize_columns);
   REGISTER(norm_backward_quantize);
   REGISTER(scaled_mm);
   REGISTER(grouped_scaled_mm);

@@ -24,7 +24,7 @@ struct Online {
   float sum = 0;
 
   __device__ __forceinline__ void rescale(float new_max) {
-    if (max != kMinusInfinity) sum *= expf(max - new_max);
+    if (max != kMinusInfinity) sum *= fast_exp(max - new_max);
     max = new_max;
   }
 };
@@ -36,14 +36,16 @@ __device__ __forceinline__ Online join(Online a, Online b) {
   return {max, a.sum + b.sum};
 }
 
+// Five instructions a number: with more, a GPU computes longer than it reads.
 template <int Count>
 __device__ __forceinline__ void add(Online& online, const float (&x)[Count]) {
   float max = online.max;
 #pragma unroll
   for (int i = 0; i < Count; ++i) max = fmaxf(max, x[i]);
   if (max != online.max) online.rescale(max);
+  const float shift = max == kMinusInfinity ? 0.0f : max;  // -inf alone: exp(-inf - 0) is the 0 that it should be
 #pragma unroll
-  for (int i = 0; i < Count; ++i) online.sum += x[i] == kMinusInfinity ? 0.0f : expf(x[i] - max);
+  for (int i = 0; i < Count; ++i) online.sum += fast_exp(x[i] - shift);
 }
 
 __device__ __forceinline__ Online warp_join(Online x) {
@@ -76,6 +78,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x;
   const bf16* x = logits + row * columns;
   Online online;
+#pragma unroll 4  // as many loads in flight
   for (int column = int(threadIdx.x) * Width; column < columns; column += kThreads * Width) {
     float values[Width];
     load(x + column, values);
@@ -104,12 +107,13 @@ __global__ void __launch_bounds__(kThreads)
   bf16* x = logits + row * columns;
   const int64_t label = labels[row] - first_id;
   const float row_max = max[row], row_grad = grad[row], scale = row_grad / sum[row];
+#pragma unroll 2
   for (int column = int(threadIdx.x) * Width; column < columns; column += kThreads * Width) {
     float values[Width];
     load(x + column, values);
 #pragma unroll
     for (int i = 0; i < Width; ++i) {
-      values[i] = expf(values[i] - row_max) * scale;
+      values[i] = fast_exp(values[i] - row_max) * scale;
       if (column + i == label) values[i] -= row_grad;
     }
     if constexpr (Width == kVector)

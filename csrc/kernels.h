@@ -77,10 +77,11 @@ struct RowTiles {
   int count;
 };
 
-// bfloat16 or float32.
+// bfloat16 or float32, rows `pitch` numbers apart.
 struct Numbers {
   const void* data;
   bool is_float;
+  int64_t pitch;
 };
 
 // Rows of both are `pitch` numbers apart.
@@ -104,10 +105,8 @@ void swiglu_backward_quantize(const bf16* grad, GateUp x, int64_t rows, int colu
                               RowTiles tiles, bool power_of_two, void* stream);
 void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t rows, int columns, Codes out,
                         float* rstd, bf16* kept, bool power_of_two, void* stream);
-void norm_quantize_columns(const bf16* x, const float* weight, const float* rstd, int64_t rows, int columns,
-                           Codes by_column, RowTiles tiles, bool power_of_two, void* stream);
 void norm_backward_quantize(const bf16* grad, const bf16* x, const float* weight, const float* rstd, int64_t rows,
-                            int columns, Codes by_row, Codes by_column, float* inner, bf16* kept, RowTiles tiles,
+                            int columns, Codes by_row, Codes by_column, float* inner, RowTiles tiles,
                             bool power_of_two, void* stream);
 int norm_weight_parts(int64_t rows);
 void norm_weight_gradient(const bf16* grad, const bf16* x, const float* rstd, float* partial, int64_t rows,

@@ -154,13 +154,35 @@ struct alignas(8) Words2 {
   uint32_t word[2];
 };
 
-// Eight codes of x / scale; the division is IEEE's (the files are compiled without fast mathematics).
-__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], float scale) {
+// x / scale, rounded as IEEE's division rounds it, for many x: from the reciprocal, corrected twice by what is left over
+// (Markstein 1990), in 7 operations where a division of its own takes about 12 and a branch.
+//
+// What is left over is exact unless it underflows, which takes a quotient below 2^-12, a code of 0 either way, or a
+// scale below 2^-80: then x and scale are both multiplied by 2^80 first, exactly. A NaN or an infinity stays a NaN or
+// is a tile whose scale is NaN already.
+struct Divider {
+  float scale, reciprocal, lift;
+
+  __host__ __device__ __forceinline__ explicit Divider(float tile_scale) {
+    lift = tile_scale < 0x1p-80f ? 0x1p80f : 1.0f;
+    scale = tile_scale * lift;
+    reciprocal = 1.0f / scale;
+  }
+  __host__ __device__ __forceinline__ float operator()(float x) const {
+    const float dividend = x * lift;
+    float quotient = dividend * reciprocal;
+    quotient = fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient);
+    return copysignf(fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient), x);  // -0 would have become 0
+  }
+};
+
+// Eight codes of x / scale.
+__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], const Divider& divide) {
   Words2 v;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
-    v.word[i] = to_e4m3x2(x[4 * i] / scale, x[4 * i + 1] / scale) |
-                (uint32_t(to_e4m3x2(x[4 * i + 2] / scale, x[4 * i + 3] / scale)) << 16);
+    v.word[i] = to_e4m3x2(divide(x[4 * i]), divide(x[4 * i + 1])) |
+                (uint32_t(to_e4m3x2(divide(x[4 * i + 2]), divide(x[4 * i + 3]))) << 16);
   return v;
 }
 

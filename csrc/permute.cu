@@ -18,23 +18,35 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kUnroll = 4;  // independent 16-byte loads of a thread in flight
 
+// `Threads` share a row: a block where rows are long, a warp where they are short, as scales of codes are.
+template <int Threads>
 __global__ void __launch_bounds__(kThreads)
-    gather_rows_kernel(const Words4* x, const int* copy_of_slot, int copies_of_token, Words4* out, int vectors) {
-  const int64_t slot = blockIdx.x;
+    gather_rows_kernel(const Words4* x, const int* copy_of_slot, int copies_of_token, Words4* out, int64_t slots,
+                       int vectors) {
+  const int64_t slot = int64_t(blockIdx.x) * (kThreads / Threads) + threadIdx.x / Threads;
+  if (slot >= slots) return;
   const int copy = copy_of_slot[slot];
   const Words4* from = x + int64_t(copy < 0 ? 0 : copy / copies_of_token) * vectors;
   Words4* to = out + slot * vectors;
-  for (int first = int(threadIdx.x); first < vectors; first += kThreads * kUnroll) {
+  for (int first = int(threadIdx.x) % Threads; first < vectors; first += Threads * kUnroll) {
     Words4 held[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       held[u] = Words4{};
-      if (copy >= 0 && first + u * kThreads < vectors) held[u] = load16(from + first + u * kThreads);
+      if (copy >= 0 && first + u * Threads < vectors) held[u] = load16(from + first + u * Threads);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (first + u * kThreads < vectors) store16(to + first + u * kThreads, held[u]);
+      if (first + u * Threads < vectors) store16(to + first + u * Threads, held[u]);
   }
+}
+
+template <int Threads>
+void launch_gather(const void* x, const int* copy_of_slot, int copies_of_token, void* out, int64_t slots, int row_bytes,
+                   void* stream) {
+  launch(gather_rows_kernel<Threads>, {unsigned(ceil_div<int64_t>(slots, kThreads / Threads)), kThreads}, stream,
+         static_cast<const Words4*>(x), copy_of_slot, copies_of_token, static_cast<Words4*>(out), slots,
+         row_bytes / 16);
 }
 
 // A block has one token; its slots and weights are read once by every thread, from the first-level cache.
@@ -94,8 +106,10 @@ __global__ void __launch_bounds__(kThreads)
 
 void gather_rows(const void* x, const int* copy_of_slot, int copies_of_token, void* out, int64_t slots, int row_bytes,
                  void* stream) {
-  launch(gather_rows_kernel, {unsigned(slots), kThreads}, stream, static_cast<const Words4*>(x), copy_of_slot,
-         copies_of_token, static_cast<Words4*>(out), row_bytes / 16);
+  if (row_bytes >= 16 * kThreads)
+    launch_gather<kThreads>(x, copy_of_slot, copies_of_token, out, slots, row_bytes, stream);
+  else
+    launch_gather<kWarp>(x, copy_of_slot, copies_of_token, out, slots, row_bytes, stream);
 }
 
 void combine_rows(const bf16* y, const int* slot_of_copy, const float* weights, int64_t tokens, int choices, bf16* out,

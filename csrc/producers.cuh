@@ -1,6 +1,6 @@
 // What the quantising kernels quantise: each producer gives 8 neighbouring numbers of a row, as float32 values of the
-// bfloat16 (or float32) numbers that a separate kernel would have stored. `enter_row` is called by all threads that
-// share a row before its first `load`; in row kernels it may use the whole block.
+// bfloat16 (or float32) numbers that a separate kernel would have stored. Before a row's first `load` tile kernels call
+// `enter_row`, and row kernels `enter_row_alone`, which may use the whole block.
 #pragma once
 
 #include "numbers.cuh"
@@ -20,12 +20,13 @@ template <typename T>
 struct Plain {
   using Element = T;
   const T* x;
+  int64_t pitch;
   int columns;
 
   __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
   __device__ __forceinline__ void enter_row(int64_t) {}
   __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
-    load8(x + row * columns + column, out);
+    load8(x + row * pitch + column, out);
   }
 };
 
@@ -96,7 +97,7 @@ struct SwiGLUBackward {
   }
 };
 
-// x * rstd, rounded, times the weight. Row kernels compute rstd and leave it; tile kernels find it there.
+// x * rstd, rounded, times the weight. For row kernels, which compute rstd and leave it.
 struct RMSNorm {
   using Element = bf16;
   const bf16* x;
@@ -106,7 +107,6 @@ struct RMSNorm {
   int columns;
   float own_rstd = 0;
 
-  __device__ __forceinline__ void enter_row(int64_t row) { own_rstd = rstd[row]; }
   __device__ __forceinline__ void enter_row_alone(int64_t row, RowScratch& scratch) {
     float squares = 0;
     for (int column = int(threadIdx.x) * kVector; column < columns; column += kQuantizeThreads * kVector) {

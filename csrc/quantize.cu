@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     if (inside) producer.load(row, column, values);
     const float scale = tile_scale(group_reduce<kLanes>(largest_magnitude(values), Max{}), power_of_two);
     if (inside) {
-      *reinterpret_cast<Words2*>(q + row * columns + column) = encode8(values, scale);
+      *reinterpret_cast<Words2*>(q + row * columns + column) = encode8(values, Divider(scale));
       if (kept != nullptr) store8(kept + row * columns + column, values);
       if (column % kTile == 0) scales[row * tiles + column / kTile] = scale;
     }
@@ -83,7 +83,7 @@ __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typ
                                               const TileOutputs& out, TileRows rows, bool power_of_two) {
   const int local = int(threadIdx.x) % kLanes * kVector, column = int(blockIdx.x) * kTile + local;
   uint32_t largest = 0;
-#pragma unroll 2
+#pragma unroll 4
   for (int r = int(threadIdx.x) / kLanes; r < kTile; r += kThreads / kLanes) {
     const int64_t row = rows.first + r;
     const bool inside = r < rows.count && column < producer.columns;
@@ -98,7 +98,7 @@ __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typ
     if constexpr (kind == Tiling::kRowsAndColumns) {
       const float scale = tile_scale(group_reduce<kLanes>(magnitude, Max{}), power_of_two);
       if (inside) {
-        *reinterpret_cast<Words2*>(out.q_rows + row * producer.columns + column) = encode8(values, scale);
+        *reinterpret_cast<Words2*>(out.q_rows + row * producer.columns + column) = encode8(values, Divider(scale));
         if (local == 0) out.s_rows[row * ceil_div(producer.columns, kTile) + blockIdx.x] = scale;
       }
     }
@@ -109,6 +109,7 @@ __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typ
 // Codes of 64 numbers of one column, transposed in shared memory.
 template <typename Element>
 __device__ __forceinline__ void encode_half_column(TileShared<Element>& shared, int column, int half, float scale) {
+  const Divider divide(scale);
 #pragma unroll
   for (int first = half * kTile / 2; first < (half + 1) * kTile / 2; first += 16) {
     Words4 codes;
@@ -117,7 +118,7 @@ __device__ __forceinline__ void encode_half_column(TileShared<Element>& shared, 
       float values[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) values[i] = as_float(shared.value[first + part * kVector + i][column]);
-      const Words2 eight = encode8(values, scale);
+      const Words2 eight = encode8(values, divide);
       codes.word[2 * part] = eight.word[0];
       codes.word[2 * part + 1] = eight.word[1];
     }
@@ -153,10 +154,11 @@ __device__ __forceinline__ void write_rows(const TileShared<Element>& shared, co
                                            int columns, float scale) {
   const int local = int(threadIdx.x) % kLanes * kVector, column = int(blockIdx.x) * kTile + local;
   if (column >= columns) return;
+  const Divider divide(scale);
   for (int r = int(threadIdx.x) / kLanes; r < rows.count; r += kThreads / kLanes) {
     float values[kVector];
     load8(&shared.value[r][local], values);
-    *reinterpret_cast<Words2*>(out.q_rows + (rows.first + r) * columns + column) = encode8(values, scale);
+    *reinterpret_cast<Words2*>(out.q_rows + (rows.first + r) * columns + column) = encode8(values, divide);
   }
 }
 
@@ -241,9 +243,13 @@ __global__ void __launch_bounds__(kThreads)
 namespace {
 
 template <typename T>
-void quantize_columns_of(const T* x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
+Plain<T> plain(Numbers x, int columns) {
+  return {static_cast<const T*>(x.data), x.pitch, columns};
+}
+
+template <typename T>
+void quantize_columns_of(const Plain<T>& producer, int64_t rows, Codes by_row, Codes by_column, RowTiles tiles,
                          bool power_of_two, void* stream) {
-  const Plain<T> producer{x, columns};
   if (by_row.q != nullptr)
     launch_tiles<Tiling::kRowsAndColumns>(producer, rows, by_row, by_column, tiles, power_of_two, stream);
   else
@@ -254,30 +260,28 @@ void quantize_columns_of(const T* x, int64_t rows, int columns, Codes by_row, Co
 
 void quantize_rows(Numbers x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
   if (x.is_float)
-    launch_rows(Plain<float>{static_cast<const float*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
+    launch_rows(plain<float>(x, columns), rows, out, nullptr, power_of_two, stream);
   else
-    launch_rows(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, out, nullptr, power_of_two, stream);
+    launch_rows(plain<bf16>(x, columns), rows, out, nullptr, power_of_two, stream);
 }
 
 void quantize_columns(Numbers x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
                       bool power_of_two, void* stream) {
   if (x.is_float)
-    quantize_columns_of(static_cast<const float*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
-                        stream);
+    quantize_columns_of(plain<float>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream);
   else
-    quantize_columns_of(static_cast<const bf16*>(x.data), rows, columns, by_row, by_column, tiles, power_of_two,
-                        stream);
+    quantize_columns_of(plain<bf16>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream);
 }
 
 void quantize_blocks(Numbers x, int matrices, int64_t rows, int columns, Codes by_row, Codes by_column,
                      bool power_of_two, void* stream) {
   const RowTiles tiles{nullptr, int(ceil_div<int64_t>(rows, kTile))};
   if (x.is_float)
-    launch_tiles<Tiling::kBlock>(Plain<float>{static_cast<const float*>(x.data), columns}, rows, by_row, by_column,
-                                 tiles, power_of_two, stream, matrices);
+    launch_tiles<Tiling::kBlock>(plain<float>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream,
+                                 matrices);
   else
-    launch_tiles<Tiling::kBlock>(Plain<bf16>{static_cast<const bf16*>(x.data), columns}, rows, by_row, by_column, tiles,
-                                 power_of_two, stream, matrices);
+    launch_tiles<Tiling::kBlock>(plain<bf16>(x, columns), rows, by_row, by_column, tiles, power_of_two, stream,
+                                 matrices);
 }
 
 void retile_columns(const e4m3* q, const float* scales, int64_t rows, int columns, Codes by_column, RowTiles tiles,
@@ -306,21 +310,15 @@ void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t r
   launch_rows(RMSNorm{x, weight, rstd, eps, columns}, rows, out, kept, power_of_two, stream);
 }
 
-void norm_quantize_columns(const bf16* x, const float* weight, const float* rstd, int64_t rows, int columns,
-                           Codes by_column, RowTiles tiles, bool power_of_two, void* stream) {
-  launch_tiles<Tiling::kColumns>(RMSNorm{x, weight, const_cast<float*>(rstd), 0, columns}, rows, {}, by_column, tiles,
-                                 power_of_two, stream);
-}
-
 void norm_backward_quantize(const bf16* grad, const bf16* x, const float* weight, const float* rstd, int64_t rows,
-                            int columns, Codes by_row, Codes by_column, float* inner, bf16* kept, RowTiles tiles,
+                            int columns, Codes by_row, Codes by_column, float* inner, RowTiles tiles,
                             bool power_of_two, void* stream) {
   const RMSNormBackward producer{grad, x, weight, rstd, inner, columns};
-  launch_rows(producer, rows, by_row, kept, power_of_two, stream);
+  launch_rows(producer, rows, by_row, nullptr, power_of_two, stream);
   launch_tiles<Tiling::kColumns>(producer, rows, {}, by_column, tiles, power_of_two, stream);
 }
 
-int norm_weight_parts(int64_t rows) { return int(rows < 64 * 64 ? ceil_div<int64_t>(rows, 64) : 64); }
+int norm_weight_parts(int64_t rows) { return int(rows < 256 * 16 ? ceil_div<int64_t>(rows, 16) : 256); }
 
 void norm_weight_gradient(const bf16* grad, const bf16* x, const float* rstd, float* partial, int64_t rows,
                           int columns, void* stream) {

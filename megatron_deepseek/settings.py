@@ -144,7 +144,8 @@ class DataSettings:
 class RunSettings:
     """The loop: how long, how often it evaluates, saves and reports; the numbers that it computes in.
 
-    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py).
+    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py). `fp8_param_gather`: its weights are
+    quantised before FSDP gathers them (ops/fp8_weight.py).
     """
 
     train_iters: int
@@ -174,4 +175,5 @@ class RunSettings:
     seed: int = 1234
     bf16: bool = False
     fp8_format: str | None = None
+    fp8_param_gather: bool = False
     sharding: str = "optim_grads"

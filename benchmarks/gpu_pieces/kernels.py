@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_pieces.timing import Bench, Case, Ceilings, Row
-from megatron_deepseek.ops import alternatives, cuda, fp8, fp8_gemm, norm, permute, rope
+from megatron_deepseek.ops import alternatives, cuda, fp8, fp8_gemm, fp8_norm, norm, permute, rope
 from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
 from megatron_deepseek.ops.fp8_products import quantize_swiglu
 from megatron_deepseek.ops.grouped_gemm import grouped_forward, grouped_wgrad
@@ -47,6 +47,7 @@ def quantize(bench: Bench) -> Iterator[Row]:
     grad, grad_half, wide = _random(bench, m, k), _random(bench, m, half), weight.float()
     rstd = (x.float().square().mean(-1) + 1e-6).rsqrt()
     codes, scales = fp8.quantize_1x128.reference(x, True)
+    chosen = torch.randint(m, (8 * m,), device=bench.device)
     one, both = 3 * m * k, 4 * m * k  # read as bfloat16, write codes once or twice
     cases = [
         Case("1x128", beside_torch(lambda: operator("quantize_rows")(x, True),
@@ -63,7 +64,11 @@ def quantize(bench: Bench) -> Iterator[Row]:
         Case("RMSNorm, 1x128", {"torch": lambda: fp8.quantize_1x128.reference(norm.rms_norm.reference(x, weight, 1e-6)),
                                 "csrc": lambda: operator("norm_quantize_rows")(x, wide, 1e-6, False, False)}, one),
         Case("RMSNorm backward, 1x128 and 128x1", {
-            "csrc": lambda: operator("norm_backward_quantize")(grad, x, wide, rstd, None, False)}, 8 * m * k),
+            "torch": lambda: fp8_norm.norm_backward_quantize.reference(grad, x, weight, rstd.unsqueeze(-1)),
+            "csrc": lambda: operator("norm_backward_quantize")(grad, x, wide, rstd, None, False)}, 6 * m * k),
+        Case("rows of codes, to 8 experts", {
+            "torch": lambda: codes.view(torch.uint8).index_select(0, chosen),
+            "csrc": lambda: cuda.gather_rows(codes.view(torch.uint8), chosen)}, 9 * m * k),
         Case("SwiGLU, 1x128", {"torch": lambda: quantize_swiglu.reference(gate, up, True),
                                "csrc": lambda: operator("swiglu_quantize_rows")(gate, up, True)}, 5 * m * half),
         Case("SwiGLU backward, 1x128 and 128x1", {

@@ -185,6 +185,7 @@ def _add_batch(parser):
     add("--fp8-format", type=str, choices=FP8_FORMATS,
         help="products of attention, MLP and experts in FP8; e4m3 is DeepSeek-V3's (none)")
     add("--fp8-recipe", type=str, choices=FP8_RECIPES, help="where its scales come from (blockwise)")
+    add("--fp8-param-gather", action="store_true", help="gather FP8 weights over data ranks as FP8, half the bytes")
 
 
 def _add_learning_rate(parser):

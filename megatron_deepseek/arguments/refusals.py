@@ -223,6 +223,8 @@ _EXPERTS = (
 _FP8 = (
     Refusal("fp8 recipe of what", lambda r: r.args.fp8_recipe is not None and r.args.fp8_format is None,
             "--fp8-recipe {r.args.fp8_recipe} needs --fp8-format e4m3"),
+    Refusal("fp8 gather of what", lambda r: r.args.fp8_param_gather and r.args.fp8_format is None,
+            "--fp8-param-gather needs --fp8-format e4m3"),
     Refusal("fp8 format", lambda r: r.args.fp8_format == "hybrid",
             "--fp8-format hybrid is not supported: with a scale for each tile E4M3 has the range for gradients too, "
             "and more precision than E5M2; use e4m3"),

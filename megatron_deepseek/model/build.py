@@ -41,12 +41,14 @@ from megatron_deepseek.settings import CommunicationSettings, LossSettings, Offl
 class Precision:
     """`master`: dtype of weights, gradients and moments; `compute`: what layers run in, None for the master's.
 
-    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8_products.py).
+    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8_products.py); `fp8_gather`: their
+    weights are gathered over data ranks as FP8.
     """
 
     master: torch.dtype = torch.float32
     compute: torch.dtype | None = None
     fp8: bool = False
+    fp8_gather: bool = False
 
     @property
     def activations(self) -> torch.dtype:
@@ -82,7 +84,7 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  communication: CommunicationSettings = CommunicationSettings(),
                  offload: OffloadSettings = OffloadSettings()) -> list[DeepseekStage]:
     """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    numerics = make_numerics(precision.fp8, recompute, meshes.layout.tp)
+    numerics = make_numerics(precision, recompute, meshes.layout.tp)
     blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
     run_of = partial(choose_run, recompute, offload)
     with torch.device("meta"), default_dtype(precision.master):
@@ -112,14 +114,14 @@ def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
     return frozenset(recompute.modules if recompute.granularity == "selective" else ())
 
 
-def make_numerics(fp8: bool, recompute: RecomputeSettings, tp: int) -> Numerics:
+def make_numerics(precision: Precision, recompute: RecomputeSettings, tp: int) -> Numerics:
     """The FP8 recipe never keeps SwiGLU's output; otherwise the experts' is kept unless `moe_act` is recomputed.
 
     Where norms are recomputed so are the FP8 tiles made of them, unless TP has gathered what they are made of.
     """
     again = recomputed_modules(recompute)
-    if fp8:
-        return fp8_products.recipe(run_again if "layernorm" in again and tp == 1 else compose)
+    if precision.fp8:
+        return fp8_products.recipe(run_again if "layernorm" in again and tp == 1 else compose, precision.fp8_gather)
     return Numerics(experts_down=Grouped(activate=run_again)) if "moe_act" in again else Numerics()
 
 

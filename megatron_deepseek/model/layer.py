@@ -14,6 +14,7 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
+from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.offload import saved_on_host
 from megatron_deepseek.ops.recompute import compose, keep, recompute
 from megatron_deepseek.ops.rope import Places
@@ -29,14 +30,18 @@ class DecoderLayer(nn.Module):
         config, tp = blueprint.config, blueprint.tp
         self.is_moe = config.is_moe_layer(index)
         self.normed = recompute if "layernorm" in blueprint.recomputed else compose
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed,
-                             blueprint.numerics)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        numerics = blueprint.numerics
+        only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
+                                       numerics.norm if only_products else numerics.norm_for_all)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed, numerics)
+        before_router = numerics.norm_for_all if config.n_shared_experts else rms_norm
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
+                                                before_router if self.is_moe else numerics.norm)
         if self.is_moe:
             self.mlp = MoE(blueprint)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, blueprint.numerics.linear)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, numerics.linear)
 
     def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int,
                 routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:

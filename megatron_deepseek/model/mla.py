@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.rotary import softmax_scale
+from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import Places, apply_rope, join_keys, turn_tail
@@ -45,15 +46,17 @@ class MLA(nn.Module):
         self.joint_attention, self.output_form = numerics.attention, numerics.attention_output_form
         self.attend = recompute if recompute_up_projection else compose
         heads, bias, product = config.num_attention_heads, config.attention_bias, numerics.linear
+        alone = tp.size == cp.size == 1  # else latents are gathered, or go round
+        of_product, of_part = (numerics.norm_of_product, numerics.norm) if alone else (rms_norm, rms_norm)
         if config.q_lora_rank is None:
             self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp, product)
         else:
             self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias, product)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, tp)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, tp, of_part if bias else of_product)
             self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp, product)
         self.kv_a_proj_with_mqa = replicated_linear(
             config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias, product)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, tp)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, tp, of_part)
         self.kv_b_proj = column_linear(
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp, product)
         self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, numerics.attention_output)

@@ -13,6 +13,7 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.router import Router
+from megatron_deepseek.ops.block_scaled import whole
 from megatron_deepseek.ops.products import Linear, Numerics, Product
 from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
@@ -73,14 +74,18 @@ class Experts(nn.Module):
         self.down_proj = sharded_parameter((num, hidden, width), etp.mesh, *ROW_PARALLEL)
         self.up_product, self.down_product = numerics.experts_up, numerics.experts_down
 
+    @property
+    def weight_products(self) -> dict[str, Product]:
+        """Who alone reads a weight, by the weight's name (parallel/data.py)."""
+        return {"gate_up_proj": self.up_product, "down_proj": self.down_product}
+
     def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         return self.etp(rows_RH, counts, self._mlp)
 
     def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up = local_weight(self.gate_up_proj, *COLUMN_PARALLEL)
         down = local_weight(self.down_proj, *ROW_PARALLEL)
-        gate_RI, up_RI = self.up_product(rows_RH, gate_up, counts).chunk(2, -1)
-        return self.down_product.after_swiglu(gate_RI, up_RI, down, counts)
+        return self.down_product.after_swiglu((self.up_product(rows_RH, gate_up, counts),), down, counts)
 
 
 class MoE(nn.Module):
@@ -106,7 +111,7 @@ class MoE(nn.Module):
         shared = self.beside()
         if self.config.n_shared_experts:
             shared.start(self.shared_experts, x_BSH)
-        own_BSH = self.tp.own_tokens(x_BSH)
+        own_BSH = self.tp.own_tokens(whole(x_BSH))
         if routed_BS is not None:
             routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
         x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)

@@ -61,6 +61,13 @@ def _gather(x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, cop
     return operator("gather_rows")(_dense(x), order_R.int(), inverse_R.int().view(-1, copies))
 
 
+def gather_rows(x_RW: torch.Tensor, index_Q: torch.Tensor):
+    if not _rows_fit(x_RW) or not x_RW.is_contiguous():
+        return NotImplemented
+    unread = index_Q.new_empty(len(x_RW), 1, dtype=torch.int32)  # where rows go: for a derivative
+    return operator("gather_rows")(x_RW, index_Q.int(), unread)
+
+
 def permute(x_RH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor):
     return _gather(x_RH, order_R, inverse_R, 1)
 
@@ -104,7 +111,7 @@ def _takes(x: torch.Tensor) -> bool:
 def quantize_1x128(x: torch.Tensor, power_of_two: bool = False):
     if not _takes(x):
         return NotImplemented
-    q, scale = operator("quantize_rows")(_dense(x.flatten(0, -2)), power_of_two)
+    q, scale = operator("quantize_rows")(_aligned(x.flatten(0, -2)), power_of_two)
     return q.view(x.shape), scale.view(*x.shape[:-1], -1)
 
 
@@ -156,12 +163,19 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
     return operator("quantize_blocks")(_dense(x), False, power_of_two)[:2]
 
 
-def transposed_blocks(weight: torch.Tensor, power_of_two: bool = False):
-    """Rows of the codes are padded to whole tiles, which the view that is given does not show."""
+def quantize_both_ways(weight: torch.Tensor):
+    """Rows of the transpose's codes are padded to whole tiles, which the view that is given does not show."""
     if not _takes(weight) or weight.ndim not in (2, 3):
         return NotImplemented
-    _, _, q, scale = operator("quantize_blocks")(_dense(weight), True, power_of_two)
-    return q[..., :weight.shape[-2]], scale
+    q, scale, q_t, scale_t = operator("quantize_blocks")(_dense(weight), True, False)
+    return (q, scale), (q_t[..., :weight.shape[-2]], scale_t)
+
+
+def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
+    if not _takes(x) or _no_columns(counts):
+        return NotImplemented
+    q, scale, *columns = operator("quantize_both")(_dense(x), _row_tiles(counts, x.device), power_of_two)
+    return (q, scale), _columns(x, counts, columns)
 
 
 def _gate_and_up(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor] | None:
@@ -188,6 +202,43 @@ def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: 
     return _columns(rows[0], counts, operator("swiglu_quantize_columns")(
         *rows, _row_tiles(counts, gate.device), power_of_two))
 
+
+def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
+                          counts: Sequence[int] | None = None):
+    """The kernel tiles both gradients side by side; those of each are halves of it where its tiles end between them."""
+    rows, width = _gate_and_up(gate, up), gate.shape[-1]
+    if rows is None or grad.dtype != _BF16 or _no_columns(counts) or not joint and width % TILE:
+        return NotImplemented
+    q, scale, *columns = operator("swiglu_backward_quantize")(
+        _dense(grad), *rows, _row_tiles(counts, gate.device), False)
+    columns = _columns(grad, counts, columns)
+    if joint:
+        return ((q, scale), columns),
+    both = zip(*(part.chunk(2, 1) for part in (q, scale)), strict=True), zip(*(part.chunk(2) for part in columns))
+    return tuple(zip(*both))
+
+
+# RMSNorm with what follows it (fp8_norm.py) ---------------------------------------------------------------------------
+
+def norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool):
+    if x.dtype != _BF16 or not _takes(x):
+        return NotImplemented
+    q, scale, rstd, y = operator("norm_quantize_rows")(_dense(x.flatten(0, -2)), weight.float(), eps, keep, False)
+    rows = x.shape[:-1]
+    return q.view(x.shape), scale.view(*rows, -1), rstd.view(*rows, 1), y.view(x.shape) if keep else None
+
+
+def norm_backward_quantize(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor):
+    if x.dtype != _BF16 or grad.dtype != _BF16 or not _takes(x):
+        return NotImplemented
+    grad, x_RH = (_dense(part.flatten(0, -2)) for part in (grad, x))
+    q, scale, *columns, grad_weight = operator("norm_backward_quantize")(
+        grad, x_RH, weight.float(), rstd.flatten(), None, False)
+    tiles = q.view(x.shape), scale.view(*x.shape[:-1], -1)
+    return tiles, _columns(x_RH, None, columns), grad_weight.to(weight.dtype)
+
+
+# Products (fp8_gemm.py) -----------------------------------------------------------------------------------------------
 
 def _operand(q: torch.Tensor, columns: int) -> torch.Tensor:
     """q [.., N, K] as the copy engine reads it: K last, rows from multiples of 16 bytes on."""

@@ -30,6 +30,8 @@ LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
 E4M3 = torch.float8_e4m3fn
 
+Tiles = tuple[torch.Tensor, torch.Tensor]  # codes and scales
+
 
 def num_tiles(size: int) -> int:
     return -(-size // TILE)
@@ -73,11 +75,11 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch
     return q[..., :rows, :columns].contiguous(), scale
 
 
-@with_backends("transposed_blocks")
-def transposed_blocks(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_128x128` of the transpose of x's last two dimensions: the same numbers, for dgrad."""
-    q, scale = quantize_128x128(x, power_of_two)
-    return q.mT, scale.mT
+@with_backends("quantize_both_ways")
+def quantize_both_ways(x: torch.Tensor) -> tuple[Tiles, Tiles]:
+    """`quantize_128x128` of a weight and of the transpose of its last two dimensions: the same numbers, for dgrad."""
+    q, scale = quantize_128x128(x)
+    return (q, scale), (q.mT, scale.mT)
 
 
 @with_backends("quantize_128x1")
@@ -92,6 +94,13 @@ def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence
     parts = [quantize_1x128(group.t(), power_of_two) for group in groups]
     q, scales = zip(*parts)
     return torch.cat(q, 1), torch.cat(scales, 1)
+
+
+@with_backends("quantize_rows_and_columns")
+def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None
+                              ) -> tuple[Tiles, Tiles]:
+    """x [M, K] as `quantize_1x128` and as `quantize_128x1` give it: an output gradient for dgrad and for wgrad."""
+    return quantize_1x128(x, power_of_two), quantize_128x1(x, power_of_two, counts)
 
 
 def dequantize_1x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,7 +6,9 @@
 
 What is kept of x is FP8 and nothing else: the forward's own tiles, or E5M6 after attention. Before a `down_proj` it is
 SwiGLU's inputs, in FP8, and the backward makes SwiGLU's output again from them. Output and gradients have the layer's
-dtype. The weight is quantised anew each time: it is the same for a whole step, but kept it would be one more copy.
+dtype. The weight is quantised when FSDP gathers it (fp8_weight.py).
+
+A gradient that was made by an operator of this recipe comes with both kinds of tiles (block_scaled.py).
 
 The weight itself is held by the node and not saved, for the reason that zero_bubble.py gives.
 """
@@ -22,10 +24,12 @@ from megatron_deepseek.ops.block_scaled import BlockScaled, quantize, share
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
 from megatron_deepseek.ops.fp8_attention import E5M6Output, attention
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.ops.fp8_norm import tiles_and_norm, tiles_between, tiles_of_norm
+from megatron_deepseek.ops.fp8_weight import Fp8Shard, blocks_of, transposed_of
 from megatron_deepseek.ops.products import Deferred, Numerics, Product
 from megatron_deepseek.ops.recompute import compose
 from megatron_deepseek.ops.registry import with_backends
-from megatron_deepseek.ops.swiglu import swiglu_backward, swiglu_forward
+from megatron_deepseek.ops.swiglu import gate_and_up, swiglu_backward, swiglu_forward
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -39,22 +43,28 @@ class Fp8Product(Product):
 
     `cache_e5m6`: keep the input for wgrad as E5M6 instead of the forward's E4M3. `sharing` (ops/recompute.py) says
     whether an input that several products share is kept, or quantised again in the backward.
+
+    `gather_fp8`: FSDP gathers the weight as FP8.
     """
 
     input_power_of_two: bool = False
     dispatched_gradient: bool = False
     cache_e5m6: bool = False
+    gather_fp8: bool = False
     sharing: Callable = compose
     deferred: Deferred | None = None
 
     def __call__(self, x, weight, *counts):
         return _Multiply.apply(x, weight, self, *counts)
 
-    def after_swiglu(self, gate, up, weight, *counts):
-        return _MultiplySwiGLU.apply(gate, up, weight, self, *counts)
+    def after_swiglu(self, gate_up, weight, *counts):
+        return _MultiplySwiGLU.apply(self, counts, weight, *gate_up)
+
+    def gathered(self, shard):
+        return Fp8Shard(shard, self.gather_fp8)
 
     def shared(self, x, consumer):
-        return self.sharing(self.rows, (x,), consumer)
+        return consumer(x) if isinstance(x, BlockScaled) else self.sharing(self.rows, (x,), consumer)
 
     def rows(self, x):
         return share(x, self.input_power_of_two)
@@ -62,9 +72,18 @@ class Fp8Product(Product):
     def deferring(self, deferred):
         return replace(self, deferred=deferred)
 
-    def received(self, grad: torch.Tensor) -> torch.Tensor:
-        """The output's gradient, block-scaled if it is one that is dispatched."""
-        return quantize(grad, power_of_two=True) if self.dispatched_gradient else grad
+    def gradient_tiles(self, grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]
+                       ) -> tuple[BlockScaled, fp8.Tiles | None]:
+        """The output's gradient for dgrad, and for wgrad unless the weight is frozen."""
+        if self.dispatched_gradient:
+            grad = quantize(grad, power_of_two=True)
+        if not weight.requires_grad:
+            return quantize(grad), None
+        if isinstance(grad, BlockScaled):
+            tiles = _rows(grad)
+            return grad, grad.columns or fp8.retile_128x1(tiles.q, tiles.scale, self.dispatched_gradient, *counts)
+        rows, columns = fp8.quantize_rows_and_columns(grad.flatten(0, -2), False, *counts)
+        return _as_gradient((rows, columns), grad), columns
 
     def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
         """What wgrad will need of x; `columns` makes its tiles of it."""
@@ -84,14 +103,16 @@ class Fp8Product(Product):
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 
-def recipe(sharing: Callable = compose) -> Numerics:
+def recipe(sharing: Callable = compose, gather_fp8: bool = False) -> Numerics:
     """Which product takes what (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
+    product = partial(Fp8Product, gather_fp8=gather_fp8)
     return Numerics(
-        linear=Fp8Product(sharing=sharing),
-        attention_output=Fp8Product(input_power_of_two=True, cache_e5m6=True),
-        experts_up=Fp8Product(input_power_of_two=True),
-        experts_down=Fp8Product(dispatched_gradient=True),
+        linear=product(sharing=sharing),
+        attention_output=product(input_power_of_two=True, cache_e5m6=True),
+        experts_up=product(input_power_of_two=True),
+        experts_down=product(dispatched_gradient=True),
         to_experts=partial(quantize, power_of_two=True),
+        norm=tiles_of_norm, norm_of_product=tiles_between, norm_for_all=tiles_and_norm,
         attention=attention, attention_output_form=E5M6Output())
 
 
@@ -106,9 +127,9 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         product, weight, counts, size = ctx.product, ctx.weight, ctx.counts, ctx.weight.shape[-1]
-        grad = product.received(grad)
-        grad_x = _dgrad(grad, weight, *counts) if ctx.needs_input_grad[0] else None
-        kept, columns = ctx.saved_tensors, _columns(grad, product.dispatched_gradient, *counts)
+        rows, columns = product.gradient_tiles(grad, weight, *counts)
+        grad_x = _dgrad(rows, weight, *counts) if ctx.needs_input_grad[0] else None
+        kept = ctx.saved_tensors
 
         def wgrad():
             return _wgrad(columns, product.columns(kept, size, *counts), grad.dtype, *counts)
@@ -117,9 +138,12 @@ class _Multiply(torch.autograd.Function):
 
 
 class _MultiplySwiGLU(torch.autograd.Function):
+    """`gate_up`: gate and up, or both side by side, which then have one gradient in tiles that begin at gate."""
+
     @staticmethod
-    def forward(ctx, gate, up, weight, product: Fp8Product, *counts):
-        ctx.weight, ctx.product, ctx.counts = weight, product, counts
+    def forward(ctx, product: Fp8Product, counts, weight, *gate_up):
+        ctx.weight, ctx.product, ctx.counts, ctx.joint = weight, product, counts, len(gate_up) == 1
+        gate, up = gate_and_up(*gate_up)
         ctx.save_for_backward(*fp8.quantize_1x128(gate.flatten(0, -2)), *fp8.quantize_1x128(up.flatten(0, -2)))
         tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
         return _with_rows_of(gate, _forward(tiles, weight, *counts))
@@ -127,28 +151,43 @@ class _MultiplySwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         product, weight, counts = ctx.product, ctx.weight, ctx.counts
-        grad = product.received(grad)
+        rows, columns = product.gradient_tiles(grad, weight, *counts)
         gate_q, gate_s, up_q, up_s = ctx.saved_tensors
-        gate, up = (_with_rows_of(grad, fp8.dequantize_1x128(*kept, grad.dtype)) for kept in (
-            (gate_q, gate_s), (up_q, up_s)))
-        grad_gate, grad_up = swiglu_backward(_dgrad(grad, weight, *counts), gate, up)
-        columns = _columns(grad, product.dispatched_gradient, *counts)
+        gate, up = (fp8.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
+        grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
+        gradients = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
         hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
         grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
-        return grad_gate, grad_up, grad_weight, None, *(None for _ in counts)
+        return None, None, grad_weight, *(_as_gradient(tiles, grad) for tiles in gradients)
 
 
 @with_backends("quantize_swiglu")
-def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> fp8.Tiles:
     """silu(gate) * up in 1x128 tiles."""
     return fp8.quantize_1x128(swiglu_forward(gate, up), power_of_two)
 
 
 @with_backends("quantize_swiglu_columns")
 def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
-                            ) -> Tensors:
-    """silu(gate) * up in 128x1 tiles of rows."""
-    return _columns(swiglu_forward(gate, up), power_of_two, *counts)
+                            ) -> fp8.Tiles:
+    """silu(gate) * up, [R, I] each, in 128x1 tiles of rows."""
+    return fp8.quantize_128x1(swiglu_forward(gate, up), power_of_two, *counts)
+
+
+@with_backends("swiglu_backward_tiles")
+def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
+                          *counts: Sequence[int]) -> tuple[tuple[fp8.Tiles, fp8.Tiles], ...]:
+    """Gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles: of each, or of both side by side [R, 2I]."""
+    gradients = swiglu_backward(grad, gate, up)
+    parts = (torch.cat(gradients, -1),) if joint else gradients
+    return tuple(fp8.quantize_rows_and_columns(part, False, *counts) for part in parts)
+
+
+def _as_gradient(tiles: tuple[fp8.Tiles, fp8.Tiles], like: torch.Tensor) -> BlockScaled:
+    """[..., K] of tiles of [R, K], with the rows of `like`."""
+    (q, scale), columns = tiles
+    rows = like.shape[:-1]
+    return BlockScaled(q.view(*rows, q.shape[-1]), scale.view(*rows, scale.shape[-1]), like.dtype, columns=columns)
 
 
 def _rows(tiles: BlockScaled) -> BlockScaled:
@@ -163,23 +202,16 @@ def _with_rows_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _forward(x: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
     multiply = grouped_scaled_mm if counts else scaled_mm
-    return multiply(x.q, x.scale, *fp8.quantize_128x128(weight), *counts, out_dtype=x.dtype)
+    return multiply(x.q, x.scale, *blocks_of(weight), *counts, out_dtype=x.dtype)
 
 
-def _dgrad(grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
+def _dgrad(grad: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
     """[..., I]"""
     multiply = grouped_scaled_mm if counts else scaled_mm
-    tiles = _rows(quantize(grad))
-    blocks = fp8.transposed_blocks(weight)
-    return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *blocks, *counts, out_dtype=grad.dtype))
+    tiles = _rows(grad)
+    return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *transposed_of(weight), *counts, out_dtype=grad.dtype))
 
 
-def _columns(x: torch.Tensor, power_of_two: bool, *counts: Sequence[int]) -> Tensors:
-    """128x1 tiles of rows [..., K]; of what is block-scaled from its tiles."""
-    plain = x.dequantize() if isinstance(x, BlockScaled) else x
-    return fp8.quantize_128x1(plain.flatten(0, -2), power_of_two, *counts)
-
-
-def _wgrad(grad: Tensors, x: Tensors, dtype: torch.dtype, *counts: Sequence[int]) -> torch.Tensor:
+def _wgrad(grad: fp8.Tiles, x: fp8.Tiles, dtype: torch.dtype, *counts: Sequence[int]) -> torch.Tensor:
     multiply = grouped_scaled_mm_wgrad if counts else scaled_mm
     return multiply(*grad, *x, *counts, out_dtype=dtype)

@@ -81,7 +81,7 @@ def _norm_rows(x, weight, eps, keep, power_of_two):
 
 
 def _norm_backward(grad, x, weight, rstd, tiles, power_of_two):
-    return (*_rows(x, *x.shape), *_columns(x, x.shape[1], tiles), torch.empty_like(x), torch.empty_like(weight))
+    return *_rows(x, *x.shape), *_columns(x, x.shape[1], tiles), torch.empty_like(weight)
 
 
 def _product(a_q, *shape, fp32):
@@ -108,7 +108,6 @@ FAKES = {
     "swiglu_backward_quantize": lambda grad, gate, up, tiles, power_of_two: (
         *_rows(gate, gate.shape[0], 2 * gate.shape[1]), *_columns(gate, 2 * gate.shape[1], tiles)),
     "norm_quantize_rows": _norm_rows,
-    "norm_quantize_columns": lambda x, weight, rstd, tiles, power_of_two: _columns(x, x.shape[1], tiles),
     "norm_backward_quantize": _norm_backward,
     "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32: _product(a_q, a_q.shape[0], b_q.shape[0], fp32=fp32),
     "grouped_scaled_mm": lambda a_q, a_s, b_q, b_s, tiles, tall, fp32: _product(

@@ -5,25 +5,37 @@ import torch
 from megatron_deepseek.ops.registry import with_backends
 
 
+def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [..., H] in x's dtype, and 1 / root mean square [..., 1] in at least float32. No gradient."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(wide)
+    norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+    rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
+    return ((x_wide * rstd).to(x.dtype) * weight).to(x.dtype), rstd
+
+
+@with_backends("norm_backward")
+def norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and of the weight."""
+    normed = x.to(rstd.dtype) * rstd
+    grad = grad.to(rstd.dtype)
+    grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    grad_normed = grad * weight
+    inner = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
+    return (grad_normed.addcmul_(normed, inner, value=-1)).mul_(rstd).to(x.dtype), grad_weight
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x_wide = x.to(wide)
-        norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
-        rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
+        y, rstd = norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return ((x_wide * rstd).to(x.dtype) * weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, rstd = ctx.saved_tensors
-        normed = x.to(rstd.dtype) * rstd
-        grad = grad.to(rstd.dtype)
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_normed = grad * weight
-        inner = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
-        return (grad_normed.addcmul_(normed, inner, value=-1)).mul_(rstd).to(x.dtype), grad_weight, None
+        return *norm_backward(grad, *ctx.saved_tensors), None
 
 
 @with_backends("rms_norm")

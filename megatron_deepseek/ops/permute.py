@@ -11,6 +11,12 @@ import torch
 from megatron_deepseek.ops.registry import with_backends
 
 
+@with_backends("gather_rows")
+def gather_rows(x_RW: torch.Tensor, index_Q: torch.Tensor) -> torch.Tensor:
+    """Row index_Q[i] of x as row i; no gradient. For rows of bytes: FP8 codes and their scales."""
+    return x_RW.index_select(0, index_Q)
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RH, order_R, inverse_R):

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from megatron_deepseek.ops.attention import Output, attention
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.recompute import compose
-from megatron_deepseek.ops.swiglu import swiglu
+from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 
 
 class Deferred(Protocol):
@@ -34,16 +35,23 @@ class Deferred(Protocol):
         """ops/grouped_gemm.py's that defers."""
 
 
+GateUp = tuple[torch.Tensor, ...]  # gate and up, or one tensor with gate's columns before up's
+
+
 class Product(ABC):
-    """x [..., I] times weight [O, I] transposed; or, with `counts`, each expert's rows times its own of [E, O, I]."""
+    """x [..., I] times weight [O, I] transposed; or, with `counts`, each expert's rows times its own of [E, O, I].
+
+    `gathered`: what FSDP2 gathers in place of a shard of the weight (parallel/data.py), None for the shard itself.
+    """
+
+    gathered: Callable[[torch.Tensor], Any] | None = None
 
     @abstractmethod
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, *counts: list[int]) -> torch.Tensor:
         """[..., O] in x's dtype."""
 
     @abstractmethod
-    def after_swiglu(self, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor, *counts: list[int]
-                     ) -> torch.Tensor:
+    def after_swiglu(self, gate_up: GateUp, weight: torch.Tensor, *counts: list[int]) -> torch.Tensor:
         """The product of silu(gate) * up."""
 
     @abstractmethod
@@ -69,8 +77,8 @@ class Linear(Product):
     def __call__(self, x, weight, *counts):
         return self.multiply(x, weight, *counts)
 
-    def after_swiglu(self, gate, up, weight, *counts):
-        return self.activate(swiglu, (gate, up), lambda hidden: self(hidden, weight, *counts))
+    def after_swiglu(self, gate_up, weight, *counts):
+        return self.activate(swiglu, gate_and_up(*gate_up), lambda hidden: self(hidden, weight, *counts))
 
     def deferring(self, deferred: Deferred) -> "Linear":
         return replace(self, multiply=deferred.linear)
@@ -97,6 +105,9 @@ class Numerics:
     `to_experts` makes what travels of the gradients that go to the experts in the backward. `attention` is ops/
     attention.py's or a form of it that keeps its output otherwise, and `attention_output_form` how context-parallel
     ranks do.
+
+    `norm` is of norms whose output only `linear` reads, `norm_of_product` of those that get their input from it too,
+    straight; `norm_for_all` of norms that others read as well.
     """
 
     linear: Product = Linear()
@@ -104,5 +115,8 @@ class Numerics:
     experts_up: Product = Grouped()
     experts_down: Product = Grouped()
     to_experts: Callable[[torch.Tensor], torch.Tensor] = field(default=_unchanged)
+    norm: Callable[..., torch.Tensor] = field(default=rms_norm)
+    norm_of_product: Callable[..., torch.Tensor] = field(default=rms_norm)
+    norm_for_all: Callable[..., torch.Tensor] = field(default=rms_norm)
     attention: Callable[..., torch.Tensor] = field(default=attention)
     attention_output_form: Output = Output()

@@ -9,10 +9,11 @@ by a note, and the backward runs the producer again from x. Megatron-LM frees su
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, islice
 
 import torch
 
-from megatron_deepseek.ops.block_scaled import parts_of
+from megatron_deepseek.ops.block_scaled import apart, parts_of
 
 Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
@@ -27,9 +28,9 @@ class _Keep(torch.autograd.Function):
     """Saves its inputs as any operator does, so that an outer `recompute` may keep a note in their place."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, anchor, *inputs):
         ctx.save_for_backward(*inputs)
-        return inputs[0].new_empty(0)
+        return anchor.clone()
 
     @staticmethod
     def backward(ctx, grad):
@@ -37,9 +38,20 @@ class _Keep(torch.autograd.Function):
 
 
 def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """How to get `inputs` back in the backward; hooks for saved tensors apply to them as to an operator's."""
-    kept = _Keep.apply(*inputs)  # torch 2.11 frees what a node saved when its output goes
-    return (lambda: inputs) if kept.grad_fn is None else (lambda: kept.grad_fn.saved_tensors)
+    """How to get `inputs` back in the backward; hooks for saved tensors apply to their parts as to an operator's."""
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return lambda: inputs
+    parts, together = zip(*map(apart, inputs))
+    anchor = torch.empty(0, requires_grad=True)
+    kept = _Keep.apply(anchor, *chain.from_iterable(parts))  # torch 2.11 frees what a node saved when its output goes
+    sizes = [len(each) for each in parts]
+    del inputs, parts
+
+    def fetch():
+        saved = iter(kept.grad_fn.saved_tensors)
+        return tuple(make(*islice(saved, size)) for make, size in zip(together, sizes))
+
+    return fetch
 
 
 def _hooks_around() -> tuple[Callable, Callable]:

@@ -67,11 +67,14 @@ def _no_library() -> str | None:
     return None
 
 
+def _not_hopper() -> str | None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
+        return None
+    return f"products with such scales need compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+
+
 def _no_hopper() -> str | None:
-    problem = _no_library()
-    if problem or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
-        return problem
-    return f"wgmma on E4M3 needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+    return _no_library() or _not_hopper()
 
 
 def _no_module(name: str, library: str) -> str | None:
@@ -88,6 +91,16 @@ def _no_transformer_engine() -> str | None:
     return _no_module("transformer_engine", "transformer-engine")
 
 
+def _no_blockwise_product() -> str | None:
+    """torch's own: cuBLASLt has 128-element scales for Hopper alone, from CUDA 12.9 on."""
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return _not_hopper() or (None if version >= (12, 9) else f"needs CUDA 12.9, this torch has {torch.version.cuda}")
+
+
+def _no_transformer_engine_product() -> str | None:
+    return _no_transformer_engine() or _not_hopper()
+
+
 def _ours(function: str) -> tuple[Candidate, ...]:
     return Candidate("csrc", f"cuda:{function}", _no_library), Candidate(REFERENCE, None, _always)
 
@@ -96,12 +109,17 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "rms_norm": (Candidate("torch", "alternatives:torch_rms_norm", _always),
                  Candidate("apex", "alternatives:apex_rms_norm", _no_apex),
                  Candidate(REFERENCE, None, _always)),
+    "norm_backward": (Candidate("torch", "alternatives:torch_norm_backward", _always),
+                      Candidate(REFERENCE, None, _always)),
+    "norm_quantize": _ours("norm_quantize"),
+    "norm_backward_quantize": _ours("norm_backward_quantize"),
     "attention": (Candidate("torch", None, _always),
                   Candidate("transformer_engine", "alternatives:transformer_engine_attention", _no_transformer_engine)),
     "turn_tail": _ours("turn_tail"),
     "join_keys": _ours("join_keys"),
     "sort_by_expert": _ours("sort_by_expert"),
     "permute": _ours("permute"),
+    "gather_rows": _ours("gather_rows"),
     "copy_and_permute": _ours("copy_and_permute"),
     "weighted_sum": _ours("weighted_sum"),
     "cross_entropy_statistics": _ours("cross_entropy_statistics"),
@@ -109,12 +127,16 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "quantize_1x128": _ours("quantize_1x128"),
     "quantize_128x1": _ours("quantize_128x1"),
     "quantize_128x128": _ours("quantize_128x128"),
-    "transposed_blocks": _ours("transposed_blocks"),
+    "quantize_both_ways": _ours("quantize_both_ways"),
+    "quantize_rows_and_columns": _ours("quantize_rows_and_columns"),
     "retile_128x1": _ours("retile_128x1"),
     "quantize_swiglu": _ours("quantize_swiglu"),
     "quantize_swiglu_columns": _ours("quantize_swiglu_columns"),
+    "swiglu_backward_tiles": _ours("swiglu_backward_tiles"),
     "scaled_mm": (Candidate("csrc", "cuda:scaled_mm", _no_hopper),
-                  Candidate("torch", "alternatives:torch_scaled_mm", _always),
+                  Candidate("torch", "alternatives:torch_scaled_mm", _no_blockwise_product),
+                  Candidate("transformer_engine", "alternatives:transformer_engine_scaled_mm",
+                            _no_transformer_engine_product),
                   Candidate(REFERENCE, None, _always)),
     "grouped_scaled_mm": (Candidate("csrc", "cuda:grouped_scaled_mm", _no_hopper),
                           Candidate(REFERENCE, None, _always)),

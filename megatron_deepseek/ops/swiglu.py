@@ -4,6 +4,11 @@ import torch
 import torch.nn.functional as F
 
 
+def gate_and_up(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one tensor with gate's columns before up's, or of both."""
+    return parts[0].chunk(2, -1) if len(parts) == 1 else parts
+
+
 def swiglu_forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, without a gradient."""
     return F.silu(gate).mul_(up)

@@ -4,13 +4,15 @@ The losses are already divided by global counts, so nothing here divides: no fac
 parameters are reduced over dp x cp, routed experts over edp.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,36 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
         if unit.mesh.size() > 1:  # with one rank nothing is divided anyway, and a factor of 1 costs a pass
             unit.module.set_gradient_divide_factor(1.0)
         unit.module.set_force_sum_reduction_for_comms(True)
+        for parameter in _parameters_of(unit.module):
+            info = parameter._module_info
+            product = getattr(info.module, "weight_products", {}).get(info.param_name)
+            if product is not None and product.gathered is not None:
+                _GatheredInAForm.wrap(parameter, product.gathered)
+
+
+class _GatheredInAForm(FSDPParam):
+    """A parameter whose shard goes through `form` when it is gathered, and is an ordinary tensor for everyone else.
+
+    FSDP2 asks the local tensor for fsdp_pre_all_gather and fsdp_post_all_gather. A tensor subclass that has them would
+    be what optimizer, checkpoints and initialisation see as well; here FSDP alone sees it.
+    """
+
+    form: Callable[[torch.Tensor], Any]
+
+    @classmethod
+    def wrap(cls, parameter: FSDPParam, form: Callable[[torch.Tensor], Any]) -> None:
+        parameter.__class__, parameter.form = cls, form
+        parameter._init_extensions()
+
+    @property
+    def _sharded_local_tensor(self):
+        return self.form(self._sharded_param_data.view(self.padded_sharded_param_size))
+
+
+def _parameters_of(module: nn.Module) -> Iterator[FSDPParam]:
+    """FSDP's own of one unit."""
+    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    yield from group.fsdp_params if group else ()
 
 
 def reshard(module: nn.Module) -> None:
@@ -65,7 +97,6 @@ def accumulate_gradients(module: nn.Module) -> None:
     otherwise add up in the compute dtype until the next backward ends.
     """
     for each in module.modules():
-        group = each._get_fsdp_state()._fsdp_param_group if isinstance(each, FSDPModule) else None
-        for parameter in group.fsdp_params if group else ():
+        for parameter in _parameters_of(each):
             parameter.accumulate_unsharded_grad_if_needed()
             parameter.to_accumulated_grad_if_needed()

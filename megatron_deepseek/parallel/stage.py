@@ -30,3 +30,7 @@ class ReducingStage(PipelineStage):
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         if self.dw_builder:
             super().perform_reduce_grad(grad_scale_factor)
+
+    def _get_init_p2p_neighbors_ops(self) -> list:
+        """Of torch 2.11, which under V-shaped schedules sends to the rank itself; gloo has no such connection."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]

@@ -252,9 +252,14 @@ class ParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, local_weight(self.weight, self.weight_grad))
 
-    def after_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    @property
+    def weight_products(self) -> dict[str, Product]:
+        """Who alone reads a weight, by the weight's name (parallel/data.py)."""
+        return {"weight": self.product}
+
+    def after_swiglu(self, *gate_up: torch.Tensor) -> torch.Tensor:
         """Of silu(gate) * up."""
-        return self.product.after_swiglu(gate, up, local_weight(self.weight, self.weight_grad))
+        return self.product.after_swiglu(gate_up, local_weight(self.weight, self.weight_grad))
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + local_weight(self.bias, self.bias_grad)
@@ -279,13 +284,16 @@ def replicated_linear(in_features: int, out_features: int, tp: TensorParallel, b
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, computed in at least float32 (arXiv 1910.07467), weight replicated."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, computed in at least float32 (arXiv 1910.07467), weight replicated.
 
-    def __init__(self, size: int, eps: float, tp: TensorParallel):
+    `form`: what y is given as (ops/products.py).
+    """
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel, form: Callable[..., torch.Tensor] = rms_norm):
         super().__init__()
         self.weight = sharded_parameter((size,), tp.mesh, Replicate())
         self.weight_grad = tp.activation_grad
-        self.eps = eps
+        self.eps, self.form = eps, form
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, local_weight(self.weight, self.weight_grad), self.eps)
+        return self.form(x, local_weight(self.weight, self.weight_grad), self.eps)

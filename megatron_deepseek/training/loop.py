@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint.export import export_hf, keep_assets
 from megatron_deepseek.checkpoint.marker import last_iteration
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.blend import SPLITS
 from megatron_deepseek.data.pretraining import open_datasets, shared_plan
@@ -63,7 +63,7 @@ def make_plan(settings: Settings) -> Plan:
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
         seq_length=settings.data.seq_length, micro_batch_size=settings.batch.micro_batch_size,
         precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
-                            fp8=settings.run.fp8_format is not None),
+                            fp8=settings.run.fp8_format is not None, fp8_gather=settings.run.fp8_param_gather),
         optimizer=settings.optimizer, loss=settings.loss, recompute=settings.recompute,
         communication=settings.communication, offload=settings.offload,
         reshard_after_forward=settings.run.sharding == "optim_grads_params", seed=settings.run.seed)

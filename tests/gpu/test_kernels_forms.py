@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_deepseek.ops import cuda, permute, rope
+from megatron_deepseek.ops import cuda, fp8, fp8_norm, permute, rope
 from megatron_deepseek.ops import cross_entropy as losses
 from megatron_deepseek.ops.fp8 import (
     dequantize_1x128,
@@ -13,6 +13,7 @@ from megatron_deepseek.ops.fp8 import (
     quantize_128x128,
 )
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.ops.fp8_products import swiglu_backward_tiles
 from megatron_deepseek.ops.registry import Choice
 
 BF16 = {"rtol": 2**-7, "atol": 2**-7}  # each side rounds sums of a few numbers of the order of one
@@ -101,7 +102,7 @@ def test_linear_of_three_products(device):
     x_tiles = x_q[0].view(150, 80), x_q[1].view(150, 1)
     close(cuda.scaled_mm(*x_tiles, *w_q), scaled_mm(*quantize_1x128(x), *quantize_128x128(w)))
     expected = scaled_mm(*quantize_1x128(grad), *(part.mT for part in quantize_128x128(w)))
-    close(cuda.scaled_mm(*g_q, *cuda.transposed_blocks(w)), expected)
+    close(cuda.scaled_mm(*g_q, *cuda.quantize_both_ways(w)[1]), expected)
     close(cuda.scaled_mm(*g_q, *(part.mT for part in w_q)), expected)
     close(cuda.scaled_mm(*cuda.quantize_128x1(grad), *cuda.quantize_128x1(x)),
           dequantize_1x128(*quantize_1x128(grad.t())) @ dequantize_1x128(*quantize_1x128(x.t())).t())
@@ -113,13 +114,84 @@ def test_experts_of_three_products(device, ours_in_use):
     x_q, g_q, w_q = quantize_1x128(x), quantize_1x128(grad), quantize_128x128(w)
     close(cuda.grouped_scaled_mm(*x_q, *w_q, counts), grouped_scaled_mm(*x_q, *w_q, counts))
     transposed = tuple(part.mT.contiguous() for part in w_q)
-    close(cuda.grouped_scaled_mm(*g_q, *cuda.transposed_blocks(w), counts), grouped_scaled_mm(
+    close(cuda.grouped_scaled_mm(*g_q, *cuda.quantize_both_ways(w)[1], counts), grouped_scaled_mm(
         *g_q, *transposed, counts))
     columns = [cuda.quantize_128x1(t, False, counts) for t in (grad, x)]
     got = cuda.grouped_scaled_mm_wgrad(*columns[0], *columns[1], counts)
     references = [quantize_128x1(t, False, counts) for t in (grad, x)]
     close(got, grouped_scaled_mm_wgrad(*references[0], *references[1], counts))
     assert not got[1].any()
+
+
+def codes_close(got, expected):
+    """Tiles, or nested tuples of them: scales to bfloat16's step, and codes but for a few that rounded the other way."""
+    if isinstance(got[0], tuple):
+        assert len(got) == len(expected)
+        return [codes_close(*pair) for pair in zip(got, expected)]
+    (q, scale), (expected_q, expected_scale) = got, expected
+    assert q.shape == expected_q.shape and scale.shape == expected_scale.shape
+    torch.testing.assert_close(scale, expected_scale, rtol=2**-7, atol=0)
+    assert (q.view(torch.uint8) != expected_q.view(torch.uint8)).float().mean() < 5e-3
+
+
+def test_gradients_both_ways(device):
+    x = torch.randn(150, 200, device=device).bfloat16()
+    codes_close(cuda.quantize_rows_and_columns(x, True), fp8.quantize_rows_and_columns.reference(x, True))
+
+
+@pytest.mark.parametrize("joint, width", [(True, 72), (True, 128), (False, 128)])
+def test_swiglu_backward(device, joint, width):
+    gate_up, grad = (torch.randn(150, size, device=device).bfloat16() for size in (2 * width, width))
+    arguments = grad, *gate_up.chunk(2, -1), joint
+    codes_close(cuda.swiglu_backward_tiles(*arguments), swiglu_backward_tiles.reference(*arguments))
+
+
+def test_swiglu_backward_whose_tiles_are_not_of_each(device):
+    """72 columns of gate end within a tile of both side by side."""
+    x = torch.randn(4, 72, device=device).bfloat16()
+    assert cuda.swiglu_backward_tiles(x, x, x, False) is NotImplemented
+
+
+def test_products_of_halves_of_tiles(device):
+    """dgrad and wgrad of gate and of up, which read the left and the right of one tensor."""
+    gate_up, grad = (torch.randn(150, size, device=device).bfloat16() for size in (256, 128))
+    weight, x = (torch.randn(*shape, device=device).bfloat16() for shape in ((128, 80), (150, 80)))
+    ours, reference = (f(grad, *gate_up.chunk(2, -1), False) for f in (
+        cuda.swiglu_backward_tiles, swiglu_backward_tiles.reference))
+    for (rows, columns), (expected_rows, expected_columns) in zip(ours, reference):
+        close(cuda.scaled_mm(*rows, *cuda.quantize_both_ways(weight)[1]),
+              scaled_mm(*expected_rows, *quantize_128x128(weight.t())), 2**-7)
+        close(cuda.scaled_mm(*columns, *cuda.quantize_128x1(x)),
+              scaled_mm(*expected_columns, *quantize_128x1(x)), 2**-7)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_norm(device, keep):
+    x, weight = torch.randn(3, 50, 72, device=device).bfloat16(), torch.rand(72, device=device).bfloat16()
+    q, scale, rstd, y = cuda.norm_quantize(x, weight, 1e-6, keep)
+    expected = fp8_norm.norm_quantize.reference(x, weight, 1e-6, keep)
+    codes_close((q, scale), expected[:2])
+    torch.testing.assert_close(rstd, expected[2], rtol=1e-5, atol=0)
+    assert y is None if not keep else torch.allclose(y.float(), expected[3].float(), rtol=2**-7)
+    grad = torch.randn_like(x)
+    got = cuda.norm_backward_quantize(grad, x, weight, rstd)
+    expected = fp8_norm.norm_backward_quantize.reference(grad, x, weight, rstd)
+    codes_close(got[:2], expected[:2])
+    torch.testing.assert_close(got[2].float(), expected[2].float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("dtype, width", [(torch.uint8, 7168), (torch.float32, 56)])
+def test_rows_of_codes_and_of_scales(device, dtype, width):
+    x = torch.randint(200, (20, width), device=device).to(dtype)
+    index = torch.randint(20, (70,), device=device)
+    assert torch.equal(cuda.gather_rows(x, index), x[index])
+
+
+def test_rows_that_are_further_apart(device):
+    """Gate and up, halves of a product's rows, are quantised where they are."""
+    gate, up = torch.randn(30, 96, device=device).bfloat16().chunk(2, -1)
+    for half in (gate, up):
+        codes_close(cuda.quantize_1x128(half), quantize_1x128(half))
 
 
 def test_swiglu_of_halves(device):

@@ -161,22 +161,19 @@ def test_norm(device, rows, columns):
     torch.testing.assert_close(kept, normed, rtol=2**-7, atol=0)
     torch.testing.assert_close(rstd, (x.double().square().mean(-1) + 1e-6).rsqrt().float(), rtol=1e-5, atol=0)
     assert operator("norm_quantize_rows")(x, weight, 1e-6, False, False)[3].numel() == 0
-    nearly(unpadded(operator("norm_quantize_columns")(x, weight, rstd, None, False), rows),
-           fp8.quantize_128x1(normed))
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 8), (130, 136), (5, 2056)])
 def test_norm_backward(device, rows, columns):
-    """Against float64, rounded to bfloat16 once; sums of up to 2,056 float32 numbers: 1e-4."""
+    """Against float64, rounded to bfloat16 once; the weight's sums of up to 130 float32 numbers: 1e-4."""
     x, grad = (torch.randn(rows, columns, device=device).bfloat16() for _ in range(2))
     weight = torch.rand(columns, device=device) + 0.5
     rstd = (x.float().square().mean(-1) + 1e-6).rsqrt()
-    q, s, q_columns, s_columns, kept, grad_weight = operator("norm_backward_quantize")(
+    q, s, q_columns, s_columns, grad_weight = operator("norm_backward_quantize")(
         grad, x, weight, rstd, None, False)
     wide_x, wide_w = x.double().requires_grad_(), weight.double().requires_grad_()
     expected, expected_w = torch.autograd.grad(
         F.rms_norm(wide_x, (columns,), wide_w, 1e-6), (wide_x, wide_w), grad.double())
-    torch.testing.assert_close(kept.double(), expected, rtol=2**-7, atol=1e-5)
+    nearly((q, s), fp8.quantize_1x128(expected.bfloat16()))
+    nearly(unpadded((q_columns, s_columns), rows), fp8.quantize_128x1(expected.bfloat16()))
     torch.testing.assert_close(grad_weight.double(), expected_w, rtol=1e-4, atol=1e-4)
-    same((q, s), fp8.quantize_1x128(kept))
-    same(unpadded((q_columns, s_columns), rows), fp8.quantize_128x1(kept))

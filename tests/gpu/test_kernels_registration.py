@@ -45,7 +45,6 @@ def samples(device) -> dict[str, tuple]:
         "swiglu_quantize_rows": (x, x, False), "swiglu_quantize_columns": (x, x, None, False),
         "swiglu_backward_quantize": (x, x, x, None, True),
         "norm_quantize_rows": (x, weight, 1e-6, True, False),
-        "norm_quantize_columns": (x, weight, rstd, None, False),
         "norm_backward_quantize": (x, x, weight, rstd, tiles, False),
         "scaled_mm": (q, s, q, s, False), "grouped_scaled_mm": (q, s, *blocks, row_tiles, False, True),
         "grouped_scaled_mm_wgrad": (*columns, *columns, groups, False),

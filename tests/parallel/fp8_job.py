@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 from cases import Case, Reference
 from job import Record, run_case, run_reference
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.ops import e5m6, fp8, fp8_gemm
 
 FP8 = Precision(torch.float64, fp8=True)
+GATHERED = replace(FP8, fp8_gather=True)
 WIDE_LENGTH = 256
 
 
@@ -35,6 +37,21 @@ def use_tiles(size: int) -> None:
 def run_fp8(tile: int, case: Case, num_steps: int = 1, precision: Precision = FP8, *length: int) -> Record:
     use_tiles(tile)
     return run_case(case, num_steps, precision, *length)
+
+
+def run_and_count(tile: int, case: Case, precision: Precision) -> tuple[Record, int]:
+    """Of two steps, and the bytes that this rank gave to FSDP's all-gathers."""
+    given, gather = [], DefaultAllGather.__call__
+
+    def counted(self, output_tensor, input_tensor, *args, **kwargs):
+        given.append(input_tensor.nbytes)
+        return gather(self, output_tensor, input_tensor, *args, **kwargs)
+
+    DefaultAllGather.__call__ = counted
+    try:
+        return run_fp8(tile, case, 2, precision), sum(given)
+    finally:
+        DefaultAllGather.__call__ = gather
 
 
 def run_fp8_alone(tile: int, reference: Reference, num_steps: int = 1, precision: Precision = FP8,

@@ -18,7 +18,8 @@ from megatron_deepseek.planning.pipeline_balance import resolve
 
 # Every list of cases that some test compares with one process, with the arguments that the test adds to the case's.
 COMPARED = [*((case,) for case in (*CASES, *WIDE_CASES)), *((case, "--bf16") for case in BFLOAT16_CASES),
-            *((case, "--fp8-format", "e4m3") for case in FP8_CASES), (BF16_TOO, "--bf16", "--fp8-format", "e4m3")]
+            *((case, "--fp8-format", "e4m3", "--fp8-param-gather") for case in FP8_CASES),
+            (BF16_TOO, "--bf16", "--fp8-format", "e4m3", "--fp8-param-gather")]
 BASE = "--model tiny --data-path corpus --train-iters 1 --seq-length 256 --global-batch-size 32"
 RANKS = 8
 

@@ -10,7 +10,16 @@ import pytest
 import torch
 from cases import Case
 from compare import differences
-from fp8_job import FP8, WIDE_LENGTH, WideCase, run_fp8, run_fp8_alone, use_tiles
+from fp8_job import (
+    FP8,
+    GATHERED,
+    WIDE_LENGTH,
+    WideCase,
+    run_and_count,
+    run_fp8,
+    run_fp8_alone,
+    use_tiles,
+)
 from job import run_case
 from test_precision import BFLOAT16_CASES, losses
 
@@ -60,6 +69,29 @@ def test_whole_tiles_compute_what_one_process_does(ranks, alone, case, micro_bat
     assert not differences(records, alone(2, replace(case.reference, micro_batch_size=micro_batch_size)), TOLERANCE)
 
 
+# With tiles of 2 all blocks of all weights are whole on 2 data ranks; with tiles of 8 those of experts are, and of others
+# some: 12 rows of 24 are no whole blocks, and 8 rows of 16 are one.
+GATHERS = (  # and less than which part of the bytes
+    (2, 0.5, Case(dp=2, ep=2, microbatches=3, tp=2, reshard=True, mtp=1, shared=2)),
+    (8, 1.0, Case(dp=2, microbatches=2, pp=2, schedule="InterleavedZeroBubble", virtual=2)),
+    (2, 0.5, Case(dp=2, microbatches=2, recompute="full", offload_optimizer=True)),
+)
+
+
+@pytest.mark.parametrize("tile, part, case", GATHERS, ids=str)
+def test_weights_gathered_as_fp8_are_the_same_bits(ranks, tile, part, case):
+    """As quantised after the gathering. What is gathered is float64 here: codes are an eighth of it, and with their
+    scales, of blocks so small, the sum is less than half.
+    """
+    plain, fewer = (ranks.run(case.layout.world_size, run_and_count, tile, case, each) for each in (FP8, GATHERED))
+    for (expected, all_bytes), (record, some_bytes) in zip(plain, fewer):
+        assert losses(record).equal(losses(expected))
+        for got, wanted in zip((*(step.gradients for step in record.steps), record.weights),
+                               (*(step.gradients for step in expected.steps), expected.weights), strict=True):
+            assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+        assert some_bytes < part * all_bytes
+
+
 def test_tiles_of_128(ranks, alone):
     case, options = WideCase(tp=2, sp=True, ep=2, shared=2), (1, FP8, WIDE_LENGTH)
     records = ranks.run(2, run_fp8, 128, case, *options)
@@ -72,7 +104,7 @@ def test_every_feature(ranks, alone, case):
     gradients have other tiles where micro-batches do, so that later steps differ: by 1 % of the loss at most was seen.
     """
     reference = alone(2, case.reference, 2)
-    for record in ranks.run(case.layout.world_size, run_fp8, 2, case, 2):
+    for record in ranks.run(case.layout.world_size, run_fp8, 2, case, 2, GATHERED):
         torch.testing.assert_close(losses(record)[0], losses(reference)[0], rtol=TOLERANCE, atol=0)
         torch.testing.assert_close(losses(record), losses(reference), rtol=5e-2, atol=0)
         for layer, counts in record.steps[0].expert_counts.items():
@@ -83,7 +115,7 @@ def test_over_bfloat16(ranks, alone):
     """The first losses as in bfloat16 alone; later ones as above, and with experts chosen otherwise: 4 % was seen."""
     precision = Precision(torch.float32, torch.bfloat16, fp8=True)
     reference = alone(2, BF16_TOO.reference, 2, precision)
-    for record in ranks.run(2, run_fp8, 2, BF16_TOO, 2, precision):
+    for record in ranks.run(2, run_fp8, 2, BF16_TOO, 2, replace(precision, fp8_gather=True)):
         torch.testing.assert_close(losses(record)[0], losses(reference)[0], rtol=2e-2, atol=0)
         torch.testing.assert_close(losses(record), losses(reference), rtol=1e-1, atol=0)
 

@@ -102,6 +102,7 @@ REFUSED = {
     "communication balance": (1, "--model deepseek-v2-lite --moe-communication-aux-loss-coeff 0.1",
                               ["--moe-communication-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
     "fp8 recipe of what": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "--fp8-format"]),
+    "fp8 gather of what": (1, "--fp8-param-gather", ["--fp8-param-gather", "--fp8-format e4m3"]),
     "fp8 format": (1, "--fp8-format hybrid", ["--fp8-format hybrid", "e4m3"]),
     "fp8 recipe": (1, "--fp8-format e4m3 --fp8-recipe mxfp8", ["--fp8-recipe mxfp8", "blockwise"]),
     "recompute modules": (1, "--recompute-granularity full --recompute-modules moe_act",

@@ -58,10 +58,15 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def multiply(product: Fp8Product, swiglu: bool, *inputs: torch.Tensor, counts=()) -> torch.Tensor:
+    *rows, weight = inputs
+    return product.after_swiglu(rows, weight, *counts) if swiglu else product(*rows, weight, *counts)
+
+
 def run(product: Fp8Product, *inputs: torch.Tensor, counts=(), swiglu=False):
     """Output and gradients, for an upstream gradient that depends on nothing."""
     inputs = [x.clone().requires_grad_() for x in inputs]
-    y = (product.after_swiglu if swiglu else product)(*inputs, *counts)
+    y = multiply(product, swiglu, *inputs, counts=counts)
     upstream = randn(*y.shape, seed=77)
     return y.detach(), upstream, torch.autograd.grad(y, inputs, upstream)
 
@@ -84,15 +89,36 @@ def test_linear_is_its_definition(input_power, dispatched, e5m6):
 
 
 def test_after_swiglu_is_its_definition():
-    """The forward is of the exact SwiGLU; its gradients and the weight's are of what FP8 kept of gate and up."""
+    """The forward is of the exact SwiGLU; its gradients and the weight's are of what FP8 kept of gate and up.
+
+    The gradients of gate and up come in the tiles that the products before them read.
+    """
     gate, up, weight = randn(130, 200), randn(130, 200, seed=1), randn(150, 200, seed=2)
     y, grad, gradients = run(Fp8Product(), gate, up, weight, swiglu=True)
     torch.testing.assert_close(y, tiled(swiglu(gate, up)) @ blocked(weight).t(), rtol=1e-12, atol=1e-12)
     kept = [kept_tiles(x).requires_grad_() for x in (gate, up)]
     hidden = swiglu(*kept)
     expected = torch.autograd.grad(hidden, kept, tiled(grad) @ blocked(weight))
-    for got, wanted in zip(gradients, (*expected, tiled_columns(grad).t() @ tiled_columns(hidden.detach()))):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    *of_inputs, of_weight = gradients
+    torch.testing.assert_close(of_weight, tiled_columns(grad).t() @ tiled_columns(hidden.detach()), rtol=1e-11,
+                               atol=1e-11)
+    for got, wanted in zip(of_inputs, expected, strict=True):
+        torch.testing.assert_close(got.plain(), kept_tiles(wanted), rtol=1e-6, atol=1e-11)
+        torch.testing.assert_close(fp8.dequantize_1x128(*got.columns).double(), kept_tiles(wanted.t()), rtol=1e-6,
+                                   atol=1e-11)
+
+
+def test_gate_and_up_side_by_side():
+    """One tensor of both, as experts have it: the same numbers where their tiles end between them, in one tiling."""
+    gate, up, weight = randn(sum(COUNTS), 256), randn(sum(COUNTS), 256, seed=1), randn(len(COUNTS), 150, 256, seed=2)
+    joint = torch.cat([gate, up], -1).requires_grad_()
+    y = Fp8Product().after_swiglu((joint,), weight, COUNTS)
+    expected, upstream, (*apart, _) = run(Fp8Product(), gate, up, weight, counts=(COUNTS,), swiglu=True)
+    (got,) = torch.autograd.grad(y, joint, upstream)
+    assert torch.equal(y, expected)
+    assert torch.equal(got.q.float(), torch.cat([each.q.float() for each in apart], -1))
+    assert all(torch.equal(got.columns[i].float(), torch.cat([each.columns[i].float() for each in apart]))
+               for i in range(2))
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -109,7 +135,7 @@ def test_experts_are_linears_of_their_rows(swiglu):
             assert not gradients[-1][e].any()
             continue
         weight_e = weight[e].clone().requires_grad_()
-        alone = (product.after_swiglu if swiglu else product)(*own, weight_e)
+        alone = multiply(product, swiglu, *own, weight_e)
         assert torch.equal(alone, y_e)
         *expected, expected_weight = torch.autograd.grad(alone, (*own, weight_e), upstream_e)
         assert all(map(torch.equal, gradients_e, expected)) and torch.equal(gradients[-1][e], expected_weight)
@@ -123,7 +149,7 @@ def test_deferred_weight_gradients_are_the_same_bits(counts, swiglu):
     deferred = DeferredGradients()
     product = Fp8Product().deferring(deferred)
     own = [x.clone().requires_grad_() for x in (*inputs, weight)]
-    (product.after_swiglu if swiglu else product)(*own, *counts).backward(upstream)
+    multiply(product, swiglu, *own, counts=counts).backward(upstream)
     assert own[-1].grad is None
     deferred.take()()
     assert all(torch.equal(x.grad, expected) for x, expected in zip(own, at_once))
@@ -134,7 +160,7 @@ def test_a_frozen_weight_has_no_gradient_to_defer(swiglu):
     inputs, weight, deferred = [randn(3, 200, seed=i) for i in range(1 + swiglu)], randn(140, 200), DeferredGradients()
     for product in (Fp8Product(), Fp8Product().deferring(deferred)):
         own = [x.clone().requires_grad_() for x in inputs]
-        (product.after_swiglu if swiglu else product)(*own, weight).sum().backward()
+        multiply(product, swiglu, *own, weight).sum().backward()
         deferred.take()()
         assert all(x.grad is not None for x in own) and weight.grad is None
 
@@ -151,7 +177,7 @@ def test_attention_reads_its_output_from_e5m6(documents):
         outcomes.append((y.detach(), *torch.autograd.grad(y, inputs, randn(2, 40, 48, seed=4))))
     (exact, *exact_gradients), (got, *gradients) = outcomes
     assert isinstance(got, BlockScaled)
-    torch.testing.assert_close(got.dequantize(), tiled(exact, True), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.plain(), tiled(exact, True), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients[2], exact_gradients[2], rtol=1e-12, atol=1e-12)
     for gradient, expected in zip(gradients[:2], exact_gradients[:2]):
         assert 1e-5 < (gradient - expected).norm() / expected.norm() < 2**-7
@@ -182,7 +208,7 @@ def test_what_is_kept_is_fp8():
     assert kept_types(lambda: Fp8Product()(x, weight)) == {fp8.E4M3: size, torch.float32: size // 128 * 4}
     assert kept_types(lambda: Fp8Product(cache_e5m6=True)(x, weight)) == {
         torch.uint8: size * 3 // 2, torch.float32: size // 128 * 4}
-    assert kept_types(lambda: Fp8Product().after_swiglu(x, x, weight)) == {
+    assert kept_types(lambda: Fp8Product().after_swiglu((x, x), weight)) == {
         fp8.E4M3: 2 * size, torch.float32: 2 * size // 128 * 4}
     both = Fp8Product()
     shared = kept_types(lambda: both.shared(x, lambda x: (both(x, weight), both(x, weight * 2))))
@@ -206,7 +232,7 @@ def test_gathered_rows_stay_fp8_and_anything_else_sees_numbers():
     assert torch.equal(gathered.q.float(), rows.q[[5, 0, 0]].float())
     assert bytes_of_row(gathered) == 200 + 2 * 4 and bytes_of_row(x) == 400
     added = gathered + 1
-    assert type(added) is torch.Tensor and torch.equal(added, gathered.dequantize() + 1)
+    assert type(added) is torch.Tensor and torch.equal(added, gathered.plain() + 1)
     (gradient,) = torch.autograd.grad(gathered.sum() + rows.sum(), x)
     assert gradient[:, 0].tolist() == [3, 1, 1, 1, 1, 2]
 
@@ -218,7 +244,7 @@ def test_a_gradient_that_came_as_fp8_is_used_as_it_came():
     gradients = []
     for upstream in (grad, quantize(grad, power_of_two=True)):
         own = [x.clone().requires_grad_() for x in inputs]
-        gradients.append(torch.autograd.grad(product.after_swiglu(*own), own, upstream))
+        gradients.append(torch.autograd.grad(multiply(product, True, *own), own, upstream))
     assert all(map(torch.equal, *gradients))
 
 
@@ -269,7 +295,8 @@ def test_a_model_holds_less(meshes):
                                    ("fp8, norms again", True, RecomputeSettings("selective", ("layernorm",))),
                                    ("bf16, norms again", False, RecomputeSettings("selective", ("layernorm",)))):
         model, batch = model_and_batch(meshes, Precision(torch.float32, torch.bfloat16, fp8_on), recompute=settings)
-        forward(model, *batch).loss.backward()  # gathered weights in bfloat16 are made once and stay
+        with torch.no_grad():
+            forward(model, *batch)  # gathers the weights, which stay
         held[name] = kept_by(lambda: forward(model, *batch).loss)[1]
     print(held)
     assert held["fp8, norms again"] < held["fp8"] < held["bf16"]

@@ -1,0 +1,162 @@
+"""Plants mistakes in csrc/, one at a time, and says which tests on the emulation see each.
+
+    python tests/emulation/mistakes.py [--only PART_OF_A_FILE_OR_NAME]
+
+By hand, since each takes a compilation and a run of tests. A mistake that no test sees is the reason to write one. A
+replacement that is no longer in its file is an error, so that the table cannot rot.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """`old`, which must be in csrc/`file` (or tests/emulation), becomes `new`; `tests` of tests/gpu are to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+QUANTIZE, GEMM, PERMUTE = "test_kernels_quantize.py", "test_kernels_gemm.py", "test_kernels_permute.py"
+ROPE, LOSS, FORMS = "test_kernels_rope.py", "test_kernels_cross_entropy.py", "test_kernels_forms.py"
+
+MISTAKES = (
+    Mistake("E4M3 ties away from even", "numbers.cuh", "magnitude + 0x7ffff + ((magnitude >> 20) & 1)",
+            "magnitude + 0x80000", QUANTIZE),
+    Mistake("E4M3 truncated", "numbers.cuh", "magnitude + 0x7ffff + ((magnitude >> 20) & 1)", "magnitude", QUANTIZE),
+    Mistake("E4M3 subnormals flushed", "numbers.cuh", "return e4m3(sign | (sum - 0x46800000));",
+            "return e4m3(sign | (sum - sum));", QUANTIZE),
+    Mistake("bfloat16 truncated", "numbers.cuh", "bits + 0x7fff + ((bits >> 16) & 1)", "bits", QUANTIZE),
+    Mistake("power of two rounded down", "numbers.cuh", "(float_bits(scale) + 0x7fffff) & 0x7f800000",
+            "float_bits(scale) & 0x7f800000", QUANTIZE),
+    Mistake("scale of zeros", "numbers.cuh", "if (magnitude == 0) return 1.0f;", "if (magnitude == 0) return 0.0f;",
+            QUANTIZE),
+    Mistake("no smallest scale", "numbers.cuh", "if (scale < smallest) scale = smallest;", "(void)smallest;", QUANTIZE),
+    Mistake("quotient not corrected", "numbers.cuh",
+            "return copysignf(fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient), x);",
+            "return x * lift * reciprocal;", QUANTIZE),
+    Mistake("sign of zero lost", "numbers.cuh",
+            "copysignf(fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient), x)",
+            "fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient)", QUANTIZE),
+    Mistake("tile's rows of the next group", "quantize.cu", "r < rows.count && column", "column", QUANTIZE),
+    Mistake("no barrier before columns are read", "quantize.cu",
+            "load_tile<kind>(producer, shared, out, rows, power_of_two);\n  __syncthreads();",
+            "load_tile<kind>(producer, shared, out, rows, power_of_two);", QUANTIZE),
+    Mistake("half a column's maximum", "quantize.cu",
+            "Max{}(shared.magnitude[0][column], shared.magnitude[1][column])", "shared.magnitude[0][column]", QUANTIZE),
+    Mistake("SwiGLU's derivative without its second term", "producers.cuh", "* s * (1.0f + g[i] * (1.0f - s))", "* s",
+            QUANTIZE),
+    Mistake("SwiGLU's gradients exchanged", "producers.cuh", "if (column < half) {", "if (column >= half) {", QUANTIZE),
+    Mistake("SwiGLU's up gradient of up", "producers.cuh",
+            "round_to_bf16(round_to_bf16(g[i] / (1.0f + expf(-g[i]))) * d[i])", "round_to_bf16(d[i])", QUANTIZE),
+    Mistake("RMSNorm without eps", "producers.cuh", "/ float(columns) + eps)", "/ float(columns))", QUANTIZE),
+    Mistake("RMSNorm's gradient without the mean", "producers.cuh", "(out[i] - n[i] * own_inner) * own_rstd",
+            "out[i] * own_rstd", QUANTIZE),
+    Mistake("descriptor of half the stride", "hopper.cuh", "uint64_t(kSwizzleAtom >> 4) << 32",
+            "uint64_t(kSwizzleAtom >> 5) << 32", GEMM),
+    Mistake("no step along K", "gemm_fp8.cu", "from_a + i * kStep, from_b + i * kStep", "from_a, from_b", GEMM),
+    Mistake("first product accumulates", "gemm_fp8.cu", "from_b + i * kStep, i > 0)", "from_b + i * kStep, true)",
+            GEMM),
+    Mistake("products not waited for", "gemm_fp8.cu", "  hopper::product_wait();\n", "", GEMM),
+    Mistake("stage released before it was read", "gemm_fp8.cu",
+            "      hopper::barrier_wait(&shared.full[ring.stage], ring.parity);\n",
+            "      hopper::barrier_wait(&shared.full[ring.stage], ring.parity);\n"
+            "      if (lane_id() == 0) hopper::barrier_arrive(&shared.empty[ring.stage]);\n", GEMM),
+    Mistake("full stage not waited for", "gemm_fp8.cu",
+            "      hopper::barrier_wait(&shared.full[ring.stage], ring.parity);\n", "", GEMM),
+    Mistake("parity of the empty stages", "gemm_fp8.cu", "ring.parity ^ 1)", "ring.parity)", GEMM),
+    Mistake("bytes of one operand only", "gemm_fp8.cu", "barrier_arrive_expecting(full, S::kStageBytes)",
+            "barrier_arrive_expecting(full, kTileN * kTile)", GEMM),
+    Mistake("no barrier for the columns' scales", "gemm_fp8.cu",
+            "        hopper::warpgroup_barrier(1 + consumer);\n", "", GEMM),
+    Mistake("one buffer of columns' scales", "gemm_fp8.cu", "        buffer ^= 1;\n", "", GEMM),
+    Mistake("scales of the first block of K", "gemm_fp8.cu", "= row[wave][half][k];", "= row[wave][half][0];", GEMM),
+    Mistake("rows of the other half", "gemm_fp8.cu", "row[i / 2 % 2] * column", "row[i / 2 % 2 ^ 1] * column", GEMM),
+    Mistake("store of the wrong quad", "gemm_fp8.cu", "const int column = (first + thread % 4) * 8;",
+            "const int column = (first + thread % 2) * 8;", GEMM),
+    Mistake("tile of another matrix", "gemm_schedule.cuh", "work.matrix * p.n + work.column", "work.column", GEMM),
+    Mistake("columns behind the edge", "gemm_schedule.cuh", "int(p.n - work.column < kTileN ? p.n - work.column : kTileN)",
+            "kTileN", GEMM),
+    Mistake("unstable sort", "route.cu", "slot = shared.start[expert] + next[expert] + __popc(before);",
+            "slot = shared.start[expert] + next[expert] + __popc(same) - 1 - __popc(before);", PERMUTE),
+    Mistake("padding not cleared", "route.cu", "copy_of_slot[slot] = -1;", ";", PERMUTE),
+    Mistake("slots not rounded up", "route.cu", "round_up(shared.start[expert], shape.align)", "shared.start[expert]",
+            PERMUTE),
+    Mistake("no barrier of the grid", "route.cu", "\n  wait_for_all_blocks();\n", "\n", PERMUTE),
+    Mistake("gather of the copy, not its token", "permute.cu", "copy / copies_of_token", "copy", PERMUTE),
+    Mistake("weight forgotten", "permute.cu", "total[i] += weight * values[i]", "total[i] += values[i]", PERMUTE),
+    Mistake("weight's gradient of the weighted row", "permute.cu", "product += g[i] * values[i];",
+            "product += weight * g[i] * values[i];", PERMUTE),
+    Mistake("turned the same way back", "rope.cu", "inverse ? -angles.sin[pair + i] : angles.sin[pair + i]",
+            "angles.sin[pair + i]", ROPE),
+    Mistake("no barrier before the turned part", "rope.cu",
+            "  __syncthreads();\n  const int joint", "  const int joint", ROPE),
+    Mistake("a sum not rescaled", "cross_entropy.cu", "  if (max != online.max) online.rescale(max);\n",
+            "  online.max = max;\n", LOSS),
+    Mistake("label of the row's part", "cross_entropy.cu", "const int64_t label = labels[row] - first_id;\n  const float",
+            "const int64_t label = labels[row];\n  const float", LOSS),
+)
+
+
+def tree_with(mistake: Mistake, folder: Path) -> Path:
+    """A copy of what the build reads, with the mistake in it; objects of files without one stay there."""
+    for part in ("csrc", "tests/emulation"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for path in (ROOT / part).glob("*"):
+            if path.is_file():
+                (folder / part / path.name).write_bytes(path.read_bytes())
+    path = folder / "csrc" / mistake.file
+    text = path.read_text()
+    if text.count(mistake.old) < 1:
+        raise SystemExit(f"error: {mistake.name}: {mistake.file} has no {mistake.old!r}")
+    path.write_text(text.replace(mistake.old, mistake.new))
+    return folder
+
+
+def verdict(mistake: Mistake, folder: Path) -> str:
+    tree, library = tree_with(mistake, folder), folder / "emulated.so"
+    built = subprocess.run([sys.executable, tree / "csrc" / "build.py", "--emulated", "--output", library], text=True,
+                           capture_output=True)
+    if built.returncode:
+        return "does not compile: " + built.stderr.strip().splitlines()[-1][:100]
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider",
+             str(ROOT / "tests" / "gpu" / mistake.tests)], text=True, capture_output=True, timeout=200,
+            env=os.environ | {"EMULATED_LIBRARY": str(library)})
+    except subprocess.TimeoutExpired:
+        return "seen: a test hangs"
+    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+    if failed:
+        return f"seen by {failed[0].split('::')[1].split(' ')[0]}"
+    return "NOT SEEN" if run.returncode == 0 else f"seen: the process ends with {run.returncode}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="mistakes whose files or names have this in them")
+    only = parser.parse_args().only
+    chosen = [mistake for mistake in MISTAKES if only in f"{mistake.file} {mistake.name}"]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for mistake in chosen:
+            outcome = verdict(mistake, Path(folder))
+            missed += not outcome.startswith("seen")
+            print(f"{mistake.file:20} {mistake.name:45} {outcome}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} mistakes seen")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

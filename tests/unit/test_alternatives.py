@@ -1,0 +1,158 @@
+"""Adapters of transformer-engine, apex and torch, held to stand-ins with their libraries' signatures and layouts.
+
+The libraries need a GPU. The stand-ins take what the constructors and functions of their sources take, of transformer-
+engine with and without a workspace argument, and compute by the layouts that are documented there what those would.
+"""
+
+import inspect
+import sys
+from enum import Enum
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_deepseek.ops import alternatives, fp8
+from megatron_deepseek.ops.attention import attention
+from megatron_deepseek.ops.fp8_gemm import scaled_mm
+from megatron_deepseek.ops.norm import norm_backward, norm_forward, rms_norm
+
+
+class DType(Enum):
+    kFloat8E4M3 = 7
+
+
+class Quantizer:
+    def __init__(self, fp8_dtype, *, rowwise, columnwise, amax_epsilon=0.0, force_pow_2_scales=True,
+                 block_scaling_dim=2):
+        assert fp8_dtype is DType.kFloat8E4M3 and rowwise and not columnwise
+        self.block_scaling_dim = block_scaling_dim
+
+
+class QTensor:
+    """`rowwise_scale_inv`: [ceil(M / 128), ceil(K / 128) to 4] of blocks, [ceil(K / 128), M to 4] of 1x128 tiles."""
+
+    def __init__(self, *, shape, dtype, fp8_dtype, rowwise_data, rowwise_scale_inv, columnwise_data,
+                 columnwise_scale_inv, quantizer, is_2D_scaled, requires_grad=False):
+        assert rowwise_data.dtype == torch.uint8 and rowwise_data.is_contiguous() and rowwise_data.shape == shape
+        assert columnwise_data is None and columnwise_scale_inv is None
+        assert quantizer.block_scaling_dim == (2 if is_2D_scaled else 1)
+        rows, columns = shape
+        tiles = -(-rows // 128) if is_2D_scaled else rows, -(-columns // 128)
+        outer, inner = tiles if is_2D_scaled else tiles[::-1]
+        assert rowwise_scale_inv.shape == (outer, -(-inner // 4) * 4) and rowwise_scale_inv.is_contiguous()
+        scales = rowwise_scale_inv[:, :inner]
+        spread = scales.repeat_interleave(128, 0)[:rows] if is_2D_scaled else scales.t()
+        self.numbers = rowwise_data.view(fp8.E4M3).float() * spread.repeat_interleave(128, 1)[:, :columns]
+
+
+def general_gemm(A, B, out_dtype=None, quantization_params=None, gelu=False, gelu_in=None, alpha=1.0, beta=None,
+                 accumulate=False, layout="TN", out=None, bias=None, use_split_accumulator=False, grad=False):
+    assert layout == "TN" and use_split_accumulator
+    return (B.numbers @ A.numbers.t()).to(out_dtype), None, None, None
+
+
+def old_general_gemm(A, B, workspace, out_dtype=None, quantization_params=None, gelu=False, gelu_in=None,
+                     accumulate=False, layout="TN", out=None, bias=None, use_split_accumulator=False, grad=False):
+    assert workspace == "workspace"
+    return general_gemm(A, B, out_dtype, layout=layout, use_split_accumulator=use_split_accumulator)
+
+
+class Attention:
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd",
+                 attn_mask_type="causal", window_size=None, softmax_scale=None):
+        assert (qkv_format, attn_mask_type, attention_dropout) == ("bshd", "causal", 0.0)
+        self.heads, self.widths, self.scale = num_attention_heads, kv_channels, softmax_scale
+
+    def __call__(self, query_layer, key_layer, value_layer):
+        assert query_layer.shape[2:] == (self.heads, self.widths[0]) and value_layer.shape[3] == self.widths[1]
+        q, k, v = (x.transpose(1, 2) for x in (query_layer, key_layer, value_layer))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return y.transpose(1, 2).flatten(-2)  # [B, S, N * V], as transformer-engine gives it
+
+
+def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_efficient=False):
+    assert input.dtype == weight.dtype and tuple(normalized_shape) == weight.shape
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
+def install(monkeypatch, **modules: dict) -> None:
+    for name, members in modules.items():
+        module = ModuleType(name.replace("__", "."))
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.fixture(params=[general_gemm, old_general_gemm], ids=["", "with a workspace"])
+def transformer_engine(request, monkeypatch):
+    install(monkeypatch, transformer_engine={}, transformer_engine_torch={"DType": DType},
+            transformer_engine__pytorch={"DotProductAttention": Attention},
+            transformer_engine__pytorch__cpp_extensions={"general_gemm": request.param},
+            transformer_engine__pytorch__module={}, transformer_engine__pytorch__tensor={},
+            transformer_engine__pytorch__module__base={"get_workspace": lambda: "workspace"},
+            transformer_engine__pytorch__tensor__float8_blockwise_tensor={
+                "Float8BlockQuantizer": Quantizer, "Float8BlockwiseQTensor": QTensor})
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["forward and dgrad", "wgrad"])
+def test_transformer_engine_product(transformer_engine, blocks):
+    """Float32 products in another order: 1e-5."""
+    a, b = fp8.quantize_1x128(randn(150, 272)), (fp8.quantize_128x128 if blocks else fp8.quantize_1x128)(randn(208, 272))
+    got = alternatives.transformer_engine_scaled_mm(*a, *b, torch.float32)
+    torch.testing.assert_close(got, scaled_mm(*a, *b, torch.float32), rtol=1e-5, atol=1e-4)
+
+
+def test_what_transformer_engine_does_not_take(transformer_engine):
+    a, b = fp8.quantize_1x128(randn(3, 40)), fp8.quantize_128x128(randn(16, 40))
+    assert alternatives.transformer_engine_scaled_mm(*a, *b) is NotImplemented
+    assert alternatives.transformer_engine_scaled_mm(*a, *b, torch.float64) is NotImplemented
+
+
+def test_transformer_engine_attention(transformer_engine):
+    alternatives._attention_module.cache_clear()
+    q, k, v = (randn(2, 5, 3, width).bfloat16() for width in (24, 24, 16))
+    got = alternatives.transformer_engine_attention(q, k, v, None, 0.2, 16)
+    torch.testing.assert_close(got, attention(q, k, v, None, 0.2, 16), rtol=2**-6, atol=2**-6)
+    assert alternatives.transformer_engine_attention(q, k, v, torch.zeros(2, 5), 0.2, 16) is NotImplemented
+    assert alternatives.transformer_engine_attention(q, k, F.pad(v, (0, 8)), None, 0.2, 16) is NotImplemented
+    alternatives._attention_module.cache_clear()
+
+
+def test_apex_norm(monkeypatch):
+    install(monkeypatch, apex={}, apex__normalization={}, apex__normalization__fused_layer_norm={
+        "fused_rms_norm_affine": fused_rms_norm_affine})
+    x, weight = randn(2, 3, 40).bfloat16(), randn(40)
+    torch.testing.assert_close(alternatives.apex_rms_norm(x, weight, 1e-6), rms_norm(x, weight.bfloat16(), 1e-6),
+                               rtol=2**-6, atol=2**-6)
+
+
+def test_torch_norm_backward_takes_what_it_is_given():
+    """It has no CPU form: its shapes and dtypes, on the meta device, are the reference's."""
+    x, weight = randn(2, 3, 40).bfloat16(), randn(40).bfloat16()
+    _, rstd = norm_forward(x, weight, 1e-6)
+    expected = norm_backward(x, x, weight, rstd)
+    got = alternatives.torch_norm_backward(*(part.to("meta") for part in (x, x, weight, rstd)))
+    assert [(part.shape, part.dtype) for part in got] == [(part.shape, part.dtype) for part in expected]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_torch_scaled_mm_is_called_as_its_source_asks(blocks, monkeypatch):
+    """ATen's rules for scales: 1x128 [M, k] with strides (1, M); 128x128 [k to 4, N / 128] with strides (1, k to 4)."""
+    a, b = fp8.quantize_1x128(randn(144, 272)), (fp8.quantize_128x128 if blocks else fp8.quantize_1x128)(randn(208, 272))
+    seen = []
+    real = F.scaled_mm
+    monkeypatch.setattr(F, "scaled_mm", lambda *args, **kwargs: seen.append(
+        inspect.signature(real).bind(*args, **kwargs).arguments) or torch.empty(0))
+    alternatives.torch_scaled_mm(*a, *b)
+    (call,) = seen
+    assert call["mat_a"].is_contiguous() and call["mat_b"].t().is_contiguous() and call["mat_b"].shape == (272, 208)
+    assert call["scale_a"].shape == (144, 3) and call["scale_a"].stride() == (1, 144)
+    assert call["scale_recipe_a"] == F.ScalingType.BlockWise1x128
+    shape, strides = ((4, 2), (1, 4)) if blocks else ((208, 3), (1, 208))
+    assert call["scale_b"].shape == shape and call["scale_b"].stride() == strides
+    assert call["scale_recipe_b"] == (F.ScalingType.BlockWise128x128 if blocks else F.ScalingType.BlockWise1x128)
