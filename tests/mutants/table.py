@@ -156,8 +156,6 @@ SHARED = _of(
     ("        if self.group is not None:\n            dist.all_reduce(total, group=self.group)", "        pass"),
     ("counted = rank_of_stage[holding[0]] == meshes.rank(\"pp\")", "counted = True"),
     ("            _local(copy.grad).copy_(total)", "            _local(copy.grad).copy_(total / len(self.copies))"),
-    ("                copy.grad = torch.zeros_like(copy)\n            _local(copy.grad).copy_(total)",
-     "                continue\n            _local(copy.grad).copy_(total)"),
     ("ranks = sorted({rank_of_stage[s] for s in holding})", "ranks = sorted({rank_of_stage[s] for s in holding[:2]})"),
 )
 

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import V3_SMALL, forward, random_batch, whole_model
+from small_models import V3_SMALL, enliven, forward, random_batch, whole_model, whole_stage
 
+from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import routed_tokens
 from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.settings import LossSettings
+from megatron_deepseek.training.trainer import Plan, Trainer
 
 FOUR = torch.arange(4)
 
@@ -94,6 +96,24 @@ def test_a_model_drops_what_its_sequences_drop(meshes):
     roomy = outcome(whole_model(V3_SMALL, meshes, 11, loss=replace(limited, moe_expert_capacity_factor=8.0)), *batch)
     assert free.tally.dropped == roomy.tally.dropped == 0
     assert torch.equal(free.logits[0], roomy.logits[0]) and not torch.equal(free.logits[0], together.logits[0])
+
+
+def test_padding_takes_no_room(meshes):
+    """A padded row drops and trains as the row without its padding does."""
+    def step(length: int, *batch, **more):
+        plan = Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", length, micro_batch_size=2,
+                    precision=Precision(torch.float64), loss=LossSettings(moe_expert_capacity_factor=0.7))
+        made = Trainer(plan, meshes)
+        enliven(made.stages[0])
+        return made.train_step(*batch, learning_rate=0.0, **more)
+
+    tokens, labels, mask = random_batch(V3_SMALL, 2, 11)
+    real = (torch.arange(11) < 6).repeat(2, 1)
+    padded = step(11, tokens, labels, mask & real, real_BS=real)
+    short = step(6, *(part[:, :6] for part in (tokens, labels, mask)))
+    assert padded.dropped == short.dropped > 0
+    assert padded.losses.lm_loss == pytest.approx(short.losses.lm_loss, rel=1e-12)
+    assert padded.grad_norm == pytest.approx(short.grad_norm, rel=1e-10)
 
 
 def test_the_router_counts_what_was_chosen(meshes):
