@@ -120,6 +120,15 @@ def test_blocks(device, shape, dtype, any_order):
     assert alone[2].numel() == 0 and alone[3].numel() == 0
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("largest", [2.0**-117, 2.0**-120, 2.0**-126, 2.0**-133])
+def test_tiles_of_the_smallest_numbers(device, largest, power_of_two):
+    """Below 448 * 2^-126 the scale stays 2^-126, and codes lose what bfloat16's subnormals still have."""
+    x = (torch.rand(130, 136, device=device) * 2 - 1).mul_(largest).bfloat16()
+    same(operator("quantize_rows")(x, power_of_two), fp8.quantize_1x128(x, power_of_two))
+    same(operator("quantize_blocks")(x, False, power_of_two)[:2], fp8.quantize_128x128(x, power_of_two))
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 def test_a_broken_number_loses_its_tile(device, broken):
     x = numbers(130, 264, device)
