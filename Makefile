@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test test-exhaustive clean
+.PHONY: help venv pretrain test test-exhaustive mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
 	@echo '                RUN_DIR= another directory, STEPS= iterations, NPROC= processes (1, 2, 4 or 8)'
 	@echo 'make test       run the tests'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
+	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
 	@echo 'make clean      remove $(VENV), $(RUN_DIR) and caches'
 	@echo 'PYTHON= chooses the interpreter (now: $(PYTHON)), which must be 3.10 or newer'
@@ -36,6 +37,9 @@ test: $(STAMP)
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
 
 clean:
 	rm -rf $(VENV) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis

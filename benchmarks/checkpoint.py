@@ -30,7 +30,8 @@ from reshard import measure_rounds  # noqa: E402
 
 from megatron_deepseek.checkpoint import distributed as checkpoint  # noqa: E402
 from megatron_deepseek.checkpoint.marker import iteration_directory  # noqa: E402
-from megatron_deepseek.checkpoint.state import TrainState, state_to_save  # noqa: E402
+from megatron_deepseek.checkpoint.state import state_to_save  # noqa: E402
+from megatron_deepseek.checkpoint.train_state import TrainState  # noqa: E402
 from megatron_deepseek.config import ModelConfig  # noqa: E402
 from megatron_deepseek.parallel.layout import Layout  # noqa: E402
 from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint.dcp_files import write_metadata
+from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.item_file import Part, split, write_items
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
 from megatron_deepseek.checkpoint.names import native_places
 from megatron_deepseek.checkpoint.rank_parts import Division, readers
-from megatron_deepseek.checkpoint.state import MOMENTS, TrainState
+from megatron_deepseek.checkpoint.state import MOMENTS
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.pipeline_balance import stages

@@ -26,6 +26,7 @@ from convert import measure  # noqa: E402
 # Starts the tool and tells how long it took once everything was imported.
 TIMED = """
 import sys, time
+from megatron_deepseek.checkpoint import target_layout
 from megatron_deepseek.checkpoint.reshard_command import main
 begin, cpu = time.perf_counter(), time.process_time()
 status = main(sys.argv[1:])

@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from megatron_deepseek.checkpoint import block_fp8
+from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 from megatron_deepseek.checkpoint.source import Source
 
 FP8 = torch.float8_e4m3fn
@@ -39,10 +40,6 @@ class Block:
     rows: torch.Tensor
     scales: torch.Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + (self.scales.nbytes if self.scales is not None else 0)
-
 
 def row_ranges(shape: tuple[int, ...], start: int, stop: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Rows start..stop in steps of about BLOCK_BYTES and of a `multiple` of rows."""
@@ -61,6 +58,19 @@ def cast_rows(source: Source, output: Output, start: int = 0, stop: int | None =
     multiple = block_fp8.BLOCK if FP8 in (output.dtype, source.dtypes[output.original]) else 1
     for first, last in row_ranges(output.shape, start, stop, multiple):
         yield _cast(output, first, last, *_read(source, output, first, last))
+
+
+def row_bytes(source: Source, output: Output, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+    """The bytes of rows start..stop of `output`, which is not float8, in order; each block is used up at once.
+
+    Those of the source as they are, unless the type changes.
+    """
+    stop = (output.shape[0] if output.shape else 1) if stop is None else stop
+    if output.dtype == source.dtypes[output.original]:
+        yield from source.stream(output.original, start, stop)
+    else:
+        for block in cast_rows(source, output, start, stop):
+            yield as_bytes(block.rows.contiguous())
 
 
 def _read(source: Source, output: Output, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:

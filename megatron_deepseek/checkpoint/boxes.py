@@ -11,7 +11,7 @@ from math import prod
 from typing import Generic, Protocol, TypeVar
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Box:
     """The indices place[d] <= index < place[d] + shape[d] of every dimension d of a tensor."""
 

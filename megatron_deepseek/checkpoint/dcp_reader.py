@@ -11,14 +11,16 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_deepseek.checkpoint.boxes import Box
+from megatron_deepseek.checkpoint import unchanged
+from megatron_deepseek.checkpoint.boxes import Box, segments
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory, Item
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 
-BLOCK_BYTES = 1 << 18  # streamed at a time: stays in a core's cache between the read, the checksum and the write
 _MOST_OPEN = 32
 _WASTE = 4  # rows are read whole and cut, unless that reads so many times what is wanted
 _CUT_BYTES = 1 << 22  # read at a time where rows are cut
+_MOST_BEGINS = 1 << 16  # remembered
+_GATHER_BYTES = 1 << 20  # put together at a time
 
 
 class Section(io.RawIOBase):
@@ -65,15 +67,21 @@ class Reader:
     def stream(self, item: Item, run: Box) -> Iterator[memoryview]:
         """The bytes of a run of `item`, a block at a time; a block is overwritten by the next."""
         if self._block is None:
-            self._block = memoryview(bytearray(BLOCK_BYTES))
+            self._block = memoryview(bytearray(unchanged.BLOCK_BYTES))
         with self._reading(item) as descriptor:
             position = self._begin(item, descriptor) + item.box.position(run.place) * item.dtype.itemsize
-            end = position + run.numel * item.dtype.itemsize
-            while position < end:
-                block = self._block[:min(len(self._block), end - position)]
-                _fill(descriptor, block, position)
-                position += len(block)
-                yield block
+            yield from unchanged.blocks(descriptor, position, run.numel * item.dtype.itemsize, self._block)
+
+    def numbers(self, name: str, box: Box) -> Iterator[memoryview]:
+        """The bytes of a part of the tensor `name` in row-major order; a block is overwritten by the next."""
+        size = self.directory.dtypes[name].itemsize
+        for segment in segments(box, self.directory.covering(name, box), _GATHER_BYTES // size):
+            if segment.is_run:
+                yield from self.stream(segment.sources[0], segment.box)
+            else:
+                out = torch.empty(segment.box.shape, dtype=self.directory.dtypes[name])
+                self.gather(segment.box, segment.sources, out)
+                yield as_bytes(out)
 
     def gather(self, box: Box, sources: Sequence[Item], out: torch.Tensor) -> None:
         """Fill `out`, of the box's shape and the items' type, from those that cover the box."""
@@ -100,12 +108,15 @@ class Reader:
         return self._open[file]
 
     def _begin(self, item: Item, descriptor: int) -> int:
-        """The byte at which an item's numbers begin, looked up once."""
+        """The byte at which an item's numbers begin, looked up once for all the parts that are read from it."""
         known = self.directory.begins
-        key = item.file, item.offset
-        if key not in known:
-            known[key] = _numbers_begin(descriptor, item)
-        return known[key]
+        begin = known.get((item.file, item.offset))
+        if begin is None:
+            begin = _numbers_begin(descriptor, item)
+            if len(known) >= _MOST_BEGINS:
+                known.clear()
+            known[item.file, item.offset] = begin
+        return begin
 
 
 def read_part(descriptor: int, item: Item, part: Box, target: torch.Tensor) -> None:
@@ -139,15 +150,6 @@ def _numbers_begin(descriptor: int, item: Item) -> int:
             + tensor.storage_offset() * item.dtype.itemsize)
 
 
-def _fill(descriptor: int, buffer: memoryview, position: int) -> None:
-    """Read until `buffer` is full; a single read stops at 2 GiB."""
-    while len(buffer):
-        count = os.preadv(descriptor, [buffer], position)
-        if not count:
-            raise EOFError(f"the file ends {len(buffer)} bytes too early")
-        buffer, position = buffer[count:], position + count
-
-
 def _copy(descriptor: int, begin: int, item: Item, part: Box, target: torch.Tensor) -> None:
     """Read `part` of an item, whose numbers lie at `begin`, into `target`: a view, of any type and device.
 
@@ -157,12 +159,12 @@ def _copy(descriptor: int, begin: int, item: Item, part: Box, target: torch.Tens
     is_run, size = item.box.is_run(part), item.dtype.itemsize
     source = part if is_run else None
     if is_run and target.device.type == "cpu" and target.dtype == item.dtype and target.is_contiguous():
-        return _fill(descriptor, as_bytes(target), begin + item.box.position(part.place) * size)
+        return unchanged.fill(descriptor, as_bytes(target), begin + item.box.position(part.place) * size)
     if axis == len(part.shape) - 2 and part.shape[-1] * _WASTE >= item.shape[-1]:
         source = Box((*part.place[:-1], item.place[-1]), (*part.shape[:-1], item.shape[-1]))
     if source is not None and (axis is None or source.numel * size <= _CUT_BYTES):
         whole = torch.empty(source.shape, dtype=item.dtype)
-        _fill(descriptor, as_bytes(whole), begin + item.box.position(source.place) * size)
+        unchanged.fill(descriptor, as_bytes(whole), begin + item.box.position(source.place) * size)
         target.copy_(whole[source.slices(part)])
         return
     step = 1 if source is None else max(1, part.shape[axis] * _CUT_BYTES // (source.numel * size))

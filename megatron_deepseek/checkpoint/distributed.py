@@ -29,7 +29,8 @@ from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verify_files
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
-from megatron_deepseek.checkpoint.state import MOMENTS, TrainState, fill_copies, model_state, state_to_save
+from megatron_deepseek.checkpoint.state import MOMENTS, fill_copies, model_state, state_to_save
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 

@@ -17,7 +17,8 @@ from megatron_deepseek.checkpoint.assets import (
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
-from megatron_deepseek.checkpoint.dcp_files import METADATA, open_dcp, write_metadata
+from megatron_deepseek.checkpoint.dcp_files import METADATA, open_dcp
+from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
@@ -27,7 +28,7 @@ from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.shards import Shard, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.source import Source, open_stacked
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
 from megatron_deepseek.config import ModelConfig
 

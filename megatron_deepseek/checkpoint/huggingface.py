@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.checkpoint.names import hf_shapes, layer_of, mtp_copies
-from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_header, read_rows
+from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, stream_rows
 from megatron_deepseek.checkpoint.source import FLOATS
 from megatron_deepseek.config import ModelConfig
 
@@ -45,6 +46,9 @@ class HuggingFaceSource:
         if self.stored[name].dtype == _FP8:
             return block_fp8.dequantize(*self.read_fp8(name, start, stop))
         return read_rows(self.stored[name], start, stop)
+
+    def stream(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
+        return stream_rows(self.stored[name], start, stop)
 
     def read_fp8(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert start % block_fp8.BLOCK == 0, start

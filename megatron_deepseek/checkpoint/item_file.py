@@ -17,7 +17,7 @@ ITEM_BYTES = 1 << 28  # of an item; DCP's reader holds one in memory
 _REPORT_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """The part `box` of the tensor `name`, to be stored as `dtype`."""
 

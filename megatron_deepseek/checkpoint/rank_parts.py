@@ -8,11 +8,14 @@ placements depend on the coordinates alone; so a few builds for each pipeline ra
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import product
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_deepseek.checkpoint.boxes import Box
@@ -26,7 +29,8 @@ from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.pieces import boxes
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 
-Readers = dict[str, dict[Box, set[int]]]
+Holders = dict[Box, tuple[int, ...]]  # parts of a tensor and the ranks that hold each, in order
+Readers = dict[str, Holders]
 _SHORT = 64  # tokens of a sequence, which decide nothing about weights
 
 
@@ -41,20 +45,39 @@ class Division:
 
 
 def readers(division: Division) -> Readers:
-    """By name of a saved tensor: the parts that ranks hold, and the ranks that hold each. The model comes first."""
-    found: Readers = {}
+    """By name of a saved tensor: the parts that ranks hold, and the ranks that hold each. The model comes first.
+
+    Tensors that are divided alike, as those of equal layers are, share one dictionary: there are hundreds of thousands
+    of parts.
+    """
+    found: dict[str, tuple[_Held, ...]] = {}
     for pp_rank in range(division.layout.pp):
         of_stage = division.layout.world_size // division.layout.pp
         waiting = list(range(pp_rank * of_stage, (pp_rank + 1) * of_stage))
         while waiting:
             placed = _placed(division, waiting[0])
             for name, held in placed.items():
-                for rank, box in ((rank, box) for rank, parts in held.items() for box in parts):
-                    if box.numel:  # few rows over many ranks leave some without
-                        found.setdefault(name, {}).setdefault(box, set()).add(rank)
-            waiting = [rank for rank in waiting if any(rank not in held for held in placed.values())]
-    kinds = ("model.", "optimizer.")
-    return {name: parts for kind in kinds for name, parts in found.items() if name.startswith(kind)}
+                found[name] = (*found.get(name, ()), held)
+            known = set.intersection(*(set(held.boxes) for held in set(placed.values())))
+            waiting = [rank for rank in waiting if rank not in known]
+    holders, kinds = cache(_holders), ("model.", "optimizer.")
+    return {name: holders(held) for kind in kinds for name, held in found.items() if name.startswith(kind)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """The parts that ranks hold of any tensor that is divided so; known by its identity."""
+
+    boxes: dict[int, list[Box]]
+
+
+def _holders(together: tuple[_Held, ...]) -> Holders:
+    found: dict[Box, set[int]] = {}
+    for held in together:
+        for rank, box in ((rank, box) for rank, boxes in held.boxes.items() for box in boxes):
+            if box.numel:  # few rows over many ranks leave some without
+                found.setdefault(box, set()).add(rank)
+    return {box: tuple(sorted(ranks)) for box, ranks in found.items()}
 
 
 @dataclass
@@ -81,7 +104,7 @@ def reads_of_ranks(found: Readers, names: Iterable[str], stored: DcpDirectory) -
     return reads
 
 
-def _placed(division: Division, rank: int) -> dict[str, dict[int, list[Box]]]:
+def _placed(division: Division, rank: int) -> dict[str, _Held]:
     """The parts of `rank`'s tensors that the ranks of their meshes hold."""
     with _fake_job(division.layout, rank) as meshes:
         mine = stages_of_rank(meshes.rank("pp"), len(division.stages), division.layout.pp, division.schedule)
@@ -92,22 +115,20 @@ def _placed(division: Division, rank: int) -> dict[str, dict[int, list[Box]]]:
             optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors = model_state(stages) | optimizer_state(stages, optimizer)
         everyone = meshes.dense.mesh[meshes.rank("pp")].flatten().tolist()
-        known: dict[tuple, dict[int, list[Box]]] = {}
-        return {name: _boxes(tensor, everyone, known) for name, tensor in tensors.items()}
+        held = cache(partial(_held, everyone))
+        return {name: held(tuple(tensor.shape), *((tensor.device_mesh, tensor.placements)
+                                                  if isinstance(tensor, DTensor) else (None, ())))
+                for name, tensor in tensors.items()}
 
 
-def _boxes(tensor: torch.Tensor, everyone: list[int], known: dict[tuple, dict[int, list[Box]]]) -> dict[int, list[Box]]:
-    """The parts of each rank; `known` remembers those of equal tensors, of which a model has many."""
-    shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):  # a buffer that every rank of the stage holds whole
-        return dict.fromkeys(everyone, [Box((0,) * len(shape), shape)])
-    mesh, placements = tensor.device_mesh, tensor.placements
-    key = shape, mesh, placements
-    if key not in known:
-        coordinates = product(*map(range, mesh.shape))
-        known[key] = {rank: [Box(*box) for box in boxes(shape, mesh.shape, coordinate, placements)]
-                      for rank, coordinate in zip(mesh.mesh.flatten().tolist(), coordinates)}
-    return known[key]
+def _held(everyone: list[int], shape: tuple[int, ...], mesh: DeviceMesh | None,
+          placements: tuple[Placement, ...]) -> _Held:
+    """Of a tensor on a mesh, or, without one, of a buffer that every rank of the stage holds whole."""
+    if mesh is None:
+        return _Held(dict.fromkeys(everyone, [Box((0,) * len(shape), shape)]))
+    coordinates = product(*map(range, mesh.shape))
+    return _Held({rank: [Box(*box) for box in boxes(shape, mesh.shape, coordinate, placements)]
+                  for rank, coordinate in zip(mesh.mesh.flatten().tolist(), coordinates)})
 
 
 @contextmanager

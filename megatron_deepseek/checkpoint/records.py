@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from sys import intern
 
 import torch
 import xxhash
@@ -32,8 +34,10 @@ class Record:
 
     @classmethod
     def from_json(cls, fields: dict) -> "Record":
-        items = [Item(**(item | {"dtype": getattr(torch, item["dtype"]), "place": tuple(item["place"]),
-                                 "shape": tuple(item["shape"])})) for item in fields["items"]]
+        shared = cache(lambda *numbers: numbers)  # layers are alike: what is equal is kept once
+        items = [Item(intern(item["name"]), shared(*item["place"]), shared(*item["shape"]),
+                      getattr(torch, item["dtype"]), intern(item["file"]), item["offset"], item["length"])
+                 for item in fields["items"]]
         return cls(fields["size"], [tuple(region) for region in fields["regions"]], items)
 
 

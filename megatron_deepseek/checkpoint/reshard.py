@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from xxhash import xxh3_128
 
 from megatron_deepseek.checkpoint.assets import DIRECTORY
 from megatron_deepseek.checkpoint.blocks import cast
-from megatron_deepseek.checkpoint.boxes import Box, segments
+from megatron_deepseek.checkpoint.boxes import Box
 from megatron_deepseek.checkpoint.conversion import output_dtype
-from megatron_deepseek.checkpoint.dcp_files import write_metadata
+from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.dcp_reader import Reader
 from megatron_deepseek.checkpoint.inspection import checks_of
 from megatron_deepseek.checkpoint.integrity import checksum_directory
@@ -27,11 +28,13 @@ from megatron_deepseek.checkpoint.loadable import architecture_differences
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
 from megatron_deepseek.checkpoint.native import CONFIG, LAYOUT, STATE, WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.production import Advance, Product
-from megatron_deepseek.checkpoint.rank_parts import Readers
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 from megatron_deepseek.checkpoint.shards import divide
 from megatron_deepseek.checkpoint.workspace import write_aside
+
+if TYPE_CHECKING:
+    from megatron_deepseek.checkpoint.rank_parts import Readers
 
 Numbers = Callable[[Part], Iterator[memoryview]]
 _GATHER_BYTES = 1 << 20
@@ -44,7 +47,7 @@ def wanted(checkpoint: Checkpoint, dtype: torch.dtype | None, with_optimizer: bo
             for name in stored if with_optimizer or name.startswith(WEIGHTS)}
 
 
-def files_of_ranks(readers: Readers, tensors: dict[str, torch.dtype], checkpoint: Checkpoint) -> list[ItemFile]:
+def files_of_ranks(readers: "Readers", tensors: dict[str, torch.dtype], checkpoint: Checkpoint) -> list[ItemFile]:
     """A file for each rank, and one for each set of ranks that hold the same parts (tensor-parallel copies, routers'
     biases, an embedding on several stages). ValueError unless layout and checkpoint have the same tensors.
     """
@@ -53,7 +56,7 @@ def files_of_ranks(readers: Readers, tensors: dict[str, torch.dtype], checkpoint
     parts: dict[tuple[int, ...], list[Part]] = {}
     for name in (name for name in readers if name in tensors):
         for box, ranks in sorted(readers[name].items()):
-            parts.setdefault(tuple(sorted(ranks)), []).extend(split(Part(name, box, tensors[name])))
+            parts.setdefault(ranks, []).extend(split(Part(name, box, tensors[name])))
     files, shared = [], 0
     for ranks in sorted(parts):
         files.append(ItemFile(f"rank-{ranks[0]:05d}.distcp" if len(ranks) == 1 else f"shared-{shared:05d}.distcp",
@@ -62,7 +65,7 @@ def files_of_ranks(readers: Readers, tensors: dict[str, torch.dtype], checkpoint
     return files
 
 
-def _check_same(checkpoint: Checkpoint, of_layout: Readers, tensors: dict[str, torch.dtype]) -> None:
+def _check_same(checkpoint: Checkpoint, of_layout: "Readers", tensors: dict[str, torch.dtype]) -> None:
     where = checkpoint.directory
     for names, what in ((sorted(set(of_layout) - set(tensors)), "lacks"),
                         (sorted(set(tensors) - set(of_layout)), "has, unknown to its architecture,")):
@@ -143,29 +146,29 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
             shutil.copytree(assets, save / DIRECTORY, dirs_exist_ok=True)
         write_aside(save / MARKER, f"{state['iteration']}\n")
 
-    contents = [[[file.name, [[part.name, part.box.place, part.box.shape, str(part.dtype)] for part in file.parts]]
-                 for file in files], state, layout, more]
+    contents = [[[file.name, _digest(file)] for file in files], state, layout, more]
     inputs = [path for source in sources for path in source.inputs()]
     checks = [check for source in sources for check in checks_of(source.directory)] if verify else []
     return Product(what, iteration_directory(save, state["iteration"]), files, inputs, contents, write, complete,
                    publish, checks, sum(path.stat().st_size for path in inputs) if checks else 0)
 
 
+def _digest(file: ItemFile) -> str:
+    """Of what is in a file: all the names and places of a large model would take hundreds of megabytes."""
+    digest = xxh3_128()
+    for part in file.parts:
+        digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
 def _stored(reader: Reader, part: Part) -> Iterator[memoryview]:
     """The bytes of a part, cast where its type is another."""
     stored = reader.directory.dtypes[part.name]
-    items = reader.directory.covering(part.name, part.box)
-    if stored != part.dtype:
-        for box in part.box.pieces(_GATHER_BYTES // stored.itemsize):
-            yield as_bytes(cast(part.name, _gather(reader, part.name, box), part.dtype))
+    if stored == part.dtype:
+        yield from reader.numbers(part.name, part.box)
         return
-    for segment in segments(part.box, items, _GATHER_BYTES // stored.itemsize):
-        if segment.is_run:
-            yield from reader.stream(segment.sources[0], segment.box)
-        else:
-            out = torch.empty(segment.box.shape, dtype=stored)
-            reader.gather(segment.box, segment.sources, out)
-            yield as_bytes(out)
+    for box in part.box.pieces(_GATHER_BYTES // stored.itemsize):
+        yield as_bytes(cast(part.name, _gather(reader, part.name, box), part.dtype))
 
 
 def _mean(readers: Sequence[Reader], weights: Sequence[float], part: Part) -> Iterator[memoryview]:

@@ -5,30 +5,24 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_deepseek.arguments.parser import OneLineParser
 from megatron_deepseek.arguments.parser import build_parser as training_parser
-from megatron_deepseek.arguments.settings import build_settings
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint import inspection
 from megatron_deepseek.checkpoint.command_line import exit_status, produce_visibly, progress, share_of, size
 from megatron_deepseek.checkpoint.comparison import Difference, compare
 from megatron_deepseek.checkpoint.conversion import DTYPES
-from megatron_deepseek.checkpoint.native import (
-    CONFIG,
-    WEIGHTS,
-    Checkpoint,
-    find_checkpoint,
-    layout_note,
-    open_checkpoint,
-)
+from megatron_deepseek.checkpoint.native import WEIGHTS, find_checkpoint, open_checkpoint
 from megatron_deepseek.checkpoint.production import Product, Share
-from megatron_deepseek.checkpoint.rank_parts import Division, Reads, readers, reads_of_ranks
 from megatron_deepseek.checkpoint.reshard import averaged, files_of_ranks, files_of_size, resharded, wanted
-from megatron_deepseek.checkpoint.state import TrainState
-from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.checkpoint.train_state import TrainState
+
+if TYPE_CHECKING:
+    from megatron_deepseek.checkpoint.rank_parts import Reads
 
 PROGRAM = "reshard_checkpoint.py"
 # Arguments of training that decide who holds what; they are taken from its parser, with their help and their checks.
@@ -37,7 +31,6 @@ LAYOUT_OPTIONS = (
     "--expert-model-parallel-size", "--expert-tensor-parallel-size", "--pipeline-schedule",
     "--pipeline-model-parallel-layout", "--num-virtual-stages-per-pipeline-rank",
     "--num-layers-per-virtual-pipeline-stage")
-_USUAL_LENGTH = 4096  # of training's sequences
 _AVERAGE_FILE_BYTES = 1 << 30
 
 
@@ -159,39 +152,13 @@ def verify(args: argparse.Namespace, share: Share) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Target:
-    """The layout of reshard's arguments; its rank's parts, and how layout.json tells it."""
-
-    division: Division
-    note: dict
-
-
-def target_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Target:
-    """ValueError where training would refuse the layout for this model."""
-    others = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    if args.world_size is not None and args.world_size % others:
-        raise ValueError(f"--world-size {args.world_size} is not a multiple of the {others} ranks of "
-                         f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
-                         f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
-                         f"--context-parallel-size {args.context_parallel_size}")
-    data_ranks = args.world_size // others if args.world_size is not None else args.data_parallel_size or 1
-    any_batch = 4 * data_ranks * args.pipeline_model_parallel_size  # one that every schedule takes
-    training = training_parser().parse_args(["--model", str(checkpoint.directory / CONFIG), "--data-path", "none",
-                                             "--train-iters", "1", "--global-batch-size", str(any_batch)])
-    given = {name: value for name, value in vars(args).items() if f"--{name.replace('_', '-')}" in LAYOUT_OPTIONS}
-    length = args.seq_length or (checkpoint.layout or {}).get("seq_length") or \
-        min(_USUAL_LENGTH, checkpoint.config.max_position_embeddings)
-    settings = build_settings(argparse.Namespace(**vars(training) | given | {"seq_length": length}),
-                              data_ranks * others)
-    stages = resolve(checkpoint.config, settings.pipeline, settings.layout.pp, length)
-    return Target(Division(checkpoint.config, settings.layout, stages, settings.pipeline.schedule),
-                  layout_note(settings.layout, stages, settings.pipeline.schedule, length))
-
-
 def reshard(args: argparse.Namespace, share: Share) -> int:
+    from megatron_deepseek.checkpoint.rank_parts import readers, reads_of_ranks  # which import the model: seconds that
+    from megatron_deepseek.checkpoint.target_layout import target_of  # the other commands do without
+
     checkpoint = open_checkpoint(args.load, args.ckpt_step)
-    target = target_of(args, checkpoint)
+    given = {name: value for name, value in vars(args).items() if f"--{name.replace('_', '-')}" in LAYOUT_OPTIONS}
+    target = target_of(args, given, checkpoint)
     tensors = wanted(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
     found = readers(target.division)
     files = files_of_ranks(found, tensors, checkpoint)
@@ -204,7 +171,7 @@ def reshard(args: argparse.Namespace, share: Share) -> int:
                            not args.no_verify), share)
 
 
-def _print_reads(reads: dict[int, Reads], new_files: int) -> None:
+def _print_reads(reads: "dict[int, Reads]", new_files: int) -> None:
     """What ranks read of the files as they are; after resharding a rank reads what is its own, and nothing else."""
     opened = [len(each.files) for each in reads.values()]
     print(f"{len(reads)} ranks, {new_files} files after resharding")

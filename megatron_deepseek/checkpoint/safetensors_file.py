@@ -9,11 +9,14 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from megatron_deepseek.checkpoint import unchanged
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
@@ -96,22 +99,26 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
     """Rows start..stop of the first dimension; the whole tensor where it has none."""
     shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
     out = torch.empty(shape, dtype=tensor.dtype)
-    try:
-        with open(tensor.file, "rb", buffering=0) as file:
-            file.seek(tensor.offset + start * tensor.row_bytes)
-            fill(file, as_bytes(out))
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{tensor.file}: {tensor.name} cannot be read: {error}") from error
+    with _reading(tensor) as descriptor:
+        unchanged.fill(descriptor, as_bytes(out), tensor.offset + start * tensor.row_bytes)
     return out
 
 
-def fill(file, buffer: memoryview) -> None:
-    """Read until `buffer` is full; a single read stops at 2 GiB."""
-    while len(buffer):
-        count = file.readinto(buffer)
-        if not count:
-            raise EOFError(f"the file ends {len(buffer)} bytes too early")
-        buffer = buffer[count:]
+def stream_rows(tensor: StoredTensor, start: int, stop: int) -> Iterator[memoryview]:
+    """The bytes of rows start..stop, as unchanged.py gives them; all of the tensor's where it has no rows."""
+    with _reading(tensor) as descriptor:
+        yield from unchanged.blocks(descriptor, tensor.offset + start * tensor.row_bytes,
+                                    (stop - start) * tensor.row_bytes)
+
+
+@contextmanager
+def _reading(tensor: StoredTensor) -> Iterator[int]:
+    """The tensor's file, open; an error says which tensor of which file could not be read."""
+    try:
+        with open(tensor.file, "rb", buffering=0) as file:
+            yield file.fileno()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{tensor.file}: {tensor.name} cannot be read: {error}") from error
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

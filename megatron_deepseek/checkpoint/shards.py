@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from megatron_deepseek.checkpoint.block_fp8 import BLOCK, SCALE_SUFFIX, scale_shape
-from megatron_deepseek.checkpoint.blocks import Output, cast_rows
+from megatron_deepseek.checkpoint.blocks import Output, cast_rows, row_bytes
 from megatron_deepseek.checkpoint.boxes import Box
 from megatron_deepseek.checkpoint.item_file import FileWriter, Part, split, write_items
 from megatron_deepseek.checkpoint.names import Place
@@ -42,18 +42,28 @@ def write_safetensors(path: Path, shard: Shard, source: Source, advance: Callabl
         file.write(header)
         for output in sorted(shard.outputs, key=lambda output: places[output.name].offset):
             file.tensor = output.name
-            for block in cast_rows(source, output):
-                parts = [(output.name, block.start, block.rows)]
-                if block.scales is not None:
-                    parts.append((output.name + SCALE_SUFFIX, block.start // BLOCK, block.scales))
-                for part, row, numbers in parts:
-                    data = as_bytes(numbers.contiguous())
-                    file.write_at(places[part].offset + row * places[part].row_bytes, data)
-                    digests[part].update(data)
-                advance(block.nbytes)
+            for name, begin, data in _pieces(source, output):
+                file.write_at(places[name].offset + begin, data)
+                digests[name].update(data)
+                advance(len(data))
     regions = [(0, len(header), file.checksum.result().digest)]
     regions += [(tensor.offset, tensor.nbytes, digests[tensor.name].hexdigest()) for tensor in placed]
     return Record(placed[-1].offset + placed[-1].nbytes, regions)
+
+
+def _pieces(source: Source, output: Output) -> Iterator[tuple[str, int, memoryview]]:
+    """Tensor, byte in it, and bytes: of float8 the rows and the scales of their blocks in turn."""
+    if output.dtype != torch.float8_e4m3fn:
+        begin = 0
+        for data in row_bytes(source, output):
+            yield output.name, begin, data
+            begin += len(data)
+        return
+    columns, blocks = output.shape[1], scale_shape(output.shape)[1]
+    for block in cast_rows(source, output):
+        yield output.name, block.start * columns, as_bytes(block.rows.contiguous())
+        yield (output.name + SCALE_SUFFIX, block.start // BLOCK * blocks * 4,
+               as_bytes(block.scales.contiguous()))
 
 
 def write_dcp(path: Path, shard: Shard, source: Source, advance: Callable[[int], None],
@@ -67,8 +77,7 @@ def write_dcp(path: Path, shard: Shard, source: Source, advance: Callable[[int],
 
     def numbers(part: Part) -> Iterator[memoryview]:
         output = origins[part]
-        for block in cast_rows(source, output, *places[output.name].rows_of(part.box)):
-            yield as_bytes(block.rows.contiguous())
+        return row_bytes(source, output, *places[output.name].rows_of(part.box))
 
     return write_items(path, shard.name, origins, numbers, advance)
 

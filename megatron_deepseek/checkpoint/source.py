@@ -1,5 +1,6 @@
 """What a conversion reads from: the tensors of a model under Hugging Face's names, wherever they are stored."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,7 +9,7 @@ import torch
 
 from megatron_deepseek.checkpoint.boxes import Box
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory
-from megatron_deepseek.checkpoint.dcp_reader import read
+from megatron_deepseek.checkpoint.dcp_reader import Reader, read
 from megatron_deepseek.checkpoint.names import Place
 from megatron_deepseek.config import ModelConfig
 
@@ -35,6 +36,9 @@ class Source(Protocol):
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop, in the stored dtype; float8 weights as float32 values."""
 
+    def stream(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
+        """The same rows as the bytes that are stored, in order; each block is overwritten by the next."""
+
     def read_fp8(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of a float8 weight, and the scales of their blocks."""
 
@@ -58,10 +62,18 @@ class StackedSource:
         return [self.path / ".metadata", *(self.path / name for name in sorted(names))]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        rows = read(self.directory, *self._part(name, start, stop))
+        return rows.view((stop - start, *self.places[name].shape[1:]))
+
+    def stream(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
+        with Reader(self.directory) as reader:
+            yield from reader.numbers(*self._part(name, start, stop))
+
+    def _part(self, name: str, start: int, stop: int) -> tuple[str, Box]:
+        """The stored tensor that has rows start..stop of `name`, and where."""
         place = self.places[name]
-        offset, size = place.rows(start, stop) if place.shape else (place.offset, place.extent)
-        rows = read(self.directory, self.prefix + place.whole, Box(offset, size))
-        return rows.view((stop - start, *place.shape[1:]))
+        return self.prefix + place.whole, Box(*place.rows(start, stop)) if place.shape else Box(place.offset,
+                                                                                                place.extent)
 
     def read_fp8(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("stacked checkpoints hold no float8 weights")

@@ -1,6 +1,4 @@
-"""What of a run is saved and loaded: weights, biases and moments of this rank by name, and where the run is."""
-
-from dataclasses import dataclass
+"""What of a run is saved and loaded: weights, biases and moments of this rank by name."""
 
 import torch
 from torch import nn
@@ -8,15 +6,6 @@ from torch import nn
 from megatron_deepseek.parallel.pieces import for_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run is. `iteration` updates are done; the optimizer may have fewer behind it (weights loaded alone)."""
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    optimizer_steps: int = 0
 
 
 def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ from megatron_deepseek.checkpoint.integrity import (
     read_checksums,
 )
 from megatron_deepseek.checkpoint.publish import begin, publish, saving_directory, write_synced
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.config import ModelConfig
 
 _HEADER_BYTES = 2048  # about, around each tensor: torch.save's zip

@@ -31,7 +31,7 @@ from megatron_deepseek.parallel.expert_grouped import GroupedDispatcher
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
-from megatron_deepseek.parallel.nodes import build_levels
+from megatron_deepseek.parallel.nodes import Meter, build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.settings import CommunicationSettings, LossSettings, OffloadSettings, RecomputeSettings
@@ -99,16 +99,15 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, reco
     if loss.balance_type != "none":
         balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
                                  loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
-    turns = Turns()
-    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication, turns, numerics.to_experts) \
-        if config.n_routed_experts else None
+    turns, meter = Turns(), Meter(communication.moe_ranks_per_node or meshes.layout.world_size)
+    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication.moe_token_dispatcher_type, turns, meter,
+                                 numerics.to_experts) if config.n_routed_experts else None
     tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
     cp = ContextParallel(meshes.cp, communication.cp_comm_type)
     sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
-    etp = ExpertTensorParallel(meshes.experts, communication.moe_ranks_per_node or meshes.layout.world_size)
-    return Blueprint(config, tp, cp, sharers, dispatcher, etp, balance, recomputed_modules(recompute),
-                     loss.moe_router_force_load_balancing, numerics, make_capacity(config, loss),
-                     make_beside(communication, meshes.device), turns)
+    return Blueprint(config, tp, cp, sharers, dispatcher, ExpertTensorParallel(meshes.experts, meter), balance,
+                     recomputed_modules(recompute), loss.moe_router_force_load_balancing, numerics,
+                     make_capacity(config, loss), make_beside(communication, meshes.device), turns)
 
 
 def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
@@ -138,14 +137,13 @@ def make_beside(communication: CommunicationSettings, device: torch.device) -> C
     return Beside
 
 
-def make_dispatcher(num_experts: int, meshes: Meshes, communication: CommunicationSettings, turns: Turns,
+def make_dispatcher(num_experts: int, meshes: Meshes, kind: str, turns: Turns, meter: Meter,
                     to_experts: Callable[[torch.Tensor], torch.Tensor] = unchanged) -> Dispatcher:
-    ranks_per_node = communication.moe_ranks_per_node or meshes.layout.world_size
-    common = meshes.ep, num_experts, ranks_per_node
-    if communication.moe_token_dispatcher_type == "grouped":
-        levels = build_levels(meshes.layout, meshes.device, ranks_per_node)
+    common = meshes.ep, num_experts, meter
+    if kind == "grouped":
+        levels = build_levels(meshes.layout, meshes.device, meter.ranks_per_node)
         return GroupedDispatcher(*common, turns, levels, to_experts)
-    if communication.moe_token_dispatcher_type == "allgather":
+    if kind == "allgather":
         return AllGatherDispatcher(*common, to_experts)
     return AllToAllDispatcher(*common, turns, to_experts)
 

@@ -23,7 +23,6 @@ from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pipeline import received
 from megatron_deepseek.parallel.tensor import RMSNorm, column_linear
 from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -34,15 +33,15 @@ class Tally:
     """What a step's forwards leave behind on this rank, added up over its micro-batches.
 
     `losses`: sum of token losses / N of the main prediction and each MTP depth; `expert_counts`: by layer name;
-    `dropped`: token copies above experts' capacity; `traffic`: what expert dispatch sent forwards; `sources_K2`: sum of
-    main token losses, and labels, of each source.
+    `dropped`: token copies above experts' capacity; `crossings`: how often a token was sent to another node;
+    `sources_K2`: sum of main token losses, and labels, of each source.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     balance_loss: torch.Tensor | float = 0.0
     expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
     dropped: torch.Tensor | int = 0
-    traffic: Traffic = Traffic()
+    crossings: int = 0
     sources_K2: torch.Tensor | float = 0.0
 
     def add_loss(self, depth: int, loss: torch.Tensor) -> None:
@@ -56,7 +55,7 @@ class Tally:
         if stats is None:
             return
         self.balance_loss = self.balance_loss + stats.balance_loss
-        self.traffic = self.traffic + stats.traffic
+        self.crossings = self.crossings + stats.crossings
         self.dropped = self.dropped + stats.dropped
         self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
 
@@ -105,7 +104,7 @@ class DeepseekStage(nn.Module):
         """`run_of`: how the layer at each position of this stage is run (layer.choose_run)."""
         super().__init__()
         self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
-        self.mtp_loss_scale, self.turns = mtp_loss_scale, blueprint.turns
+        self.mtp_loss_scale, self.turns, self.meter = mtp_loss_scale, blueprint.turns, blueprint.etp.meter
         self.model = Trunk(stage, blueprint)
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:

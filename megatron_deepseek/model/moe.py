@@ -17,7 +17,6 @@ from megatron_deepseek.ops.block_scaled import whole
 from megatron_deepseek.ops.products import Linear, Numerics, Product
 from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
-from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pieces import stacked_shard
 from megatron_deepseek.parallel.tensor import (
     TensorParallel,
@@ -35,13 +34,13 @@ ROW_PARALLEL = Shard(0), Shard(2)
 @dataclass(frozen=True)
 class RouterStats:
     """Of one layer and micro-batch on this rank: tokens that chose each expert [E] int64, how many of these copies were
-    dropped, its share of the balance loss, and the bytes that its dispatch and combination sent in the forward.
+    dropped, its share of the balance loss, and how often a token was sent to another node.
     """
 
     counts_E: torch.Tensor
     dropped: torch.Tensor
     balance_loss: torch.Tensor
-    traffic: Traffic
+    crossings: int
 
 
 class MLP(nn.Module):
@@ -80,7 +79,7 @@ class Experts(nn.Module):
         """Who alone reads a weight, by the weight's name (parallel/data.py)."""
         return {"gate_up_proj": self.up_product, "down_proj": self.down_product}
 
-    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, Traffic]:
+    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         return self.etp(rows_RH, counts, self._mlp)
 
     def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -122,7 +121,7 @@ class MoE(nn.Module):
             chosen_TK = chosen_TK.where(routed_BS.reshape(-1, 1), NOBODY)
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
         rows_TH = self.experts.up_product.rows(x_TH)
-        y_TH, traffic = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
+        y_TH, crossings = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
         loss = routing.scores_TE.new_zeros(())
         if self.balance.any and self.training:
             loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sharers, routed_BS)
@@ -132,7 +131,7 @@ class MoE(nn.Module):
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
-        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), traffic)
+        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), crossings)
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
         """Where this rank's S tokens of each sequence stand in it."""

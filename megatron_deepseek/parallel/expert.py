@@ -23,11 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_deepseek.ops.block_scaled import map_rows
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.permute import invert, permute
-from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
+from megatron_deepseek.parallel.nodes import Meter
 from megatron_deepseek.parallel.turns import Turns
 
 NOBODY = -1  # in place of an expert
-Experts = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, Traffic]]
+Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -35,18 +35,18 @@ class Dispatcher(Protocol):
     """`mesh` is that of the expert ranks, over which the experts' weights are sharded.
 
     `to_experts` makes what travels of the gradients of the experts' results. What tokens travel as is what they come
-    as: block-scaled ones (ops/block_scaled.py) as FP8.
+    as: block-scaled ones (ops/block_scaled.py) as FP8. `meter` is told what is sent.
     """
 
     mesh: DeviceMesh
+    meter: Meter
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, Traffic]:
-        """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and what this rank
-        sent for it in the forward; the backward sends as much again. A choice of NOBODY has no part in it.
+                 ) -> tuple[torch.Tensor, int]:
+        """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and how often this rank
+        sent a token, or a copy of one, to another node for it. A choice of NOBODY has no part in it.
 
-        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape, and says
-        what it sent itself.
+        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
         """
 
 
@@ -54,62 +54,71 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """All-to-all of rows over `group`. While rows travel whoever has the next of `turns` computes."""
+
+    group: dist.ProcessGroup
+    turns: Turns
+    meter: Meter
+
+    def __call__(self, x: torch.Tensor, sent: list[int], received: list[int], encode: Encode = unchanged
+                 ) -> torch.Tensor:
+        """`sent[r]` rows of x to rank r, `received[r]` rows from it; gradients travel back, as what `encode` makes."""
+        return x if self.group.size() == 1 else _AllToAll.apply(x, sent, received, self, encode)
+
+    def send(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """One way, of every part of x if it is block-scaled."""
+        def exchange(part):
+            out = part.new_empty(sum(received), *part.shape[1:])
+            self.turns.wait(dist.all_to_all_single(out, part.contiguous(), received, sent, group=self.group,
+                                                   async_op=True))
+            return out
+
+        self.meter.rows(self.group, sent, x)
+        return map_rows(x, exchange)
+
+    def counts(self, counts_E: torch.Tensor) -> torch.Tensor:
+        """[ranks, E/ranks]: how many rows for each of this rank's bins come from each rank; `counts_E` go out."""
+        incoming_E = torch.empty_like(counts_E)
+        if self.group.size() == 1:
+            incoming_E.copy_(counts_E)
+        else:
+            dist.all_to_all_single(incoming_E, counts_E, group=self.group)
+        return incoming_E.view(self.group.size(), -1)
+
+    def crossings(self, sent: list[int]) -> int:
+        """How many of the rows sent go to other nodes."""
+        return self.meter.divide(self.group, sent).across_nodes
+
+
 class _AllToAll(torch.autograd.Function):
+    """Its own transpose: the gradient of a row goes back to where the row came from."""
+
     @staticmethod
-    def forward(ctx, x, sent, received, group, turns, encode):
-        ctx.sent, ctx.received, ctx.group, ctx.turns, ctx.encode = sent, received, group, turns, encode
-        return _all_to_all(x, sent, received, group, turns)
+    def forward(ctx, x, sent, received, exchange, encode):
+        ctx.sent, ctx.received, ctx.exchange, ctx.encode = sent, received, exchange, encode
+        return exchange.send(x, sent, received)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = _all_to_all(ctx.encode(grad), ctx.received, ctx.sent, ctx.group, ctx.turns)
-        return grad, None, None, None, None, None
+        return ctx.exchange.send(ctx.encode(grad), ctx.received, ctx.sent), None, None, None, None
 
 
-def _all_to_all(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns
-                ) -> torch.Tensor:
-    """Of every part of x, if it is block-scaled."""
-    def exchange(part):
-        out = part.new_empty(sum(received), *part.shape[1:])
-        turns.wait(dist.all_to_all_single(out, part.contiguous(), received, sent, group=group, async_op=True))
-        return out
-
-    return map_rows(x, exchange)
-
-
-def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, turns: Turns,
-                  encode: Encode = unchanged) -> torch.Tensor:
-    """All-to-all of the first dimension: `sent[r]` rows to rank r, `received[r]` rows from it.
-
-    `encode` makes of the gradient what travels back.
+def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, exchange: Exchange,
+                to_experts: Encode = unchanged) -> tuple[torch.Tensor, int]:
+    """Rows sorted by expert of the group, `counts` of each, to their experts' ranks and back in the same order; and how
+    many of them crossed to other nodes.
     """
-    return x if group.size() == 1 else _AllToAll.apply(x, sent, received, group, turns, encode)
-
-
-def exchange_counts(counts_E: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[ranks, E/ranks]: how many rows for each of this rank's bins come from each rank; `counts_E` go out."""
-    incoming_E = torch.empty_like(counts_E)
-    if group.size() == 1:
-        incoming_E.copy_(counts_E)
-    else:
-        dist.all_to_all_single(incoming_E, counts_E, group=group)
-    return incoming_E.view(group.size(), -1)
-
-
-def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, nodes: NodeMap, turns: Turns,
-                to_experts: Encode = unchanged) -> tuple[torch.Tensor, Traffic]:
-    """Rows sorted by expert of the group, `counts` of each, to their experts' ranks and back in the same order."""
-    group = nodes.group
     counts_E = torch.tensor(counts, device=rows_RH.device)
-    incoming_re = exchange_counts(counts_E, group)
-    sent, received = counts_E.view(group.size(), -1).sum(1).tolist(), incoming_re.sum(1).tolist()
-    rows_QH = exchange_rows(rows_RH, sent, received, group, turns)
+    incoming_re = exchange.counts(counts_E)
+    sent, received = counts_E.view(exchange.group.size(), -1).sum(1).tolist(), incoming_re.sum(1).tolist()
+    rows_QH = exchange(rows_RH, sent, received)
     order_Q = _group_by_expert(incoming_re)
     inverse_Q = invert(order_Q)
-    results_QH, traffic = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
     results_QH = permute(results_QH, inverse_Q, order_Q)
-    traffic += nodes.dispatched(sent, rows_QH) + nodes.traffic(bytes_of(received, results_QH))
-    return exchange_rows(results_QH, received, sent, group, turns, to_experts), traffic
+    return exchange(results_QH, received, sent, to_experts), exchange.crossings(sent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,20 +127,20 @@ class AllToAllDispatcher:
 
     mesh: DeviceMesh
     num_experts: int
-    ranks_per_node: int
+    meter: Meter
     turns: Turns
     to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, Traffic]:
+                 ) -> tuple[torch.Tensor, int]:
         copies = sort_copies(experts_TK, self.num_experts)
-        rows_RH = copy_rows(x_TH, copies)
+        rows_RH, crossings = copy_rows(x_TH, copies), 0
         if self.mesh.size() == 1:
-            rows_RH, traffic = experts(rows_RH, copies.counts)
+            rows_RH = experts(rows_RH, copies.counts)
         else:
-            nodes = NodeMap(self.mesh.get_group(), self.ranks_per_node)
-            rows_RH, traffic = run_experts(rows_RH, copies.counts, experts, nodes, self.turns, self.to_experts)
-        return sum_copies(rows_RH, weights_TK, copies), traffic
+            exchange = Exchange(self.mesh.get_group(), self.turns, self.meter)
+            rows_RH, crossings = run_experts(rows_RH, copies.counts, experts, exchange, self.to_experts)
+        return sum_copies(rows_RH, weights_TK, copies), crossings
 
 
 def _group_by_expert(counts_re: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.parallel.expert import Encode, Experts, unchanged
-from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of
+from megatron_deepseek.parallel.nodes import Meter
 from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
 
@@ -22,27 +22,22 @@ class AllGatherDispatcher:
 
     mesh: DeviceMesh
     num_experts: int
-    ranks_per_node: int
+    meter: Meter
     to_experts: Encode = unchanged  # its gradients travel before they are weighed, as whole tokens: not as FP8
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, Traffic]:
+                 ) -> tuple[torch.Tensor, int]:
         size, mine = self.mesh.size(), self.num_experts // self.mesh.size()
         if size == 1:
-            return self._serve(x_TH, experts_TK, weights_TK, experts, mine)
-        group = self.mesh.get_group()
-        x_GH, weights_GK = gather_sum(x_TH, 0, group), gather_sum(weights_TK, 0, group)
+            return self._serve(x_TH, experts_TK, weights_TK, experts, mine), 0
+        group, sent = self.mesh.get_group(), self.meter.everyone
+        x_GH, weights_GK = (gather_sum(each, 0, group, sent) for each in (x_TH, weights_TK))
+        sent(group, experts_TK)
         experts_GK = all_gather(experts_TK, 0, group) - self.mesh.get_local_rank() * mine
-        y_GH, traffic = self._serve(x_GH, experts_GK, weights_GK, experts, mine)
-        y_TH = scatter_sum(y_GH, 0, group)
-        rows = [x_TH.shape[0]] * size
-        nodes = NodeMap(group, self.ranks_per_node)
-        traffic += nodes.dispatched(rows, x_TH, weights_TK, experts_TK) + nodes.traffic(bytes_of(rows, y_TH))
-        return y_TH, traffic
+        y_GH = self._serve(x_GH, experts_GK, weights_GK, experts, mine)
+        return scatter_sum(y_GH, 0, group, sent), self.meter.divide(group, [len(x_TH)] * size).across_nodes
 
-    def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int
-               ) -> tuple[torch.Tensor, Traffic]:
+    def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int) -> torch.Tensor:
         """The part of each token's sum that experts 0..num_bins-1 make."""
         copies = sort_copies(experts_GK, num_bins)
-        rows, traffic = experts(copy_rows(x_GH, copies), copies.counts)
-        return sum_copies(rows, weights_GK, copies), traffic
+        return sum_copies(experts(copy_rows(x_GH, copies), copies.counts), weights_GK, copies)

@@ -17,16 +17,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import (
-    NOBODY,
-    Encode,
-    Experts,
-    exchange_counts,
-    exchange_rows,
-    run_experts,
-    unchanged,
-)
-from megatron_deepseek.parallel.nodes import NodeMap, Traffic, TwoLevels, bytes_of
+from megatron_deepseek.parallel.expert import NOBODY, Encode, Exchange, Experts, run_experts, unchanged
+from megatron_deepseek.parallel.nodes import Meter, TwoLevels
 from megatron_deepseek.parallel.turns import Turns
 
 
@@ -36,25 +28,21 @@ class GroupedDispatcher:
 
     mesh: DeviceMesh
     num_experts: int
-    ranks_per_node: int
+    meter: Meter
     turns: Turns
     levels: TwoLevels
     to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, Traffic]:
-        group = self.levels.across.get_group()
+                 ) -> tuple[torch.Tensor, int]:
+        across = Exchange(self.levels.across.get_group(), self.turns, self.meter)
         copies = self._one_for_each_node(experts_TK)
-        received = exchange_counts(torch.tensor(copies.counts, device=x_TH.device), group).flatten().tolist()
+        received = across.counts(torch.tensor(copies.counts, device=x_TH.device)).flatten().tolist()
         rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]
-        x_QH, weights_QK, experts_QK = (exchange_rows(row, copies.counts, received, group, self.turns)
-                                        for row in rows)
-        y_QH, within = self._on_this_node(x_QH, experts_QK, weights_QK, experts)
-        y_RH = exchange_rows(y_QH, received, copies.counts, group, self.turns)
+        x_QH, weights_QK, experts_QK = (across(row, copies.counts, received) for row in rows)
+        y_RH = across(self._on_this_node(x_QH, experts_QK, weights_QK, experts), received, copies.counts)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
-        nodes = NodeMap(group, self.ranks_per_node)
-        across = nodes.dispatched(copies.counts, *rows) + nodes.traffic(bytes_of(received, y_QH))
-        return sum_copies(y_RH, ones, copies), within + across
+        return sum_copies(y_RH, ones, copies), across.crossings(copies.counts)
 
     def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:
         """A copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
@@ -65,11 +53,10 @@ class GroupedDispatcher:
         nodes_N = torch.arange(num_nodes, device=experts_TK.device)
         return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], NOBODY), num_nodes)
 
-    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> tuple[torch.Tensor, Traffic]:
+    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> torch.Tensor:
         """The part of each row's sum that this node's experts make."""
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
-        nodes = NodeMap(self.levels.within.get_group(), self.ranks_per_node)
-        rows, traffic = run_experts(copy_rows(x_QH, copies), copies.counts, experts, nodes, self.turns,
-                                    self.to_experts)
-        return sum_copies(rows, weights_QK, copies), traffic
+        within = Exchange(self.levels.within.get_group(), self.turns, self.meter)
+        rows, _ = run_experts(copy_rows(x_QH, copies), copies.counts, experts, within, self.to_experts)
+        return sum_copies(rows, weights_QK, copies)

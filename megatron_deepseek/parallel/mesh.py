@@ -21,10 +21,13 @@ from megatron_deepseek.parallel.layout import Layout
 class Meshes:
     """The process groups of a layout on this rank. Build one with `build_meshes`.
 
-    `dense` is (pp, dp, cp, tp), `expert` is (pp, edp, ep, etp). `dense_fsdp` flattens dp x cp: the ranks over which
-    FSDP sums the gradients of dense parameters; `expert_fsdp` is edp, for routed experts. `sequence` is cp x tp: the
-    ranks that share a sequence's tokens. `stage` is all the ranks of
-    this pipeline rank, dp x cp x tp.
+    `dense` is (pp, dp, cp, tp), `expert` is (pp, edp, ep, etp). What sums go over which ranks:
+
+      dense_fsdp   dp x cp       gradients of dense parameters (FSDP)
+      expert_fsdp  edp           gradients of routed experts (FSDP)
+      sequence     cp x tp       what is counted of one sequence, whose tokens these ranks share
+      stage        dp x cp x tp  what is counted of all tokens by one stage's routers
+      tp, ep, etp                partial sums inside a layer (tensor.py, expert.py, expert_tensor.py)
     """
 
     layout: Layout

@@ -3,7 +3,7 @@
 Rank r is on node r // ranks_per_node, as torchrun numbers them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,37 +15,43 @@ from megatron_deepseek.parallel.layout import Layout, nodes_divide
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sent to other ranks of its node, and to other nodes; `crossings`: how often it sent a token, or
-    a copy of one, to another node.
-    """
+    """What one rank sent to other ranks of its node, and to other nodes: bytes, unless it says otherwise."""
 
     within_node: int = 0
     across_nodes: int = 0
-    crossings: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.within_node + other.within_node, self.across_nodes + other.across_nodes,
-                       self.crossings + other.crossings)
+        return Traffic(self.within_node + other.within_node, self.across_nodes + other.across_nodes)
 
 
-@dataclass(frozen=True, eq=False)
-class NodeMap:
-    """Where each rank of a process group is, seen from this rank."""
+class Meter:
+    """Adds up what this rank sends: told of every send where it is made, forwards, backwards and when recomputing."""
 
-    group: dist.ProcessGroup
-    ranks_per_node: int
+    def __init__(self, ranks_per_node: int):
+        self.ranks_per_node = ranks_per_node
+        self._total = Traffic()
 
-    def traffic(self, bytes_to_rank: list[int]) -> Traffic:
-        """`bytes_to_rank`: sent to each rank of the group; what a rank keeps is not sent."""
+    def take(self) -> Traffic:
+        """What was sent since the last time."""
+        total, self._total = self._total, Traffic()
+        return total
+
+    def rows(self, group: dist.ProcessGroup, rows_to_rank: list[int], x: torch.Tensor) -> None:
+        """`rows_to_rank` rows of x go to each rank of `group`."""
+        row = bytes_of_row(x)
+        self._total += self.divide(group, [number * row for number in rows_to_rank])
+
+    def everyone(self, group: dist.ProcessGroup, x: torch.Tensor) -> None:
+        """x goes to every other rank of `group`, or as much as x to each of them."""
+        self.rows(group, [len(x)] * group.size(), x)
+
+    def divide(self, group: dist.ProcessGroup, amounts: list[int]) -> Traffic:
+        """Amounts for each rank of `group`, by where it is; what a rank keeps is not sent."""
         here, node = dist.get_rank(), dist.get_rank() // self.ranks_per_node
-        sent = [(rank, number) for rank, number in zip(dist.get_process_group_ranks(self.group), bytes_to_rank,
-                                                       strict=True) if rank != here]
+        sent = [(rank, number) for rank, number in zip(dist.get_process_group_ranks(group), amounts, strict=True)
+                if rank != here]
         within = sum(number for rank, number in sent if rank // self.ranks_per_node == node)
         return Traffic(within, sum(number for _, number in sent) - within)
-
-    def dispatched(self, rows_to_rank: list[int], *rows: torch.Tensor) -> Traffic:
-        """Of tokens on their way to experts: `rows_to_rank` rows of every one of `rows` to each rank of the group."""
-        return replace(self.traffic(bytes_of(rows_to_rank, *rows)), crossings=self.traffic(rows_to_rank).across_nodes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +79,3 @@ def build_levels(layout: Layout, device: torch.device, ranks_per_node: int) -> T
     mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep // places, places, layout.etp),
                             mesh_dim_names=("pp", "edp", "ep_across", "ep_within", "etp"))
     return TwoLevels(mesh["ep_across"], mesh["ep_within"])
-
-
-def bytes_of(rows: list[int], *tensors: torch.Tensor) -> list[int]:
-    """Of `rows` rows of every one of `tensors` [any, ...]."""
-    row = sum(map(bytes_of_row, tensors))
-    return [number * row for number in rows]

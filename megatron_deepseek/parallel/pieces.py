@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -69,13 +70,18 @@ def pieces(tensor: DTensor) -> list[Piece]:
 
 
 def whole(tensor: DTensor) -> torch.Tensor:
-    """Gathered from every rank. A stacked axis goes first: DTensor of torch 2.13 fails to gather it with FSDP's."""
-    stacked = _stacked_axis(tensor)
-    if stacked is not None:
-        placements = list(tensor.placements)
-        placements[stacked] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.full_tensor()
+    """Gathered from every rank. Stacked shards go piece by piece: DTensor fails to gather them together with FSDP's."""
+    if _stacked_axis(tensor) is None:
+        return tensor.full_tensor()
+    found = [(piece.offset, piece.local.detach().cpu()) for piece in pieces(tensor)]
+    for group in tensor.device_mesh.get_all_groups():
+        of_group: list = [None] * group.size()
+        dist.all_gather_object(of_group, found, group=group)
+        found = [piece for of_rank in of_group for piece in of_rank]
+    result = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for offset, part in found:
+        result[tuple(slice(begin, begin + size) for begin, size in zip(offset, part.shape))] = part
+    return result.to(tensor.device)
 
 
 def for_checkpoint(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.paired_chunks import run_pairs_in_turns
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
+from megatron_deepseek.parallel.stage import ReducingStage
 from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
@@ -140,7 +141,7 @@ class Pipeline:
         passed_on = torch.empty((), dtype=torch.promote_types(self.hidden_dtype, torch.float32), device="meta",
                                 requires_grad=True) if shape.passed_on is None else \
             torch.empty(shape.passed_on, dtype=self.hidden_dtype, device="meta", requires_grad=True)
-        return PipelineStage(module, index, len(self.shapes), self.meshes.device, input_args=received,
+        return ReducingStage(module, index, len(self.shapes), self.meshes.device, input_args=received,
                              output_args=passed_on, group=self.meshes.group("pp"),
                              dw_builder=deferred.take if deferred else None)
 

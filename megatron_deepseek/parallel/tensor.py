@@ -53,40 +53,56 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return x
 
 
+Sent = Callable[[dist.ProcessGroup, torch.Tensor], None]
+
+
+def unmetered(group: dist.ProcessGroup, x: torch.Tensor) -> None:
+    """Nobody counts the bytes (in place of nodes.Meter.everyone)."""
+
+
 class _GatherSum(torch.autograd.Function):
     """All-gather; every rank uses the whole result, so the gradients are summed and scattered."""
 
     @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
+    def forward(ctx, x, dim, group, sent):
+        ctx.dim, ctx.group, ctx.sent = dim, group, sent
+        sent(group, x)
         return map_rows(x, lambda part: all_gather(part, dim, group))
 
     @staticmethod
     def backward(ctx, grad):
-        return reduce_scatter(grad, ctx.dim, ctx.group), None, None
+        own = reduce_scatter(grad, ctx.dim, ctx.group)
+        ctx.sent(ctx.group, own)
+        return own, None, None, None
 
 
 class _ScatterSum(torch.autograd.Function):
     """Reduce-scatter of partial sums; each rank owns a slice, so the gradients are gathered."""
 
     @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
-        return reduce_scatter(x, dim, group)
+    def forward(ctx, x, dim, group, sent):
+        ctx.dim, ctx.group, ctx.sent = dim, group, sent
+        own = reduce_scatter(x, dim, group)
+        sent(group, own)
+        return own
 
     @staticmethod
     def backward(ctx, grad):
-        return all_gather(grad, ctx.dim, ctx.group), None, None
+        ctx.sent(ctx.group, grad)
+        return all_gather(grad, ctx.dim, ctx.group), None, None, None
 
 
-def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """`all_gather` whose gradients are summed and scattered: every rank makes its own use of the whole."""
-    return _GatherSum.apply(x, dim, group)
+def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = unmetered) -> torch.Tensor:
+    """`all_gather` whose gradients are summed and scattered: every rank makes its own use of the whole.
+
+    `sent` is told, both ways, what this rank gives each of the others.
+    """
+    return _GatherSum.apply(x, dim, group, sent)
 
 
-def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """`reduce_scatter` whose gradients are gathered."""
-    return _ScatterSum.apply(x, dim, group)
+def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = unmetered) -> torch.Tensor:
+    """`reduce_scatter` of partial sums, whose gradients are gathered."""
+    return _ScatterSum.apply(x, dim, group, sent)
 
 
 class _Copy(torch.autograd.Function):
@@ -168,14 +184,14 @@ class TensorParallel:
         """From the stream between regions to the whole sequence, as input of column-parallel weights."""
         if self.size == 1:
             return x_BSH
-        return _GatherSum.apply(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Copy.apply(
+        return gather_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Copy.apply(
             x_BSH, self.group)
 
     def leave(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """From the partial sums of row-parallel weights back to the stream between regions."""
         if self.size == 1:
             return x_BSH
-        return _ScatterSum.apply(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Sum.apply(
+        return scatter_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Sum.apply(
             x_BSH, self.group)
 
     def own_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint.export import export_hf, keep_assets
 from megatron_deepseek.checkpoint.marker import last_iteration
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.blend import SPLITS
 from megatron_deepseek.data.pretraining import open_datasets, shared_plan

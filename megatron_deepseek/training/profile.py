@@ -36,8 +36,15 @@ def profiler(run: RunSettings, rank: int) -> Iterator[Profiler]:
     warmup = min(start, 1)
     schedule = torch.profiler.schedule(wait=start - warmup, warmup=warmup, active=end - start, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
-                                record_shapes=True) as active:
+                                record_shapes=True, experimental_config=all_threads()) as active:
         yield active
+
+
+def all_threads():
+    """For torch.profiler: paired chunks run in a thread of their own (parallel/turns.py), which it would leave out."""
+    from torch._C._profiler import _ExperimentalConfig
+
+    return _ExperimentalConfig(profile_all_threads=True)
 
 
 def check_profile(run: RunSettings) -> None:

@@ -17,7 +17,7 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.marker import iteration_directory
 from megatron_deepseek.checkpoint.native import layout_note
 from megatron_deepseek.checkpoint.publish import saving_directory
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.checkpoint.writer import is_disk_full
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings

@@ -10,7 +10,7 @@ A step, whatever the layout:
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ class Votes:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, forwards and backwards.
+    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, recomputed forwards included.
 
     `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
     `votes`: of all ranks together, the same everywhere. `dropped`: the part of all token copies that was above experts'
@@ -111,6 +111,7 @@ class Trainer:
                                    seed=plan.seed, precision=plan.precision, loss=plan.loss, recompute=plan.recompute,
                                    communication=plan.communication, offload=plan.offload,
                                    reshard_after_forward=plan.reshard_after_forward)
+        self.meter = self.stages[0].meter  # one for all stages
         self.shared = find_shared(_embedding_holders(plan), holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
         self.optimizer = build_optimizer(self.parameters, plan.optimizer)
@@ -140,6 +141,7 @@ class Trainer:
         tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK,
                                                          real_BS)
         self.optimizer.zero_grad()
+        self.meter.take()  # what an evaluation sent
         self.pipeline.train(tokens, num_microbatches, **inputs)
         for shared in self.shared:
             shared.sum_gradients()
@@ -176,7 +178,7 @@ class Trainer:
         mtp_depth = self.plan.model.num_nextn_predict_layers
         labels, mask = shifted_labels(labels_BS, mask_BS, mtp_depth, documents_BS)
         counts = torch.cat([mask.sum((0, 2)), mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)])
-        dist.all_reduce(counts, group=self.meshes.group("dp"))
+        dist.all_reduce(counts, group=self.meshes.group("dp"))  # cp and tp ranks were given the same rows
         *num_labels, num_sequences = counts.tolist()
         step = StepContext(tuple(num_labels), num_sequences, Tally())
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
@@ -210,11 +212,13 @@ class Trainer:
     def _traffic(self, tally: Tally) -> tuple[Traffic, float, float]:
         """`traffic`, `dropped` and `crossings` of a StepResult."""
         copies = sum(int(counts_E.sum()) for counts_E in tally.expert_counts.values())
-        sums = torch.tensor([*astuple(tally.traffic), int(tally.dropped), copies], device=self.meshes.device)
+        sent = self.meter.take()
+        sums = torch.tensor([sent.within_node, sent.across_nodes, tally.crossings, int(tally.dropped), copies],
+                            device=self.meshes.device)
         dist.all_reduce(sums)
         within, across, crossings, dropped, copies = sums.tolist()
         tokens = copies / (self.plan.model.num_experts_per_tok or 1)
-        return Traffic(2 * within, 2 * across, crossings), dropped / max(copies, 1), crossings / max(tokens, 1)
+        return Traffic(within, across), dropped / max(copies, 1), crossings / max(tokens, 1)
 
 
 def _embedding_holders(plan: Plan) -> dict[str, list[int]]:

@@ -67,7 +67,7 @@ CONSTRAINTS = (
     lambda cp, tp: SEQ_LENGTH % (2 * cp) == 0 and SEQ_LENGTH % (cp * tp) == 0,
     lambda sp, tp: tp > 1 or not sp,
     lambda ep, etp, dp, cp, tp: dp * cp * tp % (ep * etp) == 0,
-    lambda ep, dispatcher: (ep == 1) == (dispatcher == "none"),
+    lambda ep, dispatcher: ep == 1 or dispatcher != "none",
     lambda dispatcher, ep, etp, node: node == 1 if dispatcher != "grouped" else
     node % (ep * etp) == 0 or ep * etp % node == 0 and node % etp == 0,
     lambda router, ep, etp: router != "dense" or ep * etp == 1,
@@ -75,6 +75,8 @@ CONSTRAINTS = (
     lambda router, capacity: router != "dense" or capacity == "none",
     lambda shared, overlap: shared > 0 or not overlap,
     lambda turns, schedule, dispatcher: not turns or schedule == "DualPipeV" and dispatcher in ("alltoall", "grouped"),
+    lambda turns, ep: not turns or ep > 1,
+    lambda router, dispatcher: router != "dense" or dispatcher == "none",
     lambda router, shared: router != "dense" or shared == 0,
     lambda router, recompute: router != "dense" or recompute != "moe_act",
     lambda pp, schedule: (pp == 1) == (schedule == "none"),
@@ -93,7 +95,10 @@ SMALL = (
     lambda pp, virtual: pp * virtual <= 8,
     lambda dp, microbatches, micro_batch_size: dp * microbatches * micro_batch_size <= 16,
 )
-SMALLER = SMALL + (lambda schedule, pp, microbatches: microbatches < 8 or (schedule == "DualPipeV" and pp == 4),)
+SMALLER = SMALL + (
+    lambda schedule, pp, microbatches: microbatches < 8 or (schedule == "DualPipeV" and pp == 4),
+    lambda ep, dispatcher: ep > 1 or dispatcher == "none",
+)
 
 
 @dataclass(frozen=True)
@@ -251,7 +256,8 @@ ROUTERS = {
 
 
 # Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
-# context ranks, 3 stages on a rank, 8 ranks in a row), and recomputed layers whose weight gradients wait in W steps.
+# context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps, and
+# dispatchers that have nothing to exchange, around slices of experts.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
@@ -261,6 +267,8 @@ WIDE_CASES = (
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
          tied=True, recompute="layernorm,mla_up_proj,moe_act"),
     Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, placement="own", tied=True),
+    Case(dp=2, etp=2, dispatcher="allgather", shared=2),
+    Case(tp=2, etp=2, dispatcher="grouped", node=2, capacity="probs"),
 )
 
 

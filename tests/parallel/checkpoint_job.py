@@ -14,7 +14,8 @@ from job import LEARNING_RATE, batch, named, plan_of, whole
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.distributed import BackgroundSaver, first_failure
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
-from megatron_deepseek.checkpoint.state import MOMENTS, TrainState
+from megatron_deepseek.checkpoint.state import MOMENTS
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
 

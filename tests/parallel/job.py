@@ -124,12 +124,14 @@ def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, pa
         return {name: part[rows] for name, part in given.items()}
 
     for step in range(num_steps):
+        if 0 < step == num_steps - 1:  # an evaluation before it must not show in a step
+            record.evaluation = trainer.evaluate(**inputs(num_steps))
         result = trainer.train_step(**inputs(step), learning_rate=LEARNING_RATE, bias_rate=bias_rate)
         gradients = {key: whole(parameter.grad) for key, parameter in named(trainer, "named_parameters")}
         record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, result.dropped, gradients))
     record.weights = {key: whole(value) for how in ("named_parameters", "named_buffers")
                       for key, value in named(trainer, how)}
-    record.evaluation = trainer.evaluate(**inputs(num_steps))
+    record.evaluation = record.evaluation or trainer.evaluate(**inputs(num_steps))
     dist.barrier()
     return record
 

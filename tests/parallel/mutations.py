@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from cases import Case
 from job import Record, run_case
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import Replicate, Shard
 
 from megatron_deepseek.model import balance_loss, build, capacity, deepseek, moe
@@ -20,6 +21,7 @@ from megatron_deepseek.parallel import (context, exchange, expert, expert_groupe
                                         vocabulary, zero_bubble)
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.shared import SharedParameter
+from megatron_deepseek.parallel.stage import ReducingStage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
 from megatron_deepseek.training import balance, optimizer, trainer
 
@@ -28,6 +30,7 @@ SP = Case(tp=2, shared=2, sp=True)
 DP = Case(dp=2, microbatches=2)
 EP = Case(dp=2, ep=2)
 PP_MTP = Case(pp=2, schedule="1F1B", microbatches=2, mtp=1)
+PP_DP = Case(pp=2, dp=2, schedule="1F1B", microbatches=2)
 V_TIED = Case(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, tied=True)
 CP = Case(cp=2, mtp=1, microbatches=3)
 CP_GATHER = Case(cp=2, cp_type="allgather")
@@ -62,7 +65,7 @@ def _no_all_reduce(module) -> Callable[[], None]:
     return _replace(module, "dist", SimpleNamespace(**vars(dist) | {"all_reduce": lambda *args, **kwargs: None}))
 
 
-def _own_part(x: torch.Tensor, dim: int, group) -> torch.Tensor:
+def _own_part(x: torch.Tensor, dim: int, group, sent=None) -> torch.Tensor:
     return x.chunk(group.size(), dim)[group.rank()].contiguous()
 
 
@@ -78,8 +81,8 @@ def _sum_forward(ctx, x, group):
     return tensor.all_reduce(x, group)
 
 
-def _scatter_without_sum(ctx, x, dim, group):
-    ctx.dim, ctx.group = dim, group
+def _scatter_without_sum(ctx, x, dim, group, sent):
+    ctx.dim, ctx.group, ctx.sent = dim, group, sent
     return _own_part(x, dim, group)
 
 
@@ -209,13 +212,13 @@ class _GatherOnly(torch.autograd.Function):
     """All-gather whose gradients stay where they were made."""
 
     @staticmethod
-    def forward(ctx, x, dim, group):
+    def forward(ctx, x, dim, group, sent):
         ctx.dim, ctx.group = dim, group
         return tensor.all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return _own_part(grad, ctx.dim, ctx.group), None, None
+        return _own_part(grad, ctx.dim, ctx.group), None, None, None
 
 
 def _last_first(place: Callable, experts_BN: torch.Tensor, order_BN: torch.Tensor) -> torch.Tensor:
@@ -250,12 +253,12 @@ MUTATIONS = {
         TP, _replace(Router, "__init__", _with_whole_gradient(Router.__init__))),
     "SP: gathered, gradients not summed": Mutation(
         SP, _method(tensor._GatherSum, "backward",
-                    lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None))),
+                    lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "SP: scattered, partial sums not summed": Mutation(
         SP, _method(tensor._ScatterSum, "forward", _scatter_without_sum)),
     "SP: scattered, gradients not gathered": Mutation(
         SP, _method(tensor._ScatterSum, "backward",
-                    lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None))),
+                    lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "SP: a norm's gradient taken for whole": Mutation(
         SP, _replace(tensor.TensorParallel, "activation_grad", property(lambda self: Replicate()))),
     "TP: balance loss of this rank's counts": Mutation(SOFTMAX_TP, _no_all_reduce(balance_loss)),
@@ -268,7 +271,7 @@ MUTATIONS = {
             not enabled))),
     "EP: gradients stay with the experts' ranks": Mutation(
         EP, _method(expert._AllToAll, "backward",
-                    lambda ctx, grad: (grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), *[None] * 5))),
+                    lambda ctx, grad: (grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), *[None] * 4))),
     "PP: copies of the embedding not summed": Mutation(
         PP_MTP, _replace(SharedParameter, "sum_gradients", lambda self: None)),
     "PP: copies on one rank not summed": Mutation(
@@ -276,7 +279,9 @@ MUTATIONS = {
     "PP: every copy counts in the norm": Mutation(
         PP_MTP, _replace(trainer.Trainer, "_named_parameters", _all_counted(trainer.Trainer._named_parameters))),
     "PP: gradients divided by the micro-batches": Mutation(
-        PP_MTP, _replace(pipeline, "get_schedule_class", _scaled_schedules(pipeline.get_schedule_class))),
+        V_TIED, _replace(pipeline, "get_schedule_class", _scaled_schedules(pipeline.get_schedule_class))),
+    "PP: a stage's gradients are not reduced": Mutation(PP_DP, _replace(
+        ReducingStage, "backward_maybe_with_nosync", PipelineStage.backward_maybe_with_nosync)),
     "ZB: a weight gradient is forgotten": Mutation(
         V_TIED, _replace(DeferredGradients, "take", _forget_last_weight_gradient(DeferredGradients.take))),
     "ZB: the weight of a recomputed layer is saved, not kept": Mutation(
@@ -297,7 +302,7 @@ MUTATIONS = {
         trainer.Trainer._prepare))),
     "EP: tokens gathered, their gradients not summed": Mutation(
         GATHER, _method(tensor._GatherSum, "backward",
-                        lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None))),
+                        lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "ETP: partial sums of the slices not summed": Mutation(SLICED, _replace(expert_tensor, "scatter_sum", _own_part)),
     "ETP: gradients of gathered rows not summed": Mutation(
         SLICED, _replace(expert_tensor, "gather_sum", _GatherOnly.apply)),

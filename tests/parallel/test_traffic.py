@@ -1,5 +1,5 @@
-"""Bytes that travel inside nodes and between them, counted by hand for each dispatcher with sliced experts, and the
-results that come back.
+"""Bytes that travel inside nodes and between them, forwards and backwards, counted by hand for each dispatcher with
+sliced experts, and the results that come back.
 
 4 ranks on 2 nodes: rank = 2 * ep + etp, so an etp group is a node, and a token with an expert of the other node crosses.
 4 experts, 0 and 1 on the first node; 3 tokens a rank, 2 choices each.
@@ -7,41 +7,55 @@ results that come back.
 
 import pytest
 import torch
+from cases import Case
+from job import batch, plan_of
 
 from megatron_deepseek.model.build import make_dispatcher
-from megatron_deepseek.parallel.expert import NOBODY
+from megatron_deepseek.ops import block_scaled
+from megatron_deepseek.parallel.expert import NOBODY, unchanged
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import build_meshes
-from megatron_deepseek.parallel.nodes import Traffic
+from megatron_deepseek.parallel.nodes import Meter, Traffic
 from megatron_deepseek.parallel.turns import Turns
-from megatron_deepseek.settings import CommunicationSettings
+from megatron_deepseek.training.trainer import Trainer
 
 HIDDEN = 16
 ROW = HIDDEN * 8  # bytes in float64
+FP8_ROW = HIDDEN + 4  # codes, and the scale of one tile
+WEIGHTS = CHOICES_OF_TOKEN = 2 * 8
 CHOICES = ([[0, 1], [2, 3], [0, 2]], [[0, NOBODY], [1, 0], [3, 0]],
            [[2, 3], [3, 0], [NOBODY, NOBODY]], [[1, 0], [0, 1], [2, 0]])
 
 # Rows for the first node: 3 of rank 0 and 1 of rank 2 come to rank 0; 4 of rank 1 and 5 of rank 3 to rank 1. Each sends
-# the 9 of the longer to the other, and as many results. Second node: 3 + 3 and 1 + 1, so 6 and 6.
+# the 9 of the longer to the other, and as many results. Second node: 3 + 3 and 1 + 1, so 6 and 6. In the backward
+# gradients of results are gathered, and those of rows scattered: as many. FP8 rows are gathered as what they stand for.
 WITHIN = [18 * ROW, 18 * ROW, 12 * ROW, 12 * ROW]
-# A rank sends rows across, and results of the rows that came.
-ACROSS = {
-    "alltoall": [(3 + 1) * ROW, (1 + 5) * ROW, (1 + 3) * ROW, (5 + 1) * ROW],
-    # every token with its 2 weights and 2 choices, and a partial sum for every token of the other
-    "allgather": [3 * (ROW + 32) + 3 * ROW] * 4,
-    # a token once, with its weights and choices
-    "grouped": [2 * (ROW + 32) + 1 * ROW, 1 * (ROW + 32) + 3 * ROW, 1 * (ROW + 32) + 2 * ROW, 3 * (ROW + 32) + ROW],
-}
-# Copies of tokens that go to the other node; with grouped, tokens.
-CROSSINGS = {"alltoall": [3, 1, 1, 5], "allgather": [3] * 4, "grouped": [2, 1, 1, 3]}
+
+# What each rank sends to the other node and gets from it: copies of tokens, every token, or a token once.
+SENT = {"alltoall": [3, 1, 1, 5], "allgather": [3] * 4, "grouped": [2, 1, 1, 3]}
+RECEIVED = {"alltoall": [1, 5, 3, 1], "allgather": [3] * 4, "grouped": [1, 3, 2, 1]}
 
 
-def dispatch(kind: str) -> tuple[Traffic, float]:
-    """What was sent, and how far the result is off. Expert e multiplies by e + 1, half on each slice."""
-    meshes = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu"))
-    dispatcher = make_dispatcher(4, meshes, CommunicationSettings("ring", kind, moe_ranks_per_node=2), Turns())
-    slices = ExpertTensorParallel(meshes.experts, 2)
+def bytes_across(kind: str, row: int) -> tuple[list[int], list[int]]:
+    """Of each rank, forwards and backwards, where a token takes `row` bytes. With `alltoall` gradients of results travel
+    to the experts as tokens do; whole tokens are weighed where they arrive, so their weights travel with them, the
+    weights' gradients come back, and gradients of partial sums travel as they are.
+    """
+    token, gradient_of_result, gradient_of_token = {
+        "alltoall": (row, row, ROW)}.get(kind, (row + WEIGHTS + CHOICES_OF_TOKEN, ROW, ROW + WEIGHTS))
+    pairs = [*zip(SENT[kind], RECEIVED[kind])]
+    return ([sent * token + received * ROW for sent, received in pairs],
+            [sent * gradient_of_result + received * gradient_of_token for sent, received in pairs])
+
+
+def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
+    """What was sent forwards and backwards, how often a token crossed, and how far the result is off. Expert e multiplies
+    by e + 1, half on each slice.
+    """
+    meshes, meter = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu")), Meter(ranks_per_node=2)
+    dispatcher = make_dispatcher(4, meshes, kind, Turns(), meter, block_scaled.quantize if fp8 else unchanged)
+    slices = ExpertTensorParallel(meshes.experts, meter)
     first = 2 * meshes.rank("ep")
 
     def mlp(rows, counts):
@@ -50,16 +64,43 @@ def dispatch(kind: str) -> tuple[Traffic, float]:
 
     rank = 2 * meshes.rank("ep") + meshes.rank("etp")
     generator = torch.Generator().manual_seed(rank)
-    x_TH = torch.randn(3, HIDDEN, dtype=torch.float64, generator=generator)
-    weights_TK = torch.rand(3, 2, dtype=torch.float64, generator=generator)
+    x_TH = torch.randn(3, HIDDEN, dtype=torch.float64, generator=generator).requires_grad_()
+    weights_TK = torch.rand(3, 2, dtype=torch.float64, generator=generator).requires_grad_()
     experts_TK = torch.tensor(CHOICES[rank])
-    y_TH, sent = dispatcher(x_TH, experts_TK, weights_TK, lambda rows, counts: slices(rows, counts, mlp))
-    expected = x_TH * (weights_TK * (experts_TK + 1)).sum(1, keepdim=True)  # NOBODY + 1 is 0
-    return sent, (y_TH - expected).abs().max().item()
+    given_TH = block_scaled.share(x_TH) if fp8 else x_TH
+    y_TH, crossings = dispatcher(given_TH, experts_TK, weights_TK, lambda rows, counts: slices(rows, counts, mlp))
+    forward = meter.take()
+    y_TH.sum().backward()
+    expected = (given_TH * 1.0) * (weights_TK * (experts_TK + 1)).sum(1, keepdim=True)  # NOBODY + 1 is 0
+    return forward, meter.take(), crossings, (y_TH - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("kind", ACROSS)
-def test_bytes_by_hand(ranks, kind):
-    sent, errors = zip(*ranks.run(4, dispatch, kind))
-    assert list(sent) == [*map(Traffic, WITHIN, ACROSS[kind], CROSSINGS[kind])]
+@pytest.mark.parametrize("fp8", (False, True), ids=("float64", "fp8"))
+@pytest.mark.parametrize("kind", SENT)
+def test_bytes_by_hand(ranks, kind, fp8):
+    forward, backward, crossings, errors = zip(*ranks.run(4, dispatch, kind, fp8))
+    across = bytes_across(kind, FP8_ROW if fp8 else ROW)
+    assert list(forward) == [*map(Traffic, WITHIN, across[0])]
+    assert list(backward) == [*map(Traffic, WITHIN, across[1])]
+    assert list(crossings) == SENT[kind]
     assert max(errors) < 1e-12
+
+
+def traffic_of_step(case: Case) -> tuple[Traffic, Traffic, float]:
+    """Of a step, of the next one after an evaluation, and its crossings for each token."""
+    trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
+    own = batch(case.model, 1, 0)
+    first = trainer.train_step(*own, learning_rate=0.0)
+    trainer.evaluate(*own)
+    second = trainer.train_step(*own, learning_rate=0.0)
+    return first.traffic, second.traffic, second.crossings
+
+
+def test_recomputed_layers_send_their_tokens_again(ranks):
+    """A forward's bytes come twice; an evaluation's are no step's; a token is counted once where it crosses."""
+    case = Case(dp=2, ep=2, node=1)
+    (once, after_evaluation, crossings), _ = ranks.run(2, traffic_of_step, case)
+    (again, _, as_often), _ = ranks.run(2, traffic_of_step, Case(dp=2, ep=2, node=1, recompute="full"))
+    assert once == after_evaluation and once.within_node == 0 < once.across_nodes
+    assert again.across_nodes == once.across_nodes * 3 / 2
+    assert crossings == as_often > 0

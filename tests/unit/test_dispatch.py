@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from megatron_deepseek.model.router import balanced_choice
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.parallel.nodes import NodeMap, Traffic, bytes_of, places_per_node
+from megatron_deepseek.parallel.nodes import Meter, Traffic, places_per_node
 
 BINS = torch.tensor([[2, -1, 0], [5, 5, 5], [1, 2, 0], [0, 7, 1]])  # of 3: row 1 has no copy
 ROWS_IN_ORDER = [0, 2, 3, 2, 3, 0, 2]  # bin 0, then 1, then 2; within a bin by row
@@ -53,16 +53,16 @@ def test_no_rows_at_all():
     assert copies.counts == [0] * 4 and x.grad.shape == (0, 5) and weights.grad.shape == (0, 1)
 
 
-def test_bytes_of_rows():
-    assert bytes_of([2, 0, 3], torch.empty(5, 4, dtype=torch.bfloat16), torch.empty(0, 2, dtype=torch.int64)) == [
-        2 * (8 + 16), 0, 3 * (8 + 16)]
-
-
-def test_traffic_leaves_out_what_a_rank_keeps(monkeypatch):
+def test_a_meter_adds_up_bytes_and_leaves_out_what_a_rank_keeps(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 5)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 5, 6, 7])
-    assert NodeMap(None, 2).traffic([1, 20, 300, 4000]) == Traffic(1, 4300)
-    assert NodeMap(None, 4).traffic([1, 20, 300, 4000]) == Traffic(4301, 0)
+    assert Meter(2).divide(None, [1, 20, 300, 4000]) == Traffic(1, 4300)
+    assert Meter(4).divide(None, [1, 20, 300, 4000]) == Traffic(4301, 0)
+    meter = Meter(2)
+    meter.rows(None, [2, 7, 0, 3], torch.empty(5, 4, dtype=torch.bfloat16))
+    meter.rows(None, [1, 7, 1, 0], torch.empty(0, 2, dtype=torch.int64))
+    assert meter.take() == Traffic(2 * 8 + 16, 3 * 8 + 16)
+    assert meter.take() == Traffic()
 
 
 @pytest.mark.parametrize("layout, ranks_per_node, places", [

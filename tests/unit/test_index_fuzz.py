@@ -158,7 +158,7 @@ def test_the_strategies_reach_behind_the_header(tmp_path, strategy):
     """A fuzz that is always refused at the first byte would prove nothing."""
     reached = []
 
-    @settings(max_examples=40, derandomize=True, database=None)
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @given(files=strategy)
     def count(files):
         reached.append(refusal(open_index, write(tmp_path, files), "dataset") is None)

@@ -44,7 +44,7 @@ def test_mtp_labels_stop_where_a_document_does():
 
 @pytest.mark.parametrize("lengths", [(3, 5), (1, 4, 2, 1)])
 def test_packed_documents_train_as_if_alone(meshes, lengths):
-    """A row of documents against a row for each of them, padded behind, where no label counts."""
+    """A row of documents against a row for each of them, padded behind: no label counts there, and no expert gets it."""
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(1, CONFIG.vocab_size, (1, LENGTH + 1), generator=generator)
     tokens, labels = row[:, :-1], row[:, 1:]
@@ -59,9 +59,11 @@ def test_packed_documents_train_as_if_alone(meshes, lengths):
 
     packed, single = trainer(meshes), trainer(meshes)
     found = packed.train_step(tokens, labels, torch.ones(1, LENGTH, dtype=torch.bool), 0.0, documents_BS=documents)
-    expected = single.train_step(rows[0], rows[1], rows[2].bool(), 0.0)
+    expected = single.train_step(rows[0], rows[1], rows[2].bool(), 0.0, real_BS=rows[2].bool())
     assert found.losses.lm_loss == pytest.approx(expected.losses.lm_loss, rel=CLOSE)
     assert found.losses.mtp_loss == pytest.approx(expected.losses.mtp_loss, rel=CLOSE)
+    for layer, counts_E in found.expert_counts.items():
+        assert torch.equal(counts_E, expected.expert_counts[layer]), layer
     wanted = gradients_of(single.stages[0])
     errors = {name: relative_error(g, wanted[name]) for name, g in gradients_of(packed.stages[0]).items()}
     assert max(errors.values()) < CLOSE, errors

@@ -13,7 +13,7 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint import writer
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
-from megatron_deepseek.checkpoint.state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.report import ProgressLines, Report
 from megatron_deepseek.training.saving import Saver

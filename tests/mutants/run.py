@@ -1,0 +1,90 @@
+"""Plants the mistakes of table.py in a copy of the source, one at a time, and says which of them no test sees.
+
+    python tests/mutants/run.py                      all of them (hours), or those that --only names
+    python tests/mutants/run.py --only context.py --log survivors.txt
+    python tests/mutants/run.py --check              only that each mistake can be planted
+
+Exit status 1 if a mistake survived.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from table import MUTANTS, Mutant
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = "megatron_deepseek"
+COPIED = (PACKAGE, "tests", "tools", "csrc", "pretrain_deepseek.py", "pyproject.toml")
+
+
+def problem(mutant: Mutant) -> str | None:
+    """Why the mistake cannot be planted."""
+    found = (REPOSITORY / PACKAGE / mutant.file).read_text().count(mutant.old)
+    return None if found == 1 else f"stands {found} times in {mutant.file}: {mutant.old!r}"
+
+
+def run(mutant: Mutant, tree: Path, timeout: float) -> str:
+    """The name of the first test that fails, "time-out" or "SURVIVED"."""
+    path = tree / PACKAGE / mutant.file
+    right = path.read_text()
+    path.write_text(right.replace(mutant.old, mutant.new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider",
+               *mutant.tests]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, text=True, capture_output=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return "time-out"
+    finally:
+        path.write_text(right)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    assert done.returncode in (0, 1, 2, 3, 4), done.stdout + done.stderr
+    return failed[0] if failed else "SURVIVED" if done.returncode == 0 else done.stdout[-300:]
+
+
+def outcomes(mutants: list[Mutant], timeout: float) -> Iterator[tuple[Mutant, str, float]]:
+    with TemporaryDirectory(prefix="mutants-") as directory:
+        tree = Path(directory)
+        for name in COPIED:
+            copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+            copy(REPOSITORY / name, tree / name)
+        for mutant in mutants:
+            begun = time.monotonic()
+            yield mutant, run(mutant, tree, timeout), time.monotonic() - begun
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of files")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first of them")
+    parser.add_argument("--every", type=int, nargs=2, default=(0, 1), metavar=("FIRST", "STEP"), help="a share of them")
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds of one mistake's tests")
+    parser.add_argument("--log", type=Path, help="also written here")
+    parser.add_argument("--check", action="store_true", help="do not run tests")
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if any(part in mutant.file for part in args.only)]
+    chosen = chosen[args.skip:][args.every[0]::args.every[1]]
+    problems = [found for mutant in chosen if (found := problem(mutant))]
+    print("\n".join(problems) or f"{len(chosen)} mistakes can be planted", flush=True)
+    if args.check or problems:
+        return bool(problems)
+    survived = 0
+    for mutant, outcome, seconds in outcomes(chosen, args.timeout):
+        line = f"{outcome} ({seconds:.0f} s): {mutant.file}: {mutant.old.strip()!r} -> {mutant.new.strip()!r}"
+        print(line, flush=True)
+        if args.log:
+            with args.log.open("a") as file:
+                file.write(line + "\n")
+        survived += outcome == "SURVIVED"
+    return bool(survived)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
