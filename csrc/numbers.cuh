@@ -154,8 +154,8 @@ struct alignas(8) Words2 {
   uint32_t word[2];
 };
 
-// x / scale, rounded as IEEE's division rounds it, for many x: from the reciprocal, corrected twice by what is left over
-// (Markstein 1990), in 7 operations where a division of its own takes about 12 and a branch.
+// x / scale, rounded as IEEE's division rounds it, for many x: from the reciprocal, corrected twice by what is left
+// over (Markstein 1990), in 7 operations where a division of its own takes about 12 and a branch.
 //
 // What is left over is exact unless it underflows, which takes a quotient below 2^-12, a code of 0 either way, or a
 // scale below 2^-80: then x and scale are both multiplied by 2^80 first, exactly. A NaN or an infinity stays a NaN or

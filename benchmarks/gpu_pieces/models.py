@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from gpu_pieces.timing import Bench, Case, Row, first_line
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, shape_stages
+from megatron_deepseek.ops.fp8 import quantize_both_ways
+from megatron_deepseek.ops.fp8_weight import Fp8Weight
 from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
@@ -53,8 +56,18 @@ def our_layer(config: ModelConfig, length: int, bench: Bench, fp8: bool) -> Call
         for name, tensor in part.state_dict().items():
             norm, bias = name.endswith("norm.weight"), name.endswith("bias")
             tensor.fill_(float(norm)) if norm or bias else tensor.normal_(0, config.initializer_range)
+    if fp8:
+        hold_in_fp8(part)
     layer, places = part.model.layers["0"], Places(part.rope_2SD)
     return lambda x: layer(x, places, 1)[0]
+
+
+def hold_in_fp8(part: nn.Module) -> None:
+    """Weights as FSDP gathers them: quantised before, which a step does once for all its micro-batches."""
+    for module in part.modules():
+        for name in getattr(module, "weight_products", {}):
+            weight = getattr(module, name).detach()
+            setattr(module, name, nn.Parameter(Fp8Weight(*quantize_both_ways(weight), weight.dtype)))
 
 
 def their_layer(config: ModelConfig, length: int, bench: Bench) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -93,8 +93,11 @@ def _no_transformer_engine() -> str | None:
 
 def _no_blockwise_product() -> str | None:
     """torch's own: cuBLASLt has 128-element scales for Hopper alone, from CUDA 12.9 on."""
-    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    return _not_hopper() or (None if version >= (12, 9) else f"needs CUDA 12.9, this torch has {torch.version.cuda}")
+    version = torch.version.cuda
+    if version is None:
+        return "this torch has no CUDA"
+    old = tuple(map(int, version.split(".")[:2])) < (12, 9)
+    return f"needs CUDA 12.9, this torch has {version}" if old else _not_hopper()
 
 
 def _no_transformer_engine_product() -> str | None:

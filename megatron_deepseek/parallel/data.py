@@ -86,8 +86,13 @@ def reshard(module: nn.Module) -> None:
 
 
 def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over the data ranks or only accumulates them."""
+    """Whether the next backward reduces gradients over the data ranks or only accumulates them.
+
+    Where it only does, gathered weights stay for the next forward, unless a forward already frees them.
+    """
+    freed = any(parameter.post_forward_mesh_info for each in module.modules() for parameter in _parameters_of(each))
     module.set_requires_gradient_sync(enabled)
+    module.set_reshard_after_backward(enabled or freed)
 
 
 def accumulate_gradients(module: nn.Module) -> None:

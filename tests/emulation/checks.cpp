@@ -38,7 +38,8 @@ void print_shape() {
 int main() {
   for (uint32_t address : {0u, 0x400u, 0x8000u, 0x38c00u})
     std::printf("descriptor %u %llu\n", address, static_cast<unsigned long long>(hopper::descriptor(address)));
-  for (uint32_t offset = 0; offset < 2048; offset += 16) std::printf("swizzle %u %u\n", offset, hopper::swizzled(offset));
+  for (uint32_t offset = 0; offset < 2048; offset += 16)
+    std::printf("swizzle %u %u\n", offset, hopper::swizzled(offset));
   for (int thread = 0; thread < kWarpgroup; ++thread)
     for (int i = 0; i < hopper::kAccumulators; ++i)
       std::printf("accumulator %d %d %d %d\n", thread, i, hopper::accumulator_row(thread, i),

@@ -174,6 +174,9 @@ struct Order {
     if (order == "reverse") std::reverse(sequence.begin(), sequence.end());
     if (order != "reverse" && order != "forward") shuffled = true, random.seed(unsigned(std::stoul(order)));
   }
+  // The copy engine works at its own pace: one copy for each round of the threads, or in bursts, so that threads run
+  // far ahead of others.
+  size_t copies(size_t waiting) { return waiting == 0 ? 0 : shuffled ? 1 + random() % waiting : 1; }
   const std::vector<size_t>& next() {
     if (shuffled) std::shuffle(sequence.begin(), sequence.end(), random);
     return sequence;
@@ -202,7 +205,7 @@ inline void run_fibers(std::vector<Fiber>& fibers) {
     progress = false;
     for (size_t i : order.next())
       if (fibers[i].ready()) resume(fibers[i]), progress = true;
-    if (!machine().copies.empty()) {  // the copy engine works at its own pace: one copy for each round of the threads
+    for (size_t copies = order.copies(machine().copies.size()); copies > 0; --copies) {
       machine().copies.front()();
       machine().copies.pop_front();
       progress = true;

@@ -86,8 +86,8 @@ MISTAKES = (
     Mistake("store of the wrong quad", "gemm_fp8.cu", "const int column = (first + thread % 4) * 8;",
             "const int column = (first + thread % 2) * 8;", GEMM),
     Mistake("tile of another matrix", "gemm_schedule.cuh", "work.matrix * p.n + work.column", "work.column", GEMM),
-    Mistake("columns behind the edge", "gemm_schedule.cuh", "int(p.n - work.column < kTileN ? p.n - work.column : kTileN)",
-            "kTileN", GEMM),
+    Mistake("columns behind the edge", "gemm_schedule.cuh",
+            "int(p.n - work.column < kTileN ? p.n - work.column : kTileN)", "kTileN", GEMM),
     Mistake("unstable sort", "route.cu", "slot = shared.start[expert] + next[expert] + __popc(before);",
             "slot = shared.start[expert] + next[expert] + __popc(same) - 1 - __popc(before);", PERMUTE),
     Mistake("padding not cleared", "route.cu", "copy_of_slot[slot] = -1;", ";", PERMUTE),
@@ -104,7 +104,8 @@ MISTAKES = (
             "  __syncthreads();\n  const int joint", "  const int joint", ROPE),
     Mistake("a sum not rescaled", "cross_entropy.cu", "  if (max != online.max) online.rescale(max);\n",
             "  online.max = max;\n", LOSS),
-    Mistake("label of the row's part", "cross_entropy.cu", "const int64_t label = labels[row] - first_id;\n  const float",
+    Mistake("label of the row's part", "cross_entropy.cu",
+            "const int64_t label = labels[row] - first_id;\n  const float",
             "const int64_t label = labels[row];\n  const float", LOSS),
 )
 

@@ -124,7 +124,7 @@ def test_experts_of_three_products(device, ours_in_use):
 
 
 def codes_close(got, expected):
-    """Tiles, or nested tuples of them: scales to bfloat16's step, and codes but for a few that rounded the other way."""
+    """Tiles, or nested tuples of them: scales to bfloat16's step, codes but for a few that rounded the other way."""
     if isinstance(got[0], tuple):
         assert len(got) == len(expected)
         return [codes_close(*pair) for pair in zip(got, expected)]

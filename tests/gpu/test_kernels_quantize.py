@@ -120,6 +120,15 @@ def test_blocks(device, shape, dtype, any_order):
     assert alone[2].numel() == 0 and alone[3].numel() == 0
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("largest", [2.0**-117, 2.0**-120, 2.0**-126, 2.0**-133])
+def test_tiles_of_the_smallest_numbers(device, largest, power_of_two):
+    """Below 448 * 2^-126 the scale stays 2^-126, and codes lose what bfloat16's subnormals still have."""
+    x = (torch.rand(130, 136, device=device) * 2 - 1).mul_(largest).bfloat16()
+    same(operator("quantize_rows")(x, power_of_two), fp8.quantize_1x128(x, power_of_two))
+    same(operator("quantize_blocks")(x, False, power_of_two)[:2], fp8.quantize_128x128(x, power_of_two))
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 def test_a_broken_number_loses_its_tile(device, broken):
     x = numbers(130, 264, device)
@@ -153,8 +162,9 @@ def test_swiglu_backward(device, rows, half):
 
 @pytest.mark.parametrize("rows, columns", [(1, 8), (130, 136), (3, 7168)])
 def test_norm(device, rows, columns):
-    """The kernel's own formula is that of ops/norm.py's CPU form."""
+    """The kernel's own formula is that of ops/norm.py's CPU form. In every other row eps is a tenth of the mean."""
     x, weight = (3 * torch.randn(rows, columns, device=device)).bfloat16(), torch.rand(columns, device=device) + 0.5
+    x[::2] *= 2.0**-10
     normed = rms_norm(x.cpu(), weight.cpu(), 1e-6).to(device)
     q, s, rstd, kept = operator("norm_quantize_rows")(x, weight, 1e-6, True, False)
     nearly((q, s), fp8.quantize_1x128(normed))

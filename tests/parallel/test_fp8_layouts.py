@@ -69,8 +69,8 @@ def test_whole_tiles_compute_what_one_process_does(ranks, alone, case, micro_bat
     assert not differences(records, alone(2, replace(case.reference, micro_batch_size=micro_batch_size)), TOLERANCE)
 
 
-# With tiles of 2 all blocks of all weights are whole on 2 data ranks; with tiles of 8 those of experts are, and of others
-# some: 12 rows of 24 are no whole blocks, and 8 rows of 16 are one.
+# With tiles of 2 all blocks of all weights are whole on 2 data ranks; with tiles of 8 those of experts are, and of
+# others some: 12 rows of 24 are no whole blocks, and 8 rows of 16 are one.
 GATHERS = (  # and less than which part of the bytes
     (2, 0.5, Case(dp=2, ep=2, microbatches=3, tp=2, reshard=True, mtp=1, shared=2)),
     (8, 1.0, Case(dp=2, microbatches=2, pp=2, schedule="InterleavedZeroBubble", virtual=2)),

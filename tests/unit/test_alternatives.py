@@ -99,10 +99,15 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def operands(rows: int, blocks: bool) -> tuple[fp8.Tiles, fp8.Tiles]:
+    quantize = fp8.quantize_128x128 if blocks else fp8.quantize_1x128
+    return fp8.quantize_1x128(randn(rows, 272)), quantize(randn(208, 272))
+
+
 @pytest.mark.parametrize("blocks", [True, False], ids=["forward and dgrad", "wgrad"])
 def test_transformer_engine_product(transformer_engine, blocks):
     """Float32 products in another order: 1e-5."""
-    a, b = fp8.quantize_1x128(randn(150, 272)), (fp8.quantize_128x128 if blocks else fp8.quantize_1x128)(randn(208, 272))
+    a, b = operands(150, blocks)
     got = alternatives.transformer_engine_scaled_mm(*a, *b, torch.float32)
     torch.testing.assert_close(got, scaled_mm(*a, *b, torch.float32), rtol=1e-5, atol=1e-4)
 
@@ -143,7 +148,7 @@ def test_torch_norm_backward_takes_what_it_is_given():
 @pytest.mark.parametrize("blocks", [True, False])
 def test_torch_scaled_mm_is_called_as_its_source_asks(blocks, monkeypatch):
     """ATen's rules for scales: 1x128 [M, k] with strides (1, M); 128x128 [k to 4, N / 128] with strides (1, k to 4)."""
-    a, b = fp8.quantize_1x128(randn(144, 272)), (fp8.quantize_128x128 if blocks else fp8.quantize_1x128)(randn(208, 272))
+    a, b = operands(144, blocks)
     seen = []
     real = F.scaled_mm
     monkeypatch.setattr(F, "scaled_mm", lambda *args, **kwargs: seen.append(

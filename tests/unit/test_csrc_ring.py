@@ -89,7 +89,8 @@ class Machine:
         if actor.place == "wait" and state.empty[stage].over(self.parity(actor.step) ^ self.rules.producer_parity):
             yield replace(state, producer=replace(actor, place="announce"))
         elif actor.place == "announce":
-            yield replace(state, producer=replace(actor, place="copy"), full=put(state.full, stage, full.arrive(copies=1)))
+            announced = put(state.full, stage, full.arrive(copies=1))
+            yield replace(state, producer=replace(actor, place="copy"), full=announced)
         elif actor.place == "copy":
             yield replace(state, producer=Actor(actor.step + 1), flying=flying)
 
