@@ -69,6 +69,27 @@ def test_a_disk_that_was_full_for_a_while(trainer, tmp_path, monkeypatch, async_
     assert iterations(tmp_path) == [1, 3] and last_iteration(tmp_path) == 3
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_what_found_no_room_is_saved_when_asked_again(trainer, tmp_path, monkeypatch, async_save):
+    """As the last step of a run is: once when it is due, once at the end."""
+    saver, _ = make_saver(trainer, tmp_path, async_save=async_save)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 0))
+        saver.save(TrainState(1, 0, 0))
+        saver.finish()
+    saver.save(TrainState(1, 0, 0))
+    saver.close()
+    assert iterations(tmp_path) == [1]
+
+
+def test_two_saves_between_two_reports_add_up_their_stalls(trainer, tmp_path):
+    saver, _ = make_saver(trainer, tmp_path)
+    saver.save(TrainState(1, 0, 0))
+    first = saver._stall
+    saver.save(TrainState(2, 0, 0))
+    assert saver.take_stall() > first
+
+
 def test_a_run_that_ends_without_its_last_checkpoint_fails(trainer, tmp_path, monkeypatch):
     saver, _ = make_saver(trainer, tmp_path, async_save=True)
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 0))
