@@ -6,7 +6,7 @@
 Shapes: B batch, S sequence, T = B*S tokens, H hidden, E experts, K top-k, G groups of E/G experts.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
-@dataclass(frozen=True)
-class Routing:
-    """What the router decided. `scores_TE` are un-biased, for the balance losses."""
+class Routing(NamedTuple):
+    """What the router decided. `scores_TE` are un-biased, for the balance losses.
+
+    A tuple, since FSDP looks for tensors in a module's output there: their gradients have it gather the weight again.
+    """
 
     experts_TK: torch.Tensor
     weights_TK: torch.Tensor
