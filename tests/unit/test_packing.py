@@ -44,7 +44,7 @@ def test_mtp_labels_stop_where_a_document_does():
 
 @pytest.mark.parametrize("lengths", [(3, 5), (1, 4, 2, 1)])
 def test_packed_documents_train_as_if_alone(meshes, lengths):
-    """A row of documents against a row for each of them, padded behind: no label counts there, and no expert gets it."""
+    """A row of documents against a row for each of them, padded behind: no label counts there, no expert gets it."""
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(1, CONFIG.vocab_size, (1, LENGTH + 1), generator=generator)
     tokens, labels = row[:, :-1], row[:, 1:]
