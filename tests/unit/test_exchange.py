@@ -1,5 +1,5 @@
-"""How blocks of context-parallel ranks travel: what is begun before what is waited for, and in which numbers gradients add
-up. What a rank sends and receives is played here; ranks exchange in tests/parallel.
+"""How blocks of context-parallel ranks travel: what is begun before what is waited for, and in which numbers gradients
+add up. What a rank sends and receives is played here; ranks exchange in tests/parallel.
 """
 
 from dataclasses import dataclass, field
@@ -112,8 +112,10 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
         parts.append((args[1].shape[2], gradients[0]))
         return gradients
 
+    def project(block):
+        return block.unflatten(-1, (heads, 2 * width)).split(width, -1)
+
     monkeypatch.setattr(context, "attend_backward", noted)
-    project = lambda block: block.unflatten(-1, (heads, 2 * width)).split(width, -1)  # noqa: E731
     y = context._BlockwiseAttention.apply(q, blocks[rank], project, Sight(rank, size, length, 0.3, None),
                                           Played(rank, blocks), Output())
     y.backward(torch.randn(y.shape, generator=generator).to(BF16))

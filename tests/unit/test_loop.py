@@ -1,12 +1,12 @@
-"""The loop of a run, with a trainer that only takes notes: which samples and rates each step gets, what is validated, and
-what is told of it.
+"""The loop of a run, with a trainer that only takes notes: which samples and rates each step gets, what is validated,
+and what is told of it.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from test_pretraining_data import EOD, SEQ, write_dataset
+from small_datasets import EOD, SEQ, write_dataset
 
 from megatron_deepseek.arguments import Settings, parse
 from megatron_deepseek.checkpoint.train_state import TrainState
@@ -40,7 +40,8 @@ class Notes:
     """In the place of a Trainer: every step and batch is noted, and has losses that tell it from others."""
 
     def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
-        self.plan, self.meshes, self.stages, self.optimizer, self.skipped = make_plan(settings), meshes, [], None, skipped
+        self.plan, self.meshes, self.skipped = make_plan(settings), meshes, skipped
+        self.stages, self.optimizer = [], None
         self.steps, self.evaluations = [], []
 
     def train_step(self, **given) -> StepResult:
@@ -142,8 +143,8 @@ def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
 
 def test_documents_masks_and_sources_are_those_of_the_data(meshes, corpus):
     """In training and in validation."""
-    blend = f"--data-path 0.5 {corpus} 0.5 {corpus} --split 50,50,0 --eval-iters 1 --reset-attention-mask --eod-mask-loss"
-    _, trainer, told = run(settings_of(corpus, blend), meshes)
+    blend = f"--data-path 0.5 {corpus} 0.5 {corpus} --split 50,50,0 --eval-iters 1"
+    _, trainer, told = run(settings_of(corpus, f"{blend} --reset-attention-mask --eod-mask-loss"), meshes)
     for given in (*trainer.steps, *trainer.evaluations):
         assert torch.equal(given["documents_BS"], number_documents(given["tokens_BS"], EOD))
         assert torch.equal(given["mask_BS"], given["tokens_BS"] != EOD)
@@ -176,7 +177,8 @@ def test_a_plan_has_everything_that_was_asked_for(corpus):
                      "--global-batch-size 16".split(), 2)
     plan = make_plan(settings)
     assert plan.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
-    assert (plan.model, plan.schedule, plan.seq_length, plan.micro_batch_size) == (settings.model, "ZBVZeroBubble", 64, 2)
+    assert (plan.model, plan.schedule, plan.seq_length) == (settings.model, "ZBVZeroBubble", 64)
+    assert plan.micro_batch_size == 2
     assert len(plan.stages) == 4 and plan.reshard_after_forward and plan.seed == 7
     assert (plan.optimizer.adam_eps, plan.optimizer.clip_grad, plan.loss.mtp_loss_scaling_factor) == (1e-6, 0.5, 0.7)
     assert plan.recompute.granularity == "full" and plan.offload.cpu_offloading_num_layers == 1
