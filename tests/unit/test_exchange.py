@@ -127,8 +127,8 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
 
 
 def test_keys_are_made_of_what_is_seen_alone():
-    """Of 8 tokens the second rank of two has 2 to 5, the first 0, 1, 6 and 7; documents are token 0, tokens 1 and 2,
-    and the rest: of the other's block one token is seen. With a document for each chunk none is, and nothing is made of it.
+    """Of 8 tokens the second rank of two has 2 to 5, the first 0, 1, 6 and 7. Documents are token 0, tokens 1 and 2,
+    and the rest: of the other's block one token is seen. With a document for each chunk nothing is made of it.
     """
     for documents, lengths in (([0, 1, 1, 2, 2, 2, 2, 2], [4, 1]), ([0, 0, 1, 1, 2, 2, 3, 3], [4])):
         made = []
