@@ -1,4 +1,4 @@
-"""Plants the mistakes of table.py in a copy of the source, one at a time, and says which of them no test sees.
+"""Plants the mistakes of table.py and agreed.py in a copy of the source, one at a time, and says which no test sees.
 
     python tests/mutants/run.py                      all of them (hours), or those that --only names
     python tests/mutants/run.py --only context.py --log survivors.txt
@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from table import MUTANTS, Mutant
+from mutant import Mutant
+from table import MUTANTS
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "megatron_deepseek"

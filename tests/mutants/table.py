@@ -3,9 +3,11 @@ that must fail.
 
 tests/parallel/mutations.py has the mistakes of design.md's list, which every run of the tests makes. This table is
 broader and slow: `make mutants` runs it. A mistake that no test sees, and that changes numbers, is a missing test.
+agreed.py has those that a comparison of layouts cannot see.
 """
 
-from dataclasses import dataclass
+from agreed import AGREED
+from mutant import of
 
 # What is run for a mistake: the first failure ends it. Quick tests first.
 LAYOUTS = ("tests/parallel/test_mutations.py::test_without_a_mistake_nothing_differs", "tests/parallel/test_layouts.py")
@@ -19,22 +21,7 @@ STEP = ("tests/unit/test_trainer.py", "tests/unit/test_optimizer.py", "tests/uni
         "tests/unit/test_packing.py", *LAYOUTS)
 TRAFFIC = ("tests/parallel/test_traffic.py", "tests/unit/test_dispatch.py")
 
-
-@dataclass(frozen=True)
-class Mutant:
-    """`old` stands once in megatron_deepseek/`file`, and `new` in its place must make one of `tests` fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
-
-def _of(file: str, tests: tuple[str, ...], *changes: tuple[str, str]) -> tuple[Mutant, ...]:
-    return tuple(Mutant(file, old, new, tests) for old, new in changes)
-
-
-TENSOR = _of(
+TENSOR = of(
     "parallel/tensor.py", LAYOUTS,
     ("return Partial() if self.sequence_parallel and self.size > 1 else", "return Partial() if self.size > 1 else"),
     ("self.bias_grad = tp.activation_grad", "self.bias_grad = Replicate()"),
@@ -57,7 +44,7 @@ TENSOR = _of(
      "        return all_gather(grad, ctx.dim, ctx.group) / ctx.group.size(), None, None\n\n\nclass _Join"),
 )
 
-VOCABULARY = _of(
+VOCABULARY = of(
     "parallel/vocabulary.py", LAYOUTS,
     ("local = ids - tp.rank * rows", "local = ids - (tp.size - 1 - tp.rank) * rows"),
     ("return self.tp.leave(F.embedding(local_BS, weight_vH) * mine_BS.unsqueeze(-1))",
@@ -67,16 +54,16 @@ VOCABULARY = _of(
     ("sum_T * (own_max_T - max_T).exp()", "sum_T"),
 )
 
-DATA_PARALLEL = _of(
+DATA_PARALLEL = of(
     "parallel/data.py", LAYOUTS,
     ("unit.module.set_gradient_divide_factor(1.0)", "pass"),
-) + _of(
+) + of(
     "parallel/data.py", BF16,
     ("            parameter.to_accumulated_grad_if_needed()", "            pass"),
     ("reduce_dtype=master", "reduce_dtype=unit.compute_dtype"),
 )
 
-MESH = _of(
+MESH = of(
     "parallel/mesh.py", LAYOUTS,
     ('dense_fsdp = dense["dp", "cp"]._flatten("dp_cp")', 'dense_fsdp = dense["dp"]'),
     ('sequence = dense["cp", "tp"]._flatten("cp_tp")', 'sequence = dense["cp"]'),
@@ -86,7 +73,7 @@ MESH = _of(
     ('stage = dense["dp", "cp", "tp"]._flatten("dp_cp_tp")', 'stage = dense["cp", "tp"]._flatten("stage")'),
 )
 
-EXCHANGE = _of(
+EXCHANGE = of(
     "parallel/exchange.py", LAYOUTS,
     ("total = total + arriving.wait()", "total = total + 0 * arriving.wait()"),
     ("yield (self.group.rank() - step) % size, block", "yield (self.group.rank() + step) % size, block"),
@@ -97,7 +84,7 @@ EXCHANGE = _of(
      "return reduce_scatter(stacked.to(torch.promote_types(dtype, torch.float32)), 0, self.group).to(dtype) / 2"),
 )
 
-CONTEXT = _of(
+CONTEXT = of(
     "parallel/context.py", LAYOUTS,
     ("return torch.cat([chunks[rank], chunks[-1 - rank]])",
      "return torch.cat([chunks[2 * rank], chunks[2 * rank + 1]])"),
@@ -114,7 +101,7 @@ CONTEXT = _of(
     ("else torch.zeros_like(block)", "else torch.ones_like(block)"),
 )
 
-EXPERT = _of(
+EXPERT = of(
     "parallel/expert.py", LAYOUTS,
     ("return ctx.exchange.send(ctx.encode(grad), ctx.received, ctx.sent)",
      "return ctx.exchange.send(ctx.encode(grad) / 2, ctx.received, ctx.sent)"),
@@ -125,7 +112,7 @@ EXPERT = _of(
      "return sum_copies(rows_RH, weights_TK.detach(), copies), crossings"),
 )
 
-GATHERED = _of(
+GATHERED = of(
     "parallel/expert_gather.py", ("tests/unit/test_dispatch.py", *LAYOUTS),
     ("for each in (x_TH, weights_TK))", "for each in (x_TH, weights_TK.detach()))"),
     ("self.mesh.get_local_rank() * mine", "(self.mesh.size() - 1 - self.mesh.get_local_rank()) * mine"),
@@ -135,7 +122,7 @@ GATHERED = _of(
      "return self._serve(x_TH, experts_TK, 2 * weights_TK, experts, mine), 0"),
 )
 
-GROUPED = _of(
+GROUPED = of(
     "parallel/expert_grouped.py", (*TRAFFIC, *LAYOUTS),
     (".where(experts_TK != NOBODY, num_nodes)", ".where(experts_TK != NOBODY, 0)"),
     ("rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]",
@@ -144,13 +131,13 @@ GROUPED = _of(
     ("nodes_N.where(needed_TN[:, :num_nodes], NOBODY)", "nodes_N.where(needed_TN[:, :num_nodes], 0)"),
 )
 
-SLICES = _of(
+SLICES = of(
     "parallel/expert_tensor.py", LAYOUTS,
     ("right=True).flatten()", "right=False).flatten()"),
     ("rows_GH = gather_sum(F.pad(", "rows_GH = gather_sum(0.5 * F.pad("),
 )
 
-SHARED = _of(
+SHARED = of(
     "parallel/shared.py", LAYOUTS,
     ("            if copy.grad is not None:\n                total +=",
      "            if copy is self.copies[0] and copy.grad is not None:\n                total +="),
@@ -160,7 +147,7 @@ SHARED = _of(
     ("ranks = sorted({rank_of_stage[s] for s in holding})", "ranks = sorted({rank_of_stage[s] for s in holding[:2]})"),
 )
 
-PIPELINE = _of(
+PIPELINE = of(
     "parallel/pipeline.py", STEP,
     ("synchronize_gradients(module, i == num_microbatches - 1)", "synchronize_gradients(module, i == 0)"),
     ("            module.train()", "            pass"),
@@ -171,24 +158,24 @@ PIPELINE = _of(
      "for i, x in enumerate(reversed(tokens_BS.tensor_split(number))):"),
 )
 
-ZERO_BUBBLE = _of(
+ZERO_BUBBLE = of(
     "parallel/zero_bubble.py", LAYOUTS,
     ("        pending, self._pending = self._pending, []", "        pending = list(self._pending)"),
     ("        ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))", "        pass"),
-) + _of("parallel/zero_bubble.py", BF16, ("            self._finish()", "            pass"))
+) + of("parallel/zero_bubble.py", BF16, ("            self._finish()", "            pass"))
 
-SCHEDULE_RULES = _of(
+SCHEDULE_RULES = of(
     "parallel/schedule_rules.py", LAYOUTS,
     ("        return min(stage, num_stages - 1 - stage)", "        return stage % pp"),
     ("    if schedule in V_SHAPED and num_stages == 2 * pp:", "    if num_stages == 2 * pp:"),
 )
 
-PIECES = _of(
+PIECES = of(
     "parallel/pieces.py", LAYOUTS,
     ("offset[dim] + number * rows", "offset[dim] + number * part[dim]"),
 )
 
-STAGE = _of(
+STAGE = of(
     "parallel/stage.py", ("tests/parallel/test_overlap.py", *LAYOUTS),
     ("        self.submod.set_requires_gradient_sync(True)\n", ""),
     ("if self.dw_builder or not last_backward:", "if not last_backward:"),
@@ -197,19 +184,19 @@ STAGE = _of(
      "        if False:\n            super().perform_reduce_grad"),
 )
 
-SENT = _of("parallel/expert.py", TRAFFIC, ("        self.meter.rows(self.group, sent, x)\n", "")) + _of(
+SENT = of("parallel/expert.py", TRAFFIC, ("        self.meter.rows(self.group, sent, x)\n", "")) + of(
     "parallel/tensor.py", TRAFFIC, ("        ctx.sent(ctx.group, own)\n"
     "", ""), ("        ctx.sent(ctx.group, grad)\n", ""),
-) + _of("training/trainer.py", TRAFFIC, ("        self.meter.take()  # what an evaluation sent\n", ""))
+) + of("training/trainer.py", TRAFFIC, ("        self.meter.take()  # what an evaluation sent\n", ""))
 
-TRAFFIC_BYTES = _of(
+TRAFFIC_BYTES = of(
     "parallel/nodes.py", TRAFFIC,
     ("if rank != here]", "]"),
     ("within = sum(number for rank, number in sent if rank // self.ranks_per_node == node)",
      "within = sum(number for rank, number in sent if rank % self.ranks_per_node == node)"),
 )
 
-STEP_MUTANTS = _of(
+STEP_MUTANTS = of(
     "training/trainer.py", STEP,
     ('dist.all_reduce(counts, group=self.meshes.group("dp"))', "pass"),
     ('dist.all_reduce(counts, group=self.meshes.group("dp"))', "dist.all_reduce(counts)"),
@@ -241,7 +228,7 @@ STEP_MUTANTS = _of(
     ("        dist.all_reduce(sums)\n", ""),
 )
 
-OPTIMIZER = _of(
+OPTIMIZER = of(
     "training/optimizer.py", STEP,
     ("    if not item.counted or gradient is None:", "    if gradient is None:"),
     ("return all(gradient.device_mesh.get_local_rank(dim) == 0 for dim in replicated)", "return True"),
@@ -252,7 +239,7 @@ OPTIMIZER = _of(
      "for item in parameters if item.parameter.grad is not None and item.counted]"),
 )
 
-BALANCE = _of(
+BALANCE = of(
     "training/balance.py", STEP,
     ("            dist.all_reduce(total[name], group=group)", "            pass"),
     ("torch.sign(mean - total[name].double())", "torch.sign(total[name].double() - mean)"),
@@ -260,7 +247,7 @@ BALANCE = _of(
      "            if bias is not None and rate and not name.endswith('2.mlp'):"),
 )
 
-ROUTER_MUTANTS = _of(
+ROUTER_MUTANTS = of(
     "model/router.py", ROUTER,
     ("self.weight_grad = Partial() if tp.size > 1 else Replicate()", "self.weight_grad = tp.activation_grad"),
     ("return weights_TK * config.routed_scaling_factor", "return weights_TK"),
@@ -271,7 +258,7 @@ ROUTER_MUTANTS = _of(
      "choice_TE = scores_TE if bias_E is None else scores_TE - bias_E"),
 )
 
-BALANCE_LOSS = _of(
+BALANCE_LOSS = of(
     "model/balance_loss.py", ROUTER,
     ("for counts in (counts_BE, sent_BG, tokens_B1):", "for counts in (counts_BE, sent_BG):"),
     ("for counts in (counts_BE, sent_BG, tokens_B1):", "for counts in (counts_BE, tokens_B1):"),
@@ -286,7 +273,7 @@ BALANCE_LOSS = _of(
     ("f_communication_BG = sent_BG * num_groups", "f_communication_BG = sent_BG"),
 )
 
-CAPACITY = _of(
+CAPACITY = of(
     "model/capacity.py", ROUTER,
     ("positions_S = all_gather(positions_S, 0, sequence_group)", "positions_S = torch.arange(experts_BSK.shape[1])"),
     ("return own.where(kept_BSK.chunk(size, 1)[rank], NOBODY)", "return own.where(kept_BSK.chunk(size, 1)[0], NOBODY)"),
@@ -295,7 +282,7 @@ CAPACITY = _of(
     (".ceil()", ".floor()"),
 )
 
-MOE = _of(
+MOE = of(
     "model/moe.py", ROUTER,
     ("routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]", "routed_BS = routed_BS.chunk(self.tp.size, 1)[0]"),
     ("loss = loss / global_sequences", "loss = loss / num_sequences"),
@@ -309,7 +296,7 @@ MOE = _of(
     ("length * self.tp.size * self.cp.size)", "length * self.tp.size)"),
 )
 
-DEEPSEEK = _of(
+DEEPSEEK = of(
     "model/deepseek.py", MODEL,
     ("self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)",
      "self.rope_2SD = rope_table(self.config, seq_length, device)[:, :seq_length // blueprint.cp.size]"),
@@ -342,7 +329,7 @@ DEEPSEEK = _of(
     ("self.dropped = self.dropped + stats.dropped", "self.dropped = stats.dropped"),
 )
 
-MLA = _of(
+MLA = of(
     "model/mla.py", MODEL,
     ("turned = apply_rope(k_pe.unsqueeze(2), places.rope_2SD).squeeze(2)", "turned = k_pe"),
     ("self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))",
@@ -351,7 +338,7 @@ MLA = _of(
      "return self.tp.enter(torch.cat([c_q, c_kv, k_pe.detach()], -1)).split(sizes, -1)"),
 )
 
-LAYER = _of(
+LAYER = of(
     "model/layer.py", MODEL,
     ("return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)",
      "return checkpoint(layer, *args, use_reentrant=True, preserve_rng_state=False)"),
@@ -360,28 +347,28 @@ LAYER = _of(
     ("return self.shared_head.norm(x_BSH), stats", "return x_BSH, stats"),
 )
 
-BUILD = _of(
+BUILD = of(
     "model/build.py", LAYOUTS,
     ("yield Unit(layer.mlp.experts, meshes.expert_fsdp, precision.compute)",
      "yield Unit(layer.mlp.experts, meshes.dense_fsdp, precision.compute)"),
     ("sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None", "sharers = None"),
-) + _of(
+) + of(
     "model/build.py", BF16,
     ("                yield Unit(layer.mlp.gate, meshes.dense_fsdp)", "                pass"),
 )
 
-INIT = _of(
+INIT = of(
     "model/init.py", ("tests/unit/test_init.py", "tests/unit/test_sharded_init.py", *LAYOUTS),
     ("index += (rest % local_shape[dim] + offset[dim]) * stride", "index += (rest % local_shape[dim]) * stride"),
     ('f"{seed}:{name}"', 'f"{seed}"'),
 )
 
-SAMPLES = _of(
+SAMPLES = of(
     "data/batches.py", DATA,
     ("consumed_samples + dp_rank * micro_batch_size", "consumed_samples"),
     ("stride = micro_batch_size * dp_size", "stride = micro_batch_size"),
     ("return ends_BS.cumsum(1) - ends_BS", "return ends_BS.cumsum(1)"),
-) + _of(
+) + of(
     "training/loop.py", DATA,
     ('return self.trainer.meshes.rank("dp"), self.settings.layout.dp', "return 0, self.settings.layout.dp"),
     ("state.consumed_samples + size,", "state.consumed_samples + batch.tokens_BS.shape[0],"),
@@ -390,4 +377,5 @@ SAMPLES = _of(
 MUTANTS = (
     *TENSOR, *VOCABULARY, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES, *SHARED,
     *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *STEP_MUTANTS, *OPTIMIZER,
-    *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT, *SAMPLES)
+    *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT, *SAMPLES,
+    *AGREED)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from small_datasets import SEQ, settings_of, tokens_of, train_set, write_dataset
 
+from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.data.blend import parse_split
 from megatron_deepseek.data.indexed import IndexedWriter
 from megatron_deepseek.data.pretraining import check_data, check_token_ids
@@ -80,3 +81,13 @@ def test_negative_ids_are_refused_and_batches_are_checked(tmp_path):
         check_data(settings_of(tmp_path / "data"), 1000)
     with pytest.raises(ValueError, match="--data-path x: token ids from 0 to 5 in a batch, outside .*vocab_size 5"):
         check_token_ids(torch.tensor([0, 5]), 5, "x")
+
+
+@pytest.mark.parametrize("name", ["tokens", "labels"])
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_every_id_of_a_batch_is_looked_at(name, wrong):
+    sample = {"tokens": torch.arange(2, 10), "labels": torch.arange(8), "loss_mask": torch.ones(8), "source": 0}
+    assert Sampler([sample], 10, "x").batch(0, 1, 1).tokens_BS.max() == 9
+    sample[name][-1] = wrong
+    with pytest.raises(ValueError, match=f"--data-path x: token ids from .*{wrong}.* in a batch"):
+        Sampler([sample], 10, "x").batch(0, 1, 1)

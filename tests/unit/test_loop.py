@@ -131,6 +131,7 @@ def test_a_resumed_run_goes_on_where_it_was(meshes, corpus):
 def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
     """Before the first step, every eval_interval, and after the last; a resumed run has done so before."""
     settings = settings_of(corpus, "--split 50,50,0 --eval-iters 3 --eval-interval 2")
+    assert num_samples(settings) == (20, 18, 0)
     _, trainer, told = run(settings, meshes)
     assert [(iteration, loss, mtp) for iteration, loss, mtp, _ in told.validations] == [
         (iteration, mean, (10 * mean,)) for iteration, mean in ((0, 2.0), (2, 5.0), (4, 8.0), (5, 11.0))]

@@ -1,0 +1,128 @@
+"""Mistakes that every layout would make alike, so that comparing them shows nothing: in what a run asks of its trainer,
+reads of its arguments and takes from a checkpoint; in what overlaps, is kept or is freed; and in dtypes, which float64
+hides. A table like table.py's.
+"""
+
+from mutant import of
+
+ARGUMENTS = ("tests/unit/test_arguments.py",)
+LOOP = ("tests/unit/test_loop.py",)
+RESUME = ("tests/unit/test_resume.py",)
+SIGHT = ("tests/unit/test_exchange.py",)
+STEP = ("tests/unit/test_trainer.py",)
+
+LOOP_MUTANTS = of(
+    "training/loop.py", LOOP,
+    ("state.consumed_samples / settings.batch.global_batch_size)", "state.iteration)"),
+    ("state.consumed_samples / settings.batch.global_batch_size)",
+     "state.consumed_samples / settings.batch.global_batch_size + 1)"),
+    ("until is None or state.iteration < until", "until is None or state.iteration <= until"),
+    ("until is None or state.iteration < until else 0.0", "False else 0.0"),
+    ("state.optimizer_steps + result.updated", "state.optimizer_steps + 1"),
+    ("        if self.state.iteration == 0:\n            self._validate()", "        self._validate()"),
+    ("(done % run.eval_interval == 0 or done == run.train_iters)", "done % run.eval_interval == 0"),
+    ("self.train_data = Sampler(train, settings.model.vocab_size, name, eod)",
+     "self.train_data = Sampler(train, settings.model.vocab_size, name)"),
+    ("Sampler(valid, settings.model.vocab_size, name, eod) if", "Sampler(valid, settings.model.vocab_size, name) if"),
+    ("return sum(values) / len(values)", "return sum(values)"),
+    ("return sum(values) / len(values)", "return values[-1]"),
+    ("mask_BS=batch.loss_mask_BS,", "mask_BS=torch.ones_like(batch.loss_mask_BS),"),
+    ("documents_BS=batch.documents_BS, sources", "documents_BS=None, sources"),
+    ("recompute=settings.recompute,", ""),
+    ("seed=settings.run.seed)", "seed=settings.data.seq_length)"),
+    ("optimizer=settings.optimizer, loss=settings.loss,", "loss=settings.loss,"),
+)
+
+RESUME_MUTANTS = of(
+    "training/resume.py", LOOP,
+    ("consumed += global_batch_size(settings.batch, consumed)", "consumed += settings.batch.global_batch_size"),
+) + of(
+    "training/resume.py", RESUME,
+    ("run.finetune or run.no_load_optim or _has", "run.finetune or _has"),
+    ("run.finetune or run.no_load_optim or _has", "run.no_load_optim or _has"),
+    ("    if run.finetune:\n        return TrainState()\n", ""),
+    ("0 if weights_only else state.optimizer_steps)", "state.optimizer_steps)"),
+)
+
+BATCHES = of(
+    "data/batches.py", ("tests/unit/test_data_refusals.py",),
+    ("ids_BS.max() >= self.vocab_size", "ids_BS.max() > self.vocab_size"),
+    ("ids_BS.min() < 0 or ", ""),
+    ("for ids_BS in (tokens_BS, labels_BS):", "for ids_BS in (tokens_BS,):"),
+)
+
+REFUSALS = of(
+    "arguments/refusals.py", ARGUMENTS,
+    ("r.world_size % (r.tp * r.pp) != 0", "r.world_size % r.tp != 0"),
+    ("r.stage_ranks % (r.tp * r.cp) != 0", "r.stage_ranks % r.cp != 0"),
+    ("r.args.seq_length % (r.tp * r.cp),", "r.args.seq_length % r.tp,"),
+    ("(r.args.sequence_parallel or r.model.n_routed_experts > 0) and", "r.model.n_routed_experts > 0 and"),
+    ("r.args.seq_length > r.model.max_position_embeddings", "r.args.seq_length >= r.model.max_position_embeddings"),
+    ("not same or r.args.finetune or r.args.ckpt_step is not None or not begins_anew(load)",
+     "not same or r.args.finetune or not begins_anew(load)"),
+    ("return path.exists() and (not path.is_dir() or any(path.iterdir()))",
+     "return path.is_dir() and any(path.iterdir())"),
+    ("r.args.train_samples < r.batch_sizes[0]", "r.args.train_samples <= r.batch_sizes[0]"),
+) + of(
+    "arguments/request.py", ARGUMENTS,
+    ("next((size for size in self.batch_sizes if size % step), None)",
+     "next((size for size in self.batch_sizes[1:] if size % step), None)"),
+    ("for size in self.batch_sizes)\n", "for size in self.batch_sizes[-1:])\n"),
+    ("return float(split_data_paths[1] is not None)", "return 1.0"),
+    ("self.args.moe_ranks_per_node or self.local_world_size or self.world_size",
+     "self.args.moe_ranks_per_node or self.world_size"),
+) + of(
+    "arguments/settings.py", ARGUMENTS,
+    ("until = schedules.iterations_for_samples(request.batch, args.moe_router_bias_update_samples)",
+     "until = args.moe_router_bias_update_samples"),
+    ("(1e-3 if has_bias else 0.0) if rate is None else rate", "(1e-3 if has_bias else 0.0) if not rate else rate"),
+    ("args.lr / 10 if v3 else 0.0", "args.lr / 10"),
+    ("round((args.lr_warmup_fraction or 0) * decay)", "round((args.lr_warmup_fraction or 0) * iterations)"),
+    ("return consumed + (iterations - done) * batch.global_batch_size",
+     "return consumed + (iterations - done - 1) * batch.global_batch_size"),
+    ("max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps",
+     "max_skipped_steps=RunSettings.max_skipped_steps"),
+)
+
+# The next block travels, and the next gradient is made, while one is at work; sums are wide.
+BLOCKS = of(
+    "parallel/exchange.py", SIGHT,
+    ("            arriving = _Transfer(block, self.group) if step < size - 1 else None\n"
+     "            yield (self.group.rank() - step) % size, block\n",
+     "            yield (self.group.rank() - step) % size, block\n"
+     "            arriving = _Transfer(block, self.group) if step < size - 1 else None\n"),
+    ("        for gradient in gradients:  # made", "        for gradient in [*gradients]:  # made"),
+    ("total = gradient.to(torch.promote_types(dtype, torch.float32))", "total = gradient"),
+    ("reduce_scatter(stacked.to(torch.promote_types(dtype, torch.float32)), 0, self.group).to(dtype)",
+     "reduce_scatter(stacked, 0, self.group).to(dtype)"),
+) + of(
+    "parallel/context.py", SIGHT,
+    ("        wide = torch.promote_types(q_BSND.dtype, torch.float32)\n", "        wide = q_BSND.dtype\n"),
+    ("return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds)), parts", "return keys, parts"),
+    (" if parts \\\n                    else torch.zeros_like(block)", ""),
+) + of(
+    "ops/attention.py", SIGHT,
+    ("        wide = torch.promote_types(q_BNSD.dtype, torch.float32)\n", "        wide = q_BNSD.dtype\n"),
+)
+
+KEPT_AND_FREED = of(
+    "parallel/pipeline.py", STEP, ("    @torch.no_grad()\n    def evaluate", "    def evaluate"),
+) + of(
+    "training/trainer.py", STEP,
+    ("reshard_after_forward=plan.reshard_after_forward)", "reshard_after_forward=False)"),
+    ("Votes(save > 0, leave > 0)", "Votes(leave > 0, save > 0)"),
+) + of(
+    "parallel/data.py", STEP,
+    ("module.set_reshard_after_backward(enabled or freed)", "module.set_reshard_after_backward(True)"),
+    ("module.set_reshard_after_backward(enabled or freed)", "module.set_reshard_after_backward(enabled)"),
+) + of(
+    "model/deepseek.py", STEP,
+    ("self.losses.get(depth, 0) + loss.detach()", "self.losses.get(depth, 0) + loss"),
+) + of(
+    "model/moe.py", ("tests/unit/test_side_stream.py", "tests/unit/test_trainer.py"),
+    ("loss.detach(), crossings)", "loss, crossings)"),
+    ("            shared.start(self.shared_experts, x_BSH)\n",
+     "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),
+)
+
+AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *BATCHES, *REFUSALS, *BLOCKS, *KEPT_AND_FREED)
