@@ -6,6 +6,7 @@ hides. A table like table.py's.
 from mutant import of
 
 ARGUMENTS = ("tests/unit/test_arguments.py",)
+LAYOUT = ("tests/unit/test_layout.py",)
 LOOP = ("tests/unit/test_loop.py",)
 RESUME = ("tests/unit/test_resume.py",)
 SIGHT = ("tests/unit/test_exchange.py",)
@@ -29,6 +30,13 @@ LOOP_MUTANTS = of(
     ("mask_BS=batch.loss_mask_BS,", "mask_BS=torch.ones_like(batch.loss_mask_BS),"),
     ("documents_BS=batch.documents_BS, sources", "documents_BS=None, sources"),
     ("recompute=settings.recompute,", ""),
+    ('settings.run.sharding == "optim_grads_params"', 'settings.run.sharding != "optim_grads_params"'),
+    ("torch.bfloat16 if settings.run.bf16 else None,", "None,"),
+    ("fp8_gather=settings.run.fp8_param_gather", "fp8_gather=False"),
+    ("size * settings.data.seq_length, seconds)", "size, seconds)"),
+    ("result.dropped if limited else None", "result.dropped"),
+    ("by_source(self.valid_data.source_names, sums)[0]",
+     "by_source(self.valid_data.source_names, losses[0].sources)[0]"),
     ("seed=settings.run.seed)", "seed=settings.data.seq_length)"),
     ("optimizer=settings.optimizer, loss=settings.loss,", "loss=settings.loss,"),
 )
@@ -49,6 +57,25 @@ BATCHES = of(
     ("ids_BS.max() >= self.vocab_size", "ids_BS.max() > self.vocab_size"),
     ("ids_BS.min() < 0 or ", ""),
     ("for ids_BS in (tokens_BS, labels_BS):", "for ids_BS in (tokens_BS,):"),
+)
+
+SHOWN = of(
+    "training/report.py", ("tests/unit/test_report.py",),
+    ("(done - self._begun)", "done"),
+    ("pace * (self._run.train_iters - done)", "pace * self._run.train_iters"),
+)
+
+NORMS = of(
+    "ops/norm.py", ("tests/unit/test_ops.py",),
+    ("((x_wide * rstd).to(x.dtype) * weight).to(x.dtype)", "(x_wide * rstd * weight).to(x.dtype)"),
+) + of(
+    "model/layer.py", ("tests/unit/test_mtp.py",),
+    ("        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)",
+     "        self.hnorm = RMSNorm(config.hidden_size, 1e-6, tp)"),
+    ("        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)",
+     "        self.enorm = RMSNorm(config.hidden_size, 1e-6, tp)"),
+    ("        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)",
+     "        self.norm = RMSNorm(config.hidden_size, 1e-6, tp)"),
 )
 
 REFUSALS = of(
@@ -105,6 +132,20 @@ BLOCKS = of(
     ("        wide = torch.promote_types(q_BNSD.dtype, torch.float32)\n", "        wide = q_BNSD.dtype\n"),
 )
 
+REFUSED_ELSEWHERE = of(
+    "parallel/layout.py", LAYOUT,
+    ("if self.dp * self.cp * self.tp % (self.ep * self.etp):", "if self.world_size % (self.ep * self.etp):"),
+    ("return ranks_per_node % block == 0 or block % ranks_per_node == 0 and ranks_per_node % etp == 0",
+     "return ranks_per_node % block == 0 or block % ranks_per_node == 0"),
+) + of(
+    "parallel/mesh.py", LAYOUT, ("    if dist.get_world_size() != layout.world_size:", "    if False:"),
+) + of(
+    "parallel/tensor.py", LAYOUT, ("        if local[placement.dim] % mesh.size(axis):", "        if False:"),
+) + of(
+    "parallel/start.py", LAYOUT,
+    ("if local_size > torch.cuda.device_count():", "if local_rank > torch.cuda.device_count():"),
+)
+
 KEPT_AND_FREED = of(
     "parallel/pipeline.py", STEP, ("    @torch.no_grad()\n    def evaluate", "    def evaluate"),
 ) + of(
@@ -125,4 +166,5 @@ KEPT_AND_FREED = of(
      "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),
 )
 
-AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *BATCHES, *REFUSALS, *BLOCKS, *KEPT_AND_FREED)
+AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *BATCHES, *SHOWN, *NORMS, *REFUSALS, *REFUSED_ELSEWHERE, *BLOCKS,
+          *KEPT_AND_FREED)

@@ -184,6 +184,19 @@ STAGE = of(
      "        if False:\n            super().perform_reduce_grad"),
 )
 
+EXTREMES = of(
+    "parallel/vocabulary.py", ("tests/parallel/test_vocabulary.py",),
+    ("op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN"),
+)
+
+COUNTED = of(
+    "training/trainer.py", TRAFFIC,
+    ("tokens = copies / (self.plan.model.num_experts_per_tok or 1)", "tokens = copies"),
+) + of(
+    "model/deepseek.py", TRAFFIC,
+    ("self.crossings = self.crossings + stats.crossings", "self.crossings = stats.crossings"),
+)
+
 SENT = of("parallel/expert.py", TRAFFIC, ("        self.meter.rows(self.group, sent, x)\n", "")) + of(
     "parallel/tensor.py", TRAFFIC, ("        ctx.sent(ctx.group, own)\n"
     "", ""), ("        ctx.sent(ctx.group, grad)\n", ""),
@@ -375,7 +388,7 @@ SAMPLES = of(
 )
 
 MUTANTS = (
-    *TENSOR, *VOCABULARY, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES, *SHARED,
-    *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *STEP_MUTANTS, *OPTIMIZER,
-    *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT, *SAMPLES,
-    *AGREED)
+    *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES,
+    *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
+    *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
+    *SAMPLES, *AGREED)

@@ -96,7 +96,7 @@ def test_against_transformers(meshes, depth):
         vocab_size=40, hidden_size=24, intermediate_size=20, moe_intermediate_size=12, num_hidden_layers=2,
         num_attention_heads=3, num_key_value_heads=3, kv_lora_rank=10, q_lora_rank=14, qk_nope_head_dim=6,
         qk_rope_head_dim=8, v_head_dim=10, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2,
-        first_k_dense_replace=1, num_nextn_predict_layers=depth, max_position_embeddings=64)
+        first_k_dense_replace=1, num_nextn_predict_layers=depth, max_position_embeddings=64, rms_norm_eps=0.1)
     reference = TheirMTP(config, depth)
     enliven(reference)
     ours = ModelConfig.from_hf_dict(config.to_dict())

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops import grouped_gemm as grouped_gemm_module
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_gemm, grouped_wgrad
-from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.norm import norm_forward, rms_norm
 from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
 from megatron_deepseek.ops.swiglu import swiglu
 
@@ -62,6 +62,14 @@ def test_rms_norm_statistics_are_float32_under_bfloat16():
     got = rms_norm(x, weight, 1e-6)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), expected, rtol=2 * 2**-8, atol=0)
+
+
+def test_rms_norm_is_rounded_before_its_weight():
+    """As transformers does it: in bfloat16 that is not the same as after it."""
+    x, weight = torch.randn(64, 32).bfloat16(), torch.randn(32).bfloat16()
+    y, rstd = norm_forward(x, weight, 1e-6)
+    assert torch.equal(y, (x.float() * rstd).bfloat16() * weight)
+    assert not torch.equal(y, (x.float() * rstd * weight).bfloat16())
 
 
 def test_swiglu_gradcheck_and_value():

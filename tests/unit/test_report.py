@@ -113,6 +113,17 @@ def test_plain_lines_every_log_interval(tmp_path):
     assert "\r" not in shown.getvalue()
 
 
+def test_time_left_goes_by_the_steps_of_this_process(monkeypatch):
+    """Resumed at 2 of 12: 4 steps in 8 seconds, 6 more to go."""
+    now, shown = [100.0], io.StringIO()
+    monkeypatch.setattr("megatron_deepseek.training.report.time.monotonic", lambda: now[0])
+    with open_report(RunSettings(12, log_interval=6), 2, shown) as report:
+        for iteration in range(3, 7):
+            now[0] += 2.0
+            report.step(step(iteration))
+    assert shown.getvalue().splitlines()[-1].endswith("| 0:00:12 left")
+
+
 def test_a_bar_on_a_terminal():
     shown = Terminal()
     with open_report(RunSettings(4), 1, shown) as report:
