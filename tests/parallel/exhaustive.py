@@ -13,7 +13,7 @@ from dataclasses import fields
 from itertools import count
 
 import torch
-from cases import CONSTRAINTS, SMALL, WIDER, Case
+from cases import CONSTRAINTS, CUTS, SMALL, WIDER, Case
 from compare import differences
 from covering import Space
 from fp8_job import FP8, run_fp8, run_fp8_alone
@@ -34,7 +34,7 @@ def parse_case(words: list[str]) -> Case:
 
 
 def drawn_cases(seed: int, max_ranks: int):
-    random_, space = random.Random(seed), Space(WIDER, (*CONSTRAINTS, *SMALL))
+    random_, space = random.Random(seed), Space(WIDER, (*CONSTRAINTS, *SMALL, *CUTS))
     for _ in count():
         case = Case(**space.complete({}, random_))
         if case.layout.world_size <= max_ranks:

@@ -1,31 +1,51 @@
 """Packed documents: each gets the loss and the gradients that it would have had alone.
 
+Alone is not ours: a plain float64 model (reference_model.py) or transformers' is given one document after the other.
 The rotary table is float32, so that the same distance at another place differs by its rounding: CLOSE. A score too many
 changes results by more than 1e-3.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import pytest
 import torch
-from small_models import V3_SMALL, enliven, gradients_of, relative_error, whole_stage
+import torch.nn.functional as F
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from reference_model import ReferenceModel
+from reference_routing import balance_loss, choose
+from small_models import V3_SMALL, enliven, gradients_of, load, relative_error, weights_of, whole_stage
+from test_parity import GRADIENT, V2, V3, theirs
 
+from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.deepseek import shifted_labels
-from megatron_deepseek.settings import OptimizerSettings
+from megatron_deepseek.model.rotary import rope_table
+from megatron_deepseek.settings import LossSettings, OptimizerSettings
 from megatron_deepseek.training.trainer import Plan, Trainer
 
-CONFIG = replace(V3_SMALL, num_nextn_predict_layers=2)
+DEPTHS = 2
+CONFIG = replace(V3_SMALL, num_nextn_predict_layers=DEPTHS)
+MOE_LAYERS = [layer for layer in range(CONFIG.num_hidden_layers + DEPTHS) if CONFIG.is_moe_layer(layer)]
+MTP_SCALE, BALANCE = 0.3, 0.1
 CLOSE = 1e-6
 LENGTH = 8
 
 
-def trainer(meshes) -> Trainer:
-    made = Trainer(Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", LENGTH, micro_batch_size=1,
-                        precision=Precision(torch.float64), optimizer=OptimizerSettings(clip_grad=0.0)), meshes)
+def trainer(config: ModelConfig, meshes, dtype: torch.dtype = torch.float64, balance: str = "none") -> Trainer:
+    loss = LossSettings(mtp_loss_scaling_factor=MTP_SCALE, balance_type=balance, moe_aux_loss_coeff=BALANCE)
+    made = Trainer(Plan(config, (whole_stage(config),), "1F1B", LENGTH, micro_batch_size=1, precision=Precision(dtype),
+                        optimizer=OptimizerSettings(clip_grad=0.0), loss=loss), meshes)
     enliven(made.stages[0])
     return made
+
+
+@pytest.fixture(scope="module")
+def packing(meshes) -> Trainer:
+    """Takes any number of steps without moving, at a learning rate of 0."""
+    return trainer(CONFIG, meshes, balance="seq_aux_loss")
 
 
 def test_number_documents():
@@ -42,28 +62,133 @@ def test_mtp_labels_stop_where_a_document_does():
     assert not masks[0, 3:].any()
 
 
-@pytest.mark.parametrize("lengths", [(3, 5), (1, 4, 2, 1)])
-def test_packed_documents_train_as_if_alone(meshes, lengths):
-    """A row of documents against a row for each of them, padded behind: no label counts there, and no expert gets it."""
-    generator = torch.Generator().manual_seed(0)
-    row = torch.randint(1, CONFIG.vocab_size, (1, LENGTH + 1), generator=generator)
-    tokens, labels = row[:, :-1], row[:, 1:]
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
-    alone, begin = [], 0  # a document's last label is the next one's first token, as in packed rows
-    for length in lengths:
-        pad = (0, LENGTH - length)
-        part = slice(begin, begin + length)
-        alone.append([torch.nn.functional.pad(x[0, part], pad) for x in (tokens, labels, torch.ones_like(tokens))])
-        begin += length
-    rows = [torch.stack(parts) for parts in zip(*alone)]
+@dataclass(frozen=True)
+class Document:
+    """Its row, its tokens and the one after them, which is the last one's label, and which of its labels count."""
 
-    packed, single = trainer(meshes), trainer(meshes)
-    found = packed.train_step(tokens, labels, torch.ones(1, LENGTH, dtype=torch.bool), 0.0, documents_BS=documents)
-    expected = single.train_step(rows[0], rows[1], rows[2].bool(), 0.0, real_BS=rows[2].bool())
-    assert found.losses.lm_loss == pytest.approx(expected.losses.lm_loss, rel=CLOSE)
-    assert found.losses.mtp_loss == pytest.approx(expected.losses.mtp_loss, rel=CLOSE)
-    for layer, counts_E in found.expert_counts.items():
-        assert torch.equal(counts_E, expected.expert_counts[layer]), layer
-    wanted = gradients_of(single.stages[0])
-    errors = {name: relative_error(g, wanted[name]) for name, g in gradients_of(packed.stages[0]).items()}
-    assert max(errors.values()) < CLOSE, errors
+    row: int
+    tokens_L: torch.Tensor
+    mask_S: torch.Tensor
+
+
+def documents_of(ids_BL: torch.Tensor, mask_BS: torch.Tensor, lengths: tuple[tuple[int, ...], ...]) -> list[Document]:
+    found = []
+    for row, of_row in enumerate(lengths):
+        begin = 0
+        for length in of_row:
+            found.append(Document(row, ids_BL[row, begin:begin + length + 1], mask_BS[row, begin:begin + length]))
+            begin += length
+    return found
+
+
+@dataclass
+class Alone:
+    """What documents one by one add up to: losses of each depth, the balance loss of the rows they stand in, and how
+    often each expert was chosen, by layer with experts.
+    """
+
+    losses: list[torch.Tensor]
+    balance: torch.Tensor
+    counts: list[list[int]]
+
+    @classmethod
+    def of(cls, model: ReferenceModel, documents: list[Document], num_rows: int) -> "Alone":
+        """A document's depth k predicts from tokens i and i + k of its own; what has no token i + k is not routed."""
+        losses, labels, balance = [torch.zeros(())] * (1 + DEPTHS), [0] * (1 + DEPTHS), torch.zeros(())
+        counts = [[0] * CONFIG.n_routed_experts for _ in MOE_LAYERS]
+        for _, of_row in groupby(documents, lambda document: document.row):
+            routed: dict[int, list[torch.Tensor]] = {}
+            for document in of_row:
+                length = len(document.mask_S)
+                for depth, logits_1SV in enumerate(model.logits(document.tokens_L[None], length)):
+                    counted = document.mask_S[depth:]
+                    loss = F.cross_entropy(logits_1SV[0, :length - depth], document.tokens_L[1 + depth:],
+                                           reduction="none") if length > depth else torch.zeros(0)
+                    losses[depth] = losses[depth] + (loss * counted).sum()
+                    labels[depth] += int(counted.sum())
+                for layer, scores_1SE, count in zip(MOE_LAYERS, model.scores, counts, strict=True):
+                    depth = max(0, layer - CONFIG.num_hidden_layers + 1)
+                    routed.setdefault(layer, []).append(scores_1SE[0, :max(0, length - depth)])
+                    bias = model.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"].tolist()
+                    for scores_E in routed[layer][-1].tolist():
+                        for expert in choose(scores_E, bias, CONFIG):
+                            count[expert] += 1
+            rows = [torch.cat(parts) for parts in routed.values()]
+            balance = balance + sum(balance_loss(scores_TE, CONFIG, BALANCE) for scores_TE in rows if len(scores_TE))
+        return cls([loss / max(count, 1) for loss, count in zip(losses, labels)], balance / num_rows, counts)
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.losses[0] + MTP_SCALE / DEPTHS * sum(self.losses[1:]) + self.balance
+
+
+@st.composite
+def packings(draw) -> tuple[tuple[int, ...], ...]:
+    """Lengths of the documents of one row or two; what they leave of a row is padding, which may be all of it."""
+    rows = []
+    for _ in range(draw(st.integers(1, 2))):
+        filled = draw(st.sampled_from((LENGTH, LENGTH, LENGTH - 3, 1, 0)))
+        ends = sorted(draw(st.sets(st.integers(1, filled - 1)))) if filled > 1 else []
+        rows.append(tuple(end - begin for begin, end in zip([0, *ends], [*ends, filled])) if filled else ())
+    return tuple(rows)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=packings(), seed=st.integers(0, 99), all_labels=st.booleans())
+@example(lengths=((1,) * LENGTH,), seed=0, all_labels=True)
+@example(lengths=((1, 1, DEPTHS, DEPTHS + 1, 1), ()), seed=1, all_labels=True)
+@example(lengths=((), (LENGTH,)), seed=2, all_labels=False)
+def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels):
+    """Documents of any length, some shorter than MTP reaches, labels that do not count, rows and micro-batches (a row
+    each) of nothing but padding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids_BL = torch.randint(CONFIG.vocab_size, (len(lengths), LENGTH + 1), generator=generator)
+    real_BS = torch.arange(LENGTH) < torch.tensor([sum(of_row) for of_row in lengths])[:, None]
+    mask_BS = real_BS & (torch.rand(real_BS.shape, generator=generator) < (1.0 if all_labels else 0.6))
+    numbers = [[number for number, length in enumerate((*of_row, LENGTH - sum(of_row))) for _ in range(length)]
+               for of_row in lengths]
+    found = packing.train_step(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, 0.0, documents_BS=torch.tensor(numbers),
+                               real_BS=real_BS)
+
+    model = packing.stages[0]
+    reference = ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, LENGTH, torch.device("cpu")),
+                               CONFIG.qk_head_dim**-0.5)
+    alone = Alone.of(reference, documents_of(ids_BL, mask_BS, lengths), len(lengths))
+    assert [found.losses.lm_loss, *found.losses.mtp_loss] == pytest.approx([x.item() for x in alone.losses], rel=CLOSE)
+    assert found.losses.balance_loss == pytest.approx(alone.balance.item(), rel=CLOSE)
+    assert [counts_E.tolist() for counts_E in found.expert_counts.values()] == alone.counts
+    if alone.total.requires_grad:
+        alone.total.backward()
+    wanted = reference.gradients()
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in gradients_of(model).items():
+        assert (gradient - wanted[name]).abs().max() <= CLOSE * max(wanted[name].abs().max(), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("fields", [V2, V3], ids=["v2", "v3"])
+def test_packed_documents_train_as_in_transformers(meshes, fields):
+    """Main loss and gradients; transformers is given a document at a time, and computes in float32."""
+    reference = theirs(fields)
+    enliven(reference)
+    config = ModelConfig.from_hf_dict(reference.config.to_dict())
+    packed = trainer(config, meshes, torch.float32)
+    load(packed.stages[0], {name: weight for name, weight in weights_of(reference, torch.float32).items()
+                            if weight.numel()})
+    lengths = ((3, 1, 4), (1, 1, 6))
+    ids_BL = torch.randint(config.vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    mask_BS = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.8
+    numbers = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(of_row)) for of_row in lengths])
+    found = packed.train_step(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, 0.0, documents_BS=numbers)
+    loss = 0
+    for document in documents_of(ids_BL, mask_BS, lengths):
+        logits_SV = reference(document.tokens_L[None, :-1]).logits[0]
+        loss += (F.cross_entropy(logits_SV, document.tokens_L[1:], reduction="none") * document.mask_S).sum()
+    loss = loss / mask_BS.sum()
+    loss.backward()
+    assert found.losses.lm_loss == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, gradient in gradients_of(packed.stages[0]).items():
+        if expected[name] is not None and expected[name].abs().max() > 0:
+            assert relative_error(gradient, expected[name]) < GRADIENT, name
