@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
 	@echo '                RUN_DIR= another directory, STEPS= iterations, NPROC= processes (1, 2, 4 or 8)'
-	@echo 'make test       run the tests'
+	@echo 'make test       check the style, run the tests'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
@@ -33,6 +33,7 @@ pretrain: $(STAMP)
 	$(BIN)/python tools/run_tiny.py --run-dir '$(RUN_DIR)' $(if $(STEPS),--steps $(STEPS)) $(if $(NPROC),--nproc $(NPROC))
 
 test: $(STAMP)
+	$(BIN)/ruff check
 	$(BIN)/python -m pytest -q tests
 
 test-exhaustive: $(STAMP)

@@ -2,10 +2,10 @@
 """Bytes per second of saving, loading and resharding a checkpoint beside `cp -r`, and what a background save stalls.
 
 Ranks of one job hold a model with experts, its weights and two moments in float32, and do what training does: save,
-which puts every file on the disk (fsync) before it is published; verify and load; save in the background, where training
-stands still for the copy in memory. In turn with each, `cp -r` of the checkpoint, and `cp -r` followed by fsync of the
-copies, which is what a save promises. The first round warms up memory and page cache and is not counted; --rounds are.
-Then the last checkpoint is resharded, in the same way (reshard.py).
+which puts every file on the disk (fsync) before it is published; verify and load; save in the background, where
+training stands still for the copy in memory. In turn with each, `cp -r` of the checkpoint, and `cp -r` followed by
+fsync of the copies, which is what a save promises. The first round warms up memory and page cache and is not counted;
+--rounds are. Then the last checkpoint is resharded, in the same way (reshard.py).
 """
 
 import argparse
@@ -45,9 +45,10 @@ WIDTH, EXPERTS, SEQ_LENGTH = 1024, 8, 16
 
 def config(gigabytes: float) -> ModelConfig:
     """As many layers as there are gigabytes of weights and moments, 12 bytes a parameter."""
-    base = dict(vocab_size=4096, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=8, kv_lora_rank=128,
-                qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, q_lora_rank=256, moe_intermediate_size=WIDTH,
-                n_routed_experts=EXPERTS, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1)
+    base = dict(vocab_size=4096, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=8,
+                kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, q_lora_rank=256,
+                moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, n_shared_experts=1, num_experts_per_tok=2,
+                first_k_dense_replace=1)
     few, more = (ModelConfig(num_hidden_layers=layers, **base).num_parameters() for layers in (2, 3))
     layers = 2 + max(round((gigabytes * 1e9 / 12 - few) / (more - few)), 0)
     return ModelConfig(num_hidden_layers=layers, **base)
@@ -124,8 +125,9 @@ def report(job: Rank, args: argparse.Namespace) -> None:
         best[kind] = min(seconds)
         print(f"{kind:28s} best {best[kind]:6.2f} s, {size / best[kind] / 1e6:6.0f} MB/s, of "
               + " ".join(f"{each:.2f}" for each in seconds) + " s")
-    print(f"save is {best['cp -r and fsync'] / best['save']:.0%} of cp with fsync, {best['cp -r'] / best['save']:.0%} of "
-          f"cp without; load {best['cp -r'] / best['load']:.0%} of cp, with verification "
+    print(f"save is {best['cp -r and fsync'] / best['save']:.0%} of cp with fsync, "
+          f"{best['cp -r'] / best['save']:.0%} of cp without; "
+          f"load {best['cp -r'] / best['load']:.0%} of cp, with verification "
           f"{best['cp -r'] / (best['load'] + best['verify']):.0%}; "
           f"stall {best['stall of a background save'] / best['save']:.0%} of a save")
 

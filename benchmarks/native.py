@@ -31,8 +31,8 @@ def model_of(gigabytes: float) -> ModelConfig:
     """Two layers, the second with as many experts as make weights and moments in float32 so large; eight at least."""
     width = 2048 if gigabytes >= 1.7 else 512
     base = replace(V3, num_hidden_layers=2, first_k_dense_replace=1, hidden_size=width, intermediate_size=2 * width,
-                   moe_intermediate_size=width // 2, num_attention_heads=16, n_group=1, topk_group=1, num_experts_per_tok=2,
-                   vocab_size=8192, num_nextn_predict_layers=0, rope_scaling=None)
+                   moe_intermediate_size=width // 2, num_attention_heads=16, n_group=1, topk_group=1,
+                   num_experts_per_tok=2, vocab_size=8192, num_nextn_predict_layers=0, rope_scaling=None)
     two, four = (_nbytes(replace(base, n_routed_experts=count)) for count in (2, 4))
     experts = 2 + 2 * (gigabytes * 1e9 - two) / (four - two)
     return replace(base, n_routed_experts=max(8, 8 * round(experts / 8)))

@@ -67,7 +67,8 @@ def save(tokenizer, output: Path):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
-    parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories, as in preprocess_data.py")
+    parser.add_argument("--input", nargs="+", required=True,
+                        help="files, globs or directories, as in preprocess_data.py")
     parser.add_argument("--output", type=Path, required=True, help="the tokenizer.json to write")
     parser.add_argument("--json-key", default="text", help="the key that holds the text (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192,

@@ -73,10 +73,10 @@ def goes_with_what(settings: Settings) -> Iterator[str]:
 
 _PAGE = """# What goes with what
 
-Rendered by `python -m megatron_deepseek.arguments.explain`, and checked: `tests/parallel/test_compatibility.py` finds for
-every dot a case with both features that some test compares with one process, and for every letter a command line that
-is refused for that reason. Float64 tests compare losses, gradients,
-norms, expert counts and updated weights to 1e-9; bf16 compares losses to 2 %.
+Rendered by `python -m megatron_deepseek.arguments.explain`, and checked: `tests/parallel/test_compatibility.py` finds
+for every dot a case with both features that some test compares with one process, and for every letter a command line
+that is refused for that reason. Float64 tests compare losses, gradients, norms, expert counts and updated weights to
+1e-9; bf16 compares losses to 2 %.
 `pretrain_deepseek.py ... --explain-layout RANKS` prints the table with the features of that run marked.
 
 ```

@@ -1,8 +1,8 @@
 """Reads .metadata of a torch.distributed.checkpoint directory, without the code that it names and in little memory.
 
 The file is a pickle of DCP's classes. Unpickled by DCP an item takes a kilobyte, of which V3 with moments on 2,048
-ranks has 350,000; importing DCP takes half a second; and a pickle may name any function to be called. Here every class is one
-of the plain records below, and what is none of them and no plain value is read past.
+ranks has 350,000; importing DCP takes half a second; and a pickle may name any function to be called. Here every class
+is one of the plain records below, and what is none of them and no plain value is read past.
 """
 
 import collections

@@ -1,8 +1,8 @@
 """Writes .metadata of a torch.distributed.checkpoint directory: the pickle of DCP's Metadata, an entry at a time.
 
 DCP's objects, and what pickle remembers of them, take 1.4 KB for each item, half a gigabyte for V3 with moments on
-2,048 ranks, and importing DCP takes half a second. Here texts, sizes and chunks that come again are written once; all else
-goes to the file and is forgotten. Unpickled the two are equal.
+2,048 ranks, and importing DCP takes half a second. Here texts, sizes and chunks that come again are written once; all
+else goes to the file and is forgotten. Unpickled the two are equal.
 """
 
 import pickle

@@ -74,7 +74,7 @@ class _Held:
 def _holders(together: tuple[_Held, ...]) -> Holders:
     found: dict[Box, set[int]] = {}
     for held in together:
-        for rank, box in ((rank, box) for rank, boxes in held.boxes.items() for box in boxes):
+        for rank, box in ((rank, box) for rank, own in held.boxes.items() for box in own):
             if box.numel:  # few rows over many ranks leave some without
                 found.setdefault(box, set()).add(rank)
     return {box: tuple(sorted(ranks)) for box, ranks in found.items()}

@@ -23,7 +23,8 @@ class Blueprint:
 
     `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
     `recomputed` holds names of RecomputeSettings.modules; `numerics` are the products of attention, MLP and experts;
-    `beside` runs the shared experts beside dispatch; `turns` lets two paired chunks compute while the other's tokens travel.
+    `beside` runs the shared experts beside dispatch; `turns` lets two paired chunks compute while the other's
+    tokens travel.
     """
 
     config: ModelConfig

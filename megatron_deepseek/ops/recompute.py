@@ -44,14 +44,12 @@ def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, .
     parts, together = zip(*map(apart, inputs))
     anchor = torch.empty(0, requires_grad=True)
     kept = _Keep.apply(anchor, *chain.from_iterable(parts))  # torch 2.11 frees what a node saved when its output goes
-    sizes = [len(each) for each in parts]
-    del inputs, parts
+    return partial(_fetch, kept, together, [len(each) for each in parts])
 
-    def fetch():
-        saved = iter(kept.grad_fn.saved_tensors)
-        return tuple(make(*islice(saved, size)) for make, size in zip(together, sizes))
 
-    return fetch
+def _fetch(kept: torch.Tensor, together: tuple[Callable, ...], sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    saved = iter(kept.grad_fn.saved_tensors)
+    return tuple(make(*islice(saved, size)) for make, size in zip(together, sizes, strict=True))
 
 
 def _hooks_around() -> tuple[Callable, Callable]:

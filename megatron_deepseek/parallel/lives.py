@@ -1,8 +1,8 @@
 """One job, several lives: torchrun's --max-restarts starts all ranks anew, and they meet at the store of the last life.
 
-torchrun's agent keeps that store through all lives (torch 2.13; a comment there says otherwise), so a rank that asks for
-the address of a peer may be told that of a dead process. TORCHELASTIC_RESTART_COUNT does not tell lives apart: every
-node counts the restarts that it caused itself. So ranks agree on a name for each life, and keep what they store
+torchrun's agent keeps that store through all lives (torch 2.13; a comment there says otherwise), so a rank that asks
+for the address of a peer may be told that of a dead process. TORCHELASTIC_RESTART_COUNT does not tell lives apart:
+every node counts the restarts that it caused itself. So ranks agree on a name for each life, and keep what they store
 under it.
 """
 

@@ -12,8 +12,8 @@ from torch.distributed.pipelining._backward import stage_backward
 
 
 class ReducingStage(PipelineStage):
-    """Read in torch 2.13: every schedule says which backward of a stage is its last, of all micro-batches. Gradients are
-    sums, so there is no factor to scale them by.
+    """Read in torch 2.13: every schedule says which backward of a stage is its last, of all micro-batches. Gradients
+    are sums, so there is no factor to scale them by.
     """
 
     submod: FSDPModule

@@ -42,9 +42,11 @@ def local_ids(ids: torch.Tensor, rows: int, tp: TensorParallel) -> tuple[torch.T
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Softmax cross-entropy over a sharded vocabulary: all-reduces of [T] over TP instead of a gather of [T, V]. They are
-    the maximum of all logits, then the sum of exponentials and the label's logit, which one rank has and the others
-    give as zero. The backward needs no collective: a rank's logits and these sums are all that its gradient is made of.
+    """Softmax cross-entropy over a sharded vocabulary: all-reduces of [T] over TP instead of a gather of [T, V].
+
+    They are the maximum of all logits, then the sum of exponentials and the label's logit, which one rank has and the
+    others give as zero. The backward needs no collective: a rank's logits and these sums are all that its gradient is
+    made of.
 
     What is kept are the logits as they are; their exponentials are made again in the backward.
     """

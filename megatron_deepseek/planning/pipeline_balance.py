@@ -58,9 +58,8 @@ def resolve(model: ModelConfig, pipeline: PipelineSettings, pp: int, seq_length:
 def divide(costs: list[int], parts: int) -> list[tuple[int, int]]:
     """Bounds [first, end) of `parts` non-empty runs of `costs`: least maximum, then least sum of squares."""
     prefix = [0, *accumulate(costs)]
-    maximum = _best(prefix, parts, lambda total, cost: max(total, cost))[0]
-    allowed = lambda total, cost: total + cost * cost if cost <= maximum else float("inf")
-    return _best(prefix, parts, allowed)[1]
+    maximum = _best(prefix, parts, max)[0]
+    return _best(prefix, parts, lambda total, cost: total + cost * cost if cost <= maximum else float("inf"))[1]
 
 
 def _best(prefix: list[int], parts: int, add) -> tuple[float, list[tuple[int, int]]]:

@@ -91,8 +91,8 @@ class FailureClaim:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """End this process when another rank's failure is claimed, or torchrun's agent has died, even if the main thread
-        waits in a collective.
+        """End this process when another rank's failure is claimed, or torchrun's agent has died, even if the main
+        thread waits in a collective.
         """
         done, agent = threading.Event(), os.getppid()
 

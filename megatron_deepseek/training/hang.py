@@ -22,7 +22,7 @@ _MOST_NAMED = 16
 
 
 def timed_out(error: BaseException) -> bool:
-    """Whether a collective of `error`'s rank took longer than its group allows. A store that is slow is another case."""
+    """Whether a collective of `error`'s rank took longer than its group allows. A slow store is another case."""
     return isinstance(error, RuntimeError) and not isinstance(error, dist.DistStoreError) and any(
         words in str(error) for words in _TIMED_OUT)
 

@@ -196,8 +196,8 @@ class Run:
         run = self.settings.run
         if run.save_hf is None:
             return
-        advice = (f"; the training itself is saved: tools/convert_checkpoint.py --from native --to hf --load {run.save} "
-                  "--save DIR exports it")
+        advice = ("; the training itself is saved: tools/convert_checkpoint.py --from native --to hf "
+                  f"--load {run.save} --save DIR exports it")
         with refusing(True, advice):  # each rank writes files of its own, so any may fail alone
             export_hf(run, dist.get_rank(), dist.get_world_size())
         self.report.message(f"exported {run.save_hf}")

@@ -158,8 +158,8 @@ def _counts_here(item: NamedParameter) -> bool:
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[NamedParameter], device: torch.device) -> torch.Tensor:
-    """Euclidean norm of the gradient of the whole model, float64: squares summed over all ranks of the job, of shards that
-    no other rank counts, so that each logical parameter counts once.
+    """Euclidean norm of the gradient of the whole model, float64: squares summed over all ranks of the job, of shards
+    that no other rank counts, so that each logical parameter counts once.
     """
     shards = [item.parameter.grad.to_local() for item in parameters if _counts_here(item)]
     shards = [shard for shard in shards if shard.numel()]

@@ -1,7 +1,8 @@
 """How much of its communication a rank hid behind computation, read from the CUDA kernels of a trace (`--profile`).
 
-A collective is hidden while any other kernel of the same device runs; two collectives side by side hide nothing. Kernels
-are told apart by name: NCCL's begin with "nccl". PyTorch notes beside each which collective it is, and of which group.
+A collective is hidden while any other kernel of the same device runs; two collectives side by side hide nothing.
+Kernels are told apart by name: NCCL's begin with "nccl". PyTorch notes beside each which collective it is, and of which
+group.
 """
 
 import gzip

@@ -62,7 +62,7 @@ def features_of(case: Case, *more: str) -> frozenset[str]:
 
 
 def cover_features(cases: Iterable[Case], cost: Callable[[Case], float]) -> list[Case]:
-    """Some of `cases` that together use every feature that any of them does, found greedily by new ones for the cost."""
+    """Some of `cases` that together use every feature that any of them does, greedily by new ones for the cost."""
     cases = list(cases)
     missing, chosen = set().union(*map(features_of, cases)), []
     while missing:

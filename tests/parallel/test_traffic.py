@@ -1,8 +1,8 @@
 """Bytes that travel inside nodes and between them, forwards and backwards, counted by hand for each dispatcher with
 sliced experts, and the results that come back.
 
-4 ranks on 2 nodes: rank = 2 * ep + etp, so an etp group is a node, and a token with an expert of the other node crosses.
-4 experts, 0 and 1 on the first node; 3 tokens a rank, 2 choices each.
+4 ranks on 2 nodes: rank = 2 * ep + etp, so an etp group is a node, and a token with an expert of the other node
+crosses. 4 experts, 0 and 1 on the first node; 3 tokens a rank, 2 choices each.
 """
 
 import pytest
@@ -38,9 +38,9 @@ RECEIVED = {"alltoall": [1, 5, 3, 1], "allgather": [3] * 4, "grouped": [1, 3, 2,
 
 
 def bytes_across(kind: str, row: int) -> tuple[list[int], list[int]]:
-    """Of each rank, forwards and backwards, where a token takes `row` bytes. With `alltoall` gradients of results travel
-    to the experts as tokens do; whole tokens are weighed where they arrive, so their weights travel with them, the
-    weights' gradients come back, and gradients of partial sums travel as they are.
+    """Of each rank, forwards and backwards, where a token takes `row` bytes. With `alltoall` gradients of results
+    travel to the experts as tokens do; whole tokens are weighed where they arrive, so their weights travel with them,
+    the weights' gradients come back, and gradients of partial sums travel as they are.
     """
     token, gradient_of_result, gradient_of_token = {
         "alltoall": (row, row, ROW)}.get(kind, (row + WEIGHTS + CHOICES_OF_TOKEN, ROW, ROW + WEIGHTS))
@@ -50,8 +50,8 @@ def bytes_across(kind: str, row: int) -> tuple[list[int], list[int]]:
 
 
 def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
-    """What was sent forwards and backwards, how often a token crossed, and how far the result is off. Expert e multiplies
-    by e + 1, half on each slice.
+    """What was sent forwards and backwards, how often a token crossed, and how far the result is off. Expert e
+    multiplies by e + 1, half on each slice.
     """
     meshes, meter = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu")), Meter(ranks_per_node=2)
     dispatcher = make_dispatcher(4, meshes, kind, Turns(), meter, block_scaled.quantize if fp8 else unchanged)

@@ -109,7 +109,8 @@ def randomize(model: GPTModel) -> None:
 def logits(model: GPTModel, tokens_BS: torch.Tensor) -> list[torch.Tensor]:
     """[B, S, V] of the model; then, of each MTP module, as it makes them from its own input."""
     found = []
-    hook = model.output_layer.register_forward_hook(lambda _, __, output: found.append(output[0].transpose(0, 1).clone()))
+    hook = model.output_layer.register_forward_hook(
+        lambda _, __, output: found.append(output[0].transpose(0, 1).clone()))
     length = tokens_BS.shape[1]
     positions = torch.arange(length).expand_as(tokens_BS)
     model(tokens_BS, positions, torch.ones(length, length, dtype=torch.bool).triu(1)[None, None], labels=tokens_BS)

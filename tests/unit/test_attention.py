@@ -60,7 +60,8 @@ class _InParts(torch.autograd.Function):
     def forward(ctx, q, k, v):
         joined = Joined.empty(q, V)
         for rows, keys in _InParts.PARTS:
-            joined.add((slice(None), slice(None), rows), *attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], Scores(0.3)))
+            part = attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], Scores(0.3))
+            joined.add((slice(None), slice(None), rows), *part)
         ctx.save_for_backward(q, k, v, joined.out_BNSV, joined.lse_BNS)
         return joined.out_BNSV
 
@@ -138,7 +139,8 @@ def test_within_documents_against_all_scores():
     found, expected = attend_within_documents(q, k, v, documents, 0.3), dense(q, k, v, mask)
     torch.testing.assert_close(found, expected, **EXACT)
     grad = torch.randn_like(expected)
-    for ours, theirs in zip(torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+    gradients, wanted = (torch.autograd.grad(each, (q, k, v), grad) for each in (found, expected))
+    for ours, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 

@@ -16,8 +16,8 @@ from megatron_deepseek.data.corpus.long_text import BadDocument
 from megatron_deepseek.data.corpus.settings import Content
 from megatron_deepseek.data.tokenizer import FIM_TOKENS, SPECIAL_TOKENS, HuggingFaceTokenizer
 
-WORDS = ("the of and to in Sprache über naïve 12345 don't x=y+1; \n\n  \t ﬁ 中文字符，测试。日本語の、テスト！ 한국어 👩‍👧 é "
-         "return lambda: None // ===== <b>").split(" ")
+WORDS = ("the of and to in Sprache über naïve 12345 don't x=y+1; \n\n  \t ﬁ 中文字符，测试。日本語の、テスト！ "
+         "한국어 👩‍👧 é return lambda: None // ===== <b>").split(" ")
 
 
 def text_of(generator, words: int) -> str:

@@ -4,6 +4,8 @@ import io
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training import saving
 from megatron_deepseek.training.report import ProgressLines, Report
 from megatron_deepseek.training.saving import Saver
 from megatron_deepseek.training.trainer import Plan, Trainer
@@ -82,12 +85,14 @@ def test_what_found_no_room_is_saved_when_asked_again(trainer, tmp_path, monkeyp
     assert iterations(tmp_path) == [1]
 
 
-def test_two_saves_between_two_reports_add_up_their_stalls(trainer, tmp_path):
+def test_two_saves_between_two_reports_add_up_their_stalls(trainer, tmp_path, monkeypatch):
     saver, _ = make_saver(trainer, tmp_path)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(perf_counter=count().__next__))
     saver.save(TrainState(1, 0, 0))
-    first = saver._stall
+    one = saver.take_stall()
     saver.save(TrainState(2, 0, 0))
-    assert saver.take_stall() > first
+    saver.save(TrainState(3, 0, 0))
+    assert saver.take_stall() == 2 * one > 0
 
 
 def test_a_run_that_ends_without_its_last_checkpoint_fails(trainer, tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ def test_the_longer_one_goes_on_alone(exchanges):
     turns.run(run(turns, "f", exchanges[0], log), run(turns, "b", exchanges[1], log))
     for name, number in zip("fb", exchanges):
         own = [what for what in log if what.startswith(name)]
-        expected = [each for n in range(number) for each in (f"{name} computes", f"{name}{n} begins", f"{name}{n} ends")]
+        expected = [each for n in range(number)
+                    for each in (f"{name} computes", f"{name}{n} begins", f"{name}{n} ends")]
         assert own == [*expected, f"{name} is done"]
 
 

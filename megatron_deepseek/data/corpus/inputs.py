@@ -32,7 +32,8 @@ class Source:
 def find_sources(patterns: Iterable[str], input_format: str = "auto") -> list[Source]:
     """The inputs that `patterns` name, in order; those of one glob or directory sorted.
 
-    ValueError where a pattern names none. Of directories, at any depth, the files with a known ending are taken, hidden ones not.
+    ValueError where a pattern names none. Of directories, at any depth, the files with a known ending are taken, hidden
+    ones not.
     """
     return [_source_of(index, path, input_format) for index, path in enumerate(find_paths(patterns))]
 
