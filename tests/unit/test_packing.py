@@ -5,8 +5,8 @@ The rotary table is float32, so that the same distance at another place differs 
 changes results by more than 1e-3.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import pytest
 import torch
@@ -81,45 +81,54 @@ def documents_of(ids_BL: torch.Tensor, mask_BS: torch.Tensor, lengths: tuple[tup
     return found
 
 
-@dataclass
+@dataclass(frozen=True)
 class Alone:
-    """What documents one by one add up to: losses of each depth, the balance loss of the rows they stand in, and how
-    often each expert was chosen, by layer with experts.
+    """What documents one by one add up to: the mean loss of each depth, the balance loss of the rows they stand in, and
+    how often each layer chose each expert.
     """
 
     losses: list[torch.Tensor]
     balance: torch.Tensor
     counts: list[list[int]]
 
-    @classmethod
-    def of(cls, model: ReferenceModel, documents: list[Document], num_rows: int) -> "Alone":
-        """A document's depth k predicts from tokens i and i + k of its own; what has no token i + k is not routed."""
-        losses, labels, balance = [torch.zeros(())] * (1 + DEPTHS), [0] * (1 + DEPTHS), torch.zeros(())
-        counts = [[0] * CONFIG.n_routed_experts for _ in MOE_LAYERS]
-        for _, of_row in groupby(documents, lambda document: document.row):
-            routed: dict[int, list[torch.Tensor]] = {}
-            for document in of_row:
-                length = len(document.mask_S)
-                for depth, logits_1SV in enumerate(model.logits(document.tokens_L[None], length)):
-                    counted = document.mask_S[depth:]
-                    loss = F.cross_entropy(logits_1SV[0, :length - depth], document.tokens_L[1 + depth:],
-                                           reduction="none") if length > depth else torch.zeros(0)
-                    losses[depth] = losses[depth] + (loss * counted).sum()
-                    labels[depth] += int(counted.sum())
-                for layer, scores_1SE, count in zip(MOE_LAYERS, model.scores, counts, strict=True):
-                    depth = max(0, layer - CONFIG.num_hidden_layers + 1)
-                    routed.setdefault(layer, []).append(scores_1SE[0, :max(0, length - depth)])
-                    bias = model.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"].tolist()
-                    for scores_E in routed[layer][-1].tolist():
-                        for expert in choose(scores_E, bias, CONFIG):
-                            count[expert] += 1
-            rows = [torch.cat(parts) for parts in routed.values()]
-            balance = balance + sum(balance_loss(scores_TE, CONFIG, BALANCE) for scores_TE in rows if len(scores_TE))
-        return cls([loss / max(count, 1) for loss, count in zip(losses, labels)], balance / num_rows, counts)
-
     @property
     def total(self) -> torch.Tensor:
         return self.losses[0] + MTP_SCALE / DEPTHS * sum(self.losses[1:]) + self.balance
+
+
+def one_by_one(model: ReferenceModel, documents: list[Document], num_rows: int) -> Alone:
+    """Depth k of a document predicts from its tokens i and i + k; a position without token i + k is not routed."""
+    losses, labels = [torch.zeros(())] * (1 + DEPTHS), [0] * (1 + DEPTHS)
+    routed: dict[tuple[int, int], list[torch.Tensor]] = {}  # by layer and row
+    for document in documents:
+        for depth, (loss_T, counted_T) in enumerate(token_losses(model, document)):
+            losses[depth] = losses[depth] + (loss_T * counted_T).sum()
+            labels[depth] += int(counted_T.sum())
+        for layer, scores_1SE in zip(MOE_LAYERS, model.scores, strict=True):
+            depth = max(0, layer - CONFIG.num_hidden_layers + 1)
+            own = scores_1SE[0, :max(0, len(document.mask_S) - depth)]
+            routed.setdefault((layer, document.row), []).append(own)
+    rows = {key: torch.cat(parts) for key, parts in routed.items()}
+    balance = sum(balance_loss(scores_TE, CONFIG, BALANCE) for scores_TE in rows.values() if len(scores_TE))
+    return Alone([loss / max(count, 1) for loss, count in zip(losses, labels)], torch.as_tensor(balance) / num_rows,
+                 [chosen(model, layer, [row for key, row in rows.items() if key[0] == layer]) for layer in MOE_LAYERS])
+
+
+def token_losses(model: ReferenceModel, document: Document):
+    """Of each depth the losses of a document's predictions, and which of them count."""
+    length = len(document.mask_S)
+    for depth, logits_1SV in enumerate(model.logits(document.tokens_L[None], length)):
+        predicted = max(0, length - depth)
+        yield (F.cross_entropy(logits_1SV[0, :predicted], document.tokens_L[1 + depth:][:predicted], reduction="none"),
+               document.mask_S[depth:])
+
+
+def chosen(model: ReferenceModel, layer: int, rows: list[torch.Tensor]) -> list[int]:
+    """How often each expert of a layer was, of the scores [T, E] of each row."""
+    bias = model.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"].tolist()
+    found = Counter(expert for scores_TE in rows for scores_E in scores_TE.tolist()
+                    for expert in choose(scores_E, bias, CONFIG))
+    return [found[expert] for expert in range(CONFIG.n_routed_experts)]
 
 
 @st.composite
@@ -155,7 +164,7 @@ def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels):
     model = packing.stages[0]
     reference = ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, LENGTH, torch.device("cpu")),
                                CONFIG.qk_head_dim**-0.5)
-    alone = Alone.of(reference, documents_of(ids_BL, mask_BS, lengths), len(lengths))
+    alone = one_by_one(reference, documents_of(ids_BL, mask_BS, lengths), len(lengths))
     assert [found.losses.lm_loss, *found.losses.mtp_loss] == pytest.approx([x.item() for x in alone.losses], rel=CLOSE)
     assert found.losses.balance_loss == pytest.approx(alone.balance.item(), rel=CLOSE)
     assert [counts_E.tolist() for counts_E in found.expert_counts.values()] == alone.counts
