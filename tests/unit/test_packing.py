@@ -7,6 +7,7 @@ changes results by more than 1e-3.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -142,13 +143,22 @@ def packings(draw) -> tuple[tuple[int, ...], ...]:
     return tuple(rows)
 
 
+def numbers_of(lengths: tuple[tuple[int, ...], ...], padding_is_own: bool) -> torch.Tensor | None:
+    """[B, S]: padding is a document of its own, or a part of the last one; none of rows that are one document."""
+    numbers = torch.zeros(len(lengths), LENGTH, dtype=torch.int64)
+    for row, of_row in zip(numbers, lengths):
+        for end in accumulate(of_row if padding_is_own else of_row[:-1]):
+            row[end:] += 1
+    return numbers if numbers.any() else None
+
+
 @settings(max_examples=8, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=packings(), seed=st.integers(0, 99), all_labels=st.booleans())
-@example(lengths=((1,) * LENGTH,), seed=0, all_labels=True)
-@example(lengths=((1, 1, DEPTHS, DEPTHS + 1, 1), ()), seed=1, all_labels=True)
-@example(lengths=((), (LENGTH,)), seed=2, all_labels=False)
-def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels):
+@given(lengths=packings(), seed=st.integers(0, 99), all_labels=st.booleans(), padding_is_own=st.booleans())
+@example(lengths=((1,) * LENGTH,), seed=0, all_labels=True, padding_is_own=True)
+@example(lengths=((1, 1, DEPTHS, DEPTHS + 1), ()), seed=1, all_labels=True, padding_is_own=False)
+@example(lengths=((DEPTHS,), (LENGTH,)), seed=2, all_labels=False, padding_is_own=False)
+def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels, padding_is_own):
     """Documents of any length, some shorter than MTP reaches, labels that do not count, rows and micro-batches (a row
     each) of nothing but padding.
     """
@@ -156,10 +166,8 @@ def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels):
     ids_BL = torch.randint(CONFIG.vocab_size, (len(lengths), LENGTH + 1), generator=generator)
     real_BS = torch.arange(LENGTH) < torch.tensor([sum(of_row) for of_row in lengths])[:, None]
     mask_BS = real_BS & (torch.rand(real_BS.shape, generator=generator) < (1.0 if all_labels else 0.6))
-    numbers = [[number for number, length in enumerate((*of_row, LENGTH - sum(of_row))) for _ in range(length)]
-               for of_row in lengths]
-    found = packing.train_step(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, 0.0, documents_BS=torch.tensor(numbers),
-                               real_BS=real_BS)
+    found = packing.train_step(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, 0.0, real_BS=real_BS,
+                               documents_BS=numbers_of(lengths, padding_is_own))
 
     model = packing.stages[0]
     reference = ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, LENGTH, torch.device("cpu")),
