@@ -27,6 +27,7 @@ LIBRARY = ROOT / "megatron_deepseek" / "ops" / "libmegatron_deepseek.so"  # wher
 FORCE = "MEGATRON_DEEPSEEK_CUDA"  # of the environment: 0 never builds, 1 builds or fails
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the stable ABI that the library asks for
 KERNELS = ("rope.cu", "cross_entropy.cu", "route.cu", "permute.cu", "quantize.cu", "gemm_fp8.cu")
+BINDINGS = sorted(SOURCES.glob("*_binding.cpp"))
 HOPPER_ONLY = ("gemm_fp8.cu",)  # wgmma and TMA; elsewhere FP8 products take torch's road
 PORTABLE = ("80", "90a")
 NUMERICS = ["-std=c++17", "-fmad=false"]  # fused multiply-adds would round otherwise than the references
@@ -140,7 +141,13 @@ def read_reports(log: str) -> list[Report]:
     return reports
 
 
-def _bindings_command(emulated: bool) -> list[str]:
+def _bind(emulated: bool, jobs: int) -> list[Path]:
+    """Objects of every file that registers operators."""
+    command = _binding_command(emulated)
+    return [path for path, _ in _all([lambda s=s: _cached(command, s, ".o") for s in BINDINGS], jobs)]
+
+
+def _binding_command(emulated: bool) -> list[str]:
     kind = ["-DMEGATRON_DEEPSEEK_EMULATED", f"-I{EMULATION}"] if emulated else ["-DUSE_CUDA"]
     return [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", *kind,
             f"-I{torch_directory() / 'include'}", "-c"]
@@ -151,9 +158,9 @@ def build_library(output: Path, jobs: int = 2) -> Path:
     through that it finds libtorch_cuda, which a torch without CUDA, as it may be compiled beside, does not have.
     """
     objects, _ = compile_kernels(jobs)
-    bindings, _ = _cached(_bindings_command(False), SOURCES / "bindings.cpp", ".o")
+    objects += _bind(False, jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), str(bindings), *map(str, objects),
+    _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), *map(str, objects),
           f"-L{torch_directory() / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"])
     return output
 
@@ -164,10 +171,10 @@ def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) ->
     command = [compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
                "-DMEGATRON_DEEPSEEK_EMULATED", f"-I{EMULATION}", *extra, "-x", "c++", "-c"]
     calls = [lambda k=k: _cached(command, SOURCES / k, ".o") for k in KERNELS]
-    calls.insert(0, lambda: _cached(_bindings_command(True), SOURCES / "bindings.cpp", ".o"))
+    objects = [path for path, _ in _all(calls, jobs)] + _bind(True, jobs)
     libraries = torch_directory() / "lib"
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([compiler, "-shared", "-o", str(output), *[str(path) for path, _ in _all(calls, jobs)], *extra,
+    _run([compiler, "-shared", "-o", str(output), *map(str, objects), *extra,
           f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"])
     return output
 

@@ -1,5 +1,5 @@
-// The kernels as plain C++ functions: pointers to device memory, sizes, a stream. bindings.cpp is the only caller, and
-// checks what it passes; each function's kernel file says what it computes. None of them synchronises.
+// The kernels as plain C++ functions: pointers to device memory, sizes, a stream. The *_binding.cpp call them, and check
+// what they pass; each function's kernel file says what it computes. None of them synchronises.
 #pragma once
 
 #include <cstdint>

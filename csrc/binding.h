@@ -1,0 +1,81 @@
+// What every *_binding.cpp shares. They register the kernels as torch.ops.megatron_deepseek.*, by the LibTorch stable
+// ABI: one build serves every torch from the one it names on, and every Python. There tensors are checked, results
+// allocated, and the functions of kernels.h called on the current stream; derivatives and shapes without data are in
+// megatron_deepseek/ops/kernels.py.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "kernels.h"
+
+// OPERATORS(m) { m.def("name(Tensor x) -> Tensor"); }    what they are called and take
+// KERNELS(m) { KERNEL(m, name); }                        the functions of this file that they are
+#define OPERATORS(m) STABLE_TORCH_LIBRARY_FRAGMENT(megatron_deepseek, m)
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+#define KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(megatron_deepseek, CPU, m)
+#else
+#define KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(megatron_deepseek, CUDA, m)
+#endif
+#define KERNEL(m, name) m.impl(#name, TORCH_BOX(&name))
+
+namespace mds::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors2 = std::tuple<Tensor, Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// The device that a call works on and its current stream.
+class Launch {
+ public:
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+  explicit Launch(const Tensor&) {}
+  void* stream() const { return nullptr; }
+#else
+  explicit Launch(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
+  void* stream() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return stream;
+  }
+
+ private:
+  torch::stable::accelerator::DeviceIndex index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+template <typename T>
+T* pointer(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+inline const float* floats(const std::optional<Tensor>& x) { return x ? pointer<float>(*x) : nullptr; }
+
+// Whole numbers are read one by one, all others 16 bytes at a time.
+inline void check_dense(const Tensor& x, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has another dtype than the kernel takes");
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  if (dtype == ScalarType::Int || dtype == ScalarType::Long) return;
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must start at a multiple of 16 bytes");
+}
+
+inline void check_vectors(int64_t size, const char* name) {
+  STD_TORCH_CHECK(size % 8 == 0, name, " must be a multiple of 8, is ", size);
+}
+
+inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+inline int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
+
+}  // namespace mds::binding
