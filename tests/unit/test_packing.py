@@ -55,6 +55,27 @@ def test_number_documents():
     assert number_documents(tokens, 9).tolist() == [[0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1]]
 
 
+EOD = 9
+ROWS = ([5, 9, 5, 9, 9, 5], [9, 5, 5, 5, 5, 5], [5, 5, 5, 5, 5, 9], [9] * 6, [9, 9, 5, 5, 9, 9], [5] * 6)
+
+
+@pytest.mark.parametrize("reset_positions", [False, True])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_documents_are_those_of_megatron(row, reset_positions):
+    """Who sees whom under its --reset-attention-mask. With --reset-position-ids too, the distances between those, which
+    are all that rotary embeddings ask of positions, stay what they are without.
+    """
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    tokens_S = torch.tensor(row)
+    hidden_1SS, _, positions_S = _get_ltor_masks_and_position_ids(tokens_S, EOD, reset_positions, True, False, True)
+    documents_S = number_documents(tokens_S[None], EOD)[0]
+    sees_SS = (documents_S[:, None] == documents_S) & torch.ones(6, 6, dtype=torch.bool).tril()
+    assert torch.equal(sees_SS, ~hidden_1SS[0])
+    distances_SS, theirs_SS = (x[:, None] - x for x in (torch.arange(6), positions_S))
+    assert torch.equal(distances_SS[sees_SS], theirs_SS[sees_SS])
+
+
 def test_mtp_labels_stop_where_a_document_does():
     labels, mask = torch.arange(1, 7).unsqueeze(0), torch.ones(1, 6, dtype=torch.bool)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
