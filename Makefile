@@ -43,5 +43,5 @@ mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
 
 clean:
-	rm -rf $(VENV) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 # What is run for a mistake: the first failure ends it. Quick tests first.
 LAYOUTS = ("tests/parallel/test_mutations.py::test_without_a_mistake_nothing_differs", "tests/parallel/test_layouts.py")
 BF16 = ("tests/parallel/test_precision.py",)
-DATA = ("tests/unit/test_pretraining_data.py", "tests/e2e/test_pretrain.py")
+DATA = ("tests/unit/test_pretraining_data.py", "tests/unit/test_blends.py",
+        "tests/unit/test_data_refusals.py", "tests/e2e/test_pretrain.py")
 FP8 = ("tests/parallel/test_fp8_layouts.py",)
 MODEL = ("tests/unit/test_mtp.py", "tests/unit/test_packing.py", "tests/unit/test_reference.py", *LAYOUTS)
 ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py", *LAYOUTS)

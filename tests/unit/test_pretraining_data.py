@@ -1,4 +1,4 @@
-"""Pre-training data: the order of samples against one worked out from numpy's shuffles, blends, refusals, ranks."""
+"""Pre-training data: the order of samples against one worked out from numpy's shuffles and megatron-core's; ranks."""
 
 import dataclasses
 import itertools
@@ -10,45 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_datasets import EOD, SEQ, settings_of, tokens_of, train_set, write_dataset
 
 from megatron_deepseek.data import sample_index, survey
 from megatron_deepseek.data.batches import Sampler, read_ahead, sample_indices
-from megatron_deepseek.data.blend import parse_blend, parse_split, short_names
 from megatron_deepseek.data.index_file import HEADER, MAGIC
 from megatron_deepseek.data.indexed import IndexedWriter, open_indexed
-from megatron_deepseek.data.pretraining import (
-    SplitPlan, build_datasets, check_data, check_token_ids, make_plan)
-from megatron_deepseek.data.sample_index import PackedSplit
-from megatron_deepseek.data.table import describe_split
-from megatron_deepseek.settings import DataSettings
-
-SEQ = 8
-EOD = 999
-
-
-def write_dataset(prefix, num_documents=40, base=0, dtype="<u2", seed=0):
-    """Documents of 3 to 30 ids that count up through the dataset from `base`, each with its EOD: no id is twice."""
-    lengths = np.random.default_rng(seed).integers(3, 30, num_documents)
-    ids = np.split(base + np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
-    documents = [np.append(part, EOD).astype(dtype) for part in ids]
-    writer = IndexedWriter(str(prefix), dtype)
-    writer.add(np.concatenate(documents), [[len(document)] for document in documents])
-    writer.finish()
-    writer.publish()
-    return documents
-
-
-def settings_of(*data_path, **changes):
-    values = {"seq_length": SEQ, "split": "1,0,0", "tokenizer_type": "NullTokenizer", "tokenizer_model": str(EOD)}
-    return DataSettings(tuple(map(str, data_path)), **(values | changes))
-
-
-def train_set(settings, num_samples):
-    return build_datasets(settings, (num_samples, 0, 0))[0]
-
-
-def tokens_of(dataset, count=None):
-    return [dataset[index]["tokens"].tolist() for index in range(count or len(dataset))]
+from megatron_deepseek.data.pretraining import build_datasets, check_data, make_plan
 
 
 def test_first_epoch_is_megatrons_order(tmp_path):
@@ -131,90 +99,6 @@ def test_order_is_the_same_however_many_samples_are_asked_for(tmp_path):
     assert tokens_of(train_set(settings_of(tmp_path / "data", seed=1), 1)) != tokens_of(few)
 
 
-def test_blend_keeps_its_weights_at_every_moment(tmp_path):
-    write_dataset(tmp_path / "a", base=0)
-    write_dataset(tmp_path / "b", base=2000, num_documents=10)
-    blend = settings_of(0.3, tmp_path / "a", 0.7, tmp_path / "b", data_cache_path=str(tmp_path / "elsewhere"))
-    dataset = train_set(blend, 1000)
-    from_a = np.cumsum([max(tokens) < 2000 for tokens in tokens_of(dataset, 1000)])
-    assert np.abs(from_a - 0.3 * np.arange(1, 1001)).max() <= 1
-    assert tokens_of(train_set(blend, 50), 50) == tokens_of(dataset, 50)
-    assert list((tmp_path / "elsewhere").glob("*.blend")) and not (tmp_path / "cache").exists()
-
-
-def test_each_split_of_its_own(tmp_path):
-    for name, base in (("a", 0), ("b", 2000), ("c", 4000)):
-        write_dataset(tmp_path / name, base=base)
-    settings = settings_of(split_data_paths=((str(tmp_path / "a"), str(tmp_path / "b")), (str(tmp_path / "c"),), None))
-    train, valid, test = build_datasets(settings, (100, 9, 0))
-    assert {sample // 2000 for tokens in tokens_of(train, 100) for sample in tokens if sample != EOD} == {0, 1}
-    assert all(4000 <= token < 5000 or token == EOD for tokens in tokens_of(valid) for token in tokens)
-    assert len(valid) == 2 * valid.samples_per_epoch or valid.samples_per_epoch >= 9
-    assert test is None
-    with pytest.raises(ValueError, match="--test-data-path is missing, and 4 samples of it are needed"):
-        build_datasets(settings, (100, 9, 4))
-    (tmp_path / "c.bin").unlink()
-    with pytest.raises(ValueError, match="--valid-data-path .*/c: .*c.bin does not exist"):
-        check_data(settings, 1000, (100, 9, 0))
-
-
-def test_a_dataset_too_small_for_a_validation_sample_gives_none(tmp_path):
-    """With hundreds of datasets one is; training must have some of each."""
-    write_dataset(tmp_path / "a")
-    write_dataset(tmp_path / "small", num_documents=4, base=2000)
-    settings = settings_of(1, tmp_path / "a", 9, tmp_path / "small", split="90,10,0")
-    plan = make_plan(settings, (20, 4, 0))
-    assert plan.splits[1].weights == (1.0,) and plan.splits[1].left_out == (str(tmp_path / "small"),)
-    assert plan.splits[0].weights == (0.1, 0.9) and not plan.splits[0].left_out
-    train, valid, _ = build_datasets(settings, (20, 4, 0))
-    assert len(train.datasets) == 2 and max(map(max, tokens_of(valid, 4))) < 2000
-    assert "  without 1 dataset whose share is less than a sample: " in describe_split("valid", plan.splits[1])[1]
-    with pytest.raises(ValueError, match="small: its train split .* too small for one sample"):
-        check_data(dataclasses.replace(settings, split="10,90,0"), 10_000, (20, 4, 0))
-
-
-def test_batches_say_which_dataset_each_row_is_from(tmp_path):
-    """Also of one dataset twice; a single dataset has no sources. A wrong id is blamed on the dataset it is from."""
-    for name, base in (("a", 0), ("b", 2000)):
-        write_dataset(tmp_path / name, base=base)
-    a, b = tmp_path / "a", tmp_path / "b"
-    sampler = Sampler(train_set(settings_of(1, a, 2, b, 1, a), 64), 10_000, "")
-    assert sampler.source_names == ("a", "b", "a#2")
-    batch = sampler.batch(0, 64, 4)
-    assert batch.sources_BK.sum(1).tolist() == [1] * 64 and batch.sources_BK.sum(0).tolist() == [16, 32, 16]
-    from_b = [max(row) >= 2000 for row in batch.tokens_BS.tolist()]
-    assert batch.sources_BK[:, 1].tolist() == from_b
-    assert Sampler(train_set(settings_of(a), 8), 1000, "").batch(0, 8, 4).sources_BK is None
-    with pytest.raises(ValueError, match="--data-path b: token ids from 2.* in a batch"):
-        Sampler(sampler.dataset, 1500, "").batch(0, 64, 4)
-
-
-def test_documents_of_a_blend_keep_to_themselves(tmp_path):
-    """--reset-attention-mask: rows of any dataset are numbered by their own ends of documents."""
-    write_dataset(tmp_path / "a")
-    write_dataset(tmp_path / "b", base=2000)
-    blend = train_set(settings_of(1, tmp_path / "a", 1, tmp_path / "b"), 32)
-    batch = Sampler(blend, 10_000, "", eod=EOD).batch(0, 32, 4)
-    for tokens, documents in zip(batch.tokens_BS.tolist(), batch.documents_BS.tolist()):
-        assert documents == [tokens[:place].count(EOD) for place in range(SEQ)]
-    assert batch.documents_BS.max() == 1  # the shortest document has four tokens, a row eight
-
-
-def test_short_names():
-    assert short_names(["/x/wiki/a_text", "/x/code/a_text"]) == ("wiki/a_text", "code/a_text")
-    assert short_names(["/x/web1", "/x/web2", "/x/web1"]) == ("web1", "web2", "web1#2")
-    assert short_names(["a", "/x/a"]) == ("a", "/x/a") and short_names(["x/a"]) == ("a",)
-
-
-def test_a_longer_index_of_a_blend_serves_a_shorter_run(tmp_path):
-    for name in "ab":
-        write_dataset(tmp_path / name)
-    settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
-    long = [sample["source"] for sample in map(train_set(settings, 90).__getitem__, range(50))]
-    assert [sample["source"] for sample in map(train_set(settings, 50).__getitem__, range(50))] == long
-    assert [path.name[-9:] for path in (tmp_path / "cache").glob("*.blend")] == ["-90.blend"]
-
-
 def test_processes_build_what_one_builds(tmp_path, monkeypatch):
     for number in range(5):
         write_dataset(tmp_path / f"{number}", 10 + 9 * number, seed=number)
@@ -263,27 +147,6 @@ def test_sequences_that_do_not_lie_in_order(tmp_path):
     assert [found.tokens_between(*bounds) for bounds in ((0, 1), (1, 3), (0, 3), (2, 2))] == [10, 50, 60, 0]
     dataset = train_set(settings_of(tmp_path / "data", split="34,0,66"), 1)
     assert tokens_of(dataset) == [list(range(50, 50 + SEQ))]
-
-
-def test_the_table_of_a_blend_worked_by_hand():
-    sources = tuple(PackedSplit(f"/x/{name}", "", 0, 1, tokens, 10, 0) for name, tokens in (("a", 401), ("b", 101)))
-    head, columns, *rows = describe_split("train", SplitPlan(sources, (0.5, 0.5), 100))
-    assert head == "train data: 2 datasets of 502 tokens; 100 samples of 10 tokens are 2.00 epochs"
-    assert columns.split() == ["dataset", "tokens", "of", "tokens", "weight", "samples", "epochs"]
-    assert [row.split() for row in rows] == [["a", "401", "79.880%", "50.000%", "50", "1.250"],
-                                             ["b", "101", "20.120%", "50.000%", "50", "5.000"]]
-    assert describe_split("train", SplitPlan(sources, (0.4, 0.6), 100), 1)[2:] == [
-        f"  {'b':7}  {101:>17}  {'20.120%':>9}  {'60.000%':>8}  {60:>13}  {'6.000':>9}",
-        "  and 1 dataset more, of weight 40.000% together"]
-    assert len(describe_split("train", SplitPlan(sources[:1], (1.0,), 100))) == 1
-
-
-def test_blend_without_weights_is_by_tokens(tmp_path):
-    a, b = (sum(map(len, write_dataset(tmp_path / name, count, base)))
-            for name, count, base in (("a", 60, 0), ("b", 20, 2000)))
-    dataset = train_set(settings_of(tmp_path / "a", tmp_path / "b"), 400)
-    from_a = sum(max(tokens) < 2000 for tokens in tokens_of(dataset, 400))
-    assert abs(from_a - 400 * a / (a + b)) <= 1
 
 
 def test_splits_do_not_overlap_and_an_empty_one_is_no_trouble(tmp_path):
@@ -391,87 +254,3 @@ def test_ranks_read_by_the_indices_that_rank_0_builds_or_by_their_nodes_own(tmp_
     assert len(list((tmp_path / "other").iterdir())) == (0 if shared else 2)  # both datasets have the same lengths
     alone = Sampler(train_set(settings, 16), 10_000, "")
     assert read == {rank: alone.batch(0, 16, 2, rank, 2).tokens_BS.tolist() for rank in range(2)}
-
-
-@pytest.mark.parametrize("data_path, message", [
-    ((), "--data-path is missing"),
-    (("0.3", "a", "0.7"), "--data-path 0.3 a 0.7: weights and prefixes must take turns, but there are 3 entries"),
-    (("0.3", "a", "O.7", "b"), "but 'O.7' is no number"),
-    (("-1", "a"), "the weight -1 is not greater than 0"),
-    (("inf", "a"), "the weight inf is not greater than 0 and finite"),
-])
-def test_bad_blends_are_refused(data_path, message):
-    with pytest.raises(ValueError, match=message):
-        parse_blend(data_path)
-
-
-@pytest.mark.parametrize("split", ["", "a,b", "1,1,1,1", "-1,2,0", "0,0,0", "nan,1", "1;1"])
-def test_bad_splits_are_refused(split):
-    with pytest.raises(ValueError, match=f"--split {split}: "):
-        parse_split(split)
-
-
-def cut(path, size):
-    path.write_bytes(path.read_bytes()[:size])
-
-
-DAMAGE = {
-    r"data.idx does not exist": lambda bin, idx: idx.unlink(),
-    r"data.bin does not exist": lambda bin, idx: bin.unlink(),
-    r"data.bin is truncated: 100 bytes, where .*data.idx points at \d+": lambda bin, idx: cut(bin, 100),
-    r"data.idx is truncated: 200 bytes, 842 for its 40 sequences": lambda bin, idx: cut(idx, 200),
-    r"data.idx is truncated: 20 bytes, its header alone has 34": lambda bin, idx: cut(idx, 20),
-    r"data.idx is no index of this format: it begins with b''": lambda bin, idx: cut(idx, 0),
-    r"data.idx is no index of this format: it begins with b'\{": lambda bin, idx: idx.write_bytes(b'{"text": 1}'),
-    r"data.idx has version 2": lambda bin, idx: idx.write_bytes(idx.read_bytes().replace(b"\1", b"\2", 1)),
-    r"data.idx has dtype code 7": lambda bin, idx: idx.write_bytes(idx.read_bytes().replace(b"\x08", b"\x07", 1)),
-    r"data.idx is damaged: 852 bytes, 842": lambda bin, idx: idx.write_bytes(idx.read_bytes() + bytes(10)),
-}
-
-
-@pytest.mark.parametrize("message", DAMAGE)
-def test_damaged_files_are_refused(tmp_path, message):
-    write_dataset(tmp_path / "data")
-    DAMAGE[message](tmp_path / "data.bin", tmp_path / "data.idx")
-    with pytest.raises(ValueError, match=rf"--data-path {tmp_path}/data: .*{message}") as caught:
-        check_data(settings_of(tmp_path / "data"), 1000)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("changes, vocab_size, num_samples, message", [
-    ({"tokenizer_model": "1000"}, 1000, (1, 0, 0),
-     "--tokenizer-model 1000: its vocabulary of 1001 is larger than the model's vocab_size 1000"),
-    ({"tokenizer_model": "10"}, 999, (1, 0, 0), "token ids from 0 to 999 in .*outside the model's vocab_size 999"),
-    ({"seq_length": 0}, 1000, (1, 0, 0), "--seq-length 0: it must be at least 1"),
-    ({"seq_length": 10_000}, 1000, (1, 0, 0), "its train split .* too small for one sample of --seq-length 10000"),
-    ({"split": "1,0,0"}, 1000, (1, 1, 0), r"its valid split \(--split 1,0,0: 0 of 40 sequences, 0 tokens\) is too sm"),
-    ({"split": "99,1,0"}, 1000, (1, 1, 0), r"its valid split \(--split 99,1,0: 0 of 40 sequences, 0 tokens\) is too"),
-    ({"data_cache_path": "/dev/null"}, 1000, (1, 0, 0), "--data-cache-path /dev/null: cannot write indices"),
-])
-def test_data_that_does_not_fit_is_refused(tmp_path, changes, vocab_size, num_samples, message):
-    write_dataset(tmp_path / "data")
-    check_data(settings_of(tmp_path / "data"), 1000)
-    with pytest.raises(ValueError, match=message):
-        check_data(settings_of(tmp_path / "data", **changes), vocab_size, num_samples)
-
-
-def test_the_smallest_dataset_is_one_sample_and_one_token(tmp_path):
-    for tokens, fits in ((0, False), (SEQ, False), (SEQ + 1, True)):
-        writer = IndexedWriter(str(tmp_path / "data"), "<u2")
-        writer.add(np.arange(tokens, dtype="<u2"), [[tokens]] if tokens else [[]])
-        writer.finish()
-        writer.publish()
-        if fits:
-            check_data(settings_of(tmp_path / "data"), 1000)
-            assert tokens_of(train_set(settings_of(tmp_path / "data"), 2)) == [list(range(SEQ))] * 2
-        else:
-            with pytest.raises(ValueError, match="too small for one sample" if tokens else "holds no sequences"):
-                check_data(settings_of(tmp_path / "data"), 1000)
-
-
-def test_negative_ids_are_refused_and_batches_are_checked(tmp_path):
-    write_dataset(tmp_path / "data", base=-1, dtype="<i4")
-    with pytest.raises(ValueError, match="token ids from -1 to 999 in"):
-        check_data(settings_of(tmp_path / "data"), 1000)
-    with pytest.raises(ValueError, match="--data-path x: token ids from 0 to 5 in a batch, outside .*vocab_size 5"):
-        check_token_ids(torch.tensor([0, 5]), 5, "x")
