@@ -14,7 +14,8 @@ DATA = ("tests/unit/test_pretraining_data.py", "tests/unit/test_blends.py",
         "tests/unit/test_data_refusals.py", "tests/e2e/test_pretrain.py")
 FP8 = ("tests/parallel/test_fp8_layouts.py",)
 MODEL = ("tests/unit/test_mtp.py", "tests/unit/test_packing.py", "tests/unit/test_reference.py", *LAYOUTS)
-ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py", *LAYOUTS)
+ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py",
+          "tests/unit/test_reference.py", *LAYOUTS)
 STEP = ("tests/unit/test_trainer.py", "tests/unit/test_optimizer.py", "tests/unit/test_health.py",
         "tests/unit/test_packing.py", *LAYOUTS)
 TRAFFIC = ("tests/parallel/test_traffic.py", "tests/unit/test_dispatch.py")
