@@ -104,7 +104,6 @@ CONTEXT = _of(
      "return torch.cat([chunks[2 * rank], chunks[2 * rank + 1]])"),
     ("return everything, slice(0, length // 2), False", "return everything, everything, False"),
     ("return slice(length // 2, length), everything, False", "return everything, everything, False"),
-    ("    if owner < rank:", "    if owner <= rank:"),
     ("return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))",
      "return x if self.size == 1 else x.chunk(self.size, dim)[self.rank]"),
     ("grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
