@@ -77,7 +77,7 @@ REFUSED = {
                         ["--tensor-model-parallel-size 2", "--seq-length 255"]),
     "sequence too long": (1, "--seq-length 4097", ["--seq-length 4097", "--max-position-embeddings 4096"]),
     "uneven batch": (4, "--rampup-batch-size 8 6 100 --global-batch-size 32",
-                     ["--global-batch-size 14", "--micro-batch-size 1 x 4"]),
+                     ["--global-batch-size 14 (of --rampup-batch-size 8 6 100)", "--micro-batch-size 1 x 4"]),
     "virtual layers divide": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4",
                               ["--num-layers-per-virtual-pipeline-stage 4", "--num-layers 4"]),
     "layout and ranks": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
@@ -90,7 +90,8 @@ REFUSED = {
     "layout and model": (2, f"{PP2} --pipeline-model-parallel-layout Ett|tmL",
                          ["--pipeline-model-parallel-layout 'Ett|tmL'", "3 t", "--num-layers is 4"]),
     "schedule and micro-batches": (2, f"{PP2} --global-batch-size 3 --pipeline-schedule DualPipeV",
-                                   ["--pipeline-schedule DualPipeV", "3 micro-batches", "4 stages"]),
+                                   ["--pipeline-schedule DualPipeV", "3 micro-batches", "--global-batch-size 3",
+                                    "4 stages"]),
     "bias without method": (1, "--model deepseek-v2-lite --moe-router-bias-update-rate 0.001",
                             ["--moe-router-bias-update-rate 0.001", "greedy"]),
     "balance without experts": (1, "--num-experts 0 --moe-aux-loss-coeff 0.1",
@@ -242,6 +243,12 @@ def test_refused_elsewhere(arguments, fragments):
     text = message(arguments)
     assert "\n" not in text
     assert all(fragment in text for fragment in fragments), text
+
+
+def test_a_batch_of_the_ramp_that_the_schedule_does_not_run_with():
+    text = message(f"{BASE} {PP2} --rampup-batch-size 1 1 9 --global-batch-size 4", 2)
+    assert "--pipeline-schedule 1F1B does not run with 1 micro-batches" in text
+    assert "(--global-batch-size 1 (of --rampup-batch-size 1 1 9), --micro-batch-size 1)" in text
 
 
 def settings(arguments: str = "", ranks: int = 1):
