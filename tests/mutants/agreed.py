@@ -92,9 +92,8 @@ REFUSALS = of(
     ("r.args.train_samples < r.batch_sizes[0]", "r.args.train_samples <= r.batch_sizes[0]"),
 ) + of(
     "arguments/request.py", ARGUMENTS,
-    ("next((size for size in self.batch_sizes if size % step), None)",
-     "next((size for size in self.batch_sizes[1:] if size % step), None)"),
-    ("for size in self.batch_sizes)\n", "for size in self.batch_sizes[-1:])\n"),
+    ("for size in self.batch_sizes if size % self._row)", "for size in self.batch_sizes[1:] if size % self._row)"),
+    ("for size in self.batch_sizes\n", "for size in self.batch_sizes[-1:]\n"),
     ("return float(split_data_paths[1] is not None)", "return 1.0"),
     ("self.args.moe_ranks_per_node or self.local_world_size or self.world_size",
      "self.args.moe_ranks_per_node or self.world_size"),

@@ -144,14 +144,14 @@ def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
 
 def test_documents_masks_and_sources_are_those_of_the_data(meshes, corpus):
     """In training and in validation."""
-    blend = f"--data-path 0.5 {corpus} 0.5 {corpus} --split 50,50,0 --eval-iters 1"
+    blend = f"--data-path 0.5 {corpus} 0.5 {corpus} --split 50,50,0 --eval-iters 2"
     _, trainer, told = run(settings_of(corpus, f"{blend} --reset-attention-mask --eod-mask-loss"), meshes)
     for given in (*trainer.steps, *trainer.evaluations):
         assert torch.equal(given["documents_BS"], number_documents(given["tokens_BS"], EOD))
         assert torch.equal(given["mask_BS"], given["tokens_BS"] != EOD)
         assert given["sources_BK"].sum(1).tolist() == [1] * len(given["tokens_BS"])
     assert any(given["documents_BS"].any() for given in trainer.steps)
-    assert told.validations[0][3] == {"data": 1.0, "data#2": 1.0}
+    assert told.validations[0][3] == {"data": 1.5, "data#2": 1.5}  # of two batches
     assert told.steps[2].source_loss == {"data": 3.0, "data#2": 3.0}
     assert told.steps[2].source_tokens == {"data": 2, "data#2": 2}
 
