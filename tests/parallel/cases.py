@@ -267,7 +267,7 @@ ROUTERS = {
 
 # Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
 # context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps,
-# dispatchers that have nothing to exchange, around slices of experts, and two cuts: Et|mm|m|L and E|t|tttmm|mL.
+# dispatchers that have nothing to exchange, around slices of experts, and cuts: E|t|tt|t|t|t|m|L and E|t|tttmm|mL.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
@@ -276,10 +276,9 @@ WIDE_CASES = (
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
          tied=True, recompute="layernorm,mla_up_proj,moe_act"),
-    Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, placement="own", tied=True),
+    Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, tied=True, cut=7),
     Case(dp=2, etp=2, dispatcher="allgather", shared=2),
     Case(tp=2, etp=2, dispatcher="grouped", node=2, capacity="probs"),
-    Case(pp=4, schedule="1F1B", microbatches=4, mtp=3, packed=True, tied=True, cut=1),
     Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20),
 )
 
