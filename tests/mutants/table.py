@@ -14,7 +14,8 @@ DATA = ("tests/unit/test_pretraining_data.py", "tests/unit/test_blends.py",
         "tests/unit/test_data_refusals.py", "tests/e2e/test_pretrain.py")
 FP8 = ("tests/parallel/test_fp8_layouts.py",)
 MODEL = ("tests/unit/test_mtp.py", "tests/unit/test_packing.py", "tests/unit/test_reference.py", *LAYOUTS)
-ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py", *LAYOUTS)
+ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py",
+          "tests/unit/test_reference.py", *LAYOUTS)
 STEP = ("tests/unit/test_trainer.py", "tests/unit/test_optimizer.py", "tests/unit/test_health.py",
         "tests/unit/test_packing.py", *LAYOUTS)
 TRAFFIC = ("tests/parallel/test_traffic.py", "tests/unit/test_dispatch.py")
@@ -103,7 +104,6 @@ CONTEXT = _of(
      "return torch.cat([chunks[2 * rank], chunks[2 * rank + 1]])"),
     ("return everything, slice(0, length // 2), False", "return everything, everything, False"),
     ("return slice(length // 2, length), everything, False", "return everything, everything, False"),
-    ("    if owner < rank:", "    if owner <= rank:"),
     ("return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))",
      "return x if self.size == 1 else x.chunk(self.size, dim)[self.rank]"),
     ("grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
@@ -126,7 +126,7 @@ EXPERT = _of(
 )
 
 GATHERED = _of(
-    "parallel/expert_gather.py", LAYOUTS,
+    "parallel/expert_gather.py", ("tests/unit/test_dispatch.py", *LAYOUTS),
     ("for each in (x_TH, weights_TK))", "for each in (x_TH, weights_TK.detach()))"),
     ("self.mesh.get_local_rank() * mine", "(self.mesh.size() - 1 - self.mesh.get_local_rank()) * mine"),
     ("return self._serve(x_TH, experts_TK, weights_TK, experts, mine), 0",
@@ -136,7 +136,7 @@ GATHERED = _of(
 )
 
 GROUPED = _of(
-    "parallel/expert_grouped.py", LAYOUTS,
+    "parallel/expert_grouped.py", (*TRAFFIC, *LAYOUTS),
     (".where(experts_TK != NOBODY, num_nodes)", ".where(experts_TK != NOBODY, 0)"),
     ("rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]",
      "rows = [copy_rows(x_TH, copies), weights_TK.detach()[copies.row_R], experts_TK[copies.row_R]]"),
