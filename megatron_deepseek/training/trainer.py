@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, build_stages
 from megatron_deepseek.model.deepseek import StepContext, Tally, routed_tokens, shifted_labels
+from megatron_deepseek.ops.attention import documents_of
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
@@ -184,6 +185,8 @@ class Trainer:
         inputs = dict(labels_BMS=self.cp.own(labels), label_mask_BMS=self.cp.own(mask), step=step)
         if documents_BS is not None:
             inputs["documents_BS"] = documents_BS.cpu()  # attention is started document by document
+            for row_S in inputs["documents_BS"]:
+                documents_of(row_S)  # refuses a document in two pieces, of which a context rank may see but one
         if sources_BK is not None:
             inputs["sources_BK"] = sources_BK
         if self.plan.model.n_routed_experts and (mtp_depth or real_BS is not None):

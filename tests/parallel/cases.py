@@ -1,5 +1,6 @@
 """Which layouts and mixes of features are tested: their options, what goes with what, and what each stands for."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 
 from covering import Space, covering_array
@@ -54,15 +55,6 @@ OPTIONS = {
     "offload_optimizer": (False, True),
 }
 
-# What exhaustive.py draws from besides: values that differ from those above in size only, and cuts by no placement.
-WIDER = OPTIONS | {
-    "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
-    "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
-    "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
-    "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"), "offload_layers": (0, 1, 2, 9),
-    "cut": tuple(range(100)),
-}
-
 CONSTRAINTS = (
     lambda dp, cp, tp, pp: dp * cp * tp * pp <= 8,
     lambda cp, cp_type: (cp == 1) == (cp_type == "none"),
@@ -96,9 +88,6 @@ CONSTRAINTS = (
 SMALL = (
     lambda pp, virtual: pp * virtual <= 8,
     lambda dp, microbatches, micro_batch_size: dp * microbatches * micro_batch_size <= 16,
-)
-CUTS = (
-    lambda cut, pp, placement: cut == 0 or pp > 1 and placement == "balanced",
 )
 SMALLER = SMALL + (
     lambda schedule, pp, microbatches: microbatches < 8 or (schedule == "DualPipeV" and pp == 4),
@@ -143,6 +132,7 @@ class Case:
     offload_layers: int = 0
     offload_optimizer: bool = False
     cut: int = 0
+    first: int = 0
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""
@@ -157,6 +147,11 @@ class Case:
     @property
     def global_batch_size(self) -> int:
         return self.dp * self.microbatches * self.micro_batch_size
+
+    @property
+    def first_batch_size(self) -> int:
+        """Of the first step, as under a ramp; the same as later unless `first` says how many micro-batches it has."""
+        return self.dp * (self.first or self.microbatches) * self.micro_batch_size
 
     @property
     def num_stages(self) -> int:
@@ -226,16 +221,16 @@ class Case:
 
     @property
     def reference(self) -> "Reference":
-        """What one process must compute to be compared with. It takes the batch as a whole, except where aux_loss
-        pools a micro-batch of several sequences: there its size is part of what is computed.
+        """What one process must compute to be compared with. It takes the batch as a whole where all are as large,
+        except where aux_loss pools a micro-batch of several sequences: there its size is part of what is computed.
         """
-        pooled = self.loss.balance_type == "aux_loss"
-        if pooled and self.micro_batch_size > 1:
-            return Reference(self.model, self.loss, self.global_batch_size, self.micro_batch_size, self.packed,
-                             self.padded, self.moments)
-        loss = replace(self.loss, balance_type="seq_aux_loss") if pooled else self.loss
-        return Reference(self.model, loss, self.global_batch_size, self.global_batch_size, self.packed, self.padded,
-                         self.moments)
+        loss, size = self.loss, math.gcd(self.global_batch_size, self.first_batch_size)
+        if loss.balance_type == "aux_loss" and self.micro_batch_size > 1:
+            size = self.micro_batch_size
+        elif loss.balance_type == "aux_loss":
+            loss = replace(loss, balance_type="seq_aux_loss")
+        return Reference(self.model, loss, self.global_batch_size, self.first_batch_size, size, self.packed,
+                         self.padded, self.moments)
 
 
 @dataclass(frozen=True)
@@ -245,6 +240,7 @@ class Reference:
     model: ModelConfig
     loss: LossSettings
     global_batch_size: int
+    first_batch_size: int
     micro_batch_size: int
     packed: bool = False
     padded: bool = False
@@ -267,7 +263,7 @@ ROUTERS = {
 
 # Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
 # context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps,
-# dispatchers that have nothing to exchange, around slices of experts, and two cuts: Et|mm|m|L and E|t|tttmm|mL.
+# dispatchers that have nothing to exchange, around slices of experts, and cuts: E|t|tt|t|t|t|m|L and E|t|tttmm|mL.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
@@ -276,11 +272,10 @@ WIDE_CASES = (
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=3, tp=2, ep=2, microbatches=4, mtp=2, placement="split",
          tied=True, recompute="layernorm,mla_up_proj,moe_act"),
-    Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, placement="own", tied=True),
+    Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, tied=True, cut=7),
     Case(dp=2, etp=2, dispatcher="allgather", shared=2),
     Case(tp=2, etp=2, dispatcher="grouped", node=2, capacity="probs"),
-    Case(pp=4, schedule="1F1B", microbatches=4, mtp=3, packed=True, tied=True, cut=1),
-    Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20),
+    Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20, first=5),
 )
 
 

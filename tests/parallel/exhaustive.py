@@ -14,7 +14,7 @@ from dataclasses import fields
 from itertools import count
 
 import torch
-from cases import CONSTRAINTS, CUTS, SMALL, WIDER, Case
+from cases import CONSTRAINTS, OPTIONS, SMALL, Case
 from compare import differences
 from covering import Space
 from fp8_job import FP8, run_fp8, run_fp8_alone
@@ -23,7 +23,23 @@ from ranks import RankFailure, Ranks
 
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.layout_string import to_string
+from megatron_deepseek.parallel.schedule_rules import takes_microbatches
 
+# Besides the values of the covering array: others that differ in size only, cuts by no placement and, in half of the
+# cases, another number of micro-batches in the first step.
+WIDER = OPTIONS | {
+    "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
+    "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
+    "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
+    "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"), "offload_layers": (0, 1, 2, 9),
+    "cut": tuple(range(100)), "first": (*[0] * 16, *range(1, 17)),
+}
+WIDER_ONLY = (
+    lambda cut, pp, placement: cut == 0 or pp > 1 and placement == "balanced",
+    lambda first, microbatches: first != microbatches,
+    lambda first, schedule, pp: first == 0 or schedule == "none" or takes_microbatches(schedule, pp, first),
+    lambda first, dp, micro_batch_size: dp * first * micro_batch_size <= 16,
+)
 TILE = 2  # which the shards of every layout drawn are multiples of, with but few slices of experts
 FP8_SLICES = 4
 
@@ -35,7 +51,7 @@ def parse_options(words: list[str]) -> dict:
 
 
 def drawn_cases(seed: int, max_ranks: int, fixed: dict):
-    random_, space = random.Random(seed), Space(WIDER, (*CONSTRAINTS, *SMALL, *CUTS))
+    random_, space = random.Random(seed), Space(WIDER, (*CONSTRAINTS, *SMALL, *WIDER_ONLY))
     if space.complete(fixed, random_) is None:
         raise SystemExit(f"no case has {fixed}")
     for _ in count():

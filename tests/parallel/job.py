@@ -95,8 +95,8 @@ def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LE
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:
-    return train(plan_of(case, precision, seq_length), case.layout, case.global_batch_size, num_steps, case.packed,
-                 case.padded)
+    sizes = case.first_batch_size, case.global_batch_size
+    return train(plan_of(case, precision, seq_length), case.layout, sizes, num_steps, case.packed, case.padded)
 
 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64,
@@ -104,26 +104,29 @@ def run_reference(reference: Reference, num_steps: int = 3, precision: Precision
     stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
     plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size, precision=precision,
                 optimizer=optimizer_of(reference.moments), loss=reference.loss)
-    return train(plan, Layout(), reference.global_batch_size, num_steps, reference.packed, reference.padded)
+    sizes = reference.first_batch_size, reference.global_batch_size
+    return train(plan, Layout(), sizes, num_steps, reference.packed, reference.padded)
 
 
-def train(plan: Plan, layout: Layout, global_batch_size: int, num_steps: int, packed: bool = False,
+def train(plan: Plan, layout: Layout, batch_sizes: tuple[int, int], num_steps: int, packed: bool = False,
           padded: bool = False) -> Record:
+    """`batch_sizes`: sequences of the first step's global batch, and of every other's."""
     meshes = build_meshes(layout, torch.device("cpu"))
     trainer, record = Trainer(plan, meshes), Record()
     withhold(trainer)
-    own = global_batch_size // layout.dp
-    rows = slice(meshes.rank("dp") * own, (meshes.rank("dp") + 1) * own)
     bias_rate = BIAS_RATE if plan.model.topk_method == "noaux_tc" else 0.0
 
     def inputs(step: int) -> dict[str, torch.Tensor]:
+        size = batch_sizes[step > 0]
         names = ("tokens_BS", "labels_BS", "mask_BS")
-        given = dict(zip(names, batch(plan.model, global_batch_size, step, plan.seq_length)))
-        given["sources_BK"] = sources(global_batch_size)
-        given |= {"documents_BS": documents(global_batch_size, step, plan.seq_length)} if packed else {}
+        given = dict(zip(names, batch(plan.model, size, step, plan.seq_length)))
+        given["sources_BK"] = sources(size)
+        given |= {"documents_BS": documents(size, step, plan.seq_length)} if packed else {}
         if padded:
-            given["real_BS"] = real_tokens(global_batch_size, step, plan.seq_length)
+            given["real_BS"] = real_tokens(size, step, plan.seq_length)
             given["mask_BS"] = given["mask_BS"] & given["real_BS"]
+        own = size // layout.dp
+        rows = slice(meshes.rank("dp") * own, (meshes.rank("dp") + 1) * own)
         return {name: part[rows] for name, part in given.items()}
 
     for step in range(num_steps):

@@ -205,6 +205,13 @@ def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels, 
         assert (gradient - wanted[name]).abs().max() <= CLOSE * max(wanted[name].abs().max(), 1e-3 * largest), name
 
 
+def test_a_document_in_two_pieces_is_refused_before_sequences_are_divided(packing):
+    ids_BS, mask_BS = torch.zeros(2, LENGTH, dtype=torch.int64), torch.ones(2, LENGTH, dtype=torch.bool)
+    pieces_BS = torch.tensor([[0] * LENGTH, [1, 1, 2, 2, 1, 1, 3, 3]])
+    with pytest.raises(ValueError, match=r"not in one piece: \[1, 2, 1, 3\]"):
+        packing._prepare(ids_BS, ids_BS, mask_BS, pieces_BS, None, None)
+
+
 @pytest.mark.parametrize("fields", [V2, V3], ids=["v2", "v3"])
 def test_packed_documents_train_as_in_transformers(meshes, fields):
     """Main loss and gradients; transformers is given a document at a time, and computes in float32."""
