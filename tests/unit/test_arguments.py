@@ -1,9 +1,9 @@
 """The command line: what is refused, with which words, and what settings come of what is accepted."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -336,10 +336,12 @@ def test_entry_prints_one_line_and_exits_with_2():
 
 
 def test_help_is_quick_and_imports_no_torch():
-    start = time.perf_counter()
+    """Quick by the processor's time, since others may be at work on it."""
+    before = os.times()
     result = run_entry("--help")
     assert result.returncode == 0 and "--pipeline-schedule" in result.stdout
-    assert time.perf_counter() - start < 1.0
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
     code = "import sys, megatron_deepseek.arguments; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ENTRY.parent).returncode == 0
 
