@@ -126,9 +126,9 @@ def _logits(q, k, scores: Scores) -> torch.Tensor:
     return logits.masked_fill(later, float("-inf"))
 
 
-def _pad(v: torch.Tensor, width: int) -> torch.Tensor:
-    """The fused kernels want values as wide as keys."""
-    return F.pad(v, (0, width - v.shape[-1]))
+def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Zeros up to `width`: the fused kernels want values as wide as keys."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _cpu_forward(q, k, v, scores: Scores):
@@ -145,17 +145,24 @@ def _cpu_backward(grad, q, k, v, out, lse, scores: Scores):
 
 
 def _cuda_forward(q, k, v, scores: Scores):
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, _pad(v, q.shape[-1]), 0.0, scores.causal, False,
-                                                             scale=scores.scale)
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+        *_as_wide(q, k, v), 0.0, scores.causal, False, scale=scores.scale)
     return out[..., :v.shape[-1]], lse
 
 
 def _cuda_backward(grad, q, k, v, out, lse, scores: Scores):
-    width, no_state = q.shape[-1], torch.zeros(2, dtype=torch.uint64, device=q.device)
-    grad_q, grad_k, grad_v = _aten._scaled_dot_product_flash_attention_backward(
-        _pad(grad, width), q, k, _pad(v, width), _pad(out, width), lse, None, None, q.shape[2], k.shape[2], 0.0,
-        scores.causal, no_state, no_state[:0], scale=scores.scale)
-    return grad_q, grad_k, grad_v[..., :v.shape[-1]]
+    """The kernel makes `grad` and `out` contiguous where they are not, but reads `lse` as if it were."""
+    no_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    grads = _aten._scaled_dot_product_flash_attention_backward(
+        *_as_wide(grad, q, k, v, out), lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, scores.causal,
+        no_state, no_state[:0], scale=scores.scale)
+    return tuple(grad[..., :x.shape[-1]] for grad, x in zip(grads, (q, k, v), strict=True))
+
+
+def _as_wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """All as wide as the widest, in multiples of 8, which CUDA's flash kernel asks for."""
+    width = -(-max(x.shape[-1] for x in tensors) // 8) * 8
+    return [_pad(x, width) for x in tensors]
 
 
 @dataclass(eq=False)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_deepseek.ops.block_scaled import parts_of
+
 
 class Beside:
     """`start` the work, do something else, then take the `result`."""
@@ -30,7 +32,8 @@ class OnStream(Beside):
 
     def start(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
         self._side.wait_stream(torch.cuda.current_stream())
-        x.record_stream(self._side)
+        for part in parts_of(x):
+            part.record_stream(self._side)
         with torch.cuda.stream(self._side):
             self._result = function(x)
 

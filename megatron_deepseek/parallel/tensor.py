@@ -25,15 +25,20 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from megatron_deepseek.ops.block_scaled import map_rows
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.products import Linear, Product
+from megatron_deepseek.parallel.nodes import Sent, unmetered
 
 SEQUENCE_DIM = 1
+
+# Their names from torch 2.13 on, which warns of the old ones.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Concatenate every rank's equally shaped `x` along `dim`, in rank order."""
     x_first = x.movedim(dim, 0).contiguous()
     out = x_first.new_empty(group.size() * x_first.shape[0], *x_first.shape[1:])
-    dist.all_gather_into_tensor(out, x_first, group=group)
+    _all_gather_single(out, x_first, group=group)
     return out.movedim(0, dim).contiguous()
 
 
@@ -42,7 +47,7 @@ def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch
     x_first = x.movedim(dim, 0).contiguous()
     assert x_first.shape[0] % group.size() == 0, (x.shape, dim, group.size())
     out = x_first.new_empty(x_first.shape[0] // group.size(), *x_first.shape[1:])
-    dist.reduce_scatter_tensor(out, x_first, group=group)
+    _reduce_scatter_single(out, x_first, group=group)
     return out.movedim(0, dim).contiguous()
 
 
@@ -51,13 +56,6 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     x = x.contiguous().clone()
     dist.all_reduce(x, group=group)
     return x
-
-
-Sent = Callable[[dist.ProcessGroup, torch.Tensor], None]
-
-
-def unmetered(group: dist.ProcessGroup, x: torch.Tensor) -> None:
-    """Nobody counts the bytes (in place of nodes.Meter.everyone)."""
 
 
 class _GatherSum(torch.autograd.Function):

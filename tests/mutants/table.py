@@ -126,7 +126,7 @@ EXPERT = _of(
 )
 
 GATHERED = _of(
-    "parallel/expert_gather.py", LAYOUTS,
+    "parallel/expert_gather.py", ("tests/unit/test_dispatch.py", *LAYOUTS),
     ("for each in (x_TH, weights_TK))", "for each in (x_TH, weights_TK.detach()))"),
     ("self.mesh.get_local_rank() * mine", "(self.mesh.size() - 1 - self.mesh.get_local_rank()) * mine"),
     ("return self._serve(x_TH, experts_TK, weights_TK, experts, mine), 0",
@@ -136,7 +136,7 @@ GATHERED = _of(
 )
 
 GROUPED = _of(
-    "parallel/expert_grouped.py", LAYOUTS,
+    "parallel/expert_grouped.py", (*TRAFFIC, *LAYOUTS),
     (".where(experts_TK != NOBODY, num_nodes)", ".where(experts_TK != NOBODY, 0)"),
     ("rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]",
      "rows = [copy_rows(x_TH, copies), weights_TK.detach()[copies.row_R], experts_TK[copies.row_R]]"),

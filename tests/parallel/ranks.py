@@ -13,6 +13,7 @@ import pickle
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -151,6 +152,7 @@ def _join(rank: int, world_size: int, directory: Path, timeout: float) -> None:
 
     torch.set_num_threads(1)
     logging.getLogger("torch").setLevel(logging.ERROR)  # DTensor's advice on gathering whole tensors
+    warnings.simplefilter("error", FutureWarning)  # users would read it from every rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     store = dist.FileStore(str(directory / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size,

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_deepseek.ops import attention
 from megatron_deepseek.ops.attention import (Joined, Scores, attend, attend_backward, attend_within_documents,
                                              documents_of, plain_backward, plain_forward)
 from megatron_deepseek.parallel.context import Sight, visible, zigzag
@@ -83,6 +84,37 @@ def test_parts_join_exactly_forwards_and_backwards():
     mask[:2, 3:] = False
     torch.testing.assert_close(_InParts.apply(q, k, v), dense(q, k, v, mask[None]), **EXACT)
     assert gradcheck(_InParts.apply, (q, k, v))
+
+
+class _FlashOfCuda:
+    """In place of torch.ops.aten: what CUDA's flash kernel asks for (read in torch's flash_api.cpp); the plain result.
+
+    It makes `grad` and `out` contiguous, but goes by `lse`'s address alone.
+    """
+
+    @staticmethod
+    def _check(*tensors):
+        widths = {x.shape[-1] for x in tensors}
+        assert len(widths) == 1 and widths.pop() % 8 == 0 and all(x.stride(-1) == 1 for x in tensors)
+
+    def _scaled_dot_product_flash_attention(self, q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
+        self._check(q, k, v)
+        assert not dropout_p and not return_debug_mask
+        return *plain_forward(q, k, v, Scores(scale, is_causal)), None, None
+
+    def _scaled_dot_product_flash_attention_backward(self, grad, q, k, v, out, lse, cum_seq_q, cum_seq_k, max_q, max_k,
+                                                     dropout_p, is_causal, philox_seed, philox_offset, *, scale):
+        self._check(grad, q, k, v, out)
+        assert (max_q, max_k) == (q.shape[2], k.shape[2]) and cum_seq_q is cum_seq_k is None and not dropout_p
+        as_read = lse.as_strided(lse.shape, torch.empty(lse.shape).stride())
+        return plain_backward(grad, q, k, v, out, as_read, Scores(scale, is_causal))
+
+
+def test_cudas_kernel_is_given_what_it_asks_for(monkeypatch):
+    """A slice of the rows has a log-sum-exp that is not contiguous; widths here are no multiples of 8."""
+    monkeypatch.setattr(attention, "_aten", _FlashOfCuda())
+    monkeypatch.setattr(attention, "_kernel", lambda q: (attention._cuda_forward, attention._cuda_backward))
+    test_parts_join_exactly_forwards_and_backwards()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

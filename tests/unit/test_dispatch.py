@@ -1,5 +1,7 @@
 """Copies of some choices by gradcheck and against indexing; bytes and nodes against counts worked by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,9 +10,13 @@ from torch.autograd import gradcheck
 
 from megatron_deepseek.model.router import balanced_choice
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.expert import NOBODY, AllToAllDispatcher
+from megatron_deepseek.parallel.expert_gather import AllGatherDispatcher
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.nodes import Meter, Traffic, places_per_node
+from megatron_deepseek.parallel.turns import Turns
 
+ALONE = SimpleNamespace(size=lambda: 1)  # for a mesh of one rank
 BINS = torch.tensor([[2, -1, 0], [5, 5, 5], [1, 2, 0], [0, 7, 1]])  # of 3: row 1 has no copy
 ROWS_IN_ORDER = [0, 2, 3, 2, 3, 0, 2]  # bin 0, then 1, then 2; within a bin by row
 
@@ -51,6 +57,20 @@ def test_no_rows_at_all():
     weights = torch.empty(0, 1, requires_grad=True)
     sum_copies(copy_rows(x, copies), weights, copies).sum().backward()
     assert copies.counts == [0] * 4 and x.grad.shape == (0, 5) and weights.grad.shape == (0, 1)
+
+
+@pytest.mark.parametrize("dispatcher", [AllToAllDispatcher(ALONE, 4, Meter(1), Turns()),
+                                        AllGatherDispatcher(ALONE, 4, Meter(1))], ids=("alltoall", "allgather"))
+def test_dispatch_with_nobody_to_send_to(dispatcher):
+    """Expert e multiplies by e + 1, so that NOBODY, which is -1, adds nothing."""
+    def experts(rows, counts):
+        return rows * torch.arange(1.0, 5.0, dtype=rows.dtype).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
+
+    chosen, x, weights = torch.tensor([[2, 0], [1, NOBODY], [3, 2]]), doubles(3, 5), doubles(3, 2)
+    y, crossings = dispatcher(x, chosen, weights, experts)
+    torch.testing.assert_close(y, (weights * (chosen + 1)).sum(1, keepdim=True) * x)
+    assert crossings == 0
+    assert gradcheck(lambda x, weights: dispatcher(x, chosen, weights, experts)[0], (x, weights))
 
 
 def test_a_meter_adds_up_bytes_and_leaves_out_what_a_rank_keeps(monkeypatch):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops import grouped_gemm as grouped_gemm_module
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_gemm, grouped_wgrad
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
@@ -204,6 +205,21 @@ def test_grouped_gemm_in_bfloat16():
     expected = grouped_forward(x.double(), weight.double(), [5, 0, 7])
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_grouped_mm_leaves_no_gradient_to_experts_without_rows(monkeypatch):
+    """A stand-in for CUDA's grouped_mm, which was seen to leave there what it found (pytorch issue 172439)."""
+    def grouped_mm(a, b, offs):
+        assert offs.dtype == torch.int32
+        parts = zip(a.tensor_split(offs[:-1].long(), 1), b.tensor_split(offs[:-1].long()))
+        return torch.stack([left @ right if len(right) else torch.full((8, 16), torch.nan) for left, right in parts])
+
+    monkeypatch.setattr(grouped_gemm_module, "_native", lambda x, *widths: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm)
+    grad, x, counts = torch.randn(5, 8), torch.randn(5, 16), [0, 2, 0, 3]
+    got = grouped_wgrad(grad, x, counts)
+    monkeypatch.undo()
+    torch.testing.assert_close(got, grouped_wgrad(grad, x, counts))
 
 
 def test_grouped_gemm_refuses_counts_that_do_not_add_up():

@@ -1,9 +1,11 @@
 """Work beside other work: who waits for whom, told by stand-ins for CUDA's streams, since there is no GPU here."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
+from megatron_deepseek.ops.block_scaled import BlockScaled
+from megatron_deepseek.ops.fp8 import quantize_1x128
 from megatron_deepseek.ops.side_stream import Beside, OnStream
 
 
@@ -45,6 +47,18 @@ def test_side_stream_waits_for_its_input_and_is_waited_for(monkeypatch):
     assert beside.result().name == "y"
     assert log == ["side waits for main", "x is used on side", "on side:", "work", "back on main:", "dispatch",
                    "main waits for side", "y is used on main"]
+
+
+def test_every_part_of_a_block_scaled_input_is_known_to_be_used_there(monkeypatch):
+    side, used = Stream("side", []), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main", []))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: used.append((part, stream)))
+    x = torch.randn(2, 128)
+    scaled = BlockScaled(*quantize_1x128(x), x.dtype, whole=x)
+    OnStream(side).start(lambda _: Tensor("y", []), scaled)
+    assert all(part is found and stream is side
+               for part, (found, stream) in zip((scaled.q, scaled.scale, x), used, strict=True))
 
 
 def test_without_streams_it_is_a_call():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from reference_model import ReferenceModel
 from small_models import V3_SMALL, enliven, gradients_of, random_batch, relative_error, weights_of, whole_stage
+from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.rotary import rope_table
@@ -159,7 +160,11 @@ def test_evaluation_leaves_everything_as_it_was(meshes):
     for each in (ours, undisturbed):
         each.train_step(*batch_of(2), learning_rate=0.01)
     before, gradients = weights_of(ours.stages[0]), gradients_of(ours.stages[0])
+    kept = []
+    handle = ours.stages[0].register_forward_hook(lambda module, args, loss: kept.append(loss.requires_grad))
     losses = ours.evaluate(*batch_of(4, seed=5))
+    handle.remove()
+    assert kept == [False] * 2, "a forward alone keeps nothing for a backward"
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(ours.stages[0]).items())
     assert all(torch.equal(g, gradients[name]) for name, g in gradients_of(ours.stages[0]).items())
     trained = [each.train_step(*batch_of(4, seed=5), learning_rate=0.01).losses for each in (ours, undisturbed)]
@@ -216,6 +221,22 @@ def test_bfloat16_accumulates_in_float32(meshes):
     assert not {name: e for name, e in errors.items() if e > (1e-6 if name.endswith("gate.weight") else 0.0)}
 
 
+@pytest.mark.parametrize("freed", [False, True], ids=["kept", "freed"])
+def test_gathered_weights_are_kept_for_the_next_micro_batch_unless_a_forward_frees_them(meshes, freed):
+    """Whether a layer's weight is a shard before and after each forward, and behind the step."""
+    ours = trainer(meshes, reshard_after_forward=freed)
+    (stage,), sharded = ours.stages, []
+
+    def look(*_) -> None:
+        sharded.append(isinstance(stage.model.layers["0"].self_attn.o_proj.weight, DTensor))
+
+    stage.register_forward_pre_hook(look)
+    stage.register_forward_hook(look)
+    ours.train_step(*batch_of(4), learning_rate=0.0)
+    look()
+    assert sharded == [True, freed, freed, freed, True]
+
+
 @pytest.mark.parametrize("precision", [Precision(), BF16], ids=["float32", "bfloat16"])
 def test_memorises_a_batch(meshes, precision):
     """20 steps on 4 sequences from the ordinary start, both losses to less than half."""
@@ -249,6 +270,5 @@ def test_what_is_not_finite_changes_nothing(meshes):
 
 def test_votes_travel_with_the_losses(meshes):
     ours = trainer(meshes)
-    assert ours.train_step(*batch_of(2), learning_rate=0.1).votes == Votes()
-    result = ours.train_step(*batch_of(2), learning_rate=0.1, votes=lambda: Votes(leave=True))
-    assert result.votes == Votes(save=False, leave=True)
+    for votes in (Votes(), Votes(leave=True), Votes(save=True)):
+        assert ours.train_step(*batch_of(2), learning_rate=0.1, votes=lambda: votes).votes == votes

@@ -1,0 +1,188 @@
+"""The loop of a run, with a trainer that only takes notes: which samples and rates each step gets, what is validated,
+and what is told of it.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_datasets import EOD, SEQ, write_dataset
+
+from megatron_deepseek.arguments import Settings, parse
+from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.data.batches import number_documents
+from megatron_deepseek.data.pretraining import build_datasets
+from megatron_deepseek.model.build import Precision
+from megatron_deepseek.parallel.nodes import Traffic
+from megatron_deepseek.training.loop import Run, make_plan
+from megatron_deepseek.training.report import Report
+from megatron_deepseek.training.resume import num_samples
+from megatron_deepseek.training.schedules import learning_rate
+from megatron_deepseek.training.trainer import Losses, StepResult
+
+RAMP = "--rampup-batch-size 2 2 8 --global-batch-size 6"  # batches of 2, 2, 4 and then 6
+SIZES = [2, 2, 4, 6, 6]
+CONSUMED = [0, 2, 4, 8, 14, 20]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_dataset(tmp_path / "data", num_documents=60)
+    return tmp_path / "data"
+
+
+def settings_of(corpus, more: str = "") -> Settings:
+    return parse(f"--model tiny --data-path {corpus} --tokenizer-type NullTokenizer --tokenizer-model {EOD} "
+                 f"--seq-length {SEQ} --train-iters 5 {RAMP} --lr 1e-2 --lr-decay-style linear {more}".split(), 1)
+
+
+class Notes:
+    """In the place of a Trainer: every step and batch is noted, and has losses that tell it from others."""
+
+    def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
+        self.plan, self.meshes, self.skipped = make_plan(settings), meshes, skipped
+        self.stages, self.optimizer = [], None
+        self.steps, self.evaluations = [], []
+
+    def train_step(self, **given) -> StepResult:
+        self.steps.append(given)
+        number = len(self.steps)
+        return StepResult(losses(number, given), number / 2, {}, Traffic(3, 5), dropped=0.25, crossings=1.5,
+                          updated=number not in self.skipped, votes=given["votes"]())
+
+    def evaluate(self, **given) -> Losses:
+        self.evaluations.append(given)
+        return losses(len(self.evaluations), given)
+
+
+def losses(number: int, given: dict) -> Losses:
+    """Of call `number`; two labels of each source."""
+    sources = () if given["sources_BK"] is None else ((2.0 * number, 2),) * given["sources_BK"].shape[1]
+    return Losses(float(number), (10.0 * number,), number / 8, sources)
+
+
+class Listener:
+    """All that a report is told."""
+
+    def __init__(self):
+        self.steps, self.validations, self.messages = [], [], []
+
+    def step(self, metrics):
+        self.steps.append(metrics)
+
+    def validation(self, *what):
+        self.validations.append(what)
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def close(self):
+        pass
+
+
+def run(settings: Settings, meshes, state: TrainState = TrainState(), skipped: tuple[int, ...] = ()
+        ) -> tuple[Run, Notes, Listener]:
+    trainer, told = Notes(settings, meshes, skipped), Listener()
+    made = Run(settings, trainer, Report(told), state, begun=0.0)
+    made.train()
+    return made, trainer, told
+
+
+def samples(settings: Settings, split: int, numbers: range, name: str = "tokens") -> torch.Tensor:
+    dataset = build_datasets(settings.data, num_samples(settings))[split]
+    return torch.stack([dataset[number][name] for number in numbers])
+
+
+def test_each_step_has_its_samples_and_its_rates(meshes, corpus):
+    """Under a ramp the learning rate goes by samples; the bias stops moving after the updates that were asked for."""
+    settings = settings_of(corpus, "--moe-router-bias-update-until 3 --lr-warmup-iters 1")
+    ended, trainer, told = run(settings, meshes)
+    assert ended.state == TrainState(5, 20, 5)
+    for step, (given, metrics) in enumerate(zip(trainer.steps, told.steps, strict=True)):
+        read = range(CONSUMED[step], CONSUMED[step + 1])
+        for argument, name in (("tokens_BS", "tokens"), ("labels_BS", "labels"), ("mask_BS", "loss_mask")):
+            assert torch.equal(given[argument], samples(settings, 0, read, name))
+        assert given["documents_BS"] is given["sources_BK"] is given["real_BS"] is None
+        rate = learning_rate(settings.learning_rate, CONSUMED[step] / 6)
+        assert given["learning_rate"] == metrics.learning_rate == rate
+        assert given["bias_rate"] == (1e-3 if step < 3 else 0.0)
+        assert (metrics.iteration, metrics.tokens) == (step + 1, SIZES[step] * SEQ)
+        assert (metrics.lm_loss, metrics.mtp_loss) == (step + 1.0, (10.0 * (step + 1),))
+        assert (metrics.balance_loss, metrics.grad_norm) == ((step + 1) / 8, (step + 1) / 2)
+        assert metrics.skipped is None and metrics.step_seconds > 0
+        assert metrics.moe_bytes_within_node is metrics.moe_bytes_across_nodes is metrics.moe_dropped_fraction is None
+    assert len({given["learning_rate"] for given in trainer.steps}) == 5
+
+
+def test_a_resumed_run_goes_on_where_it_was(meshes, corpus):
+    """A step that updates nothing counts as an iteration and its samples as read, but not as an optimizer's step."""
+    settings = settings_of(corpus, "--nan-policy skip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_deepseek.training.loop.find_origin", lambda *args: "somewhere")
+        ended, trainer, told = run(settings, meshes, TrainState(2, 4, 1), skipped=(2,))
+    assert ended.state == TrainState(5, 20, 3)
+    assert [len(given["tokens_BS"]) for given in trainer.steps] == SIZES[2:]
+    assert torch.equal(trainer.steps[0]["tokens_BS"], samples(settings, 0, range(4, 8)))
+    assert [metrics.iteration for metrics in told.steps] == [3, 4, 5]
+    assert [metrics.skipped for metrics in told.steps] == [None, True, None]
+    assert any(message.startswith("iteration 4: ") and "somewhere" in message for message in told.messages)
+
+
+def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
+    """Before the first step, every eval_interval, and after the last; a resumed run has done so before."""
+    settings = settings_of(corpus, "--split 50,50,0 --eval-iters 3 --eval-interval 2")
+    _, trainer, told = run(settings, meshes)
+    assert [(iteration, loss, mtp) for iteration, loss, mtp, _ in told.validations] == [
+        (iteration, mean, (10 * mean,)) for iteration, mean in ((0, 2.0), (2, 5.0), (4, 8.0), (5, 11.0))]
+    for number, given in enumerate(trainer.evaluations):
+        first = number % 3 * 6
+        assert torch.equal(given["tokens_BS"], samples(settings, 1, range(first, first + 6)))
+    assert [what[0] for what in run(settings, meshes, TrainState(2, 4, 2))[2].validations] == [4, 5]
+    assert not run(settings_of(corpus), meshes)[2].validations
+
+
+def test_documents_masks_and_sources_are_those_of_the_data(meshes, corpus):
+    """In training and in validation."""
+    blend = f"--data-path 0.5 {corpus} 0.5 {corpus} --split 50,50,0 --eval-iters 1"
+    _, trainer, told = run(settings_of(corpus, f"{blend} --reset-attention-mask --eod-mask-loss"), meshes)
+    for given in (*trainer.steps, *trainer.evaluations):
+        assert torch.equal(given["documents_BS"], number_documents(given["tokens_BS"], EOD))
+        assert torch.equal(given["mask_BS"], given["tokens_BS"] != EOD)
+        assert given["sources_BK"].sum(1).tolist() == [1] * len(given["tokens_BS"])
+    assert any(given["documents_BS"].any() for given in trainer.steps)
+    assert told.validations[0][3] == {"data": 1.0, "data#2": 1.0}
+    assert told.steps[2].source_loss == {"data": 3.0, "data#2": 3.0}
+    assert told.steps[2].source_tokens == {"data": 2, "data#2": 2}
+
+
+def test_what_is_told_of_experts_is_what_there_is(meshes, corpus):
+    """Bytes where experts are on several ranks, dropped tokens under a capacity, a balance loss where there is one."""
+    settings = settings_of(corpus, "--moe-expert-capacity-factor 1 --moe-router-load-balancing-type none")
+    spread = replace(settings, layout=replace(settings.layout, dp=2, ep=2))  # of the batch this rank has all rows
+    (first, *_) = run(spread, meshes)[2].steps
+    assert (first.moe_bytes_within_node, first.moe_bytes_across_nodes) == (3, 5)
+    assert (first.moe_dropped_fraction, first.moe_crossings_per_token, first.balance_loss) == (0.25, 1.5, None)
+
+
+OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-loss-scaling-factor 0.7
+    --recompute-granularity full --cp-comm-type allgather --cpu-offloading-num-layers 1 --seed 7
+    --data-parallel-sharding-strategy optim_grads_params --num-virtual-stages-per-pipeline-rank 2
+    --pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble --fp8-format e4m3"""
+
+
+def test_a_plan_has_everything_that_was_asked_for(corpus):
+    plain = make_plan(settings_of(corpus))
+    assert plain.precision == Precision() and not plain.reshard_after_forward and plain.seed == 1234
+    settings = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 {OPTIONS} "
+                     "--global-batch-size 16".split(), 2)
+    plan = make_plan(settings)
+    assert plan.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
+    assert (plan.model, plan.schedule, plan.seq_length) == (settings.model, "ZBVZeroBubble", 64)
+    assert plan.micro_batch_size == 2
+    assert len(plan.stages) == 4 and plan.reshard_after_forward and plan.seed == 7
+    assert (plan.optimizer.adam_eps, plan.optimizer.clip_grad, plan.loss.mtp_loss_scaling_factor) == (1e-6, 0.5, 0.7)
+    assert plan.recompute.granularity == "full" and plan.offload.cpu_offloading_num_layers == 1
+    assert plan.communication.cp_comm_type == "allgather"
+    gathered = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 --fp8-format e4m3 "
+                     "--fp8-param-gather".split(), 1)
+    assert make_plan(gathered).precision == Precision(fp8=True, fp8_gather=True)
