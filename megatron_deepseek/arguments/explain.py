@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from megatron_deepseek.arguments.features import FEATURES, table
 from megatron_deepseek.arguments.refusals import REFUSALS
 from megatron_deepseek.arguments.settings import Settings, parse_or_exit
+from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.parallel.layout_string import to_string
+from megatron_deepseek.parallel.layout_string import Stage, to_string
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -42,14 +43,22 @@ def explain(settings: Settings) -> Iterator[str]:
     for rank in range(min(layout.world_size, _MOST_RANKS)):
         dense, expert = places(rank, layout)
         held = stages_of_rank(dense["pp"], len(stages), layout.pp, settings.pipeline.schedule)
-        each = model.n_routed_experts // layout.ep
-        experts = f"{expert['ep'] * each}-{expert['ep'] * each + each - 1}" if each else "none"
-        experts += f" 1/{layout.etp}" if layout.etp > 1 else ""
+        experts = _experts(model, layout, [stages[s] for s in held], expert["ep"])
         chunks = "all" if layout.cp == 1 else f"{dense['cp']}, {2 * layout.cp - 1 - dense['cp']} of {2 * layout.cp}"
         yield (f"{rank:4}  {dense['pp']:2} {dense['dp']:2} {dense['cp']:2} {dense['tp']:2}  {expert['edp']:3} "
                f"{expert['ep']:2} {expert['etp']:3}  {','.join(map(str, held)):9}  {experts:9}  {chunks}")
     if layout.world_size > _MOST_RANKS:
         yield f"... and so on, to rank {layout.world_size - 1}"
+
+
+def _experts(model: ModelConfig, layout: Layout, stages: Sequence[Stage], place: int) -> str:
+    """Which a rank at `place` of its expert group holds of each layer of `stages` that has any, and which part."""
+    layers = [index for stage in stages for index in
+              (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+    if not any(map(model.is_moe_layer, layers)):
+        return "none"
+    each = model.n_routed_experts // layout.ep
+    return f"{place * each}-{place * each + each - 1}" + (f" 1/{layout.etp}" if layout.etp > 1 else "")
 
 
 def explain_layout(argv: Sequence[str]) -> None:

@@ -171,9 +171,9 @@ _PIPELINE = (
             f"{PP} x {{r.virtual_stages}} on a rank"),
     Refusal("layout and model", _layout_error, "(the parser of layout strings says what is wrong)"),
     Refusal("schedule and micro-batches", lambda r: r.pp > 1 and r.refused_microbatches is not None,
-            "--pipeline-schedule {r.schedule} does not run with {r.refused_microbatches} micro-batches for each "
-            "data-parallel rank (batch sizes {r.batch_sizes}, --micro-batch-size {r.args.micro_batch_size}); it needs "
-            "{r.microbatch_rule}"),
+            "--pipeline-schedule {r.schedule} does not run with {r.refused_microbatches[0]} micro-batches for each "
+            "data-parallel rank (--global-batch-size {r.refused_microbatches[1]}, --micro-batch-size "
+            "{r.args.micro_batch_size}); it needs {r.microbatch_rule}"),
 )
 
 _EXPERTS = (

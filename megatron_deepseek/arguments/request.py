@@ -105,16 +105,26 @@ class Request:
         return schedules.batch_sizes(self.batch)
 
     @property
-    def uneven_batch(self) -> int | None:
+    def uneven_batch(self) -> str | None:
         """A global batch size, of the ramp too, that does not divide among micro-batches and data ranks."""
-        step = self.args.micro_batch_size * self.dp
-        return next((size for size in self.batch_sizes if size % step), None)
+        return next((self._named(size) for size in self.batch_sizes if size % self._row), None)
 
     @property
-    def refused_microbatches(self) -> int | None:
-        """A number of micro-batches, at some size of the ramp, that the schedule does not run with."""
-        counts = (size // (self.args.micro_batch_size * self.dp) for size in self.batch_sizes)
-        return next((n for n in counts if not schedule_rules.takes_microbatches(self.schedule, self.pp, n)), None)
+    def refused_microbatches(self) -> tuple[int, str] | None:
+        """A number of micro-batches that the schedule does not run with, and the global batch size that has it."""
+        return next(((size // self._row, self._named(size)) for size in self.batch_sizes
+                     if not schedule_rules.takes_microbatches(self.schedule, self.pp, size // self._row)), None)
+
+    @property
+    def _row(self) -> int:
+        """Sequences of one micro-batch on all data ranks."""
+        return self.args.micro_batch_size * self.dp
+
+    def _named(self, batch_size: int) -> str:
+        """A global batch size, and the ramp if it is only on the way."""
+        if batch_size == self.batch.global_batch_size:
+            return str(batch_size)
+        return f"{batch_size} (of --rampup-batch-size {' '.join(map(str, self.args.rampup_batch_size))})"
 
     @property
     def microbatch_rule(self) -> str:

@@ -229,8 +229,15 @@ def _embedding_holders(plan: Plan) -> dict[str, list[int]]:
 
 
 def _stage_shapes(plan: Plan, meshes: Meshes) -> list[StageShape]:
-    """Hidden states stacked along the batch: the main model's, then one for each MTP depth already computed."""
+    """Hidden states stacked along the batch: the main model's, then one for each MTP depth already computed.
+
+    Raises ValueError for a sequence that the ranks cannot share evenly.
+    """
     layout = meshes.layout
+    shared = layout.sequence_parallel or plan.model.n_routed_experts > 0
+    if shared and plan.seq_length % (layout.cp * layout.tp):
+        raise ValueError(f"sequences of {plan.seq_length} tokens do not divide over cp {layout.cp} x tp {layout.tp} "
+                         "ranks")
     seq_length = plan.seq_length // layout.cp // (layout.tp if layout.sequence_parallel else 1)
     shapes, received, states = [], None, 1
     for stage in plan.stages:

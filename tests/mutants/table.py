@@ -14,7 +14,8 @@ DATA = ("tests/unit/test_pretraining_data.py", "tests/unit/test_blends.py",
         "tests/unit/test_data_refusals.py", "tests/e2e/test_pretrain.py")
 FP8 = ("tests/parallel/test_fp8_layouts.py",)
 MODEL = ("tests/unit/test_mtp.py", "tests/unit/test_packing.py", "tests/unit/test_reference.py", *LAYOUTS)
-ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py", *LAYOUTS)
+ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py",
+          "tests/unit/test_reference.py", *LAYOUTS)
 STEP = ("tests/unit/test_trainer.py", "tests/unit/test_optimizer.py", "tests/unit/test_health.py",
         "tests/unit/test_packing.py", *LAYOUTS)
 TRAFFIC = ("tests/parallel/test_traffic.py", "tests/unit/test_dispatch.py")
@@ -103,7 +104,6 @@ CONTEXT = _of(
      "return torch.cat([chunks[2 * rank], chunks[2 * rank + 1]])"),
     ("return everything, slice(0, length // 2), False", "return everything, everything, False"),
     ("return slice(length // 2, length), everything, False", "return everything, everything, False"),
-    ("    if owner < rank:", "    if owner <= rank:"),
     ("return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))",
      "return x if self.size == 1 else x.chunk(self.size, dim)[self.rank]"),
     ("grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),

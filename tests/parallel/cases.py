@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 
 from covering import Space, cheaper_array, covering_array
+from cuts import random_cut
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import schedule_rules
@@ -54,12 +55,13 @@ OPTIONS = {
     "offload_optimizer": (False, True),
 }
 
-# What exhaustive.py draws from besides: values that differ from those above in size only.
+# What exhaustive.py draws from besides: values that differ from those above in size only, and cuts by no placement.
 WIDER = OPTIONS | {
     "pp": (1, 2, 3, 4, 8), "virtual": (1, 2, 3, 4), "tp": (1, 2, 4), "cp": (1, 2, 4), "dp": (1, 2, 3, 4, 5, 6, 7, 8),
     "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
     "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"), "offload_layers": (0, 1, 2, 9),
+    "cut": tuple(range(100)),
 }
 
 CONSTRAINTS = (
@@ -95,6 +97,9 @@ CONSTRAINTS = (
 SMALL = (
     lambda pp, virtual: pp * virtual <= 8,
     lambda dp, microbatches, micro_batch_size: dp * microbatches * micro_batch_size <= 16,
+)
+CUTS = (
+    lambda cut, pp, placement: cut == 0 or pp > 1 and placement == "balanced",
 )
 SMALLER = SMALL + (
     lambda schedule, pp, microbatches: microbatches < 8 or (schedule == "DualPipeV" and pp == 4),
@@ -138,6 +143,7 @@ class Case:
     moments: str = "fp32"
     offload_layers: int = 0
     offload_optimizer: bool = False
+    cut: int = 0
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""
@@ -159,12 +165,16 @@ class Case:
 
     @property
     def num_layers(self) -> int:
-        """At least one for each stage that `placement` leaves to layers."""
+        """As many as a drawn cut has, else at least one for each stage that `placement` leaves to layers."""
+        if self.cut:
+            return self.layout_string.count("t")
         return max(2, self.num_stages - {"balanced": 0, "last": 1, "own": 2, "split": 1}[self.placement])
 
     @property
     def layout_string(self) -> str | None:
-        """MTP modules on the last stage, on a stage of their own before it, or on the last two."""
+        """Drawn, or MTP modules on the last stage, on a stage of their own before it, or on the last two."""
+        if self.cut:
+            return random_cut(self.cut, self.num_stages, self.mtp)
         end = {"balanced": "", "last": "|" + "m" * self.mtp + "L", "own": "|" + "m" * self.mtp + "|L",
                "split": "m" * (self.mtp - 1) + "|mL"}[self.placement]
         if not end:
@@ -257,8 +267,8 @@ ROUTERS = {
 
 
 # Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
-# context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps, and
-# dispatchers that have nothing to exchange, around slices of experts.
+# context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps,
+# dispatchers that have nothing to exchange, around slices of experts, and two cuts: Et|mm|m|L and E|t|tttmm|mL.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
@@ -270,6 +280,8 @@ WIDE_CASES = (
     Case(pp=8, schedule="1F1B", router="greedy", microbatches=8, mtp=1, placement="own", tied=True),
     Case(dp=2, etp=2, dispatcher="allgather", shared=2),
     Case(tp=2, etp=2, dispatcher="grouped", node=2, capacity="probs"),
+    Case(pp=4, schedule="1F1B", microbatches=4, mtp=3, packed=True, tied=True, cut=1),
+    Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20),
 )
 
 

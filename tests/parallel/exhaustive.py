@@ -3,6 +3,7 @@
     python tests/parallel/exhaustive.py                    until interrupted; stops at the first difference
     python tests/parallel/exhaustive.py --cases 100 --seed 7 --max-ranks 4
     python tests/parallel/exhaustive.py --precision fp8       losses of the first step, and that the second is finite
+    python tests/parallel/exhaustive.py --fixed turns=True cp=2      these of every case, the rest at random
     python tests/parallel/exhaustive.py pp=2 schedule=1F1B microbatches=4 tp=2      one case, as a failure prints it
 """
 
@@ -13,7 +14,7 @@ from dataclasses import fields
 from itertools import count
 
 import torch
-from cases import CONSTRAINTS, SMALL, WIDER, Case
+from cases import CONSTRAINTS, CUTS, SMALL, WIDER, Case
 from compare import differences
 from covering import Space
 from fp8_job import FP8, run_fp8, run_fp8_alone
@@ -21,22 +22,24 @@ from job import Record, run_case, run_reference
 from ranks import RankFailure, Ranks
 
 from megatron_deepseek.model.build import Precision
+from megatron_deepseek.parallel.layout_string import to_string
 
 TILE = 2  # which the shards of every layout drawn are multiples of, with but few slices of experts
 FP8_SLICES = 4
 
 
-def parse_case(words: list[str]) -> Case:
+def parse_options(words: list[str]) -> dict:
     kinds = {f.name: type(f.default) for f in fields(Case)}
     given = dict(word.split("=", 1) for word in words)
-    return Case(**{name: value == "True" if kinds[name] is bool else kinds[name](value)
-                   for name, value in given.items()})
+    return {name: value == "True" if kinds[name] is bool else kinds[name](value) for name, value in given.items()}
 
 
-def drawn_cases(seed: int, max_ranks: int):
-    random_, space = random.Random(seed), Space(WIDER, (*CONSTRAINTS, *SMALL))
+def drawn_cases(seed: int, max_ranks: int, fixed: dict):
+    random_, space = random.Random(seed), Space(WIDER, (*CONSTRAINTS, *SMALL, *CUTS))
+    if space.complete(fixed, random_) is None:
+        raise SystemExit(f"no case has {fixed}")
     for _ in count():
-        case = Case(**space.complete({}, random_))
+        case = Case(**space.complete(fixed, random_))
         if case.layout.world_size <= max_ranks:
             yield case
 
@@ -85,12 +88,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="*", help="option=value of one case instead of random ones")
     parser.add_argument("--seed", type=int, default=None, help="of the draws; printed, random by default")
+    parser.add_argument("--fixed", nargs="+", default=[], metavar="OPTION=VALUE", help="what every case drawn has")
     parser.add_argument("--cases", type=int, default=None, help="stop after so many")
     parser.add_argument("--max-ranks", type=int, default=8)
     parser.add_argument("--precision", choices=CHECKS, default="float64")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
-    cases = [parse_case(args.case)] if args.case else drawn_cases(seed, args.max_ranks)
+    cases = [Case(**parse_options(args.case))] if args.case else \
+        drawn_cases(seed, args.max_ranks, parse_options(args.fixed))
     print(f"seed {seed}", flush=True)
     ranks = Ranks()
     for number, case in enumerate(cases):
@@ -99,7 +104,7 @@ def main() -> int:
         found = check(ranks, case, args.precision)
         print(f"{number}: {'differs' if found else 'equal'}: {case}", flush=True)
         if found:
-            print("\n".join(found[:20]))
+            print("\n".join([f"stages {to_string(case.stages)}", *found[:20]]))
             return 1
     return 0
 

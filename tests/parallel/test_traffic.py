@@ -5,6 +5,8 @@ sliced experts, and the results that come back.
 crosses. 4 experts, 0 and 1 on the first node; 3 tokens a rank, 2 choices each.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case
@@ -89,7 +91,7 @@ def test_bytes_by_hand(ranks, kind, fp8):
 def traffic_of_step(case: Case) -> tuple[Traffic, Traffic, float]:
     """Of a step, of the next one after an evaluation, and its crossings for each token."""
     trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
-    own = batch(case.model, 1, 0)
+    own = batch(case.model, case.microbatches, 0)
     first = trainer.train_step(*own, learning_rate=0.0)
     trainer.evaluate(*own)
     second = trainer.train_step(*own, learning_rate=0.0)
@@ -98,9 +100,10 @@ def traffic_of_step(case: Case) -> tuple[Traffic, Traffic, float]:
 
 def test_recomputed_layers_send_their_tokens_again(ranks):
     """A forward's bytes come twice; an evaluation's are no step's; a token is counted once where it crosses."""
-    case = Case(dp=2, ep=2, node=1)
+    case = Case(dp=2, ep=2, node=1, microbatches=2, mtp=1)
     (once, after_evaluation, crossings), _ = ranks.run(2, traffic_of_step, case)
-    (again, _, as_often), _ = ranks.run(2, traffic_of_step, Case(dp=2, ep=2, node=1, recompute="full"))
+    (again, _, as_often), _ = ranks.run(2, traffic_of_step, replace(case, recompute="full"))
     assert once == after_evaluation and once.within_node == 0 < once.across_nodes
     assert again.across_nodes == once.across_nodes * 3 / 2
-    assert crossings == as_often > 0
+    rows = once.across_nodes / (4 * ROW)  # there and back, forwards and backwards
+    assert crossings == as_often == rows / (2 * 2 * (8 + 7))  # of each row one layer routes 8 tokens, the MTP module 7

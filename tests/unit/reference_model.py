@@ -32,7 +32,7 @@ class ReferenceModel:
     def turn(self, x_SD: torch.Tensor) -> torch.Tensor:
         """RoPE: each pair of dimensions is a complex number that is turned by its position's angle."""
         pairs = torch.view_as_complex(x_SD.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * self.turn_SD.to(pairs.dtype)).flatten(-2)
+        return torch.view_as_real(pairs * self.turn_SD[:len(x_SD)].to(pairs.dtype)).flatten(-2)
 
     def attention(self, x_SH: torch.Tensor, name: str) -> torch.Tensor:
         """One sequence, a head at a time."""

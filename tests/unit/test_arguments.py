@@ -77,7 +77,7 @@ REFUSED = {
                         ["--tensor-model-parallel-size 2", "--seq-length 255"]),
     "sequence too long": (1, "--seq-length 4097", ["--seq-length 4097", "--max-position-embeddings 4096"]),
     "uneven batch": (4, "--rampup-batch-size 8 6 100 --global-batch-size 32",
-                     ["--global-batch-size 14", "--micro-batch-size 1 x 4"]),
+                     ["--global-batch-size 14 (of --rampup-batch-size 8 6 100)", "--micro-batch-size 1 x 4"]),
     "virtual layers divide": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4",
                               ["--num-layers-per-virtual-pipeline-stage 4", "--num-layers 4"]),
     "layout and ranks": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
@@ -90,7 +90,8 @@ REFUSED = {
     "layout and model": (2, f"{PP2} --pipeline-model-parallel-layout Ett|tmL",
                          ["--pipeline-model-parallel-layout 'Ett|tmL'", "3 t", "--num-layers is 4"]),
     "schedule and micro-batches": (2, f"{PP2} --global-batch-size 3 --pipeline-schedule DualPipeV",
-                                   ["--pipeline-schedule DualPipeV", "3 micro-batches", "4 stages"]),
+                                   ["--pipeline-schedule DualPipeV", "3 micro-batches", "--global-batch-size 3",
+                                    "4 stages"]),
     "bias without method": (1, "--model deepseek-v2-lite --moe-router-bias-update-rate 0.001",
                             ["--moe-router-bias-update-rate 0.001", "greedy"]),
     "balance without experts": (1, "--num-experts 0 --moe-aux-loss-coeff 0.1",
@@ -129,6 +130,19 @@ REFUSED = {
     "profile": (1, "--profile --profile-step-start 5 --profile-step-end 5",
                 ["--profile-step-start 5", "--profile-step-end 5"]),
 }
+# Further reasons of entries that have several: (ranks, arguments, name of the entry)
+OTHER_REASONS = [
+    (4, "--pipeline-model-parallel-size 3", "world size"),
+    (4, "--tensor-model-parallel-size 2 --context-parallel-size 4", "world size and cp"),
+    (8, "--tensor-model-parallel-size 4 --context-parallel-size 2 --seq-length 252", "tp and sequence"),
+    (2, "--tensor-model-parallel-size 2 --sequence-parallel --num-experts 0 --seq-length 255", "tp and sequence"),
+    (4, "--rampup-batch-size 6 6 100 --global-batch-size 12", "uneven batch"),
+    (4, "--global-batch-size 14", "uneven batch"),
+    (2, f"{PP2} --pipeline-schedule DualPipeV --rampup-batch-size 2 2 100 --global-batch-size 4",
+     "schedule and micro-batches"),
+    (1, "--overlap-moe-expert-parallel-comm --pipeline-schedule DualPipeV", "pairs of what"),
+    (1, f"--save-hf {__file__} --save run", "export exists"),
+]
 # Refused by the parser, by the architecture or by the checks of settings: (whole command line, fragments)
 REFUSED_ELSEWHERE = [
     ("--model tiny --data-path a", ["--train-iters", "--train-samples"]),
@@ -176,12 +190,17 @@ def test_table_refuses(name):
     text = message(f"{BASE} {arguments}", ranks)
     assert "\n" not in text
     assert all(fragment in text for fragment in fragments), text
+    assert name == first_refusal(ranks, arguments), "another entry of the table answered"
+
+
+@pytest.mark.parametrize("ranks, arguments, name", OTHER_REASONS)
+def test_table_refuses_for_each_reason(ranks, arguments, name):
+    assert first_refusal(ranks, arguments) == name
+
+
+def first_refusal(ranks: int, arguments: str) -> str | None:
     args = build_parser().parse_args(f"{BASE} {arguments}".split())
     request = Request(args, build_model(args), ranks)
-    assert name == first_refusal(request), "another entry of the table answered"
-
-
-def first_refusal(request: Request) -> str | None:
     for refusal in REFUSALS:
         try:
             if refusal.when(request):
@@ -194,6 +213,18 @@ def first_refusal(request: Request) -> str | None:
 def test_every_refusal_is_tested():
     untested = {refusal.name for refusal in REFUSALS} - set(REFUSED)
     assert untested == {"too few samples", "balance without weight"}  # below: they need another command line
+
+
+def test_what_just_fits_is_accepted():
+    assert settings("--seq-length 4096").data.seq_length == TINY.max_position_embeddings
+    exact = "--model tiny --data-path a --train-samples 4 --global-batch-size 4 --seq-length 64"
+    assert parse(exact.split(), 1).run.train_iters == 1
+
+
+def test_no_validation_data_of_its_own():
+    text = "--model tiny --train-iters 1 --seq-length 64 --train-data-path a --eval-iters 2"
+    assert "--eval-iters 2 has no data" in message(text)
+    assert parse(f"{text} --valid-data-path b".split(), 1).run.eval_iters == 2
 
 
 def test_too_few_samples():
@@ -212,6 +243,12 @@ def test_refused_elsewhere(arguments, fragments):
     text = message(arguments)
     assert "\n" not in text
     assert all(fragment in text for fragment in fragments), text
+
+
+def test_a_batch_of_the_ramp_that_the_schedule_does_not_run_with():
+    text = message(f"{BASE} {PP2} --rampup-batch-size 1 1 9 --global-batch-size 4", 2)
+    assert "--pipeline-schedule 1F1B does not run with 1 micro-batches" in text
+    assert "(--global-batch-size 1 (of --rampup-batch-size 1 1 9), --micro-batch-size 1)" in text
 
 
 def settings(arguments: str = "", ranks: int = 1):
@@ -291,6 +328,27 @@ def test_learning_rate_lengths_follow_the_run():
     assert rate.min_lr == pytest.approx(2.2e-5) and rate.lr_final == pytest.approx(7.3e-6)
 
 
+def test_lengths_under_a_ramp_count_batches_of_the_final_size():
+    """Batches of 2, 2, 4 and seven of 6 are 50 samples, 9 batches of 6, of which 0.5 is 4; 7 samples are 2 updates."""
+    result = settings("--rampup-batch-size 2 2 8 --global-batch-size 6 --lr-warmup-fraction 0.5 --min-lr 0 "
+                      "--moe-router-bias-update-samples 7")
+    assert (result.learning_rate.lr_decay_iters, result.learning_rate.lr_warmup_iters) == (9, 4)
+    assert result.loss.moe_router_bias_update_until == 2
+
+
+def test_what_is_given_counts_and_zero_is_given():
+    result = settings("--moe-router-bias-update-rate 0 --nan-policy skip --max-skipped-steps 3")
+    assert (result.loss.moe_router_bias_update_rate, result.run.max_skipped_steps) == (0.0, 3)
+    assert settings().learning_rate.min_lr == 0.0 and settings().run.max_skipped_steps == 10
+
+
+def test_ranks_of_a_node():
+    """As many as the launcher starts on one, unless told otherwise; without a launcher all are on one."""
+    sizes = [parse(f"{BASE} {more}".split(), 8, local).communication.moe_ranks_per_node
+             for more, local in (("", None), ("", 4), ("--moe-ranks-per-node 2", 4))]
+    assert sizes == [8, 4, 2]
+
+
 def test_balance_comes_from_the_config_unless_given():
     loss = settings().loss
     assert (loss.balance_type, loss.moe_aux_loss_coeff) == ("seq_aux_loss", 1e-4)
@@ -317,7 +375,8 @@ def test_first_start_in_the_save_directory(tmp_path):
     """--load and --save in one empty directory begin anew; a finished checkpoint there is loaded."""
     both = f"--save {tmp_path} --load {tmp_path}"
     assert settings(both).run.load is None
-    assert "--load" in message(f"{BASE} {both} --finetune")
+    for more in ("--finetune", "--ckpt-step 5"):
+        assert "--load" in message(f"{BASE} {both} {more}")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
     assert "holds no finished checkpoint" in message(f"{BASE} {both}")
     (tmp_path / "iter_0000020").mkdir()
@@ -336,7 +395,7 @@ def test_entry_prints_one_line_and_exits_with_2():
 
 
 def test_help_is_quick_and_imports_no_torch():
-    """Quick by the processor's time, since others may be at work on it."""
+    """A second of processor time, so that a busy machine does not count."""
     before = os.times()
     result = run_entry("--help")
     assert result.returncode == 0 and "--pipeline-schedule" in result.stdout

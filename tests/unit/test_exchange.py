@@ -124,3 +124,21 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
     assert torch.equal(q.grad, total.to(BF16).transpose(1, 2))
     joined = Joined.empty(q.transpose(1, 2), width)
     assert (joined.out_BNSV.dtype, joined.lse_BNS.dtype) == (FLOAT32, FLOAT32)
+
+
+def test_keys_are_made_of_what_is_seen_alone():
+    """Of 8 tokens the second rank of two has 2 to 5, the first 0, 1, 6 and 7. Documents are token 0, tokens 1 and 2,
+    and the rest: of the other's block one token is seen. With a document for each chunk nothing is made of it.
+    """
+    for documents, lengths in (([0, 1, 1, 2, 2, 2, 2, 2], [4, 1]), ([0, 0, 1, 1, 2, 2, 3, 3], [4])):
+        made = []
+
+        def project(block):
+            made.append(block.shape[1])
+            return block.unflatten(-1, (1, 8)).split(4, -1)
+
+        q, *blocks = (torch.randn(shape, requires_grad=True) for shape in ((1, 4, 1, 4), (1, 4, 8), (1, 4, 8)))
+        sight = Sight(1, 2, 4, 0.3, torch.tensor([documents]))
+        y = context._BlockwiseAttention.apply(q, blocks[1], project, sight, Played(1, blocks), Output())
+        y.sum().backward()
+        assert made == lengths * 2  # forwards, and again backwards

@@ -42,6 +42,12 @@ def test_explains_every_rank():
     assert lines[3].endswith("0, 3 of 4") and lines[4].endswith("1, 2 of 4")
 
 
+def test_a_stage_without_a_layer_of_experts_holds_none():
+    layout = "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout E|t|ttt|mL --global-batch-size 4"
+    lines = list(explain(parse([*"--model tiny --data-path corpus --train-iters 1".split(), *layout.split()], 4)))
+    assert [line.split()[9] for line in lines[3:]] == ["none", "none", "0-15", "0-15"]
+
+
 def test_marks_what_the_run_uses():
     marked = {line.split("*")[0].strip() for line in goes_with_what(parse(COMMAND, 8)) if "*" in line.split("  ")[0]
               or "*" in line[30:36]}

@@ -3,7 +3,9 @@
 from contextlib import contextmanager, nullcontext
 
 import torch
+from small_models import V3_SMALL, forward, random_batch, whole_model
 
+from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops.block_scaled import BlockScaled
 from megatron_deepseek.ops.fp8 import quantize_1x128
 from megatron_deepseek.ops.side_stream import Beside, OnStream
@@ -65,3 +67,32 @@ def test_without_streams_it_is_a_call():
     beside = Beside()
     beside.start(lambda x: 2 * x, 21)
     assert beside.result() == 42
+
+
+class Noted(Beside):
+    """Notes when work is begun and when its result is used."""
+
+    def __init__(self, log: list[str]):
+        self.log = log
+
+    def start(self, function, x):
+        self.log.append("shared experts begin")
+        super().start(function, x)
+
+    def result(self):
+        self.log.append("their result is used")
+        return super().result()
+
+
+def test_shared_experts_begin_before_dispatch_and_are_waited_for_after_it(meshes):
+    model, log = whole_model(V3_SMALL, meshes, 6), []
+    (moe,) = (module for module in model.modules() if isinstance(module, MoE))
+    dispatch = moe.dispatcher
+
+    def noted(*args):
+        log.append("dispatch")
+        return dispatch(*args)
+
+    moe.beside, moe.dispatcher = lambda: Noted(log), noted
+    forward(model, *random_batch(V3_SMALL, 2, 6))
+    assert log == ["shared experts begin", "dispatch", "their result is used"]

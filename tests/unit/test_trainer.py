@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.rotary import rope_table
+from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
-from megatron_deepseek.training.trainer import Plan, Trainer, Votes
+from megatron_deepseek.training.trainer import Plan, Trainer, Votes, _stage_shapes
 
 SEQ_LENGTH = 6
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
@@ -272,3 +273,14 @@ def test_votes_travel_with_the_losses(meshes):
     ours = trainer(meshes)
     for votes in (Votes(), Votes(leave=True), Votes(save=True)):
         assert ours.train_step(*batch_of(2), learning_rate=0.1, votes=lambda: votes).votes == votes
+
+
+def test_a_sequence_that_ranks_cannot_share_evenly_is_refused(meshes):
+    """Before anything is sent: 4 ranks would take 2, 2, 2 and no tokens of 6."""
+    plan, over_4 = trainer(meshes, lively=False).plan, replace(meshes, layout=Layout(tp=4))
+    with pytest.raises(ValueError, match="sequences of 6 tokens do not divide over cp 1 x tp 4 ranks"):
+        _stage_shapes(plan, over_4)
+    dense = replace(plan, model=replace(CONFIG, n_routed_experts=0))
+    assert _stage_shapes(dense, over_4)
+    with pytest.raises(ValueError, match="do not divide"):
+        _stage_shapes(dense, replace(meshes, layout=Layout(tp=4, sequence_parallel=True)))
