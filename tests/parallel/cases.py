@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 
-from covering import Space, covering_array
+from covering import Space, cheaper_array, covering_array
 from cuts import random_cut
 
 from megatron_deepseek.config import ModelConfig
@@ -286,6 +287,8 @@ def cost(case: dict) -> float:
     return 0.8 + 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
 
 
-def covering_cases(seed: int = 0) -> list[Case]:
+@cache
+def covering_cases(seed: int = 0) -> tuple[Case, ...]:
     """Every valid pair of OPTIONS, for less than ten seconds of two cores each."""
-    return [Case(**case) for case in covering_array(Space(OPTIONS, CONSTRAINTS + SMALLER), seed, cost)]
+    space = Space(OPTIONS, CONSTRAINTS + SMALLER)
+    return tuple(Case(**case) for case in cheaper_array(space, covering_array(space, seed, cost), seed, cost))

@@ -6,6 +6,7 @@ constraint has it; that is decided by search, not by sampling, so no valid pair 
 
 import inspect
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
@@ -23,12 +24,12 @@ class Space:
         for predicate in constraints:
             names = tuple(inspect.signature(predicate).parameters)
             for name in names:
-                self._relating[name].append((names, predicate))
+                self._relating[name].append((set(names), names, predicate))
 
     def allows(self, case: Case, name: str) -> bool:
         """Whether the partial `case` meets every constraint on `name` whose other options are known too."""
-        return all(predicate(*(case[n] for n in names)) for names, predicate in self._relating[name]
-                   if all(n in case for n in names))
+        return all(predicate(*[case[n] for n in names]) for needed, names, predicate in self._relating[name]
+                   if case.keys() >= needed)
 
     def complete(self, fixed: Case, random_: random.Random) -> Case | None:
         """A random valid case with the values of `fixed`, or None if there is none."""
@@ -58,18 +59,42 @@ def pairs_of(case: Case) -> set[Pair]:
     return set(combinations(case.items(), 2))
 
 
-def covering_array(space: Space, seed: int, cost: Callable[[Case], float], candidates: int = 60) -> list[Case]:
+def covering_array(space: Space, seed: int, cost: Callable[[Case], float], candidates: int = 8) -> list[Case]:
     """Cases that cover every valid pair, found greedily: each new one is the best of some random ones that hold an
     uncovered pair, the best being that with the most uncovered pairs for its cost.
     """
     random_ = random.Random(seed)
-    uncovered = {pair: None for pair in space.pairs() if space.complete(dict(pair), random_)}
+    uncovered = dict.fromkeys(space.pairs())
     array = []
     while uncovered:
         pair = next(iter(uncovered))
         drawn = [space.complete(dict(pair), random_) for _ in range(candidates)]
+        if drawn[0] is None:
+            del uncovered[pair]
+            continue
         best = max(drawn, key=lambda case: sum(pair in uncovered for pair in pairs_of(case)) / cost(case))
         array.append(best)
         for covered in pairs_of(best):
             uncovered.pop(covered, None)
+    return array
+
+
+def cheaper_array(space: Space, array: list[Case], seed: int, cost: Callable[[Case], float], rounds: int = 2000,
+                  candidates: int = 10) -> list[Case]:
+    """Cases that cover every pair of `array` for less. Each round frees one case of all values but those whose pairs no
+    other case has; it goes if there are none, else the cheapest of some random cases with them takes its place. One as
+    cheap is taken too, so that over the rounds pairs gather in fewer cases.
+    """
+    random_, array = random.Random(seed), list(array)
+    holders = Counter(pair for case in array for pair in pairs_of(case))
+    for _ in range(rounds):
+        index = random_.randrange(len(array))
+        holders.subtract(pairs_of(array[index]))
+        needed = {option for pair in pairs_of(array[index]) if not holders[pair] for option in pair}
+        if not needed:
+            del array[index]
+            continue
+        drawn = [space.complete(dict(needed), random_) for _ in range(candidates)]
+        array[index] = min(*drawn, array[index], key=cost)
+        holders.update(pairs_of(array[index]))
     return array
