@@ -4,6 +4,7 @@ On a CPU nothing runs side by side, so that no time is saved here; what a device
 before it waits.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -96,3 +97,5 @@ def test_tokens_travel_behind_the_other_chunk_of_a_pair(ranks):
         assert hidden & {*ATTENTION} and ATTENTION_BACKWARD in hidden
     for spans in ranks.run(4, trace, case):
         assert any(span.name == WAITED for span in spans) and not hidden_behind(spans)
+        reduced = Counter(span.name for span in spans if span.name.startswith(f"{REDUCED} ("))
+        assert reduced and set(reduced.values()) == {1}, "deferred weight gradients are reduced with the others"
