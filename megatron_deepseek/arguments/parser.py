@@ -164,6 +164,9 @@ def _add_parallel(parser):
                         help="stages on each rank, balanced by cost (2 where the schedule needs several)")
     stages.add_argument("--num-layers-per-virtual-pipeline-stage", type=values.positive_int,
                         help="exactly so many layers on each stage")
+    for end in ("first", "last"):
+        add(f"--decoder-{end}-pipeline-num-layers", type=values.positive_int,
+            help=f"layers of the {end} pipeline rank; ranks without such a number share the rest evenly")
     add("--data-parallel-sharding-strategy", type=str, choices=("optim_grads", "optim_grads_params"),
         default="optim_grads", help="what FSDP keeps sharded outside a layer's computation (optim_grads)")
     add("--distributed-timeout-minutes", type=values.positive, default=10.0, help="for a collective (10)")

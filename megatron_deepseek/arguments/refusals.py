@@ -3,35 +3,17 @@
 An entry may rely on those above it. Messages are format strings over a Request `r`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
+from megatron_deepseek.arguments.pipeline_refusals import PIPELINE
+from megatron_deepseek.arguments.refusal import CP, EP, ETP, PP, TP, Refusal
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.checkpoint.marker import begins_anew
-from megatron_deepseek.parallel import layout_string, schedule_rules
+from megatron_deepseek.parallel import schedule_rules
 
-TP = "--tensor-model-parallel-size {r.tp}"
-PP = "--pipeline-model-parallel-size {r.pp}"
-CP = "--context-parallel-size {r.cp}"
-EP = "--expert-model-parallel-size {r.ep}"
-ETP = "--expert-tensor-parallel-size {r.etp}"
 IN_TURNS = "paired chunks in turns"  # a name in features.py
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses.
-
-    `excludes`: pairs of features (features.py) that it refuses whatever the sizes.
-    """
-
-    name: str
-    when: Callable[[Request], bool]
-    message: str
-    excludes: tuple[tuple[str, str], ...] = ()
 
 
 def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
@@ -52,13 +34,6 @@ def _moment_decay(option: str, beta: str) -> Refusal:
                    lambda r: getattr(r.args, dest) == "bf16" and getattr(r.args, beta_dest) > 1 - 2**-8,
                    f"{option} {{r.args.{dest}}} conflicts with {beta} {{r.args.{beta_dest}}}: a bfloat16 moment times "
                    "a factor above 0.996 rounds back to itself and would never decay")
-
-
-def _layout_error(r: Request) -> bool:
-    """False, or the parser's own ValueError."""
-    if r.layout is not None:
-        layout_string.parse(r.layout, r.model.num_hidden_layers, r.model.num_nextn_predict_layers)
-    return False
 
 
 def _data_error(r: Request) -> bool:
@@ -149,31 +124,6 @@ _BATCH = (
             "{r.dp} data-parallel ranks"),
     Refusal("too few samples", lambda r: r.args.train_samples is not None and r.args.train_samples < r.batch_sizes[0],
             "--train-samples {r.args.train_samples} is less than one batch of {r.batch_sizes[0]}"),
-)
-
-_PIPELINE = (
-    Refusal("virtual layers divide",
-            lambda r: r.args.num_layers_per_virtual_pipeline_stage is not None
-            and r.model.num_hidden_layers % (r.pp * r.args.num_layers_per_virtual_pipeline_stage) != 0,
-            "--num-layers-per-virtual-pipeline-stage {r.args.num_layers_per_virtual_pipeline_stage} x "
-            f"{PP} does not divide --num-layers {{r.model.num_hidden_layers}}"),
-    Refusal("layout and ranks", lambda r: r.stage_count % r.pp != 0,
-            "--pipeline-model-parallel-layout {r.args.pipeline_model_parallel_layout!r} has {r.stage_count} stages, "
-            f"which {PP} does not divide"),
-    Refusal("one rank", lambda r: r.pp == 1 and r.stage_count > 1,
-            f"{PP} holds one stage, not the {{r.stage_count}} that the arguments for stages ask for"),
-    Refusal("schedule and stages",
-            lambda r: r.pp > 1 and not schedule_rules.takes_virtual_stages(r.schedule, r.virtual_stages),
-            "--pipeline-schedule {r.schedule} does not run with {r.virtual_stages} stages on a rank ({r.stage_count} "
-            f"stages, {PP})"),
-    Refusal("more stages than layers", lambda r: r.layout is None and r.stage_count > r.model.num_hidden_layers,
-            "--num-layers {r.model.num_hidden_layers} is less than the {r.stage_count} stages of "
-            f"{PP} x {{r.virtual_stages}} on a rank"),
-    Refusal("layout and model", _layout_error, "(the parser of layout strings says what is wrong)"),
-    Refusal("schedule and micro-batches", lambda r: r.pp > 1 and r.refused_microbatches is not None,
-            "--pipeline-schedule {r.schedule} does not run with {r.refused_microbatches[0]} micro-batches for each "
-            "data-parallel rank (--global-batch-size {r.refused_microbatches[1]}, --micro-batch-size "
-            "{r.args.micro_batch_size}); it needs {r.microbatch_rule}"),
 )
 
 _EXPERTS = (
@@ -293,7 +243,7 @@ _RUN = (
             "{r.args.profile_step_end}"),
 )
 
-REFUSALS = _UNBUILT + _LAYOUT + _BATCH + _PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
+REFUSALS = _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
 
 
 def refuse(request: Request) -> None:

@@ -87,12 +87,44 @@ class Request:
 
     @property
     def layout(self) -> str | None:
-        """The layout string that was given, or that of equal stages where their number of layers was."""
-        layers = self.args.num_layers_per_virtual_pipeline_stage
+        """The layout string that was given, or that of stages whose numbers of layers were."""
+        layers = self._layers_of_stages
         if layers is None:
             return self.args.pipeline_model_parallel_layout
-        stages = "|".join(["t" * layers] * self.stage_count)
+        stages = "|".join("t" * number for number in layers)
         return f"E{stages}{'m' * self.model.num_nextn_predict_layers}L"
+
+    @property
+    def _layers_of_stages(self) -> list[int] | None:
+        if self.args.num_layers_per_virtual_pipeline_stage is not None:
+            return [self.args.num_layers_per_virtual_pipeline_stage] * self.stage_count
+        if not self.pipeline_ends:
+            return None
+        holders = (schedule_rules.rank_of_stage(stage, self.stage_count, self.pp, self.schedule)
+                   for stage in range(self.stage_count))
+        return [self._layers_of_ranks[rank] // self.virtual_stages for rank in holders]
+
+    @property
+    def _layers_of_ranks(self) -> list[int]:
+        """Of the pipeline ranks at the ends as many as was asked for; the others share the rest."""
+        first, last = self.args.decoder_first_pipeline_num_layers, self.args.decoder_last_pipeline_num_layers
+        given = [number for number in (first, last) if number is not None]
+        each = (self.model.num_hidden_layers - sum(given)) // max(self.pp - len(given), 1)
+        return [each if first is None else first, *[each] * (self.pp - 2), each if last is None else last]
+
+    @property
+    def pipeline_ends(self) -> str:
+        """The arguments that give numbers of layers to the ends of the pipeline, as they were typed."""
+        numbers = {end: getattr(self.args, f"decoder_{end}_pipeline_num_layers") for end in ("first", "last")}
+        return " ".join(f"--decoder-{end}-pipeline-num-layers {number}"
+                        for end, number in numbers.items() if number is not None)
+
+    @property
+    def ends_divide(self) -> bool:
+        """Whether every layer is some rank's, and every rank's layers are as many on each of its stages."""
+        layers = self._layers_of_ranks
+        return sum(layers) == self.model.num_hidden_layers and min(layers) > 0 and not any(
+            number % self.virtual_stages for number in layers)
 
     @property
     def batch(self) -> BatchSettings:

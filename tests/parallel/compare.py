@@ -21,7 +21,10 @@ def differences(records: list[Record], reference: Record, tolerance: float = TOL
              for what in _record_differences(record, reference, tolerance)]
     held = {name for record in records for _, name in record.weights}
     missing = {name for _, name in reference.weights} - held
-    return found + [f"no rank holds {name}" for name in sorted(missing)]
+    counted = {name for record in records for name in record.steps[0].expert_counts}
+    uncounted = reference.steps[0].expert_counts.keys() - counted
+    return found + [f"no rank holds {name}" for name in sorted(missing)] + [
+        f"no rank counts the experts of {name}" for name in sorted(uncounted)]
 
 
 def _record_differences(record: Record, reference: Record, tolerance: float) -> Iterator[str]:

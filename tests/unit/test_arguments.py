@@ -83,6 +83,12 @@ REFUSED = {
     "layout and ranks": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
                          ["--pipeline-model-parallel-layout 'Ett|t|tmL' has 3 stages",
                           "--pipeline-model-parallel-size 2"]),
+    "ends of one rank": (1, "--decoder-first-pipeline-num-layers 3",
+                         ["--decoder-first-pipeline-num-layers 3", "--pipeline-model-parallel-size 1"]),
+    "ends and stages": (2, f"{PP2} --decoder-last-pipeline-num-layers 3 --pipeline-model-parallel-layout Ett|ttmL",
+                        ["--decoder-last-pipeline-num-layers 3", "--pipeline-model-parallel-layout"]),
+    "ends divide": (4, "--pipeline-model-parallel-size 4 --num-layers 8 --decoder-first-pipeline-num-layers 3",
+                    ["--decoder-first-pipeline-num-layers 3 of --num-layers 8", "--pipeline-model-parallel-size 4"]),
     "one rank": (1, "--num-virtual-stages-per-pipeline-rank 2", ["--pipeline-model-parallel-size 1", "2"]),
     "schedule and stages": (2, f"{PP2} --pipeline-schedule DualPipeV --pipeline-model-parallel-layout Ett|ttmL",
                             ["--pipeline-schedule DualPipeV", "1 stages on a rank"]),
@@ -303,6 +309,12 @@ def test_layout_of_ranks():
     ("--num-virtual-stages-per-pipeline-rank 2", ("Interleaved1F1B", None, 2)),
     ("--num-layers-per-virtual-pipeline-stage 1", ("Interleaved1F1B", "Et|t|t|tmL", 2)),
     ("--pipeline-model-parallel-layout Ettt|tmL", ("1F1B", "Ettt|tmL", 1)),
+    ("--decoder-last-pipeline-num-layers 1", ("1F1B", "Ettt|tmL", 1)),
+    ("--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3", ("1F1B", "Et|tttmL", 1)),
+    ("--num-layers 6 --decoder-first-pipeline-num-layers 4 --num-virtual-stages-per-pipeline-rank 2",
+     ("Interleaved1F1B", "Ett|t|tt|tmL", 2)),
+    ("--num-layers 6 --decoder-first-pipeline-num-layers 4 --pipeline-schedule DualPipeV",
+     ("DualPipeV", "Ett|t|t|ttmL", 2)),
 ])
 def test_pipeline(arguments, expected):
     pipeline = settings(f"{PP2} --global-batch-size 8 {arguments}", 2).pipeline
