@@ -222,6 +222,16 @@ def test_bfloat16_accumulates_in_float32(meshes):
     assert not {name: e for name, e in errors.items() if e > (1e-6 if name.endswith("gate.weight") else 0.0)}
 
 
+def test_routers_compute_with_their_master_weights_under_bfloat16(meshes):
+    """And experts beside them with weights in bfloat16."""
+    ours, seen = trainer(meshes, precision=BF16), []
+    moe = ours.stages[0].model.layers[str(CONFIG.first_k_dense_replace)].mlp
+    for module, name in ((moe.gate, "weight"), (moe.experts, "down_proj")):
+        module.register_forward_pre_hook(lambda module, _, name=name: seen.append(getattr(module, name).dtype))
+    ours.train_step(*batch_of(2), learning_rate=0.0)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("freed", [False, True], ids=["kept", "freed"])
 def test_gathered_weights_are_kept_for_the_next_micro_batch_unless_a_forward_frees_them(meshes, freed):
     """Whether a layer's weight is a shard before and after each forward, and behind the step."""
