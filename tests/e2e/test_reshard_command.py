@@ -54,7 +54,7 @@ def address_space() -> int:
 def test_kill_and_resume_in_little_memory(tmp_path, large):
     """SIGKILL in the middle; the same command keeps the finished files. Both runs have less memory than one file."""
     size = sum(path.stat().st_size for path in large.rglob("*.distcp")) // 1024
-    limit = f"ulimit -v {address_space() + int(0.7 * size)}; exec {sys.executable} \"$@\""
+    limit = f"export MALLOC_ARENA_MAX=1; ulimit -v {address_space() + int(0.7 * size)}; exec {sys.executable} \"$@\""
     arguments = ["reshard", "--load", str(large), "--save", str(tmp_path / "out"), *EXPERTS]
     slow = "import os, time; pwrite = os.pwrite; os.pwrite = lambda *a: (time.sleep(0.004), pwrite(*a))[1]; "
     run = (f"import sys, runpy; {slow}sys.argv = {[TOOL, *arguments]!r}; "
