@@ -102,7 +102,8 @@ class Request:
             return None
         holders = (schedule_rules.rank_of_stage(stage, self.stage_count, self.pp, self.schedule)
                    for stage in range(self.stage_count))
-        return [self._layers_of_ranks[rank] // self.virtual_stages for rank in holders]
+        of_rank, stages_of_rank = self._layers_of_ranks, self.virtual_stages
+        return [of_rank[rank] // stages_of_rank for rank in holders]
 
     @property
     def _layers_of_ranks(self) -> list[int]:
