@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test test-exhaustive mutants clean
+.PHONY: help venv pretrain test test-all test-exhaustive mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
 	@echo '                RUN_DIR= another directory, STEPS= iterations, NPROC= processes (1, 2, 4 or 8)'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
+	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
@@ -33,9 +34,15 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 pretrain: $(STAMP)
 	$(BIN)/python tools/run_tiny.py --run-dir '$(RUN_DIR)' $(if $(STEPS),--steps $(STEPS)) $(if $(NPROC),--nproc $(NPROC))
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
 	$(BIN)/ruff check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
+	$(PYTEST) -m 'not slow' tests
+
+test-all: $(STAMP)
+	$(BIN)/ruff check
+	$(PYTEST) tests
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
