@@ -25,7 +25,8 @@ def test_nothing_is_proposed_where_nothing_is_near(typed):
 def test_unknown_options_are_told_before_missing_ones():
     with pytest.raises(ValueError) as refused:
         build_parser().parse_args("--modle tiny --foo=3 --train-iters 1".split())
-    assert str(refused.value) == "--modle is no option; did you mean --model?; --foo is no option; --help lists them all"
+    assert str(refused.value) == ("--modle is no option; did you mean --model?; --foo is no option; --help lists "
+                                  "them all")
 
 
 def test_values_with_blanks_and_words_alone_are_no_options():
