@@ -20,6 +20,11 @@ import tokenize
 from fnmatch import fnmatch
 from pathlib import Path
 
+if sys.version_info < (3, 10):
+    sys.stderr.write("make_corpus.py: error: needs Python 3.10 or newer, and %s is %s\n"
+                     % (sys.executable, sys.version.split()[0]))
+    raise SystemExit(2)
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_deepseek.arguments.command_line import OneLineParser
