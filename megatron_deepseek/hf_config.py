@@ -8,6 +8,8 @@ A field whose value would change the mathematics in a way that the layers here d
 ignored; fields that describe a run (ep_size, pretraining_tp, use_cache, torch_dtype) are read over.
 """
 
+from megatron_deepseek.foreign_json import JsonObject
+
 _COMMON_DEFAULTS = {
     "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
@@ -35,22 +37,25 @@ _NULL_MEANS = {"n_shared_experts": 0, "n_routed_experts": 0, "moe_intermediate_s
                "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
                "attention_dropout": 0.0, "aux_loss_alpha": 0.0, "norm_topk_prob": False, "topk_method": "greedy"}
 _IMPLEMENTED = {"hidden_act": "silu", "mlp_bias": False, "rope_interleave": True}
+_LARGEST = 2**31 - 1  # of a number: no width, count or id comes near it
+_MOST_MODULES = 10_000_000  # layers times experts: V3 has 15,872
 _YARN_FIELDS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def normalise(fields: dict) -> dict:
     """ModelConfig's fields, all of them, from either dialect; `rope_scaling` as RopeScaling's fields or None."""
     model_type = fields.get("model_type")
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise ValueError(f"model_type {model_type!r} is not one of {', '.join(_DEFAULTS)}")
     _refuse_other_mathematics(fields)
     given = {_ALIASES.get(name, name): value for name, value in fields.items()}
     result = {name: given.get(name, default) for name, default in _DEFAULTS[model_type].items()}
     result |= {name: value for name, value in _NULL_MEANS.items() if result[name] is None}
     if isinstance(result["eos_token_id"], list):
-        result["eos_token_id"] = result["eos_token_id"][0]
+        result["eos_token_id"] = next(iter(result["eos_token_id"]), None)
     for name, value in result.items():
         _check_type(name, value, _V3_DEFAULTS[name])
+    _check_count(result)
     result["rope_theta"], result["rope_scaling"] = _read_rope(fields, result["max_position_embeddings"])
     return result
 
@@ -61,6 +66,17 @@ def _check_type(name: str, value, example) -> None:
     accepted = (int, float) if isinstance(example, float) else type(example)
     if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(example, bool):
         raise ValueError(f"{name} is {value!r}, which is no {type(example).__name__}")
+    if not isinstance(value, (bool, str)) and abs(value) > _LARGEST:
+        raise ValueError(f"{name} is {str(value)[:40]}, more than {_LARGEST}")
+
+
+def _check_count(result: dict) -> None:
+    """A damaged number of layers or experts must not become hours of listing their tensors."""
+    layers = result["num_hidden_layers"] + result["num_nextn_predict_layers"]
+    if layers * max(result["n_routed_experts"], 1) > _MOST_MODULES:
+        raise ValueError(f"num_hidden_layers {result['num_hidden_layers']}, num_nextn_predict_layers "
+                         f"{result['num_nextn_predict_layers']} and n_routed_experts {result['n_routed_experts']} "
+                         f"make more than {_MOST_MODULES} layers of experts")
 
 
 def _refuse_other_mathematics(fields: dict) -> None:
@@ -74,9 +90,11 @@ def _refuse_other_mathematics(fields: dict) -> None:
 
 
 def _read_rope(fields: dict, max_position_embeddings: int) -> tuple[float, dict | None]:
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    theta = 10000.0 if theta is None else float(theta)
+    given = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    scaling = JsonObject.of(fields.get(given) or {}, given)
+    rope = scaling.fields
+    theta = (scaling if "rope_theta" in rope else JsonObject(fields, "RoPE")).number("rope_theta", 0, default=None)
+    theta = 10000.0 if theta is None else theta
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -85,9 +103,12 @@ def _read_rope(fields: dict, max_position_embeddings: int) -> tuple[float, dict 
             raise ValueError(f"rope_scaling {name} {rope[name]!r} is not supported")
     if rope.get("factor") is None:
         raise ValueError(f"rope_scaling of type {kind!r} has no factor")
-    original = rope.get("original_max_position_embeddings") or max_position_embeddings
-    yarn = {name: float(rope[name]) for name in _YARN_FIELDS if rope.get(name) is not None}
-    return theta, {"kind": kind, "factor": float(rope["factor"]), "original_max_position_embeddings": original, **yarn}
+    original = max_position_embeddings
+    if rope.get("original_max_position_embeddings"):
+        original = scaling.integer("original_max_position_embeddings", 1, _LARGEST)
+    yarn = {name: scaling.number(name) for name in _YARN_FIELDS if rope.get(name) is not None}
+    factor = scaling.number("factor")
+    return theta, {"kind": kind, "factor": factor, "original_max_position_embeddings": original, **yarn}
 
 
 def released_fields(config) -> dict:
