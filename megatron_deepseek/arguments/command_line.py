@@ -3,7 +3,11 @@
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Sequence
+from typing import TextIO
+
+from megatron_deepseek.arguments.ending import BROKEN_PIPE, silence
 
 _NEAR = 0.75  # of difflib's similarity: --train-iter is near --train-iters, --tokenizer is near nothing
 _MOST_PROPOSED = 3
@@ -28,6 +32,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(message.removeprefix("argument "))
+
+    def print_help(self, file: TextIO | None = None):
+        """As argparse does, but for a reader that has gone (`| head`): Python would tell of it at its end."""
+        file = file or sys.stdout
+        try:
+            file.write(self.format_help())
+            file.flush()
+        except BrokenPipeError:
+            silence(file)
+            self.exit(BROKEN_PIPE)
 
     def parse_args(self, args=None, namespace=None):
         arguments, left = self.parse_known_args(args, namespace)

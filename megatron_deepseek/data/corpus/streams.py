@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_deepseek.packages import how_to_install
+
 BUFFER_BYTES = 1 << 18
 MOST_MEMORY = 1 << 27  # for the dictionary of xz and the window of zstd: all that `xz -9` and `zstd -19` use
 
@@ -96,7 +98,7 @@ def _zstd() -> _Format:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError("reading .zst needs the package zstandard: pip install 'megatron-deepseek[data]'") from error
+        raise ValueError(f"reading .zst needs the package zstandard: {how_to_install('zstandard')}") from error
     return _Format("zstd", lambda: zstandard.ZstdDecompressor(max_window_size=MOST_MEMORY).decompressobj(), 1 << 11)
 
 
