@@ -152,9 +152,9 @@ class ModelConfig:
         """Reads a config.json, or that of a directory."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        found = read_object(path)
+        fields = dict(read_object(path).fields)
         try:
-            return cls.from_hf_dict(dict(found.fields))
+            return cls.from_hf_dict(fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

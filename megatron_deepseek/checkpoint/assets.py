@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek import hf_config
+from megatron_deepseek import hf_config, hf_rope
 from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.foreign_json import read_object
@@ -88,8 +88,10 @@ def _changes(given: dict, config: ModelConfig) -> dict:
             continue
         if name not in ("rope_theta", "rope_scaling"):
             changes[hf_config.spelling(given, name)] = released[name]
+    if given.get("topk_method") == hf_config.MISSPELT_GREEDY:  # which neither DeepSeek's code nor transformers runs
+        changes["topk_method"] = config.topk_method
     if {"rope_theta", "rope_scaling"} & set(names):
-        changes |= hf_config.write_rope(config, given)
+        changes |= hf_rope.write_rope(config, given)
     return changes
 
 

@@ -95,7 +95,7 @@ DAMAGE = {
     "negative shape": (lambda hf: edit_header(hf, shape=[-1, -136]), ['"shape" has -1 in it']),
     "huge width": (lambda hf: edit_config(hf, hidden_size=2**40), ["config.json: hidden_size is 1099511627776, more"]),
     "endless layers": (lambda hf: edit_config(hf, num_hidden_layers=2**31 - 1), ["num_hidden_layers 2147483647"]),
-    "rope of another kind": (lambda hf: edit_config(hf, rope_scaling="yarn"), ['rope_scaling holds "yarn", not an']),
+    "rope of another kind": (lambda hf: edit_config(hf, rope_scaling="yarn"), ["rope_scaling is 'yarn', not an"]),
     "quantisation of another kind": (lambda hf: edit_config(hf, quantization_config=[1]), ["quantization_config"]),
     "deep config": (lambda hf: (hf / "config.json").write_text("[" * 100_000), ["config.json", "nested more than 128"]),
     "no config": (lambda hf: (hf / "config.json").unlink(), ["config.json"]),
