@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.settings import BatchSettings, RunSettings
 from megatron_deepseek.training.timeline import (
     Timeline, batch_sizes, global_batch_size, last_iteration, timeline, with_past)
@@ -97,8 +97,9 @@ def test_checkpoints_without_a_record_of_their_batches(state, batch, past):
     assert timeline(batch, found).samples(state[0]) == state[1]
 
 
-def test_the_record_is_kept_in_a_checkpoint():
+def test_the_record_is_kept_in_a_checkpoint(tmp_path):
     state = TrainState().after(4, True).after(4, False).after(8, True)
     assert state == TrainState(3, 16, 2, ((2, 4), (1, 8)))
-    assert TrainState(**json.loads(json.dumps(asdict(state)))) == state
+    (tmp_path / "state.json").write_text(json.dumps(asdict(state)))
+    assert read_state(tmp_path) == state
     assert Timeline(state.batches, 2).samples(5) == 20
