@@ -9,12 +9,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_deepseek.arguments.architecture import build_model
+from megatron_deepseek.arguments.architecture import build_model, describe_architecture
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
@@ -27,7 +28,7 @@ _SILENT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a pre-training run is told."""
+    """All that a pre-training run is told. `notes`: lines on how the architecture came about, for its start."""
 
     model: ModelConfig
     layout: Layout
@@ -41,6 +42,7 @@ class Settings:
     offload: OffloadSettings
     data: DataSettings
     run: RunSettings
+    notes: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
@@ -68,7 +70,8 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
-        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations))
+        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations),
+        notes=describe_architecture(args))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -79,10 +82,12 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             world_size = int(environ.get("WORLD_SIZE", "1"))
             return parse(argv, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
         except ValueError as error:
+            line = f"pretrain_deepseek.py: error: {error}"
             if first:
-                print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
             else:
                 time.sleep(_SILENT_SECONDS)
+            tell_agent(line)
     raise SystemExit(2)
 
 

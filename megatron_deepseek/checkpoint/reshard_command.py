@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.parser import OneLineParser
+from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.parser import build_parser as training_parser
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint import inspection
@@ -197,7 +197,7 @@ def average(args: argparse.Namespace, share: Share) -> int:
     if not sum(weights) > 0:
         raise ValueError(f"--weights {' '.join(map(str, weights))} add up to {sum(weights):g}, not to more than 0")
     files = files_of_size(wanted(checkpoints[0], DTYPES.get(args.dtype), False), checkpoints[0], _AVERAGE_FILE_BYTES)
-    return _make(averaged(checkpoints, weights, files, args.save, asdict(TrainState()), not args.no_verify), share)
+    return _make(averaged(checkpoints, weights, files, args.save, TrainState(), not args.no_verify), share)
 
 
 def _make(product: Product, share: Share) -> int:

@@ -17,6 +17,7 @@ from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.report import Report
@@ -32,10 +33,12 @@ def refusing(first_rank: bool, advice: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        line = f"pretrain_deepseek.py: error: {error}{advice}"
         if first_rank:
-            print(f"pretrain_deepseek.py: error: {error}{advice}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
         else:
             time.sleep(_SILENT_SECONDS)
+        tell_agent(line)
         os._exit(2)
 
 
@@ -93,7 +96,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
                    f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
-    for line in describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size):
+    reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
+    for line in (*settings.notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):

@@ -28,6 +28,7 @@ from megatron_deepseek.data.corpus.sample import sample_texts
 from megatron_deepseek.data.corpus.sentences import sentence_splitter
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.corpus.workers import Counters, run_tasks
+from megatron_deepseek.packages import how_to_install
 
 PACKAGES = {"parquet": "pyarrow", "zstd": "zstandard"}
 
@@ -67,7 +68,7 @@ def _check_packages(sources: list[Source]):
         package = PACKAGES.get(source.format) or PACKAGES.get(source.compression)
         if package is not None and importlib.util.find_spec(package) is None:
             raise ValueError(f"--input {source.path}: reading it needs the package {package}: "
-                             f"pip install 'megatron-deepseek[data]'")
+                             f"{how_to_install(package)}")
         if source.format == "parquet" and (source.compression is not None or source.path == STANDARD_INPUT):
             raise ValueError(f"--input {source.path}: parquet is read from plain files only")
 

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_deepseek.packages import how_to_install
+
 BUFFER_BYTES = 1 << 18
 MOST_ZSTD_WINDOW = 1 << 31  # of `zstd --long=31 --ultra`; no decoder takes more
 
@@ -111,7 +113,7 @@ def _zstd() -> _Format:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError("reading .zst needs the package zstandard: pip install 'megatron-deepseek[data]'") from error
+        raise ValueError(f"reading .zst needs the package zstandard: {how_to_install('zstandard')}") from error
     decompressor = zstandard.ZstdDecompressor(max_window_size=MOST_ZSTD_WINDOW)
     return _Format("zstd", decompressor.decompressobj, 1 << 11)
 
