@@ -37,6 +37,8 @@ _DEFAULTS = {"deepseek_v2": _V2_DEFAULTS, "deepseek_v3": _V3_DEFAULTS}
 _NULL_MEANS = {"n_shared_experts": 0, "n_routed_experts": 0, "moe_intermediate_size": 0, "num_experts_per_tok": 0,
                "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
                "attention_dropout": 0.0, "aux_loss_alpha": 0.0, "norm_topk_prob": False}
+_LARGEST = 2**31 - 1  # of a number: no width, count or id comes near it
+_MOST_MODULES = 10_000_000  # layers times experts: V3 has 15,872
 MISSPELT_GREEDY = "gready"  # the default of the configuration_deepseek.py that the released models come with
 
 
@@ -54,6 +56,7 @@ def normalise(fields: dict) -> dict:
         result["eos_token_id"] = result["eos_token_id"][0] if result["eos_token_id"] else None
     for name, value in result.items():
         _check_type(name, value, _V3_DEFAULTS[name])
+    _check_count(result)
     stated = result["max_position_embeddings"] if "max_position_embeddings" in fields else None
     result["rope_theta"], result["rope_scaling"] = read_rope(fields, stated)
     return result
@@ -70,7 +73,7 @@ def describe(fields: dict, where: object, overridden: Collection[str] = ()) -> l
 
 def _defaults_for(fields: dict) -> dict:
     model_type = fields.get("model_type")
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise ValueError(f"model_type {model_type!r} is not one of {', '.join(_DEFAULTS)}")
     return _DEFAULTS[model_type]
 
@@ -81,6 +84,17 @@ def _check_type(name: str, value, example) -> None:
     accepted = (int, float) if isinstance(example, float) else type(example)
     if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(example, bool):
         raise ValueError(f"{name} is {value!r}, which is no {type(example).__name__}")
+    if not isinstance(value, (bool, str)) and abs(value) > _LARGEST:
+        raise ValueError(f"{name} is {str(value)[:40]}, more than {_LARGEST}")
+
+
+def _check_count(result: dict) -> None:
+    """A damaged number of layers or experts must not become hours of listing their tensors."""
+    layers = result["num_hidden_layers"] + result["num_nextn_predict_layers"]
+    if layers * max(result["n_routed_experts"], 1) > _MOST_MODULES:
+        raise ValueError(f"num_hidden_layers {result['num_hidden_layers']}, num_nextn_predict_layers "
+                         f"{result['num_nextn_predict_layers']} and n_routed_experts {result['n_routed_experts']} "
+                         f"make more than {_MOST_MODULES} layers of experts")
 
 
 def released_fields(config) -> dict:

@@ -257,6 +257,16 @@ def test_fields_of_the_run_are_read_over():
     ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9", "8 experts"]),
     ({"n_group": 5}, ["n_routed_experts 16", "n_group 5"]),
     ({"q_lora_rank": 0}, ["q_lora_rank is 0"]),
+    ({"model_type": ["deepseek_v3"]}, ["model_type ['deepseek_v3'] is not one of"]),
+    ({"hidden_size": 2**31}, ["hidden_size is 2147483648, more than 2147483647"]),
+    ({"hidden_size": -2**40}, ["hidden_size is -1099511627776"]),
+    ({"rms_norm_eps": 10**400}, ["rms_norm_eps is 1000"]),
+    ({"num_hidden_layers": 10**6}, ["num_hidden_layers 1000000", "n_routed_experts 16"]),
+    ({"rope_scaling": [1]}, ["rope_scaling is [1], not an object"]),
+    ({"rope_scaling": {"type": "yarn", "factor": "2"}}, ["rope_scaling factor is '2'"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1.5}}, ["1.5, which is no"]),
+    ({"rope_theta": "many"}, ["rope_theta is 'many'"]),
+    ({"eos_token_id": ["a"]}, ["eos_token_id is 'a'"]),
 ])
 def test_refused_configs(changes, fragments):
     with pytest.raises(ValueError) as caught:
