@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.data_paths import data_paths
-from megatron_deepseek.arguments.parser import OneLineParser, add_data
+from megatron_deepseek.arguments.parser import add_data
 from megatron_deepseek.data.pretraining import DataPlan, check_data, make_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.settings import DataSettings

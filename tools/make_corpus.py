@@ -21,6 +21,11 @@ import tokenize
 from fnmatch import fnmatch
 from pathlib import Path
 
+if sys.version_info < (3, 10):
+    sys.stderr.write("make_corpus.py: error: needs Python 3.10 or newer, and %s is %s\n"
+                     % (sys.executable, sys.version.split()[0]))
+    raise SystemExit(2)
+
 # Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
 # build variables with this machine's paths) that would teach a model nothing but numbers.
 EXCLUDED = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "*_test", "lib-dynload",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_deepseek.arguments.parser import OneLineParser
+from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.training.trace import Overlap, overlaps, read_trace, total
 
 

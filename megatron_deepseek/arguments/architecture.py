@@ -5,7 +5,7 @@ import re
 from argparse import Namespace
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.arguments.parser import ARCHITECTURE, ROPE_SCALING
+from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
 from megatron_deepseek.config import ModelConfig, RopeScaling
 from megatron_deepseek.presets import load_model
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from string import ascii_letters
 
-from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
+from megatron_deepseek.arguments.model_options import DROP_POLICIES
+from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.refusals import IN_TURNS, REFUSALS
 from megatron_deepseek.arguments.settings import Settings
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES

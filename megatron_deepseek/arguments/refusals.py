@@ -6,7 +6,8 @@ An entry may rely on those above it. Messages are format strings over a Request 
 from pathlib import Path
 
 from megatron_deepseek.arguments.data_paths import data_paths
-from megatron_deepseek.arguments.parser import DROP_POLICIES, RECOMPUTE_MODULES
+from megatron_deepseek.arguments.model_options import DROP_POLICIES
+from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_refusals import PIPELINE
 from megatron_deepseek.arguments.refusal import CP, EP, ETP, PP, TP, Refusal
 from megatron_deepseek.arguments.request import Request

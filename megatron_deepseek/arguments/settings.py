@@ -15,6 +15,7 @@ from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
@@ -79,10 +80,12 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             world_size = int(environ.get("WORLD_SIZE", "1"))
             return parse(argv, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
         except ValueError as error:
+            line = f"pretrain_deepseek.py: error: {error}"
             if first:
-                print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
             else:
                 time.sleep(_SILENT_SECONDS)
+            tell_agent(line)
     raise SystemExit(2)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.parser import OneLineParser
+from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets, read_assets
 from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.parser import OneLineParser
+from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.parser import build_parser as training_parser
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint import inspection

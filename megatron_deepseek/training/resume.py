@@ -17,6 +17,7 @@ from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.report import Report
@@ -32,10 +33,12 @@ def refusing(first_rank: bool, advice: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        line = f"pretrain_deepseek.py: error: {error}{advice}"
         if first_rank:
-            print(f"pretrain_deepseek.py: error: {error}{advice}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
         else:
             time.sleep(_SILENT_SECONDS)
+        tell_agent(line)
         os._exit(2)
 
 
