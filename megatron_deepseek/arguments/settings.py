@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_deepseek.arguments.architecture import build_model
+from megatron_deepseek.arguments.architecture import build_model, describe_architecture
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
@@ -28,7 +28,7 @@ _SILENT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a pre-training run is told."""
+    """All that a pre-training run is told. `notes`: lines on how the architecture came about, for its start."""
 
     model: ModelConfig
     layout: Layout
@@ -42,6 +42,7 @@ class Settings:
     offload: OffloadSettings
     data: DataSettings
     run: RunSettings
+    notes: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
@@ -69,7 +70,8 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
-        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations))
+        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations),
+        notes=describe_architecture(args))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek import hf_config
+from megatron_deepseek import hf_config, hf_rope
 from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.foreign_json import read_object
 
 DIRECTORY = "huggingface"
 _NOTES = "conversion.json"
@@ -42,9 +43,9 @@ def read_assets(directory: Path) -> Assets:
     """Of a Hugging Face directory, or of one that `write_native_assets` made; empty where there is none."""
     if not (directory / "config.json").is_file():
         return Assets(directory) if directory.is_dir() else Assets()
-    given = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    given = dict(read_object(directory / "config.json").fields)
     notes = directory / _NOTES
-    copies = json.loads(notes.read_text())["mtp_copies"] if notes.is_file() else True
+    copies = read_object(notes).boolean("mtp_copies") if notes.is_file() else True
     return Assets(directory, given, copies)
 
 
@@ -87,8 +88,10 @@ def _changes(given: dict, config: ModelConfig) -> dict:
             continue
         if name not in ("rope_theta", "rope_scaling"):
             changes[hf_config.spelling(given, name)] = released[name]
+    if given.get("topk_method") == hf_config.MISSPELT_GREEDY:  # which neither DeepSeek's code nor transformers runs
+        changes["topk_method"] = config.topk_method
     if {"rope_theta", "rope_scaling"} & set(names):
-        changes |= hf_config.write_rope(config, given)
+        changes |= hf_rope.write_rope(config, given)
     return changes
 
 

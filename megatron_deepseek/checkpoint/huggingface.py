@@ -1,6 +1,5 @@
 """A Hugging Face directory as the source of a conversion: every tensor in its safetensors files accounted for."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from megatron_deepseek.checkpoint.names import hf_shapes, layer_of, mtp_copies
 from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, stream_rows
 from megatron_deepseek.checkpoint.source import FLOATS
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.foreign_json import LARGEST_LIST, JsonObject, read_object
 
 INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -37,7 +37,7 @@ class HuggingFaceSource:
     def absent_mtp(self) -> int:
         """MTP modules that config.json announces and no file holds: transformers writes the number, not the weights."""
         in_files = self.config.num_nextn_predict_layers or MTP_LEFT_OUT in self.dropped.values()
-        return 0 if in_files else self.fields.get("num_nextn_predict_layers", 0)
+        return 0 if in_files else self.fields.get("num_nextn_predict_layers") or 0
 
     def files(self) -> list[Path]:
         return sorted({tensor.file for tensor in self.stored.values()})
@@ -60,7 +60,7 @@ class HuggingFaceSource:
 def open_huggingface(path: Path, without_mtp: bool = False) -> HuggingFaceSource:
     """ValueError naming tensor and file where anything is damaged, missing, unknown, double or of a wrong shape."""
     config = ModelConfig.from_file(path / "config.json")
-    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    fields = dict(read_object(path / "config.json").fields)
     stored = _all_tensors(path)
     _check_index(path, stored)
     _check_quantization(path, fields)
@@ -96,13 +96,10 @@ def _check_index(path: Path, stored: dict[str, StoredTensor]) -> None:
     index = path / INDEX
     if not index.exists():
         return
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(weight_map)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged: {error!r}") from error
+    weight_map = read_object(index, LARGEST_LIST).object("weight_map")
+    names = sorted(weight_map.fields)
     for name in names:
-        file = path / str(weight_map[name])
+        file = path / weight_map.text(name)
         if not file.is_file():
             raise ValueError(f"{file} is missing: {index.name} says that {name} is in it")
         if name not in stored or stored[name].file != file:
@@ -113,11 +110,11 @@ def _check_index(path: Path, stored: dict[str, StoredTensor]) -> None:
 
 def _check_quantization(path: Path, fields: dict) -> None:
     block = [block_fp8.BLOCK, block_fp8.BLOCK]
-    quantization = fields.get("quantization_config")
+    quantization = JsonObject.of(fields, path / "config.json").object("quantization_config", default=None)
     if quantization is None:
         return
-    method, given = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or list(given or ()) != block:
+    method, given = quantization.fields.get("quant_method"), quantization.fields.get("weight_block_size")
+    if method != "fp8" or given != block:
         raise ValueError(f"{path / 'config.json'}: quantization_config has quant_method {method!r} and "
                          f"weight_block_size {given}; only 'fp8' with {block} is known")
 

@@ -96,7 +96,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
                    f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
-    for line in describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size):
+    reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
+    for line in (*settings.notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):

@@ -186,6 +186,14 @@ def test_the_source_dialect_is_written_back(tmp_path):
         assert written["rope_parameters" if parameters else "rope_scaling"]["factor"] == 80.0
 
 
+def test_gready_goes_out_as_greedy(tmp_path):
+    """Neither DeepSeek's modeling code nor transformers' has a branch for its own default."""
+    fields = V2_SMALL.to_hf_dict() | {"topk_method": "gready"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    write_config(tmp_path, ModelConfig.from_hf_dict(fields), read_assets(tmp_path), {torch.bfloat16: 1})
+    assert json.loads((tmp_path / "config.json").read_text()) == fields | {"topk_method": "greedy"}
+
+
 def test_mtp_copies_come_out_where_the_source_had_them(tmp_path):
     copies = mtp_copies(V3_WIDE)
     assert sorted(copies) == ["model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"]
