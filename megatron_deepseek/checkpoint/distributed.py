@@ -2,7 +2,7 @@
 
     SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
                      /config.json   the architecture, in Hugging Face's form
-                     /state.json    iteration, consumed samples, optimizer steps
+                     /state.json    iteration, consumed samples, optimizer steps, sizes of past batches
                      /layout.json   the layout that wrote it, for people and the resharding tool
                      /checksums.json   size and digest of every other file
     SAVE/latest_checkpointed_iteration.txt    names the last finished one
@@ -11,7 +11,6 @@ Tensors are saved by global shape and offset, under Hugging Face's parameter nam
 the layout that wrote them.
 """
 
-import json
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verif
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
 from megatron_deepseek.checkpoint.state import MOMENTS, fill_copies, model_state, state_to_save
-from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 
@@ -158,7 +157,7 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
     _load(state, reader)
     fill_copies(stages, optimizer)
-    train_state = TrainState() if released else TrainState(**json.loads((directory / "state.json").read_text()))
+    train_state = TrainState() if released else read_state(directory)
     if optimizer is not None:
         for stage in stages:
             for parameter in stage.parameters():

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_deepseek.foreign_json import parse_json
+
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
             "skipped", "source_loss", "source_tokens", "moe_dropped_fraction", "moe_crossings_per_token")
@@ -123,10 +125,10 @@ def cut_after(path: Path, iteration: int) -> int:
 
 def _parse(line: str) -> dict | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line.encode(errors="replace"), "a record")
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
+    return record if isinstance(record, dict) and type(record.get("iteration")) is int else None
 
 
 def _finite(value):

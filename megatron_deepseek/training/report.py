@@ -12,6 +12,8 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
+from megatron_deepseek.arguments.ending import silence
+from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.training.metrics import FILE_NAME, MetricsFile, StepMetrics
 from megatron_deepseek.settings import RunSettings
 
@@ -152,7 +154,13 @@ class ProgressLines:
         self.message(_validation_line(iteration, lm_loss, mtp_loss))
 
     def message(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        """A reader that has gone (a closed terminal, `| head`) ends what is printed, and not the training."""
+        for stream, said in ((self._stream, text), (sys.stderr, "nobody reads the output any more; training goes on")):
+            try:
+                print(said, file=stream, flush=True)
+                return
+            except BrokenPipeError:
+                silence(stream)
 
     def close(self) -> None:
         self._stream.flush()
@@ -165,8 +173,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(f"tensorboard_dir {directory} needs the package tensorboard, "
-                             f"which is not installed ({error})") from error
+            raise ValueError(f"--tensorboard-dir {directory} needs the package tensorboard ({error}): "
+                             f"{how_to_install('tensorboard')}") from error
         self._writer = SummaryWriter(str(directory), purge_step=resumed_iteration + 1)
 
     def step(self, metrics: StepMetrics) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -163,7 +164,7 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=f"tensorboard_dir {tmp_path} needs the package tensorboard"):
+    with pytest.raises(ValueError, match=f"--tensorboard-dir {tmp_path} needs the package tensorboard"):
         open_report(RunSettings(6, tensorboard_dir=tmp_path), stream=io.StringIO())
 
 
@@ -171,3 +172,14 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"iteration": 1}\nhello\n')
     with pytest.raises(ValueError, match="m.jsonl, line 2 .*'hello'"):
         list(read_metrics(tmp_path / "m.jsonl"))
+
+
+def test_training_goes_on_without_a_reader(tmp_path, capsys):
+    """`torchrun ... | head`: what is printed is lost, said once, and the records are not."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream, open_report(RunSettings(3, save=tmp_path), stream=stream) as report:
+        for iteration in (1, 2, 3):
+            report.step(step(iteration))
+    assert [record["iteration"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert capsys.readouterr().err == "nobody reads the output any more; training goes on\n"
