@@ -9,10 +9,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_deepseek.arguments.ending import INTERRUPTED
+from megatron_deepseek.launch.signals import numbers_read
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.trainer import Votes
 
@@ -58,7 +59,7 @@ class Interruptions:
             yield
             return
         wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        with _numbers_read(self._read):
+        with numbers_read(self._read):
             before = {number: signal.signal(number, self._note) for number in wanted}
             try:
                 yield
@@ -83,23 +84,6 @@ class Interruptions:
                 if number == signal.SIGINT:
                     interrupted = True
                     _say(self.first_word)
-
-
-@contextmanager
-def _numbers_read(read: Callable[[int], None]) -> Iterator[None]:
-    """`read(file)` in a thread, where every signal that Python handles puts its number into `file`."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    thread = threading.Thread(target=read, args=(reading,), daemon=True, name="signal-watch")
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(writing)
-        thread.join()
-        os.close(reading)
 
 
 def _say(line: str) -> None:
