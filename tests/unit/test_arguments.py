@@ -134,6 +134,8 @@ REFUSED = {
     "skips": (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
     "finetune what": (1, "--finetune", ["--finetune", "--load"]),
     "no optimizer of what": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
+    "init mtp of what": (1, "--init-mtp", ["--init-mtp needs --load"]),
+    "init no mtp": (1, "--init-mtp --load /nowhere --mtp-num-layers 0", ["--init-mtp", "--mtp-num-layers is 0"]),
     "profile": (1, "--profile --profile-step-start 5 --profile-step-end 5",
                 ["--profile-step-start 5", "--profile-step-end 5"]),
 }
