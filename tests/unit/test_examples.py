@@ -167,9 +167,9 @@ def test_v3_is_its_report():
     """Technical report, section 4.2: the lengths in tokens come back from samples of 4096."""
     settings = run_script("pretrain_deepseek_v3.sh")
     assert (settings.layout.pp, settings.layout.ep, settings.layout.dp, settings.layout.tp) == (16, 64, 64, 1)
-    tokens = settings.learning_rate.lr_decay_iters * settings.batch.global_batch_size * 4096
+    tokens = settings.run.train_samples * 4096
     assert tokens / 1e12 == pytest.approx(14.8, rel=1e-4)
-    after_bias = (settings.run.train_iters - settings.loss.moe_router_bias_update_until) * 15360 * 4096
+    after_bias = (settings.run.train_samples - settings.loss.moe_router_bias_update_samples) * 4096
     assert after_bias / 1e12 == pytest.approx(0.5, rel=1e-3)
     assert settings.model.rope_scaling is None
 
