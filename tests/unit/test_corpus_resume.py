@@ -144,6 +144,16 @@ def test_a_damaged_part_is_made_again(stopped):
     assert contents(stopped) == contents(stopped, "straight_text_document")
 
 
+@pytest.mark.parametrize("change", [lambda text: text.replace('"documents": ', '"documents": 1'),
+                                    lambda text: text.replace('"errors": []', '"errors": [[0, 1, "x", "y"]]'),
+                                    lambda text: text[:-30], lambda text: "[" * 100_000])
+def test_a_damaged_summary_of_a_part_is_not_believed(stopped, change):
+    path = sorted((stopped / "out.parts").glob("0*.json"))[0]
+    path.write_text(change(path.read_text()))
+    report = run(settings_in(stopped))
+    assert (report.documents, len(report.errors)) == (400, 1)
+
+
 def test_two_at_once_are_refused(folder):
     settings = settings_in(folder)
     with Ledger(settings).opened(), pytest.raises(ValueError, match="another process is working on .*out.parts"):
