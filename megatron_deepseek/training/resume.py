@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -12,8 +14,14 @@ from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.export import check_export
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
-from megatron_deepseek.checkpoint.loadable import check_checkpoint, checkpoint_directory, refuse_damage
+from megatron_deepseek.checkpoint.loadable import (
+    check_checkpoint,
+    checkpoint_directory,
+    refuse_damage,
+    stored_architecture,
+)
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
+from megatron_deepseek.checkpoint.mtp import module_prefixes
 from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.pretraining import check_data
@@ -21,7 +29,8 @@ from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.report import Report
-from megatron_deepseek.training.schedules import global_batch_size
+from megatron_deepseek.training.schedules import schedule_of
+from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer
 
 _SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while rank 0 speaks
@@ -50,19 +59,17 @@ def refuse_bad_input(settings: Settings) -> None:
         choose_device()
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
         if settings.run.load is not None:
-            check_checkpoint(settings.run.load, settings.model, settings.run.ckpt_step)
+            check_checkpoint(settings.run.load, settings.model, settings.run.ckpt_step, settings.run.init_mtp)
         if settings.run.save is not None:
             check_writable("--save", settings.run.save)
         if settings.run.save_hf is not None:
             check_export(settings.run.save_hf, settings.model, settings.run.bf16)
 
 
-def num_samples(settings: Settings) -> tuple[int, int, int]:
-    """Samples of the train, valid and test split that the run reads."""
-    consumed = 0
-    for _ in range(settings.run.train_iters):
-        consumed += global_batch_size(settings.batch, consumed)
-    return consumed, settings.run.eval_iters * settings.batch.global_batch_size, 0
+def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[int, int, int]:
+    """Samples of the train, valid and test split that a run at `state` has read in the end."""
+    train = timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))
+    return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
 
 
 def resume(settings: Settings, trainer: Trainer) -> TrainState:
@@ -76,11 +83,31 @@ def resume(settings: Settings, trainer: Trainer) -> TrainState:
     with refusing(dist.get_rank() == 0):
         directory = checkpoint_directory(run.load, run.ckpt_step)
         refuse_damage(directory, checkpoint.verify(directory) or [])
-        weights_only = run.finetune or run.no_load_optim or _has_weights_alone(directory)
-        state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer)
+        new = new_mtp_modules(settings, directory)
+        weights_only = run.finetune or run.no_load_optim or bool(new) or _has_weights_alone(directory)
+        state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer, new)
     if run.finetune:
         return TrainState()
-    return TrainState(state.iteration, state.consumed_samples, 0 if weights_only else state.optimizer_steps)
+    return replace(state, optimizer_steps=0 if weights_only else state.optimizer_steps)
+
+
+def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
+    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past.
+
+    A schedule that other batch sizes before `state` make impossible ends the job in a line.
+    """
+    state = with_past(state, settings.batch)
+    run = replace(settings.run, train_iters=last_iteration(settings.run, settings.batch, state))
+    with refusing(dist.get_rank() == 0):
+        schedule_of(settings.learning_rate, run, settings.batch, state)
+    return replace(settings, run=run), state
+
+
+def new_mtp_modules(settings: Settings, directory: Path) -> list[str]:
+    """Beginnings of the names of the MTP modules that --init-mtp begins: those that the checkpoint lacks."""
+    if not settings.run.init_mtp:
+        return []
+    return module_prefixes(settings.model, stored_architecture(directory).num_nextn_predict_layers)
 
 
 def _has_weights_alone(directory) -> bool:
@@ -105,6 +132,10 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     if run.load is not None:
         directory = checkpoint_directory(run.load, run.ckpt_step)
         report.message(f"loaded {directory}, continuing at iteration {state.iteration}")
+        if run.init_mtp:
+            new = len(new_mtp_modules(settings, directory))
+            report.message(f"--init-mtp: {new or 'no'} new Multi-Token Prediction module{'s' * (new > 1)}"
+                           + (", the optimizer begins afresh" if new else f", {directory} holds what the model has"))
         if not is_huggingface(directory) and read_checksums(directory) is None:
             report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
                            "version, or converted")

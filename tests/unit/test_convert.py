@@ -22,6 +22,7 @@ from megatron_deepseek.checkpoint.assets import read_assets, write_config
 from megatron_deepseek.checkpoint.blocks import row_ranges
 from megatron_deepseek.checkpoint.distributed import model_state
 from megatron_deepseek.checkpoint.integrity import verify_directory
+from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.names import hf_shapes, mtp_copies, native_places
 from megatron_deepseek.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.build import Precision, build_stages
@@ -214,9 +215,61 @@ def test_without_mtp(tmp_path, capsys):
     for load in (tmp_path / "native", announced):
         origin = "native" if load == tmp_path / "native" else "hf"
         assert convert(origin, "hf", load, tmp_path / f"{load.name}_out") == 0
-        assert ("announces num_nextn_predict_layers 1, but" in capsys.readouterr().out) == (load == announced)
+        said = "holds none of the modules that its config.json announces (num_nextn_predict_layers 1)"
+        assert (said in capsys.readouterr().out) == (load == announced)
+        written = json.loads((tmp_path / f"{load.name}_out" / "config.json").read_text())
+        assert written["num_nextn_predict_layers"] == 0
         assert_identical(all_tensors(tmp_path / f"{load.name}_out"), main_only)
     assert sorted(main_only) == sorted(hf_shapes(replace(V3_WIDE, num_nextn_predict_layers=0)))
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_announced_mtp_that_no_file_holds_is_never_announced_again(tmp_path, key):
+    """There and back through every format, the way back with the config.json that announces it too."""
+    main_only = random_weights(replace(V3_WIDE, num_nextn_predict_layers=0), torch.bfloat16)
+    fields = V3_WIDE.to_hf_dict()
+    del fields["num_nextn_predict_layers"]
+    load = write_hf(tmp_path / "hf", main_only, fields | {key: 1})
+    for middle in ("native", "megatron"):
+        assert convert("hf", middle, load, tmp_path / middle) == 0
+        assert convert(middle, "hf", tmp_path / middle, tmp_path / f"{middle}_back") == 0
+    assert convert("megatron", "hf", tmp_path / "megatron", tmp_path / "assets_back", "--assets", str(load)) == 0
+    assert convert("megatron", "native", tmp_path / "megatron", tmp_path / "other", "--assets", str(load)) == 0
+    assert convert("native", "hf", tmp_path / "other", tmp_path / "other_back") == 0
+    for back in ("native_back", "megatron_back", "assets_back", "other_back"):
+        written = json.loads((tmp_path / back / "config.json").read_text())
+        assert written == fields | {key: 0}, back
+        assert_identical(all_tensors(tmp_path / back), main_only)
+
+
+@pytest.mark.parametrize("there, here, said", [
+    (0, 1, "it holds no Multi-Token Prediction module, the model has 1: --mtp-num-layers 0 goes on with what there is, "
+           "--init-mtp begins 1 new"),
+    (1, 2, "it holds 1 Multi-Token Prediction module, the model has 2: --mtp-num-layers 1 goes on with what there is, "
+           "--init-mtp begins 1 new"),
+    (1, 0, "it holds 1 Multi-Token Prediction module, the model has 0: --mtp-num-layers 1 keeps what there is, "
+           "tools/convert_checkpoint.py --no-mtp makes a copy without")])
+def test_another_number_of_mtp_modules_names_the_ways(tmp_path, there, here, said):
+    """The config.json of the files announces one in each case, whatever they hold."""
+    load = v3_directory(tmp_path / "hf", num_nextn_predict_layers=there)
+    (load / "config.json").write_text(json.dumps(V3_WIDE.to_hf_dict()))
+    model = replace(V3_WIDE, num_nextn_predict_layers=here)
+    with pytest.raises(ValueError) as caught:
+        check_checkpoint(load, model)
+    assert str(caught.value) == f"--load {load}: {said}"
+    if there < here:
+        assert check_checkpoint(load, model, init_mtp=True) == load
+    with pytest.raises(ValueError, match="of another architecture: hidden_size 136 there, 144 here$"):
+        check_checkpoint(load, replace(model, hidden_size=144))
+
+
+def test_a_part_of_an_announced_module_is_an_error(tmp_path, capsys):
+    """Lost, not left out: of an MTP module a tensor is there, and the others are asked for."""
+    weights = random_weights(V3_WIDE, torch.bfloat16)
+    some = {name: tensor for name, tensor in weights.items() if ".layers.2." not in name or "enorm" in name}
+    load = write_hf(tmp_path / "hf", some, V3_WIDE.to_hf_dict())
+    assert convert("hf", "native", load, tmp_path / "native") == 2
+    assert "tensors that config.json asks for, first model.layers.2." in capsys.readouterr().err
 
 
 def test_looking_writes_nothing(tmp_path, capsys):
