@@ -1,5 +1,6 @@
 """Killed at any moment and continued, preprocessing gives the same bytes; what has changed meanwhile is recognised."""
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 
 from corpora import contents, documents_of, run, settings_of, write_lines
 from megatron_deepseek.data.corpus.ledger import Ledger
+from megatron_deepseek.data.corpus.workers import run_tasks
 
 KILLED = """
 import os, signal, sys
@@ -152,6 +154,25 @@ def test_a_damaged_summary_of_a_part_is_not_believed(stopped, change):
     path.write_text(change(path.read_text()))
     report = run(settings_in(stopped))
     assert (report.documents, len(report.errors)) == (400, 1)
+
+
+def test_a_worker_destroys_nothing_of_its_parent(tmp_path):
+    """Its garbage, such as a process group of gloo, may wait in a destructor for threads that are not here."""
+    class Dropped:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Dropped()
+        collected = list(run_tasks(range(4), lambda task: gc.collect(), workers=2))
+    finally:
+        gc.enable()
+        gc.collect()
+    assert len(collected) == 4 and [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_two_at_once_are_refused(folder):

@@ -1,6 +1,7 @@
 """Pre-training data: the order of samples against one worked out from numpy's shuffles and megatron-core's; ranks."""
 
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import os
@@ -231,6 +232,7 @@ def move_plan(folder):
 
 
 def build_on_rank(rank, settings, folder, queue, own_folder):
+    gc.freeze()  # groups of other tests, whose threads are not in this process
     os.environ["LOCAL_RANK"] = "0" if own_folder else str(rank)
     if rank == 1 and own_folder:
         move_plan(own_folder)
