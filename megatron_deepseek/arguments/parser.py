@@ -89,9 +89,10 @@ def _add_batch(parser):
 
 
 def _add_learning_rate(parser):
-    group = parser.add_argument_group("learning rate", "with a batch ramp, lengths count in final-size batches")
+    group = parser.add_argument_group("learning rate", "follows the samples consumed; an iteration is as many as its "
+                                      "batch has")
     add = group.add_argument
-    add("--lr", type=values.positive, default=2.2e-4, help="peak (2.2e-4)")
+    add("--lr", type=values.non_negative, default=2.2e-4, help="peak (2.2e-4)")
     add("--min-lr", type=values.non_negative, help="end of the decay (0; with deepseek-v3 a tenth of --lr)")
     add("--lr-decay-style", type=str, choices=DECAY_STYLES, default="cosine", help="(cosine)")
     decay = group.add_mutually_exclusive_group()

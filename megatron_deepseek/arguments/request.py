@@ -8,7 +8,7 @@ from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.parallel.layout import nodes_divide
-from megatron_deepseek.training import schedules
+from megatron_deepseek.training import timeline
 from megatron_deepseek.settings import BatchSettings
 
 
@@ -135,7 +135,7 @@ class Request:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        return schedules.batch_sizes(self.batch)
+        return timeline.batch_sizes(self.batch)
 
     @property
     def uneven_batch(self) -> str | None:

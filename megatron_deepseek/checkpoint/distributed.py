@@ -2,7 +2,7 @@
 
     SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
                      /config.json   the architecture, in Hugging Face's form
-                     /state.json    iteration, consumed samples, optimizer steps
+                     /state.json    iteration, consumed samples, optimizer steps, sizes of past batches
                      /layout.json   the layout that wrote it, for people and the resharding tool
                      /checksums.json   size and digest of every other file
     SAVE/latest_checkpointed_iteration.txt    names the last finished one

@@ -25,7 +25,8 @@ def keep_assets(run: RunSettings) -> None:
     if os.environ.get("RANK", "0") != "0" or run.load is None or run.save is None or (run.save / DIRECTORY).exists():
         return
     if is_huggingface(run.load):
-        write_native_assets(run.save / DIRECTORY, open_hf(run.load, without_mtp=False)[1])
+        source, assets = open_hf(run.load, without_mtp=False)
+        write_native_assets(run.save / DIRECTORY, assets, source.config)
     elif (run.load / DIRECTORY).is_dir():
         shutil.copytree(run.load / DIRECTORY, run.save / DIRECTORY)
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -21,7 +22,8 @@ from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.report import Report
-from megatron_deepseek.training.schedules import global_batch_size
+from megatron_deepseek.training.schedules import schedule_of
+from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer
 
 _SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while rank 0 speaks
@@ -57,12 +59,10 @@ def refuse_bad_input(settings: Settings) -> None:
             check_export(settings.run.save_hf, settings.model, settings.run.bf16)
 
 
-def num_samples(settings: Settings) -> tuple[int, int, int]:
-    """Samples of the train, valid and test split that the run reads."""
-    consumed = 0
-    for _ in range(settings.run.train_iters):
-        consumed += global_batch_size(settings.batch, consumed)
-    return consumed, settings.run.eval_iters * settings.batch.global_batch_size, 0
+def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[int, int, int]:
+    """Samples of the train, valid and test split that a run at `state` has read in the end."""
+    train = timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))
+    return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
 
 
 def resume(settings: Settings, trainer: Trainer) -> TrainState:
@@ -80,7 +80,19 @@ def resume(settings: Settings, trainer: Trainer) -> TrainState:
         state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer)
     if run.finetune:
         return TrainState()
-    return TrainState(state.iteration, state.consumed_samples, 0 if weights_only else state.optimizer_steps)
+    return replace(state, optimizer_steps=0 if weights_only else state.optimizer_steps)
+
+
+def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
+    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past.
+
+    A schedule that other batch sizes before `state` make impossible ends the job in a line.
+    """
+    state = with_past(state, settings.batch)
+    run = replace(settings.run, train_iters=last_iteration(settings.run, settings.batch, state))
+    with refusing(dist.get_rank() == 0):
+        schedule_of(settings.learning_rate, run, settings.batch, state)
+    return replace(settings, run=run), state
 
 
 def _has_weights_alone(directory) -> bool:

@@ -15,6 +15,7 @@ from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.refusals import REFUSALS
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.presets import TINY, V2_LITE, V3
+from megatron_deepseek.training.schedules import schedule_of
 
 ENTRY = Path(__file__).parents[2] / "pretrain_deepseek.py"
 BASE = "--model tiny --data-path corpus --train-iters 10 --seq-length 256"
@@ -176,8 +177,8 @@ REFUSED_ELSEWHERE = [
     (f"{BASE} --moe-layer-freq __import__('os')[0]", ["--moe-layer-freq"]),
     (f"{BASE} --beta-fast 16", ["--beta-fast 16", "--rotary-scaling-factor"]),
     (f"{BASE} --min-lr 1", ["--min-lr 1.0", "--lr 0.00022"]),
-    (f"{BASE} --lr-warmup-iters 10", ["--lr-decay-iters 10", "--lr-warmup-iters 10"]),
-    (f"{BASE} --lr-decay-style WSD", ["--lr-wsd-decay-iters 0"]),
+    (f"{BASE} --lr-warmup-iters 10", ["--lr-warmup-iters 10 (10 samples)", "--train-iters 10 (10 samples)"]),
+    (f"{BASE} --lr-decay-style WSD", ["--lr-wsd-decay-iters or --lr-wsd-decay-samples"]),
     (f"{BASE} --rampup-batch-size 8 3 100 --global-batch-size 16", ["--rampup-batch-size 8", "16", "3"]),
     (f"{BASE} --num-virtual-stages-per-pipeline-rank 2 --pipeline-model-parallel-layout EttttmL",
      ["--pipeline-model-parallel-layout", "--num-virtual-stages-per-pipeline-rank"]),
@@ -327,25 +328,27 @@ def test_one_stage_runs_under_any_schedule():
 
 
 def test_samples_become_iterations():
-    """Ramp 2, 4 over 8 samples, then 6: sizes 2 2 4 (8 consumed), 6 6 ... and a rest of 1 is left out."""
+    """Ramp 2, 4 over 8 samples, then 6: sizes 2 2 4 (8 consumed), 6 6 ... and a rest of 1 is left out. Lengths of the
+    learning rate and of the bias stay samples.
+    """
     text = "--model tiny --data-path a --seq-length 64 --train-samples 21 --global-batch-size 6"
-    result = parse(f"{text} --rampup-batch-size 2 2 8 --lr-warmup-samples 7 --lr-decay-samples 18".split(), 1)
-    assert result.run.train_iters == 5
-    assert (result.learning_rate.lr_warmup_iters, result.learning_rate.lr_decay_iters) == (2, 3)
+    result = parse(f"{text} --rampup-batch-size 2 2 8 --lr-warmup-samples 7 --lr-decay-samples 18 "
+                   "--moe-router-bias-update-samples 7".split(), 1)
+    assert (result.run.train_iters, result.run.train_samples) == (5, 21)
+    assert (result.learning_rate.lr_warmup_samples, result.learning_rate.lr_decay_samples) == (7, 18)
+    assert (result.loss.moe_router_bias_update_until, result.loss.moe_router_bias_update_samples) == (None, 7)
 
 
 def test_learning_rate_lengths_follow_the_run():
-    rate = settings("--lr-warmup-fraction 0.3 --lr-decay-style deepseek-v3 --lr 2.2e-4").learning_rate
-    assert (rate.lr_decay_iters, rate.lr_warmup_iters) == (10, 3)
-    assert rate.min_lr == pytest.approx(2.2e-5) and rate.lr_final == pytest.approx(7.3e-6)
+    result = settings("--lr-warmup-fraction 0.25 --lr-decay-style deepseek-v3 --lr 2.2e-4 --global-batch-size 3")
+    schedule = schedule_of(result.learning_rate, result.run, result.batch)
+    assert (schedule.decay, schedule.warmup) == (30, 7.5)
+    assert schedule.rates.min_lr == pytest.approx(2.2e-5) and schedule.rates.lr_final == pytest.approx(7.3e-6)
 
 
-def test_lengths_under_a_ramp_count_batches_of_the_final_size():
-    """Batches of 2, 2, 4 and seven of 6 are 50 samples, 9 batches of 6, of which 0.5 is 4; 7 samples are 2 updates."""
-    result = settings("--rampup-batch-size 2 2 8 --global-batch-size 6 --lr-warmup-fraction 0.5 --min-lr 0 "
-                      "--moe-router-bias-update-samples 7")
-    assert (result.learning_rate.lr_decay_iters, result.learning_rate.lr_warmup_iters) == (9, 4)
-    assert result.loss.moe_router_bias_update_until == 2
+def test_learning_rate_of_nothing():
+    assert settings("--lr 0").learning_rate.lr == 0.0
+    assert settings("--lr 0 --lr-decay-style deepseek-v3").learning_rate.lr_final == 0.0
 
 
 def test_what_is_given_counts_and_zero_is_given():

@@ -48,6 +48,9 @@ def _add_input(group):
     add("--on-error", choices=("skip", "fail"), default="skip",
         help="what to do about a document that cannot be used (default: skip, count and report it)")
     add("--max-errors", type=int, default=1000, metavar="N", help="skip at most so many (default: %(default)s)")
+    add("--allow-damaged-files", type=int, default=0, metavar="N",
+        help="of so many files take what can be read, where they break off or are damaged (default: 0: such a file "
+             "ends the run)")
 
 
 def _add_tokenizer(group):
@@ -100,6 +103,7 @@ def _add_execution(group):
     add("--world-size", type=int, help="number of those machines or processes (default: likewise, else 1)")
     add("--part-bytes", type=int, metavar="N",
         help="input to a part, after which a killed run continues (default: 2 to 64 MB by the size of the input)")
+    add("--overwrite", action="store_true", help="replace a finished dataset of this prefix")
     add("--discard-parts", action="store_true", help="start over where parts of an unfinished run are there")
     add("--log-interval", type=int, default=1000, help="documents between progress lines (default: %(default)s)")
     add("--partitions", type=int, default=1,

@@ -23,7 +23,7 @@ from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_json, read_object
 
-VERSION = 1
+VERSION = 2
 SECONDS_FOR_ORPHANS = 3.0
 
 
@@ -54,6 +54,11 @@ class Ledger:
     def __init__(self, settings: PreprocessSettings):
         self.settings = settings
         self.directory = Path(settings.parts_directory)
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether there is a run to be continued."""
+        return not self.settings.execution.discard_parts and (self.directory / "plan.json").exists()
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["Ledger"]:
