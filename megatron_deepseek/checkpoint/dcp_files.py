@@ -25,7 +25,7 @@ from megatron_deepseek.checkpoint.dcp_metadata import (
     TensorEntry,
     read_metadata,
 )
-from megatron_deepseek.checkpoint.integrity import is_inside
+from megatron_deepseek.checkpoint.integrity import is_inside, read_checksums, verify_files
 
 _MOST_DIMENSIONS = 8
 _LARGEST = 1 << 62  # of a size or a place in a file
@@ -60,6 +60,7 @@ class DcpDirectory:
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
+        self._check_checksum()
         metadata = read_metadata(self.directory)
         tensors = {name: entry for name, entry in metadata.state_dict_metadata.items()
                    if isinstance(entry, TensorEntry)}
@@ -75,6 +76,12 @@ class DcpDirectory:
         self.begins: dict[tuple[str, int], int] = {}
         self._longest = {name: max((item.shape[0] for item in items if item.shape), default=0)
                          for name, items in self.items.items()}
+
+    def _check_checksum(self) -> None:
+        """ValueError if .metadata is not what it was, before anything in it is believed."""
+        listing = read_checksums(self.directory) or {}
+        for damage in verify_files(self.directory, listing, [METADATA] if METADATA in listing else []):
+            raise ValueError(f"{self.directory}/{damage}")
 
     def _check(self, name: Any, entry: TensorEntry, fills: Callable[..., bool]) -> None:
         """ValueError unless an entry is of the types that it should be, and its chunks are the whole tensor, once."""
