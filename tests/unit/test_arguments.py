@@ -164,6 +164,9 @@ REFUSED = {
         (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
     "--finetune without --load": (1, "--finetune", ["--finetune", "--load"]),
     "--no-load-optim without --load": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
+    "--init-mtp without --load": (1, "--init-mtp", ["--init-mtp needs --load"]),
+    "--init-mtp without MTP modules":
+        (1, "--init-mtp --load /nowhere --mtp-num-layers 0", ["--init-mtp", "--mtp-num-layers is 0"]),
     "profile that ends before it begins": (1, "--profile --profile-step-start 5 --profile-step-end 5",
                 ["--profile-step-start 5", "--profile-step-end 5"]),
 }
