@@ -12,7 +12,7 @@ the layout that wrote them.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,15 +146,20 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> TrainState:
+def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None,
+         new: Sequence[str] = ()) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
 
-    Tensors saved in another dtype are converted (`converted_moments` says which).
+    Tensors saved in another dtype are converted (`converted_moments` says which). `new`: beginnings of the names of
+    parameters that the checkpoint lacks; they keep the weights that they have, and there must be no optimizer.
 
     Raises ValueError if a tensor is missing, unknown or of another shape: nothing is loaded or dropped in silence.
     What any rank raises, all raise.
     """
-    state = state_to_save(stages, optimizer)
+    assert not new or optimizer is None
+    beginnings = tuple(f"model.{beginning}" for beginning in new)
+    state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
+             if not name.startswith(beginnings)}
     reader, train_state = _together(lambda: _open(directory))
     _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
     _load(state, reader)
