@@ -163,6 +163,8 @@ def _add_checkpoint(parser):
     add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
     add("--no-load-optim", action="store_true", help="begin with fresh optimizer state")
+    add("--init-mtp", action="store_true",
+        help="begin the MTP modules that --load lacks, with initial weights, and the optimizer afresh")
 
 
 def _add_end_and_health(parser):

@@ -1,5 +1,6 @@
 """What a command line asks for, with the quantities that decide whether it fits together."""
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -43,6 +44,19 @@ class Request:
     @property
     def etp(self) -> int:
         return self.args.expert_tensor_parallel_size
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The least number of ranks that the sizes of the layout divide."""
+        return self.pp * math.lcm(self.tp * self.cp, self.ep * self.etp)
+
+    @property
+    def dividing_sizes(self) -> str:
+        """The arguments that ask for more ranks than one, as they were typed."""
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+                 "expert_model_parallel_size", "expert_tensor_parallel_size")
+        return " ".join(f"--{name.replace('_', '-')} {getattr(self.args, name)}" for name in names
+                        if getattr(self.args, name) > 1)
 
     @property
     def dp(self) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -13,8 +14,14 @@ from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.export import check_export
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
-from megatron_deepseek.checkpoint.loadable import check_checkpoint, checkpoint_directory, refuse_damage
+from megatron_deepseek.checkpoint.loadable import (
+    check_checkpoint,
+    checkpoint_directory,
+    refuse_damage,
+    stored_architecture,
+)
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
+from megatron_deepseek.checkpoint.mtp import module_prefixes
 from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.pretraining import check_data
@@ -52,7 +59,7 @@ def refuse_bad_input(settings: Settings) -> None:
         choose_device()
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
         if settings.run.load is not None:
-            check_checkpoint(settings.run.load, settings.model, settings.run.ckpt_step)
+            check_checkpoint(settings.run.load, settings.model, settings.run.ckpt_step, settings.run.init_mtp)
         if settings.run.save is not None:
             check_writable("--save", settings.run.save)
         if settings.run.save_hf is not None:
@@ -76,8 +83,9 @@ def resume(settings: Settings, trainer: Trainer) -> TrainState:
     with refusing(dist.get_rank() == 0):
         directory = checkpoint_directory(run.load, run.ckpt_step)
         refuse_damage(directory, checkpoint.verify(directory) or [])
-        weights_only = run.finetune or run.no_load_optim or _has_weights_alone(directory)
-        state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer)
+        new = new_mtp_modules(settings, directory)
+        weights_only = run.finetune or run.no_load_optim or bool(new) or _has_weights_alone(directory)
+        state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer, new)
     if run.finetune:
         return TrainState()
     return replace(state, optimizer_steps=0 if weights_only else state.optimizer_steps)
@@ -93,6 +101,13 @@ def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
     with refusing(dist.get_rank() == 0):
         schedule_of(settings.learning_rate, run, settings.batch, state)
     return replace(settings, run=run), state
+
+
+def new_mtp_modules(settings: Settings, directory: Path) -> list[str]:
+    """Beginnings of the names of the MTP modules that --init-mtp begins: those that the checkpoint lacks."""
+    if not settings.run.init_mtp:
+        return []
+    return module_prefixes(settings.model, stored_architecture(directory).num_nextn_predict_layers)
 
 
 def _has_weights_alone(directory) -> bool:
@@ -117,6 +132,10 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     if run.load is not None:
         directory = checkpoint_directory(run.load, run.ckpt_step)
         report.message(f"loaded {directory}, continuing at iteration {state.iteration}")
+        if run.init_mtp:
+            new = len(new_mtp_modules(settings, directory))
+            report.message(f"--init-mtp: {new or 'no'} new Multi-Token Prediction module{'s' * (new > 1)}"
+                           + (", the optimizer begins afresh" if new else f", {directory} holds what the model has"))
         if not is_huggingface(directory) and read_checksums(directory) is None:
             report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
                            "version, or converted")
