@@ -174,7 +174,8 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
     """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
-    _load(model_state(stages), CheckpointReader(directory))
+    source = open_huggingface(directory, without_mtp=True) if is_huggingface(directory) else None
+    _load(model_state(stages), CheckpointReader(directory) if source is None else HuggingFaceReader(source))
     fill_copies(stages, None)
 
 
