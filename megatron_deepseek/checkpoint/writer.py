@@ -15,11 +15,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import FileSystem, _item_size
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -62,8 +63,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         begin(self.root, self.state.iteration)
-        needed = sum(_item_size(item) + _HEADER_BYTES for plan in plans for item in plan.items
-                     if item.type != WriteItemType.BYTE_IO)
+        needed = bytes_of(plans)
         free = shutil.disk_usage(self.root).free
         if needed > free:
             raise disk_full(self.root, f"{needed:,} bytes are to be written, {free:,} are free")
@@ -96,6 +96,12 @@ class CheckpointWriter(dcp.FileSystemWriter):
         if damage:
             raise OSError(errno.EIO, f"the checkpoint came out damaged: {'; '.join(map(str, damage))}", str(self.path))
         publish(self.root, self.state.iteration, self.keep_last)
+
+
+def bytes_of(plans: list[SavePlan]) -> int:
+    """What all ranks together write: of each tensor the chunks, which DCP has given to one rank each by now."""
+    chunks = [item.tensor_data for plan in plans for item in plan.items if item.type != WriteItemType.BYTE_IO]
+    return sum(prod(data.chunk.sizes) * data.properties.dtype.itemsize + _HEADER_BYTES for data in chunks)
 
 
 _CHECKSUMS = "checksums of this rank's files"

@@ -114,6 +114,21 @@ def save_on_a_full_disk(case: Case, root: Path, in_background: bool) -> tuple[OS
     raise AssertionError("the save went through")
 
 
+def space_asked_for(case: Case, root: Path) -> tuple[list[int], int]:
+    """What a save asks for on the rank that looks, and how many bytes its ranks then wrote."""
+    from megatron_deepseek.checkpoint import writer
+
+    asked, bytes_of = [], writer.bytes_of
+    writer.bytes_of = lambda plans: asked.append(bytes_of(plans)) or asked[-1]
+    try:
+        trainer = build(case)
+        step(trainer, case, 0)
+        directory = checkpoint.save(root, TrainState(1, 0, 1), case.model, trainer.stages, trainer.optimizer)
+    finally:
+        writer.bytes_of = bytes_of
+    return asked, sum(path.stat().st_size for path in directory.glob("*.distcp"))
+
+
 def _fill_disk_after(nbytes: int) -> None:
     """In this process: what is written to a file of weights beyond `nbytes` meets ENOSPC, after a part of it."""
     from megatron_deepseek.checkpoint import writer

@@ -13,6 +13,7 @@ from checkpoint_job import (
     load_into,
     save_in_the_background,
     save_on_a_full_disk,
+    space_asked_for,
     train_and_save,
     uninterrupted_and_resumed,
 )
@@ -59,6 +60,13 @@ def test_a_save_in_the_background_has_the_numbers_of_its_beginning(ranks, tmp_pa
     for before, written in ranks.run(2, save_in_the_background, SMALL, tmp_path):
         assert_same_bits([written], [before])
     assert iterations(tmp_path) == [1, 2] and last_iteration(tmp_path) == 2 and not leftovers(tmp_path)
+
+
+def test_a_save_asks_for_its_own_size(ranks, tmp_path):
+    """Not for each rank's whole tensors, nor for the copies that tensor-parallel ranks hold."""
+    (asked, written), *others = ranks.run(4, space_asked_for, A, tmp_path)
+    assert [of_rank for of_rank, _ in others] == [[], [], []]
+    assert written <= asked[0] < 1.25 * written and len(asked) == 1  # a small model: a fifth of it is headers
 
 
 @pytest.mark.parametrize("in_background", [False, True])
