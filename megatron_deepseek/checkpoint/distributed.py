@@ -176,7 +176,9 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
     """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
-    _load(model_state(stages), CheckpointReader(open_dcp(directory)))
+    released = is_huggingface(directory)
+    _load(model_state(stages), HuggingFaceReader(open_huggingface(directory, without_mtp=True)) if released
+          else CheckpointReader(open_dcp(directory)))
     fill_copies(stages, None)
 
 

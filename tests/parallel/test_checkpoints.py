@@ -13,6 +13,7 @@ from checkpoint_job import (
     load_into,
     save_in_the_background,
     save_on_a_full_disk,
+    save_without_a_shared_directory,
     space_asked_for,
     train_and_save,
     uninterrupted_and_resumed,
@@ -70,6 +71,16 @@ def test_a_save_asks_for_its_own_size(ranks, tmp_path):
     (asked, written), *others = ranks.run(4, space_asked_for, A, tmp_path)
     assert [of_rank for of_rank, _ in others] == [[], [], []]
     assert written <= asked[0] < 1.25 * written and len(asked) == 1  # a small model: a fifth of it is headers
+
+
+def test_files_that_another_node_keeps_to_itself_fail_the_save(ranks, tmp_path):
+    """On every rank in a line; the checkpoint before stays, although --keep-last 1 would have removed it."""
+    for message, _ in (results := ranks.run(3, save_without_a_shared_directory, replace(C, reshard=False), tmp_path)):
+        assert message.startswith(f"{tmp_path}/0/iter_0000002.saving: __2_0.distcp, which rank 2 wrote on ")
+        assert message.endswith("no shared file system?") and "\n" not in message
+    assert [there for _, there in results] == 2 * [
+        ["iter_0000001", "iter_0000002.saving", "latest_checkpointed_iteration.txt"]] + [["iter_0000002.saving"]]
+    assert last_iteration(tmp_path / "0") == 1 and verify_directory(find_iteration(tmp_path / "0", 1)) == []
 
 
 @pytest.mark.parametrize("in_background", [False, True])
