@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from small_models import V3_SMALL, random_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
@@ -72,6 +74,21 @@ def test_a_disk_that_was_full_for_a_while(trainer, tmp_path, monkeypatch, async_
     assert iterations(tmp_path) == [1, 3] and last_iteration(tmp_path) == 3
 
 
+def test_a_thousand_ranks_ask_for_their_chunks():
+    """V3's stacked experts of a layer, sharded over 1,024 ranks, and a router that one of them writes."""
+    ranks, shape = 1024, torch.Size((256, 4096, 7168))
+    chunk = torch.Size((1, 1024, 7168))
+    whole, properties = torch.Size((256, 7168)), TensorProperties(dtype=torch.float32)
+    plans = [SavePlan([WriteItem(MetadataIndex("experts", torch.Size((rank // 4, rank % 4 * 1024, 0))),
+                                 WriteItemType.SHARD, tensor_data=TensorWriteData(
+                                     ChunkStorageMetadata(torch.Size((rank // 4, rank % 4 * 1024, 0)), chunk),
+                                     properties, shape))]) for rank in range(ranks)]
+    plans[7].items.append(WriteItem(MetadataIndex("router"), WriteItemType.TENSOR, tensor_data=TensorWriteData(
+        ChunkStorageMetadata(torch.Size((0, 0)), whole), properties, whole)))
+    nbytes = 4 * (shape.numel() + whole.numel())
+    assert nbytes < writer.bytes_of(plans) < 1.001 * nbytes
+
+
 @pytest.mark.parametrize("async_save", [False, True])
 def test_what_found_no_room_is_saved_when_asked_again(trainer, tmp_path, monkeypatch, async_save):
     """As the last step of a run is: once when it is due, once at the end."""
@@ -131,7 +148,7 @@ def test_without_moments(trainer, tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"num_hidden_layers": 3}, "num_hidden_layers 2 there, 3 here"),
     ({"n_routed_experts": 16}, "n_routed_experts 8 there, 16 here"),
-    ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers 0 there, 2 here"),
+    ({"num_nextn_predict_layers": 2}, "holds no Multi-Token Prediction module, the model has 2"),
 ])
 def test_another_number_of_layers_experts_or_mtp_modules_is_refused(trainer, tmp_path, change, words):
     saver, _ = make_saver(trainer, tmp_path)
