@@ -5,7 +5,6 @@ reads the ids that training had; the ByteTokenizer is written as the byte-level 
 """
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,20 +51,34 @@ def read_token_ids(directory: Path) -> TokenIds | None:
         return None
 
 
-def write_tokenizer(directory: Path, tokenizer_type: str, tokenizer_model: str | None) -> TokenIds | None:
-    """Put the files of --tokenizer-type and --tokenizer-model into `directory`, in place of others.
+def tokenizer_to_keep(tokenizer_type: str, tokenizer_model: str | None) -> tuple[dict[str, bytes], TokenIds | None]:
+    """The files of --tokenizer-type and --tokenizer-model by name, and its ids; no ids where no tokenizer is known.
 
-    The ids, unless those files are there already: what came with weights stays as it came. None also where no tokenizer
-    is known. Raises ValueError for one that cannot be read.
+    The NullTokenizer has ids, but no files. Raises ValueError for what cannot be read.
     """
     if tokenizer_type == "HuggingFaceTokenizer":
-        return None if tokenizer_model is None else _copy(find_tokenizer_json(tokenizer_model), directory)
+        return ({}, None) if tokenizer_model is None else _files_of(find_tokenizer_json(tokenizer_model))
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
-    _remove(directory)
-    if tokenizer_type == "ByteTokenizer":
-        (directory / JSON).write_text(_bytes_as_bpe(), encoding="utf-8")
-        _write_config(directory, BOS, EOD)
-    return TokenIds(tokenizer.bos, tokenizer.eod, tokenizer.eod)
+    files = {JSON: _bytes_as_bpe(), CONFIG: _config(BOS, EOD)} if tokenizer_type == "ByteTokenizer" else {}
+    return files, TokenIds(tokenizer.bos, tokenizer.eod, tokenizer.eod)
+
+
+def replace_tokenizer(directory: Path, files: dict[str, bytes]) -> None:
+    """Put `files` in the place of another tokenizer's. tokenizer.json comes last: once it is there, all are."""
+    for name in _FILES:
+        (directory / name).unlink(missing_ok=True)
+    for name in sorted(files, key=lambda name: name == JSON):
+        (directory / name).write_bytes(files[name])
+
+
+def _files_of(file: Path) -> tuple[dict[str, bytes], TokenIds]:
+    tokenizer = HuggingFaceTokenizer(file)
+    files = {name: file.with_name(name).read_bytes() for name in _FILES[1:] if file.with_name(name).is_file()}
+    if CONFIG not in files:
+        named = (None if token is None else tokenizer.backend.id_to_token(token)
+                 for token in (tokenizer.bos, tokenizer.eod))
+        files[CONFIG] = _config(*named)
+    return files | {JSON: file.read_bytes()}, _ids(tokenizer)
 
 
 def write_template(directory: Path, template: str) -> None:
@@ -74,7 +87,7 @@ def write_template(directory: Path, template: str) -> None:
     if (directory / CONFIG).is_file():
         fields = dict(read_object(directory / CONFIG).fields)
         if fields.pop("chat_template", None) is not None:
-            _write_json(directory / CONFIG, fields)
+            (directory / CONFIG).write_text(_json(fields), encoding="utf-8")
 
 
 def check_template(directory: Path, name: str) -> str:
@@ -89,43 +102,21 @@ def check_template(directory: Path, name: str) -> str:
     return template
 
 
-def _copy(file: Path, directory: Path) -> TokenIds | None:
-    tokenizer = HuggingFaceTokenizer(file)
-    there = directory / JSON
-    if there.is_file() and there.read_bytes() == file.read_bytes():
-        return None
-    _remove(directory)
-    shutil.copyfile(file, there)
-    for name in _FILES[1:]:
-        if file.with_name(name).is_file():
-            shutil.copyfile(file.with_name(name), directory / name)
-    if not (directory / CONFIG).exists():
-        named = (None if token is None else tokenizer.backend.id_to_token(token)
-                 for token in (tokenizer.bos, tokenizer.eod))
-        _write_config(directory, *named)
-    return _ids(tokenizer)
-
-
 def _ids(tokenizer: HuggingFaceTokenizer) -> TokenIds:
     return TokenIds(tokenizer.bos, tokenizer.eod, tokenizer.eod if tokenizer.pad is None else tokenizer.pad)
 
 
-def _remove(directory: Path) -> None:
-    for name in _FILES:
-        (directory / name).unlink(missing_ok=True)
-
-
-def _write_config(directory: Path, bos: str | None, eos: str) -> None:
+def _config(bos: str | None, eos: str) -> bytes:
     fields = {"add_bos_token": False, "add_eos_token": False, "bos_token": bos, "clean_up_tokenization_spaces": False,
               "eos_token": eos, "pad_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
-    _write_json(directory / CONFIG, fields)
+    return _json(fields).encode()
 
 
-def _write_json(path: Path, fields: dict) -> None:
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(fields: dict) -> str:
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
-def _bytes_as_bpe() -> str:
+def _bytes_as_bpe() -> bytes:
     """tokenizer.json of the ByteTokenizer. GPT-2 writes each byte as a printable character."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -135,4 +126,4 @@ def _bytes_as_bpe() -> str:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-    return backend.to_str()
+    return backend.to_str().encode()
