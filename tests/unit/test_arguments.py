@@ -160,6 +160,7 @@ REFUSED = {
     "--async-save without --save": (1, "--async-save", ["--async-save", "--save"]),
     "--no-save-optim without --save": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
     "nothing to load": (1, "--load /nowhere", ["--load /nowhere", "no such directory"]),
+    "--all without --explain-layout": (1, "--all", ["--all needs --explain-layout"]),
     "--ckpt-step without --load": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
     "limit of skipped steps without skipping":
         (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
