@@ -135,7 +135,9 @@ def converted_moments(directory: Path, optimizer: torch.optim.Optimizer) -> list
 
     Loading widens exactly and narrows by rounding to nearest, ties to even.
     """
-    saved, own = DcpDirectory(directory).dtypes, next(iter(optimizer.state.values()))
+    saved, own = DcpDirectory(directory).dtypes, next(iter(optimizer.state.values()), None)
+    if own is None:  # the stages of this rank are empty
+        return []
     dtypes = {moment: {dtype for name, dtype in saved.items() if name.startswith(f"optimizer.{moment}.")}
               for moment in MOMENTS}
     return [f"{moment} was saved in {_names(dtypes[moment])} and is kept in {_names({own[moment].dtype})} from here on"

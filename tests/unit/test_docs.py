@@ -3,6 +3,7 @@
 A command is tried with one more option, which no tool has: it must be the only one that is refused as unknown.
 """
 
+import ast
 import importlib
 import re
 import shlex
@@ -129,10 +130,51 @@ def test_sizes_of_v3_are_those_of_its_shapes():
     """docs/r1.md: what is not FP8 is embedding, head (each twice), routers, norms and eh_proj; a scale is 4 bytes."""
     page = (ROOT / "docs" / "r1.md").read_text()
     copies = 2 * V3.vocab_size * V3.hidden_size
-    numbers = V3.num_parameters() + V3.mtp_parameters()
+    numbers = V3.num_parameters()
     routers = 59 * (V3.n_routed_experts * V3.hidden_size)
     wide = 2 * copies + routers + 2 * V3.hidden_size ** 2
     fp8 = (numbers + copies - wide) * (1 + 4 / 128 ** 2) + 2 * wide
     for size in (fp8, 2 * (numbers + copies), 2 * numbers, 12 * numbers):
         assert f"| {size / 1e9:,.0f} |" in page
     assert f"{(numbers + copies) / 1e9:.1f}e9 numbers" in page and f"{wide / 1e9:.1f}e9" in page
+
+
+def literals() -> list[str]:
+    """All texts of the source, values in them as \0: strings, f-strings, the messages of refusals, lines of scripts."""
+    found = []
+    for path in [ROOT / "pretrain_deepseek.py", *ROOT.glob("tools/*.py"), *ROOT.glob("megatron_deepseek/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = _text(node)
+            if text:
+                found.append(re.sub(r"\{r\.[^}]*\}|%s", "\0", text))
+    for path in ROOT.glob("examples/*.sh"):
+        lines = re.sub(r'" \\\n\s*"', " ", path.read_text()).splitlines()
+        found += [re.sub(r"\$\{[^}]*\}|\$\w+", "\0", line) for line in lines]
+    return found
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(value) if isinstance(value, ast.Constant) else "\0" for value in node.values)
+    return ""
+
+
+def messages() -> list[str]:
+    return re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_source():
+    """The words between values, in their order, in one text; `PROGRAM: error: ` and `PROGRAM: ` are put before it."""
+    texts = literals()
+    assert len(messages()) > 30
+    for message in messages():
+        words = re.sub(r"^(\S+: )?error: |^launch\.py: |^\[rank\.\.\.\]: ", "", message).split("...")
+        pattern = ".*".join(re.escape(part.strip()) for part in words if len(part.strip()) > 1)
+        assert any(re.search(pattern, text, re.S) for text in texts), message
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert not [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme]
