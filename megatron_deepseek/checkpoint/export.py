@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint.assets import DIRECTORY, write_native_assets
+from megatron_deepseek.checkpoint.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
 from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.checkpoint.names import hf_shapes
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.publish import check_writable
+from megatron_deepseek.checkpoint.tokenizer_files import JSON, replace_tokenizer, tokenizer_to_keep
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.settings import DataSettings, RunSettings
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -29,6 +30,26 @@ def keep_assets(run: RunSettings) -> None:
         write_native_assets(run.save / DIRECTORY, assets, source.config)
     elif (run.load / DIRECTORY).is_dir():
         shutil.copytree(run.load / DIRECTORY, run.save / DIRECTORY)
+
+
+def keep_tokenizer(save: Path | None, data: DataSettings) -> None:
+    """On rank 0, after `keep_assets`: the tokenizer of the data stays with the checkpoints of --save.
+
+    Nothing where it is there already: the files that came with loaded weights stay as they came.
+    """
+    if os.environ.get("RANK", "0") != "0" or save is None:
+        return
+    files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
+    directory, there = save / DIRECTORY, read_assets(save / DIRECTORY)
+    if tokens is None or (tokens == there.tokens if not files else _holds(directory / JSON, files[JSON])):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    note_tokens(directory, there.mtp_copies, tokens)
+    replace_tokenizer(directory, files)
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content
 
 
 def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:

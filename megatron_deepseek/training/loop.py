@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.checkpoint.export import export_hf, keep_assets
+from megatron_deepseek.checkpoint.export import export_hf, keep_assets, keep_tokenizer
 from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
@@ -50,6 +50,7 @@ def _pretrain(settings: Settings, begun: float) -> None:
     with open_report(settings.run, state.iteration) if first else Report() as report:
         describe(report, settings, trainer, state)
         keep_assets(settings.run)
+        keep_tokenizer(settings.run.save, settings.data)
         run = Run(settings, trainer, report, state, begun)
         run.train()
         run.export()
