@@ -165,6 +165,7 @@ class RunSettings:
     ckpt_step: int | None = None
     finetune: bool = False
     no_load_optim: bool = False
+    overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
     tensorboard_dir: Path | None = None

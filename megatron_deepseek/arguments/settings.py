@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_deepseek.arguments.architecture import build_model
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
@@ -27,7 +28,7 @@ _SILENT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a pre-training run is told."""
+    """All that a pre-training run is told. `notices`: what follows from it that its user may not expect, in lines."""
 
     model: ModelConfig
     layout: Layout
@@ -41,6 +42,7 @@ class Settings:
     offload: OffloadSettings
     data: DataSettings
     run: RunSettings
+    notices: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
@@ -68,7 +70,8 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
-        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations))
+        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations),
+        notices=notices(request))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -169,9 +172,8 @@ def _data(request: Request) -> DataSettings:
 
 def _run(request: Request, iterations: int) -> RunSettings:
     args = request.args
-    load = args.load if args.load is not None and request.load_problem is None else None
     eval_iters = args.eval_iters or 0
-    return _fill(RunSettings, args, train_iters=iterations, load=load, eval_iters=eval_iters,
+    return _fill(RunSettings, args, train_iters=iterations, eval_iters=eval_iters,
                  eval_interval=(args.eval_interval or 1000) if eval_iters else None,
                  max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                  sharding=args.data_parallel_sharding_strategy)

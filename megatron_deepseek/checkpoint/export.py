@@ -20,14 +20,22 @@ from megatron_deepseek.settings import RunSettings
 _SHARD_BYTES = 5 * 10**9
 
 
-def keep_assets(run: RunSettings) -> None:
-    """On rank 0: config.json, tokenizer and the like of --load stay with the checkpoints of --save."""
-    if os.environ.get("RANK", "0") != "0" or run.load is None or run.save is None or (run.save / DIRECTORY).exists():
+def keep_assets(loaded: Path | None, save: Path | None) -> None:
+    """config.json, tokenizer and the like of what a run began from stay with the checkpoints of --save.
+
+    `loaded`: a Hugging Face directory, or one iteration's. The directory is whole from the moment that it has its name.
+    """
+    if loaded is None or save is None or (save / DIRECTORY).exists():
         return
-    if is_huggingface(run.load):
-        write_native_assets(run.save / DIRECTORY, open_hf(run.load, without_mtp=False)[1])
-    elif (run.load / DIRECTORY).is_dir():
-        shutil.copytree(run.load / DIRECTORY, run.save / DIRECTORY)
+    aside = save / f"{DIRECTORY}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    if is_huggingface(loaded):
+        write_native_assets(aside, open_hf(loaded, without_mtp=False)[1])
+    elif (loaded.parent / DIRECTORY).is_dir():
+        shutil.copytree(loaded.parent / DIRECTORY, aside)
+    else:
+        return
+    os.rename(aside, save / DIRECTORY)
 
 
 def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:

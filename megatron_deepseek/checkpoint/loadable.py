@@ -38,11 +38,15 @@ def checkpoint_directory(root: Path, step: int | None = None) -> Path:
 
 
 def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None) -> Path:
-    """`checkpoint_directory`; ValueError also if it is of another architecture, or if its files are not whole.
+    """`checkpoint_directory`; ValueError also if it is of another architecture, or if its files are not whole."""
+    return check_directory(checkpoint_directory(root, step), config)
+
+
+def check_directory(directory: Path, config: ModelConfig) -> Path:
+    """ValueError if a checkpoint is of another architecture, or if its files are not whole.
 
     Of files only sizes are looked at. A directory without checksums.json passes.
     """
-    directory = checkpoint_directory(root, step)
     if is_huggingface(directory):
         found = open_huggingface(directory).config
     else:

@@ -123,15 +123,16 @@ REFUSED = {
     "positions of documents": (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
     "save interval": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
     "export of what": (1, "--save-hf out", ["--save-hf out", "--save"]),
-    "export exists": (1, "--save-hf / --save run", ["--save-hf /"]),
     "save every seconds": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
     "keep last": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "async save": (1, "--async-save", ["--async-save", "--save"]),
     "no save optim": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
-    "no checkpoint": (1, "--load /nowhere", ["--load /nowhere", "no such directory"]),
     "step of what": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
     "skips": (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
     "finetune what": (1, "--finetune", ["--finetune", "--load"]),
+    "finetune where": (1, "--finetune --load runs/a --save runs/../runs/a", ["--finetune of --load runs/a", "--save"]),
+    "overwrite": (1, "--overwrite", ["--overwrite needs --save"]),
+    "overwrite what is loaded": (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
     "no optimizer of what": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
     "profile": (1, "--profile --profile-step-start 5 --profile-step-end 5",
                 ["--profile-step-start 5", "--profile-step-end 5"]),
@@ -147,7 +148,6 @@ OTHER_REASONS = [
     (2, f"{PP2} --pipeline-schedule DualPipeV --rampup-batch-size 2 2 100 --global-batch-size 4",
      "schedule and micro-batches"),
     (1, "--overlap-moe-expert-parallel-comm --pipeline-schedule DualPipeV", "pairs of what"),
-    (1, f"--save-hf {__file__} --save run", "export exists"),
 ]
 # Refused by the parser, by the architecture or by the checks of settings: (whole command line, fragments)
 REFUSED_ELSEWHERE = [
@@ -383,16 +383,39 @@ def test_evaluation_only_when_asked():
     assert settings("--eval-iters 0 --eval-interval 5").run.eval_iters == 0
 
 
-def test_first_start_in_the_save_directory(tmp_path):
-    """--load and --save in one empty directory begin anew; a finished checkpoint there is loaded."""
-    both = f"--save {tmp_path} --load {tmp_path}"
-    assert settings(both).run.load is None
-    for more in ("--finetune", "--ckpt-step 5"):
-        assert "--load" in message(f"{BASE} {both} {more}")
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
-    assert "holds no finished checkpoint" in message(f"{BASE} {both}")
-    (tmp_path / "iter_0000020").mkdir()
-    assert settings(both).run.load == tmp_path
+def test_parsing_looks_at_no_checkpoint(tmp_path):
+    """Ranks that each looked for themselves could see different things: rank 0 decides later, for all."""
+    assert settings("--load /nowhere --ckpt-step 5").run.load == Path("/nowhere")
+    assert settings(f"--save {tmp_path} --load {tmp_path}").run.load == tmp_path
+    assert settings(f"--save {tmp_path} --save-hf /").run.save_hf == Path("/")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("", ["without --save nothing will be saved", "MTP is trained too", "--mtp-num-layers 0"]),
+    ("--save run --mtp-num-layers 1", []),
+    ("--save run --mtp-num-layers 0", []),
+    ("--save run --mtp-num-layers 0 --moe-layer-freq 1", ["--moe-layer-freq gives experts to layers"]),
+    ("--save run --mtp-num-layers 0 --moe-layer-freq [0]*1+[1]*3", []),
+])
+def test_what_a_user_may_not_expect_is_said(arguments, said):
+    assert_told(settings(arguments).notices, said)
+
+
+def test_a_config_without_a_balance_loss_is_said(tmp_path):
+    """With a bias that balances, and without; not where the user has chosen."""
+    for preset, words in ((TINY, "aux_loss_alpha of the config is 0; --moe-aux-loss-coeff gives one. The routers' biases "
+                                 "balance the experts"), (V2_LITE, "Nothing balances the experts")):
+        (tmp_path / "config.json").write_text(json.dumps(preset.to_hf_dict() | {"aux_loss_alpha": 0}))
+        model = f"--model {tmp_path} --save run --mtp-num-layers 0"
+        assert_told(settings(model).notices, [words])
+        assert_told(settings(f"{model} --moe-router-load-balancing-type none").notices, [])
+        assert_told(settings(f"{model} --moe-aux-loss-coeff 0.1").notices, [])
+
+
+def assert_told(notices: tuple[str, ...], said: list[str]) -> None:
+    told = "\n".join(notices)
+    assert all(words in told for words in said) and len(notices) >= bool(said), told
+    assert said or not notices, told
 
 
 def run_entry(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
