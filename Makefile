@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test test-all test-exhaustive mutants clean
+.PHONY: help venv pretrain test test-all test-exhaustive drill mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
+	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
 	@echo 'make clean      remove $(VENV), $(RUN_DIR) and caches'
@@ -46,6 +47,9 @@ test-all: $(STAMP)
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
+
+drill: $(STAMP)
+	$(BIN)/python tests/e2e/drill.py --kills 1000 --deaths 8
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py

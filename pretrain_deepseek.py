@@ -4,20 +4,28 @@
 Everything that a user can get wrong on the command line is refused before torch is imported.
 """
 
+from megatron_deepseek.launch.agent import end_with_agent
+
+if __name__ == "__main__":
+    end_with_agent()  # before anything that takes time
+
 import os
 import sys
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.explain import explain_layout
+from megatron_deepseek.launch.entry import run
 
 
 def main() -> None:
     explain_layout(sys.argv[1:])
     settings = parse_or_exit(sys.argv[1:], os.environ)
+    if "--check-only" in sys.argv[1:]:
+        return
     from megatron_deepseek.training.loop import pretrain
 
     pretrain(settings)
 
 
 if __name__ == "__main__":
-    main()
+    run("pretrain_deepseek.py", main)

@@ -108,7 +108,7 @@ def _memory(pid: int) -> int:
 def preprocess(corpus: Path, tokenizer: Path, folder: Path, workers: int, backend: str) -> Measured:
     command = [sys.executable, REPOSITORY / "tools" / "preprocess_data.py", "--input", corpus, "--output-prefix",
                folder / "out", "--tokenizer-model", tokenizer, "--append-eod", "--workers", workers,
-               "--tokenizer-backend", backend]
+               "--tokenizer-backend", backend, "--overwrite"]
     seconds, cpu_seconds, peak, _ = run_watched(command, threads=1)
     return Measured(json.loads((folder / "out_report.json").read_text())["tokens"], seconds, cpu_seconds, peak)
 

@@ -4,11 +4,11 @@ Field names are Hugging Face's (`DeepseekV2Config`, `DeepseekV3Config`), so that
 is. Nothing about training or parallelism lives here: the same `ModelConfig` describes a checkpoint in any layout.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepseek import hf_config
+from megatron_deepseek.foreign_json import read_object
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,7 @@ class ModelConfig:
         """Reads a config.json, or that of a directory."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a readable config.json: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} holds a JSON {type(fields).__name__}, not an object")
+        fields = dict(read_object(path).fields)
         try:
             return cls.from_hf_dict(fields)
         except ValueError as error:

@@ -18,6 +18,7 @@ LARGEST = 1 << 24  # bytes of a file, unless the reader says more: parsed, they 
 LARGEST_LIST = 100_000_000  # of one with an entry for each tensor or file; the limit of safetensors for its header
 DEEPEST = 128  # objects and lists inside each other
 LARGEST_INTEGER = 2**63 - 1
+_READ_BYTES = 1 << 20
 
 _STRING = re.compile(rb'"[^"]*"?')
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -30,14 +31,15 @@ def read_json(path: str | os.PathLike, largest: int = LARGEST) -> Any:
     """What a file of at most `largest` bytes holds. ValueError, with the path, if it cannot be read or is no such."""
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(largest + 1) if size <= largest else b""  # a pipe has no size
+            content, size = bytearray(), os.fstat(file.fileno()).st_size
+            while size <= largest and (more := file.read(_READ_BYTES)):  # a pipe's size is 0 whatever comes out of it
+                content += more
+                size = max(size, len(content))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    if max(size, len(content)) > largest:
-        raise ValueError(f"{path} has {max(size, len(content)):,} bytes, more than the {largest:,} that are read of "
-                         f"such a file")
-    return parse_json(content, path)
+    if size > largest:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {largest:,} that are read of such a file")
+    return parse_json(bytes(content), path)
 
 
 def parse_json(content: bytes, where: object) -> Any:

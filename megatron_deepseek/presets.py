@@ -4,9 +4,12 @@ What a released file says of training (`initializer_range` 0.02, `aux_loss_alpha
 trained with other values; the scripts in examples/ pass the reports' values as arguments.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
+from megatron_deepseek import hf_config
 from megatron_deepseek.config import ModelConfig, RopeScaling
+from megatron_deepseek.foreign_json import read_object
 
 _V2_YARN = RopeScaling(kind="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707,
                        mscale_all_dim=0.707)
@@ -57,3 +60,14 @@ def load_model(name: str) -> ModelConfig:
     if not Path(name).exists():
         raise ValueError(f"{name!r} is neither a preset ({', '.join(preset_names())}) nor a config.json file")
     return ModelConfig.from_file(name)
+
+
+def describe_model(name: str, overridden: Collection[str] = ()) -> list[str]:
+    """Lines on what a config.json leaves out and what of it has no meaning here; none for a preset.
+
+    `overridden`: fields that are not the file's in the end.
+    """
+    if name in preset_names():
+        return []
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    return hf_config.describe(dict(read_object(path).fields), path, overridden)

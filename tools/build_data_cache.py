@@ -12,6 +12,7 @@ from tqdm import tqdm
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.parser import add_data
 from megatron_deepseek.data.pretraining import DataPlan, check_data, make_plan
 from megatron_deepseek.data.table import describe_split
@@ -55,7 +56,7 @@ def build(plan: DataPlan, workers: int | None) -> int:
     return len(missing)
 
 
-def main(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
     args, begin = parse_arguments(argv), time.perf_counter()
     settings = settings_of(args)
     samples = args.train_samples or args.train_iters * args.global_batch_size
@@ -70,11 +71,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def main(argv: list[str]) -> int:
+    return exit_status("build_data_cache.py", lambda: run(argv), "interrupted; indices that were finished stay")
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        print(f"build_data_cache.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("build_data_cache.py: interrupted; indices that were finished stay")
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,6 @@ split by position (as --split does) holds documents of every kind in each part. 
 Needs nothing but the standard library.
 """
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -20,6 +19,17 @@ import time
 import tokenize
 from fnmatch import fnmatch
 from pathlib import Path
+
+if sys.version_info < (3, 10):
+    sys.stderr.write("make_corpus.py: error: needs Python 3.10 or newer, and %s is %s\n"
+                     % (sys.executable, sys.version.split()[0]))
+    raise SystemExit(2)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.arguments.values import positive_int
 
 # Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
 # build variables with this machine's paths) that would teach a model nothing but numbers.
@@ -81,20 +91,19 @@ def write_corpus(documents, output: Path):
     os.replace(aside, output)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description="Make a JSONL corpus of the running Python's standard library.")
+def parse_arguments(argv: list[str]):
+    parser = OneLineParser(prog="make_corpus.py",
+                           description="Make a JSONL corpus of the running Python's standard library.")
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
-    parser.add_argument("--max-bytes", type=int, default=16_000_000, help="most bytes of text (default: %(default)s)")
+    parser.add_argument("--max-bytes", type=positive_int, default=16_000_000,
+                        help="most bytes of text (default: %(default)s)")
     parser.add_argument("--exclude", nargs="*", default=EXCLUDED, metavar="PATTERN",
                         help="names of files and folders to leave out, in place of the default: %(default)s")
-    arguments = parser.parse_args()
-    if arguments.max_bytes < 1:
-        parser.error(f"--max-bytes {arguments.max_bytes}: it must be at least 1")
-    return arguments
+    return parser.parse_args(argv)
 
 
-def main():
-    arguments = parse_arguments()
+def run(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
     start = time.perf_counter()
     library = Path(sysconfig.get_paths()["stdlib"])
     found = [*manual_documents(), *source_documents(library, arguments.exclude)]
@@ -106,11 +115,12 @@ def main():
     manual = sum(source.startswith("manual/") for source, _ in documents)
     print(f"{arguments.output}: {len(documents)} documents ({manual} of Python {sys.version.split()[0]}'s manual, "
           f"{len(documents) - manual} sources), {size / 1e6:.1f} MB of text in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return exit_status("make_corpus.py", lambda: run(argv))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"make_corpus.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import megatron_deepseek  # noqa: F401  for what it asks of this Python
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.arguments.values import positive_int
+
 PACKAGE = REPOSITORY / "megatron_deepseek"
 PROMPT = "def read(self, size):"
 PROCESSES = (1, 2, 4, 8)
@@ -34,8 +44,8 @@ class Step:
     outputs: tuple[Path, ...]
 
 
-def main() -> None:
-    args = parse_arguments()
+def run(argv: list[str]) -> int:
+    args = parse_arguments(argv)
     run_dir = args.run_dir.resolve()
     (run_dir / "data").mkdir(parents=True, exist_ok=True)
     environ = environment(run_dir, args)
@@ -43,16 +53,15 @@ def main() -> None:
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]", run_dir, environ)
     show(run_dir)
+    return 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser(prog="run_tiny.py", description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/tiny"), help="where everything goes (runs/tiny)")
-    parser.add_argument("--steps", type=int, default=120, help="training iterations (120)")
+    parser.add_argument("--steps", type=positive_int, default=120, help="training iterations (120)")
     parser.add_argument("--nproc", type=int, choices=PROCESSES, help="processes (4; with GPUs one for each)")
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps} is not at least 1")
+    args = parser.parse_args(argv)
     args.nproc = args.nproc or default_processes()
     return args
 
@@ -95,7 +104,8 @@ def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
                                 "--isolate-punctuation"),
              (tools / "train_tokenizer.py",), (corpus,), (tokenizer,)),
         Step("dataset", tool("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer-type",
-                             "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2),
+                             "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2,
+                             "--overwrite"),
              (tools / "preprocess_data.py", PACKAGE / "data"), (corpus, tokenizer), dataset),
         Step("training", ("bash", str(example / "pretrain_tiny.sh")),
              (PACKAGE, REPOSITORY / "pretrain_deepseek.py", example / "pretrain_tiny.sh", example / "common.sh"),
@@ -184,5 +194,9 @@ def show(run_dir: Path) -> None:
         print(f"{name:12s} {run_dir / path}")
 
 
+def main(argv: list[str]) -> int:
+    return exit_status("run_tiny.py", lambda: run(argv), "interrupted; the same command continues")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

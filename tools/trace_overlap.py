@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.training.trace import Overlap, overlaps, read_trace, total
 
 
@@ -32,14 +33,14 @@ def report(path: Path) -> None:
     print("\n".join(row(each, width) for each in rows))
 
 
-def main(argv: list[str]) -> int:
-    try:
-        for path in parse_arguments(argv).traces:
-            report(path)
-    except ValueError as error:
-        print(f"trace_overlap.py: error: {error}", file=sys.stderr)
-        return 2
+def run(argv: list[str]) -> int:
+    for path in parse_arguments(argv).traces:
+        report(path)
     return 0
+
+
+def main(argv: list[str]) -> int:
+    return exit_status("trace_overlap.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

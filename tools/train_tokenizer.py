@@ -5,7 +5,6 @@ The four special tokens (begin and end of sentence, User, Assistant) come first,
 the end of sentence ends a document. The same input gives the same file, whatever the number of threads.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -13,6 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.data.corpus.inputs import find_sources
 from megatron_deepseek.data.corpus.records import texts_of_source
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS
@@ -65,26 +67,26 @@ def save(tokenizer, output: Path):
     os.replace(aside, output)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+def parse_arguments(argv: list[str]):
+    parser = OneLineParser(prog="train_tokenizer.py", description="Train a byte-level BPE tokenizer.")
     parser.add_argument("--input", nargs="+", required=True,
                         help="files, globs or directories, as in preprocess_data.py")
     parser.add_argument("--output", type=Path, required=True, help="the tokenizer.json to write")
     parser.add_argument("--json-key", default="text", help="the key that holds the text (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=8192,
+    parser.add_argument("--vocab-size", type=positive_int, default=8192,
                         help="entries in all, special tokens included (default: %(default)s)")
     parser.add_argument("--isolate-punctuation", action="store_true",
                         help="every punctuation mark and digit by itself: for code and a small vocabulary")
-    parser.add_argument("--max-bytes", type=int, default=100_000_000,
+    parser.add_argument("--max-bytes", type=positive_int, default=100_000_000,
                         help="most bytes of text to learn from, taken from the start (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.vocab_size < SMALLEST:
         parser.error(f"--vocab-size {arguments.vocab_size}: {SMALLEST} are needed for the bytes and special tokens")
     return arguments
 
 
-def main():
-    arguments = parse_arguments()
+def run(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
     start = time.perf_counter()
     texts = list(read_texts(find_sources(arguments.input), arguments.json_key, arguments.max_bytes))
     if not texts:
@@ -96,11 +98,12 @@ def main():
     read = sum(len(text.encode()) for text in texts)
     print(f"{arguments.output}: {size} entries{short} from {len(texts)} texts, {read / 1e6:.1f} MB, "
           f"in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return exit_status("train_tokenizer.py", lambda: run(argv))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(sys.argv[1:]))

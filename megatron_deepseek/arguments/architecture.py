@@ -7,7 +7,7 @@ from argparse import Namespace
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
 from megatron_deepseek.config import ModelConfig, RopeScaling
-from megatron_deepseek.presets import load_model
+from megatron_deepseek.presets import describe_model, load_model
 
 
 def build_model(args: Namespace) -> ModelConfig:
@@ -28,6 +28,15 @@ def build_model(args: Namespace) -> ModelConfig:
         return dataclasses.replace(base, **given)
     except ValueError as error:
         raise ValueError(_name_arguments(str(error), given)) from error
+
+
+def describe_architecture(args: Namespace) -> tuple[str, ...]:
+    """Lines on what --model's config.json leaves to defaults, command line considered, and what of it is not used."""
+    given = {field for _, field, _, _ in ARCHITECTURE if getattr(args, field) is not None}
+    others = {"scoring_func": args.scoring_func, "topk_method": args.moe_router_enable_expert_bias or None,
+              "moe_layer_freq": args.moe_layer_freq, "aux_loss_alpha": args.moe_aux_loss_coeff,
+              "seq_aux": args.moe_router_load_balancing_type, "tie_word_embeddings": args.tie_word_embeddings or None}
+    return tuple(describe_model(args.model, given | {field for field, value in others.items() if value is not None}))
 
 
 def _router(args: Namespace, base: ModelConfig, given: dict) -> dict:

@@ -1,9 +1,14 @@
 """What the parsers of all commands have in common: one line for a mistake, which names the option that was meant."""
 
 import argparse
-import difflib
 import re
+import sys
 from collections.abc import Sequence
+from typing import TextIO
+
+from megatron_deepseek.arguments.ending import BROKEN_PIPE, silence
+
+from megatron_deepseek.near_names import near_names
 
 _NEAR = 0.75  # of difflib's similarity: --train-iter is near --train-iters, --tokenizer is near nothing
 _MOST_PROPOSED = 3
@@ -28,6 +33,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(message.removeprefix("argument "))
+
+    def print_help(self, file: TextIO | None = None):
+        """As argparse does, but for a reader that has gone (`| head`): Python would tell of it at its end."""
+        file = file or sys.stdout
+        try:
+            file.write(self.format_help())
+            file.flush()
+        except BrokenPipeError:
+            silence(file)
+            self.exit(BROKEN_PIPE)
 
     def parse_args(self, args=None, namespace=None):
         arguments, left = self.parse_known_args(args, namespace)
@@ -64,6 +79,6 @@ def proposals(name: str, options: Sequence[str]) -> list[str]:
         return [name]
     if OTHER_NAMES.get(name) in options:
         return [OTHER_NAMES[name]]
-    near = difflib.get_close_matches(name, options, n=_MOST_PROPOSED, cutoff=_NEAR)
+    near = near_names(name, options, _NEAR, _MOST_PROPOSED)
     holding = [option for option in options if f"{name[1:]}-" in f"{option}-" and option not in near]
     return (near + holding)[:_MOST_PROPOSED]

@@ -1,7 +1,8 @@
 """Where the data is: on the command line or in a file, for all splits together or for each its own."""
 
-import json
 from argparse import Namespace
+
+from megatron_deepseek.foreign_json import read_json
 
 SPLITS = ("train", "valid", "test")
 
@@ -60,9 +61,9 @@ def _read_splits(path) -> dict[str, Path | None]:
         return ValueError(f'{option} {path} {why}; it holds {{"train": [WEIGHT, PREFIX, ...], "valid": [...], ...}}')
 
     try:
-        given = json.loads(_read(path, option))
-    except json.JSONDecodeError as error:
-        raise refuse(f"is malformed JSON: {error}") from error
+        given = read_json(path)
+    except ValueError as error:
+        raise refuse(str(error).removeprefix(f"{path} ")) from error
     if not isinstance(given, dict) or not set(given) <= set(SPLITS):
         raise refuse("has other keys than train, valid and test")
     own = dict.fromkeys(SPLITS)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
@@ -11,15 +12,34 @@ def exit_status(program: str, body: Callable[[], int], interrupted: str = "inter
     """What `body` returns; 2 after ValueError or OSError, 130 after Ctrl-C, with one line on stderr.
 
     141 where nobody reads the output any more (`| head`): what was not printed was not said, so it is no success.
+    What is still in the buffer is written here, or Python would meet the same error once more at its end, and print it.
     """
+    try:
+        status = _outcome(program, body, interrupted)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return BROKEN_PIPE
+
+
+def _outcome(program: str, body: Callable[[], int], interrupted: str) -> int:
     try:
         return body()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at its end
-        return BROKEN_PIPE
+        raise
     except (ValueError, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except SystemExit as leaving:  # argparse's, after --help
+        return leaving.code or 0
+
+
+def silence(stream: TextIO) -> None:
+    """Sends what is written to `stream` from now on nowhere, since its reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -35,8 +35,8 @@ NOTICES = (
     Notice(lambda r: r.args.num_nextn_predict_layers is None and r.model.num_nextn_predict_layers > 0,
            "MTP is trained too, as the config has it (num_nextn_predict_layers "
            "{r.model.num_nextn_predict_layers}); --mtp-num-layers 0 leaves it out"),
-    Notice(_dense_layers_removed, "--moe-layer-freq gives experts to layers at the beginning that are dense in the config "
-           "(first_k_dense_replace {r.model.first_k_dense_replace} now)"),
+    Notice(_dense_layers_removed, "--moe-layer-freq gives experts to layers at the beginning that are dense in the "
+           "config (first_k_dense_replace {r.model.first_k_dense_replace} now)"),
     Notice(lambda r: _no_balance_loss(r) and r.model.topk_method == "noaux_tc",
            _NO_BALANCE + ". The routers' biases balance the experts"),
     Notice(lambda r: _no_balance_loss(r) and r.model.topk_method != "noaux_tc",

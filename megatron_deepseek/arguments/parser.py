@@ -49,6 +49,8 @@ def _add_parallel(parser):
         help="ranks that share the width of each expert")
     add("--explain-layout", type=values.positive_int, metavar="RANKS",
         help="print which of so many ranks holds what, and leave")
+    add("--check-only", action="store_true",
+        help="refuse what does not fit together on WORLD_SIZE ranks (environment; 1), and leave; files are not read")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
     add("--pipeline-schedule", type=str, choices=SCHEDULES,
         help="a schedule of torch.distributed.pipelining (1F1B; with virtual stages Interleaved1F1B)")
@@ -155,8 +157,8 @@ def _add_checkpoint(parser):
     add("--keep-last", type=values.positive_int, metavar="N", help="remove all but the newest N checkpoints (keep all)")
     add("--no-save-optim", action="store_true", help="save weights without the optimizer's state")
     add("--save-hf", type=Path, metavar="DIR", help="at the end, also as a Hugging Face model (bf16 with --bf16)")
-    add("--load", type=Path, metavar="DIR", help="where a run begins that --save holds no checkpoint of: at the last one "
-        "there, or with the weights of a Hugging Face directory; the --save directory itself to continue it")
+    add("--load", type=Path, metavar="DIR", help="the --save directory, to continue what it holds; or where a run begins "
+        "that --save holds nothing of: at the last checkpoint there, or with the weights of a Hugging Face directory")
     add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
     add("--no-load-optim", action="store_true", help="begin with fresh optimizer state")

@@ -9,13 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_deepseek.arguments.architecture import build_model
+from megatron_deepseek.arguments.architecture import build_model, describe_architecture
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
@@ -28,7 +29,7 @@ _SILENT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a pre-training run is told. `notices`: what follows from it that its user may not expect, in lines."""
+    """All that a pre-training run is told. `notes`: lines for its start, on what follows that may not be expected."""
 
     model: ModelConfig
     layout: Layout
@@ -42,7 +43,7 @@ class Settings:
     offload: OffloadSettings
     data: DataSettings
     run: RunSettings
-    notices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
@@ -71,7 +72,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations),
-        notices=notices(request))
+        notes=(*describe_architecture(args), *notices(request)))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -82,10 +83,12 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             world_size = int(environ.get("WORLD_SIZE", "1"))
             return parse(argv, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
         except ValueError as error:
+            line = f"pretrain_deepseek.py: error: {error}"
             if first:
-                print(f"pretrain_deepseek.py: error: {error}", file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
             else:
                 time.sleep(_SILENT_SECONDS)
+            tell_agent(line)
     raise SystemExit(2)
 
 

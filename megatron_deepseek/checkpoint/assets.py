@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek import hf_config
+from megatron_deepseek import hf_config, hf_rope
 from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.foreign_json import read_object
 
 DIRECTORY = "huggingface"
 _NOTES = "conversion.json"
@@ -42,17 +43,17 @@ def read_assets(directory: Path) -> Assets:
     """Of a Hugging Face directory, or of one that `write_native_assets` made; empty where there is none."""
     if not (directory / "config.json").is_file():
         return Assets(directory) if directory.is_dir() else Assets()
-    given = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    given = dict(read_object(directory / "config.json").fields)
     notes = directory / _NOTES
-    copies = json.loads(notes.read_text())["mtp_copies"] if notes.is_file() else True
+    copies = read_object(notes).boolean("mtp_copies") if notes.is_file() else True
     return Assets(directory, given, copies)
 
 
-def write_native_assets(directory: Path, assets: Assets) -> None:
+def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) -> None:
+    """Beside weights of the architecture `config`, which config.json then says, in the dialect of its source."""
     directory.mkdir(parents=True, exist_ok=True)
     carry(assets, directory)
-    if assets.fields is not None:
-        _write_json(directory / "config.json", assets.fields)
+    _write_json(directory / "config.json", fields_of(config, assets))
     _write_json(directory / _NOTES, {"mtp_copies": assets.mtp_copies})
 
 
@@ -65,9 +66,7 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
     """config.json of an export whose tensors have `dtypes`, bytes of each."""
     quantized = torch.float8_e4m3fn in dtypes
     widest = max((dtype for dtype in dtypes if dtype != torch.float8_e4m3fn), key=dtypes.get)
-    given = dict(assets.fields) if assets.fields is not None else config.to_hf_dict()
-    if assets.fields is not None:
-        given |= _changes(given, config)
+    given = fields_of(config, assets)
     key = "dtype" if "dtype" in given and "torch_dtype" not in given else "torch_dtype"
     given[key] = str(widest).removeprefix("torch.")
     if not quantized:
@@ -77,18 +76,24 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
     _write_json(directory / "config.json", given)
 
 
+def fields_of(config: ModelConfig, assets: Assets) -> dict:
+    """config.json for `config`: the source's, with what is different now."""
+    given = assets.fields
+    return config.to_hf_dict() if given is None else given | _changes(given, config)
+
+
 def _changes(given: dict, config: ModelConfig) -> dict:
-    """What training changed since `given` was read, in its own dialect. Absent MTP modules stay as announced."""
+    """What training or conversion changed since `given` was read, in its own dialect."""
     theirs, changes = ModelConfig.from_hf_dict(given), {}
     released = config.to_hf_dict()
     names = [field.name for field in fields(config) if getattr(theirs, field.name) != getattr(config, field.name)]
     for name in names:
-        if name == "num_nextn_predict_layers" and config.num_nextn_predict_layers == 0:
-            continue
         if name not in ("rope_theta", "rope_scaling"):
             changes[hf_config.spelling(given, name)] = released[name]
+    if given.get("topk_method") == hf_config.MISSPELT_GREEDY:  # which neither DeepSeek's code nor transformers runs
+        changes["topk_method"] = config.topk_method
     if {"rope_theta", "rope_scaling"} & set(names):
-        changes |= hf_config.write_rope(config, given)
+        changes |= hf_rope.write_rope(config, given)
     return changes
 
 

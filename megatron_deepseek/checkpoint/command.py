@@ -15,7 +15,6 @@ from megatron_deepseek.checkpoint.assets import Assets, read_assets
 from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size
 from megatron_deepseek.checkpoint.conversion import DTYPES, Target, conversion
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
-from megatron_deepseek.checkpoint.huggingface import HuggingFaceSource
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
@@ -115,9 +114,9 @@ def report(source: Source, target: Target) -> None:
     for reason in reasons:
         names = sorted(name for name, why in source.dropped.items() if why == reason)
         print(f"dropped {len(names)} tensors ({reason}): {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
-    if isinstance(source, HuggingFaceSource) and source.absent_mtp:
-        print(f"without MTP: {source.path / 'config.json'} announces num_nextn_predict_layers "
-              f"{source.absent_mtp}, but the files hold no such module")
+    if source.absent_mtp:
+        print(f"without MTP: {source.path} holds none of the modules that its config.json announces "
+              f"(num_nextn_predict_layers {source.absent_mtp}); what was written announces none")
     if source.copies:
         print(f"checked {len(source.copies)} copies against their originals: {', '.join(source.copies)}")
 

@@ -12,7 +12,6 @@ Tensors are saved by global shape and offset, under Hugging Face's parameter nam
 the layout that wrote them.
 """
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,7 +31,7 @@ from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checks
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
 from megatron_deepseek.checkpoint.state import MOMENTS, fill_copies, model_state, state_to_save
-from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 
@@ -43,8 +42,8 @@ def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Mod
     """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
 
     Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
-    were there are then as before. `group`: a gloo group of all ranks (the default group). `notes`: further JSON files by
-    name, as rank 0 has them.
+    were there are then as before. `group`: a gloo group of all ranks (the default group). `notes`: further JSON
+    files by name, as rank 0 has them.
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
@@ -176,7 +175,7 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
     _load(state, reader)
     fill_copies(stages, optimizer)
-    train_state = TrainState() if released else TrainState(**json.loads((directory / "state.json").read_text()))
+    train_state = TrainState() if released else read_state(directory)
     if optimizer is not None:
         for stage in stages:
             for parameter in stage.parameters():

@@ -30,7 +30,8 @@ def keep_assets(loaded: Path | None, save: Path | None) -> None:
     aside = save / f"{DIRECTORY}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     if is_huggingface(loaded):
-        write_native_assets(aside, open_hf(loaded, without_mtp=False)[1])
+        source, assets = open_hf(loaded, without_mtp=False)
+        write_native_assets(aside, assets, source.config)
     elif (loaded.parent / DIRECTORY).is_dir():
         shutil.copytree(loaded.parent / DIRECTORY, aside)
     else:

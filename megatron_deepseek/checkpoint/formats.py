@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,13 +17,14 @@ from megatron_deepseek.checkpoint.assets import (
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
-from megatron_deepseek.checkpoint.dcp_files import METADATA, open_dcp
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp
 from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
-from megatron_deepseek.checkpoint.huggingface import INDEX, MTP_LEFT_OUT, open_huggingface
+from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
-from megatron_deepseek.checkpoint.megatron import PADDED, megatron_places
+from megatron_deepseek.checkpoint.megatron import MTP_PREFIX, PADDED, megatron_places
+from megatron_deepseek.checkpoint.mtp import LEFT_OUT, as_stored, module_prefixes
 from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.shards import Shard, divide, write_dcp, write_safetensors
@@ -47,14 +48,13 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
     directory = path
     if not (path / METADATA).is_file():
         directory = checkpoint_directory(path)
-    config = ModelConfig.from_file(directory / "config.json")
+    announced, stored = ModelConfig.from_file(directory / "config.json"), open_dcp(directory)
+    modules = [NATIVE_PREFIX + prefix for prefix in module_prefixes(announced)]
+    config, absent = as_stored(announced, _any_begins(stored, modules), without_mtp)
     dropped = {"optimizer.": "state of the optimizer"}
-    if without_mtp and config.num_nextn_predict_layers:
-        dropped |= {f"{NATIVE_PREFIX}model.layers.{config.num_hidden_layers + depth}.": MTP_LEFT_OUT
-                    for depth in range(config.num_nextn_predict_layers)}
-        config = replace(config, num_nextn_predict_layers=0)
-    stored = open_dcp(directory)
-    source = open_stacked(directory, config, stored, native_places(config), NATIVE_PREFIX, dropped)
+    if config != announced:
+        dropped |= dict.fromkeys(modules, LEFT_OUT)
+    source = open_stacked(directory, config, stored, native_places(config), NATIVE_PREFIX, dropped, absent_mtp=absent)
     return source, read_assets(directory.parent / DIRECTORY)
 
 
@@ -65,13 +65,18 @@ def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None
     if assets.fields is None:
         raise ValueError(f"--load {path} does not say the architecture: --assets must name a directory with its "
                          f"config.json")
-    config = ModelConfig.from_hf_dict(assets.fields)
+    stored = open_dcp(directory)
+    in_files = _any_begins(stored, [MTP_PREFIX])
+    config, absent = as_stored(ModelConfig.from_hf_dict(assets.fields), in_files, without_mtp)
     dropped = {"optimizer.": "state of the optimizer", "chained_": "state of the optimizer"}
     if without_mtp:
-        config, dropped["mtp."] = replace(config, num_nextn_predict_layers=0), MTP_LEFT_OUT
-    stored = open_dcp(directory)
+        dropped[MTP_PREFIX] = LEFT_OUT
     places = megatron_places(config, frozenset(stored.shapes))
-    return open_stacked(directory, config, stored, places, "", dropped, PADDED), assets
+    return open_stacked(directory, config, stored, places, "", dropped, PADDED, absent), assets
+
+
+def _any_begins(stored: DcpDirectory, prefixes: list[str]) -> bool:
+    return any(name.startswith(tuple(prefixes)) for name in stored.shapes)
 
 
 def _megatron_iteration(path: Path) -> Path:
@@ -165,7 +170,7 @@ def _stacked_target(kind: str, source: Source, assets: Assets, save: Path, dtype
         add_files(directory, records)
 
     def publish() -> None:
-        write_native_assets(save / DIRECTORY, assets)
+        write_native_assets(save / DIRECTORY, assets, source.config)
         write_aside(save / MARKER, "0\n")
 
     return Target(kind, iteration_directory(save, 0), shards, write, complete, publish)

@@ -1,22 +1,22 @@
 """A Hugging Face directory as the source of a conversion: every tensor in its safetensors files accounted for."""
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_deepseek.checkpoint import block_fp8
+from megatron_deepseek.checkpoint.mtp import LEFT_OUT, as_stored, module_prefixes
 from megatron_deepseek.checkpoint.names import hf_shapes, layer_of, mtp_copies
 from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, stream_rows
 from megatron_deepseek.checkpoint.source import FLOATS
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.foreign_json import LARGEST_LIST, JsonObject, read_object
 
 INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-MTP_LEFT_OUT = "part of an MTP module"
 _FP8 = torch.float8_e4m3fn
 
 
@@ -32,12 +32,7 @@ class HuggingFaceSource:
     dtypes: dict[str, torch.dtype]
     copies: dict[str, str]
     dropped: dict[str, str]
-
-    @property
-    def absent_mtp(self) -> int:
-        """MTP modules that config.json announces and no file holds: transformers writes the number, not the weights."""
-        in_files = self.config.num_nextn_predict_layers or MTP_LEFT_OUT in self.dropped.values()
-        return 0 if in_files else self.fields.get("num_nextn_predict_layers", 0)
+    absent_mtp: int = 0
 
     def files(self) -> list[Path]:
         return sorted({tensor.file for tensor in self.stored.values()})
@@ -60,11 +55,11 @@ class HuggingFaceSource:
 def open_huggingface(path: Path, without_mtp: bool = False) -> HuggingFaceSource:
     """ValueError naming tensor and file where anything is damaged, missing, unknown, double or of a wrong shape."""
     config = ModelConfig.from_file(path / "config.json")
-    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    fields = dict(read_object(path / "config.json").fields)
     stored = _all_tensors(path)
     _check_index(path, stored)
     _check_quantization(path, fields)
-    config, dropped = _without_absent_mtp(config, stored, without_mtp)
+    config, absent, dropped = _without_absent_mtp(config, stored, without_mtp)
     shapes, copies = hf_shapes(config), mtp_copies(config)
     if config.tie_word_embeddings:
         copies["lm_head.weight"] = "model.embed_tokens.weight"
@@ -75,7 +70,7 @@ def open_huggingface(path: Path, without_mtp: bool = False) -> HuggingFaceSource
     for name in [*shapes, *copies]:
         _check_tensor(stored, name, shapes[copies.get(name, name)])
     dtypes = {name: stored[name].dtype for name in shapes}
-    return HuggingFaceSource(path, config, fields, stored, shapes, dtypes, copies, dropped)
+    return HuggingFaceSource(path, config, fields, stored, shapes, dtypes, copies, dropped, absent)
 
 
 def _all_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -96,13 +91,10 @@ def _check_index(path: Path, stored: dict[str, StoredTensor]) -> None:
     index = path / INDEX
     if not index.exists():
         return
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(weight_map)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged: {error!r}") from error
+    weight_map = read_object(index, LARGEST_LIST).object("weight_map")
+    names = sorted(weight_map.fields)
     for name in names:
-        file = path / str(weight_map[name])
+        file = path / weight_map.text(name)
         if not file.is_file():
             raise ValueError(f"{file} is missing: {index.name} says that {name} is in it")
         if name not in stored or stored[name].file != file:
@@ -113,23 +105,23 @@ def _check_index(path: Path, stored: dict[str, StoredTensor]) -> None:
 
 def _check_quantization(path: Path, fields: dict) -> None:
     block = [block_fp8.BLOCK, block_fp8.BLOCK]
-    quantization = fields.get("quantization_config")
+    quantization = JsonObject.of(fields, path / "config.json").object("quantization_config", default=None)
     if quantization is None:
         return
-    method, given = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or list(given or ()) != block:
+    method, given = quantization.fields.get("quant_method"), quantization.fields.get("weight_block_size")
+    if method != "fp8" or given != block:
         raise ValueError(f"{path / 'config.json'}: quantization_config has quant_method {method!r} and "
                          f"weight_block_size {given}; only 'fp8' with {block} is known")
 
 
-def _without_absent_mtp(config: ModelConfig, stored: dict, without_mtp: bool) -> tuple[ModelConfig, dict[str, str]]:
-    """The architecture that the files hold: transformers writes num_nextn_predict_layers, but not the modules."""
-    mtp = [name for name in stored if (layer_of(name) or 0) >= config.num_hidden_layers]
-    known = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-    if not config.num_nextn_predict_layers or (mtp and not without_mtp):
-        return config, {}
-    dropped = {name: MTP_LEFT_OUT for name in mtp if layer_of(name) in known}
-    return replace(config, num_nextn_predict_layers=0), dropped
+def _without_absent_mtp(config: ModelConfig, stored: dict, without_mtp: bool
+                        ) -> tuple[ModelConfig, int, dict[str, str]]:
+    """The architecture to read, how many announced modules are absent, and the tensors that are left out."""
+    modules = tuple(module_prefixes(config))
+    in_files = any((layer_of(name) or 0) >= config.num_hidden_layers for name in stored)
+    read, absent = as_stored(config, in_files, without_mtp)
+    left_out = [name for name in stored if name.startswith(modules)] if read != config else []
+    return read, absent, dict.fromkeys(left_out, LEFT_OUT)
 
 
 def _dropped_scales(stored: dict, dropped: dict[str, str]) -> dict[str, str]:

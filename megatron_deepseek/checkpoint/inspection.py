@@ -1,6 +1,7 @@
 """What a checkpoint holds, for a user who looks at it: as JSON, and as lines of text."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -24,8 +25,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
                 "parts": len(stored.items[name]),
                 "files": sorted({item.file for item in stored.items[name]})} for name in stored.shapes]
     files = {path.name: path.stat().st_size for path in sorted(checkpoint.directory.iterdir()) if path.is_file()}
-    return {"directory": str(checkpoint.directory), "iteration": checkpoint.iteration, "state": checkpoint.state,
-            "architecture": checkpoint.config.to_hf_dict(), "parameters": _parameters(checkpoint),
+    return {"directory": str(checkpoint.directory), "iteration": checkpoint.iteration,
+            "state": asdict(checkpoint.state), "architecture": checkpoint.config.to_hf_dict(),
+            "parameters": _parameters(checkpoint),
             "layout": checkpoint.layout, "optimizer": checkpoint.has_optimizer,
             "checksums": (checkpoint.directory / CHECKSUMS).exists(),
             "bytes": sum(files.values()), "files": files, "tensors": tensors}

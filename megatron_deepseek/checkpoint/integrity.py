@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import xxhash
+
+from megatron_deepseek.foreign_json import LARGEST_LIST, JsonObject, read_object
 
 CHECKSUMS = "checksums.json"
 ALGORITHM = "xxh3_128"
@@ -92,15 +94,26 @@ def checksum_directory(directory: Path, known: Mapping[str, Checksum] | None = N
 def read_checksums(directory: Path) -> dict[str, Checksum] | None:
     """The listing of checksums.json, or None for a checkpoint that has none. ValueError if it is damaged itself."""
     path = directory / CHECKSUMS
-    try:
-        listing = json.loads(path.read_text(encoding="utf-8"))
-        if listing["algorithm"] != ALGORITHM:
-            raise ValueError(f"its algorithm is {listing['algorithm']!r}, known here is {ALGORITHM}")
-        return {name: Checksum(int(entry["bytes"]), str(entry["digest"])) for name, entry in listing["files"].items()}
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    listing = read_object(path, LARGEST_LIST)
+    if listing.text("algorithm") != ALGORITHM:
+        raise listing.refusal("algorithm", f"not {ALGORITHM}")
+    return {name: _listed(listing.object("files"), name) for name in listing.object("files").fields}
+
+
+def _listed(files: JsonObject, name: str) -> Checksum:
+    """The entry of a file, which must be one of the directory's, under a name that can be printed."""
+    if not is_inside(name):
+        raise ValueError(f"{files.where}: {name!r} is not the name of a file in the directory")
+    entry = files.object(name)
+    return Checksum(entry.integer("bytes"), entry.text("digest"))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name that somebody wrote down for a file leads to one below the directory, and fits in a line."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()
 
 
 def check_sizes(directory: Path, listing: Mapping[str, Checksum]) -> list[Damage]:

@@ -27,6 +27,7 @@ _ATTENTION = {
 _TOP = {"model.embed_tokens.weight": "embedding.word_embeddings.weight",
         "model.norm.weight": "decoder.final_layernorm.weight", "lm_head.weight": "output_layer.weight"}
 PADDED = (_TOP["model.embed_tokens.weight"], _TOP["lm_head.weight"])  # their rows may be more than the vocabulary's
+MTP_PREFIX = "mtp."
 _MTP = {"enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight",
         "shared_head.norm.weight": "final_layernorm.weight"}
 
@@ -44,8 +45,8 @@ def _place(name: str, shape: tuple[int, ...], config: ModelConfig, stored: froze
     _, _, number, inner = name.split(".", 3)
     index, depth = int(number), int(number) - config.num_hidden_layers
     if depth >= 0 and inner in _MTP:
-        return _alone(name, shape, f"mtp.layers.{depth}.{_MTP[inner]}")
-    prefix = f"decoder.layers.{index}." if depth < 0 else f"mtp.layers.{depth}.transformer_layer."
+        return _alone(name, shape, f"{MTP_PREFIX}layers.{depth}.{_MTP[inner]}")
+    prefix = f"decoder.layers.{index}." if depth < 0 else f"{MTP_PREFIX}layers.{depth}.transformer_layer."
     if inner == "post_attention_layernorm.weight":
         spellings = ("pre_mlp_layernorm.weight",) if config.is_moe_layer(index) else (
             "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")

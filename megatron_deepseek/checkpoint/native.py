@@ -1,6 +1,5 @@
 """A native checkpoint on disk, opened without a job."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,29 @@ from megatron_deepseek.checkpoint.marker import (
     last_iteration,
     problem,
 )
+from megatron_deepseek.checkpoint.train_state import STATE, TrainState, read_state
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage, to_string
 
-CONFIG, STATE, LAYOUT = "config.json", "state.json", "layout.json"
+CONFIG, LAYOUT = "config.json", "layout.json"
 WEIGHTS, OPTIMIZER = "model.", "optimizer."
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """`state`: state.json; `layout`: layout.json, what the writing job looked like, or None where nobody noted it."""
+    """`layout`: layout.json, what the writing job looked like, or None where nobody noted it."""
 
     directory: Path
     config: ModelConfig
-    state: dict[str, Any]
+    state: TrainState
     layout: dict[str, Any] | None
     stored: DcpDirectory
 
     @property
     def iteration(self) -> int:
-        return self.state["iteration"]
+        return self.state.iteration
 
     @property
     def has_optimizer(self) -> bool:
@@ -65,10 +66,8 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     """ValueError, with the file's name, where something is missing, truncated or damaged."""
     directory = find_checkpoint(path, step)
-    state = read_json(directory / STATE)
-    if not isinstance(state.get("iteration"), int):
-        raise ValueError(f"{directory / STATE} is damaged: it has no iteration")
-    layout = read_json(directory / LAYOUT) if (directory / LAYOUT).exists() else None
+    state = read_state(directory)
+    layout = _read_layout(directory / LAYOUT) if (directory / LAYOUT).exists() else None
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory / CONFIG} is missing")
     return Checkpoint(directory, ModelConfig.from_file(directory / CONFIG), state, layout, open_dcp(directory))
@@ -84,13 +83,8 @@ def layout_note(layout: Layout, stages: tuple[Stage, ...], schedule: str, seq_le
                     if layout.pp > 1 else {})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object")
-    return found
+def _read_layout(path: Path) -> dict[str, Any]:
+    """Words for people, but for the one number that resharding goes by."""
+    found = read_object(path)
+    found.integer("seq_length", 1, default=None)
+    return dict(found.fields)

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,12 @@ from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.item_file import ItemFile, Part, split, write_items
 from megatron_deepseek.checkpoint.loadable import architecture_differences
 from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
-from megatron_deepseek.checkpoint.native import CONFIG, LAYOUT, STATE, WEIGHTS, Checkpoint
+from megatron_deepseek.checkpoint.native import CONFIG, LAYOUT, WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.production import Advance, Product
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 from megatron_deepseek.checkpoint.shards import divide
+from megatron_deepseek.checkpoint.train_state import STATE, TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
 
 if TYPE_CHECKING:
@@ -93,13 +95,13 @@ def _whole(checkpoint: Checkpoint, name: str) -> Box:
 def resharded(checkpoint: Checkpoint, files: Sequence[ItemFile], save: Path, layout: dict[str, Any] | None,
               with_optimizer: bool, verify: bool = True) -> Product:
     """The same iteration in other files, under `save`. `verify`: check the old ones first."""
-    state = checkpoint.state if with_optimizer else checkpoint.state | {"optimizer_steps": 0}
+    state = checkpoint.state if with_optimizer else replace(checkpoint.state, optimizer_steps=0)
     return _product("resharding", [checkpoint], files, save, layout, state, verify,
                     lambda readers: partial(_stored, readers[0]))
 
 
 def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float], files: Sequence[ItemFile], save: Path,
-             state: dict[str, Any], verify: bool = True) -> Product:
+             state: TrainState, verify: bool = True) -> Product:
     """The weighted mean of equal tensors of several checkpoints."""
     _check_comparable(checkpoints)
     return _product("averaging", checkpoints, files, save, None, state, verify,
@@ -120,7 +122,7 @@ def _check_comparable(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile], save: Path,
-             layout: dict[str, Any] | None, state: dict[str, Any], verify: bool,
+             layout: dict[str, Any] | None, state: TrainState, verify: bool,
              numbers_of: Callable[[list[Reader]], Numbers], more: Any = None) -> Product:
     """An iteration under `save`, whose parts' bytes come from `numbers_of` readers of `sources`."""
     first = sources[0]
@@ -135,7 +137,7 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
     def complete(directory: Path, records: dict[str, Record]) -> None:
         write_metadata(directory, first.stored.shapes, [item for record in records.values() for item in record.items])
         shutil.copyfile(first.directory / CONFIG, directory / CONFIG)
-        (directory / STATE).write_text(json.dumps(state, indent=2))
+        (directory / STATE).write_text(json.dumps(asdict(state), indent=2))
         if layout is not None:
             (directory / LAYOUT).write_text(json.dumps(layout, indent=2))
         checksum_directory(directory, {name: record.checksum for name, record in records.items()})
@@ -144,12 +146,12 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
         assets = first.directory.parent / DIRECTORY
         if assets.is_dir():
             shutil.copytree(assets, save / DIRECTORY, dirs_exist_ok=True)
-        write_aside(save / MARKER, f"{state['iteration']}\n")
+        write_aside(save / MARKER, f"{state.iteration}\n")
 
-    contents = [[[file.name, _digest(file)] for file in files], state, layout, more]
+    contents = [[[file.name, _digest(file)] for file in files], asdict(state), layout, more]
     inputs = [path for source in sources for path in source.inputs()]
     checks = [check for source in sources for check in checks_of(source.directory)] if verify else []
-    return Product(what, iteration_directory(save, state["iteration"]), files, inputs, contents, write, complete,
+    return Product(what, iteration_directory(save, state.iteration), files, inputs, contents, write, complete,
                    publish, checks, sum(path.stat().st_size for path in inputs) if checks else 0)
 
 

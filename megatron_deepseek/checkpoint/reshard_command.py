@@ -197,7 +197,7 @@ def average(args: argparse.Namespace, share: Share) -> int:
     if not sum(weights) > 0:
         raise ValueError(f"--weights {' '.join(map(str, weights))} add up to {sum(weights):g}, not to more than 0")
     files = files_of_size(wanted(checkpoints[0], DTYPES.get(args.dtype), False), checkpoints[0], _AVERAGE_FILE_BYTES)
-    return _make(averaged(checkpoints, weights, files, args.save, asdict(TrainState()), not args.no_verify), share)
+    return _make(averaged(checkpoints, weights, files, args.save, TrainState(), not args.no_verify), share)
 
 
 def _make(product: Product, share: Share) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek.checkpoint import unchanged
+from megatron_deepseek.foreign_json import JsonObject, parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
@@ -47,12 +48,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name. ValueError, naming file and tensor, unless its bytes are exactly theirs."""
     try:
         header, begin, size = _raw_header(path)
-    except (UnicodeDecodeError, json.JSONDecodeError, struct.error) as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+    except struct.error as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: it has fewer than 8 bytes") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    header.pop("__metadata__", None)
-    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    spans = {name: _span(path, name, header) for name in header.fields if name != "__metadata__"}
     end = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if start != end:
@@ -62,11 +62,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         end = stop
     if begin + end != size:
         raise ValueError(f"{path} has {size - begin - end} bytes after its last tensor")
+    entries = {name: header.fields[name] for name in spans}
     return {name: StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, begin + spans[name][0])
-            for name, entry in header.items()}
+            for name, entry in entries.items()}
 
 
-def _raw_header(path: Path) -> tuple[dict, int, int]:
+def _raw_header(path: Path) -> tuple[JsonObject, int, int]:
     """The parsed header, where the data begins, and the file's size."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -74,25 +75,27 @@ def _raw_header(path: Path) -> tuple[dict, int, int]:
         if length > min(size - 8, _LARGEST_HEADER):
             raise ValueError(f"{path} is truncated or no safetensors file: its header should have {length} bytes, "
                              f"the file has {size}")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: its header is a JSON {type(header).__name__}, not an object")
-    return header, 8 + length, size
+        header = file.read(length)
+    if header[:1] != b"{":
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: its header begins with {header[:1]!r}")
+    return JsonObject.of(parse_json(header, f"the header of {path}"), f"the header of {path}"), 8 + length, size
 
 
-def _span(path: Path, name: str, entry) -> tuple[int, int]:
+def _span(path: Path, name: str, header: JsonObject) -> tuple[int, int]:
     """Begin and end of a tensor in the data, checked against its type and shape."""
-    try:
-        (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-        expected = math.prod(shape)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: the header's entry of {name} is damaged") from error
+    if not name.isprintable():
+        raise ValueError(f"{header.where} has a tensor {name!r}, which is no name")
+    entry = header.object(name)
+    offsets, shape, dtype = entry.integers("data_offsets"), entry.integers("shape"), entry.text("dtype")
     if dtype not in DTYPES:
-        raise ValueError(f"{path}: {name} is of type {dtype}, which is not one of {', '.join(DTYPES)}")
-    if stop - start != expected * DTYPES[dtype].itemsize:
-        raise ValueError(f"{path}: {name} has {stop - start} bytes, its shape {shape} of {dtype} needs "
-                         f"{expected * DTYPES[dtype].itemsize}")
-    return start, stop
+        raise ValueError(f"{path}: {name} is of type {dtype!r}, which is not one of {', '.join(DTYPES)}")
+    if len(offsets) != 2:
+        raise entry.refusal("data_offsets", "not the two of begin and end")
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != needed:
+        raise ValueError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, its shape {list(shape)} of {dtype} "
+                         f"needs {needed}")
+    return offsets[0], offsets[1]
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:

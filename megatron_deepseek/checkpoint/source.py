@@ -21,6 +21,7 @@ class Source(Protocol):
 
     `shapes`, `dtypes`: of every tensor under its Hugging Face name; float8 means that `read_fp8` gives its parts.
     `copies`: further tensors that must equal another one, by name. `dropped`: what is stored and left out, and why.
+    `absent_mtp`: MTP modules that were announced, of which no tensor is there (mtp.py).
     """
 
     path: Path
@@ -29,6 +30,7 @@ class Source(Protocol):
     dtypes: dict[str, torch.dtype]
     copies: dict[str, str]
     dropped: dict[str, str]
+    absent_mtp: int
 
     def files(self) -> list[Path]:
         """Everything that the tensors are read from."""
@@ -56,6 +58,7 @@ class StackedSource:
     dropped: dict[str, str]
     copies: dict[str, str]
     prefix: str
+    absent_mtp: int = 0
 
     def files(self) -> list[Path]:
         names = {item.file for items in self.directory.items.values() for item in items}
@@ -80,7 +83,7 @@ class StackedSource:
 
 
 def open_stacked(path: Path, config: ModelConfig, directory: DcpDirectory, places: list[Place], prefix: str,
-                 dropped: dict[str, str], padded: tuple[str, ...] = ()) -> StackedSource:
+                 dropped: dict[str, str], padded: tuple[str, ...] = (), absent_mtp: int = 0) -> StackedSource:
     """ValueError where the directory lacks a tensor, has another one, or one of another shape.
 
     `dropped`: beginnings of the names that are left out, and why. `padded`: tensors that may have further rows.
@@ -101,4 +104,5 @@ def open_stacked(path: Path, config: ModelConfig, directory: DcpDirectory, place
             raise ValueError(f"{path}: {name} is of type {directory.dtypes[name]}, no floating-point number")
     return StackedSource(path, config, directory, {place.name: place for place in places},
                          {place.name: place.shape for place in places},
-                         {place.name: directory.dtypes[prefix + place.whole] for place in places}, left_out, {}, prefix)
+                         {place.name: directory.dtypes[prefix + place.whole] for place in places}, left_out, {}, prefix,
+                         absent_mtp)

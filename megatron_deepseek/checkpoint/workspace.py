@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.records import Record, verify
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_json
 
 _POLL_SECONDS = 0.2
 
@@ -48,8 +49,8 @@ class Workspace:
 
     def _plan(self) -> dict | None:
         try:
-            return json.loads((self.root / "plan.json").read_text())
-        except (OSError, ValueError):
+            return read_json(self.root / "plan.json")
+        except ValueError:
             return None
 
     def temporary(self, name: str) -> Path:
@@ -66,8 +67,8 @@ class Workspace:
 
     def record(self, name: str) -> Record | None:
         try:
-            return Record.from_json(json.loads(self._note(name).read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return Record.from_json(read_json(self._note(name), LARGEST_LIST))
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def leave(self, rank: int, run: str) -> None:

@@ -1,6 +1,5 @@
 """tools/indexed_dataset.py: inspect, verify, merge, split and head for indexed datasets."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.data.index_file import IndexFile, open_index
 from megatron_deepseek.data.inspection import Statistics, measure, read_documents, verify
@@ -20,14 +20,19 @@ BAR_WIDTH = 30
 
 def main(argv: list[str]) -> int:
     """0, or 2 where a dataset is damaged or an argument wrong; for the rest see arguments/ending.py."""
-    arguments = parse_arguments(argv)
-    return exit_status(f"indexed_dataset.py {arguments.command}", lambda: arguments.run(arguments))
+    named = [word for word in argv[:1] if not word.startswith("-")]
+
+    def run() -> int:
+        arguments = parse_arguments(argv)
+        return arguments.run(arguments)
+
+    return exit_status(" ".join(["indexed_dataset.py", *named]), run)
 
 
 def parse_arguments(argv: list[str]):
-    parser = argparse.ArgumentParser(prog="indexed_dataset.py", description="Indexed datasets (.bin and .idx): look "
-                                     "into them, check, join and cut them. A dataset is given by its prefix, or by "
-                                     "the name of its .idx; a directory stands for the datasets in it, by name.")
+    parser = OneLineParser(prog="indexed_dataset.py", description="Indexed datasets (.bin and .idx): look into them, "
+                           "check, join and cut them. A dataset is given by its prefix, or by the name of its .idx; a "
+                           "directory stands for the datasets in it, by name.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_inspect, _add_verify, _add_merge, _add_split, _add_head):
         add(commands)

@@ -129,8 +129,22 @@ def open_index(prefix: str, argument: str) -> IndexFile:
     return IndexFile(prefix, dtype, sequences, documents, has_modes=size > expected)
 
 
+def check_output_prefix(prefix: str):
+    """ValueError where `prefix` can only be a directory. One that is also the name of a directory is none: `data/web`
+    beside `data/web/` gives `data/web_text_document.bin`.
+    """
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise ValueError(f"--output-prefix {prefix}: that is a directory; give the beginning of the files' names too, "
+                         f"as in {os.path.join(prefix, 'corpus')}")
+
+
 def _hint(prefix: str) -> str:
     """What is often meant instead."""
+    if Path(prefix).is_dir():
+        found = sorted(path.stem for path in Path(prefix).glob("*.idx"))
+        which = (f"the datasets in it are {', '.join(os.path.join(prefix, name) for name in found[:5])}"
+                 f"{', ...' * (len(found) > 5)}" if found else "there is no .idx in it")
+        return f": {prefix} is a directory, and {which}"
     if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
         return "; give the prefix, without .bin or .idx"
     if Path(prefix + "_text_document.idx").is_file():

@@ -120,8 +120,10 @@ class IndexedWriter:
         publish(self.prefix)
 
     def discard(self):
-        self.file.close()
-        discard(self.prefix)
+        try:
+            self.file.close()  # which writes what is left, and fails where a disk is full
+        finally:
+            discard(self.prefix)
 
 
 def publish(prefix: str):

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_deepseek.data.cache import replacing
 from megatron_deepseek.data.index_file import open_index
 from megatron_deepseek.data.indexed import MOST_TOKENS_SCANNED, TOKENS_PER_CHUNK, open_indexed, token_range
+from megatron_deepseek.foreign_json import read_json
 
 THREADS = 16
 VERSION = 1
@@ -88,11 +89,11 @@ def _stamps(prefix: str) -> list[list[int]] | None:
 
 def _read(record: Path, stamps) -> Survey | None:
     try:
-        written = json.loads(record.read_bytes())
+        written = read_json(record)
         if written["version"] != VERSION or written["stamps"] != stamps:
             return None
         return Survey(**written["survey"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
 
 

@@ -7,9 +7,10 @@ NullTokenizer         text that is already ids ("17 4 99"), for synthetic data
 None of them adds special tokens to a text by itself: whoever builds a dataset says where a document ends.
 """
 
-import json
 from pathlib import Path
 from typing import Protocol
+
+from megatron_deepseek.foreign_json import read_object
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOD = "<｜end▁of▁sentence｜>"
@@ -78,8 +79,7 @@ class HuggingFaceTokenizer:
 
     def _find(self, role: str, names) -> int | None:
         """The id of the token that tokenizer_config.json gives this role, else of the first of `names` there is."""
-        declared = _read_config(self.path.with_name("tokenizer_config.json")).get(role)
-        declared = declared.get("content") if isinstance(declared, dict) else declared
+        declared = _declared(self.path.with_name("tokenizer_config.json"), role)
         if declared is not None:
             identity = self.backend.token_to_id(declared)
             if identity is None:
@@ -165,8 +165,11 @@ def find_tokenizer_json(tokenizer_model: str | None) -> Path:
     return path
 
 
-def _read_config(path: Path) -> dict:
-    try:
-        return json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is malformed JSON: {error}") from error
+def _declared(path: Path, role: str) -> str | None:
+    """The token that a tokenizer_config.json gives a role, as a text or an object with its content; None without."""
+    if not path.is_file():
+        return None
+    config = read_object(path)
+    if isinstance(config.fields.get(role), dict):
+        return config.object(role).text("content", default=None)
+    return config.text(role, default=None)

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.config import ModelConfig
@@ -75,7 +77,7 @@ def load_model(root: Path, seq_length: int) -> DeepseekStage:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="generate", description="Continue a prompt with a trained model.")
+    parser = OneLineParser(prog="generate", description="Continue a prompt with a trained model.")
     parser.add_argument("--load", type=Path, required=True, help="directory of checkpoints (--save of the training)")
     parser.add_argument("--tokenizer-type", default="HuggingFaceTokenizer")
     parser.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its directory")
@@ -88,19 +90,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
-    try:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-        model = load_model(args.load, args.seq_length)
-    except (ValueError, OSError) as error:
-        print(f"generate: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def run(args: argparse.Namespace) -> int:
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    model = load_model(args.load, args.seq_length)
     prompt = tokenizer.encode(args.prompt)
     tokens = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, tokenizer.eod)
     print(args.prompt + tokenizer.decode(list(tokens)))
     dist.destroy_process_group()
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return exit_status("generate", lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

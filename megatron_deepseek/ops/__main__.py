@@ -2,7 +2,11 @@
 
 import sys
 
+from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.ops.registry import CANDIDATES, choices
+
+PROGRAM = "python -m megatron_deepseek.ops"
 
 
 def table() -> list[tuple[str, str, str, str]]:
@@ -16,12 +20,9 @@ def table() -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def main() -> int:
-    try:
-        rows = table()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(argv: list[str]) -> int:
+    OneLineParser(prog=PROGRAM, description="Print what each operator runs on here, and why.").parse_args(argv)
+    rows = table()
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + f"  {row[3]}".rstrip())
@@ -29,5 +30,9 @@ def main() -> int:
     return 0
 
 
+def main(argv: list[str]) -> int:
+    return exit_status(PROGRAM, lambda: run(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

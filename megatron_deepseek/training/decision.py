@@ -90,8 +90,8 @@ def _decide(run: RunSettings, job: Job) -> Start:
         raise ValueError(f"--save {run.save}: {wrong}; or --overwrite begins anew")
     if run.load is None or (last is not None and last.origin != _full(run.load)):
         raise ValueError(_refusal(run, last))
-    note = (f"--save {run.save} holds a checkpoint of iteration {last_iteration(run.save)}, with which this run goes on: "
-            f"--load {run.load} was for its first start")
+    note = (f"--save {run.save} holds a checkpoint of iteration {last_iteration(run.save)}, with which this run goes "
+            f"on: --load {run.load} was for its first start")
     return replace(_continued(run, last, None), notes=(note,))
 
 
@@ -152,8 +152,8 @@ def share(start: Start | None, save: Path | None, seconds: float = SHARED_SECOND
     blind = [(rank, host) for rank, (sees, host) in enumerate(seen) if not sees]
     if blind:
         (rank, host), more = blind[0], f" and {len(blind) - 1} other ranks do" if len(blind) > 1 else " does"
-        raise ValueError(f"--save {save}: rank {rank} on {host}{more} not see what rank 0 on {first_host} writes there. "
-                         "It must be one directory of a file system that all nodes share")
+        raise ValueError(f"--save {save}: rank {rank} on {host}{more} not see what rank 0 on {first_host} writes "
+                         "there. It must be one directory of a file system that all nodes share")
     return start
 
 

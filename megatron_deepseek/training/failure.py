@@ -11,7 +11,6 @@ destroy process groups or meet a barrier there.
 """
 
 import functools
-import json
 import os
 import sys
 import threading
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
+from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.lives import agent_store
 from megatron_deepseek.training.hang import describe_group, group_of, location, missing_ranks, timed_out
 
@@ -104,7 +104,7 @@ class FailureClaim:
                     continue
                 self.tell_location()
                 if not done.wait(GRACE_SECONDS):
-                    _tell_torchrun("Stopped: a rank of another node failed first, and its output has the traceback")
+                    tell_agent("Stopped: a rank of another node failed first, and its output has the traceback")
                     _leave(1)
 
         if self.store is not None:
@@ -152,7 +152,7 @@ class OneTraceback(ErrorHandler):
         if hung:
             note = self._hang(e)
         _print_with_rank(note + "".join(lines))
-        _tell_torchrun(f"{type(e).__name__}: {e} (traceback above, after [rank{os.environ['RANK']}])")
+        tell_agent(f"{type(e).__name__}: {e} (traceback above, after [rank{os.environ['RANK']}])")
 
     def _hang(self, error: BaseException) -> str:
         """Of which group a collective timed out here, and which of its ranks were elsewhere."""
@@ -180,15 +180,6 @@ def _print_with_rank(text: str) -> None:
     """In one write, so that lines of other ranks do not fall between."""
     prefix = f"[rank{os.environ['RANK']}]: "
     sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
-
-
-def _tell_torchrun(line: str) -> None:
-    """Fill the place that torchrun's summary keeps for this rank's traceback."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        with open(path, "w") as file:
-            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
 
 
 def _leave(status: int) -> None:

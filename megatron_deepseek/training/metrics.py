@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_deepseek.foreign_json import parse_json
 from megatron_deepseek.training.appending import AppendedFile
 
 FILE_NAME = "metrics.jsonl"
@@ -136,10 +137,10 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _parse(line: str) -> dict | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line.encode(errors="replace"), "a record")
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
+    return record if isinstance(record, dict) and type(record.get("iteration")) is int else None
 
 
 def _finite(value):

@@ -4,13 +4,15 @@ The upper panel has the losses: each step light, their running mean strong, MTP 
 panels below have the learning rate and the gradient norm. Several files are drawn over each other to compare runs.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.training.metrics import read_metrics
 
 # Okabe and Ito's colours, told apart by readers who see fewer of them.
@@ -128,9 +130,9 @@ def _frame_losses(axes, runs: list[Curves]) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megatron_deepseek.training.plot",
-                                     description="Draw the loss curves of metrics.jsonl files to a PNG.")
+def run(arguments: list[str]) -> int:
+    parser = OneLineParser(prog="python -m megatron_deepseek.training.plot",
+                           description="Draw the loss curves of metrics.jsonl files to a PNG.")
     parser.add_argument("metrics", nargs="+", type=Path, metavar="METRICS.jsonl")
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: loss.png beside the first file")
     parser.add_argument("--labels", nargs="+", help="one name for each file; default: the directories' names")
@@ -143,17 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
                              f"but there are {len(options.metrics)} files")
         draw([read_curves(path, label) for path, label in zip(options.metrics, labels)], output)
     except ImportError as error:
-        return _refuse(f"drawing needs the package matplotlib, which is not installed ({error})")
-    except (ValueError, OSError) as error:
-        return _refuse(str(error))
+        raise ValueError(f"drawing needs the package matplotlib ({error}): {how_to_install('matplotlib')}") from error
     print(output)
     return 0
 
 
-def _refuse(reason: str) -> int:
-    print(f"plot: error: {reason}", file=sys.stderr)
-    return 2
+def main(arguments: list[str]) -> int:
+    return exit_status("plot", lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

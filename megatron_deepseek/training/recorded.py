@@ -1,4 +1,4 @@
-"""arguments.json of a checkpoint: what the run that wrote it was told, so that the next one can say what has changed."""
+"""arguments.json of a checkpoint: what the run that wrote it was told. The next one says what has changed since."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.foreign_json import LARGEST_LIST, JsonObject, read_object
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
 FILE = "arguments.json"
 

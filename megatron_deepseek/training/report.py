@@ -15,6 +15,8 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
+from megatron_deepseek.arguments.ending import silence
+from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.training.appending import AppendedFile
 from megatron_deepseek.training.metrics import FILE_NAME, MetricsFile, StepMetrics
 from megatron_deepseek.settings import RunSettings
@@ -168,7 +170,13 @@ class ProgressLines:
         self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
 
     def message(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        """A reader that has gone (a closed terminal, `| head`) ends what is printed, and not the training."""
+        for stream, said in ((self._stream, text), (sys.stderr, "nobody reads the output any more; training goes on")):
+            try:
+                print(said, file=stream, flush=True)
+                return
+            except BrokenPipeError:
+                silence(stream)
 
     def close(self) -> None:
         self._stream.flush()
@@ -185,8 +193,8 @@ class TensorBoard:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
-            raise ValueError(f"--tensorboard-dir {directory} needs the package tensorboard, "
-                             f"which is not installed ({error})") from error
+            raise ValueError(f"--tensorboard-dir {directory} needs the package tensorboard ({error}): "
+                              f"{how_to_install('tensorboard')}") from error
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._events, self._summaries = event_pb2, summary_pb2

@@ -17,6 +17,7 @@ from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.lives import agent_store
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
@@ -47,10 +48,12 @@ def _refuse(line: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(_FIRST_RANK_SECONDS)
+    line = f"pretrain_deepseek.py: error: {line}"
     if FailureClaim(agent_store()).is_first():
-        print(f"pretrain_deepseek.py: error: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     else:
         time.sleep(_SILENT_SECONDS)
+    tell_agent(line)
     os._exit(2)
 
 
@@ -119,9 +122,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
     report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
                    f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
-    for line in describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size):
-        report.message(line)
-    for line in settings.notices:
+    reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
+    for line in (*settings.notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):
@@ -138,8 +140,8 @@ def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start
     if state.iteration == last:
         report.message(f"loaded {directory}: this run is finished, iteration {last} of {last}; nothing is left to do")
     elif state.iteration > last:
-        report.message(f"loaded {directory}: its iteration {state.iteration} is past the {last} of this run; nothing is "
-                       "left to do, and a larger --train-iters or --train-samples goes on")
+        report.message(f"loaded {directory}: its iteration {state.iteration} is past the {last} of this run; nothing "
+                       "is left to do, and a larger --train-iters or --train-samples goes on")
     elif state.iteration == 0:
         report.message(f"loaded the weights of {directory}, beginning at iteration 0")
     else:

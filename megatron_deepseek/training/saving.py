@@ -124,8 +124,8 @@ class Saver:
         if dist.get_rank() == 0:
             shutil.rmtree(saving_directory(self.run.save, iteration), ignore_errors=True)
         where = f"{error.filename}: " if error.filename else ""
-        self.report.message(f"iteration {iteration} is NOT saved: {where}{error.strerror or error}. Checkpoints before it "
-                            "are as they were; the next save tries again")
+        self.report.message(f"iteration {iteration} is NOT saved: {where}{error.strerror or error}. Checkpoints before "
+                            "it are as they were; the next save tries again")
 
     def take_stall(self) -> float | None:
         """Seconds that training stood still for saves since the last call, None if there was no save."""

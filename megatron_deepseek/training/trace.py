@@ -7,6 +7,7 @@ group.
 
 import gzip
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -57,13 +58,14 @@ def total(found: Iterable[Overlap]) -> Overlap:
 
 
 def read_trace(path: Path) -> dict:
-    """Raises ValueError naming a file that is no trace."""
+    """Raises ValueError naming a file that is no trace. The profiler's JSON is large and not always strict."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             trace = json.load(file)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise ValueError(f"{path} is no trace: {error}") from error
-    if not isinstance(trace, dict):
+    events = trace.get("traceEvents") if isinstance(trace, dict) else None
+    if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise ValueError(f"{path} is no trace: it has no traceEvents")
     return trace
 

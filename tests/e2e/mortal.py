@@ -25,12 +25,15 @@ WHAT = {"step": (Trainer, "train_step"), "write": (writer._ChecksummedFile, "wri
         "rename": (os, "rename"), "replace": (os, "replace"), "rmtree": (shutil, "rmtree"),
         # of all renames, the one that gives a checkpoint its name, and the one that makes it the last
         "publish": (os, "rename", lambda source, target: str(source).endswith(SAVING)),
-        "marker": (os, "replace", lambda source, target: Path(target).name == MARKER)}
+        "marker": (os, "replace", lambda source, target: Path(target).name == MARKER),
+        # of all replacements, those of the data's cache, which the first life makes, and of the export at the end
+        "cache": (os, "replace", lambda source, target: Path(target).parent.name == "cache"),
+        "export": (os, "replace", lambda source, target: Path(target).parent.name in ("output", "finished"))}
 # What the first rank and another one may be doing when they die, and at which of its calls at most: all within the
 # first saves of a life. A clock's are milliseconds from the life's beginning.
 MOMENTS = ({"step": 3, "write": 200, "fsync": 16, "rename": 6, "replace": 6, "rmtree": 2, "publish": 2, "marker": 2,
-            "clock": 2500},
-           {"step": 3, "write": 200, "fsync": 2, "clock": 2500})
+            "cache": 3, "export": 3, "clock": 2500},
+           {"step": 3, "write": 200, "fsync": 2, "export": 2, "clock": 2500})
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,10 @@ class Death:
         return f"rank {self.rank} {when}{'' if self.merciful else ', all others too'}"
 
 
-def draw_deaths(draw: random.Random, number: int, num_ranks: int) -> list[Death]:
-    deaths = []
-    for _ in range(number):
-        rank = draw.randrange(num_ranks)
-        what = draw.choice(sorted(MOMENTS[min(rank, 1)]))
-        deaths.append(Death(rank, what, draw.randint(1, MOMENTS[min(rank, 1)][what]), draw.random() < 0.5))
-    return deaths
+def draw_death(draw: random.Random, num_ranks: int) -> Death:
+    rank = draw.randrange(num_ranks)
+    what = draw.choice(sorted(MOMENTS[min(rank, 1)]))
+    return Death(rank, what, draw.randint(1, MOMENTS[min(rank, 1)][what]), draw.random() < 0.5)
 
 
 def train(arguments: Sequence[str], death: Death | None, obituary: Path) -> None:

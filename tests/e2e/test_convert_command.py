@@ -86,7 +86,7 @@ def large(tmp_path_factory) -> Path:
     directory.mkdir()
     fields = SMALL | {"model_type": "deepseek_v3", "hidden_size": 1024, "moe_intermediate_size": 1024,
                       "n_routed_experts": 20, "num_hidden_layers": 3, "q_lora_rank": 24, "num_nextn_predict_layers": 0,
-                      "torch_dtype": "bfloat16"}
+                      "routed_scaling_factor": 2.5, "norm_topk_prob": True, "torch_dtype": "bfloat16"}
     shapes = hf_shapes(ModelConfig.from_hf_dict(fields))
     (directory / "config.json").write_text(json.dumps(fields))
     for part in (0, 1):

@@ -25,7 +25,7 @@ def drill(workshop, *arguments: str) -> str:
 def test_dies_at_every_stage_of_a_save(workshop):
     """In a rank's file, before it is on the disk, before the rename, between it and the marker, and before a step."""
     stages = ("1:write:30", "0:fsync:3", "0:publish:1", "0:marker:2", "1:step:2")
-    assert "5 deaths in 1 jobs, 0 of which" in drill(workshop, "--die", *stages)
+    assert "5 kills and 0 hardships in 1 jobs, 0 of which" in drill(workshop, "--die", *stages)
 
 
 def test_dies_at_random_and_torchrun_restarts(workshop):

@@ -30,9 +30,9 @@ def write_bytes(path, content: bytes):
 
 
 def settings_of(tmp_path, source="in.jsonl", **changes):
-    """Settings by the arguments' names: NullTokenizer with ids below 1000 unless told otherwise."""
+    """Settings by the arguments' names: ids below 1000 by NullTokenizer, over what is there, unless told otherwise."""
     values = {"output_prefix": str(tmp_path / "out"), "tokenizer_type": "NullTokenizer", "tokenizer_model": "1000",
-              "append_eod": True, "input": (str(tmp_path / source),)} | changes
+              "append_eod": True, "overwrite": True, "input": (str(tmp_path / source),)} | changes
     groups = {}
     for name, kind in KINDS.items():
         groups[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)

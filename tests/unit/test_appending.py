@@ -1,4 +1,4 @@
-"""A file that a run appends to, through a full disk, an error of the disk, and its removal: no byte lost, torn or double."""
+"""A file that a run appends to, through a full disk, its errors, and its removal: no byte lost, torn or double."""
 
 import errno
 import os
@@ -40,8 +40,8 @@ def test_a_disk_that_refuses_for_a_while(disk, tmp_path, error, room):
     file.write(b"second\n")
     file.write(b"third\n")
     assert path.read_bytes() == b"first\nsecond\n"[:6 + room]
-    assert told == [f"{path} cannot be written: {os.strerror(error)}. Training goes on; what belongs there is kept, and "
-                    "written once it can be"]
+    assert told == [f"{path} cannot be written: {os.strerror(error)}. Training goes on; what belongs there is kept, "
+                    "and written once it can be"]
     disk.room = 10**9
     file.write(b"fourth\n")
     file.close()

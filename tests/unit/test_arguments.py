@@ -398,18 +398,18 @@ def test_parsing_looks_at_no_checkpoint(tmp_path):
     ("--save run --mtp-num-layers 0 --moe-layer-freq [0]*1+[1]*3", []),
 ])
 def test_what_a_user_may_not_expect_is_said(arguments, said):
-    assert_told(settings(arguments).notices, said)
+    assert_told(settings(arguments).notes, said)
 
 
 def test_a_config_without_a_balance_loss_is_said(tmp_path):
     """With a bias that balances, and without; not where the user has chosen."""
-    for preset, words in ((TINY, "aux_loss_alpha of the config is 0; --moe-aux-loss-coeff gives one. The routers' biases "
-                                 "balance the experts"), (V2_LITE, "Nothing balances the experts")):
+    for preset, words in ((TINY, "aux_loss_alpha of the config is 0; --moe-aux-loss-coeff gives one. The routers' "
+                                 "biases balance the experts"), (V2_LITE, "Nothing balances the experts")):
         (tmp_path / "config.json").write_text(json.dumps(preset.to_hf_dict() | {"aux_loss_alpha": 0}))
         model = f"--model {tmp_path} --save run --mtp-num-layers 0"
-        assert_told(settings(model).notices, [words])
-        assert_told(settings(f"{model} --moe-router-load-balancing-type none").notices, [])
-        assert_told(settings(f"{model} --moe-aux-loss-coeff 0.1").notices, [])
+        assert_told(settings(model).notes, [words])
+        assert_told(settings(f"{model} --moe-router-load-balancing-type none").notes, [])
+        assert_told(settings(f"{model} --moe-aux-loss-coeff 0.1").notes, [])
 
 
 def assert_told(notices: tuple[str, ...], said: list[str]) -> None:

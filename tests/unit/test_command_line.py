@@ -1,9 +1,35 @@
 """What every command says to a mistaken option: one line, the option that was meant, status 2."""
 
+import importlib
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 
+from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.command_line import proposals
+from megatron_deepseek.arguments.ending import BROKEN_PIPE, exit_status
 from megatron_deepseek.arguments.parser import build_parser
+
+ROOT = Path(__file__).parents[2]
+# the module of each command, arguments with a slip, and what was meant
+COMMANDS = {
+    "convert": ("megatron_deepseek.checkpoint.command", ["--form", "hf"], "--from"),
+    "reshard": ("megatron_deepseek.checkpoint.reshard_command", ["reshard", "--tensor-parallel-size", "2"],
+                "--tensor-model-parallel-size"),
+    "preprocess": ("megatron_deepseek.data.corpus.command", ["--inputs", "x"], "--input"),
+    "dataset": ("megatron_deepseek.data.dataset_command", ["merge", "--output", "x"], "--output-prefix"),
+    "generate": ("megatron_deepseek.inference.generate", ["--max-tokens", "3"], "--max-new-tokens"),
+    "plot": ("megatron_deepseek.training.plot", ["--out", "x"], "--output"),
+    "operators": ("megatron_deepseek.ops.__main__", ["--hlep"], "--help"),
+    "cache": ("tools.build_data_cache", ["--datapath", "x"], "--data-path"),
+    "overlap": ("tools.trace_overlap", ["--halp"], "--help"),
+    "corpus": ("tools.make_corpus", ["--max-byte", "3"], "--max-bytes"),
+    "tokenizer": ("tools.train_tokenizer", ["--vocab_size", "3"], "--vocab-size"),
+    "tiny": ("tools.run_tiny", ["--step", "3"], "--steps")}
 
 OPTIONS = [option for option in build_parser()._option_string_actions if option.startswith("--")]
 
@@ -33,3 +59,56 @@ def test_values_with_blanks_and_words_alone_are_no_options():
     with pytest.raises(ValueError, match="unexpected 'one' 'two'"):
         build_parser().parse_args(["--model", "tiny", "--train-iters", "1", "one", "two"])
     assert build_parser().parse_args(["--model", "--my model", "--train-iters", "1"]).model == "--my model"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_in_a_line_what_was_meant(command, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    module, arguments, meant = COMMANDS[command]
+    assert importlib.import_module(module).main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert ": error: " in line and "is no option; did you mean" in line and meant in line.split("did you mean")[1]
+
+
+def test_so_does_training(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_or_exit(["--modle", "tiny"], {})
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "pretrain_deepseek.py: error: --modle is no option; did you mean --model?\n"
+
+
+@contextmanager
+def stdout_without_reader(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        yield
+
+
+def test_output_that_nobody_reads_is_no_success_and_no_traceback(monkeypatch, capfd):
+    """Also where the buffer has room for all of it, so that the error comes only when it is flushed."""
+    with stdout_without_reader(monkeypatch):
+        assert exit_status("name", lambda: print("little") or 0) == BROKEN_PIPE
+    with stdout_without_reader(monkeypatch):
+        assert exit_status("name", lambda: print("much " * 100_000) or 0) == BROKEN_PIPE
+    assert capfd.readouterr().err == ""
+
+
+def test_a_mistake_is_told_where_nobody_reads_the_output(monkeypatch, capsys):
+    def fail():
+        print("little")
+        raise ValueError("what is wrong")
+
+    with stdout_without_reader(monkeypatch):
+        assert exit_status("name", fail) == BROKEN_PIPE
+    assert capsys.readouterr().err == "name: error: what is wrong\n"
+
+
+@pytest.mark.parametrize("script", ["pretrain_deepseek.py", "tools/make_corpus.py"])
+def test_help_for_a_reader_that_has_gone(script):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")

@@ -5,9 +5,15 @@ import json
 
 import pytest
 
+from megatron_deepseek import hf_config, hf_rope
 from megatron_deepseek.config import ModelConfig, RopeScaling
 from megatron_deepseek.presets import TINY, V2, V2_LITE, V3, load_model, preset_names
 
+# By hand, from the released files of V2-Lite, V2, V3, R1 and V3.1: all of them say these.
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
+          "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts")
+NEEDED_WITH_EXPERTS = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace",
+                       "routed_scaling_factor", "norm_topk_prob")
 YARN = {"factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
         "mscale_all_dim": 1.0}
 
@@ -62,8 +68,9 @@ def test_other_rope_scaling_round_trips(kind):
 
 
 def test_both_dialects_of_rope():
-    released = {"model_type": "deepseek_v3", "rope_theta": 5000, "rope_scaling": {"type": "yarn", **YARN}}
-    rewritten = {"model_type": "deepseek_v3", "rope_parameters": {"rope_type": "yarn", "rope_theta": 5000, **YARN}}
+    others = {name: value for name, value in V3.to_hf_dict().items() if not name.startswith("rope_")}
+    released = others | {"rope_theta": 5000, "rope_scaling": {"type": "yarn", **YARN}}
+    rewritten = others | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000, **YARN}}
     model = ModelConfig.from_hf_dict(released)
     assert model == ModelConfig.from_hf_dict(rewritten)
     assert model.rope_theta == 5000.0
@@ -75,30 +82,158 @@ def test_missing_fields_are_transformers_defaults(kind):
     """MTP modules and what transformers fixes in code (scores, method of V3) excepted."""
     transformers = pytest.importorskip("transformers")
     theirs = getattr(transformers, kind)(num_experts_per_tok=6).to_dict()
-    given = {"model_type": theirs["model_type"], "num_experts_per_tok": 6}
-    fields = dataclasses.asdict(ModelConfig.from_hf_dict(given))
-    shared = set(fields) & set(theirs) - {"num_nextn_predict_layers"}
-    nulls = {"n_group": 1, "topk_group": 1}
-    assert {name: fields[name] for name in shared} == {
-        name: nulls.get(name) if theirs[name] is None else theirs[name] for name in shared}
-    assert fields["num_nextn_predict_layers"] == 0 and len(shared) >= 20
+    needed = {name: theirs[name] for name in (*NEEDED, *NEEDED_WITH_EXPERTS, "n_group", "topk_group")}
+    fields = dataclasses.asdict(ModelConfig.from_hf_dict(needed | {"model_type": theirs["model_type"]}))
+    shared = set(fields) & set(theirs) - {"num_nextn_predict_layers", *needed}
+    assert {name: fields[name] for name in shared} == {name: theirs[name] for name in shared}
+    assert fields["num_nextn_predict_layers"] == 0 and len(shared) >= 8
 
 
-def test_router_defaults_by_model_type():
-    v3 = ModelConfig.from_hf_dict({"model_type": "deepseek_v3"})
-    v2 = ModelConfig.from_hf_dict({"model_type": "deepseek_v2", "num_experts_per_tok": 6})
-    assert (v3.topk_method, v3.scoring_func, v3.model_type) == ("noaux_tc", "sigmoid", "deepseek_v3")
-    assert (v2.topk_method, v2.scoring_func, v2.model_type) == ("greedy", "softmax", "deepseek_v2")
+@pytest.mark.parametrize("kind", ["DeepseekV2Config", "DeepseekV3Config"])
+def test_files_of_transformers_load(kind, tmp_path):
+    """What it leaves out, since it is a class's default, is no refusal: V3's method and scores, the balance loss."""
+    transformers = pytest.importorskip("transformers")
+    getattr(transformers, kind)(num_experts_per_tok=6).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not {"scoring_func", "moe_layer_freq", "seq_aux", "aux_loss_alpha"} & written.keys()
+    model = ModelConfig.from_file(tmp_path)
+    v3 = kind == "DeepseekV3Config"
+    assert (model.topk_method, model.scoring_func) == (("noaux_tc", "sigmoid") if v3 else ("greedy", "softmax"))
+    assert (model.hidden_size, model.num_experts_per_tok) == (written["hidden_size"], 6)
 
 
 def test_null_experts_make_a_dense_model():
-    model = ModelConfig.from_hf_dict({"model_type": "deepseek_v3", "n_routed_experts": None, "n_shared_experts": None})
+    """Whose file needs to say nothing else of experts."""
+    fields = {name: V3.to_hf_dict()[name] for name in ("model_type", *NEEDED)} | {"n_routed_experts": None}
+    model = ModelConfig.from_hf_dict(fields | {"n_shared_experts": None})
     assert (model.n_routed_experts, model.n_shared_experts, model.num_moe_layers) == (0, 0, 0)
+    assert ModelConfig.from_hf_dict(fields).num_moe_layers == 0
+    assert "topk_method" not in " ".join(hf_config.describe(fields, "config.json"))
 
 
 def test_aliases_of_transformers():
-    model = ModelConfig.from_hf_dict({"model_type": "deepseek_v3", "num_mtp_layers": 2, "num_local_experts": 64})
+    fields = V3.to_hf_dict()
+    for name in ("num_nextn_predict_layers", "n_routed_experts"):
+        del fields[name]
+    model = ModelConfig.from_hf_dict(fields | {"num_mtp_layers": 2, "num_local_experts": 64})
     assert (model.num_nextn_predict_layers, model.n_routed_experts) == (2, 64)
+    with pytest.raises(ValueError, match="num_mtp_layers 2 and num_nextn_predict_layers 1 are two names"):
+        ModelConfig.from_hf_dict(V3.to_hf_dict() | {"num_mtp_layers": 2})
+
+
+@pytest.mark.parametrize("name", [*NEEDED, *NEEDED_WITH_EXPERTS, "n_group", "topk_group"])
+def test_what_an_architecture_cannot_do_without(name):
+    """Hand-made list: each of them changes shapes, or the routing without changing a shape."""
+    fields = V3.to_hf_dict()
+    del fields[name]
+    with pytest.raises(ValueError, match=rf"^{name} is missing"):
+        ModelConfig.from_hf_dict(fields)
+
+
+@pytest.mark.parametrize("wrong, meant", [
+    ("hiden_size", "hidden_size"), ("num_hidden_layer", "num_hidden_layers"), ("vocabsize", "vocab_size"),
+    ("n_routed_expert", "n_routed_experts"), ("num_experts_per_token", "num_experts_per_tok"),
+    ("kv_lora_rnk", "kv_lora_rank"), ("moe_layers_freq", "moe_layer_freq"), ("aux_los_alpha", "aux_loss_alpha"),
+    ("rope_scalling", "rope_scaling"), ("rope_tetha", "rope_theta"), ("scoring_function", "scoring_func"),
+    ("tie_word_embedding", "tie_word_embeddings"), ("norm_eps", "rms_norm_eps"), ("mtp_layers", "num_mtp_layers"),
+    ("quantisation_config", "quantization_config"), ("Hidden_Size", "hidden_size")])
+def test_misspelt_keys_are_refused(wrong, meant):
+    """Both instead of the right key, which need not be a required one, and beside it."""
+    right = V3.to_hf_dict()
+    for fields in (right, {name: value for name, value in right.items() if name != meant}):
+        with pytest.raises(ValueError, match=rf"^{wrong} is unknown; did you mean {meant}\?$"):
+            ModelConfig.from_hf_dict(fields | {wrong: 1})
+
+
+@pytest.mark.parametrize("wrong, meant", [
+    ("num_layers", "num_hidden_layers"), ("experts_per_token", "num_experts_per_tok"),
+    ("n_shared", "n_shared_experts")])
+def test_a_missing_key_is_likelier_meant_than_one_that_is_there(wrong, meant):
+    fields = V3.to_hf_dict()
+    fields[wrong] = fields.pop(meant)
+    with pytest.raises(ValueError, match=rf"{wrong} is unknown; did you mean {meant}\?"):
+        ModelConfig.from_hf_dict(fields)
+
+
+@pytest.mark.parametrize("key", ["auto_map", "unsloth_version", "unsloth_fixed", "_attn_implementation", "task",
+                                 "transformers.js_config", "max_length", "decoder_start_token_id", "use_sdpa"])
+def test_other_unknown_keys_are_said_and_nothing_else(key):
+    fields = V3.to_hf_dict() | {key: "x"}
+    assert ModelConfig.from_hf_dict(fields) == V3
+    assert hf_config.describe(fields, "x.json") == [f"x.json has {key}, without meaning here: kept for exports"]
+
+
+def test_defaults_that_were_taken_are_listed():
+    fields = V3.to_hf_dict()
+    for name in ("aux_loss_alpha", "seq_aux", "rope_theta", "topk_method"):
+        del fields[name]
+    expected = 'aux_loss_alpha 0.0, seq_aux true, topk_method "noaux_tc", rope_theta 10000.0'
+    assert hf_config.describe(fields, "x.json") == [f"x.json does not say, so these are taken: {expected}"]
+    assert hf_config.describe(fields, "x.json", {"aux_loss_alpha", "seq_aux", "rope_theta", "topk_method"}) == []
+    rope = {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert "rope_theta" not in hf_config.describe(fields | rope, "x.json")[0]
+    assert hf_config.describe(V3.to_hf_dict(), "x.json") == []
+
+
+# transformers 5.23's RopeParameters, vLLM's get_rope for yarn and deepseek_yarn, the original YaRN's arguments.
+@pytest.mark.parametrize("key, value, neutral", [
+    ("attention_factor", 1.5, None), ("attn_factor", 0.8, 1.0), ("extrapolation_factor", 0.5, 1),
+    ("truncate", False, True), ("partial_rotary_factor", 0.5, 1.0), ("short_factor", [1.0], None),
+    ("long_factor", [2.0], None),
+    ("low_freq_factor", 1.0, None), ("high_freq_factor", 4.0, None), ("mrope_section", [1, 1], None),
+    ("apply_yarn_scaling", False, True), ("short_mscale", 1.1, None), ("finetuned", False, True)])
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "default"])
+def test_rope_keys_of_other_mathematics(kind, key, value, neutral):
+    for name, type_key in (("rope_scaling", "type"), ("rope_parameters", "rope_type")):
+        fields = {field: v for field, v in V3.to_hf_dict().items() if not field.startswith("rope_")}
+        rope = {type_key: kind, "factor": 4.0}
+        with pytest.raises(ValueError, match=rf"^{name} {key} .* is not supported"):
+            ModelConfig.from_hf_dict(fields | {name: rope | {key: value}})
+        for harmless in (neutral, None):
+            given = fields | {name: rope | {key: harmless}}
+            assert ModelConfig.from_hf_dict(given) == ModelConfig.from_hf_dict(fields | {name: rope})
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"betafast": 16}, "rope_scaling has betafast, which is unknown; did you mean beta_fast?"),
+    ({"full_attention": {"factor": 2}}, "rope_scaling has full_attention with parameters of its own"),
+    ({"type": "llama3"}, "rope_scaling type 'llama3' is not one of default, linear, dynamic, yarn"),
+    ({"factor": "40"}, "rope_scaling factor is '40', which is no number"),
+    ({"beta_slow": True}, "rope_scaling beta_slow is True, which is no number"),
+])
+def test_refused_rope(changes, message):
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_hf_dict(V3.to_hf_dict() | {"rope_scaling": {"type": "yarn", **YARN} | changes})
+    assert str(caught.value).startswith(message)
+
+
+def test_stretching_that_is_computed_with_the_length_needs_it():
+    """The default of a class would be another rotation."""
+    fields = V3.to_hf_dict()
+    del fields["max_position_embeddings"]
+    for rope in ({"type": "dynamic", "factor": 4.0}, {"type": "yarn", "factor": 4.0}):
+        with pytest.raises(ValueError, match="max_position_embeddings is missing, which rope_scaling of type"):
+            ModelConfig.from_hf_dict(fields | {"rope_scaling": rope})
+    assert ModelConfig.from_hf_dict(fields | {"rope_scaling": {"type": "yarn", **YARN}}).rope_scaling is not None
+
+
+def test_unknown_rope_keys_are_said_and_kept():
+    fields = V3.to_hf_dict()
+    fields["rope_scaling"] |= {"note": "ours"}
+    assert hf_config.describe(fields, "x") == ["x has rope_scaling.note, without meaning here: kept for exports"]
+    longer = dataclasses.replace(V3, rope_scaling=dataclasses.replace(V3.rope_scaling, factor=80.0))
+    assert hf_rope.write_rope(longer, fields)["rope_scaling"] == fields["rope_scaling"] | {"factor": 80.0}
+
+
+def test_softmax_scale_of_every_kind_goes_out_again():
+    """mscale_all_dim scales the softmax whatever the kind, here as in DeepSeek's own code and transformers."""
+    model = dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 4.0, mscale_all_dim=0.7))
+    assert ModelConfig.from_hf_dict(model.to_hf_dict()) == model
+
+
+def test_gready_is_greedy():
+    """The default of topk_method in the configuration_deepseek.py that the models are released with."""
+    assert ModelConfig.from_hf_dict(V2_LITE.to_hf_dict() | {"topk_method": "gready"}) == V2_LITE
 
 
 def test_fields_of_the_run_are_read_over():
@@ -122,6 +257,16 @@ def test_fields_of_the_run_are_read_over():
     ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9", "8 experts"]),
     ({"n_group": 5}, ["n_routed_experts 16", "n_group 5"]),
     ({"q_lora_rank": 0}, ["q_lora_rank is 0"]),
+    ({"model_type": ["deepseek_v3"]}, ["model_type ['deepseek_v3'] is not one of"]),
+    ({"hidden_size": 2**31}, ["hidden_size is 2147483648, more than 2147483647"]),
+    ({"hidden_size": -2**40}, ["hidden_size is -1099511627776"]),
+    ({"rms_norm_eps": 10**400}, ["rms_norm_eps is 1000"]),
+    ({"num_hidden_layers": 10**6}, ["num_hidden_layers 1000000", "n_routed_experts 16"]),
+    ({"rope_scaling": [1]}, ["rope_scaling is [1], not an object"]),
+    ({"rope_scaling": {"type": "yarn", "factor": "2"}}, ["rope_scaling factor is '2'"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1.5}}, ["1.5, which is no"]),
+    ({"rope_theta": "many"}, ["rope_theta is 'many'"]),
+    ({"eos_token_id": ["a"]}, ["eos_token_id is 'a'"]),
 ])
 def test_refused_configs(changes, fragments):
     with pytest.raises(ValueError) as caught:

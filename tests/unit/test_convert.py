@@ -186,6 +186,14 @@ def test_the_source_dialect_is_written_back(tmp_path):
         assert written["rope_parameters" if parameters else "rope_scaling"]["factor"] == 80.0
 
 
+def test_gready_goes_out_as_greedy(tmp_path):
+    """Neither DeepSeek's modeling code nor transformers' has a branch for its own default."""
+    fields = V2_SMALL.to_hf_dict() | {"topk_method": "gready"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    write_config(tmp_path, ModelConfig.from_hf_dict(fields), read_assets(tmp_path), {torch.bfloat16: 1})
+    assert json.loads((tmp_path / "config.json").read_text()) == fields | {"topk_method": "greedy"}
+
+
 def test_mtp_copies_come_out_where_the_source_had_them(tmp_path):
     copies = mtp_copies(V3_WIDE)
     assert sorted(copies) == ["model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"]
@@ -206,9 +214,40 @@ def test_without_mtp(tmp_path, capsys):
     for load in (tmp_path / "native", announced):
         origin = "native" if load == tmp_path / "native" else "hf"
         assert convert(origin, "hf", load, tmp_path / f"{load.name}_out") == 0
-        assert ("announces num_nextn_predict_layers 1, but" in capsys.readouterr().out) == (load == announced)
+        said = "holds none of the modules that its config.json announces (num_nextn_predict_layers 1)"
+        assert (said in capsys.readouterr().out) == (load == announced)
+        written = json.loads((tmp_path / f"{load.name}_out" / "config.json").read_text())
+        assert written["num_nextn_predict_layers"] == 0
         assert_identical(all_tensors(tmp_path / f"{load.name}_out"), main_only)
     assert sorted(main_only) == sorted(hf_shapes(replace(V3_WIDE, num_nextn_predict_layers=0)))
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_announced_mtp_that_no_file_holds_is_never_announced_again(tmp_path, key):
+    """There and back through every format, the way back with the config.json that announces it too."""
+    main_only = random_weights(replace(V3_WIDE, num_nextn_predict_layers=0), torch.bfloat16)
+    fields = V3_WIDE.to_hf_dict()
+    del fields["num_nextn_predict_layers"]
+    load = write_hf(tmp_path / "hf", main_only, fields | {key: 1})
+    for middle in ("native", "megatron"):
+        assert convert("hf", middle, load, tmp_path / middle) == 0
+        assert convert(middle, "hf", tmp_path / middle, tmp_path / f"{middle}_back") == 0
+    assert convert("megatron", "hf", tmp_path / "megatron", tmp_path / "assets_back", "--assets", str(load)) == 0
+    assert convert("megatron", "native", tmp_path / "megatron", tmp_path / "other", "--assets", str(load)) == 0
+    assert convert("native", "hf", tmp_path / "other", tmp_path / "other_back") == 0
+    for back in ("native_back", "megatron_back", "assets_back", "other_back"):
+        written = json.loads((tmp_path / back / "config.json").read_text())
+        assert written == fields | {key: 0}, back
+        assert_identical(all_tensors(tmp_path / back), main_only)
+
+
+def test_a_part_of_an_announced_module_is_an_error(tmp_path, capsys):
+    """Lost, not left out: of an MTP module a tensor is there, and the others are asked for."""
+    weights = random_weights(V3_WIDE, torch.bfloat16)
+    some = {name: tensor for name, tensor in weights.items() if ".layers.2." not in name or "enorm" in name}
+    load = write_hf(tmp_path / "hf", some, V3_WIDE.to_hf_dict())
+    assert convert("hf", "native", load, tmp_path / "native") == 2
+    assert "tensors that config.json asks for, first model.layers.2." in capsys.readouterr().err
 
 
 def test_looking_writes_nothing(tmp_path, capsys):

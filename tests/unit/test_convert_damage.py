@@ -44,6 +44,20 @@ def duplicate(hf):
     save_file(load_file(hf / other) | {NORM: torch.ones(136)}, hf / other)
 
 
+def header_of(hf, content: bytes):
+    """FIRST with another header."""
+    (hf / FIRST).write_bytes(len(content).to_bytes(8, "little") + content)
+
+
+def edit_header(hf, **changes):
+    """Of FIRST's first tensor."""
+    data = (hf / FIRST).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    header[next(name for name in header if name != "__metadata__")] |= changes
+    header_of(hf, json.dumps(header).encode())
+
+
 def edit_config(hf, **changes):
     fields = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(fields | changes))
@@ -68,7 +82,22 @@ DAMAGE = {
     "corrupt header": (lambda hf: corrupt(hf, 8, b"[[[["), [FIRST]),
     "header of another kind": (lambda hf: corrupt(hf, 0, b"PK\x03\x04"), [FIRST]),
     "missing file": (lambda hf: (hf / SECOND).unlink(), [SECOND, "missing"]),
-    "damaged index": (lambda hf: (hf / "model.safetensors.index.json").write_text("{"), ["index.json", "damaged"]),
+    "damaged index": (lambda hf: (hf / "model.safetensors.index.json").write_text("{"),
+                      ["index.json is malformed JSON"]),
+    "index of numbers": (lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+                         ['index.json: in "weight_map": "a" is 1, not a text']),
+    "deep header": (lambda hf: header_of(hf, b'{"a":' * 100_000), [FIRST, "nested more than 128 deep"]),
+    "header that is a list": (lambda hf: header_of(hf, b"[]"), [FIRST, "its header begins with b'['"]),
+    "type that is none": (lambda hf: edit_header(hf, dtype=["F32"]), [FIRST, '"dtype" is a list of 1, not a text']),
+    "offsets that are none": (lambda hf: edit_header(hf, data_offsets=[0, 1.5]), ['"data_offsets" has 1.5 in it']),
+    "offsets of another kind": (lambda hf: edit_header(hf, data_offsets="0"), ['"data_offsets" is "0", not a list']),
+    "three offsets": (lambda hf: edit_header(hf, data_offsets=[0, 1, 2]), ['"data_offsets" is a list of 3']),
+    "negative shape": (lambda hf: edit_header(hf, shape=[-1, -136]), ['"shape" has -1 in it']),
+    "huge width": (lambda hf: edit_config(hf, hidden_size=2**40), ["config.json: hidden_size is 1099511627776, more"]),
+    "endless layers": (lambda hf: edit_config(hf, num_hidden_layers=2**31 - 1), ["num_hidden_layers 2147483647"]),
+    "rope of another kind": (lambda hf: edit_config(hf, rope_scaling="yarn"), ["rope_scaling is 'yarn', not an"]),
+    "quantisation of another kind": (lambda hf: edit_config(hf, quantization_config=[1]), ["quantization_config"]),
+    "deep config": (lambda hf: (hf / "config.json").write_text("[" * 100_000), ["config.json", "nested more than 128"]),
     "no config": (lambda hf: (hf / "config.json").unlink(), ["config.json"]),
     "no weights": (lambda hf: [path.unlink() for path in hf.glob("*.safetensors")], ["no *.safetensors"]),
     "another copy": (lambda hf: rewrite(hf, lambda t: t.update(

@@ -3,6 +3,7 @@ round; what was written comes back.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,6 +33,17 @@ def test_round_trip(tmp_path):
     assert convert("megatron", "native", tmp_path / "mcore", tmp_path / "native") == 0
     assert convert("native", "hf", tmp_path / "native", tmp_path / "back") == 0
     assert_identical(all_tensors(tmp_path / "back"), all_tensors(hf))
+
+
+def test_the_way_back_needs_no_assets(tmp_path):
+    """Of a model that was never in Hugging Face's form, the checkpoint of training alone says the architecture."""
+    hf = v3_directory(tmp_path / "hf")
+    assert convert("hf", "native", hf, tmp_path / "native") == 0
+    shutil.rmtree(tmp_path / "native" / "huggingface")
+    assert convert("native", "megatron", tmp_path / "native", tmp_path / "mcore") == 0
+    assert convert("megatron", "hf", tmp_path / "mcore", tmp_path / "back") == 0
+    assert_identical(all_tensors(tmp_path / "back"), all_tensors(hf))
+    assert ModelConfig.from_file(tmp_path / "back") == V3_WIDE
 
 
 def test_padded_vocabulary_and_other_spellings(tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_without_gigatoken(tmp_path, tokenizer_json, monkeypatch):
     said = []
     preprocess(settings_with(tmp_path, tokenizer_json), said.append)
     assert said == ["--tokenizer-backend auto: tokenizers, which is slower, because gigatoken is not installed: "
-                    "pip install 'megatron-deepseek[data]'"]
+                    f"{sys.executable} -m pip install 'gigatoken>=0.10'"]
     with pytest.raises(ValueError, match="--tokenizer-backend gigatoken: gigatoken is not installed"):
         run(settings_with(tmp_path, tokenizer_json, tokenizer_backend="gigatoken"))
 

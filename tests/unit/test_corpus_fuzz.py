@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import mmap
+import resource
 import tempfile
 import zlib
 from pathlib import Path
@@ -133,8 +134,8 @@ def test_damaged_streams_end_in_damage(name, lines, data):
         assert (content * 2).startswith(received)
 
 
-def test_a_claimed_dictionary_is_not_allocated(folder):
-    """An .xz whose header asks for 3 GB is damage, not memory."""
+def test_a_claimed_dictionary_is_filled_only_as_far_as_the_text_goes(folder):
+    """An .xz whose header asks for 3 GB is read, in the memory that its text needs."""
     stored = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16}])
     content = bytearray(stored.compress(b"text\n") + stored.flush())
     assert content[12:16] == b"\x02\x00\x21\x01"  # the block header: its size, flags, LZMA2, one byte of properties
@@ -142,8 +143,21 @@ def test_a_claimed_dictionary_is_not_allocated(folder):
     content[20:24] = zlib.crc32(bytes(content[12:20])).to_bytes(4, "little")
     path = folder / "in.xz"
     path.write_bytes(content)
-    with open_stream(str(path), "xz") as stream, pytest.raises(DamagedStream, match="Memory usage limit"):
-        stream.read()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open_stream(str(path), "xz") as stream:
+        assert stream.read() == b"text\n"
+    del stream  # and with it what the decompressor has reserved
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), limit[1]))
+    try:
+        with (open_stream(str(path), "xz") as stream,
+              pytest.raises(ValueError, match="in.xz: no memory for the window") as why):
+            stream.read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert not isinstance(why.value, DamagedStream)
 
 
 @pytest.mark.parametrize("content", [b"PAR1", b"PAR1garbagePAR1", b""])

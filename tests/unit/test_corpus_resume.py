@@ -32,16 +32,17 @@ def kill_at(module, name):
 
 if moment == "parent":  # while its worker works
     original = whole._check_errors
-    def replaced(settings, made):
-        original(settings, made)
-        if len(made.summaries) == count:
+    def replaced(settings, parts, summaries):
+        original(settings, parts, summaries)
+        if len(summaries) == count:
             os.kill(os.getpid(), signal.SIGKILL)
     whole._check_errors = replaced
 else:
     kill_at(*{"writing": (part.PartMaker, "make"), "summary": (part, "write_json"), "gather": (assembly, "gather"),
               "merge": (assembly, "merge_datasets"), "rename": (indexed.os, "replace"),
               "report": (whole, "write_json")}[moment])
-run(settings_of(folder, input=tuple(sorted(map(str, folder.glob("in*")))), part_bytes=1200, **selection))
+run(settings_of(folder, input=tuple(sorted(map(str, folder.glob("in*")))), part_bytes=1200,
+                allow_damaged_files=1, **selection))
 """
 
 
@@ -74,6 +75,18 @@ def test_killed_and_continued(folder, moment, count):
     assert report.parts_reused >= (2 if moment in ("writing", "parent") else 3)
     assert contents(folder) == contents(folder, "straight_text_document")
     assert not list(folder.glob("*.tmp")) and not (folder / "out.parts").exists()
+
+
+@pytest.mark.parametrize("moment, count", [("writing", 3), ("summary", 4), ("merge", 1)])
+def test_killed_and_continued_over_a_damaged_file(folder, moment, count):
+    path = folder / "in2.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-300])
+    straight = run(settings_in(folder, output_prefix=str(folder / "straight"), allow_damaged_files=1))
+    assert kill_at(folder, moment, count).returncode != 0
+    report = run(settings_in(folder, workers=2, allow_damaged_files=1))
+    assert report.parts_reused >= 2 and 300 < report.documents < 640
+    assert contents(folder) == contents(folder, "straight_text_document") and report.damaged == straight.damaged
+    assert f"{path} line {report.documents - 299}: cannot be read any further: the gzip file br" in report.damaged[0]
 
 
 def test_an_interrupted_run_keeps_the_old_dataset(folder):

@@ -61,7 +61,7 @@ def test_files_are_read_up_to_their_bound(tmp_path):
         read_json(tmp_path)
     with pytest.raises(ValueError, match="no cannot be read: No such file"):
         read_json(tmp_path / "no")
-    with pytest.raises(ValueError, match="/dev/zero has 1,001 bytes, more than"):
+    with pytest.raises(ValueError, match="/dev/zero has 1,048,576 bytes, more than"):
         read_json("/dev/zero", 1000)
 
 

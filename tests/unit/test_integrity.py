@@ -1,6 +1,7 @@
 """Checksums of a checkpoint directory: every kind of damage is found and named, nothing else is."""
 
 import json
+import re
 
 import pytest
 import xxhash
@@ -81,9 +82,18 @@ def test_without_a_listing_nothing_is_said(tmp_path):
     assert verify_directory(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"algorithm": "crc32", "files": {}}', '{"algorithm": "xxh3_128"}',
-                                  '{"algorithm": "xxh3_128", "files": {"small": 5}}', "[]"])
-def test_a_damaged_listing_is_an_error(directory, text):
+@pytest.mark.parametrize("text, said", [
+    ("", "is malformed JSON"), ("{}", 'has no "algorithm"'), ("[]", "holds a list of 0, not an object"),
+    ('{"algorithm": "crc32", "files": {}}', '"algorithm" is "crc32", not xxh3_128'),
+    ('{"algorithm": "xxh3_128"}', 'has no "files"'), ("[" * 100_000, "nested more than 128 deep"),
+    ('{"algorithm": "xxh3_128", "files": {"small": 5}}', 'in "files": "small" is 5, not an object'),
+    ('{"algorithm": "xxh3_128", "files": {"small": {"bytes": 1.5, "digest": ""}}}', '"bytes" is 1.5, not an integer'),
+    ('{"algorithm": "xxh3_128", "files": {"../a": {"bytes": 0, "digest": ""}}}', "'../a' is not the name of a file in"),
+    ('{"algorithm": "xxh3_128", "files": {"/dev/zero": {"bytes": 0, "digest": ""}}}', "'/dev/zero' is not the name of"),
+    ('{"algorithm": "xxh3_128", "files": {"a\\nb": {"bytes": 0, "digest": ""}}}', "'a\\nb' is not the name of a file"),
+])
+def test_a_damaged_listing_is_an_error(directory, text, said):
     (directory / CHECKSUMS).write_text(text)
-    with pytest.raises(ValueError, match=f"{CHECKSUMS} is damaged"):
+    with pytest.raises(ValueError, match=f"{CHECKSUMS}.* {re.escape(said)}") as caught:
         verify_directory(directory)
+    assert "\n" not in str(caught.value)

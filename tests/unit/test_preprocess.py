@@ -189,12 +189,19 @@ def test_of_a_cut_file_all_whole_lines_are_kept_and_the_rest_is_reported(tmp_pat
     documents = [" ".join(map(str, generator.integers(0, 1000, 50))) for _ in range(1500)]
     write_lines(path, [{"text": text} for text in documents])
     path.write_bytes(path.read_bytes()[:-200])
-    report = run(settings_of(tmp_path, path.name, part_bytes=part_bytes, append_eod=False))
+    asked = {"part_bytes": part_bytes, "append_eod": False, "max_errors": 0}
+    with pytest.raises(ValueError, match=rf"in.jsonl{suffix} line \d+: cannot be read any further: the .* breaks off "
+                                         rf"at its byte {path.stat().st_size}. --allow-damaged-files 1 would"):
+        run(settings_of(tmp_path, path.name, **asked))
+    report = run(settings_of(tmp_path, path.name, allow_damaged_files=1, **asked))
     kept = documents_of(tmp_path / "out_text_document")
     assert 500 < len(kept) < 1500  # zstd holds back the last block, of up to 128 KB
     assert kept == [list(map(int, text.split())) for text in documents[:len(kept)]]
-    assert report.skipped == {"damaged file": 1}
-    assert f"in.jsonl{suffix} line {len(kept) + 1}: cannot be read any further" in report.errors[0]
+    assert not report.skipped and not report.errors
+    described, = report.damaged
+    assert f"in.jsonl{suffix} line {len(kept) + 1}: cannot be read any further" in described
+    assert described.endswith(f"; {len(kept)} of its documents were taken")
+    assert f"damaged: {described}" in report.lines()
 
 
 def test_bad_rows_of_parquet(tmp_path):

@@ -78,9 +78,10 @@ def test_not_implemented_goes_to_the_reference(monkeypatch):
 
 def test_the_table(monkeypatch, capsys):
     monkeypatch.setattr(table, "choices", registry.choices.__wrapped__)
-    assert table.main() == 0
+    assert table.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == list(CANDIDATES)
     monkeypatch.setenv("MEGATRON_DEEPSEEK_OPS", "x=y")
-    assert table.main() == 2
-    assert capsys.readouterr().err.startswith("error: MEGATRON_DEEPSEEK_OPS: there is no operator 'x'")
+    assert table.main([]) == 2
+    assert capsys.readouterr().err.startswith(
+        "python -m megatron_deepseek.ops: error: MEGATRON_DEEPSEEK_OPS: there is no operator 'x'")

@@ -230,3 +230,14 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"iteration": 1}\nhello\n')
     with pytest.raises(ValueError, match="m.jsonl, line 2 .*'hello'"):
         list(read_metrics(tmp_path / "m.jsonl"))
+
+
+def test_training_goes_on_without_a_reader(tmp_path, capsys):
+    """`torchrun ... | head`: what is printed is lost, said once, and the records are not."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream, open_report(RunSettings(3, save=tmp_path), stream=stream) as report:
+        for iteration in (1, 2, 3):
+            report.step(step(iteration))
+    assert [record["iteration"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert capsys.readouterr().err == "nobody reads the output any more; training goes on\n"

@@ -42,6 +42,10 @@ def flip(path, offset: int, bit: int = 0x10) -> None:
         file.write(bytes([byte ^ bit]))
 
 
+def write_state(path, **changes) -> None:
+    path.write_text(json.dumps({"iteration": 100, "consumed_samples": 1, "optimizer_steps": 1} | changes))
+
+
 def error_of(capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1, lines
@@ -87,7 +91,15 @@ def test_verify_without_checksums_says_so(copy, capsys):
     ("rank-00001.distcp", lambda path: flip(path, path.stat().st_size // 2), "has changed"),
     (".metadata", lambda path: path.write_bytes(b"nothing"), "cannot be read"),
     ("config.json", lambda path: path.unlink(), "missing"),
-    ("state.json", lambda path: path.write_text("{"), "damaged"),
+    ("state.json", lambda path: path.write_text("{"), "state.json is malformed JSON"),
+    ("state.json", lambda path: write_state(path, optimizer_steps=None), '"optimizer_steps" is null, not an integer'),
+    ("state.json", lambda path: path.write_text('{"iteration": 1, "consumed_samples": 0}'), 'no "optimizer_steps"'),
+    ("state.json", lambda path: write_state(path, iteration=1.5), '"iteration" is 1.5, not an integer'),
+    ("state.json", lambda path: write_state(path, consumed_samples=-4), '"consumed_samples" is -4, less than 0'),
+    ("state.json", lambda path: write_state(path, rng=5), 'has "rng", which is not one of iteration, consumed'),
+    ("state.json", lambda path: write_state(path, optimizer_steps=101), "more than the 100 of iteration"),
+    ("state.json", lambda path: path.write_text("[" * 100_000), "nested more than 128 deep"),
+    ("layout.json", lambda path: path.write_text('{"seq_length": "long"}'), '"seq_length" is "long", not an integer'),
 ])
 def test_damaged_inputs_are_refused(tmp_path, copy, capsys, file, change, named):
     change(copy / "iter_0000100" / file)

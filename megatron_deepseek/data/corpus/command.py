@@ -5,11 +5,14 @@ import dataclasses
 import os
 import sys
 
+from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.data.corpus.report import Report
 from megatron_deepseek.data.corpus.run import preprocess
 from megatron_deepseek.data.corpus.settings import (
     BACKENDS, INPUT_FORMATS, TEXT_UNITS, Content, Execution, PreprocessSettings, Selection)
 
+PROGRAM = "preprocess_data.py"
 DATASET_COMMANDS = ("inspect", "verify", "merge", "split", "head")
 RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 EXAMPLE = """example:
@@ -21,8 +24,8 @@ Killed, the same command continues where it was.
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("preprocess_data.py", description="Turn text into indexed datasets (.bin, .idx).",
-                                     epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(PROGRAM, description="Turn text into indexed datasets (.bin, .idx).", epilog=EXAMPLE,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_input(parser.add_argument_group("input"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_documents(parser.add_argument_group("documents"))
@@ -45,6 +48,9 @@ def _add_input(group):
     add("--on-error", choices=("skip", "fail"), default="skip",
         help="what to do about a document that cannot be used (default: skip, count and report it)")
     add("--max-errors", type=int, default=1000, metavar="N", help="skip at most so many (default: %(default)s)")
+    add("--allow-damaged-files", type=int, default=0, metavar="N",
+        help="of so many files take what can be read, where they break off or are damaged (default: 0: such a file "
+             "ends the run)")
 
 
 def _add_tokenizer(group):
@@ -97,6 +103,7 @@ def _add_execution(group):
     add("--world-size", type=int, help="number of those machines or processes (default: likewise, else 1)")
     add("--part-bytes", type=int, metavar="N",
         help="input to a part, after which a killed run continues (default: 2 to 64 MB by the size of the input)")
+    add("--overwrite", action="store_true", help="replace a finished dataset of this prefix")
     add("--discard-parts", action="store_true", help="start over where parts of an unfinished run are there")
     add("--log-interval", type=int, default=1000, help="documents between progress lines (default: %(default)s)")
     add("--partitions", type=int, default=1,
@@ -133,21 +140,15 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in DATASET_COMMANDS:
         from megatron_deepseek.data import dataset_command
         return dataset_command.main(arguments)
-    try:
+
+    def run() -> int:
         settings = settings_from(build_parser().parse_args(arguments))
         report = preprocess(settings)
         if report is not None:
             _print(settings, report)
-    except ValueError as error:
-        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # 'preprocess_data.py ... | head' left early
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        print("preprocess_data.py: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_status(PROGRAM, run, "interrupted; the same command continues")
 
 
 def _print(settings: PreprocessSettings, report: Report):

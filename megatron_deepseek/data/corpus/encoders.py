@@ -19,6 +19,7 @@ from megatron_deepseek.data.corpus.settings import Content
 from megatron_deepseek.data.corpus.workers import die_with
 from megatron_deepseek.data.tokenizer import (
     BOS, EOD, HuggingFaceTokenizer, IdOutsideVocabulary, Tokenizer, build_tokenizer, find_tokenizer_json)
+from megatron_deepseek.packages import how_to_install
 
 PROBES = (
     "", " ", "\n", "\r\n\r\n \t\n", "a" * 300,
@@ -128,7 +129,7 @@ def choose_encoder(content: Content, backend: str, workers: int, sample: Callabl
     if backend == "tokenizers":
         return TokenizerEncoder(HuggingFaceTokenizer(path), "tokenizers")
     if importlib.util.find_spec("gigatoken") is None:
-        why = "gigatoken is not installed: pip install 'megatron-deepseek[data]'"
+        why = f"gigatoken is not installed: {how_to_install('gigatoken')}"
         encoder = None
     else:
         cache_bytes = min(max(MEMORY_OF_ALL_CACHES // workers, LEAST_CACHE), MOST_CACHE)

@@ -1,5 +1,6 @@
 """Small files and their checksums."""
 
+import contextlib
 import json
 import os
 import zlib
@@ -24,7 +25,12 @@ def count_lines(path: str, end: int) -> int:
 
 
 def write_json(path: str, value):
-    """Whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-    os.replace(path + ".tmp", path)
+    """Whole or not at all. OSError leaves nothing behind."""
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=False, indent=1)
+        os.replace(path + ".tmp", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        raise

@@ -29,13 +29,20 @@ class Source:
         return self.compression is None and (self.format == "jsonl" or self.format == "text" and text_unit == "line")
 
 
-def find_sources(patterns: Iterable[str], input_format: str = "auto") -> list[Source]:
+def find_sources(patterns: Iterable[str], input_format: str = "auto", without: Iterable[str] = ()) -> list[Source]:
     """The inputs that `patterns` name, in order; those of one glob or directory sorted.
 
     ValueError where a pattern names none. Of directories, at any depth, the files with a known ending are taken, hidden
-    ones not.
+    ones not. Files and folders `without` are left out: what the run itself writes, perhaps beside its input.
     """
-    return [_source_of(index, path, input_format) for index, path in enumerate(find_paths(patterns))]
+    own = tuple(map(os.path.realpath, without))
+    paths = [path for path in find_paths(patterns) if not _is_within(path, own)]
+    return [_source_of(index, path, input_format) for index, path in enumerate(paths)]
+
+
+def _is_within(path: str, own: tuple[str, ...]) -> bool:
+    real = os.path.realpath(path) if own and path != STANDARD_INPUT else path
+    return any(real == each or real.startswith(each + os.sep) for each in own)
 
 
 def find_paths(patterns: Iterable[str]) -> list[str]:
@@ -74,7 +81,7 @@ def _format_by_name(name: str) -> tuple[str | None, str | None]:
 
 
 def _source_of(index: int, path: str, input_format: str) -> Source:
-    """An ending that says nothing means JSONL. Compressed files under another ending are known by their first bytes."""
+    """An ending that says nothing means JSONL. How a file is compressed its first bytes tell, else its ending."""
     if path == STANDARD_INPUT:
         return Source(index, path, "jsonl" if input_format == "auto" else input_format, None, 0, 0)
     by_name, compression = _format_by_name(path)
@@ -88,6 +95,6 @@ def _source_of(index: int, path: str, input_format: str) -> Source:
     if by_content == "parquet":
         by_name = by_name or "parquet"
     elif by_name != "parquet":
-        compression = compression or by_content
+        compression = by_content or compression
     chosen = (by_name or "jsonl") if input_format == "auto" else input_format
     return Source(index, path, chosen, compression, status.st_size, status.st_mtime_ns)

@@ -21,8 +21,9 @@ from megatron_deepseek.data.corpus.part import PartMaker, Summary
 from megatron_deepseek.data.corpus.plan import Part
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_json, read_object
 
-VERSION = 1
+VERSION = 2
 SECONDS_FOR_ORPHANS = 3.0
 
 
@@ -53,6 +54,11 @@ class Ledger:
     def __init__(self, settings: PreprocessSettings):
         self.settings = settings
         self.directory = Path(settings.parts_directory)
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether there is a run to be continued."""
+        return not self.settings.execution.discard_parts and (self.directory / "plan.json").exists()
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["Ledger"]:
@@ -87,17 +93,19 @@ class Ledger:
 
     def read_plan(self, described: dict) -> dict | None:
         """The plan that is there, or None. ValueError where it is for something else than `described`."""
-        try:
-            plan = json.loads((self.directory / "plan.json").read_bytes())
-        except FileNotFoundError:
+        path = self.directory / "plan.json"
+        if not path.exists():
             return None
+        try:
+            plan = read_object(path, LARGEST_LIST)
+            theirs = plan.object("described").fields
         except ValueError as error:
-            raise ValueError(f"{self.directory}/plan.json is damaged: --discard-parts starts over") from error
-        different = _first_difference(plan["described"], described)
+            raise ValueError(f"{error}; --discard-parts starts over") from error
+        different = _first_difference(theirs, described)
         if different is not None:
             raise ValueError(f"--output-prefix {self.settings.output_prefix}: {self.directory} holds parts of another "
                              f"run: {different}. Run that one again to finish it, or start over with --discard-parts")
-        return plan
+        return dict(plan.fields)
 
     def write_plan(self, plan: dict) -> dict:
         """The plan that holds: this one, or that of a rank that was faster."""
@@ -120,7 +128,7 @@ class Ledger:
         return self.directory / f"{part:08d}.json"
 
     def summary(self, part: int) -> Summary:
-        return Summary(**json.loads(self.summary_path(part).read_bytes()))
+        return Summary(**read_json(self.summary_path(part), LARGEST_LIST))
 
     def finished(self, part: Part, maker: PartMaker) -> Summary | None:
         """The summary of a part that is there and sound. ValueError if its input has changed since."""
@@ -128,7 +136,7 @@ class Ledger:
             summary = self.summary(part.number)
             base = str(self.directory / part.name)
             sound = all(checksum_of(base + ending) == summary.checksums[ending] for ending in maker.endings())
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
         if not sound:
             return None

@@ -12,6 +12,7 @@ LONG_LINE_BYTES = 1 << 23
 LONG_STRING_BYTES = 1 << 20
 MOST_OTHER_BYTES = 1 << 25
 PIECE_BYTES = 1 << 20
+UNPARSED = ("malformed JSON", "invalid UTF-8")  # reasons of a line that is no JSON at all
 MARKER = "\udc00"  # half a surrogate pair: no text that is accepted holds one
 
 

@@ -7,6 +7,7 @@ a million characters, whatever the documents' size.
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from megatron_deepseek.data.corpus.documents import DocumentEncoder
 from megatron_deepseek.data.corpus.files import checksum_of, write_json
 from megatron_deepseek.data.corpus.long_text import BadDocument
 from megatron_deepseek.data.corpus.plan import Part, Segment
-from megatron_deepseek.data.corpus.records import Fault, Record, SegmentReader, where
+from megatron_deepseek.data.corpus.records import DAMAGED, Fault, Record, SegmentReader, is_cut, where
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.corpus.texts import chars_held, hash_of, pieces, strings
 from megatron_deepseek.data.indexed import IndexedWriter, written_whole
@@ -32,10 +33,15 @@ class TooManyErrors(ValueError):
     """More documents cannot be used than --max-errors, or any under --on-error fail."""
 
 
+class UnreadableInput(ValueError):
+    """A file cannot be read to its end, and --allow-damaged-files is 0."""
+
+
 @dataclass
 class Summary:
-    """What became of a part. `errors` are (segment, line in it, reason, detail); `lines` those of each segment;
-    `checksums` the CRC-32 of its files by their endings.
+    """What became of a part. `errors` are (segment, line in it, reason, detail), and so, without a reason, is the
+    `damage` of files that cannot be read to their end; `lines` are those of each segment, `taken` its documents that
+    were used; `checksums` the CRC-32 of the part's files by their endings.
     """
 
     part: int
@@ -45,7 +51,9 @@ class Summary:
     skipped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     errors: list[tuple[int, int, str, str]] = field(default_factory=list)
+    damage: list[tuple[int, int, str]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
     checksums: dict[str, int] = field(default_factory=dict)
     input_checksum: int | None = None
 
@@ -71,7 +79,7 @@ class PartMaker:
             for number, segment in enumerate(part.segments):
                 work.add_segment(number, segment)
             if self.settings.selection.needs_records:
-                np.concatenate([np.empty(0, RECORDS), *work.records]).tofile(base + ".records")
+                Path(base + ".records").write_bytes(np.concatenate([np.empty(0, RECORDS), *work.records]).tobytes())
         summary.checksums = {ending: checksum_of(base + ending) for ending in self.endings()}
         write_json(base + ".json", asdict(summary))
         return summary
@@ -96,11 +104,12 @@ class _PartInMaking:
     def add_segment(self, number: int, segment: Segment):
         self.number, self.segment, self.reported = number, segment, 0
         content = self.settings.content
+        self.summary.taken.append(0)
         reader = SegmentReader(segment, content.json_keys, content.text_unit, self.settings.parts_directory)
         for record in reader:
             if isinstance(record, Fault):
                 self._flush()
-                self._count_error(record)
+                self._count_fault(record)
             else:
                 self._add(record)
         self._flush()
@@ -149,7 +158,7 @@ class _PartInMaking:
                 for record in records:
                     self._write([record])
             else:
-                self._count_error(_fault_of(records[0], error))
+                self._count_fault(_fault_of(records[0], error))
             return
         for writer, (ids, lengths) in zip(self.writers, encoded, strict=True):
             writer.add(ids, lengths)
@@ -168,7 +177,7 @@ class _PartInMaking:
         except ValueError as error:
             for writer, mark in zip(self.writers, marks):
                 writer.rewind(mark)
-            self._count_error(_fault_of(record, error))
+            self._count_fault(self._fault_of_long(record, error))
             return
         for writer, own in zip(self.writers, lengths):
             writer.end_documents([own])
@@ -178,6 +187,7 @@ class _PartInMaking:
 
     def _count(self, records: list[Record], tokens: int, chars: int):
         self.summary.documents += len(records)
+        self.summary.taken[-1] += len(records)
         self.summary.tokens += tokens
         self.summary.chars += chars
         self._note("empty, kept as documents without tokens",
@@ -200,6 +210,18 @@ class _PartInMaking:
         if count:
             self.summary.notes[what] = self.summary.notes.get(what, 0) + count
 
+    def _count_fault(self, fault: Fault):
+        if fault.reason == DAMAGED:
+            self._count_damage(fault)
+        else:
+            self._count_error(fault)
+
+    def _count_damage(self, fault: Fault):
+        if not self.settings.execution.allow_damaged_files:
+            raise UnreadableInput(f"{where(self.segment, fault.line)}: {fault.detail}. --allow-damaged-files 1 would "
+                                  f"take what comes before, of one such file")
+        self.summary.damage.append((self.number, fault.line, fault.detail))
+
     def _count_error(self, fault: Fault):
         summary, execution = self.summary, self.settings.execution
         summary.skipped[fault.reason] = summary.skipped.get(fault.reason, 0) + 1
@@ -209,6 +231,12 @@ class _PartInMaking:
         if len(summary.errors) > execution.max_errors:
             raise TooManyErrors(f"more than --max-errors {execution.max_errors} documents cannot be used; the last of "
                                 f"them is {where(self.segment, fault.line)}: {fault.detail}")
+
+    def _fault_of_long(self, record: Record, error: ValueError) -> Fault:
+        """Of plain text that is decoded only as it is tokenised, a cut shows only then."""
+        if self.segment.source.format == "text" and isinstance(error, BadDocument) and is_cut(error, "text"):
+            return Fault(record.place, record.line, DAMAGED, f"the file breaks off within its last line: {error}")
+        return _fault_of(record, error)
 
     def _stored_bytes(self, place: int) -> int:
         """Estimated from the place of the last record, where places are bytes and the segment's end is known."""

@@ -175,7 +175,7 @@ class _Spooler:
             return b""
         try:
             block = self.stream.read1(BLOCK_BYTES)
-        except DamagedStream as error:
+        except (DamagedStream, OSError) as error:
             self.damage, block = str(error), b""
         self.at_end = not block
         return block

@@ -3,6 +3,7 @@
 A text under a key is a string, a `LongText`, or a list of strings where a document comes already split into sentences.
 """
 
+import itertools
 import mmap
 import os
 import tempfile
@@ -12,13 +13,15 @@ from typing import NamedTuple
 from megatron_deepseek.data.corpus.files import count_lines
 from megatron_deepseek.data.corpus.inputs import Source
 from megatron_deepseek.data.corpus.long_text import (
-    LONG_LINE_BYTES, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
+    LONG_LINE_BYTES, UNPARSED, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
 from megatron_deepseek.data.corpus.plan import Segment
 from megatron_deepseek.data.corpus.streams import DamagedStream, open_stream
 
+DAMAGED = "damaged file"  # the reason of a fault after which nothing more of the file can be read
 BOM = b"\xef\xbb\xbf"
 BYTES_PER_READ = 1 << 20
 ROWS_BYTES = 1 << 20
+MOST_NAMES = 20
 
 
 class Record(NamedTuple):
@@ -30,7 +33,7 @@ class Record(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A document that is lost, or (`reason` "damaged file") all that would have followed."""
+    """A document that is lost, or (`reason` DAMAGED) all that would have followed."""
 
     place: int
     line: int
@@ -65,7 +68,7 @@ class SegmentReader:
             yield self._end(self.segment.damage)
 
     def _end(self, why) -> Fault:
-        return Fault(self.place, self.lines + 1, "damaged file", f"cannot be read any further: {why}")
+        return Fault(self.place, self.lines + 1, DAMAGED, f"cannot be read any further: {why}")
 
     def _lines(self) -> Iterator[Record | Fault]:
         segment = self.segment
@@ -74,7 +77,7 @@ class SegmentReader:
                 if isinstance(content, bytes) and not content.strip():
                     self.blank_lines += 1
                     continue
-                if segment.damage is not None and isinstance(content, bytes) and not content.endswith(b"\n"):
+                if segment.damage is not None and not _has_line_end(content):
                     self.lines -= 1  # the line in which a damaged stream breaks off is part of the damage
                     break
                 yield self._record(content)
@@ -107,7 +110,12 @@ class SegmentReader:
                 raise BadDocument("not an object", f"a JSON object is needed, this is a {type(document).__name__}")
             return Record(self.place, self.lines, texts_of(document, self.keys))
         except BadDocument as error:
+            if not _has_line_end(content) and is_cut(error, self.segment.source.format):
+                return self._cut(error)
             return Fault(self.place, self.lines, error.reason, str(error))
+
+    def _cut(self, error: BadDocument) -> Fault:
+        return Fault(self.place, self.lines, DAMAGED, f"the file breaks off within its last line: {error}")
 
     def _line_texts(self, content: bytes | mmap.mmap) -> tuple:
         skipped = len(BOM) if self.place == 0 and content[:3] == BOM else 0
@@ -126,36 +134,43 @@ class SegmentReader:
             text = decode_utf8(content[skipped:]) if isinstance(content, bytes) else plain_text(content, skipped)
             yield Record(0, 1, (text,))
         except BadDocument as error:
-            yield Fault(0, 1, error.reason, str(error))
+            yield self._cut(error) if is_cut(error, "text") else Fault(0, 1, error.reason, str(error))
 
     def _rows(self) -> Iterator[Record | Fault]:
         import pyarrow
         try:
             yield from self._batches_of_rows()
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             yield self._end(str(error).partition("\n")[0])
 
     def _batches_of_rows(self) -> Iterator[Record | Fault]:
         from pyarrow.parquet import ParquetFile
-        with ParquetFile(self.segment.source.path, pre_buffer=False) as file:
+        with ParquetFile(self.segment.source.path, pre_buffer=False, page_checksum_verification=True) as file:
             sizes = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+            if sum(size.num_rows for size in sizes) != file.metadata.num_rows:
+                raise DamagedStream(f"its row groups have {sum(size.num_rows for size in sizes)} rows, where the file "
+                                    f"speaks of {file.metadata.num_rows}")
             groups = range(self.segment.start, len(sizes) if self.segment.end is None else self.segment.end)
             self.place = sum(sizes[group].num_rows for group in range(groups.start)) - 1
-            columns = {key if key in file.schema_arrow.names else key.partition(".")[0] for key in self.keys}
+            names = file.schema_arrow.names
+            wanted = {key if key in names else key.partition(".")[0] for key in self.keys}
             for group in groups:
                 per_row = max(1, sizes[group].total_byte_size // max(1, sizes[group].num_rows))
                 batches = file.iter_batches(max(1, min(1024, ROWS_BYTES // per_row)), [group],
-                                            [name for name in file.schema_arrow.names if name in columns],
-                                            use_threads=False)
+                                            [name for name in names if name in wanted], use_threads=False)
+                before = self.lines
                 for batch in batches:
                     for number in range(batch.num_rows):
                         self.place, self.lines = self.place + 1, self.lines + 1
-                        yield self._row_record(batch, number)
+                        yield self._row_record(batch, number, names)
+                if self.lines - before != sizes[group].num_rows:
+                    raise DamagedStream(f"row group {group} gives {self.lines - before} rows, where the file speaks "
+                                        f"of {sizes[group].num_rows}")
 
-    def _row_record(self, batch, number: int) -> Record | Fault:
+    def _row_record(self, batch, number: int, columns: list[str]) -> Record | Fault:
         try:
             row = {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns)}
-            return Record(self.place, self.lines, texts_of(row, self.keys))
+            return Record(self.place, self.lines, texts_of(row, self.keys, columns))
         except UnicodeDecodeError as error:  # pyarrow lets any bytes pass as text
             detail = f"invalid UTF-8: {error.reason} at byte {error.start}"
             return Fault(self.place, self.lines, "invalid UTF-8", detail)
@@ -167,6 +182,19 @@ def _open(segment: Segment):
     if segment.spool is not None:
         return open(segment.spool, "rb", buffering=BYTES_PER_READ)
     return open_stream(segment.source.path, segment.source.compression)
+
+
+def _has_line_end(content: bytes | mmap.mmap) -> bool:
+    return content[-1:] == b"\n"
+
+
+def is_cut(error: BadDocument, form: str) -> bool:
+    """Whether the last line of a file, which has no line end, is what a cut leaves: no whole JSON, half a character.
+
+    A last line that is whole but for its end is a document as any other, and so is any last line of plain text.
+    """
+    return (error.reason in UNPARSED if form == "jsonl" else
+            isinstance(error.__cause__, UnicodeDecodeError) and error.__cause__.reason == "unexpected end of data")
 
 
 def _skip_line(file) -> int:
@@ -200,13 +228,16 @@ def _write(spool, content: bytes):
         raise ValueError(f"--output-prefix: no room for a long document beside the parts: {error}") from error
 
 
-def texts_of(document: dict, keys: tuple[str, ...]) -> tuple:
-    """The text of each key. A key with dots that is not there as such is a path: `meta.text` is text within meta."""
-    return tuple(_text_of(document, key) for key in keys)
+def texts_of(document: dict, keys: tuple[str, ...], names: list[str] | None = None) -> tuple:
+    """The text of each key. A key with dots that is not there as such is a path: `meta.text` is text within meta.
+
+    `names` are those to tell where one is missing, by default the document's own.
+    """
+    return tuple(_text_of(document, key, names) for key in keys)
 
 
-def _text_of(document: dict, key: str):
-    value = document[key] if key in document else _follow(document, key)
+def _text_of(document: dict, key: str, names: list[str] | None):
+    value = document[key] if key in document else _follow(document, key, names)
     parts = value if isinstance(value, list) else (value,)
     for part in parts:
         if isinstance(part, str):
@@ -217,14 +248,23 @@ def _text_of(document: dict, key: str):
     return value
 
 
-def _follow(document: dict, key: str):
-    value = document
+def _follow(document: dict, key: str, names: list[str] | None):
+    value, path = document, []
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise BadDocument("missing key", f"no key {key!r} (--json-keys); it has "
-                                             f"{', '.join(map(repr, list(document)[:20])) or 'none'}")
+            raise BadDocument("missing key", _missing(key, path, names if value is document and names else value))
+        path.append(name)
         value = value[name]
     return value
+
+
+def _missing(key: str, path: list[str], there) -> str:
+    """`there` is what has been found at `path`: names or, where it is neither a list nor a dict, some other value."""
+    owner = repr(".".join(path)) if path else "it"
+    if not isinstance(there, (list, dict)):
+        return f"no key {key!r} (--json-keys); {owner} is no object but a {type(there).__name__}"
+    names = [*map(repr, itertools.islice(there, MOST_NAMES)), *["..."] * (len(there) > MOST_NAMES)]
+    return f"no key {key!r} (--json-keys); {owner} has {', '.join(names) or 'none'}"
 
 
 def _check_surrogates(text: str, key: str):

@@ -1,5 +1,6 @@
 """What a run did: for the screen and, in full, as JSON."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_deepseek.data.corpus.part import Summary
@@ -15,7 +16,8 @@ DATASETS_ON_SCREEN = 1
 @dataclass(frozen=True)
 class Report:
     """`datasets` by JSON key, several in a blend; `skipped` and `notes` count documents by reason, with each of
-    `errors` as "file line n: why"."""
+    `errors` as "file line n: why". `damaged` has a sentence for each file that could not be read to its end, and
+    `made_from` the digest of what was asked for; see finished.py."""
 
     datasets: dict[str, list[Statistics]]
     documents: int
@@ -25,6 +27,8 @@ class Report:
     skipped: dict[str, int]
     notes: dict[str, int]
     errors: list[str]
+    damaged: list[str]
+    made_from: str
     tokenizer_backend: str
     parts: int
     parts_reused: int
@@ -37,11 +41,10 @@ class Report:
                 f"of input; tokenizer: {self.tokenizer_backend})"]
         if self.parts_reused:
             made.append(f"{self.parts_reused} of {self.parts} parts were there from before")
+        made += [f"damaged: {each}" for each in _head(self.damaged)]
         made += [f"skipped {count}: {reason}" for reason, count in sorted(self.skipped.items())]
         made += [f"noted {count}: {what}" for what, count in sorted(self.notes.items())]
-        made += [f"  {error}" for error in self.errors[:ERRORS_ON_SCREEN]]
-        if len(self.errors) > ERRORS_ON_SCREEN:
-            made.append(f"  ... and {len(self.errors) - ERRORS_ON_SCREEN} more in the report")
+        made += [f"  {error}" for error in _head(self.errors)]
         return made + [describe(each) for own in self.datasets.values() for each in own[:DATASETS_ON_SCREEN]]
 
 
@@ -49,15 +52,38 @@ def measure_all(prefixes: dict[str, list[str]]) -> dict[str, list[Statistics]]:
     return {key: [measure(open_index(prefix, "dataset")) for prefix in own] for key, own in prefixes.items()}
 
 
+def _head(lines: list[str]) -> list[str]:
+    more = len(lines) - ERRORS_ON_SCREEN
+    return lines[:ERRORS_ON_SCREEN] + [f"... and {more} more in the report"] * (more > 0)
+
+
 def describe_errors(parts: list[Part], summaries: list[Summary]) -> list[str]:
-    """Each error by file and line. Where a part begins inside a file, the lines of the parts before it are known."""
-    described, counted = [], {}
+    """Each error by file and line."""
+    return [f"{where(part.segments[segment], line, before[segment])}: {detail}"
+            for part, summary, before in _with_lines_before(parts, summaries)
+            for segment, line, _, detail in summary.errors]
+
+
+def describe_damage(parts: list[Part], summaries: list[Summary]) -> list[str]:
+    """Each file that could not be read to its end, by the first place where, and what was taken of it all the same."""
+    found, taken = {}, {}
+    for part, summary, before in _with_lines_before(parts, summaries):
+        for segment, documents in zip(part.segments, summary.taken, strict=True):
+            taken[segment.source.index] = taken.get(segment.source.index, 0) + documents
+        for segment, line, detail in summary.damage:
+            place = where(part.segments[segment], line, before[segment])
+            found.setdefault(part.segments[segment].source.index, f"{place}: {detail}")
+    return [f"{detail}; {taken[source]} of its documents were taken" for source, detail in found.items()]
+
+
+def _with_lines_before(parts: list[Part], summaries: list[Summary]) -> Iterator[tuple[Part, Summary, list[int | None]]]:
+    """Each part with the lines before its segments in their files: None where a part before it is not among these."""
+    counted: dict[int, tuple[int | None, int | None]] = {}
     for part, summary in zip(parts, summaries, strict=True):
         before = []
-        for segment, lines in zip(part.segments, summary.lines):
-            path = segment.source.index
-            before.append(counted.get(path, 0) if segment.lines_before is None else segment.lines_before)
-            counted[path] = before[-1] + lines
-        described += [f"{where(part.segments[segment], line, before[segment])}: {detail}"
-                      for segment, line, _, detail in summary.errors]
-    return described
+        for segment, lines in zip(part.segments, summary.lines, strict=True):
+            end, known = counted.get(segment.source.index, (0, 0))
+            before.append(segment.lines_before if segment.lines_before is not None else
+                          known if end == segment.start else None)
+            counted[segment.source.index] = segment.end, None if before[-1] is None else before[-1] + lines
+        yield part, summary, before

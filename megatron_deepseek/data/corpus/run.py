@@ -17,16 +17,18 @@ from megatron_deepseek.data.corpus.assembly import Assembled, assemble
 from megatron_deepseek.data.corpus.documents import DocumentEncoder
 from megatron_deepseek.data.corpus.encoders import Encoder, choose_encoder
 from megatron_deepseek.data.corpus.files import write_json
+from megatron_deepseek.data.corpus.finished import digest_of, is_finished, report_path
 from megatron_deepseek.data.corpus.inputs import STANDARD_INPUT, Source, find_sources
 from megatron_deepseek.data.corpus.ledger import Ledger, describe
 from megatron_deepseek.data.corpus.part import PartMaker, Summary
 from megatron_deepseek.data.corpus.plan import Part, Segment, default_part_bytes, plan_parts
 from megatron_deepseek.data.corpus.progress import Progress
-from megatron_deepseek.data.corpus.report import Report, describe_errors, measure_all
+from megatron_deepseek.data.corpus.report import Report, describe_damage, describe_errors, measure_all
 from megatron_deepseek.data.corpus.sample import sample_texts
 from megatron_deepseek.data.corpus.sentences import sentence_splitter
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.corpus.workers import Counters, run_tasks
+from megatron_deepseek.packages import how_to_install
 
 PACKAGES = {"parquet": "pyarrow", "zstd": "zstandard"}
 
@@ -41,15 +43,21 @@ class Made:
 
 
 def preprocess(settings: PreprocessSettings, say=functools.partial(print, file=sys.stderr)) -> Report | None:
-    """Write the dataset of each key. None where parts of other ranks are still missing: the last rank assembles.
+    """Write the dataset of each key. None where it is there already, made by the same command, and where parts of other
+    ranks are still missing: the last rank assembles.
 
     ValueError, in one line, for whatever is wrong with the input or the output.
     """
     start = time.perf_counter()
-    sources = find_sources(settings.input, settings.content.input_format)
+    sources = find_sources(settings.input, settings.content.input_format,
+                           without=(settings.parts_directory, report_path(settings)))
     _check_packages(sources)
+    ledger = Ledger(settings)
+    if not ledger.has_plan and is_finished(settings, describe(settings, sources)):
+        say(f"--output-prefix {settings.output_prefix}: finished before, by this very command: nothing is left to do")
+        return None
     try:
-        with Ledger(settings).opened() as ledger:
+        with ledger.opened():
             return _preprocess(settings, sources, ledger, say, start)
     except OSError as error:
         raise ValueError(f"--output-prefix {settings.output_prefix}: cannot write there: {error}") from error
@@ -60,7 +68,7 @@ def _check_packages(sources: list[Source]):
         package = PACKAGES.get(source.format) or PACKAGES.get(source.compression)
         if package is not None and importlib.util.find_spec(package) is None:
             raise ValueError(f"--input {source.path}: reading it needs the package {package}: "
-                             f"pip install 'megatron-deepseek[data]'")
+                             f"{how_to_install(package)}")
         if source.format == "parquet" and (source.compression is not None or source.path == STANDARD_INPUT):
             raise ValueError(f"--input {source.path}: parquet is read from plain files only")
 
@@ -87,7 +95,7 @@ def _preprocess(settings: PreprocessSettings, sources: list[Source], ledger: Led
         made = _make_parts(settings, parts, maker, ledger, progress)
     finally:
         progress.close()
-    return _finish(settings, made, maker, ledger, say, start)
+    return _finish(settings, described, made, maker, ledger, say, start)
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ def _make_parts(settings: PreprocessSettings, parts: Iterator[Part], maker: Part
     for summary, was_there in run_tasks(own_parts(), work, execution.workers, progress.tick):
         made.summaries[summary.part] = summary
         reused += was_there
-        _check_errors(settings, made)
+        _check_errors(settings, *_known(made))
     return Made(made.parts, made.summaries, reused)
 
 
@@ -183,19 +191,26 @@ def _has_enough(settings: PreprocessSettings, made: Made) -> bool:
     return sum(made.summaries[number].documents for number in leading) >= limit
 
 
-def _check_errors(settings: PreprocessSettings, made: Made):
-    count, limit = sum(len(summary.errors) for summary in made.summaries.values()), settings.execution.max_errors
+def _known(made: Made) -> tuple[list[Part], list[Summary]]:
+    """The parts whose summaries are there, and these."""
+    parts = [part for part in made.parts if part.number in made.summaries]
+    return parts, [made.summaries[part.number] for part in parts]
+
+
+def _check_errors(settings: PreprocessSettings, parts: list[Part], summaries: list[Summary]):
+    count, limit = sum(len(summary.errors) for summary in summaries), settings.execution.max_errors
     if count > limit:
         raise ValueError(f"--max-errors {limit}: {count} documents cannot be used so far, such as "
-                         f"{_some_error(made)}; the same command with a higher limit continues")
+                         f"{describe_errors(parts, summaries)[0]}; the same command with a higher limit continues")
+    if any(summary.damage for summary in summaries):
+        damaged, limit = describe_damage(parts, summaries), settings.execution.allow_damaged_files
+        if len(damaged) > limit:
+            raise ValueError(f"--allow-damaged-files {limit}: {len(damaged)} files cannot be read to their ends so "
+                             f"far, such as {damaged[-1]}; the same command with a higher limit continues")
 
 
-def _some_error(made: Made) -> str:
-    parts = [part for part in made.parts if part.number in made.summaries]
-    return next(iter(describe_errors(parts, [made.summaries[part.number] for part in parts])))
-
-
-def _finish(settings: PreprocessSettings, made: Made, maker: PartMaker, ledger: Ledger, say, start: float):
+def _finish(settings: PreprocessSettings, described: dict, made: Made, maker: PartMaker, ledger: Ledger, say,
+            start: float):
     missing = sum(not ledger.has(part.number) for part in made.parts)
     with ledger.assembling() as ours:
         if missing or not ours:
@@ -204,11 +219,13 @@ def _finish(settings: PreprocessSettings, made: Made, maker: PartMaker, ledger: 
             say(f"rank {settings.execution.rank}: its parts are done; {why}")
             return None
         summaries = [made.summaries.get(part.number) or ledger.summary(part.number) for part in made.parts]
+        _check_errors(settings, made.parts, summaries)  # of all ranks together
         if not sum(summary.documents for summary in summaries):
             raise ValueError(_nothing_there(settings, made.parts, summaries))
         assembled = assemble(settings, summaries, maker.dtype, lambda: None)
-        report = _report(settings, made, summaries, maker, assembled, start)
-        write_json(f"{settings.output_prefix}_report.json", asdict(report))
+        made_from = digest_of(settings, described)
+        report = _report(settings, made, summaries, maker, assembled, made_from, start)
+        write_json(report_path(settings), asdict(report))
         ledger.remove()
         return report
 
@@ -216,7 +233,7 @@ def _finish(settings: PreprocessSettings, made: Made, maker: PartMaker, ledger: 
 def _nothing_there(settings: PreprocessSettings, parts: list[Part], summaries: list[Summary]) -> str:
     reasons = _total(summary.skipped for summary in summaries)
     skipped = "".join(f"; skipped {count}: {reason}" for reason, count in reasons.items())
-    first = next(iter(describe_errors(parts, summaries)), None)
+    first = next(iter(describe_errors(parts, summaries) + describe_damage(parts, summaries)), None)
     return (f"--input {' '.join(settings.input)}: no documents there{skipped}" + (f"; first: {first}" if first else ""))
 
 
@@ -229,7 +246,7 @@ def _total(counts) -> dict[str, int]:
 
 
 def _report(settings: PreprocessSettings, made: Made, summaries: list[Summary], maker: PartMaker, assembled: Assembled,
-            start: float) -> Report:
+            made_from: str, start: float) -> Report:
     datasets = measure_all(assembled.prefixes)
     skipped = _total(summary.skipped for summary in summaries)
     for reason, count in (("duplicate of an earlier document", assembled.duplicates),
@@ -240,5 +257,6 @@ def _report(settings: PreprocessSettings, made: Made, summaries: list[Summary], 
         tokens=sum(each.tokens for own in datasets.values() for each in own),
         input_bytes=sum(part.size for part in made.parts), chars=sum(summary.chars for summary in summaries),
         skipped=skipped, notes=_total(summary.notes for summary in summaries),
-        errors=describe_errors(made.parts, summaries), tokenizer_backend=maker.encoder.encoder.backend,
+        errors=describe_errors(made.parts, summaries), damaged=describe_damage(made.parts, summaries),
+        made_from=made_from, tokenizer_backend=maker.encoder.encoder.backend,
         parts=len(made.parts), parts_reused=made.reused, seconds=time.perf_counter() - start)

@@ -4,6 +4,7 @@ Whatever needs documents of all parts side by side (equal ones, a random order) 
 over files by the high bits of a key, so that each file fits in memory and rows that belong together share one.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -49,7 +50,9 @@ def append_by(group: np.ndarray, rows: np.ndarray, path_of):
     starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else []
     for start, end in zip(starts, [*starts[1:], len(group)]):
         with open(path_of(group[start]), "ab", buffering=0) as file:
-            file.write(rows[start:end].tobytes())
+            content = rows[start:end].tobytes()
+            if file.write(content) < len(content):  # unbuffered, a full disk takes a part without a word
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def hash_rows(part: int, records: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from megatron_deepseek.data.corpus.settings import Content
+from megatron_deepseek.packages import how_to_install
 
 CHARACTERS_AT_ONCE = 1_000_000
 
@@ -18,7 +19,7 @@ def sentence_splitter(content: Content, head: Callable[[], list[str]], say) -> C
         import nltk
         from nltk.tokenize.punkt import PunktTokenizer
     except ImportError as error:
-        raise ValueError("--split-sentences needs the package nltk: pip install 'megatron-deepseek[data]'") from error
+        raise ValueError(f"--split-sentences needs the package nltk: {how_to_install('nltk')}") from error
     if content.nltk_data_dir is not None and content.nltk_data_dir not in nltk.data.path:
         nltk.data.path.insert(0, content.nltk_data_dir)
     try:

@@ -7,6 +7,8 @@ never used; `Selection` only which documents of the parts are taken, and in whic
 import os
 from dataclasses import dataclass
 
+from megatron_deepseek.data.index_file import check_output_prefix
+
 INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
 TEXT_UNITS = ("file", "line")
 BACKENDS = ("auto", "gigatoken", "tokenizers")
@@ -106,13 +108,16 @@ class Execution:
     merge: bool = True
     on_error: str = "skip"
     max_errors: int = 1000
+    allow_damaged_files: int = 0
     log_interval: int = 1000
     discard_parts: bool = False
+    overwrite: bool = False
 
     def __post_init__(self):
         for name in ("workers", "world_size", "part_bytes", "log_interval"):
             _check_range(self, name, 1)
         _check_range(self, "max_errors", 0)
+        _check_range(self, "allow_damaged_files", 0)
         _check_choice(self, "tokenizer_backend", BACKENDS)
         _check_choice(self, "on_error", ("skip", "fail"))
         if not 0 <= self.rank < self.world_size:
@@ -128,6 +133,7 @@ class PreprocessSettings:
     execution: Execution = Execution()
 
     def __post_init__(self):
+        check_output_prefix(self.output_prefix)
         if "-" in self.input and (len(self.input) > 1 or self.execution.world_size > 1):
             raise ValueError(f"--input {' '.join(self.input)}: standard input goes alone, and to one machine "
                              f"(--world-size {self.execution.world_size})")

@@ -1,8 +1,10 @@
 """Decompressed bytes of a file as a buffered stream, in bounded memory, with damage told from its end.
 
-The readers of the libraries are not used: python-zstandard's takes a cut-off file for a whole one, the standard
-library's for gzip keeps back what it has already decompressed when it comes upon damage, and its for xz believes
-whatever dictionary size the header claims.
+The readers of the libraries are not used: python-zstandard's takes a cut-off file for a whole one, and the standard
+library's for gzip keeps back what it has already decompressed when it comes upon damage.
+
+A decompressor needs the window that the file was written with: 8 MiB for `zstd -19`, 64 MiB for `xz -9`, 2 GiB for
+`zstd --long=31`, 4 GiB at most for xz. It is reserved at once, but filled only as far as the text goes.
 """
 
 import io
@@ -11,8 +13,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_deepseek.packages import how_to_install
+
 BUFFER_BYTES = 1 << 18
-MOST_MEMORY = 1 << 27  # for the dictionary of xz and the window of zstd: all that `xz -9` and `zstd -19` use
+MOST_ZSTD_WINDOW = 1 << 31  # of `zstd --long=31 --ultra`; no decoder takes more
 
 
 class DamagedStream(ValueError):
@@ -41,7 +45,7 @@ class _Frames(io.RawIOBase):
     def __init__(self, file, form: _Format):
         self._file, self._format = file, form
         self._decompressor = form.new()
-        self._began = False
+        self._began, self._ended, self._at_header = False, 0, True
         self._rest, self._ready = b"", memoryview(b"")
 
     def readable(self):
@@ -56,7 +60,8 @@ class _Frames(io.RawIOBase):
             self._rest = b""
             if not fed:
                 if not self._decompressor.eof:
-                    raise DamagedStream(f"the {self._format.name} file breaks off" if self._began else
+                    raise DamagedStream(f"the {self._format.name} file breaks off at its byte {self._file.tell()}"
+                                        if self._began else
                                         f"the {self._format.name} file is empty, without even a header")
                 return 0
             self._feed(fed)
@@ -71,15 +76,27 @@ class _Frames(io.RawIOBase):
             if not fed:
                 return
             self._decompressor = self._format.new()
+            self._ended, self._at_header = self._ended + 1, True
         self._began = True
         try:
             self._ready = memoryview(self._decompressor.decompress(fed))
         except Exception as error:  # each library has its own class
-            raise DamagedStream(f"damaged {self._format.name}: {error}") from error
+            raise self._refusal(error) from error
+        self._at_header = False
         if self._decompressor.eof:
             self._rest = self._decompressor.unused_data
 
+    def _refusal(self, error: Exception) -> ValueError:
+        """Too little memory is no fault of the file's."""
+        name, place = self._format.name, self._file.tell()
+        if isinstance(error, MemoryError) or "not enough memory" in str(error):
+            return ValueError(f"--input {self._file.name}: no memory for the window of this {name} file (up to 2 GiB "
+                              f"for zstd, 4 GiB for xz, in each of --workers)")
+        behind = f", behind the end of {self._ended} sound streams" if self._at_header and self._ended else ""
+        return DamagedStream(f"damaged {name} before its byte {place}{behind}: {error}")
+
     def close(self):
+        self._decompressor = None  # and its window
         self._file.close()
         super().close()
 
@@ -89,15 +106,16 @@ def _gzip() -> _Format:
 
 
 def _xz() -> _Format:
-    return _Format("xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=MOST_MEMORY), 1 << 13)
+    return _Format("xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO), 1 << 13)
 
 
 def _zstd() -> _Format:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError("reading .zst needs the package zstandard: pip install 'megatron-deepseek[data]'") from error
-    return _Format("zstd", lambda: zstandard.ZstdDecompressor(max_window_size=MOST_MEMORY).decompressobj(), 1 << 11)
+        raise ValueError(f"reading .zst needs the package zstandard: {how_to_install('zstandard')}") from error
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MOST_ZSTD_WINDOW)
+    return _Format("zstd", decompressor.decompressobj, 1 << 11)
 
 
 _FORMATS = {"gzip": _gzip, "xz": _xz, "zstd": _zstd}

@@ -1,0 +1,57 @@
+"""Whether the dataset under a prefix is finished already: the very one that is asked for, or another to be kept."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+
+from megatron_deepseek.data.corpus.inputs import STANDARD_INPUT
+from megatron_deepseek.data.corpus.settings import PreprocessSettings
+
+MOST_REPORT_BYTES = 1 << 26
+
+
+def digest_of(settings: PreprocessSettings, described: dict) -> str:
+    """Of all that decides the bytes of the output and how many files they are in; `described` is the ledger's."""
+    asked = [described, asdict(settings.selection), settings.execution.merge, settings.prefixes]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def is_finished(settings: PreprocessSettings, described: dict) -> bool:
+    """Whether there is nothing to do. ValueError where files of something else are there, but for --overwrite."""
+    endings = (".idx", ".bin", ".blend")
+    there = [prefix + ending for prefix in settings.prefixes for ending in endings if os.path.exists(prefix + ending)]
+    if not there or settings.execution.overwrite:
+        return False
+    report = _read_report(report_path(settings))
+    if report.get("made_from") != digest_of(settings, described) or STANDARD_INPUT in settings.input:
+        raise ValueError(f"--output-prefix {settings.output_prefix}: {there[0]} exists already, made from another "
+                         f"input or by other arguments; --overwrite replaces it")
+    if not all(map(_is_whole, (each for own in report["datasets"].values() for each in own))):
+        raise ValueError(f"--output-prefix {settings.output_prefix}: its files are not what this command made once; "
+                         f"--overwrite makes them again")
+    return True
+
+
+def report_path(settings: PreprocessSettings) -> str:
+    return f"{settings.output_prefix}_report.json"
+
+
+def _read_report(path: str) -> dict:
+    """Empty where it cannot be read or says nothing of datasets."""
+    try:
+        if os.path.getsize(path) > MOST_REPORT_BYTES:
+            return {}
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+        return report if isinstance(report["datasets"], dict) else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _is_whole(dataset: dict) -> bool:
+    try:
+        return all(os.path.getsize(dataset["prefix"] + ending) == dataset[size]
+                   for ending, size in ((".bin", "bin_bytes"), (".idx", "idx_bytes")))
+    except (OSError, TypeError, KeyError):
+        return False

@@ -1,0 +1,58 @@
+"""A rank and torchrun's agent, the process that started it. An entry imports this first, so nothing here is slow."""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def started_by_agent() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def end_with_agent() -> None:
+    """Under torchrun: this process ends when its agent does, from now on and whatever it is doing.
+
+    An agent that is started again starts all its ranks again, and two of a rank must not train. The kernel kills
+    (SIGKILL) a rank whose agent's main thread is gone; one whose agent was gone before leaves here with status 1.
+    Elsewhere than on Linux this does nothing, and the watch of training/failure.py ends the rank a second later.
+    Ctrl-C while a rank starts is torchrun's to report: the rank ends at once and in silence.
+    """
+    if not started_by_agent():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent or _is_orphan(parent):
+        os._exit(1)
+
+
+def _is_orphan(parent: int) -> bool:
+    """Whether `parent` adopted this process, which the agent had started.
+
+    torchrun starts each rank in a session of its own: the leader of a session is the agent's own child (and not a
+    wrapper's), and an agent has torch loaded. Where the parent's memory map is not to be read, no.
+    """
+    if os.getsid(0) != os.getpid() or parent == 0:
+        return False
+    try:
+        return b"libtorch" not in Path(f"/proc/{parent}/maps").read_bytes()
+    except OSError:
+        return False
+
+
+def tell_agent(line: str) -> None:
+    """Fill the place that torchrun's summary keeps for this rank's traceback. Without torchrun, nothing."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            json.dump({"message": {"message": line, "extraInfo": extra}}, file)

@@ -1,0 +1,53 @@
+"""How an entry ends: Ctrl-C is told in a line, and no thread is left in C++ when the interpreter goes away.
+
+Standard library only.
+"""
+
+import atexit
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_deepseek.arguments.ending import INTERRUPTED
+
+
+def run(program: str, main: Callable[[], None]) -> NoReturn:
+    """`main`, and the end of this process with its status."""
+    try:
+        main()
+        status = 0
+    except SystemExit as left:
+        status = _status(left)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process as Python does, except that daemon threads which are still there do not see it.
+
+    Such a thread (the watch of failures, which waits for an agent that does not answer) comes back from C++ into an
+    interpreter that is gone, and Python up to 3.13 ends it by an exception that C++ turns into an abort.
+    """
+    if any(thread.daemon for thread in threading.enumerate()):
+        threading._shutdown()  # waits for the other threads, as Python does first; no public name
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status(left: SystemExit) -> int:
+    """What Python makes of it: None is success, and anything but a number is printed, and failure."""
+    if left.code is None or isinstance(left.code, int):
+        return left.code or 0
+    print(left.code, file=sys.stderr)
+    return 1

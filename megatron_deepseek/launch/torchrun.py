@@ -1,0 +1,137 @@
+"""torchrun for the entries of this repository, whose last words are one line: tools/launch.py.
+
+torchrun answers a rank's failure with its own traceback of 20 lines and a table, and Ctrl-C with another traceback; no
+rank can prevent either. Here the command line is checked once, before torch is imported and any rank is started, and
+torchrun runs in this process, so that its ends are told in a line and with the status of the rank that failed.
+"""
+
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from megatron_deepseek.arguments.ending import INTERRUPTED
+
+PROGRAM = "launch.py"
+USAGE = f"""usage: {PROGRAM} [--dry-run] TORCHRUN_ARGUMENTS... ENTRY.py ARGUMENTS...
+
+torchrun (whose arguments it takes: torchrun --help), with the checks before it starts and one line when it fails.
+--dry-run, first: check the arguments as the ranks would, print the command, and start nothing."""
+_SHUTDOWN_SECONDS = "600"  # for the step and the save that a signal asks of the ranks; torchrun's own is 30
+_PRINT_ANYWAY = ("--help", "-h", "--explain-layout")  # what the entry answers without ranks
+_LATER_NODE_SECONDS = 5.0  # srun --kill-on-bad-exit ends the other nodes meanwhile, whose words would be the same
+
+
+def main(argv: Sequence[str]) -> int:
+    dry_run = list(argv[:1]) == ["--dry-run"]
+    options, entry = split(argv[1:] if dry_run else argv)
+    if not entry:
+        print(USAGE, file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
+        return 0 if {"-h", "--help"} & set(argv) else 2
+    if set(_PRINT_ANYWAY) & set(entry):
+        return subprocess.run([sys.executable, *entry]).returncode
+    try:
+        status = check(options, entry)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if dry_run and not status:
+        print(shlex.join(["torchrun", *options, *entry]))
+    if status or dry_run:
+        return status
+    return launch([*options, *entry])
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """torchrun's own arguments, and the entry with those that follow it. No value of torchrun's ends in .py."""
+    place = next((i for i, word in enumerate(argv) if word.endswith(".py")), len(argv))
+    return list(argv[:place]), list(argv[place:])
+
+
+def check(options: Sequence[str], entry: Sequence[str]) -> int:
+    """The status of the entry's own --check-only on as many ranks as `options` say; 0 where only torchrun knows."""
+    local, nodes = value(options, "nproc-per-node", "1"), value(options, "nnodes", "1")
+    if not (local.isdecimal() and nodes.isdecimal()):  # gpu, auto, 2:4
+        return 0
+    later = value(options, "node-rank", "0") != "0"
+    environ = os.environ | {"WORLD_SIZE": str(int(local) * int(nodes)), "LOCAL_WORLD_SIZE": local}
+    done = subprocess.run([sys.executable, *entry, "--check-only"], env=environ, stderr=subprocess.PIPE, text=True)
+    if done.returncode and later:
+        time.sleep(_LATER_NODE_SECONDS)
+    sys.stderr.write(done.stderr)
+    return done.returncode
+
+
+def value(options: Sequence[str], name: str, default: str) -> str:
+    """What torchrun's `options`, or its environment variables, say of --`name`; it may be written with _ for -."""
+    found = os.environ.get("PET_" + name.replace("-", "_").upper(), default)
+    for option, following in zip(options, [*options[1:], ""]):
+        key, equals, given = option.partition("=")
+        if key.startswith("--") and key[2:].replace("_", "-") == name:
+            found = given if equals else following
+    return found
+
+
+def launch(argv: Sequence[str]) -> int:
+    """Run torchrun here. Returns the status of the job."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
+    try:
+        from torch.distributed import run as torchrun
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
+    except KeyboardInterrupt:
+        return _interrupted("SIGINT", INTERRUPTED)
+    for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # said below, in a line
+    try:
+        torchrun.main(list(argv))
+        return 0
+    except ChildFailedError as error:
+        return failed(error.failures)
+    except SignalException as signalled:
+        return _interrupted(signalled.sigval.name, 128 + signalled.sigval)
+    except KeyboardInterrupt:
+        return _interrupted("SIGINT", INTERRUPTED)
+    except (RendezvousError, ValueError, OSError, RuntimeError) as error:
+        print(f"{PROGRAM}: error: torchrun: {_first_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _interrupted(name: str, status: int) -> int:
+    print(f"{PROGRAM}: ended on {name}", file=sys.stderr)
+    return status
+
+
+def failed(failures: dict) -> int:
+    """Say in a line which rank failed first and how, unless it said so in a line itself; its status, as a shell's.
+
+    Ranks that ended by SIGTERM were stopped by torchrun because of another one.
+    """
+    rank, first = min(failures.items(), key=lambda item: (item[1].exitcode == -15, item[1].timestamp))
+    line = _words(first.message)
+    if not _is_refusal(first.exitcode, line):
+        print(f"{PROGRAM}: rank {rank} {line}", file=sys.stderr)
+    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+
+def _is_refusal(exitcode: int, line: str) -> bool:
+    return exitcode == 2 and re.match(r"failed: \S+: error: ", line) is not None
+
+
+def _words(message) -> str:
+    """Of an error file's entry, which is a dict, or of the sentence that torch makes where there is none."""
+    if isinstance(message, dict):
+        return f"failed: {message['extraInfo']['py_callstack']}"
+    if message.startswith("Signal"):
+        return f"was ended from outside: {message}"
+    return "failed without a word; what it printed is above"
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
