@@ -1,22 +1,97 @@
-# Sourced by the scripts beside it: starts pretrain_deepseek.py by torchrun on this node.
+# Sourced by the scripts beside it: starts pretrain_deepseek.py on this node by tools/launch.py, which is torchrun with
+# the arguments checked first.
 #
 # One node:    GPUS_PER_NODE=8 bash examples/SCRIPT.sh
 # Many nodes:  on each, MASTER_ADDR=host0 NNODES=16 NODE_RANK=0..15 bash examples/SCRIPT.sh
 # Slurm:       sbatch --nodes=16 examples/slurm.sh examples/SCRIPT.sh
-# DRY_RUN=1 only prints the command. Arguments after the script's name are passed on and win over the script's.
+# DRY_RUN=1 checks the arguments as all ranks of all nodes would, prints the command and starts nothing.
+# PYTHON= is the interpreter: without it that of the active virtual environment, else .venv, else python3 on the PATH.
+# Arguments after the script's name are passed on and win over the script's.
 set -euo pipefail
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-launch() {
-    local rendezvous=(--standalone)
-    if [ "${NNODES:-1}" -gt 1 ]; then
-        rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?is not set}"
-                    --master_addr "${MASTER_ADDR:?is not set}" --master_port "${MASTER_PORT:-29500}")
+refuse() {
+    echo "$(basename "$0"): error: $*" >&2
+    exit 2
+}
+
+# require NAME WHAT: the environment variable NAME, which the user sets, or a line that says what it is.
+require() {
+    [ -n "${!1:-}" ] || refuse "$1 is not set: $2"
+}
+
+# count NAME: the variable NAME is a number of nodes, ranks or GPUs.
+count() {
+    [[ ${!1} =~ ^[1-9][0-9]*$ ]] || refuse "$1=${!1} is not a whole number of at least 1"
+}
+
+# no_layout RANKS...: this number of GPUs has none in the script; those that do are named, by nodes as users count.
+no_layout() {
+    local ranks nodes=()
+    for ranks in "$@"; do
+        [ $((ranks % GPUS_PER_NODE)) -ne 0 ] || nodes+=($((ranks / GPUS_PER_NODE)))
+    done
+    refuse "NNODES=$NNODES of GPUS_PER_NODE=$GPUS_PER_NODE has no layout here; NNODES that have:" \
+        "${nodes[*]:-none with so many GPUs}"
+}
+
+# PARALLEL_ARGS for DeepSeek-V3's architecture on this number of GPUs of 80 GB: PP16 and, as far as there are GPUs, EP64.
+# Every size of V3's batch ramp divides among the data ranks: a sixteenth of the GPUs, which divides 1536.
+deepseek_v3_layout() {
+    local ep schedule=DualPipeV memory selective=(--recompute-granularity selective
+                                                  --recompute-modules layernorm mla_up_proj moe_act)
+    case $((NNODES * GPUS_PER_NODE)) in
+        128) ep=8 memory=(--recompute-granularity full --optimizer-cpu-offload) ;;
+        256) ep=16 memory=("${selective[@]}" --optimizer-cpu-offload) ;;
+        512) ep=32 memory=(--recompute-granularity full) ;;
+        1024) ep=64 memory=("${selective[@]}") ;;
+        2048|3072|4096|6144|8192|12288|24576) ep=64 schedule=ZBVZeroBubble memory=("${selective[@]}") ;;
+        *) no_layout 128 256 512 1024 2048 3072 4096 6144 8192 12288 24576 ;;
+    esac
+    PARALLEL_ARGS=(--pipeline-model-parallel-size 16 --pipeline-schedule "${SCHEDULE:-$schedule}"
+                   --expert-model-parallel-size "$ep" "${memory[@]}")
+}
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        command -v "$PYTHON" || refuse "PYTHON=$PYTHON is no program"
+    elif [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
+        echo "$VIRTUAL_ENV/bin/python"
+    elif [ -x "$REPOSITORY/.venv/bin/python" ]; then
+        echo "$REPOSITORY/.venv/bin/python"
+    else
+        command -v python3 || refuse "no Python: make venv in $REPOSITORY makes .venv, or set PYTHON="
     fi
-    local command=(torchrun --nproc_per_node "$GPUS_PER_NODE" "${rendezvous[@]}"
-                   "$REPOSITORY/pretrain_deepseek.py" "$@")
-    printf '%q ' "${command[@]}"
+}
+
+# Lines about data that this machine does not see: no error, as DRY_RUN=1 may run where the data is not.
+tell_absent() {
+    local word
+    for word in ${DATA_PATH:-}; do
+        [[ $word =~ ^[0-9.]+$ ]] || [ -e "$word.idx" ] || echo "note: not on this machine: $word.idx of DATA_PATH" >&2
+    done
+    [ -z "${TOKENIZER:-}" ] || [ -e "$TOKENIZER" ] || echo "note: not on this machine: TOKENIZER $TOKENIZER" >&2
+}
+
+launch() {
+    local python rendezvous=(--standalone)
+    python=$(find_python) || exit 2
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        if [ -n "${DRY_RUN:-}" ]; then
+            NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-HOST_OF_NODE_0}
+        fi
+        require NODE_RANK "on each of the $NNODES nodes its number, from 0; Slurm: sbatch --nodes=$NNODES examples/slurm.sh $0"
+        require MASTER_ADDR "the host of node 0, on every node"
+        rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+                    --master_port "${MASTER_PORT:-29500}")
+    fi
+    local arguments=(--nproc_per_node "$GPUS_PER_NODE" "${rendezvous[@]}" "$REPOSITORY/pretrain_deepseek.py" "$@")
+    if [ -n "${DRY_RUN:-}" ]; then
+        tell_absent
+        "$python" "$REPOSITORY/tools/launch.py" --dry-run "${arguments[@]}" > /dev/null
+    fi
+    printf '%q ' "$python" "$REPOSITORY/tools/launch.py" "${arguments[@]}"
     echo
-    [ -n "${DRY_RUN:-}" ] || exec "${command[@]}"
+    [ -n "${DRY_RUN:-}" ] || exec "$python" "$REPOSITORY/tools/launch.py" "${arguments[@]}"
 }

@@ -1,12 +1,14 @@
 #!/bin/bash
-# DeepSeek-V2 (236B, 21B active) on 16 nodes of 8 GPUs and multiples: PP16 with a zero-bubble schedule, EP8.
-# Recipe: DeepSeek-V2 report, section 3.1.
+# DeepSeek-V2 (236B, 21B active) on NNODES=16 nodes of 8 GPUs or more: PP16 with a zero-bubble schedule, EP8. On 8 nodes
+# PP8, and the optimizer in the hosts' memory. Recipe: DeepSeek-V2 report, section 3.1.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 NNODES=${NNODES:-16}
-DATA_PATH=${DATA_PATH:?is not set: the prefix of a .bin/.idx, or weights and prefixes}
-TOKENIZER=${TOKENIZER:?is not set: the tokenizer.json of DeepSeek-V2}
+require DATA_PATH "the prefix of a .bin/.idx, or weights and prefixes"
+require TOKENIZER "the tokenizer.json of DeepSeek-V2"
+count NNODES
+count GPUS_PER_NODE
 SAVE=${SAVE:-runs/deepseek-v2}
 
 MODEL_ARGS=(
@@ -20,12 +22,20 @@ MODEL_ARGS=(
     --moe-communication-aux-loss-coeff 0.02
 )
 
+# Every size of the batch ramp divides among the data ranks: a sixteenth of the GPUs, which divides 288.
+case $((NNODES * GPUS_PER_NODE)) in
+    64) PP=8 OFFLOAD=(--optimizer-cpu-offload) ;;
+    128|256|384|512|768|1152|1536|2304|4608) PP=16 OFFLOAD=() ;;
+    *) no_layout 64 128 256 384 512 768 1152 1536 2304 4608 ;;
+esac
+
 PARALLEL_ARGS=(
-    --pipeline-model-parallel-size 16
+    --pipeline-model-parallel-size "$PP"
     --pipeline-schedule "${SCHEDULE:-ZBVZeroBubble}"
     --expert-model-parallel-size 8
     --recompute-granularity selective
     --recompute-modules layernorm mla_up_proj moe_act
+    "${OFFLOAD[@]}"
 )
 
 TRAINING_ARGS=(

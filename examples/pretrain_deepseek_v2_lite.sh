@@ -1,11 +1,15 @@
 #!/bin/bash
-# DeepSeek-V2-Lite (15.7B, 2.4B active) on one node of 8 GPUs with 80 GB: experts over the 8, everything sharded.
+# DeepSeek-V2-Lite (15.7B, 2.4B active) on one node of 8 GPUs with 80 GB, or NNODES=2, 4, ... 64: experts over 8 GPUs,
+# everything sharded.
 # Recipe: DeepSeek-V2 report, appendix B; there with a batch of 4608 sequences over 5.7T tokens, here of 512.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-DATA_PATH=${DATA_PATH:?is not set: the prefix of a .bin/.idx, or weights and prefixes}
-TOKENIZER=${TOKENIZER:?is not set: the tokenizer.json of DeepSeek-V2}
+NNODES=${NNODES:-1}
+require DATA_PATH "the prefix of a .bin/.idx, or weights and prefixes"
+require TOKENIZER "the tokenizer.json of DeepSeek-V2"
+count NNODES
+count GPUS_PER_NODE
 SAVE=${SAVE:-runs/deepseek-v2-lite}
 
 MODEL_ARGS=(
@@ -16,6 +20,11 @@ MODEL_ARGS=(
     --moe-router-load-balancing-type seq_aux_loss
     --moe-aux-loss-coeff 0.001
 )
+
+case $((NNODES * GPUS_PER_NODE)) in
+    8|16|32|64|128|256|512) ;;  # what divides the batch into sequences
+    *) no_layout 8 16 32 64 128 256 512 ;;
+esac
 
 PARALLEL_ARGS=(
     --expert-model-parallel-size 8

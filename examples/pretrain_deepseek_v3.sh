@@ -1,17 +1,21 @@
 #!/bin/bash
-# DeepSeek-V3 (671B, 37B active) on 128 nodes of 8 GPUs: PP16, EP64, no tensor parallelism, as its report has it.
+# DeepSeek-V3 (671B, 37B active) on NNODES=128 nodes of 8 GPUs or more: PP16, EP64, no tensor parallelism, as its report
+# has it. On 64, 32 and 16 nodes the experts spread over the GPUs of a stage that there are, and what does not fit in
+# 80 GB then goes to the hosts' memory or is computed again: docs/quickstart_cluster.md has the sums.
 # Recipe: DeepSeek-V3 report, section 4.2. By hand at 10T tokens: --mtp-loss-scaling-factor 0.1.
 #
 # The report's precision: FP8=1, FP8 products and moments in BF16 (docs/fp8.md); without it, BF16 and float32 moments.
 #
-# The first batches of 3072 sequences are 48 micro-batches for each of the 64 data ranks. On 256 nodes they are 24,
-# fewer than the 32 stages of DualPipeV: use SCHEDULE=ZBVZeroBubble there, or begin the ramp at 4608.
+# The first batches of 3072 sequences are 48 micro-batches for each of the 64 data ranks. From 256 nodes on they are 24
+# or fewer, less than the 32 stages of DualPipeV: the schedule is ZBVZeroBubble there. SCHEDULE= chooses another.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 NNODES=${NNODES:-128}
-DATA_PATH=${DATA_PATH:?is not set: the prefix of a .bin/.idx, or weights and prefixes}
-TOKENIZER=${TOKENIZER:?is not set: the tokenizer.json of DeepSeek-V3}
+require DATA_PATH "the prefix of a .bin/.idx, or weights and prefixes"
+require TOKENIZER "the tokenizer.json of DeepSeek-V3"
+count NNODES
+count GPUS_PER_NODE
 SAVE=${SAVE:-runs/deepseek-v3}
 
 MODEL_ARGS=(
@@ -27,13 +31,7 @@ MODEL_ARGS=(
     --mtp-loss-scaling-factor 0.3
 )
 
-PARALLEL_ARGS=(
-    --pipeline-model-parallel-size 16
-    --pipeline-schedule "${SCHEDULE:-DualPipeV}"
-    --expert-model-parallel-size 64
-    --recompute-granularity selective
-    --recompute-modules layernorm mla_up_proj moe_act
-)
+deepseek_v3_layout  # PARALLEL_ARGS, by the number of GPUs
 
 TRAINING_ARGS=(
     --bf16

@@ -2,7 +2,8 @@
 # A 3M-parameter DeepSeek-V3 on one machine, CPU or GPU: `make pretrain` runs this after making its data.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-GPUS_PER_NODE=${NPROC:-4}  # processes; on a machine without GPUs they share the cores
+[ "${NNODES:-1}" = 1 ] || refuse "NNODES=$NNODES: this model is for one machine; NPROC= is the number of processes"
+NNODES=1 GPUS_PER_NODE=${NPROC:-4}  # processes; on a machine without GPUs they share the cores
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS_PER_NODE ? CORES / GPUS_PER_NODE : 1))}
 STEPS=${STEPS:-120}
@@ -16,7 +17,7 @@ case $GPUS_PER_NODE in
     4) MICRO_BATCH=4 PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --expert-model-parallel-size 2) ;;
     8) MICRO_BATCH=4 PARALLEL_ARGS=(--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel
                       --expert-model-parallel-size 2) ;;
-    *) echo "NPROC $GPUS_PER_NODE is not one of 1, 2, 4, 8" >&2; exit 2 ;;
+    *) refuse "NPROC=$GPUS_PER_NODE is not one of 1, 2, 4, 8" ;;
 esac
 
 TRAINING_ARGS=(

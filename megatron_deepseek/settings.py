@@ -1,7 +1,7 @@
 """What a run is told: frozen settings, one dataclass per concern, filled from the command line by arguments.py.
 
 Field names are Megatron-LM's argument names wherever Megatron has one. Sizes are in samples (sequences) unless the
-name says tokens; learning-rate lengths are in iterations after arguments.py has converted samples.
+name says tokens or iterations; lengths stay in the unit that they were given in.
 """
 
 from dataclasses import dataclass
@@ -29,19 +29,24 @@ class OptimizerSettings:
 class LearningRateSettings:
     """`lr_decay_style`: constant, linear, cosine, inverse-square-root, WSD or deepseek-v3 (V3 report, section 4.2).
 
-    Iterations [0, lr_warmup_iters) rise linearly from lr_warmup_init to lr; decay runs until lr_decay_iters.
-    WSD holds lr until the last lr_wsd_decay_iters, which follow lr_wsd_decay_style. deepseek-v3 holds lr for
-    lr_constant_fraction of lr_decay_iters, falls by a cosine to min_lr over lr_cosine_fraction, holds min_lr, and
-    ends at lr_final for the last lr_final_fraction.
+    The rate rises linearly from lr_warmup_init to lr for lr_warmup_iters, _samples or that _fraction of the decay's
+    length (none: no rise); the decay ends after lr_decay_iters or _samples (neither: with the run). WSD holds lr until
+    the last lr_wsd_decay_iters or _samples before that, which follow lr_wsd_decay_style. deepseek-v3 holds lr for
+    lr_constant_fraction of the decay's length, falls by a cosine to min_lr over lr_cosine_fraction, holds min_lr, and
+    ends at lr_final for the last lr_final_fraction. training/schedules.py turns all of them into samples.
     """
 
     lr: float = 2.2e-4
     min_lr: float = 0.0
     lr_decay_style: str = "cosine"
-    lr_decay_iters: int = 0
-    lr_warmup_iters: int = 0
+    lr_decay_iters: int | None = None
+    lr_decay_samples: int | None = None
+    lr_warmup_iters: int | None = None
+    lr_warmup_samples: int | None = None
+    lr_warmup_fraction: float | None = None
     lr_warmup_init: float = 0.0
-    lr_wsd_decay_iters: int = 0
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_samples: int | None = None
     lr_wsd_decay_style: str = "linear"
     lr_constant_fraction: float = 10.0 / 14.8
     lr_cosine_fraction: float = 4.3 / 14.8
@@ -74,6 +79,7 @@ class LossSettings:
     moe_communication_aux_loss_coeff: float = 0.0
     moe_router_bias_update_rate: float = 0.0
     moe_router_bias_update_until: int | None = None
+    moe_router_bias_update_samples: int | None = None
     moe_router_force_load_balancing: bool = False
     moe_expert_capacity_factor: float | None = None
     moe_token_drop_policy: str = "probs"
@@ -144,11 +150,14 @@ class DataSettings:
 class RunSettings:
     """The loop: how long, how often it evaluates, saves and reports; the numbers that it computes in.
 
+    `train_iters`: after how many iterations it ends. Where `train_samples` says it in samples instead, these are the
+    iterations of a run from its start, and are counted again from a checkpoint that it continues.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8_weight.py).
     """
 
     train_iters: int
+    train_samples: int | None = None
     save: Path | None = None
     load: Path | None = None
     save_interval: int | None = None
@@ -165,6 +174,7 @@ class RunSettings:
     ckpt_step: int | None = None
     finetune: bool = False
     no_load_optim: bool = False
+    init_mtp: bool = False
     overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10

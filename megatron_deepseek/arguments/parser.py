@@ -89,9 +89,10 @@ def _add_batch(parser):
 
 
 def _add_learning_rate(parser):
-    group = parser.add_argument_group("learning rate", "with a batch ramp, lengths count in final-size batches")
+    group = parser.add_argument_group("learning rate", "follows the samples consumed; an iteration is as many as its "
+                                      "batch has")
     add = group.add_argument
-    add("--lr", type=values.positive, default=2.2e-4, help="peak (2.2e-4)")
+    add("--lr", type=values.non_negative, default=2.2e-4, help="peak (2.2e-4)")
     add("--min-lr", type=values.non_negative, help="end of the decay (0; with deepseek-v3 a tenth of --lr)")
     add("--lr-decay-style", type=str, choices=DECAY_STYLES, default="cosine", help="(cosine)")
     decay = group.add_mutually_exclusive_group()
@@ -162,6 +163,8 @@ def _add_checkpoint(parser):
     add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
     add("--no-load-optim", action="store_true", help="begin with fresh optimizer state")
+    add("--init-mtp", action="store_true",
+        help="begin the MTP modules that --load lacks, with initial weights, and the optimizer afresh")
     add("--overwrite", action="store_true", help="begin anew where --save holds another run, which is removed")
 
 

@@ -1,5 +1,6 @@
 """What a command line asks for, with the quantities that decide whether it fits together."""
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.parallel.layout import nodes_divide
-from megatron_deepseek.training import schedules
+from megatron_deepseek.training import timeline
 from megatron_deepseek.settings import BatchSettings
 
 
@@ -42,6 +43,19 @@ class Request:
     @property
     def etp(self) -> int:
         return self.args.expert_tensor_parallel_size
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The least number of ranks that the sizes of the layout divide."""
+        return self.pp * math.lcm(self.tp * self.cp, self.ep * self.etp)
+
+    @property
+    def dividing_sizes(self) -> str:
+        """The arguments that ask for more ranks than one, as they were typed."""
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+                 "expert_model_parallel_size", "expert_tensor_parallel_size")
+        return " ".join(f"--{name.replace('_', '-')} {getattr(self.args, name)}" for name in names
+                        if getattr(self.args, name) > 1)
 
     @property
     def dp(self) -> int:
@@ -134,7 +148,7 @@ class Request:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        return schedules.batch_sizes(self.batch)
+        return timeline.batch_sizes(self.batch)
 
     @property
     def uneven_batch(self) -> str | None:

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture
 from megatron_deepseek.arguments.data_paths import data_paths
@@ -18,7 +18,7 @@ from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.training import schedules
+from megatron_deepseek.training import schedules, timeline
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
                                         LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
                                         RecomputeSettings, RunSettings)
@@ -61,9 +61,9 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
     try:
         request = Request(args, build_model(args), world_size, local_world_size)
         refuse(request)
-        iterations = _iterations(request)
-        learning_rate = _learning_rate(request, iterations)
-        schedules.check_learning_rate(learning_rate)
+        run = _run(request)
+        learning_rate = _learning_rate(request)
+        schedules.schedule_of(learning_rate, run, request.batch)
     except ValueError as error:
         raise ValueError(_with_options(str(error))) from error
     return Settings(
@@ -71,7 +71,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
-        offload=_fill(OffloadSettings, args), data=_data(request), run=_run(request, iterations),
+        offload=_fill(OffloadSettings, args), data=_data(request), run=run,
         notes=(*describe_architecture(args), *notices(request)))
 
 
@@ -110,55 +110,22 @@ def _layout(request: Request) -> Layout:
                   sequence_parallel=request.args.sequence_parallel and request.tp > 1)
 
 
-def _iterations(request: Request) -> int:
-    if request.args.train_iters is not None:
-        return request.args.train_iters
-    return schedules.iterations_for_samples(request.batch, request.args.train_samples)
-
-
-def _samples(batch: BatchSettings, iterations: int) -> int:
-    """Samples consumed by the first `iterations` updates."""
-    consumed = 0
-    for done in range(iterations):
-        if batch.rampup_batch_size is None or consumed > batch.rampup_batch_size[2]:
-            return consumed + (iterations - done) * batch.global_batch_size
-        consumed += schedules.global_batch_size(batch, consumed)
-    return consumed
-
-
-def _learning_rate(request: Request, iterations: int) -> LearningRateSettings:
-    """Lengths count in batches of the final size, as `schedules.learning_rate` wants them under a ramp."""
-    args, batch = request.args, request.batch
-
-    def length(name: str, default: int) -> int:
-        in_iterations, in_samples = getattr(args, f"lr_{name}_iters"), getattr(args, f"lr_{name}_samples")
-        if in_iterations is None and in_samples is None:
-            return default
-        samples = _samples(batch, in_iterations) if in_samples is None else in_samples
-        return -(-samples // batch.global_batch_size)
-
-    total = args.train_samples if args.train_iters is None else _samples(batch, iterations)
-    decay = length("decay", -(-total // batch.global_batch_size))
-    warmup = length("warmup", round((args.lr_warmup_fraction or 0) * decay))
+def _learning_rate(request: Request) -> LearningRateSettings:
+    args = request.args
     v3 = args.lr_decay_style == "deepseek-v3"
     min_lr = (args.lr / 10 if v3 else 0.0) if args.min_lr is None else args.min_lr
     final = args.lr * 7.3e-6 / 2.2e-4 if args.lr_final is None else args.lr_final
-    return _fill(LearningRateSettings, args, min_lr=min_lr, lr_decay_iters=decay, lr_warmup_iters=warmup,
-                 lr_wsd_decay_iters=length("wsd_decay", 0), lr_final=final)
+    return _fill(LearningRateSettings, args, min_lr=min_lr, lr_final=final)
 
 
 def _loss(request: Request) -> LossSettings:
     args = request.args
     has_bias = request.model.n_routed_experts > 0 and request.model.topk_method == "noaux_tc"
     rate = args.moe_router_bias_update_rate
-    until = args.moe_router_bias_update_until
-    if args.moe_router_bias_update_samples is not None:
-        until = schedules.iterations_for_samples(request.batch, args.moe_router_bias_update_samples)
     kind, coefficient = request.balance
     return _fill(LossSettings, args, balance_type=kind, moe_aux_loss_coeff=coefficient,
                  moe_token_drop_policy=args.moe_token_drop_policy or "probs",
-                 moe_router_bias_update_rate=(1e-3 if has_bias else 0.0) if rate is None else rate,
-                 moe_router_bias_update_until=until)
+                 moe_router_bias_update_rate=(1e-3 if has_bias else 0.0) if rate is None else rate)
 
 
 def _recompute(request: Request) -> RecomputeSettings:
@@ -173,10 +140,11 @@ def _data(request: Request) -> DataSettings:
     return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths)
 
 
-def _run(request: Request, iterations: int) -> RunSettings:
+def _run(request: Request) -> RunSettings:
     args = request.args
     eval_iters = args.eval_iters or 0
-    return _fill(RunSettings, args, train_iters=iterations, eval_iters=eval_iters,
-                 eval_interval=(args.eval_interval or 1000) if eval_iters else None,
-                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
-                 sharding=args.data_parallel_sharding_strategy)
+    run = _fill(RunSettings, args, eval_iters=eval_iters,
+                eval_interval=(args.eval_interval or 1000) if eval_iters else None,
+                max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
+                sharding=args.data_parallel_sharding_strategy)
+    return replace(run, train_iters=timeline.last_iteration(run, request.batch))

@@ -2,7 +2,7 @@
 
     SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
                      /config.json   the architecture, in Hugging Face's form
-                     /state.json    iteration, consumed samples, optimizer steps
+                     /state.json    iteration, consumed samples, optimizer steps, sizes of past batches
                      /layout.json   the layout that wrote it, for people and the resharding tool
                      /arguments.json   what the run was told, for the next start to say what has changed
                      /checksums.json   size and digest of every other file
@@ -12,7 +12,7 @@ Tensors are saved by global shape and offset, under Hugging Face's parameter nam
 the layout that wrote them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -162,14 +162,19 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> TrainState:
+def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None,
+         new: Sequence[str] = ()) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
 
-    Tensors saved in another dtype are converted (`converted_moments` says which).
+    Tensors saved in another dtype are converted (`converted_moments` says which). `new`: beginnings of the names of
+    parameters that the checkpoint lacks; they keep the weights that they have, and there must be no optimizer.
 
     Raises ValueError if a tensor is missing, unknown or of another shape: nothing is loaded or dropped in silence.
     """
-    state = state_to_save(stages, optimizer)
+    assert not new or optimizer is None
+    beginnings = tuple(f"model.{beginning}" for beginning in new)
+    state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
+             if not name.startswith(beginnings)}
     released = is_huggingface(directory)
     reader = HuggingFaceReader(open_huggingface(directory)) if released else CheckpointReader(directory)
     _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)

@@ -1,8 +1,9 @@
 """What a run may continue from: looked at on one process, before anything is built."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from megatron_deepseek.checkpoint import mtp
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Damage, check_sizes, read_checksums
 from megatron_deepseek.checkpoint.marker import (
@@ -37,26 +38,34 @@ def checkpoint_directory(root: Path, step: int | None = None) -> Path:
     return root if iteration is None else find_iteration(root, iteration)
 
 
-def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None) -> Path:
+def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None, init_mtp: bool = False) -> Path:
     """`checkpoint_directory`; ValueError also if it is of another architecture, or if its files are not whole."""
-    return check_directory(checkpoint_directory(root, step), config)
+    return check_directory(checkpoint_directory(root, step), config, init_mtp)
 
 
-def check_directory(directory: Path, config: ModelConfig) -> Path:
+def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False) -> Path:
     """ValueError if a checkpoint is of another architecture, or if its files are not whole.
 
-    Of files only sizes are looked at. A directory without checksums.json passes.
+    Of files only sizes are looked at. A directory without checksums.json passes; with `init_mtp` so does one that lacks
+    MTP modules.
     """
-    if is_huggingface(directory):
-        found = open_huggingface(directory).config
-    else:
-        listing = read_checksums(directory)
-        refuse_damage(directory, check_sizes(directory, listing or {}))
-        found = ModelConfig.from_file(directory / "config.json")
-    different = architecture_differences(found, config)
+    if not is_huggingface(directory):
+        refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
+    found = stored_architecture(directory)
+    there, here = found.num_nextn_predict_layers, config.num_nextn_predict_layers
+    different = architecture_differences(replace(found, num_nextn_predict_layers=here), config)
     if different:
         raise ValueError(f"--load {directory}: it is of another architecture: {'; '.join(different)}")
+    if there > here or (there < here and not init_mtp):
+        raise ValueError(f"--load {directory}: {mtp.difference(there, here)}")
     return directory
+
+
+def stored_architecture(directory: Path) -> ModelConfig:
+    """That of a Hugging Face directory's files, which may lack MTP modules, or of one iteration's checkpoint."""
+    if is_huggingface(directory):
+        return open_huggingface(directory).config
+    return ModelConfig.from_file(directory / "config.json")
 
 
 def architecture_differences(there: ModelConfig, here: ModelConfig) -> list[str]:

@@ -1,31 +1,59 @@
 """state.json: where a run is."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_deepseek.foreign_json import read_object
+from megatron_deepseek.foreign_json import JsonObject, read_object
 
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run is. `iteration` updates are done; the optimizer may have fewer behind it (weights loaded alone)."""
+    """Where a run is. `iteration` updates are done; the optimizer may have fewer behind it (weights loaded alone).
+
+    `batches`: how these updates were made, (updates, sequences in each) in their order. What is given in iterations is
+    then known in samples, whatever batch sizes the run had before. Checkpoints older than this record have none
+    (training/timeline.py makes one).
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
     optimizer_steps: int = 0
+    batches: tuple[tuple[int, int], ...] = ()
+
+    def after(self, size: int, updated: bool) -> "TrainState":
+        """After one more batch of `size` sequences. `updated`: whether weights moved, not only time."""
+        *before, (updates, last) = self.batches or ((0, size),)
+        batches = (*before, (updates + 1, size)) if size == last else (*self.batches, (1, size))
+        return TrainState(self.iteration + 1, self.consumed_samples + size, self.optimizer_steps + updated, batches)
+
+
+_NUMBERS = ("iteration", "consumed_samples", "optimizer_steps")
 
 
 def read_state(directory: Path) -> TrainState:
     """Of a checkpoint's directory. ValueError unless state.json has these numbers, none negative, and nothing else.
 
     Every version has written all three, so one that is missing was lost; and a key that is unknown here may mean
-    something that a run must not go on without.
+    something that a run must not go on without. Older versions wrote no `batches`.
     """
-    found, names = read_object(directory / STATE), [field.name for field in fields(TrainState)]
-    found.only(*names)
-    state = TrainState(**{name: found.integer(name) for name in names})
+    found = read_object(directory / STATE)
+    found.only(*_NUMBERS, "batches")
+    state = TrainState(**{name: found.integer(name) for name in _NUMBERS}, batches=_batches(found))
     if state.optimizer_steps > state.iteration:
         raise found.refusal("optimizer_steps", f"more than the {state.iteration} of iteration")
     return state
+
+
+def _batches(found: JsonObject) -> tuple[tuple[int, int], ...]:
+    """ValueError unless there is no record, or one that adds up to the iteration and the samples."""
+    written = found.list("batches", default=[])
+    batches = tuple(tuple(run) for run in written if isinstance(run, list) and len(run) == 2)
+    if len(batches) < len(written) or not all(type(number) is int and number > 0 for run in batches for number in run):
+        raise found.refusal("batches", "not pairs of updates and sequences")
+    sums = sum(updates for updates, _ in batches), sum(updates * size for updates, size in batches)
+    if written and sums != (found.integer("iteration"), found.integer("consumed_samples")):
+        raise found.refusal("batches", f"which come to {sums[0]} updates and {sums[1]} samples, not iteration and "
+                                       "consumed_samples")
+    return batches

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.assets import DIRECTORY
 from megatron_deepseek.checkpoint.distributed import has_optimizer
-from megatron_deepseek.checkpoint.loadable import check_directory, checkpoint_directory
+from megatron_deepseek.checkpoint.loadable import check_directory, checkpoint_directory, stored_architecture
 from megatron_deepseek.checkpoint.marker import (
     MARKER,
     REMOVING,
@@ -35,6 +35,7 @@ from megatron_deepseek.checkpoint.marker import (
     last_iteration,
     problem,
 )
+from megatron_deepseek.checkpoint.mtp import module_prefixes
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.metrics import FILE_NAME
@@ -48,7 +49,8 @@ SHARED_SECONDS = 30.0  # for a network file system to show another node's new fi
 class Start:
     """`load`: the checkpoint or released weights to load, None for fresh weights; `is_saved`: it is --save's last.
 
-    `weights_only`: without moments; `finetune`: counting from iteration 0 as well. `origin`: the --load of the run's
+    `weights_only`: without moments; `finetune`: counting from iteration 0 as well. `new_modules`: beginnings of the
+    names of the MTP modules that --init-mtp begins, those that the checkpoint lacks. `origin`: the --load of the run's
     first start, None if it began from nothing. `overwrite`: what --save holds is removed before the first step.
     `lock`: the token of --save's lock. `before`: what the run that wrote the checkpoint was told, where it is the same
     run and known. `notes`: lines for the user.
@@ -58,6 +60,7 @@ class Start:
     is_saved: bool = False
     finetune: bool = False
     weights_only: bool = False
+    new_modules: tuple[str, ...] = ()
     origin: str | None = None
     overwrite: bool = False
     lock: str = ""
@@ -70,9 +73,11 @@ def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "") -> St
     start = replace(_decide(run, job), lock=lock)
     if start.load is None:
         return start
-    check_directory(start.load, model)
-    weights_only = start.finetune or start.weights_only or _has_weights_alone(start.load)
-    return replace(start, weights_only=weights_only, before=None if start.finetune else read_recorded(start.load))
+    check_directory(start.load, model, run.init_mtp)
+    new = module_prefixes(model, stored_architecture(start.load).num_nextn_predict_layers) if run.init_mtp else ()
+    weights_only = start.finetune or start.weights_only or bool(new) or _has_weights_alone(start.load)
+    return replace(start, weights_only=weights_only, new_modules=tuple(new),
+                   before=None if start.finetune else read_recorded(start.load))
 
 
 def _decide(run: RunSettings, job: Job) -> Start:

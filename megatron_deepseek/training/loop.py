@@ -26,19 +26,21 @@ from megatron_deepseek.training.health import NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.interruptions import Interruptions
 from megatron_deepseek.training.metrics import StepMetrics, by_source
 from megatron_deepseek.training.profile import profiler
-from megatron_deepseek.training.report import Report, open_report
 from megatron_deepseek.training.recorded import Job, record
+from megatron_deepseek.training.refusing import refusing
+from megatron_deepseek.training.report import Report, open_report
 from megatron_deepseek.training.resume import (
     describe,
     describe_changes,
+    go_on,
     num_samples,
     refuse_bad_input,
-    refusing,
     resume,
     save_lock,
 )
 from megatron_deepseek.training.saving import Saver
-from megatron_deepseek.training.schedules import global_batch_size, learning_rate
+from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
+from megatron_deepseek.training.timeline import global_batch_size
 from megatron_deepseek.training.trainer import Plan, StepResult, Trainer, Votes
 
 
@@ -58,7 +60,7 @@ def _pretrain(settings: Settings, begun: float) -> None:
     meshes = build_meshes(settings.layout, device)
     trainer = Trainer(make_plan(settings), meshes)
     limit_waiting(settings.run.distributed_timeout_minutes)
-    state = resume(start, trainer)
+    settings, state = go_on(settings, resume(start, trainer))
     with _open_report(settings, start, state) as report:
         describe(report, settings, trainer, start, state)
         run = Run(settings, trainer, report, start, state, begun, job)
@@ -103,7 +105,7 @@ class Run:
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, start: Start, state: TrainState,
                  begun: float, job: Job):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        plan = shared_plan(settings.data, num_samples(settings), report.message)
+        plan = shared_plan(settings.data, num_samples(settings, state), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
             for line in describe_split(split, each) if each is not None else ():
@@ -123,6 +125,7 @@ class Run:
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
         self.spikes = SpikeWatch()
+        self.schedule = schedule_of(settings.learning_rate, settings.run, settings.batch, state)
         self.flops_per_token = model_flops_per_token(settings.model, settings.data.seq_length)
 
     def train(self) -> None:
@@ -173,16 +176,13 @@ class Run:
 
     def _step(self, batch: GlobalBatch) -> Votes:
         begin, settings, state = time.perf_counter(), self.settings, self.state
-        rate = learning_rate(settings.learning_rate, state.consumed_samples / settings.batch.global_batch_size)
-        until = settings.loss.moe_router_bias_update_until
-        bias_rate = settings.loss.moe_router_bias_update_rate if until is None or state.iteration < until else 0.0
+        rate, size = learning_rate(self.schedule, state.consumed_samples), batch.tokens_BS.shape[0] * settings.layout.dp
         inputs = _on_device(batch, self.trainer.meshes)
-        result = self.trainer.train_step(**inputs, learning_rate=rate, bias_rate=bias_rate,
+        result = self.trainer.train_step(**inputs, learning_rate=rate, bias_rate=bias_rate(settings.loss, state, size),
                                          votes=self.interruptions.votes)
-        seconds, size = time.perf_counter() - begin, batch.tokens_BS.shape[0] * settings.layout.dp
+        seconds = time.perf_counter() - begin
         self._check_health(result, inputs)
-        self.state = TrainState(state.iteration + 1, state.consumed_samples + size,
-                                state.optimizer_steps + result.updated)
+        self.state = state.after(size, result.updated)
         self.report.step(self._metrics(result, rate, size * settings.data.seq_length, seconds))
         return result.votes
 

@@ -14,9 +14,9 @@ from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 FILE = "arguments.json"
 
 # What does not decide what is computed, or is for one start alone: never told.
-_SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "overwrite", "save_hf", "exit_interval",
-                   "exit_duration_in_mins", "log_interval", "tensorboard_dir", "profile", "profile_step_start",
-                   "profile_step_end", "distributed_timeout_minutes"},
+_SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "overwrite", "save_hf",
+                   "exit_interval", "exit_duration_in_mins", "log_interval", "tensorboard_dir", "profile",
+                   "profile_step_start", "profile_step_end", "distributed_timeout_minutes"},
            "data": {"data_cache_path", "seed"}}
 # Fields and whole sections whose change makes another run of it, or the same one but for rounding.
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},

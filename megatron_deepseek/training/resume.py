@@ -1,10 +1,7 @@
 """Before the first step: bad input is refused in a line, and a checkpoint is loaded, or the run starts anew."""
 
 import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 
 from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint import distributed as checkpoint
@@ -15,44 +12,16 @@ from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.pretraining import check_data
-from megatron_deepseek.launch.agent import tell_agent
-from megatron_deepseek.parallel.lives import agent_store
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide
-from megatron_deepseek.training.failure import FailureClaim
 from megatron_deepseek.training.recorded import Job, Recorded, differences, explain_marks
+from megatron_deepseek.training.refusing import refuse, refusing
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.save_lock import Holder, SaveLock
-from megatron_deepseek.training.schedules import global_batch_size
+from megatron_deepseek.training.schedules import schedule_of
+from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer
-
-_SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while one speaks
-_FIRST_RANK_SECONDS = 1.0  # that the other ranks leave it, to say what all of them have found
-
-
-@contextmanager
-def refusing(advice: str = "", lock: SaveLock | None = None) -> Iterator[None]:
-    """A user's mistake in files ends the job with one line and status 2, whether all ranks find it or one alone."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if lock is not None:
-            lock.release()
-        _refuse(f"{error}{advice}")
-
-
-def _refuse(line: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(_FIRST_RANK_SECONDS)
-    line = f"pretrain_deepseek.py: error: {line}"
-    if FailureClaim(agent_store()).is_first():
-        print(line, file=sys.stderr, flush=True)
-    else:
-        time.sleep(_SILENT_SECONDS)
-    tell_agent(line)
-    os._exit(2)
 
 
 def save_lock(settings: Settings, job: Job) -> SaveLock | None:
@@ -61,7 +30,7 @@ def save_lock(settings: Settings, job: Job) -> SaveLock | None:
         return None
 
     def lost(holder: Holder) -> None:
-        _refuse(f"--save {settings.run.save} was taken over by {holder} while this run was suspended or cut off from "
+        refuse(f"--save {settings.run.save} was taken over by {holder} while this run was suspended or cut off from "
                 "it: it stops here, and its last checkpoints may be the other's")
 
     return SaveLock(settings.run.save, job.name, lambda line: print(line, flush=True), lost)
@@ -92,12 +61,10 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def num_samples(settings: Settings) -> tuple[int, int, int]:
-    """Samples of the train, valid and test split that the run reads."""
-    consumed = 0
-    for _ in range(settings.run.train_iters):
-        consumed += global_batch_size(settings.batch, consumed)
-    return consumed, settings.run.eval_iters * settings.batch.global_batch_size, 0
+def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[int, int, int]:
+    """Samples of the train, valid and test split that a run at `state` has read in the end."""
+    train = timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))
+    return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
 
 
 def resume(start: Start, trainer: Trainer) -> TrainState:
@@ -106,10 +73,23 @@ def resume(start: Start, trainer: Trainer) -> TrainState:
         return TrainState()
     with refusing():
         refuse_damage(start.load, checkpoint.verify(start.load) or [])
-        state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer)
+        state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer,
+                                start.new_modules)
     if start.finetune:
         return TrainState()
-    return TrainState(state.iteration, state.consumed_samples, 0 if start.weights_only else state.optimizer_steps)
+    return replace(state, optimizer_steps=0 if start.weights_only else state.optimizer_steps)
+
+
+def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
+    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past.
+
+    A schedule that other batch sizes before `state` make impossible ends the job in a line.
+    """
+    state = with_past(state, settings.batch)
+    run = replace(settings.run, train_iters=last_iteration(settings.run, settings.batch, state))
+    with refusing():
+        schedule_of(settings.learning_rate, run, settings.batch, state)
+    return replace(settings, run=run), state
 
 
 def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
@@ -144,6 +124,10 @@ def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start
         report.message(f"loaded the weights of {directory}, beginning at iteration 0")
     else:
         report.message(f"loaded {directory}, continuing at iteration {state.iteration}")
+    if settings.run.init_mtp:
+        new = len(start.new_modules)
+        report.message(f"--init-mtp: {new or 'no'} new Multi-Token Prediction module{'s' * (new > 1)}"
+                       + (", the optimizer begins afresh" if new else f", {directory} holds what the model has"))
     if not is_huggingface(directory) and read_checksums(directory) is None:
         report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
                        "version, or converted")

@@ -1,46 +1,56 @@
-"""What changes during a run by plan: the learning rate and the global batch size, as pure functions of progress.
+"""The learning rate and the speed of the routers' bias during a run, as pure functions of the samples consumed.
 
 Nothing here keeps state, so a resumed run asks the same questions and gets the same answers. The meaning of every
-style but deepseek-v3 is that of Megatron-LM (`megatron.core.optimizer_param_scheduler`, `num_microbatches_calculator`).
+style but deepseek-v3 is that of Megatron-LM (`megatron.core.optimizer_param_scheduler`), which counts samples too.
 """
 
 import math
+from dataclasses import dataclass
 
-from megatron_deepseek.settings import BatchSettings, LearningRateSettings
+from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.settings import BatchSettings, LearningRateSettings, LossSettings, RunSettings
+from megatron_deepseek.training.timeline import Timeline, timeline
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD", "deepseek-v3")
 WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 
 
-def learning_rate(settings: LearningRateSettings, iteration: float) -> float:
-    """The rate of the update that `iteration` updates came before: the first update of a run asks for iteration 0.
-
-    Megatron-LM advances its scheduler after each update, so its i-th update, counted from 0, uses `num_steps == i`;
-    so does this one, and the first update of a warm-up runs at lr_warmup_init. (Megatron's log shows the rate after
-    the advance, that of the next update.)
-
-    Under a batch-size ramp Megatron counts samples: give `consumed_samples / global_batch_size` as the iteration, with
-    every length divided likewise, for the same rates.
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate settings of one run, with their lengths in samples: `decay` is where the decay ends, `wsd_decay`
+    the length of WSD's fall, which ends there. `warmup` may be a fraction, as in Megatron.
     """
-    check_learning_rate(settings)
-    if settings.lr_warmup_iters > 0 and iteration <= settings.lr_warmup_iters:
+
+    rates: LearningRateSettings
+    decay: int
+    warmup: float = 0
+    wsd_decay: int = 0
+
+
+def learning_rate(schedule: Schedule, consumed_samples: int) -> float:
+    """The rate of the update that `consumed_samples` came before: the first update of a run asks for 0.
+
+    Megatron-LM advances its scheduler after each update by the samples of its batch, so an update runs at the rate of
+    what was consumed before it; so does this one, and the first update of a warm-up runs at lr_warmup_init.
+    (Megatron's log shows the rate after the advance, that of the next update.)
+    """
+    settings, warmup, decay = schedule.rates, schedule.warmup, schedule.decay
+    if warmup > 0 and consumed_samples <= warmup:
         rise = settings.lr - settings.lr_warmup_init
-        return settings.lr_warmup_init + rise * iteration / settings.lr_warmup_iters
+        return settings.lr_warmup_init + rise * consumed_samples / warmup
     if settings.lr_decay_style == "constant":
         return settings.lr
     if settings.lr_decay_style == "deepseek-v3":
-        return _deepseek_v3(settings, iteration)
-    if iteration > settings.lr_decay_iters:
+        return _deepseek_v3(settings, consumed_samples, decay)
+    if consumed_samples > decay:
         return settings.min_lr
     if settings.lr_decay_style == "inverse-square-root":
-        return max(settings.min_lr, settings.lr * math.sqrt(max(settings.lr_warmup_iters, 1) / max(iteration, 1)))
+        return max(settings.min_lr, settings.lr * math.sqrt(max(warmup, 1) / max(consumed_samples, 1)))
     if settings.lr_decay_style == "WSD":
-        start = settings.lr_decay_iters - settings.lr_wsd_decay_iters
-        style, length = settings.lr_wsd_decay_style, settings.lr_wsd_decay_iters
+        start, style = decay - schedule.wsd_decay, settings.lr_wsd_decay_style
     else:
-        start = settings.lr_warmup_iters
-        style, length = settings.lr_decay_style, settings.lr_decay_iters - start
-    fall = _fall(style, (iteration - start) / length) if iteration > start else 1.0
+        start, style = warmup, settings.lr_decay_style
+    fall = _fall(style, (consumed_samples - start) / (decay - start)) if consumed_samples > start else 1.0
     return settings.min_lr + fall * (settings.lr - settings.min_lr)
 
 
@@ -56,52 +66,97 @@ def _fall(style: str, progress: float) -> float:
     return 1.0 - math.sqrt(progress)
 
 
-def _deepseek_v3(settings: LearningRateSettings, iteration: float) -> float:
-    """Constant, cosine to min_lr, min_lr, then lr_final (V3 report, section 4.2); phases are whole iterations.
+def _deepseek_v3(settings: LearningRateSettings, consumed_samples: int, total: int) -> float:
+    """Constant, cosine to min_lr, min_lr, then lr_final (V3 report, section 4.2); phases are whole samples.
 
-    The last phase is measured from the end of lr_decay_iters, so that it has its full length whatever the others'
+    The last phase is measured from the end of `total` samples, so that it has its full length whatever the others'
     rounding leaves to the phase before it.
     """
-    total = settings.lr_decay_iters
     constant = round(settings.lr_constant_fraction * total)
     cosine = round(settings.lr_cosine_fraction * total)
-    if iteration >= total - round(settings.lr_final_fraction * total):
+    if consumed_samples >= total - round(settings.lr_final_fraction * total):
         return settings.lr_final
-    if iteration <= constant:
+    if consumed_samples <= constant:
         return settings.lr
-    if iteration >= constant + cosine:
+    if consumed_samples >= constant + cosine:
         return settings.min_lr
-    return settings.min_lr + _fall("cosine", (iteration - constant) / cosine) * (settings.lr - settings.min_lr)
+    fall = _fall("cosine", (consumed_samples - constant) / cosine)
+    return settings.min_lr + fall * (settings.lr - settings.min_lr)
+
+
+def bias_rate(loss: LossSettings, state: TrainState, size: int) -> float:
+    """By which the routers' bias moves in the update after `state`, whose batch has `size` sequences.
+
+    It stops after moe_router_bias_update_until iterations, or with the last whole batch of
+    moe_router_bias_update_samples.
+    """
+    until, samples = loss.moe_router_bias_update_until, loss.moe_router_bias_update_samples
+    over = (until is not None and state.iteration >= until) or (
+        samples is not None and state.consumed_samples + size > samples)
+    return 0.0 if over else loss.moe_router_bias_update_rate
+
+
+def schedule_of(rates: LearningRateSettings, run: RunSettings, batch: BatchSettings,
+                state: TrainState = TrainState()) -> Schedule:
+    """What `rates` says of a run that is at `state`, in samples.
+
+    Lengths in iterations are samples of the run's own batches: a warm-up those of the first, WSD's fall those of the
+    last before the decay ends, which is where the run ends unless something else is said. (Megatron-LM takes every
+    iteration for one of global_batch_size, and refuses a ramp together with lengths in iterations.)
+
+    ValueError, which names arguments and values, for a schedule that contradicts itself.
+    """
+    check_learning_rate(rates)
+    line = timeline(batch, state)
+    decay = _decay_end(rates, run, line)
+    schedule = Schedule(rates, decay, _warmup(rates, line, decay), _wsd_decay(rates, run, line, decay))
+    _check_lengths(schedule, run)
+    return schedule
+
+
+def _decay_end(rates: LearningRateSettings, run: RunSettings, line: Timeline) -> int:
+    """Of the run, if nothing else is said; a run told in samples decays over all of them, though its last batch may
+    not fit.
+    """
+    if rates.lr_decay_samples is not None:
+        return rates.lr_decay_samples
+    if rates.lr_decay_iters is not None:
+        return line.samples(rates.lr_decay_iters)
+    return line.samples(run.train_iters) if run.train_samples is None else run.train_samples
+
+
+def _warmup(rates: LearningRateSettings, line: Timeline, decay: int) -> float:
+    if rates.lr_warmup_samples is not None:
+        return rates.lr_warmup_samples
+    if rates.lr_warmup_iters is not None:
+        return line.samples(rates.lr_warmup_iters)
+    return (rates.lr_warmup_fraction or 0) * decay
+
+
+def _wsd_decay(rates: LearningRateSettings, run: RunSettings, line: Timeline, decay: int) -> int:
+    if rates.lr_wsd_decay_iters is None:
+        return rates.lr_wsd_decay_samples or 0
+    by_iteration = rates.lr_decay_samples is None and (rates.lr_decay_iters or run.train_samples is None)
+    last = (rates.lr_decay_iters or run.train_iters) if by_iteration else line.iterations(decay)
+    if rates.lr_wsd_decay_iters > last:
+        raise ValueError(f"--lr-wsd-decay-iters {rates.lr_wsd_decay_iters} is longer than {_decay_named(rates, run)} "
+                         f"({last} iterations)")
+    return decay - line.samples(last - rates.lr_wsd_decay_iters)
 
 
 def check_learning_rate(settings: LearningRateSettings) -> None:
-    """ValueError for a schedule that contradicts itself; arguments.py calls it before anything is built."""
+    """ValueError for rates that contradict each other."""
     if settings.lr_decay_style not in DECAY_STYLES:
         raise ValueError(f"lr_decay_style {settings.lr_decay_style!r} is not one of {', '.join(DECAY_STYLES)}")
     if not 0 <= settings.min_lr <= settings.lr:
         raise ValueError(f"min_lr {settings.min_lr} is not between 0 and lr {settings.lr}")
     if not 0 <= settings.lr_warmup_init <= settings.lr:
         raise ValueError(f"lr_warmup_init {settings.lr_warmup_init} is not between 0 and lr {settings.lr}")
-    if settings.lr_warmup_iters < 0:
-        raise ValueError(f"lr_warmup_iters {settings.lr_warmup_iters} is negative")
-    if settings.lr_decay_style == "constant":
-        return
-    if settings.lr_decay_iters <= settings.lr_warmup_iters:
-        raise ValueError(f"lr_decay_iters {settings.lr_decay_iters} does not reach past "
-                         f"lr_warmup_iters {settings.lr_warmup_iters}")
-    if settings.lr_decay_style == "WSD":
-        _check_wsd(settings)
-    if settings.lr_decay_style == "deepseek-v3":
-        _check_deepseek_v3(settings)
-
-
-def _check_wsd(settings: LearningRateSettings) -> None:
-    if settings.lr_wsd_decay_style not in WSD_DECAY_STYLES:
+    if settings.lr_decay_style == "WSD" and settings.lr_wsd_decay_style not in WSD_DECAY_STYLES:
         raise ValueError(f"lr_wsd_decay_style {settings.lr_wsd_decay_style!r} is not one of "
                          f"{', '.join(WSD_DECAY_STYLES)}")
-    if not 0 < settings.lr_wsd_decay_iters <= settings.lr_decay_iters:
-        raise ValueError(f"lr_wsd_decay_iters {settings.lr_wsd_decay_iters} is not between 1 and "
-                         f"lr_decay_iters {settings.lr_decay_iters}")
+    if settings.lr_decay_style == "deepseek-v3":
+        _check_deepseek_v3(settings)
 
 
 def _check_deepseek_v3(settings: LearningRateSettings) -> None:
@@ -111,47 +166,30 @@ def _check_deepseek_v3(settings: LearningRateSettings) -> None:
                          "are not parts of one whole".format(*fractions))
     if settings.lr_final < 0:
         raise ValueError(f"lr_final {settings.lr_final} is negative")
-    if settings.lr_warmup_iters > round(settings.lr_constant_fraction * settings.lr_decay_iters):
-        raise ValueError(f"lr_warmup_iters {settings.lr_warmup_iters} outlasts lr_constant_fraction "
-                         f"{settings.lr_constant_fraction} of lr_decay_iters {settings.lr_decay_iters}")
 
 
-def global_batch_size(settings: BatchSettings, consumed_samples: int) -> int:
-    """Sequences in the batch of the next update, when `consumed_samples` came before it.
-
-    The ramp takes equal numbers of samples to each size below the last. The division is Megatron's, in floating
-    point, so that a run moved over from it changes size at the same sample.
-    """
-    sizes = batch_sizes(settings)
-    if len(sizes) == 1 or consumed_samples > settings.rampup_batch_size[2]:
-        return settings.global_batch_size
-    samples_per_size = settings.rampup_batch_size[2] / (len(sizes) - 1)
-    return sizes[int(consumed_samples / samples_per_size)] if samples_per_size else settings.global_batch_size
-
-
-def batch_sizes(settings: BatchSettings) -> tuple[int, ...]:
-    """Every global batch size of the run, ascending: each must divide among micro-batches and data ranks."""
-    if settings.rampup_batch_size is None:
-        return (settings.global_batch_size,)
-    start, increment, samples = settings.rampup_batch_size
-    if start < 1 or increment < 1 or samples < 0:
-        raise ValueError(f"rampup_batch_size {start} {increment} {samples} is not a size, an increment and a length")
-    if start > settings.global_batch_size:
-        raise ValueError(f"rampup_batch_size starts at {start}, above global_batch_size {settings.global_batch_size}")
-    if (settings.global_batch_size - start) % increment:
-        raise ValueError(f"rampup_batch_size {start} does not reach global_batch_size {settings.global_batch_size} "
-                         f"in increments of {increment}")
-    return tuple(range(start, settings.global_batch_size + 1, increment))
+def _check_lengths(schedule: Schedule, run: RunSettings) -> None:
+    rates, decay, warmup = schedule.rates, schedule.decay, schedule.warmup
+    if rates.lr_decay_style == "constant":
+        return
+    length = f"{_decay_named(rates, run)} ({decay} samples)"
+    if decay <= warmup:
+        raise ValueError(f"{_named(rates, 'lr_warmup')} ({warmup:.12g} samples) does not end before the decay, "
+                         f"{length}")
+    if rates.lr_decay_style == "WSD" and not schedule.wsd_decay:
+        raise ValueError("--lr-decay-style WSD needs --lr-wsd-decay-iters or --lr-wsd-decay-samples")
+    if rates.lr_decay_style == "WSD" and schedule.wsd_decay > decay:
+        raise ValueError(f"{_named(rates, 'lr_wsd_decay')} is longer than {length}")
+    if rates.lr_decay_style == "deepseek-v3" and warmup > round(rates.lr_constant_fraction * decay):
+        raise ValueError(f"{_named(rates, 'lr_warmup')} ({warmup:.12g} samples) outlasts --lr-constant-fraction "
+                         f"{rates.lr_constant_fraction} of {length}")
 
 
-def iterations_for_samples(settings: BatchSettings, samples: int) -> int:
-    """How many whole batches fit into `samples`; a last partial batch is left out, as Megatron does."""
-    iterations = consumed = 0
-    ramp_samples = settings.rampup_batch_size[2] if settings.rampup_batch_size else -1
-    while consumed <= ramp_samples:
-        size = global_batch_size(settings, consumed)
-        if consumed + size > samples:
-            return iterations
-        consumed += size
-        iterations += 1
-    return iterations + max(samples - consumed, 0) // settings.global_batch_size
+def _decay_named(rates: LearningRateSettings, run: RunSettings) -> str:
+    return _named(rates, "lr_decay") or _named(run, "train", ("samples", "iters"))
+
+
+def _named(settings: LearningRateSettings | RunSettings, name: str, units=("iters", "samples", "fraction")) -> str:
+    """A length as it was typed; nothing if it was not."""
+    given = ((f"{name}_{unit}", getattr(settings, f"{name}_{unit}", None)) for unit in units)
+    return next((f"--{field.replace('_', '-')} {value}" for field, value in given if value is not None), "")

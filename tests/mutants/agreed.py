@@ -14,12 +14,13 @@ STEP = ("tests/unit/test_trainer.py",)
 
 LOOP_MUTANTS = of(
     "training/loop.py", LOOP,
-    ("state.consumed_samples / settings.batch.global_batch_size)", "state.iteration)"),
-    ("state.consumed_samples / settings.batch.global_batch_size)",
-     "state.consumed_samples / settings.batch.global_batch_size + 1)"),
-    ("until is None or state.iteration < until", "until is None or state.iteration <= until"),
-    ("until is None or state.iteration < until else 0.0", "False else 0.0"),
-    ("state.optimizer_steps + result.updated", "state.optimizer_steps + 1"),
+    ("learning_rate(self.schedule, state.consumed_samples)", "learning_rate(self.schedule, state.iteration)"),
+    ("learning_rate(self.schedule, state.consumed_samples)",
+     "learning_rate(self.schedule, state.consumed_samples + size)"),
+    ("bias_rate=bias_rate(settings.loss, state, size)", "bias_rate=settings.loss.moe_router_bias_update_rate"),
+    ("settings.run, settings.batch, state)\n", "settings.run, settings.batch)\n"),
+    ("state.after(size, result.updated)", "state.after(size, True)"),
+    ("num_samples(settings, state)", "num_samples(settings)"),
     ("        if self.state.iteration == 0:\n            self._validate()", "        self._validate()"),
     ("(done % run.eval_interval == 0 or done == run.train_iters)", "done % run.eval_interval == 0"),
     ("self.train_data = Sampler(train, settings.model.vocab_size, name, eod)",
@@ -43,7 +44,10 @@ LOOP_MUTANTS = of(
 
 RESUME_MUTANTS = of(
     "training/resume.py", LOOP,
-    ("consumed += global_batch_size(settings.batch, consumed)", "consumed += settings.batch.global_batch_size"),
+    ("timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))",
+     "settings.run.train_iters * settings.batch.global_batch_size"),
+    ("samples(max(settings.run.train_iters, state.iteration))", "samples(settings.run.train_iters)"),
+    ("train_iters=last_iteration(settings.run, settings.batch, state)", "train_iters=settings.run.train_iters"),
 ) + of(
     "training/resume.py", RESUME,
     ("None if start.weights_only else trainer.optimizer", "trainer.optimizer"),
@@ -58,6 +62,30 @@ RESUME_MUTANTS = of(
     ("and run.ckpt_step is None\n", "\n"),
     ("step in (None, last_iteration(run.save))", "True"),
     ("if holder is not None and holder.token == token:", "if holder is not None:"),
+)
+
+SCHEDULES = of(
+    "training/schedules.py", ("tests/unit/test_schedules.py",),
+    ("consumed_samples <= warmup", "consumed_samples < warmup"),
+    ("start, style = decay - schedule.wsd_decay,", "start, style = warmup,"),
+    ("max(warmup, 1) / max(consumed_samples, 1)", "max(warmup, 8) / max(consumed_samples, 8)"),
+    ("return decay - line.samples(last - rates.lr_wsd_decay_iters)", "return line.samples(rates.lr_wsd_decay_iters)"),
+    ("return line.samples(rates.lr_warmup_iters)", "return rates.lr_warmup_iters * line.final"),
+    ("return (rates.lr_warmup_fraction or 0) * decay", "return round((rates.lr_warmup_fraction or 0) * decay)"),
+    ("state.consumed_samples + size > samples", "state.consumed_samples > samples"),
+    ("state.iteration >= until", "state.iteration > until"),
+    ("    line = timeline(batch, state)", "    line = timeline(batch)"),
+) + of(
+    "training/timeline.py", ("tests/unit/test_timeline.py",),
+    ("consumed_samples > samples:", "consumed_samples >= samples:"),
+    ("while consumed <= ramp_samples:", "while consumed < ramp_samples:"),
+    ("range(consumed, ramp_samples + 1, size)", "range(consumed, ramp_samples, size)"),
+    ("return iterations + samples // size", "return iterations"),
+    ("timeline(batch, state).iterations(run.train_samples)", "timeline(batch).iterations(run.train_samples)"),
+    ("if past.samples(state.iteration) == state.consumed_samples:", "if False:"),
+) + of(
+    "checkpoint/train_state.py", ("tests/unit/test_timeline.py",),
+    ("(*before, (updates + 1, size)) if size == last else", "(*before, (updates + 1, size)) if True else"),
 )
 
 BATCHES = of(
@@ -104,13 +132,9 @@ REFUSALS = of(
      "self.args.moe_ranks_per_node or self.world_size"),
 ) + of(
     "arguments/settings.py", ARGUMENTS,
-    ("until = schedules.iterations_for_samples(request.batch, args.moe_router_bias_update_samples)",
-     "until = args.moe_router_bias_update_samples"),
     ("(1e-3 if has_bias else 0.0) if rate is None else rate", "(1e-3 if has_bias else 0.0) if not rate else rate"),
     ("args.lr / 10 if v3 else 0.0", "args.lr / 10"),
-    ("round((args.lr_warmup_fraction or 0) * decay)", "round((args.lr_warmup_fraction or 0) * iterations)"),
-    ("return consumed + (iterations - done) * batch.global_batch_size",
-     "return consumed + (iterations - done - 1) * batch.global_batch_size"),
+    ("train_iters=timeline.last_iteration(run, request.batch)", "train_iters=run.train_iters"),
     ("max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps",
      "max_skipped_steps=RunSettings.max_skipped_steps"),
 )
@@ -170,5 +194,5 @@ KEPT_AND_FREED = of(
      "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),
 )
 
-AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *BATCHES, *SHOWN, *NORMS, *REFUSALS, *REFUSED_ELSEWHERE, *BLOCKS,
+AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *SCHEDULES, *BATCHES, *SHOWN, *NORMS, *REFUSALS, *REFUSED_ELSEWHERE, *BLOCKS,
           *KEPT_AND_FREED)

@@ -382,7 +382,7 @@ SAMPLES = of(
 ) + of(
     "training/loop.py", DATA,
     ('return self.trainer.meshes.rank("dp"), self.settings.layout.dp', "return 0, self.settings.layout.dp"),
-    ("state.consumed_samples + size,", "state.consumed_samples + batch.tokens_BS.shape[0],"),
+    ("batch.tokens_BS.shape[0] * settings.layout.dp", "batch.tokens_BS.shape[0]"),
 )
 
 MUTANTS = (

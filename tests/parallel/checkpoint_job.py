@@ -51,8 +51,8 @@ def train_and_save(case: Case, root: Path) -> dict[str, torch.Tensor]:
     trainer = build(case)
     for number in range(STEPS):
         step(trainer, case, number)
-    checkpoint.save(root, TrainState(STEPS, STEPS * case.global_batch_size, STEPS), case.model, trainer.stages,
-                    trainer.optimizer)
+    done = TrainState(STEPS, STEPS * case.global_batch_size, STEPS, ((STEPS, case.global_batch_size),))
+    checkpoint.save(root, done, case.model, trainer.stages, trainer.optimizer)
     return numbers(trainer)
 
 
@@ -61,7 +61,7 @@ def load_and_save(case: Case, load: Path, save: Path) -> dict[str, torch.Tensor]
     trainer = build(case)
     state = checkpoint.load(checkpoint_directory(load), trainer.stages, trainer.optimizer)
     assert asdict(state) == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
-                             "optimizer_steps": STEPS}
+                             "optimizer_steps": STEPS, "batches": ((STEPS, case.global_batch_size),)}
     checkpoint.save(save, state, case.model, trainer.stages, trainer.optimizer)
     return numbers(trainer)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.training import resume
+from megatron_deepseek.training import refusing as speaking
 from megatron_deepseek.training.decision import Start, share
-from megatron_deepseek.training.resume import refusing
+from megatron_deepseek.training.refusing import refusing
 from megatron_deepseek.training.save_lock import SaveLock
 
 
@@ -32,7 +32,7 @@ def share_a_directory(root: Path, same: bool) -> tuple[str, str]:
 
 def refused(failing: tuple[int, ...]) -> tuple[str, int]:
     """What this rank prints and its exit status, where ranks of `failing` meet an error."""
-    resume._FIRST_RANK_SECONDS, resume._SILENT_SECONDS = 0.5, 0.0
+    speaking._FIRST_RANK_SECONDS, speaking._SILENT_SECONDS = 0.5, 0.0
     status, printed = [], io.StringIO()
     real, os._exit = os._exit, status.append
     with contextlib.redirect_stderr(printed), refusing():

@@ -83,7 +83,7 @@ def test_damage_and_another_model_are_named_on_every_rank(ranks, tmp_path):
     for damage in ranks.run(2, load_damaged, SMALL, tmp_path):
         assert len(damage) == 1 and damage[0].startswith("__1_0.distcp has changed")
     state = json.loads((directory / "state.json").read_text())
-    assert state == {"iteration": 2, "consumed_samples": 12, "optimizer_steps": 2}
+    assert state == {"iteration": 2, "consumed_samples": 12, "optimizer_steps": 2, "batches": [[2, 6]]}
     with_biases = replace(SMALL, attention_bias=True)
     for message in ranks.run(2, load_into, with_biases, tmp_path, True):
         assert "lacks" in message and "tensors of this model, first model." in message and "bias" in message

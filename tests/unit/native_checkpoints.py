@@ -33,7 +33,8 @@ def write_native(root: Path, state: dict[str, torch.Tensor], config: ModelConfig
     dcp.save(state, checkpoint_id=directory, no_dist=True)
     (directory / "config.json").write_text(json.dumps(config.to_hf_dict()))
     (directory / "state.json").write_text(json.dumps(
-        {"iteration": iteration, "consumed_samples": 7 * iteration, "optimizer_steps": iteration}))
+        {"iteration": iteration, "consumed_samples": 7 * iteration, "optimizer_steps": iteration,
+         "batches": [[iteration, 7]]}))
     checksum_directory(directory)
     (root / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
     return root

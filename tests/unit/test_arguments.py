@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.refusals import REFUSALS
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.presets import TINY, V2_LITE, V3
+from megatron_deepseek.training.schedules import schedule_of
 
 ENTRY = Path(__file__).parents[2] / "pretrain_deepseek.py"
 BASE = "--model tiny --data-path corpus --train-iters 10 --seq-length 256"
@@ -22,132 +24,169 @@ PP2 = "--pipeline-model-parallel-size 2"
 
 # name of the entry in the table: (ranks, arguments, fragments of the message)
 REFUSED = {
-    "type of --exp-avg-dtype": (1, "--exp-avg-dtype fp8", ["--exp-avg-dtype fp8", "only fp32 and bf16"]),
-    "type of --exp-avg-sq-dtype": (1, "--exp-avg-sq-dtype fp16", ["--exp-avg-sq-dtype fp16", "only fp32 and bf16"]),
-    "--exp-avg-dtype and --adam-beta1": (1, "--exp-avg-dtype bf16 --adam-beta1 0.999",
+    "--exp-avg-dtype of an unsupported type": (1, "--exp-avg-dtype fp8", ["--exp-avg-dtype fp8", "only fp32 and bf16"]),
+    "--exp-avg-sq-dtype of an unsupported type":
+        (1, "--exp-avg-sq-dtype fp16", ["--exp-avg-sq-dtype fp16", "only fp32 and bf16"]),
+    "--exp-avg-dtype bf16 beside a large --adam-beta1": (1, "--exp-avg-dtype bf16 --adam-beta1 0.999",
                                          ["--exp-avg-dtype bf16", "--adam-beta1 0.999"]),
-    "--exp-avg-sq-dtype and --adam-beta2": (1, "--exp-avg-sq-dtype bf16 --adam-beta2 0.999",
+    "--exp-avg-sq-dtype bf16 beside a large --adam-beta2": (1, "--exp-avg-sq-dtype bf16 --adam-beta2 0.999",
                                             ["--exp-avg-sq-dtype bf16", "--adam-beta2 0.999"]),
-    "padded capacity": (1, "--moe-pad-expert-input-to-capacity", ["--moe-pad-expert-input-to-capacity"]),
-    "attention dropout": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
-    "hidden dropout": (1, "--hidden-dropout 0.1", ["--hidden-dropout 0.1"]),
-    "world size": (4, "--tensor-model-parallel-size 3", ["--tensor-model-parallel-size 3", "4 ranks"]),
-    "world size and cp": (4, "--context-parallel-size 3", ["--context-parallel-size 3", "4 ranks"]),
-    "cp and sequence": (2, "--context-parallel-size 2 --seq-length 250",
+    "padding to the capacity of experts":
+        (1, "--moe-pad-expert-input-to-capacity", ["--moe-pad-expert-input-to-capacity"]),
+    "dropout in attention": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
+    "dropout of hidden states": (1, "--hidden-dropout 0.1", ["--hidden-dropout 0.1"]),
+    "several ranks in one process": (1, "--tensor-model-parallel-size 2 --expert-model-parallel-size 4",
+                                     ["--tensor-model-parallel-size 2 --expert-model-parallel-size 4 needs 4 processes",
+                                      "tools/launch.py --nproc_per_node 4"]),
+    "ranks that the tensor and pipeline sizes do not divide":
+        (4, "--tensor-model-parallel-size 3", ["--tensor-model-parallel-size 3", "4 ranks"]),
+    "ranks of a stage that the tensor and context sizes do not divide":
+        (4, "--context-parallel-size 3", ["--context-parallel-size 3", "4 ranks"]),
+    "sequences that context ranks do not divide": (2, "--context-parallel-size 2 --seq-length 250",
                         ["--seq-length 250", "2 x --context-parallel-size 2"]),
-    "ep without experts": (2, "--expert-model-parallel-size 2 --num-experts 0",
+    "expert parallelism without experts": (2, "--expert-model-parallel-size 2 --num-experts 0",
                            ["--expert-model-parallel-size 2", "--num-experts 0"]),
     "forced balance without experts": (1, "--num-experts 0 --moe-router-force-load-balancing",
                                        ["--moe-router-force-load-balancing", "--num-experts 0"]),
-    "shared experts without experts": (1, "--num-experts 0 --moe-shared-expert-intermediate-size 256",
+    "shared experts without routed experts": (1, "--num-experts 0 --moe-shared-expert-intermediate-size 256",
                                        ["--moe-shared-expert-intermediate-size 256", "--num-experts 0"]),
-    "recompute experts": (1, "--num-experts 0 --recompute-granularity selective --recompute-modules moe_act",
+    "recomputation of experts without experts":
+        (1, "--num-experts 0 --recompute-granularity selective --recompute-modules moe_act",
                           ["--recompute-modules moe_act", "--num-experts 0"]),
-    "ep and ranks": (2, "--expert-model-parallel-size 4", ["--expert-model-parallel-size 4", "2 ranks"]),
-    "ep and experts": (8, "--expert-model-parallel-size 8 --num-experts 12",
+    "ranks of a stage that the expert size does not divide":
+        (2, "--expert-model-parallel-size 4", ["--expert-model-parallel-size 4", "2 ranks"]),
+    "experts that the expert size does not divide": (8, "--expert-model-parallel-size 8 --num-experts 12",
                        ["--expert-model-parallel-size 8", "--num-experts 12"]),
-    "etp without experts": (2, "--expert-tensor-parallel-size 2 --num-experts 0",
+    "slices of experts without experts": (2, "--expert-tensor-parallel-size 2 --num-experts 0",
                             ["--expert-tensor-parallel-size 2", "--num-experts 0"]),
-    "etp and ranks": (4, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 4",
+    "ranks of a stage that groups of expert slices do not divide":
+        (4, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 4",
                       ["--expert-model-parallel-size 2 x --expert-tensor-parallel-size 4", "4 ranks"]),
-    "etp and width": (4, "--expert-tensor-parallel-size 4 --moe-ffn-hidden-size 66",
+    "width of experts that slices do not divide": (4, "--expert-tensor-parallel-size 4 --moe-ffn-hidden-size 66",
                       ["--expert-tensor-parallel-size 4", "--moe-ffn-hidden-size 66"]),
-    "capacity without experts": (1, "--moe-expert-capacity-factor 1.5 --num-experts 0",
+    "capacity of experts without experts": (1, "--moe-expert-capacity-factor 1.5 --num-experts 0",
                                  ["--moe-expert-capacity-factor 1.5", "--num-experts 0"]),
-    "drop policy without capacity": (1, "--moe-token-drop-policy position",
+    "drop policy without a capacity": (1, "--moe-token-drop-policy position",
                                      ["--moe-token-drop-policy position", "--moe-expert-capacity-factor"]),
-    "pairs of what": (2, f"{PP2} --overlap-moe-expert-parallel-comm --global-batch-size 8",
+    "overlapped dispatch without DualPipeV":
+        (2, f"{PP2} --overlap-moe-expert-parallel-comm --global-batch-size 8",
                       ["--overlap-moe-expert-parallel-comm", "--pipeline-schedule DualPipeV", "1F1B"]),
-    "pairs without exchange": (2, f"{PP2} --pipeline-schedule DualPipeV --overlap-moe-expert-parallel-comm "
+    "overlapped dispatch without an all-to-all":
+        (2, f"{PP2} --pipeline-schedule DualPipeV --overlap-moe-expert-parallel-comm "
                                "--global-batch-size 8", ["--overlap-moe-expert-parallel-comm",
                                                          "--expert-model-parallel-size 1"]),
-    "overlap of what": (1, "--moe-shared-expert-overlap --moe-shared-expert-intermediate-size 0",
+    "overlap of shared experts without shared experts":
+        (1, "--moe-shared-expert-overlap --moe-shared-expert-intermediate-size 0",
                         ["--moe-shared-expert-overlap", "--moe-shared-expert-intermediate-size 0"]),
-    "grouped and nodes": (4, "--expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
+    "dispatch by nodes that do not divide expert groups":
+        (4, "--expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
                           "--moe-ranks-per-node 3", ["--moe-ranks-per-node 3", "--expert-model-parallel-size 4"]),
-    "tp and heads": (3, "--tensor-model-parallel-size 3",
+    "attention heads that the tensor size does not divide": (3, "--tensor-model-parallel-size 3",
                      ["--tensor-model-parallel-size 3", "--num-attention-heads 4"]),
-    "tp and vocabulary": (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
+    "vocabulary that the tensor size does not divide": (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
                           ["--tensor-model-parallel-size 2", "--vocab-size 8191"]),
-    "tp and dense width": (2, "--tensor-model-parallel-size 2 --ffn-hidden-size 511",
+    "width of the dense layers that the tensor size does not divide":
+        (2, "--tensor-model-parallel-size 2 --ffn-hidden-size 511",
                            ["--tensor-model-parallel-size 2", "--ffn-hidden-size 511"]),
-    "tp and shared width": (2, "--tensor-model-parallel-size 2 --moe-ffn-hidden-size 129",
+    "width of shared experts that the tensor size does not divide":
+        (2, "--tensor-model-parallel-size 2 --moe-ffn-hidden-size 129",
                             ["--tensor-model-parallel-size 2", "--moe-shared-expert-intermediate-size 129"]),
-    "tp and sequence": (2, "--tensor-model-parallel-size 2 --seq-length 255",
+    "sequences that tensor ranks do not divide": (2, "--tensor-model-parallel-size 2 --seq-length 255",
                         ["--tensor-model-parallel-size 2", "--seq-length 255"]),
-    "sequence too long": (1, "--seq-length 4097", ["--seq-length 4097", "--max-position-embeddings 4096"]),
-    "uneven batch": (4, "--rampup-batch-size 8 6 100 --global-batch-size 32",
+    "sequences longer than the model's positions":
+        (1, "--seq-length 4097", ["--seq-length 4097", "--max-position-embeddings 4096"]),
+    "batch that data ranks do not divide": (4, "--rampup-batch-size 8 6 100 --global-batch-size 32",
                      ["--global-batch-size 14 (of --rampup-batch-size 8 6 100)", "--micro-batch-size 1 x 4"]),
-    "virtual layers divide": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4",
+    "layers that stages of equal size do not divide": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4",
                               ["--num-layers-per-virtual-pipeline-stage 4", "--num-layers 4"]),
-    "layout and ranks": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
+    "stages of a layout that pipeline ranks do not divide": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
                          ["--pipeline-model-parallel-layout 'Ett|t|tmL' has 3 stages",
                           "--pipeline-model-parallel-size 2"]),
-    "ends of one rank": (1, "--decoder-first-pipeline-num-layers 3",
+    "layers of the ends with one pipeline rank": (1, "--decoder-first-pipeline-num-layers 3",
                          ["--decoder-first-pipeline-num-layers 3", "--pipeline-model-parallel-size 1"]),
-    "ends and stages": (2, f"{PP2} --decoder-last-pipeline-num-layers 3 --pipeline-model-parallel-layout Ett|ttmL",
+    "layers of the ends beside those of every stage":
+        (2, f"{PP2} --decoder-last-pipeline-num-layers 3 --pipeline-model-parallel-layout Ett|ttmL",
                         ["--decoder-last-pipeline-num-layers 3", "--pipeline-model-parallel-layout"]),
-    "ends divide": (4, "--pipeline-model-parallel-size 4 --num-layers 8 --decoder-first-pipeline-num-layers 3",
+    "layers that the ranks between the ends do not divide":
+        (4, "--pipeline-model-parallel-size 4 --num-layers 8 --decoder-first-pipeline-num-layers 3",
                     ["--decoder-first-pipeline-num-layers 3 of --num-layers 8", "--pipeline-model-parallel-size 4"]),
-    "one rank": (1, "--num-virtual-stages-per-pipeline-rank 2", ["--pipeline-model-parallel-size 1", "2"]),
-    "schedule and stages": (2, f"{PP2} --pipeline-schedule DualPipeV --pipeline-model-parallel-layout Ett|ttmL",
+    "several stages on one pipeline rank":
+        (1, "--num-virtual-stages-per-pipeline-rank 2", ["--pipeline-model-parallel-size 1", "2"]),
+    "schedule with a wrong number of stages on a rank":
+        (2, f"{PP2} --pipeline-schedule DualPipeV --pipeline-model-parallel-layout Ett|ttmL",
                             ["--pipeline-schedule DualPipeV", "1 stages on a rank"]),
     "more stages than layers": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 3", ["--num-layers 4", "6 stages"]),
-    "layout and model": (2, f"{PP2} --pipeline-model-parallel-layout Ett|tmL",
+    "layout that is not the model's": (2, f"{PP2} --pipeline-model-parallel-layout Ett|tmL",
                          ["--pipeline-model-parallel-layout 'Ett|tmL'", "3 t", "--num-layers is 4"]),
-    "schedule and micro-batches": (2, f"{PP2} --global-batch-size 3 --pipeline-schedule DualPipeV",
+    "schedule with a wrong number of micro-batches": (2, f"{PP2} --global-batch-size 3 --pipeline-schedule DualPipeV",
                                    ["--pipeline-schedule DualPipeV", "3 micro-batches", "--global-batch-size 3",
                                     "4 stages"]),
-    "bias without method": (1, "--model deepseek-v2-lite --moe-router-bias-update-rate 0.001",
+    "speed of the router's bias without a bias": (1, "--model deepseek-v2-lite --moe-router-bias-update-rate 0.001",
                             ["--moe-router-bias-update-rate 0.001", "greedy"]),
-    "balance without experts": (1, "--num-experts 0 --moe-aux-loss-coeff 0.1",
+    "balance loss without experts": (1, "--num-experts 0 --moe-aux-loss-coeff 0.1",
                                 ["--moe-aux-loss-coeff 0.1", "--num-experts 0"]),
-    "balance switched off": (1, "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
+    "weight of a balance loss that is switched off":
+        (1, "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
                              ["--moe-aux-loss-coeff 0.1", "--moe-router-load-balancing-type none"]),
-    "device balance": (1, "--model deepseek-v2-lite --moe-device-aux-loss-coeff 0.1",
+    "balance over devices without groups of experts": (1, "--model deepseek-v2-lite --moe-device-aux-loss-coeff 0.1",
                        ["--moe-device-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
-    "communication balance": (1, "--model deepseek-v2-lite --moe-communication-aux-loss-coeff 0.1",
+    "balance of communication without groups of experts":
+        (1, "--model deepseek-v2-lite --moe-communication-aux-loss-coeff 0.1",
                               ["--moe-communication-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
-    "fp8 recipe of what": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "--fp8-format"]),
-    "fp8 gather of what": (1, "--fp8-param-gather", ["--fp8-param-gather", "--fp8-format e4m3"]),
-    "fp8 format": (1, "--fp8-format hybrid", ["--fp8-format hybrid", "e4m3"]),
-    "fp8 recipe": (1, "--fp8-format e4m3 --fp8-recipe mxfp8", ["--fp8-recipe mxfp8", "blockwise"]),
-    "recompute modules": (1, "--recompute-granularity full --recompute-modules moe_act",
+    "FP8 recipe without FP8": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "--fp8-format"]),
+    "FP8 weights gathered without FP8": (1, "--fp8-param-gather", ["--fp8-param-gather", "--fp8-format e4m3"]),
+    "FP8 format other than e4m3": (1, "--fp8-format hybrid", ["--fp8-format hybrid", "e4m3"]),
+    "FP8 recipe other than blockwise": (1, "--fp8-format e4m3 --fp8-recipe mxfp8", ["--fp8-recipe mxfp8", "blockwise"]),
+    "modules to recompute without selective recomputation":
+        (1, "--recompute-granularity full --recompute-modules moe_act",
                           ["--recompute-modules", "moe_act", "selective"]),
-    "recompute method": (1, "--recompute-granularity selective --recompute-method uniform",
+    "method of recomputation without full recomputation":
+        (1, "--recompute-granularity selective --recompute-method uniform",
                          ["--recompute-method uniform", "selective"]),
-    "recompute layers": (1, "--recompute-granularity full --recompute-num-layers 2", ["--recompute-num-layers 2"]),
-    "data paths": (1, "--data-args-path corpus.txt", ["--data-path corpus", "--data-args-path corpus.txt conflict"]),
-    "nothing to evaluate": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
-    "evaluation of what": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
-    "positions of documents": (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
-    "save interval": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
-    "export of what": (1, "--save-hf out", ["--save-hf out", "--save"]),
-    "save every seconds": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
-    "keep last": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
-    "async save": (1, "--async-save", ["--async-save", "--save"]),
-    "no save optim": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
-    "step of what": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
-    "skips": (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
-    "finetune what": (1, "--finetune", ["--finetune", "--load"]),
-    "finetune where": (1, "--finetune --load runs/a --save runs/../runs/a", ["--finetune of --load runs/a", "--save"]),
-    "overwrite": (1, "--overwrite", ["--overwrite needs --save"]),
-    "overwrite what is loaded": (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
-    "no optimizer of what": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
-    "profile": (1, "--profile --profile-step-start 5 --profile-step-end 5",
+    "several layers recomputed as one":
+        (1, "--recompute-granularity full --recompute-num-layers 2", ["--recompute-num-layers 2"]),
+    "data given not at all, twice or unreadably":
+        (1, "--data-args-path corpus.txt", ["--data-path corpus", "--data-args-path corpus.txt conflict"]),
+    "evaluation without validation data": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
+    "interval of evaluations without evaluations": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
+    "positions by document without attention by document":
+        (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
+    "--save-interval without --save": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
+    "export without --save": (1, "--save-hf out", ["--save-hf out", "--save"]),
+    "--save-every-seconds without --save": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
+    "--keep-last without --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
+    "--async-save without --save": (1, "--async-save", ["--async-save", "--save"]),
+    "--no-save-optim without --save": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
+    "--ckpt-step without --load": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
+    "limit of skipped steps without skipping":
+        (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
+    "--finetune without --load": (1, "--finetune", ["--finetune", "--load"]),
+    "--finetune that --save comes from":
+        (1, "--finetune --load runs/a --save runs/../runs/a", ["--finetune of --load runs/a", "--save"]),
+    "--overwrite without --save": (1, "--overwrite", ["--overwrite needs --save"]),
+    "--overwrite of the directory that is loaded": (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
+    "--no-load-optim without --load": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
+    "--init-mtp without --load": (1, "--init-mtp", ["--init-mtp needs --load"]),
+    "--init-mtp without MTP modules":
+        (1, "--init-mtp --load /nowhere --mtp-num-layers 0", ["--init-mtp", "--mtp-num-layers is 0"]),
+    "profile that ends before it begins": (1, "--profile --profile-step-start 5 --profile-step-end 5",
                 ["--profile-step-start 5", "--profile-step-end 5"]),
 }
 # Further reasons of entries that have several: (ranks, arguments, name of the entry)
 OTHER_REASONS = [
-    (4, "--pipeline-model-parallel-size 3", "world size"),
-    (4, "--tensor-model-parallel-size 2 --context-parallel-size 4", "world size and cp"),
-    (8, "--tensor-model-parallel-size 4 --context-parallel-size 2 --seq-length 252", "tp and sequence"),
-    (2, "--tensor-model-parallel-size 2 --sequence-parallel --num-experts 0 --seq-length 255", "tp and sequence"),
-    (4, "--rampup-batch-size 6 6 100 --global-batch-size 12", "uneven batch"),
-    (4, "--global-batch-size 14", "uneven batch"),
+    (4, "--pipeline-model-parallel-size 3", "ranks that the tensor and pipeline sizes do not divide"),
+    (4, "--tensor-model-parallel-size 2 --context-parallel-size 4",
+     "ranks of a stage that the tensor and context sizes do not divide"),
+    (8, "--tensor-model-parallel-size 4 --context-parallel-size 2 --seq-length 252",
+     "sequences that tensor ranks do not divide"),
+    (2, "--tensor-model-parallel-size 2 --sequence-parallel --num-experts 0 --seq-length 255",
+     "sequences that tensor ranks do not divide"),
+    (4, "--rampup-batch-size 6 6 100 --global-batch-size 12", "batch that data ranks do not divide"),
+    (4, "--global-batch-size 14", "batch that data ranks do not divide"),
     (2, f"{PP2} --pipeline-schedule DualPipeV --rampup-batch-size 2 2 100 --global-batch-size 4",
-     "schedule and micro-batches"),
-    (1, "--overlap-moe-expert-parallel-comm --pipeline-schedule DualPipeV", "pairs of what"),
+     "schedule with a wrong number of micro-batches"),
+    (1, "--overlap-moe-expert-parallel-comm --pipeline-schedule DualPipeV",
+     "overlapped dispatch without DualPipeV"),
 ]
 # Refused by the parser, by the architecture or by the checks of settings: (whole command line, fragments)
 REFUSED_ELSEWHERE = [
@@ -176,8 +215,8 @@ REFUSED_ELSEWHERE = [
     (f"{BASE} --moe-layer-freq __import__('os')[0]", ["--moe-layer-freq"]),
     (f"{BASE} --beta-fast 16", ["--beta-fast 16", "--rotary-scaling-factor"]),
     (f"{BASE} --min-lr 1", ["--min-lr 1.0", "--lr 0.00022"]),
-    (f"{BASE} --lr-warmup-iters 10", ["--lr-decay-iters 10", "--lr-warmup-iters 10"]),
-    (f"{BASE} --lr-decay-style WSD", ["--lr-wsd-decay-iters 0"]),
+    (f"{BASE} --lr-warmup-iters 10", ["--lr-warmup-iters 10 (10 samples)", "--train-iters 10 (10 samples)"]),
+    (f"{BASE} --lr-decay-style WSD", ["--lr-wsd-decay-iters or --lr-wsd-decay-samples"]),
     (f"{BASE} --rampup-batch-size 8 3 100 --global-batch-size 16", ["--rampup-batch-size 8", "16", "3"]),
     (f"{BASE} --num-virtual-stages-per-pipeline-rank 2 --pipeline-model-parallel-layout EttttmL",
      ["--pipeline-model-parallel-layout", "--num-virtual-stages-per-pipeline-rank"]),
@@ -218,7 +257,13 @@ def first_refusal(ranks: int, arguments: str) -> str | None:
 
 def test_every_refusal_is_tested():
     untested = {refusal.name for refusal in REFUSALS} - set(REFUSED)
-    assert untested == {"too few samples", "balance without weight"}  # below: they need another command line
+    assert untested == {"fewer samples than one batch", "balance loss without a weight"}  # below, by other commands
+
+
+def test_names_of_refusals_say_what_is_refused():
+    """docs/compatibility.md and --explain-layout show them to users: phrases, no riddles and no axes of a mesh."""
+    for name in (refusal.name for refusal in REFUSALS):
+        assert len(name.split()) > 1 and not re.search(r"\bwhat\b|\b(tp|pp|ep|etp|cp|dp)\b", name), name
 
 
 def test_what_just_fits_is_accepted():
@@ -327,25 +372,27 @@ def test_one_stage_runs_under_any_schedule():
 
 
 def test_samples_become_iterations():
-    """Ramp 2, 4 over 8 samples, then 6: sizes 2 2 4 (8 consumed), 6 6 ... and a rest of 1 is left out."""
+    """Ramp 2, 4 over 8 samples, then 6: sizes 2 2 4 (8 consumed), 6 6 ... and a rest of 1 is left out. Lengths of the
+    learning rate and of the bias stay samples.
+    """
     text = "--model tiny --data-path a --seq-length 64 --train-samples 21 --global-batch-size 6"
-    result = parse(f"{text} --rampup-batch-size 2 2 8 --lr-warmup-samples 7 --lr-decay-samples 18".split(), 1)
-    assert result.run.train_iters == 5
-    assert (result.learning_rate.lr_warmup_iters, result.learning_rate.lr_decay_iters) == (2, 3)
+    result = parse(f"{text} --rampup-batch-size 2 2 8 --lr-warmup-samples 7 --lr-decay-samples 18 "
+                   "--moe-router-bias-update-samples 7".split(), 1)
+    assert (result.run.train_iters, result.run.train_samples) == (5, 21)
+    assert (result.learning_rate.lr_warmup_samples, result.learning_rate.lr_decay_samples) == (7, 18)
+    assert (result.loss.moe_router_bias_update_until, result.loss.moe_router_bias_update_samples) == (None, 7)
 
 
 def test_learning_rate_lengths_follow_the_run():
-    rate = settings("--lr-warmup-fraction 0.3 --lr-decay-style deepseek-v3 --lr 2.2e-4").learning_rate
-    assert (rate.lr_decay_iters, rate.lr_warmup_iters) == (10, 3)
-    assert rate.min_lr == pytest.approx(2.2e-5) and rate.lr_final == pytest.approx(7.3e-6)
+    result = settings("--lr-warmup-fraction 0.25 --lr-decay-style deepseek-v3 --lr 2.2e-4 --global-batch-size 3")
+    schedule = schedule_of(result.learning_rate, result.run, result.batch)
+    assert (schedule.decay, schedule.warmup) == (30, 7.5)
+    assert schedule.rates.min_lr == pytest.approx(2.2e-5) and schedule.rates.lr_final == pytest.approx(7.3e-6)
 
 
-def test_lengths_under_a_ramp_count_batches_of_the_final_size():
-    """Batches of 2, 2, 4 and seven of 6 are 50 samples, 9 batches of 6, of which 0.5 is 4; 7 samples are 2 updates."""
-    result = settings("--rampup-batch-size 2 2 8 --global-batch-size 6 --lr-warmup-fraction 0.5 --min-lr 0 "
-                      "--moe-router-bias-update-samples 7")
-    assert (result.learning_rate.lr_decay_iters, result.learning_rate.lr_warmup_iters) == (9, 4)
-    assert result.loss.moe_router_bias_update_until == 2
+def test_learning_rate_of_nothing():
+    assert settings("--lr 0").learning_rate.lr == 0.0
+    assert settings("--lr 0 --lr-decay-style deepseek-v3").learning_rate.lr_final == 0.0
 
 
 def test_what_is_given_counts_and_zero_is_given():

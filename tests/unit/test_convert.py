@@ -22,6 +22,7 @@ from megatron_deepseek.checkpoint.assets import read_assets, write_config
 from megatron_deepseek.checkpoint.blocks import row_ranges
 from megatron_deepseek.checkpoint.distributed import model_state
 from megatron_deepseek.checkpoint.integrity import verify_directory
+from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.names import hf_shapes, mtp_copies, native_places
 from megatron_deepseek.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.build import Precision, build_stages
@@ -239,6 +240,27 @@ def test_announced_mtp_that_no_file_holds_is_never_announced_again(tmp_path, key
         written = json.loads((tmp_path / back / "config.json").read_text())
         assert written == fields | {key: 0}, back
         assert_identical(all_tensors(tmp_path / back), main_only)
+
+
+@pytest.mark.parametrize("there, here, said", [
+    (0, 1, "it holds no Multi-Token Prediction module, the model has 1: --mtp-num-layers 0 goes on with what there is, "
+           "--init-mtp begins 1 new"),
+    (1, 2, "it holds 1 Multi-Token Prediction module, the model has 2: --mtp-num-layers 1 goes on with what there is, "
+           "--init-mtp begins 1 new"),
+    (1, 0, "it holds 1 Multi-Token Prediction module, the model has 0: --mtp-num-layers 1 keeps what there is, "
+           "tools/convert_checkpoint.py --no-mtp makes a copy without")])
+def test_another_number_of_mtp_modules_names_the_ways(tmp_path, there, here, said):
+    """The config.json of the files announces one in each case, whatever they hold."""
+    load = v3_directory(tmp_path / "hf", num_nextn_predict_layers=there)
+    (load / "config.json").write_text(json.dumps(V3_WIDE.to_hf_dict()))
+    model = replace(V3_WIDE, num_nextn_predict_layers=here)
+    with pytest.raises(ValueError) as caught:
+        check_checkpoint(load, model)
+    assert str(caught.value) == f"--load {load}: {said}"
+    if there < here:
+        assert check_checkpoint(load, model, init_mtp=True) == load
+    with pytest.raises(ValueError, match="of another architecture: hidden_size 136 there, 144 here$"):
+        check_checkpoint(load, replace(model, hidden_size=144))
 
 
 def test_a_part_of_an_announced_module_is_an_error(tmp_path, capsys):

@@ -18,8 +18,7 @@ from megatron_deepseek.training.decision import Start
 from megatron_deepseek.training.loop import Run, make_plan
 from megatron_deepseek.training.recorded import Job
 from megatron_deepseek.training.report import Report
-from megatron_deepseek.training.resume import num_samples
-from megatron_deepseek.training.schedules import learning_rate
+from megatron_deepseek.training.resume import go_on, num_samples
 from megatron_deepseek.training.trainer import Losses, StepResult
 
 RAMP = "--rampup-batch-size 2 2 8 --global-batch-size 6"  # batches of 2, 2, 4 and then 6
@@ -99,14 +98,14 @@ def test_each_step_has_its_samples_and_its_rates(meshes, corpus):
     """Under a ramp the learning rate goes by samples; the bias stops moving after the updates that were asked for."""
     settings = settings_of(corpus, "--moe-router-bias-update-until 3 --lr-warmup-iters 1")
     ended, trainer, told = run(settings, meshes)
-    assert ended.state == TrainState(5, 20, 5)
+    assert ended.state == TrainState(5, 20, 5, ((2, 2), (1, 4), (2, 6)))
     for step, (given, metrics) in enumerate(zip(trainer.steps, told.steps, strict=True)):
         read = range(CONSUMED[step], CONSUMED[step + 1])
         for argument, name in (("tokens_BS", "tokens"), ("labels_BS", "labels"), ("mask_BS", "loss_mask")):
             assert torch.equal(given[argument], samples(settings, 0, read, name))
         assert given["documents_BS"] is given["sources_BK"] is given["real_BS"] is None
-        rate = learning_rate(settings.learning_rate, CONSUMED[step] / 6)
-        assert given["learning_rate"] == metrics.learning_rate == rate
+        rate = 1e-2 * (CONSUMED[step] / 2 if step < 2 else 1 - (CONSUMED[step] - 2) / 18)
+        assert given["learning_rate"] == metrics.learning_rate == pytest.approx(rate, rel=1e-14)
         assert given["bias_rate"] == (1e-3 if step < 3 else 0.0)
         assert (metrics.iteration, metrics.tokens) == (step + 1, SIZES[step] * SEQ)
         assert (metrics.lm_loss, metrics.mtp_loss) == (step + 1.0, (10.0 * (step + 1),))
@@ -121,13 +120,48 @@ def test_a_resumed_run_goes_on_where_it_was(meshes, corpus):
     settings = settings_of(corpus, "--nan-policy skip")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_deepseek.training.loop.find_origin", lambda *args: "somewhere")
-        ended, trainer, told = run(settings, meshes, TrainState(2, 4, 1), skipped=(2,))
-    assert ended.state == TrainState(5, 20, 3)
+        ended, trainer, told = run(settings, meshes, TrainState(2, 4, 1, ((2, 2),)), skipped=(2,))
+    assert ended.state == TrainState(5, 20, 3, ((2, 2), (1, 4), (2, 6)))
     assert [len(given["tokens_BS"]) for given in trainer.steps] == SIZES[2:]
     assert torch.equal(trainer.steps[0]["tokens_BS"], samples(settings, 0, range(4, 8)))
     assert [metrics.iteration for metrics in told.steps] == [3, 4, 5]
     assert [metrics.skipped for metrics in told.steps] == [None, True, None]
     assert any(message.startswith("iteration 4: ") and "somewhere" in message for message in told.messages)
+
+
+@pytest.mark.parametrize("size, sizes", [(8, [8, 8, 8]), (2, [2] * 12), (5, [5] * 4)])
+def test_a_run_in_samples_resumed_with_other_batches(meshes, corpus, size, sizes):
+    """24 of 48 samples are done, at batch 4: the rest is taken in whole batches, read on from where it was, of data of
+    just that length; the rate falls to nothing at 48; the bias stops after 40; the end is validated.
+    """
+    done = TrainState(6, 24, 6, ((6, 4),))
+    told = parse(f"--model tiny --data-path {corpus} --tokenizer-type NullTokenizer --tokenizer-model {EOD} "
+                 f"--seq-length {SEQ} --train-samples 48 --global-batch-size {size} --lr 1e-2 --lr-decay-style linear "
+                 "--moe-router-bias-update-samples 40 --split 50,50,0 --eval-iters 1".split(), 1)
+    settings, state = go_on(told, done)
+    assert (settings.run.train_iters, state) == (6 + len(sizes), done)
+    assert num_samples(settings, state) == (24 + sum(sizes), size, 0)
+    ended, trainer, heard = run(settings, meshes, state)
+    assert [len(given["tokens_BS"]) for given in trainer.steps] == sizes
+    consumed = [24 + size * step for step in range(len(sizes))]
+    assert torch.equal(trainer.steps[0]["tokens_BS"], samples(settings, 0, range(24, 24 + size)))
+    rates = [given["learning_rate"] for given in trainer.steps]
+    assert rates == pytest.approx([1e-2 * (1 - before / 48) for before in consumed], rel=1e-14)
+    assert [bool(given["bias_rate"]) for given in trainer.steps] == [before + size <= 40 for before in consumed]
+    assert [iteration for iteration, *_ in heard.validations] == [6 + len(sizes)]
+    assert (ended.state.iteration, ended.state.consumed_samples) == (6 + len(sizes), 24 + sum(sizes))
+
+
+def test_a_run_in_iterations_resumed_with_other_batches_has_its_iterations(meshes, corpus):
+    """3 of 5 iterations were of 8, the last two are of 6: 36 samples, though 5 of 6 are 30. One past its end has none,
+    and its data are those that it read.
+    """
+    settings, state = go_on(settings_of(corpus), TrainState(3, 24, 3))
+    assert (settings.run.train_iters, state.batches) == (5, ((3, 8),))
+    assert num_samples(settings, state)[0] == 36
+    assert run(settings, meshes, state)[0].state == TrainState(5, 36, 5, ((3, 8), (2, 6)))
+    settings, state = go_on(settings_of(corpus), TrainState(9, 24, 9))
+    assert num_samples(settings, state)[0] == 24 and not run(settings, meshes, state)[1].steps
 
 
 def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
@@ -140,7 +174,7 @@ def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
     for number, given in enumerate(trainer.evaluations):
         first = number % 3 * 6
         assert torch.equal(given["tokens_BS"], samples(settings, 1, range(first, first + 6)))
-    assert [what[0] for what in run(settings, meshes, TrainState(2, 4, 2))[2].validations] == [4, 5]
+    assert [what[0] for what in run(settings, meshes, TrainState(2, 4, 2, ((2, 2),)))[2].validations] == [4, 5]
     assert not run(settings_of(corpus), meshes)[2].validations
 
 

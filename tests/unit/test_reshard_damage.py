@@ -98,6 +98,8 @@ def test_verify_without_checksums_says_so(copy, capsys):
     ("state.json", lambda path: write_state(path, consumed_samples=-4), '"consumed_samples" is -4, less than 0'),
     ("state.json", lambda path: write_state(path, rng=5), 'has "rng", which is not one of iteration, consumed'),
     ("state.json", lambda path: write_state(path, optimizer_steps=101), "more than the 100 of iteration"),
+    ("state.json", lambda path: write_state(path, batches=[[100, 0]]), "not pairs of updates and sequences"),
+    ("state.json", lambda path: write_state(path, batches=[[99, 2], [2, 1]]), "come to 101 updates and 200 samples"),
     ("state.json", lambda path: path.write_text("[" * 100_000), "nested more than 128 deep"),
     ("layout.json", lambda path: path.write_text('{"seq_length": "long"}'), '"seq_length" is "long", not an integer'),
 ])
