@@ -16,6 +16,7 @@ from megatron_deepseek.parallel.layout_string import Stage, to_string
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.planning.states import describe_states
 
 _MOST_RANKS = 64  # rows of the mesh that are printed
 
@@ -69,7 +70,7 @@ def explain_layout(argv: Sequence[str]) -> None:
     if ranks is None:
         return
     settings = parse_or_exit(argv, {"WORLD_SIZE": str(ranks)})
-    print("\n".join([*explain(settings), "", *goes_with_what(settings)]))
+    print("\n".join([*explain(settings), describe_states(settings), "", *goes_with_what(settings)]))
     raise SystemExit(0)
 
 

@@ -62,8 +62,13 @@ def carry(assets: Assets, directory: Path) -> None:
         shutil.copyfile(path, directory / path.name)
 
 
-def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: dict[torch.dtype, int]) -> None:
-    """config.json of an export whose tensors have `dtypes`, bytes of each."""
+def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: dict[torch.dtype, int],
+                 new_scales: bool = False) -> None:
+    """config.json of an export whose tensors have `dtypes`, bytes of each.
+
+    With `new_scales`, FP8 weights were quantised here, by scales of any value: V3.1's `scale_fmt` "ue8m0", powers of
+    two, which servers rely on, holds for the released scales alone.
+    """
     quantized = torch.float8_e4m3fn in dtypes
     widest = max((dtype for dtype in dtypes if dtype != torch.float8_e4m3fn), key=dtypes.get)
     given = fields_of(config, assets)
@@ -73,6 +78,9 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
         given.pop("quantization_config", None)
     elif not given.get("quantization_config"):
         given["quantization_config"] = block_fp8.QUANTIZATION_CONFIG
+    elif new_scales:
+        given["quantization_config"] = {key: value for key, value in given["quantization_config"].items()
+                                        if key != "scale_fmt"}
     _write_json(directory / "config.json", given)
 
 

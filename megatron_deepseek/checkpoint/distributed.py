@@ -12,10 +12,11 @@ Tensors are saved by global shape and offset, under Hugging Face's parameter nam
 the layout that wrote them.
 """
 
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
+from megatron_deepseek.checkpoint.dcp_files import DcpDirectory, open_dcp
 from megatron_deepseek.checkpoint.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checksums, verify_files
@@ -35,6 +37,7 @@ from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 
+T = TypeVar("T")
 
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
@@ -111,8 +114,7 @@ def has_optimizer(directory: Path) -> bool:
     """Whether a checkpoint has the optimizer's state. Released weights, and what is converted from them, have none."""
     if is_huggingface(directory):
         return False
-    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    return any(name.startswith("optimizer.") for name in saved)
+    return any(name.startswith("optimizer.") for name in DcpDirectory(directory).shapes)
 
 
 def verify(directory: Path) -> list[Damage] | None:
@@ -150,10 +152,11 @@ def converted_moments(directory: Path, optimizer: torch.optim.Optimizer) -> list
 
     Loading widens exactly and narrows by rounding to nearest, ties to even.
     """
-    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    own = next(iter(optimizer.state.values()))
-    dtypes = {moment: {entry.properties.dtype for name, entry in saved.items()
-                       if name.startswith(f"optimizer.{moment}.")} for moment in MOMENTS}
+    saved, own = DcpDirectory(directory).dtypes, next(iter(optimizer.state.values()), None)
+    if own is None:  # the stages of this rank are empty
+        return []
+    dtypes = {moment: {dtype for name, dtype in saved.items() if name.startswith(f"optimizer.{moment}.")}
+              for moment in MOMENTS}
     return [f"{moment} was saved in {_names(dtypes[moment])} and is kept in {_names({own[moment].dtype})} from here on"
             for moment in MOMENTS if dtypes[moment] - {own[moment].dtype}]
 
@@ -170,17 +173,16 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     parameters that the checkpoint lacks; they keep the weights that they have, and there must be no optimizer.
 
     Raises ValueError if a tensor is missing, unknown or of another shape: nothing is loaded or dropped in silence.
+    What any rank raises, all raise.
     """
     assert not new or optimizer is None
     beginnings = tuple(f"model.{beginning}" for beginning in new)
     state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
              if not name.startswith(beginnings)}
-    released = is_huggingface(directory)
-    reader = HuggingFaceReader(open_huggingface(directory)) if released else CheckpointReader(directory)
+    reader, train_state = _together(lambda: _open(directory))
     _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
     _load(state, reader)
     fill_copies(stages, optimizer)
-    train_state = TrainState() if released else read_state(directory)
     if optimizer is not None:
         for stage in stages:
             for parameter in stage.parameters():
@@ -191,8 +193,34 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
     """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
-    _load(model_state(stages), CheckpointReader(directory))
+    released = is_huggingface(directory)
+    _load(model_state(stages), HuggingFaceReader(open_huggingface(directory, without_mtp=True)) if released
+          else CheckpointReader(open_dcp(directory)))
     fill_copies(stages, None)
+
+
+def _open(directory: Path) -> tuple[dcp.StorageReader, TrainState]:
+    if is_huggingface(directory):
+        return HuggingFaceReader(open_huggingface(directory)), TrainState()
+    return CheckpointReader(open_dcp(directory)), read_state(directory)
+
+
+def _together(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank. Where it raises ValueError or OSError on any rank, all raise the lowest's, so
+    that none waits for one that has left; what one rank alone has seen says whose it is.
+    """
+    found, error = None, None
+    try:
+        found = work()
+    except (ValueError, OSError) as caught:
+        error = f"{caught}"
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (error, socket.gethostname()))
+    failed = [(rank, *each) for rank, each in enumerate(everyone) if each[0] is not None]
+    if not failed:
+        return found
+    rank, message, host = failed[0]
+    raise ValueError(message if len(failed) == len(everyone) else f"{message} (as rank {rank} on {host} sees it)")
 
 
 def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
@@ -206,12 +234,13 @@ def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, 
                    ignore_optimizer: bool) -> None:
     """ValueError on every rank if on any rank a tensor of `state` is not in the checkpoint as it should be."""
     saved = reader.read_metadata().state_dict_metadata
+    others = reader.stored.others if isinstance(reader, CheckpointReader) else frozenset()
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (list(state), _mismatch(directory, saved, state)))
     for _, mismatch in everyone:
         if mismatch is not None:
             raise ValueError(mismatch)
-    unknown = sorted(set(saved) - {name for names, _ in everyone for name in names})
+    unknown = sorted((set(saved) | others) - {name for names, _ in everyone for name in names})
     if ignore_optimizer:
         unknown = [name for name in unknown if not name.startswith("optimizer.")]
     if unknown:

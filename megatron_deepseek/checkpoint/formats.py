@@ -91,6 +91,7 @@ def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | N
     """Shards of at most `largest` bytes, their index, config.json and the carried files."""
     copies = mtp_copies(source.config) if assets.mtp_copies else {}
     written = outputs(source, dtype, True, copies)
+    new_scales = any(output.dtype == FP8 != source.dtypes[output.original] for output in written)
     groups = divide(written, largest)
     shards = tuple(Shard(_shard_name(number, len(groups)), group) for number, group in enumerate(groups))
 
@@ -100,7 +101,7 @@ def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | N
     def complete(directory: Path, _records: dict[str, Record]) -> None:
         carry(assets, directory)
         _write_index(directory, shards)
-        write_config(directory, source.config, assets, dtype_bytes(shards))
+        write_config(directory, source.config, assets, dtype_bytes(shards), new_scales)
 
     return Target("hf", save, shards, write, complete)
 

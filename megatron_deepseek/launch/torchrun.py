@@ -9,12 +9,14 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 from megatron_deepseek.arguments.ending import INTERRUPTED
+from megatron_deepseek.launch.signals import numbers_read
 
 PROGRAM = "launch.py"
 USAGE = f"""usage: {PROGRAM} [--dry-run] TORCHRUN_ARGUMENTS... ENTRY.py ARGUMENTS...
@@ -22,6 +24,7 @@ USAGE = f"""usage: {PROGRAM} [--dry-run] TORCHRUN_ARGUMENTS... ENTRY.py ARGUMENT
 torchrun (whose arguments it takes: torchrun --help), with the checks before it starts and one line when it fails.
 --dry-run, first: check the arguments as the ranks would, print the command, and start nothing."""
 _SHUTDOWN_SECONDS = "600"  # for the step and the save that a signal asks of the ranks; torchrun's own is 30
+_LAST_SECONDS = 2.0  # for what the ranks say after a second Ctrl-C
 _PRINT_ANYWAY = ("--help", "-h", "--explain-layout")  # what the entry answers without ranks
 _LATER_NODE_SECONDS = 5.0  # srun --kill-on-bad-exit ends the other nodes meanwhile, whose words would be the same
 
@@ -88,7 +91,8 @@ def launch(argv: Sequence[str]) -> int:
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # said below, in a line
     try:
-        torchrun.main(list(argv))
+        with numbers_read(_leave_on_second_interrupt):
+            torchrun.main(list(argv))
         return 0
     except ChildFailedError as error:
         return failed(error.failures)
@@ -99,6 +103,18 @@ def launch(argv: Sequence[str]) -> int:
     except (RendezvousError, ValueError, OSError, RuntimeError) as error:
         print(f"{PROGRAM}: error: torchrun: {_first_line(error)}", file=sys.stderr)
         return 1
+
+
+def _leave_on_second_interrupt(file: int) -> None:
+    """In a thread. torchrun waits as long for ranks that do not end as it did the first time; they end with this
+    process (agent.py), even those that hang.
+    """
+    interrupts = 0
+    while numbers := os.read(file, 64):
+        interrupts += numbers.count(signal.SIGINT)
+        if interrupts > 1:
+            time.sleep(_LAST_SECONDS)
+            os._exit(_interrupted("SIGINT", INTERRUPTED))
 
 
 def _interrupted(name: str, status: int) -> int:

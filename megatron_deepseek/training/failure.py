@@ -4,7 +4,10 @@ The failing rank claims the failure by an atomic add in the store that torchrun'
 with its rank before every line, and leaves at once by `os._exit`: unwinding into process groups whose peers still
 wait in a collective can block. torchrun then stops the other ranks of the node. The ranks that notice first find the
 claim taken and leave without a word, whatever their own error was. Ranks of other nodes, which no agent stops and
-which may sit in a collective until its time-out, watch the store from a thread.
+which may sit in a collective until its time-out, watch the store from a thread. A rank that is killed claims nothing:
+its neighbours (neighbours.py) do it. All of it begins before the first process group.
+
+The store may be at the other end of a cut link, where it neither answers nor refuses: no rank waits for it but so long.
 
 What this cannot do: a `finally` in `main` that waits for peers runs before any of it, so a guarded main must not
 destroy process groups or meet a barrier there.
@@ -12,6 +15,7 @@ destroy process groups or meet a barrier there.
 
 import functools
 import os
+import queue
 import sys
 import threading
 import time
@@ -22,13 +26,16 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
-from megatron_deepseek.launch.agent import tell_agent
+from megatron_deepseek.launch.agent import end_with_agent, tell_agent
 from megatron_deepseek.parallel.lives import agent_store
 from megatron_deepseek.training.hang import describe_group, group_of, location, missing_ranks, timed_out
+from megatron_deepseek.training.neighbours import Ring
 
 WATCH_SECONDS = 1.0
 # How long a rank that merely noticed a failure lets torchrun end it, or waits for the rank whose failure it was.
 GRACE_SECONDS = 3.0
+_STORE_SECONDS = 5.0  # for the store to answer
+_END_SECONDS = 1.0  # for a thread that was told to end
 _ANSWER_SECONDS = 2.0  # for other ranks' watches to see a failure and say where they are
 # What gloo, NCCL and the store say when the other end is gone; none of it can be this rank's own mistake.
 PEER_LOSS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
@@ -36,16 +43,20 @@ PEER_LOSS = ("Connection closed by peer", "Connection reset by peer", "Connectio
              "Socket Timeout", "Connection was likely closed")
 
 
-def guarded(main: Callable) -> Callable:
-    """The entry of a rank: `main`, with its failure reported by one rank only. Without a launcher, `main` as it is."""
+def guarded(main: Callable, patience: float = 600.0) -> Callable:
+    """The entry of a rank: `main`, with its failure reported by one rank only. Without a launcher, `main` as it is.
+
+    `patience`: seconds that a collective may take, after which a silent link between two ranks counts as cut.
+    """
 
     @functools.wraps(main)
     def entry(*args, **kwargs):
         if "RANK" not in os.environ:
             return main(*args, **kwargs)
+        end_with_agent()
         claim = FailureClaim(agent_store())
         try:
-            with claim.watched():
+            with claim.watched(patience):
                 return record(main, OneTraceback(claim))(*args, **kwargs)
         except KeyboardInterrupt:
             _leave(130)
@@ -69,10 +80,7 @@ class FailureClaim:
         self.store, self.failed_here = store, False
 
     def is_first(self) -> bool:
-        try:
-            return self._reachable_store().add(self.KEY, 1) == 1
-        except Exception:
-            return True
+        return _answer(lambda: self._reachable_store().add(self.KEY, 1) == 1, otherwise=True)
 
     def is_taken(self) -> bool:
         """True also when the store is gone: its host was stopped."""
@@ -83,36 +91,54 @@ class FailureClaim:
 
     def wait_until_taken(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        while not self.is_taken():
+        while not _answer(self.is_taken, otherwise=False):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
         return True
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """End this process when another rank's failure is claimed, or torchrun's agent has died, even if the main
-        thread waits in a collective.
+    def watched(self, patience: float) -> Iterator[None]:
+        """End this process when another rank's failure is claimed, a neighbour is gone without a word, or torchrun's
+        agent has died, even if the main thread waits in a collective. `patience` as of `guarded`.
         """
-        done, agent = threading.Event(), os.getppid()
-
-        def watch():
-            while not done.wait(WATCH_SECONDS):
-                if os.getppid() != agent:  # killed, and a new one will start this rank again: two must not train
-                    _leave(1)
-                if not self.is_taken():
-                    continue
-                self.tell_location()
-                if not done.wait(GRACE_SECONDS):
-                    tell_agent("Stopped: a rank of another node failed first, and its output has the traceback")
-                    _leave(1)
-
-        if self.store is not None:
-            threading.Thread(target=watch, daemon=True, name="failure-watch").start()
+        if self.store is None:
+            yield
+            return
+        done = threading.Event()
+        ring = Ring(self.store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), patience, self.neighbour_lost)
+        watch = threading.Thread(target=self._watch, args=(done, os.getppid()), daemon=True, name="failure-watch")
+        ring.start()
+        watch.start()
         try:
             yield
         finally:
             done.set()
+            ring.stop(_END_SECONDS)
+            watch.join(_END_SECONDS)  # if it waits for an agent that does not answer, launch/entry.py ends without it
+
+    def _watch(self, done: threading.Event, agent: int) -> None:
+        while not done.wait(WATCH_SECONDS):
+            if os.getppid() != agent:  # killed, and a new one will start this rank again: two must not train
+                _leave(1)
+            if not self.is_taken() or done.is_set():
+                continue
+            self.tell_location()
+            if not done.wait(GRACE_SECONDS):
+                tell_agent("Stopped: a rank of another node failed first, and its output has the traceback")
+                _leave(1)
+
+    def neighbour_lost(self, rank: int) -> None:
+        """End this process, unless `rank` or another has claimed the failure: then the watch does, with its grace."""
+        if self.wait_until_taken(GRACE_SECONDS) or self.failed_here:
+            return
+        if self.is_first():
+            line = f"Rank {rank} is gone without a traceback: it was killed, or the link to it is cut"
+            _print_with_rank(f"{line}. This rank was {location() or 'in a collective'}")
+            tell_agent(line)
+        else:
+            tell_agent("Stopped: another rank failed first, and its output has the reason")
+        _leave(1)
 
     def tell_location(self) -> None:
         """Leave word of where this rank's training stands, for the rank whose failure came first."""
@@ -159,7 +185,8 @@ class OneTraceback(ErrorHandler):
         group = group_of(error)
         others = [] if group is None else [rank for rank in dist.get_process_group_ranks(group)
                                            if rank != dist.get_rank()]
-        where = f"; {missing_ranks(self.claim.locations(others, _ANSWER_SECONDS))}" if others else ""
+        answers = _answer(lambda: self.claim.locations(others, _ANSWER_SECONDS), otherwise={}) if others else {}
+        where = f"; {missing_ranks(answers)}" if answers else ""
         return f"A collective of {describe_group(group)} timed out{where}. This rank waited here:\n"
 
 
@@ -174,6 +201,23 @@ def lost_a_peer(error: BaseException) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _answer(ask: Callable, otherwise):
+    """What `ask` of the store returns; `otherwise` where the store is gone, or does not answer in time."""
+    answers = queue.SimpleQueue()
+
+    def asking():
+        try:
+            answers.put(ask())
+        except Exception:
+            answers.put(otherwise)
+
+    threading.Thread(target=asking, daemon=True, name="question").start()
+    try:
+        return answers.get(timeout=_STORE_SECONDS)
+    except queue.Empty:
+        return otherwise
 
 
 def _print_with_rank(text: str) -> None:

@@ -46,7 +46,7 @@ from megatron_deepseek.training.trainer import Plan, StepResult, Trainer, Votes
 
 def pretrain(settings: Settings) -> None:
     """Run the job of `settings` on this rank. A user's mistake in data or checkpoint ends it with status 2."""
-    guarded(_pretrain)(settings, time.monotonic())
+    guarded(_pretrain, 60 * settings.run.distributed_timeout_minutes)(settings, time.monotonic())
 
 
 def _pretrain(settings: Settings, begun: float) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_deepseek.training.failure import guarded, lost_a_peer
 
 SCRIPT = '''
-import os, sys, time
+import os, signal, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -27,8 +27,10 @@ def look_away():
     time.sleep(600)
 
 @guarded
-def main(failing_rank, sleeping_rank, timeout=600):
+def main(failing_rank, sleeping_rank, timeout=600, dying_rank=-1):
     dist.init_process_group("gloo")
+    if dist.get_rank() == dying_rank:
+        os.kill(os.getpid(), signal.SIGKILL)
     group = dist.new_group(group_desc="mesh_tp", timeout=timedelta(seconds=timeout))
     for step in range(10**6):
         dist.all_reduce(torch.ones(8), group=group)
@@ -79,17 +81,31 @@ def test_the_failing_rank_speaks_alone(launch):
     assert time.monotonic() - begun < 15
 
 
-def test_ranks_of_other_nodes_end_too(launch):
-    """No agent of theirs sees rank 1 fail. Rank 2 loses it in a collective; rank 0 sleeps and notices nothing."""
+def launch_nodes(launch, number, *script_arguments):
+    """An agent with one rank for each node, all on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    nodes = [launch(["--nnodes", "3", "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port],
-                    "1", "0") for node in range(3)]
+    return [launch(["--nnodes", str(number), "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port",
+                    port], *script_arguments) for node in range(number)]
+
+
+def test_ranks_of_other_nodes_end_too(launch):
+    """No agent of theirs sees rank 1 fail. Rank 2 loses it in a collective; rank 0 sleeps and notices nothing."""
+    nodes = launch_nodes(launch, 3, "1", "0")
     outputs = [node.communicate(timeout=60)[0] for node in nodes]
     assert [node.returncode != 0 for node in nodes] == [True, True, True]
     assert [ranks_with_a_traceback(output) for output in outputs] == [[], ["1"], []]
     assert "a rank of another node failed first" in outputs[0]
+
+
+def test_a_rank_killed_while_groups_are_built_is_missed_at_once(launch):
+    """The others wait in the store for the address of a process that is gone, which breaks no connection of theirs."""
+    nodes = launch_nodes(launch, 3, "-1", "-1", "600", "1")
+    outputs = [node.communicate(timeout=90)[0] for node in nodes]
+    assert [node.returncode != 0 for node in nodes] == [True, True, True]
+    assert sum(output.count("Rank 1 is gone without a traceback: it was killed") for output in outputs) == 2, outputs
+    assert "".join(outputs).count("This rank was in a collective") == 1
 
 
 def test_a_hang_names_group_and_rank(launch):

@@ -1,12 +1,16 @@
 """Ranks die at random points of training and saving; they are started again, and nothing of it shows at the end."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
+import pytest
 from workshop import REPOSITORY
 
 from megatron_deepseek.checkpoint.marker import iterations, last_iteration
@@ -52,16 +56,70 @@ def test_a_signal_to_one_rank_saves_and_ends_the_job(workshop):
     """SIGUSR1, as Slurm sends it: all ranks leave after the same step, with a checkpoint of it and status 0."""
     arguments = workshop.arguments("signalled", "--train-iters", "100000", "--eval-iters", "0")
     process = workshop.start(2, arguments)
-    metrics = workshop.directory / "signalled" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_steps(workshop, "signalled")
     os.kill(rank_process(process.pid, rank=1), signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     last = workshop.metrics("signalled")[-1]["iteration"]
     assert last_iteration(workshop.directory / "signalled") == last < 100000
     assert f"leaving after iteration {last}" in output and f"saved {workshop.directory}/signalled/iter_" in output
+
+
+def wait_for_steps(workshop, save: str) -> None:
+    metrics = workshop.directory / save / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def start_in_terminal(workshop, *arguments) -> tuple[subprocess.Popen, int]:
+    """Two ranks by tools/launch.py, in the foreground of a terminal, and the terminal's other end."""
+    ours, theirs = pty.openpty()
+    process = workshop.start(2, workshop.arguments(*arguments), torchrun=(str(REPOSITORY / "tools" / "launch.py"),),
+                             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    return process, ours
+
+
+def read_terminal(terminal: int) -> list[str]:
+    """Its lines, until no process writes there any more."""
+    text = b""
+    try:
+        while more := os.read(terminal, 65536):
+            text += more
+    except OSError:  # so Linux tells the end
+        pass
+    return text.decode().replace("\r", "").splitlines()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_leaves(workshop):
+    """As a person does it. What is printed last is a line; no traceback, neither ours nor torchrun's."""
+    process, terminal = start_in_terminal(workshop, "ctrl-c", "--train-iters", "100000", "--eval-iters", "0")
+    wait_for_steps(workshop, "ctrl-c")
+    os.write(terminal, b"\x03")
+    lines = read_terminal(terminal)
+    assert process.wait(60) == 130
+    last = workshop.metrics("ctrl-c")[-1]["iteration"]
+    assert last_iteration(workshop.directory / "ctrl-c") == last < 100000, lines
+    assert lines[-1] == "launch.py: ended on SIGINT" and not any("Traceback" in line for line in lines), lines
+    for line in ("Ctrl-C: this step ends, then the run saves and leaves", f"leaving after iteration {last} on SIGINT",
+                 f"saved {workshop.directory}/ctrl-c/iter_"):
+        assert sum(line in each for each in lines) == 1, lines
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_leaves_at_once(workshop):
+    process, terminal = start_in_terminal(workshop, "twice", "--train-iters", "100000", "--eval-iters", "0")
+    wait_for_steps(workshop, "twice")
+    os.kill(rank_process(process.pid, rank=1), signal.SIGSTOP)  # no step ends any more
+    os.write(terminal, b"\x03")
+    time.sleep(1)
+    os.write(terminal, b"\x03")
+    lines = read_terminal(terminal)
+    assert process.wait(60) == 130
+    assert lines[-1] == "launch.py: ended on SIGINT" and not any("Traceback" in line for line in lines), lines
 
 
 def rank_process(launcher: int, rank: int) -> int:

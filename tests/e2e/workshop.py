@@ -40,13 +40,15 @@ class Workshop:
                 "--lr", "1e-3", "--split", "90,10,0", "--eval-iters", "1", "--eval-interval", "3",
                 "--data-cache-path", str(self.directory / "cache"), "--save", str(self.directory / save), *more]
 
-    def start(self, num_ranks: int, arguments: list[str]) -> subprocess.Popen:
+    def start(self, num_ranks: int, arguments: list[str],
+              torchrun: tuple[str, ...] = ("-m", "torch.distributed.run"), **more) -> subprocess.Popen:
+        """`torchrun`: what Python is told to run in its place. `more` goes to Popen."""
         script = str(REPOSITORY / "pretrain_deepseek.py")
         launcher = [sys.executable] if num_ranks == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+            sys.executable, *torchrun, "--standalone", "--nproc_per_node", str(num_ranks)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.Popen([*launcher, script, *arguments], env=environment, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)
+        streams = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen([*launcher, script, *arguments], env=environment, **(streams | more))
 
     def run(self, num_ranks: int, arguments: list[str]) -> Job:
         process = self.start(num_ranks, arguments)

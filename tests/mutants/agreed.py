@@ -79,7 +79,6 @@ SCHEDULES = of(
     "training/timeline.py", ("tests/unit/test_timeline.py",),
     ("consumed_samples > samples:", "consumed_samples >= samples:"),
     ("while consumed <= ramp_samples:", "while consumed < ramp_samples:"),
-    ("range(consumed, ramp_samples + 1, size)", "range(consumed, ramp_samples, size)"),
     ("return iterations + samples // size", "return iterations"),
     ("timeline(batch, state).iterations(run.train_samples)", "timeline(batch).iterations(run.train_samples)"),
     ("if past.samples(state.iteration) == state.consumed_samples:", "if False:"),

@@ -164,7 +164,8 @@ REFUSED = {
     "--finetune that --save comes from":
         (1, "--finetune --load runs/a --save runs/../runs/a", ["--finetune of --load runs/a", "--save"]),
     "--overwrite without --save": (1, "--overwrite", ["--overwrite needs --save"]),
-    "--overwrite of the directory that is loaded": (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
+    "--overwrite of the directory that is loaded":
+        (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
     "--no-load-optim without --load": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
     "--init-mtp without --load": (1, "--init-mtp", ["--init-mtp needs --load"]),
     "--init-mtp without MTP modules":

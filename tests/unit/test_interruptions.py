@@ -1,6 +1,9 @@
 """What asks a run to save or to leave: signals, and the first rank's clock."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +44,7 @@ def test_saves_by_the_clock_from_the_last_save(clock):
     assert watch.votes() == Votes(save=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_a_note_while_training_and_what_it_was_after(number):
     received = []
     before = signal.signal(number, lambda *args: received.append(args[0]))
@@ -70,3 +73,42 @@ def test_a_signal_takes_effect_when_the_run_fails():
         assert received == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+STUCK = """
+import ctypes, signal, sys
+from pathlib import Path
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.interruptions import Interruptions
+
+with Interruptions(RunSettings(10, save=Path("x")), True, 0.0).handling():
+    print("ready", flush=True)
+    ctypes.CDLL(None).pause()   # each signal ends one; Python's handlers do not run in between
+    ctypes.CDLL(None).sleep(600)
+    ctypes.CDLL(None).sleep(600)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_twice_leaves_at_once(second):
+    """Where the main thread sits in C; torchrun passes on the second one as SIGTERM."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    first = process.stderr.readline()
+    assert first == "Ctrl-C: this step ends, then the run saves and leaves; once more: it leaves at once\n"
+    assert process.poll() is None
+    process.send_signal(second)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and "leaving at once" in rest and rest.count("\n") == 1
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """As of a command that a script started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruptions(RunSettings(10), False, 0.0).handling():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -59,6 +59,12 @@ def test_there_and_back(tmp_path, original, state, seed):
     assert tool("diff", original, here) == 0
 
 
+def test_to_a_pipeline_with_a_rank_that_holds_nothing(tmp_path, original, state):
+    assert tool("reshard", "--load", original, "--save", tmp_path / "b", *options(pp=4),
+                "--pipeline-model-parallel-layout", "Et||tt|tmL") == 0
+    assert_identical(read_native(tmp_path / "b", state), state)
+
+
 def test_each_step_is_a_checkpoint_of_its_own(tmp_path, original, state):
     """Not only after the last step back: rows and columns divided, experts, stages, copies."""
     assert tool("reshard", "--load", original, "--save", tmp_path / "b",

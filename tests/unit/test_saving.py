@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from small_models import V3_SMALL, random_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
@@ -72,6 +74,21 @@ def test_a_disk_that_was_full_for_a_while(trainer, tmp_path, monkeypatch, async_
     saver.save(TrainState(3, 0, 0))
     saver.close()
     assert iterations(tmp_path) == [1, 3] and last_iteration(tmp_path) == 3
+
+
+def test_a_thousand_ranks_ask_for_their_chunks():
+    """V3's stacked experts of a layer, sharded over 1,024 ranks, and a router that one of them writes."""
+    ranks, shape = 1024, torch.Size((256, 4096, 7168))
+    chunk = torch.Size((1, 1024, 7168))
+    whole, properties = torch.Size((256, 7168)), TensorProperties(dtype=torch.float32)
+    plans = [SavePlan([WriteItem(MetadataIndex("experts", torch.Size((rank // 4, rank % 4 * 1024, 0))),
+                                 WriteItemType.SHARD, tensor_data=TensorWriteData(
+                                     ChunkStorageMetadata(torch.Size((rank // 4, rank % 4 * 1024, 0)), chunk),
+                                     properties, shape))]) for rank in range(ranks)]
+    plans[7].items.append(WriteItem(MetadataIndex("router"), WriteItemType.TENSOR, tensor_data=TensorWriteData(
+        ChunkStorageMetadata(torch.Size((0, 0)), whole), properties, whole)))
+    nbytes = 4 * (shape.numel() + whole.numel())
+    assert nbytes < writer.bytes_of(plans) < 1.001 * nbytes
 
 
 @pytest.mark.parametrize("async_save", [False, True])
