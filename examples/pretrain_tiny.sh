@@ -1,5 +1,5 @@
 #!/bin/bash
-# A 3M-parameter DeepSeek-V3 on one machine, CPU or GPU: `make pretrain` runs this after making its data.
+# A DeepSeek-V3 of 4.2 million parameters on one machine, CPU or GPU: `make pretrain` runs this after making its data.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [ "${NNODES:-1}" = 1 ] || refuse "NNODES=$NNODES: this model is for one machine; NPROC= is the number of processes"

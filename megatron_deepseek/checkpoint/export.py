@@ -41,6 +41,8 @@ def keep_assets(loaded: Path | None, save: Path | None) -> None:
 
 def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:
     """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end."""
+    if save_hf.exists() and (not save_hf.is_dir() or any(save_hf.iterdir())):
+        raise ValueError(f"--save-hf {save_hf} exists already and is not empty")
     place = check_writable("--save-hf", save_hf)
     needed = sum(map(prod, hf_shapes(config).values())) * (2 if bf16 else 4)
     free = shutil.disk_usage(place).free

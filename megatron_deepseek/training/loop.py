@@ -105,7 +105,8 @@ class Run:
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, start: Start, state: TrainState,
                  begun: float, job: Job):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        plan = shared_plan(settings.data, num_samples(settings, state), report.message)
+        with refusing(dist.get_rank() == 0):
+            plan = shared_plan(settings.data, num_samples(settings, state), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
             for line in describe_split(split, each) if each is not None else ():

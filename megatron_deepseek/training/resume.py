@@ -97,7 +97,7 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
     layout, run = settings.layout, settings.run
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
     schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
-    report.message(f"{settings.model.num_parameters():,} parameters on {layout.world_size} ranks ({sizes}{schedule}), "
+    report.message(f"{settings.model.describe_parameters()}, on {layout.world_size} ranks ({sizes}{schedule}), "
                    f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
     reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)

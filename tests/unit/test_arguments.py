@@ -153,6 +153,7 @@ REFUSED = {
         (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
     "--save-interval without --save": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
     "export without --save": (1, "--save-hf out", ["--save-hf out", "--save"]),
+    "export into --save": (1, "--save-hf run/../out --save ./out", ["--save-hf run/../out", "--save out"]),
     "--save-every-seconds without --save": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
     "--keep-last without --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "--async-save without --save": (1, "--async-save", ["--async-save", "--save"]),

@@ -188,6 +188,8 @@ def test_inspect_tells_architecture_step_and_tensors(original, state, capsys):
     assert all(each["bytes"] == state[each["name"]].nbytes for each in found["tensors"])
     assert tool("inspect", original / "iter_0000100") == 0
     text = capsys.readouterr().out
+    assert found["parameters"] == MODEL.num_parameters()
+    assert f"{MODEL.num_parameters():,} parameters, {MODEL.num_active_parameters():,} active for a token: " in text
     assert "8x280x136" in text and "iteration 100" in text
 
 

@@ -192,6 +192,24 @@ def test_an_existing_output_is_left_alone(tmp_path, four_files, capsys):
     assert sorted(four_files.rglob("*")) == before
 
 
+def test_no_checkpoint_is_written_into_a_model(tmp_path, copy, capsys):
+    """Into its source, a Hugging Face model, an iteration, or beside another iteration that no marker names."""
+    (hf := tmp_path / "hf").mkdir()
+    (hf / "config.json").write_text("{}")
+    (hf / "model.safetensors").write_text("")
+    (copy / "latest_checkpointed_iteration.txt").unlink()
+    iteration = copy / "iter_0000100"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for save, said in ((hf, "is a Hugging Face model"), (iteration, "lies in a checkpoint"),
+                       (iteration / "new", "lies in a checkpoint")):
+        for command in (["merge", "--load"], ["average"], ["reshard", "--load"]):
+            assert tool(*command, iteration, "--save", save) == 2
+            assert said in error_of(capsys)
+    assert tool("average", iteration, "--save", copy) == 2  # makes an iteration 0
+    assert "holds a checkpoint already" in error_of(capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3"),
     (["--expert-model-parallel-size", "16", "--data-parallel-size", "16"], "--expert-model-parallel-size 16"),

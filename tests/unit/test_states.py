@@ -49,7 +49,7 @@ def settings(arguments: str, ranks: int):
 
 def test_one_process_by_hand():
     """4 + 4 + 8 + 2 bytes a parameter; an update of several micro-batches adds 4."""
-    parameters = TINY.num_parameters() + TINY.mtp_parameters()
+    parameters = TINY.num_parameters()
     assert state_bytes(settings("--model tiny", 1)).device == pytest.approx(18 * parameters, rel=1e-3)
     assert state_bytes(settings("--model tiny --global-batch-size 4", 1)).device == pytest.approx(
         22 * parameters, rel=1e-3)
@@ -63,7 +63,7 @@ def test_v3_as_its_report_has_it():
             "--expert-model-parallel-size 64 --global-batch-size 15360")
     report, cut = settings(text, 1024), stages(V3, 32)
     held = [held_parameters(V3, report.layout, [cut[rank], cut[31 - rank]]) for rank in range(16)]
-    total = V3.num_parameters() + V3.mtp_parameters() + V3.vocab_size * V3.hidden_size
+    total = V3.num_parameters() + V3.vocab_size * V3.hidden_size
     assert sum(each.dense + 64 * each.experts for each in held) == total
     most = max(6 * (each.dense + each.experts) + 16 * each.dense // 64 + 16 * each.experts for each in held)
     assert state_bytes(report).device == pytest.approx(most, rel=1e-6)
