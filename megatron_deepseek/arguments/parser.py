@@ -49,6 +49,7 @@ def _add_parallel(parser):
         help="ranks that share the width of each expert")
     add("--explain-layout", type=values.positive_int, metavar="RANKS",
         help="print which of so many ranks holds what, and leave")
+    add("--all", action="store_true", help="with --explain-layout: every rank in a line of its own")
     add("--check-only", action="store_true",
         help="refuse what does not fit together on WORLD_SIZE ranks (environment; 1), and leave; files are not read")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")

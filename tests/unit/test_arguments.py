@@ -158,6 +158,7 @@ REFUSED = {
     "--keep-last without --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "--async-save without --save": (1, "--async-save", ["--async-save", "--save"]),
     "--no-save-optim without --save": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
+    "--all without --explain-layout": (1, "--all", ["--all needs --explain-layout"]),
     "--ckpt-step without --load": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
     "limit of skipped steps without skipping":
         (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
