@@ -7,25 +7,26 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint.assets import DIRECTORY, write_native_assets
+from megatron_deepseek.checkpoint.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
 from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.checkpoint.names import hf_shapes
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.publish import check_writable
+from megatron_deepseek.checkpoint.tokenizer_files import JSON, replace_tokenizer, tokenizer_to_keep
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.settings import DataSettings, RunSettings
 
 _SHARD_BYTES = 5 * 10**9
 
 
-def keep_assets(loaded: Path | None, save: Path | None) -> None:
+def keep_assets(loaded: Path | None, save: Path) -> None:
     """config.json, tokenizer and the like of what a run began from stay with the checkpoints of --save.
 
     `loaded`: a Hugging Face directory, or one iteration's. The directory is whole from the moment that it has its name.
     """
-    if loaded is None or save is None or (save / DIRECTORY).exists():
+    if loaded is None or (save / DIRECTORY).exists():
         return
     aside = save / f"{DIRECTORY}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
@@ -37,6 +38,24 @@ def keep_assets(loaded: Path | None, save: Path | None) -> None:
     else:
         return
     os.rename(aside, save / DIRECTORY)
+
+
+def keep_tokenizer(save: Path, data: DataSettings) -> None:
+    """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save.
+
+    Nothing where it is there already: the files that came with loaded weights stay as they came.
+    """
+    files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
+    directory, there = save / DIRECTORY, read_assets(save / DIRECTORY)
+    if tokens is None or (tokens == there.tokens if not files else _holds(directory / JSON, files[JSON])):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    note_tokens(directory, there.mtp_copies, tokens)
+    replace_tokenizer(directory, files)
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content
 
 
 def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:

@@ -13,6 +13,7 @@ from megatron_deepseek.checkpoint.assets import (
     carry,
     read_assets,
     write_config,
+    write_generation_config,
     write_native_assets,
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
@@ -104,6 +105,7 @@ def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | N
         carry(assets, directory)
         _write_index(directory, shards)
         write_config(directory, source.config, assets, dtype_bytes(shards), new_scales)
+        write_generation_config(directory, source.config, assets)
 
     return Target("hf", save, shards, write, complete)
 

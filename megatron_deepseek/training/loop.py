@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.checkpoint.export import export_hf
+from megatron_deepseek.checkpoint.export import export_hf, keep_assets, keep_tokenizer
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.blend import SPLITS
@@ -105,7 +105,7 @@ class Run:
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, start: Start, state: TrainState,
                  begun: float, job: Job):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        with refusing(dist.get_rank() == 0):
+        with refusing():
             plan = shared_plan(settings.data, num_samples(settings, state), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
@@ -121,7 +121,7 @@ class Run:
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)
         self.saver = Saver(settings.run, settings.model, trainer, report, state.iteration if start.is_saved else None,
-                           recorded, start.load)
+                           recorded, lambda: _keep_beside(settings, start))
         self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
@@ -237,6 +237,13 @@ class Run:
         with refusing(advice):
             export_hf(run, dist.get_rank(), dist.get_world_size())
         self.report.message(f"exported {run.save_hf}")
+
+
+def _keep_beside(settings: Settings, start: Start) -> None:
+    """What an export will need stays with the checkpoints: the files of what the run began from, and the tokenizer."""
+    if settings.run.save is not None:
+        keep_assets(start.load, settings.run.save)
+        keep_tokenizer(settings.run.save, settings.data)
 
 
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:

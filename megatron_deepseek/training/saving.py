@@ -7,15 +7,14 @@ their last minutes. It ends the run only when there is no next occasion. Any oth
 
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.export import keep_assets
 from megatron_deepseek.checkpoint.marker import iteration_directory
 from megatron_deepseek.checkpoint.native import LAYOUT, layout_note
 from megatron_deepseek.checkpoint.publish import saving_directory
@@ -41,13 +40,13 @@ class _Pending:
 class Saver:
     """Every rank has one, and calls `save` after the same steps. `begun`: the iteration that was saved last.
 
-    On rank 0 `recorded` goes into every checkpoint as arguments.json, and the assets of `loaded`, which the run began
-    from, beside them.
+    On rank 0 `recorded` goes into every checkpoint as arguments.json, and `keep` makes what is to be beside them, unless
+    it is there.
     """
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
-                 recorded: Recorded | None = None, loaded: Path | None = None):
-        self.run, self.model, self.report, self.begun, self.loaded = run, model, report, begun, loaded
+                 recorded: Recorded | None = None, keep: Callable[[], None] = lambda: None):
+        self.run, self.model, self.report, self.begun, self.keep = run, model, report, begun, keep
         self.notes = {LAYOUT: layout_note(trainer.meshes.layout, trainer.plan.stages, trainer.plan.schedule,
                                           trainer.plan.seq_length)}
         if recorded is not None:
@@ -80,14 +79,14 @@ class Saver:
         self._stall = (self._stall or 0.0) + stall
 
     def keep_assets(self) -> None:
-        """On rank 0, unless they are there: at the start, and with every save, for a disk that was full before."""
+        """At the start, and with every save, for a disk that was full before or a directory that was removed."""
         if dist.get_rank() != 0:
             return
         try:
-            keep_assets(self.loaded, self.run.save)
+            self.keep()
         except OSError as error:
-            self.report.message(f"config.json and tokenizer of {self.loaded} are not kept with --save {self.run.save}: "
-                                f"{error}. The next save tries again")
+            self.report.message(f"config.json and tokenizer are not kept with --save {self.run.save}: {error}. The next "
+                                "save tries again")
 
     def _save_now(self, state: TrainState, begin: float) -> None:
         try:

@@ -17,6 +17,7 @@ from small_models import V3_SMALL, random_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint import writer
+from megatron_deepseek.checkpoint.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
@@ -150,7 +151,7 @@ def test_a_directory_that_is_removed_between_saves(trainer, tmp_path):
     (tmp_path / "began" / "huggingface").mkdir(parents=True)
     (tmp_path / "began" / "huggingface" / "config.json").write_text("{}")
     saver, _ = make_saver(trainer, tmp_path / "run")
-    saver.loaded = tmp_path / "began" / "iter_0000004"
+    saver.keep = lambda: keep_assets(tmp_path / "began" / "iter_0000004", tmp_path / "run")
     for iteration in (1, 2):
         saver.save(TrainState(iteration, 0, 0))
         assert (tmp_path / "run" / "huggingface" / "config.json").read_text() == "{}"
@@ -162,7 +163,7 @@ def test_assets_that_find_no_room_are_copied_with_the_next_save(trainer, tmp_pat
     (tmp_path / "began" / "huggingface").mkdir(parents=True)
     (tmp_path / "began" / "huggingface" / "tokenizer.json").write_text("{}")
     saver, told = make_saver(trainer, tmp_path / "run")
-    saver.loaded = tmp_path / "began" / "iter_0000004"
+    saver.keep = lambda: keep_assets(tmp_path / "began" / "iter_0000004", tmp_path / "run")
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", full_disk)
