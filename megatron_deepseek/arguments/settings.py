@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture
-from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
@@ -137,7 +137,8 @@ def _recompute(request: Request) -> RecomputeSettings:
 
 def _data(request: Request) -> DataSettings:
     data_path, split_data_paths = data_paths(request.args)
-    return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths)
+    return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths,
+                 data_arguments=data_arguments(request.args))
 
 
 def _run(request: Request) -> RunSettings:

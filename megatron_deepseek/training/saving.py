@@ -40,8 +40,8 @@ class _Pending:
 class Saver:
     """Every rank has one, and calls `save` after the same steps. `begun`: the iteration that was saved last.
 
-    On rank 0 `recorded` goes into every checkpoint as arguments.json, and `keep` makes what is to be beside them, unless
-    it is there.
+    On rank 0 `recorded` goes into every checkpoint as arguments.json, and `keep` makes what is to be beside them,
+    unless it is there.
     """
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
@@ -85,8 +85,8 @@ class Saver:
         try:
             self.keep()
         except OSError as error:
-            self.report.message(f"config.json and tokenizer are not kept with --save {self.run.save}: {error}. The next "
-                                "save tries again")
+            self.report.message(f"config.json and tokenizer are not kept with --save {self.run.save}: {error}. The "
+                                "next save tries again")
 
     def _save_now(self, state: TrainState, begin: float) -> None:
         try:
