@@ -177,6 +177,7 @@ class RunSettings:
     finetune: bool = False
     no_load_optim: bool = False
     init_mtp: bool = False
+    overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
     tensorboard_dir: Path | None = None

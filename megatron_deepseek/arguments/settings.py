@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
+from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
@@ -28,7 +29,7 @@ _SILENT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a pre-training run is told. `notes`: lines on how the architecture came about, for its start."""
+    """All that a pre-training run is told. `notes`: lines for its start, on what follows that may not be expected."""
 
     model: ModelConfig
     layout: Layout
@@ -71,7 +72,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=run,
-        notes=describe_architecture(args))
+        notes=(*describe_architecture(args), *notices(request)))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -142,9 +143,8 @@ def _data(request: Request) -> DataSettings:
 
 def _run(request: Request) -> RunSettings:
     args = request.args
-    load = args.load if args.load is not None and request.load_problem is None else None
     eval_iters = args.eval_iters or 0
-    run = _fill(RunSettings, args, load=load, eval_iters=eval_iters,
+    run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if eval_iters else None,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 sharding=args.data_parallel_sharding_strategy)

@@ -21,24 +21,30 @@ from megatron_deepseek.settings import DataSettings, RunSettings
 _SHARD_BYTES = 5 * 10**9
 
 
-def keep_assets(run: RunSettings) -> None:
-    """On rank 0: config.json, tokenizer and the like of --load stay with the checkpoints of --save."""
-    if os.environ.get("RANK", "0") != "0" or run.load is None or run.save is None or (run.save / DIRECTORY).exists():
+def keep_assets(loaded: Path | None, save: Path) -> None:
+    """config.json, tokenizer and the like of what a run began from stay with the checkpoints of --save.
+
+    `loaded`: a Hugging Face directory, or one iteration's. The directory is whole from the moment that it has its name.
+    """
+    if loaded is None or (save / DIRECTORY).exists():
         return
-    if is_huggingface(run.load):
-        source, assets = open_hf(run.load, without_mtp=False)
-        write_native_assets(run.save / DIRECTORY, assets, source.config)
-    elif (run.load / DIRECTORY).is_dir():
-        shutil.copytree(run.load / DIRECTORY, run.save / DIRECTORY)
+    aside = save / f"{DIRECTORY}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    if is_huggingface(loaded):
+        source, assets = open_hf(loaded, without_mtp=False)
+        write_native_assets(aside, assets, source.config)
+    elif (loaded.parent / DIRECTORY).is_dir():
+        shutil.copytree(loaded.parent / DIRECTORY, aside)
+    else:
+        return
+    os.rename(aside, save / DIRECTORY)
 
 
-def keep_tokenizer(save: Path | None, data: DataSettings) -> None:
-    """On rank 0, after `keep_assets`: the tokenizer of the data stays with the checkpoints of --save.
+def keep_tokenizer(save: Path, data: DataSettings) -> None:
+    """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save.
 
     Nothing where it is there already: the files that came with loaded weights stay as they came.
     """
-    if os.environ.get("RANK", "0") != "0" or save is None:
-        return
     files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
     directory, there = save / DIRECTORY, read_assets(save / DIRECTORY)
     if tokens is None or (tokens == there.tokens if not files else _holds(directory / JSON, files[JSON])):
@@ -54,6 +60,8 @@ def _holds(file: Path, content: bytes) -> bool:
 
 def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:
     """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end."""
+    if save_hf.exists() and (not save_hf.is_dir() or any(save_hf.iterdir())):
+        raise ValueError(f"--save-hf {save_hf} exists already and is not empty")
     place = check_writable("--save-hf", save_hf)
     needed = sum(map(prod, hf_shapes(config).values())) * (2 if bf16 else 4)
     free = shutil.disk_usage(place).free

@@ -14,7 +14,9 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
+from megatron_deepseek.training.decision import Start
 from megatron_deepseek.training.loop import Run, make_plan
+from megatron_deepseek.training.recorded import Job
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.resume import go_on, num_samples
 from megatron_deepseek.training.trainer import Losses, StepResult
@@ -82,7 +84,7 @@ class Listener:
 def run(settings: Settings, meshes, state: TrainState = TrainState(), skipped: tuple[int, ...] = ()
         ) -> tuple[Run, Notes, Listener]:
     trainer, told = Notes(settings, meshes, skipped), Listener()
-    made = Run(settings, trainer, Report(told), state, begun=0.0)
+    made = Run(settings, trainer, Report(told), Start(), state, 0.0, Job("job"))
     made.train()
     return made, trainer, told
 
