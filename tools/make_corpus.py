@@ -27,9 +27,9 @@ if sys.version_info < (3, 10):
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.values import positive_int
 
 # Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
 # build variables with this machine's paths) that would teach a model nothing but numbers.
@@ -94,8 +94,8 @@ def write_corpus(documents, output: Path):
 def parse_arguments(argv: list[str]):
     parser = OneLineParser(prog="make_corpus.py",
                            description="Make a JSONL corpus of the running Python's standard library.")
-    parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
-    parser.add_argument("--max-bytes", type=positive_int, default=16_000_000,
+    parser.add_argument("--output", type=values.path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--max-bytes", type=values.positive_int, default=16_000_000,
                         help="most bytes of text (default: %(default)s)")
     parser.add_argument("--exclude", nargs="*", default=EXCLUDED, metavar="PATTERN",
                         help="names of files and folders to leave out, in place of the default: %(default)s")
