@@ -103,7 +103,8 @@ def _add_reshard(commands) -> None:
     for option in LAYOUT_OPTIONS:
         group._add_action(options[option])
     group.add_argument("--seq-length", type=values.positive_int,
-                       help="tokens of a training sequence, which weighs in when layers are balanced over stages (the writing job's, or 4096)")
+                       help="tokens of a training sequence, which weighs in when layers are "
+                            "balanced over stages (the writing job's, or 4096)")
 
 
 def _add_merge(commands) -> None:
