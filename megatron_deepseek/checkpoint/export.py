@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from megatron_deepseek.checkpoint.tokenizer_files import (
 )
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
+from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.settings import DataSettings, RunSettings
 
 _SHARD_BYTES = 5 * 10**9
@@ -46,6 +48,17 @@ def keep_assets(loaded: Path | None, save: Path) -> None:
     else:
         return
     os.rename(aside, save / DIRECTORY)
+
+
+def keep_model_file(save: Path, model_file: Path | None, config: ModelConfig) -> None:
+    """After `keep_assets`: of a run that began from no released weights the config.json that its --model named.
+
+    Its dialect, and what has no meaning here, go out with exports.
+    """
+    if model_file is None or (save / DIRECTORY / "config.json").exists():
+        return
+    fields = dict(read_object(model_file).fields)
+    write_native_assets(save / DIRECTORY, replace(read_assets(save / DIRECTORY), directory=None, fields=fields), config)
 
 
 def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = None) -> None:
