@@ -160,6 +160,8 @@ def _add_checkpoint(parser):
     add("--no-save-optim", action="store_true", help="save weights without the optimizer's state")
     add("--save-hf", type=values.path, metavar="DIR",
         help="at the end, also as a Hugging Face model (bf16 with --bf16)")
+    add("--chat-template", type=str, metavar="NAME|FILE",
+        help="for exports: deepseek-v3, deepseek-r1, deepseek-v3.1, or a file of yours (that of the tokenizer, if any)")
     add("--load", type=values.path, metavar="DIR",
         help="the --save directory, to continue what it holds; or where a run "
         "begins that --save holds nothing of: the last checkpoint there, or the weights of a Hugging Face directory")

@@ -21,7 +21,7 @@ from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_targe
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
-from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids
+from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids, tokenizer_in
 
 PROGRAM = "convert_checkpoint.py"
 
@@ -109,7 +109,8 @@ def run(args: argparse.Namespace, share: Share) -> None:
         if not assets.files():
             raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")
     if args.chat_template is not None:
-        assets = replace(assets, chat_template=check_template(assets.directory or args.load, args.chat_template))
+        beside = assets.directory or args.load
+        assets = replace(assets, chat_template=check_template(args.chat_template, tokenizer_in(beside), beside))
     target = make_target(args, source, assets)
     if looking:
         describe(source, target, args.layers)

@@ -10,8 +10,10 @@ from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
+from megatron_deepseek.checkpoint.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide
@@ -46,6 +48,9 @@ def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
     with refusing(lock=lock):
         choose_device()
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        if run.chat_template is not None:
+            tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
+            check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
         for option, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
             if directory is not None:
                 check_writable(option, directory)
