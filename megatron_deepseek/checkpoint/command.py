@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek import hf_config
 from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets
 from megatron_deepseek.checkpoint.chat_templates import template_names
@@ -99,6 +100,9 @@ def run(args: argparse.Namespace, share: Share) -> None:
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load} is not a directory")
     source, assets = _open(args)
+    if args.origin == "hf" and share.rank == 0:
+        for line in hf_config.describe(assets.fields, args.load / "config.json"):
+            print(line)
     if args.assets is not None and args.origin != "megatron":
         assets = replace(assets, directory=args.assets, tokens=read_token_ids(args.assets))
         if not assets.files():
