@@ -10,7 +10,7 @@ from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
-from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
@@ -53,8 +53,16 @@ def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
             lock.acquire()
         start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
         if run.save_hf is not None:
-            check_export(run.save_hf, settings.model, run.bf16)
+            check_export(run.save_hf, settings.model, run.bf16, start.load if _is_finished(settings, start) else None)
         return start
+
+
+def _is_finished(settings: Settings, start: Start) -> bool:
+    """Whether --save holds the last checkpoint that this run would make."""
+    if not start.is_saved:
+        return False
+    state = read_state(start.load)
+    return last_iteration(settings.run, settings.batch, with_past(state, settings.batch)) <= state.iteration
 
 
 def _is_first_rank() -> bool:
