@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.checkpoint.export import export_hf, keep_assets, keep_tokenizer
+from megatron_deepseek.checkpoint.export import export_hf, is_exported, keep_assets, keep_tokenizer
+from megatron_deepseek.checkpoint.marker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.blend import SPLITS
@@ -235,15 +236,27 @@ class Run:
         advice = ("; the training itself is saved: tools/convert_checkpoint.py --from native --to hf "
                   f"--load {run.save} --save DIR exports it")
         with refusing(advice):
+            if self._is_exported():
+                self.report.message(f"{run.save_hf} is the export of iteration {self.state.iteration} already")
+                return
             export_hf(run, dist.get_rank(), dist.get_world_size())
         self.report.message(f"exported {run.save_hf}")
+
+    def _is_exported(self) -> bool:
+        """As rank 0 sees it: an earlier start of this run may have got to its end."""
+        run, answer = self.settings.run, [False]
+        if dist.get_rank() == 0:
+            saved = find_iteration(run.save, self.state.iteration)
+            answer = [saved is not None and is_exported(run.save_hf, saved, run.bf16)]
+        dist.broadcast_object_list(answer)
+        return answer[0]
 
 
 def _keep_beside(settings: Settings, start: Start) -> None:
     """What an export will need stays with the checkpoints: the files of what the run began from, and the tokenizer."""
     if settings.run.save is not None:
         keep_assets(start.load, settings.run.save)
-        keep_tokenizer(settings.run.save, settings.data)
+        keep_tokenizer(settings.run.save, settings.data, settings.run.chat_template)
 
 
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:
