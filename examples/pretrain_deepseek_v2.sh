@@ -1,6 +1,7 @@
 #!/bin/bash
 # DeepSeek-V2 (236B, 21B active) on NNODES=16 nodes of 8 GPUs or more: PP16 with a zero-bubble schedule, EP8. On 8 nodes
-# PP8, and the optimizer in the hosts' memory. Recipe: DeepSeek-V2 report, section 3.1.
+# PP8. What does not fit in 80 GB (docs/quickstart_cluster.md) is computed again or goes to the hosts' memory. Recipe:
+# DeepSeek-V2 report, section 3.1.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
@@ -24,8 +25,9 @@ MODEL_ARGS=(
 
 # Every size of the batch ramp divides among the data ranks: a sixteenth of the GPUs, which divides 288.
 case $((NNODES * GPUS_PER_NODE)) in
-    64) PP=8 OFFLOAD=(--optimizer-cpu-offload) ;;
-    128|256|384|512|768|1152|1536|2304|4608) PP=16 OFFLOAD=() ;;
+    64) PP=8 RECOMPUTE=${RECOMPUTE:-full} OFFLOAD=(--optimizer-cpu-offload) ;;
+    128|256) PP=16 RECOMPUTE=${RECOMPUTE:-full} OFFLOAD=() ;;
+    384|512|768|1152|1536|2304|4608) PP=16 RECOMPUTE=${RECOMPUTE:-selective} OFFLOAD=() ;;
     *) no_layout 64 128 256 384 512 768 1152 1536 2304 4608 ;;
 esac
 
@@ -33,8 +35,7 @@ PARALLEL_ARGS=(
     --pipeline-model-parallel-size "$PP"
     --pipeline-schedule "${SCHEDULE:-ZBVZeroBubble}"
     --expert-model-parallel-size 8
-    --recompute-granularity selective
-    --recompute-modules layernorm mla_up_proj moe_act
+    --recompute-granularity "$RECOMPUTE"
     "${OFFLOAD[@]}"
 )
 

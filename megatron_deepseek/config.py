@@ -171,13 +171,15 @@ class ModelConfig:
         return total
 
     def mlp_parameters(self, index: int, active: bool = False) -> int:
-        """The MLP of layer `index`: dense, or router with experts; `active`: of the routed, only a token's top k."""
+        """The MLP of layer `index`: dense, or router with experts; `active`: of the routed, only a token's top k.
+
+        The router's bias is none: it is not trained but moved by counts.
+        """
         if not self.is_moe_layer(index):
             return 3 * self.hidden_size * self.intermediate_size
         routed = self.num_experts_per_tok if active else self.n_routed_experts
         router = self.n_routed_experts * self.hidden_size
-        bias = self.n_routed_experts if self.topk_method == "noaux_tc" else 0
-        return router + bias + 3 * self.hidden_size * self.moe_intermediate_size * (routed + self.n_shared_experts)
+        return router + 3 * self.hidden_size * self.moe_intermediate_size * (routed + self.n_shared_experts)
 
     def layer_parameters(self, index: int, active: bool = False) -> int:
         return self.attention_parameters() + self.mlp_parameters(index, active) + 2 * self.hidden_size
@@ -188,9 +190,19 @@ class ModelConfig:
         return self.layer_parameters(self.num_hidden_layers, active) + own
 
     def num_parameters(self) -> int:
+        """All that are trained: the model's and those of its MTP modules, which share embedding and head with it."""
+        return self.main_parameters() + self.num_nextn_predict_layers * self.mtp_parameters()
+
+    def main_parameters(self) -> int:
         """Parameters of the model without its MTP modules, as the reports count (671B for V3)."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.hidden_size + sum(map(self.layer_parameters, range(self.num_hidden_layers)))
+
+    def describe_parameters(self) -> str:
+        """The count that every command tells: "4,215,008 parameters (504,544 of MTP), 1,777,152 active for a token"."""
+        mtp = self.num_parameters() - self.main_parameters()
+        return (f"{self.num_parameters():,} parameters" + (f" ({mtp:,} of MTP)" if mtp else "")
+                + f", {self.num_active_parameters():,} active for a token")
 
     def num_active_parameters(self) -> int:
         """Parameters that one token is multiplied with, without MTP. The embedding, a lookup, does not count."""

@@ -131,7 +131,8 @@ class PipelineSettings:
 class DataSettings:
     """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test.
 
-    `split_data_paths` instead gives each of train, valid and test a path of its own, or None.
+    `split_data_paths` instead gives each of train, valid and test a path of its own, or None. `data_arguments` is how
+    refusals name where train, valid and test were given, if not by --data-path or --train-data-path and its kin.
     """
 
     data_path: tuple[str, ...]
@@ -144,6 +145,7 @@ class DataSettings:
     eod_mask_loss: bool = False
     reset_attention_mask: bool = False
     seed: int = 1234
+    data_arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class RunSettings:
     `train_iters`: after how many iterations it ends. Where `train_samples` says it in samples instead, these are the
     iterations of a run from its start, and are counted again from a checkpoint that it continues.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py). `fp8_param_gather`: its weights are
-    quantised before FSDP gathers them (ops/fp8_weight.py).
+    quantised before FSDP gathers them (ops/fp8_weight.py). `model_file`: the config.json of --model, None for a preset.
     """
 
     train_iters: int
@@ -166,6 +168,8 @@ class RunSettings:
     keep_last: int | None = None
     no_save_optim: bool = False
     save_hf: Path | None = None
+    model_file: Path | None = None
+    chat_template: str | None = None
     eval_interval: int | None = None
     eval_iters: int = 0
     log_interval: int = 1
@@ -175,6 +179,7 @@ class RunSettings:
     finetune: bool = False
     no_load_optim: bool = False
     init_mtp: bool = False
+    overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
     tensorboard_dir: Path | None = None

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
-from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.parser import add_data
+from megatron_deepseek.data.cache import remove_unfinished
 from megatron_deepseek.data.pretraining import DataPlan, check_data, make_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.settings import DataSettings
@@ -45,15 +46,17 @@ def settings_of(args) -> DataSettings:
     data_path, split_data_paths = data_paths(args)
     names = ("seq_length", "split", "data_cache_path", "tokenizer_type", "tokenizer_model", "eod_mask_loss",
              "reset_attention_mask", "seed")
-    return DataSettings(data_path, split_data_paths=split_data_paths, **{name: getattr(args, name) for name in names})
+    return DataSettings(data_path, split_data_paths=split_data_paths, data_arguments=data_arguments(args),
+                        **{name: getattr(args, name) for name in names})
 
 
 def build(plan: DataPlan, workers: int | None) -> int:
-    missing = plan.missing()
-    total = sum(source.end - source.first for source in missing)
-    with tqdm(total=total, unit="seq", unit_scale=True, desc=f"{len(missing)} indices", disable=None) as bar:
-        plan.build(workers, lambda source: bar.update(source.end - source.first))
-    return len(missing)
+    remove_unfinished(plan.folder)
+    missing = plan.missing(say=lambda line: print(line, file=sys.stderr))
+    total = sum(source.end - source.first for source in missing.samples)
+    with tqdm(total=total, unit="seq", unit_scale=True, desc=f"{len(missing.samples)} indices", disable=None) as bar:
+        plan.build(missing, workers, lambda source: bar.update(source.end - source.first))
+    return len(missing.samples)
 
 
 def run(argv: list[str]) -> int:

@@ -5,8 +5,10 @@ numbers that follow each other in the source also do in the target: `segments` f
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Generic, Protocol, TypeVar
 
@@ -63,6 +65,24 @@ class Box:
         step = max(1, largest // (self.numel // self.shape[axis]))
         for part in self.cut(axis, range(self.place[axis] + step, self.end[axis], step)):
             yield from part.pieces(largest)
+
+
+def fill_once(whole: Box, parts: Iterable[Box]) -> bool:
+    """Whether every index of `whole` is in exactly one of `parts`, and no other index in any.
+
+    How often each index is covered is a sum of steps, up where a part begins and down where it ends, so two coverings
+    are the same if their steps at all corners are.
+    """
+    parts = list(parts)
+    if parts == [whole]:
+        return True
+    steps: Counter = Counter()
+    for sign, box in [(-1, whole), *((1, part) for part in parts)]:
+        if box.numel:
+            for corner in product(*((0, 1) for _ in box.shape)):
+                at = tuple(p + c * n for p, c, n in zip(box.place, corner, box.shape))
+                steps[at] += sign * (-1) ** sum(corner)
+    return not any(steps.values())
 
 
 class Boxed(Protocol):

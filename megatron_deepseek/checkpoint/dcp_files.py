@@ -6,14 +6,29 @@ reads any part of them, item_file.py writes files of them, and dcp_metadata_writ
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_deepseek.checkpoint.boxes import Box
-from megatron_deepseek.checkpoint.dcp_metadata import METADATA, StoredAt, TensorEntry, read_metadata
+from megatron_deepseek.checkpoint.boxes import Box, fill_once
+from megatron_deepseek.checkpoint.dcp_metadata import (
+    METADATA,
+    Chunk,
+    Index,
+    Properties,
+    StoredAt,
+    TensorEntry,
+    read_metadata,
+)
+from megatron_deepseek.checkpoint.integrity import is_inside, read_checksums, verify_files
+
+_MOST_DIMENSIONS = 8
+_LARGEST = 1 << 62  # of a size or a place in a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +54,48 @@ class Item:
 class DcpDirectory:
     """What .metadata says: `shapes`, `dtypes` and `items` of tensors by name, the items in order of their place.
 
-    `begins`: where the numbers of items begin, by file and offset, as dcp_reader.py remembers it.
+    `others`: names of what is stored and no tensor. `begins`: where the numbers of items begin, by file and offset, as
+    dcp_reader.py remembers it.
     """
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
+        self._check_checksum()
         metadata = read_metadata(self.directory)
         tensors = {name: entry for name, entry in metadata.state_dict_metadata.items()
                    if isinstance(entry, TensorEntry)}
+        self.others = frozenset(metadata.state_dict_metadata) - frozenset(tensors)
+        fills = cache(_fills)  # layers are alike
+        for name, entry in tensors.items():
+            self._check(name, entry, fills)
         self.shapes = {name: entry.size for name, entry in tensors.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
         self.items = self._items(tensors, {(index.fqn, index.offset): info
-                                           for index, info in metadata.storage_data.items()})
+                                           for index, info in metadata.storage_data.items()
+                                           if isinstance(index, Index) and _is_size(index.offset)})
         self.begins: dict[tuple[str, int], int] = {}
         self._longest = {name: max((item.shape[0] for item in items if item.shape), default=0)
                          for name, items in self.items.items()}
+
+    def _check_checksum(self) -> None:
+        """ValueError if .metadata is not what it was, before anything in it is believed."""
+        listing = read_checksums(self.directory) or {}
+        for damage in verify_files(self.directory, listing, [METADATA] if METADATA in listing else []):
+            raise ValueError(f"{self.directory}/{damage}")
+
+    def _check(self, name: Any, entry: TensorEntry, fills: Callable[..., bool]) -> None:
+        """ValueError unless an entry is of the types that it should be, and its chunks are the whole tensor, once."""
+        path = self.directory / METADATA
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"{path} has a tensor {name!r:.60}, which is no name")
+        if not isinstance(entry.properties, Properties) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"{path} does not say of which type {name} is")
+        if not _is_size(entry.size) or not isinstance(entry.chunks, list) or not all(
+                isinstance(chunk, Chunk) and _is_size(chunk.offsets) and _is_size(chunk.sizes)
+                and len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks):
+            raise ValueError(f"{path} does not say of which shape {name} and its parts are")
+        if not fills(entry.size, tuple([(chunk.offsets, chunk.sizes) for chunk in entry.chunks])):
+            raise ValueError(f"{path}: the parts of {name} are not all numbers of its shape {entry.size}, each once")
 
     def _items(self, tensors: dict[str, TensorEntry],
                storage: dict[tuple[str, tuple[int, ...]], StoredAt]) -> dict[str, list[Item]]:
@@ -64,9 +106,13 @@ class DcpDirectory:
         for name, entry in tensors.items():
             for chunk in entry.chunks:
                 info = storage.get((name, chunk.offsets))
-                if info is None:
+                if not isinstance(info, StoredAt):
                     raise ValueError(f"{self.directory / METADATA} does not say where {name} at "
                                      f"{chunk.offsets} is")
+                nbytes = prod(chunk.sizes) * entry.properties.dtype.itemsize
+                if not _is_place(info) or info.length < nbytes:
+                    raise ValueError(f"{self.directory / METADATA}: the {nbytes} bytes of {name} at {chunk.offsets} "
+                                     f"cannot be where it says they are")
                 if info.transform_descriptors:
                     raise ValueError(f"{self.directory / info.relative_path}: {name} is stored compressed, "
                                      f"which is not supported")
@@ -107,12 +153,36 @@ class DcpDirectory:
         return items[first:bisect_left(items, box.end[0], key=_row)]
 
 
+def _is_size(value: Any) -> bool:
+    return (type(value) is tuple and len(value) <= _MOST_DIMENSIONS and set(map(type, value)) <= {int}
+            and (not value or min(value) >= 0 and max(value) <= _LARGEST))
+
+
+def _fills(size: tuple[int, ...], chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> bool:
+    return fill_once(Box((0,) * len(size), size), [Box(*chunk) for chunk in chunks])
+
+
+def _is_place(info: StoredAt) -> bool:
+    """Whether it names bytes of a file of the directory."""
+    return (isinstance(info.relative_path, str) and is_inside(info.relative_path)
+            and all(type(number) is int and 0 <= number <= _LARGEST for number in (info.offset, info.length)))
+
+
 def _row(item: Item) -> int:
     return item.place[0]
 
 
 def open_dcp(directory: Path) -> DcpDirectory:
     """ValueError, with the file and a tensor in it, where something is missing or truncated."""
+    refuse_legacy(directory)
     opened = DcpDirectory(directory)
     opened.check_files()
     return opened
+
+
+def refuse_legacy(directory: Path) -> None:
+    """ValueError where Megatron-LM has written each rank's weights to a file of its own, by `torch.save`."""
+    if not (directory / METADATA).exists() and any(directory.glob("mp_rank_*")):
+        raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX), and read "
+                         f"is torch_dist. Megatron-LM writes that from it: the command that trained it, with "
+                         f"--ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY")

@@ -2,30 +2,21 @@
 
 The file is a pickle of DCP's classes. Unpickled by DCP an item takes a kilobyte, of which V3 with moments on 2,048
 ranks has 350,000; importing DCP takes half a second; and a pickle may name any function to be called. Here every class
-is one of the plain records below, and what is none of them and no plain value is read past.
+is one of the plain records below, and what is none of them and no plain value is read past (pickle_values.py).
 """
 
-import collections
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_deepseek.checkpoint.pickle_values import OTHER, Record, read_pickle
+
 METADATA = ".metadata"
+_LARGEST = 1 << 30  # bytes: V3 with moments on 2,048 ranks has a tenth of that
 
 
-class _Record:
-    """An instance of one of DCP's classes, with its attributes as far as they are of use."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name in self.__slots__:
-            setattr(self, name, state.get(name))
-
-
-class Metadata(_Record):
+class Metadata(Record):
     """`state_dict_metadata`: by name, a TensorEntry or something else that is no tensor; `storage_data`: StoredAt by
     Index.
     """
@@ -33,67 +24,62 @@ class Metadata(_Record):
     __slots__ = ("state_dict_metadata", "storage_data")
 
 
-class TensorEntry(_Record):
+class TensorEntry(Record):
     __slots__ = ("properties", "size", "chunks")
 
 
-class Chunk(_Record):
+class Chunk(Record):
     __slots__ = ("offsets", "sizes")
 
 
-class Index(_Record):
+class Index(Record):
     """A chunk of the tensor `fqn` by its place; two of one place are two, other than DCP's."""
 
     __slots__ = ("fqn", "offset")
 
 
-class StoredAt(_Record):
+class StoredAt(Record):
     __slots__ = ("relative_path", "offset", "length", "transform_descriptors")
 
 
-class Properties:
+class Properties(Record):
     """Of a tensor: its type, which DCP writes first."""
 
     __slots__ = ("dtype",)
 
-    def __setstate__(self, state: tuple) -> None:
+    def fill(self, state: Any) -> None:
+        if not isinstance(state, tuple) or not state or not isinstance(state[0], torch.dtype):
+            raise ValueError("the properties of a tensor without its type")
         self.dtype = state[0]
-
-
-class _Other:
-    """Anything else: whatever it is made from and filled with is left out."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def _ignore(self, *args) -> None:
-        pass
-
-    __setstate__ = append = extend = add = update = __setitem__ = _ignore
 
 
 _CLASSES = {"Metadata": Metadata, "TensorStorageMetadata": TensorEntry, "ChunkStorageMetadata": Chunk,
             "MetadataIndex": Index, "_StorageInfo": StoredAt, "TensorProperties": Properties}
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch":
-            value = getattr(torch, name, None)
-            return tuple if name == "Size" else value if isinstance(value, torch.dtype) else _Other
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        return _CLASSES.get(name, _Other) if module.startswith("torch.distributed.checkpoint.") else _Other
+def _known(module: str, name: str) -> Any:
+    """See read_pickle."""
+    if module == "torch":
+        value = vars(torch).get(name)  # not getattr, which imports what is not there yet
+        return tuple if name == "Size" else value if isinstance(value, torch.dtype) else OTHER
+    if (module, name) == ("collections", "OrderedDict"):
+        return dict
+    return _CLASSES.get(name, OTHER) if module.startswith("torch.distributed.checkpoint.") else OTHER
 
 
 def read_metadata(directory: Path) -> Metadata:
     """ValueError, with the file's name, unless it is a pickle of DCP's Metadata."""
     path = directory / METADATA
     try:
-        with open(path, "rb") as file:
-            found = _Unpickler(file).load()
-    except Exception as error:  # damaged bytes raise anything
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST:,} of the largest job's")
+        found = read_pickle(path.read_bytes(), _known)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
+    if not isinstance(found, Metadata) or not all(isinstance(table, dict) for table in (found.state_dict_metadata,
+                                                                                        found.storage_data)):
         raise ValueError(f"{path} cannot be read: it is no metadata of torch.distributed.checkpoint")
     return found

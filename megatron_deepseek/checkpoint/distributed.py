@@ -4,6 +4,7 @@
                      /config.json   the architecture, in Hugging Face's form
                      /state.json    iteration, consumed samples, optimizer steps, sizes of past batches
                      /layout.json   the layout that wrote it, for people and the resharding tool
+                     /arguments.json   what the run was told, for the next start to say what has changed
                      /checksums.json   size and digest of every other file
     SAVE/latest_checkpointed_iteration.txt    names the last finished one
 
@@ -11,10 +12,11 @@ Tensors are saved by global shape and offset, under Hugging Face's parameter nam
 the layout that wrote them.
 """
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,9 +26,10 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
+from megatron_deepseek.checkpoint.dcp_files import DcpDirectory, open_dcp
 from megatron_deepseek.checkpoint.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
-from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verify_files
+from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checksums, verify_files
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
 from megatron_deepseek.checkpoint.state import MOMENTS, fill_copies, model_state, state_to_save
@@ -34,18 +37,20 @@ from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
 
+T = TypeVar("T")
 
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-         group: dist.ProcessGroup | None = None, layout: dict[str, Any] | None = None) -> Path:
+         group: dist.ProcessGroup | None = None, notes: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
 
     Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
-    were there are then as before. `group`: a gloo group of all ranks (the default group).
+    were there are then as before. `group`: a gloo group of all ranks (the default group). `notes`: further JSON
+    files by name, as rank 0 has them.
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
-                 storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
+                 storage_writer=CheckpointWriter(root, state, config, keep_last, notes))
     except CheckpointException as error:
         raise first_failure(error) from None
     return iteration_directory(root, state.iteration)
@@ -83,13 +88,13 @@ class BackgroundSaver:
 
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
               optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-              layout: dict[str, Any] | None = None) -> Future:
+              notes: Mapping[str, Any] | None = None) -> Future:
         """Like `save`; returns once everything is copied. Wait for the future before the next call.
 
         The future's error is DCP's CheckpointException: see `first_failure`.
         """
         return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
-                              storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
+                              storage_writer=CheckpointWriter(root, state, config, keep_last, notes))
 
     def close(self) -> None:
         self._stager.close()
@@ -109,16 +114,16 @@ def has_optimizer(directory: Path) -> bool:
     """Whether a checkpoint has the optimizer's state. Released weights, and what is converted from them, have none."""
     if is_huggingface(directory):
         return False
-    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    return any(name.startswith("optimizer.") for name in saved)
+    return any(name.startswith("optimizer.") for name in DcpDirectory(directory).shapes)
 
 
 def verify(directory: Path) -> list[Damage] | None:
     """Damage of a checkpoint's files, every byte read once, each rank its share; every rank gets all of it.
 
-    None for a directory without checksums.
+    None for a directory without checksums. What is to be there is what rank 0 has read: ranks that each looked for
+    themselves could see different listings, and wait for each other.
     """
-    listing = read_checksums(directory)
+    listing = _listing_of_first_rank(directory)
     if listing is None:
         return None
     ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -128,15 +133,30 @@ def verify(directory: Path) -> list[Damage] | None:
     return [damage for of_rank in everyone for damage in of_rank]
 
 
+def _listing_of_first_rank(directory: Path) -> dict[str, Checksum] | None:
+    """ValueError on every rank if checksums.json is damaged."""
+    found: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [read_checksums(directory)]
+        except ValueError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]
+
+
 def converted_moments(directory: Path, optimizer: torch.optim.Optimizer) -> list[str]:
     """In words, the moments that a checkpoint has in another dtype than `optimizer` keeps them in.
 
     Loading widens exactly and narrows by rounding to nearest, ties to even.
     """
-    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    own = next(iter(optimizer.state.values()))
-    dtypes = {moment: {entry.properties.dtype for name, entry in saved.items()
-                       if name.startswith(f"optimizer.{moment}.")} for moment in MOMENTS}
+    saved, own = DcpDirectory(directory).dtypes, next(iter(optimizer.state.values()), None)
+    if own is None:  # the stages of this rank are empty
+        return []
+    dtypes = {moment: {dtype for name, dtype in saved.items() if name.startswith(f"optimizer.{moment}.")}
+              for moment in MOMENTS}
     return [f"{moment} was saved in {_names(dtypes[moment])} and is kept in {_names({own[moment].dtype})} from here on"
             for moment in MOMENTS if dtypes[moment] - {own[moment].dtype}]
 
@@ -153,17 +173,16 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     parameters that the checkpoint lacks; they keep the weights that they have, and there must be no optimizer.
 
     Raises ValueError if a tensor is missing, unknown or of another shape: nothing is loaded or dropped in silence.
+    What any rank raises, all raise.
     """
     assert not new or optimizer is None
     beginnings = tuple(f"model.{beginning}" for beginning in new)
     state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
              if not name.startswith(beginnings)}
-    released = is_huggingface(directory)
-    reader = HuggingFaceReader(open_huggingface(directory)) if released else CheckpointReader(directory)
+    reader, train_state = _together(lambda: _open(directory))
     _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
     _load(state, reader)
     fill_copies(stages, optimizer)
-    train_state = TrainState() if released else read_state(directory)
     if optimizer is not None:
         for stage in stages:
             for parameter in stage.parameters():
@@ -174,8 +193,34 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
     """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
-    _load(model_state(stages), CheckpointReader(directory))
+    released = is_huggingface(directory)
+    _load(model_state(stages), HuggingFaceReader(open_huggingface(directory, without_mtp=True)) if released
+          else CheckpointReader(open_dcp(directory)))
     fill_copies(stages, None)
+
+
+def _open(directory: Path) -> tuple[dcp.StorageReader, TrainState]:
+    if is_huggingface(directory):
+        return HuggingFaceReader(open_huggingface(directory)), TrainState()
+    return CheckpointReader(open_dcp(directory)), read_state(directory)
+
+
+def _together(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank. Where it raises ValueError or OSError on any rank, all raise the lowest's, so
+    that none waits for one that has left; what one rank alone has seen says whose it is.
+    """
+    found, error = None, None
+    try:
+        found = work()
+    except (ValueError, OSError) as caught:
+        error = f"{caught}"
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (error, socket.gethostname()))
+    failed = [(rank, *each) for rank, each in enumerate(everyone) if each[0] is not None]
+    if not failed:
+        return found
+    rank, message, host = failed[0]
+    raise ValueError(message if len(failed) == len(everyone) else f"{message} (as rank {rank} on {host} sees it)")
 
 
 def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
@@ -189,12 +234,13 @@ def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, 
                    ignore_optimizer: bool) -> None:
     """ValueError on every rank if on any rank a tensor of `state` is not in the checkpoint as it should be."""
     saved = reader.read_metadata().state_dict_metadata
+    others = reader.stored.others if isinstance(reader, CheckpointReader) else frozenset()
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (list(state), _mismatch(directory, saved, state)))
     for _, mismatch in everyone:
         if mismatch is not None:
             raise ValueError(mismatch)
-    unknown = sorted(set(saved) - {name for names, _ in everyone for name in names})
+    unknown = sorted((set(saved) | others) - {name for names, _ in everyone for name in names})
     if ignore_optimizer:
         unknown = [name for name in unknown if not name.startswith("optimizer.")]
     if unknown:

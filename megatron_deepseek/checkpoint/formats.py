@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,16 +14,18 @@ from megatron_deepseek.checkpoint.assets import (
     carry,
     read_assets,
     write_config,
+    write_generation_config,
     write_native_assets,
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
-from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp, refuse_legacy
 from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
+from megatron_deepseek.checkpoint.destination import new_iteration, stay_outside
 from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
-from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
+from megatron_deepseek.checkpoint.marker import MARKER
 from megatron_deepseek.checkpoint.megatron import MTP_PREFIX, PADDED, megatron_places
 from megatron_deepseek.checkpoint.mtp import LEFT_OUT, as_stored, module_prefixes
 from megatron_deepseek.checkpoint.names import Place, mtp_copies, native_places
@@ -60,7 +63,9 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
 
 def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None) -> tuple[Source, Assets]:
     """The last iteration of a Megatron-LM directory, or one iteration's; the architecture is that of `config_from`."""
+    refuse_legacy(path)
     directory = path if (path / METADATA).is_file() else _megatron_iteration(path)
+    refuse_legacy(directory)
     assets = read_assets(config_from or directory.parent / DIRECTORY)
     if assets.fields is None:
         raise ValueError(f"--load {path} does not say the architecture: --assets must name a directory with its "
@@ -87,10 +92,16 @@ def _megatron_iteration(path: Path) -> Path:
     return checkpoint_directory(path)
 
 
-def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int) -> Target:
-    """Shards of at most `largest` bytes, their index, config.json and the carried files."""
+def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int,
+              origin: dict[str, Any] | None = None) -> Target:
+    """Shards of at most `largest` bytes, their index, config.json and the carried files.
+
+    `origin` goes into the metadata of the index, of which readers use the size alone.
+    """
+    stay_outside(save)
     copies = mtp_copies(source.config) if assets.mtp_copies else {}
     written = outputs(source, dtype, True, copies)
+    new_scales = any(output.dtype == FP8 != source.dtypes[output.original] for output in written)
     groups = divide(written, largest)
     shards = tuple(Shard(_shard_name(number, len(groups)), group) for number, group in enumerate(groups))
 
@@ -99,8 +110,9 @@ def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | N
 
     def complete(directory: Path, _records: dict[str, Record]) -> None:
         carry(assets, directory)
-        _write_index(directory, shards)
-        write_config(directory, source.config, assets, dtype_bytes(shards))
+        _write_index(directory, shards, origin or {})
+        write_config(directory, source.config, assets, dtype_bytes(shards), new_scales)
+        write_generation_config(directory, source.config, assets)
 
     return Target("hf", save, shards, write, complete)
 
@@ -109,7 +121,7 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_index(directory: Path, shards: tuple[Shard, ...]) -> None:
+def _write_index(directory: Path, shards: tuple[Shard, ...], origin: dict[str, Any]) -> None:
     weight_map = {}
     for shard in shards:
         for output in shard.outputs:
@@ -117,7 +129,7 @@ def _write_index(directory: Path, shards: tuple[Shard, ...]) -> None:
             if output.dtype == FP8:
                 weight_map[output.name + "_scale_inv"] = shard.name
     total = sum(shard.nbytes for shard in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": {"total_size": total, **origin}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -125,8 +137,7 @@ def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype
     """An iteration 0 without optimizer state, from which training starts."""
     if dtype == FP8:
         raise ValueError("--dtype fp8 is a format of released weights; a native checkpoint takes bf16, fp16 or fp32")
-    if (save / MARKER).exists():
-        raise ValueError(f"--save {save} holds a checkpoint already")
+    destination = new_iteration(save, 0)
 
     def add_files(directory: Path, records: dict[str, Record]) -> None:
         (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
@@ -134,15 +145,14 @@ def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype
         checksum_directory(directory, {name: record.checksum for name, record in records.items()})
 
     places = native_places(source.config)
-    return _stacked_target("native", source, assets, save, dtype, places, NATIVE_PREFIX, add_files)
+    return _stacked_target("native", source, assets, destination, dtype, places, NATIVE_PREFIX, add_files)
 
 
 def megatron_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None) -> Target:
     """An iteration 0 of weights alone, as megatron.core.dist_checkpointing reads them."""
     if dtype == FP8:
         raise ValueError("--dtype fp8 is a format of released weights; a Megatron checkpoint takes bf16, fp16 or fp32")
-    if (save / MARKER).exists():
-        raise ValueError(f"--save {save} holds a checkpoint already")
+    destination = new_iteration(save, 0)
 
     def add_files(directory: Path, _records: dict[str, Record]) -> None:
         torch.save({"iteration": 0, "checkpoint_version": 3.0}, directory / "common.pt")
@@ -150,13 +160,15 @@ def megatron_target(source: Source, assets: Assets, save: Path, dtype: torch.dty
                    "common_backend_version": 1}
         (directory / "metadata.json").write_text(json.dumps(backend))
 
-    return _stacked_target("megatron", source, assets, save, dtype, megatron_places(source.config), "", add_files)
+    places = megatron_places(source.config)
+    return _stacked_target("megatron", source, assets, destination, dtype, places, "", add_files)
 
 
-def _stacked_target(kind: str, source: Source, assets: Assets, save: Path, dtype: torch.dtype | None,
+def _stacked_target(kind: str, source: Source, assets: Assets, destination: Path, dtype: torch.dtype | None,
                     all_places: list[Place], prefix: str,
                     add_files: Callable[[Path, dict[str, Record]], None]) -> Target:
     """A DCP directory of stacked parameters at SAVE/iter_0000000; `add_files` adds what is not weights."""
+    save = destination.parent
     places = {place.name: place for place in all_places}
     shapes = {prefix + place.whole: place.whole_shape for place in all_places}
     groups = divide(_one_type_a_stack(outputs(source, dtype, False, {}), places), _NATIVE_FILE_BYTES)
@@ -173,7 +185,7 @@ def _stacked_target(kind: str, source: Source, assets: Assets, save: Path, dtype
         write_native_assets(save / DIRECTORY, assets, source.config)
         write_aside(save / MARKER, "0\n")
 
-    return Target(kind, iteration_directory(save, 0), shards, write, complete, publish)
+    return Target(kind, destination, shards, write, complete, publish)
 
 
 def _one_type_a_stack(written: list[Output], places: dict) -> list[Output]:

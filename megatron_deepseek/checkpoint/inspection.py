@@ -28,6 +28,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"directory": str(checkpoint.directory), "iteration": checkpoint.iteration,
             "state": asdict(checkpoint.state), "architecture": checkpoint.config.to_hf_dict(),
             "parameters": _parameters(checkpoint),
+            "active_parameters": checkpoint.config.num_active_parameters(),
             "layout": checkpoint.layout, "optimizer": checkpoint.has_optimizer,
             "checksums": (checkpoint.directory / CHECKSUMS).exists(),
             "bytes": sum(files.values()), "files": files, "tensors": tensors}
@@ -43,7 +44,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     """A summary, then a row for each tensor."""
     architecture, state = found["architecture"], found["state"]
     yield found["directory"]
-    yield (f"  {architecture['model_type']}, {found['parameters']:,} parameters: "
+    yield (f"  {architecture['model_type']}, {found['parameters']:,} parameters, "
+           f"{found['active_parameters']:,} active for a token: "
            f"{architecture['num_hidden_layers']} layers, hidden size {architecture['hidden_size']}, "
            f"{architecture.get('n_routed_experts') or 0} routed experts, "
            f"{architecture.get('num_nextn_predict_layers') or 0} MTP modules")

@@ -85,10 +85,9 @@ def write_checksums(directory: Path, files: Mapping[str, Checksum]) -> None:
 
 
 def checksum_directory(directory: Path, known: Mapping[str, Checksum] | None = None) -> None:
-    """Write checksums.json of a finished directory; files in `known` are not read again."""
-    known = known or {}
-    write_checksums(directory, {name: known.get(name) or checksum_file(directory / name)
-                                for name in listed_files(directory)})
+    """Write checksums.json of a finished directory; files in `known` are listed as they are there, not read again."""
+    others = set(listed_files(directory)) - set(known or {})
+    write_checksums(directory, {**(known or {}), **{name: checksum_file(directory / name) for name in others}})
 
 
 def read_checksums(directory: Path) -> dict[str, Checksum] | None:

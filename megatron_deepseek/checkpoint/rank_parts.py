@@ -56,6 +56,8 @@ def readers(division: Division) -> Readers:
         waiting = list(range(pp_rank * of_stage, (pp_rank + 1) * of_stage))
         while waiting:
             placed = _placed(division, waiting[0])
+            if not placed:
+                break  # a pipeline rank whose stages are empty
             for name, held in placed.items():
                 found[name] = (*found.get(name, ()), held)
             known = set.intersection(*(set(held.boxes) for held in set(placed.values())))
@@ -110,7 +112,7 @@ def _placed(division: Division, rank: int) -> dict[str, _Held]:
         mine = stages_of_rank(meshes.rank("pp"), len(division.stages), division.layout.pp, division.schedule)
         stages = shape_stages(division.model, [division.stages[index] for index in mine], meshes, _SHORT)
         shard_stages(stages, meshes)
-        optimizer = torch.optim.AdamW(parameter for stage in stages for parameter in stage.parameters())
+        optimizer = torch.optim.AdamW([{"params": [each for stage in stages for each in stage.parameters()]}])
         for parameter in optimizer.param_groups[0]["params"]:
             optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors = model_state(stages) | optimizer_state(stages, optimizer)

@@ -22,11 +22,12 @@ from megatron_deepseek.checkpoint.boxes import Box
 from megatron_deepseek.checkpoint.conversion import output_dtype
 from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.dcp_reader import Reader
+from megatron_deepseek.checkpoint.destination import new_iteration
 from megatron_deepseek.checkpoint.inspection import checks_of
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.item_file import ItemFile, Part, split, write_items
 from megatron_deepseek.checkpoint.loadable import architecture_differences
-from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
+from megatron_deepseek.checkpoint.marker import MARKER
 from megatron_deepseek.checkpoint.native import CONFIG, LAYOUT, WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.production import Advance, Product
 from megatron_deepseek.checkpoint.records import Record
@@ -126,8 +127,7 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
              numbers_of: Callable[[list[Reader]], Numbers], more: Any = None) -> Product:
     """An iteration under `save`, whose parts' bytes come from `numbers_of` readers of `sources`."""
     first = sources[0]
-    if (save / MARKER).exists():
-        raise ValueError(f"--save {save} holds a checkpoint already")
+    destination = new_iteration(save, state.iteration)
 
     def write(path: Path, file: ItemFile, advance: Advance) -> Record:
         with ExitStack() as stack:
@@ -151,7 +151,7 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
     contents = [[[file.name, _digest(file)] for file in files], asdict(state), layout, more]
     inputs = [path for source in sources for path in source.inputs()]
     checks = [check for source in sources for check in checks_of(source.directory)] if verify else []
-    return Product(what, iteration_directory(save, state.iteration), files, inputs, contents, write, complete,
+    return Product(what, destination, files, inputs, contents, write, complete,
                    publish, checks, sum(path.stat().st_size for path in inputs) if checks else 0)
 
 

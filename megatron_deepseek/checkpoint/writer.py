@@ -12,14 +12,17 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import FileSystem, _item_size
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -37,20 +40,21 @@ from megatron_deepseek.checkpoint.publish import begin, publish, saving_director
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.config import ModelConfig
 
+_SHARED_SECONDS = 60.0  # that NFS may remember what a directory was like
 _HEADER_BYTES = 2048  # about, around each tensor: torch.save's zip
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
     """Writes iteration `state.iteration` under `root` and makes it the last one; every rank has its own.
 
-    `layout`: the job's, for layout.json, which only people and the resharding tool read.
+    `notes`: further JSON files by name, of which the coordinator's count.
     """
 
     def __init__(self, root: Path, state: TrainState, config: ModelConfig, keep_last: int | None = None,
-                 layout: dict[str, Any] | None = None):
+                 notes: Mapping[str, Any] | None = None):
         super().__init__(saving_directory(root, state.iteration), sync_files=True)
         self.root, self.state, self.config, self.keep_last = root, state, config, keep_last
-        self.layout = layout
+        self.notes = notes or {}
         self.fs = _ChecksummedFiles()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -62,8 +66,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         begin(self.root, self.state.iteration)
-        needed = sum(_item_size(item) + _HEADER_BYTES for plan in plans for item in plan.items
-                     if item.type != WriteItemType.BYTE_IO)
+        needed = bytes_of(plans)
         free = shutil.disk_usage(self.root).free
         if needed > free:
             raise disk_full(self.root, f"{needed:,} bytes are to be written, {free:,} are free")
@@ -77,25 +80,58 @@ class CheckpointWriter(dcp.FileSystemWriter):
                 results = super().write_data(plan, planner).value()
         except (OSError, RuntimeError) as error:  # torch.save hides an OSError of its file behind a RuntimeError
             raise self.fs.failure or error from None
-        results.append(WriteResult(MetadataIndex(_CHECKSUMS), 0, self.fs.written))
+        results.append(WriteResult(MetadataIndex(_CHECKSUMS), 0, (socket.gethostname(), self.fs.written)))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written: dict[str, Checksum] = {}
-        for of_rank in results:
-            written |= of_rank.pop().storage_data
+        ranks = [Written(*of_rank.pop().storage_data) for of_rank in results]
+        await_files(self.path, ranks)
         super().finish(metadata, results)
         write_synced(self.path / "config.json", json.dumps(self.config.to_hf_dict(), indent=2))
         write_synced(self.path / "state.json", json.dumps(asdict(self.state), indent=2))
-        if self.layout is not None:
-            write_synced(self.path / "layout.json", json.dumps(self.layout, indent=2))
-        checksum_directory(self.path, written)
+        for name, content in self.notes.items():
+            write_synced(self.path / name, json.dumps(content, indent=2))
+        checksum_directory(self.path, {name: of_rank.files[name] for of_rank in ranks for name in of_rank.files})
         damage = check_sizes(self.path, read_checksums(self.path))
         if damage:
             raise OSError(errno.EIO, f"the checkpoint came out damaged: {'; '.join(map(str, damage))}", str(self.path))
         publish(self.root, self.state.iteration, self.keep_last)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank says of its files, by name."""
+
+    host: str
+    files: dict[str, Checksum]
+
+
+def await_files(directory: Path, ranks: Sequence[Written], seconds: float = _SHARED_SECONDS) -> None:
+    """Until this host sees every file that the ranks wrote; network file systems may show it late. OSError if it does
+    not: what other hosts wrote to their own disks under the same name would be lost, in a checkpoint called whole.
+    """
+    deadline = time.monotonic() + seconds
+    while absent := _absent(directory, ranks):
+        if time.monotonic() > deadline:
+            rank, name = min(absent)
+            more = f" and {len(absent) - 1} more files are" if len(absent) > 1 else " is"
+            raise OSError(errno.ENOENT, f"{name}, which rank {rank} wrote on {ranks[rank].host},{more} not seen on "
+                                        f"{socket.gethostname()}: no shared file system?", str(directory))
+        time.sleep(min(0.2, seconds / 10))
+
+
+def _absent(directory: Path, ranks: Sequence[Written]) -> list[tuple[int, str]]:
+    """Ranks and their files that are not in the directory."""
+    there = set(os.listdir(directory))
+    return [(rank, name) for rank, of_rank in enumerate(ranks) for name in of_rank.files if name not in there]
+
+
+def bytes_of(plans: list[SavePlan]) -> int:
+    """What all ranks together write: of each tensor the chunks, which DCP has given to one rank each by now."""
+    chunks = [item.tensor_data for plan in plans for item in plan.items if item.type != WriteItemType.BYTE_IO]
+    return sum(prod(data.chunk.sizes) * data.properties.dtype.itemsize + _HEADER_BYTES for data in chunks)
 
 
 _CHECKSUMS = "checksums of this rank's files"

@@ -1,8 +1,8 @@
 """Which dataset of a blend each sample comes from: at every moment the dataset that is furthest behind its weight.
 
 The rule and the compiled loop are those of megatron-core's BlendedDataset. An index is a file of int64[size] sample
-numbers within their datasets, then int16[size] datasets. A longer one begins with a shorter one, so that it serves a
-shorter run too.
+numbers within their datasets, then int16[size] datasets, and a seal (cache.py). A longer one begins with a shorter one,
+so that it serves a shorter run too.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_deepseek.data.cache import replacing
+from megatron_deepseek.data.cache import SEAL_BYTES, sealing
 from megatron_deepseek.data.index_file import mapped
 
 
@@ -33,9 +33,9 @@ class BlendIndex:
         """The smallest index in `folder` that is large enough, and its size."""
         found = []
         for path in folder.glob(f"{self.name}-*.blend"):
-            size = int(path.stem.rpartition("-")[2])
-            if size >= self.size and path.stat().st_size == 10 * size:
-                found.append((size, path))
+            size = path.stem.rpartition("-")[2]
+            if size.isdecimal() and int(size) >= self.size and path.stat().st_size == 10 * int(size) + SEAL_BYTES:
+                found.append((int(size), path))
         return min(found)[::-1] if found else None
 
     def build(self, folder: Path):
@@ -43,7 +43,7 @@ class BlendIndex:
         datasets, numbers = np.zeros(self.size, np.int16), np.zeros(self.size, np.int64)
         weights = np.array(self.weights) / np.sum(self.weights)  # once more, as megatron-core does
         _helpers().build_blending_indices(datasets, numbers, weights, len(weights), self.size, False)
-        with replacing(folder / f"{self.name}-{self.size}.blend") as file:
+        with sealing(folder / f"{self.name}-{self.size}.blend") as file:
             file.write(numbers.astype("<i8", copy=False).data)
             file.write(datasets.astype("<i2", copy=False).data)
 

@@ -1,20 +1,169 @@
-"""Files of the index cache: any number of processes on any number of nodes may write the same one at once."""
+"""Files of the index cache: each sealed with a checksum, written by any number of processes on any number of nodes.
+
+    content, then 24 bytes: "XXH3_128" and the digest of the file's name and of the digests of its blocks of 64 MiB
+
+The seal tells a file that a disk, a copy or a hand has changed, and one that lies under another's name; it is no
+protection against somebody who wants it to look unchanged. Threads read the blocks: about 7 GB/s a core (measured), so
+that the 12 GB of a billion samples cost a start two seconds of one core, and their reading.
+
+A file that is being written is locked. One that is not and still has the name of such a file was left by a kill.
+"""
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+import xxhash
+
+MAGIC = b"XXH3_128"
+SEAL_BYTES = len(MAGIC) + 16
+BLOCK_BYTES = 1 << 26
+READ_BYTES = 1 << 20
+THREADS = 8
+UNFINISHED = re.compile(r".*\.(samples|blend|survey\.json)\.[0-9a-f]{16}\.tmp")
+
+
+class Stamp(NamedTuple):
+    """What tells whether two processes see the same file, without reading it."""
+
+    inode: int
+    size: int
+    modified: int
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """None where there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `path` once the block has succeeded, and vanishes if it fails."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    """A file that gets the name `path` once the block has succeeded, and vanishes if it fails. ValueError where it
+    cannot be written.
+    """
+    temporary = None
     try:
-        with open(temporary, "xb") as file:
+        temporary, file = _create(path)
+        with file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"the index cache: {path} cannot be written: {error.strerror or error}"
+                         f"{_free(path.parent)}; --data-cache-path puts the cache elsewhere") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, locked before anybody could take it for one that a kill has left."""
+    while True:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        file = open(temporary, "xb")
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        stamp = stamp_of(temporary)
+        if stamp is not None and stamp.inode == os.fstat(file.fileno()).st_ino:
+            return temporary, file
+        file.close()  # another start has removed it between the two steps
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e9:,.1f} GB are free there)"
+    except OSError:
+        return ""
+
+
+def remove_unfinished(folder: Path):
+    """Remove what kills have left in `folder`, where one may."""
+    for path in folder.glob("*.tmp"):
+        if UNFINISHED.fullmatch(path.name):
+            with contextlib.suppress(OSError), open(path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
+                path.unlink()
+
+
+class SealedFile:
+    """Writes content to a file, and the seal behind it."""
+
+    def __init__(self, file: BinaryIO, name: str):
+        self._file = file
+        self._whole, self._block, self._left = xxhash.xxh3_128(name.encode()), xxhash.xxh3_128(), BLOCK_BYTES
+
+    def write(self, content):
+        """Bytes, or an array that lies in one piece."""
+        data = memoryview(content).cast("B") if memoryview(content).nbytes else memoryview(b"")
+        self._file.write(data)
+        while data:
+            part, data = data[:self._left], data[self._left:]
+            self._block.update(part)
+            self._left -= len(part)
+            if not self._left:
+                self._end_block()
+
+    def _end_block(self):
+        self._whole.update(self._block.digest())
+        self._block, self._left = xxhash.xxh3_128(), BLOCK_BYTES
+
+    def seal(self):
+        if self._left < BLOCK_BYTES:
+            self._end_block()
+        self._file.write(MAGIC + self._whole.digest())
+
+
+@contextlib.contextmanager
+def sealing(path: Path) -> Iterator[SealedFile]:
+    """`replacing`, of a file that is sealed at the end of the block."""
+    with replacing(path) as file:
+        sealed = SealedFile(file, path.name)
+        yield sealed
+        sealed.seal()
+
+
+def sound_files(folder: Path, sizes: Mapping[str, int]) -> set[str]:
+    """Those of the files `sizes`, by name with the bytes of their content, that are as they were written."""
+    sizes = {name: size for name, size in sizes.items()
+             if (stamp := stamp_of(folder / name)) is not None and stamp.size == size + SEAL_BYTES}
+    with ThreadPoolExecutor(THREADS, "seal") as pool:
+        blocks = {name: [pool.submit(_digest, folder / name, begin, min(BLOCK_BYTES, size - begin))
+                         for begin in range(0, size, BLOCK_BYTES)] for name, size in sizes.items()}
+        return {name for name, futures in blocks.items()
+                if _has_seal(folder / name, sizes[name], [future.result() for future in futures])}
+
+
+def _has_seal(path: Path, size: int, digests: list[bytes | None]) -> bool:
+    if None in digests:
+        return False
+    seal = MAGIC + xxhash.xxh3_128(path.name.encode() + b"".join(digests)).digest()
+    try:
+        with open(path, "rb") as file:
+            file.seek(size)
+            return file.read() == seal
+    except OSError:
+        return False
+
+
+def _digest(path: Path, begin: int, size: int) -> bytes | None:
+    """Of a block; None where it cannot be read to its end."""
+    running, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(size, READ_BYTES)))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin)
+            while size and (count := file.readinto(buffer[:size])):
+                running.update(buffer[:count])
+                size -= count
+    except OSError:
+        return None
+    return running.digest() if not size else None

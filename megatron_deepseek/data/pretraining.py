@@ -5,24 +5,30 @@ the epochs of a run together, so that a run resumed with more iterations would s
 on. Here a dataset is one epoch of Megatron's, repeated in an order that is drawn anew for each epoch: the order depends
 on the seed and the number of consumed samples alone. Within one epoch it is Megatron's.
 
-Rank 0 looks at the files (survey.py) and builds what the cache lacks (sample_index.py, blend_index.py); the other ranks
-are told the plan and open files as they read from them.
+Rank 0 looks at the files (survey.py), checks what is in the cache (cache.py) and builds what it lacks (sample_index.py,
+blend_index.py); the other ranks are told the plan and open files as they read from them.
 """
 
+import contextlib
+import dataclasses
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megatron_deepseek.data.blend import SPLITS, SplitBlend, split_blends
 from megatron_deepseek.data.blend_index import BlendIndex
+from megatron_deepseek.data.cache import SEAL_BYTES, Stamp, remove_unfinished, sound_files, stamp_of
 from megatron_deepseek.data.index_file import open_index
 from megatron_deepseek.data.sample_index import PackedSplit, build_all
 from megatron_deepseek.data.survey import Survey, survey_all
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.settings import DataSettings
+
+MUCH_TO_READ = 1 << 30  # bytes, worth a line on the screen
 
 
 @dataclass(frozen=True)
@@ -44,23 +50,61 @@ class SplitPlan:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What a folder lacks, or holds damaged: indices of samples, each once, and of blends."""
+
+    samples: tuple[PackedSplit, ...]
+    blends: tuple[BlendIndex, ...]
+
+
+@dataclass(frozen=True)
 class DataPlan:
-    """Plans of (train, valid, test), None where no samples are needed, and the folder of the indices."""
+    """Plans of (train, valid, test), None where no samples are needed, and the folder of the indices.
+
+    `stamps` are those of the files that have been found sound, by name.
+    """
 
     splits: tuple[SplitPlan | None, ...]
     folder: Path
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
-    def missing(self) -> list[PackedSplit]:
-        """What the folder lacks indices of, each once."""
-        sources = (source for split in self.splits if split is not None for source in split.sources)
-        return list({source.file_name: source for source in sources if not source.is_built(self.folder)}.values())
+    def missing(self, look_inside: bool = True, say=lambda line: None) -> Missing:
+        """What is to be built. Files of the known stamps are sound; of the others every byte is read, if asked to."""
+        samples = {source.file_name: source for split in self._needed() for source in split.sources}
+        found = {split.index: split.index.find(self.folder) for split in self._needed() if split.index is not None}
+        sizes = {name: source.file_size for name, source in samples.items()}
+        sizes |= {there[0].name: 10 * there[1] for there in found.values() if there is not None}
+        sound = self._sound(sizes, look_inside, say)
+        return Missing(tuple(source for name, source in samples.items() if name not in sound),
+                       tuple(index for index, there in found.items() if there is None or there[0].name not in sound))
 
-    def build(self, workers: int | None = None, built=lambda split: None):
-        """Build what the folder lacks; `built` is told of each index of samples."""
-        build_all(self.missing(), self.folder, workers, built)
-        for split in self.splits:
-            if split is not None and split.index is not None and split.index.find(self.folder) is None:
-                split.index.build(self.folder)
+    def _sound(self, sizes: dict[str, int], look_inside: bool, say) -> set[str]:
+        stamps = {name: stamp_of(self.folder / name) for name in sizes}
+        there = {name for name, stamp in stamps.items() if stamp is not None and stamp.size == sizes[name] + SEAL_BYTES}
+        unknown = {name: sizes[name] for name in there if self.stamps.get(name) != stamps[name]}
+        if not look_inside or not unknown:
+            return there
+        if sum(unknown.values()) > MUCH_TO_READ:
+            say(f"checking {sum(unknown.values()) / 1e9:,.1f} GB of indices in {self.folder}")
+        wrong = set(unknown) - sound_files(self.folder, unknown)
+        if wrong:
+            say(f"{len(wrong)} indices in {self.folder} are damaged, such as {min(wrong)}: they are made anew")
+        return there - wrong
+
+    def build(self, missing: Missing, workers: int | None = None, built=lambda split: None) -> "DataPlan":
+        """Build what `missing` found; `built` is told of each index of samples. The plan with the stamps of all."""
+        build_all(list(missing.samples), self.folder, workers, built)
+        made = set()
+        for index in sorted(missing.blends, key=lambda index: -index.size):  # a longer one serves the next, too
+            if index.find(self.folder) not in made:
+                index.build(self.folder)
+                made.add(index.find(self.folder))
+        names = [source.file_name for split in self._needed() for source in split.sources]
+        names += [split.index.find(self.folder)[0].name for split in self._needed() if split.index is not None]
+        return dataclasses.replace(self, stamps={name: stamp_of(self.folder / name) for name in names})
+
+    def _needed(self) -> list[SplitPlan]:
+        return [split for split in self.splits if split is not None]
 
 
 def check_data(settings: DataSettings, model_vocab_size: int | None, num_samples=(1, 0, 0)):
@@ -74,22 +118,28 @@ def check_data(settings: DataSettings, model_vocab_size: int | None, num_samples
     if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
         raise ValueError(f"--tokenizer-model {settings.tokenizer_model}: its vocabulary of {tokenizer.vocab_size} is "
                          f"larger than the model's vocab_size {model_vocab_size}")
-    blends = _needed(settings, num_samples)
-    for blend, surveys in zip(blends, _survey(settings, blends)):
-        for survey in surveys:
-            if model_vocab_size is not None and (survey.least < 0 or survey.greatest >= model_vocab_size):
-                raise ValueError(f"{blend.argument} {survey.prefix}: token ids from {survey.least} to "
-                                 f"{survey.greatest} in {survey.prefix}.bin, outside the model's vocab_size "
-                                 f"{model_vocab_size}")
-        _plan_split(settings, blend, surveys, num_samples)
+    _plan(settings, num_samples, model_vocab_size)
 
 
 def make_plan(settings: DataSettings, num_samples) -> DataPlan:
     """What `build_datasets` builds, and nothing built; ValueError for data that cannot be used."""
-    blends = _needed(settings, num_samples)
-    plans = {blend.name: _plan_split(settings, blend, surveys, num_samples)
-             for blend, surveys in zip(blends, _survey(settings, blends))}
-    return DataPlan(tuple(map(plans.get, SPLITS)), cache_folder(settings))
+    return _plan(settings, num_samples, None)
+
+
+def _plan(settings: DataSettings, num_samples, vocab_size: int | None) -> DataPlan:
+    blends, plans = _needed(settings, num_samples), {}
+    for blend, surveys in zip(blends, _survey(settings, blends)):
+        for survey in surveys if vocab_size is not None else ():
+            if survey.least < 0 or survey.greatest >= vocab_size:
+                raise ValueError(f"{blend.argument} {survey.prefix}: token ids from {survey.least} to "
+                                 f"{survey.greatest} in {survey.prefix}.bin, outside the model's vocab_size "
+                                 f"{vocab_size}")
+        plans[blend.name] = _plan_split(settings, blend, surveys, num_samples)
+    plan = DataPlan(tuple(map(plans.get, SPLITS)), cache_folder(settings))
+    missing = plan.missing(look_inside=False)
+    if missing.samples or missing.blends:
+        check_writable(settings, plan.folder)
+    return plan
 
 
 def _plan_split(settings: DataSettings, blend: SplitBlend, surveys: list[Survey], num_samples) -> SplitPlan:
@@ -136,21 +186,38 @@ def shared_plan(settings: DataSettings, num_samples, say=lambda line: None) -> D
     """The plan, once everything that it needs is built where this rank will look for it. Every rank calls this."""
     import torch.distributed as dist
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    plan = [None]
+    plan, refusal = None, None
     if alone or dist.get_rank() == 0:
-        plan = [make_plan(settings, num_samples)]
-        missing = plan[0].missing()
-        if missing:
-            sequences = sum(split.end - split.first for split in missing)
-            say(f"indexing {sequences:,} sequences for {len(missing)} files in {plan[0].folder}")
-        plan[0].build()
-    if alone:
-        return plan[0]
-    dist.broadcast_object_list(plan)
-    if _first_of_its_node():
-        plan[0].build()  # what the folder of this node lacks: nothing where it is shared
-    dist.barrier()
-    return plan[0]
+        plan, refusal = _caught(lambda: _built(make_plan(settings, num_samples), say))
+    if not alone:
+        told = [(plan, refusal)]
+        dist.broadcast_object_list(told)
+        plan, refusal = told[0]
+        if refusal is None and _first_of_its_node() and dist.get_rank() != 0:
+            _, refusal = _caught(lambda: _built(plan))  # where the folder is shared, all stamps are known
+        refusals = [None] * dist.get_world_size()
+        dist.all_gather_object(refusals, refusal)
+        refusal = next(filter(None, refusals), None)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return plan
+
+
+def _built(plan: DataPlan, say=lambda line: None) -> DataPlan:
+    remove_unfinished(plan.folder)
+    missing = plan.missing(say=say)
+    if missing.samples:
+        sequences = sum(split.end - split.first for split in missing.samples)
+        say(f"indexing {sequences:,} sequences for {len(missing.samples)} files in {plan.folder}")
+    return plan.build(missing)
+
+
+def _caught(work: Callable[[], DataPlan]) -> tuple[DataPlan | None, str | None]:
+    """What `work` returns, or why it cannot: other ranks wait to be told."""
+    try:
+        return work(), None
+    except (ValueError, OSError) as error:
+        return None, str(error)
 
 
 def _first_of_its_node() -> bool:
@@ -176,7 +243,10 @@ def _survey(settings: DataSettings, blends: list[SplitBlend]) -> list[list[Surve
         for prefix in blend.blend.prefixes:
             open_index(prefix, blend.argument)  # what is missing is said before the folder for the cache is made
     folder = cache_folder(settings)
-    _check_cache(settings, folder)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.glob("*.samples")):  # else it may be complete, and need not be writable
+        check_writable(settings, folder)
     known = {}
     for blend in blends:
         new = [prefix for prefix in dict.fromkeys(blend.blend.prefixes) if prefix not in known]
@@ -190,12 +260,16 @@ def _pack(settings: DataSettings, blend: SplitBlend, survey: Survey) -> PackedSp
                        settings.seq_length, settings.seed)
 
 
-def _check_cache(settings: DataSettings, folder: Path):
+def check_writable(settings: DataSettings, folder: Path):
+    """ValueError where indices have to be written to `folder` and cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        if settings.data_cache_path is None:
+            raise ValueError(f"the index cache beside the data, {folder}, cannot be written: {error.strerror}; "
+                             f"--data-cache-path puts it elsewhere") from error
         raise ValueError(f"--data-cache-path {settings.data_cache_path}: cannot write indices to {folder}: "
                          f"{error.strerror}") from error
 

@@ -8,9 +8,11 @@ behind the other, named after all that decides its content; it gets that name wh
     starts     int32[N+1]   by place: which of `documents` a sample begins in
     offsets    int32[N+1]   and at which of its tokens
 
-64 bits where 32 are too few. Run as a module it builds what standard input asks for: see `build_all`.
+and a seal (cache.py); 64 bits where 32 are too few. Run as a module it builds what standard input asks for: see
+`build_all`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_deepseek.data.cache import replacing
+from megatron_deepseek.data.cache import sealing
 from megatron_deepseek.data.index_file import mapped, open_index
 
 VERSION = 1
@@ -63,12 +65,6 @@ class PackedSplit:
     def file_size(self) -> int:
         return sum(dtype.itemsize * count for dtype, count in self.sections)
 
-    def is_built(self, folder: Path) -> bool:
-        try:
-            return (folder / self.file_name).stat().st_size == self.file_size
-        except OSError:
-            return False
-
     def map(self, folder: Path) -> tuple[np.ndarray, ...]:
         """The four arrays, mapped."""
         offset, arrays = 0, []
@@ -92,7 +88,7 @@ def build(split: PackedSplit, folder: Path):
     positions = np.arange(split.num_samples + 1, dtype=np.int64) * split.seq_length
     starts = np.searchsorted(ends, positions, "right")
     offsets = positions - (ends[starts] - lengths[starts])
-    with replacing(folder / split.file_name) as file:
+    with sealing(folder / split.file_name) as file:
         for array, dtype in zip((order, documents, starts, offsets), dtypes):
             file.write(array.astype(dtype, copy=False).data)
 
@@ -123,13 +119,16 @@ def _build_by_processes(splits: list[PackedSplit], folder: Path, workers: int, b
                                   env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in shares]
     try:
         for process, share in zip(processes, shares):
-            json.dump({"folder": str(folder), "splits": [dataclasses.asdict(split) for split in share]}, process.stdin)
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it is dead already, which its answer will tell
+                asked = {"folder": str(folder), "splits": [dataclasses.asdict(split) for split in share]}
+                json.dump(asked, process.stdin)
+                process.stdin.close()
         for process, share in zip(processes, shares):
             for split in share:
-                if process.stdout.readline().strip() != split.file_name:
-                    raise RuntimeError(f"the process that indexes {split.prefix} in {folder} failed, with status "
-                                       f"{process.wait()}: its message is above")
+                answer = json.loads(process.stdout.readline() or "null")
+                if answer != split.file_name:
+                    raise ValueError(answer["error"] if answer else f"the process that indexes {split.prefix} in "
+                                     f"{folder} ended with status {process.wait()} (-9: perhaps for lack of memory)")
                 built(split)
     finally:
         for process in processes:
@@ -139,11 +138,15 @@ def _build_by_processes(splits: list[PackedSplit], folder: Path, workers: int, b
 
 
 def main():
+    """Answers with a line of JSON for each index: its file's name or, as the last, {"error": what went wrong}."""
     asked = json.load(sys.stdin)
-    for fields in asked["splits"]:
-        split = PackedSplit(**fields)
-        build(split, Path(asked["folder"]))
-        print(split.file_name, flush=True)
+    try:
+        for fields in asked["splits"]:
+            split = PackedSplit(**fields)
+            build(split, Path(asked["folder"]))
+            print(json.dumps(split.file_name), flush=True)
+    except (ValueError, OSError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
 
 
 if __name__ == "__main__":

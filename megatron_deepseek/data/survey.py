@@ -1,9 +1,11 @@
 """What there is to know of a dataset before it is indexed, found by reading it once and remembered in the cache.
 
 A survey reads the whole .idx and up to MOST_TOKENS_SCANNED ids of a blend. Its record holds sizes and times of change
-of both files: as long as they stay, the next start reads the record and nothing else.
+of both files: as long as they stay, the next start reads the record and nothing else. A digest of the record and its
+name says whether it is what was written.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from megatron_deepseek.data.cache import replacing
 from megatron_deepseek.data.index_file import open_index
@@ -20,7 +23,7 @@ from megatron_deepseek.data.indexed import MOST_TOKENS_SCANNED, TOKENS_PER_CHUNK
 from megatron_deepseek.foreign_json import read_json
 
 THREADS = 16
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,14 @@ def _survey(prefix: str, argument: str, folder: Path, most_tokens: int) -> Surve
     if known is not None and known.scanned >= min(most_tokens, known.tokens):
         return dataclasses.replace(known, prefix=prefix)
     survey = _look(prefix, argument, most_tokens)
-    with replacing(record) as file:
-        written = {"version": VERSION, "stamps": stamps, "survey": dataclasses.asdict(survey)}
-        file.write(json.dumps(written).encode())
+    written = {"version": VERSION, "stamps": stamps, "survey": dataclasses.asdict(survey)}
+    with contextlib.suppress(ValueError), replacing(record) as file:  # to save time: a cache may be read-only
+        file.write(json.dumps(written | {"digest": _digest(record.name, written)}).encode())
     return survey
+
+
+def _digest(name: str, written: dict) -> str:
+    return xxhash.xxh3_128_hexdigest((name + json.dumps(written, sort_keys=True)).encode())
 
 
 def _stamps(prefix: str) -> list[list[int]] | None:
@@ -90,10 +97,11 @@ def _stamps(prefix: str) -> list[list[int]] | None:
 def _read(record: Path, stamps) -> Survey | None:
     try:
         written = read_json(record)
-        if written["version"] != VERSION or written["stamps"] != stamps:
+        if written.pop("digest") != _digest(record.name, written) or written["version"] != VERSION \
+                or written["stamps"] != stamps:
             return None
         return Survey(**written["survey"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -35,12 +35,14 @@ class IdOutsideVocabulary(ValueError):
 class Tokenizer(Protocol):
     """`vocab_size` is the highest id + 1; `eod` ends a document; `bos` is None where there is no such token.
 
-    `fim` are the ids of FIM_TOKENS' begin, hole and end, or None.
+    `fim` are the ids of FIM_TOKENS' begin, hole and end, or None. `adds_bos`: whether a prompt is to begin with `bos`,
+    as transformers lets it; `encode` does not.
     """
 
     vocab_size: int
     eod: int
     bos: int | None
+    adds_bos: bool
     fim: tuple[int, int, int] | None
 
     def encode(self, text: str) -> list[int]: ...
@@ -71,6 +73,9 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod = self._find("eos_token", (EOD, *OTHER_EOD))
         self.bos = self._find("bos_token", (BOS, *OTHER_BOS))
+        self.pad = self._find("pad_token", ())
+        asked = _asks_for_bos(self.path.with_name("tokenizer_config.json"))
+        self.adds_bos = self.bos is not None and (asked or self.backend.encode("").ids[:1] == [self.bos])
         named = (tuple(map(self.backend.token_to_id, names)) for names in FIM_TOKENS)
         self.fim = next((ids for ids in named if None not in ids), None)
         if self.eod is None:
@@ -106,7 +111,7 @@ class ByteTokenizer:
         self.vocab_size = 256 + len(SPECIAL_TOKENS)
         self.bos = 256 + SPECIAL_TOKENS.index(BOS)
         self.eod = 256 + SPECIAL_TOKENS.index(EOD)
-        self.fim = None
+        self.fim, self.adds_bos = None, False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -126,6 +131,7 @@ class NullTokenizer:
         self.vocab_size = num_ids + 1
         self.eod = num_ids
         self.bos = self.fim = None
+        self.adds_bos = False
 
     def encode(self, text: str) -> list[int]:
         ids = [int(word) for word in text.split()]
@@ -173,3 +179,7 @@ def _declared(path: Path, role: str) -> str | None:
     if isinstance(config.fields.get(role), dict):
         return config.object(role).text("content", default=None)
     return config.text(role, default=None)
+
+
+def _asks_for_bos(path: Path) -> bool:
+    return path.is_file() and read_object(path).boolean("add_bos_token", default=None) is True

@@ -1,4 +1,4 @@
-"""Text from a checkpoint: python -m megatron_deepseek.inference.generate --load DIR --tokenizer-model T --prompt "..."
+"""Text from a checkpoint or a Hugging Face directory: tools/generate.py --load DIR --prompt "..."
 
 One process, the whole sequence again for every token: enough to hear what a model has learned. A cache of latents and
 a server are not here yet.
@@ -7,23 +7,34 @@ a server are not here yet.
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.arguments.parser import TOKENIZER_TYPES
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.loadable import checkpoint_directory
+from megatron_deepseek.checkpoint.assets import DIRECTORY
+from megatron_deepseek.checkpoint.huggingface import open_huggingface
+from megatron_deepseek.checkpoint.integrity import check_sizes, read_checksums
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory, refuse_damage
+from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.model.deepseek import DeepseekStage, StepContext, Tally
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
+from megatron_deepseek.presets import describe_model
+
+PROGRAM = "generate.py"
+_SEQ_LENGTH = 256
 
 
 @torch.no_grad()
@@ -63,45 +74,110 @@ def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: 
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def load_model(root: Path, seq_length: int) -> DeepseekStage:
-    """The main model of the latest checkpoint in `root`, whole, on this process. MTP modules are left out."""
-    directory = checkpoint_directory(root)
-    config = ModelConfig.from_file(directory / "config.json")
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, looked at before anything is built. `prompt` are ids; a model sees the last `seq_length`."""
+
+    directory: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    prompt: list[int]
+    seq_length: int
+
+
+def look_at(args: argparse.Namespace) -> Request:
+    """ValueError, of one line, for whatever in `args` and the files that they name cannot work."""
+    directory = checkpoint_directory(args.load, args.ckpt_step)
+    config = _architecture(directory)
+    seq_length = args.seq_length or min(_SEQ_LENGTH, config.max_position_embeddings)
+    if seq_length > config.max_position_embeddings:
+        raise ValueError(f"--seq-length {seq_length} is longer than the model's max_position_embeddings "
+                         f"{config.max_position_embeddings}")
+    tokenizer = build_tokenizer(args.tokenizer_type, _tokenizer_model(args, directory))
+    prompt = _prompt(tokenizer, args.prompt)
+    if max(prompt) >= config.vocab_size:
+        raise ValueError(f"the prompt has id {max(prompt)} with --tokenizer-model {args.tokenizer_model or directory}, "
+                         f"but {directory} has vocab_size {config.vocab_size}")
+    return Request(directory, config, tokenizer, prompt, seq_length)
+
+
+def _architecture(directory: Path) -> ModelConfig:
+    """Without MTP modules, which a sample of text has no use for; of a Hugging Face directory every tensor is there."""
+    if is_huggingface(directory):
+        return open_huggingface(directory, without_mtp=True).config
+    refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
+    return replace(ModelConfig.from_file(directory / "config.json"), num_nextn_predict_layers=0)
+
+
+def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
+    """What was given, or else the tokenizer that came with the weights."""
+    if args.tokenizer_model is not None or args.tokenizer_type != "HuggingFaceTokenizer":
+        return args.tokenizer_model
+    kept = directory if is_huggingface(directory) else directory.parent / DIRECTORY
+    if not (kept / "tokenizer.json").is_file():
+        raise ValueError(f"--load {args.load} has no tokenizer.json with it: --tokenizer-model must name one")
+    return str(kept)
+
+
+def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of `text`, behind the token that begins a document where the tokenizer asks for it.
+
+    An empty text begins a document too; where nothing else begins one, the end of the one before does.
+    """
+    ids = tokenizer.encode(text)
+    if tokenizer.adds_bos and ids[:1] != [tokenizer.bos]:
+        return [tokenizer.bos, *ids]
+    return ids or [tokenizer.eod]
+
+
+def load_model(request: Request) -> DeepseekStage:
+    """The main model, whole, on this process."""
+    config = request.config
     whole = Stage(embedding=True, layers=tuple(range(config.num_hidden_layers)), mtp=(), loss=True)
     device = choose_device()
     join_job(device, timeout_minutes=10)
-    (model,) = shape_stages(config, [whole], build_meshes(Layout(), device), seq_length)
+    (model,) = shape_stages(config, [whole], build_meshes(Layout(), device), request.seq_length)
     model.to_empty(device=device)
-    checkpoint.load_weights(directory, [model])
+    checkpoint.load_weights(request.directory, [model])
     return model.eval()
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser(prog="generate", description="Continue a prompt with a trained model.")
-    parser.add_argument("--load", type=Path, required=True, help="directory of checkpoints (--save of the training)")
-    parser.add_argument("--tokenizer-type", default="HuggingFaceTokenizer")
-    parser.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its directory")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the most likely token")
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--seq-length", type=int, default=256, help="longest context that the model sees")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser = OneLineParser(prog=PROGRAM, description="Continue a prompt with a trained model.")
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="DIR",
+        help="checkpoints (--save of a training), or a Hugging Face directory")
+    add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help=f"({TOKENIZER_TYPES[0]})")
+    add("--tokenizer-model", metavar="PATH", help="tokenizer.json or its directory (the one that is with the weights)")
+    add("--prompt", required=True, help='may be "": the model begins a document')
+    add("--max-new-tokens", type=values.count, default=64, metavar="N", help="(64)")
+    add("--temperature", type=values.non_negative, default=0.7, metavar="X", help="0: always the likeliest token (0.7)")
+    add("--top-p", type=values.fraction, default=0.9, metavar="X", help="tokens are of this probability together (0.9)")
+    add("--seq-length", type=values.positive_int, metavar="N",
+        help=f"longest context that the model sees ({_SEQ_LENGTH}, or all that it can)")
+    add("--seed", type=values.count, default=1234, metavar="N", help="(1234)")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    model = load_model(args.load, args.seq_length)
-    prompt = tokenizer.encode(args.prompt)
-    tokens = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, tokenizer.eod)
-    print(args.prompt + tokenizer.decode(list(tokens)))
+    request = look_at(args)
+    if is_huggingface(request.directory):
+        for line in describe_model(str(request.directory)):
+            print(line, file=sys.stderr)
+    if len(request.prompt) > request.seq_length:
+        print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
+              f"{request.seq_length}", file=sys.stderr)
+    model = load_model(request)
+    tokens = generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
+                      request.tokenizer.eod)
+    print(args.prompt + request.tokenizer.decode(list(tokens)))
     dist.destroy_process_group()
     return 0
 
 
 def main(argv: list[str]) -> int:
-    return exit_status("generate", lambda: run(parse_arguments(argv)))
+    return exit_status(PROGRAM, lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

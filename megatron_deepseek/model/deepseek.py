@@ -114,6 +114,8 @@ class DeepseekStage(nn.Module):
     def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext,
                 documents_BS: torch.Tensor | None = None, sources_BK: torch.Tensor | None = None,
                 routed_BMS: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.stage.holds_anything:
+            return received(x).clone()  # what came is the pipeline's own buffer
         states = list(self.states(x, labels_BMS, step, documents_BS, routed_BMS))
         if not self.stage.loss:
             return torch.cat(states) if len(states) > 1 else states[0].contiguous()

@@ -1,11 +1,12 @@
 """Keep in the host's memory what the backward needs, instead of on the device.
 
-torch.autograd.graph.save_on_cpu does so tensor by tensor, weights and views of one storage included, and gives back
-contiguous copies. Here a storage travels once, what `stays` stays, and strides come back as they were, so that the
-backward runs the same kernels on the same numbers.
+torch.autograd.graph.save_on_cpu does so for each saved tensor alone: it copies weights, too, copies memory that several
+tensors share once for each of them, and gives back contiguous tensors. Here shared memory is copied once, the caller
+says what stays on the device (`stays`), and tensors come back with the strides that they had, so that the backward runs
+the same kernels on the same numbers.
 
-Copies are queued on the stream that computes, from and to pinned memory: in order without the host waiting, but not
-beside the computation.
+Copies use pinned memory and are queued on the stream of the computation: the program does not wait for them, but the
+device computes nothing while it copies.
 """
 
 from collections.abc import Callable

@@ -37,7 +37,7 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
     accumulate and are reduced in it.
     """
     for unit in units:
-        master = next(unit.module.parameters()).dtype
+        master = next((parameter.dtype for parameter in unit.module.parameters()), None)  # a stage may be empty
         policy = MixedPrecisionPolicy(param_dtype=unit.compute_dtype, reduce_dtype=master,
                                       cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=unit.mesh.device_type == "cuda") if shards_on_cpu else OffloadPolicy()

@@ -2,6 +2,7 @@
 
 `E` is the embedding, `t` a decoder layer, `m` an MTP module, `L` the output head with the loss, `|` ends a stage,
 `x*3` and `(tt|)*3` repeat, commas and blanks are for the eye: "Ettt|(tt|)*29,m|L" is DeepSeek-V3 over 32 stages.
+A stage with nothing in it, as in "E|tt||ttL", passes on what it gets: Megatron's way to give a rank less to do.
 The grammar is that of megatron.core's PipelineParallelLayerLayout (importing that costs seconds); beyond it,
 repetitions may nest and MTP modules may sit on several stages.
 """
@@ -26,9 +27,17 @@ class Stage:
     mtp: tuple[int, ...]
     loss: bool
 
+    @property
+    def holds_anything(self) -> bool:
+        """False of a stage that passes on what it gets, and has no parameters."""
+        return bool(self.embedding or self.layers or self.mtp or self.loss)
+
 
 def parse(text: str, num_layers: int, mtp_layers: int = 0) -> tuple[Stage, ...]:
-    """The stages that `text` describes, checked against the model: every part once, in the order of the model."""
+    """The stages that `text` describes, checked against the model: every part once, in the order of the model.
+
+    The first stage, which gets token ids, has the embedding, and the last one, which makes the loss, the head.
+    """
     stages = expand(text).split("|")
     parts = "".join(stages)
     for letter, name, expected in (("t", "--num-layers", num_layers), ("m", "--mtp-num-layers", mtp_layers)):
@@ -36,8 +45,9 @@ def parse(text: str, num_layers: int, mtp_layers: int = 0) -> tuple[Stage, ...]:
             raise _error(text, f"has {parts.count(letter)} {letter}, but {name} is {expected}")
     if parts != "E" + "t" * num_layers + "m" * mtp_layers + "L":
         raise _error(text, "is not in the order of a model: one E first, then every t, then every m, one L last")
-    if "" in stages:
-        raise _error(text, f"leaves stage {stages.index('')} of {len(stages)} empty")
+    for place, stage, letter in (("first", stages[0], "E"), ("last", stages[-1], "L")):
+        if letter not in stage:
+            raise _error(text, f"has no {letter} on its {place} stage, {stage!r}; those between may be empty")
     return _number(stages)
 
 

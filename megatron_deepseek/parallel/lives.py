@@ -1,9 +1,9 @@
-"""One job, several lives: torchrun's --max-restarts starts all ranks anew, and they meet at the store of the last life.
+"""Restarts by torchrun (--max-restarts): after every start the ranks use keys of their own in the agent's store.
 
-torchrun's agent keeps that store through all lives (torch 2.13; a comment there says otherwise), so a rank that asks
-for the address of a peer may be told that of a dead process. TORCHELASTIC_RESTART_COUNT does not tell lives apart:
-every node counts the restarts that it caused itself. So ranks agree on a name for each life, and keep what they store
-under it.
+torchrun's agent keeps its key-value store when it restarts the ranks (torch 2.13; a comment there says otherwise), so a
+rank that asks for the address of a peer may be told that of a dead process. The number of restarts cannot tell old keys
+from new ones: TORCHELASTIC_RESTART_COUNT counts on every node the restarts which that node caused. So at every start
+the ranks agree on a new random name and put it before all their keys. A life lasts from one start to its end.
 """
 
 import functools
@@ -26,6 +26,14 @@ def agent_store() -> dist.Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return dist.PrefixStore(_life(), _connect())
+
+
+def job_name() -> str:
+    """A name that all lives of this job have in common, kept in the store of torchrun's agent, and no other job has."""
+    name = uuid.uuid4().hex
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return name
+    return _connect().compare_set("megatron_deepseek/job", "", name).decode()
 
 
 def _connect() -> dist.Store:

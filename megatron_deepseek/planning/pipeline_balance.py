@@ -1,9 +1,10 @@
-"""Dividing a model over pipeline stages when no layout string says how: the costliest stage as cheap as can be.
+"""Divides a model over pipeline stages when no layout string does, so that the slowest stage is as fast as possible.
 
-A pipeline runs at the pace of its slowest stage. The cost of a part is estimated by its multiplications for one token
-in the forward pass (the backward is twice that for every part alike): its active weights, and for attention the scores
-and the values over half the sequence, which is the mean length under the causal mask. The output head runs once for
-each prediction, MTP's too, on the last stage; the embedding, a lookup, costs nothing and stays with the first layer.
+A pipeline runs at the pace of its slowest stage. How long a layer, an MTP module or the output head takes is estimated
+by its multiplications for one token in the forward pass; the backward takes twice as many of each, which changes no
+comparison. They are the weights that the token uses (of the routed experts, its top k), and in attention the products
+with the keys and values of half the sequence, which is how many a token sees on average under the causal mask. The head
+is on the last stage and runs once for each prediction, also MTP's. The embedding only looks rows up: it costs nothing.
 """
 
 from itertools import accumulate
@@ -28,6 +29,12 @@ def mtp_cost(model: ModelConfig, seq_length: int) -> int:
     """Multiplications per token of one MTP module without the output head."""
     own = model.mtp_parameters(active=True) - model.layer_parameters(model.num_hidden_layers, active=True)
     return layer_cost(model, model.num_hidden_layers, seq_length) + own
+
+
+def stage_cost(model: ModelConfig, stage: Stage, seq_length: int) -> int:
+    """Multiplications per token of all that a stage holds; none of an empty one."""
+    layers = sum(layer_cost(model, index, seq_length) for index in stage.layers)
+    return layers + len(stage.mtp) * mtp_cost(model, seq_length) + stage.loss * head_cost(model)
 
 
 def stages(model: ModelConfig, num_stages: int, seq_length: int = 4096) -> tuple[Stage, ...]:

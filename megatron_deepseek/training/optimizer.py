@@ -70,6 +70,8 @@ class NarrowMomentsAdamW(ShardedAdamW):
         for group in self.param_groups:
             params, grads, exp_avgs, exp_avg_sqs, steps = [], [], [], [], []
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
+            if not steps:
+                continue
             torch._foreach_add_(steps, 1)
             shards = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
             for batch in _batches(piece for shard in shards for piece in _pieces(*shard)):
@@ -134,7 +136,7 @@ def _update(batch: list[_Piece], group: dict) -> None:
 
 
 def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSettings) -> ShardedAdamW:
-    """Matrices decay, vectors (norm weights, biases) do not, as in Megatron-LM."""
+    """Matrices decay, vectors (norm weights, biases) do not, as in Megatron-LM. A rank may have no parameters."""
     groups: dict[tuple, list[nn.Parameter]] = {}
     for item in parameters:
         decays = item.parameter.ndim > 1
@@ -143,7 +145,7 @@ def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSet
     kind = ShardedAdamW if moment_dtypes == (None, None) else NarrowMomentsAdamW
     return kind(
         [{"params": params, "weight_decay": settings.weight_decay if decays else 0.0}
-         for (_, decays), params in groups.items()],
+         for (_, decays), params in groups.items()] or [{"params": []}],
         moment_dtypes, lr=0.0, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=True)
 
 
@@ -176,7 +178,8 @@ def clip_gradients(parameters: Iterable[NamedParameter], norm: torch.Tensor, max
     scale = float(max_norm / (norm + 1e-6))
     if scale < 1.0:
         shards = [item.parameter.grad.to_local() for item in parameters if item.parameter.grad is not None]
-        torch._foreach_mul_(shards, scale)
+        if shards:
+            torch._foreach_mul_(shards, scale)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -114,6 +114,41 @@ def save_on_a_full_disk(case: Case, root: Path, in_background: bool) -> tuple[OS
     raise AssertionError("the save went through")
 
 
+def save_without_a_shared_directory(case: Case, root: Path) -> tuple[str, list[str]]:
+    """The last rank is on another node, whose --save is its own disk, where that directory exists too: the error of a
+    second save as this rank sees it, and what lies in this rank's directory then.
+    """
+    from megatron_deepseek.checkpoint import writer
+
+    trainer, await_files = build(case), writer.await_files
+    checkpoint.save(root / "0", TrainState(1, 0, 1), case.model, trainer.stages, trainer.optimizer, keep_last=1)
+    own = root / str(dist.get_rank() // (dist.get_world_size() - 1))
+    (own / "iter_0000002.saving").mkdir(parents=True, exist_ok=True)
+    writer.await_files = lambda directory, ranks: await_files(directory, ranks, seconds=0.5)
+    try:
+        checkpoint.save(own, TrainState(2, 0, 2), case.model, trainer.stages, trainer.optimizer, keep_last=1)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}", sorted(path.name for path in own.iterdir())
+    finally:
+        writer.await_files = await_files
+    raise AssertionError("the save went through")
+
+
+def space_asked_for(case: Case, root: Path) -> tuple[list[int], int]:
+    """What a save asks for on the rank that looks, and how many bytes its ranks then wrote."""
+    from megatron_deepseek.checkpoint import writer
+
+    asked, bytes_of = [], writer.bytes_of
+    writer.bytes_of = lambda plans: asked.append(bytes_of(plans)) or asked[-1]
+    try:
+        trainer = build(case)
+        step(trainer, case, 0)
+        directory = checkpoint.save(root, TrainState(1, 0, 1), case.model, trainer.stages, trainer.optimizer)
+    finally:
+        writer.bytes_of = bytes_of
+    return asked, sum(path.stat().st_size for path in directory.glob("*.distcp"))
+
+
 def _fill_disk_after(nbytes: int) -> None:
     """In this process: what is written to a file of weights beyond `nbytes` meets ENOSPC, after a part of it."""
     from megatron_deepseek.checkpoint import writer

@@ -13,6 +13,8 @@ from checkpoint_job import (
     load_into,
     save_in_the_background,
     save_on_a_full_disk,
+    save_without_a_shared_directory,
+    space_asked_for,
     train_and_save,
     uninterrupted_and_resumed,
 )
@@ -25,6 +27,7 @@ A = Case(dp=2, tp=2, sp=True, ep=4, dispatcher="allgather", microbatches=3, mtp=
 B = Case(pp=2, schedule="1F1B", dp=1, microbatches=6, mtp=1, shared=2, tied=True)
 C = Case(dp=3, tp=1, ep=1, microbatches=2, mtp=1, shared=2, tied=True, reshard=True)
 SMALL = replace(A, tp=1, ep=2, sp=False)
+EMPTY = replace(B, pp=4, cut=100)  # Et||t|mL: the second rank has nothing to save
 
 
 def assert_same_bits(ours: list[dict], theirs: list[dict]) -> None:
@@ -39,10 +42,11 @@ def assert_same_bits(ours: list[dict], theirs: list[dict]) -> None:
 
 
 def test_from_layout_to_layout_and_back(ranks, tmp_path):
-    """A -> B -> C -> A; every directory passes its checksums."""
+    """A -> B -> EMPTY -> C -> A; every directory passes its checksums."""
     assert A.model == B.model == C.model and A.global_batch_size == B.global_batch_size == C.global_batch_size
     start = ranks.run(4, train_and_save, A, tmp_path / "0")
-    for number, case in enumerate((B, C, A)):
+    assert EMPTY.model == A.model and EMPTY.layout_string == "Et||t|mL"
+    for number, case in enumerate((B, EMPTY, C, A)):
         arrived = ranks.run(case.layout.world_size, load_and_save, case, tmp_path / str(number),
                             tmp_path / str(number + 1))
         assert_same_bits(arrived, start)
@@ -55,10 +59,28 @@ def test_resuming_in_the_same_layout_changes_no_bit(ranks, tmp_path, case):
         assert_same_bits([resumed], [uninterrupted])
 
 
-def test_a_save_in_the_background_has_the_numbers_of_its_beginning(ranks, tmp_path):
-    for before, written in ranks.run(2, save_in_the_background, SMALL, tmp_path):
-        assert_same_bits([written], [before])
+@pytest.mark.parametrize("case", [SMALL, EMPTY], ids=["data", "empty stage"])
+def test_a_save_in_the_background_has_the_numbers_of_its_beginning(ranks, tmp_path, case):
+    before, written = zip(*ranks.run(case.layout.world_size, save_in_the_background, case, tmp_path))
+    assert_same_bits(written, before)
     assert iterations(tmp_path) == [1, 2] and last_iteration(tmp_path) == 2 and not leftovers(tmp_path)
+
+
+def test_a_save_asks_for_its_own_size(ranks, tmp_path):
+    """Not for each rank's whole tensors, nor for the copies that tensor-parallel ranks hold."""
+    (asked, written), *others = ranks.run(4, space_asked_for, A, tmp_path)
+    assert [of_rank for of_rank, _ in others] == [[], [], []]
+    assert written <= asked[0] < 1.25 * written and len(asked) == 1  # a small model: a fifth of it is headers
+
+
+def test_files_that_another_node_keeps_to_itself_fail_the_save(ranks, tmp_path):
+    """On every rank in a line; the checkpoint before stays, although --keep-last 1 would have removed it."""
+    for message, _ in (results := ranks.run(3, save_without_a_shared_directory, replace(C, reshard=False), tmp_path)):
+        assert message.startswith(f"{tmp_path}/0/iter_0000002.saving: __2_0.distcp, which rank 2 wrote on ")
+        assert message.endswith("no shared file system?") and "\n" not in message
+    assert [there for _, there in results] == 2 * [
+        ["iter_0000001", "iter_0000002.saving", "latest_checkpointed_iteration.txt"]] + [["iter_0000002.saving"]]
+    assert last_iteration(tmp_path / "0") == 1 and verify_directory(find_iteration(tmp_path / "0", 1)) == []
 
 
 @pytest.mark.parametrize("in_background", [False, True])

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_deepseek.checkpoint.boxes import Box, segments
+from megatron_deepseek.checkpoint.boxes import Box, fill_once, segments
 
 
 class Stored:
@@ -25,6 +25,29 @@ def tiling(box: Box, rng: random.Random, cuts: int) -> list[Box]:
             boxes.remove(chosen)
             boxes += chosen.cut(axis, [chosen.place[axis] + rng.randrange(1, chosen.shape[axis])])
     return boxes
+
+
+@pytest.mark.parametrize("shape", [(37,), (12, 10), (5, 7, 6), (1, 9, 4)])
+def test_fill_once_is_what_painting_says(shape):
+    """Tilings fill; with a box less, twice, moved or grown they do not, wherever that leaves each index once."""
+    rng, whole = random.Random(1), Box((0,) * len(shape), shape)
+    for _ in range(60):
+        boxes = tiling(whole, rng, rng.randrange(10))
+        assert fill_once(whole, boxes)
+        number, axis = rng.randrange(len(boxes)), rng.randrange(len(shape))
+        box, others = boxes[number], boxes[:number] + boxes[number + 1:]
+        moved = Box(tuple(p + (d == axis) for d, p in enumerate(box.place)), box.shape)
+        grown = Box(box.place, tuple(n + (d == axis) for d, n in enumerate(box.shape)))
+        for changed in (others, [*boxes, box], [*others, moved], [*others, grown], [*others, moved, box]):
+            painted = np.zeros([n + 2 for n in shape], dtype=int)
+            for each in changed:
+                painted[tuple(slice(p, p + n) for p, n in zip(each.place, each.shape))] += 1
+            expected = np.zeros_like(painted)
+            expected[tuple(map(slice, shape))] = 1
+            assert fill_once(whole, changed) == np.array_equal(painted, expected), (whole, changed)
+    empty = Box(whole.place, (0, *shape[1:]))
+    assert fill_once(empty, []) and fill_once(empty, [empty]) and fill_once(whole, [whole, empty])
+    assert fill_once(Box((), ()), [Box((), ())]) and not fill_once(Box((), ()), [])
 
 
 @pytest.mark.parametrize("shape", [(37,), (12, 10), (5, 7, 6), (1, 9, 4), (6, 1, 5)])

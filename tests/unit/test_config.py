@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from megatron_deepseek import hf_config, hf_rope
+from megatron_deepseek.checkpoint.names import BIAS, native_places
 from megatron_deepseek.config import ModelConfig, RopeScaling
 from megatron_deepseek.presets import TINY, V2, V2_LITE, V3, load_model, preset_names
 
@@ -21,7 +23,7 @@ YARN = {"factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
 # Totals and active parameters in billions as the reports give them (facts of the three releases); 2 % covers rounding.
 @pytest.mark.parametrize("model, total, active", [(V2_LITE, 15.7, 2.4), (V2, 236, 21), (V3, 671, 37)])
 def test_parameter_counts_of_the_reports(model, total, active):
-    assert model.num_parameters() / 1e9 == pytest.approx(total, rel=0.002)
+    assert model.main_parameters() / 1e9 == pytest.approx(total, rel=0.002)
     assert model.num_active_parameters() / 1e9 == pytest.approx(active, rel=0.025)
 
 
@@ -35,13 +37,27 @@ def test_mtp_module_of_v3():
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"attention_bias": True}, {"n_shared_experts": 2},
                                      {"tie_word_embeddings": True}, {"first_k_dense_replace": 3}])
 def test_parameter_counts_are_those_of_transformers(changes):
-    """Exactly, the bias of the router included. Transformers has no attention bias on q_proj and kv_b_proj either."""
+    """Exactly. Transformers has no attention bias on q_proj and kv_b_proj either; the router's bias is no parameter."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     model = dataclasses.replace(TINY, **changes)
     with torch.device("meta"):
         theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**model.to_hf_dict()))
-    tensors = list(theirs.parameters()) + [b for name, b in theirs.named_buffers() if "e_score" in name]
-    assert model.num_parameters() == sum(tensor.numel() for tensor in tensors)
+    assert model.main_parameters() == sum(tensor.numel() for tensor in theirs.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_nextn_predict_layers": 2},
+                                     {"num_nextn_predict_layers": 0}, {"n_routed_experts": 0}])
+def test_parameter_counts_are_those_of_the_saved_tensors(changes):
+    """MTP modules among them; what they share with the model is there once."""
+    model = dataclasses.replace(TINY, **changes)
+    saved = {place.whole: place.whole_shape for place in native_places(model)}
+    assert model.num_parameters() == sum(math.prod(shape) for name, shape in saved.items() if not name.endswith(BIAS))
+
+
+def test_parameter_counts_in_words():
+    assert TINY.describe_parameters() == "4,215,008 parameters (504,544 of MTP), 1,777,152 active for a token"
+    assert dataclasses.replace(TINY, num_nextn_predict_layers=0).describe_parameters() == \
+        "3,710,464 parameters, 1,777,152 active for a token"
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -156,7 +172,8 @@ def test_a_missing_key_is_likelier_meant_than_one_that_is_there(wrong, meant):
 
 
 @pytest.mark.parametrize("key", ["auto_map", "unsloth_version", "unsloth_fixed", "_attn_implementation", "task",
-                                 "transformers.js_config", "max_length", "decoder_start_token_id", "use_sdpa"])
+                                 "transformers.js_config", "max_length", "decoder_start_token_id", "use_sdpa",
+                                 "boi_token_id", "mask_token_id"])
 def test_other_unknown_keys_are_said_and_nothing_else(key):
     fields = V3.to_hf_dict() | {key: "x"}
     assert ModelConfig.from_hf_dict(fields) == V3
@@ -215,6 +232,15 @@ def test_stretching_that_is_computed_with_the_length_needs_it():
         with pytest.raises(ValueError, match="max_position_embeddings is missing, which rope_scaling of type"):
             ModelConfig.from_hf_dict(fields | {"rope_scaling": rope})
     assert ModelConfig.from_hf_dict(fields | {"rope_scaling": {"type": "yarn", **YARN}}).rope_scaling is not None
+
+
+def test_the_length_before_stretching_may_be_said_outside():
+    """As transformers reads it, where it goes before the one inside; and so it goes out again."""
+    fields = V3.to_hf_dict() | {"original_max_position_embeddings": 2048}
+    model = ModelConfig.from_hf_dict(fields)
+    assert model.rope_scaling == dataclasses.replace(V3.rope_scaling, original_max_position_embeddings=2048)
+    other = dataclasses.replace(V3, rope_scaling=dataclasses.replace(V3.rope_scaling, factor=2.0))
+    assert ModelConfig.from_hf_dict(fields | hf_rope.write_rope(other, fields)) == other
 
 
 def test_unknown_rope_keys_are_said_and_kept():

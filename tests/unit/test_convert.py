@@ -131,6 +131,26 @@ def test_fp8_is_within_half_a_step(tmp_path):
         assert torch.equal(tensor, given[name] if wide else given[name].bfloat16()), name
 
 
+def test_new_fp8_scales_are_not_called_powers_of_two(tmp_path):
+    """V3.1 says scale_fmt ue8m0 of its own scales: right as long as those are carried along, wrong of ours."""
+    hf = v3_directory(tmp_path / "hf", torch.float32)
+    assert convert("hf", "hf", hf, tmp_path / "released", "--dtype", "fp8") == 0
+    path = tmp_path / "released" / "config.json"
+    released = json.loads(path.read_text())
+    released["quantization_config"]["scale_fmt"] = "ue8m0"
+    path.write_text(json.dumps(released))
+
+    def scale_fmt(name: str) -> str | None:
+        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert config["weight_block_size"] == [128, 128]
+        return config.get("scale_fmt")
+
+    assert convert("hf", "hf", tmp_path / "released", tmp_path / "carried") == 0
+    assert convert("hf", "native", tmp_path / "released", tmp_path / "native") == 0
+    assert convert("native", "hf", tmp_path / "native", tmp_path / "new", "--dtype", "fp8") == 0
+    assert (scale_fmt("carried"), scale_fmt("new")) == ("ue8m0", None)
+
+
 def test_fp8_passes_through_and_comes_into_native_as_bf16(tmp_path):
     hf = v3_directory(tmp_path / "hf")
     assert convert("hf", "hf", hf, tmp_path / "fp8", "--dtype", "fp8") == 0

@@ -194,6 +194,27 @@ def test_an_existing_output_is_left_alone(tmp_path, capsys):
     assert "holds a checkpoint already" in capsys.readouterr().err
 
 
+def test_no_model_is_written_into_another(tmp_path, capsys):
+    """Native or Megatron's files beside those of Hugging Face, anything in an iteration: refused, nothing changes."""
+    hf, native = v3_directory(tmp_path / "hf"), tmp_path / "native"
+    assert convert("hf", "native", hf, native) == 0
+    (other := tmp_path / "other").mkdir()
+    (other / "link").symlink_to(hf)
+    iteration = native / "iter_0000000"
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    model, full, inside = "is a Hugging Face model", "exists already and is not empty", "lies in a checkpoint"
+    for to, load, save, said in (
+            ("native", hf, hf, model), ("megatron", hf, hf, model), ("native", hf, other / "link", model),
+            ("hf", hf, hf, full), ("hf", native, native, full), ("megatron", native, native, "holds a checkpoint"),
+            ("hf", native, iteration, inside), ("hf", native, iteration / "a/b", inside),
+            ("native", hf, iteration, inside), ("megatron", native, iteration, inside)):
+        assert convert("hf" if load == hf else "native", to, load, save) == 2
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert f"--save {save}" in error and said in error
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["--dtype", "int4"], "--dtype"), (["--max-shard-size", "many"], "many"), (["--workers", "0"], "--workers"),
     (["--layers", "a"], "--layers"), (["--dtype", "fp8"], "--dtype fp8"), (["--assets", "nowhere"], "nowhere"),

@@ -1,5 +1,6 @@
 """Killed at any moment and continued, preprocessing gives the same bytes; what has changed meanwhile is recognised."""
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 
 from corpora import contents, documents_of, run, settings_of, write_lines
 from megatron_deepseek.data.corpus.ledger import Ledger
+from megatron_deepseek.data.corpus.workers import run_tasks
 
 KILLED = """
 import os, signal, sys
@@ -142,6 +144,35 @@ def test_a_damaged_part_is_made_again(stopped):
     run(settings_in(stopped))
     run(settings_in(stopped, output_prefix=str(stopped / "straight")))
     assert contents(stopped) == contents(stopped, "straight_text_document")
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace('"documents": ', '"documents": 1'),
+                                    lambda text: text.replace('"errors": []', '"errors": [[0, 1, "x", "y"]]'),
+                                    lambda text: text[:-30], lambda text: "[" * 100_000])
+def test_a_damaged_summary_of_a_part_is_not_believed(stopped, change):
+    path = sorted((stopped / "out.parts").glob("0*.json"))[0]
+    path.write_text(change(path.read_text()))
+    report = run(settings_in(stopped))
+    assert (report.documents, len(report.errors)) == (400, 1)
+
+
+def test_a_worker_destroys_nothing_of_its_parent(tmp_path):
+    """Its garbage, such as a process group of gloo, may wait in a destructor for threads that are not here."""
+    class Dropped:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Dropped()
+        collected = list(run_tasks(range(4), lambda task: gc.collect(), workers=2))
+    finally:
+        gc.enable()
+        gc.collect()
+    assert len(collected) == 4 and [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_two_at_once_are_refused(folder):

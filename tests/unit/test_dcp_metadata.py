@@ -2,9 +2,14 @@
 
 import gc
 import pickle
+import re
+import resource
 import subprocess
 import sys
+import time
 import tracemalloc
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +25,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from test_pickle_values import mutations
+
+from megatron_deepseek.checkpoint import dcp_files
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory, Item
 from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
+from megatron_deepseek.checkpoint.integrity import checksum_directory
 
 SHAPES = {"model.scalar": (), "model.weight": (6, 5), "optimizer.exp_avg.large": (70_000, 3)}
 ITEMS = [
@@ -71,6 +80,91 @@ def test_what_is_no_tensor_is_passed_over(tmp_path):
     metadata.storage_meta.checkpoint_id = tmp_path
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     assert DcpDirectory(tmp_path).shapes == SHAPES
+
+
+def damaged(change) -> bytes:
+    """What DCP writes of `by_dcp()` after a change of it."""
+    metadata = by_dcp()
+    change(metadata, metadata.state_dict_metadata["model.weight"])
+    return pickle.dumps(metadata)
+
+
+def stored(metadata, **changes) -> None:
+    index = MetadataIndex("model.weight", torch.Size((4, 0)))
+    metadata.storage_data[index] = replace(metadata.storage_data[index], **changes)
+
+
+WRONG = {
+    "no shape": (lambda all, tensor: setattr(tensor, "size", 5), "does not say of which shape model.weight"),
+    "negative shape": (lambda all, tensor: setattr(tensor, "size", (-6, -5)), "of which shape model.weight"),
+    "no type": (lambda all, tensor: setattr(tensor, "properties", None), "does not say of which type model.weight"),
+    "no parts": (lambda all, tensor: setattr(tensor, "chunks", None), "does not say of which shape model.weight"),
+    "a part less": (lambda all, tensor: tensor.chunks.pop(), "model.weight are not all numbers of its shape"),
+    "a part twice": (lambda all, tensor: tensor.chunks.append(tensor.chunks[0]), "model.weight are not all numbers"),
+    "a part of two dimensions less": (lambda all, tensor: setattr(tensor.chunks[0], "sizes", ()), "of which shape"),
+    "larger than anything": (lambda all, tensor: setattr(tensor, "size", (2**40, 2**40)), "are not all numbers"),
+    "nowhere": (lambda all, tensor: all.storage_data.clear(), "does not say where model.scalar at"),
+    "in another directory": (lambda all, tensor: stored(all, relative_path="../a.distcp"), "cannot be where it says"),
+    "in a device": (lambda all, tensor: stored(all, relative_path="/dev/zero"), "cannot be where it says"),
+    "in no file": (lambda all, tensor: stored(all, relative_path=None), "cannot be where it says"),
+    "before the file": (lambda all, tensor: stored(all, offset=-1), "cannot be where it says"),
+    "shorter than its numbers": (lambda all, tensor: stored(all, length=19), "the 20 bytes of model.weight at (4, 0)"),
+    "compressed": (lambda all, tensor: stored(all, transform_descriptors=["zstd"]), "stored compressed"),
+    "a name of two lines": (lambda all, tensor: all.state_dict_metadata.update({"a\nb": tensor}), "'a\\nb', which is"),
+    "a name of half a pair": (lambda all, tensor: all.state_dict_metadata.update({"\ud800": tensor}), "damaged"),
+    "another class": (lambda all, tensor: setattr(all, "state_dict_metadata", []), "no metadata of torch.distributed"),
+    "no storage": (lambda all, tensor: setattr(all, "storage_data", None), "no metadata of torch.distributed"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_is_refused_in_a_line(tmp_path, what):
+    change, said = WRONG[what]
+    (tmp_path / ".metadata").write_bytes(damaged(change))
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        DcpDirectory(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_checksum_comes_before_the_reading(tmp_path, monkeypatch):
+    """Whatever a changed file would do to its reader, it is not read."""
+    write_metadata(tmp_path, SHAPES, ITEMS)
+    checksum_directory(tmp_path)
+    assert DcpDirectory(tmp_path).shapes == SHAPES
+    data = bytearray((tmp_path / ".metadata").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / ".metadata").write_bytes(data)
+    monkeypatch.setattr(dcp_files, "read_metadata", lambda directory: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/.metadata has changed: "):
+        DcpDirectory(tmp_path)
+
+
+def test_mutations_cost_neither_memory_nor_time(tmp_path):
+    """Without checksums, as older checkpoints and Megatron-LM's are, in a process that may have little of both."""
+    program = """import sys
+sys.path.insert(0, sys.argv[1])
+from test_dcp_metadata import survive_mutations
+survive_mutations(sys.argv[2])"""
+    arguments = [sys.executable, "-c", program, Path(__file__).parent, tmp_path]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def survive_mutations(directory) -> None:
+    directory = Path(directory)
+    write_metadata(directory, SHAPES, ITEMS)
+    sound = [(directory / ".metadata").read_bytes(), pickle.dumps(by_dcp()), pickle.dumps(by_dcp(), 2)]
+    held, begun, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), 0
+    for changed in (changed for data in sound for changed in mutations(data, 400, 1)):
+        (directory / ".metadata").write_bytes(changed)
+        try:
+            DcpDirectory(directory)
+        except ValueError as error:
+            assert str(directory) in str(error) and "\n" not in str(error) and len(str(error)) < 400, error
+            refused += 1
+    assert refused > 600  # of 1,200; the others changed what is of no use, or into what may be
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 50_000  # KiB
+    assert time.process_time() - begun < 60
 
 
 class Bomb:

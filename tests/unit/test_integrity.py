@@ -78,6 +78,12 @@ def test_known_files_are_not_read_again(directory):
     assert read_checksums(directory)["large"] == listing["large"]
 
 
+def test_a_known_file_that_is_lost_stays_listed(directory):
+    (directory / "small").unlink()
+    checksum_directory(directory, {"small": Checksum(100, "from its writer")})
+    assert kinds(directory) == {"small": "missing"}
+
+
 def test_without_a_listing_nothing_is_said(tmp_path):
     assert verify_directory(tmp_path) is None
 

@@ -13,6 +13,8 @@ VALID = [
     ("E|t*4|L", 4, 0),
     ("(E)*1,(t|tt|)*2t|mL", 7, 1),
     ("Ett|tt|m*2L", 4, 2),
+    ("Ett||ttL", 4, 0),
+    ("E||t*4|(|)*2m|L", 4, 1),
 ]
 
 
@@ -30,6 +32,14 @@ def test_agrees_with_megatron(megatron, text, layers, mtp):
     assert names == [[part.name for part in stage] for stage in theirs]
     megatron(text, len(ours)).validate_layer_layout(layers, mtp)
     assert count_stages(text) == len(ours)
+
+
+def test_megatrons_example_with_an_empty_stage():
+    """That of its own documentation; its MTP modules are on two stages, which its validation refuses."""
+    stages = parse("E|(t|)*3,m|m||L", 3, 2)
+    assert [stage.holds_anything for stage in stages] == [True] * 6 + [False, True]
+    assert [stage.layers for stage in stages] == [(), (0,), (1,), (2,), (), (), (), ()]
+    assert [stage.mtp for stage in stages] == [(), (), (), (), (0,), (1,), (), ()]
 
 
 def test_layers_and_depths_are_numbered_through():
@@ -58,7 +68,8 @@ def test_repetitions_nest():
     ("Ettt|mtL", 4, 1, "order"),
     ("Etttt|Lm", 4, 1, "order"),
     ("Etttt", 4, 0, "one L last"),
-    ("Ett||ttL", 4, 0, "stage 1 of 3 empty"),
+    ("|EttttL", 4, 0, "no E on its first stage, ''"),
+    ("EttttL|", 4, 0, "no L on its last stage, ''"),
     ("Ett|xttL", 4, 0, "'x'"),
     ("Ett|(tt|L", 4, 0, "'('"),
     ("Et*999999999L", 4, 0, "999999999"),

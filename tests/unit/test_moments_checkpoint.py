@@ -8,6 +8,7 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.state import optimizer_state
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.settings import OptimizerSettings
+from megatron_deepseek.training.optimizer import build_optimizer
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 SEQ_LENGTH = 6
@@ -43,6 +44,7 @@ def test_moments_come_back_in_the_dtype_of_the_run(meshes, tmp_path, saved, load
     directory = checkpoint.save(tmp_path, TrainState(2, 4, 2), V3_SMALL, first.stages, first.optimizer)
     checkpoint.load(directory, second.stages, second.optimizer)
     assert checkpoint.converted_moments(directory, second.optimizer) == words
+    assert checkpoint.converted_moments(directory, build_optimizer([], loaded)) == [], "of a rank that holds nothing"
     before, after = moments(first), moments(second)
     for name, moment in after.items():
         wanted = loaded.exp_avg_dtype if ".exp_avg." in name else loaded.exp_avg_sq_dtype

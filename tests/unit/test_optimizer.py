@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training import optimizer as optimizer_module
-from megatron_deepseek.training.optimizer import NamedParameter, ShardedAdamW, build_optimizer, set_learning_rate
+from megatron_deepseek.training.optimizer import (
+    NamedParameter, ShardedAdamW, build_optimizer, clip_gradients, set_learning_rate)
 
 RATE = 1e-2
 MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"))
@@ -46,6 +47,15 @@ def mesh(meshes):
 
 def gradient(step: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_rank_without_parameters_has_an_optimizer(moments):
+    """Its pipeline stages are empty."""
+    optimizer = built([], OptimizerSettings(exp_avg_dtype=moments, exp_avg_sq_dtype=moments))
+    optimizer.step()
+    clip_gradients([], torch.tensor(2.0), 1.0)
+    assert not optimizer.state
 
 
 def test_rounding_of_the_reference():

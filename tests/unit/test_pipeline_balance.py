@@ -42,10 +42,10 @@ def test_no_division_is_better(costs, data):
 
 def test_costs_by_hand():
     """Tiny, 256 tokens. Attention: q 128*64 + 64 + 64*4*48, kv 128*48 + 32 + 32*4*64, out 4*32*128; 4*(48+32)*128
-    for scores and values; dense MLP 3*128*384; experts 128*16 + 16 + 3*128*64*5; two norms of 128."""
+    for scores and values; dense MLP 3*128*384; experts 128*16 + 3*128*64*5; two norms of 128."""
     attention = 8192 + 64 + 12288 + 6144 + 32 + 8192 + 16384 + 40960
     assert layer_cost(TINY, 0, 256) == attention + 147456 + 256
-    assert layer_cost(TINY, 1, 256) == attention + 2048 + 16 + 122880 + 256
+    assert layer_cost(TINY, 1, 256) == attention + 2048 + 122880 + 256
     assert head_cost(TINY) == 2 * 8192 * 128
     assert mtp_cost(TINY, 256) == layer_cost(TINY, 1, 256) + 2 * 128 * 128 + 3 * 128
 

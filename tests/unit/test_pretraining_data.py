@@ -1,6 +1,7 @@
 """Pre-training data: the order of samples against one worked out from numpy's shuffles and megatron-core's; ranks."""
 
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import os
@@ -108,14 +109,18 @@ def test_processes_build_what_one_builds(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_index, "FEW_SEQUENCES", 0)
     plan = make_plan(dataclasses.replace(settings, data_cache_path=str(tmp_path / "other")), (9, 0, 0))
     built = []
-    plan.build(workers=2, built=built.append)
+    plan.build(plan.missing(), workers=2, built=built.append)
     assert {path.name: path.read_bytes() for path in (tmp_path / "other").glob("*.samples")} == alone
     assert sorted(split.prefix for split in built) == [str(tmp_path / str(number)) for number in range(5)]
     (tmp_path / "3.idx").unlink()
     third = tmp_path / "third"
     third.mkdir()
-    with pytest.raises(RuntimeError, match="the process that indexes .*/[0-9] in .*/third failed, with status 1"):
-        dataclasses.replace(plan, folder=third).build(workers=2)
+    plan = dataclasses.replace(plan, folder=third)
+    with pytest.raises(ValueError, match="dataset .*/3: .*3.idx does not exist"):
+        plan.build(plan.missing(), workers=2)
+    monkeypatch.setattr(sample_index.sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="the process that indexes .*/[0-9] in .*/third ended with status 1"):
+        plan.build(plan.missing(), workers=2)
     assert not list(third.glob("*.tmp"))
 
 
@@ -221,18 +226,36 @@ def move_plan(folder):
 
     def broadcast_moved(objects):
         broadcast(objects)
-        objects[0] = dataclasses.replace(objects[0], folder=folder)
+        plan, refusal = objects[0]
+        objects[0] = dataclasses.replace(plan, folder=folder), refusal
     torch.distributed.broadcast_object_list = broadcast_moved
 
 
 def build_on_rank(rank, settings, folder, queue, own_folder):
+    gc.freeze()  # groups of other tests, whose threads are not in this process
     os.environ["LOCAL_RANK"] = "0" if own_folder else str(rank)
     if rank == 1 and own_folder:
         move_plan(own_folder)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    sampler = Sampler(train_set(settings, 16), 10_000, "")
-    queue.put((rank, sampler.batch(0, 16, 2, rank, 2).tokens_BS.tolist()))
+    try:
+        sampler = Sampler(train_set(settings, 16), 10_000, "")
+        queue.put((rank, sampler.batch(0, 16, 2, rank, 2).tokens_BS.tolist()))
+    except ValueError as error:
+        queue.put((rank, str(error)))
     torch.distributed.destroy_process_group()
+
+
+def read_on_two_ranks(settings, folder, own_folder) -> dict:
+    """What each rank reads, or the refusal that it ends with; rank 1 has a folder of its own, if any."""
+    fork = multiprocessing.get_context("fork")  # torch is imported already: a fresh process takes seconds for it
+    queue = fork.Queue()
+    ranks = [fork.Process(target=build_on_rank, args=(rank, settings, folder, queue, own_folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    read = dict(queue.get(timeout=60) for _ in ranks)
+    for rank in ranks:
+        rank.join(60)
+    return read
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -240,17 +263,17 @@ def test_ranks_read_by_the_indices_that_rank_0_builds_or_by_their_nodes_own(tmp_
     write_dataset(tmp_path / "a")
     write_dataset(tmp_path / "b", base=2000)
     settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
-    fork = multiprocessing.get_context("fork")  # torch is imported already: a fresh process takes seconds for it
-    queue = fork.Queue()
-    own_folder = None if shared else tmp_path / "other"
     (tmp_path / "other").mkdir()
-    given = (settings, tmp_path, queue, own_folder)
-    ranks = [fork.Process(target=build_on_rank, args=(rank, *given)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    read = dict(queue.get(timeout=60) for _ in ranks)
-    for rank in ranks:
-        rank.join(60)
+    read = read_on_two_ranks(settings, tmp_path, None if shared else tmp_path / "other")
     assert len(list((tmp_path / "other").iterdir())) == (0 if shared else 2)  # both datasets have the same lengths
     alone = Sampler(train_set(settings, 16), 10_000, "")
     assert read == {rank: alone.batch(0, 16, 2, rank, 2).tokens_BS.tolist() for rank in range(2)}
+
+
+@pytest.mark.parametrize("own_folder", ["nowhere", None])
+def test_every_rank_is_told_where_one_cannot_build(tmp_path, own_folder):
+    """Rank 1, of a node of its own, or rank 0 for all: nobody waits for it in vain."""
+    write_dataset(tmp_path / "a")
+    settings = settings_of(tmp_path / "a", data_cache_path=None if own_folder else "/dev/null/cache")
+    read = read_on_two_ranks(settings, tmp_path, own_folder and tmp_path / own_folder)
+    assert read[0] == read[1] and ("/nowhere/" in read[0] if own_folder else "--data-cache-path /dev/null" in read[0])

@@ -59,6 +59,12 @@ def test_there_and_back(tmp_path, original, state, seed):
     assert tool("diff", original, here) == 0
 
 
+def test_to_a_pipeline_with_a_rank_that_holds_nothing(tmp_path, original, state):
+    assert tool("reshard", "--load", original, "--save", tmp_path / "b", *options(pp=4),
+                "--pipeline-model-parallel-layout", "Et||tt|tmL") == 0
+    assert_identical(read_native(tmp_path / "b", state), state)
+
+
 def test_each_step_is_a_checkpoint_of_its_own(tmp_path, original, state):
     """Not only after the last step back: rows and columns divided, experts, stages, copies."""
     assert tool("reshard", "--load", original, "--save", tmp_path / "b",
@@ -182,6 +188,8 @@ def test_inspect_tells_architecture_step_and_tensors(original, state, capsys):
     assert all(each["bytes"] == state[each["name"]].nbytes for each in found["tensors"])
     assert tool("inspect", original / "iter_0000100") == 0
     text = capsys.readouterr().out
+    assert found["parameters"] == MODEL.num_parameters()
+    assert f"{MODEL.num_parameters():,} parameters, {MODEL.num_active_parameters():,} active for a token: " in text
     assert "8x280x136" in text and "iteration 100" in text
 
 

@@ -89,7 +89,7 @@ def test_verify_without_checksums_says_so(copy, capsys):
     ("rank-00001.distcp", lambda path: os.truncate(path, path.stat().st_size // 2), "truncated"),
     ("rank-00001.distcp", lambda path: path.unlink(), "missing"),
     ("rank-00001.distcp", lambda path: flip(path, path.stat().st_size // 2), "has changed"),
-    (".metadata", lambda path: path.write_bytes(b"nothing"), "cannot be read"),
+    (".metadata", lambda path: path.write_bytes(b"nothing"), "is truncated: 7 of"),
     ("config.json", lambda path: path.unlink(), "missing"),
     ("state.json", lambda path: path.write_text("{"), "state.json is malformed JSON"),
     ("state.json", lambda path: write_state(path, optimizer_steps=None), '"optimizer_steps" is null, not an integer'),
@@ -190,6 +190,24 @@ def test_an_existing_output_is_left_alone(tmp_path, four_files, capsys):
     assert tool(*command) == 2
     assert "holds a checkpoint already" in error_of(capsys)
     assert sorted(four_files.rglob("*")) == before
+
+
+def test_no_checkpoint_is_written_into_a_model(tmp_path, copy, capsys):
+    """Into its source, a Hugging Face model, an iteration, or beside another iteration that no marker names."""
+    (hf := tmp_path / "hf").mkdir()
+    (hf / "config.json").write_text("{}")
+    (hf / "model.safetensors").write_text("")
+    (copy / "latest_checkpointed_iteration.txt").unlink()
+    iteration = copy / "iter_0000100"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for save, said in ((hf, "is a Hugging Face model"), (iteration, "lies in a checkpoint"),
+                       (iteration / "new", "lies in a checkpoint")):
+        for command in (["merge", "--load"], ["average"], ["reshard", "--load"]):
+            assert tool(*command, iteration, "--save", save) == 2
+            assert said in error_of(capsys)
+    assert tool("average", iteration, "--save", copy) == 2  # makes an iteration 0
+    assert "holds a checkpoint already" in error_of(capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("arguments, named", [

@@ -1,6 +1,8 @@
 """Saves of a run on one rank: in the foreground and the background, on a disk that is full for a while, and resumed."""
 
+import errno
 import io
+import os
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -9,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from small_models import V3_SMALL, random_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint import writer
+from megatron_deepseek.checkpoint.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
@@ -72,6 +77,21 @@ def test_a_disk_that_was_full_for_a_while(trainer, tmp_path, monkeypatch, async_
     assert iterations(tmp_path) == [1, 3] and last_iteration(tmp_path) == 3
 
 
+def test_a_thousand_ranks_ask_for_their_chunks():
+    """V3's stacked experts of a layer, sharded over 1,024 ranks, and a router that one of them writes."""
+    ranks, shape = 1024, torch.Size((256, 4096, 7168))
+    chunk = torch.Size((1, 1024, 7168))
+    whole, properties = torch.Size((256, 7168)), TensorProperties(dtype=torch.float32)
+    plans = [SavePlan([WriteItem(MetadataIndex("experts", torch.Size((rank // 4, rank % 4 * 1024, 0))),
+                                 WriteItemType.SHARD, tensor_data=TensorWriteData(
+                                     ChunkStorageMetadata(torch.Size((rank // 4, rank % 4 * 1024, 0)), chunk),
+                                     properties, shape))]) for rank in range(ranks)]
+    plans[7].items.append(WriteItem(MetadataIndex("router"), WriteItemType.TENSOR, tensor_data=TensorWriteData(
+        ChunkStorageMetadata(torch.Size((0, 0)), whole), properties, whole)))
+    nbytes = 4 * (shape.numel() + whole.numel())
+    assert nbytes < writer.bytes_of(plans) < 1.001 * nbytes
+
+
 @pytest.mark.parametrize("async_save", [False, True])
 def test_what_found_no_room_is_saved_when_asked_again(trainer, tmp_path, monkeypatch, async_save):
     """As the last step of a run is: once when it is due, once at the end."""
@@ -104,13 +124,57 @@ def test_a_run_that_ends_without_its_last_checkpoint_fails(trainer, tmp_path, mo
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_another_error_ends_the_run(trainer, tmp_path, async_save):
-    """The parent of --save is a file."""
+def test_what_the_file_system_refuses_is_tried_again(trainer, tmp_path, async_save):
+    """The parent of --save is a file for a while: a line, no checkpoint; then one, as if nothing had been."""
     (tmp_path / "file").write_text("")
-    saver, _ = make_saver(trainer, tmp_path / "file" / "run", async_save=async_save)
-    with pytest.raises(NotADirectoryError):
+    saver, told = make_saver(trainer, tmp_path / "file" / "run", async_save=async_save)
+    saver.save(TrainState(1, 0, 0))
+    saver.finish()
+    assert "iteration 1 is NOT saved: " in told.getvalue() and "Not a directory" in told.getvalue()
+    (tmp_path / "file").unlink()
+    saver.save(TrainState(2, 0, 0))
+    saver.close()
+    assert iterations(tmp_path / "file" / "run") == [2]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_mistake_of_the_program_ends_the_run(trainer, tmp_path, monkeypatch, async_save):
+    saver, _ = make_saver(trainer, tmp_path, async_save=async_save)
+    monkeypatch.setattr(writer, "checksum_directory", lambda *_: {}["nothing"])
+    with pytest.raises(KeyError, match="nothing"):
         saver.save(TrainState(1, 0, 0))
         saver.finish()
+
+
+def test_a_directory_that_is_removed_between_saves(trainer, tmp_path):
+    """The next save makes it again, with the assets of what the run began from."""
+    (tmp_path / "began" / "huggingface").mkdir(parents=True)
+    (tmp_path / "began" / "huggingface" / "config.json").write_text("{}")
+    saver, _ = make_saver(trainer, tmp_path / "run")
+    saver.keep = lambda: keep_assets(tmp_path / "began" / "iter_0000004", tmp_path / "run")
+    for iteration in (1, 2):
+        saver.save(TrainState(iteration, 0, 0))
+        assert (tmp_path / "run" / "huggingface" / "config.json").read_text() == "{}"
+        assert last_iteration(tmp_path / "run") == iteration
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_assets_that_find_no_room_are_copied_with_the_next_save(trainer, tmp_path, monkeypatch):
+    (tmp_path / "began" / "huggingface").mkdir(parents=True)
+    (tmp_path / "began" / "huggingface" / "tokenizer.json").write_text("{}")
+    saver, told = make_saver(trainer, tmp_path / "run")
+    saver.keep = lambda: keep_assets(tmp_path / "began" / "iter_0000004", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full_disk)
+        saver.keep_assets()
+    assert "are not kept with --save" in told.getvalue() and "No space left" in told.getvalue()
+    saver.save(TrainState(1, 0, 0))
+    assert [path.name for path in (tmp_path / "run" / "huggingface").iterdir()] == ["tokenizer.json"]
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_without_moments(trainer, tmp_path):
@@ -131,7 +195,7 @@ def test_without_moments(trainer, tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"num_hidden_layers": 3}, "num_hidden_layers 2 there, 3 here"),
     ({"n_routed_experts": 16}, "n_routed_experts 8 there, 16 here"),
-    ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers 0 there, 2 here"),
+    ({"num_nextn_predict_layers": 2}, "holds no Multi-Token Prediction module, the model has 2"),
 ])
 def test_another_number_of_layers_experts_or_mtp_modules_is_refused(trainer, tmp_path, change, words):
     saver, _ = make_saver(trainer, tmp_path)

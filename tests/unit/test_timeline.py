@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
@@ -47,6 +47,7 @@ def batch_settings(draw) -> BatchSettings:
 
 
 @given(st.lists(st.tuples(batch_settings(), st.integers(0, 25)), min_size=1, max_size=3))
+@example([(BatchSettings(1, 10, (3, 1, 29)), 12)])  # the end of the ramp is met, and a size below the last comes there
 @settings(max_examples=150, deadline=None)
 def test_a_timeline_is_the_run_step_by_step(legs):
     """A run of several legs, each with other batches: what is said at the start of the last is what then happens, and

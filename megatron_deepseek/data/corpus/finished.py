@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 from megatron_deepseek.data.corpus.inputs import STANDARD_INPUT
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
-
-MOST_REPORT_BYTES = 1 << 26
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
 
 def digest_of(settings: PreprocessSettings, described: dict) -> str:
@@ -38,14 +37,12 @@ def report_path(settings: PreprocessSettings) -> str:
 
 
 def _read_report(path: str) -> dict:
-    """Empty where it cannot be read or says nothing of datasets."""
+    """What it was made from, and its datasets; empty where it cannot be read or says nothing of them."""
     try:
-        if os.path.getsize(path) > MOST_REPORT_BYTES:
-            return {}
-        with open(path, encoding="utf-8") as file:
-            report = json.load(file)
-        return report if isinstance(report["datasets"], dict) else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        report = read_object(path, LARGEST_LIST)
+        datasets = report.object("datasets")
+        return {"made_from": report.text("made_from"), "datasets": {key: datasets.list(key) for key in datasets.fields}}
+    except ValueError:
         return {}
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from megatron_deepseek.data.corpus.files import checksum_of
 from megatron_deepseek.data.corpus.inputs import Source
-from megatron_deepseek.data.corpus.part import PartMaker, Summary
+from megatron_deepseek.data.corpus.part import PartMaker, Summary, read_summary
 from megatron_deepseek.data.corpus.plan import Part
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
+from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
-from megatron_deepseek.foreign_json import LARGEST_LIST, read_json, read_object
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
 VERSION = 2
 SECONDS_FOR_ORPHANS = 3.0
@@ -110,7 +111,8 @@ class Ledger:
     def write_plan(self, plan: dict) -> dict:
         """The plan that holds: this one, or that of a rank that was faster."""
         aside = self.directory / f"plan.json.{self.settings.execution.rank}"
-        aside.write_text(json.dumps(plan))
+        with naming(aside):
+            aside.write_text(json.dumps(plan))
         try:
             os.link(aside, self.directory / "plan.json")
         except FileExistsError:
@@ -128,7 +130,7 @@ class Ledger:
         return self.directory / f"{part:08d}.json"
 
     def summary(self, part: int) -> Summary:
-        return Summary(**read_json(self.summary_path(part), LARGEST_LIST))
+        return read_summary(self.summary_path(part))
 
     def finished(self, part: Part, maker: PartMaker) -> Summary | None:
         """The summary of a part that is there and sound. ValueError if its input has changed since."""

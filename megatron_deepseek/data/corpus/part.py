@@ -4,7 +4,9 @@ A part is whole once `{number}.json` is there, which holds the checksums of the 
 a million characters, whatever the documents' size.
 """
 
+import json
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +22,9 @@ from megatron_deepseek.data.corpus.records import DAMAGED, Fault, Record, Segmen
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.corpus.texts import chars_held, hash_of, pieces, strings
 from megatron_deepseek.data.indexed import IndexedWriter, written_whole
+from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.tokenizer import IdOutsideVocabulary
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
 DOCUMENTS_PER_BATCH = 1024
 CHARS_PER_BATCH = 1 << 19
@@ -58,6 +62,18 @@ class Summary:
     input_checksum: int | None = None
 
 
+def read_summary(path: Path) -> Summary:
+    """ValueError where the file is not what was written."""
+    written = dict(read_object(path, LARGEST_LIST).fields)
+    if written.pop("digest", None) != _digest(written):
+        raise ValueError(f"{path} is damaged")
+    return Summary(**written)
+
+
+def _digest(summary: dict) -> int:
+    return zlib.crc32(json.dumps(summary, sort_keys=True).encode())
+
+
 def id_dtype(vocab_size: int) -> type:
     """Megatron's rule (DType.optimal_dtype)."""
     return np.uint16 if vocab_size < 65500 else np.int32
@@ -79,9 +95,10 @@ class PartMaker:
             for number, segment in enumerate(part.segments):
                 work.add_segment(number, segment)
             if self.settings.selection.needs_records:
-                Path(base + ".records").write_bytes(np.concatenate([np.empty(0, RECORDS), *work.records]).tobytes())
+                with naming(base + ".records"):
+                    Path(base + ".records").write_bytes(np.concatenate([np.empty(0, RECORDS), *work.records]).tobytes())
         summary.checksums = {ending: checksum_of(base + ending) for ending in self.endings()}
-        write_json(base + ".json", asdict(summary))
+        write_json(base + ".json", asdict(summary) | {"digest": _digest(asdict(summary))})
         return summary
 
     def endings(self) -> list[str]:

@@ -5,6 +5,7 @@ they return must be small: the data goes through files. A worker dies with the p
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -93,6 +94,7 @@ def run_tasks(tasks: Iterable, work: Callable, workers: int, tick: Callable[[], 
 
 
 def _serve(connection, parents_end, work: Callable, one_thread: bool, parent: int):
+    gc.freeze()  # what the parent has dropped may wait, as it is destroyed, for threads that are not in here
     parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and says what becomes of us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,70 @@
+"""Calculated memory of weights, gradients and moments, against the shards that training makes and V3's own numbers."""
+
+import dataclasses
+
+import pytest
+
+from megatron_deepseek.arguments import parse
+from megatron_deepseek.checkpoint.rank_parts import Division, readers
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.planning.pipeline_balance import stages
+from megatron_deepseek.planning.states import describe_states, held_parameters, state_bytes
+from megatron_deepseek.presets import TINY, V2_LITE, V3
+
+SMALL_LITE = dataclasses.replace(
+    V2_LITE, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=32,
+    qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=64, n_routed_experts=16,
+    vocab_size=8192)
+
+
+@pytest.mark.parametrize("model, layout, schedule, stages_on_rank", [
+    (TINY, Layout(), "1F1B", 1),
+    (TINY, Layout(tp=2), "1F1B", 1),
+    (TINY, Layout(pp=2, ep=2, dp=2), "DualPipeV", 2),
+    (SMALL_LITE, Layout(tp=2, pp=2, ep=2, etp=2, dp=2), "1F1B", 1),
+    (dataclasses.replace(TINY, tie_word_embeddings=True, num_nextn_predict_layers=2), Layout(pp=2), "1F1B", 1)])
+def test_parameters_are_those_of_the_shards(model, layout, schedule, stages_on_rank):
+    """Of rank 0 of each pipeline rank; together with its data ranks it holds what is calculated. Biases of routers,
+    which no rank divides, are counted apart.
+    """
+    cut = stages(model, layout.pp * stages_on_rank, 64)
+    held = readers(Division(model, layout, cut, schedule))
+    ranks = layout.world_size // layout.pp
+    for pp_rank in range(layout.pp):
+        own = [cut[index] for index in stages_of_rank(pp_rank, len(cut), layout.pp, schedule)]
+        calculated = held_parameters(model, layout, own)
+        found = {"dense": 0, "experts": 0}
+        for name, boxes in held.items():
+            if name.startswith("model.") and not name.endswith("e_score_correction_bias"):
+                kind = "experts" if ".mlp.experts." in name else "dense"
+                found[kind] += sum(box.numel for box, holders in boxes.items() if pp_rank * ranks in holders)
+        dense, experts = found["dense"] * layout.dp * layout.cp, found["experts"] * layout.edp
+        assert (calculated.dense, calculated.experts) == pytest.approx((dense, experts), rel=2e-3)
+
+
+def settings(arguments: str, ranks: int):
+    return parse(f"--data-path x --train-iters 1 --bf16 {arguments}".split(), ranks)
+
+
+def test_one_process_by_hand():
+    """4 + 4 + 8 + 2 bytes a parameter; an update of several micro-batches adds 4."""
+    parameters = TINY.num_parameters()
+    assert state_bytes(settings("--model tiny", 1)).device == pytest.approx(18 * parameters, rel=1e-3)
+    assert state_bytes(settings("--model tiny --global-batch-size 4", 1)).device == pytest.approx(
+        22 * parameters, rel=1e-3)
+    offloaded = state_bytes(settings("--model tiny --optimizer-cpu-offload --exp-avg-dtype bf16", 1))
+    assert (offloaded.device, offloaded.host) == pytest.approx((2 * parameters, 14 * parameters), rel=1e-3)
+
+
+def test_v3_as_its_report_has_it():
+    """1,024 ranks, PP16, EP64: all pipeline ranks together hold the model, and the embedding once more for MTP."""
+    text = ("--model deepseek-v3 --pipeline-model-parallel-size 16 --pipeline-schedule DualPipeV "
+            "--expert-model-parallel-size 64 --global-batch-size 15360")
+    report, cut = settings(text, 1024), stages(V3, 32)
+    held = [held_parameters(V3, report.layout, [cut[rank], cut[31 - rank]]) for rank in range(16)]
+    total = V3.num_parameters() + V3.vocab_size * V3.hidden_size
+    assert sum(each.dense + 64 * each.experts for each in held) == total
+    most = max(6 * (each.dense + each.experts) + 16 * each.dense // 64 + 16 * each.experts for each in held)
+    assert state_bytes(report).device == pytest.approx(most, rel=1e-6)
+    assert f"at most {most / 2**30:.1f} GiB on a GPU, of pipeline rank" in describe_states(report)

@@ -1,0 +1,15 @@
+#!/usr/bin/env python3
+"""Continue a prompt with a trained model: tools/generate.py --load DIR --prompt TEXT"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_deepseek.quick_imports import quick_imports
+
+with quick_imports():
+    from megatron_deepseek.inference.generate import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
