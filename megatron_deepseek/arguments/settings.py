@@ -15,7 +15,6 @@ from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
@@ -102,9 +101,10 @@ def _with_options(message: str) -> str:
 
 
 def _begins(request: Request) -> bool:
-    """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had."""
-    args = request.args
-    return args.finetune or all(root is None or last_iteration(root) is None for root in (args.load, args.save))
+    """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had, and
+    whether it goes on is rank 0's to decide (training/decision.py): parsing looks at no checkpoint.
+    """
+    return request.args.load is None and request.args.save is None
 
 
 def _fill(kind: type, args, **given):
