@@ -38,19 +38,19 @@ no_layout() {
 
 # PARALLEL_ARGS for DeepSeek-V3's architecture on this number of GPUs of 80 GB: PP16 and, as far as there are GPUs, EP64.
 # Every size of V3's batch ramp divides among the data ranks: a sixteenth of the GPUs, which divides 1536.
+# docs/quickstart_cluster.md has the memory; RECOMPUTE=selective, as in the report, is for GPUs with more.
 deepseek_v3_layout() {
-    local ep schedule=DualPipeV memory selective=(--recompute-granularity selective
-                                                  --recompute-modules layernorm mla_up_proj moe_act)
+    local ep schedule=DualPipeV offload=()
     case $((NNODES * GPUS_PER_NODE)) in
-        128) ep=8 memory=(--recompute-granularity full --optimizer-cpu-offload) ;;
-        256) ep=16 memory=("${selective[@]}" --optimizer-cpu-offload) ;;
-        512) ep=32 memory=(--recompute-granularity full) ;;
-        1024) ep=64 memory=("${selective[@]}") ;;
-        2048|3072|4096|6144|8192|12288|24576) ep=64 schedule=ZBVZeroBubble memory=("${selective[@]}") ;;
+        128) ep=8 offload=(--optimizer-cpu-offload) ;;
+        256) ep=16 offload=(--optimizer-cpu-offload) ;;
+        512) ep=32 ;;
+        1024) ep=64 ;;
+        2048|3072|4096|6144|8192|12288|24576) ep=64 schedule=ZBVZeroBubble ;;
         *) no_layout 128 256 512 1024 2048 3072 4096 6144 8192 12288 24576 ;;
     esac
     PARALLEL_ARGS=(--pipeline-model-parallel-size 16 --pipeline-schedule "${SCHEDULE:-$schedule}"
-                   --expert-model-parallel-size "$ep" "${memory[@]}")
+                   --expert-model-parallel-size "$ep" "${offload[@]}" --recompute-granularity "${RECOMPUTE:-full}")
 }
 
 find_python() {

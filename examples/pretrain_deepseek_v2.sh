@@ -24,11 +24,10 @@ MODEL_ARGS=(
 )
 
 # Every size of the batch ramp divides among the data ranks: a sixteenth of the GPUs, which divides 288.
-SELECTIVE=(--recompute-granularity selective --recompute-modules layernorm mla_up_proj moe_act)
 case $((NNODES * GPUS_PER_NODE)) in
-    64) PP=8 MEMORY=(--recompute-granularity full --optimizer-cpu-offload) ;;
-    128|256|384) PP=16 MEMORY=(--recompute-granularity full) ;;
-    512|768|1152|1536|2304|4608) PP=16 MEMORY=("${SELECTIVE[@]}") ;;
+    64) PP=8 RECOMPUTE=${RECOMPUTE:-full} OFFLOAD=(--optimizer-cpu-offload) ;;
+    128|256) PP=16 RECOMPUTE=${RECOMPUTE:-full} OFFLOAD=() ;;
+    384|512|768|1152|1536|2304|4608) PP=16 RECOMPUTE=${RECOMPUTE:-selective} OFFLOAD=() ;;
     *) no_layout 64 128 256 384 512 768 1152 1536 2304 4608 ;;
 esac
 
@@ -36,7 +35,8 @@ PARALLEL_ARGS=(
     --pipeline-model-parallel-size "$PP"
     --pipeline-schedule "${SCHEDULE:-ZBVZeroBubble}"
     --expert-model-parallel-size 8
-    "${MEMORY[@]}"
+    --recompute-granularity "$RECOMPUTE"
+    "${OFFLOAD[@]}"
 )
 
 TRAINING_ARGS=(

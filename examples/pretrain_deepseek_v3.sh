@@ -1,7 +1,7 @@
 #!/bin/bash
 # DeepSeek-V3 (671B, 37B active) on NNODES=128 nodes of 8 GPUs or more: PP16, EP64, no tensor parallelism, as its report
-# has it. On 64, 32 and 16 nodes the experts spread over the GPUs of a stage that there are, and what does not fit in
-# 80 GB then goes to the hosts' memory or is computed again: docs/quickstart_cluster.md has the sums.
+# has it. On 64, 32 and 16 nodes the experts spread over the GPUs of a stage that there are. What does not fit in 80 GB
+# goes to the hosts' memory or is computed again: docs/quickstart_cluster.md has the sums.
 # Recipe: DeepSeek-V3 report, section 4.2. By hand at 10T tokens: --mtp-loss-scaling-factor 0.1.
 #
 # The report's precision: FP8=1, FP8 products and moments in BF16 (docs/fp8.md); without it, BF16 and float32 moments.

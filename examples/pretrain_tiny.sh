@@ -1,9 +1,11 @@
 #!/bin/bash
-# A DeepSeek-V3 of 4.2 million parameters on one machine, CPU or GPU: `make pretrain` runs this after making its data.
+# A DeepSeek-V3 of 4.2 million parameters, CPU or GPU: `make pretrain` runs this after making its data. On NNODES= nodes,
+# which share RUN_DIR, it tries out a cluster: every node adds 16 sequences to the batch.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-[ "${NNODES:-1}" = 1 ] || refuse "NNODES=$NNODES: this model is for one machine; NPROC= is the number of processes"
-NNODES=1 GPUS_PER_NODE=${NPROC:-4}  # processes; on a machine without GPUs they share the cores
+NNODES=${NNODES:-1}
+count NNODES
+GPUS_PER_NODE=${NPROC:-${GPUS_PER_NODE:-4}}  # processes; on a machine without GPUs they share the cores
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS_PER_NODE ? CORES / GPUS_PER_NODE : 1))}
 STEPS=${STEPS:-120}
@@ -23,7 +25,7 @@ esac
 TRAINING_ARGS=(
     --train-iters "$STEPS"
     --micro-batch-size "$MICRO_BATCH"
-    --global-batch-size 16
+    --global-batch-size $((16 * NNODES))
     --seq-length 256
     --lr 6e-3
     --min-lr 0

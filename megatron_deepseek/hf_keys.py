@@ -29,7 +29,8 @@ _IMPLEMENTED = {"hidden_act": "silu", "mlp_bias": False, "rope_interleave": True
 _WITHOUT_A_WORD = frozenset((
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "ep_size", "pretraining_tp", "num_key_value_heads", "head_dim", "qk_head_dim", "output_router_logits",
-    "quantization_config", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters", "chunk_size_feed_forward",
+    "quantization_config", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings", "chunk_size_feed_forward",
     "id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
     "return_dict", "sep_token_id", "unk_token_id", "cls_token_id"))
 _NEAR, _PERHAPS = 0.8, 0.6  # to any key, and to one that is missing
@@ -38,7 +39,7 @@ _NEAR, _PERHAPS = 0.8, 0.6  # to any key, and to one that is missing
 def check_keys(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """ValueError for a misspelt key, one that is missing, one that contradicts another, and for other mathematics."""
     known, missing = _known(defaults), _missing(fields, defaults)
-    for key in (key for key in fields if key not in known):
+    for key in (key for key in fields if key not in known and not key.endswith("_token_id")):  # there are too many
         meant = near_names(key, missing, _PERHAPS, 1) or near_names(key, known, _NEAR, 1)
         if meant:
             raise ValueError(f"{key} is unknown; did you mean {meant[0]}?")

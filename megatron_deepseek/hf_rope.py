@@ -21,6 +21,7 @@ _NEUTRAL = {
     "alpha": None, "short_factor": None, "long_factor": None, "short_mscale": None, "long_mscale": None,
     "low_freq_factor": None, "high_freq_factor": None, "mrope_section": None, "mrope_interleaved": False}
 _KINDS = ("linear", "dynamic", "yarn")
+_OUTSIDE = "original_max_position_embeddings"  # some files say it beside the dictionary: it goes first in transformers
 _NEAR = 0.8
 
 
@@ -39,7 +40,7 @@ def read_rope(fields: Mapping[str, Any], max_position_embeddings: int | None) ->
         return theta, None
     if rope.get("factor") is None:
         raise ValueError(f"{name} of type {kind!r} has no factor")
-    original = rope.get("original_max_position_embeddings") or max_position_embeddings
+    original = fields.get(_OUTSIDE) or rope.get("original_max_position_embeddings") or max_position_embeddings
     if original is None or (kind == "dynamic" and max_position_embeddings is None):
         raise ValueError(f"max_position_embeddings is missing, which {name} of type {kind!r} is computed with")
     if not isinstance(original, int):
@@ -53,11 +54,14 @@ def write_rope(config, fields: Mapping[str, Any] | None = None) -> dict:
     """RoPE of a ModelConfig in the dialect of `fields`, whose further keys stay; without `fields` as released."""
     name, given = _of(fields or {})
     more = {key: value for key, value in given.items() if key not in _READ}
-    scaling = _scaling(config)
+    scaling, beside = _scaling(config), {}
+    if fields and _OUTSIDE in fields and config.rope_scaling:
+        beside = {_OUTSIDE: config.rope_scaling.original_max_position_embeddings}
     if fields is None or "rope_parameters" not in fields:
-        return {"rope_theta": config.rope_theta, "rope_scaling": scaling and more | scaling}
+        return beside | {"rope_theta": config.rope_theta, "rope_scaling": scaling and more | scaling}
     scaling = scaling or {"type": "default"}
-    return {"rope_parameters": more | {"rope_type": scaling.pop("type"), "rope_theta": config.rope_theta, **scaling}}
+    theirs = {"rope_type": scaling.pop("type"), "rope_theta": config.rope_theta}
+    return beside | {"rope_parameters": more | theirs | scaling}
 
 
 def unknown_rope_keys(fields: Mapping[str, Any]) -> list[str]:

@@ -131,7 +131,8 @@ class PipelineSettings:
 class DataSettings:
     """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test.
 
-    `split_data_paths` instead gives each of train, valid and test a path of its own, or None.
+    `split_data_paths` instead gives each of train, valid and test a path of its own, or None. `data_arguments` is how
+    refusals name where train, valid and test were given, if not by --data-path or --train-data-path and its kin.
     """
 
     data_path: tuple[str, ...]
@@ -144,6 +145,7 @@ class DataSettings:
     eod_mask_loss: bool = False
     reset_attention_mask: bool = False
     seed: int = 1234
+    data_arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class RunSettings:
     finetune: bool = False
     no_load_optim: bool = False
     init_mtp: bool = False
+    overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
     tensorboard_dir: Path | None = None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
-from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.parser import add_data
 from megatron_deepseek.data.cache import remove_unfinished
@@ -46,7 +46,8 @@ def settings_of(args) -> DataSettings:
     data_path, split_data_paths = data_paths(args)
     names = ("seq_length", "split", "data_cache_path", "tokenizer_type", "tokenizer_model", "eod_mask_loss",
              "reset_attention_mask", "seed")
-    return DataSettings(data_path, split_data_paths=split_data_paths, **{name: getattr(args, name) for name in names})
+    return DataSettings(data_path, split_data_paths=split_data_paths, data_arguments=data_arguments(args),
+                        **{name: getattr(args, name) for name in names})
 
 
 def build(plan: DataPlan, workers: int | None) -> int:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.values import positive_int
+from megatron_deepseek.data.corpus.files import refuse_directory, written_aside
 
 # Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
 # build variables with this machine's paths) that would teach a model nothing but numbers.
@@ -84,11 +85,9 @@ def choose(documents, max_bytes: int):
 def write_corpus(documents, output: Path):
     """Written aside and renamed, so that a killed run leaves no half corpus behind."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".tmp")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
+    with written_aside(output) as file:
         for source, text in documents:
             file.write(json.dumps({"text": text, "source": source}) + "\n")
-    os.replace(aside, output)
 
 
 def parse_arguments(argv: list[str]):
@@ -104,6 +103,7 @@ def parse_arguments(argv: list[str]):
 
 def run(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    refuse_directory("--output", arguments.output)
     start = time.perf_counter()
     library = Path(sysconfig.get_paths()["stdlib"])
     found = [*manual_documents(), *source_documents(library, arguments.exclude)]

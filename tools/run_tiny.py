@@ -77,8 +77,8 @@ def default_processes() -> int:
 def environment(run_dir: Path, args: argparse.Namespace) -> dict[str, str]:
     """What the example script reads, so that nothing that the user has exported for another script reaches it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    own = {"PATH": path, "RUN_DIR": str(run_dir), "STEPS": str(args.steps), "NPROC": str(args.nproc), "NNODES": "1",
-           "DATA_PATH": "", "TOKENIZER": "", "DRY_RUN": ""}
+    own = {"PATH": path, "PYTHON": sys.executable, "RUN_DIR": str(run_dir), "STEPS": str(args.steps),
+           "NPROC": str(args.nproc), "NNODES": "1", "DATA_PATH": "", "TOKENIZER": "", "DRY_RUN": ""}
     return os.environ | own
 
 

@@ -5,7 +5,6 @@ The four special tokens (begin and end of sentence, User, Assistant) come first,
 the end of sentence ends a document. The same input gives the same file, whatever the number of threads.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.values import positive_int
+from megatron_deepseek.data.corpus.files import refuse_directory, written_aside
 from megatron_deepseek.data.corpus.inputs import find_sources
 from megatron_deepseek.data.corpus.records import texts_of_source
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS
@@ -62,9 +62,8 @@ def train(texts, vocab_size: int, isolate_punctuation: bool = False):
 
 def save(tokenizer, output: Path):
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".tmp")
-    aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    os.replace(aside, output)
+    with written_aside(output) as file:
+        file.write(tokenizer.to_str(pretty=True))
 
 
 def parse_arguments(argv: list[str]):
@@ -87,6 +86,7 @@ def parse_arguments(argv: list[str]):
 
 def run(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    refuse_directory("--output", arguments.output)
     start = time.perf_counter()
     texts = list(read_texts(find_sources(arguments.input), arguments.json_key, arguments.max_bytes))
     if not texts:

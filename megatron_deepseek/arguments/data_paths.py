@@ -1,5 +1,6 @@
 """Where the data is: on the command line or in a file, for all splits together or for each its own."""
 
+import itertools
 from argparse import Namespace
 
 from megatron_deepseek.foreign_json import read_json
@@ -25,7 +26,7 @@ def data_paths(args: Namespace) -> tuple[Path, tuple[Path | None, ...] | None]:
     if args.data_path is not None:
         return tuple(args.data_path), None
     if args.data_args_path is not None:
-        return _entries(_read(args.data_args_path, "--data-args-path"), "--data-args-path", args.data_args_path), None
+        return _read_entries(args.data_args_path), None
     if args.per_split_data_args_path is not None:
         own = _read_splits(args.per_split_data_args_path)
     if own["train"] is None:
@@ -35,22 +36,36 @@ def data_paths(args: Namespace) -> tuple[Path, tuple[Path | None, ...] | None]:
     return (), tuple(None if own[name] is None else tuple(own[name]) for name in SPLITS)
 
 
+def data_arguments(args: Namespace) -> tuple[str, ...]:
+    """How refusals name what `data_paths` found for train, valid and test in a file; empty where there is none."""
+    if args.data_args_path is not None:
+        return (f"--data-args-path {args.data_args_path}:",) * 3
+    if args.per_split_data_args_path is not None:
+        return tuple(f"--per-split-data-args-path {args.per_split_data_args_path}, {name}:" for name in SPLITS)
+    return ()
+
+
 def _short(value) -> str:
     entries = [value] if not isinstance(value, list) else value
     return " ".join(map(str, entries[:4])) + (" ..." if len(entries) > 4 else "")
 
 
-def _read(path, option: str) -> str:
+def _read_entries(path) -> Path:
+    """Megatron-LM's file: entries divided by blanks or new lines. Here a # that begins one makes the rest of its line a
+    comment, which Megatron-LM would take for prefixes.
+    """
+    option = "--data-args-path"
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {path} cannot be read: {error}") from error
-
-
-def _entries(text: str, option: str, path) -> Path:
-    if not text.split():
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is no text: {error}") from error
+    entries = [entry for line in lines
+               for entry in itertools.takewhile(lambda entry: not entry.startswith("#"), line.split())]
+    if not entries:
         raise ValueError(f"{option} {path} is empty: it holds what --data-path takes, divided by blanks or new lines")
-    return tuple(text.split())
+    return tuple(entries)
 
 
 def _read_splits(path) -> dict[str, Path | None]:

@@ -49,6 +49,7 @@ def _add_parallel(parser):
         help="ranks that share the width of each expert")
     add("--explain-layout", type=values.positive_int, metavar="RANKS",
         help="print which of so many ranks holds what, and leave")
+    add("--all", action="store_true", help="with --explain-layout: every rank in a line of its own")
     add("--check-only", action="store_true",
         help="refuse what does not fit together on WORLD_SIZE ranks (environment; 1), and leave; files are not read")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
@@ -158,13 +159,14 @@ def _add_checkpoint(parser):
     add("--keep-last", type=values.positive_int, metavar="N", help="remove all but the newest N checkpoints (keep all)")
     add("--no-save-optim", action="store_true", help="save weights without the optimizer's state")
     add("--save-hf", type=Path, metavar="DIR", help="at the end, also as a Hugging Face model (bf16 with --bf16)")
-    add("--load", type=Path, metavar="DIR", help="continue from the last checkpoint there; when it is the --save "
-        "directory, the first start, without a checkpoint, begins anew; a Hugging Face directory gives the weights")
+    add("--load", type=Path, metavar="DIR", help="the --save directory, to continue what it holds; or where a run "
+        "begins that --save holds nothing of: the last checkpoint there, or the weights of a Hugging Face directory")
     add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
     add("--no-load-optim", action="store_true", help="begin with fresh optimizer state")
     add("--init-mtp", action="store_true",
         help="begin the MTP modules that --load lacks, with initial weights, and the optimizer afresh")
+    add("--overwrite", action="store_true", help="begin anew where --save holds another run, which is removed")
 
 
 def _add_end_and_health(parser):

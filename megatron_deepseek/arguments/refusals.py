@@ -3,15 +3,12 @@
 An entry may rely on those above it. Messages are format strings over a Request `r`.
 """
 
-from pathlib import Path
-
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_refusals import PIPELINE
 from megatron_deepseek.arguments.refusal import CP, EP, ETP, PP, TP, Refusal
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import begins_anew
 from megatron_deepseek.parallel import schedule_rules
 
 IN_TURNS = "overlapped dispatch"  # a name in features.py
@@ -43,18 +40,8 @@ def _data_error(r: Request) -> bool:
     return False
 
 
-def _no_checkpoint(r: Request) -> bool:
-    """--load and --save in one directory, still empty, are the first start of a run that continues by itself."""
-    load, save = r.args.load, r.args.save
-    if load is None or r.load_problem is None:
-        return False
-    same = save is not None and load.resolve() == save.resolve()
-    return not same or r.args.finetune or r.args.ckpt_step is not None or not begins_anew(load)
-
-
-def _is_taken(path: Path) -> bool:
-    """Whether there is something at `path` that an output would replace; an empty directory is nothing."""
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+def _loads_save(r: Request) -> bool:
+    return None not in (r.args.load, r.args.save) and r.args.load.resolve() == r.args.save.resolve()
 
 
 def _without_save(option: str, value: str = "") -> Refusal:
@@ -250,17 +237,21 @@ _RUN = (
     Refusal("export into --save",
             lambda r: None not in (r.args.save_hf, r.args.save) and r.args.save_hf.resolve() == r.args.save.resolve(),
             "--save-hf {r.args.save_hf} and --save {r.args.save} are one directory, which cannot be two models"),
-    Refusal("export into a directory that is not empty",
-            lambda r: r.args.save_hf is not None and _is_taken(r.args.save_hf),
-            "--save-hf {r.args.save_hf} exists already and is not empty"),
     Refusal("--init-mtp without --load", lambda r: r.args.init_mtp and r.args.load is None,
             "--init-mtp needs --load: without it all weights are new"),
     Refusal("--init-mtp without MTP modules", lambda r: r.args.init_mtp and not r.model.num_nextn_predict_layers,
             "--init-mtp needs MTP modules: --mtp-num-layers is 0"),
-    Refusal("nothing to load", _no_checkpoint, "--load {r.args.load}: {r.load_problem}"),
+    Refusal("--all without --explain-layout", lambda r: r.args.all and r.args.explain_layout is None,
+            "--all needs --explain-layout, of which it lists every rank"),
     Refusal("--ckpt-step without --load", lambda r: r.args.ckpt_step is not None and r.args.load is None,
             "--ckpt-step {r.args.ckpt_step} needs --load"),
     Refusal("--finetune without --load", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
+    Refusal("--finetune that --save comes from", lambda r: r.args.finetune and _loads_save(r),
+            "--finetune of --load {r.args.load} needs another --save: begun at iteration 0 there, it would remove the "
+            "run that it comes from"),
+    _without_save("--overwrite"),
+    Refusal("--overwrite of the directory that is loaded", lambda r: r.args.overwrite and _loads_save(r),
+            "--overwrite conflicts with --load {r.args.load}, the --save directory: it would remove what is loaded"),
     Refusal("--no-load-optim without --load", lambda r: r.args.no_load_optim and r.args.load is None,
             "--no-load-optim needs --load"),
     Refusal("limit of skipped steps without skipping",

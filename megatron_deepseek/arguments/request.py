@@ -4,7 +4,6 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_deepseek.checkpoint.marker import problem
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
@@ -195,8 +194,3 @@ class Request:
         if split_data_paths is not None:
             return float(split_data_paths[1] is not None)
         return float(self.args.split.split(",")[1])
-
-    @property
-    def load_problem(self) -> str | None:
-        """Why nothing can be loaded from --load, as far as names of files tell; None if something can."""
-        return problem(self.args.load, self.args.ckpt_step)

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture
-from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
+from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
+from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
@@ -28,7 +30,7 @@ _SILENT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a pre-training run is told. `notes`: lines on how the architecture came about, for its start."""
+    """All that a pre-training run is told. `notes`: lines for its start, on what follows that may not be expected."""
 
     model: ModelConfig
     layout: Layout
@@ -62,7 +64,9 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         refuse(request)
         run = _run(request)
         learning_rate = _learning_rate(request)
-        schedules.schedule_of(learning_rate, run, request.batch)
+        schedules.check_learning_rate(learning_rate)
+        if _begins(request):
+            schedules.schedule_of(learning_rate, run, request.batch)
     except ValueError as error:
         raise ValueError(_with_options(str(error))) from error
     return Settings(
@@ -71,7 +75,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=run,
-        notes=describe_architecture(args))
+        notes=(*describe_architecture(args), *notices(request)))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -95,6 +99,12 @@ def _with_options(message: str) -> str:
     """`message` of a check that knows settings, not arguments, with its field names as options."""
     return re.sub(r"(?<![\w-])(lr(?:_\w+)?|min_lr|rampup_batch_size|global_batch_size)\b",
                   lambda name: "--" + name.group().replace("_", "-"), message)
+
+
+def _begins(request: Request) -> bool:
+    """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had."""
+    args = request.args
+    return args.finetune or all(root is None or last_iteration(root) is None for root in (args.load, args.save))
 
 
 def _fill(kind: type, args, **given):
@@ -136,14 +146,14 @@ def _recompute(request: Request) -> RecomputeSettings:
 
 def _data(request: Request) -> DataSettings:
     data_path, split_data_paths = data_paths(request.args)
-    return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths)
+    return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths,
+                 data_arguments=data_arguments(request.args))
 
 
 def _run(request: Request) -> RunSettings:
     args = request.args
-    load = args.load if args.load is not None and request.load_problem is None else None
     eval_iters = args.eval_iters or 0
-    run = _fill(RunSettings, args, load=load, eval_iters=eval_iters,
+    run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if eval_iters else None,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 sharding=args.data_parallel_sharding_strategy)

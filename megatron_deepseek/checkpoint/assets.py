@@ -1,8 +1,8 @@
 """What travels beside the weights: config.json in the dialect of its source, tokenizer, generation settings.
 
 A native checkpoint keeps them in `huggingface/`, at the root of the iterations, so that an export after training finds
-them; `conversion.json` there says what a config.json does not: whether the MTP modules and their copies of embedding
-and head were in the files.
+them; `conversion.json` there says what a config.json does not: whether the MTP modules' copies of embedding and head
+were in the files, and the ids of the tokenizer if it is not the one that the source came with.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 
 from megatron_deepseek import hf_config, hf_rope
 from megatron_deepseek.checkpoint import block_fp8
+from megatron_deepseek.checkpoint.tokenizer_files import TokenIds, write_template
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.foreign_json import read_object
 
@@ -21,15 +22,23 @@ DIRECTORY = "huggingface"
 _NOTES = "conversion.json"
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "LICENSE*")
 _OWN = ("config.json", _NOTES)
+_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # V3's and R1's generation_config.json
+_IDS = ("bos_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True)
 class Assets:
-    """`fields`: the source's config.json, or None for a model that was never in this form."""
+    """`fields`: the source's config.json, or None for a model that was never in this form.
+
+    `tokens`: the ids of a tokenizer that `fields` know nothing of, and which are to be written; None where they are the
+    source's. `chat_template`: to be written in place of the source's.
+    """
 
     directory: Path | None = None
     fields: dict | None = None
     mtp_copies: bool = True
+    tokens: TokenIds | None = None
+    chat_template: str | None = None
 
     def files(self) -> list[Path]:
         """Tokenizer, generation_config.json, the model's own code: everything small that is carried as it is."""
@@ -41,12 +50,15 @@ class Assets:
 
 def read_assets(directory: Path) -> Assets:
     """Of a Hugging Face directory, or of one that `write_native_assets` made; empty where there is none."""
-    if not (directory / "config.json").is_file():
-        return Assets(directory) if directory.is_dir() else Assets()
-    given = dict(read_object(directory / "config.json").fields)
-    notes = directory / _NOTES
-    copies = read_object(notes).boolean("mtp_copies") if notes.is_file() else True
-    return Assets(directory, given, copies)
+    if not directory.is_dir():
+        return Assets()
+    config, notes = directory / "config.json", directory / _NOTES
+    given = dict(read_object(config).fields) if config.is_file() else None
+    if not notes.is_file():
+        return Assets(directory, given)
+    noted = read_object(notes)
+    tokens = noted.object("tokens", default=None)
+    return Assets(directory, given, noted.boolean("mtp_copies"), tokens and TokenIds.of_fields(tokens))
 
 
 def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) -> None:
@@ -54,12 +66,18 @@ def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) ->
     directory.mkdir(parents=True, exist_ok=True)
     carry(assets, directory)
     _write_json(directory / "config.json", fields_of(config, assets))
-    _write_json(directory / _NOTES, {"mtp_copies": assets.mtp_copies})
+    note_tokens(directory, assets.mtp_copies, assets.tokens)
+
+
+def note_tokens(directory: Path, mtp_copies: bool, tokens: TokenIds | None) -> None:
+    _write_json(directory / _NOTES, {"mtp_copies": mtp_copies} | ({"tokens": tokens.as_fields()} if tokens else {}))
 
 
 def carry(assets: Assets, directory: Path) -> None:
     for path in assets.files():
         shutil.copyfile(path, directory / path.name)
+    if assets.chat_template is not None:
+        write_template(directory, assets.chat_template)
 
 
 def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: dict[torch.dtype, int],
@@ -84,10 +102,32 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
     _write_json(directory / "config.json", given)
 
 
+def write_generation_config(directory: Path, config: ModelConfig, assets: Assets) -> None:
+    """generation_config.json of an export: what was carried there, with the ids that belong to the tokenizer.
+
+    Where nothing was, ids and the sampling that V3 and R1 are released with, for models of their kind.
+    """
+    path = directory / "generation_config.json"
+    if path.is_file():
+        if assets.tokens is not None:
+            _write_json(path, dict(read_object(path).fields) | assets.tokens.as_fields())
+        return
+    given = assets.tokens.as_fields() if assets.tokens is not None else fields_of(config, assets)
+    ids = {name: given.get(name) for name in (*_IDS, "pad_token_id") if given.get(name) is not None}
+    _write_json(path, ids | (_SAMPLING if config.model_type == "deepseek_v3" else {}))
+
+
 def fields_of(config: ModelConfig, assets: Assets) -> dict:
     """config.json for `config`: the source's, with what is different now."""
-    given = assets.fields
-    return config.to_hf_dict() if given is None else given | _changes(given, config)
+    given = config.to_hf_dict() if assets.fields is None else assets.fields | _changes(assets.fields, config)
+    tokens = assets.tokens
+    if tokens is not None:
+        given |= {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
+        if "pad_token_id" in given or tokens.pad_token_id != tokens.eos_token_id:  # an embedding of padding is frozen
+            given["pad_token_id"] = tokens.pad_token_id
+    elif assets.fields is None:  # the preset's ids are of a vocabulary that this model may not have
+        given |= {name: None for name in _IDS if (given[name] or 0) >= config.vocab_size}
+    return given
 
 
 def _changes(given: dict, config: ModelConfig) -> dict:

@@ -4,20 +4,24 @@ import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek import hf_config
 from megatron_deepseek.arguments.command_line import OneLineParser
+from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.values import positive_int
-from megatron_deepseek.checkpoint.assets import Assets, read_assets
+from megatron_deepseek.checkpoint.assets import Assets
+from megatron_deepseek.checkpoint.chat_templates import template_names
 from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size
 from megatron_deepseek.checkpoint.conversion import DTYPES, Target, conversion
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
+from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids
 
 PROGRAM = "convert_checkpoint.py"
 
@@ -47,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
     add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's); "
         "with --from megatron also config.json")
+    add("--chat-template", metavar="NAME|FILE", help="put it beside the tokenizer: "
+        f"{', '.join(template_names())}, or a file of yours (the source's, if it has one)")
     add("--dry-run", action="store_true", help="check everything, list what would be written, write nothing")
     add("--layers", type=layers, metavar="0,3-5", help="list these layers only; means --dry-run")
     return parser
@@ -94,10 +100,15 @@ def run(args: argparse.Namespace, share: Share) -> None:
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load} is not a directory")
     source, assets = _open(args)
+    if args.origin == "hf" and share.rank == 0:
+        for line in hf_config.describe(assets.fields, args.load / "config.json"):
+            print(line)
     if args.assets is not None and args.origin != "megatron":
-        assets = Assets(args.assets, assets.fields, assets.mtp_copies)
-        if not read_assets(args.assets).files():
+        assets = replace(assets, directory=args.assets, tokens=read_token_ids(args.assets))
+        if not assets.files():
             raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")
+    if args.chat_template is not None:
+        assets = replace(assets, chat_template=check_template(assets.directory or args.load, args.chat_template))
     target = make_target(args, source, assets)
     if looking:
         describe(source, target, args.layers)
@@ -117,6 +128,8 @@ def report(source: Source, target: Target) -> None:
     if source.absent_mtp:
         print(f"without MTP: {source.path} holds none of the modules that its config.json announces "
               f"(num_nextn_predict_layers {source.absent_mtp}); what was written announces none")
+    if target.kind == "hf" and not (target.destination / JSON).is_file():
+        print(f"without a tokenizer, which servers need: {source.path} has none with it, --assets DIR brings one")
     if source.copies:
         print(f"checked {len(source.copies)} copies against their originals: {', '.join(source.copies)}")
 

@@ -174,6 +174,15 @@ def _row(item: Item) -> int:
 
 def open_dcp(directory: Path) -> DcpDirectory:
     """ValueError, with the file and a tensor in it, where something is missing or truncated."""
+    refuse_legacy(directory)
     opened = DcpDirectory(directory)
     opened.check_files()
     return opened
+
+
+def refuse_legacy(directory: Path) -> None:
+    """ValueError where Megatron-LM has written each rank's weights to a file of its own, by `torch.save`."""
+    if not (directory / METADATA).exists() and any(directory.glob("mp_rank_*")):
+        raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX), and read "
+                         f"is torch_dist. Megatron-LM writes that from it: the command that trained it, with "
+                         f"--ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY")

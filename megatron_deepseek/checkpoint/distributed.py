@@ -4,6 +4,7 @@
                      /config.json   the architecture, in Hugging Face's form
                      /state.json    iteration, consumed samples, optimizer steps, sizes of past batches
                      /layout.json   the layout that wrote it, for people and the resharding tool
+                     /arguments.json   what the run was told, for the next start to say what has changed
                      /checksums.json   size and digest of every other file
     SAVE/latest_checkpointed_iteration.txt    names the last finished one
 
@@ -12,7 +13,7 @@ the layout that wrote them.
 """
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory, open_dcp
 from megatron_deepseek.checkpoint.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
-from megatron_deepseek.checkpoint.integrity import Damage, read_checksums, verify_files
+from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checksums, verify_files
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
 from megatron_deepseek.checkpoint.state import MOMENTS, fill_copies, model_state, state_to_save
@@ -40,15 +41,16 @@ T = TypeVar("T")
 
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-         group: dist.ProcessGroup | None = None, layout: dict[str, Any] | None = None) -> Path:
+         group: dist.ProcessGroup | None = None, notes: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
 
     Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
-    were there are then as before. `group`: a gloo group of all ranks (the default group).
+    were there are then as before. `group`: a gloo group of all ranks (the default group). `notes`: further JSON
+    files by name, as rank 0 has them.
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
-                 storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
+                 storage_writer=CheckpointWriter(root, state, config, keep_last, notes))
     except CheckpointException as error:
         raise first_failure(error) from None
     return iteration_directory(root, state.iteration)
@@ -86,13 +88,13 @@ class BackgroundSaver:
 
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
               optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-              layout: dict[str, Any] | None = None) -> Future:
+              notes: Mapping[str, Any] | None = None) -> Future:
         """Like `save`; returns once everything is copied. Wait for the future before the next call.
 
         The future's error is DCP's CheckpointException: see `first_failure`.
         """
         return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
-                              storage_writer=CheckpointWriter(root, state, config, keep_last, layout))
+                              storage_writer=CheckpointWriter(root, state, config, keep_last, notes))
 
     def close(self) -> None:
         self._stager.close()
@@ -118,9 +120,10 @@ def has_optimizer(directory: Path) -> bool:
 def verify(directory: Path) -> list[Damage] | None:
     """Damage of a checkpoint's files, every byte read once, each rank its share; every rank gets all of it.
 
-    None for a directory without checksums.
+    None for a directory without checksums. What is to be there is what rank 0 has read: ranks that each looked for
+    themselves could see different listings, and wait for each other.
     """
-    listing = read_checksums(directory)
+    listing = _listing_of_first_rank(directory)
     if listing is None:
         return None
     ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -128,6 +131,20 @@ def verify(directory: Path) -> list[Damage] | None:
     everyone: list = [None] * ranks
     dist.all_gather_object(everyone, verify_files(directory, listing, own))
     return [damage for of_rank in everyone for damage in of_rank]
+
+
+def _listing_of_first_rank(directory: Path) -> dict[str, Checksum] | None:
+    """ValueError on every rank if checksums.json is damaged."""
+    found: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [read_checksums(directory)]
+        except ValueError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]
 
 
 def converted_moments(directory: Path, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -7,32 +7,61 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint.assets import DIRECTORY, write_native_assets
+from megatron_deepseek.checkpoint.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
 from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.checkpoint.names import hf_shapes
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.publish import check_writable
+from megatron_deepseek.checkpoint.tokenizer_files import JSON, replace_tokenizer, tokenizer_to_keep
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.settings import DataSettings, RunSettings
 
 _SHARD_BYTES = 5 * 10**9
 
 
-def keep_assets(run: RunSettings) -> None:
-    """On rank 0: config.json, tokenizer and the like of --load stay with the checkpoints of --save."""
-    if os.environ.get("RANK", "0") != "0" or run.load is None or run.save is None or (run.save / DIRECTORY).exists():
+def keep_assets(loaded: Path | None, save: Path) -> None:
+    """config.json, tokenizer and the like of what a run began from stay with the checkpoints of --save.
+
+    `loaded`: a Hugging Face directory, or one iteration's. The directory is whole from the moment that it has its name.
+    """
+    if loaded is None or (save / DIRECTORY).exists():
         return
-    if is_huggingface(run.load):
-        source, assets = open_hf(run.load, without_mtp=False)
-        write_native_assets(run.save / DIRECTORY, assets, source.config)
-    elif (run.load / DIRECTORY).is_dir():
-        shutil.copytree(run.load / DIRECTORY, run.save / DIRECTORY)
+    aside = save / f"{DIRECTORY}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    if is_huggingface(loaded):
+        source, assets = open_hf(loaded, without_mtp=False)
+        write_native_assets(aside, assets, source.config)
+    elif (loaded.parent / DIRECTORY).is_dir():
+        shutil.copytree(loaded.parent / DIRECTORY, aside)
+    else:
+        return
+    os.rename(aside, save / DIRECTORY)
+
+
+def keep_tokenizer(save: Path, data: DataSettings) -> None:
+    """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save.
+
+    Nothing where it is there already: the files that came with loaded weights stay as they came.
+    """
+    files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
+    directory, there = save / DIRECTORY, read_assets(save / DIRECTORY)
+    if tokens is None or (tokens == there.tokens if not files else _holds(directory / JSON, files[JSON])):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    note_tokens(directory, there.mtp_copies, tokens)
+    replace_tokenizer(directory, files)
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content
 
 
 def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:
     """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end."""
+    if save_hf.exists() and (not save_hf.is_dir() or any(save_hf.iterdir())):
+        raise ValueError(f"--save-hf {save_hf} exists already and is not empty")
     place = check_writable("--save-hf", save_hf)
     needed = sum(map(prod, hf_shapes(config).values())) * (2 if bf16 else 4)
     free = shutil.disk_usage(place).free

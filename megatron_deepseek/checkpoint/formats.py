@@ -13,11 +13,12 @@ from megatron_deepseek.checkpoint.assets import (
     carry,
     read_assets,
     write_config,
+    write_generation_config,
     write_native_assets,
 )
 from megatron_deepseek.checkpoint.blocks import FP8, Output
 from megatron_deepseek.checkpoint.conversion import Target, dtype_bytes, outputs
-from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp
+from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp, refuse_legacy
 from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.destination import new_iteration, stay_outside
 from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
@@ -61,7 +62,9 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
 
 def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None) -> tuple[Source, Assets]:
     """The last iteration of a Megatron-LM directory, or one iteration's; the architecture is that of `config_from`."""
+    refuse_legacy(path)
     directory = path if (path / METADATA).is_file() else _megatron_iteration(path)
+    refuse_legacy(directory)
     assets = read_assets(config_from or directory.parent / DIRECTORY)
     if assets.fields is None:
         raise ValueError(f"--load {path} does not say the architecture: --assets must name a directory with its "
@@ -104,6 +107,7 @@ def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | N
         carry(assets, directory)
         _write_index(directory, shards)
         write_config(directory, source.config, assets, dtype_bytes(shards), new_scales)
+        write_generation_config(directory, source.config, assets)
 
     return Target("hf", save, shards, write, complete)
 

@@ -39,12 +39,16 @@ def checkpoint_directory(root: Path, step: int | None = None) -> Path:
 
 
 def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None, init_mtp: bool = False) -> Path:
-    """`checkpoint_directory`; ValueError also if it is of another architecture, or if its files are not whole.
+    """`checkpoint_directory`; ValueError also if it is of another architecture, or if its files are not whole."""
+    return check_directory(checkpoint_directory(root, step), config, init_mtp)
+
+
+def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False) -> Path:
+    """ValueError if a checkpoint is of another architecture, or if its files are not whole.
 
     Of files only sizes are looked at. A directory without checksums.json passes; with `init_mtp` so does one that lacks
     MTP modules.
     """
-    directory = checkpoint_directory(root, step)
     if not is_huggingface(directory):
         refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
     found = stored_architecture(directory)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 MARKER = "latest_checkpointed_iteration.txt"
 SAVING, REPLACED, REMOVING = ".saving", ".replaced", ".removing"
+_ITERATION = re.compile(r"iter_(\d+)")
 _DIRECTORY = re.compile(r"iter_(\d{7,})(\.saving|\.replaced|\.removing)?")
 
 
@@ -88,6 +89,8 @@ def problem(root: Path, step: int | None = None) -> str | None:
         return None
     if not root.is_dir():
         return "there is no such directory"
+    if step is None and (one := _ITERATION.fullmatch(root.name)) and (root / "config.json").is_file():
+        return f"it is one checkpoint of {root.parent}; give that directory, with --ckpt-step {int(one[1])}"
     there = iterations(root)
     listing = f"it has iteration{'s' * (len(there) > 1)} {', '.join(map(str, there))}" if there else ""
     if step is not None:

@@ -103,8 +103,12 @@ def sync_directory(path: Path) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """A small file whose content is on the disk when this returns."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """A small file whose content is on the disk when this returns. An OSError names it."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
@@ -47,14 +47,14 @@ _HEADER_BYTES = 2048  # about, around each tensor: torch.save's zip
 class CheckpointWriter(dcp.FileSystemWriter):
     """Writes iteration `state.iteration` under `root` and makes it the last one; every rank has its own.
 
-    `layout`: the job's, for layout.json, which only people and the resharding tool read.
+    `notes`: further JSON files by name, of which the coordinator's count.
     """
 
     def __init__(self, root: Path, state: TrainState, config: ModelConfig, keep_last: int | None = None,
-                 layout: dict[str, Any] | None = None):
+                 notes: Mapping[str, Any] | None = None):
         super().__init__(saving_directory(root, state.iteration), sync_files=True)
         self.root, self.state, self.config, self.keep_last = root, state, config, keep_last
-        self.layout = layout
+        self.notes = notes or {}
         self.fs = _ChecksummedFiles()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -91,8 +91,8 @@ class CheckpointWriter(dcp.FileSystemWriter):
         super().finish(metadata, results)
         write_synced(self.path / "config.json", json.dumps(self.config.to_hf_dict(), indent=2))
         write_synced(self.path / "state.json", json.dumps(asdict(self.state), indent=2))
-        if self.layout is not None:
-            write_synced(self.path / "layout.json", json.dumps(self.layout, indent=2))
+        for name, content in self.notes.items():
+            write_synced(self.path / name, json.dumps(content, indent=2))
         checksum_directory(self.path, {name: of_rank.files[name] for of_rank in ranks for name in of_rank.files})
         damage = check_sizes(self.path, read_checksums(self.path))
         if damage:

@@ -37,14 +37,15 @@ class SplitBlend:
 
 def split_blends(settings: DataSettings) -> tuple[SplitBlend | None, ...]:
     """(train, valid, test). ValueError names the argument that cannot be understood."""
-    if settings.split_data_paths is not None:
-        options = [f"--{name}-data-path" for name in SPLITS]
+    own = settings.split_data_paths is not None
+    options = settings.data_arguments or tuple(f"--{name}-data-path" if own else "--data-path" for name in SPLITS)
+    if own:
         return tuple(None if path is None else
                      SplitBlend(name, parse_blend(path, option), (0.0, 1.0), option, option)
                      for name, path, option in zip(SPLITS, settings.split_data_paths, options, strict=True))
-    blend = parse_blend(settings.data_path)
+    blend = parse_blend(settings.data_path, options[0])
     ends = itertools.accumulate(parse_split(settings.split), initial=0.0)
-    return tuple(SplitBlend(name, blend, share, "--data-path", f"--split {settings.split}")
+    return tuple(SplitBlend(name, blend, share, options[0], f"--split {settings.split}")
                  for name, share in zip(SPLITS, itertools.pairwise(ends), strict=True))
 
 

@@ -73,6 +73,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod = self._find("eos_token", (EOD, *OTHER_EOD))
         self.bos = self._find("bos_token", (BOS, *OTHER_BOS))
+        self.pad = self._find("pad_token", ())
         asked = _asks_for_bos(self.path.with_name("tokenizer_config.json"))
         self.adds_bos = self.bos is not None and (asked or self.backend.encode("").ids[:1] == [self.bos])
         named = (tuple(map(self.backend.token_to_id, names)) for names in FIM_TOKENS)

@@ -31,6 +31,7 @@ from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
+from megatron_deepseek.presets import describe_model
 
 PROGRAM = "generate.py"
 _SEQ_LENGTH = 256
@@ -161,6 +162,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     request = look_at(args)
+    if is_huggingface(request.directory):
+        for line in describe_model(str(request.directory)):
+            print(line, file=sys.stderr)
     if len(request.prompt) > request.seq_length:
         print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
               f"{request.seq_length}", file=sys.stderr)

@@ -28,6 +28,14 @@ def agent_store() -> dist.Store | None:
     return dist.PrefixStore(_life(), _connect())
 
 
+def job_name() -> str:
+    """A name that all lives of this job have in common, kept in the store of torchrun's agent, and no other job has."""
+    name = uuid.uuid4().hex
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return name
+    return _connect().compare_set("megatron_deepseek/job", "", name).decode()
+
+
 def _connect() -> dist.Store:
     # A store whose host died refuses at once; the time-out is for one that is only slow, which is no failure.
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,

@@ -31,6 +31,12 @@ def mtp_cost(model: ModelConfig, seq_length: int) -> int:
     return layer_cost(model, model.num_hidden_layers, seq_length) + own
 
 
+def stage_cost(model: ModelConfig, stage: Stage, seq_length: int) -> int:
+    """Multiplications per token of all that a stage holds; none of an empty one."""
+    layers = sum(layer_cost(model, index, seq_length) for index in stage.layers)
+    return layers + len(stage.mtp) * mtp_cost(model, seq_length) + stage.loss * head_cost(model)
+
+
 def stages(model: ModelConfig, num_stages: int, seq_length: int = 4096) -> tuple[Stage, ...]:
     """A contiguous division into `num_stages` non-empty stages with the least costly maximum.
 

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.checkpoint.export import export_hf, keep_assets
-from megatron_deepseek.checkpoint.marker import last_iteration
+from megatron_deepseek.checkpoint.export import export_hf, keep_assets, keep_tokenizer
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.blend import SPLITS
@@ -16,17 +15,29 @@ from megatron_deepseek.data.pretraining import open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
+from megatron_deepseek.parallel.lives import job_name
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.training.decision import Start, overwrite, share
 from megatron_deepseek.training.failure import guarded
 from megatron_deepseek.training.health import NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.interruptions import Interruptions
 from megatron_deepseek.training.metrics import StepMetrics, by_source
 from megatron_deepseek.training.profile import profiler
+from megatron_deepseek.training.recorded import Job, record
+from megatron_deepseek.training.refusing import refusing
 from megatron_deepseek.training.report import Report, open_report
-from megatron_deepseek.training.resume import describe, go_on, num_samples, refuse_bad_input, refusing, resume
+from megatron_deepseek.training.resume import (
+    describe,
+    describe_changes,
+    go_on,
+    num_samples,
+    refuse_bad_input,
+    resume,
+    save_lock,
+)
 from megatron_deepseek.training.saving import Saver
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size
@@ -39,22 +50,40 @@ def pretrain(settings: Settings) -> None:
 
 
 def _pretrain(settings: Settings, begun: float) -> None:
-    refuse_bad_input(settings)
+    job = Job.here(job_name())
+    lock = save_lock(settings, job)
+    start = refuse_bad_input(settings, job, lock)
     device = choose_device()
     join_job(device, settings.run.distributed_timeout_minutes)
+    with refusing(lock=lock):
+        start = share(start, settings.run.save)
     meshes = build_meshes(settings.layout, device)
     trainer = Trainer(make_plan(settings), meshes)
     limit_waiting(settings.run.distributed_timeout_minutes)
-    settings, state = go_on(settings, resume(settings, trainer))
-    first = dist.get_rank() == 0
-    with open_report(settings.run, state.iteration) if first else Report() as report:
-        describe(report, settings, trainer, state)
-        keep_assets(settings.run)
-        run = Run(settings, trainer, report, state, begun)
+    settings, state = go_on(settings, resume(start, trainer))
+    with _open_report(settings, start, state) as report:
+        describe(report, settings, trainer, start, state)
+        run = Run(settings, trainer, report, start, state, begun, job)
         run.train()
         run.export()
+        with refusing():
+            report.close()
     dist.barrier()
+    if lock is not None:
+        lock.release()
     dist.destroy_process_group()
+
+
+def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
+    """What --overwrite removes goes now: all that could be refused has been looked at."""
+    if dist.get_rank() != 0:
+        return Report()
+    with refusing():
+        removed = overwrite(settings.run.save) if start.overwrite else None
+        report = open_report(settings.run, state.iteration)
+    if removed is not None:
+        report.message(removed)
+    return report
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -73,9 +102,10 @@ def make_plan(settings: Settings) -> Plan:
 class Run:
     """The loop of one job: steps, validation, checkpoints, until train_iters or something that ends it before."""
 
-    def __init__(self, settings: Settings, trainer: Trainer, report: Report, state: TrainState, begun: float):
+    def __init__(self, settings: Settings, trainer: Trainer, report: Report, start: Start, state: TrainState,
+                 begun: float, job: Job):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        with refusing(dist.get_rank() == 0):
+        with refusing():
             plan = shared_plan(settings.data, num_samples(settings, state), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
@@ -87,7 +117,12 @@ class Run:
         name = plan.splits[0].sources[0].prefix
         self.train_data = Sampler(train, settings.model.vocab_size, name, eod)
         self.valid_data = Sampler(valid, settings.model.vocab_size, name, eod) if valid is not None else None
-        self.saver = Saver(settings.run, settings.model, trainer, report, _saved_already(settings, state))
+        recorded = record(settings, start.origin, job) if dist.get_rank() == 0 else None
+        if recorded is not None and state.iteration < settings.run.train_iters:
+            describe_changes(report, start, recorded)
+        self.saver = Saver(settings.run, settings.model, trainer, report, state.iteration if start.is_saved else None,
+                           recorded, lambda: _keep_beside(settings, start))
+        self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
         self.spikes = SpikeWatch()
@@ -104,7 +139,8 @@ class Run:
                 self.saver.finish()  # a save on its way is of a healthy step
                 raise
             self.saver.save(self.state)
-            self.saver.close()
+            with refusing("; it was the last of this run, and checkpoints before it are as they were"):
+                self.saver.close()
 
     def _steps(self) -> None:
         with profiler(self.settings.run, dist.get_rank()) as profile:
@@ -198,16 +234,16 @@ class Run:
             return
         advice = ("; the training itself is saved: tools/convert_checkpoint.py --from native --to hf "
                   f"--load {run.save} --save DIR exports it")
-        with refusing(True, advice):  # each rank writes files of its own, so any may fail alone
+        with refusing(advice):
             export_hf(run, dist.get_rank(), dist.get_world_size())
         self.report.message(f"exported {run.save_hf}")
 
 
-def _saved_already(settings: Settings, state: TrainState) -> int | None:
-    """The iteration that needs no saving, because --save has it."""
-    run = settings.run
-    same = run.save is not None and run.load is not None and run.save.resolve() == run.load.resolve()
-    return state.iteration if same and last_iteration(run.save) == state.iteration else None
+def _keep_beside(settings: Settings, start: Start) -> None:
+    """What an export will need stays with the checkpoints: the files of what the run began from, and the tokenizer."""
+    if settings.run.save is not None:
+        keep_assets(start.load, settings.run.save)
+        keep_tokenizer(settings.run.save, settings.data)
 
 
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:

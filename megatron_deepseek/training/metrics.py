@@ -9,11 +9,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepseek.foreign_json import parse_json
+from megatron_deepseek.training.appending import AppendedFile
 
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
@@ -74,19 +75,22 @@ def by_source(names: Sequence[str], sums: Sequence[tuple[float, int]]) -> tuple[
 
 
 class MetricsFile:
-    """Appends records, each flushed, so that a killed run has lost at most the line it was writing."""
+    """Appends records, each written at once, so that a killed run has lost at most the line it was writing."""
 
-    def __init__(self, path: Path, resumed_iteration: int):
-        """Goes on after `resumed_iteration`, 0 for a new run; later lines belong to a stretch that was undone."""
+    def __init__(self, path: Path, resumed_iteration: int, tell: Callable[[str], None]):
+        """Goes on after `resumed_iteration`, 0 for a new run; later lines belong to a stretch that was undone.
+
+        `tell` is told what becomes of writes that fail: see AppendedFile.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.removed = cut_after(path, resumed_iteration)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = AppendedFile(path, tell)
 
     def append(self, record: Mapping) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(_finite(record), allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
+        """OSError if the last records could not be written."""
         self._file.close()
 
 
@@ -110,17 +114,25 @@ def cut_after(path: Path, iteration: int) -> int:
     """
     if not path.exists():
         return 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [(line.rstrip("\n") + "\n", _parse(line)) for line in file]
-    records = [(line, record["iteration"]) for line, record in lines if record is not None]
-    kept = [line for line, at in records if 0 < iteration >= at]
+    content = path.read_bytes()
+    lines = [line.rstrip("\n") + "\n" for line in content.decode(errors="replace").splitlines(keepends=True)]
+    records = [(line, record["iteration"]) for line in lines if (record := _parse(line)) is not None]
+    lines = [line for line, at in records if 0 < iteration >= at]
+    kept = "".join(lines).encode()
+    if content.startswith(kept):  # as it is unless something is damaged; a full disk has room for it
+        os.truncate(path, len(kept))
+    else:
+        _replace(path, kept)
+    return len(records) - len(lines)
+
+
+def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(kept)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    return len(records) - len(kept)
 
 
 def _parse(line: str) -> dict | None:

@@ -133,17 +133,19 @@ def _frame_losses(axes, runs: list[Curves]) -> None:
 def run(arguments: list[str]) -> int:
     parser = OneLineParser(prog="python -m megatron_deepseek.training.plot",
                            description="Draw the loss curves of metrics.jsonl files to a PNG.")
-    parser.add_argument("metrics", nargs="+", type=Path, metavar="METRICS.jsonl")
+    parser.add_argument("metrics", nargs="+", type=Path, metavar="METRICS.jsonl", help="or the --save of a run")
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: loss.png beside the first file")
     parser.add_argument("--labels", nargs="+", help="one name for each file; default: the directories' names")
     options = parser.parse_args(arguments)
-    output = options.output or options.metrics[0].with_name("loss.png")
-    labels = options.labels or [path.resolve().parent.name for path in options.metrics]
+    files = [path / "metrics.jsonl" if path.is_dir() else path for path in options.metrics]
+    output = options.output or files[0].with_name("loss.png")
+    labels = options.labels or [path.resolve().parent.name for path in files]
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a directory; give a file in it: {output / 'loss.png'}")
     try:
-        if len(labels) != len(options.metrics):
-            raise ValueError(f"--labels {' '.join(labels)} names {len(labels)} runs, "
-                             f"but there are {len(options.metrics)} files")
-        draw([read_curves(path, label) for path, label in zip(options.metrics, labels)], output)
+        if len(labels) != len(files):
+            raise ValueError(f"--labels {' '.join(labels)} names {len(labels)} runs, but there are {len(files)} files")
+        draw([read_curves(path, label) for path, label in zip(files, labels)], output)
     except ImportError as error:
         raise ValueError(f"drawing needs the package matplotlib ({error}): {how_to_install('matplotlib')}") from error
     print(output)

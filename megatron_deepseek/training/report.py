@@ -4,8 +4,11 @@ A `Report` passes each event on to its listeners. Rank 0 has `open_report(...)`;
 has no listeners and says nothing, so the loop never asks which rank it is on.
 """
 
+import os
+import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -14,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_deepseek.arguments.ending import silence
 from megatron_deepseek.packages import how_to_install
+from megatron_deepseek.training.appending import AppendedFile
 from megatron_deepseek.training.metrics import FILE_NAME, MetricsFile, StepMetrics
 from megatron_deepseek.settings import RunSettings
 
@@ -32,7 +36,7 @@ class Listener(Protocol):
 
 
 class Report:
-    """Tells every listener, in order. As a context manager it closes them, also when the run fails."""
+    """Tells every listener, in order. As a context manager it closes them when the run fails."""
 
     def __init__(self, *listeners: Listener):
         self._listeners = listeners
@@ -52,27 +56,39 @@ class Report:
             listener.message(text)
 
     def close(self) -> None:
-        for listener in self._listeners:
-            listener.close()
+        """Close all listeners, once. OSError, the first one's, if what was told could not be kept."""
+        listeners, self._listeners, errors = self._listeners, (), []
+        for listener in listeners:
+            try:
+                listener.close()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.close()
+        except OSError:
+            if kind is None:
+                raise
 
 
 def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | None = None) -> Report:
     """The report of the one rank that speaks. `stream`, standard output by default, gets a bar if it is a terminal."""
     stream = stream or sys.stdout
+    progress = (ProgressBar if stream.isatty() else ProgressLines)(run, resumed_iteration, stream)
     listeners: list[Listener] = []
     if run.tensorboard_dir is not None:
-        listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration))
-    log = MetricsLog(Path(run.save) / FILE_NAME, resumed_iteration) if run.save is not None else None
-    if log is not None:
+        listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration, progress.message))
+    log = None
+    if run.save is not None:
+        log = MetricsLog(Path(run.save) / FILE_NAME, resumed_iteration, progress.message)
         listeners.append(log)
-    progress = ProgressBar if stream.isatty() else ProgressLines
-    report = Report(*listeners, progress(run, resumed_iteration, stream))
+    report = Report(*listeners, progress)
     if log is not None and log.removed:
         report.message(f"{log.path}: removed {log.removed} records after iteration {resumed_iteration}, "
                        "where this run starts")
@@ -82,9 +98,9 @@ def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | N
 class MetricsLog:
     """A listener that keeps metrics.jsonl."""
 
-    def __init__(self, path: Path, resumed_iteration: int):
+    def __init__(self, path: Path, resumed_iteration: int, tell: Callable[[str], None]):
         self.path = path
-        self._file = MetricsFile(path, resumed_iteration)
+        self._file = MetricsFile(path, resumed_iteration, tell)
         self.removed = self._file.removed
 
     def step(self, metrics: StepMetrics) -> None:
@@ -117,7 +133,7 @@ class ProgressBar:
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None:
-        self.message(_validation_line(iteration, lm_loss, mtp_loss))
+        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
 
     def message(self, text: str) -> None:
         self._bar.write(text, file=self._stream)
@@ -151,7 +167,7 @@ class ProgressLines:
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None:
-        self.message(_validation_line(iteration, lm_loss, mtp_loss))
+        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
 
     def message(self, text: str) -> None:
         """A reader that has gone (a closed terminal, `| head`) ends what is printed, and not the training."""
@@ -167,15 +183,30 @@ class ProgressLines:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; events of an undone stretch are hidden by its own purge_step."""
+    """Scalars for TensorBoard; events of an undone stretch are hidden by its own mark of a restart.
 
-    def __init__(self, directory: Path, resumed_iteration: int):
+    The events are TensorBoard's, the file is ours: its own writer loses what a full disk refuses, and the run with it.
+    """
+
+    def __init__(self, directory: Path, resumed_iteration: int, tell: Callable[[str], None]):
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             raise ValueError(f"--tensorboard-dir {directory} needs the package tensorboard ({error}): "
-                             f"{how_to_install('tensorboard')}") from error
-        self._writer = SummaryWriter(str(directory), purge_step=resumed_iteration + 1)
+                              f"{how_to_install('tensorboard')}") from error
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._events, self._summaries = event_pb2, summary_pb2
+        self._file = AppendedFile(directory / name, tell)
+        self._records = RecordWriter(self._file)
+        self._event(resumed_iteration + 1, file_version="brain.Event:2")
+        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._event(resumed_iteration + 1, session_log=begin)
+
+    def _event(self, step: int, **content) -> None:
+        event = self._events.Event(wall_time=time.time(), step=step, **content)
+        self._records.write(event.SerializeToString())
 
     def step(self, metrics: StepMetrics) -> None:
         self._scalars("train", metrics.iteration, metrics.record())
@@ -192,18 +223,28 @@ class TensorBoard:
             elif isinstance(value, dict):
                 self._scalars(f"{group}/{name}", iteration, value)
             elif value is not None and name != "iteration":
-                self._writer.add_scalar(f"{group}/{name}", value, iteration)
+                scalar = self._summaries.Summary.Value(tag=f"{group}/{name}", simple_value=float(value))
+                self._event(iteration, summary=self._summaries.Summary(value=[scalar]))
 
     def message(self, text: str) -> None:
         pass
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
-def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]) -> str:
-    mtp = f" | mtp loss {_losses(mtp_loss)}" if mtp_loss else ""
-    return f"validation at iteration {iteration} | lm loss {lm_loss:.4f}{mtp}"
+def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                     source_loss: dict[str, float] | None) -> str:
+    fields = [f"validation at iteration {iteration}", f"lm loss {lm_loss:.4f}"]
+    fields += [f"mtp loss {_losses(mtp_loss)}"] if mtp_loss else []
+    shown = list((source_loss or {}).items())
+    if shown:
+        more = f", and {len(shown) - _SHOWN_SOURCES} more" if len(shown) > _SHOWN_SOURCES else ""
+        fields.append(", ".join(f"{name} {loss:.4f}" for name, loss in shown[:_SHOWN_SOURCES]) + more)
+    return " | ".join(fields)
+
+
+_SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
 
 
 def _losses(losses: tuple[float, ...]) -> str:

@@ -1,69 +1,72 @@
 """Before the first step: bad input is refused in a line, and a checkpoint is loaded, or the run starts anew."""
 
 import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.export import check_export
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
-from megatron_deepseek.checkpoint.loadable import (
-    check_checkpoint,
-    checkpoint_directory,
-    refuse_damage,
-    stored_architecture,
-)
+from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
-from megatron_deepseek.checkpoint.mtp import module_prefixes
 from megatron_deepseek.checkpoint.publish import check_writable
-from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
-from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
+from megatron_deepseek.training.decision import Start, decide
+from megatron_deepseek.training.recorded import Job, Recorded, differences, explain_marks
+from megatron_deepseek.training.refusing import refuse, refusing
 from megatron_deepseek.training.report import Report
+from megatron_deepseek.training.save_lock import Holder, SaveLock
 from megatron_deepseek.training.schedules import schedule_of
 from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer
 
-_SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while rank 0 speaks
+
+def save_lock(settings: Settings, job: Job) -> SaveLock | None:
+    """Rank 0's, not yet acquired; None on other ranks, and without --save."""
+    if settings.run.save is None or not _is_first_rank():
+        return None
+
+    def lost(holder: Holder) -> None:
+        refuse(f"--save {settings.run.save} was taken over by {holder} while this run was suspended or cut off from "
+                "it: it stops here, and its last checkpoints may be the other's")
+
+    return SaveLock(settings.run.save, job.name, lambda line: print(line, flush=True), lost)
 
 
-@contextmanager
-def refusing(first_rank: bool, advice: str = "") -> Iterator[None]:
-    """A user's mistake in files, which every rank inside sees, ends the job with one line and status 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        line = f"pretrain_deepseek.py: error: {error}{advice}"
-        if first_rank:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            time.sleep(_SILENT_SECONDS)
-        tell_agent(line)
-        os._exit(2)
-
-
-def refuse_bad_input(settings: Settings) -> None:
-    """Rank 0 looks at files before anything is built, and says in one line what is wrong with them."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    with refusing(first_rank=True):
+def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Start | None:
+    """Rank 0 looks at files before anything is built, says in one line what is wrong with them, and decides what the
+    run begins from. None on other ranks.
+    """
+    if not _is_first_rank():
+        return None
+    run = settings.run
+    with refusing(lock=lock):
         choose_device()
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
-        if settings.run.load is not None:
-            check_checkpoint(settings.run.load, settings.model, settings.run.ckpt_step, settings.run.init_mtp)
-        if settings.run.save is not None:
-            check_writable("--save", settings.run.save)
-        if settings.run.save_hf is not None:
-            check_export(settings.run.save_hf, settings.model, settings.run.bf16)
+        for option, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
+            if directory is not None:
+                check_writable(option, directory)
+        if lock is not None:
+            lock.acquire()
+        start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
+        schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
+        if run.save_hf is not None:
+            check_export(run.save_hf, settings.model, run.bf16)
+        return start
+
+
+def _begins_at(start: Start) -> TrainState:
+    """Where the run will be once `start` is loaded."""
+    if start.load is None or start.finetune or is_huggingface(start.load):
+        return TrainState()
+    return read_state(start.load)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[int, int, int]:
@@ -72,50 +75,27 @@ def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[i
     return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
 
 
-def resume(settings: Settings, trainer: Trainer) -> TrainState:
-    """Load `--load`, or start anew. `--finetune` takes the weights alone and starts counting at zero.
-
-    Every byte of the checkpoint is checked first, each rank its share of the files.
-    """
-    run = settings.run
-    if run.load is None:
+def resume(start: Start, trainer: Trainer) -> TrainState:
+    """Load what was decided on. Every byte of it is checked first, each rank its share of the files."""
+    if start.load is None:
         return TrainState()
-    with refusing(dist.get_rank() == 0):
-        directory = checkpoint_directory(run.load, run.ckpt_step)
-        refuse_damage(directory, checkpoint.verify(directory) or [])
-        new = new_mtp_modules(settings, directory)
-        weights_only = run.finetune or run.no_load_optim or bool(new) or _has_weights_alone(directory)
-        state = checkpoint.load(directory, trainer.stages, None if weights_only else trainer.optimizer, new)
-    if run.finetune:
+    with refusing():
+        refuse_damage(start.load, checkpoint.verify(start.load) or [])
+        state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer,
+                                start.new_modules)
+    if start.finetune:
         return TrainState()
-    return replace(state, optimizer_steps=0 if weights_only else state.optimizer_steps)
+    return replace(state, optimizer_steps=0 if start.weights_only else state.optimizer_steps)
 
 
 def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
-    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past.
-
-    A schedule that other batch sizes before `state` make impossible ends the job in a line.
-    """
+    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past."""
     state = with_past(state, settings.batch)
     run = replace(settings.run, train_iters=last_iteration(settings.run, settings.batch, state))
-    with refusing(dist.get_rank() == 0):
-        schedule_of(settings.learning_rate, run, settings.batch, state)
     return replace(settings, run=run), state
 
 
-def new_mtp_modules(settings: Settings, directory: Path) -> list[str]:
-    """Beginnings of the names of the MTP modules that --init-mtp begins: those that the checkpoint lacks."""
-    if not settings.run.init_mtp:
-        return []
-    return module_prefixes(settings.model, stored_architecture(directory).num_nextn_predict_layers)
-
-
-def _has_weights_alone(directory) -> bool:
-    """Whether these are released weights, converted or not: nobody trained them here, so nothing of theirs is lost."""
-    return is_huggingface(directory) or (directory.name == "iter_0000000" and not checkpoint.has_optimizer(directory))
-
-
-def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainState) -> None:
+def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
     """What this job is, what it continues, and what a killed one left behind."""
     layout, run = settings.layout, settings.run
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
@@ -129,15 +109,39 @@ def describe(report: Report, settings: Settings, trainer: Trainer, state: TrainS
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):
             report.message(note)
-    if run.load is not None:
-        directory = checkpoint_directory(run.load, run.ckpt_step)
+    for note in start.notes:
+        report.message(note)
+    if start.load is not None:
+        _describe_loaded(report, settings, trainer, start, state)
+
+
+def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
+    """Where the run is, or that it is at its end."""
+    directory, last = start.load, settings.run.train_iters
+    if state.iteration == last:
+        report.message(f"loaded {directory}: this run is finished, iteration {last} of {last}; nothing is left to do")
+    elif state.iteration > last:
+        report.message(f"loaded {directory}: its iteration {state.iteration} is past the {last} of this run; nothing "
+                       "is left to do, and a larger --train-iters or --train-samples goes on")
+    elif state.iteration == 0:
+        report.message(f"loaded the weights of {directory}, beginning at iteration 0")
+    else:
         report.message(f"loaded {directory}, continuing at iteration {state.iteration}")
-        if run.init_mtp:
-            new = len(new_mtp_modules(settings, directory))
-            report.message(f"--init-mtp: {new or 'no'} new Multi-Token Prediction module{'s' * (new > 1)}"
-                           + (", the optimizer begins afresh" if new else f", {directory} holds what the model has"))
-        if not is_huggingface(directory) and read_checksums(directory) is None:
-            report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
-                           "version, or converted")
-        for conversion in checkpoint.converted_moments(directory, trainer.optimizer) if state.optimizer_steps else ():
-            report.message(conversion)
+    if settings.run.init_mtp:
+        new = len(start.new_modules)
+        report.message(f"--init-mtp: {new or 'no'} new Multi-Token Prediction module{'s' * (new > 1)}"
+                       + (", the optimizer begins afresh" if new else f", {directory} holds what the model has"))
+    if not is_huggingface(directory) and read_checksums(directory) is None:
+        report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
+                       "version, or converted")
+    for conversion in checkpoint.converted_moments(directory, trainer.optimizer) if state.optimizer_steps else ():
+        report.message(conversion)
+
+
+def describe_changes(report: Report, start: Start, here: Recorded) -> None:
+    """Of a run that goes on: what it is told otherwise than when the checkpoint was saved."""
+    lines = differences(start.before, here) if start.before is not None else []
+    if lines:
+        report.message(f"since {start.load} was saved, the run was changed:")
+    for line in [*lines, *explain_marks(lines)]:
+        report.message(line)

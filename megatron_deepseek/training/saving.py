@@ -1,12 +1,13 @@
 """Checkpoints of a run: in the foreground, or with --async-save in a thread while training goes on.
 
-A save that fails for want of disk space leaves the checkpoints before it as they were, is told, and tried again at the
-next occasion: hours of training are worth more than their last minutes. It ends the run only when there is no next
-occasion. Any other failure ends the run at once.
+A save that the file system refuses (no space, no permission, a directory that is gone, an I/O error) leaves the
+checkpoints before it as they were, is told, and tried again at the next occasion: hours of training are worth more than
+their last minutes. It ends the run only when there is no next occasion. Any other failure ends the run at once.
 """
 
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,12 +16,13 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.marker import iteration_directory
-from megatron_deepseek.checkpoint.native import layout_note
+from megatron_deepseek.checkpoint.native import LAYOUT, layout_note
 from megatron_deepseek.checkpoint.publish import saving_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
-from megatron_deepseek.checkpoint.writer import is_disk_full
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.recorded import FILE as ARGUMENTS
+from megatron_deepseek.training.recorded import Recorded
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.trainer import Trainer
 
@@ -36,12 +38,19 @@ class _Pending:
 
 
 class Saver:
-    """Every rank has one, and calls `save` after the same steps. `begun`: the iteration that was saved last."""
+    """Every rank has one, and calls `save` after the same steps. `begun`: the iteration that was saved last.
 
-    def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None):
-        self.run, self.model, self.report, self.begun = run, model, report, begun
-        self.layout = layout_note(trainer.meshes.layout, trainer.plan.stages, trainer.plan.schedule,
-                                  trainer.plan.seq_length)
+    On rank 0 `recorded` goes into every checkpoint as arguments.json, and `keep` makes what is to be beside them,
+    unless it is there.
+    """
+
+    def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
+                 recorded: Recorded | None = None, keep: Callable[[], None] = lambda: None):
+        self.run, self.model, self.report, self.begun, self.keep = run, model, report, begun, keep
+        self.notes = {LAYOUT: layout_note(trainer.meshes.layout, trainer.plan.stages, trainer.plan.schedule,
+                                          trainer.plan.seq_length)}
+        if recorded is not None:
+            self.notes[ARGUMENTS] = recorded.to_json()
         self.stages, self.optimizer = trainer.stages, None if run.no_save_optim else trainer.optimizer
         self.group = dist.new_group(backend="gloo", group_desc="checkpoint",
                                     timeout=timedelta(minutes=max(run.distributed_timeout_minutes, _LONGEST_MINUTES)))
@@ -56,10 +65,11 @@ class Saver:
             return
         begin = time.perf_counter()
         self.finish()
+        self.keep_assets()
         self.failed = None
         if self.background is not None:
             future = self.background.begin(self.run.save, state, self.model, self.stages, self.optimizer,
-                                           self.run.keep_last, self.layout)
+                                           self.run.keep_last, self.notes)
             stall = time.perf_counter() - begin
             self.pending = _Pending(future, state.iteration, begin, stall)
         else:
@@ -68,10 +78,20 @@ class Saver:
         self.begun = state.iteration if self.failed is None else None
         self._stall = (self._stall or 0.0) + stall
 
+    def keep_assets(self) -> None:
+        """At the start, and with every save, for a disk that was full before or a directory that was removed."""
+        if dist.get_rank() != 0:
+            return
+        try:
+            self.keep()
+        except OSError as error:
+            self.report.message(f"config.json and tokenizer are not kept with --save {self.run.save}: {error}. The "
+                                "next save tries again")
+
     def _save_now(self, state: TrainState, begin: float) -> None:
         try:
             directory = checkpoint.save(self.run.save, state, self.model, self.stages, self.optimizer,
-                                        self.run.keep_last, self.group, self.layout)
+                                        self.run.keep_last, self.group, self.notes)
         except OSError as error:
             self._survive(error, state.iteration)
         else:
@@ -96,14 +116,15 @@ class Saver:
                             f"{pending.stall:.2f} s")
 
     def _survive(self, error: BaseException, iteration: int) -> None:
-        """Go on without this checkpoint if the disk is full; every rank has the same error."""
-        if not is_disk_full(error):
+        """Go on without this checkpoint if the file system refused it; every rank has the same error."""
+        if not isinstance(error, OSError):
             raise error
         self.failed, self.begun = error, None
         if dist.get_rank() == 0:
             shutil.rmtree(saving_directory(self.run.save, iteration), ignore_errors=True)
-        self.report.message(f"iteration {iteration} is NOT saved: {error.filename}: {error.strerror}. Checkpoints "
-                            "before it are intact; the next save tries again")
+        where = f"{error.filename}: " if error.filename else ""
+        self.report.message(f"iteration {iteration} is NOT saved: {where}{error.strerror or error}. Checkpoints before "
+                            "it are as they were; the next save tries again")
 
     def take_stall(self) -> float | None:
         """Seconds that training stood still for saves since the last call, None if there was no save."""
@@ -111,7 +132,7 @@ class Saver:
         return stall
 
     def close(self) -> None:
-        """Wait for what is on its way. OSError if the last save of the run had no room."""
+        """Wait for what is on its way. OSError if the last save of the run was refused."""
         self.finish()
         if self.background is not None:
             self.background.close()

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 from megatron_deepseek.checkpoint.names import hf_shapes, mtp_copies
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.data.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,35 @@ def test_weights_go_in_and_out(workshop, released):
         assert ours.keys() == theirs.keys()
         wrong = [name for name in theirs if not torch.equal(ours[name].float(), theirs[name].float())]
         assert not wrong
-        assert json.loads((out / "config.json").read_text()) == json.loads((released / "config.json").read_text())
-        assert (out / "tokenizer_config.json").exists()
+        ids = {"bos_token_id": 256, "eos_token_id": 257}  # of --tokenizer-type ByteTokenizer; the source had none
+        assert json.loads((out / "config.json").read_text()) == json.loads((released / "config.json").read_text()) | ids
+        assert (out / "tokenizer.json").exists()
     assert records[2] == pytest.approx(records[4], rel=1e-2)
+
+
+class EndsAfter(LogitsProcessor):
+    """The model says `token` once there are `length` tokens."""
+
+    def __init__(self, token: int, length: int):
+        self.token, self.length = token, length
+
+    def __call__(self, ids, scores):
+        if ids.shape[1] >= self.length:
+            scores[:, self.token] = 1e9
+        return scores
+
+
+def test_an_export_from_scratch_is_complete(workshop):
+    """transformers needs nothing else: it has the tokenizer, and stops where training ended documents."""
+    out = workshop.directory / "scratch_hf"
+    workshop.train(1, "scratch", "--train-iters", "1", "--eval-iters", "0", "--save-hf", str(out))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ours = ByteTokenizer()
+    prompt = tokenizer("def f():", return_tensors="pt")
+    assert prompt.input_ids[0].tolist() == ours.encode("def f():")
+    said = model.generate(**prompt, max_new_tokens=9, logits_processor=[EndsAfter(ours.eod, 12)])
+    assert said.shape[1] == 13 and said[0, -1] == ours.eod
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (ours.bos, ours.eod)
 
 
 def test_refusals(workshop, released):

@@ -50,10 +50,18 @@ RESUME_MUTANTS = of(
     ("train_iters=last_iteration(settings.run, settings.batch, state)", "train_iters=settings.run.train_iters"),
 ) + of(
     "training/resume.py", RESUME,
-    ("run.finetune or run.no_load_optim or _has", "run.finetune or _has"),
-    ("run.finetune or run.no_load_optim or _has", "run.no_load_optim or _has"),
-    ("    if run.finetune:\n        return TrainState()\n", ""),
-    ("0 if weights_only else state.optimizer_steps)", "state.optimizer_steps)"),
+    ("None if start.weights_only else trainer.optimizer", "trainer.optimizer"),
+    ("    if start.finetune:\n        return TrainState()\n", ""),
+    ("0 if start.weights_only else state.optimizer_steps)", "state.optimizer_steps)"),
+) + of(
+    "training/decision.py", ("tests/unit/test_decision.py",),
+    ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
+    ("start.finetune or start.weights_only or bool(new)", "start.weights_only or bool(new)"),
+    ("if last is not None and last.job.is_earlier_life_of(job):", "if False:"),
+    ("(last is not None and last.origin != _full(run.load))", "False"),
+    ("and run.ckpt_step is None\n", "\n"),
+    ("step in (None, last_iteration(run.save))", "True"),
+    ("if holder is not None and holder.token == token:", "if holder is not None:"),
 )
 
 SCHEDULES = of(
@@ -112,10 +120,7 @@ REFUSALS = of(
     ("r.args.seq_length % (r.tp * r.cp),", "r.args.seq_length % r.tp,"),
     ("(r.args.sequence_parallel or r.model.n_routed_experts > 0) and", "r.model.n_routed_experts > 0 and"),
     ("r.args.seq_length > r.model.max_position_embeddings", "r.args.seq_length >= r.model.max_position_embeddings"),
-    ("not same or r.args.finetune or r.args.ckpt_step is not None or not begins_anew(load)",
-     "not same or r.args.finetune or not begins_anew(load)"),
-    ("return path.exists() and (not path.is_dir() or any(path.iterdir()))",
-     "return path.is_dir() and any(path.iterdir())"),
+    ("r.args.finetune and _loads_save(r)", "False"),
     ("r.args.train_samples < r.batch_sizes[0]", "r.args.train_samples <= r.batch_sizes[0]"),
 ) + of(
     "arguments/request.py", ARGUMENTS,

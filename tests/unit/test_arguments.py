@@ -154,16 +154,20 @@ REFUSED = {
     "--save-interval without --save": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
     "export without --save": (1, "--save-hf out", ["--save-hf out", "--save"]),
     "export into --save": (1, "--save-hf run/../out --save ./out", ["--save-hf run/../out", "--save out"]),
-    "export into a directory that is not empty": (1, "--save-hf / --save run", ["--save-hf /"]),
     "--save-every-seconds without --save": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
     "--keep-last without --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "--async-save without --save": (1, "--async-save", ["--async-save", "--save"]),
     "--no-save-optim without --save": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
-    "nothing to load": (1, "--load /nowhere", ["--load /nowhere", "no such directory"]),
+    "--all without --explain-layout": (1, "--all", ["--all needs --explain-layout"]),
     "--ckpt-step without --load": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
     "limit of skipped steps without skipping":
         (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
     "--finetune without --load": (1, "--finetune", ["--finetune", "--load"]),
+    "--finetune that --save comes from":
+        (1, "--finetune --load runs/a --save runs/../runs/a", ["--finetune of --load runs/a", "--save"]),
+    "--overwrite without --save": (1, "--overwrite", ["--overwrite needs --save"]),
+    "--overwrite of the directory that is loaded":
+        (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
     "--no-load-optim without --load": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
     "--init-mtp without --load": (1, "--init-mtp", ["--init-mtp needs --load"]),
     "--init-mtp without MTP modules":
@@ -186,7 +190,6 @@ OTHER_REASONS = [
      "schedule with a wrong number of micro-batches"),
     (1, "--overlap-moe-expert-parallel-comm --pipeline-schedule DualPipeV",
      "overlapped dispatch without DualPipeV"),
-    (1, f"--save-hf {__file__} --save run", "export into a directory that is not empty"),
 ]
 # Refused by the parser, by the architecture or by the checks of settings: (whole command line, fragments)
 REFUSED_ELSEWHERE = [
@@ -430,16 +433,39 @@ def test_evaluation_only_when_asked():
     assert settings("--eval-iters 0 --eval-interval 5").run.eval_iters == 0
 
 
-def test_first_start_in_the_save_directory(tmp_path):
-    """--load and --save in one empty directory begin anew; a finished checkpoint there is loaded."""
-    both = f"--save {tmp_path} --load {tmp_path}"
-    assert settings(both).run.load is None
-    for more in ("--finetune", "--ckpt-step 5"):
-        assert "--load" in message(f"{BASE} {both} {more}")
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
-    assert "holds no finished checkpoint" in message(f"{BASE} {both}")
-    (tmp_path / "iter_0000020").mkdir()
-    assert settings(both).run.load == tmp_path
+def test_parsing_looks_at_no_checkpoint(tmp_path):
+    """Ranks that each looked for themselves could see different things: rank 0 decides later, for all."""
+    assert settings("--load /nowhere --ckpt-step 5").run.load == Path("/nowhere")
+    assert settings(f"--save {tmp_path} --load {tmp_path}").run.load == tmp_path
+    assert settings(f"--save {tmp_path} --save-hf /").run.save_hf == Path("/")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("", ["without --save nothing will be saved", "MTP is trained too", "--mtp-num-layers 0"]),
+    ("--save run --mtp-num-layers 1", []),
+    ("--save run --mtp-num-layers 0", []),
+    ("--save run --mtp-num-layers 0 --moe-layer-freq 1", ["--moe-layer-freq gives experts to layers"]),
+    ("--save run --mtp-num-layers 0 --moe-layer-freq [0]*1+[1]*3", []),
+])
+def test_what_a_user_may_not_expect_is_said(arguments, said):
+    assert_told(settings(arguments).notes, said)
+
+
+def test_a_config_without_a_balance_loss_is_said(tmp_path):
+    """With a bias that balances, and without; not where the user has chosen."""
+    for preset, words in ((TINY, "aux_loss_alpha of the config is 0; --moe-aux-loss-coeff gives one. The routers' "
+                                 "biases balance the experts"), (V2_LITE, "Nothing balances the experts")):
+        (tmp_path / "config.json").write_text(json.dumps(preset.to_hf_dict() | {"aux_loss_alpha": 0}))
+        model = f"--model {tmp_path} --save run --mtp-num-layers 0"
+        assert_told(settings(model).notes, [words])
+        assert_told(settings(f"{model} --moe-router-load-balancing-type none").notes, [])
+        assert_told(settings(f"{model} --moe-aux-loss-coeff 0.1").notes, [])
+
+
+def assert_told(notices: tuple[str, ...], said: list[str]) -> None:
+    told = "\n".join(notices)
+    assert all(words in told for words in said) and len(notices) >= bool(said), told
+    assert said or not notices, told
 
 
 def run_entry(*arguments: str, **environ: str) -> subprocess.CompletedProcess:

@@ -1,11 +1,15 @@
 """Blends of datasets: their weights at every moment, the splits and sources of their samples, their table, refusals."""
 
+import argparse
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from small_datasets import EOD, SEQ, settings_of, tokens_of, train_set, write_dataset
 
+from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
+from megatron_deepseek.arguments.parser import add_data
 from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.data.blend import parse_blend, short_names
 from megatron_deepseek.data.pretraining import SplitPlan, build_datasets, check_data, make_plan
@@ -80,6 +84,47 @@ def test_documents_of_a_blend_keep_to_themselves(tmp_path):
     for tokens, documents in zip(batch.tokens_BS.tolist(), batch.documents_BS.tolist()):
         assert documents == [tokens[:place].count(EOD) for place in range(SEQ)]
     assert batch.documents_BS.max() == 1  # the shortest document has four tokens, a row eight
+
+
+def parsed(*given):
+    parser = argparse.ArgumentParser()
+    add_data(parser)
+    args = parser.parse_args([*map(str, given), "--tokenizer-type", "NullTokenizer", "--tokenizer-model", str(EOD)])
+    path, own = data_paths(args)
+    return settings_of(*path, split_data_paths=own, data_arguments=data_arguments(args))
+
+
+def test_a_file_of_prefixes_may_have_comments(tmp_path):
+    file = tmp_path / "blend.txt"
+    file.write_text(f"# the web\n0.7 {tmp_path}/a#1  # without pages\n\n  #0.2 old\n0.3 {tmp_path}/b #\n")
+    assert parsed("--data-args-path", file).data_path == ("0.7", f"{tmp_path}/a#1", "0.3", f"{tmp_path}/b")
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match=f"--data-args-path {file} is empty"):
+        parsed("--data-args-path", file)
+
+
+def test_refusals_name_the_argument_that_was_given(tmp_path):
+    text, splits = tmp_path / "blend.txt", tmp_path / "splits.json"
+    for content, why in (("0.7 a 0.3", "0.7 a 0.3: weights and prefixes must take turns"),
+                         ("nowhere", "nowhere: nowhere.idx does not exist"),
+                         (str(tmp_path), f"{tmp_path}: {tmp_path}.idx does not exist: {tmp_path} is a directory, and")):
+        text.write_text(content)
+        splits.write_text(json.dumps({"train": content}))
+        for given, name in ((("--data-args-path", text), f"--data-args-path {text}:"),
+                            (("--per-split-data-args-path", splits), f"--per-split-data-args-path {splits}, train:"),
+                            (("--train-data-path", *content.split()), "--train-data-path"),
+                            (("--data-path", *content.split()), "--data-path")):
+            with pytest.raises(ValueError) as caught:
+                check_data(parsed(*given), 1000)
+            assert str(caught.value).startswith(f"{name} {why}")
+
+
+def test_a_directory_is_told_the_datasets_in_it(tmp_path):
+    write_dataset(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a directory, and the datasets in it are {tmp_path}/a$"):
+        check_data(settings_of(tmp_path), 1000)
+    with pytest.raises(ValueError, match=f"{tmp_path}/ is a directory, and the datasets in it are {tmp_path}/a$"):
+        check_data(settings_of(f"{tmp_path}/"), 1000)
 
 
 def test_short_names():

@@ -172,7 +172,8 @@ def test_a_missing_key_is_likelier_meant_than_one_that_is_there(wrong, meant):
 
 
 @pytest.mark.parametrize("key", ["auto_map", "unsloth_version", "unsloth_fixed", "_attn_implementation", "task",
-                                 "transformers.js_config", "max_length", "decoder_start_token_id", "use_sdpa"])
+                                 "transformers.js_config", "max_length", "decoder_start_token_id", "use_sdpa",
+                                 "boi_token_id", "mask_token_id"])
 def test_other_unknown_keys_are_said_and_nothing_else(key):
     fields = V3.to_hf_dict() | {key: "x"}
     assert ModelConfig.from_hf_dict(fields) == V3
@@ -231,6 +232,15 @@ def test_stretching_that_is_computed_with_the_length_needs_it():
         with pytest.raises(ValueError, match="max_position_embeddings is missing, which rope_scaling of type"):
             ModelConfig.from_hf_dict(fields | {"rope_scaling": rope})
     assert ModelConfig.from_hf_dict(fields | {"rope_scaling": {"type": "yarn", **YARN}}).rope_scaling is not None
+
+
+def test_the_length_before_stretching_may_be_said_outside():
+    """As transformers reads it, where it goes before the one inside; and so it goes out again."""
+    fields = V3.to_hf_dict() | {"original_max_position_embeddings": 2048}
+    model = ModelConfig.from_hf_dict(fields)
+    assert model.rope_scaling == dataclasses.replace(V3.rope_scaling, original_max_position_embeddings=2048)
+    other = dataclasses.replace(V3, rope_scaling=dataclasses.replace(V3.rope_scaling, factor=2.0))
+    assert ModelConfig.from_hf_dict(fields | hf_rope.write_rope(other, fields)) == other
 
 
 def test_unknown_rope_keys_are_said_and_kept():

@@ -70,6 +70,19 @@ def test_padded_vocabulary_and_other_spellings(tmp_path, capsys):
     assert_identical(all_tensors(tmp_path / "back"), weights)
 
 
+@pytest.mark.parametrize("of", ["mcore", "mcore/iter_0000100", "mcore/release"])
+def test_a_legacy_directory_is_told_the_way(tmp_path, capsys, of):
+    """As `--ckpt-format torch` lays it out. Without --assets too: they are not what is missing."""
+    for iteration in ("iter_0000100", "release"):
+        (tmp_path / "mcore" / iteration / "mp_rank_00_000").mkdir(parents=True)
+        (tmp_path / "mcore" / iteration / "mp_rank_00_000" / "model_optim_rng.pt").write_bytes(b"PK")
+    (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").write_text("100")
+    assert convert("megatron", "hf", tmp_path / of, tmp_path / "hf") == 2
+    said = capsys.readouterr().err
+    assert "legacy format" in said and "--ckpt-convert-format torch_dist --ckpt-convert-save" in said
+    assert said.count("\n") == 1
+
+
 def reference_logits(config: ModelConfig, weights: dict[str, torch.Tensor], tokens_BS: torch.Tensor):
     """[B, S, V] of the main model and of each MTP depth, in float64."""
     state: dict[str, torch.Tensor] = {}

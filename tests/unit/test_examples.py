@@ -74,9 +74,8 @@ def test_any_number_of_nodes_has_a_layout_or_is_told_which_have(script, released
             fitting.append(nodes)
             continue
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"NNODES={nodes}" in done.stderr
-        if script != "pretrain_tiny.sh":
-            named = list(map(int, done.stderr.split("have: ")[1].split()))
-            assert nodes not in named and set(fitting) <= set(named)
+        named = list(map(int, done.stderr.split("have: ")[1].split()))
+        assert nodes not in named and set(fitting) <= set(named)
     assert fitting
 
 

@@ -47,6 +47,13 @@ def test_draws_a_png_beside_the_metrics(metrics, capsys):
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 20_000
 
 
+def test_a_directory_stands_for_the_metrics_in_it(metrics, capsys):
+    assert main([str(metrics.parent)]) == 0
+    assert capsys.readouterr().out == f"{metrics.with_name('loss.png')}\n"
+    assert main([str(metrics), "--output", str(metrics.parent)]) == 2
+    assert f"--output {metrics.parent} is a directory; give a file in it" in capsys.readouterr().err
+
+
 def test_compares_runs(metrics, tmp_path):
     output = tmp_path / "new" / "both.png"
     assert main([str(metrics), str(metrics), "--output", str(output), "--labels", "one rank", "two"]) == 0

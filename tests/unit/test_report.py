@@ -1,5 +1,6 @@
 """What a run leaves behind and shows: metrics.jsonl, progress, TensorBoard."""
 
+import errno
 import io
 import json
 import os
@@ -86,11 +87,67 @@ def test_a_last_record_without_its_newline_is_kept_whole(tmp_path):
 
 def test_an_interrupted_cut_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1}\n{"iteration": 2}\n')
+    path.write_text('{"iteration": 2}\n{"iteration": 1}\n')
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cut_after(path, 1)
-    assert [record["iteration"] for record in read_metrics(path)] == [1, 2]
+    assert [record["iteration"] for record in read_metrics(path)] == [2, 1]
+
+
+def test_a_cut_needs_no_room(tmp_path, monkeypatch):
+    """On a full disk a restarted run must still be able to go on."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iter')
+    monkeypatch.setattr("megatron_deepseek.training.metrics._replace", pytest.fail)
+    assert cut_after(path, 2) == 0 and path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+    assert cut_after(path, 1) == 1 and path.read_text() == '{"iteration": 1}\n'
+
+
+def test_a_full_disk_loses_neither_records_nor_events(tmp_path, monkeypatch):
+    """Told once for each file; afterwards both are as if nothing had been."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(descriptor, data):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    real, full, shown = os.write, False, io.StringIO()
+    monkeypatch.setattr("megatron_deepseek.training.appending.os.write", write)
+    with open_report(RunSettings(9, save=tmp_path, tensorboard_dir=tmp_path / "tb"), stream=shown) as report:
+        for iteration in range(1, 10):
+            full = 3 <= iteration < 7
+            report.step(step(iteration))
+    assert [record["iteration"] for record in lines(tmp_path / "metrics.jsonl")] == list(range(1, 10))
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [event.step for event in events.Scalars("train/lm_loss")] == list(range(1, 10))
+    assert shown.getvalue().count("cannot be written: No space left on device") == 2
+    assert shown.getvalue().count("is written again, and nothing is missing") == 2
+
+
+def test_records_that_never_found_room_are_an_error_but_hide_no_other(tmp_path, monkeypatch):
+    report = open_report(RunSettings(9, save=tmp_path), stream=io.StringIO())
+    monkeypatch.setattr("megatron_deepseek.training.appending.os.write",
+                        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    report.step(step(1))
+    with pytest.raises(OSError, match="bytes are missing.*metrics.jsonl"):
+        with report:
+            pass
+    other = open_report(RunSettings(9, save=tmp_path), stream=io.StringIO())
+    with pytest.raises(KeyError), other:
+        other.step(step(1))
+        raise KeyError("the run's own")
+
+
+def test_losses_of_every_validation_set_are_shown(tmp_path):
+    shown = io.StringIO()
+    with open_report(RunSettings(9), stream=shown) as report:
+        report.validation(3, 2.5, (), {"web": 2.0, "code": 3.0})
+        report.validation(6, 2.5, (2.75,), {str(number): 1.0 for number in range(20)})
+    first, second = shown.getvalue().splitlines()
+    assert first == "validation at iteration 3 | lm loss 2.5000 | web 2.0000, code 3.0000"
+    assert second.startswith("validation at iteration 6 | lm loss 2.5000 | mtp loss 2.7500 | 0 1.0000, 1 1.0000, ")
+    assert second.endswith("15 1.0000, and 4 more")
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -163,7 +220,8 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 
 def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "tensorboard.compat.proto", raising=False)
     with pytest.raises(ValueError, match=f"--tensorboard-dir {tmp_path} needs the package tensorboard"):
         open_report(RunSettings(6, tensorboard_dir=tmp_path), stream=io.StringIO())
 

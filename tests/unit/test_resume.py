@@ -1,13 +1,13 @@
 """What a run takes from a checkpoint: all of it, the weights alone, or weights as the start of another run."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from small_models import V3_SMALL, random_batch, weights_of, whole_stage
 
+from megatron_deepseek.checkpoint.marker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.decision import Start
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.resume import resume
 from megatron_deepseek.training.saving import Saver
@@ -26,8 +26,8 @@ def moments(trainer: Trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options, expected", [
-    ({}, SAVED), ({"no_load_optim": True}, TrainState(3, 24, 0)), ({"finetune": True}, TrainState())],
-                         ids=["all", "weights", "another run"])
+    ({}, SAVED), ({"weights_only": True}, TrainState(3, 24, 0)),
+    ({"finetune": True, "weights_only": True}, TrainState())], ids=["all", "weights", "another run"])
 def test_what_is_taken(meshes, tmp_path, options, expected):
     """Moments come with the count of steps that made them; weights, the routers' biases among them, always do."""
     before, fresh = (make_trainer(meshes, seed) for seed in (1, 2))
@@ -35,12 +35,11 @@ def test_what_is_taken(meshes, tmp_path, options, expected):
     saver = Saver(RunSettings(9, save=tmp_path), V3_SMALL, before, Report(), None)
     saver.save(SAVED)
     saver.close()
-    run = RunSettings(9, load=tmp_path, **options)
-    assert resume(SimpleNamespace(run=run), fresh) == expected
+    assert resume(Start(find_iteration(tmp_path, 3), **options), fresh) == expected
     weights = weights_of(before.stages[0])
     assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(fresh.stages[0]).items())
     assert torch.equal(moments(fresh), moments(before) if not options else torch.zeros_like(moments(before)))
 
 
 def test_nothing_is_taken_unasked(meshes):
-    assert resume(SimpleNamespace(run=RunSettings(9)), None) == TrainState()
+    assert resume(Start(), None) == TrainState()

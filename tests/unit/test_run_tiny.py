@@ -98,3 +98,10 @@ def test_exported_variables_do_not_reach_the_example(tool, tmp_path, monkeypatch
         monkeypatch.setenv(name, "9")
     environ = tool.environment(tmp_path, Namespace(steps=5, nproc=1))
     assert [environ[name] for name in ("DATA_PATH", "TOKENIZER", "DRY_RUN", "NNODES")] == ["", "", "", "1"]
+
+
+def test_the_example_runs_in_the_python_that_runs_this(tool, tmp_path, monkeypatch):
+    """`make PYTHON=python3.11 pretrain` exports the interpreter that made the environment, which has no torch."""
+    monkeypatch.setenv("PYTHON", "/usr/bin/python3")
+    environ = tool.environment(tmp_path, Namespace(steps=1, nproc=1))
+    assert environ["PYTHON"] == sys.executable

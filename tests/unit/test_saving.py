@@ -1,6 +1,8 @@
 """Saves of a run on one rank: in the foreground and the background, on a disk that is full for a while, and resumed."""
 
+import errno
 import io
+import os
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -15,6 +17,7 @@ from small_models import V3_SMALL, random_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint import writer
+from megatron_deepseek.checkpoint.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
@@ -121,13 +124,57 @@ def test_a_run_that_ends_without_its_last_checkpoint_fails(trainer, tmp_path, mo
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_another_error_ends_the_run(trainer, tmp_path, async_save):
-    """The parent of --save is a file."""
+def test_what_the_file_system_refuses_is_tried_again(trainer, tmp_path, async_save):
+    """The parent of --save is a file for a while: a line, no checkpoint; then one, as if nothing had been."""
     (tmp_path / "file").write_text("")
-    saver, _ = make_saver(trainer, tmp_path / "file" / "run", async_save=async_save)
-    with pytest.raises(NotADirectoryError):
+    saver, told = make_saver(trainer, tmp_path / "file" / "run", async_save=async_save)
+    saver.save(TrainState(1, 0, 0))
+    saver.finish()
+    assert "iteration 1 is NOT saved: " in told.getvalue() and "Not a directory" in told.getvalue()
+    (tmp_path / "file").unlink()
+    saver.save(TrainState(2, 0, 0))
+    saver.close()
+    assert iterations(tmp_path / "file" / "run") == [2]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_mistake_of_the_program_ends_the_run(trainer, tmp_path, monkeypatch, async_save):
+    saver, _ = make_saver(trainer, tmp_path, async_save=async_save)
+    monkeypatch.setattr(writer, "checksum_directory", lambda *_: {}["nothing"])
+    with pytest.raises(KeyError, match="nothing"):
         saver.save(TrainState(1, 0, 0))
         saver.finish()
+
+
+def test_a_directory_that_is_removed_between_saves(trainer, tmp_path):
+    """The next save makes it again, with the assets of what the run began from."""
+    (tmp_path / "began" / "huggingface").mkdir(parents=True)
+    (tmp_path / "began" / "huggingface" / "config.json").write_text("{}")
+    saver, _ = make_saver(trainer, tmp_path / "run")
+    saver.keep = lambda: keep_assets(tmp_path / "began" / "iter_0000004", tmp_path / "run")
+    for iteration in (1, 2):
+        saver.save(TrainState(iteration, 0, 0))
+        assert (tmp_path / "run" / "huggingface" / "config.json").read_text() == "{}"
+        assert last_iteration(tmp_path / "run") == iteration
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_assets_that_find_no_room_are_copied_with_the_next_save(trainer, tmp_path, monkeypatch):
+    (tmp_path / "began" / "huggingface").mkdir(parents=True)
+    (tmp_path / "began" / "huggingface" / "tokenizer.json").write_text("{}")
+    saver, told = make_saver(trainer, tmp_path / "run")
+    saver.keep = lambda: keep_assets(tmp_path / "began" / "iter_0000004", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full_disk)
+        saver.keep_assets()
+    assert "are not kept with --save" in told.getvalue() and "No space left" in told.getvalue()
+    saver.save(TrainState(1, 0, 0))
+    assert [path.name for path in (tmp_path / "run" / "huggingface").iterdir()] == ["tokenizer.json"]
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_without_moments(trainer, tmp_path):

@@ -1,0 +1,125 @@
+"""Which rank holds what, for --explain-layout: a table of pipeline ranks, and one of the places inside each of them.
+
+Ranks that compute with the same weights stand in one line, so that a layout over thousands of ranks fits on a page.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from megatron_deepseek.arguments.settings import Settings
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.planning.pipeline_balance import resolve, stage_cost
+
+_MOST_LINES = 16  # of the table of places; --all lists every rank
+
+
+def places(rank: int, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """Coordinates of `rank` on the dense mesh (pp, dp, cp, tp) and the expert mesh (pp, edp, ep, etp)."""
+    result = []
+    for axes in (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp")):
+        rest, coordinates = rank, {}
+        for axis in axes:
+            rest, coordinates[axis] = divmod(rest, getattr(layout, axis))
+        result.append(coordinates)
+    return result[0], result[1]
+
+
+def pipeline_ranks(settings: Settings) -> Iterator[str]:
+    """A line for each pipeline rank: its ranks, its stages with their part of the work, and what they hold."""
+    layout, model, schedule = settings.layout, settings.model, settings.pipeline.schedule
+    stages = resolve(model, settings.pipeline, layout.pp, settings.data.seq_length)
+    each = layout.world_size // layout.pp
+    costs = [stage_cost(model, stage, settings.data.seq_length) for stage in stages]
+    rows = [("pipeline rank", "ranks", "stages", "work", "holds")]
+    for pp_rank in range(layout.pp):
+        mine = stages_of_rank(pp_rank, len(stages), layout.pp, schedule)
+        rows.append((str(pp_rank), in_short(range(pp_rank * each, (pp_rank + 1) * each)), ", ".join(map(str, mine)),
+                     f"{sum(costs[index] for index in mine) / sum(costs):.1%}",
+                     " | ".join(_parts(model, stages[index]) for index in mine)))
+    yield from _aligned(rows)
+
+
+def places_of_pipeline_rank(settings: Settings) -> Iterator[str]:
+    """A line for the ranks of a pipeline rank that share a place: the slices, chunks and experts of that place."""
+    layout, model = settings.layout, settings.model
+    together: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world_size // layout.pp):
+        dense, expert = places(rank, layout)
+        together.setdefault((dense["tp"], dense["cp"], expert["ep"], expert["etp"]), []).append(rank)
+    rows = [(in_short(ranks), _slice(tp, layout.tp), _chunks(cp, layout.cp), _experts(model, layout, ep, etp))
+            for (tp, cp, ep, etp), ranks in sorted(together.items(), key=lambda item: item[1])]
+    yield ("the ranks of one pipeline rank, counted from its first; those of a line compute with the same weights, on "
+           "other samples")
+    lines = list(_aligned([("ranks", "dense matrices", "chunks of a sequence", "experts"), *rows]))
+    if len(lines) > 1 + _MOST_LINES:
+        left_out = len(lines) - 1 - _MOST_LINES
+        lines[_MOST_LINES:-1] = [f"... {left_out} lines more; --all lists every rank"]
+    yield from lines
+
+
+def every_rank(settings: Settings) -> Iterator[str]:
+    """A line for each rank, with its place on both meshes."""
+    layout, model, schedule = settings.layout, settings.model, settings.pipeline.schedule
+    stages = resolve(model, settings.pipeline, layout.pp, settings.data.seq_length)
+    rows = [("rank", "pp", "dp", "cp", "tp", "edp", "ep", "etp", "stages", "experts", "chunks of a sequence")]
+    for rank in range(layout.world_size):
+        dense, expert = places(rank, layout)
+        held = stages_of_rank(dense["pp"], len(stages), layout.pp, schedule)
+        routed = any(map(model.is_moe_layer, _layers(model, [stages[index] for index in held])))
+        rows.append((*map(str, (rank, *(dense[axis] for axis in ("pp", "dp", "cp", "tp")),
+                                *(expert[axis] for axis in ("edp", "ep", "etp")))), ",".join(map(str, held)),
+                     _experts(model, layout, expert["ep"], expert["etp"]) if routed else "none",
+                     _chunks(dense["cp"], layout.cp)))
+    yield from _aligned(rows)
+
+
+def in_short(numbers: Sequence[int]) -> str:
+    """Increasing numbers: "0-7", "0, 2, 4, 6", "0, 64, ... 960 (16 ranks)", "0-3, 8-11"."""
+    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    if len(texts) <= 4:
+        return ", ".join(texts)
+    return f"{texts[0]}, {texts[1]}, ... {texts[-1]} ({len(numbers)} ranks)"
+
+
+def _parts(model: ModelConfig, stage: Stage) -> str:
+    parts = ["embedding"] * stage.embedding
+    for has_experts, run in groupby(stage.layers, model.is_moe_layer):
+        kind = "layers" if has_experts or not model.n_routed_experts else "dense layers"
+        layers = list(run)
+        parts.append(f"{kind if len(layers) > 1 else kind[:-1]} {in_short(layers)}")
+    parts += [f"MTP {in_short([depth + 1 for depth in stage.mtp])}"] * bool(stage.mtp) + ["head"] * stage.loss
+    return ", ".join(parts) or "nothing, passes on"
+
+
+def _layers(model: ModelConfig, stages: Sequence[Stage]) -> list[int]:
+    """Numbers of all layers, those of MTP modules among them."""
+    return [index for stage in stages for index in
+            (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+
+
+def _slice(place: int, size: int) -> str:
+    return "whole" if size == 1 else f"slice {place} of {size}"
+
+
+def _chunks(place: int, size: int) -> str:
+    return "all" if size == 1 else f"{place}, {2 * size - 1 - place} of {2 * size}"
+
+
+def _experts(model: ModelConfig, layout: Layout, ep: int, etp: int) -> str:
+    """Which a rank holds of each layer that has any, and which part of each."""
+    if not model.n_routed_experts:
+        return "none"
+    each = model.n_routed_experts // layout.ep
+    return in_short(range(ep * each, (ep + 1) * each)) + (f", {_slice(etp, layout.etp)}" if layout.etp > 1 else "")
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        yield "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()

@@ -1,0 +1,101 @@
+"""A file that grows by records while a run goes on, whatever happens to its disk, its permissions or its directory."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+_COPIED_BYTES = 1 << 20
+
+
+class AppendedFile:
+    """What `write` cannot bring to the file waits in memory, and goes before the next record: nothing is lost or torn.
+
+    The first failure and the end of it are told, a line each. A file that was removed, with its directory or without,
+    is made again: what had been written is still held open.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None]):
+        """OSError if the file cannot be opened now."""
+        self.path, self.tell = path, tell
+        self._waiting, self._trouble = bytearray(), False
+        self._file = self._open(path)
+
+    def write(self, record: bytes) -> None:
+        self._waiting += record
+        try:
+            self._bring()
+        except OSError as error:
+            if not self._trouble:
+                self.tell(f"{self.path} cannot be written: {error.strerror}. Training goes on; what belongs there is "
+                          "kept, and written once it can be")
+            self._trouble = True
+        else:
+            if self._trouble:
+                self.tell(f"{self.path} is written again, and nothing is missing")
+            self._trouble = False
+
+    def flush(self) -> None:
+        """Nothing is buffered that could be written."""
+
+    def close(self) -> None:
+        """OSError if something still waits and cannot be written."""
+        try:
+            self._bring()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: the last {len(self._waiting):,} bytes are missing",
+                          str(self.path)) from error
+        finally:
+            os.close(self._file)
+
+    def _bring(self) -> None:
+        if self._waiting and self._is_elsewhere():
+            self._make_again()
+        while self._waiting:
+            written = os.write(self._file, self._waiting)
+            del self._waiting[:written]
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the name is no longer that of the file that is open."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except FileNotFoundError:
+            return True
+
+    def _make_again(self) -> None:
+        if self.path.exists():  # somebody put another file in its place, which is theirs
+            replacement = self._open(self.path)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replacement = self._copy()
+            self.tell(f"{self.path} was removed while the run wrote it, and is made again")
+        os.close(self._file)
+        self._file = replacement
+
+    def _copy(self) -> int:
+        """The open file's content under the name again. On NFS a file that another machine removed cannot be read."""
+        aside = self.path.with_name(self.path.name + ".partial")
+        aside.unlink(missing_ok=True)
+        copy = self._open(aside)
+        try:
+            position = 0
+            while block := self._read(position):
+                position += len(block)
+                while block:
+                    block = block[os.write(copy, block):]
+            os.replace(aside, self.path)
+        except BaseException:
+            os.close(copy)
+            aside.unlink(missing_ok=True)
+            raise
+        return copy
+
+    def _read(self, position: int) -> bytes:
+        try:
+            return os.pread(self._file, _COPIED_BYTES, position)
+        except OSError:
+            self.tell(f"{self.path}: what was in it is lost")
+            return b""
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)

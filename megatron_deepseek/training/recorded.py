@@ -1,0 +1,168 @@
+"""arguments.json of a checkpoint: what the run that wrote it was told. The next one says what has changed since."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_deepseek.arguments import Settings
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
+
+FILE = "arguments.json"
+
+# What does not decide what is computed, or is for one start alone: never told.
+_SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "overwrite", "save_hf",
+                   "exit_interval", "exit_duration_in_mins", "log_interval", "tensorboard_dir", "profile",
+                   "profile_step_start", "profile_step_end", "distributed_timeout_minutes"},
+           "data": {"data_cache_path", "seed"}}
+# Fields and whole sections whose change makes another run of it, or the same one but for rounding.
+_EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
+          "loss": None, "data": None, "files": None, "run": {"seed", "bf16", "fp8_format"}}
+_ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
+             "run": {"sharding", "fp8_param_gather"}}
+_OPTIONS = {"layout": {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
+                       "cp": "--context-parallel-size", "ep": "--expert-model-parallel-size",
+                       "etp": "--expert-tensor-parallel-size", "dp": "data-parallel ranks"},
+            "pipeline": {"schedule": "--pipeline-schedule", "layout": "--pipeline-model-parallel-layout",
+                         "num_virtual_stages": "--num-virtual-stages-per-pipeline-rank"},
+            "loss": {"balance_type": "--moe-router-load-balancing-type"},
+            "recompute": {"granularity": "--recompute-granularity", "modules": "--recompute-modules"},
+            "run": {"sharding": "--data-parallel-sharding-strategy"}}
+_LONGEST = 200  # characters of a value
+
+
+@dataclass(frozen=True)
+class Job:
+    """A start by a user, with all its restarts. `name` is the same in all lives under one torchrun.
+
+    Slurm gives a job that it requeues the number that it had, and counts.
+    """
+
+    name: str
+    slurm_id: str = ""
+    slurm_restarts: int = 0
+
+    @classmethod
+    def here(cls, name: str, environ: Mapping[str, str] = os.environ) -> "Job":
+        restarts = environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(name, environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdecimal() else 0)
+
+    def is_earlier_life_of(self, other: "Job") -> bool:
+        requeued = self.slurm_id == other.slurm_id != "" and self.slurm_restarts < other.slurm_restarts
+        return self.name == other.name or requeued
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """`settings`: of each concern (settings.py), as JSON has them; `origin`: the --load of the run's first start, None
+    if it began from nothing; `files`: of data and tokenizer by path, sizes in bytes or digests.
+    """
+
+    settings: Mapping[str, Mapping[str, Any]]
+    origin: str | None
+    job: Job
+    files: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"settings": self.settings, "origin": self.origin, "job": asdict(self.job), "files": self.files}
+
+
+def record(settings: Settings, origin: str | None, job: Job) -> Recorded:
+    """Of this run. Looks at its files of data and tokenizer."""
+    concerns = {name: _json(value) for name, value in asdict(settings).items() if isinstance(value, dict)}
+    return Recorded(concerns, origin, job, _files(settings))
+
+
+def read_recorded(directory: Path) -> Recorded | None:
+    """None where nothing was recorded: by an older version, or in released weights. ValueError if it is damaged."""
+    path = directory / FILE
+    if not path.exists():
+        return None
+    fields = read_object(path, LARGEST_LIST)
+    settings = {name: fields.object("settings").object(name).fields for name in fields.object("settings").fields}
+    job = fields.object("job")
+    return Recorded(settings, fields.text("origin", default=None),
+                    Job(job.text("name"), job.text("slurm_id"), job.integer("slurm_restarts")),
+                    fields.object("files").fields)
+
+
+def differences(there: Recorded, here: Recorded) -> list[str]:
+    """A line for each setting that is not what it was. "*" marks what makes the run another one than it would have
+    been, "~" what changes it by rounding alone. What only one of the two knows is left out: versions differ.
+    """
+    ours = {**here.settings, "files": here.files}
+    theirs = {**there.settings, "files": there.files}
+    return list(_differences(theirs, ours))
+
+
+def explain_marks(lines: list[str]) -> list[str]:
+    """What the marks in `lines` mean, a line for each that is there."""
+    meanings = {"*": "from here on this is not the run that it would have been",
+                "~": "the same run but for rounding"}
+    return [f"  {mark} {meaning}" for mark, meaning in meanings.items()
+            if any(line.startswith(f"  {mark} ") for line in lines)]
+
+
+def _differences(theirs: Mapping, ours: Mapping) -> Iterator[str]:
+    for section in ours:
+        for name in ours[section]:
+            there, here = theirs.get(section, {}).get(name, _UNKNOWN), ours[section][name]
+            if there is _UNKNOWN or there == here or name in _SILENT.get(section, ()):
+                continue
+            mark = "*" if _in(_EXACT, section, name) else "~" if _in(_ROUNDING, section, name) else " "
+            yield f"  {mark} {_option(section, name)}: {_shown(there, here)} before, {_shown(here, there)} now"
+
+
+_UNKNOWN = object()
+
+
+def _in(table: dict, section: str, name: str) -> bool:
+    return section in table and (table[section] is None or name in table[section])
+
+
+def _option(section: str, name: str) -> str:
+    if section in ("model", "files"):
+        return name
+    return _OPTIONS.get(section, {}).get(name) or "--" + name.replace("_", "-")
+
+
+def _shown(value: Any, beside: Any) -> str:
+    """Of a long list what comes after the beginning that the two have in common."""
+    if not isinstance(value, list):
+        return "none" if value is None else _short(str(value))
+    same = len(os.path.commonprefix([value, beside])) if isinstance(beside, list) else 0
+    whole = " ".join(map(str, value))
+    if len(whole) <= _LONGEST or not same:
+        return _short(whole)
+    return f"... {_short(' '.join(map(str, value[same:])))}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _json(value: Any) -> Any:
+    """As it comes back from a file."""
+    if isinstance(value, Mapping):
+        return {str(name): _json(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
+
+
+def _files(settings: Settings) -> dict[str, Any]:
+    data = settings.data
+    paths = [data.data_path, *(path for path in data.split_data_paths or () if path is not None)]
+    prefixes = dict.fromkeys(entry for path in paths for entry in path)
+    files: dict[str, Any] = {}
+    for path in (Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx")):
+        if path.is_file():
+            files[str(path)] = path.stat().st_size
+    tokenizer = Path(data.tokenizer_model or "")
+    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    if tokenizer.is_file():
+        files[str(tokenizer)] = xxhash.xxh3_128_hexdigest(tokenizer.read_bytes())
+    return files

@@ -1,0 +1,51 @@
+"""What ranks do at a run's start where they do not see the same files; each function returns what its rank would print,
+or the error that it would end with."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_deepseek.checkpoint import distributed as checkpoint
+from megatron_deepseek.training import refusing as speaking
+from megatron_deepseek.training.decision import Start, share
+from megatron_deepseek.training.refusing import refusing
+from megatron_deepseek.training.save_lock import SaveLock
+
+
+def share_a_directory(root: Path, same: bool) -> tuple[str, str]:
+    """Of each rank its own, or one for all. The token of the lock that it was told of, or the error."""
+    save = root if same else root / str(dist.get_rank())
+    start = None
+    if dist.get_rank() == 0:
+        lock = SaveLock(save, "job", print, print)
+        lock.acquire()
+        start = Start(lock=lock.me.token)
+    save.mkdir(exist_ok=True)
+    try:
+        return "", share(start, save, seconds=0.5).lock
+    except ValueError as error:
+        return str(error), ""
+
+
+def refused(failing: tuple[int, ...]) -> tuple[str, int]:
+    """What this rank prints and its exit status, where ranks of `failing` meet an error."""
+    speaking._FIRST_RANK_SECONDS, speaking._SILENT_SECONDS = 0.5, 0.0
+    status, printed = [], io.StringIO()
+    real, os._exit = os._exit, status.append
+    with contextlib.redirect_stderr(printed), refusing():
+        if dist.get_rank() in failing:
+            raise OSError(5, "Input/output error", f"/file of rank {dist.get_rank()}")
+    os._exit = real
+    return printed.getvalue(), status[0] if status else 0
+
+
+def verify_elsewhere(root: Path) -> list[str]:
+    """Rank 1 looks into an empty directory, as on a node of its own."""
+    directory = root if dist.get_rank() == 0 else root / "elsewhere"
+    try:
+        return [str(each) for each in checkpoint.verify(directory)]
+    except ValueError as error:
+        return [str(error)]

@@ -1,0 +1,161 @@
+"""What a run begins from: every combination of --save, what it holds, --load and the arguments beside it."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_deepseek.checkpoint.marker import MARKER, begins_anew, iteration_directory
+from megatron_deepseek.presets import TINY
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training import decision
+from megatron_deepseek.training.decision import Start, decide, overwrite, share
+from megatron_deepseek.training.recorded import FILE, Job, Recorded
+from megatron_deepseek.training.save_lock import LOCK, Holder
+
+JOB = Job("this")
+ANOTHER = Job("another")
+
+
+@pytest.fixture(autouse=True)
+def with_optimizer(monkeypatch):
+    """The checkpoints here are names and config.json alone."""
+    monkeypatch.setattr(decision, "has_optimizer", lambda directory: True)
+
+
+def checkpoint(root: Path, iteration: int, origin: str | None = None, job: Job = ANOTHER) -> None:
+    directory = iteration_directory(root, iteration)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
+    (directory / FILE).write_text(json.dumps(Recorded({}, origin, job).to_json()))
+    (root / MARKER).write_text(f"{iteration}\n")
+
+
+def begin(job: Job = JOB, **run) -> Start:
+    return decide(RunSettings(100, **run), TINY, job)
+
+
+def test_nothing_there_begins_anew(tmp_path):
+    save = tmp_path / "run"
+    for run in ({}, {"save": save}, {"save": save, "load": save}, {"save": save, "overwrite": True}):
+        assert begin(**run) == Start(overwrite=False)
+    (save / "iter_0000003.saving").mkdir(parents=True)
+    assert begin(save=save, load=save) == Start()
+
+
+def test_an_own_checkpoint_is_continued(tmp_path):
+    checkpoint(tmp_path, 2, origin="/weights")
+    checkpoint(tmp_path, 4, origin="/weights")
+    for load in (tmp_path, tmp_path / ".." / tmp_path.name):
+        start = begin(save=tmp_path, load=load)
+        assert (start.load, start.is_saved, start.origin) == (tmp_path / "iter_0000004", True, "/weights")
+        assert not start.finetune and not start.weights_only and start.before.job == ANOTHER
+    back = begin(save=tmp_path, load=tmp_path, ckpt_step=2, no_load_optim=True)
+    assert (back.load, back.is_saved, back.weights_only) == (tmp_path / "iter_0000002", False, True)
+    with pytest.raises(ValueError, match="no finished checkpoint of iteration 3; it has iterations 2, 4"):
+        begin(save=tmp_path, load=tmp_path, ckpt_step=3)
+
+
+def test_the_first_start_from_elsewhere(tmp_path):
+    """Native: its iteration, or one that is named; weights alone by an argument. The origin is the directory given."""
+    there = tmp_path / "there"
+    checkpoint(there, 2)
+    checkpoint(there, 4)
+    for run, expected in (({}, Start(there / "iter_0000004")),
+                          ({"ckpt_step": 2}, Start(there / "iter_0000002")),
+                          ({"no_load_optim": True}, Start(there / "iter_0000004", weights_only=True)),
+                          ({"finetune": True}, Start(there / "iter_0000004", weights_only=True, finetune=True))):
+        start = begin(save=tmp_path / "run", load=there, **run)
+        assert replace(start, before=None) == replace(expected, origin=str(there.resolve()))
+        assert (start.before is None) == start.finetune
+    with pytest.raises(ValueError, match="--load .*: there is no such directory"):
+        begin(save=tmp_path / "run", load=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="it is one checkpoint of .*/there; give that directory, with --ckpt-step 4"):
+        begin(save=tmp_path / "run", load=there / "iter_0000004")
+
+
+def test_the_same_command_goes_on(tmp_path):
+    """--load of what the run began from, with what was meant for its first start; said in a line."""
+    there, save = tmp_path / "there", tmp_path / "run"
+    checkpoint(there, 4)
+    checkpoint(save, 7, origin=str(there.resolve()))
+    for run in ({}, {"finetune": True}, {"ckpt_step": 4}, {"no_load_optim": True}):
+        start = begin(save=save, load=there, **run)
+        assert (start.load, start.is_saved, start.finetune, start.weights_only) == (
+            save / "iter_0000007", True, False, False)
+        assert start.origin == str(there.resolve())
+        assert start.notes == (f"--save {save} holds a checkpoint of iteration 7, with which this run goes on: "
+                               f"--load {there} was for its first start",)
+    (save / "iter_0000007" / FILE).unlink()  # an older version's: nobody knows what it began from
+    assert begin(save=save, load=there).load == save / "iter_0000007"
+
+
+def test_anothers_run_is_not_overwritten_unasked(tmp_path):
+    save, there = tmp_path / "run", tmp_path / "there"
+    checkpoint(save, 7, origin=None)
+    checkpoint(there, 4)
+    ways = f"--load {save} goes on with it, --overwrite removes it and begins anew"
+    with pytest.raises(ValueError) as refused:
+        begin(save=save)
+    assert str(refused.value) == f"--save {save} holds a run of iteration 7: {ways}"
+    with pytest.raises(ValueError) as refused:
+        begin(save=save, load=there)
+    assert str(refused.value) == (f"--save {save} holds a run of iteration 7 that began from nothing, not from --load "
+                                  f"{there}: {ways}")
+    assert begin(save=save, overwrite=True) == Start(overwrite=True)
+    asked = begin(save=save, load=there, overwrite=True)
+    assert (asked.load, asked.overwrite, asked.is_saved) == (there / "iter_0000004", True, False)
+
+
+def test_what_this_job_saved_before_a_restart_goes_before_everything(tmp_path):
+    """Under --overwrite a restart would otherwise remove what its earlier life has done."""
+    there, save = tmp_path / "there", tmp_path / "run"
+    checkpoint(there, 4)
+    checkpoint(save, 3)
+    checkpoint(save, 7, job=JOB)
+    for run in ({"overwrite": True}, {}, {"load": there, "finetune": True, "overwrite": True}, {"load": there},
+                {"load": save, "ckpt_step": 3}, {"load": save, "no_load_optim": True}):
+        start = begin(save=save, **run)
+        assert (start.load, start.overwrite, start.weights_only) == (save / "iter_0000007", False, False), run
+
+
+def test_lives_of_a_job():
+    """Under one torchrun, or requeued by Slurm, which then counts; two runs of one allocation are two jobs."""
+    slurm = Job("a", "77", 1)
+    assert Job("a").is_earlier_life_of(Job("a")) and not Job("a").is_earlier_life_of(Job("b"))
+    assert slurm.is_earlier_life_of(Job("b", "77", 2)) and not slurm.is_earlier_life_of(Job("b", "77", 1))
+    assert not slurm.is_earlier_life_of(Job("b", "78", 2))
+    assert Job.here("a", {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}) == slurm and Job.here("a", {}) == Job("a")
+
+
+def test_a_lost_marker_is_not_taken_for_an_empty_directory(tmp_path):
+    checkpoint(tmp_path, 7)
+    (tmp_path / MARKER).unlink()
+    for run in ({"load": tmp_path}, {}):
+        with pytest.raises(ValueError, match="is missing; it has iteration 7: --ckpt-step 7 loads one"):
+            begin(save=tmp_path, **run)
+
+
+def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
+    for iteration in (3, 7):
+        checkpoint(tmp_path, iteration)
+    for name in ("metrics.jsonl", LOCK, "notes.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "huggingface").mkdir()
+    assert overwrite(tmp_path) == (f"removed 2 checkpoints of an older run, the last of iteration 7, and its records "
+                                   f"from {tmp_path}")
+    assert begins_anew(tmp_path) and sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", LOCK]
+
+
+def test_everybody_must_see_the_lock(meshes, tmp_path):
+    """One rank here; test_start.py in tests/parallel has two whose directories differ."""
+    start = Start(lock=Holder.here("job").token)
+    assert share(start, None) == start
+    with pytest.raises(ValueError, match=r"--save .*: rank 0 on \S+ does not see what rank 0 on"):
+        share(start, tmp_path, seconds=0.05)
+    (tmp_path / LOCK).write_text(json.dumps(asdict(Holder.here("job"))))
+    with pytest.raises(ValueError, match="must be one directory of a file system that all nodes share"):
+        share(start, tmp_path, seconds=0.05)
+    (tmp_path / LOCK).write_text(json.dumps(asdict(replace(Holder.here("job"), token=start.lock))))
+    assert share(start, tmp_path, seconds=0.05) == start
