@@ -5,8 +5,6 @@ Every machine with CPython >= 3.10 has some 10 MB of them. One document a line, 
 Python's reference manual that `pydoc` shows, and each .py file, docstrings and all. A document appears once, so that
 text held out for validation was not seen in training; and in an order fixed by a hash of its name, so that a corpus
 split by position (as --split does) holds documents of every kind in each part. The same Python gives the same bytes.
-
-Needs nothing but the standard library.
 """
 
 import hashlib
@@ -27,9 +25,9 @@ if sys.version_info < (3, 10):
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.data.corpus.files import refuse_directory, written_aside
 
 # Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
@@ -93,8 +91,8 @@ def write_corpus(documents, output: Path):
 def parse_arguments(argv: list[str]):
     parser = OneLineParser(prog="make_corpus.py",
                            description="Make a JSONL corpus of the running Python's standard library.")
-    parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
-    parser.add_argument("--max-bytes", type=positive_int, default=16_000_000,
+    parser.add_argument("--output", type=values.path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--max-bytes", type=values.positive_int, default=16_000_000,
                         help="most bytes of text (default: %(default)s)")
     parser.add_argument("--exclude", nargs="*", default=EXCLUDED, metavar="PATTERN",
                         help="names of files and folders to leave out, in place of the default: %(default)s")

@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek import hf_config
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets
 from megatron_deepseek.checkpoint.chat_templates import template_names
 from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size
 from megatron_deepseek.checkpoint.conversion import DTYPES, Target, conversion
+from megatron_deepseek.checkpoint.dcp_metadata import METADATA
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
+from megatron_deepseek.checkpoint.marker import MARKER
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
-from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids
+from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids, tokenizer_in
 
 PROGRAM = "convert_checkpoint.py"
 
@@ -43,14 +45,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--from", dest="origin", required=True, choices=sorted(OPEN), help="format of --load")
     add("--to", required=True, choices=sorted(OPEN), help="format of --save")
-    add("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face directory, or one of checkpoints")
-    add("--save", type=Path, metavar="DIR", help="made whole, by a rename at the end")
+    add("--load", type=values.path, required=True, metavar="DIR",
+        help="a Hugging Face directory, or one of checkpoints")
+    add("--save", type=values.path, metavar="DIR", help="made whole, by a rename at the end")
     add("--dtype", choices=sorted(DTYPES), help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
     add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
-    add("--workers", type=positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
+    add("--workers", type=values.positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
-    add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's); "
-        "with --from megatron also config.json")
+    add("--assets", type=values.path, metavar="DIR",
+        help="where tokenizer and generation_config.json are (the source's); with --from megatron also config.json")
     add("--chat-template", metavar="NAME|FILE", help="put it beside the tokenizer: "
         f"{', '.join(template_names())}, or a file of yours (the source's, if it has one)")
     add("--dry-run", action="store_true", help="check everything, list what would be written, write nothing")
@@ -91,6 +94,16 @@ def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
     return OPEN[args.origin](args.load, args.no_mtp, *more)
 
 
+def _refuse_other_format(origin: str, load: Path) -> None:
+    """ValueError where names of files show that `load` is of another format than --from says."""
+    released = any(load.glob("*.safetensors"))
+    checkpoints = (load / MARKER).exists() or (load / METADATA).exists()
+    if origin == "hf" and checkpoints and not released:
+        raise ValueError(f"--load {load} holds checkpoints, not a Hugging Face model: --from native, or megatron")
+    if origin != "hf" and released and not checkpoints:
+        raise ValueError(f"--load {load} is a Hugging Face model: --from hf, not {origin}")
+
+
 def run(args: argparse.Namespace, share: Share) -> None:
     if args.origin == args.to != "hf":
         raise ValueError(f"--from {args.origin} --to {args.to} changes nothing; checkpoints are read in any layout")
@@ -99,6 +112,7 @@ def run(args: argparse.Namespace, share: Share) -> None:
         raise ValueError("--save is required, unless --dry-run or --layers only look")
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load} is not a directory")
+    _refuse_other_format(args.origin, args.load)
     source, assets = _open(args)
     if args.origin == "hf" and share.rank == 0:
         for line in hf_config.describe(assets.fields, args.load / "config.json"):
@@ -108,7 +122,8 @@ def run(args: argparse.Namespace, share: Share) -> None:
         if not assets.files():
             raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")
     if args.chat_template is not None:
-        assets = replace(assets, chat_template=check_template(assets.directory or args.load, args.chat_template))
+        beside = assets.directory or args.load
+        assets = replace(assets, chat_template=check_template(args.chat_template, tokenizer_in(beside), beside))
     target = make_target(args, source, assets)
     if looking:
         describe(source, target, args.layers)

@@ -10,8 +10,10 @@ from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
+from megatron_deepseek.checkpoint.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide
@@ -46,6 +48,9 @@ def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
     with refusing(lock=lock):
         choose_device()
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        if run.chat_template is not None:
+            tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
+            check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
         for option, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
             if directory is not None:
                 check_writable(option, directory)
@@ -54,8 +59,14 @@ def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
         start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
         if run.save_hf is not None:
-            check_export(run.save_hf, settings.model, run.bf16)
+            check_export(run.save_hf, settings.model, run.bf16, start.load if _is_finished(settings, start) else None)
         return start
+
+
+def _is_finished(settings: Settings, start: Start) -> bool:
+    """Whether --save holds the last checkpoint that this run would make."""
+    state = _begins_at(start)
+    return start.is_saved and last_iteration(settings.run, settings.batch, state) <= state.iteration
 
 
 def _begins_at(start: Start) -> TrainState:

@@ -53,8 +53,10 @@ def test_weights_go_in_and_out(workshop, released):
         assert ours.keys() == theirs.keys()
         wrong = [name for name in theirs if not torch.equal(ours[name].float(), theirs[name].float())]
         assert not wrong
-        ids = {"bos_token_id": 256, "eos_token_id": 257}  # of --tokenizer-type ByteTokenizer; the source had none
-        assert json.loads((out / "config.json").read_text()) == json.loads((released / "config.json").read_text()) | ids
+        more = {"bos_token_id": 256, "eos_token_id": 257,  # of --tokenizer-type ByteTokenizer; the source had none
+                "architectures": ["DeepseekV3ForCausalLM"]}
+        given = json.loads((released / "config.json").read_text())
+        assert json.loads((out / "config.json").read_text()) == given | more
         assert (out / "tokenizer.json").exists()
     assert records[2] == pytest.approx(records[4], rel=1e-2)
 
@@ -74,11 +76,14 @@ class EndsAfter(LogitsProcessor):
 def test_an_export_from_scratch_is_complete(workshop):
     """transformers needs nothing else: it has the tokenizer, and stops where training ended documents."""
     out = workshop.directory / "scratch_hf"
-    workshop.train(1, "scratch", "--train-iters", "1", "--eval-iters", "0", "--save-hf", str(out))
+    workshop.train(1, "scratch", "--train-iters", "1", "--eval-iters", "0", "--save-hf", str(out),
+                   "--chat-template", "deepseek-v3")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ours = ByteTokenizer()
     prompt = tokenizer("def f():", return_tensors="pt")
     assert prompt.input_ids[0].tolist() == ours.encode("def f():")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert chat["input_ids"] == [ours.bos, 258, *b"hi", 259]
     said = model.generate(**prompt, max_new_tokens=9, logits_processor=[EndsAfter(ours.eod, 12)])
     assert said.shape[1] == 13 and said[0, -1] == ours.eod
     assert (model.config.bos_token_id, model.config.eos_token_id) == (ours.bos, ours.eod)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_deepseek.arguments import parse_or_exit
-from megatron_deepseek.arguments.command_line import proposals
+from megatron_deepseek.arguments.command_line import OneLineParser, proposals
 from megatron_deepseek.arguments.ending import BROKEN_PIPE, exit_status
 from megatron_deepseek.arguments.parser import build_parser
 
@@ -112,3 +112,35 @@ def test_help_for_a_reader_that_has_gone(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
+
+
+@pytest.mark.parametrize("text", ["", " ", "None", "null"])
+@pytest.mark.parametrize("option", ["--save", "--load", "--data-cache-path", "--tensorboard-dir"])
+def test_what_an_unset_variable_leaves_is_no_path(option, text):
+    """`--save "$SAVE"` would otherwise write into the working directory, `--data-cache-path None` into None/."""
+    with pytest.raises(ValueError, match=f"{option}: {text!r} is no path; without one, leave the argument out"):
+        build_parser().parse_args(["--model", "tiny", "--train-iters", "1", option, text])
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (["--explain-layout", "x"], "--explain-layout: 'x' is no whole number"),
+    (["--explain-layout"], "--explain-layout: expected one argument")])
+def test_layouts_of_no_number_of_ranks_are_told_in_a_line(arguments, line, capsys):
+    from megatron_deepseek.arguments.explain import explain_layout
+
+    with pytest.raises(SystemExit) as left:
+        explain_layout(["--model", "tiny", "--data-path", "x", "--train-iters", "1", *arguments])
+    assert left.value.code == 2 and capsys.readouterr().err == f"pretrain_deepseek.py: error: {line}\n"
+
+
+@pytest.mark.parametrize("kind, text, words", [(int, "x", "'x' is no whole number"), (float, "y", "'y' is no number")])
+def test_a_number_of_argparses_own_is_named_as_ours(kind, text, words):
+    parser = OneLineParser()
+    parser.add_argument("--much", type=kind)
+    with pytest.raises(ValueError, match=f"^--much: {words}$"):
+        parser.parse_args(["--much", text])
+
+
+def test_a_missing_file_is_told_without_its_number(capsys):
+    assert exit_status("name", lambda: open("/none/such")) == 2
+    assert capsys.readouterr().err == "name: error: /none/such: No such file or directory\n"
