@@ -19,6 +19,7 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules, timeline
+from megatron_deepseek.presets import config_file
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
                                         LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
                                         RecomputeSettings, RunSettings)
@@ -156,5 +157,5 @@ def _run(request: Request) -> RunSettings:
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if eval_iters else None,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
-                sharding=args.data_parallel_sharding_strategy)
+                sharding=args.data_parallel_sharding_strategy, model_file=config_file(args.model))
     return replace(run, train_iters=timeline.last_iteration(run, request.batch))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,17 @@ def keep_assets(loaded: Path | None, save: Path) -> None:
     else:
         return
     os.rename(aside, save / DIRECTORY)
+
+
+def keep_model_file(save: Path, model_file: Path | None, config: ModelConfig) -> None:
+    """After `keep_assets`: of a run that began from no released weights the config.json that its --model named.
+
+    Its dialect, and what has no meaning here, go out with exports.
+    """
+    if model_file is None or (save / DIRECTORY / "config.json").exists():
+        return
+    fields = dict(read_object(model_file).fields)
+    write_native_assets(save / DIRECTORY, replace(read_assets(save / DIRECTORY), directory=None, fields=fields), config)
 
 
 def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = None) -> None:

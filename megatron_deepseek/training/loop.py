@@ -7,7 +7,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.checkpoint.export import export_hf, is_exported, keep_assets, keep_tokenizer
+from megatron_deepseek.checkpoint.export import (
+    export_hf,
+    is_exported,
+    keep_assets,
+    keep_model_file,
+    keep_tokenizer,
+)
 from megatron_deepseek.checkpoint.marker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
@@ -259,6 +265,7 @@ def _keep_beside(settings: Settings, start: Start) -> None:
     """What an export will need stays with the checkpoints: the files of what the run began from, and the tokenizer."""
     if settings.run.save is not None:
         keep_assets(start.load, settings.run.save)
+        keep_model_file(settings.run.save, settings.run.model_file, settings.model)
         keep_tokenizer(settings.run.save, settings.data, settings.run.chat_template)
 
 
