@@ -17,12 +17,11 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.marker import iteration_directory, iterations
-from megatron_deepseek.checkpoint.native import LAYOUT, layout_note
+from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
 from megatron_deepseek.checkpoint.publish import saving_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training.recorded import FILE as ARGUMENTS
 from megatron_deepseek.training.recorded import Recorded
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.trainer import Trainer

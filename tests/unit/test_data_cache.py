@@ -154,6 +154,25 @@ def test_what_kills_leave_is_removed_and_what_is_being_written_is_not(blend):
     assert not live.exists()
 
 
+@pytest.mark.parametrize("moment", ["replace", "fstat"])
+def test_another_start_does_not_remove_a_file_between_two_steps(tmp_path, monkeypatch, moment):
+    """Before it gets its name, and where it is not locked yet: then another one is begun."""
+    original, calls = getattr(os, moment), []
+
+    def after_another_start(*given, **options):
+        calls.append(given)
+        if len(calls) == 1:
+            for path in tmp_path.glob("*.tmp") if moment == "fstat" else ():
+                path.unlink()
+            cache.remove_unfinished(tmp_path)
+        return original(*given, **options)
+    monkeypatch.setattr(cache.os, moment, after_another_start)
+    with cache.sealing(tmp_path / "x.samples") as file:
+        file.write(b"content")
+    monkeypatch.undo()
+    assert calls and cache.sound_files(tmp_path, {"x.samples": 7}) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_killed_writer_leaves_what_the_next_start_removes(blend):
     def write_and_die():
         with cache.sealing(Path(blend.data_cache_path) / f"{'0' * 32}.samples") as file:
