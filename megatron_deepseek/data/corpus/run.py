@@ -224,6 +224,7 @@ def _finish(settings: PreprocessSettings, described: dict, made: Made, maker: Pa
         summaries = [made.summaries.get(part.number) or ledger.summary(part.number) for part in made.parts]
         _check_errors(settings, made.parts, summaries)  # of all ranks together
         if not sum(summary.documents for summary in summaries):
+            ledger.remove()  # nothing to continue from: the command with another key need not discard it
             raise ValueError(_nothing_there(settings, made.parts, summaries))
         assembled = assemble(settings, summaries, maker.dtype, lambda: None)
         made_from = digest_of(settings, described)
