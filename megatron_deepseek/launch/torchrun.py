@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_deepseek.arguments.ending import INTERRUPTED
 from megatron_deepseek.launch.links import silence_limited
@@ -26,6 +27,7 @@ USAGE = f"""usage: {PROGRAM} [--dry-run] [--relaunch N] TORCHRUN_ARGUMENTS... EN
 torchrun (whose arguments it takes: torchrun --help), with the checks before it starts and one line when it fails.
 --dry-run     check the arguments as the ranks would, print the command, and start nothing
 --relaunch N  begin anew, N times at most, when torchrun has lost those of the other nodes"""
+_COUNTED_BY_TORCHRUN = ("auto", "gpu", "cpu", "xpu")
 _SHUTDOWN_SECONDS = "600"  # for the step and the save that a signal asks of the ranks; torchrun's own is 30
 _LAST_SECONDS = 2.0  # for what the ranks say after a second Ctrl-C
 _PRINT_ANYWAY = ("--help", "-h", "--explain-layout")  # what the entry answers without ranks
@@ -39,6 +41,10 @@ def main(argv: Sequence[str]) -> int:
         return 0 if {"-h", "--help"} & set(argv) else 2
     if set(_PRINT_ANYWAY) & set(entry):
         return subprocess.run([sys.executable, *entry]).returncode
+    problem = _problem(own, options, entry[0])
+    if problem is not None:
+        print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
+        return 2
     try:
         status = check(options, entry)
     except KeyboardInterrupt:
@@ -50,11 +56,25 @@ def main(argv: Sequence[str]) -> int:
     status = launch([*options, *entry])
     if status is not None:
         return status
-    if own.relaunch == 0:
+    left = int(own.relaunch) - 1
+    if left < 0:
         return 1
-    print(f"{PROGRAM}: beginning anew, {own.relaunch - 1} more times at most", file=sys.stderr, flush=True)
-    again = ["--relaunch", str(own.relaunch - 1), *options, *entry]
+    print(f"{PROGRAM}: beginning anew, {left} more times at most", file=sys.stderr, flush=True)
+    again = ["--relaunch", str(left), *options, *entry]
     os.execv(sys.executable, [sys.executable, sys.argv[0], *again])  # nothing of a lost store is left in the process
+
+
+def _problem(own: argparse.Namespace, options: Sequence[str], entry: str) -> str | None:
+    """What torchrun or Python would say in words of their own."""
+    if not own.relaunch.isdecimal():
+        return f"--relaunch {own.relaunch} is no number of times"
+    local = value(options, "nproc-per-node", "1")
+    if not local.isdecimal() and local not in _COUNTED_BY_TORCHRUN:
+        return f"--nproc_per_node {local} is neither a number of processes nor one of {', '.join(_COUNTED_BY_TORCHRUN)}"
+    if not os.path.isfile(entry):
+        own = Path(__file__).resolve().parents[2] / os.path.basename(entry)
+        return f"no file {entry} in {os.getcwd()}" + (f"; there is {own}" if own.is_file() else "")
+    return None
 
 
 def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
@@ -62,7 +82,7 @@ def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     place = next((i for i, word in enumerate(argv) if word.endswith(".py")), len(argv))
     parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--relaunch", type=int, default=0)
+    parser.add_argument("--relaunch", default="0")
     own, options = parser.parse_known_args(argv[:place])
     return own, options, list(argv[place:])
 

@@ -29,7 +29,7 @@ def python(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
     ("--rdzv-backend c10d --nnodes 2:4 --nproc-per-node gpu", "gpu", "2:4"), ("", "1", "1")])
 def test_reads_torchruns_arguments(options, local, nodes):
     own, theirs, entry = torchrun.split(["--relaunch", "3", *options.split(), ENTRY, "--nnodes", "7", "other.py"])
-    assert theirs == options.split() and entry == [ENTRY, "--nnodes", "7", "other.py"] and own.relaunch == 3
+    assert theirs == options.split() and entry == [ENTRY, "--nnodes", "7", "other.py"] and own.relaunch == "3"
     assert torchrun.value(theirs, "nproc-per-node", "1") == local and torchrun.value(theirs, "nnodes", "1") == nodes
 
 
@@ -42,6 +42,15 @@ def test_refuses_before_torchrun_starts(capfd):
                    "does not divide the 16 ranks of the job\n") and out == ""
     assert torchrun.main(command) == 0
     assert capfd.readouterr() == (f"torchrun --nproc_per_node 8 --nnodes 2 {ENTRY} {' '.join(ARGUMENTS)}\n", "")
+
+
+@pytest.mark.parametrize("options, entry, words", [
+    (["--nproc_per_node", "two"], ENTRY, "--nproc_per_node two is neither a number of processes nor one of auto, gpu"),
+    ([], "nowhere.py", "no file nowhere.py in "), ([], "elsewhere/pretrain_deepseek.py", f"; there is {ENTRY}")])
+def test_what_torchrun_or_python_would_say_in_their_own_words(options, entry, words, capfd):
+    assert torchrun.main([*options, entry, *ARGUMENTS]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("launch.py: error: ") and words in err
 
 
 def test_help_is_the_entrys_own(capfd):

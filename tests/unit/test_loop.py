@@ -177,13 +177,17 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
 
 
 def test_a_run_in_iterations_resumed_with_other_batches_has_its_iterations(meshes, corpus):
-    """3 of 5 iterations were of 8, the last two are of 6: 36 samples, though 5 of 6 are 30. One past its end has none,
-    and its data are those that it read.
+    """3 of 5 iterations were of 8, the last two are of 6: 36 samples, though 5 of 6 are 30; over these the rate falls,
+    and so many are prepared. One past its end has none, and its data are those that it read.
     """
     settings, state = go_on(settings_of(corpus), TrainState(3, 24, 3))
     assert (settings.run.train_iters, state.batches) == (5, ((3, 8),))
     assert num_samples(settings, state)[0] == 36
-    assert run(settings, meshes, state)[0].state == TrainState(5, 36, 5, ((3, 8), (2, 6)))
+    ended, trainer, _ = run(settings, meshes, state)
+    assert ended.state == TrainState(5, 36, 5, ((3, 8), (2, 6)))
+    rates = [given["learning_rate"] for given in trainer.steps]
+    assert rates == pytest.approx([1e-2 * 12 / 36, 1e-2 * 6 / 36], rel=1e-14)
+    assert ended.train_data.dataset.num_samples == 36
     settings, state = go_on(settings_of(corpus), TrainState(9, 24, 9))
     assert num_samples(settings, state)[0] == 24 and not run(settings, meshes, state)[1].steps
 
