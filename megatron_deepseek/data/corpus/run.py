@@ -51,10 +51,13 @@ def preprocess(settings: PreprocessSettings, say=functools.partial(print, file=s
     start = time.perf_counter()
     sources = find_sources(settings.input, settings.content.input_format,
                            without=(settings.parts_directory, report_path(settings)))
+    if not sources:
+        raise ValueError(f"--input {' '.join(settings.input)}: nothing but what this command writes itself")
     _check_packages(sources)
     ledger = Ledger(settings)
     if not ledger.has_plan and is_finished(settings, describe(settings, sources)):
         say(f"--output-prefix {settings.output_prefix}: finished before, by this very command: nothing is left to do")
+        ledger.remove()  # of which a kill may have left a part
         return None
     try:
         with ledger.opened():
