@@ -60,7 +60,8 @@ def write_rope(config, fields: Mapping[str, Any] | None = None) -> dict:
     if fields is None or "rope_parameters" not in fields:
         return beside | {"rope_theta": config.rope_theta, "rope_scaling": scaling and more | scaling}
     scaling = scaling or {"type": "default"}
-    return beside | {"rope_parameters": more | {"rope_type": scaling.pop("type"), "rope_theta": config.rope_theta, **scaling}}
+    theirs = {"rope_type": scaling.pop("type"), "rope_theta": config.rope_theta}
+    return beside | {"rope_parameters": more | theirs | scaling}
 
 
 def unknown_rope_keys(fields: Mapping[str, Any]) -> list[str]:

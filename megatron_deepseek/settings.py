@@ -168,6 +168,7 @@ class RunSettings:
     keep_last: int | None = None
     no_save_optim: bool = False
     save_hf: Path | None = None
+    chat_template: str | None = None
     eval_interval: int | None = None
     eval_iters: int = 0
     log_interval: int = 1

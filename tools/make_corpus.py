@@ -5,8 +5,6 @@ Every machine with CPython >= 3.10 has some 10 MB of them. One document a line, 
 Python's reference manual that `pydoc` shows, and each .py file, docstrings and all. A document appears once, so that
 text held out for validation was not seen in training; and in an order fixed by a hash of its name, so that a corpus
 split by position (as --split does) holds documents of every kind in each part. The same Python gives the same bytes.
-
-Needs nothing but the standard library.
 """
 
 import hashlib
@@ -27,9 +25,10 @@ if sys.version_info < (3, 10):
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.values import positive_int
+from megatron_deepseek.data.corpus.files import refuse_directory, written_aside
 
 # Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
 # build variables with this machine's paths) that would teach a model nothing but numbers.
@@ -84,18 +83,16 @@ def choose(documents, max_bytes: int):
 def write_corpus(documents, output: Path):
     """Written aside and renamed, so that a killed run leaves no half corpus behind."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".tmp")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
+    with written_aside(output) as file:
         for source, text in documents:
             file.write(json.dumps({"text": text, "source": source}) + "\n")
-    os.replace(aside, output)
 
 
 def parse_arguments(argv: list[str]):
     parser = OneLineParser(prog="make_corpus.py",
                            description="Make a JSONL corpus of the running Python's standard library.")
-    parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
-    parser.add_argument("--max-bytes", type=positive_int, default=16_000_000,
+    parser.add_argument("--output", type=values.path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--max-bytes", type=values.positive_int, default=16_000_000,
                         help="most bytes of text (default: %(default)s)")
     parser.add_argument("--exclude", nargs="*", default=EXCLUDED, metavar="PATTERN",
                         help="names of files and folders to leave out, in place of the default: %(default)s")
@@ -104,6 +101,7 @@ def parse_arguments(argv: list[str]):
 
 def run(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    refuse_directory("--output", arguments.output)
     start = time.perf_counter()
     library = Path(sysconfig.get_paths()["stdlib"])
     found = [*manual_documents(), *source_documents(library, arguments.exclude)]

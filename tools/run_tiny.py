@@ -24,9 +24,9 @@ import megatron_deepseek  # noqa: F401  for what it asks of this Python
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.values import positive_int
 
 PACKAGE = REPOSITORY / "megatron_deepseek"
 PROMPT = "def read(self, size):"
@@ -58,8 +58,9 @@ def run(argv: list[str]) -> int:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="run_tiny.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/tiny"), help="where everything goes (runs/tiny)")
-    parser.add_argument("--steps", type=positive_int, default=120, help="training iterations (120)")
+    parser.add_argument("--run-dir", type=values.path, default=Path("runs/tiny"),
+                        help="where everything goes (runs/tiny)")
+    parser.add_argument("--steps", type=values.positive_int, default=120, help="training iterations (120)")
     parser.add_argument("--nproc", type=int, choices=PROCESSES, help="processes (4; with GPUs one for each)")
     args = parser.parse_args(argv)
     args.nproc = args.nproc or default_processes()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.training.trace import Overlap, overlaps, read_trace, total
@@ -15,7 +16,7 @@ from megatron_deepseek.training.trace import Overlap, overlaps, read_trace, tota
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="trace_overlap.py", description="Print how long each kind of NCCL kernel ran on a CUDA "
                            "device, and how much of that time other kernels ran beside it.")
-    parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE",
+    parser.add_argument("traces", type=values.path, nargs="+", metavar="TRACE",
                         help="<save>/profile/rank_*.json.gz of pretrain_deepseek.py --profile")
     return parser.parse_args(argv)
 

@@ -5,16 +5,16 @@ The four special tokens (begin and end of sentence, User, Assistant) come first,
 the end of sentence ends a document. The same input gives the same file, whatever the number of threads.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.values import positive_int
+from megatron_deepseek.data.corpus.files import refuse_directory, written_aside
 from megatron_deepseek.data.corpus.inputs import find_sources
 from megatron_deepseek.data.corpus.records import texts_of_source
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS
@@ -62,22 +62,21 @@ def train(texts, vocab_size: int, isolate_punctuation: bool = False):
 
 def save(tokenizer, output: Path):
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".tmp")
-    aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    os.replace(aside, output)
+    with written_aside(output) as file:
+        file.write(tokenizer.to_str(pretty=True))
 
 
 def parse_arguments(argv: list[str]):
     parser = OneLineParser(prog="train_tokenizer.py", description="Train a byte-level BPE tokenizer.")
     parser.add_argument("--input", nargs="+", required=True,
                         help="files, globs or directories, as in preprocess_data.py")
-    parser.add_argument("--output", type=Path, required=True, help="the tokenizer.json to write")
+    parser.add_argument("--output", type=values.path, required=True, help="the tokenizer.json to write")
     parser.add_argument("--json-key", default="text", help="the key that holds the text (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=positive_int, default=8192,
+    parser.add_argument("--vocab-size", type=values.positive_int, default=8192,
                         help="entries in all, special tokens included (default: %(default)s)")
     parser.add_argument("--isolate-punctuation", action="store_true",
                         help="every punctuation mark and digit by itself: for code and a small vocabulary")
-    parser.add_argument("--max-bytes", type=positive_int, default=100_000_000,
+    parser.add_argument("--max-bytes", type=values.positive_int, default=100_000_000,
                         help="most bytes of text to learn from, taken from the start (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.vocab_size < SMALLEST:
@@ -87,6 +86,7 @@ def parse_arguments(argv: list[str]):
 
 def run(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    refuse_directory("--output", arguments.output)
     start = time.perf_counter()
     texts = list(read_texts(find_sources(arguments.input), arguments.json_key, arguments.max_bytes))
     if not texts:

@@ -37,12 +37,13 @@ def explain(settings: Settings, every: bool = False) -> Iterator[str]:
 def explain_layout(argv: Sequence[str]) -> None:
     """For an entry point: with --explain-layout RANKS in `argv`, print what it asks for and leave."""
     asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    asked.add_argument("--explain-layout", type=int)
+    asked.add_argument("--explain-layout", nargs="?", const="")
     asked.add_argument("--all", action="store_true")
     options = asked.parse_known_args(argv)[0]
     if options.explain_layout is None:
         return
-    settings = parse_or_exit(argv, {"WORLD_SIZE": str(options.explain_layout)})
+    ranks = options.explain_layout if options.explain_layout.isdecimal() else "1"  # what else it is, the parser says
+    settings = parse_or_exit(argv, {"WORLD_SIZE": ranks})
 
     def body() -> int:
         print("\n".join([*explain(settings, options.all), "", *goes_with_what(settings)]))

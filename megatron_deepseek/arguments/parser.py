@@ -1,7 +1,6 @@
 """The command line of pre-training: Megatron-LM's argument names, in groups. Says nothing about what fits together."""
 
 import argparse
-from pathlib import Path
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
@@ -131,14 +130,15 @@ def add_data(parser):
     add = parser.add_argument_group("data", "given once: by --data-path or --data-args-path, cut by --split, or for "
                                     "each split its own").add_argument
     add("--data-path", type=str, nargs="+", metavar="PREFIX", help="a prefix of .bin/.idx, or WEIGHT PREFIX ...")
-    add("--data-args-path", type=Path, metavar="FILE", help="a file that holds what --data-path takes")
+    add("--data-args-path", type=values.path, metavar="FILE", help="a file that holds what --data-path takes")
     add("--split", type=values.split, metavar="A,B,C", default="969,30,1",
         help="weights of train, valid, test (969,30,1)")
     for name in ("train", "valid", "test"):
         add(f"--{name}-data-path", type=str, nargs="+", metavar="PREFIX", help=f"the same for {name} alone, uncut")
-    add("--per-split-data-args-path", type=Path, metavar="FILE",
+    add("--per-split-data-args-path", type=values.path, metavar="FILE",
         help='JSON with these three: {"train": [WEIGHT, PREFIX, ...], "valid": [...], "test": [...]}')
-    add("--data-cache-path", type=str, metavar="DIR", help="where sample indices are kept (beside the data)")
+    add("--data-cache-path", type=values.path_text, metavar="DIR",
+        help="where sample indices are kept (beside the data)")
     add("--tokenizer-type", type=str, choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0],
         help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", type=str, metavar="PATH",
@@ -152,14 +152,18 @@ def add_data(parser):
 
 def _add_checkpoint(parser):
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--save", type=Path, metavar="DIR", help="for checkpoints and metrics.jsonl")
+    add("--save", type=values.path, metavar="DIR", help="for checkpoints and metrics.jsonl")
     add("--save-interval", type=values.positive_int, help="iterations between checkpoints (one, at the end)")
     add("--save-every-seconds", type=values.positive, metavar="SECONDS", help="also after so much time without one")
     add("--async-save", action="store_true", help="copy to memory, and write in the background while training goes on")
     add("--keep-last", type=values.positive_int, metavar="N", help="remove all but the newest N checkpoints (keep all)")
     add("--no-save-optim", action="store_true", help="save weights without the optimizer's state")
-    add("--save-hf", type=Path, metavar="DIR", help="at the end, also as a Hugging Face model (bf16 with --bf16)")
-    add("--load", type=Path, metavar="DIR", help="the --save directory, to continue what it holds; or where a run "
+    add("--save-hf", type=values.path, metavar="DIR",
+        help="at the end, also as a Hugging Face model (bf16 with --bf16)")
+    add("--chat-template", type=str, metavar="NAME|FILE",
+        help="for exports: deepseek-v3, deepseek-r1, deepseek-v3.1, or a file of yours (that of the tokenizer, if any)")
+    add("--load", type=values.path, metavar="DIR",
+        help="the --save directory, to continue what it holds; or where a run "
         "begins that --save holds nothing of: the last checkpoint there, or the weights of a Hugging Face directory")
     add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
@@ -184,7 +188,7 @@ def _add_evaluation_and_logging(parser):
     add("--eval-iters", type=values.count, help="batches of an evaluation (0: none)")
     add("--eval-interval", type=values.positive_int, help="iterations between evaluations (1000)")
     add("--log-interval", type=values.positive_int, default=1, help="iterations between lines (1)")
-    add("--tensorboard-dir", type=Path, metavar="DIR", help="also write TensorBoard events")
+    add("--tensorboard-dir", type=values.path, metavar="DIR", help="also write TensorBoard events")
     add("--profile", action="store_true", help="write a trace of the steps below with torch.profiler")
     add("--profile-step-start", type=values.count, default=10, help="(10)")
     add("--profile-step-end", type=values.count, default=12, help="(12)")

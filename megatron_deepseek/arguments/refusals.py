@@ -232,6 +232,7 @@ _RUN = (
     _without_save("--keep-last", " {r.args.keep_last}"),
     _without_save("--async-save"),
     _without_save("--no-save-optim"),
+    _without_save("--chat-template", " {r.args.chat_template}"),
     Refusal("export without --save", lambda r: r.args.save_hf is not None and r.args.save is None,
             "--save-hf {r.args.save_hf} needs --save: it is made from the last checkpoint"),
     Refusal("export into --save",

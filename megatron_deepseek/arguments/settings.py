@@ -15,6 +15,7 @@ from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
+from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
@@ -63,7 +64,9 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         refuse(request)
         run = _run(request)
         learning_rate = _learning_rate(request)
-        schedules.schedule_of(learning_rate, run, request.batch)
+        schedules.check_learning_rate(learning_rate)
+        if _begins(request):
+            schedules.schedule_of(learning_rate, run, request.batch)
     except ValueError as error:
         raise ValueError(_with_options(str(error))) from error
     return Settings(
@@ -96,6 +99,12 @@ def _with_options(message: str) -> str:
     """`message` of a check that knows settings, not arguments, with its field names as options."""
     return re.sub(r"(?<![\w-])(lr(?:_\w+)?|min_lr|rampup_batch_size|global_batch_size)\b",
                   lambda name: "--" + name.group().replace("_", "-"), message)
+
+
+def _begins(request: Request) -> bool:
+    """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had."""
+    args = request.args
+    return args.finetune or all(root is None or last_iteration(root) is None for root in (args.load, args.save))
 
 
 def _fill(kind: type, args, **given):

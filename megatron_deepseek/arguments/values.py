@@ -4,6 +4,7 @@ import ast
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 
 _MOST_LAYERS = 10_000
 
@@ -28,6 +29,17 @@ positive = _checked(float, lambda v: 0 < v < math.inf, "number", "is not a posit
 non_negative = _checked(float, lambda v: 0 <= v < math.inf, "number", "is not a number from 0 up")
 fraction = _checked(float, lambda v: 0 <= v <= 1, "number", "is not between 0 and 1")
 beta = _checked(float, lambda v: 0 <= v < 1, "number", "is not from 0 up to, but not including, 1")
+
+
+def path_text(text: str) -> str:
+    """A path as it was typed. What an unset variable of a shell or of Python leaves there is no path."""
+    if text.strip() in ("", "None", "null"):
+        raise ArgumentTypeError(f"{text!r} is no path; without one, leave the argument out")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(path_text(text))
 
 
 def split(text: str) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek import hf_config
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint.assets import Assets
 from megatron_deepseek.checkpoint.chat_templates import template_names
 from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size
@@ -21,7 +21,7 @@ from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_targe
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
-from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids
+from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids, tokenizer_in
 
 PROGRAM = "convert_checkpoint.py"
 
@@ -43,14 +43,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--from", dest="origin", required=True, choices=sorted(OPEN), help="format of --load")
     add("--to", required=True, choices=sorted(OPEN), help="format of --save")
-    add("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face directory, or one of checkpoints")
-    add("--save", type=Path, metavar="DIR", help="made whole, by a rename at the end")
+    add("--load", type=values.path, required=True, metavar="DIR",
+        help="a Hugging Face directory, or one of checkpoints")
+    add("--save", type=values.path, metavar="DIR", help="made whole, by a rename at the end")
     add("--dtype", choices=sorted(DTYPES), help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
     add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
-    add("--workers", type=positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
+    add("--workers", type=values.positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
-    add("--assets", type=Path, metavar="DIR", help="where tokenizer and generation_config.json are (the source's); "
-        "with --from megatron also config.json")
+    add("--assets", type=values.path, metavar="DIR",
+        help="where tokenizer and generation_config.json are (the source's); with --from megatron also config.json")
     add("--chat-template", metavar="NAME|FILE", help="put it beside the tokenizer: "
         f"{', '.join(template_names())}, or a file of yours (the source's, if it has one)")
     add("--dry-run", action="store_true", help="check everything, list what would be written, write nothing")
@@ -108,7 +109,8 @@ def run(args: argparse.Namespace, share: Share) -> None:
         if not assets.files():
             raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")
     if args.chat_template is not None:
-        assets = replace(assets, chat_template=check_template(assets.directory or args.load, args.chat_template))
+        beside = assets.directory or args.load
+        assets = replace(assets, chat_template=check_template(args.chat_template, tokenizer_in(beside), beside))
     target = make_target(args, source, assets)
     if looking:
         describe(source, target, args.layers)

@@ -8,14 +8,22 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek.checkpoint.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
+from megatron_deepseek.checkpoint.chat_templates import read_template
 from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.checkpoint.names import hf_shapes
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.publish import check_writable
-from megatron_deepseek.checkpoint.tokenizer_files import JSON, replace_tokenizer, tokenizer_to_keep
+from megatron_deepseek.checkpoint.tokenizer_files import (
+    JSON,
+    TEMPLATE,
+    replace_tokenizer,
+    tokenizer_to_keep,
+    write_template,
+)
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.data.tokenizer import find_tokenizer_json
 from megatron_deepseek.settings import DataSettings, RunSettings
 
 _SHARD_BYTES = 5 * 10**9
@@ -40,18 +48,31 @@ def keep_assets(loaded: Path | None, save: Path) -> None:
     os.rename(aside, save / DIRECTORY)
 
 
-def keep_tokenizer(save: Path, data: DataSettings) -> None:
-    """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save.
+def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = None) -> None:
+    """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save, and --chat-template.
 
     Nothing where it is there already: the files that came with loaded weights stay as they came.
     """
-    files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
-    directory, there = save / DIRECTORY, read_assets(save / DIRECTORY)
-    if tokens is None or (tokens == there.tokens if not files else _holds(directory / JSON, files[JSON])):
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    note_tokens(directory, there.mtp_copies, tokens)
-    replace_tokenizer(directory, files)
+    directory = save / DIRECTORY
+    if not _is_kept(directory, data):
+        files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
+        there = read_assets(directory)
+        if tokens is not None and (files or tokens != there.tokens):
+            directory.mkdir(parents=True, exist_ok=True)
+            note_tokens(directory, there.mtp_copies, tokens)
+            replace_tokenizer(directory, files)
+    template = None if chat_template is None else read_template(chat_template)
+    if template is not None and not _holds(directory / TEMPLATE, template.encode()):
+        write_template(directory, template)
+
+
+def _is_kept(directory: Path, data: DataSettings) -> bool:
+    """Whether a tokenizer is there, found without parsing it: every save asks."""
+    if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is not None:
+        return _holds(directory / JSON, find_tokenizer_json(data.tokenizer_model).read_bytes())
+    if data.tokenizer_type == "ByteTokenizer":
+        return _holds(directory / JSON, tokenizer_to_keep(data.tokenizer_type, None)[0][JSON])
+    return False
 
 
 def _holds(file: Path, content: bytes) -> bool:

@@ -6,13 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.parser import build_parser as training_parser
-from megatron_deepseek.arguments.values import positive_int
 from megatron_deepseek.checkpoint import inspection
 from megatron_deepseek.checkpoint.command_line import produce_visibly, progress, share_of, size
 from megatron_deepseek.checkpoint.comparison import Difference, compare
@@ -53,7 +52,8 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
 
 
 def _add_directory(parser, option: str, **more) -> None:
-    parser.add_argument(option, type=Path, metavar="DIR", help="a directory of checkpoints, or one iteration's", **more)
+    parser.add_argument(option, type=values.path, metavar="DIR",
+                        help="a directory of checkpoints, or one iteration's", **more)
 
 
 def _add_step(parser) -> None:
@@ -61,11 +61,11 @@ def _add_step(parser) -> None:
 
 
 def _add_workers(parser) -> None:
-    parser.add_argument("--workers", type=positive_int, default=1, metavar="N", help="threads (1)")
+    parser.add_argument("--workers", type=values.positive_int, default=1, metavar="N", help="threads (1)")
 
 
 def _add_output(parser, required: bool = True) -> None:
-    parser.add_argument("--save", type=Path, required=required, metavar="DIR",
+    parser.add_argument("--save", type=values.path, required=required, metavar="DIR",
                         help="made whole, by a rename at the end")
     parser.add_argument("--dtype", type=str, choices=("bf16", "fp16", "fp32"), help="type of the weights (as stored)")
     parser.add_argument("--no-verify", action="store_true", help="don't compare what is read with its checksums first")
@@ -97,13 +97,14 @@ def _add_reshard(commands) -> None:
     _add_workers(parser)
     group = parser.add_argument_group("the layout that will load it", "as given to pretrain_deepseek.py")
     ranks = group.add_mutually_exclusive_group()
-    ranks.add_argument("--world-size", type=positive_int, help="ranks of the job (data parallel size x others)")
-    ranks.add_argument("--data-parallel-size", type=positive_int, help="the same, by what is left for data (1)")
+    ranks.add_argument("--world-size", type=values.positive_int, help="ranks of the job (data parallel size x others)")
+    ranks.add_argument("--data-parallel-size", type=values.positive_int, help="the same, by what is left for data (1)")
     options = training_parser()._option_string_actions
     for option in LAYOUT_OPTIONS:
         group._add_action(options[option])
-    group.add_argument("--seq-length", type=positive_int, help="tokens of a training sequence, which weighs in when "
-                       "layers are balanced over stages (the writing job's, or 4096)")
+    group.add_argument("--seq-length", type=values.positive_int,
+                       help="tokens of a training sequence, which weighs in when layers are "
+                            "balanced over stages (the writing job's, or 4096)")
 
 
 def _add_merge(commands) -> None:

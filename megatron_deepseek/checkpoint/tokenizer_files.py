@@ -13,7 +13,9 @@ from megatron_deepseek.data.tokenizer import (
     BOS,
     EOD,
     SPECIAL_TOKENS,
+    ByteTokenizer,
     HuggingFaceTokenizer,
+    Tokenizer,
     build_tokenizer,
     find_tokenizer_json,
 )
@@ -43,12 +45,11 @@ class TokenIds:
 
 def read_token_ids(directory: Path) -> TokenIds | None:
     """Of the tokenizer.json in `directory`; None where there is none, or one that does not say which token ends."""
-    if not (directory / JSON).is_file():
-        return None
     try:
-        return _ids(HuggingFaceTokenizer(directory / JSON))
+        tokenizer = tokenizer_in(directory)
     except ValueError:
         return None
+    return tokenizer and _ids(tokenizer)
 
 
 def tokenizer_to_keep(tokenizer_type: str, tokenizer_model: str | None) -> tuple[dict[str, bytes], TokenIds | None]:
@@ -90,16 +91,22 @@ def write_template(directory: Path, template: str) -> None:
             (directory / CONFIG).write_text(_json(fields), encoding="utf-8")
 
 
-def check_template(directory: Path, name: str) -> str:
-    """The text of the template `name`. ValueError if the tokenizer in `directory` lacks a token that it writes."""
+def check_template(name: str, tokenizer: Tokenizer | None, where: object) -> str:
+    """The text of the template `name`. ValueError if the tokenizer, which is `where`, lacks a token that it writes."""
     template, needed = read_template(name), needed_tokens(name)
-    if not (directory / JSON).is_file():
-        raise ValueError(f"--chat-template {name} needs a tokenizer: {directory} has no {JSON}")
-    backend = HuggingFaceTokenizer(directory / JSON).backend
-    missing = [token for token in needed if backend.token_to_id(token) is None]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        missing = [token for token in needed if tokenizer.backend.token_to_id(token) is None]
+    elif isinstance(tokenizer, ByteTokenizer):
+        missing = [token for token in needed if token not in SPECIAL_TOKENS]
+    else:
+        raise ValueError(f"--chat-template {name} needs a tokenizer of texts, which {where} has not")
     if missing:
-        raise ValueError(f"--chat-template {name} writes {missing[0]}, which is no token of {directory / JSON}")
+        raise ValueError(f"--chat-template {name} writes {missing[0]}, which is no token of {where}")
     return template
+
+
+def tokenizer_in(directory: Path) -> HuggingFaceTokenizer | None:
+    return HuggingFaceTokenizer(directory / JSON) if (directory / JSON).is_file() else None
 
 
 def _ids(tokenizer: HuggingFaceTokenizer) -> TokenIds:
@@ -118,11 +125,12 @@ def _json(fields: dict) -> str:
 
 def _bytes_as_bpe() -> bytes:
     """tokenizer.json of the ByteTokenizer. GPT-2 writes each byte as a printable character."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    backend = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    backend = Backend(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.data.index_file import IndexFile, open_index
+from megatron_deepseek.data.index_file import IndexFile, check_output_prefix, open_index
 from megatron_deepseek.data.inspection import Statistics, measure, read_documents, verify
-from megatron_deepseek.data.merge import merge_datasets, split_dataset
+from megatron_deepseek.data.merge import merge_datasets, part_prefixes, split_dataset
 from megatron_deepseek.data.tokenizer import build_tokenizer
 
 BAR_WIDTH = 30
@@ -73,6 +73,7 @@ def _add_split(commands):
 
 def _add_output(parser, text: str):
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     parser.add_argument("--workers", type=int, default=2, help="threads that copy (2)")
 
 
@@ -154,7 +155,16 @@ def _verify_one(index: IndexFile, arguments) -> tuple[str, ...]:
     return verdict.damage
 
 
+def refuse_existing(outputs: list[str], overwrite: bool):
+    """ValueError where one of the datasets is there, before it is replaced unasked."""
+    there = [prefix + suffix for prefix in outputs for suffix in (".idx", ".bin") if os.path.exists(prefix + suffix)]
+    if there and not overwrite:
+        raise ValueError(f"--output-prefix: {there[0]} exists already; --overwrite replaces it")
+
+
 def run_merge(arguments) -> int:
+    check_output_prefix(arguments.output_prefix)
+    refuse_existing([arguments.output_prefix], arguments.overwrite)
     prefixes = expand(arguments.dataset)
     total = sum(os.path.getsize(open_index(prefix, "dataset").prefix + ".bin") for prefix in prefixes)
     with _bar("copied", total) as bar:
@@ -168,6 +178,8 @@ def run_split(arguments) -> int:
         raise ValueError(f"--parts {arguments.parts}: it must be at least 1")
     prefix, = expand([arguments.dataset])
     weights = arguments.weights or [1.0] * arguments.parts
+    check_output_prefix(arguments.output_prefix)
+    refuse_existing(part_prefixes(arguments.output_prefix, len(weights)), arguments.overwrite)
     with _bar("copied", os.path.getsize(open_index(prefix, "dataset").prefix + ".bin")) as bar:
         parts = split_dataset(prefix, arguments.output_prefix, weights, arguments.workers, bar.update)
     for part in parts:

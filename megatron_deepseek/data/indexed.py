@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_deepseek.data.index_file import HEADER, MAGIC, TOKEN_DTYPES, IndexFile, open_index
+from megatron_deepseek.data.naming import naming
 
 TOKENS_PER_CHUNK = 1 << 20
 MOST_TOKENS_SCANNED = 1 << 28
@@ -93,7 +94,8 @@ class IndexedWriter:
 
     def extend(self, ids: np.ndarray):
         """Ids of a document that is not complete yet: `end_documents` or `rewind` follows."""
-        self.file.write(ids.astype(self.dtype, copy=False).data)
+        with naming(self.file.name):
+            self.file.write(ids.astype(self.dtype, copy=False).data)
 
     def end_documents(self, sequence_lengths):
         for lengths in sequence_lengths:
@@ -106,7 +108,12 @@ class IndexedWriter:
         self.file.truncate()
 
     def finish(self):
-        self.file.close()
+        with naming(self.file.name):
+            self.file.close()
+        with naming(self.prefix + ".idx.tmp"):
+            self._write_index()
+
+    def _write_index(self):
         lengths = np.array(self.lengths, "<i4")
         ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
         code = next(code for code, dtype in TOKEN_DTYPES.items() if dtype == self.dtype)
@@ -120,10 +127,9 @@ class IndexedWriter:
         publish(self.prefix)
 
     def discard(self):
-        try:
-            self.file.close()  # which writes what is left, and fails where a disk is full
-        finally:
-            discard(self.prefix)
+        with contextlib.suppress(OSError):  # it writes what is left: a full disk has been told already
+            self.file.close()
+        discard(self.prefix)
 
 
 def publish(prefix: str):

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_deepseek.data.index_file import HEADER, MAGIC, TOKEN_DTYPES, IndexFile, index_damage, open_index
 from megatron_deepseek.data.indexed import discard, publish
+from megatron_deepseek.data.naming import naming
 
 BYTES_PER_TASK = 1 << 28
 BYTES_PER_BLOCK = 1 << 23
@@ -50,7 +51,7 @@ def split_dataset(prefix: str, output_prefix: str, weights, workers: int = 1,
     """
     if not weights or not min(weights) > 0 or not sum(weights) < float("inf"):
         raise ValueError(f"weights {' '.join(f'{weight:g}' for weight in weights)}: all must be greater than 0")
-    outputs = [f"{output_prefix}_{part:0{len(str(len(weights) - 1))}d}" for part in range(len(weights))]
+    outputs = part_prefixes(output_prefix, len(weights))
     index = _open_input(prefix, outputs)
     documents = index.num_document_entries - 1
     bounds = [round(total / sum(weights) * documents) for total in itertools.accumulate(weights, initial=0)]
@@ -60,6 +61,10 @@ def split_dataset(prefix: str, output_prefix: str, weights, workers: int = 1,
     parts = [cut(index, first, end) for first, end in itertools.pairwise(bounds)]
     _write({output: [part] for output, part in zip(outputs, parts)}, workers, copied)
     return [open_index(output, "part") for output in outputs]
+
+
+def part_prefixes(output_prefix: str, parts: int) -> list[str]:
+    return [f"{output_prefix}_{part:0{len(str(parts - 1))}d}" for part in range(parts)]
 
 
 def _open_input(prefix: str, outputs: list[str]) -> IndexFile:
@@ -98,8 +103,10 @@ def _write(outputs: dict[str, list[Slice]], workers: int, copied):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
         for output, slices in outputs.items():
-            _write_bin(output + ".bin.tmp", slices, workers, copied)
-            _write_index(output + ".idx.tmp", slices)
+            with naming(output + ".bin.tmp"):
+                _write_bin(output + ".bin.tmp", slices, workers, copied)
+            with naming(output + ".idx.tmp"):
+                _write_index(output + ".idx.tmp", slices)
         for output in outputs:
             publish(output)
     finally:
@@ -160,7 +167,8 @@ def _copy_in_kernel(source: int, output: int, piece: _Piece, done: int) -> int:
 
 
 def _copy_block(source: int, output: int, piece: _Piece, done: int) -> int:
-    block = os.pread(source, min(piece.size - done, BYTES_PER_BLOCK), piece.begin + done)
+    with naming(piece.source):
+        block = os.pread(source, min(piece.size - done, BYTES_PER_BLOCK), piece.begin + done)
     written = 0
     while written < len(block):
         written += os.pwrite(output, block[written:], piece.target + done + written)

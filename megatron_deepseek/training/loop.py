@@ -243,7 +243,7 @@ def _keep_beside(settings: Settings, start: Start) -> None:
     """What an export will need stays with the checkpoints: the files of what the run began from, and the tokenizer."""
     if settings.run.save is not None:
         keep_assets(start.load, settings.run.save)
-        keep_tokenizer(settings.run.save, settings.data)
+        keep_tokenizer(settings.run.save, settings.data, settings.run.chat_template)
 
 
 def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.packages import how_to_install
@@ -133,8 +134,8 @@ def _frame_losses(axes, runs: list[Curves]) -> None:
 def run(arguments: list[str]) -> int:
     parser = OneLineParser(prog="python -m megatron_deepseek.training.plot",
                            description="Draw the loss curves of metrics.jsonl files to a PNG.")
-    parser.add_argument("metrics", nargs="+", type=Path, metavar="METRICS.jsonl", help="or the --save of a run")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="default: loss.png beside the first file")
+    parser.add_argument("metrics", nargs="+", type=values.path, metavar="METRICS.jsonl", help="or the --save of a run")
+    parser.add_argument("--output", type=values.path, metavar="PNG", help="default: loss.png beside the first file")
     parser.add_argument("--labels", nargs="+", help="one name for each file; default: the directories' names")
     options = parser.parse_args(arguments)
     files = [path / "metrics.jsonl" if path.is_dir() else path for path in options.metrics]

@@ -10,8 +10,10 @@ from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publish import check_writable
-from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.tokenizer_files import check_template
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide
@@ -46,15 +48,26 @@ def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
     with refusing(lock=lock):
         choose_device()
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        if run.chat_template is not None:
+            tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
+            check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
         for option, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
             if directory is not None:
                 check_writable(option, directory)
         if lock is not None:
             lock.acquire()
         start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
+        schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
         if run.save_hf is not None:
             check_export(run.save_hf, settings.model, run.bf16)
         return start
+
+
+def _begins_at(start: Start) -> TrainState:
+    """Where the run will be once `start` is loaded."""
+    if start.load is None or start.finetune or is_huggingface(start.load):
+        return TrainState()
+    return read_state(start.load)
 
 
 def _is_first_rank() -> bool:
@@ -81,14 +94,9 @@ def resume(start: Start, trainer: Trainer) -> TrainState:
 
 
 def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
-    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past.
-
-    A schedule that other batch sizes before `state` make impossible ends the job in a line.
-    """
+    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past."""
     state = with_past(state, settings.batch)
     run = replace(settings.run, train_iters=last_iteration(settings.run, settings.batch, state))
-    with refusing():
-        schedule_of(settings.learning_rate, run, settings.batch, state)
     return replace(settings, run=run), state
 
 

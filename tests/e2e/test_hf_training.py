@@ -74,11 +74,14 @@ class EndsAfter(LogitsProcessor):
 def test_an_export_from_scratch_is_complete(workshop):
     """transformers needs nothing else: it has the tokenizer, and stops where training ended documents."""
     out = workshop.directory / "scratch_hf"
-    workshop.train(1, "scratch", "--train-iters", "1", "--eval-iters", "0", "--save-hf", str(out))
+    workshop.train(1, "scratch", "--train-iters", "1", "--eval-iters", "0", "--save-hf", str(out),
+                   "--chat-template", "deepseek-v3")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ours = ByteTokenizer()
     prompt = tokenizer("def f():", return_tensors="pt")
     assert prompt.input_ids[0].tolist() == ours.encode("def f():")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert chat["input_ids"] == [ours.bos, 258, *b"hi", 259]
     said = model.generate(**prompt, max_new_tokens=9, logits_processor=[EndsAfter(ours.eod, 12)])
     assert said.shape[1] == 13 and said[0, -1] == ours.eod
     assert (model.config.bos_token_id, model.config.eos_token_id) == (ours.bos, ours.eod)

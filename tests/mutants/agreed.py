@@ -55,8 +55,8 @@ RESUME_MUTANTS = of(
     ("0 if start.weights_only else state.optimizer_steps)", "state.optimizer_steps)"),
 ) + of(
     "training/decision.py", ("tests/unit/test_decision.py",),
-    ("start.finetune or start.weights_only or _has", "start.finetune or _has"),
-    ("start.finetune or start.weights_only or _has", "start.weights_only or _has"),
+    ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
+    ("start.finetune or start.weights_only or bool(new)", "start.weights_only or bool(new)"),
     ("if last is not None and last.job.is_earlier_life_of(job):", "if False:"),
     ("(last is not None and last.origin != _full(run.load))", "False"),
     ("and run.ckpt_step is None\n", "\n"),

@@ -158,6 +158,7 @@ REFUSED = {
     "--keep-last without --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "--async-save without --save": (1, "--async-save", ["--async-save", "--save"]),
     "--no-save-optim without --save": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
+    "--chat-template without --save": (1, "--chat-template deepseek-v3", ["--chat-template deepseek-v3 needs --save"]),
     "--all without --explain-layout": (1, "--all", ["--all needs --explain-layout"]),
     "--ckpt-step without --load": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
     "limit of skipped steps without skipping":

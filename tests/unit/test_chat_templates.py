@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_deepseek.checkpoint.chat_templates import read_template, template_names
-from megatron_deepseek.checkpoint.tokenizer_files import check_template, write_template
+from megatron_deepseek.checkpoint.tokenizer_files import check_template, tokenizer_in, write_template
+from megatron_deepseek.data.tokenizer import build_tokenizer
 
 B, E, U, A = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q1"},
@@ -39,7 +40,7 @@ def tokenizer_of(directory: Path, tokens=(B, E, U, A, "<think>", "</think>")) ->
 ])
 def test_strings(tmp_path, name, messages, options, expected):
     tokenizer_of(tmp_path)
-    write_template(tmp_path, check_template(tmp_path, name))
+    write_template(tmp_path, check_template(name, tokenizer_in(tmp_path), tmp_path))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     options = {"add_generation_prompt": True} | options
     assert tokenizer.apply_chat_template(messages, tokenize=False, **options) == expected
@@ -57,14 +58,16 @@ def test_what_a_template_has_no_form_for_is_refused(tmp_path, name):
 
 
 def test_a_template_needs_its_tokens(tmp_path):
-    with pytest.raises(ValueError, match="--chat-template deepseek-v3 needs a tokenizer"):
-        check_template(tmp_path, "deepseek-v3")
+    for tokenizer in (tokenizer_in(tmp_path), build_tokenizer("NullTokenizer", "9")):
+        with pytest.raises(ValueError, match="--chat-template deepseek-v3 needs a tokenizer of texts, which x has not"):
+            check_template("deepseek-v3", tokenizer, "x")
     tokenizer_of(tmp_path, (B, E, U, A))
-    assert check_template(tmp_path, "deepseek-v3") == read_template("deepseek-v3")
-    with pytest.raises(ValueError, match="--chat-template deepseek-r1 writes <think>, which is no token of"):
-        check_template(tmp_path, "deepseek-r1")
-    with pytest.raises(ValueError, match="neither one of deepseek-v3, deepseek-r1, deepseek-v3.1 nor a readable file"):
-        check_template(tmp_path, "deepseek-v9")
+    for tokenizer in (tokenizer_in(tmp_path), build_tokenizer("ByteTokenizer")):
+        assert check_template("deepseek-v3", tokenizer, "x") == read_template("deepseek-v3")
+        with pytest.raises(ValueError, match="--chat-template deepseek-r1 writes <think>, which is no token of x"):
+            check_template("deepseek-r1", tokenizer, "x")
+        with pytest.raises(ValueError, match="neither one of deepseek-v3, deepseek-r1, deepseek-v3.1 nor a readable"):
+            check_template("deepseek-v9", tokenizer, "x")
 
 
 def test_there_is_one_template_in_the_end(tmp_path):
@@ -74,7 +77,7 @@ def test_there_is_one_template_in_the_end(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "old"}))
     own = tmp_path / "own.txt"
     own.write_text("{{ messages[0]['content'] }}!")
-    write_template(tmp_path, check_template(tmp_path, str(own)))
+    write_template(tmp_path, check_template(str(own), tokenizer_in(tmp_path), tmp_path))
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == "S!"

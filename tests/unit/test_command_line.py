@@ -112,3 +112,22 @@ def test_help_for_a_reader_that_has_gone(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
+
+
+@pytest.mark.parametrize("text", ["", " ", "None", "null"])
+@pytest.mark.parametrize("option", ["--save", "--load", "--data-cache-path", "--tensorboard-dir"])
+def test_what_an_unset_variable_leaves_is_no_path(option, text):
+    """`--save "$SAVE"` would otherwise write into the working directory, `--data-cache-path None` into None/."""
+    with pytest.raises(ValueError, match=f"{option}: {text!r} is no path; without one, leave the argument out"):
+        build_parser().parse_args(["--model", "tiny", "--train-iters", "1", option, text])
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (["--explain-layout", "x"], "--explain-layout: 'x' is no whole number"),
+    (["--explain-layout"], "--explain-layout: expected one argument")])
+def test_layouts_of_no_number_of_ranks_are_told_in_a_line(arguments, line, capsys):
+    from megatron_deepseek.arguments.explain import explain_layout
+
+    with pytest.raises(SystemExit) as left:
+        explain_layout(["--model", "tiny", "--data-path", "x", "--train-iters", "1", *arguments])
+    assert left.value.code == 2 and capsys.readouterr().err == f"pretrain_deepseek.py: error: {line}\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disks import full_after
 from small_datasets import settings_of, tokens_of, train_set, write_dataset
 
 from megatron_deepseek.data import cache
@@ -209,17 +210,6 @@ def test_the_cache_beside_the_data_is_told_when_it_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=f"the index cache beside the data, {tmp_path}/cache, cannot be written: .*; "
                                          f"--data-cache-path puts it elsewhere"):
         check_data(settings_of(tmp_path / "data"), 1000)
-
-
-@contextlib.contextmanager
-def full_after(num_bytes: int):
-    """A disk that takes files of so many bytes; Python ignores SIGXFSZ, so that a write ends in an OSError."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(blend):

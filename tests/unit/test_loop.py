@@ -2,7 +2,9 @@
 and what is told of it.
 """
 
-from dataclasses import replace
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from megatron_deepseek.training.decision import Start
 from megatron_deepseek.training.loop import Run, make_plan
 from megatron_deepseek.training.recorded import Job
 from megatron_deepseek.training.report import Report
-from megatron_deepseek.training.resume import go_on, num_samples
+from megatron_deepseek.training.resume import go_on, num_samples, refuse_bad_input
 from megatron_deepseek.training.trainer import Losses, StepResult
 
 RAMP = "--rampup-batch-size 2 2 8 --global-batch-size 6"  # batches of 2, 2, 4 and then 6
@@ -150,6 +152,25 @@ def test_a_run_in_samples_resumed_with_other_batches(meshes, corpus, size, sizes
     assert [bool(given["bias_rate"]) for given in trainer.steps] == [before + size <= 40 for before in consumed]
     assert [iteration for iteration, *_ in heard.validations] == [6 + len(sizes)]
     assert (ended.state.iteration, ended.state.consumed_samples) == (6 + len(sizes), 24 + sum(sizes))
+
+
+def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path, monkeypatch):
+    """A warm-up of 90 samples is too long for 20 iterations of 2, but not after 10 of 8 of them: 100 samples in all."""
+    directory = tmp_path / "save" / "iter_0000010"
+    directory.mkdir(parents=True)
+    (directory / "state.json").write_text(json.dumps(asdict(TrainState(10, 80, 10, ((10, 8),)))))
+    command = (f"--model tiny --data-path {corpus} --tokenizer-type NullTokenizer --tokenizer-model {EOD} --seq-length "
+               f"{SEQ} --train-iters 20 --global-batch-size 2 --save {tmp_path / 'save'} --lr-warmup-samples ")
+    with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
+        parse(f"{command} 90".split(), 1)
+    (tmp_path / "save" / "latest_checkpointed_iteration.txt").write_text("10")
+    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda *args: Start(load=directory))
+    monkeypatch.setattr("megatron_deepseek.training.resume.refusing", lambda lock: nullcontext())
+    assert refuse_bad_input(parse(f"{command} 90".split(), 1), None, None).load == directory
+    with pytest.raises(ValueError, match="--lr-warmup-samples 100 .* --train-iters 20 .100 samples"):
+        refuse_bad_input(parse(f"{command} 100".split(), 1), None, None)
+    with pytest.raises(ValueError, match="--min-lr"):
+        parse(f"{command} 90 --min-lr 1".split(), 1)
 
 
 def test_a_run_in_iterations_resumed_with_other_batches_has_its_iterations(meshes, corpus):

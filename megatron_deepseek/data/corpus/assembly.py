@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_deepseek.data.corpus import selection
+from megatron_deepseek.data.corpus.files import written_aside
 from megatron_deepseek.data.corpus.part import Summary
 from megatron_deepseek.data.corpus.selection import Scatter
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
@@ -225,5 +226,6 @@ def _name_blend(settings: PreprocessSettings, key: str, sources: list[str]) -> l
             os.link(source + suffix, prefix + suffix)
         named.append(prefix)
         lines.append(f"{os.path.getsize(prefix + '.bin') // index.token_dtype.itemsize} {prefix}\n")
-    Path(settings.prefix_of(key) + ".blend").write_text("".join(lines))
+    with written_aside(settings.prefix_of(key) + ".blend") as file:
+        file.write("".join(lines))
     return named

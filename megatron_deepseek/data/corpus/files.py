@@ -1,9 +1,13 @@
-"""Small files and their checksums."""
+"""Small files, written whole or not at all, and their checksums."""
 
 import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
+from typing import TextIO
+
+from megatron_deepseek.data.naming import naming
 
 
 def checksum_of(path: str) -> int:
@@ -25,12 +29,28 @@ def count_lines(path: str, end: int) -> int:
 
 
 def write_json(path: str, value):
-    """Whole or not at all. OSError leaves nothing behind."""
+    """Whole or not at all."""
+    with written_aside(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+
+
+@contextlib.contextmanager
+def written_aside(path: str | os.PathLike) -> Iterator[TextIO]:
+    """A text file that gets the name `path` once the block has succeeded. Where it fails (OSError tells the name),
+    nothing stays.
+    """
+    aside = f"{os.fspath(path)}.tmp"
     try:
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False, indent=1)
-        os.replace(path + ".tmp", path)
-    except OSError:
+        with naming(aside), open(aside, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(aside, path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(path + ".tmp")
+            os.unlink(aside)
         raise
+
+
+def refuse_directory(option: str, path: str | os.PathLike):
+    """ValueError where the file to write is a directory, before work is spent on it."""
+    if os.path.isdir(path):
+        raise ValueError(f"{option} {path} is a directory; give the name of a file in it")

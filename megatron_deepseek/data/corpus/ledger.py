@@ -20,6 +20,7 @@ from megatron_deepseek.data.corpus.inputs import Source
 from megatron_deepseek.data.corpus.part import PartMaker, Summary, read_summary
 from megatron_deepseek.data.corpus.plan import Part
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
+from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
@@ -110,7 +111,8 @@ class Ledger:
     def write_plan(self, plan: dict) -> dict:
         """The plan that holds: this one, or that of a rank that was faster."""
         aside = self.directory / f"plan.json.{self.settings.execution.rank}"
-        aside.write_text(json.dumps(plan))
+        with naming(aside):
+            aside.write_text(json.dumps(plan))
         try:
             os.link(aside, self.directory / "plan.json")
         except FileExistsError:

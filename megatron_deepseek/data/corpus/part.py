@@ -22,6 +22,7 @@ from megatron_deepseek.data.corpus.records import DAMAGED, Fault, Record, Segmen
 from megatron_deepseek.data.corpus.settings import PreprocessSettings
 from megatron_deepseek.data.corpus.texts import chars_held, hash_of, pieces, strings
 from megatron_deepseek.data.indexed import IndexedWriter, written_whole
+from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.tokenizer import IdOutsideVocabulary
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
@@ -94,7 +95,8 @@ class PartMaker:
             for number, segment in enumerate(part.segments):
                 work.add_segment(number, segment)
             if self.settings.selection.needs_records:
-                Path(base + ".records").write_bytes(np.concatenate([np.empty(0, RECORDS), *work.records]).tobytes())
+                with naming(base + ".records"):
+                    Path(base + ".records").write_bytes(np.concatenate([np.empty(0, RECORDS), *work.records]).tobytes())
         summary.checksums = {ending: checksum_of(base + ending) for ending in self.endings()}
         write_json(base + ".json", asdict(summary) | {"digest": _digest(asdict(summary))})
         return summary

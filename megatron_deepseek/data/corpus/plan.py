@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_deepseek.data.corpus.inputs import STANDARD_INPUT, Source
 from megatron_deepseek.data.corpus.streams import DamagedStream, open_stream
+from megatron_deepseek.data.naming import naming
 
 LEAST_PART_BYTES = 1 << 21
 MOST_PART_BYTES = 1 << 26
@@ -144,7 +145,7 @@ class _Spooler:
         if self.at_end and not self.carried:
             return None
         size = checksum = lines = 0
-        with open(path or os.devnull, "wb") as spool:
+        with naming(path or os.devnull), open(path or os.devnull, "wb") as spool:
             for block in self._blocks():
                 spool.write(block)
                 checksum, size, lines = zlib.crc32(block, checksum), size + len(block), lines + block.count(b"\n")
