@@ -40,6 +40,8 @@ def check_keys(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """ValueError for a misspelt key, one that is missing, one that contradicts another, and for other mathematics."""
     known, missing = _known(defaults), _missing(fields, defaults)
     for key in (key for key in fields if key not in known and not key.endswith("_token_id")):  # there are too many
+        if not key.isprintable():
+            raise ValueError(f"{key!r} is unknown")
         meant = near_names(key, missing, _PERHAPS, 1) or near_names(key, known, _NEAR, 1)
         if meant:
             raise ValueError(f"{key} is unknown; did you mean {meant[0]}?")

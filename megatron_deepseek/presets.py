@@ -62,12 +62,17 @@ def load_model(name: str) -> ModelConfig:
     return ModelConfig.from_file(name)
 
 
+def config_file(name: str) -> Path | None:
+    """The config.json that --model `name` is read from; None for a preset."""
+    if name in preset_names():
+        return None
+    return Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+
+
 def describe_model(name: str, overridden: Collection[str] = ()) -> list[str]:
     """Lines on what a config.json leaves out and what of it has no meaning here; none for a preset.
 
     `overridden`: fields that are not the file's in the end.
     """
-    if name in preset_names():
-        return []
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    return hf_config.describe(dict(read_object(path).fields), path, overridden)
+    path = config_file(name)
+    return [] if path is None else hf_config.describe(dict(read_object(path).fields), path, overridden)

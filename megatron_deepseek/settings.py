@@ -155,7 +155,7 @@ class RunSettings:
     `train_iters`: after how many iterations it ends. Where `train_samples` says it in samples instead, these are the
     iterations of a run from its start, and are counted again from a checkpoint that it continues.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py). `fp8_param_gather`: its weights are
-    quantised before FSDP gathers them (ops/fp8_weight.py).
+    quantised before FSDP gathers them (ops/fp8_weight.py). `model_file`: the config.json of --model, None for a preset.
     """
 
     train_iters: int
@@ -168,6 +168,7 @@ class RunSettings:
     keep_last: int | None = None
     no_save_optim: bool = False
     save_hf: Path | None = None
+    model_file: Path | None = None
     chat_template: str | None = None
     eval_interval: int | None = None
     eval_iters: int = 0

@@ -3,7 +3,8 @@
 
 `make pretrain` runs this. A step is not repeated while it is valid: its stamp holds a fingerprint of the command, of
 the code behind it and of the files that it reads, and one of the files that it made. Training that was interrupted
-goes on from its last checkpoint as long as its fingerprint is the same, and begins anew otherwise.
+goes on from its last checkpoint as long as its fingerprint is the same. What another run has saved is removed only with
+--overwrite.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from megatron_deepseek.arguments.ending import exit_status
 PACKAGE = REPOSITORY / "megatron_deepseek"
 PROMPT = "def read(self, size):"
 PROCESSES = (1, 2, 4, 8)
+RUN = ("STEPS", "NPROC")  # variables of the example that make its training another run
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def run(argv: list[str]) -> int:
     environ = environment(run_dir, args)
     steps = plan(run_dir, args)
     for number, step in enumerate(steps, start=1):
-        run_step(step, f"[{number}/{len(steps)}]", run_dir, environ)
+        run_step(step, f"[{number}/{len(steps)}]", run_dir, environ, args.overwrite)
     show(run_dir)
     return 0
 
@@ -62,6 +64,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                         help="where everything goes (runs/tiny)")
     parser.add_argument("--steps", type=values.positive_int, default=120, help="training iterations (120)")
     parser.add_argument("--nproc", type=int, choices=PROCESSES, help="processes (4; with GPUs one for each)")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run that is there if it is another one")
     args = parser.parse_args(argv)
     args.nproc = args.nproc or default_processes()
     return args
@@ -119,7 +122,7 @@ def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
     ]
 
 
-def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str]) -> None:
+def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str], overwrite: bool = False) -> None:
     """Runs `step`, or says that what it made before is still valid."""
     stamp = run_dir / "stamps" / f"{step.name.replace(' ', '_')}.json"
     wanted = fingerprint(step, environ)
@@ -128,15 +131,17 @@ def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str]) -> 
         print(f"{label} {step.name}: still valid, reused", flush=True)
         return
     print(f"{label} {step.name}", flush=True)
+    told = " ".join(f"{name}={environ[name]}" for name in RUN) if step.name == "training" else None
     if step.name == "training" and found.get("inputs") != wanted:
-        discard_checkpoints(run_dir / "checkpoints", ours=bool(found))
-    write_stamp(stamp, {"inputs": wanted, "outputs": None})
+        before = found.get("told", "an earlier version") if found else None
+        discard_checkpoints(run_dir / "checkpoints", before, told, overwrite)
+    write_stamp(stamp, {"inputs": wanted, "outputs": None, "told": told})
     start = time.perf_counter()
     execute(step, environ)
     missing = [str(path) for path in step.outputs if not path.exists()]
     if missing:
         sys.exit(f"run_tiny.py: error: {step.name} did not make {', '.join(missing)}")
-    write_stamp(stamp, {"inputs": wanted, "outputs": digest_files(step.outputs)})
+    write_stamp(stamp, {"inputs": wanted, "outputs": digest_files(step.outputs), "told": told})
     print(f"      {time.perf_counter() - start:.1f} s", flush=True)
 
 
@@ -151,19 +156,27 @@ def execute(step: Step, environ: dict[str, str]) -> None:
         step.outputs[0].write_text(result.stdout, encoding="utf-8")
 
 
-def discard_checkpoints(checkpoints: Path, ours: bool) -> None:
-    """Removes the checkpoints of another fingerprint, if a stamp says that this script made them."""
+def discard_checkpoints(checkpoints: Path, told: str | None, now: str, overwrite: bool) -> None:
+    """Remove what another run left in `checkpoints`; one that has saved a checkpoint only with `overwrite`.
+
+    `told`: the variables that it was given, None if no stamp says that this script started it.
+    """
     if not checkpoints.exists():
         return
-    if not ours:
-        sys.exit(f"run_tiny.py: error: {checkpoints} is of another origin; choose another --run-dir (RUN_DIR=)")
-    print("      its inputs have changed: it begins anew", flush=True)
+    if told is None:
+        raise ValueError(f"{checkpoints} is of another origin; choose another --run-dir (RUN_DIR=)")
+    marker = checkpoints / "latest_checkpointed_iteration.txt"
+    if marker.exists() and not overwrite:
+        differs = f"this one has {now}" if now != told else "this one comes from other code or data"
+        raise ValueError(f"{checkpoints} holds a run of {told}, saved at iteration {marker.read_text().strip()}; "
+                         f"{differs}: --overwrite (OVERWRITE=1) removes it, --run-dir (RUN_DIR=) goes elsewhere")
+    print("      another run was there: it is removed", flush=True)
     shutil.rmtree(checkpoints)
 
 
 def fingerprint(step: Step, environ: dict[str, str]) -> str:
     code = [file for path in step.code for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    run = [environ["STEPS"], environ["NPROC"]] if step.name == "training" else []
+    run = [environ[name] for name in RUN] if step.name == "training" else []
     return digest([sys.version, *step.command, *run, digest_files(tuple(code)), digest_files(step.inputs)])
 
 

@@ -32,6 +32,8 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=allow_abbrev, **more)
 
     def error(self, message: str):
+        for kind, words in (("int", "whole number"), ("float", "number")):
+            message = re.sub(f"invalid {kind} value: (.*)", rf"\1 is no {words}", message)
         raise ValueError(message.removeprefix("argument "))
 
     def print_help(self, file: TextIO | None = None):

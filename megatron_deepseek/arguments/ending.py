@@ -29,13 +29,20 @@ def _outcome(program: str, body: Callable[[], int], interrupted: str) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as leaving:  # argparse's, after --help
         return leaving.code or 0
+
+
+def _words(error: Exception) -> str:
+    """Of an OSError the file and what is wrong with it, without the number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def silence(stream: TextIO) -> None:

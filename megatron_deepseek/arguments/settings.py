@@ -15,11 +15,11 @@ from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.refusals import refuse
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.checkpoint.marker import last_iteration
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules, timeline
+from megatron_deepseek.presets import config_file
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
                                         LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
                                         RecomputeSettings, RunSettings)
@@ -102,9 +102,10 @@ def _with_options(message: str) -> str:
 
 
 def _begins(request: Request) -> bool:
-    """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had."""
-    args = request.args
-    return args.finetune or all(root is None or last_iteration(root) is None for root in (args.load, args.save))
+    """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had, and
+    whether it goes on is rank 0's to decide (training/decision.py): parsing looks at no checkpoint.
+    """
+    return request.args.load is None and request.args.save is None
 
 
 def _fill(kind: type, args, **given):
@@ -156,5 +157,5 @@ def _run(request: Request) -> RunSettings:
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if eval_iters else None,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
-                sharding=args.data_parallel_sharding_strategy)
+                sharding=args.data_parallel_sharding_strategy, model_file=config_file(args.model))
     return replace(run, train_iters=timeline.last_iteration(run, request.batch))

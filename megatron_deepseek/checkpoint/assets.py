@@ -90,6 +90,7 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
     quantized = torch.float8_e4m3fn in dtypes
     widest = max((dtype for dtype in dtypes if dtype != torch.float8_e4m3fn), key=dtypes.get)
     given = fields_of(config, assets)
+    given.setdefault("architectures", config.to_hf_dict()["architectures"])  # servers choose their code by it
     key = "dtype" if "dtype" in given and "torch_dtype" not in given else "torch_dtype"
     given[key] = str(widest).removeprefix("torch.")
     if not quantized:

@@ -17,7 +17,9 @@ from megatron_deepseek.checkpoint.assets import Assets
 from megatron_deepseek.checkpoint.chat_templates import template_names
 from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size
 from megatron_deepseek.checkpoint.conversion import DTYPES, Target, conversion
+from megatron_deepseek.checkpoint.dcp_metadata import METADATA
 from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
+from megatron_deepseek.checkpoint.marker import MARKER
 from megatron_deepseek.checkpoint.names import layer_of
 from megatron_deepseek.checkpoint.production import Share
 from megatron_deepseek.checkpoint.source import Source
@@ -92,6 +94,16 @@ def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
     return OPEN[args.origin](args.load, args.no_mtp, *more)
 
 
+def _refuse_other_format(origin: str, load: Path) -> None:
+    """ValueError where names of files show that `load` is of another format than --from says."""
+    released = any(load.glob("*.safetensors"))
+    checkpoints = (load / MARKER).exists() or (load / METADATA).exists()
+    if origin == "hf" and checkpoints and not released:
+        raise ValueError(f"--load {load} holds checkpoints, not a Hugging Face model: --from native, or megatron")
+    if origin != "hf" and released and not checkpoints:
+        raise ValueError(f"--load {load} is a Hugging Face model: --from hf, not {origin}")
+
+
 def run(args: argparse.Namespace, share: Share) -> None:
     if args.origin == args.to != "hf":
         raise ValueError(f"--from {args.origin} --to {args.to} changes nothing; checkpoints are read in any layout")
@@ -100,6 +112,7 @@ def run(args: argparse.Namespace, share: Share) -> None:
         raise ValueError("--save is required, unless --dry-run or --layers only look")
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load} is not a directory")
+    _refuse_other_format(args.origin, args.load)
     source, assets = _open(args)
     if args.origin == "hf" and share.rank == 0:
         for line in hf_config.describe(assets.fields, args.load / "config.json"):

@@ -193,9 +193,12 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
     """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
-    released = is_huggingface(directory)
-    _load(model_state(stages), HuggingFaceReader(open_huggingface(directory, without_mtp=True)) if released
-          else CheckpointReader(open_dcp(directory)))
+    state, reader = model_state(stages), CheckpointReader(open_dcp(directory)) if not is_huggingface(directory) else \
+        HuggingFaceReader(open_huggingface(directory, without_mtp=True))
+    mismatch = _mismatch(directory, reader.read_metadata().state_dict_metadata, state)
+    if mismatch is not None:
+        raise ValueError(mismatch)
+    _load(state, reader)
     fill_copies(stages, None)
 
 

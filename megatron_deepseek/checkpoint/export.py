@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +13,8 @@ from megatron_deepseek.checkpoint.assets import DIRECTORY, note_tokens, read_ass
 from megatron_deepseek.checkpoint.chat_templates import read_template
 from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
+from megatron_deepseek.checkpoint.huggingface import INDEX
+from megatron_deepseek.checkpoint.integrity import CHECKSUMS, checksum_file
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.checkpoint.names import hf_shapes
 from megatron_deepseek.checkpoint.production import Share
@@ -24,6 +28,7 @@ from megatron_deepseek.checkpoint.tokenizer_files import (
 )
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 from megatron_deepseek.settings import DataSettings, RunSettings
 
 _SHARD_BYTES = 5 * 10**9
@@ -46,6 +51,17 @@ def keep_assets(loaded: Path | None, save: Path) -> None:
     else:
         return
     os.rename(aside, save / DIRECTORY)
+
+
+def keep_model_file(save: Path, model_file: Path | None, config: ModelConfig) -> None:
+    """After `keep_assets`: of a run that began from no released weights the config.json that its --model named.
+
+    Its dialect, and what has no meaning here, go out with exports.
+    """
+    if model_file is None or (save / DIRECTORY / "config.json").exists():
+        return
+    fields = dict(read_object(model_file).fields)
+    write_native_assets(save / DIRECTORY, replace(read_assets(save / DIRECTORY), directory=None, fields=fields), config)
 
 
 def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = None) -> None:
@@ -79,9 +95,14 @@ def _holds(file: Path, content: bytes) -> bool:
     return file.is_file() and file.read_bytes() == content
 
 
-def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:
-    """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end."""
+def check_export(save_hf: Path, config: ModelConfig, bf16: bool, finished: Path | None = None) -> None:
+    """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end.
+
+    `finished`: the checkpoint to export where nothing is left to train; its export may be there already.
+    """
     if save_hf.exists() and (not save_hf.is_dir() or any(save_hf.iterdir())):
+        if finished is not None and is_exported(save_hf, finished, bf16):
+            return
         raise ValueError(f"--save-hf {save_hf} exists already and is not empty")
     place = check_writable("--save-hf", save_hf)
     needed = sum(map(prod, hf_shapes(config).values())) * (2 if bf16 else 4)
@@ -90,8 +111,27 @@ def check_export(save_hf: Path, config: ModelConfig, bf16: bool) -> None:
         raise ValueError(f"--save-hf {save_hf}: the export will take {needed:,} bytes, {free:,} are free there")
 
 
+def is_exported(save_hf: Path, checkpoint: Path, bf16: bool) -> bool:
+    """Whether `save_hf` is a finished export of that very checkpoint: exports get their name once they are whole."""
+    wanted = _origin(checkpoint, bf16)
+    try:
+        found = read_object(save_hf / INDEX, LARGEST_LIST).object("metadata").fields.get("exported")
+    except ValueError:
+        return False
+    return found == wanted and wanted["checksums"] is not None
+
+
 def export_hf(run: RunSettings, rank: int, world_size: int) -> None:
     """Write --save-hf from the last checkpoint of --save. Every rank calls it and writes its share of the files."""
     source, assets = open_native(run.save, without_mtp=False)
-    target = hf_target(source, assets, run.save_hf, torch.bfloat16 if run.bf16 else None, _SHARD_BYTES)
+    origin = {"exported": _origin(source.path, run.bf16)}
+    target = hf_target(source, assets, run.save_hf, torch.bfloat16 if run.bf16 else None, _SHARD_BYTES, origin)
     convert(source, target, Share(1, rank, world_size, source.path.name), lambda nbytes: None, lambda text: None)
+
+
+def _origin(checkpoint: Path, bf16: bool) -> dict[str, Any]:
+    """What an export is known by. The checksums name every byte of the checkpoint; older ones have none."""
+    listing = checkpoint / CHECKSUMS
+    beside = [[path.name, checksum_file(path).digest] for path in read_assets(checkpoint.parent / DIRECTORY).files()]
+    return {"checkpoint": checkpoint.name, "bf16": bf16, "files": beside,
+            "checksums": checksum_file(listing).digest if listing.is_file() else None}

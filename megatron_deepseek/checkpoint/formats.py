@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,8 +92,12 @@ def _megatron_iteration(path: Path) -> Path:
     return checkpoint_directory(path)
 
 
-def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int) -> Target:
-    """Shards of at most `largest` bytes, their index, config.json and the carried files."""
+def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int,
+              origin: dict[str, Any] | None = None) -> Target:
+    """Shards of at most `largest` bytes, their index, config.json and the carried files.
+
+    `origin` goes into the metadata of the index, of which readers use the size alone.
+    """
     stay_outside(save)
     copies = mtp_copies(source.config) if assets.mtp_copies else {}
     written = outputs(source, dtype, True, copies)
@@ -105,7 +110,7 @@ def hf_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype | N
 
     def complete(directory: Path, _records: dict[str, Record]) -> None:
         carry(assets, directory)
-        _write_index(directory, shards)
+        _write_index(directory, shards, origin or {})
         write_config(directory, source.config, assets, dtype_bytes(shards), new_scales)
         write_generation_config(directory, source.config, assets)
 
@@ -116,7 +121,7 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_index(directory: Path, shards: tuple[Shard, ...]) -> None:
+def _write_index(directory: Path, shards: tuple[Shard, ...], origin: dict[str, Any]) -> None:
     weight_map = {}
     for shard in shards:
         for output in shard.outputs:
@@ -124,7 +129,7 @@ def _write_index(directory: Path, shards: tuple[Shard, ...]) -> None:
             if output.dtype == FP8:
                 weight_map[output.name + "_scale_inv"] = shard.name
     total = sum(shard.nbytes for shard in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": {"total_size": total, **origin}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

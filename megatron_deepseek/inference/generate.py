@@ -94,7 +94,7 @@ def look_at(args: argparse.Namespace) -> Request:
         raise ValueError(f"--seq-length {seq_length} is longer than the model's max_position_embeddings "
                          f"{config.max_position_embeddings}")
     tokenizer = build_tokenizer(args.tokenizer_type, _tokenizer_model(args, directory))
-    prompt = _prompt(tokenizer, args.prompt)
+    prompt = prompt_ids(tokenizer, args.prompt)
     if max(prompt) >= config.vocab_size:
         raise ValueError(f"the prompt has id {max(prompt)} with --tokenizer-model {args.tokenizer_model or directory}, "
                          f"but {directory} has vocab_size {config.vocab_size}")
@@ -119,7 +119,7 @@ def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
     return str(kept)
 
 
-def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of `text`, behind the token that begins a document where the tokenizer asks for it.
 
     An empty text begins a document too; where nothing else begins one, the end of the one before does.

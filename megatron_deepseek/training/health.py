@@ -124,6 +124,25 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(local.detach()).all())
 
 
+class LabelWatch:
+    """Tells of batches all of whose labels are masked: their loss of 0 looks like a success, and nothing is learned."""
+
+    def __init__(self):
+        self.first: int | None = None
+
+    def see(self, iteration: int, num_labels: int) -> str | None:
+        """A line at the first of a stretch of such batches, and one when it is over."""
+        if num_labels:
+            first, self.first = self.first, None
+            return None if first is None else \
+                f"iteration {iteration}: there are labels again, for the first time since iteration {first}"
+        if self.first is not None:
+            return None
+        self.first = iteration
+        return (f"iteration {iteration}: all labels of the batch are masked; its loss is 0, and nothing is learned "
+                "from it")
+
+
 class SpikeWatch:
     """Tells a loss that jumps from one that wanders: far above the median of the last steps, measured by their spread.
 

@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.arguments import Settings
-from megatron_deepseek.checkpoint.export import export_hf, keep_assets, keep_tokenizer
+from megatron_deepseek.checkpoint.export import (
+    export_hf,
+    is_exported,
+    keep_assets,
+    keep_model_file,
+    keep_tokenizer,
+)
+from megatron_deepseek.checkpoint.marker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
 from megatron_deepseek.data.blend import SPLITS
@@ -22,7 +29,7 @@ from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.training.decision import Start, overwrite, share
 from megatron_deepseek.training.failure import guarded
-from megatron_deepseek.training.health import NotFinite, SpikeWatch, find_origin
+from megatron_deepseek.training.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.interruptions import Interruptions
 from megatron_deepseek.training.metrics import StepMetrics, by_source
 from megatron_deepseek.training.profile import profiler
@@ -125,7 +132,7 @@ class Run:
         self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
-        self.spikes = SpikeWatch()
+        self.spikes, self.labels = SpikeWatch(), LabelWatch()
         self.schedule = schedule_of(settings.learning_rate, settings.run, settings.batch, state)
         self.flops_per_token = model_flops_per_token(settings.model, settings.data.seq_length)
 
@@ -191,8 +198,9 @@ class Run:
         """FloatingPointError where a step that is not finite ends the run."""
         iteration = self.state.iteration + 1
         skipped = self.not_finite.check(iteration, result, lambda: find_origin(self.trainer, inputs))
-        spike = self.spikes.see(iteration, result.losses.lm_loss)
-        for line in (skipped, spike):
+        unlabelled = self.labels.see(iteration, result.losses.num_labels)
+        spike = self.spikes.see(iteration, result.losses.lm_loss) if result.losses.num_labels else None
+        for line in (skipped, unlabelled, spike):
             if line is not None:
                 self.report.message(line)
 
@@ -222,6 +230,8 @@ class Run:
         batches = self.valid_data.evaluation(run.eval_iters, batch.global_batch_size, batch.micro_batch_size,
                                              *self._data_rank())
         losses = [self.trainer.evaluate(**_on_device(each, self.trainer.meshes)) for each in batches]
+        if not any(each.num_labels for each in losses):
+            self.report.message("validation: all labels are masked; its loss of 0 says nothing")
         sums = [tuple(map(sum, zip(*batches))) for batches in zip(*[each.sources for each in losses])]
         self.report.validation(self.state.iteration, _mean([each.lm_loss for each in losses]),
                                tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))),
@@ -235,14 +245,27 @@ class Run:
         advice = ("; the training itself is saved: tools/convert_checkpoint.py --from native --to hf "
                   f"--load {run.save} --save DIR exports it")
         with refusing(advice):
+            if self._is_exported():
+                self.report.message(f"{run.save_hf} is the export of iteration {self.state.iteration} already")
+                return
             export_hf(run, dist.get_rank(), dist.get_world_size())
         self.report.message(f"exported {run.save_hf}")
+
+    def _is_exported(self) -> bool:
+        """As rank 0 sees it: an earlier start of this run may have got to its end."""
+        run, answer = self.settings.run, [False]
+        if dist.get_rank() == 0:
+            saved = find_iteration(run.save, self.state.iteration)
+            answer = [saved is not None and is_exported(run.save_hf, saved, run.bf16)]
+        dist.broadcast_object_list(answer)
+        return answer[0]
 
 
 def _keep_beside(settings: Settings, start: Start) -> None:
     """What an export will need stays with the checkpoints: the files of what the run began from, and the tokenizer."""
     if settings.run.save is not None:
         keep_assets(start.load, settings.run.save)
+        keep_model_file(settings.run.save, settings.run.model_file, settings.model)
         keep_tokenizer(settings.run.save, settings.data, settings.run.chat_template)
 
 

@@ -23,6 +23,7 @@ _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"gl
           "loss": None, "data": None, "files": None, "run": {"seed", "bf16", "fp8_format"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
              "run": {"sharding", "fp8_param_gather"}}
+_LENGTHS = ("train_iters", "train_samples")
 _OPTIONS = {"layout": {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
                        "cp": "--context-parallel-size", "ep": "--expert-model-parallel-size",
                        "etp": "--expert-tensor-parallel-size", "dp": "data-parallel ranks"},
@@ -112,11 +113,17 @@ def _differences(theirs: Mapping, ours: Mapping) -> Iterator[str]:
             there, here = theirs.get(section, {}).get(name, _UNKNOWN), ours[section][name]
             if there is _UNKNOWN or there == here or name in _SILENT.get(section, ()):
                 continue
-            mark = "*" if _in(_EXACT, section, name) else "~" if _in(_ROUNDING, section, name) else " "
+            exact = _in(_EXACT, section, name) or (name in _LENGTHS and _rate_follows_length(ours["learning_rate"]))
+            mark = "*" if exact else "~" if _in(_ROUNDING, section, name) else " "
             yield f"  {mark} {_option(section, name)}: {_shown(there, here)} before, {_shown(here, there)} now"
 
 
 _UNKNOWN = object()
+
+
+def _rate_follows_length(rate: Mapping[str, Any]) -> bool:
+    """Whether the learning rate decays over the run, whatever its length."""
+    return rate["lr_decay_style"] != "constant" and rate["lr_decay_iters"] is None and rate["lr_decay_samples"] is None
 
 
 def _in(table: dict, section: str, name: str) -> bool:

@@ -59,8 +59,14 @@ def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
         start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
         if run.save_hf is not None:
-            check_export(run.save_hf, settings.model, run.bf16)
+            check_export(run.save_hf, settings.model, run.bf16, start.load if _is_finished(settings, start) else None)
         return start
+
+
+def _is_finished(settings: Settings, start: Start) -> bool:
+    """Whether --save holds the last checkpoint that this run would make."""
+    state = _begins_at(start)
+    return start.is_saved and last_iteration(settings.run, settings.batch, state) <= state.iteration
 
 
 def _begins_at(start: Start) -> TrainState:

@@ -61,13 +61,15 @@ class Plan:
 class Losses:
     """Means over the global batch. `mtp_loss` has one entry for each depth; `balance_loss` is already weighted.
 
-    `sources`: of each dataset of a blend the sum of its main token losses, and its labels.
+    `sources`: of each dataset of a blend the sum of its main token losses, and its labels. `num_labels`: of the main
+    prediction; without any, all are masked, and the losses are 0.
     """
 
     lm_loss: float
     mtp_loss: tuple[float, ...]
     balance_loss: float
     sources: tuple[tuple[float, int], ...] = ()
+    num_labels: int = 1
 
     def finite(self) -> bool:
         return all(map(math.isfinite, (self.lm_loss, *self.mtp_loss, self.balance_loss)))
@@ -147,7 +149,7 @@ class Trainer:
         for shared in self.shared:
             shared.sum_gradients()
         norm = gradient_norm(self.parameters, self.meshes.device)
-        losses, agreed = self._reduce(inputs["step"].tally, votes(), sources_BK)
+        losses, agreed = self._reduce(inputs["step"], votes(), sources_BK)
         healthy = losses.finite() and math.isfinite(norm.item())
         if healthy:
             self._update(norm, learning_rate)
@@ -168,7 +170,7 @@ class Trainer:
         tokens, num_microbatches, inputs = self._prepare(tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK,
                                                          real_BS)
         self.pipeline.evaluate(tokens, num_microbatches, **inputs)
-        return self._reduce(inputs["step"].tally, Votes(), sources_BK)[0]
+        return self._reduce(inputs["step"], Votes(), sources_BK)[0]
 
     def _prepare(self, tokens_BS, labels_BS, mask_BS, documents_BS, sources_BK, real_BS
                  ) -> tuple[torch.Tensor, int, dict]:
@@ -194,9 +196,9 @@ class Trainer:
             inputs["routed_BMS"] = self.cp.own(routed_tokens(real_BS, mtp_depth, documents_BS))
         return self.cp.own(tokens_BS), tokens_BS.shape[0] // self.plan.micro_batch_size, inputs
 
-    def _reduce(self, tally: Tally, votes: Votes, sources_BK: torch.Tensor | None) -> tuple[Losses, Votes]:
+    def _reduce(self, step: StepContext, votes: Votes, sources_BK: torch.Tensor | None) -> tuple[Losses, Votes]:
         """Sum the ranks' contributions. Token losses are the same on all TP ranks, shares of the balance loss not."""
-        depths = 1 + self.plan.model.num_nextn_predict_layers
+        tally, depths = step.tally, 1 + self.plan.model.num_nextn_predict_layers
         device, first_tp = self.meshes.device, self.meshes.rank("tp") == 0
         values = torch.zeros(depths + 3, dtype=torch.float64, device=device)
         sources = torch.zeros(0 if sources_BK is None else sources_BK.shape[1], 2, dtype=torch.float64, device=device)
@@ -210,7 +212,8 @@ class Trainer:
         dist.all_reduce(together)
         lm_loss, *mtp_loss, balance_loss, save, leave = together[:len(values)].tolist()
         by_source = tuple((loss, round(labels)) for loss, labels in together[len(values):].view(-1, 2).tolist())
-        return Losses(lm_loss, tuple(mtp_loss), balance_loss, by_source), Votes(save > 0, leave > 0)
+        losses = Losses(lm_loss, tuple(mtp_loss), balance_loss, by_source, step.num_labels[0])
+        return losses, Votes(save > 0, leave > 0)
 
     def _traffic(self, tally: Tally) -> tuple[Traffic, float, float]:
         """`traffic`, `dropped` and `crossings` of a StepResult."""

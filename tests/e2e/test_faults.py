@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def test_leaves_in_time_and_an_export_that_fails_costs_nothing(workshop):
     line = job.output.strip().splitlines()[-1]
     assert job.status == 2 and line.startswith("pretrain_deepseek.py: error: ") and "Traceback" not in job.output
     assert "timed-hf.incomplete" in line and "the training itself is saved" in line, line
+
+
+@pytest.mark.slow
+def test_indices_that_find_no_room_end_the_job_in_a_line(workshop):
+    """Then there is room, and the same command trains."""
+    arguments = workshop.arguments("no-room", "--data-cache-path", str(workshop.directory / "no-room-cache"),
+                                   "--train-iters", "1", "--eval-iters", "0")
+    process = workshop.start(1, arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
+    output, _ = process.communicate(timeout=240)
+    line = output.strip().splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert line.startswith("pretrain_deepseek.py: error: the index cache: ") and "File too large" in line
+    assert workshop.run(1, arguments).status == 0
 
 
 def test_a_signal_to_one_rank_saves_and_ends_the_job(workshop):

@@ -236,8 +236,8 @@ STEP_MUTANTS = of(
     ("clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)", "pass"),
     ("stage.embedding or stage.mtp or (stage.loss and tied)]", "stage.embedding or (stage.loss and tied)]"),
     ("healthy = losses.finite() and math.isfinite(norm.item())", "healthy = True"),
-    ("self._reduce(inputs[\"step\"].tally, votes(), sources_BK)",
-     "self._reduce(inputs[\"step\"].tally, Votes(), sources_BK)"),
+    ("self._reduce(inputs[\"step\"], votes(), sources_BK)",
+     "self._reduce(inputs[\"step\"], Votes(), sources_BK)"),
     ("        dist.all_reduce(sums)\n", ""),
 )
 

@@ -265,7 +265,7 @@ ROUTERS = {
 # Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
 # context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps,
 # dispatchers that have nothing to exchange, around slices of experts, and cuts: E|t|tt|t|t|t|m|L and E|t|tttmm|mL, and
-# with stages that hold nothing Et||tttmm|L, E|tttmm||L and Et|t||ttmL.
+# with stages that hold nothing Et||tttmm|L and Et|t||ttmL.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
@@ -279,7 +279,6 @@ WIDE_CASES = (
     Case(tp=2, etp=2, dispatcher="grouped", node=2, capacity="probs"),
     Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20, first=5),
     Case(pp=4, schedule="1F1B", tp=2, sp=True, ep=2, microbatches=4, mtp=2, moments="bf16", cut=112),
-    Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, cp=2, microbatches=4, mtp=2, recompute="full", cut=104),
     Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, cut=119),
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_deepseek.arguments import parse_or_exit
-from megatron_deepseek.arguments.command_line import proposals
+from megatron_deepseek.arguments.command_line import OneLineParser, proposals
 from megatron_deepseek.arguments.ending import BROKEN_PIPE, exit_status
 from megatron_deepseek.arguments.parser import build_parser
 
@@ -131,3 +131,16 @@ def test_layouts_of_no_number_of_ranks_are_told_in_a_line(arguments, line, capsy
     with pytest.raises(SystemExit) as left:
         explain_layout(["--model", "tiny", "--data-path", "x", "--train-iters", "1", *arguments])
     assert left.value.code == 2 and capsys.readouterr().err == f"pretrain_deepseek.py: error: {line}\n"
+
+
+@pytest.mark.parametrize("kind, text, words", [(int, "x", "'x' is no whole number"), (float, "y", "'y' is no number")])
+def test_a_number_of_argparses_own_is_named_as_ours(kind, text, words):
+    parser = OneLineParser()
+    parser.add_argument("--much", type=kind)
+    with pytest.raises(ValueError, match=f"^--much: {words}$"):
+        parser.parse_args(["--much", text])
+
+
+def test_a_missing_file_is_told_without_its_number(capsys):
+    assert exit_status("name", lambda: open("/none/such")) == 2
+    assert capsys.readouterr().err == "name: error: /none/such: No such file or directory\n"

@@ -283,6 +283,8 @@ def test_fields_of_the_run_are_read_over():
     ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9", "8 experts"]),
     ({"n_group": 5}, ["n_routed_experts 16", "n_group 5"]),
     ({"q_lora_rank": 0}, ["q_lora_rank is 0"]),
+    ({"max_position_embeddings": -1}, ["max_position_embeddings is -1"]),
+    ({"num_attention\x7fheads": 4}, [r"'num_attention\x7fheads' is unknown"]),
     ({"model_type": ["deepseek_v3"]}, ["model_type ['deepseek_v3'] is not one of"]),
     ({"hidden_size": 2**31}, ["hidden_size is 2147483648, more than 2147483647"]),
     ({"hidden_size": -2**40}, ["hidden_size is -1099511627776"]),

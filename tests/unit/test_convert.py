@@ -18,6 +18,7 @@ from small_checkpoints import (
 from small_models import V2_SMALL, V3_SMALL
 
 from megatron_deepseek.checkpoint import block_fp8
+from megatron_deepseek.checkpoint.command import main
 from megatron_deepseek.checkpoint.assets import read_assets, write_config
 from megatron_deepseek.checkpoint.blocks import row_ranges
 from megatron_deepseek.checkpoint.distributed import model_state
@@ -299,3 +300,17 @@ def test_looking_writes_nothing(tmp_path, capsys):
     assert any(line.startswith("model.layers.2.eh_proj.weight [136, 272] bfloat16 -> bfloat16") for line in lines)
     assert not any("layers.0." in line or "lm_head" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("origin, files, words", [
+    ("hf", ["latest_checkpointed_iteration.txt"], "holds checkpoints, not a Hugging Face model: --from native"),
+    ("hf", [".metadata"], "holds checkpoints, not a Hugging Face model: --from native"),
+    ("native", ["model.safetensors"], "is a Hugging Face model: --from hf, not native"),
+    ("megatron", ["model.safetensors"], "is a Hugging Face model: --from hf, not megatron")])
+def test_a_directory_of_another_format_is_told(tmp_path, capsys, origin, files, words):
+    for name in files:
+        (tmp_path / name).write_text("1")
+    target = "native" if origin == "hf" else "hf"
+    assert main(["--from", origin, "--to", target, "--load", str(tmp_path), "--save", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == f"convert_checkpoint.py: error: --load {tmp_path} {words}" + (
+        ", or megatron\n" if origin == "hf" else "\n")

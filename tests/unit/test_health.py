@@ -10,7 +10,7 @@ from small_models import V3_SMALL, enliven, random_batch, whole_stage
 
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.settings import OptimizerSettings
-from megatron_deepseek.training.health import NotFinite, SpikeWatch, find_origin
+from megatron_deepseek.training.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.trainer import Losses, Plan, StepResult, Trainer
 
 SEQ_LENGTH = 6
@@ -103,3 +103,11 @@ def test_a_constant_loss_may_move_a_little():
     watch = SpikeWatch()
     assert all(watch.see(step, 2.0) is None for step in range(50))
     assert watch.see(50, 2.1) is None and watch.see(51, 2.2) is not None
+
+
+def test_batches_without_labels_are_told_once_and_at_their_end():
+    watch = LabelWatch()
+    told = [watch.see(iteration, labels) for iteration, labels in enumerate((5, 0, 0, 0, 3, 2, 0), start=1)]
+    assert [iteration for iteration, line in enumerate(told, start=1) if line] == [2, 5, 7]
+    assert told[1].startswith("iteration 2: all labels of the batch are masked; its loss is 0")
+    assert told[4] == "iteration 5: there are labels again, for the first time since iteration 2"

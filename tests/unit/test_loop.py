@@ -160,12 +160,15 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
     directory.mkdir(parents=True)
     (directory / "state.json").write_text(json.dumps(asdict(TrainState(10, 80, 10, ((10, 8),)))))
     command = (f"--model tiny --data-path {corpus} --tokenizer-type NullTokenizer --tokenizer-model {EOD} --seq-length "
-               f"{SEQ} --train-iters 20 --global-batch-size 2 --save {tmp_path / 'save'} --lr-warmup-samples ")
+               f"{SEQ} --train-iters 20 --global-batch-size 2 --lr-warmup-samples ")
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
         parse(f"{command} 90".split(), 1)
-    (tmp_path / "save" / "latest_checkpointed_iteration.txt").write_text("10")
-    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda *args: Start(load=directory))
+    command = command.replace("--lr-warmup", f"--save {tmp_path / 'save'} --lr-warmup")
     monkeypatch.setattr("megatron_deepseek.training.resume.refusing", lambda lock: nullcontext())
+    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda *args: Start())
+    with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
+        refuse_bad_input(parse(f"{command} 90".split(), 1), None, None)
+    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda *args: Start(load=directory))
     assert refuse_bad_input(parse(f"{command} 90".split(), 1), None, None).load == directory
     with pytest.raises(ValueError, match="--lr-warmup-samples 100 .* --train-iters 20 .100 samples"):
         refuse_bad_input(parse(f"{command} 100".split(), 1), None, None)
@@ -174,15 +177,26 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
 
 
 def test_a_run_in_iterations_resumed_with_other_batches_has_its_iterations(meshes, corpus):
-    """3 of 5 iterations were of 8, the last two are of 6: 36 samples, though 5 of 6 are 30. One past its end has none,
-    and its data are those that it read.
+    """3 of 5 iterations were of 8, the last two are of 6: 36 samples, though 5 of 6 are 30; over these the rate falls,
+    and so many are prepared. One past its end has none, and its data are those that it read.
     """
     settings, state = go_on(settings_of(corpus), TrainState(3, 24, 3))
     assert (settings.run.train_iters, state.batches) == (5, ((3, 8),))
     assert num_samples(settings, state)[0] == 36
-    assert run(settings, meshes, state)[0].state == TrainState(5, 36, 5, ((3, 8), (2, 6)))
+    ended, trainer, _ = run(settings, meshes, state)
+    assert ended.state == TrainState(5, 36, 5, ((3, 8), (2, 6)))
+    rates = [given["learning_rate"] for given in trainer.steps]
+    assert rates == pytest.approx([1e-2 * 12 / 36, 1e-2 * 6 / 36], rel=1e-14)
+    assert ended.train_data.dataset.num_samples == 36
     settings, state = go_on(settings_of(corpus), TrainState(9, 24, 9))
     assert num_samples(settings, state)[0] == 24 and not run(settings, meshes, state)[1].steps
+
+
+def test_a_batch_without_labels_is_told_in_training_and_in_validation(meshes, corpus, monkeypatch):
+    monkeypatch.setattr("test_loop.losses", lambda number, given: Losses(0.0, (0.0,), 0.0, (), 0))
+    *_, told = run(settings_of(corpus, "--split 50,50,0 --eval-iters 2"), meshes)
+    assert len([line for line in told.messages if "all labels of the batch are masked; its loss is 0" in line]) == 1
+    assert len([line for line in told.messages if line.startswith("validation: all labels are masked")]) == 2
 
 
 def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):

@@ -47,6 +47,7 @@ def test_what_was_recorded_comes_back(told, tmp_path):
     ("--rotary-base 5000", "* rope_theta: "),
     ("--mtp-loss-scaling-factor 0.1", "* --mtp-loss-scaling-factor: 0.3 before, 0.1 now"),
     ("--recompute-granularity full", "--recompute-granularity: none before, full now"),
+    ("--train-iters 9", "* --train-iters: 5 before, 9 now"),
     ("--save-interval 7 --save run", "--save-interval: none before, 7 now"),
 ])
 def test_a_change_is_listed_with_what_it_means(told, more, line):
@@ -80,6 +81,11 @@ def test_files_that_are_not_what_they_were(told, tmp_path):
     lines = changed(before, told(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"))
     assert f"* {tmp_path}/data.bin: {size} before, {size + 4} now" in lines
     assert [line for line in lines if line.startswith(f"* {tokenizer}: ")]
+
+
+@pytest.mark.parametrize("fixed", ["--lr-decay-iters 5", "--lr-decay-samples 5", "--lr-decay-style constant"])
+def test_a_longer_run_is_the_same_where_the_learning_rate_does_not_follow_its_length(told, fixed):
+    assert changed(told(fixed), told(f"{fixed} --train-iters 9")) == ["--train-iters: 5 before, 9 now"]
 
 
 def test_another_layout_is_the_same_but_for_rounding(told):

@@ -81,9 +81,31 @@ def test_interrupted_training_goes_on_unless_its_inputs_changed(tool, tmp_path):
 def test_checkpoints_of_others_are_not_removed(tool, tmp_path):
     (tmp_path / "in").write_text("1")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(SystemExit, match="another origin"):
-        tool.run_step(training(tool, tmp_path), "", tmp_path, ENVIRON)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="another origin"):
+            tool.run_step(training(tool, tmp_path), "", tmp_path, ENVIRON, overwrite)
     assert (tmp_path / "checkpoints").exists()
+
+
+def test_what_another_run_has_saved_is_removed_only_on_request(tool, tmp_path):
+    """`make pretrain STEPS=20` after 120 steps: both runs and the ways out in a line, and nothing is lost."""
+    checkpoints = tmp_path / "checkpoints"
+    (tmp_path / "in").write_text("1")
+    save = f"mkdir -p {checkpoints}; echo $STEPS > {checkpoints}/latest_checkpointed_iteration.txt; touch " \
+        f"{checkpoints}/metrics"
+    step = training(tool, tmp_path, save)
+    tool.run_step(step, "", tmp_path, ENVIRON | {"STEPS": "120"})
+    with pytest.raises(ValueError) as refused:
+        tool.run_step(step, "", tmp_path, ENVIRON)
+    assert str(refused.value) == (
+        f"{checkpoints} holds a run of STEPS=120 NPROC=4, saved at iteration 120; this one has STEPS=10 NPROC=4: "
+        "--overwrite (OVERWRITE=1) removes it, --run-dir (RUN_DIR=) goes elsewhere")
+    (tmp_path / "in").write_text("2")
+    with pytest.raises(ValueError, match="STEPS=120 .*; this one comes from other code or data: "):
+        tool.run_step(step, "", tmp_path, ENVIRON | {"STEPS": "120"})
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "120\n"
+    tool.run_step(step, "", tmp_path, ENVIRON, overwrite=True)
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "10\n"
 
 
 def test_number_of_steps_and_processes_belongs_to_training_alone(tool, copy_step, tmp_path):

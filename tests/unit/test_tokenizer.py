@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from megatron_deepseek.inference.generate import prompt_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "def square(number):\n    return number ** 2  # 1234567 — Größe 漢字 🙂\r\n\r\n\tThe end."
@@ -100,6 +101,28 @@ def test_end_of_document_is_found(tmp_path, special, config, eod, bos):
     write_tokenizer(tmp_path, special, config)
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
     assert (tokenizer.eod, tokenizer.bos, tokenizer.vocab_size) == (eod, bos, 3 + len(special))
+
+
+@pytest.mark.parametrize("special, config, expected", [
+    (("<s>", "</s>"), None, False), (("<s>", "</s>"), {"add_bos_token": True}, True),
+    (("<s>", "</s>"), {"add_bos_token": False}, False), (("</s>",), {"add_bos_token": True}, False)])
+def test_whether_a_prompt_begins_with_a_token(tmp_path, special, config, expected):
+    """As tokenizer_config.json says, where there is such a token; texts are encoded without in any case."""
+    write_tokenizer(tmp_path, special, config)
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+    assert tokenizer.adds_bos is expected
+    ids = [1, 2]
+    assert tokenizer.encode("b c") == ids
+    assert prompt_ids(tokenizer, "b c") == ([tokenizer.bos] if expected else []) + ids
+    assert prompt_ids(tokenizer, "") == [tokenizer.bos if expected else tokenizer.eod]
+
+
+def test_a_tokenizer_json_that_adds_the_token_itself(tmp_path):
+    backend = write_tokenizer(tmp_path, ("<s>", "</s>"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+    assert tokenizer.adds_bos and tokenizer.encode("b") == [1] and prompt_ids(tokenizer, "<s> b") == [3, 1]
 
 
 def test_byte_tokenizer():

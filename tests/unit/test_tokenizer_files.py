@@ -10,7 +10,7 @@ from small_checkpoints import V3_WIDE, convert, random_weights, write_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
-from megatron_deepseek.checkpoint.export import keep_tokenizer
+from megatron_deepseek.checkpoint.export import keep_model_file, keep_tokenizer
 from megatron_deepseek.checkpoint.tokenizer_files import TokenIds, read_token_ids, replace_tokenizer, tokenizer_to_keep
 from megatron_deepseek.data.tokenizer import BOS, EOD, ByteTokenizer, build_tokenizer
 from megatron_deepseek.settings import DataSettings
@@ -94,6 +94,23 @@ def test_an_export_names_the_tokens_of_its_tokenizer(tmp_path):
     assert (generation.eos_token_id, generation.pad_token_id, generation.bos_token_id) == (5, 4, 3)
     assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.6, 0.95)  # as V3 and R1
     assert AutoTokenizer.from_pretrained(tmp_path / "some")("w2").input_ids == [2]
+
+
+def test_the_config_of_a_run_from_nothing_goes_out_with_what_has_no_meaning_here(tmp_path):
+    """In the dialect of --model's file, with the ids of the tokenizer and what the command line changed."""
+    hf = write_hf(tmp_path / "hf", random_weights(V3_WIDE, torch.bfloat16), V3_WIDE.to_hf_dict())
+    assert convert("hf", "native", hf, tmp_path / "run") == 0
+    for path in (tmp_path / "run" / "huggingface").iterdir():
+        path.unlink()
+    given = {name: value for name, value in V3_WIDE.to_hf_dict().items() if name not in ("seq_aux", "use_cache")}
+    (tmp_path / "model.json").write_text(json.dumps(given | {"unsloth_version": "1", "aux_loss_alpha": 0.5}))
+    for _ in range(2):
+        keep_model_file(tmp_path / "run", tmp_path / "model.json", V3_WIDE)
+        keep_tokenizer(tmp_path / "run", data("ByteTokenizer", None))
+    keep_model_file(tmp_path / "run", None, V3_WIDE)
+    assert convert("native", "hf", tmp_path / "run", tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == given | {"unsloth_version": "1", "bos_token_id": 256, "eos_token_id": 257}
 
 
 def test_another_tokenizer_takes_the_place_of_the_one_that_came(tmp_path):

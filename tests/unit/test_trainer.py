@@ -279,6 +279,19 @@ def test_what_is_not_finite_changes_nothing(meshes):
     assert all(torch.equal(weight, after[name]) for name, weight in weights_of(ours.stages[0]).items())
 
 
+def test_the_number_of_labels_is_told(meshes):
+    """Of the main prediction, in a step and in an evaluation; none where all are masked, which changes no weight."""
+    made = trainer(meshes)
+    tokens, labels, mask = batch_of(2)
+    assert made.train_step(tokens, labels, mask, learning_rate=0.0).losses.num_labels == int(mask.sum())
+    nothing = torch.zeros_like(mask)
+    assert made.evaluate(tokens, labels, nothing).num_labels == 0
+    before = weights_of(made.stages[0])
+    result = made.train_step(tokens, labels, nothing, learning_rate=0.0)
+    assert (result.losses.num_labels, result.losses.lm_loss) == (0, 0.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(made.stages[0]).items())
+
+
 def test_votes_travel_with_the_losses(meshes):
     ours = trainer(meshes)
     for votes in (Votes(), Votes(leave=True), Votes(save=True)):
