@@ -16,6 +16,20 @@ refuse() {
     exit 2
 }
 
+[ "${BASH_SOURCE[0]}" != "$0" ] || refuse "the scripts beside it source this one; start one of them"
+
+# The comments at the top of a file.
+about() {
+    sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"
+}
+
+if [[ ${1:-} =~ ^(-h|--help)$ ]]; then
+    about "$0"
+    about "${BASH_SOURCE[0]}" | sed 1,2d
+    echo "The arguments: python tools/launch.py pretrain_deepseek.py --help"
+    exit 0
+fi
+
 # require NAME WHAT: the environment variable NAME, which the user sets, or a line that says what it is.
 require() {
     [ -n "${!1:-}" ] || refuse "$1 is not set: $2"

@@ -102,7 +102,7 @@ class DcpDirectory:
         """Each tensor's items in the order of their first dimension. Equal places, of which there are many in a model
         of equal layers, share their memory.
         """
-        items, shared = defaultdict(list), cache(tuple)
+        items, shared, inside = defaultdict(list), cache(tuple), cache(is_inside)
         for name, entry in tensors.items():
             for chunk in entry.chunks:
                 info = storage.get((name, chunk.offsets))
@@ -110,7 +110,8 @@ class DcpDirectory:
                     raise ValueError(f"{self.directory / METADATA} does not say where {name} at "
                                      f"{chunk.offsets} is")
                 nbytes = prod(chunk.sizes) * entry.properties.dtype.itemsize
-                if not _is_place(info) or info.length < nbytes:
+                if not (isinstance(info.relative_path, str) and inside(info.relative_path) and _is_size(
+                        (info.offset, info.length)) and info.length >= nbytes):
                     raise ValueError(f"{self.directory / METADATA}: the {nbytes} bytes of {name} at {chunk.offsets} "
                                      f"cannot be where it says they are")
                 if info.transform_descriptors:
@@ -160,12 +161,6 @@ def _is_size(value: Any) -> bool:
 
 def _fills(size: tuple[int, ...], chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> bool:
     return fill_once(Box((0,) * len(size), size), [Box(*chunk) for chunk in chunks])
-
-
-def _is_place(info: StoredAt) -> bool:
-    """Whether it names bytes of a file of the directory."""
-    return (isinstance(info.relative_path, str) and is_inside(info.relative_path)
-            and all(type(number) is int and 0 <= number <= _LARGEST for number in (info.offset, info.length)))
 
 
 def _row(item: Item) -> int:

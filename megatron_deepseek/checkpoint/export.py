@@ -1,5 +1,7 @@
 """From training to Hugging Face's form: what came with loaded weights is kept, and goes out with the trained ones."""
 
+import hashlib
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -14,7 +16,7 @@ from megatron_deepseek.checkpoint.chat_templates import read_template
 from megatron_deepseek.checkpoint.conversion import convert
 from megatron_deepseek.checkpoint.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.huggingface import INDEX
-from megatron_deepseek.checkpoint.integrity import CHECKSUMS, checksum_file
+from megatron_deepseek.checkpoint.integrity import checksum_file, read_checksums
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.checkpoint.names import hf_shapes
 from megatron_deepseek.checkpoint.production import Share
@@ -113,12 +115,12 @@ def check_export(save_hf: Path, config: ModelConfig, bf16: bool, finished: Path 
 
 def is_exported(save_hf: Path, checkpoint: Path, bf16: bool) -> bool:
     """Whether `save_hf` is a finished export of that very checkpoint: exports get their name once they are whole."""
-    wanted = _origin(checkpoint, bf16)
     try:
+        wanted = _origin(checkpoint, bf16)
         found = read_object(save_hf / INDEX, LARGEST_LIST).object("metadata").fields.get("exported")
     except ValueError:
         return False
-    return found == wanted and wanted["checksums"] is not None
+    return found == wanted and wanted["digest"] is not None
 
 
 def export_hf(run: RunSettings, rank: int, world_size: int) -> None:
@@ -130,8 +132,9 @@ def export_hf(run: RunSettings, rank: int, world_size: int) -> None:
 
 
 def _origin(checkpoint: Path, bf16: bool) -> dict[str, Any]:
-    """What an export is known by. The checksums name every byte of the checkpoint; older ones have none."""
-    listing = checkpoint / CHECKSUMS
+    """What an export is known by: what it is made from. Checkpoints of older versions have no checksums."""
+    listing = read_checksums(checkpoint) or {}
+    weights = [[name, listing[name].digest] for name in sorted(listing) if name.endswith(".distcp")]
     beside = [[path.name, checksum_file(path).digest] for path in read_assets(checkpoint.parent / DIRECTORY).files()]
-    return {"checkpoint": checkpoint.name, "bf16": bf16, "files": beside,
-            "checksums": checksum_file(listing).digest if listing.is_file() else None}
+    digest = hashlib.sha256(json.dumps([weights, beside]).encode()).hexdigest()
+    return {"checkpoint": checkpoint.name, "bf16": bf16, "digest": digest if weights else None}

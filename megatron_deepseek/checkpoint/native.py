@@ -19,7 +19,7 @@ from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage, to_string
 
-CONFIG, LAYOUT = "config.json", "layout.json"
+CONFIG, LAYOUT, ARGUMENTS = "config.json", "layout.json", "arguments.json"
 WEIGHTS, OPTIMIZER = "model.", "optimizer."
 
 

@@ -28,7 +28,7 @@ from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.item_file import ItemFile, Part, split, write_items
 from megatron_deepseek.checkpoint.loadable import architecture_differences
 from megatron_deepseek.checkpoint.marker import MARKER
-from megatron_deepseek.checkpoint.native import CONFIG, LAYOUT, WEIGHTS, Checkpoint
+from megatron_deepseek.checkpoint.native import ARGUMENTS, CONFIG, LAYOUT, WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.production import Advance, Product
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
@@ -140,6 +140,8 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
         (directory / STATE).write_text(json.dumps(asdict(state), indent=2))
         if layout is not None:
             (directory / LAYOUT).write_text(json.dumps(layout, indent=2))
+        if len(sources) == 1 and (first.directory / ARGUMENTS).exists():  # an average is no run's
+            shutil.copyfile(first.directory / ARGUMENTS, directory / ARGUMENTS)
         checksum_directory(directory, {name: record.checksum for name, record in records.items()})
 
     def publish() -> None:

@@ -57,7 +57,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary, file = _create(path)
         with file:
             yield file
-        os.replace(temporary, path)
+            file.flush()
+            os.replace(temporary, path)  # while it is locked
     except OSError as error:
         raise ValueError(f"the index cache: {path} cannot be written: {error.strerror or error}"
                          f"{_free(path.parent)}; --data-cache-path puts the cache elsewhere") from error
@@ -73,8 +74,8 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
         file = open(temporary, "xb")
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        stamp = stamp_of(temporary)
-        if stamp is not None and stamp.inode == os.fstat(file.fileno()).st_ino:
+        own, stamp = os.fstat(file.fileno()), stamp_of(temporary)
+        if stamp is not None and stamp.inode == own.st_ino:
             return temporary, file
         file.close()  # another start has removed it between the two steps
 

@@ -204,6 +204,8 @@ def shared_plan(settings: DataSettings, num_samples, say=lambda line: None) -> D
 
 
 def _built(plan: DataPlan, say=lambda line: None) -> DataPlan:
+    with contextlib.suppress(OSError):  # of a node that does not share rank 0's
+        plan.folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(plan.folder)
     missing = plan.missing(say=say)
     if missing.samples:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_deepseek.arguments.ending import INTERRUPTED
 from megatron_deepseek.launch.signals import numbers_read
@@ -23,6 +24,7 @@ USAGE = f"""usage: {PROGRAM} [--dry-run] TORCHRUN_ARGUMENTS... ENTRY.py ARGUMENT
 
 torchrun (whose arguments it takes: torchrun --help), with the checks before it starts and one line when it fails.
 --dry-run, first: check the arguments as the ranks would, print the command, and start nothing."""
+_COUNTED_BY_TORCHRUN = ("auto", "gpu", "cpu", "xpu")
 _SHUTDOWN_SECONDS = "600"  # for the step and the save that a signal asks of the ranks; torchrun's own is 30
 _LAST_SECONDS = 2.0  # for what the ranks say after a second Ctrl-C
 _PRINT_ANYWAY = ("--help", "-h", "--explain-layout")  # what the entry answers without ranks
@@ -37,6 +39,10 @@ def main(argv: Sequence[str]) -> int:
         return 0 if {"-h", "--help"} & set(argv) else 2
     if set(_PRINT_ANYWAY) & set(entry):
         return subprocess.run([sys.executable, *entry]).returncode
+    problem = _problem(options, entry[0])
+    if problem is not None:
+        print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
+        return 2
     try:
         status = check(options, entry)
     except KeyboardInterrupt:
@@ -46,6 +52,17 @@ def main(argv: Sequence[str]) -> int:
     if status or dry_run:
         return status
     return launch([*options, *entry])
+
+
+def _problem(options: Sequence[str], entry: str) -> str | None:
+    """What torchrun or Python would say in words of their own."""
+    local = value(options, "nproc-per-node", "1")
+    if not local.isdecimal() and local not in _COUNTED_BY_TORCHRUN:
+        return f"--nproc_per_node {local} is neither a number of processes nor one of {', '.join(_COUNTED_BY_TORCHRUN)}"
+    if not os.path.isfile(entry):
+        own = Path(__file__).resolve().parents[2] / os.path.basename(entry)
+        return f"no file {entry} in {os.getcwd()}" + (f"; there is {own}" if own.is_file() else "")
+    return None
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

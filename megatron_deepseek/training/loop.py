@@ -45,7 +45,7 @@ from megatron_deepseek.training.resume import (
     resume,
     save_lock,
 )
-from megatron_deepseek.training.saving import Saver
+from megatron_deepseek.training.saving import Saver, what_stays
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size
 from megatron_deepseek.training.trainer import Plan, StepResult, Trainer, Votes
@@ -146,7 +146,8 @@ class Run:
                 self.saver.finish()  # a save on its way is of a healthy step
                 raise
             self.saver.save(self.state)
-            with refusing("; it was the last of this run, and checkpoints before it are as they were"):
+            save = self.settings.run.save
+            with refusing(f"; it was the last of this run: {what_stays(save)}" if save is not None else ""):
                 self.saver.close()
 
     def _steps(self) -> None:

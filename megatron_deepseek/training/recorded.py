@@ -9,9 +9,8 @@ from typing import Any
 import xxhash
 
 from megatron_deepseek.arguments import Settings
+from megatron_deepseek.checkpoint.native import ARGUMENTS
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
-
-FILE = "arguments.json"
 
 # What does not decide what is computed, or is for one start alone: never told.
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "overwrite", "save_hf",
@@ -79,7 +78,7 @@ def record(settings: Settings, origin: str | None, job: Job) -> Recorded:
 
 def read_recorded(directory: Path) -> Recorded | None:
     """None where nothing was recorded: by an older version, or in released weights. ValueError if it is damaged."""
-    path = directory / FILE
+    path = directory / ARGUMENTS
     if not path.exists():
         return None
     fields = read_object(path, LARGEST_LIST)

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.marker import iteration_directory
-from megatron_deepseek.checkpoint.native import LAYOUT, layout_note
+from megatron_deepseek.checkpoint.marker import iteration_directory, iterations
+from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
 from megatron_deepseek.checkpoint.publish import saving_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training.recorded import FILE as ARGUMENTS
 from megatron_deepseek.training.recorded import Recorded
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.trainer import Trainer
@@ -123,8 +123,8 @@ class Saver:
         if dist.get_rank() == 0:
             shutil.rmtree(saving_directory(self.run.save, iteration), ignore_errors=True)
         where = f"{error.filename}: " if error.filename else ""
-        self.report.message(f"iteration {iteration} is NOT saved: {where}{error.strerror or error}. Checkpoints before "
-                            "it are as they were; the next save tries again")
+        self.report.message(f"iteration {iteration} is NOT saved: {where}{error.strerror or error}; "
+                            f"{what_stays(self.run.save)}. The next save tries again")
 
     def take_stall(self) -> float | None:
         """Seconds that training stood still for saves since the last call, None if there was no save."""
@@ -138,6 +138,15 @@ class Saver:
             self.background.close()
         if self.failed is not None:
             raise self.failed
+
+
+def what_stays(save: Path) -> str:
+    """In words, the last checkpoint that is there although one after it could not be made."""
+    try:
+        there = iterations(save)
+    except OSError:  # of a directory that can't even be listed
+        there = []
+    return f"{iteration_directory(save, there[-1])} is as it was" if there else "there is no checkpoint before it"
 
 
 _LONGEST_MINUTES = 60.0  # that the fastest rank waits for the slowest one's file

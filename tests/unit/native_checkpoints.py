@@ -35,6 +35,8 @@ def write_native(root: Path, state: dict[str, torch.Tensor], config: ModelConfig
     (directory / "state.json").write_text(json.dumps(
         {"iteration": iteration, "consumed_samples": 7 * iteration, "optimizer_steps": iteration,
          "batches": [[iteration, 7]]}))
+    job = {"name": "job", "slurm_id": "", "slurm_restarts": 0}
+    (directory / "arguments.json").write_text(json.dumps({"settings": {}, "origin": None, "job": job, "files": {}}))
     checksum_directory(directory)
     (root / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
     return root

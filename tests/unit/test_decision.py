@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_deepseek.checkpoint.marker import MARKER, begins_anew, iteration_directory
+from megatron_deepseek.checkpoint.native import ARGUMENTS
 from megatron_deepseek.presets import TINY
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training import decision
 from megatron_deepseek.training.decision import Start, decide, overwrite, share
-from megatron_deepseek.training.recorded import FILE, Job, Recorded
+from megatron_deepseek.training.recorded import Job, Recorded
 from megatron_deepseek.training.save_lock import LOCK, Holder
 
 JOB = Job("this")
@@ -28,7 +29,7 @@ def checkpoint(root: Path, iteration: int, origin: str | None = None, job: Job =
     directory = iteration_directory(root, iteration)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
-    (directory / FILE).write_text(json.dumps(Recorded({}, origin, job).to_json()))
+    (directory / ARGUMENTS).write_text(json.dumps(Recorded({}, origin, job).to_json()))
     (root / MARKER).write_text(f"{iteration}\n")
 
 
@@ -87,7 +88,7 @@ def test_the_same_command_goes_on(tmp_path):
         assert start.origin == str(there.resolve())
         assert start.notes == (f"--save {save} holds a checkpoint of iteration 7, with which this run goes on: "
                                f"--load {there} was for its first start",)
-    (save / "iter_0000007" / FILE).unlink()  # an older version's: nobody knows what it began from
+    (save / "iter_0000007" / ARGUMENTS).unlink()  # an older version's: nobody knows what it began from
     assert begin(save=save, load=there).load == save / "iter_0000007"
 
 

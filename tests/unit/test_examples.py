@@ -85,6 +85,18 @@ def test_what_is_not_set_is_told_in_a_line(script):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: error: ")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_what_the_script_says_of_itself(script):
+    done = bash(str(EXAMPLES / script), "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "DeepSeek-V" in done.stdout.splitlines()[0] and "DRY_RUN=1 checks" in done.stdout
+
+
+def test_common_is_no_script_of_its_own():
+    done = bash(str(EXAMPLES / "common.sh"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 def test_the_gpus_of_a_node_count_too():
     assert run_script("pretrain_deepseek_v3.sh", NNODES="32", GPUS_PER_NODE="4").layout.world_size == 128
     done = bash(str(EXAMPLES / "pretrain_deepseek_v2_lite.sh"), **DATA, GPUS_PER_NODE="4")

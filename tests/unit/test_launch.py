@@ -44,6 +44,15 @@ def test_refuses_before_torchrun_starts(capfd):
     assert capfd.readouterr() == (f"torchrun --nproc_per_node 8 --nnodes 2 {ENTRY} {' '.join(ARGUMENTS)}\n", "")
 
 
+@pytest.mark.parametrize("options, entry, words", [
+    (["--nproc_per_node", "two"], ENTRY, "--nproc_per_node two is neither a number of processes nor one of auto, gpu"),
+    ([], "nowhere.py", "no file nowhere.py in "), ([], "elsewhere/pretrain_deepseek.py", f"; there is {ENTRY}")])
+def test_what_torchrun_or_python_would_say_in_their_own_words(options, entry, words, capfd):
+    assert torchrun.main([*options, entry, *ARGUMENTS]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("launch.py: error: ") and words in err
+
+
 def test_help_is_the_entrys_own(capfd):
     assert torchrun.main(["--nproc_per_node", "8", ENTRY, "--help"]) == 0
     assert "--expert-model-parallel-size" in capfd.readouterr().out

@@ -263,14 +263,13 @@ def test_ranks_read_by_the_indices_that_rank_0_builds_or_by_their_nodes_own(tmp_
     write_dataset(tmp_path / "a")
     write_dataset(tmp_path / "b", base=2000)
     settings = settings_of(1, tmp_path / "a", 2, tmp_path / "b")
-    (tmp_path / "other").mkdir()
-    read = read_on_two_ranks(settings, tmp_path, None if shared else tmp_path / "other")
-    assert len(list((tmp_path / "other").iterdir())) == (0 if shared else 2)  # both datasets have the same lengths
+    read = read_on_two_ranks(settings, tmp_path, None if shared else tmp_path / "other" / "new")
+    assert len(list(tmp_path.glob("other/new/*"))) == (0 if shared else 2)  # both datasets have the same lengths
     alone = Sampler(train_set(settings, 16), 10_000, "")
     assert read == {rank: alone.batch(0, 16, 2, rank, 2).tokens_BS.tolist() for rank in range(2)}
 
 
-@pytest.mark.parametrize("own_folder", ["nowhere", None])
+@pytest.mark.parametrize("own_folder", ["a.idx/nowhere", None])
 def test_every_rank_is_told_where_one_cannot_build(tmp_path, own_folder):
     """Rank 1, of a node of its own, or rank 0 for all: nobody waits for it in vain."""
     write_dataset(tmp_path / "a")

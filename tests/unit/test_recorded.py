@@ -6,7 +6,8 @@ import pytest
 from small_datasets import EOD, SEQ, write_dataset
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.training.recorded import FILE, Job, differences, explain_marks, read_recorded, record
+from megatron_deepseek.checkpoint.native import ARGUMENTS
+from megatron_deepseek.training.recorded import Job, differences, explain_marks, read_recorded, record
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def changed(before, after) -> list[str]:
 def test_what_was_recorded_comes_back(told, tmp_path):
     """As written to a file; and the same settings differ in nothing."""
     for more in ("", "--rampup-batch-size 2 2 8 --global-batch-size 6 --save run --lr 3e-4"):
-        (tmp_path / FILE).write_text(json.dumps(told(more).to_json()))
+        (tmp_path / ARGUMENTS).write_text(json.dumps(told(more).to_json()))
         back = read_recorded(tmp_path)
         assert back == told(more) and not differences(back, told(more)) and not differences(told(more), back)
     assert read_recorded(tmp_path / "nowhere") is None
@@ -113,6 +114,6 @@ def test_only_marks_that_are_there_are_explained():
 
 @pytest.mark.parametrize("text, named", [("[]", "a list"), ('{"settings": {}}', "job"), ("{", "malformed")])
 def test_a_damaged_file_is_named(tmp_path, text, named):
-    (tmp_path / FILE).write_text(text)
-    with pytest.raises(ValueError, match=f"{FILE}.*{named}"):
+    (tmp_path / ARGUMENTS).write_text(text)
+    with pytest.raises(ValueError, match=f"{ARGUMENTS}.*{named}"):
         read_recorded(tmp_path)

@@ -53,7 +53,7 @@ def test_there_and_back(tmp_path, original, state, seed):
         here = there
     assert_identical(read_native(here, state), state)
     assert len(list((here / "iter_0000100").glob("*.distcp"))) == 1
-    for name in ("state.json", "config.json"):
+    for name in ("state.json", "config.json", "arguments.json"):
         found, expected = (json.loads((root / "iter_0000100" / name).read_text()) for root in (here, original))
         assert found == expected
     assert tool("diff", original, here) == 0

@@ -71,6 +71,7 @@ def test_a_disk_that_was_full_for_a_while(trainer, tmp_path, monkeypatch, async_
         saver.save(TrainState(2, 0, 0))
         saver.finish()
     assert f"iteration 2 is NOT saved: {tmp_path}: no room" in told.getvalue() and "1,234 are free" in told.getvalue()
+    assert f"; {tmp_path}/iter_0000001 is as it was. The next save tries again" in told.getvalue()
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"] and last_iteration(tmp_path) == 1
     saver.save(TrainState(3, 0, 0))
     saver.close()
@@ -131,6 +132,7 @@ def test_what_the_file_system_refuses_is_tried_again(trainer, tmp_path, async_sa
     saver.save(TrainState(1, 0, 0))
     saver.finish()
     assert "iteration 1 is NOT saved: " in told.getvalue() and "Not a directory" in told.getvalue()
+    assert "; there is no checkpoint before it. The next save tries again" in told.getvalue()
     (tmp_path / "file").unlink()
     saver.save(TrainState(2, 0, 0))
     saver.close()

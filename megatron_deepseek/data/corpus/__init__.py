@@ -6,6 +6,7 @@ encoders.py      gigatoken or tokenizers             cutting.py                l
 sentences.py, fim.py, documents.py                   a document's texts to ids
 part.py          one part, from input to dataset     workers.py, ledger.py     who makes it, and what is there already
 selection.py, assembly.py                            duplicates, limits, order; the parts to the final datasets
+finished.py, files.py                                what is finished already; small files, whole or not at all
 report.py, progress.py                               what happened
 run.py           the whole of it                     command.py                its arguments
 """
