@@ -112,11 +112,27 @@ def one_round(directory: Path, workers: int) -> dict[str, list[Measured]]:
     return results
 
 
+def fp8_round(directory: Path, workers: int) -> dict[str, list[Measured]]:
+    """To FP8 and from it, each command once."""
+    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), "--workers", str(workers)]
+    hf, fp8, native, back = (str(directory / name) for name in ("hf", "fp8", "native", "back"))
+    commands = {
+        "bf16 -> fp8": ["--from", "hf", "--to", "hf", "--load", hf, "--save", fp8, "--dtype", "fp8"],
+        "fp8 -> native": ["--from", "hf", "--to", "native", "--load", fp8, "--save", native],
+        "native -> fp8": ["--from", "native", "--to", "hf", "--load", native, "--save", back, "--dtype", "fp8"]}
+    results = {"--help": [measure([*tool[:2], "--help"])]}
+    results |= {name: [measure([*tool, *command])] for name, command in commands.items()}
+    for name in (fp8, native, back):
+        shutil.rmtree(name)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fp8", action="store_true", help="to FP8 and back instead; bytes are those of bf16")
     parser.add_argument("--directory", type=Path, help="where the files go; needs three times the size")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
@@ -124,7 +140,8 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             size = pool.apply(generate, (directory / "hf", args.gigabytes))
         print(f"{size:,} bytes, {args.workers} workers, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-        rounds = [one_round(directory, args.workers) for _ in range(args.rounds)]
+        one = fp8_round if args.fp8 else one_round
+        rounds = [one(directory, args.workers) for _ in range(args.rounds)]
     for name in rounds[0]:
         times = [measured for results in rounds for measured in results[name]]
         rates = "" if name == "--help" else f"{size / min(each.seconds for each in times) / 1e6:5.0f} MB/s, "

@@ -6,7 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_deepseek.launch.torchrun import main
+from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.launch.torchrun import PROGRAM, main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(PROGRAM, lambda: main(sys.argv[1:])))

@@ -22,7 +22,6 @@ from megatron_deepseek.data.pretraining import open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.build import Precision
-from megatron_deepseek.parallel.lives import job_name
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
@@ -44,6 +43,7 @@ from megatron_deepseek.training.resume import (
     refuse_bad_input,
     resume,
     save_lock,
+    this_job,
 )
 from megatron_deepseek.training.saving import Saver, what_stays
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
@@ -57,7 +57,7 @@ def pretrain(settings: Settings) -> None:
 
 
 def _pretrain(settings: Settings, begun: float) -> None:
-    job = Job.here(job_name())
+    job = this_job()
     lock = save_lock(settings, job)
     start = refuse_bad_input(settings, job, lock)
     device = choose_device()

@@ -14,6 +14,7 @@ from megatron_deepseek.checkpoint.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.parallel.lives import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide
@@ -24,6 +25,11 @@ from megatron_deepseek.training.save_lock import Holder, SaveLock
 from megatron_deepseek.training.schedules import schedule_of
 from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer
+
+
+def this_job() -> Job:
+    """On rank 0; the others need no name, and do not ask the agent's store for one."""
+    return Job.here(job_name() if _is_first_rank() else "")
 
 
 def save_lock(settings: Settings, job: Job) -> SaveLock | None:

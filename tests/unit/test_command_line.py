@@ -105,7 +105,7 @@ def test_a_mistake_is_told_where_nobody_reads_the_output(monkeypatch, capsys):
     assert capsys.readouterr().err == "name: error: what is wrong\n"
 
 
-@pytest.mark.parametrize("script", ["pretrain_deepseek.py", "tools/make_corpus.py"])
+@pytest.mark.parametrize("script", ["pretrain_deepseek.py", "tools/make_corpus.py", "tools/launch.py"])
 def test_help_for_a_reader_that_has_gone(script):
     reading, writing = os.pipe()
     os.close(reading)

@@ -186,6 +186,19 @@ def test_a_finished_dataset_is_replaced_only_when_told_to(tmp_path):
         run(settings_of(tmp_path, "other.jsonl", **asked))
 
 
+def test_a_finished_dataset_does_not_pass_a_stricter_limit(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"[]\n" + LINES + b'{"te')
+    run(settings_of(tmp_path, overwrite=False, allow_damaged_files=1))
+    (tmp_path / "out.parts").mkdir()  # what a kill at the very end leaves
+    assert run(settings_of(tmp_path, overwrite=False, allow_damaged_files=2)) is None
+    assert not (tmp_path / "out.parts").exists()
+    for changes, message in (({"allow_damaged_files": 0}, "than --allow-damaged-files 0, as its report .* line 5: the"),
+                             ({"max_errors": 0}, "more tolerance than --max-errors 0, as its report says: .* line 1: "),
+                             ({"on_error": "fail"}, "than --on-error fail: --max-errors 0, as its report says: ")):
+        with pytest.raises(ValueError, match=message):
+            run(settings_of(tmp_path, **{"overwrite": False, "allow_damaged_files": 1} | changes))
+
+
 def test_the_output_is_no_input(tmp_path):
     """A directory of texts in which the output lies as well: a second start does not read the first one's files."""
     for name in "abc":
@@ -196,6 +209,8 @@ def test_the_output_is_no_input(tmp_path):
     report = run(settings_of(tmp_path, **both))
     assert report.documents == 9 and report.parts_reused > 2
     assert run(settings_of(tmp_path, **both)) is None and (tmp_path / "out_report.json").exists()
+    with pytest.raises(ValueError, match="nothing but what this command writes itself"):
+        run(settings_of(tmp_path, "out_report.json"))
 
 
 @pytest.mark.parametrize("prefix", [".", "..", "", "data/", "data/."])

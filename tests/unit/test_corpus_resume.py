@@ -79,7 +79,7 @@ def test_killed_and_continued(folder, moment, count):
     assert not list(folder.glob("*.tmp")) and not (folder / "out.parts").exists()
 
 
-@pytest.mark.parametrize("moment, count", [("writing", 3), ("summary", 4), ("merge", 1)])
+@pytest.mark.parametrize("moment, count", [("writing", 3), ("summary", 4)])
 def test_killed_and_continued_over_a_damaged_file(folder, moment, count):
     path = folder / "in2.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-300])

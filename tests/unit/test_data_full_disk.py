@@ -49,13 +49,23 @@ def write_dataset(prefix, tokens):
         writer.add(np.arange(tokens, dtype="<u2"), [[tokens]])
 
 
+def test_a_writer_that_finds_no_room_names_its_file_and_leaves_none(tmp_path):
+    """What is still in the buffer of another one meets the full disk when that is closed."""
+    with full_after(100), pytest.raises(OSError, match=f"File too large: '{tmp_path}/a.bin.tmp'"):
+        with written_whole([str(tmp_path / "a"), str(tmp_path / "b")], "<u2") as writers:
+            for tokens in (100, 9000):
+                for writer in writers:
+                    writer.add(np.arange(tokens, dtype="<u2"), [[tokens]])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_merge_on_a_full_file_system(tmp_path, capsys):
     for name in "ab":
         write_dataset(tmp_path / name, 40_000)
     with small_disk(tmp_path / "disk", 100_000) as disk:
         assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output-prefix", str(disk / "out")]) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"No space left on device: '{disk}/out.bin.tmp'" in said
+        assert said.count("\n") == 1 and f"error: {disk}/out.bin.tmp: No space left on device" in said
         assert not list(disk.iterdir())
 
 
@@ -67,7 +77,7 @@ def test_merging_names_the_file_and_leaves_nothing(tmp_path, capsys, limit, file
     with full_after(limit):
         assert main(both) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"File too large: '{tmp_path}/{file}'" in said
+    assert said.count("\n") == 1 and f"error: {tmp_path}/{file}: File too large" in said
     assert not left_over(tmp_path) and not list(tmp_path.glob("out*"))
     assert main(both) == 0
 
@@ -99,11 +109,11 @@ def tool(name, *arguments, limit=None):
 def test_a_corpus_or_tokenizer_that_finds_no_room_leaves_nothing(tmp_path):
     done = tool("make_corpus.py", "--output", tmp_path / "x.jsonl", "--max-bytes", 300_000, limit=100_000)
     assert (done.returncode, done.stdout) == (2, "") and not list(tmp_path.iterdir())
-    assert done.stderr == f"make_corpus.py: error: [Errno 27] File too large: '{tmp_path}/x.jsonl.tmp'\n"
+    assert done.stderr == f"make_corpus.py: error: {tmp_path}/x.jsonl.tmp: File too large\n"
     (tmp_path / "in.jsonl").write_text('{"text": "a few words of text"}\n' * 10)
     done = tool("train_tokenizer.py", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "t.json", "--vocab-size",
                 280, limit=1000)
-    assert done.returncode == 2 and f"File too large: '{tmp_path}/t.json.tmp'" in done.stderr
+    assert done.returncode == 2 and f"error: {tmp_path}/t.json.tmp: File too large" in done.stderr
     assert not left_over(tmp_path) and not (tmp_path / "t.json").exists()
 
 

@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from small_datasets import EOD, SEQ, write_dataset
 
+from megatron_deepseek.arguments import parse
 from megatron_deepseek.checkpoint.marker import MARKER, begins_anew, iteration_directory
 from megatron_deepseek.checkpoint.native import ARGUMENTS
 from megatron_deepseek.presets import TINY
@@ -13,7 +16,8 @@ from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training import decision
 from megatron_deepseek.training.decision import Start, decide, overwrite, share
 from megatron_deepseek.training.recorded import Job, Recorded
-from megatron_deepseek.training.save_lock import LOCK, Holder
+from megatron_deepseek.training.resume import refuse_bad_input, save_lock
+from megatron_deepseek.training.save_lock import LOCK, Holder, SaveLock, read_holder
 
 JOB = Job("this")
 ANOTHER = Job("another")
@@ -74,6 +78,14 @@ def test_the_first_start_from_elsewhere(tmp_path):
         begin(save=tmp_path / "run", load=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="it is one checkpoint of .*/there; give that directory, with --ckpt-step 4"):
         begin(save=tmp_path / "run", load=there / "iter_0000004")
+
+
+def test_checkpoints_are_not_mixed_with_a_released_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for run in ({}, {"load": tmp_path}, {"load": tmp_path / "elsewhere"}):
+        with pytest.raises(ValueError, match=f"--save {tmp_path} is a Hugging Face model, which checkpoints would mix"):
+            begin(save=tmp_path, **run)
 
 
 def test_the_same_command_goes_on(tmp_path):
@@ -160,3 +172,49 @@ def test_everybody_must_see_the_lock(meshes, tmp_path):
         share(start, tmp_path, seconds=0.05)
     (tmp_path / LOCK).write_text(json.dumps(asdict(replace(Holder.here("job"), token=start.lock))))
     assert share(start, tmp_path, seconds=0.05) == start
+
+
+def settings_of(tmp_path: Path, more: str):
+    write_dataset(tmp_path / "data", num_documents=20)
+    return parse(f"--model tiny --data-path {tmp_path}/data --tokenizer-type NullTokenizer --tokenizer-model {EOD} "
+                 f"--seq-length {SEQ} --train-iters 5 {more}".split(), 1)
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """A refusal raises instead of ending the process, after it has given up the lock."""
+    def refused(line: str):
+        raise ValueError(line)
+
+    monkeypatch.setattr("megatron_deepseek.training.refusing.refuse", refused)
+    monkeypatch.setattr("megatron_deepseek.training.resume.SaveLock", partial(SaveLock, leaving_seconds=0.05))
+
+
+def test_what_is_there_is_looked_at_under_the_lock(tmp_path, raising, monkeypatch):
+    """A run that ended just before is then seen whole; a second run is refused, and leaves the first one's lock."""
+    settings = settings_of(tmp_path, f"--save {tmp_path}/run")
+    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda run, model, job, token: Start(
+        lock=token, notes=((tmp_path / "run" / LOCK).read_text(),)))
+    first = save_lock(settings, JOB)
+    start = refuse_bad_input(settings, JOB, first)
+    assert start.lock == first.me.token and first.me.token in start.notes[0]
+    with pytest.raises(ValueError, match=f"--save {tmp_path}/run is in use by process"):
+        refuse_bad_input(settings, ANOTHER, save_lock(settings, ANOTHER))
+    assert read_holder(tmp_path / "run" / LOCK) == first.me
+    first.release()
+
+
+def test_a_refused_start_leaves_nothing(tmp_path, raising):
+    """Neither a lock nor a directory; other ranks, and runs without --save, have no lock."""
+    settings = settings_of(tmp_path, f"--save {tmp_path}/run --load {tmp_path}/nowhere")
+    with pytest.raises(ValueError, match="--load .*nowhere: there is no such directory"):
+        refuse_bad_input(settings, JOB, save_lock(settings, JOB))
+    assert not (tmp_path / "run").exists()
+    assert save_lock(settings_of(tmp_path, ""), JOB) is None
+
+
+def test_a_directory_for_tensorboard_that_cannot_be_written(tmp_path, raising):
+    (tmp_path / "file").write_text("")
+    settings = settings_of(tmp_path, f"--tensorboard-dir {tmp_path}/file/events")
+    with pytest.raises(ValueError, match="--tensorboard-dir .*: nothing can be written to .*: Not a directory"):
+        refuse_bad_input(settings, JOB, None)

@@ -218,6 +218,15 @@ def test_bad_rows_of_parquet(tmp_path):
         run(settings_of(tmp_path, "in.parquet", json_keys=("body",)))
 
 
+def test_a_run_that_found_nothing_is_not_in_the_way_of_the_right_one(tmp_path):
+    """A wrong --json-keys leaves no parts, which the right ones would have to discard."""
+    write_lines(tmp_path / "in.jsonl", [{"text": "1"}, {"text": "2"}])
+    with pytest.raises(ValueError, match="no documents there; skipped 2: missing key"):
+        run(settings_of(tmp_path, "in.jsonl", json_keys=("body",)))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert run(settings_of(tmp_path, "in.jsonl")).documents == 2
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"input": ("nothing*.jsonl",)}, r"--input nothing\*.jsonl: no such file"),
     ({"input": ("-", "x")}, "--input - x: standard input goes alone"),

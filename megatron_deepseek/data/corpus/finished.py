@@ -26,6 +26,13 @@ def is_finished(settings: PreprocessSettings, described: dict) -> bool:
     if report.get("made_from") != digest_of(settings, described) or STANDARD_INPUT in settings.input:
         raise ValueError(f"--output-prefix {settings.output_prefix}: {there[0]} exists already, made from another "
                          f"input or by other arguments; --overwrite replaces it")
+    execution = settings.execution
+    for option, limit, found in (("--allow-damaged-files", execution.allow_damaged_files, report["damaged"]),
+                                 ("--max-errors", execution.max_errors, report["errors"]),
+                                 ("--on-error fail: --max-errors", 0, report["errors"][:execution.on_error == "fail"])):
+        if len(found) > limit:
+            raise ValueError(f"--output-prefix {settings.output_prefix}: {there[0]} exists already, made with more "
+                             f"tolerance than {option} {limit}, as its report says: {found[0]}")
     if not all(map(_is_whole, (each for own in report["datasets"].values() for each in own))):
         raise ValueError(f"--output-prefix {settings.output_prefix}: its files are not what this command made once; "
                          f"--overwrite makes them again")
@@ -37,11 +44,12 @@ def report_path(settings: PreprocessSettings) -> str:
 
 
 def _read_report(path: str) -> dict:
-    """What it was made from, and its datasets; empty where it cannot be read or says nothing of them."""
+    """What it was made from, its datasets, what was wrong with the input; empty where it lacks one of them."""
     try:
         report = read_object(path, LARGEST_LIST)
         datasets = report.object("datasets")
-        return {"made_from": report.text("made_from"), "datasets": {key: datasets.list(key) for key in datasets.fields}}
+        return {"made_from": report.text("made_from"), "damaged": report.list("damaged"),
+                "errors": report.list("errors"), "datasets": {key: datasets.list(key) for key in datasets.fields}}
     except ValueError:
         return {}
 

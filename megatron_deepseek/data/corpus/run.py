@@ -51,10 +51,13 @@ def preprocess(settings: PreprocessSettings, say=functools.partial(print, file=s
     start = time.perf_counter()
     sources = find_sources(settings.input, settings.content.input_format,
                            without=(settings.parts_directory, report_path(settings)))
+    if not sources:
+        raise ValueError(f"--input {' '.join(settings.input)}: nothing but what this command writes itself")
     _check_packages(sources)
     ledger = Ledger(settings)
     if not ledger.has_plan and is_finished(settings, describe(settings, sources)):
         say(f"--output-prefix {settings.output_prefix}: finished before, by this very command: nothing is left to do")
+        ledger.remove()  # of which a kill may have left a part
         return None
     try:
         with ledger.opened():
@@ -221,6 +224,7 @@ def _finish(settings: PreprocessSettings, described: dict, made: Made, maker: Pa
         summaries = [made.summaries.get(part.number) or ledger.summary(part.number) for part in made.parts]
         _check_errors(settings, made.parts, summaries)  # of all ranks together
         if not sum(summary.documents for summary in summaries):
+            ledger.remove()  # nothing to continue from: the command with another key need not discard it
             raise ValueError(_nothing_there(settings, made.parts, summaries))
         assembled = assemble(settings, summaries, maker.dtype, lambda: None)
         made_from = digest_of(settings, described)
