@@ -39,12 +39,18 @@ def _is_orphan(parent: int) -> bool:
     """Whether `parent` adopted this process, which the agent had started.
 
     torchrun starts each rank in a session of its own: the leader of a session is the agent's own child (and not a
-    wrapper's), and an agent has torch loaded. Where the parent's memory map is not to be read, no.
+    wrapper's), and an agent has torch loaded. The memory map of a process of another user, such as init, is not to be
+    read; there the command tells an agent, which runs in Python. In doubt it is the agent.
     """
     if os.getsid(0) != os.getpid() or parent == 0:
         return False
+    process = Path(f"/proc/{parent}")
     try:
-        return b"libtorch" not in Path(f"/proc/{parent}/maps").read_bytes()
+        try:
+            return b"libtorch" not in (process / "maps").read_bytes()
+        except PermissionError:
+            command = (process / "cmdline").read_bytes()
+            return command != b"" and not any(word in command for word in (b"python", b"torch"))
     except OSError:
         return False
 

@@ -5,6 +5,7 @@ rank can prevent either. Here the command line is checked once, before torch is 
 torchrun runs in this process, so that its ends are told in a line and with the status of the rank that failed.
 """
 
+import argparse
 import logging
 import os
 import re
@@ -17,13 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_deepseek.arguments.ending import INTERRUPTED
+from megatron_deepseek.launch.links import silence_limited
 from megatron_deepseek.launch.signals import numbers_read
 
 PROGRAM = "launch.py"
-USAGE = f"""usage: {PROGRAM} [--dry-run] TORCHRUN_ARGUMENTS... ENTRY.py ARGUMENTS...
+USAGE = f"""usage: {PROGRAM} [--dry-run] [--relaunch N] TORCHRUN_ARGUMENTS... ENTRY.py ARGUMENTS...
 
 torchrun (whose arguments it takes: torchrun --help), with the checks before it starts and one line when it fails.
---dry-run, first: check the arguments as the ranks would, print the command, and start nothing."""
+--dry-run     check the arguments as the ranks would, print the command, and start nothing
+--relaunch N  begin anew, N times at most, when torchrun has lost those of the other nodes"""
 _COUNTED_BY_TORCHRUN = ("auto", "gpu", "cpu", "xpu")
 _SHUTDOWN_SECONDS = "600"  # for the step and the save that a signal asks of the ranks; torchrun's own is 30
 _LAST_SECONDS = 2.0  # for what the ranks say after a second Ctrl-C
@@ -32,14 +35,13 @@ _LATER_NODE_SECONDS = 5.0  # srun --kill-on-bad-exit ends the other nodes meanwh
 
 
 def main(argv: Sequence[str]) -> int:
-    dry_run = list(argv[:1]) == ["--dry-run"]
-    options, entry = split(argv[1:] if dry_run else argv)
+    own, options, entry = split(argv)
     if not entry:
         print(USAGE, file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
         return 0 if {"-h", "--help"} & set(argv) else 2
     if set(_PRINT_ANYWAY) & set(entry):
         return subprocess.run([sys.executable, *entry]).returncode
-    problem = _problem(options, entry[0])
+    problem = _problem(own, options, entry[0])
     if problem is not None:
         print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
         return 2
@@ -47,15 +49,25 @@ def main(argv: Sequence[str]) -> int:
         status = check(options, entry)
     except KeyboardInterrupt:
         return INTERRUPTED
-    if dry_run and not status:
+    if own.dry_run and not status:
         print(shlex.join(["torchrun", *options, *entry]))
-    if status or dry_run:
+    if status or own.dry_run:
         return status
-    return launch([*options, *entry])
+    status = launch([*options, *entry])
+    if status is not None:
+        return status
+    left = int(own.relaunch) - 1
+    if left < 0:
+        return 1
+    print(f"{PROGRAM}: beginning anew, {left} more times at most", file=sys.stderr, flush=True)
+    again = ["--relaunch", str(left), *options, *entry]
+    os.execv(sys.executable, [sys.executable, sys.argv[0], *again])  # nothing of a lost store is left in the process
 
 
-def _problem(options: Sequence[str], entry: str) -> str | None:
+def _problem(own: argparse.Namespace, options: Sequence[str], entry: str) -> str | None:
     """What torchrun or Python would say in words of their own."""
+    if not own.relaunch.isdecimal():
+        return f"--relaunch {own.relaunch} is no number of times"
     local = value(options, "nproc-per-node", "1")
     if not local.isdecimal() and local not in _COUNTED_BY_TORCHRUN:
         return f"--nproc_per_node {local} is neither a number of processes nor one of {', '.join(_COUNTED_BY_TORCHRUN)}"
@@ -65,10 +77,14 @@ def _problem(options: Sequence[str], entry: str) -> str | None:
     return None
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """torchrun's own arguments, and the entry with those that follow it. No value of torchrun's ends in .py."""
+def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """The launcher's own options, torchrun's, and the entry with its own. No value of torchrun's ends in .py."""
     place = next((i for i, word in enumerate(argv) if word.endswith(".py")), len(argv))
-    return list(argv[:place]), list(argv[place:])
+    parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--relaunch", default="0")
+    own, options = parser.parse_known_args(argv[:place])
+    return own, options, list(argv[place:])
 
 
 def check(options: Sequence[str], entry: Sequence[str]) -> int:
@@ -95,20 +111,22 @@ def value(options: Sequence[str], name: str, default: str) -> str:
     return found
 
 
-def launch(argv: Sequence[str]) -> int:
-    """Run torchrun here. Returns the status of the job."""
+def launch(argv: Sequence[str]) -> int | None:
+    """Run torchrun here. Returns the status of the job; None if torchrun lost the other nodes, which may go on."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store is worth 30 lines of addresses to it each time
     try:
         from torch.distributed import run as torchrun
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous.api import RendezvousError
+        from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
     except KeyboardInterrupt:
         return _interrupted("SIGINT", INTERRUPTED)
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # said below, in a line
+    minutes = value(split(argv)[2], "distributed-timeout-minutes", "10")
     try:
-        with numbers_read(_leave_on_second_interrupt):
+        with numbers_read(_leave_on_second_interrupt), silence_limited(60 * float(minutes)):
             torchrun.main(list(argv))
         return 0
     except ChildFailedError as error:
@@ -117,9 +135,13 @@ def launch(argv: Sequence[str]) -> int:
         return _interrupted(signalled.sigval.name, 128 + signalled.sigval)
     except KeyboardInterrupt:
         return _interrupted("SIGINT", INTERRUPTED)
-    except (RendezvousError, ValueError, OSError, RuntimeError) as error:
+    except (RendezvousClosedError, ValueError) as error:  # the job failed on another node; or arguments do not fit
         print(f"{PROGRAM}: error: torchrun: {_first_line(error)}", file=sys.stderr)
         return 1
+    except Exception as error:
+        print(f"{PROGRAM}: error: torchrun lost the other nodes, or did not meet them: {_first_line(error)}",
+              file=sys.stderr)
+        return None
 
 
 def _leave_on_second_interrupt(file: int) -> None:

@@ -109,6 +109,9 @@ def _recorded_last(save: Path) -> Recorded | None:
 
 
 def _first_start(run: RunSettings) -> Start:
+    if run.save is not None and is_huggingface(run.save):
+        raise ValueError(f"--save {run.save} is a Hugging Face model, which checkpoints would mix with: a run needs a "
+                         "directory of its own")
     by_itself = run.save is not None and run.load is not None and _same(run.load, run.save) and run.ckpt_step is None
     if run.load is None or (by_itself and begins_anew(run.load)):
         return Start()

@@ -17,10 +17,11 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from megatron_deepseek.launch.links import limit_silence
+
 _KEY = "megatron_deepseek/neighbours"
 _BYE = b"."  # what a rank that ends well sends last
 _HELLO_SECONDS, _POLL_SECONDS = 5.0, 0.2
-_PROBES = 6
 
 
 class Ring:
@@ -111,7 +112,7 @@ class Ring:
 
     def _register(self, connection: socket.socket, rank: int, selector: selectors.BaseSelector) -> None:
         connection.settimeout(_HELLO_SECONDS)
-        _probe(connection, self.patience)
+        limit_silence(connection, self.patience)
         selector.register(connection, selectors.EVENT_READ, rank)
 
     def _hear(self, connection: socket.socket, rank: int, selector: selectors.BaseSelector) -> None:
@@ -132,17 +133,6 @@ def _address_towards_master() -> tuple[int, str]:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # sends nothing
         return family, probe.getsockname()[0].split("%")[0]
-
-
-def _probe(connection: socket.socket, patience: float) -> None:
-    """Let the kernel break off a connection whose other end has not answered for `patience` seconds."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; elsewhere the kernel's own times hold
-        interval = max(1, min(int(patience / (2 * _PROBES)), 600))
-        idle = max(1, min(int(patience - interval * _PROBES), 32000))
-        for option, seconds in ((socket.TCP_KEEPIDLE, idle), (socket.TCP_KEEPINTVL, interval),
-                                (socket.TCP_KEEPCNT, _PROBES)):
-            connection.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
 def _send(connection: socket.socket, data: bytes) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_deepseek.launch import agent
+
 REPOSITORY = Path(__file__).parents[2]
 
 FINISHES = """
@@ -72,20 +74,20 @@ class SlowAgent:
 
 def test_ends_whole_while_the_agent_does_not_answer(monkeypatch):
     """The watch is inside the store when the interpreter goes away, and the answer comes then."""
-    agent = SlowAgent()
+    slow = SlowAgent()
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": "0", "WORLD_SIZE": "1"}
-    process = subprocess.Popen([sys.executable, "-c", FINISHES, str(agent.port)], env=environ, text=True,
+    process = subprocess.Popen([sys.executable, "-c", FINISHES, str(slow.port)], env=environ, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
-    agent.answering.clear()
-    assert agent.asked.wait(60)
+    slow.answering.clear()
+    assert slow.asked.wait(60)
     process.stdin.write("\n")
     process.stdin.flush()
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line == "interpreter ends\n":
-            agent.answering.set()
+            slow.answering.set()
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, lines, errors) == (0, ["atexit\n"], "")
 
@@ -113,13 +115,31 @@ def start_agent(library: Path) -> subprocess.Popen:
 
 
 def test_a_rank_dies_with_its_agent_even_while_it_starts(tmp_path):
-    agent = start_agent(tmp_path / "libtorch.so")
-    assert agent.stdout.readline() == "ready\n"
-    agent.send_signal(signal.SIGKILL)
-    assert agent.communicate(timeout=60)[0] == ""  # the rank had the other end of the pipe
+    parent = start_agent(tmp_path / "libtorch.so")
+    assert parent.stdout.readline() == "ready\n"
+    parent.send_signal(signal.SIGKILL)
+    assert parent.communicate(timeout=60)[0] == ""  # the rank had the other end of the pipe
 
 
 def test_a_rank_that_finds_its_agent_dead_leaves(tmp_path):
     """Whoever adopted it has no torch."""
-    agent = start_agent(tmp_path / "libc.so")
-    assert agent.communicate(timeout=60)[0] == "1\n"
+    parent = start_agent(tmp_path / "libc.so")
+    assert parent.communicate(timeout=60)[0] == "1\n"
+
+
+def test_a_parent_that_may_not_be_looked_into_is_known_by_its_command(monkeypatch):
+    """As init's memory map, which is another user's."""
+    monkeypatch.setattr(agent.os, "getsid", lambda _: os.getpid())
+    command = [b"/sbin/init\0"]
+
+    def read(path):
+        if path.name == "maps":
+            raise PermissionError(path)
+        return command[0]
+
+    monkeypatch.setattr(agent.Path, "read_bytes", read)
+    assert agent._is_orphan(1)
+    command[0] = b"/opt/conda/bin/python\0-m\0accelerate.commands.launch\0"
+    assert not agent._is_orphan(1)
+    command[0] = b""  # a kernel's thread, or gone
+    assert not agent._is_orphan(1)

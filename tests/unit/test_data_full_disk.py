@@ -49,6 +49,16 @@ def write_dataset(prefix, tokens):
         writer.add(np.arange(tokens, dtype="<u2"), [[tokens]])
 
 
+def test_a_writer_that_finds_no_room_names_its_file_and_leaves_none(tmp_path):
+    """What is still in the buffer of another one meets the full disk when that is closed."""
+    with full_after(100), pytest.raises(OSError, match=f"File too large: '{tmp_path}/a.bin.tmp'"):
+        with written_whole([str(tmp_path / "a"), str(tmp_path / "b")], "<u2") as writers:
+            for tokens in (100, 9000):
+                for writer in writers:
+                    writer.add(np.arange(tokens, dtype="<u2"), [[tokens]])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_merge_on_a_full_file_system(tmp_path, capsys):
     for name in "ab":
         write_dataset(tmp_path / name, 40_000)

@@ -82,6 +82,14 @@ def test_the_first_start_from_elsewhere(tmp_path):
         begin(save=tmp_path / "run", load=there / "iter_0000004")
 
 
+def test_checkpoints_are_not_mixed_with_a_released_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for run in ({}, {"load": tmp_path}, {"load": tmp_path / "elsewhere"}):
+        with pytest.raises(ValueError, match=f"--save {tmp_path} is a Hugging Face model, which checkpoints would mix"):
+            begin(save=tmp_path, **run)
+
+
 def test_the_same_command_goes_on(tmp_path):
     """--load of what the run began from, with what was meant for its first start; said in a line."""
     there, save = tmp_path / "there", tmp_path / "run"

@@ -28,9 +28,9 @@ def python(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
     ("--nproc_per_node 8", "8", "1"), ("--nproc-per-node=4 --nnodes=2 --node_rank 1", "4", "2"),
     ("--rdzv-backend c10d --nnodes 2:4 --nproc-per-node gpu", "gpu", "2:4"), ("", "1", "1")])
 def test_reads_torchruns_arguments(options, local, nodes):
-    own, entry = torchrun.split([*options.split(), ENTRY, "--nnodes", "7", "other.py"])
-    assert own == options.split() and entry == [ENTRY, "--nnodes", "7", "other.py"]
-    assert torchrun.value(own, "nproc-per-node", "1") == local and torchrun.value(own, "nnodes", "1") == nodes
+    own, theirs, entry = torchrun.split(["--relaunch", "3", *options.split(), ENTRY, "--nnodes", "7", "other.py"])
+    assert theirs == options.split() and entry == [ENTRY, "--nnodes", "7", "other.py"] and own.relaunch == "3"
+    assert torchrun.value(theirs, "nproc-per-node", "1") == local and torchrun.value(theirs, "nnodes", "1") == nodes
 
 
 def test_refuses_before_torchrun_starts(capfd):
