@@ -148,12 +148,31 @@ def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str], ove
 def execute(step: Step, environ: dict[str, str]) -> None:
     """The sample is what its command prints, and is kept; every other command writes its files itself."""
     capture = step.name == "sample"
-    result = subprocess.run(step.command, env=environ, cwd=REPOSITORY, text=True,
-                            stdout=subprocess.PIPE if capture else None)
-    if result.returncode:
-        sys.exit(f"run_tiny.py: error: {step.name} ended with status {result.returncode}")
+    process = subprocess.Popen(step.command, env=environ, cwd=REPOSITORY, text=True,
+                               stdout=subprocess.PIPE if capture else None)
+    output = finish(process)
+    if process.returncode:
+        sys.exit(f"run_tiny.py: error: {step.name} ended with status {process.returncode}")
     if capture:
-        step.outputs[0].write_text(result.stdout, encoding="utf-8")
+        step.outputs[0].write_text(output, encoding="utf-8")
+
+
+def finish(process: subprocess.Popen) -> str | None:
+    """What `process` prints. After Ctrl-C, which the terminal sends to it too, KeyboardInterrupt once it has ended.
+
+    Training saves then; subprocess.run would kill it after a quarter of a second.
+    """
+    interrupted = False
+    while True:
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            interrupted = True
+        else:
+            break
+    if interrupted:
+        raise KeyboardInterrupt
+    return output
 
 
 def discard_checkpoints(checkpoints: Path, told: str | None, now: str, overwrite: bool) -> None:

@@ -127,3 +127,14 @@ def test_the_example_runs_in_the_python_that_runs_this(tool, tmp_path, monkeypat
     monkeypatch.setenv("PYTHON", "/usr/bin/python3")
     environ = tool.environment(tmp_path, Namespace(steps=1, nproc=1))
     assert environ["PYTHON"] == sys.executable
+
+
+def test_ctrl_c_waits_for_what_the_command_saves(tool, tmp_path):
+    """It ends when the command does, even if that takes a while, and as interrupted."""
+    saved = tmp_path / "saved"
+    command = (f"import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.6); "
+               f"open({str(saved)!r}, 'w').close()")
+    step = tool.Step("training", (sys.executable, "-c", command), (), (), ())
+    with pytest.raises(KeyboardInterrupt):
+        tool.execute(step, dict(os.environ))
+    assert saved.exists()
