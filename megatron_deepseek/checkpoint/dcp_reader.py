@@ -20,6 +20,7 @@ _MOST_OPEN = 32
 _WASTE = 4  # rows are read whole and cut, unless that reads so many times what is wanted
 _CUT_BYTES = 1 << 22  # read at a time where rows are cut
 _MOST_BEGINS = 1 << 16  # remembered
+_ZIP = b"PK\x03\x04"
 _GATHER_BYTES = 1 << 20  # put together at a time
 
 
@@ -137,6 +138,8 @@ def read(directory: DcpDirectory, name: str, box: Box) -> torch.Tensor:
 
 def _numbers_begin(descriptor: int, item: Item) -> int:
     """They must be contiguous, which torch.save does not promise."""
+    if os.pread(descriptor, len(_ZIP), item.offset) != _ZIP:  # nor the forms that torch.load knows from before
+        raise RuntimeError(f"what torch.save wrote at byte {item.offset} is damaged")
     try:
         tensor = torch.load(Section(descriptor, item.offset, item.length), map_location="meta", weights_only=True)
     except OSError:

@@ -239,13 +239,20 @@ class Run:
                                by_source(self.valid_data.source_names, sums)[0])
 
     def export(self) -> None:
-        """--save-hf: the last checkpoint as released models are, each rank writing its part of the files."""
-        run = self.settings.run
+        """--save-hf: the last checkpoint as released models are, each rank writing its part of the files.
+
+        A run that leaves before its end exports nothing: whoever stopped it may not wait, and its next start could not
+        write where this one's export is.
+        """
+        run, done = self.settings.run, self.state.iteration
         if run.save_hf is None:
             return
-        advice = ("; the training itself is saved: tools/convert_checkpoint.py --from native --to hf "
-                  f"--load {run.save} --save DIR exports it")
-        with refusing(advice):
+        by_hand = f"tools/convert_checkpoint.py --from native --to hf --load {run.save} --save DIR exports it"
+        if done < run.train_iters:
+            self.report.message(f"{run.save_hf} is not written after {done} of {run.train_iters} iterations: the start "
+                                f"that ends this run does it. Until then {by_hand}")
+            return
+        with refusing(f"; the training itself is saved: {by_hand}"):
             if self._is_exported():
                 self.report.message(f"{run.save_hf} is the export of iteration {self.state.iteration} already")
                 return

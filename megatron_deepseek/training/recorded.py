@@ -112,6 +112,8 @@ def _differences(theirs: Mapping, ours: Mapping) -> Iterator[str]:
             there, here = theirs.get(section, {}).get(name, _UNKNOWN), ours[section][name]
             if there is _UNKNOWN or there == here or name in _SILENT.get(section, ()):
                 continue
+            if name == "lr_final" and ours[section]["lr_decay_style"] != "deepseek-v3":  # follows --lr, and is not used
+                continue
             exact = _in(_EXACT, section, name) or (name in _LENGTHS and _rate_follows_length(ours["learning_rate"]))
             mark = "*" if exact else "~" if _in(_ROUNDING, section, name) else " "
             yield f"  {mark} {_option(section, name)}: {_shown(there, here)} before, {_shown(here, there)} now"

@@ -42,12 +42,12 @@ def draw_drill(seed: int, args: argparse.Namespace, can_fill: bool) -> Drill:
 
 def draw_endings(draw: random.Random, args: argparse.Namespace, can_fill: bool) -> Iterator:
     for _ in range(args.deaths):
-        if not args.torchrun and draw.random() < args.hardships:
-            yield draw_hardship(draw, can_fill)
         if args.torchrun and draw.random() < 0.5:
             yield AgentDeath(draw.randint(200, 12_000))
         else:
             yield draw_death(draw, RANKS)
+        if not args.torchrun and draw.random() < args.hardships:
+            yield draw_hardship(draw, can_fill)
 
 
 def planned_drills(args: argparse.Namespace, can_fill: bool) -> Iterator[Drill]:
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kills", type=int, default=None, metavar="N", help="run jobs until so many kills came about")
     add("--first-seed", type=int, default=None, metavar="N", help="by the clock, and printed, if not given")
     add("--deaths", type=int, default=4, metavar="N", help="of each job (4)")
-    add("--hardships", type=float, default=0.4, metavar="P", help="how probable one is before each death: a full disk, "
+    add("--hardships", type=float, default=0.4, metavar="P", help="how probable one is after each death: a full disk, "
         "no permission, damaged files (0.4)")
     add("--die", nargs="+", type=Death.parse, metavar="RANK:WHAT:COUNT", help="a life's end each, instead of drawn "
         f"ones; what: {', '.join(MOMENTS[0])} (milliseconds); it is wrong if one does not come about")

@@ -1,14 +1,15 @@
 """What a job of the fault drill meets from outside: a full disk, a directory without permission, damaged files.
 
-Each is a context manager around one life of the job: it brings its trouble about, and puts everything right afterwards,
-as an administrator would. `forgives(statuses)` says whether a life that met it may end so.
+`upon` is a context manager around one life of the job: it brings its trouble about, yields whether there was anything
+to trouble, and puts everything right afterwards, as an administrator would. `forgives` says whether a life that met it
+may end with the status of the rank that ended first.
 """
 
 import os
 import random
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class FullDisk:
     kibibytes: int
 
     @contextmanager
-    def upon(self, files: JobFiles) -> Iterator[None]:
+    def upon(self, files: JobFiles) -> Iterator[bool]:
         filler = files.disk / "filler"
         statistics = os.statvfs(files.disk)
         size = statistics.f_bavail * statistics.f_frsize - self.kibibytes * 1024
@@ -53,13 +54,13 @@ class FullDisk:
             if size > 0:
                 os.posix_fallocate(file.fileno(), 0, size)
         try:
-            yield
+            yield True
         finally:
             filler.unlink()
 
-    def forgives(self, statuses: Sequence[int]) -> bool:
+    def forgives(self, status: int) -> bool:
         """It ends in a line where there was no room at its end, or not even for its cache."""
-        return set(statuses) <= {0, REFUSED}
+        return status in (0, REFUSED)
 
     def __str__(self) -> str:
         return f"{self.kibibytes} KiB free"
@@ -73,19 +74,19 @@ class NoPermission:
     directory: str  # of JobFiles
 
     @contextmanager
-    def upon(self, files: JobFiles) -> Iterator[None]:
+    def upon(self, files: JobFiles) -> Iterator[bool]:
         root = getattr(files, self.directory)
         timer = threading.Timer(self.milliseconds / 1000, _set_modes, (root, 0o555))
         timer.start()
         try:
-            yield
+            yield True
         finally:
             timer.cancel()
             timer.join()
             _set_modes(root, 0o755)
 
-    def forgives(self, statuses: Sequence[int]) -> bool:
-        return set(statuses) <= {0, REFUSED}
+    def forgives(self, status: int) -> bool:
+        return status in (0, REFUSED)
 
     def __str__(self) -> str:
         return f"no permission for {self.directory} after {self.milliseconds} ms"
@@ -108,16 +109,16 @@ class Damage:
     seed: int
 
     @contextmanager
-    def upon(self, files: JobFiles) -> Iterator[None]:
+    def upon(self, files: JobFiles) -> Iterator[bool]:
         draw, candidates = random.Random(self.seed), self._candidates(files)
         if not candidates:
-            yield
+            yield False
             return
         path = draw.choice(candidates)
         before = path.read_bytes()
         path.write_bytes(damaged(before, draw))
         try:
-            yield
+            yield True
         finally:
             if self.what != "cache":
                 path.write_bytes(before)
@@ -132,8 +133,8 @@ class Damage:
         return sorted(path for path in find_iteration(files.save, last).glob(pattern)
                       if path.is_file() and path.stat().st_size)
 
-    def forgives(self, statuses: Sequence[int]) -> bool:
-        return set(statuses) in ({0}, {REFUSED}) if self.what != "cache" else set(statuses) == {0}
+    def forgives(self, status: int) -> bool:
+        return status == REFUSED if self.what != "cache" else status == 0
 
     def __str__(self) -> str:
         return f"damaged {self.what} (seed {self.seed})"

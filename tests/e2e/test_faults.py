@@ -3,7 +3,6 @@
 import fcntl
 import os
 import pty
-import resource
 import signal
 import subprocess
 import sys
@@ -38,32 +37,30 @@ def test_dies_at_random_and_torchrun_restarts(workshop):
     assert ", 0 of which ended otherwise" in drill(workshop, "--torchrun", "--seeds", "1", "--deaths", "1")
 
 
-def test_leaves_in_time_and_an_export_that_fails_costs_nothing(workshop):
-    """--exit-duration-in-mins, --save-every-seconds (each step takes longer), and --save-hf with its place taken."""
+def test_leaves_in_time_and_exports_at_the_end_alone(workshop):
+    """--exit-duration-in-mins and --save-every-seconds (each step takes longer); the next start goes on and exports."""
     root, out = workshop.directory / "timed", workshop.directory / "timed-hf"
-    out.with_name(out.name + ".incomplete").write_text("a file where a directory should be")
-    job = workshop.run(1, workshop.arguments(
-        "timed", "--train-iters", "100000", "--eval-iters", "0", "--exit-duration-in-mins", "0.04",
-        "--save-every-seconds", "0.001", "--save-hf", str(out)))
+    arguments = workshop.arguments("timed", "--eval-iters", "0", "--save-hf", str(out), "--load", str(root))
+    job = workshop.run(1, [*arguments, "--train-iters", "100000", "--exit-duration-in-mins", "0.04",
+                           "--save-every-seconds", "0.001"])
     last = workshop.metrics("timed")[-1]["iteration"]
     assert f"leaving after iteration {last} as --exit-duration-in-mins says" in job.output, job.output
     assert iterations(root) == list(range(1, last + 1)) and last_iteration(root) == last
+    assert job.status == 0 and f"{out} is not written after {last} of 100000 iterations" in job.output, job.output
+    assert not out.exists()
+    job = workshop.run(1, [*arguments, "--train-iters", str(last + 1)])
+    assert job.status == 0 and f"exported {out}" in job.output, job.output
+
+
+def test_an_export_that_fails_costs_nothing(workshop):
+    root, out = workshop.directory / "unexported", workshop.directory / "unexported-hf"
+    out.with_name(out.name + ".incomplete").write_text("a file where a directory should be")
+    job = workshop.run(1, workshop.arguments("unexported", "--train-iters", "1", "--eval-iters", "0",
+                                             "--save-hf", str(out)))
+    assert last_iteration(root) == 1
     line = job.output.strip().splitlines()[-1]
     assert job.status == 2 and line.startswith("pretrain_deepseek.py: error: ") and "Traceback" not in job.output
-    assert "timed-hf.incomplete" in line and "the training itself is saved" in line, line
-
-
-@pytest.mark.slow
-def test_indices_that_find_no_room_end_the_job_in_a_line(workshop):
-    """Then there is room, and the same command trains."""
-    arguments = workshop.arguments("no-room", "--data-cache-path", str(workshop.directory / "no-room-cache"),
-                                   "--train-iters", "1", "--eval-iters", "0")
-    process = workshop.start(1, arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
-    output, _ = process.communicate(timeout=240)
-    line = output.strip().splitlines()[-1]
-    assert process.returncode == 2 and "Traceback" not in output, output
-    assert line.startswith("pretrain_deepseek.py: error: the index cache: ") and "File too large" in line
-    assert workshop.run(1, arguments).status == 0
+    assert "unexported-hf.incomplete" in line and "the training itself is saved" in line, line
 
 
 def test_a_signal_to_one_rank_saves_and_ends_the_job(workshop):

@@ -45,6 +45,8 @@ def test_nothing_there_begins_anew(tmp_path):
     save = tmp_path / "run"
     for run in ({}, {"save": save}, {"save": save, "load": save}, {"save": save, "overwrite": True}):
         assert begin(**run) == Start(overwrite=False)
+    with pytest.raises(ValueError, match="there is no such directory"):
+        begin(save=save, load=save, ckpt_step=3)
     (save / "iter_0000003.saving").mkdir(parents=True)
     assert begin(save=save, load=save) == Start()
 

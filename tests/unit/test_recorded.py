@@ -95,6 +95,12 @@ def test_another_layout_is_the_same_but_for_rounding(told):
     assert not any(line.startswith("*") for line in lines)
 
 
+def test_a_rate_that_the_style_does_not_use_is_left_out(told):
+    v3 = "--lr-decay-style deepseek-v3"
+    assert changed(told(), told("--lr 2e-3")) == ["* --lr: 0.001 before, 0.002 now"]
+    assert len([line for line in changed(told(v3), told(f"{v3} --lr 2e-3")) if "--lr-final" in line]) == 1
+
+
 def test_where_it_reads_and_writes_is_no_change(told):
     start = "--save run --load run --save-hf out --log-interval 7 --data-cache-path elsewhere --exit-interval 5"
     assert changed(told(), told(start)) == []
