@@ -153,7 +153,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--prompt", required=True, help='may be "": the model begins a document')
     add("--max-new-tokens", type=values.count, default=64, metavar="N", help="(64)")
     add("--temperature", type=values.non_negative, default=0.7, metavar="X", help="0: always the likeliest token (0.7)")
-    add("--top-p", type=values.fraction, default=0.9, metavar="X", help="tokens are of this probability together (0.9)")
+    add("--top-p", type=values.fraction, default=0.9, metavar="X",
+        help="sample from the likeliest tokens of this total probability (0.9)")
     add("--seq-length", type=values.positive_int, metavar="N",
         help=f"longest context that the model sees ({_SEQ_LENGTH}, or all that it can)")
     add("--seed", type=values.count, default=1234, metavar="N", help="(1234)")
