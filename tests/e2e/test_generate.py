@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerFast
 
 from megatron_deepseek.checkpoint.command import main as convert
-from megatron_deepseek.inference.generate import main
+from megatron_deepseek.inference.command import main
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = DeepseekV3Config(
