@@ -243,7 +243,7 @@ _RUN = (
     Refusal("--init-mtp without MTP modules", lambda r: r.args.init_mtp and not r.model.num_nextn_predict_layers,
             "--init-mtp needs MTP modules: --mtp-num-layers is 0"),
     Refusal("--all without --explain-layout", lambda r: r.args.all and r.args.explain_layout is None,
-            "--all needs --explain-layout: it lists every rank of that"),
+            "--all needs --explain-layout, whose ranks it lists one by one"),
     Refusal("--ckpt-step without --load", lambda r: r.args.ckpt_step is not None and r.args.load is None,
             "--ckpt-step {r.args.ckpt_step} needs --load"),
     Refusal("--finetune without --load", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
