@@ -130,6 +130,16 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids or [tokenizer.eod]
 
 
+def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text that `tokens` add to that of `prompt`.
+
+    Decoded by themselves they would lose the blank before their first word: tokenizers in the manner of SentencePiece
+    leave it out at the beginning of a text, and the NullTokenizer writes it between ids.
+    """
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(tokens)
+
+
 def load_model(request: Request) -> DeepseekStage:
     """The main model, whole, on this process."""
     config = request.config
@@ -169,9 +179,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
               f"{request.seq_length}", file=sys.stderr)
     model = load_model(request)
-    tokens = generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
-                      request.tokenizer.eod)
-    print(args.prompt + request.tokenizer.decode(list(tokens)))
+    tokens = list(generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
+                           request.tokenizer.eod))
+    behind = request.prompt if args.prompt else []
+    print(args.prompt + continuation(request.tokenizer, behind, tokens))
     dist.destroy_process_group()
     return 0
 
