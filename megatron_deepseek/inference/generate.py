@@ -21,7 +21,7 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.assets import DIRECTORY
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import check_sizes, read_checksums
-from megatron_deepseek.checkpoint.loadable import checkpoint_directory, refuse_damage
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_architecture, refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
@@ -106,7 +106,7 @@ def _architecture(directory: Path) -> ModelConfig:
     if is_huggingface(directory):
         return open_huggingface(directory, without_mtp=True).config
     refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
-    return replace(ModelConfig.from_file(directory / "config.json"), num_nextn_predict_layers=0)
+    return replace(native_architecture(directory), num_nextn_predict_layers=0)
 
 
 def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
