@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,6 +107,8 @@ def run_forked(drill: Drill, workshop: Workshop) -> Story:
     for number, ending in enumerate((*drill.endings, None)):
         begun = log.stat().st_size if log.exists() else 0
         death = ending if isinstance(ending, Death) else None
+        if death is not None and death.what == "cache":
+            shutil.rmtree(files.cache, ignore_errors=True)  # anybody may, and it is made again
         more = () if ending is None or death else ("--exit-interval", str(HARD_STEPS))
         with nullcontext(False) if ending is None or death else ending.upon(files) as troubled:
             statuses = run_life([*drill.arguments(workshop), *more], death, obituary(plan, number), log)
