@@ -36,8 +36,13 @@ from workshop import Workshop, make_workshop  # noqa: E402
 def draw_drill(seed: int, args: argparse.Namespace, can_fill: bool) -> Drill:
     turns = list(itertools.product(args.layouts, args.saves))
     layout, saves = turns[seed % len(turns)]
-    endings = tuple(draw_endings(random.Random(seed), args, can_fill))
-    return Drill(f"seed{seed}", layout, saves, args.iterations, endings)
+    endings = sorted(draw_endings(random.Random(seed), args, can_fill), key=is_of_the_end)
+    return Drill(f"seed{seed}", layout, saves, args.iterations, tuple(endings))
+
+
+def is_of_the_end(ending) -> bool:
+    """Whether it comes about only once training is done."""
+    return isinstance(ending, Death) and ending.what == "export"
 
 
 def draw_endings(draw: random.Random, args: argparse.Namespace, can_fill: bool) -> Iterator:
