@@ -144,9 +144,9 @@ class Summary:
         self.jobs, self.failed = self.jobs + 1, self.failed + bool(story.wrong)
 
     def __str__(self) -> str:
-        return (f"{self.kills} kills and {self.met.total() - self.kills} hardships in {self.jobs} jobs, {self.failed} of "
-                "which ended otherwise than without: "
-                + ", ".join(f"{what} {count}" for what, count in sorted(self.met.items())))
+        kinds = ", ".join(f"{what} {count}" for what, count in sorted(self.met.items()))
+        return (f"{self.kills} kills and {self.met.total() - self.kills} hardships in {self.jobs} jobs, "
+                f"{self.failed} of which ended otherwise than without: {kinds}")
 
 
 def perform_all(args: argparse.Namespace, workshop: Workshop, can_fill: bool) -> Summary:
