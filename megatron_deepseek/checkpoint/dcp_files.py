@@ -175,6 +175,14 @@ def open_dcp(directory: Path) -> DcpDirectory:
     return opened
 
 
+def refuse_megatron(directory: Path) -> None:
+    """ValueError for an iteration of Megatron-LM where one of this project's is wanted, whose config.json is there."""
+    refuse_legacy(directory)
+    if (directory / METADATA).exists() and not (directory / "config.json").exists():
+        raise ValueError(f"{directory} has no config.json, as checkpoints of Megatron-LM have none: "
+                         "tools/convert_checkpoint.py --from megatron --to native makes one of it to begin from")
+
+
 def refuse_legacy(directory: Path) -> None:
     """ValueError where Megatron-LM has written each rank's weights to a file of its own, by `torch.save`."""
     if not (directory / METADATA).exists() and any(directory.glob("mp_rank_*")):

@@ -21,7 +21,7 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.assets import DIRECTORY
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import check_sizes, read_checksums
-from megatron_deepseek.checkpoint.loadable import checkpoint_directory, refuse_damage
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_architecture, refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
@@ -106,7 +106,7 @@ def _architecture(directory: Path) -> ModelConfig:
     if is_huggingface(directory):
         return open_huggingface(directory, without_mtp=True).config
     refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
-    return replace(ModelConfig.from_file(directory / "config.json"), num_nextn_predict_layers=0)
+    return replace(native_architecture(directory), num_nextn_predict_layers=0)
 
 
 def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
@@ -128,6 +128,16 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     if tokenizer.adds_bos and ids[:1] != [tokenizer.bos]:
         return [tokenizer.bos, *ids]
     return ids or [tokenizer.eod]
+
+
+def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text that `tokens` add to that of `prompt`.
+
+    Decoded by themselves they would lose the blank before their first word: tokenizers in the manner of SentencePiece
+    leave it out at the beginning of a text, and the NullTokenizer writes it between ids.
+    """
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(tokens)
 
 
 def load_model(request: Request) -> DeepseekStage:
@@ -169,9 +179,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
               f"{request.seq_length}", file=sys.stderr)
     model = load_model(request)
-    tokens = generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
-                      request.tokenizer.eod)
-    print(args.prompt + request.tokenizer.decode(list(tokens)))
+    tokens = list(generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
+                           request.tokenizer.eod))
+    behind = request.prompt if args.prompt else []
+    print(args.prompt + continuation(request.tokenizer, behind, tokens))
     dist.destroy_process_group()
     return 0
 
