@@ -87,6 +87,7 @@ class Request:
 
 def look_at(args: argparse.Namespace) -> Request:
     """ValueError, of one line, for whatever in `args` and the files that they name cannot work."""
+    _check_text(args.prompt)
     directory = checkpoint_directory(args.load, args.ckpt_step)
     config = _architecture(directory)
     seq_length = args.seq_length or min(_SEQ_LENGTH, config.max_position_embeddings)
@@ -117,6 +118,14 @@ def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
     if not (kept / "tokenizer.json").is_file():
         raise ValueError(f"--load {args.load} has no tokenizer.json with it: --tokenizer-model must name one")
     return str(kept)
+
+
+def _check_text(text: str) -> None:
+    """What the shell passes on need not be text: Python has half a surrogate pair for each byte that is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--prompt {text!r} is not UTF-8: character {error.start} is no text") from error
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

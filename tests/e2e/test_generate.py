@@ -86,6 +86,7 @@ def test_refused_early_and_in_a_line(released, tmp_path, capsys):
             (("--load", bare, "--tokenizer-type", "NullTokenizer", "--tokenizer-model", 200, "--prompt", "150"),
              "the prompt has id 150"),
             (("--load", released, "--seq-length", 100), "--seq-length 100 is longer than the model's max_position_emb"),
+            (("--load", released, "--prompt", "w5 \udcff"), r"--prompt 'w5 \udcff' is not UTF-8: character 3 is no"),
             (("--load", released, "--temperature", -1), "--temperature: -1 is not a number from 0 up")):
         assert main(["--prompt", "w5", *map(str, arguments)]) == 2
         said = capsys.readouterr().err
