@@ -51,7 +51,8 @@ test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
 
 drill: $(STAMP)
-	$(BIN)/python tests/e2e/drill.py --kills 1000 --deaths 8
+	$(BIN)/python tests/e2e/drill.py --kills 950 --deaths 8
+	$(BIN)/python tests/e2e/drill.py --kills 50 --torchrun
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py

@@ -24,7 +24,9 @@ _OF_EXPERTS = {*_NEEDED_WITH_EXPERTS, *_NEEDED_WITH_GROUPS, "moe_layer_freq", "t
 # Other values would be other mathematics.
 _IMPLEMENTED = {"hidden_act": "silu", "mlp_bias": False, "rope_interleave": True, "partial_rotary_factor": 1.0,
                 "sliding_window": None, "use_sliding_window": False, "attn_logit_softcapping": None,
-                "final_logit_softcapping": None, "use_qk_norm": False, "index_topk": None}
+                "final_logit_softcapping": None, "use_qk_norm": False, "index_topk": None,
+                "attention_chunk_size": None, "llama_4_scaling": None, "swiglu_limit": None,
+                "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 # They describe a file, a run or a task, or follow from the others.
 _WITHOUT_A_WORD = frozenset((
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",

@@ -19,7 +19,8 @@ _NEUTRAL = {
     "attention_factor": None, "attn_factor": 1.0, "extrapolation_factor": 1.0, "truncate": True,
     "partial_rotary_factor": 1.0, "apply_yarn_scaling": True, "finetuned": True, "dynamic": False, "ntk_factor": None,
     "alpha": None, "short_factor": None, "long_factor": None, "short_mscale": None, "long_mscale": None,
-    "low_freq_factor": None, "high_freq_factor": None, "mrope_section": None, "mrope_interleaved": False}
+    "low_freq_factor": None, "high_freq_factor": None, "mrope_section": None, "mrope_interleaved": False,
+    "llama_4_scaling_beta": None}
 _KINDS = ("linear", "dynamic", "yarn")
 _OUTSIDE = "original_max_position_embeddings"  # some files say it beside the dictionary: it goes first in transformers
 _NEAR = 0.8
@@ -37,13 +38,15 @@ def read_rope(fields: Mapping[str, Any], max_position_embeddings: int | None) ->
     if theta <= 0:
         raise ValueError(f"rope_theta is {theta}; it must be positive")
     if kind == "default":
+        if not (rope.get("rope_type") or rope.get("type")) and rope.get("factor", 1) not in (1, None):
+            raise ValueError(f"{name} has factor {rope['factor']!r} and no type; {', '.join(_KINDS)} scale by it")
         return theta, None
     if rope.get("factor") is None:
         raise ValueError(f"{name} of type {kind!r} has no factor")
     original = fields.get(_OUTSIDE) or rope.get("original_max_position_embeddings") or max_position_embeddings
     if original is None or (kind == "dynamic" and max_position_embeddings is None):
         raise ValueError(f"max_position_embeddings is missing, which {name} of type {kind!r} is computed with")
-    if not isinstance(original, int):
+    if not isinstance(original, int) or isinstance(original, bool):
         raise ValueError(f"{name} original_max_position_embeddings is {original!r}, which is no int")
     yarn = {key: _number(name, key, rope[key]) for key in _YARN_FIELDS if rope.get(key) is not None}
     return theta, {"kind": kind, "factor": _number(name, "factor", rope["factor"]),

@@ -29,6 +29,7 @@ from megatron_deepseek.checkpoint.integrity import is_inside, read_checksums, ve
 
 _MOST_DIMENSIONS = 8
 _LARGEST = 1 << 62  # of a size or a place in a file
+_FEW_PARTS = 1 << 18  # gone through in a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class DcpDirectory:
         tensors = {name: entry for name, entry in metadata.state_dict_metadata.items()
                    if isinstance(entry, TensorEntry)}
         self.others = frozenset(metadata.state_dict_metadata) - frozenset(tensors)
+        self._check_number(tensors, len(metadata.storage_data))
         fills = cache(_fills)  # layers are alike
         for name, entry in tensors.items():
             self._check(name, entry, fills)
@@ -72,7 +74,8 @@ class DcpDirectory:
         self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
         self.items = self._items(tensors, {(index.fqn, index.offset): info
                                            for index, info in metadata.storage_data.items()
-                                           if isinstance(index, Index) and _is_size(index.offset)})
+                                           if isinstance(index, Index) and isinstance(index.fqn, str)
+                                           and _is_size(index.offset)})
         self.begins: dict[tuple[str, int], int] = {}
         self._longest = {name: max((item.shape[0] for item in items if item.shape), default=0)
                          for name, items in self.items.items()}
@@ -82,6 +85,15 @@ class DcpDirectory:
         listing = read_checksums(self.directory) or {}
         for damage in verify_files(self.directory, listing, [METADATA] if METADATA in listing else []):
             raise ValueError(f"{self.directory}/{damage}")
+
+    def _check_number(self, tensors: dict[Any, TensorEntry], places: int) -> None:
+        """ValueError for more parts than there are places to read them from. A pickle can name one list of parts for
+        all of its tensors, and going through them would take the square of its length.
+        """
+        parts = sum(len(entry.chunks) for entry in tensors.values() if isinstance(entry.chunks, list))
+        if parts > max(places, _FEW_PARTS):
+            raise ValueError(f"{self.directory / METADATA} says of {places:,} parts of tensors where they are, not of "
+                             f"all {parts:,}")
 
     def _check(self, name: Any, entry: TensorEntry, fills: Callable[..., bool]) -> None:
         """ValueError unless an entry is of the types that it should be, and its chunks are the whole tensor, once."""
@@ -173,6 +185,14 @@ def open_dcp(directory: Path) -> DcpDirectory:
     opened = DcpDirectory(directory)
     opened.check_files()
     return opened
+
+
+def refuse_megatron(directory: Path) -> None:
+    """ValueError for an iteration of Megatron-LM where one of this project's is wanted, whose config.json is there."""
+    refuse_legacy(directory)
+    if (directory / METADATA).exists() and not (directory / "config.json").exists():
+        raise ValueError(f"{directory} has no config.json, as checkpoints of Megatron-LM have none: "
+                         "tools/convert_checkpoint.py --from megatron --to native makes one of it to begin from")
 
 
 def refuse_legacy(directory: Path) -> None:

@@ -24,6 +24,7 @@ from megatron_deepseek.checkpoint.publish import check_writable
 from megatron_deepseek.checkpoint.tokenizer_files import (
     JSON,
     TEMPLATE,
+    holds_tokenizer,
     replace_tokenizer,
     tokenizer_to_keep,
     write_template,
@@ -69,13 +70,14 @@ def keep_model_file(save: Path, model_file: Path | None, config: ModelConfig) ->
 def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = None) -> None:
     """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save, and --chat-template.
 
-    Nothing where it is there already: the files that came with loaded weights stay as they came.
+    Nothing where it is there already: the files that came with loaded weights stay as they came. So they do with the
+    NullTokenizer, which says where documents end in data that is ids already, and nothing of what made them.
     """
     directory = save / DIRECTORY
     if not _is_kept(directory, data):
         files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
         there = read_assets(directory)
-        if tokens is not None and (files or tokens != there.tokens):
+        if tokens is not None and (files or (tokens != there.tokens and not holds_tokenizer(directory))):
             directory.mkdir(parents=True, exist_ok=True)
             note_tokens(directory, there.mtp_copies, tokens)
             replace_tokenizer(directory, files)

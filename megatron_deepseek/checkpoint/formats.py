@@ -24,7 +24,7 @@ from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.destination import new_iteration, stay_outside
 from megatron_deepseek.checkpoint.huggingface import INDEX, open_huggingface
 from megatron_deepseek.checkpoint.integrity import checksum_directory
-from megatron_deepseek.checkpoint.loadable import checkpoint_directory
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_architecture
 from megatron_deepseek.checkpoint.marker import MARKER
 from megatron_deepseek.checkpoint.megatron import MTP_PREFIX, PADDED, megatron_places
 from megatron_deepseek.checkpoint.mtp import LEFT_OUT, as_stored, module_prefixes
@@ -51,7 +51,7 @@ def open_native(path: Path, without_mtp: bool) -> tuple[Source, Assets]:
     directory = path
     if not (path / METADATA).is_file():
         directory = checkpoint_directory(path)
-    announced, stored = ModelConfig.from_file(directory / "config.json"), open_dcp(directory)
+    announced, stored = native_architecture(directory), open_dcp(directory)
     modules = [NATIVE_PREFIX + prefix for prefix in module_prefixes(announced)]
     config, absent = as_stored(announced, _any_begins(stored, modules), without_mtp)
     dropped = {"optimizer.": "state of the optimizer"}

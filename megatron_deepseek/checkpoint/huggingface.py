@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek.checkpoint import block_fp8
-from megatron_deepseek.checkpoint.mtp import LEFT_OUT, as_stored, module_prefixes
+from megatron_deepseek.checkpoint.mtp import INCOMPLETE, LEFT_OUT, as_stored, module_prefixes
 from megatron_deepseek.checkpoint.names import hf_shapes, layer_of, mtp_copies
 from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, stream_rows
 from megatron_deepseek.checkpoint.source import FLOATS
@@ -66,7 +66,7 @@ def open_huggingface(path: Path, without_mtp: bool = False) -> HuggingFaceSource
     copies = {name: original for name, original in copies.items() if name in stored}
     dropped |= {name: "computed from config.json" for name in stored if _COMPUTED.fullmatch(name)}
     dropped |= _dropped_scales(stored, dropped)
-    _check_names(path, stored, shapes, copies, dropped)
+    _check_names(path, stored, shapes, copies, dropped, tuple(module_prefixes(config)))
     for name in [*shapes, *copies]:
         _check_tensor(stored, name, shapes[copies.get(name, name)])
     dtypes = {name: stored[name].dtype for name in shapes}
@@ -129,13 +129,15 @@ def _dropped_scales(stored: dict, dropped: dict[str, str]) -> dict[str, str]:
     return {name: reason for name, reason in scales.items() if name in stored}
 
 
-def _check_names(path: Path, stored: dict[str, StoredTensor], shapes: dict, copies: dict, dropped: dict) -> None:
+def _check_names(path: Path, stored: dict[str, StoredTensor], shapes: dict, copies: dict, dropped: dict,
+                 modules: tuple[str, ...]) -> None:
     scales = {name + block_fp8.SCALE_SUFFIX for name in [*shapes, *copies]
               if name in stored and stored[name].dtype == _FP8}
     missing = sorted((set(shapes) | scales) - set(stored))
     if missing:
+        of_mtp = all(name.startswith(modules) for name in missing)
         raise ValueError(f"{path} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that config.json asks for, "
-                         f"first {missing[0]}")
+                         f"first {missing[0]}" + (f"; {INCOMPLETE}" if of_mtp else ""))
     unknown = sorted(set(stored) - set(shapes) - set(copies) - set(dropped) - scales)
     if unknown:
         raise ValueError(f"{stored[unknown[0]].file} has {unknown[0]}, which is no tensor of the architecture in "

@@ -147,6 +147,8 @@ def _check_size(directory: Path, name: str, listed: Checksum) -> Damage | None:
         found = (directory / name).stat().st_size
     except FileNotFoundError:
         return Damage(name, "missing", f"is missing: {listed.bytes:,} bytes")
+    except OSError as error:
+        return Damage(name, "unreadable", f"cannot be read: {error.strerror}")
     if found < listed.bytes:
         return Damage(name, "truncated", f"is truncated: {found:,} of {listed.bytes:,} bytes")
     if found > listed.bytes:

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_deepseek.checkpoint import mtp
+from megatron_deepseek.checkpoint.dcp_files import refuse_megatron
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Damage, check_sizes, read_checksums
 from megatron_deepseek.checkpoint.marker import (
@@ -65,6 +66,12 @@ def stored_architecture(directory: Path) -> ModelConfig:
     """That of a Hugging Face directory's files, which may lack MTP modules, or of one iteration's checkpoint."""
     if is_huggingface(directory):
         return open_huggingface(directory).config
+    return native_architecture(directory)
+
+
+def native_architecture(directory: Path) -> ModelConfig:
+    """Of one iteration's checkpoint. ValueError that says the way for those of Megatron-LM."""
+    refuse_megatron(directory)
     return ModelConfig.from_file(directory / "config.json")
 
 

@@ -12,6 +12,7 @@ What a kill finds at any moment:
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.marker import (
@@ -53,11 +54,25 @@ def begin(root: Path, iteration: int) -> Path:
 
 
 def settle(root: Path) -> None:
-    """Finish what a kill interrupted: remove torn directories, give a replaced one its name back."""
+    """Finish what a kill interrupted: remove torn directories, give a replaced one its name back.
+
+    What cannot be removed (NFS keeps what somebody has open) costs no checkpoint: it stays, and `leftover_notes` tell.
+    """
     for path in leftovers(root):
-        shutil.rmtree(path)
+        with suppress(OSError):
+            shutil.rmtree(_set_aside(path))
     for path in root.glob(f"iter_*{REPLACED}"):
-        os.rename(path, path.with_suffix(""))
+        if not path.with_suffix("").exists():
+            os.rename(path, path.with_suffix(""))
+
+
+def _set_aside(path: Path) -> Path:
+    """The name under which a directory is removed: half of a replaced one must never be taken for a checkpoint."""
+    if path.suffix != REPLACED:
+        return path
+    aside = path.with_suffix(REMOVING)
+    os.rename(path, aside)
+    return aside
 
 
 def publish(root: Path, iteration: int, keep_last: int | None = None) -> Path:
@@ -88,7 +103,8 @@ def _keep_newest(root: Path, count: int) -> None:
     for iteration in iterations(root)[:-count]:
         if iteration != named:
             directory = iteration_directory(root, iteration)
-            os.rename(directory, directory.with_name(directory.name + REMOVING))
+            with suppress(OSError):  # the remains of an earlier one of that iteration are in the way
+                os.rename(directory, directory.with_name(directory.name + REMOVING))
 
 
 def sync_directory(path: Path) -> None:

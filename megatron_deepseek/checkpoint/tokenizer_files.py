@@ -72,6 +72,11 @@ def replace_tokenizer(directory: Path, files: dict[str, bytes]) -> None:
         (directory / name).write_bytes(files[name])
 
 
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer of texts is there, in a form that anything reads."""
+    return any((directory / name).is_file() for name in (JSON, "vocab.json", "tokenizer.model"))
+
+
 def _files_of(file: Path) -> tuple[dict[str, bytes], TokenIds]:
     tokenizer = HuggingFaceTokenizer(file)
     files = {name: file.with_name(name).read_bytes() for name in _FILES[1:] if file.with_name(name).is_file()}

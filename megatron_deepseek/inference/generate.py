@@ -17,7 +17,7 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.assets import DIRECTORY
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import check_sizes, read_checksums
-from megatron_deepseek.checkpoint.loadable import checkpoint_directory, refuse_damage
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_architecture, refuse_damage
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
@@ -81,6 +81,7 @@ class Request:
 
 def look_at(args: argparse.Namespace) -> Request:
     """ValueError, of one line, for whatever in `args` and the files that they name cannot work."""
+    _check_text(args.prompt)
     directory = checkpoint_directory(args.load, args.ckpt_step)
     config = _architecture(directory)
     seq_length = args.seq_length or min(SEQ_LENGTH, config.max_position_embeddings)
@@ -100,7 +101,7 @@ def _architecture(directory: Path) -> ModelConfig:
     if is_huggingface(directory):
         return open_huggingface(directory, without_mtp=True).config
     refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
-    return replace(ModelConfig.from_file(directory / "config.json"), num_nextn_predict_layers=0)
+    return replace(native_architecture(directory), num_nextn_predict_layers=0)
 
 
 def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
@@ -113,6 +114,14 @@ def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
     return str(kept)
 
 
+def _check_text(text: str) -> None:
+    """What the shell passes on need not be text: Python has half a surrogate pair for each byte that is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--prompt {text!r} is not UTF-8: character {error.start} is no text") from error
+
+
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of `text`, behind the token that begins a document where the tokenizer asks for it.
 
@@ -122,6 +131,16 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     if tokenizer.adds_bos and ids[:1] != [tokenizer.bos]:
         return [tokenizer.bos, *ids]
     return ids or [tokenizer.eod]
+
+
+def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text that `tokens` add to that of `prompt`.
+
+    Decoded by themselves they would lose the blank before their first word: tokenizers in the manner of SentencePiece
+    leave it out at the beginning of a text, and the NullTokenizer writes it between ids.
+    """
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(tokens)
 
 
 def load_model(request: Request) -> DeepseekStage:
@@ -145,8 +164,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
               f"{request.seq_length}", file=sys.stderr)
     model = load_model(request)
-    tokens = generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
-                      request.tokenizer.eod)
-    print(args.prompt + request.tokenizer.decode(list(tokens)))
+    tokens = list(generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
+                           request.tokenizer.eod))
+    behind = request.prompt if args.prompt else []
+    print(args.prompt + continuation(request.tokenizer, behind, tokens))
     dist.destroy_process_group()
     return 0

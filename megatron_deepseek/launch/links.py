@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 PROBES = 6
 _LOOK_SECONDS = 5.0
+_LARGEST_INT = 2**31 - 1  # milliseconds: 24 days
 
 
 def limit_silence(connection: socket.socket, seconds: float) -> None:
@@ -21,12 +22,12 @@ def limit_silence(connection: socket.socket, seconds: float) -> None:
     hold.
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if not hasattr(socket, "TCP_KEEPIDLE"):
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
         return
     interval = max(1, min(int(seconds / (2 * PROBES)), 600))
     idle = max(1, min(int(seconds - interval * PROBES), 32000))
     for option, value in ((socket.TCP_KEEPIDLE, idle), (socket.TCP_KEEPINTVL, interval), (socket.TCP_KEEPCNT, PROBES),
-                          (socket.TCP_USER_TIMEOUT, int(1000 * seconds))):
+                          (socket.TCP_USER_TIMEOUT, min(int(1000 * seconds), _LARGEST_INT))):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 

@@ -69,7 +69,9 @@ def _pretrain(settings: Settings, begun: float) -> None:
     limit_waiting(settings.run.distributed_timeout_minutes)
     settings, state = go_on(settings, resume(start, trainer))
     with _open_report(settings, start, state) as report:
-        describe(report, settings, trainer, start, state)
+        if dist.get_rank() == 0:
+            with refusing():
+                describe(report, settings, trainer, start, state)
         run = Run(settings, trainer, report, start, state, begun, job)
         run.train()
         run.export()

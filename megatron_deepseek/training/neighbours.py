@@ -12,6 +12,7 @@ import os
 import selectors
 import socket
 import threading
+import traceback
 import uuid
 from collections.abc import Callable
 
@@ -55,7 +56,10 @@ class Ring:
         with selectors.DefaultSelector() as selector, listener:
             selector.register(self.woken, selectors.EVENT_READ)
             selector.register(listener, selectors.EVENT_READ)
-            self._watch(selector, listener)
+            try:
+                self._watch(selector, listener)
+            except Exception:  # a fault of the watch, such as too many open files, is no neighbour's death
+                traceback.print_exc()
             for key in list(selector.get_map().values()):
                 if key.data is not None:
                     _send(key.fileobj, _BYE)

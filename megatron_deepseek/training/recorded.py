@@ -117,6 +117,8 @@ def _differences(theirs: Mapping, ours: Mapping) -> Iterator[str]:
                 continue
             if name == "lr_final" and ours[section]["lr_decay_style"] != "deepseek-v3":  # follows --lr, and is not used
                 continue
+            if name == "train_iters" and ours[section]["train_samples"] is not None:  # follows from it and the batches
+                continue
             exact = _in(_EXACT, section, name) or (name in _LENGTHS and _rate_follows_length(ours["learning_rate"]))
             mark = "*" if exact else "~" if _in(_ROUNDING, section, name) else " "
             yield f"  {mark} {_option(section, name)}: {_shown(there, here)} before, {_shown(here, there)} now"

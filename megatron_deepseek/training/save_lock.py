@@ -115,7 +115,7 @@ class SaveLock:
             os.link(aside, self.path)
             return True
         except FileExistsError:
-            return aside.stat().st_nlink == 2  # NFS asks twice if the first answer was lost
+            return _links(aside) == 2  # NFS asks twice if the first answer was lost
         except FileNotFoundError:
             return False  # somebody else's `acquire` swept it
         except OSError as error:
@@ -195,6 +195,14 @@ def read_holder(path: Path) -> Holder | None:
         return Holder(pid=fields.integer("pid"), **texts)
     except ValueError:
         return Holder("")
+
+
+def _links(path: Path) -> int:
+    """0 for a file that is not there: somebody else's `acquire` swept it."""
+    try:
+        return path.stat().st_nlink
+    except FileNotFoundError:
+        return 0
 
 
 def _within(seconds: float, condition: Callable[[], bool]) -> bool:

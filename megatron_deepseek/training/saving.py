@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.marker import iteration_directory, iterations
+from megatron_deepseek.checkpoint.marker import iteration_directory, iterations, leftover_notes
 from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
 from megatron_deepseek.checkpoint.publish import saving_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
@@ -60,11 +60,14 @@ class Saver:
         self._stall: float | None = None
 
     def save(self, state: TrainState) -> None:
-        """Save, or begin to; a save that is still on its way is waited for. Nothing if `state` is saved already."""
-        if self.run.save is None or self.begun == state.iteration:
-            return
+        """Save, or begin to; a save that is still on its way is waited for. Nothing if `state` is saved already.
+
+        That is known only once the save on its way has ended, and ranks hear of its end at different times.
+        """
         begin = time.perf_counter()
         self.finish()
+        if self.run.save is None or self.begun == state.iteration:
+            return
         self.keep_assets()
         self.failed = None
         if self.background is not None:
@@ -79,12 +82,15 @@ class Saver:
         self._stall = (self._stall or 0.0) + stall
 
     def keep_assets(self) -> None:
-        """At the start, and with every save, for a disk that was full before or a directory that was removed."""
+        """At the start, and with every save, for a disk that was full before or a directory that was removed.
+
+        What is there may be damaged, too (ValueError), and ends no training.
+        """
         if dist.get_rank() != 0:
             return
         try:
             self.keep()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.report.message(f"config.json and tokenizer are not kept with --save {self.run.save}: {error}. The "
                                 "next save tries again")
 
@@ -96,6 +102,7 @@ class Saver:
             self._survive(error, state.iteration)
         else:
             self.report.message(f"saved {directory} in {time.perf_counter() - begin:.1f} s")
+            self._tell_leftovers()
 
     def poll(self) -> None:
         """Take note of a background save that has ended, without waiting. Raises its error."""
@@ -114,6 +121,12 @@ class Saver:
         self.report.message(f"saved {iteration_directory(self.run.save, pending.iteration)} in "
                             f"{time.perf_counter() - pending.begun:.1f} s, for which training stood still "
                             f"{pending.stall:.2f} s")
+        self._tell_leftovers()
+
+    def _tell_leftovers(self) -> None:
+        """What could not be removed fills the disk."""
+        for note in leftover_notes(self.run.save) if dist.get_rank() == 0 else ():
+            self.report.message(note)
 
     def _survive(self, error: BaseException, iteration: int) -> None:
         """Go on without this checkpoint if the file system refused it; every rank has the same error."""

@@ -36,8 +36,13 @@ from workshop import Workshop, make_workshop  # noqa: E402
 def draw_drill(seed: int, args: argparse.Namespace, can_fill: bool) -> Drill:
     turns = list(itertools.product(args.layouts, args.saves))
     layout, saves = turns[seed % len(turns)]
-    endings = tuple(draw_endings(random.Random(seed), args, can_fill))
-    return Drill(f"seed{seed}", layout, saves, args.iterations, endings)
+    endings = sorted(draw_endings(random.Random(seed), args, can_fill), key=is_of_the_end)
+    return Drill(f"seed{seed}", layout, saves, args.iterations, tuple(endings))
+
+
+def is_of_the_end(ending) -> bool:
+    """Whether it comes about only once training is done."""
+    return isinstance(ending, Death) and ending.what == "export"
 
 
 def draw_endings(draw: random.Random, args: argparse.Namespace, can_fill: bool) -> Iterator:
@@ -124,31 +129,57 @@ def kind(ending) -> str:
             "Damage": f"damaged {getattr(ending, 'what', '')}"}[type(ending).__name__]
 
 
+class Summary:
+    """What all jobs together met, and how many ended otherwise than they should."""
+
+    def __init__(self):
+        self.met, self.jobs, self.failed = Counter(), 0, 0
+
+    @property
+    def kills(self) -> int:
+        return sum(count for what, count in self.met.items() if "killed" in what)
+
+    def add(self, story: Story) -> None:
+        self.met.update(map(kind, story.met))
+        self.jobs, self.failed = self.jobs + 1, self.failed + bool(story.wrong)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{what} {count}" for what, count in sorted(self.met.items()))
+        return (f"{self.kills} kills and {self.met.total() - self.kills} hardships in {self.jobs} jobs, "
+                f"{self.failed} of which ended otherwise than without: {kinds}")
+
+
+def perform_all(args: argparse.Namespace, workshop: Workshop, can_fill: bool) -> Summary:
+    """Until all are done, there were enough kills, or somebody interrupts."""
+    references, summary = References(workshop), Summary()
+    try:
+        for drill in planned_drills(args, can_fill):
+            begun = time.monotonic()
+            story = perform(drill, workshop, references, args.torchrun)
+            if args.die and story.met != args.die:
+                story.wrong.append("not all deaths came about")
+            report(drill, story, time.monotonic() - begun, workshop)
+            summary.add(story)
+            if args.kills and summary.kills >= args.kills:
+                break
+    except KeyboardInterrupt:
+        print("interrupted; so far", flush=True)
+    return summary
+
+
 def main() -> int:
     args = build_parser().parse_args()
     workshop = make_workshop((args.workshop or Path(tempfile.mkdtemp(prefix="drill-"))).resolve())
     probe = workshop.directory / "probe"
     can_fill = mount_disk(probe)
     unmount_disk(probe) if can_fill else print("no disk of its own can be mounted here: none is filled", flush=True)
-    references, met, jobs, failed = References(workshop), Counter(), 0, 0
-    for drill in planned_drills(args, can_fill):
-        begun = time.monotonic()
-        story = perform(drill, workshop, references, args.torchrun)
-        if args.die and story.met != args.die:
-            story.wrong.append("not all deaths came about")
-        report(drill, story, time.monotonic() - begun, workshop)
-        met.update(map(kind, story.met))
-        jobs, failed = jobs + 1, failed + bool(story.wrong)
-        kills = sum(count for what, count in met.items() if "killed" in what)
-        if args.kills and kills >= args.kills:
-            break
-    print(f"{kills} kills and {sum(met.values()) - kills} hardships in {jobs} jobs, {failed} of which ended otherwise "
-          "than without: " + ", ".join(f"{what} {count}" for what, count in sorted(met.items())))
-    if failed or args.workshop:
+    summary = perform_all(args, workshop, can_fill)
+    print(summary)
+    if summary.failed or args.workshop:
         print(f"what they left is in {workshop.directory}")
     else:
         shutil.rmtree(workshop.directory)
-    return 1 if failed else 0
+    return 1 if summary.failed else 0
 
 
 if __name__ == "__main__":

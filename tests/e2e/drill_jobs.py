@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ LAYOUTS = {"dp": (), "tp": ("--tensor-model-parallel-size", "2", "--sequence-par
 SAVES = {"sync": (), "async": ("--async-save",)}
 TIMES = ("step_seconds", "tokens_per_second", "checkpoint_stall_seconds")
 ORPHAN_SECONDS = 10.0  # in which the ranks of a killed agent must be gone
-HARD_STEPS = 3  # after the next multiple of which a life leaves that met a hardship: others shall have something to do
+STEPS_OF_A_LIFE = 3  # after whose next multiple a life leaves that is not the last: others shall have something to do
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def run_forked(drill: Drill, workshop: Workshop) -> Story:
     for number, ending in enumerate((*drill.endings, None)):
         begun = log.stat().st_size if log.exists() else 0
         death = ending if isinstance(ending, Death) else None
-        more = () if ending is None or death else ("--exit-interval", str(HARD_STEPS))
+        if death is not None and death.what == "cache":
+            shutil.rmtree(files.cache, ignore_errors=True)  # anybody may, and it is made again
+        more = () if ending is None or (death and death.what == "export") else ("--exit-interval", str(STEPS_OF_A_LIFE))
         with nullcontext(False) if ending is None or death else ending.upon(files) as troubled:
             statuses = run_life([*drill.arguments(workshop), *more], death, obituary(plan, number), log)
         died = obituary(plan, number).exists()

@@ -15,6 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_deepseek.launch.agent import end_with_agent
+
+if __name__ == "__main__":
+    end_with_agent()  # before anything that takes time, as pretrain_deepseek.py does
+
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.checkpoint import writer
 from megatron_deepseek.checkpoint.marker import MARKER, SAVING

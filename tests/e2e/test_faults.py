@@ -32,6 +32,7 @@ def test_dies_at_every_stage_of_a_save(workshop):
     assert "5 kills and 0 hardships in 1 jobs, 0 of which" in drill(workshop, "--die", *stages)
 
 
+@pytest.mark.slow
 def test_dies_at_random_and_torchrun_restarts(workshop):
     """By a seed of the clock, which the drill prints: `drill.py --first-seed N` does the same again."""
     assert ", 0 of which ended otherwise" in drill(workshop, "--torchrun", "--seeds", "1", "--deaths", "1")

@@ -5,6 +5,8 @@ from compare import differences
 from job import run_case, run_reference
 from mutations import MUTATIONS, run_mutated
 
+pytestmark = pytest.mark.slow
+
 CASES = tuple(dict.fromkeys(mutation.case for mutation in MUTATIONS.values()))
 
 

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -62,10 +63,10 @@ def _meshes() -> Meshes:
 
 def say(root: Path, *more: str) -> int:
     _meshes()
-    generate.join_job = lambda *args, **kwargs: None  # it is joined already, and stays
-    generate.dist = argparse.Namespace(destroy_process_group=lambda: None)
     arguments = ["--load", str(root), "--prompt", "a", "--max-new-tokens", "1", *more]
-    return generate.run(generate.parse_arguments(arguments))
+    stays = argparse.Namespace(destroy_process_group=lambda: None)
+    with patch.multiple(generate, join_job=lambda *args, **kwargs: None, dist=stays):  # it is joined already
+        return generate.run(generate.parse_arguments(arguments))
 
 
 def divide(root: Path) -> int:

@@ -198,7 +198,8 @@ def test_defaults_that_were_taken_are_listed():
     ("truncate", False, True), ("partial_rotary_factor", 0.5, 1.0), ("short_factor", [1.0], None),
     ("long_factor", [2.0], None),
     ("low_freq_factor", 1.0, None), ("high_freq_factor", 4.0, None), ("mrope_section", [1, 1], None),
-    ("apply_yarn_scaling", False, True), ("short_mscale", 1.1, None), ("finetuned", False, True)])
+    ("llama_4_scaling_beta", 0.1, None), ("apply_yarn_scaling", False, True), ("short_mscale", 1.1, None),
+    ("finetuned", False, True)])
 @pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "default"])
 def test_rope_keys_of_other_mathematics(kind, key, value, neutral):
     for name, type_key in (("rope_scaling", "type"), ("rope_parameters", "rope_type")):
@@ -217,11 +218,22 @@ def test_rope_keys_of_other_mathematics(kind, key, value, neutral):
     ({"type": "llama3"}, "rope_scaling type 'llama3' is not one of default, linear, dynamic, yarn"),
     ({"factor": "40"}, "rope_scaling factor is '40', which is no number"),
     ({"beta_slow": True}, "rope_scaling beta_slow is True, which is no number"),
+    ({"original_max_position_embeddings": True}, "rope_scaling original_max_position_embeddings is True, which is no"),
+    ({"type": None}, "rope_scaling has factor 40"),
 ])
 def test_refused_rope(changes, message):
     with pytest.raises(ValueError) as caught:
         ModelConfig.from_hf_dict(V3.to_hf_dict() | {"rope_scaling": {"type": "yarn", **YARN} | changes})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("key, value, neutral", [  # vLLM's deepseek_v2.py reads the first; others have the rest
+    ("llama_4_scaling", {"beta": 0.1}, None), ("swiglu_limit", 7.0, None), ("residual_multiplier", 0.5, 1.0),
+    ("embedding_multiplier", 12.0, 1.0), ("logits_scaling", 8.0, 1.0), ("attention_chunk_size", 8192, None)])
+def test_keys_of_other_mathematics(key, value, neutral):
+    with pytest.raises(ValueError, match=f"^{key} .* is not supported, only {neutral}"):
+        ModelConfig.from_hf_dict(V3.to_hf_dict() | {key: value})
+    assert ModelConfig.from_hf_dict(V3.to_hf_dict() | {key: neutral}) == V3
 
 
 def test_stretching_that_is_computed_with_the_length_needs_it():

@@ -16,9 +16,11 @@ from reference_model import ReferenceModel
 from small_checkpoints import V3_WIDE, all_tensors, assert_identical, convert, random_weights, v3_directory, write_hf
 from small_models import V3_SMALL, lively
 
+from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.megatron import megatron_places
 from megatron_deepseek.checkpoint.names import hf_shapes, native_places
 from megatron_deepseek.config import ModelConfig, RopeScaling
+from megatron_deepseek.inference.command import main as generate
 from megatron_deepseek.model.rotary import rope_table, softmax_scale
 
 # As many experts for each of a token's groups as V3 has, 2: megatron-core rates a group by so many (moe_utils.py).
@@ -81,6 +83,22 @@ def test_a_legacy_directory_is_told_the_way(tmp_path, capsys, of):
     said = capsys.readouterr().err
     assert "legacy format" in said and "--ckpt-convert-format torch_dist --ckpt-convert-save" in said
     assert said.count("\n") == 1
+
+
+def test_where_checkpoints_of_training_are_wanted_megatrons_are_told_the_way(tmp_path, capsys):
+    """By training, generation and conversion alike: --load is what a user of Megatron-LM tries first."""
+    hf = v3_directory(tmp_path / "hf", torch.float32)
+    assert convert("hf", "megatron", hf, tmp_path / "dist") == 0
+    (tmp_path / "legacy" / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "legacy" / "latest_checkpointed_iteration.txt").write_text("100")
+    capsys.readouterr()
+    for name, way in (("dist", "convert_checkpoint.py --from megatron --to native"), ("legacy", "legacy format")):
+        with pytest.raises(ValueError, match=way):
+            check_checkpoint(tmp_path / name, V3_WIDE)
+        assert convert("native", "hf", tmp_path / name, tmp_path / "none") == 2
+        assert generate(["--load", str(tmp_path / name), "--prompt", "x"]) == 2
+        said = capsys.readouterr().err
+        assert said.count(way) == said.count("\n") == 2, said
 
 
 def reference_logits(config: ModelConfig, weights: dict[str, torch.Tensor], tokens_BS: torch.Tensor):

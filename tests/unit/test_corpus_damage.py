@@ -83,9 +83,9 @@ DAMAGED = {
     "flipped.gz": (lambda: gzip.compress(LINES) + flipped(gzip.compress(LINES), -6), 3,
                    "line 4: .*damaged gzip before its byte"),
     "garbage behind.gz": (lambda: gzip.compress(LINES) + b"garbage", 3,
-                          "line 4: .*damaged gzip before its byte .*, behind the end of 1 sound str"),
+                          "line 4: .*damaged gzip before its byte .*, behind the end of 1 sound stream: "),
     "garbage behind.zst": (lambda: zstd(LINES) + b"garbage", 3,
-                           "line 4: .*damaged zstd before its byte .*, behind the end of 1 sound str"),
+                           "line 4: .*damaged zstd before its byte .*, behind the end of 1 sound stream: "),
     "empty.gz": (lambda: b"", 0, "line 1: .*the gzip file is empty, without even a header"),
     "cut within.jsonl": (lambda: LINES + b'{"text": "3', 3, "line 4: the file breaks off within its last line: malf"),
     "cut before.jsonl.gz": (lambda: gzip.compress(LINES + b'{"text"'), 3, "line 4: the file breaks off within its la"),
@@ -107,7 +107,8 @@ def test_what_cannot_be_read_to_its_end_fails_or_is_allowed_and_named(tmp_path, 
     both = {"input": (str(tmp_path / name), str(tmp_path / "whole.jsonl")), "append_eod": False}
     with pytest.raises(ValueError, match=f"{name} {message}.*--allow-damaged-files 1 would") as caught:
         run(settings_of(tmp_path, **both))
-    assert "\n" not in str(caught.value) and not (tmp_path / "out_text_document.idx").exists()
+    assert "\n" not in str(caught.value) and ".." not in str(caught.value)
+    assert not (tmp_path / "out_text_document.idx").exists()
     report = run(settings_of(tmp_path, allow_damaged_files=1, max_errors=0, **both))
     documents = documents_of(tmp_path / "out_text_document")
     assert documents[-3:] == EXPECTED and documents[:-3] == [[i] for i in range(len(documents) - 3)]

@@ -22,6 +22,7 @@ def compiled():
     return build.compile_kernels(jobs=2)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_no_spills_and_no_local_memory(compiled):
     _, reports = compiled
@@ -30,6 +31,7 @@ def test_no_spills_and_no_local_memory(compiled):
     assert not bad, "\n".join(map(str, bad))
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_no_warnings(compiled):
     """C7510 would say that ptxas waits after every wgmma, C7508 that it ignores setmaxnreg."""
@@ -38,6 +40,7 @@ def test_no_warnings(compiled):
     assert not lines, "\n".join(lines)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_every_kernel_is_there(compiled):
     """By what is in the object files: names of kernels, for both architectures where the source is portable."""
@@ -51,6 +54,7 @@ def test_every_kernel_is_there(compiled):
     assert "gemm_kernel" in kernels
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_library_links(compiled, tmp_path):
     """What it leaves to torch are the names of the stable ABI, nothing of C++ that changes with torch's version."""
@@ -78,6 +82,7 @@ with FakeTensorMode():
 """
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_library_loads(compiled, tmp_path):
     """Beside a torch without CUDA, given the one function that it lacks: the operators are there, for CUDA tensors."""

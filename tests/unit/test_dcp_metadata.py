@@ -1,5 +1,6 @@
 """checkpoint/dcp_metadata.py and dcp_metadata_writer.py against torch.distributed.checkpoint itself."""
 
+import copyreg
 import gc
 import pickle
 import re
@@ -124,6 +125,40 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path, what):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         DcpDirectory(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+class IndexOf:
+    """Pickled as DCP's index of what it need not be able to hash."""
+
+    __class__ = MetadataIndex  # pickle compares
+
+    def __init__(self, fqn):
+        self.fqn = fqn
+
+    def __reduce__(self):
+        return copyreg.__newobj__, (MetadataIndex,), {"fqn": self.fqn, "offset": torch.Size(()), "index": 0}
+
+
+def test_places_of_no_names_are_passed_over(tmp_path):
+    """Also one that takes for ever to hash, and one that cannot be hashed."""
+    nested = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    for fqn in (nested, [], None):
+        content = damaged(lambda metadata, tensor: metadata.storage_data.update({IndexOf(fqn): None}))
+        (tmp_path / ".metadata").write_bytes(content)
+        assert DcpDirectory(tmp_path).shapes == SHAPES
+
+
+def test_one_list_of_parts_for_many_tensors_is_not_gone_through_for_each(tmp_path):
+    def share(metadata, tensor):
+        tensor.size, one = torch.Size((1000,)), torch.Size((1,))
+        tensor.chunks[:] = [ChunkStorageMetadata(torch.Size((row,)), one) for row in range(1000)]
+        metadata.state_dict_metadata.update({f"t{number}": tensor for number in range(1000)})
+
+    (tmp_path / ".metadata").write_bytes(damaged(share))
+    with pytest.raises(ValueError, match="says of 5 parts of tensors where they are, not of all 1,001,003$"):
+        DcpDirectory(tmp_path)
 
 
 def test_the_checksum_comes_before_the_reading(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from file_fuzz import READERS, make_sound, outcome
 from test_pickle_values import Bomb
 
@@ -24,6 +25,14 @@ def test_damaged_files_cost_a_line(tmp_path):
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     return make_sound(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(autouse=True)
+def no_job_stays():
+    """Reading joins one, which other files of tests in this process would find in their way."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def files_of(root: Path) -> list[Path]:

@@ -71,6 +71,16 @@ def test_each_kind_of_damage_is_named(directory):
     assert "small is truncated: 99 of 100 bytes" in map(str, verify_directory(directory))
 
 
+def test_a_file_that_cannot_be_looked_at_is_damage(directory):
+    """And no error of one rank, while the others wait for what it has found."""
+    (directory / "sub" / "inner").unlink()
+    (directory / "sub").rmdir()
+    (directory / "sub").write_bytes(b"")
+    [found] = check_sizes(directory, read_checksums(directory))
+    assert str(found) == "sub/inner cannot be read: Not a directory"
+    assert kinds(directory) == {"sub": "unlisted", "sub/inner": "unreadable"}
+
+
 def test_known_files_are_not_read_again(directory):
     listing = read_checksums(directory)
     checksum_directory(directory, {"small": Checksum(100, "from its writer")})

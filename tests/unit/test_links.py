@@ -29,3 +29,11 @@ def test_every_connection_of_the_process(monkeypatch):
             with accepted:
                 connection.sendall(b"still open")
                 assert accepted.recv(10) == b"still open"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's options are Linux's")
+def test_patience_of_a_year():
+    """--distributed-timeout-minutes 600000 is more milliseconds than the kernel's number can hold."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        links.limit_silence(one, 60 * 600_000.0)
+        assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2**31 - 1

@@ -86,3 +86,16 @@ def test_ranks_that_end_well_lose_nobody(ring):
     for each in (rings[2], rings[0], rings[1], rings[3]):
         each.stop(20)
     assert lost == [] and not any(each.thread.is_alive() for each in rings)
+
+
+def test_a_fault_of_the_watch_is_a_goodbye(ring, monkeypatch, capfd):
+    """Neighbours would take closed connections without one for a death, and end the job."""
+    store = dist.HashStore()
+    watching = ring(0, 2, store, lambda rank: None)
+    neighbour = Neighbour(store)
+    monkeypatch.setattr(Ring, "_accept", lambda *_: 1 / 0)
+    with socket.create_connection(neighbour.address):
+        assert neighbour.incoming.recv(1) == b"."
+        assert neighbour.outgoing.recv(1) == b"."
+    watching.thread.join(20)
+    assert "ZeroDivisionError" in capfd.readouterr().err

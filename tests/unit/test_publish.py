@@ -1,5 +1,6 @@
 """A run killed at any step of publishing a checkpoint leaves a whole one behind, and the next save cleans up."""
 
+import errno
 import os
 import shutil
 
@@ -137,6 +138,37 @@ def test_keep_last_keeps_what_the_marker_names(tmp_path):
         save(tmp_path, iteration, "x")
     save(tmp_path, 150, "x", keep_last=2)
     assert iterations(tmp_path) == [150, 200, 300] and last_iteration(tmp_path) == 150
+
+
+def test_what_cannot_be_removed_costs_no_checkpoint(tmp_path, monkeypatch):
+    """As on NFS, while somebody reads a file of a checkpoint that --keep-last removes: it is told, and tried again."""
+    def busy(path, *_, **__):
+        (path / "data").unlink()
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    save(tmp_path, 100, "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        for iteration in (200, 300):
+            save(tmp_path, iteration, str(iteration), keep_last=1)
+            assert content(tmp_path) == str(iteration) and iterations(tmp_path) == [iteration]
+    assert [note.split(":")[0] for note in leftover_notes(tmp_path)] == [
+        f"{tmp_path}/iter_0000{iteration}.removing is half removed" for iteration in (100, 200)]
+    save(tmp_path, 400, "400")
+    assert leftovers(tmp_path) == [] and iterations(tmp_path) == [300, 400]
+
+
+def test_half_of_a_replaced_one_is_no_checkpoint(tmp_path, monkeypatch):
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    save(tmp_path, 100, "old")
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save(tmp_path, 100, "new")
+    assert content(tmp_path) == "new" and [path.name for path in leftovers(tmp_path)] == ["iter_0000100.removing"]
+    shutil.move(tmp_path / "iter_0000100", tmp_path / "elsewhere")
+    assert iterations(tmp_path) == []
 
 
 def test_torn_directories_are_named_and_never_loaded(tmp_path):

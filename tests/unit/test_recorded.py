@@ -15,9 +15,9 @@ def told(tmp_path):
     """Settings of a command line on one rank, or on `ranks`, as they are recorded."""
     write_dataset(tmp_path / "data", num_documents=20)
 
-    def make(more: str = "", ranks: int = 1):
+    def make(more: str = "", ranks: int = 1, length: str = "--train-iters 5"):
         settings = parse(f"--model tiny --data-path {tmp_path}/data --tokenizer-type NullTokenizer --tokenizer-model "
-                         f"{EOD} --seq-length {SEQ} --train-iters 5 --lr 1e-3 {more}".split(), ranks)
+                         f"{EOD} --seq-length {SEQ} {length} --lr 1e-3 {more}".split(), ranks)
         return record(settings, None, Job("job"))
 
     return make
@@ -87,6 +87,13 @@ def test_files_that_are_not_what_they_were(told, tmp_path):
 @pytest.mark.parametrize("fixed", ["--lr-decay-iters 5", "--lr-decay-samples 5", "--lr-decay-style constant"])
 def test_a_longer_run_is_the_same_where_the_learning_rate_does_not_follow_its_length(told, fixed):
     assert changed(told(fixed), told(f"{fixed} --train-iters 9")) == ["--train-iters: 5 before, 9 now"]
+
+
+def test_iterations_that_follow_from_samples_are_no_change(told):
+    """Nobody gave them: --train-samples and the batches say it."""
+    lines = changed(told(length="--train-samples 48"), told("--global-batch-size 4", length="--train-samples 48"))
+    assert lines == ["* --global-batch-size: 1 before, 4 now"]
+    assert not any("--train-iters" in line for line in changed(told(), told(length="--train-samples 48")))
 
 
 def test_another_layout_is_the_same_but_for_rounding(told):

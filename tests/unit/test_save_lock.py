@@ -71,6 +71,21 @@ def test_of_many_at_once_one_gets_it(lock, tmp_path):
     assert sorted(results) == [False] * 7 + [True]
 
 
+def test_one_whose_files_are_swept_meanwhile_is_told_who_was_first(lock, tmp_path, monkeypatch):
+    first, second = lock("a"), lock("b")
+    first.acquire()
+
+    def link_late(aside, path, link=os.link):
+        try:
+            link(aside, path)
+        finally:
+            aside.unlink()  # as first.acquire does last
+
+    monkeypatch.setattr(os, "link", link_late)
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()}"):
+        second.acquire()
+
+
 def test_a_dead_process_of_this_host_holds_nothing(lock, tmp_path):
     """Killed, and a zombie until its parent asks; or gone, its number another process's."""
     program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -80,6 +95,7 @@ def test_a_dead_process_of_this_host_holds_nothing(lock, tmp_path):
     with pytest.raises(ValueError, match=f"process {program.pid} on"):
         lock().acquire()
     program.kill()
+    os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)  # until it is a zombie, and it stays one
     lock().acquire()
     program.wait()
     for each in tmp_path.glob(f"run/{LOCK}"):
@@ -118,7 +134,7 @@ def test_another_hosts_lock_is_taken_once_it_is_silent(lock, tmp_path):
     begun = time.monotonic()
     lock(say=said.append).acquire()
     assert time.monotonic() - begun >= 0.4
-    assert "left by process" in said[0] and "on elsewhere since" in said[0] and "waiting 0.4 s" in said[0]
+    assert "held by process" in said[0] and "on elsewhere since" in said[0] and "waiting 0.4 s" in said[0]
 
 
 def test_another_hosts_lock_that_beats_is_respected(lock, tmp_path):

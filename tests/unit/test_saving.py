@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 from collections import namedtuple
+from concurrent.futures import wait
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from megatron_deepseek.checkpoint.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training import saving
 from megatron_deepseek.training.report import ProgressLines, Report
@@ -106,6 +108,18 @@ def test_what_found_no_room_is_saved_when_asked_again(trainer, tmp_path, monkeyp
     assert iterations(tmp_path) == [1]
 
 
+def test_a_last_save_that_fails_in_the_background_is_tried_again(trainer, tmp_path, monkeypatch):
+    """On all ranks, though one knows of the failure by then and another does not."""
+    saver, told = make_saver(trainer, tmp_path, async_save=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 0))
+        saver.save(TrainState(1, 0, 0))  # due
+        wait([saver.pending.future])
+    saver.save(TrainState(1, 0, 0))  # the end of the run
+    saver.close()
+    assert "iteration 1 is NOT saved" in told.getvalue() and iterations(tmp_path) == [1]
+
+
 def test_two_saves_between_two_reports_add_up_their_stalls(trainer, tmp_path, monkeypatch):
     saver, _ = make_saver(trainer, tmp_path)
     monkeypatch.setattr(saving, "time", SimpleNamespace(perf_counter=count().__next__))
@@ -173,6 +187,15 @@ def test_assets_that_find_no_room_are_copied_with_the_next_save(trainer, tmp_pat
     assert "are not kept with --save" in told.getvalue() and "No space left" in told.getvalue()
     saver.save(TrainState(1, 0, 0))
     assert [path.name for path in (tmp_path / "run" / "huggingface").iterdir()] == ["tokenizer.json"]
+
+
+def test_damaged_assets_end_no_training(trainer, tmp_path):
+    saver, told = make_saver(trainer, tmp_path)
+    saver.keep = lambda: read_object(tmp_path / "conversion.json")
+    (tmp_path / "conversion.json").write_text("[]")
+    saver.save(TrainState(1, 0, 0))
+    assert f"--save {tmp_path}: {tmp_path}/conversion.json holds a list of 0, not an object" in told.getvalue()
+    assert iterations(tmp_path) == [1]
 
 
 def full_disk(*_, **__):

@@ -159,3 +159,11 @@ def test_keeping_twice_changes_nothing(tmp_path, kind, model):
     keep_tokenizer(tmp_path, data(kind, model), template)
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes())
                       for path in (tmp_path / "huggingface").iterdir()}
+
+
+def test_ids_without_texts_leave_the_tokenizer_that_came_with_the_weights(tmp_path):
+    """Data may be ids already, by the very tokenizer that the weights have: its files are the export's."""
+    own = words(tmp_path / "huggingface", eos_token=EOD)
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    keep_tokenizer(tmp_path, data("NullTokenizer", "40"))
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before

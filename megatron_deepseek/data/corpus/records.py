@@ -141,7 +141,7 @@ class SegmentReader:
         try:
             yield from self._batches_of_rows()
         except (pyarrow.ArrowException, OSError) as error:
-            yield self._end(str(error).partition("\n")[0])
+            yield self._end(str(error).partition("\n")[0].rstrip("."))
 
     def _batches_of_rows(self) -> Iterator[Record | Fault]:
         from pyarrow.parquet import ParquetFile

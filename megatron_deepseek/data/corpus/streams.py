@@ -92,7 +92,8 @@ class _Frames(io.RawIOBase):
         if isinstance(error, MemoryError) or "not enough memory" in str(error):
             return ValueError(f"--input {self._file.name}: no memory for the window of this {name} file (up to 2 GiB "
                               f"for zstd, 4 GiB for xz, in each of --workers)")
-        behind = f", behind the end of {self._ended} sound streams" if self._at_header and self._ended else ""
+        sound = f"{self._ended} sound stream{'s' * (self._ended > 1)}"
+        behind = f", behind the end of {sound}" if self._at_header and self._ended else ""
         return DamagedStream(f"damaged {name} before its byte {place}{behind}: {error}")
 
     def close(self):
