@@ -16,7 +16,7 @@ refuse() {
     exit 2
 }
 
-[ "${BASH_SOURCE[0]}" != "$0" ] || refuse "the scripts beside it source this one; start one of them"
+[ "${BASH_SOURCE[0]}" != "$0" ] || refuse "this file is read by the scripts beside it; start one of those"
 
 # The comments at the top of a file.
 about() {

@@ -27,7 +27,7 @@ refuse() {
 [ $# -ge 1 ] || refuse "no script; usage: sbatch --nodes=N examples/slurm.sh examples/SCRIPT.sh [arguments]"
 [ -f "$1" ] || refuse "no file $1 in $PWD; usage: sbatch --nodes=N examples/slurm.sh examples/SCRIPT.sh [arguments]"
 if [ -z "${SLURM_JOB_ID:-}" ] && [ -z "${DRY_RUN:-}" ]; then
-    refuse "this is no job; sbatch --nodes=N examples/slurm.sh $* submits one, DRY_RUN=1 NNODES=N bash examples/slurm.sh $* looks"
+    refuse "this is no job; sbatch --nodes=N examples/slurm.sh $* submits one, DRY_RUN=1 NNODES=N bash examples/slurm.sh $* only checks it"
 fi
 
 export NNODES=${SLURM_NNODES:-${NNODES:-1}}
@@ -56,9 +56,9 @@ status=0
 
 readonly TIME_IS_UP=138  # 128 + SIGUSR1: what the agents end with once their ranks have saved and left
 if [ "$status" -eq "$TIME_IS_UP" ] && [ "${REQUEUE:-1}" = 1 ]; then
-    echo "slurm.sh: the time of job $SLURM_JOB_ID is up, and it has left; it goes back into the queue, to go on"
+    echo "slurm.sh: job $SLURM_JOB_ID has saved and left before its time limit; it goes back into the queue, to go on"
     scontrol requeue "$SLURM_JOB_ID" && exit 0
-    echo "slurm.sh: Slurm refuses to requeue; a new job is submitted, to begin after this one"
+    echo "slurm.sh: Slurm does not requeue it; a new job is submitted, which begins after this one"
     sbatch --dependency="afterany:$SLURM_JOB_ID" --nodes="$SLURM_NNODES" --partition="$SLURM_JOB_PARTITION" \
         ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
         --time="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)" \

@@ -28,7 +28,7 @@ _REQUIRED: Any = object()
 
 
 def read_json(path: str | os.PathLike, largest: int = LARGEST) -> Any:
-    """What a file of at most `largest` bytes holds. ValueError, with the path, if it cannot be read or is no such."""
+    """The value in a JSON file. ValueError, with the path: unreadable, more than `largest` bytes, or no JSON."""
     try:
         with open(path, "rb") as file:
             content, size = bytearray(), os.fstat(file.fileno()).st_size
@@ -100,7 +100,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class JsonObject:
-    """An object of a file, or of another object in it: `where` says of which, in front of every refusal.
+    """A JSON object of a file, or inside another one. `where` names the place, and begins every refusal.
 
     The readers of one value take a `default` for a key that is absent, without which it is required. A null is refused
     unless it is the default.

@@ -1,4 +1,4 @@
-"""Keys of config.json: which one cannot do without, which are misspelt, which have no meaning here.
+"""Keys of config.json: which ones are required, which are misspelt, which have no meaning here.
 
 A missing key that decides shapes or mathematics is refused, since the default of some class would be another model.
 All that released files and transformers hold in any version is required; what transformers 5 leaves out of its files

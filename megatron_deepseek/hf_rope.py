@@ -74,7 +74,10 @@ def unknown_rope_keys(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _of(fields: Mapping[str, Any]) -> tuple[str, RopeFields]:
-    """The dictionary, and what it is called. As in transformers, rope_scaling goes first where there are both."""
+    """The dictionary of the rotary embedding in config.json, and its key there.
+
+    As in transformers, rope_scaling goes first where there are both.
+    """
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if rope is not None and not isinstance(rope, dict):

@@ -116,7 +116,7 @@ def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
              (*dataset, tokenizer), (metrics, marker, last)),
         Step("loss curve", module("training.plot", metrics, "--output", plot),
              (PACKAGE / "training",), (metrics,), (plot,)),
-        Step("sample", module("inference.generate", "--load", checkpoints, "--tokenizer-model", tokenizer,
+        Step("sample", module("inference.command", "--load", checkpoints, "--tokenizer-model", tokenizer,
                               "--prompt", PROMPT, "--max-new-tokens", 64),
              (PACKAGE,), (metrics, last, tokenizer), (sample,)),
     ]

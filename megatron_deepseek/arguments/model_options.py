@@ -84,9 +84,9 @@ def add_moe(parser):
     add("--moe-router-force-load-balancing", action="store_true",
         help="benchmarks only: every expert gets as many tokens, whatever the scores")
     add("--moe-expert-capacity-factor", type=values.positive,
-        help="an expert takes so many times its even share of a sequence's tokens, the rest is dropped (no limit)")
+        help="an expert takes at most so many times its even share of a sequence's tokens; others drop (no limit)")
     add("--moe-token-drop-policy", type=str, choices=DROP_POLICIES,
-        help="what is kept below that: the largest weights, or the first of the sequence (probs)")
+        help="which tokens an expert keeps then: those of the largest weights, or the first of the sequence (probs)")
     add("--moe-pad-expert-input-to-capacity", action="store_true", help=argparse.SUPPRESS)
     add("--moe-shared-expert-overlap", action="store_true",
         help="on CUDA the shared expert computes while tokens travel to the others")

@@ -50,7 +50,7 @@ def _add_parallel(parser):
         help="print which of so many ranks holds what, and leave")
     add("--all", action="store_true", help="with --explain-layout: every rank in a line of its own")
     add("--check-only", action="store_true",
-        help="refuse what does not fit together on WORLD_SIZE ranks (environment; 1), and leave; files are not read")
+        help="check the arguments for WORLD_SIZE ranks (environment; 1), and leave; files are not read")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
     add("--pipeline-schedule", type=str, choices=SCHEDULES,
         help="a schedule of torch.distributed.pipelining (1F1B; with virtual stages Interleaved1F1B)")
@@ -163,13 +163,13 @@ def _add_checkpoint(parser):
     add("--chat-template", type=str, metavar="NAME|FILE",
         help="for exports: deepseek-v3, deepseek-r1, deepseek-v3.1, or a file of yours (that of the tokenizer, if any)")
     add("--load", type=values.path, metavar="DIR",
-        help="the --save directory, to continue what it holds; or where a run "
-        "begins that --save holds nothing of: the last checkpoint there, or the weights of a Hugging Face directory")
+        help="the --save directory, to continue what it holds; or what a new run "
+        "starts from: the last checkpoint of another directory, or a Hugging Face directory's weights")
     add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
     add("--finetune", action="store_true", help="load weights only, begin at iteration 0")
     add("--no-load-optim", action="store_true", help="begin with fresh optimizer state")
     add("--init-mtp", action="store_true",
-        help="begin the MTP modules that --load lacks, with initial weights, and the optimizer afresh")
+        help="give the MTP modules that --load lacks initial weights, and begin with fresh optimizer state")
     add("--overwrite", action="store_true", help="begin anew where --save holds another run, which is removed")
 
 

@@ -2,11 +2,13 @@
 
 import ast
 import math
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
 _MOST_LAYERS = 10_000
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def _checked(convert: Callable, accepts: Callable, kind: str, demand: str) -> Callable:
@@ -89,3 +91,11 @@ def dense_and_frequency(pattern: int | tuple[int, ...], num_layers: int) -> tupl
                 return dense, frequency
     raise ValueError(f"--moe-layer-freq {list(pattern)} is not some dense layers, then every n-th layer with experts, "
                      f"which is what first_k_dense_replace and moe_layer_freq can express")
+
+
+def size(text: str) -> int:
+    """Bytes of 5GB, 500MB, 1GiB or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 1GiB")
+    return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)

@@ -1,31 +1,19 @@
-"""The command line of tools/convert_checkpoint.py."""
+"""The command line of tools/convert_checkpoint.py, without torch until there is something to convert."""
 
 import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 
-import torch
-
-from megatron_deepseek import hf_config
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.checkpoint.assets import Assets
 from megatron_deepseek.checkpoint.chat_templates import template_names
-from megatron_deepseek.checkpoint.command_line import produce_visibly, share_of, size
-from megatron_deepseek.checkpoint.conversion import DTYPES, Target, conversion
-from megatron_deepseek.checkpoint.dcp_metadata import METADATA
-from megatron_deepseek.checkpoint.formats import OPEN, hf_target, megatron_target, native_target
-from megatron_deepseek.checkpoint.marker import MARKER
-from megatron_deepseek.checkpoint.names import layer_of
-from megatron_deepseek.checkpoint.production import Share
-from megatron_deepseek.checkpoint.source import Source
-from megatron_deepseek.checkpoint.tokenizer_files import JSON, check_template, read_token_ids, tokenizer_in
+from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "convert_checkpoint.py"
+FORMATS = ("hf", "megatron", "native")  # of formats.OPEN
+TYPES = ("bf16", "fp16", "fp32", "fp8")  # of conversion.DTYPES
 
 
 def layers(text: str) -> frozenset[int]:
@@ -43,13 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=PROGRAM, allow_abbrev=False,
                            description="Convert DeepSeek checkpoints, in memory that does not grow with the model.")
     add = parser.add_argument
-    add("--from", dest="origin", required=True, choices=sorted(OPEN), help="format of --load")
-    add("--to", required=True, choices=sorted(OPEN), help="format of --save")
+    add("--from", dest="origin", required=True, choices=FORMATS, help="format of --load")
+    add("--to", required=True, choices=FORMATS, help="format of --save")
     add("--load", type=values.path, required=True, metavar="DIR",
         help="a Hugging Face directory, or one of checkpoints")
     add("--save", type=values.path, metavar="DIR", help="made whole, by a rename at the end")
-    add("--dtype", choices=sorted(DTYPES), help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
-    add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
+    add("--dtype", choices=TYPES, help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
+    add("--max-shard-size", type=values.size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
     add("--workers", type=values.positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
     add("--assets", type=values.path, metavar="DIR",
@@ -61,100 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_target(args: argparse.Namespace, source: Source, assets: Assets) -> Target:
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    save = args.save or Path("output")
-    if args.to == "hf":
-        return hf_target(source, assets, save, dtype, args.max_shard_size)
-    return (native_target if args.to == "native" else megatron_target)(source, assets, save, dtype)
-
-
-def describe(source: Source, target: Target, chosen: frozenset[int] | None) -> None:
-    """Every tensor of the chosen layers (all of them) with its types and file; then what is dropped; then totals."""
-    for shard in target.shards:
-        for output in shard.outputs:
-            if chosen is None or layer_of(output.name) in chosen:
-                print(f"{output.name} {list(output.shape)} {_name(source.dtypes[output.original])} -> "
-                      f"{_name(output.dtype)} {shard.name}")
-    for name, reason in sorted(source.dropped.items()):
-        if chosen is None or layer_of(name) in chosen:
-            print(f"{name} dropped: {reason}")
-    tensors = sum(len(shard.outputs) for shard in target.shards)
-    print(f"{tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files; {len(source.dropped)} dropped, "
-          f"{len(source.copies)} copies of others")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
-    """Megatron's files do not say the architecture, so --assets must."""
-    more = (args.assets,) if args.origin == "megatron" else ()
-    return OPEN[args.origin](args.load, args.no_mtp, *more)
-
-
-def _refuse_other_format(origin: str, load: Path) -> None:
-    """ValueError where names of files show that `load` is of another format than --from says."""
-    released = any(load.glob("*.safetensors"))
-    checkpoints = (load / MARKER).exists() or (load / METADATA).exists()
-    if origin == "hf" and checkpoints and not released:
-        raise ValueError(f"--load {load} holds checkpoints, not a Hugging Face model: --from native, or megatron")
-    if origin != "hf" and released and not checkpoints:
-        raise ValueError(f"--load {load} is a Hugging Face model: --from hf, not {origin}")
-
-
-def run(args: argparse.Namespace, share: Share) -> None:
-    if args.origin == args.to != "hf":
-        raise ValueError(f"--from {args.origin} --to {args.to} changes nothing; checkpoints are read in any layout")
-    looking = args.dry_run or args.layers is not None
-    if args.save is None and not looking:
-        raise ValueError("--save is required, unless --dry-run or --layers only look")
-    if not args.load.is_dir():
-        raise ValueError(f"--load {args.load} is not a directory")
-    _refuse_other_format(args.origin, args.load)
-    source, assets = _open(args)
-    if args.origin == "hf" and share.rank == 0:
-        for line in hf_config.describe(assets.fields, args.load / "config.json"):
-            print(line)
-    if args.assets is not None and args.origin != "megatron":
-        assets = replace(assets, directory=args.assets, tokens=read_token_ids(args.assets))
-        if not assets.files():
-            raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")
-    if args.chat_template is not None:
-        beside = assets.directory or args.load
-        assets = replace(assets, chat_template=check_template(args.chat_template, tokenizer_in(beside), beside))
-    target = make_target(args, source, assets)
-    if looking:
-        describe(source, target, args.layers)
-        return
-    produce_visibly(conversion(source, target), share)
-    if share.rank == 0:
-        report(source, target)
-
-
-def report(source: Source, target: Target) -> None:
-    tensors = sum(len(shard.outputs) for shard in target.shards)
-    print(f"{target.destination}: {tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files")
-    reasons = sorted(set(source.dropped.values()))
-    for reason in reasons:
-        names = sorted(name for name, why in source.dropped.items() if why == reason)
-        print(f"dropped {len(names)} tensors ({reason}): {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
-    if source.absent_mtp:
-        print(f"without MTP: {source.path} holds none of the modules that its config.json announces "
-              f"(num_nextn_predict_layers {source.absent_mtp}); what was written announces none")
-    if target.kind == "hf" and not (target.destination / JSON).is_file():
-        print(f"without a tokenizer, which servers need: {source.path} has none with it, --assets DIR brings one")
-    if source.copies:
-        print(f"checked {len(source.copies)} copies against their originals: {', '.join(source.copies)}")
-
-
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """The exit status: 2 for what a user can mend, with one line that says what."""
 
     def convert_checkpoint() -> int:
         args = build_parser().parse_args(argv)
-        run(args, share_of(environ, args.workers))
+        with quick_imports():
+            from megatron_deepseek.checkpoint.converting import convert
+        convert(args, environ)
         return 0
 
     return exit_status(PROGRAM, convert_checkpoint, "interrupted; the same command continues")

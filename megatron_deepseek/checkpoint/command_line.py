@@ -1,23 +1,11 @@
-"""What the commands on checkpoints have in common: sizes, workers, the progress bar."""
+"""What the commands on checkpoints have in common: workers, the progress bar."""
 
-import argparse
-import re
 import sys
 from collections.abc import Mapping
 
 from tqdm import tqdm
 
 from megatron_deepseek.checkpoint.production import Product, Share, produce
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def size(text: str) -> int:
-    """Bytes of 5GB, 500MB, 1GiB or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 1GiB")
-    return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)
 
 
 def share_of(environ: Mapping[str, str], workers: int) -> Share:

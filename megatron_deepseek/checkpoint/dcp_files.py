@@ -198,6 +198,6 @@ def refuse_megatron(directory: Path) -> None:
 def refuse_legacy(directory: Path) -> None:
     """ValueError where Megatron-LM has written each rank's weights to a file of its own, by `torch.save`."""
     if not (directory / METADATA).exists() and any(directory.glob("mp_rank_*")):
-        raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX), and read "
-                         f"is torch_dist. Megatron-LM writes that from it: the command that trained it, with "
+        raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX); only "
+                         f"torch_dist is read. Megatron-LM converts it: the command that trained it, with "
                          f"--ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY")

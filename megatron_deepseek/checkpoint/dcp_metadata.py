@@ -73,7 +73,7 @@ def read_metadata(directory: Path) -> Metadata:
     try:
         size = path.stat().st_size
         if size > _LARGEST:
-            raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST:,} of the largest job's")
+            raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST:,} that are read of such a file")
         found = read_pickle(path.read_bytes(), _known)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

@@ -36,6 +36,6 @@ def difference(there: int, here: int) -> str:
     """What to do about a checkpoint with `there` modules for a model with `here`, another number."""
     holds = f"it holds {there or 'no'} Multi-Token Prediction module{'s' * (there > 1)}, the model has {here}"
     if there < here:
-        return f"{holds}: --mtp-num-layers {there} goes on with what there is, --init-mtp begins {here - there} new"
+        return f"{holds}: --mtp-num-layers {there} goes on with what there is, --init-mtp adds {here - there} new"
     return (f"{holds}: --mtp-num-layers {there} keeps what there is, tools/convert_checkpoint.py --no-mtp makes a copy "
             f"without")

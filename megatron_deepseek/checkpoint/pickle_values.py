@@ -28,7 +28,7 @@ class Record:
             setattr(self, name, None)
 
     def fill(self, state: Any) -> None:
-        """Attributes that are no slots are left out."""
+        """Set the attributes that have slots; others are left out."""
         if not isinstance(state, dict):
             raise ValueError(f"the state of a {type(self).__name__} is no dictionary")
         for name in self.__slots__:
@@ -116,12 +116,12 @@ class _Reader:
         self.stack.append(int.from_bytes(self.take(count), "little", signed=True))
 
     def skip(self, count: int) -> None:
-        """Bytes, as data: nothing that is plain is stored so."""
+        """Read past a byte string: no plain value is stored as one."""
         self.take(count)
         self.stack.append(OTHER)
 
     def frame(self) -> None:
-        """Frames say how much to read at once; all is read already."""
+        """Read past a frame's length, which says how much to read at once: everything is read already."""
         self.at += 8
 
     # Values made of others.
@@ -164,7 +164,7 @@ class _Reader:
         self.set_in(self.stack[-1], values)
 
     def set_in(self, target: Any, values: list[Any]) -> None:
-        """Keys that are no text, number or record are left out with their values: to hash them can take for ever."""
+        """Set an entry. A key that is no text, number or record is left out: hashing it can take for ever."""
         if target is OTHER:
             return
         if type(target) is not dict or len(values) % 2:
@@ -198,7 +198,7 @@ class _Reader:
         self.new()
 
     def call(self) -> None:
-        """Nothing is called: a tuple is its argument, a dictionary begins empty."""
+        """Make a value without calling anything: a tuple is its argument, a dictionary begins empty."""
         arguments, what = self.stack.pop(), self.stack.pop()
         if what is tuple:
             (value,) = arguments

@@ -13,10 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.arguments import values
-from megatron_deepseek.arguments.command_line import OneLineParser
-from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.arguments.parser import TOKENIZER_TYPES
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.assets import DIRECTORY
 from megatron_deepseek.checkpoint.huggingface import open_huggingface
@@ -25,6 +21,7 @@ from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_a
 from megatron_deepseek.checkpoint.marker import is_huggingface
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_deepseek.inference.command import PROGRAM, SEQ_LENGTH
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.model.deepseek import DeepseekStage, StepContext, Tally
 from megatron_deepseek.parallel.layout import Layout
@@ -32,9 +29,6 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
 from megatron_deepseek.presets import describe_model
-
-PROGRAM = "generate.py"
-_SEQ_LENGTH = 256
 
 
 @torch.no_grad()
@@ -90,7 +84,7 @@ def look_at(args: argparse.Namespace) -> Request:
     _check_text(args.prompt)
     directory = checkpoint_directory(args.load, args.ckpt_step)
     config = _architecture(directory)
-    seq_length = args.seq_length or min(_SEQ_LENGTH, config.max_position_embeddings)
+    seq_length = args.seq_length or min(SEQ_LENGTH, config.max_position_embeddings)
     if seq_length > config.max_position_embeddings:
         raise ValueError(f"--seq-length {seq_length} is longer than the model's max_position_embeddings "
                          f"{config.max_position_embeddings}")
@@ -161,24 +155,6 @@ def load_model(request: Request) -> DeepseekStage:
     return model.eval()
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser(prog=PROGRAM, description="Continue a prompt with a trained model.")
-    add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="DIR",
-        help="checkpoints (--save of a training), or a Hugging Face directory")
-    add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
-    add("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help=f"({TOKENIZER_TYPES[0]})")
-    add("--tokenizer-model", metavar="PATH", help="tokenizer.json or its directory (the one that is with the weights)")
-    add("--prompt", required=True, help='may be "": the model begins a document')
-    add("--max-new-tokens", type=values.count, default=64, metavar="N", help="(64)")
-    add("--temperature", type=values.non_negative, default=0.7, metavar="X", help="0: always the likeliest token (0.7)")
-    add("--top-p", type=values.fraction, default=0.9, metavar="X", help="tokens are of this probability together (0.9)")
-    add("--seq-length", type=values.positive_int, metavar="N",
-        help=f"longest context that the model sees ({_SEQ_LENGTH}, or all that it can)")
-    add("--seed", type=values.count, default=1234, metavar="N", help="(1234)")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> int:
     request = look_at(args)
     if is_huggingface(request.directory):
@@ -194,11 +170,3 @@ def run(args: argparse.Namespace) -> int:
     print(args.prompt + continuation(request.tokenizer, behind, tokens))
     dist.destroy_process_group()
     return 0
-
-
-def main(argv: list[str]) -> int:
-    return exit_status(PROGRAM, lambda: run(parse_arguments(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

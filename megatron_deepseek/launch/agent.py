@@ -36,11 +36,11 @@ def end_with_agent() -> None:
 
 
 def _is_orphan(parent: int) -> bool:
-    """Whether `parent` adopted this process, which the agent had started.
+    """Whether the agent that started this process is gone, so that `parent` only adopted it.
 
     torchrun starts each rank in a session of its own: the leader of a session is the agent's own child (and not a
     wrapper's), and an agent has torch loaded. The memory map of a process of another user, such as init, is not to be
-    read; there the command tells an agent, which runs in Python. In doubt it is the agent.
+    read; there its command line decides: an agent's names Python. In doubt `parent` is the agent.
     """
     if os.getsid(0) != os.getpid() or parent == 0:
         return False

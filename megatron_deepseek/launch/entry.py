@@ -46,7 +46,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _status(left: SystemExit) -> int:
-    """What Python makes of it: None is success, and anything but a number is printed, and failure."""
+    """The status that Python would end with: None is success; what is no number is printed, and is failure."""
     if left.code is None or isinstance(left.code, int):
         return left.code or 0
     print(left.code, file=sys.stderr)

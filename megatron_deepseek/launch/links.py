@@ -52,7 +52,7 @@ def silence_limited(seconds: float) -> Iterator[None]:
 
 
 def _connections() -> Iterator[socket.socket]:
-    """Of /proc, each by a file descriptor of its own; none where there is no such directory."""
+    """The TCP connections in /proc/self/fd, each by a new file descriptor; none where there is no /proc."""
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

@@ -1,8 +1,9 @@
-"""torchrun for the entries of this repository, whose last words are one line: tools/launch.py.
+"""torchrun for the entries of this repository, with one line as its last word: tools/launch.py.
 
 torchrun answers a rank's failure with its own traceback of 20 lines and a table, and Ctrl-C with another traceback; no
 rank can prevent either. Here the command line is checked once, before torch is imported and any rank is started, and
-torchrun runs in this process, so that its ends are told in a line and with the status of the rank that failed.
+torchrun runs in this process, so that every end of it is told in a line, and the status is that of the rank that
+failed.
 """
 
 import argparse
@@ -26,7 +27,7 @@ USAGE = f"""usage: {PROGRAM} [--dry-run] [--relaunch N] TORCHRUN_ARGUMENTS... EN
 
 torchrun (whose arguments it takes: torchrun --help), with the checks before it starts and one line when it fails.
 --dry-run     check the arguments as the ranks would, print the command, and start nothing
---relaunch N  begin anew, N times at most, when torchrun has lost those of the other nodes"""
+--relaunch N  start torchrun again, N times at most, when it has lost the other nodes"""
 _COUNTED_BY_TORCHRUN = ("auto", "gpu", "cpu", "xpu")
 _SHUTDOWN_SECONDS = "600"  # for the step and the save that a signal asks of the ranks; torchrun's own is 30
 _LAST_SECONDS = 2.0  # for what the ranks say after a second Ctrl-C
@@ -65,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _problem(own: argparse.Namespace, options: Sequence[str], entry: str) -> str | None:
-    """What torchrun or Python would say in words of their own."""
+    """A mistake in the command line that torchrun or Python would report in many lines; None if there is none."""
     if not own.relaunch.isdecimal():
-        return f"--relaunch {own.relaunch} is no number of times"
+        return f"--relaunch {own.relaunch} is not a whole number of times"
     local = value(options, "nproc-per-node", "1")
     if not local.isdecimal() and local not in _COUNTED_BY_TORCHRUN:
         return f"--nproc_per_node {local} is neither a number of processes nor one of {', '.join(_COUNTED_BY_TORCHRUN)}"

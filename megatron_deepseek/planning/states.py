@@ -32,7 +32,7 @@ class Held:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of the pipeline rank `pp_rank`, on each of its ranks."""
+    """Bytes on each rank of the pipeline rank `pp_rank`, on the device and in the host's memory."""
 
     pp_rank: int
     device: int
@@ -62,7 +62,7 @@ def _routed(model: ModelConfig) -> int:
 
 
 def _divided(model: ModelConfig, index: int) -> int:
-    """Dense weights of a layer that tensor ranks divide: the products by heads and by the MLP's width."""
+    """How many dense weights of a layer tensor ranks divide: those of products by heads and by the MLP's width."""
     heads = model.num_attention_heads
     query = model.q_lora_rank or model.hidden_size
     attention = heads * (query * model.qk_head_dim + model.v_head_dim * model.hidden_size
@@ -73,7 +73,7 @@ def _divided(model: ModelConfig, index: int) -> int:
 
 
 def state_bytes(settings: "Settings") -> StateBytes:
-    """Of the pipeline rank with the most on its device."""
+    """The bytes of the pipeline rank with the most on its device."""
     return max((_of_rank(settings, pp_rank) for pp_rank in range(settings.layout.pp)), key=lambda each: each.device)
 
 

@@ -8,7 +8,8 @@ _COPIED_BYTES = 1 << 20
 
 
 class AppendedFile:
-    """What `write` cannot bring to the file waits in memory, and goes before the next record: nothing is lost or torn.
+    """A file that is written record by record. What cannot be written waits in memory, and goes before the
+    next record: none is lost or torn.
 
     The first failure and the end of it are told, a line each. A file that was removed, with its directory or without,
     is made again: what had been written is still held open.
@@ -35,7 +36,7 @@ class AppendedFile:
             self._trouble = False
 
     def flush(self) -> None:
-        """Nothing is buffered that could be written."""
+        """Nothing to do: a record is written at once, or waits because it cannot be."""
 
     def close(self) -> None:
         """OSError if something still waits and cannot be written."""

@@ -101,7 +101,7 @@ def _decide(run: RunSettings, job: Job) -> Start:
 
 
 def _recorded_last(save: Path) -> Recorded | None:
-    """Of the last checkpoint there; None where nobody knows. What is damaged is told once it is to be loaded."""
+    """What the last checkpoint there records of its run; None where there is nothing, or damage: loading says so."""
     try:
         return read_recorded(checkpoint_directory(save))
     except ValueError:

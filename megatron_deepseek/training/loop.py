@@ -251,8 +251,8 @@ class Run:
             return
         by_hand = f"tools/convert_checkpoint.py --from native --to hf --load {run.save} --save DIR exports it"
         if done < run.train_iters:
-            self.report.message(f"{run.save_hf} is not written after {done} of {run.train_iters} iterations: the start "
-                                f"that ends this run does it. Until then {by_hand}")
+            self.report.message(f"{run.save_hf} is not written after {done} of {run.train_iters} iterations, but after "
+                                f"the last one. Until then {by_hand}")
             return
         with refusing(f"; the training itself is saved: {by_hand}"):
             if self._is_exported():

@@ -86,7 +86,7 @@ class Ring:
                     self._hear(key.fileobj, key.data, selector)
 
     def _connect(self, rank: int, selector: selectors.BaseSelector) -> bool:
-        """To the rank behind this one, once it has told where it is. True when there is no more to try."""
+        """Connect to the next rank once it has published its address. True when there is nothing more to try."""
         key = f"{_KEY}/{rank}"
         try:
             if not self.store.check([key]):

@@ -1,4 +1,4 @@
-"""arguments.json of a checkpoint: what the run that wrote it was told. The next one says what has changed since."""
+"""arguments.json of a checkpoint: the settings of the run that wrote it. The next run lists what has changed since."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -71,13 +71,16 @@ class Recorded:
 
 
 def record(settings: Settings, origin: str | None, job: Job) -> Recorded:
-    """Of this run. Looks at its files of data and tokenizer."""
+    """What this run records of itself; looks at the sizes of its data files and reads its tokenizer."""
     concerns = {name: _json(value) for name, value in asdict(settings).items() if isinstance(value, dict)}
     return Recorded(concerns, origin, job, _files(settings))
 
 
 def read_recorded(directory: Path) -> Recorded | None:
-    """None where nothing was recorded: by an older version, or in released weights. ValueError if it is damaged."""
+    """What a checkpoint records; None if it records nothing, as an older version's or released weights.
+
+    ValueError if the record is damaged.
+    """
     path = directory / ARGUMENTS
     if not path.exists():
         return None
@@ -140,7 +143,7 @@ def _option(section: str, name: str) -> str:
 
 
 def _shown(value: Any, beside: Any) -> str:
-    """Of a long list what comes after the beginning that the two have in common."""
+    """`value` as text; of a long list only what follows the beginning that `beside` has, too."""
     if not isinstance(value, list):
         return "none" if value is None else _short(str(value))
     same = len(os.path.commonprefix([value, beside])) if isinstance(beside, list) else 0
@@ -155,7 +158,7 @@ def _short(text: str) -> str:
 
 
 def _json(value: Any) -> Any:
-    """As it comes back from a file."""
+    """The value as it comes back from a JSON file: lists for tuples, text for paths."""
     if isinstance(value, Mapping):
         return {str(name): _json(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -58,7 +58,7 @@ class Holder:
         return f"process {self.pid} on {self.host} since {self.since}"
 
     def process_is_gone(self) -> bool:
-        """Of a holder whose `place` is this one's."""
+        """Whether the process of a holder in this place has ended."""
         return _process(self.pid) != self.started
 
 
@@ -138,7 +138,7 @@ class SaveLock:
             return True
         if holder.place and holder.place == self.me.place:
             return _within(self.leaving_seconds, holder.process_is_gone)
-        self.say(f"{self.path} was left by {holder}, or that runs still: waiting {self.silence_seconds:g} s for a sign "
+        self.say(f"{self.path} is held by {holder}, which may be dead: waiting {self.silence_seconds:g} s for a sign "
                  "of life")
         seen = self._beat()
         return not _within(self.silence_seconds, lambda: self._beat() not in (seen, None))
@@ -152,7 +152,7 @@ class SaveLock:
             return None
 
     def _remove(self, dead: Holder) -> None:
-        """Move the dead one's lock out of the way, and nobody else's: if one was made meanwhile, it goes back."""
+        """Remove the lock of the dead holder, and no other: one that was made meanwhile is put back."""
         aside = self.path.with_name(f"{LOCK}.{uuid.uuid4().hex}.dead")
         try:
             if (read_holder(self.path) or dead) != dead:
@@ -167,7 +167,7 @@ class SaveLock:
             pass
 
     def _keep(self) -> None:
-        """Renew the lock; make it again if the directory was removed. What a disk refuses is tried again."""
+        """Renew the lock; make it again if the directory was removed. A beat that the disk refuses is tried again."""
         while not self._done.wait(self.beat_seconds):
             try:
                 holder = read_holder(self.path)

@@ -1,4 +1,4 @@
-"""Iterations and samples of one run, each from the other.
+"""Converts between iterations and samples of one run.
 
 Everything that changes during a run follows the samples that it consumed, as in Megatron-LM; an iteration is another
 number of samples at each size of a batch-size ramp, and after a resume with another --global-batch-size. A run knows
@@ -67,7 +67,7 @@ class Timeline:
 
 
 def timeline(batch: BatchSettings, state: TrainState = TrainState()) -> Timeline:
-    """Of a run that is at `state` and goes on with `batch`."""
+    """The Timeline of a run that is at `state` and goes on with `batch`."""
     batches, consumed = list(with_past(state, batch).batches), state.consumed_samples
     ramp_samples = batch.rampup_batch_size[2] if batch.rampup_batch_size else -1
     while consumed <= ramp_samples:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, 
 
 from megatron_deepseek.checkpoint.command import main as convert
 from megatron_deepseek.data.tokenizer import build_tokenizer
-from megatron_deepseek.inference.generate import continuation, main
+from megatron_deepseek.inference.command import main
+from megatron_deepseek.inference.generate import continuation
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = DeepseekV3Config(

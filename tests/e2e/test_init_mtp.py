@@ -103,7 +103,7 @@ def test_what_is_said_names_both_ways(workshop, announced):
     both = workshop.arguments("said", "--model", str(announced), "--load", str(announced), *STILL)
     job = workshop.run(1, both)
     assert job.status == 2 and job.output.count("\n") == 1, job.output
-    assert "--mtp-num-layers 0 goes on with what there is, --init-mtp begins 1 new" in job.output
+    assert "--mtp-num-layers 0 goes on with what there is, --init-mtp adds 1 new" in job.output
     job = workshop.run(1, [*both, "--mtp-num-layers", "0"])
     assert job.status == 0, job.output
     assert ModelConfig.from_file(workshop.directory / "said" / "iter_0000001").num_nextn_predict_layers == 0

@@ -46,7 +46,7 @@ def large(tmp_path_factory) -> Path:
 
 def address_space() -> int:
     """Kilobytes that importing the command takes."""
-    code = ("import megatron_deepseek.checkpoint.reshard_command; "
+    code = ("import megatron_deepseek.checkpoint.resharding; "
             "print([l for l in open('/proc/self/status') if l.startswith('VmPeak')][0].split()[1])")
     return int(subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True).stdout)
 

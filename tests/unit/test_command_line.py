@@ -13,6 +13,9 @@ from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.command_line import OneLineParser, proposals
 from megatron_deepseek.arguments.ending import BROKEN_PIPE, exit_status
 from megatron_deepseek.arguments.parser import build_parser
+from megatron_deepseek.checkpoint import command
+from megatron_deepseek.checkpoint.conversion import DTYPES
+from megatron_deepseek.checkpoint.formats import OPEN
 
 ROOT = Path(__file__).parents[2]
 # the module of each command, arguments with a slip, and what was meant
@@ -22,7 +25,7 @@ COMMANDS = {
                 "--tensor-model-parallel-size"),
     "preprocess": ("megatron_deepseek.data.corpus.command", ["--inputs", "x"], "--input"),
     "dataset": ("megatron_deepseek.data.dataset_command", ["merge", "--output", "x"], "--output-prefix"),
-    "generate": ("megatron_deepseek.inference.generate", ["--max-tokens", "3"], "--max-new-tokens"),
+    "generate": ("megatron_deepseek.inference.command", ["--max-tokens", "3"], "--max-new-tokens"),
     "plot": ("megatron_deepseek.training.plot", ["--out", "x"], "--output"),
     "operators": ("megatron_deepseek.ops.__main__", ["--hlep"], "--help"),
     "cache": ("tools.build_data_cache", ["--datapath", "x"], "--data-path"),
@@ -68,6 +71,22 @@ def test_every_command_says_in_a_line_what_was_meant(command, capsys, monkeypatc
     assert importlib.import_module(module).main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert ": error: " in line and "is no option; did you mean" in line and meant in line.split("did you mean")[1]
+
+
+def test_help_and_refusals_need_no_torch():
+    """Its import takes longer than a reader of --help wants to wait. All commands in one process, named if they do."""
+    modules = [module for name, (module, *_) in COMMANDS.items() if name != "operators"]  # those are in torch
+    program = f"""import importlib, sys
+for module in {modules}:
+    assert importlib.import_module(module).main(["--help"]) == 0, module
+    assert importlib.import_module(module).main(["--no-such-option"]) == 2, module
+    assert "torch" not in sys.modules, module"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+
+
+def test_the_choices_of_a_conversion_are_those_that_it_has():
+    assert sorted(OPEN) == list(command.FORMATS) and sorted(DTYPES) == list(command.TYPES)
 
 
 def test_so_does_training(capsys):

@@ -265,9 +265,9 @@ def test_announced_mtp_that_no_file_holds_is_never_announced_again(tmp_path, key
 
 @pytest.mark.parametrize("there, here, said", [
     (0, 1, "it holds no Multi-Token Prediction module, the model has 1: --mtp-num-layers 0 goes on with what there is, "
-           "--init-mtp begins 1 new"),
+           "--init-mtp adds 1 new"),
     (1, 2, "it holds 1 Multi-Token Prediction module, the model has 2: --mtp-num-layers 1 goes on with what there is, "
-           "--init-mtp begins 1 new"),
+           "--init-mtp adds 1 new"),
     (1, 0, "it holds 1 Multi-Token Prediction module, the model has 0: --mtp-num-layers 1 keeps what there is, "
            "tools/convert_checkpoint.py --no-mtp makes a copy without")])
 def test_another_number_of_mtp_modules_names_the_ways(tmp_path, there, here, said):

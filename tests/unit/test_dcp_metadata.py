@@ -246,6 +246,6 @@ def test_memory_of_many_items(tmp_path):
 def test_the_tools_start_without_dcp():
     """Half a second of their start."""
     program = """import sys
-import megatron_deepseek.checkpoint.command, megatron_deepseek.checkpoint.reshard_command
+import megatron_deepseek.checkpoint.converting, megatron_deepseek.checkpoint.resharding
 print(*(name for name in ("torch.distributed.checkpoint", "megatron_deepseek.model.build") if name in sys.modules))"""
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"

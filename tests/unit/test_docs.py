@@ -24,7 +24,7 @@ COMMANDS = {
     "tools/reshard_checkpoint.py": "megatron_deepseek.checkpoint.reshard_command",
     "tools/preprocess_data.py": "megatron_deepseek.data.corpus.command",
     "tools/indexed_dataset.py": "megatron_deepseek.data.dataset_command",
-    "megatron_deepseek.inference.generate": "megatron_deepseek.inference.generate",
+    "tools/generate.py": "megatron_deepseek.inference.command",
     "megatron_deepseek.training.plot": "megatron_deepseek.training.plot",
     **{f"tools/{name}.py": f"tools.{name}" for name in (
         "build_data_cache", "make_corpus", "train_tokenizer", "trace_overlap", "run_tiny")}}

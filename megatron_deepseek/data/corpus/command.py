@@ -49,8 +49,8 @@ def _add_input(group):
         help="what to do about a document that cannot be used (default: skip, count and report it)")
     add("--max-errors", type=int, default=1000, metavar="N", help="skip at most so many (default: %(default)s)")
     add("--allow-damaged-files", type=int, default=0, metavar="N",
-        help="of so many files take what can be read, where they break off or are damaged (default: 0: such a file "
-             "ends the run)")
+        help="of up to N files that break off or are damaged, take what can be read (default: %(default)s, such a "
+             "file ends the run)")
 
 
 def _add_tokenizer(group):

@@ -11,7 +11,7 @@ from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
 
 def digest_of(settings: PreprocessSettings, described: dict) -> str:
-    """Of all that decides the bytes of the output and how many files they are in; `described` is the ledger's."""
+    """A digest of what decides the output's bytes and number of files; `described` is the ledger's."""
     asked = [described, asdict(settings.selection), settings.execution.merge, settings.prefixes]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -44,7 +44,7 @@ def report_path(settings: PreprocessSettings) -> str:
 
 
 def _read_report(path: str) -> dict:
-    """What it was made from, its datasets, what was wrong with the input; empty where it lacks one of them."""
+    """What a report says of the input, of its faults and of the datasets; empty if it lacks one of them."""
     try:
         report = read_object(path, LARGEST_LIST)
         datasets = report.object("datasets")
