@@ -105,7 +105,7 @@ def explain_marks(lines: list[str]) -> list[str]:
     """What the marks in `lines` mean, a line for each that is there."""
     meanings = {"*": "from here on this is not the run that it would have been",
                 "~": "the same run but for rounding"}
-    return [f"  {mark} {meaning}" for mark, meaning in meanings.items()
+    return [f"  ({mark}: {meaning})" for mark, meaning in meanings.items()
             if any(line.startswith(f"  {mark} ") for line in lines)]
 
 

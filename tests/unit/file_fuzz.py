@@ -32,6 +32,7 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.loadable import check_checkpoint, refuse_damage
 from megatron_deepseek.data.tokenizer import EOD
 from megatron_deepseek.inference import generate
+from megatron_deepseek.inference.command import parse_arguments
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
@@ -66,7 +67,7 @@ def say(root: Path, *more: str) -> int:
     arguments = ["--load", str(root), "--prompt", "a", "--max-new-tokens", "1", *more]
     stays = argparse.Namespace(destroy_process_group=lambda: None)
     with patch.multiple(generate, join_job=lambda *args, **kwargs: None, dist=stays):  # it is joined already
-        return generate.run(generate.parse_arguments(arguments))
+        return generate.run(parse_arguments(arguments))
 
 
 def divide(root: Path) -> int:

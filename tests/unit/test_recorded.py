@@ -121,7 +121,7 @@ def test_what_one_version_alone_knows_is_left_out(told):
 
 
 def test_only_marks_that_are_there_are_explained():
-    assert explain_marks(["  * a", "    b"]) == ["  * from here on this is not the run that it would have been"]
+    assert explain_marks(["  * a", "    b"]) == ["  (*: from here on this is not the run that it would have been)"]
     assert explain_marks(["    b"]) == [] and len(explain_marks(["  ~ a", "  * a"])) == 2
 
 
