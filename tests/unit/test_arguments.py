@@ -165,12 +165,8 @@ REFUSED = {
         (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
     "--finetune without --load": (1, "--finetune", ["--finetune", "--load"]),
     "--finetune that --save comes from":
-<<<<<<< HEAD
         (1, "--finetune --load runs/a --save runs/../runs/a",
          ["--finetune begins at iteration 0", "--load runs/a needs another directory for --save"]),
-=======
-        (1, "--finetune --load runs/a --save runs/../runs/a", ["--finetune", "--load runs/a", "--save"]),
->>>>>>> main
     "--overwrite without --save": (1, "--overwrite", ["--overwrite needs --save"]),
     "--overwrite of the directory that is loaded":
         (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
