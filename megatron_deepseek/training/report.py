@@ -77,10 +77,18 @@ class Report:
                 raise
 
 
+def _has_room_for_a_bar(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal with a width: in one of 0 columns, as some launchers open, no bar is seen."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return True  # a terminal that does not tell
+
+
 def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | None = None) -> Report:
     """The report of the one rank that speaks. `stream`, standard output by default, gets a bar if it is a terminal."""
     stream = stream or sys.stdout
-    progress = (ProgressBar if stream.isatty() else ProgressLines)(run, resumed_iteration, stream)
+    progress = (ProgressBar if _has_room_for_a_bar(stream) else ProgressLines)(run, resumed_iteration, stream)
     listeners: list[Listener] = []
     if run.tensorboard_dir is not None:
         listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration, progress.message))

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pty
 import sys
 
 import pytest
@@ -241,3 +242,14 @@ def test_training_goes_on_without_a_reader(tmp_path, capsys):
             report.step(step(iteration))
     assert [record["iteration"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert capsys.readouterr().err == "nobody reads the output any more; training goes on\n"
+
+
+def test_a_terminal_without_a_width_gets_lines():
+    """As pty.openpty makes one; a bar of no columns would show nothing of the training."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    with os.fdopen(theirs, "w") as stream, open_report(RunSettings(10), stream=stream) as report:
+        report.step(step(1))
+        shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert shown.startswith("iteration  1/10 | lm loss 8.9000")
