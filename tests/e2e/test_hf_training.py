@@ -40,6 +40,7 @@ SLICES = ("--tensor-model-parallel-size 2 --expert-tensor-parallel-size 2 --pipe
           "--pipeline-schedule Interleaved1F1B --sequence-parallel").split()
 
 
+@pytest.mark.slow
 def test_weights_go_in_and_out(workshop, released):
     """A step of size zero changes no weight: in any layout, out comes what went in, to the last bit."""
     still = ["--train-iters", "1", "--lr", "1e-30", "--weight-decay", "0", "--moe-router-bias-update-rate", "0",

@@ -47,6 +47,7 @@ def test_learns_and_writes_what_the_design_says(workshop, alone):
     assert (workshop.directory / "alone" / "latest_checkpointed_iteration.txt").read_text() == "6\n"
 
 
+@pytest.mark.slow
 def test_any_layout_continues_any_other(workshop, alone):
     """Three steps on slices of tensors and experts, three more on two stages in turns: one rank's numbers."""
     halfway = ("--load", str(workshop.directory / "moved"))
@@ -59,6 +60,7 @@ def test_any_layout_continues_any_other(workshop, alone):
         "--overlap-moe-expert-parallel-comm").split()), alone)
 
 
+@pytest.mark.slow
 def test_context_parallel_grouped_experts_and_packing(workshop):
     """A blend against one rank with the same documents, which drops the same tokens; the bytes of each level, and
     losses by source, are written.

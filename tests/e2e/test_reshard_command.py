@@ -51,6 +51,7 @@ def address_space() -> int:
     return int(subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 def test_kill_and_resume_in_little_memory(tmp_path, large):
     """SIGKILL in the middle; the same command keeps the finished files. Both runs have less memory than one file."""
     size = sum(path.stat().st_size for path in large.rglob("*.distcp")) // 1024

@@ -19,6 +19,8 @@ from megatron_deepseek.checkpoint.state import MOMENTS
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 SLICED = Case(dp=2, tp=2, ep=2, etp=2, mtp=1)
 LAYOUTS = (Case(mtp=1), SLICED, Case(dp=4, etp=4, mtp=1), Case(dp=3, mtp=1),
            Case(pp=2, schedule="1F1B", microbatches=2, dp=4, etp=2, mtp=1))

@@ -26,6 +26,8 @@ from test_precision import BFLOAT16_CASES, losses
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel import expert
 
+pytestmark = pytest.mark.slow
+
 FP8_CASES = BFLOAT16_CASES  # in which every feature is used
 BF16_TOO = Case(dp=2, microbatches=2)
 

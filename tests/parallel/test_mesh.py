@@ -161,6 +161,7 @@ def check_pieces(name: str, parameter, expected: list[list[tuple[int, int]]]) ->
         assert not piece.local.numel() or piece.offset == tuple(start for start, _ in box_), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", V3_LAYOUTS.values(), ids=V3_LAYOUTS)
 def test_deepseek_v3_on_2048_ranks(ranks, layout):
     """All 671B parameters and those of the MTP module are there, each in as many slices as ranks that share it."""

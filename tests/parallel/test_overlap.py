@@ -17,6 +17,8 @@ from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.training.profile import all_threads
 from megatron_deepseek.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 REDUCED, ENTERED = "FSDP::post_backward_reduce", "FSDP::pre_backward"
 ATTENTION = ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math_for_cpu")
 ATTENTION_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"

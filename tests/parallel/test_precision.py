@@ -12,6 +12,8 @@ from job import Record, run_case, run_reference
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel import schedule_rules
 
+pytestmark = pytest.mark.slow
+
 FLOAT32 = Precision(torch.float32)
 BFLOAT16 = Precision(torch.float32, torch.bfloat16)
 

@@ -17,6 +17,8 @@ from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 SINGLE = Precision(torch.float32)
 HEADER_BYTES = 4096  # of torch.save around an item, and again where the reader looks for them
 MODEL = dict(pp=2, schedule="1F1B", mtp=1, shared=2, microbatches=4)
