@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_deepseek.model.blueprint import Blueprint
+from megatron_deepseek.model.head import OutputHead
 from megatron_deepseek.model.layer import DecoderLayer, MTPLayer, run_layer
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.rotary import rope_table
@@ -25,7 +26,7 @@ from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.pipeline import received
 from megatron_deepseek.parallel.tensor import RMSNorm, column_linear
-from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding
 
 
 @dataclass
@@ -109,6 +110,9 @@ class DeepseekStage(nn.Module):
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
+            self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.product)
+        elif stage.loss:
+            self.head = OutputHead(self.tp, self.model.embed_tokens.local_weight)
         self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
 
     def forward(self, x: torch.Tensor, labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor, step: StepContext,
@@ -148,23 +152,18 @@ class DeepseekStage(nn.Module):
 
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
         """This rank's part of the vocabulary, [B, S, v], of the whole sequence."""
-        state_BSH = self.tp.enter(state_BSH)
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(state_BSH)
-        return F.linear(state_BSH, self.model.embed_tokens.local_weight())
+        return self.head.logits(state_BSH)
 
     def loss(self, states: list[torch.Tensor], labels_BMS: torch.Tensor, label_mask_BMS: torch.Tensor,
              step: StepContext, sources_BK: torch.Tensor | None = None) -> torch.Tensor:
         """lm_loss + mtp_loss_scale / depth * sum of the MTP losses: this micro-batch's contribution to each."""
         total = states[0].new_zeros((), dtype=torch.promote_types(states[0].dtype, torch.float32))
         for depth, state in enumerate(states):
-            logits = self.logits(state).flatten(0, 1)
-            loss_T = vocab_parallel_cross_entropy(logits, labels_BMS[:, depth].flatten(), self.tp)
-            loss = (loss_T * label_mask_BMS[:, depth].flatten()).sum() / max(step.num_labels[depth], 1)
+            loss_BS, mask_BS = -self.head.log_probabilities(state, labels_BMS[:, depth]), label_mask_BMS[:, depth]
+            loss = (loss_BS * mask_BS).sum() / max(step.num_labels[depth], 1)
             step.tally.add_loss(depth, loss)
             if depth == 0 and sources_BK is not None:
-                mask_BS = label_mask_BMS[:, 0]
-                step.tally.add_sources(sources_BK, loss_T.view_as(mask_BS), mask_BS)
+                step.tally.add_sources(sources_BK, loss_BS, mask_BS)
             total = total + (loss if depth == 0 else loss * self.mtp_loss_scale / (len(states) - 1))
         return total
 
