@@ -5,6 +5,7 @@ parameters are reduced over dp x cp, routed experts over edp.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,18 @@ def reshard(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, FSDPModule):
             each.reshard()
+
+
+@contextmanager
+def gathered(unit: nn.Module) -> Iterator[None]:
+    """Inside, the weights of `unit` itself, not of units in it, are whole; afterwards they are as they were."""
+    group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+    if group is None or not group.is_sharded:
+        yield
+        return
+    unit.unshard()
+    yield
+    unit.reshard()
 
 
 def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:

@@ -98,18 +98,18 @@ def forward(model: DeepseekStage, tokens: torch.Tensor, labels: torch.Tensor, ma
     """The batch as a step of one micro-batch."""
     labels_BMS, mask_BMS = shifted_labels(labels, mask, model.config.num_nextn_predict_layers)
     step = StepContext(tuple(mask_BMS.sum((0, 2)).tolist()), tokens.shape[0], Tally())
-    logits, compute = [], type(model).logits
+    logits, compute = [], model.head.log_probabilities
 
-    def record(state):
-        logits.append(compute(model, state))
-        return logits[-1]
+    def record(state, labels):
+        logits.append(model.logits(state).detach())
+        return compute(state, labels)
 
-    model.logits = record
+    model.head.log_probabilities = record
     try:
         loss = model(tokens, labels_BMS=labels_BMS, label_mask_BMS=mask_BMS, step=step)
     finally:
-        del model.logits
-    return Outcome(loss, [each.detach() for each in logits], step.tally)
+        del model.head.log_probabilities
+    return Outcome(loss, logits, step.tally)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
