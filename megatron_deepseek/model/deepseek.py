@@ -102,6 +102,11 @@ class DeepseekStage(nn.Module):
                 states.append(self._layer(index, step, positions, routed[depth + 1], states[-1], embedding))
         return states
 
+    def mtp_layers(self, from_depth: int) -> list[nn.Module]:
+        """Return this stage's MTP modules of the depths from `from_depth` on, counted from 0."""
+        return [self.model.layers[str(self.config.num_hidden_layers + depth)] for depth in self.stage.mtp
+                if depth >= from_depth]
+
     def _layer(self, index: int, step: StepContext, positions: Positions, routed_BS: torch.Tensor | None,
                *states: torch.Tensor) -> torch.Tensor:
         out, stats = self.runs[str(index)](self.model.layers[str(index)], *states, positions, step.num_sequences,

@@ -22,6 +22,7 @@ from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, build_stages
 from megatron_deepseek.model.step import StepContext, Tally
 from megatron_deepseek.parallel.context import ContextParallel
+from megatron_deepseek.parallel.data import gather_once
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.nodes import Traffic
@@ -95,6 +96,8 @@ class Trainer:
         self.indices = stages_of_rank(meshes.rank("pp"), len(plan.stages), meshes.layout.pp, plan.schedule)
         self.stages = build_stages(plan.model, [plan.stages[i] for i in self.indices], meshes, plan.seq_length,
                                    plan.build)
+        for unused in (layer for stage in self.stages for layer in stage.mtp_layers(self.objective.num_depths)):
+            gather_once(unused)
         self.meter = self.stages[0].meter  # one for all stages
         self.shared = find_shared(_embedding_holders(plan), self.holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
