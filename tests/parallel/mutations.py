@@ -17,13 +17,13 @@ from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops import attention, documents
 from megatron_deepseek.ops import copies as copies_
-from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, expert_tensor, pipeline, tensor,
-                                        vocabulary, zero_bubble)
+from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, expert_tensor, pipeline,
+                                        sequence_sums, tensor, vocabulary, zero_bubble)
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.shared import SharedParameter
 from megatron_deepseek.parallel.stage import ReducingStage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
-from megatron_deepseek.training import balance, division, optimizer, trainer
+from megatron_deepseek.training import balance, division, optimizer, scoring, trainer
 
 TP = Case(tp=2, shared=2)
 SP = Case(tp=2, shared=2, sp=True)
@@ -42,6 +42,8 @@ GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
 DROPPED_LEAF = Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, recompute="full")
 SOFTMAX_TP = Case(tp=2, router="group_limited")
 SLICED = Case(dp=2, etp=2)
+CP_SAMPLES = Case(cp=2, packed=True, mtp=1, microbatches=3, objective="samples")
+CP_PAIRS = Case(cp=2, micro_batch_size=2, microbatches=2, objective="pairs")
 LIMITED = Case(tp=2, mtp=1, capacity="probs", padded=True, microbatches=4)
 
 
@@ -193,6 +195,20 @@ def _counts_times_cp(count: Callable):
     return count_wrongly
 
 
+def _first_inputs(own_part: Callable):
+    """The first half of each, as long as this rank's part is."""
+    def cut_wrongly(rows, batch, cp):
+        own = own_part(rows, batch, cp)
+        inputs = {name: tensor.chunk(cp.size, 1)[0] for name, tensor in rows.inputs.items()}
+        return replace(own, inputs=inputs)
+
+    return cut_wrongly
+
+
+def _repeated(x: torch.Tensor, dim: int, group) -> torch.Tensor:
+    return torch.cat([x] * group.size(), dim)
+
+
 def _first_node_only(sum_copies: Callable):
     def sum_less(y, weights, copies):
         weights = weights.clone()
@@ -326,6 +342,18 @@ MUTATIONS = {
     "attention: every micro-batch has the first one's documents": Mutation(PACKED_DP, _replace(
         documents.Documents, "__getitem__", lambda self, rows: documents.Documents(
             self.rows[:rows.stop - rows.start], self.length))),
+    "CP: a row's sum is of this rank's tokens": Mutation(
+        CP_SAMPLES, _replace(sequence_sums.SequenceSums, "_whole", lambda self, x: x)),
+    "CP: gradients of a row's sum stay with the rank that used it": Mutation(
+        CP_SAMPLES, _method(sequence_sums._SumOverRanks, "backward", lambda ctx, grad: (grad, None))),
+    "CP: every rank gives the whole term of a row": Mutation(
+        CP_PAIRS, _replace(sequence_sums.SequenceSums, "share", lambda self, x: x.sum())),
+    "CP: an objective's own inputs are not cut": Mutation(CP_PAIRS, _replace(
+        division, "_own_part", _first_inputs(division._own_part))),
+    "CP: scores in the order of the ranks": Mutation(CP, _replace(
+        trainer, "whole_sequences", lambda own, meshes: own if meshes.layout.cp == 1 else tensor.all_gather(
+            own, 1, meshes.group("cp")))),
+    "TP: experts of this rank's tokens alone": Mutation(TP, _replace(scoring, "all_gather", _repeated)),
     "reports of the last micro-batch only": Mutation(PACKED_DP, _replace(
         step.Tally, "add_reports", _last_micro_batch_only)),
     "MTP: labels shifted, their mask not": Mutation(

@@ -24,6 +24,7 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.model.shifts import shifted_labels
+from megatron_deepseek.ops import documents
 from megatron_deepseek.settings import LossSettings, OptimizerSettings
 from megatron_deepseek.training.trainer import Plan, Trainer
 
@@ -238,3 +239,17 @@ def test_packed_documents_train_as_in_transformers(meshes, fields):
     for name, gradient in gradients_of(packed.stages[0]).items():
         if expected[name] is not None and expected[name].abs().max() > 0:
             assert relative_error(gradient, expected[name]) < GRADIENT, name
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_documents_are_found_once_a_batch(meshes, steps, monkeypatch):
+    """Not once for each layer, forward or backward: each row is walked once a step."""
+    walked, find = [], documents.documents_of
+    monkeypatch.setattr(documents, "documents_of", lambda row_S: walked.append(row_S) or find(row_S))
+    made = trainer(CONFIG, meshes)
+    ids_BL = torch.randint(CONFIG.vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    numbers_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0] * 8])
+    batch = training_batch(ids_BL[:, :-1], ids_BL[:, 1:], torch.ones(2, LENGTH), documents_BS=numbers_BS)
+    for _ in range(steps):
+        made.train_step(batch, learning_rate=0.0)
+    assert len(walked) == 2 * steps
