@@ -254,7 +254,7 @@ OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-l
 
 def test_a_plan_has_everything_that_was_asked_for(corpus):
     plain = make_plan(settings_of(corpus))
-    assert plain.precision == Precision() and not plain.reshard_after_forward and plain.seed == 1234
+    assert plain.build.precision == Precision() and not plain.build.reshard_after_forward and plain.build.seed == 1234
     settings = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 {OPTIONS} "
                      "--global-batch-size 16".split(), 2)
     plan = make_plan(settings)
