@@ -21,7 +21,7 @@ from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops import fp8_products
 from megatron_deepseek.ops.products import Grouped, Numerics
-from megatron_deepseek.ops.recompute import compose, recompute as run_again
+from megatron_deepseek.ops.recompute import kept, recomputed
 from megatron_deepseek.ops.side_stream import Beside, OnStream
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
@@ -138,8 +138,8 @@ def make_numerics(precision: Precision, recompute: RecomputeSettings, tp: int) -
     """
     again = recomputed_modules(recompute)
     if precision.fp8:
-        return fp8_products.recipe(run_again if "layernorm" in again and tp == 1 else compose, precision.fp8_gather)
-    return Numerics(experts_down=Grouped(activate=run_again)) if "moe_act" in again else Numerics()
+        return fp8_products.recipe(recomputed if "layernorm" in again and tp == 1 else kept, precision.fp8_gather)
+    return Numerics(experts_down=Grouped(activate=recomputed)) if "moe_act" in again else Numerics()
 
 
 def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:

@@ -17,7 +17,7 @@ from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.offload import saved_on_host
-from megatron_deepseek.ops.recompute import compose, keep, recompute
+from megatron_deepseek.ops.recompute import keep, kept, recomputed
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
@@ -29,7 +29,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         config, tp = blueprint.config, blueprint.tp
         self.is_moe = config.is_moe_layer(index)
-        self.normed = recompute if "layernorm" in blueprint.recomputed else compose
+        self.normed = recomputed if "layernorm" in blueprint.recomputed else kept
         numerics = blueprint.numerics
         only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
@@ -45,11 +45,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BSH: torch.Tensor, positions: Positions, global_sequences: int,
                 routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:
-        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, positions))
-        if not self.is_moe:
-            return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
-        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,),
-                                   lambda x: self.mlp(x, global_sequences, routed_BS))
+        with self.normed(self.input_layernorm, x_BSH) as normed_BSH:
+            x_BSH = x_BSH + self.self_attn(normed_BSH, positions)
+        with self.normed(self.post_attention_layernorm, x_BSH) as normed_BSH:
+            if not self.is_moe:
+                return x_BSH + self.mlp(normed_BSH), None
+            y_BSH, stats = self.mlp(normed_BSH, global_sequences, routed_BS)
         return x_BSH + y_BSH, stats
 
 

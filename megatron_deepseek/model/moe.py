@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
-from megatron_deepseek.model.router import Router
+from megatron_deepseek.model.router import Router, Routing
 from megatron_deepseek.ops.block_scaled import whole
 from megatron_deepseek.ops.products import Linear, Numerics, Product
 from megatron_deepseek.parallel.expert import NOBODY
@@ -56,10 +56,9 @@ class MLP(nn.Module):
         self.down_proj = row_linear(intermediate_size, hidden_size, tp, product=product)
 
     def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        return self.tp.leave(self.gate_proj.product.shared(self.tp.enter(x_BSH), self._from_input))
-
-    def _from_input(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        return self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
+        with self.gate_proj.product.shared(self.tp.enter(x_BSH)) as x_BSH:
+            y_BSH = self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
+        return self.tp.leave(y_BSH)
 
 
 class Experts(nn.Module):
@@ -110,31 +109,46 @@ class MoE(nn.Module):
         """`routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and
         count for their balance; None for all.
         """
+        # 1. Shared experts see every token, beside all that follows.
         shared = self.beside()
         if self.config.n_shared_experts:
             shared.start(self.shared_experts, x_BSH)
-        own_BSH = self.tp.own_tokens(whole(x_BSH))
-        if routed_BS is not None:
-            routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
+
+        # 2. Each tensor-parallel rank routes its own tokens to K of the E routed experts.
+        own_BSH, own_routed_BS = self.tp.own_tokens(whole(x_BSH)), self._own(routed_BS)
         x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)
         routing = self.gate(x_TH, self._positions(own_BSH).repeat(num_sequences) if self.gate.forced else None)
         chosen_TK = routing.experts_TK
-        if routed_BS is not None:
-            chosen_TK = chosen_TK.where(routed_BS.reshape(-1, 1), NOBODY)
+        if own_routed_BS is not None:
+            chosen_TK = chosen_TK.where(own_routed_BS.reshape(-1, 1), NOBODY)
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
-        rows_TH = self.experts.up_product.rows(x_TH)
-        y_TH, crossings = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
-        loss = routing.scores_TE.new_zeros(())
-        if self.balance.any and self.training:
-            loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sharers, routed_BS)
-            loss = loss / global_sequences
-            y_TH = attach_loss(y_TH, loss)
-        counts_E = (chosen_TK.flatten() + 1).bincount(minlength=self.config.n_routed_experts + 1)[1:]
+
+        # 3. Tokens travel to their experts and back: y_t = sum_i g_i,t FFN_i(x_t).
+        y_TH, crossings = self.dispatcher(self.experts.up_product.rows(x_TH), kept_TK, routing.weights_TK, self.experts)
+
+        # 4. The balance loss is attached to what the backward passes through in any case.
+        y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)
+
+        # 5. Back to the stream, with what the shared experts made.
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
-        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), crossings,
+        counts_E = (chosen_TK.flatten() + 1).bincount(minlength=self.config.n_routed_experts + 1)[1:]
+        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss, crossings,
                                   chosen_TK.unflatten(0, own_BSH.shape[:2]))
+
+    def _own(self, routed_BS: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what `routed_BS` says of this tensor-parallel rank's slice of the sequences."""
+        return None if routed_BS is None else routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
+
+    def _balanced(self, y_TH: torch.Tensor, routing: Routing, num_sequences: int, global_sequences: int,
+                  routed_BS: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y with this rank's share of the balance loss attached, and the share, without gradient."""
+        if not (self.balance.any and self.training):
+            return y_TH, routing.scores_TE.new_zeros(())
+        loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sharers, routed_BS)
+        loss = loss / global_sequences
+        return attach_loss(y_TH, loss), loss.detach()
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
         """Where this rank's S tokens of each sequence stand in it."""

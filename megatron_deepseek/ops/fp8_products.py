@@ -14,6 +14,7 @@ The weight itself is held by the node and not saved, for the reason that zero_bu
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +28,7 @@ from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_
 from megatron_deepseek.ops.fp8_norm import tiles_and_norm, tiles_between, tiles_of_norm
 from megatron_deepseek.ops.fp8_weight import Fp8Shard, blocks_of, transposed_of
 from megatron_deepseek.ops.products import Deferred, Numerics, Product
-from megatron_deepseek.ops.recompute import compose
+from megatron_deepseek.ops.recompute import kept
 from megatron_deepseek.ops.registry import with_backends
 from megatron_deepseek.ops.swiglu import gate_and_up, swiglu_backward, swiglu_forward
 
@@ -51,7 +52,7 @@ class Fp8Product(Product):
     dispatched_gradient: bool = False
     cache_e5m6: bool = False
     gather_fp8: bool = False
-    sharing: Callable = compose
+    sharing: Callable[..., AbstractContextManager] = kept
     deferred: Deferred | None = None
 
     def __call__(self, x, weight, *counts):
@@ -63,8 +64,8 @@ class Fp8Product(Product):
     def gathered(self, shard):
         return Fp8Shard(shard, self.gather_fp8)
 
-    def shared(self, x, consumer):
-        return consumer(x) if isinstance(x, BlockScaled) else self.sharing(self.rows, (x,), consumer)
+    def shared(self, x):
+        return nullcontext(x) if isinstance(x, BlockScaled) else self.sharing(self.rows, x)
 
     def rows(self, x):
         return share(x, self.input_power_of_two)
@@ -103,7 +104,7 @@ class Fp8Product(Product):
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 
-def recipe(sharing: Callable = compose, gather_fp8: bool = False) -> Numerics:
+def recipe(sharing: Callable[..., AbstractContextManager] = kept, gather_fp8: bool = False) -> Numerics:
     """Which product takes what (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
     product = partial(Fp8Product, gather_fp8=gather_fp8)
     return Numerics(

@@ -9,6 +9,7 @@ Shapes: R rows, E experts, I inputs, O outputs.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from megatron_deepseek.ops.attention import Output, attention
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
-from megatron_deepseek.ops.recompute import compose
+from megatron_deepseek.ops.recompute import kept
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 
@@ -61,9 +62,9 @@ class Product(ABC):
     def deferring(self, deferred: Deferred) -> "Product":
         """The same product, whose weight gradient is left to `deferred`."""
 
-    def shared(self, x: torch.Tensor, consumer: Callable[[torch.Tensor], Any]) -> Any:
-        """consumer(x) with x as several products take it: what would be done to it for each is done once."""
-        return consumer(x)
+    def shared(self, x: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+        """Give a `with` block x as several products take it: what would be done to it for each is done once."""
+        return nullcontext(x)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x as it travels to where the product is."""
@@ -75,14 +76,15 @@ class Linear(Product):
     """F.linear. `defer` is where those leave the weight's gradient who multiply by the weight themselves."""
 
     multiply: Callable = F.linear
-    activate: Callable = compose
+    activate: Callable[..., AbstractContextManager] = kept
     defer: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None = None
 
     def __call__(self, x, weight, *counts):
         return self.multiply(x, weight, *counts)
 
     def after_swiglu(self, gate_up, weight, *counts):
-        return self.activate(swiglu, gate_and_up(*gate_up), lambda hidden: self(hidden, weight, *counts))
+        with self.activate(swiglu, *gate_and_up(*gate_up)) as hidden:
+            return self(hidden, weight, *counts)
 
     def deferring(self, deferred: Deferred) -> "Linear":
         return replace(self, multiply=deferred.linear, defer=deferred.defer_reading)
@@ -90,7 +92,7 @@ class Linear(Product):
 
 @dataclass(frozen=True)
 class Grouped(Linear):
-    """grouped_gemm. `activate` is `recompute` where SwiGLU's output is not kept."""
+    """grouped_gemm. `activate` is `recomputed` where SwiGLU's output is not kept."""
 
     multiply: Callable = grouped_gemm
 

@@ -1,13 +1,15 @@
 """Recompute what a cheap producer made instead of keeping it for its consumer's backward.
 
-    y = consumer(producer(x))
+    with recomputed(producer, x) as hidden:
+        y = consumer(hidden)
 
-Autograd would keep producer(x) for the consumer's backward. Here the consumer's saved references to it are replaced
-by a note, and the backward runs the producer again from x. Megatron-LM frees such outputs by hand
+Autograd would keep `hidden` for the consumer's backward. Here the consumer's saved references to it are replaced by a
+note, and the backward runs the producer again from x. Megatron-LM frees such outputs by hand
 (CheckpointWithoutOutput); saved-tensor hooks do the same without touching storages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 
@@ -18,10 +20,10 @@ from megatron_deepseek.ops.block_scaled import apart, parts_of
 Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 
-def compose(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
-    """consumer(*producer(*inputs)), everything kept."""
-    outputs = producer(*inputs)
-    return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
+@contextmanager
+def kept(producer: Producer, *inputs: torch.Tensor) -> Iterator:
+    """Give producer(*inputs) to a `with` block, everything kept: what `recomputed` is where memory is no matter."""
+    yield producer(*inputs)
 
 
 class _Keep(torch.autograd.Function):
@@ -92,14 +94,17 @@ def _made_by(producer: Producer, inputs: Callable[[], tuple[torch.Tensor, ...]])
         return _parts(producer(*inputs()))
 
 
-def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
-    """As `compose`, but the consumer's backward gets producer(*inputs) by running the producer again.
+@contextmanager
+def recomputed(producer: Producer, *inputs: torch.Tensor) -> Iterator:
+    """Give producer(*inputs) to a `with` block. What operators inside the block save of it for their backward is
+    replaced by a note, and the backward runs the producer again.
 
     The producer must be deterministic and free of collectives; its outputs' storages must be its own.
     """
-    if not torch.is_grad_enabled():
-        return compose(producer, inputs, consumer)
     outputs = producer(*inputs)
+    if not torch.is_grad_enabled():
+        yield outputs
+        return
     again = Notes(partial(_made_by, producer, keep(inputs)))
     index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
     pack_other, unpack_other = _hooks_around()
@@ -113,4 +118,4 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
         return unpack_other(what) if notes is None else notes.read(what)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
+        yield outputs

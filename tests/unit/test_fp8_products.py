@@ -13,9 +13,10 @@ from megatron_deepseek.model.build import Precision
 from megatron_deepseek.ops import fp8
 from megatron_deepseek.ops.attention import attention
 from megatron_deepseek.ops.block_scaled import BlockScaled, bytes_of_row, quantize, share
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
 from megatron_deepseek.ops.fp8_products import Fp8Product, recipe
-from megatron_deepseek.ops.recompute import recompute
+from megatron_deepseek.ops.recompute import recomputed
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
 from megatron_deepseek.settings import RecomputeSettings
 
@@ -165,7 +166,8 @@ def test_a_frozen_weight_has_no_gradient_to_defer(swiglu):
         assert all(x.grad is not None for x in own) and weight.grad is None
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([0] * 40 + [0] * 7 + [1] * 32 + [2]).view(2, 40)])
+@pytest.mark.parametrize("documents", [
+    None, Documents.find(torch.tensor([0] * 40 + [0] * 7 + [1] * 32 + [2]).view(2, 40))], ids=["whole", "packed"])
 def test_attention_reads_its_output_from_e5m6(documents):
     """The same output and, but for E5M6's 2^-7 on one term, the same gradients as attention that keeps it whole."""
     q, k = (randn(2, 40, 3, 24, seed=i) for i in range(2))
@@ -211,7 +213,12 @@ def test_what_is_kept_is_fp8():
     assert kept_types(lambda: Fp8Product().after_swiglu((x, x), weight)) == {
         fp8.E4M3: 2 * size, torch.float32: 2 * size // 128 * 4}
     both = Fp8Product()
-    shared = kept_types(lambda: both.shared(x, lambda x: (both(x, weight), both(x, weight * 2))))
+
+    def twice():
+        with both.shared(x) as shared:
+            return both(shared, weight), both(shared, weight * 2)
+
+    shared = kept_types(twice)
     assert shared[fp8.E4M3] == size
 
 
@@ -308,9 +315,11 @@ def test_recomputed_tiles_are_dropped():
     x = torch.randn(128, 256).requires_grad_()
     weight = torch.randn(64, 256).requires_grad_()
     sizes, gradients = [], []
-    for product in (Fp8Product(), Fp8Product(sharing=recompute)):
+    for product in (Fp8Product(), Fp8Product(sharing=recomputed)):
         with Watch() as watch:
-            y = product.shared(x, lambda x: product(x, weight) + product(x, weight))
+            with product.shared(x) as shared:
+                y = product(shared, weight) + product(shared, weight)
+            del shared
         sizes.append(watch.kept_bytes())
         gradients.append(torch.autograd.grad(y.sum(), (x, weight)))
     assert sizes[0] - sizes[1] == 128 * 256 + 128 * 2 * 4
