@@ -88,7 +88,8 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
     run_of = partial(choose_run, recompute, offload)
     with torch.device("meta"), default_dtype(precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of)
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of,
+                              loss.loss_chunk_size)
                 for stage in mine]
 
 
