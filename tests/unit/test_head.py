@@ -14,6 +14,7 @@ from megatron_deepseek.model.head import OutputHead, default_chunk_size
 from megatron_deepseek.ops.products import Linear
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary_chunks import rows_of_a_block
+from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 from megatron_deepseek.settings import LossSettings
 
@@ -93,6 +94,15 @@ def test_several_results_of_which_one_has_no_gradient(tp, chunk_size):
         state, lambda logits, of: (logits.log_probabilities(of), logits.entropy(), logits.local_Tv.argmax(-1)), of)
     assert torch.equal(best, F.linear(state, weight).argmax(-1)) and entropy.shape == (B, S)
     assert_same(log_p, log_softmax(state, weight, of), (state, weight))  # and none through `entropy`
+
+
+def test_an_id_that_is_ruled_out(tp):
+    """A logit of -inf adds nothing to the entropy of the others, and has no gradient."""
+    logits_Tv = torch.tensor([[2.0, 2.0, float("-inf"), 2.0]], requires_grad=True)
+    logits = VocabularyLogits(logits_Tv, tp)
+    (logits.entropy() + logits.log_probabilities(torch.tensor([1]))).sum().backward()
+    torch.testing.assert_close(logits.entropy(), torch.tensor([3.0]).log())
+    torch.testing.assert_close(logits_Tv.grad, torch.tensor([[-1 / 3, 2 / 3, 0.0, -1 / 3]]))
 
 
 @pytest.mark.parametrize("chunk_size", (None, 3))
