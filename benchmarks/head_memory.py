@@ -115,7 +115,8 @@ def peak_bytes(chunk_size: int | None, hidden: int, rows: int, csrc: bool, train
 def real(chunk_size: int, repeats: int = 2) -> None:
     """Prints the MB that this process grew by, and the least seconds of processor time of a few repetitions."""
     hidden, rows = SMALL
-    state, weight = torch.randn(1, TOKENS, hidden, requires_grad=True), torch.randn(rows, hidden, requires_grad=True)
+    state, weight = torch.randn(1, TOKENS, hidden).requires_grad_(), torch.randn(rows, hidden) * hidden**-0.5
+    weight.requires_grad_()
     labels, seconds = torch.randint(rows, (1, TOKENS)), []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(repeats):

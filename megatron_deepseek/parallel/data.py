@@ -98,6 +98,18 @@ def gathered(unit: nn.Module) -> Iterator[None]:
     unit.reshard()
 
 
+def gather_once(module: nn.Module) -> None:
+    """Gather every unit of `module`, which no forward is going to run, and free it again.
+
+    After backwards that only accumulate, FSDP asks all units for the gradients of their gathered parameters, those too
+    that were never gathered, and fails on these (seen in torch 2.13).
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.unshard()
+            each.reshard()
+
+
 def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
     """Whether the next backward reduces gradients over the data ranks or only accumulates them.
 
