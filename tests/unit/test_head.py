@@ -217,7 +217,7 @@ def test_the_weights_gradient_is_left_to_w(tp):
 @pytest.mark.parametrize("what", ("log_probabilities", "distillation"))
 def test_bfloat16_gradients_are_as_exact_as_without_chunks(tp, what):
     """Against float64 of the same rounded numbers. 64 chunks that were added up in bfloat16 would be off by 4 times as
-    much (seen: 1.6 %); here the error is that of rounding each logit's gradient and each result once or twice.
+    much; here the error is that of rounding each logit's gradient and each result once or twice.
     """
     wide = states(batch=64, vocabulary=64)
     narrow = [each.detach().bfloat16() for each in wide]
