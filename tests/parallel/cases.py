@@ -54,6 +54,7 @@ OPTIONS = {
     "moments": ("fp32", "bf16"),
     "offload_layers": (0, 1),
     "offload_optimizer": (False, True),
+    "objective": ("next_token", "samples", "pairs"),
 }
 
 CONSTRAINTS = (
@@ -83,6 +84,7 @@ CONSTRAINTS = (
     lambda mtp, placement: placement != "split" or mtp > 1,
     lambda pp, placement: placement == "balanced" or pp > 1,
     lambda pp, virtual, placement: placement != "own" or pp * virtual > 2,
+    lambda objective, micro_batch_size: objective != "pairs" or micro_batch_size % 2 == 0,
 )
 
 # Not rules of the project: what keeps a case cheap. DualPipeV over 4 ranks needs 8 micro-batches.
@@ -132,6 +134,7 @@ class Case:
     moments: str = "fp32"
     offload_layers: int = 0
     offload_optimizer: bool = False
+    objective: str = "next_token"
     cut: int = 0
     first: int = 0
 
@@ -231,7 +234,7 @@ class Case:
         elif loss.balance_type == "aux_loss":
             loss = replace(loss, balance_type="seq_aux_loss")
         return Reference(self.model, loss, self.global_batch_size, self.first_batch_size, size, self.packed,
-                         self.padded, self.moments)
+                         self.padded, self.moments, self.objective)
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,7 @@ class Reference:
     packed: bool = False
     padded: bool = False
     moments: str = "fp32"
+    objective: str = "next_token"
 
 
 # Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.
