@@ -268,4 +268,4 @@ def test_a_plan_has_everything_that_was_asked_for(corpus):
     assert plan.build.communication.cp_comm_type == "allgather"
     gathered = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 --fp8-format e4m3 "
                      "--fp8-param-gather".split(), 1)
-    assert make_plan(gathered).precision == Precision(fp8=True, fp8_gather=True)
+    assert make_plan(gathered).build.precision == Precision(fp8=True, fp8_gather=True)
