@@ -55,7 +55,7 @@ OPTIONS = {
     "moments": ("fp32", "bf16"),
     "offload_layers": (0, 1),
     "offload_optimizer": (False, True),
-    "objective": ("next_token", "samples", "pairs"),
+    "objective": ("next_token", "samples", "pairs", "distillation"),
 }
 
 CONSTRAINTS = (

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
-from objectives import REFERENCE, objective_of, reference_log_probabilities
+from objectives import inputs_of, objective_of
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.config import ModelConfig
@@ -140,7 +140,7 @@ def train(plan: Plan, layout: Layout, batch_sizes: tuple[int, int], num_steps: i
         real = real_tokens(size, step, plan.seq_length) if padded else None
         mask = mask if real is None else mask & real
         weights = mask * (0.5 + tokens % 2) if objective == "samples" else mask
-        more = {REFERENCE: reference_log_probabilities(size, step, plan.seq_length)} if objective == "pairs" else {}
+        more = inputs_of(objective, size, step, plan.seq_length, plan.model.vocab_size)
         return own_rows(make_batch(tokens, labels, weights, real_BS=real, sources_BK=sources(size), per_token=more,
                                    documents_BS=documents(size, step, plan.seq_length) if packed else None), meshes)
 
