@@ -3,7 +3,7 @@
 No rank ever holds more of a parameter than its own shard.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.frozen import freeze
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.moe import MoE
@@ -59,10 +60,11 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  precision: Precision = Precision(), loss: LossSettings = LossSettings(),
                  recompute: RecomputeSettings = RecomputeSettings(),
                  communication: CommunicationSettings = CommunicationSettings(),
-                 offload: OffloadSettings = OffloadSettings(), reshard_after_forward: bool = False
-                 ) -> list[DeepseekStage]:
-    """The stages `mine` of this rank, ready to train."""
+                 offload: OffloadSettings = OffloadSettings(), reshard_after_forward: bool = False,
+                 frozen: Sequence[str] = ()) -> list[DeepseekStage]:
+    """The stages `mine` of this rank, ready to train all but the parameters that patterns in `frozen` name."""
     stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication, offload)
+    freeze(stages, frozen)
     shard_stages(stages, meshes, precision, reshard_after_forward, offload)
     for stage in stages:
         stage.to_empty(device="cpu" if offload.optimizer_cpu_offload else meshes.device)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, build_stages
 from megatron_deepseek.model.deepseek import StepContext, Tally, routed_tokens, shifted_labels
+from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.ops.attention import documents_of
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.layout_string import Stage
@@ -40,7 +41,10 @@ from megatron_deepseek.settings import (CommunicationSettings, LossSettings, Off
 
 @dataclass(frozen=True)
 class Plan:
-    """What to build: the architecture, its division over pipeline ranks, and the numerics. See settings.py."""
+    """What to build: the architecture, its division over pipeline ranks, and the numerics. See settings.py.
+
+    `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py).
+    """
 
     model: ModelConfig
     stages: tuple[Stage, ...]
@@ -54,6 +58,7 @@ class Plan:
     communication: CommunicationSettings = CommunicationSettings()
     offload: OffloadSettings = OffloadSettings()
     reshard_after_forward: bool = False
+    frozen: tuple[str, ...] = ()
     seed: int = 1234
 
 
@@ -113,7 +118,7 @@ class Trainer:
         self.stages = build_stages(plan.model, [plan.stages[i] for i in self.indices], meshes, plan.seq_length,
                                    seed=plan.seed, precision=plan.precision, loss=plan.loss, recompute=plan.recompute,
                                    communication=plan.communication, offload=plan.offload,
-                                   reshard_after_forward=plan.reshard_after_forward)
+                                   reshard_after_forward=plan.reshard_after_forward, frozen=plan.frozen)
         self.meter = self.stages[0].meter  # one for all stages
         self.shared = find_shared(_embedding_holders(plan), holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
@@ -124,11 +129,11 @@ class Trainer:
                                  self.stages[0].turns if plan.communication.overlap_moe_expert_parallel_comm else None)
 
     def _named_parameters(self) -> list[NamedParameter]:
-        """Every parameter of this rank; of copies on several stages only the first holder's first is counted."""
+        """Every trained parameter of this rank; of copies on several stages only the first holder's first counts."""
         counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None
                    for shared in self.shared}
         return [NamedParameter(name, parameter, counted.get(name, parameter) is parameter)
-                for stage in self.stages for name, parameter in stage.named_parameters()]
+                for stage in self.stages for name, parameter in trained_parameters(stage)]
 
     def train_step(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor,
                    learning_rate: float, bias_rate: float = 0.0, documents_BS: torch.Tensor | None = None,

@@ -6,6 +6,7 @@ from functools import cache
 
 from covering import Space, cheaper_array, covering_array
 from cuts import random_cut
+from subsets import frozen_names
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import schedule_rules
@@ -54,6 +55,7 @@ OPTIONS = {
     "moments": ("fp32", "bf16"),
     "offload_layers": (0, 1),
     "offload_optimizer": (False, True),
+    "frozen": (0, 1, 2),
 }
 
 CONSTRAINTS = (
@@ -132,6 +134,7 @@ class Case:
     moments: str = "fp32"
     offload_layers: int = 0
     offload_optimizer: bool = False
+    frozen: int = 0
     cut: int = 0
     first: int = 0
 
@@ -231,7 +234,11 @@ class Case:
         elif loss.balance_type == "aux_loss":
             loss = replace(loss, balance_type="seq_aux_loss")
         return Reference(self.model, loss, self.global_batch_size, self.first_batch_size, size, self.packed,
-                         self.padded, self.moments)
+                         self.padded, self.moments, self.frozen_names)
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        return frozen_names(self.model, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -246,6 +253,7 @@ class Reference:
     packed: bool = False
     padded: bool = False
     moments: str = "fp32"
+    frozen: tuple[str, ...] = ()
 
 
 # Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.

@@ -61,12 +61,18 @@ def _tensor_differences(tensors: dict, expected: dict, tolerance: float) -> Iter
     """Relative to the largest element of the whole tensor: one that cancels to nothing has no digits of its own."""
     for (stage, name), tensor in tensors.items():
         wanted = expected[0, name]
-        if tensor is None or tensor.shape != wanted.shape:
-            yield f"{name} (stage {stage}) is {None if tensor is None else tuple(tensor.shape)}"
+        if wanted is None and tensor is None:
+            continue
+        if wanted is None or tensor is None or tensor.shape != wanted.shape:
+            yield f"{name} (stage {stage}) is {_shape(tensor)}, expected {_shape(wanted)}"
             continue
         error, scale = (tensor - wanted).abs().max().item(), wanted.abs().max().item()
         if not error <= tolerance * scale + ZERO:
             yield f"{name} (stage {stage}) is off by {error:.2e} of {scale:.2e}"
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _close(found: float, wanted: float, tolerance: float) -> bool:
