@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -80,6 +81,7 @@ class Pipeline:
         self.holds_first, self.holds_last = 0 in indices, len(shapes) - 1 in indices
         splits = meshes.layout.pp > 1 and schedule in ZERO_BUBBLE
         self.deferred = [defer_weight_gradients(module) if splits else None for module in modules]
+        self.first_trained = first_trained_stage(modules, indices, len(shapes), meshes)
         self._schedules = {}
 
     def train(self, tokens_BS: torch.Tensor, num_microbatches: int, **inputs) -> None:
@@ -136,14 +138,27 @@ class Pipeline:
 
     def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None) -> PipelineStage:
         shape = self.shapes[index]
+        takes, gives = index > self.first_trained, index >= self.first_trained  # a gradient of what comes, what goes
         received = torch.empty(self.tokens_shape, dtype=torch.int64, device="meta") if shape.received is None else \
-            torch.empty(shape.received, dtype=self.hidden_dtype, device="meta", requires_grad=True)
+            torch.empty(shape.received, dtype=self.hidden_dtype, device="meta", requires_grad=takes)
         passed_on = torch.empty((), dtype=torch.promote_types(self.hidden_dtype, torch.float32), device="meta",
-                                requires_grad=True) if shape.passed_on is None else \
-            torch.empty(shape.passed_on, dtype=self.hidden_dtype, device="meta", requires_grad=True)
+                                requires_grad=gives) if shape.passed_on is None else \
+            torch.empty(shape.passed_on, dtype=self.hidden_dtype, device="meta", requires_grad=gives)
         return ReducingStage(module, index, len(self.shapes), self.meshes.device, input_args=received,
                              output_args=passed_on, group=self.meshes.group("pp"),
                              dw_builder=deferred.take if deferred else None)
+
+
+def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages: int, meshes: Meshes) -> int:
+    """The first of all stages with a parameter that is trained, `num_stages` if none has one; the same on every rank.
+
+    No stage before it, nor what it receives, needs a gradient, so none is computed or sent there.
+    """
+    trained = torch.zeros(num_stages, device=meshes.device)
+    for index, module in zip(indices, modules, strict=True):
+        trained[index] = any(parameter.requires_grad for parameter in module.parameters())
+    dist.all_reduce(trained, group=meshes.group("pp"))
+    return next((index for index, number in enumerate(trained.tolist()) if number), num_stages)
 
 
 class _ContiguousGradient(torch.autograd.Function):

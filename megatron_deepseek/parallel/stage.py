@@ -10,15 +10,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
 
+from megatron_deepseek.parallel.data import reshard
+
 
 class ReducingStage(PipelineStage):
     """Read in torch 2.13: every schedule says which backward of a stage is its last, of all micro-batches. Gradients
     are sums, so there is no factor to scale them by.
+
+    A stage that ends before the first trained parameter has no backward; the schedule's are nothing but an end to its
+    gathered weights.
     """
 
     submod: FSDPModule
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
+        if not self._stage_meta.outputs[0].requires_grad:
+            if last_backward:
+                reshard(self.submod)
+            return (None,) * len(bwd_kwargs["input_values"]), None
         if self.dw_builder or not last_backward:
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         assert backward_type == "full", backward_type

@@ -6,7 +6,7 @@ from functools import cache
 
 from covering import Space, cheaper_array, covering_array
 from cuts import random_cut
-from subsets import frozen_names
+from subsets import all_but, drawn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import schedule_rules
@@ -55,7 +55,7 @@ OPTIONS = {
     "moments": ("fp32", "bf16"),
     "offload_layers": (0, 1),
     "offload_optimizer": (False, True),
-    "frozen": (0, 1, 2),
+    "frozen": (0, 1),
 }
 
 CONSTRAINTS = (
@@ -135,6 +135,7 @@ class Case:
     offload_layers: int = 0
     offload_optimizer: bool = False
     frozen: int = 0
+    trained: str = ""
     cut: int = 0
     first: int = 0
 
@@ -238,7 +239,8 @@ class Case:
 
     @property
     def frozen_names(self) -> tuple[str, ...]:
-        return frozen_names(self.model, self.frozen)
+        """Drawn, or all but those that the pattern `trained` names."""
+        return all_but(self.model, self.trained) if self.trained else drawn(self.model, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -292,10 +294,14 @@ WIDE_CASES = (
 
 
 def cost(case: dict) -> float:
-    """Processor seconds of a case and its reference, fitted to measurements on two cores."""
+    """Processor seconds of a case and its reference, fitted to measurements on two cores.
+
+    Frozen ones count half as much again: others of the same model do not share their reference, and compare more.
+    """
     layers = max(2, case["pp"] * case["virtual"]) + case["mtp"]
     ranks = case["tp"] * case["dp"] * case["cp"]
-    return 0.8 + 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
+    steps = 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
+    return (0.8 + steps) * (1.5 if case["frozen"] else 1.0)
 
 
 @cache

@@ -1,14 +1,23 @@
-"""Random subsets of a model's parameters to freeze: of single ones, of whole layers, of all that lies below or above."""
+"""Subsets of a model's parameters to freeze, drawn: of single ones, of whole layers, of all that lies below or above."""
 
 import random
+from fnmatch import fnmatchcase
 
 from megatron_deepseek.checkpoint.names import BIAS, layer_of, native_places
 from megatron_deepseek.config import ModelConfig
 
 
-def frozen_names(model: ModelConfig, seed: int) -> tuple[str, ...]:
+def names_of(model: ModelConfig) -> list[str]:
+    return list(dict.fromkeys(place.whole for place in native_places(model) if not place.whole.endswith(BIAS)))
+
+
+def all_but(model: ModelConfig, pattern: str) -> tuple[str, ...]:
+    return tuple(name for name in names_of(model) if not fnmatchcase(name, pattern))
+
+
+def drawn(model: ModelConfig, seed: int) -> tuple[str, ...]:
     """The names of a proper subset, none for seed 0. One seed draws another kind of subset for each model."""
-    names = list(dict.fromkeys(place.whole for place in native_places(model) if not place.whole.endswith(BIAS)))
+    names = names_of(model)
     random_ = random.Random(f"{seed} {names}")
     frozen = random_.choice((_each, _each, _layers, _below, _above, _all_but_few))(names, random_) if seed else []
     return tuple(frozen) if len(frozen) < len(names) else ()
