@@ -1,4 +1,4 @@
-"""Subsets of a model's parameters to freeze, drawn: of single ones, of whole layers, of all that lies below or above."""
+"""Subsets of a model's parameters to freeze, drawn: single ones, whole layers, all that lies below or above."""
 
 import random
 from fnmatch import fnmatchcase
