@@ -18,9 +18,10 @@ def all_but(model: ModelConfig, pattern: str) -> tuple[str, ...]:
 def drawn(model: ModelConfig, seed: int) -> tuple[str, ...]:
     """The names of a proper subset, none for seed 0. One seed draws another kind of subset for each model."""
     names = names_of(model)
-    random_ = random.Random(f"{seed} {names}")
-    frozen = random_.choice((_each, _each, _layers, _below, _above, _all_but_few))(names, random_) if seed else []
-    return tuple(frozen) if len(frozen) < len(names) else ()
+    random_, frozen = random.Random(f"{seed} {names}"), []
+    while seed and not 0 < len(frozen) < len(names):
+        frozen = random_.choice((_each, _each, _layers, _below, _above, _all_but_few))(names, random_)
+    return tuple(frozen)
 
 
 def _each(names: list[str], random_: random.Random) -> list[str]:
