@@ -47,7 +47,7 @@ def describe_resumed(trained: set[str], saved: set[str], steps: int) -> list[str
     """
     lines = []
     if new := sorted(trained - saved):
-        lines.append(f"{_some(new)} trained from here on, and had no moments in the checkpoint: these begin at zero and "
+        lines.append(f"{_some(new)} trained from here on and had no moments in the checkpoint: these begin at zero and "
                      f"step 0, while those of others have {steps} steps behind them")
     if left := sorted(saved - trained):
         lines.append(f"{_some(left)} frozen from here on: the weights stay as they were loaded, the moments go")

@@ -202,7 +202,7 @@ _OPTIMIZER = (
             "--freeze-parameters {r.unknown_frozen}"),
     Refusal("nothing left to train",
             lambda r: bool(r.frozen) and trains_nothing(r.model, r.frozen),
-            "--freeze-parameters {r.frozen} leaves no parameter to train"),
+            "--freeze-parameters {r.args.freeze_parameters} leaves no parameter to train"),
 )
 
 _RUN = (

@@ -275,7 +275,8 @@ ROUTERS = {
 # Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
 # context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps,
 # dispatchers that have nothing to exchange, around slices of experts, and cuts: E|t|tt|t|t|t|m|L and E|t|tttmm|mL, and
-# with stages that hold nothing Et||tttmm|L and Et|t||ttmL.
+# with stages that hold nothing Et||tttmm|L and Et|t||ttmL. Then few parameters that are trained: whose inputs need no
+# gradient, and that lie on stages behind frozen ones, in front of them, or on both ends.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
@@ -290,6 +291,16 @@ WIDE_CASES = (
     Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20, first=5),
     Case(pp=4, schedule="1F1B", tp=2, sp=True, ep=2, microbatches=4, mtp=2, moments="bf16", cut=112),
     Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, cut=119),
+    Case(cp=2, mtp=1, recompute="full", trained="*.0.*.kv_b_proj.weight"),
+    Case(pp=2, schedule="ZBVZeroBubble", virtual=2, cp=2, cp_type="allgather", microbatches=2, q_lora=False,
+         trained="*.kv_b_proj.weight"),
+    Case(pp=4, schedule="1F1B", microbatches=4, mtp=1, tied=True, reshard=True, trained="model.layers.[34]*"),
+    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, shared=2,
+         trained="*.layers.[234].*experts*"),
+    Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, tp=2, sp=True, ep=2, microbatches=4, mtp=2, shared=2,
+         placement="split", trained="*.gate.weight"),
+    Case(pp=2, schedule="ZBVZeroBubble", virtual=2, dp=2, microbatches=2, mtp=1, tied=True, recompute="full",
+         offload_layers=1, trained="model.embed_tokens.weight"),
 )
 
 
