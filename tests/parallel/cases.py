@@ -292,7 +292,7 @@ WIDE_CASES = (
     Case(pp=4, schedule="1F1B", tp=2, sp=True, ep=2, microbatches=4, mtp=2, moments="bf16", cut=112),
     Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, cut=119),
     Case(cp=2, mtp=1, recompute="full", trained="*.0.*.kv_b_proj.weight"),
-    Case(pp=2, schedule="ZBVZeroBubble", virtual=2, cp=2, cp_type="allgather", microbatches=2, q_lora=False,
+    Case(pp=2, schedule="ZBVZeroBubble", virtual=2, cp=2, cp_type="allgather", router="dense", microbatches=2,
          trained="*.kv_b_proj.weight"),
     Case(pp=4, schedule="1F1B", microbatches=4, mtp=1, tied=True, reshard=True, trained="model.layers.[34]*"),
     Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, shared=2,
