@@ -52,7 +52,7 @@ RESUME_MUTANTS = of(
     "training/resume.py", RESUME,
     ("None if start.weights_only else trainer.optimizer", "trainer.optimizer"),
     ("    if start.finetune:\n        return TrainState()\n", ""),
-    ("0 if start.weights_only else state.optimizer_steps)", "state.optimizer_steps)"),
+    ("state.without_optimizer() if start.weights_only else state", "state"),
 ) + of(
     "training/decision.py", ("tests/unit/test_decision.py",),
     ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
@@ -177,7 +177,7 @@ KEPT_AND_FREED = of(
     "parallel/pipeline.py", STEP, ("    @torch.no_grad()\n    def evaluate", "    def evaluate"),
 ) + of(
     "training/trainer.py", STEP,
-    ("reshard_after_forward=plan.reshard_after_forward)", "reshard_after_forward=False)"),
+    ("reshard_after_forward=plan.reshard_after_forward,", "reshard_after_forward=False,"),
     ("Votes(save > 0, leave > 0)", "Votes(leave > 0, save > 0)"),
 ) + of(
     "parallel/data.py", STEP,
