@@ -24,13 +24,14 @@ def measure(way: str, length: int, document: int) -> None:
     import torch.nn.functional as F
 
     from megatron_deepseek.ops.attention import attend_within_documents
+    from megatron_deepseek.ops.documents import Documents
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, length, WIDTH, requires_grad=True) for _ in range(3))
     documents_BS = (torch.arange(length) // document).unsqueeze(0)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     if way == "documents":
-        out = attend_within_documents(q, k, v, documents_BS, WIDTH**-0.5)
+        out = attend_within_documents(q, k, v, Documents.find(documents_BS), WIDTH**-0.5)
     else:
         mask = (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril().unsqueeze(1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=WIDTH**-0.5)

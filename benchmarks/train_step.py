@@ -21,7 +21,8 @@ import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.build import Precision
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
@@ -43,8 +44,8 @@ MODEL = ModelConfig(
 class Ours:
     def __init__(self, batch: int, seq_length: int, bf16: bool):
         layers = tuple(range(MODEL.num_hidden_layers))
-        plan = Plan(MODEL, (Stage(True, layers, (), True),), "1F1B", seq_length, batch, optimizer=OPTIMIZER,
-                    precision=Precision(torch.float32, torch.bfloat16 if bf16 else None))
+        plan = Plan(MODEL, (Stage(True, layers, (), True),), "1F1B", seq_length, batch,
+                    BuildOptions(precision=Precision(torch.float32, torch.bfloat16 if bf16 else None)), OPTIMIZER)
         self.trainer = Trainer(plan, build_meshes(Layout(), torch.device("cpu")))
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -53,8 +54,8 @@ class Ours:
 
     def step(self, tokens: torch.Tensor) -> float:
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        mask = torch.ones_like(labels, dtype=torch.bool)
-        return self.trainer.train_step(inputs, labels, mask, LEARNING_RATE).losses.lm_loss
+        batch = Batch(tokens_BS=inputs, labels_BS=labels, weights_BS=torch.ones_like(labels, dtype=torch.float32))
+        return self.trainer.train_step(batch, LEARNING_RATE).losses.lm_loss
 
 
 class Theirs:

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from gpu_pieces.timing import Bench, Case, Row, first_line
+from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.build import Precision, shape_stages
+from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
+from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.ops.fp8 import quantize_both_ways
 from megatron_deepseek.ops.fp8_weight import Fp8Weight
-from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
@@ -50,7 +51,8 @@ def layer_flops(config: ModelConfig, length: int) -> float:
 def our_layer(config: ModelConfig, length: int, bench: Bench, fp8: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     stage = Stage(False, (0,), (), False)
     meshes = build_meshes(Layout(), bench.device)
-    (part,) = shape_stages(config, [stage], meshes, length, Precision(torch.bfloat16, None, fp8))
+    (part,) = shape_stages(config, [stage], meshes, length,
+                           BuildOptions(precision=Precision(torch.bfloat16, None, fp8)))
     part.to_empty(device=bench.device)
     with torch.no_grad():
         for name, tensor in part.state_dict().items():
@@ -58,8 +60,8 @@ def our_layer(config: ModelConfig, length: int, bench: Bench, fp8: bool) -> Call
             tensor.fill_(float(norm)) if norm or bias else tensor.normal_(0, config.initializer_range)
     if fp8:
         hold_in_fp8(part)
-    layer, places = part.model.layers["0"], Places(part.rope_2SD)
-    return lambda x: layer(x, places, 1)[0]
+    layer, positions = part.model.layers["0"], Positions(part.rope_2SD)
+    return lambda x: layer(x, positions, 1)[0]
 
 
 def hold_in_fp8(part: nn.Module) -> None:
@@ -138,14 +140,15 @@ def training(bench: Bench) -> Iterator[Row]:
 def _training_row(bench: Bench, case: Case, backend: str, config: ModelConfig, length: int, batch: int,
                   precision: Precision) -> Row:
     stage = Stage(True, tuple(range(config.num_hidden_layers)), tuple(range(config.num_nextn_predict_layers)), True)
-    trainer = Trainer(Plan(config, (stage,), "1F1B", length, 1, precision=precision),
+    trainer = Trainer(Plan(config, (stage,), "1F1B", length, 1, BuildOptions(precision=precision)),
                       build_meshes(Layout(), bench.device))
     tokens = torch.randint(config.vocab_size, (batch, length + 1), device=bench.device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    mask, times, losses = torch.ones_like(labels, dtype=torch.bool), [], []
+    made = Batch(tokens_BS=inputs, labels_BS=labels, weights_BS=torch.ones_like(labels, dtype=torch.float32))
+    times, losses = [], []
     for _ in range(2 if bench.small else 8):
         begin = time.perf_counter()
-        losses.append(trainer.train_step(inputs, labels, mask, 1e-4).losses.lm_loss)  # a number: waits for the device
+        losses.append(trainer.train_step(made, 1e-4).losses.lm_loss)  # a number: waits for the device
         times.append(time.perf_counter() - begin)
     seconds = statistics.median(times[1 if bench.small else 3:])
     more = {"tokens_per_second": round(batch * length / seconds), "first_loss": losses[0], "last_loss": losses[-1]}

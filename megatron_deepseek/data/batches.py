@@ -8,35 +8,12 @@ Shapes: B rows = num_micro_batches * micro_batch_size, S = seq_length.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.data.pretraining import check_token_ids
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """One data rank's share of a global batch; micro-batch m is rows [m * micro_batch_size, (m+1) * micro_batch_size).
-
-    tokens_BS and labels_BS int64: labels_BS[:, s] is the token after tokens_BS[:, s]. loss_mask_BS bool: the labels
-    that count. documents_BS int64 numbers each token's document within its row, None where rows are taken as one.
-    sources_BK bool, with one True in each row: which of the K datasets of a blend it is from; None for a single one.
-    real_BS bool: false for padding behind a row's tokens, None where rows are full, as in pre-training.
-    """
-
-    tokens_BS: torch.Tensor
-    labels_BS: torch.Tensor
-    loss_mask_BS: torch.Tensor
-    micro_batch_size: int
-    documents_BS: torch.Tensor | None = None
-    sources_BK: torch.Tensor | None = None
-    real_BS: torch.Tensor | None = None
-
-    @property
-    def num_micro_batches(self) -> int:
-        return self.tokens_BS.shape[0] // self.micro_batch_size
 
 
 def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_size: int,
@@ -63,7 +40,7 @@ class Sampler:
         self.source_names = getattr(dataset, "names", ())  # of a blend
 
     def batch(self, consumed_samples: int, global_batch_size: int, micro_batch_size: int,
-              dp_rank: int = 0, dp_size: int = 1) -> GlobalBatch:
+              dp_rank: int = 0, dp_size: int = 1) -> Batch:
         indices = sample_indices(consumed_samples, global_batch_size, micro_batch_size, dp_rank, dp_size)
         assert consumed_samples + global_batch_size <= len(self.dataset), "built for fewer samples than are read"
         samples = [self.dataset[index] for index in indices]
@@ -73,11 +50,12 @@ class Sampler:
             if ids_BS.min() < 0 or ids_BS.max() >= self.vocab_size:
                 for sample, ids_S in zip(samples, ids_BS):
                     check_token_ids(ids_S, self.vocab_size, self._name(sample))
-        loss_mask_BS = torch.stack([sample["loss_mask"] for sample in samples]) > 0
+        weights_BS = torch.stack([sample["loss_mask"] for sample in samples]).float()
         documents_BS = None if self.eod is None else number_documents(tokens_BS, self.eod)
         sources = torch.tensor([sample["source"] for sample in samples])
         sources_BK = F.one_hot(sources, len(self.source_names)).bool() if self.source_names else None
-        return GlobalBatch(tokens_BS, labels_BS, loss_mask_BS, micro_batch_size, documents_BS, sources_BK)
+        return Batch(tokens_BS=tokens_BS, labels_BS=labels_BS, weights_BS=weights_BS, documents_BS=documents_BS,
+                     sources_BK=sources_BK)
 
     def _name(self, sample: dict) -> str:
         return self.source_names[sample["source"]] if self.source_names else self.data_path

@@ -23,7 +23,8 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_deepseek.inference.command import PROGRAM, SEQ_LENGTH
 from megatron_deepseek.model.build import shape_stages
-from megatron_deepseek.model.deepseek import DeepseekStage, StepContext, Tally
+from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
@@ -54,7 +55,8 @@ def next_token_logits(model: DeepseekStage, tokens_1S: torch.Tensor) -> torch.Te
     """Logits [V] after the last of `tokens_1S`; rows past the sequence do not change a causal model's answer."""
     length, limit = tokens_1S.shape[1], model.rope_2SD.shape[1]
     padded = torch.nn.functional.pad(tokens_1S, (0, limit - length))
-    state, *_ = model.states(padded, padded.unsqueeze(1), StepContext((1,), 1, Tally()))
+    labels = padded.unsqueeze(1)  # nobody reads them: they say that the main prediction alone is wanted
+    state, *_ = model.states(padded, MicroBatch(Rows(labels, torch.zeros_like(labels))), StepContext(1))
     return model.logits(state[:, length - 1:length])[0, 0]
 
 

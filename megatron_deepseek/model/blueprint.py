@@ -17,7 +17,7 @@ from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.turns import Turns
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Blueprint:
     """What every layer of a model is built from.
 

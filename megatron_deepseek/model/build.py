@@ -3,7 +3,7 @@
 No rank ever holds more of a parameter than its own shard.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,60 +56,81 @@ class Precision:
         return self.compute or self.master
 
 
-def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int, *, seed: int,
-                 precision: Precision = Precision(), loss: LossSettings = LossSettings(),
-                 recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings(),
-                 offload: OffloadSettings = OffloadSettings(), reshard_after_forward: bool = False,
-                 frozen: Sequence[str] = ()) -> list[DeepseekStage]:
-    """The stages `mine` of this rank, ready to train all but the parameters that patterns in `frozen` name."""
-    stages = shape_stages(config, mine, meshes, seq_length, precision, loss, recompute, communication, offload)
-    freeze(stages, frozen)
-    shard_stages(stages, meshes, precision, reshard_after_forward, offload)
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How the stages of a model are made, beside the architecture, the layout and the sequence length.
+
+    `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py).
+    """
+
+    precision: Precision = Precision()
+    loss: LossSettings = LossSettings()
+    recompute: RecomputeSettings = RecomputeSettings()
+    communication: CommunicationSettings = CommunicationSettings()
+    offload: OffloadSettings = OffloadSettings()
+    reshard_after_forward: bool = False
+    frozen: tuple[str, ...] = ()
+    seed: int = 1234
+
+
+def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
+                 options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
+    """Return the stages `mine` of this rank, ready to train."""
+    stages = shape_stages(config, mine, meshes, seq_length, options)
+    freeze(stages, options.frozen)
+    shard_stages(stages, meshes, options)
     for stage in stages:
-        stage.to_empty(device="cpu" if offload.optimizer_cpu_offload else meshes.device)
+        stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
         move_buffers(stage, meshes.device)
-    initialize(stages, config.initializer_range, seed)
+    initialize(stages, config.initializer_range, options.seed)
     return stages
 
 
-def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, precision: Precision = Precision(),
-                 reshard_after_forward: bool = False, offload: OffloadSettings = OffloadSettings()) -> None:
+def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, options: BuildOptions = BuildOptions()) -> None:
     """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
     for stage in stages:
-        shard_over_data(units(stage, meshes, precision), reshard_after_forward, offload.optimizer_cpu_offload)
+        shard_over_data(units(stage, meshes, options.precision), options.reshard_after_forward,
+                        options.offload.optimizer_cpu_offload)
 
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
-                 precision: Precision = Precision(), loss: LossSettings = LossSettings(),
-                 recompute: RecomputeSettings = RecomputeSettings(),
-                 communication: CommunicationSettings = CommunicationSettings(),
-                 offload: OffloadSettings = OffloadSettings()) -> list[DeepseekStage]:
-    """The stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning."""
-    numerics = make_numerics(precision, recompute, meshes.layout.tp)
-    blueprint = make_blueprint(config, meshes, loss, recompute, communication, numerics)
-    run_of = partial(choose_run, recompute, offload)
-    with torch.device("meta"), default_dtype(precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, loss.mtp_loss_scaling_factor, run_of)
-                for stage in mine]
+                 options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
+    """Return the stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning.
+    """
+    blueprint = make_blueprint(config, meshes, options)
+    run_of = partial(choose_run, options.recompute, options.offload)
+    with torch.device("meta"), default_dtype(options.precision.master):
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of) for stage in mine]
 
 
-def make_blueprint(config: ModelConfig, meshes: Meshes, loss: LossSettings, recompute: RecomputeSettings,
-                   communication: CommunicationSettings = CommunicationSettings(), numerics: Numerics = Numerics()
-                   ) -> Blueprint:
-    balance = BalanceWeights()
-    if loss.balance_type != "none":
-        balance = BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
-                                 loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
+def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = BuildOptions()) -> Blueprint:
+    """Return what every layer is built from; it holds the groups and streams that the layers share."""
+    loss, recompute, communication = options.loss, options.recompute, options.communication
+    numerics = make_numerics(options.precision, recompute, meshes.layout.tp)
     turns, meter = Turns(), Meter(communication.moe_ranks_per_node or meshes.layout.world_size)
     dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication.moe_token_dispatcher_type, turns, meter,
                                  numerics.to_experts) if config.n_routed_experts else None
-    tp = TensorParallel(meshes.tp, meshes.layout.sequence_parallel)
-    cp = ContextParallel(meshes.cp, communication.cp_comm_type)
-    sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None
-    return Blueprint(config, tp, cp, sharers, dispatcher, ExpertTensorParallel(meshes.experts, meter), balance,
-                     recomputed_modules(recompute), loss.moe_router_force_load_balancing, numerics,
-                     make_capacity(config, loss), make_beside(communication, meshes.device), turns)
+    return Blueprint(
+        config=config,
+        tp=TensorParallel(meshes.tp, meshes.layout.sequence_parallel),
+        cp=ContextParallel(meshes.cp, communication.cp_comm_type),
+        sharers=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,
+        dispatcher=dispatcher,
+        etp=ExpertTensorParallel(meshes.experts, meter),
+        balance=make_balance(loss),
+        recomputed=recomputed_modules(recompute),
+        forced_balance=loss.moe_router_force_load_balancing,
+        numerics=numerics,
+        capacity=make_capacity(config, loss),
+        beside=make_beside(communication, meshes.device),
+        turns=turns)
+
+
+def make_balance(loss: LossSettings) -> BalanceWeights:
+    if loss.balance_type == "none":
+        return BalanceWeights()
+    return BalanceWeights(loss.moe_aux_loss_coeff, loss.moe_device_aux_loss_coeff,
+                          loss.moe_communication_aux_loss_coeff, loss.balance_type == "seq_aux_loss")
 
 
 def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:

@@ -14,10 +14,10 @@ from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
+from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.offload import saved_on_host
 from megatron_deepseek.ops.recompute import compose, keep, recompute
-from megatron_deepseek.ops.rope import Places
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
@@ -43,9 +43,9 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, numerics.linear)
 
-    def forward(self, x_BSH: torch.Tensor, places: Places, global_sequences: int,
+    def forward(self, x_BSH: torch.Tensor, positions: Positions, global_sequences: int,
                 routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:
-        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, places))
+        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, positions))
         if not self.is_moe:
             return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
         y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,),
@@ -77,11 +77,11 @@ class MTPLayer(DecoderLayer):
         self.eh_proj = replicated_linear(2 * config.hidden_size, config.hidden_size, tp)
         self.shared_head = SharedHead(config, tp)
 
-    def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, places: Places,
+    def forward(self, state_BSH: torch.Tensor, embedding_BSH: torch.Tensor, positions: Positions,
                 global_sequences: int, routed_BS: torch.Tensor | None = None
                 ) -> tuple[torch.Tensor, RouterStats | None]:
         joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
-        x_BSH, stats = super().forward(self.eh_proj(joined), places, global_sequences, routed_BS)
+        x_BSH, stats = super().forward(self.eh_proj(joined), positions, global_sequences, routed_BS)
         return self.shared_head.norm(x_BSH), stats
 
 

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.model.rotary import softmax_scale
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
-from megatron_deepseek.ops.rope import Places, apply_rope, join_keys, turn_tail
+from megatron_deepseek.ops.rope import apply_rope, join_keys, turn_tail
 from megatron_deepseek.parallel.context import ContextParallel, Project
 from megatron_deepseek.parallel.tensor import (
     RMSNorm,
@@ -61,16 +63,16 @@ class MLA(nn.Module):
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp, product)
         self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, numerics.attention_output)
 
-    def forward(self, x_BSH: torch.Tensor, places: Places) -> torch.Tensor:
+    def forward(self, x_BSH: torch.Tensor, positions: Positions) -> torch.Tensor:
         c_q, c_kv, k_pe = self.kv_a_proj_with_mqa.product.shared(
             x_BSH, lambda shared_BSH: self.latents(shared_BSH, x_BSH))
-        rope_2SD, documents_BS = places.rope_2SD, places.documents_BS
+        rope_2SD, documents = positions.rope_2SD, positions.documents
         if self.cp.size > 1:
             y_BSV = self.attend(lambda c_q: self.queries(c_q, rope_2SD), (c_q,),
-                                lambda q: self.attention_over_ranks(q, c_kv, k_pe, places))
+                                lambda q: self.attention_over_ranks(q, c_kv, k_pe, positions))
         else:
             y_BSV = self.attend(lambda *latents: self.up_project(*latents, rope_2SD), (c_q, c_kv, k_pe),
-                                lambda q, k, v: self.attention(q, k, v, documents_BS))
+                                lambda q, k, v: self.attention(q, k, v, documents))
         return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))
 
     def latents(self, shared_BSH: torch.Tensor, x_BSH: torch.Tensor
@@ -109,9 +111,9 @@ class MLA(nn.Module):
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
         return join_keys(self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)), k_pe_BSD, rope_2SD, nope)
 
-    def attention_over_ranks(self, q, c_kv, k_pe, places: Places) -> torch.Tensor:
+    def attention_over_ranks(self, q, c_kv, k_pe, positions: Positions) -> torch.Tensor:
         """Causal softmax attention over sequences that the context-parallel ranks share, [B, S, N * V]."""
-        turned = apply_rope(k_pe.unsqueeze(2), places.rope_2SD).squeeze(2)
+        turned = apply_rope(k_pe.unsqueeze(2), positions.rope_2SD).squeeze(2)
         sizes = [c_kv.shape[-1], turned.shape[-1]]
 
         def project(block_BSC):
@@ -119,9 +121,9 @@ class MLA(nn.Module):
             return self.keys_and_values(c_kv, turned, None)
 
         return self.cp.attention(q, torch.cat([c_kv, turned], -1), Project(project, (self.kv_b_proj.weight,)),
-                                 self.scale, places.documents_BS, self.output_form)
+                                 self.scale, positions.sight, self.output_form)
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None
                   ) -> torch.Tensor:
         """Causal softmax attention, within documents where they are given, [B, S, N * V]."""
-        return self.joint_attention(q, k, v, documents_BS, self.scale, self.config.v_head_dim)
+        return self.joint_attention(q, k, v, documents, self.scale, self.config.v_head_dim)

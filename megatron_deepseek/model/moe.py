@@ -34,13 +34,15 @@ ROW_PARALLEL = Shard(0), Shard(2)
 @dataclass(frozen=True)
 class RouterStats:
     """Of one layer and micro-batch on this rank: tokens that chose each expert [E] int64, how many of these copies were
-    dropped, its share of the balance loss, and how often a token was sent to another node.
+    dropped, its share of the balance loss, how often a token was sent to another node, and which experts each of its
+    tokens chose, int64 [B, S, K] with NOBODY for those that are not routed.
     """
 
     counts_E: torch.Tensor
     dropped: torch.Tensor
     balance_loss: torch.Tensor
     crossings: int
+    experts_BSK: torch.Tensor
 
 
 class MLP(nn.Module):
@@ -131,7 +133,8 @@ class MoE(nn.Module):
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
-        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), crossings)
+        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), crossings,
+                                  chosen_TK.unflatten(0, own_BSH.shape[:2]))
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
         """Where this rank's S tokens of each sequence stand in it."""

@@ -10,6 +10,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.kernels import TILE
 
 
@@ -36,9 +37,9 @@ def _attention_module(heads: int, key_width: int, value_width: int, scale: float
 
 
 def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor,
-                                 documents_BS: torch.Tensor | None, scale: float, width: int):
+                                 documents: Documents | None, scale: float, width: int):
     """16 bits, whole sequences, and values of their own width alone."""
-    if documents_BS is not None or width != v_BSNV.shape[-1] or q_BSND.dtype not in (torch.bfloat16, torch.float16):
+    if documents is not None or width != v_BSNV.shape[-1] or q_BSND.dtype not in (torch.bfloat16, torch.float16):
         return NotImplemented
     attend = _attention_module(q_BSND.shape[2], q_BSND.shape[3], width, scale)
     return attend(q_BSND, k_BSND, v_BSNV)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.registry import with_backends
 
 _aten = torch.ops.aten
@@ -25,28 +26,17 @@ class Scores:
     causal: bool = False
 
 
-def documents_of(row_S: torch.Tensor) -> dict[int, slice]:
-    """Where each document lies in a row that numbers every token's; raises ValueError if one lies in two places."""
-    numbers, counts = row_S.unique_consecutive(return_counts=True)
-    stops = counts.cumsum(0).tolist()
-    found = {number: slice(stop - count, stop)
-             for number, stop, count in zip(numbers.tolist(), stops, counts.tolist())}
-    if len(found) < len(stops):
-        raise ValueError(f"a document of a packed row is not in one piece: {numbers.tolist()}")
-    return found
-
-
 def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: torch.Tensor,
-                            documents_BS: torch.Tensor, scale: float) -> torch.Tensor:
+                            documents: Documents, scale: float) -> torch.Tensor:
     """Causal softmax attention of each token over its own document, [B, N, S, V].
 
     Document by document, without a mask: the fused kernels see plain causal squares, nothing of size S x S is ever
     made, and no score across documents is computed.
     """
     rows = []
-    for q_NSD, k_NSD, v_NSV, row_S in zip(q_BNSD, k_BNSD, v_BNSV, documents_BS):
+    for q_NSD, k_NSD, v_NSV, places in zip(q_BNSD, k_BNSD, v_BNSV, documents.rows, strict=True):
         parts = [F.scaled_dot_product_attention(*(x[None, :, place] for x in (q_NSD, k_NSD, v_NSV)), is_causal=True,
-                                                scale=scale) for place in documents_of(row_S).values()]
+                                                scale=scale) for place in places]
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows)
 
@@ -64,14 +54,14 @@ class Output:
 
 
 @with_backends("attention")
-def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
+def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents: Documents | None,
               scale: float, width: int) -> torch.Tensor:
     """Causal, within documents where given: [B, S, N * width], of V its first `width` columns (the rest is 0)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
-    if documents_BS is None:
+    if documents is None:
         y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
-        y_BNSV = attend_within_documents(q, k, v, documents_BS, scale)
+        y_BNSV = attend_within_documents(q, k, v, documents, scale)
     return y_BNSV.transpose(1, 2)[..., :width].flatten(-2)
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.ops import fp8
-from megatron_deepseek.ops.attention import Output, Scores, attend, attend_backward, documents_of
+from megatron_deepseek.ops.attention import Output, Scores, attend, attend_backward
 from megatron_deepseek.ops.block_scaled import BlockScaled
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
 
 
@@ -62,10 +63,9 @@ def _heads(x: torch.Tensor, v_BSNV: torch.Tensor) -> torch.Tensor:
     return F.pad(x_BSNW, (0, v_BSNV.shape[-1] - x_BSNW.shape[-1])).transpose(1, 2)
 
 
-def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents_BS: torch.Tensor | None,
+def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents: Documents | None,
               scale: float, width: int) -> torch.Tensor:
     """As ops/attention.py's, [B, S, N * width], but block-scaled with powers of two."""
-    squares = [...] if documents_BS is None else [
-        (slice(row, row + 1), slice(None), place) for row, documents_S in enumerate(documents_BS)
-        for place in documents_of(documents_S).values()]
+    squares = [...] if documents is None else [
+        (slice(row, row + 1), slice(None), place) for row, places in enumerate(documents.rows) for place in places]
     return _Attention.apply(q_BSND, k_BSND, v_BSNV, squares, Scores(scale, causal=True), width)

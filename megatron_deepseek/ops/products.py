@@ -28,6 +28,9 @@ class Deferred(Protocol):
     def defer(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
         """Call `gradient` later, and back-propagate what it gives into `weight`."""
 
+    def defer_reading(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
+        """The same of a `gradient` that reads the weights of the stage itself, outside of its layers."""
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """F.linear that defers."""
 
@@ -69,10 +72,11 @@ class Product(ABC):
 
 @dataclass(frozen=True)
 class Linear(Product):
-    """F.linear."""
+    """F.linear. `defer` is where those leave the weight's gradient who multiply by the weight themselves."""
 
     multiply: Callable = F.linear
     activate: Callable = compose
+    defer: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None = None
 
     def __call__(self, x, weight, *counts):
         return self.multiply(x, weight, *counts)
@@ -81,7 +85,7 @@ class Linear(Product):
         return self.activate(swiglu, gate_and_up(*gate_up), lambda hidden: self(hidden, weight, *counts))
 
     def deferring(self, deferred: Deferred) -> "Linear":
-        return replace(self, multiply=deferred.linear)
+        return replace(self, multiply=deferred.linear, defer=deferred.defer_reading)
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,9 @@
 Shapes: B batch, S positions, N heads, D rotary dimensions, V value width.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from megatron_deepseek.ops.registry import with_backends
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Where tokens stand: rows of the rotary table for this rank's positions, and the document of every token of the
-    whole sequences, [B, S of the sequence], None where attention sees across documents.
-    """
-
-    rope_2SD: torch.Tensor
-    documents_BS: torch.Tensor | None = None
 
 
 def apply_rope(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,14 @@ Shapes: B batch, S tokens of a sequence on this rank, N heads, D query width, V 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.attention import Joined, Output, Scores, attend, attend_backward, documents_of
+from megatron_deepseek.ops.attention import Joined, Output, Scores, attend, attend_backward
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
 
 
@@ -73,6 +76,10 @@ class ContextParallel:
     def rank(self) -> int:
         return self.mesh.get_local_rank()
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
     def positions(self, seq_length: int) -> torch.Tensor:
         """Where this rank's tokens stand in the whole sequence."""
         return zigzag(seq_length, self.rank, self.size)
@@ -81,20 +88,20 @@ class ContextParallel:
         """This rank's part of something that has all positions of a sequence along `dim`."""
         return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))
 
-    def attention(self, q_BSND: torch.Tensor, block_BSC: torch.Tensor, project: Project, scale: float,
-                  documents: torch.Tensor | None = None, output: Output = Output()) -> torch.Tensor:
-        """Causal attention of this rank's queries over the whole sequence, [B, S, N * V]; `output` says in which form.
+    def sight(self, seq_length: int, documents: Documents | None = None) -> "Sight":
+        """What this rank's tokens see of sequences of `seq_length`, each within its document where they are given."""
+        return Sight(self.rank, self.size, seq_length // self.size, documents)
 
-        With `documents` [B, whole sequence] given, over the tokens of the query's own document. They are best on the
-        CPU: where documents lie decides which kernels are started.
+    def attention(self, q_BSND: torch.Tensor, block_BSC: torch.Tensor, project: Project, scale: float,
+                  sight: "Sight", output: Output = Output()) -> torch.Tensor:
+        """Causal attention of this rank's queries over the whole sequence, [B, S, N * V]; `output` says in which form.
 
         `block_BSC` is what this rank's keys and values are made of by `project`, whose weights get their gradients
         by back-propagation inside this one's.
         """
-        exchange = EXCHANGES[self.exchange](self.mesh.get_group())
-        sight = Sight(self.rank, self.size, q_BSND.shape[1], scale, documents)
+        exchange = EXCHANGES[self.exchange](self.group)
         anchor = project.anchor(q_BSND.device)
-        return _BlockwiseAttention.apply(q_BSND, block_BSC, anchor, project, sight, exchange, output)
+        return _BlockwiseAttention.apply(q_BSND, block_BSC, anchor, project, scale, sight, exchange, output)
 
 
 def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
@@ -127,42 +134,55 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """What the queries of `rank` see of each block; `length` tokens on each rank."""
+    """What the queries of `rank` see of each rank's block; `length` tokens on each. The same for every layer."""
 
     rank: int
     size: int
     length: int
-    scale: float
-    documents: torch.Tensor | None
+    documents: Documents | None
 
     def of(self, owner: int) -> tuple[slice, list[Part]]:
         """The keys of the block of `owner` that are seen at all, and who sees what of them."""
+        return self._blocks[owner]
+
+    @cached_property
+    def _blocks(self) -> tuple[tuple[slice, list[Part]], ...]:
+        return tuple(self._block(owner) for owner in range(self.size))
+
+    def _block(self, owner: int) -> tuple[slice, list[Part]]:
         rows, keys, causal = visible(owner, self.rank, self.length)
         if self.documents is None:
             return keys, [Part(slice(None), rows, keys, causal)]
         parts = []
-        for index, row_S in enumerate(self.documents):
-            asking, seen = self._documents(row_S, self.rank, rows), self._documents(row_S, owner, keys)
-            parts += [Part(slice(index, index + 1), asking[number], seen[number], causal)
-                      for number in asking.keys() & seen.keys()]
+        for index, places in enumerate(self.documents.rows):
+            for place in places:
+                asking, seen = self._within(place, self.rank, rows), self._within(place, owner, keys)
+                if asking and seen:
+                    parts.append(Part(slice(index, index + 1), asking, seen, causal))
         bounds = [(part.keys.start, part.keys.stop) for part in parts] or [(0, 0)]
         return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds)), parts
 
-    def _documents(self, row_S: torch.Tensor, rank: int, part: slice) -> dict[int, slice]:
-        """Where documents lie in the block of `rank`, of which only `part` is looked at.
+    def _within(self, place: slice, rank: int, part: slice) -> slice | None:
+        """Where a document of the whole sequence lies in `part` of the block of `rank`, None if it does not.
 
         A block's two chunks are of increasing positions, so that a document of both of them is in one piece here too.
         """
-        own = row_S[zigzag(self.length * self.size, rank, self.size)[part].to(row_S.device)]
-        return {number: slice(place.start + part.start, place.stop + part.start)
-                for number, place in documents_of(own).items()}
+        chunk, bounds = self.length // 2, []
+        for begin, here in ((rank * chunk, 0), ((2 * self.size - 1 - rank) * chunk, chunk)):
+            start, stop = max(place.start, begin), min(place.stop, begin + chunk)
+            if start < stop:
+                bounds += [start - begin + here, stop - begin + here]
+        if not bounds:
+            return None
+        start, stop = max(bounds[0], part.start), min(bounds[-1], part.stop)
+        return slice(start, stop) if start < stop else None
 
 
 class _BlockwiseAttention(torch.autograd.Function):
     """Keeps the blocks, not the keys and values made of them."""
 
     @staticmethod
-    def forward(ctx, q_BSND, own_BSC, anchor, project: Project, sight: Sight, exchange: Ring | Gather,
+    def forward(ctx, q_BSND, own_BSC, anchor, project: Project, scale: float, sight: Sight, exchange: Ring | Gather,
                 output: Output):
         q_BNSD, blocks, owners, joined = q_BSND.transpose(1, 2), [], [], None
         for owner, block in exchange.blocks(own_BSC):
@@ -172,12 +192,13 @@ class _BlockwiseAttention(torch.autograd.Function):
                 joined = joined or Joined.empty(q_BNSD, v.shape[-1])
             for part in parts:
                 queries, keys = part.queries(), part.keys_among(made)
-                joined.add(queries, *attend(q_BNSD[queries], k[keys], v[keys], Scores(sight.scale, part.causal)))
+                joined.add(queries, *attend(q_BNSD[queries], k[keys], v[keys], Scores(scale, part.causal)))
             blocks.append(block)
             owners.append(owner)
         result, kept = output.give(joined.out_BNSV.to(q_BSND.dtype).transpose(1, 2).flatten(-2))
         ctx.save_for_backward(q_BSND, joined.lse_BNS, *blocks, *kept)
-        ctx.owners, ctx.project, ctx.sight, ctx.exchange, ctx.output = owners, project, sight, exchange, output
+        ctx.owners, ctx.project, ctx.exchange, ctx.output = owners, project, exchange, output
+        ctx.sight, ctx.scale = sight, scale
         return result
 
     @staticmethod
@@ -201,7 +222,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                         queries, keys = part.queries(), part.keys_among(made)
                         grad_q, grad_k[keys], grad_v[keys] = attend_backward(
                             grad_BNSV[queries], q_BNSD[queries], k[keys], v[keys], out_BNSV[queries],
-                            lse_BNS[queries], Scores(sight.scale, part.causal))
+                            lse_BNS[queries], Scores(ctx.scale, part.causal))
                         grad_q_BNSD[queries] += grad_q
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
@@ -213,7 +234,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             grad_own = ctx.exchange.return_gradients(gradients())
         else:  # of queries and weights alone; on all ranks, as they have the same weights
             deque(gradients(), maxlen=0)
-        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None, None
+        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None, None, None
 
 
 def _gradient_of_block(block: torch.Tensor, keys: slice, project: Project, through_attention, needed: bool

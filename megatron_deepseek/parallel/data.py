@@ -5,6 +5,7 @@ parameters are reduced over dp x cp, routed experts over edp.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,30 @@ def reshard(module: nn.Module) -> None:
     """Free gathered weights, which a forward without a backward leaves behind, so that parameters are shards again."""
     for each in module.modules():
         if isinstance(each, FSDPModule):
+            each.reshard()
+
+
+@contextmanager
+def gathered(unit: nn.Module) -> Iterator[None]:
+    """Inside, the weights of `unit` itself, not of units in it, are whole; afterwards they are as they were."""
+    group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+    if group is None or not group.is_sharded:
+        yield
+        return
+    unit.unshard()
+    yield
+    unit.reshard()
+
+
+def gather_once(module: nn.Module) -> None:
+    """Gather every unit of `module`, which no forward is going to run, and free it again.
+
+    After backwards that only accumulate, FSDP asks all units for the gradients of their gathered parameters, those too
+    that were never gathered, and fails on these (seen in torch 2.13).
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.unshard()
             each.reshard()
 
 

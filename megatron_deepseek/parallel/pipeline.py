@@ -7,8 +7,9 @@ Shapes of what travels are known beforehand, so no forward is spent on finding t
 to (PP = 1) is a plain loop over micro-batches that accumulates gradients and reduces them in the last backward.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.paired_chunks import run_pairs_in_turns
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
-from megatron_deepseek.parallel.stage import ReducingStage
+from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage
 from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
@@ -58,76 +59,104 @@ def _loss_is_output(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class StageShape:
-    """What a stage takes from the one before it and passes on; None where it takes token ids or makes the loss."""
+class Travel:
+    """What travels between stages: hidden states [B, S, H] of one micro-batch, stacked along the batch where several
+    predictions are made of each token.
 
-    received: tuple[int, ...] | None
-    passed_on: tuple[int, ...] | None
+    `states_after`: how many predictions' states there are behind each stage if all are made. `tokens_shape`: of the
+    token ids that the first stage gets. `first_trained`: the stage behind which what travels has a gradient.
+    """
+
+    tokens_shape: tuple[int, int]
+    hidden_shape: tuple[int, int, int]
+    hidden_dtype: torch.dtype
+    states_after: tuple[int, ...]
+    first_trained: int = 0
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.states_after)
+
+    def received(self, index: int, num_predictions: int) -> torch.Tensor:
+        """What stage `index` gets, on the meta device."""
+        if index == 0:
+            return torch.empty(self.tokens_shape, dtype=torch.int64, device="meta")
+        return self.passed_on(index - 1, num_predictions)
+
+    def passed_on(self, index: int, num_predictions: int) -> torch.Tensor:
+        """What stage `index` gives to the next, or the last one's loss, on the meta device."""
+        if index == self.num_stages - 1:
+            wide = torch.promote_types(self.hidden_dtype, torch.float32)
+            return torch.empty((), dtype=wide, device="meta", requires_grad=True)
+        rows, *others = self.hidden_shape
+        states = min(self.states_after[index], num_predictions)
+        return torch.empty(states * rows, *others, dtype=self.hidden_dtype, device="meta",
+                           requires_grad=index >= self.first_trained)
 
 
 class Pipeline:
     """Runs steps over this rank's `modules`, which are the stages `indices`.
 
-    A module is called as module(x, labels=, label_mask=, step=); x is int64 [B, S] on stage 0, and the last stage
-    returns the scalar contribution of the micro-batch to the global loss. Schedules are built at the first step with
-    a given number of micro-batches, and kept. With `turns`, paired chunks compute while the other's tokens travel.
+    A module is called as module(x, micro_batch=, step=); x is int64 [B, S] on stage 0, and the last stage returns the
+    scalar contribution of the micro-batch to the global loss. Schedules are built at the first step with a given number
+    of micro-batches and of predictions, and kept. With `turns`, paired chunks compute while the other's tokens travel.
     """
 
-    def __init__(self, modules: list[nn.Module], indices: list[int], shapes: list[StageShape], schedule: str,
-                 hidden_dtype: torch.dtype, tokens_shape: tuple[int, int], meshes: Meshes,
+    def __init__(self, modules: list[nn.Module], indices: list[int], travel: Travel, schedule: str, meshes: Meshes,
                  turns: Turns | None = None):
-        self.modules, self.indices, self.shapes, self.schedule = modules, indices, shapes, schedule
-        self.hidden_dtype, self.tokens_shape, self.meshes, self.turns = hidden_dtype, tokens_shape, meshes, turns
-        self.holds_first, self.holds_last = 0 in indices, len(shapes) - 1 in indices
+        self.modules, self.indices, self.schedule = modules, indices, schedule
+        self.travel = replace(travel, first_trained=first_trained_stage(modules, indices, travel.num_stages, meshes))
+        self.meshes, self.turns = meshes, turns
+        self.holds_first, self.holds_last = 0 in indices, travel.num_stages - 1 in indices
         splits = meshes.layout.pp > 1 and schedule in ZERO_BUBBLE
         self.deferred = [defer_weight_gradients(module) if splits else None for module in modules]
-        self.first_trained = first_trained_stage(modules, indices, len(shapes), meshes)
         self._schedules = {}
 
-    def train(self, tokens_BS: torch.Tensor, num_microbatches: int, **inputs) -> None:
-        """Forward and backward of `num_microbatches` equal parts of the rows; gradients are summed over data ranks.
+    def train(self, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any, num_predictions: int) -> None:
+        """Forward and backward of `micro_batches`, equal parts of the rows; gradients are summed over data ranks.
 
-        `inputs`: tensors are divided along their first dimension, anything else goes to every micro-batch.
+        `num_predictions` are made of each token: the main one and those of MTP depths.
         """
         for module in self.modules:
             module.train()
         if self.meshes.layout.pp > 1:
-            return self._run(self._schedule(num_microbatches, train=True).step, tokens_BS, **inputs)
-        (module,) = self.modules
-        for i, (x, kwargs) in enumerate(_micro_batches(tokens_BS, num_microbatches, inputs)):
-            synchronize_gradients(module, i == num_microbatches - 1)
-            module(x, **kwargs).backward()
+            return self._run(self._schedule(micro_batches, num_predictions, train=True).step, tokens_BS, micro_batches,
+                             step)
+        (module,), last = self.modules, len(micro_batches.items) - 1
+        for i, (x, micro_batch) in enumerate(_with_tokens(tokens_BS, micro_batches)):
+            synchronize_gradients(module, i == last)
+            module(x, micro_batch=micro_batch, step=step).backward()
 
     @torch.no_grad()
-    def evaluate(self, tokens_BS: torch.Tensor, num_microbatches: int, **inputs) -> None:
-        """Forward only; the losses are left in the modules' own tally."""
+    def evaluate(self, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any, num_predictions: int) -> None:
+        """Forward only; what it makes is left in `step`."""
         for module in self.modules:
             module.eval()
         if self.meshes.layout.pp > 1:
-            self._run(self._schedule(num_microbatches, train=False).eval, tokens_BS, **inputs)
+            self._run(self._schedule(micro_batches, num_predictions, train=False).eval, tokens_BS, micro_batches, step)
         else:
             (module,) = self.modules
-            for x, kwargs in _micro_batches(tokens_BS, num_microbatches, inputs):
-                module(x, **kwargs)
+            for x, micro_batch in _with_tokens(tokens_BS, micro_batches):
+                module(x, micro_batch=micro_batch, step=step)
         for module in self.modules:
             reshard(module)
 
-    def _run(self, run_schedule, tokens_BS, **inputs) -> None:
+    def _run(self, run_schedule, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any) -> None:
         args = (tokens_BS,) if self.holds_first else ()
         target = tokens_BS if self.holds_last else None
-        run_schedule(*args, target=target, return_outputs=False, **inputs)
+        run_schedule(*args, target=target, return_outputs=False, micro_batches=micro_batches, step=step)
 
-    def _schedule(self, num_microbatches: int, train: bool):
-        key = num_microbatches, train
+    def _schedule(self, micro_batches: MicroBatches, num_predictions: int, train: bool):
+        key = len(micro_batches.items), num_predictions, train
         if key not in self._schedules:
-            self._schedules[key] = self._build_schedule(num_microbatches, train)
+            self._schedules[key] = self._build_schedule(*key)
         return self._schedules[key]
 
-    def _build_schedule(self, num_microbatches: int, train: bool):
-        stages = [self._stage(*each) for each in zip(self.modules, self.indices, self.deferred)]
+    def _build_schedule(self, num_microbatches: int, num_predictions: int, train: bool):
+        stages = [self._stage(*each, num_predictions) for each in zip(self.modules, self.indices, self.deferred)]
         if not train:
-            ranks = [rank_of_stage(s, len(self.shapes), self.meshes.layout.pp, self.schedule)
-                     for s in range(len(self.shapes))]
+            number = self.travel.num_stages
+            ranks = [rank_of_stage(s, number, self.meshes.layout.pp, self.schedule) for s in range(number)]
             return ForwardOnly(stages, num_microbatches, _loss_is_output, ranks)
         kind = get_schedule_class(self.schedule)
         single = issubclass(kind, PipelineScheduleSingle)
@@ -136,17 +165,12 @@ class Pipeline:
             run_pairs_in_turns(schedule, self.turns)
         return schedule
 
-    def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None) -> PipelineStage:
-        shape = self.shapes[index]
-        takes, gives = index > self.first_trained, index >= self.first_trained  # a gradient of what comes, what goes
-        received = torch.empty(self.tokens_shape, dtype=torch.int64, device="meta") if shape.received is None else \
-            torch.empty(shape.received, dtype=self.hidden_dtype, device="meta", requires_grad=takes)
-        passed_on = torch.empty((), dtype=torch.promote_types(self.hidden_dtype, torch.float32), device="meta",
-                                requires_grad=gives) if shape.passed_on is None else \
-            torch.empty(shape.passed_on, dtype=self.hidden_dtype, device="meta", requires_grad=gives)
-        return ReducingStage(module, index, len(self.shapes), self.meshes.device, input_args=received,
-                             output_args=passed_on, group=self.meshes.group("pp"),
-                             dw_builder=deferred.take if deferred else None)
+    def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None, num_predictions: int
+               ) -> PipelineStage:
+        return ReducingStage(module, index, self.travel.num_stages, self.meshes.device,
+                             input_args=self.travel.received(index, num_predictions),
+                             output_args=self.travel.passed_on(index, num_predictions),
+                             group=self.meshes.group("pp"), dw_builder=deferred.take if deferred else None)
 
 
 def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages: int, meshes: Meshes) -> int:
@@ -178,9 +202,6 @@ def received(x: torch.Tensor) -> torch.Tensor:
     return _ContiguousGradient.apply(x) if x.requires_grad else x
 
 
-def _micro_batches(tokens_BS: torch.Tensor, number: int, inputs: dict):
-    """(tokens, other inputs) of each micro-batch, as torch.distributed.pipelining divides them."""
-    split = {name: value.tensor_split(number) if isinstance(value, torch.Tensor) else [value] * number
-             for name, value in inputs.items()}
-    for i, x in enumerate(tokens_BS.tensor_split(number)):
-        yield x, {name: parts[i] for name, parts in split.items()}
+def _with_tokens(tokens_BS: torch.Tensor, micro_batches: MicroBatches) -> Iterator[tuple[torch.Tensor, Any]]:
+    """The tokens of each micro-batch, as torch.distributed.pipelining divides them, and the rest of it."""
+    return zip(tokens_BS.tensor_split(len(micro_batches.items)), micro_batches.items, strict=True)

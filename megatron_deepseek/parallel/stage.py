@@ -6,11 +6,24 @@ PyTorch's own stage keeps FSDP from reducing in any backward, and reduces all la
 so such stages are left to it.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
 
 from megatron_deepseek.parallel.data import reshard
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatches:
+    """What the forward of each micro-batch gets beside hidden states. An object, not a list, so that schedules, which
+    cut tensors and look into lists, hand it on as it is.
+    """
+
+    items: Sequence[Any]
 
 
 class ReducingStage(PipelineStage):
@@ -23,8 +36,14 @@ class ReducingStage(PipelineStage):
 
     submod: FSDPModule
 
+    def forward_one_chunk(self, fwd_chunk_id: int, args: tuple, kwargs: dict, save_forward_output: bool = True):
+        """The schedule hands the same `micro_batches` to every forward; this picks the one whose turn it is."""
+        chosen = {**kwargs, "micro_batch": kwargs["micro_batches"].items[fwd_chunk_id]}
+        del chosen["micro_batches"]
+        return super().forward_one_chunk(fwd_chunk_id, args, chosen, save_forward_output)
+
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
-        if not self._stage_meta.outputs[0].requires_grad:
+        if not self.is_last and not any(output.requires_grad for output in bwd_kwargs["stage_output"]):
             if last_backward:
                 reshard(self.submod)
             return (None,) * len(bwd_kwargs["input_values"]), None

@@ -128,6 +128,11 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
+def sum_alike(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum of every rank's `x`; as all ranks go on alike with it, its gradient is each one's own."""
+    return _Sum.apply(x, group)
+
+
 class _Split(torch.autograd.Function):
     """This rank's slice of a replicated tensor; the whole gradient is gathered from the slices'."""
 
@@ -247,8 +252,12 @@ class ParallelLinear(nn.Module):
         self.bias_grad = tp.activation_grad
         self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
 
+    def local_weight(self) -> torch.Tensor:
+        """This rank's shard."""
+        return local_weight(self.weight, self.weight_grad)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, local_weight(self.weight, self.weight_grad))
+        return self.product(x, self.local_weight())
 
     @property
     def weight_products(self) -> dict[str, Product]:
@@ -257,7 +266,7 @@ class ParallelLinear(nn.Module):
 
     def after_swiglu(self, *gate_up: torch.Tensor) -> torch.Tensor:
         """Of silu(gate) * up."""
-        return self.product.after_swiglu(gate_up, local_weight(self.weight, self.weight_grad))
+        return self.product.after_swiglu(gate_up, self.local_weight())
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + local_weight(self.bias, self.bias_grad)

@@ -41,12 +41,27 @@ def local_ids(ids: torch.Tensor, rows: int, tp: TensorParallel) -> tuple[torch.T
     return local.where(mine, 0), mine
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Softmax cross-entropy over a sharded vocabulary: all-reduces of [T] over TP instead of a gather of [T, V].
+def joint_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel
+                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `cross_entropy_statistics` says of the whole vocabulary: all-reduces of [T] over TP instead of a gather of
+    [T, V].
 
     They are the maximum of all logits, then the sum of exponentials and the label's logit, which one rank has and the
-    others give as zero. The backward needs no collective: a rank's logits and these sums are all that its gradient is
-    made of.
+    others give as zero.
+    """
+    own_max_T, sum_T, label_logit_T = cross_entropy_statistics(logits_Tv, labels_T, tp.rank * logits_Tv.shape[-1])
+    max_T = own_max_T.clone()
+    if tp.size > 1:
+        dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=tp.group)
+        sums_2T = torch.stack([sum_T * (own_max_T - max_T).exp(), label_logit_T])
+        dist.all_reduce(sums_2T, group=tp.group)
+        sum_T, label_logit_T = sums_2T
+    return max_T, sum_T, label_logit_T
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Softmax cross-entropy over a sharded vocabulary. The backward needs no collective: a rank's logits and the joint
+    statistics are all that its gradient is made of.
 
     What is kept are the logits as they are; their exponentials are made again in the backward.
     """
@@ -54,13 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_Tv, labels_T, tp):
         ctx.first_id = tp.rank * logits_Tv.shape[-1]
-        own_max_T, sum_T, label_logit_T = cross_entropy_statistics(logits_Tv, labels_T, ctx.first_id)
-        max_T = own_max_T.clone()
-        if tp.size > 1:
-            dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=tp.group)
-            sums_2T = torch.stack([sum_T * (own_max_T - max_T).exp(), label_logit_T])
-            dist.all_reduce(sums_2T, group=tp.group)
-            sum_T, label_logit_T = sums_2T
+        max_T, sum_T, label_logit_T = joint_statistics(logits_Tv, labels_T, tp)
         ctx.save_for_backward(logits_Tv, labels_T, max_T, sum_T)
         return sum_T.log() - (label_logit_T - max_T)
 
@@ -76,3 +85,9 @@ def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor
         wide = torch.promote_types(logits_Tv.dtype, torch.float32)
         return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
     return _CrossEntropy.apply(logits_Tv, labels_T, tp)
+
+
+def log_normalizer(logits_Tv: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """log of the sum of exp(logit) over the whole vocabulary [T], from this rank's logits in at least float32."""
+    nobody = torch.full_like(logits_Tv[:, 0], -1, dtype=torch.int64)  # the loss of a label that no rank has
+    return _CrossEntropy.apply(logits_Tv, nobody, tp)

@@ -12,6 +12,7 @@ A frozen weight leaves nothing, and its input is not kept.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_wgrad
 from megatron_deepseek.ops.products import Product
-from megatron_deepseek.parallel.data import accumulate_gradients
+from megatron_deepseek.parallel.data import accumulate_gradients, gathered
 
 
 class DeferredGradients:
@@ -27,15 +28,24 @@ class DeferredGradients:
 
     `weight` in the closures is the local tensor that the forward used, kept on the node and not among its saved
     tensors, which a recomputed forward replaces by detached ones; back-propagating into it goes on to the parameter as
-    any backward would. `finish` is called at the end of each W step.
+    any backward would. `finish` is called at the end of each W step. `gathered` has the weights of the stage that are
+    in none of its layers: between B and W another forward may have freed them.
     """
 
-    def __init__(self, finish: Callable[[], None] = lambda: None):
-        self._finish = finish
+    def __init__(self, finish: Callable[[], None] = lambda: None,
+                 gathered: Callable[[], AbstractContextManager] = nullcontext):
+        self._finish, self._gathered = finish, gathered
         self._pending: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
 
     def defer(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
         self._pending.append((weight, gradient))
+
+    def defer_reading(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
+        def make() -> torch.Tensor:
+            with self._gathered():
+                return gradient()
+
+        self.defer(weight, make)
 
     def take(self) -> Callable[[], None]:
         """The W step of the backward that just ended (`PipelineStage`'s dw_builder)."""
@@ -93,7 +103,7 @@ class _GroupedGemm(torch.autograd.Function):
 
 def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:
     """Make every product that a module of `stage` holds leave its weight gradient."""
-    deferred = DeferredGradients(partial(accumulate_gradients, stage))
+    deferred = DeferredGradients(partial(accumulate_gradients, stage), partial(gathered, stage))
     for module in stage.modules():
         for name, product in [*vars(module).items()]:
             if isinstance(product, Product):

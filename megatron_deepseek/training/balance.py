@@ -23,7 +23,7 @@ def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tens
     total = {}
     for stage in stages:
         for name, module in stage.named_modules():
-            if not isinstance(module, MoE):
+            if not isinstance(module, MoE) or name not in counts:  # an objective may leave out MTP modules
                 continue
             total[name] = counts[name].clone()
             dist.all_reduce(total[name], group=group)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.training.trainer import StepResult, Trainer
 
 
@@ -46,9 +48,10 @@ class NotFinite:
             return None
         self.skipped += 1
         losses = result.losses
-        mtp = "".join(f", mtp_loss {loss:g}" for loss in losses.mtp_loss if not math.isfinite(loss))
-        what = (f"iteration {iteration}: lm_loss {losses.lm_loss:g}{mtp}, gradient norm {result.grad_norm:g}; "
-                f"{origin()}")
+        reported = iter(losses.reports.items())
+        named = [*islice(reported, 1), *((name, loss) for name, loss in reported if not math.isfinite(loss))]
+        told = "".join(f"{name} {loss:g}, " for name, loss in named)
+        what = f"iteration {iteration}: {told}gradient norm {result.grad_norm:g}; {origin()}"
         if self.policy == "stop":
             raise FloatingPointError(f"{what}. The weights are as they were before this step; --nan-policy skip would "
                                      "leave such batches out")
@@ -58,7 +61,7 @@ class NotFinite:
         return f"{what}. Skipped: weights and moments are as before, its samples count as read"
 
 
-def find_origin(trainer: Trainer, batch: dict[str, torch.Tensor | None]) -> str:
+def find_origin(trainer: Trainer, batch: Batch) -> str:
     """Where what is not finite began in the step on `batch`, with the rank. Every rank calls it, right after the step.
 
     It runs the forward again. Gradients are still those of the step.
@@ -67,7 +70,7 @@ def find_origin(trainer: Trainer, batch: dict[str, torch.Tensor | None]) -> str:
     with ExitStack() as stack:
         for index, stage in zip(trainer.indices, trainer.stages):
             stack.enter_context(_watched(index, stage, outputs))
-        trainer.evaluate(**batch)
+        trainer.evaluate(batch)
     rank = dist.get_rank()
     own = [Finding(0, index, rank, f"the weight {name} is not finite") for index, name in _bad_weights(trainer)]
     own += [Finding(1, index, rank, f"the output of {name} is not finite") for index, name in outputs[:1]]

@@ -16,13 +16,14 @@ from megatron_deepseek.checkpoint.export import (
 )
 from megatron_deepseek.checkpoint.marker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
-from megatron_deepseek.data.batches import GlobalBatch, Sampler, read_ahead
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.data.batches import Sampler, read_ahead
 from megatron_deepseek.data.blend import SPLITS
 from megatron_deepseek.data.pretraining import open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
-from megatron_deepseek.model.build import Precision
-from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.model.build import BuildOptions, Precision
+from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -30,7 +31,8 @@ from megatron_deepseek.training.decision import Start, overwrite, share
 from megatron_deepseek.training.failure import guarded
 from megatron_deepseek.training.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.interruptions import Interruptions
-from megatron_deepseek.training.metrics import StepMetrics, by_source
+from megatron_deepseek.training.metrics import StepMetrics
+from megatron_deepseek.training.next_token import SourceSum, by_source
 from megatron_deepseek.training.profile import profiler
 from megatron_deepseek.training.recorded import Job, record
 from megatron_deepseek.training.refusing import refusing
@@ -101,12 +103,14 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
         seq_length=settings.data.seq_length, micro_batch_size=settings.batch.micro_batch_size,
-        precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
-                            fp8=settings.run.fp8_format is not None, fp8_gather=settings.run.fp8_param_gather),
-        optimizer=settings.optimizer, loss=settings.loss, recompute=settings.recompute,
-        communication=settings.communication, offload=settings.offload,
-        reshard_after_forward=settings.run.sharding == "optim_grads_params", frozen=settings.run.freeze_parameters,
-        seed=settings.run.seed)
+        optimizer=settings.optimizer,
+        build=BuildOptions(
+            precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
+                                fp8=settings.run.fp8_format is not None, fp8_gather=settings.run.fp8_param_gather),
+            loss=settings.loss, recompute=settings.recompute, communication=settings.communication,
+            offload=settings.offload, reshard_after_forward=settings.run.sharding == "optim_grads_params",
+            frozen=settings.run.freeze_parameters,
+            seed=settings.run.seed))
 
 
 class Run:
@@ -155,11 +159,16 @@ class Run:
 
     def _steps(self) -> None:
         with profiler(self.settings.run, dist.get_rank()) as profile:
-            for batch in read_ahead(self.train_data.batch, self._requests()):
+            for batch in read_ahead(self._read, self._requests()):
                 votes = self._step(batch)
                 profile.step()
                 if self._between_steps(votes):
                     break
+
+    def _read(self, *request) -> Batch:
+        """A batch, ready to go to the device; in a thread while the step before is made."""
+        batch = self.train_data.batch(*request)
+        return batch.pinned() if self.trainer.meshes.device.type == "cuda" else batch
 
     def _between_steps(self, votes: Votes) -> bool:
         """Validation and checkpoints that are due; True if the run leaves here."""
@@ -186,22 +195,21 @@ class Run:
     def _data_rank(self) -> tuple[int, int]:
         return self.trainer.meshes.rank("dp"), self.settings.layout.dp
 
-    def _step(self, batch: GlobalBatch) -> Votes:
+    def _step(self, batch: Batch) -> Votes:
         begin, settings, state = time.perf_counter(), self.settings, self.state
-        rate, size = learning_rate(self.schedule, state.consumed_samples), batch.tokens_BS.shape[0] * settings.layout.dp
-        inputs = _on_device(batch, self.trainer.meshes)
-        result = self.trainer.train_step(**inputs, learning_rate=rate, bias_rate=bias_rate(settings.loss, state, size),
-                                         votes=self.interruptions.votes)
+        rate, size = learning_rate(self.schedule, state.consumed_samples), batch.num_rows * settings.layout.dp
+        batch = batch.to(self.trainer.meshes.device)
+        result = self.trainer.train_step(batch, rate, bias_rate(settings.loss, state, size), self.interruptions.votes)
         seconds = time.perf_counter() - begin
-        self._check_health(result, inputs)
+        self._check_health(result, batch)
         self.state = state.after(size, result.updated)
         self.report.step(self._metrics(result, rate, size * settings.data.seq_length, seconds))
         return result.votes
 
-    def _check_health(self, result: StepResult, inputs: dict[str, torch.Tensor | None]) -> None:
+    def _check_health(self, result: StepResult, batch: Batch) -> None:
         """FloatingPointError where a step that is not finite ends the run."""
         iteration = self.state.iteration + 1
-        skipped = self.not_finite.check(iteration, result, lambda: find_origin(self.trainer, inputs))
+        skipped = self.not_finite.check(iteration, result, lambda: find_origin(self.trainer, batch))
         unlabelled = self.labels.see(iteration, result.losses.num_labels)
         spike = self.spikes.see(iteration, result.losses.lm_loss) if result.losses.num_labels else None
         for line in (skipped, unlabelled, spike):
@@ -220,11 +228,26 @@ class Run:
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None
         spread = self.settings.layout.ep * self.settings.layout.etp > 1
         limited = self.settings.loss.moe_expert_capacity_factor is not None
-        return StepMetrics(self.state.iteration, losses.lm_loss, losses.mtp_loss, balance, result.grad_norm, rate,
-                           tokens, seconds, mfu, peak_memory, result.traffic.within_node if spread else None,
-                           result.traffic.across_nodes if spread else None, self.saver.take_stall(),
-                           None if result.updated else True, *by_source(self.train_data.source_names, losses.sources),
-                           result.dropped if limited else None, result.crossings if result.crossings else None)
+        source_loss, source_tokens = by_source(self.train_data.source_names, losses.sources)
+        return StepMetrics(
+            iteration=self.state.iteration,
+            lm_loss=losses.lm_loss,
+            mtp_loss=losses.mtp_loss,
+            balance_loss=balance,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            tokens=tokens,
+            step_seconds=seconds,
+            mfu=mfu,
+            peak_memory_bytes=peak_memory,
+            moe_bytes_within_node=result.traffic.within_node if spread else None,
+            moe_bytes_across_nodes=result.traffic.across_nodes if spread else None,
+            checkpoint_stall_seconds=self.saver.take_stall(),
+            skipped=None if result.updated else True,
+            source_loss=source_loss,
+            source_tokens=source_tokens,
+            moe_dropped_fraction=result.dropped if limited else None,
+            moe_crossings_per_token=result.crossings or None)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""
@@ -233,10 +256,10 @@ class Run:
             return
         batches = self.valid_data.evaluation(run.eval_iters, batch.global_batch_size, batch.micro_batch_size,
                                              *self._data_rank())
-        losses = [self.trainer.evaluate(**_on_device(each, self.trainer.meshes)) for each in batches]
+        losses = [self.trainer.evaluate(each.to(self.trainer.meshes.device)) for each in batches]
         if not any(each.num_labels for each in losses):
             self.report.message("validation: all labels are masked; its loss of 0 says nothing")
-        sums = [tuple(map(sum, zip(*batches))) for batches in zip(*[each.sources for each in losses])]
+        sums = [SourceSum(*map(sum, zip(*batches))) for batches in zip(*[each.sources for each in losses])]
         self.report.validation(self.state.iteration, _mean([each.lm_loss for each in losses]),
                                tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))),
                                by_source(self.valid_data.source_names, sums)[0])
@@ -278,14 +301,6 @@ def _keep_beside(settings: Settings, start: Start) -> None:
         keep_assets(start.load, settings.run.save)
         keep_model_file(settings.run.save, settings.run.model_file, settings.model)
         keep_tokenizer(settings.run.save, settings.data, settings.run.chat_template)
-
-
-def _on_device(batch: GlobalBatch, meshes: Meshes) -> dict[str, torch.Tensor | None]:
-    """What `Trainer` takes of a batch, by its names."""
-    tensors = dict(tokens_BS=batch.tokens_BS, labels_BS=batch.labels_BS, mask_BS=batch.loss_mask_BS,
-                   documents_BS=batch.documents_BS, sources_BK=batch.sources_BK, real_BS=batch.real_BS)
-    return {name: None if tensor is None else tensor.to(meshes.device, non_blocking=True)
-            for name, tensor in tensors.items()}
 
 
 def _mean(values: list[float]) -> float:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_acro
             "skipped", "source_loss", "source_tokens", "moe_dropped_fraction", "moe_crossings_per_token")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """One update. `iteration` counts from 1: after that many updates. Losses in nats a token, tokens of this step.
 
@@ -64,14 +64,6 @@ class StepMetrics:
         fields = {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
         return {name: value for name, value in fields.items()
                 if value is not None or name not in OPTIONAL}
-
-
-def by_source(names: Sequence[str], sums: Sequence[tuple[float, int]]) -> tuple[dict, dict] | tuple[None, None]:
-    """(mean loss, labels) by name, of sums of losses and labels; without datasets that had none. None for no names."""
-    if not names:
-        return None, None
-    seen = [(name, loss, labels) for name, (loss, labels) in zip(names, sums, strict=True) if labels]
-    return {name: loss / labels for name, loss, labels in seen}, {name: labels for name, _, labels in seen}
 
 
 class MetricsFile:

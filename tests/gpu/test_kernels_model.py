@@ -5,18 +5,21 @@ sixteenth: noise of 2^-9 on every linear's output moves this model's gradients b
 every operator that the model calls is compared with its reference on the very inputs that it got, to rounding.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.build import Precision, build_stages
-from megatron_deepseek.model.deepseek import StepContext, Tally
+from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
+from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
 from megatron_deepseek.ops import cross_entropy, cuda, fp8, fp8_gemm, fp8_norm, fp8_products, permute, registry, rope
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.settings import LossSettings
+from megatron_deepseek.training.next_token import NextToken
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=32,
@@ -36,8 +39,9 @@ def job():
 def make_model(device, in_fp8: bool):
     stage = Stage(True, tuple(range(CONFIG.num_hidden_layers)), (), True)
     precision = Precision(torch.float32, torch.bfloat16, in_fp8)
-    (model,) = build_stages(CONFIG, [stage], build_meshes(Layout(), device), LENGTH, seed=1, precision=precision,
-                            loss=LossSettings(moe_router_force_load_balancing=True))
+    (model,) = build_stages(CONFIG, [stage], build_meshes(Layout(), device), LENGTH,
+                            BuildOptions(seed=1, precision=precision,
+                                         loss=LossSettings(moe_router_force_load_balancing=True)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -47,8 +51,10 @@ def make_model(device, in_fp8: bool):
 
 def run(model, device) -> tuple[float, dict[str, torch.Tensor]]:
     tokens = torch.randint(64, (2, LENGTH + 1), generator=torch.Generator().manual_seed(0)).to(device)
-    labels, mask = tokens[:, None, 1:], torch.ones(2, 1, LENGTH, dtype=torch.bool, device=device)
-    loss = model(tokens[:, :-1], labels, mask, StepContext((2 * LENGTH,), 2, Tally()))
+    rows = Rows(tokens[:, None, 1:], torch.ones(2, 1, LENGTH, device=device))
+    objective = NextToken()
+    loss = model(tokens[:, :-1], MicroBatch(rows),
+                 StepContext(2, partial(objective.contribution, counts={"weight_0": 2.0 * LENGTH})))
     loss.backward()
     whole = {name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
              for name, parameter in model.named_parameters() if parameter.grad is not None}

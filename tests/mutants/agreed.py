@@ -177,7 +177,7 @@ KEPT_AND_FREED = of(
     "parallel/pipeline.py", STEP, ("    @torch.no_grad()\n    def evaluate", "    def evaluate"),
 ) + of(
     "training/trainer.py", STEP,
-    ("reshard_after_forward=plan.reshard_after_forward,", "reshard_after_forward=False,"),
+    ("reshard_after_forward=plan.reshard_after_forward)", "reshard_after_forward=False)"),
     ("Votes(save > 0, leave > 0)", "Votes(leave > 0, save > 0)"),
 ) + of(
     "parallel/data.py", STEP,

@@ -24,13 +24,13 @@ FROZEN = of(
     "parallel/shared.py", LAYOUTS, ("if not self.copies or not self.copies[0].requires_grad:", "if not self.copies:"),
 ) + of(
     "parallel/pipeline.py", STAGES,
-    ("takes, gives = index > self.first_trained, index >= self.first_trained", "takes, gives = True, True"),
+    ("requires_grad=index >= self.first_trained)", "requires_grad=True)"),
     ("any(parameter.requires_grad for parameter in module.parameters())", "True"),
     ('    dist.all_reduce(trained, group=meshes.group("pp"))\n', ""),
 ) + of(
     "parallel/stage.py", STAGES,
     ("                reshard(self.submod)", "                pass"),
-    ("if not self._stage_meta.outputs[0].requires_grad:", "if False:"),
+    ('if not self.is_last and not any(output.requires_grad for output in bwd_kwargs["stage_output"]):', "if False:"),
 ) + of(
     "parallel/zero_bubble.py", UNIT,
     ("        if ctx.needs_input_grad[1]:\n            (x,)", "        if True:\n            (x,)"),

@@ -55,6 +55,7 @@ OPTIONS = {
     "moments": ("fp32", "bf16"),
     "offload_layers": (0, 1),
     "offload_optimizer": (False, True),
+    "objective": ("next_token", "samples", "pairs"),
     "frozen": (0, 1),
 }
 
@@ -85,6 +86,7 @@ CONSTRAINTS = (
     lambda mtp, placement: placement != "split" or mtp > 1,
     lambda pp, placement: placement == "balanced" or pp > 1,
     lambda pp, virtual, placement: placement != "own" or pp * virtual > 2,
+    lambda objective, micro_batch_size: objective != "pairs" or micro_batch_size % 2 == 0,
 )
 
 # Not rules of the project: what keeps a case cheap. DualPipeV over 4 ranks needs 8 micro-batches.
@@ -134,6 +136,7 @@ class Case:
     moments: str = "fp32"
     offload_layers: int = 0
     offload_optimizer: bool = False
+    objective: str = "next_token"
     frozen: int = 0
     trained: str = ""
     cut: int = 0
@@ -235,12 +238,13 @@ class Case:
         elif loss.balance_type == "aux_loss":
             loss = replace(loss, balance_type="seq_aux_loss")
         return Reference(self.model, loss, self.global_batch_size, self.first_batch_size, size, self.packed,
-                         self.padded, self.moments, self.frozen_names)
+                         self.padded, self.moments, self.objective, self.frozen_names)
 
     @property
     def frozen_names(self) -> tuple[str, ...]:
-        """Drawn, or all but those that the pattern `trained` names."""
-        return all_but(self.model, self.trained) if self.trained else drawn(self.model, self.frozen)
+        """Drawn, or all but those that `trained` names. None of MTP modules that the objective leaves out."""
+        used = self.model if self.objective != "pairs" else replace(self.model, num_nextn_predict_layers=0)
+        return all_but(self.model, self.trained) if self.trained else drawn(used, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,7 @@ class Reference:
     packed: bool = False
     padded: bool = False
     moments: str = "fp32"
+    objective: str = "next_token"
     frozen: tuple[str, ...] = ()
 
 

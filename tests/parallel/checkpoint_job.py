@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import Case
-from job import LEARNING_RATE, batch, named, plan_of, whole
+from job import LEARNING_RATE, batch, make_batch, named, own_rows, plan_of, whole
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.distributed import BackgroundSaver, first_failure
@@ -27,10 +27,8 @@ def build(case: Case) -> Trainer:
 
 
 def step(trainer: Trainer, case: Case, number: int):
-    own = case.global_batch_size // case.layout.dp
-    rows = slice(trainer.meshes.rank("dp") * own, (trainer.meshes.rank("dp") + 1) * own)
-    tokens, labels, mask = (part[rows] for part in batch(case.model, case.global_batch_size, number))
-    return trainer.train_step(tokens, labels, mask, learning_rate=LEARNING_RATE, bias_rate=1e-2)
+    whole_batch = make_batch(*batch(case.model, case.global_batch_size, number))
+    return trainer.train_step(own_rows(whole_batch, trainer.meshes), learning_rate=LEARNING_RATE, bias_rate=1e-2)
 
 
 def held(trainer: Trainer) -> dict[str, torch.Tensor]:

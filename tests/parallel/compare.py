@@ -32,6 +32,7 @@ def _record_differences(record: Record, reference: Record, tolerance: float) -> 
         for what in _step_differences(step, expected, tolerance):
             yield f"step {number}: {what}"
     yield from (f"weight of {what}" for what in _tensor_differences(record.weights, reference.weights, tolerance))
+    yield from (f"scores: {what}" for what in _score_differences(record, reference, tolerance))
     yield from (f"evaluation: {what}" for what in _loss_differences(record.evaluation, reference.evaluation, tolerance))
 
 
@@ -47,23 +48,37 @@ def _step_differences(step: Step, expected: Step, tolerance: float) -> Iterator[
     yield from (f"gradient of {what}" for what in _tensor_differences(step.gradients, expected.gradients, tolerance))
 
 
+def _score_differences(record: Record, reference: Record, tolerance: float) -> Iterator[str]:
+    """Of every token, in the order of the batch; a layer's experts in any order."""
+    found, wanted = record.scores, reference.scores
+    tensors = {(0, "log-probabilities"): found.log_probabilities_BS}
+    yield from _tensor_differences(
+        tensors, {(0, "log-probabilities"): wanted.log_probabilities_BS[record.rows]}, tolerance)
+    if found.experts.keys() != wanted.experts.keys():
+        yield f"experts of {[*found.experts]}, expected {[*wanted.experts]}"
+    for layer, experts_BSK in found.experts.items():
+        if not torch.equal(experts_BSK.sort(-1).values, wanted.experts[layer][record.rows].sort(-1).values):
+            yield f"other experts were chosen in {layer}"
+
+
 def _loss_differences(losses: Losses, expected: Losses, tolerance: float) -> Iterator[str]:
-    found = (losses.lm_loss, *losses.mtp_loss, losses.balance_loss)
-    wanted = (expected.lm_loss, *expected.mtp_loss, expected.balance_loss)
-    if not all(_close(*pair, tolerance) for pair in zip(found, wanted, strict=True)):
-        yield f"losses {found}, expected {wanted}"
-    for number, ((loss, labels), (wanted, count)) in enumerate(zip(losses.sources, expected.sources, strict=True)):
-        if labels != count or not _close(loss, wanted, tolerance):
-            yield f"source {number} has loss {loss} of {labels} labels, expected {wanted} of {count}"
+    found = {**losses.reports, "balance_loss": losses.balance_loss}
+    wanted = {**expected.reports, "balance_loss": expected.balance_loss}
+    assert found.keys() == wanted.keys(), (found, wanted)
+    for name, value in found.items():
+        if not _close(value, wanted[name], tolerance):
+            yield f"{name} is {value}, expected {wanted[name]}"
+    if losses.counts != expected.counts:
+        yield f"counts are {losses.counts}, expected {expected.counts}"
 
 
 def _tensor_differences(tensors: dict, expected: dict, tolerance: float) -> Iterator[str]:
     """Relative to the largest element of the whole tensor: one that cancels to nothing has no digits of its own."""
     for (stage, name), tensor in tensors.items():
         wanted = expected[0, name]
-        if wanted is None and tensor is None:
+        if tensor is None and wanted is None:
             continue
-        if wanted is None or tensor is None or tensor.shape != wanted.shape:
+        if tensor is None or wanted is None or tensor.shape != wanted.shape:
             yield f"{name} (stage {stage}) is {_shape(tensor)}, expected {_shape(wanted)}"
             continue
         error, scale = (tensor - wanted).abs().max().item(), wanted.abs().max().item()

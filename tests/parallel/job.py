@@ -5,16 +5,19 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
+from objectives import REFERENCE, objective_of, reference_log_probabilities
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.build import Precision
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel import pieces
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import OptimizerSettings, PipelineSettings
+from megatron_deepseek.training.scoring import Scores
 from megatron_deepseek.training.trainer import Losses, Plan, Trainer
 
 FLOAT64 = Precision(torch.float64)
@@ -39,11 +42,13 @@ class Step:
 
 @dataclass
 class Record:
-    """What one rank saw. `weights` holds buffers too: the routers' biases."""
+    """What one rank saw. `weights` holds buffers too: the routers' biases. `scores` are of this data rank's `rows`."""
 
     steps: list[Step] = field(default_factory=list)
     weights: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     evaluation: Losses | None = None
+    scores: Scores | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 def batch(model: ModelConfig, size: int, step: int, length: int = SEQ_LENGTH
@@ -59,6 +64,16 @@ def batch(model: ModelConfig, size: int, step: int, length: int = SEQ_LENGTH
     if step == 2:
         mask[(size + 1) // 2:] = False
     return tokens[:, :-1], tokens[:, 1:], mask
+
+
+def make_batch(tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, **more) -> Batch:
+    return Batch(tokens_BS=tokens, labels_BS=labels, weights_BS=mask.float(), **more)
+
+
+def own_rows(whole_batch: Batch, meshes: Meshes) -> Batch:
+    """This data rank's rows of a global batch."""
+    own = whole_batch.num_rows // meshes.layout.dp
+    return whole_batch.rows(slice(meshes.rank("dp") * own, (meshes.rank("dp") + 1) * own))
 
 
 STARTS = (0.3, 1.0, 0.3, 0.0)  # how often a token begins a document: rows of some, of one for each token, of only one
@@ -89,56 +104,60 @@ def sources(size: int) -> torch.Tensor:
 
 
 def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
-    return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, precision=precision,
-                optimizer=optimizer_of(case.moments), loss=case.loss, recompute=case.recomputation,
-                communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard,
-                frozen=case.frozen_names)
+    build = BuildOptions(precision=precision, loss=case.loss, recompute=case.recomputation,
+                         communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard,
+                         frozen=case.frozen_names)
+    return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, build,
+                optimizer_of(case.moments))
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:
     sizes = case.first_batch_size, case.global_batch_size
-    return train(plan_of(case, precision, seq_length), case.layout, sizes, num_steps, case.packed, case.padded)
+    return train(plan_of(case, precision, seq_length), case.layout, sizes, num_steps, case.packed, case.padded,
+                 case.objective)
 
 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64,
                   seq_length: int = SEQ_LENGTH) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
-    plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size, precision=precision,
-                optimizer=optimizer_of(reference.moments), loss=reference.loss, frozen=reference.frozen)
+    plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size,
+                BuildOptions(precision=precision, loss=reference.loss, frozen=reference.frozen),
+                optimizer_of(reference.moments))
     sizes = reference.first_batch_size, reference.global_batch_size
-    return train(plan, Layout(), sizes, num_steps, reference.packed, reference.padded)
+    return train(plan, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective)
 
 
 def train(plan: Plan, layout: Layout, batch_sizes: tuple[int, int], num_steps: int, packed: bool = False,
-          padded: bool = False) -> Record:
+          padded: bool = False, objective: str = "next_token") -> Record:
     """`batch_sizes`: sequences of the first step's global batch, and of every other's."""
     meshes = build_meshes(layout, torch.device("cpu"))
-    trainer, record = Trainer(plan, meshes), Record()
+    trainer = Trainer(plan, meshes, objective_of(objective, plan.model.num_nextn_predict_layers))
+    record = Record()
     withhold(trainer)
     bias_rate = BIAS_RATE if plan.model.topk_method == "noaux_tc" else 0.0
 
-    def inputs(step: int) -> dict[str, torch.Tensor]:
+    def inputs(step: int) -> Batch:
         size = batch_sizes[step > 0]
-        names = ("tokens_BS", "labels_BS", "mask_BS")
-        given = dict(zip(names, batch(plan.model, size, step, plan.seq_length)))
-        given["sources_BK"] = sources(size)
-        given |= {"documents_BS": documents(size, step, plan.seq_length)} if packed else {}
-        if padded:
-            given["real_BS"] = real_tokens(size, step, plan.seq_length)
-            given["mask_BS"] = given["mask_BS"] & given["real_BS"]
-        own = size // layout.dp
-        rows = slice(meshes.rank("dp") * own, (meshes.rank("dp") + 1) * own)
-        return {name: part[rows] for name, part in given.items()}
+        tokens, labels, mask = batch(plan.model, size, step, plan.seq_length)
+        real = real_tokens(size, step, plan.seq_length) if padded else None
+        mask = mask if real is None else mask & real
+        weights = mask * (0.5 + tokens % 2) if objective == "samples" else mask
+        more = {REFERENCE: reference_log_probabilities(size, step, plan.seq_length)} if objective == "pairs" else {}
+        return own_rows(make_batch(tokens, labels, weights, real_BS=real, sources_BK=sources(size), per_token=more,
+                                   documents_BS=documents(size, step, plan.seq_length) if packed else None), meshes)
 
     for step in range(num_steps):
         if 0 < step == num_steps - 1:  # an evaluation before it must not show in a step
-            record.evaluation = trainer.evaluate(**inputs(num_steps))
-        result = trainer.train_step(**inputs(step), learning_rate=LEARNING_RATE, bias_rate=bias_rate)
+            record.evaluation = trainer.evaluate(inputs(num_steps))
+        result = trainer.train_step(inputs(step), learning_rate=LEARNING_RATE, bias_rate=bias_rate)
         gradients = {key: whole(parameter.grad) for key, parameter in named(trainer, "named_parameters")}
         record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, result.dropped, gradients))
     record.weights = {key: whole(value) for how in ("named_parameters", "named_buffers")
                       for key, value in named(trainer, how)}
-    record.evaluation = record.evaluation or trainer.evaluate(**inputs(num_steps))
+    record.evaluation = record.evaluation or trainer.evaluate(inputs(num_steps))
+    scored = inputs(num_steps)
+    record.scores = trainer.score(scored, experts=True)
+    record.rows = slice(meshes.rank("dp") * scored.num_rows, (meshes.rank("dp") + 1) * scored.num_rows)
     dist.barrier()
     return record
 

@@ -12,18 +12,18 @@ from job import Record, run_case
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import Replicate, Shard
 
-from megatron_deepseek.model import balance_loss, build, capacity, deepseek, moe
+from megatron_deepseek.model import balance_loss, build, capacity, moe, shifts, step
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.router import Router
-from megatron_deepseek.ops import attention
+from megatron_deepseek.ops import attention, documents
 from megatron_deepseek.ops import copies as copies_
-from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, expert_tensor, pipeline, tensor,
-                                        vocabulary, zero_bubble)
+from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, expert_tensor, pipeline,
+                                        sequence_sums, tensor, vocabulary, zero_bubble)
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.shared import SharedParameter
 from megatron_deepseek.parallel.stage import ReducingStage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
-from megatron_deepseek.training import balance, optimizer, trainer
+from megatron_deepseek.training import balance, division, optimizer, scoring, trainer
 
 TP = Case(tp=2, shared=2)
 SP = Case(tp=2, shared=2, sp=True)
@@ -42,6 +42,8 @@ GROUPED = Case(dp=4, ep=4, dispatcher="grouped", node=2)
 DROPPED_LEAF = Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, recompute="full")
 SOFTMAX_TP = Case(tp=2, router="group_limited")
 SLICED = Case(dp=2, etp=2)
+CP_SAMPLES = Case(cp=2, packed=True, mtp=1, microbatches=3, objective="samples")
+CP_PAIRS = Case(cp=2, micro_batch_size=2, microbatches=2, objective="pairs")
 LIMITED = Case(tp=2, mtp=1, capacity="probs", padded=True, microbatches=4)
 
 
@@ -108,15 +110,15 @@ def _all_counted(named_parameters: Callable):
     return lambda self: [replace(item, counted=True) for item in named_parameters(self)]
 
 
-def _labels_of_this_rank(prepare: Callable):
-    def prepare_locally(self, *args):
+def _counts_of_this_rank(count: Callable):
+    def count_locally(self, *args):
         with_all_reduce, dist.all_reduce = dist.all_reduce, lambda *args, **kwargs: None
         try:
-            return prepare(self, *args)
+            return count(self, *args)
         finally:
             dist.all_reduce = with_all_reduce
 
-    return prepare_locally
+    return count_locally
 
 
 def _mask_not_shifted(shift: Callable):
@@ -159,13 +161,13 @@ def _saved_weight(ctx, grad):
 def _shift_own_part(labels_BS, mask_BS, mtp_depth, documents_BS=None):
     """Chunks 0 and 3, 1 and 2 of 4 shifted by themselves, as ranks would that cut first."""
     order = torch.tensor([0, 1, 6, 7, 2, 3, 4, 5])
-    halves = [deepseek.shifted_labels(labels, mask, mtp_depth)
+    halves = [shifts.shifted_labels(labels, mask, mtp_depth)
               for labels, mask in zip(labels_BS[:, order].chunk(2, 1), mask_BS[:, order].chunk(2, 1))]
     return tuple(torch.cat(parts, -1)[..., order.argsort()] for parts in zip(*halves))
 
 
 def _across_documents(labels_BS, mask_BS, mtp_depth, documents_BS):
-    return deepseek.shifted_labels(labels_BS, mask_BS, mtp_depth)
+    return shifts.shifted_labels(labels_BS, mask_BS, mtp_depth)
 
 
 def _add_plainly(self, queries, out, lse):
@@ -181,22 +183,30 @@ def _twice(gradient_of_block: Callable):
     return lambda *args: 2 * gradient_of_block(*args)
 
 
-def _last_micro_batch_only(add_sources: Callable):
-    def add_anew(self, *args):
-        self.sources_K2 = 0.0
-        add_sources(self, *args)
-
-    return add_anew
+def _last_micro_batch_only(self, reports):
+    self.reports = {name: value.detach() for name, value in reports.items()}
 
 
-def _counts_times_cp(prepare: Callable):
-    def prepare_wrongly(self, *args):
-        tokens, number, inputs = prepare(self, *args)
-        step = inputs["step"]
-        labels = tuple(count * self.cp.size for count in step.num_labels)
-        return tokens, number, inputs | {"step": replace(step, num_labels=labels)}
+def _counts_times_cp(count: Callable):
+    def count_wrongly(self, *args):
+        counts, num_sequences = count(self, *args)
+        return {name: value * self.cp.size for name, value in counts.items()}, num_sequences
 
-    return prepare_wrongly
+    return count_wrongly
+
+
+def _first_inputs(own_part: Callable):
+    """The first half of each, as long as this rank's part is."""
+    def cut_wrongly(rows, batch, cp):
+        own = own_part(rows, batch, cp)
+        inputs = {name: tensor.chunk(cp.size, 1)[0] for name, tensor in rows.inputs.items()}
+        return replace(own, inputs=inputs)
+
+    return cut_wrongly
+
+
+def _repeated(x: torch.Tensor, dim: int, group) -> torch.Tensor:
+    return torch.cat([x] * group.size(), dim)
 
 
 def _first_node_only(sum_copies: Callable):
@@ -230,7 +240,7 @@ def _tails_too(real_BS, mtp_depth, documents_BS=None):
 
 
 def _padding_too(real_BS, mtp_depth, documents_BS=None):
-    return deepseek.routed_tokens(torch.ones_like(real_BS), mtp_depth, documents_BS)
+    return shifts.routed_tokens(torch.ones_like(real_BS), mtp_depth, documents_BS)
 
 
 MUTATIONS = {
@@ -264,7 +274,7 @@ MUTATIONS = {
     "TP: balance loss of this rank's counts": Mutation(SOFTMAX_TP, _no_all_reduce(balance_loss)),
     "DP: gradients divided by the data ranks": Mutation(DP, _replace(build, "shard_over_data", _divide_gradients(2.0))),
     "DP: labels counted on each rank": Mutation(
-        DP, _replace(trainer.Trainer, "_prepare", _labels_of_this_rank(trainer.Trainer._prepare))),
+        DP, _replace(trainer.Trainer, "_count", _counts_of_this_rank(trainer.Trainer._count))),
     "DP: experts counted on each rank": Mutation(DP, _no_all_reduce(balance)),
     "DP: gradients reduced before the last micro-batch only": Mutation(
         DP, _replace(pipeline, "synchronize_gradients", lambda module, enabled: module.set_requires_gradient_sync(
@@ -289,7 +299,7 @@ MUTATIONS = {
         _method(zero_bubble._Linear, "backward", _saved_weight)),
     "CP: every rank takes the first positions": Mutation(
         CP, _replace(context.ContextParallel, "positions", lambda self, length: context.zigzag(length, 0, self.size))),
-    "CP: MTP labels shifted after the cut": Mutation(CP, _replace(trainer, "shifted_labels", _shift_own_part)),
+    "CP: MTP labels shifted after the cut": Mutation(CP, _replace(division, "shifted_labels", _shift_own_part)),
     "CP: parts added without their log-sum-exp": Mutation(CP, _replace(attention.Joined, "add", _add_plainly)),
     "CP: gradients of other ranks' latents not sent home": Mutation(
         CP, _replace(exchange.Ring, "return_gradients", lambda self, gradients: list(gradients)[0])),
@@ -298,8 +308,8 @@ MUTATIONS = {
     "CP: one block's gradient comes twice": Mutation(
         CP, _replace(context, "_gradient_of_block", _twice(context._gradient_of_block))),
     "CP: balance loss of this rank's counts": Mutation(CP_BALANCE, _no_all_reduce(balance_loss)),
-    "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "_prepare", _counts_times_cp(
-        trainer.Trainer._prepare))),
+    "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "_count", _counts_times_cp(
+        trainer.Trainer._count))),
     "EP: tokens gathered, their gradients not summed": Mutation(
         GATHER, _method(tensor._GatherSum, "backward",
                         lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None, None))),
@@ -316,23 +326,38 @@ MUTATIONS = {
             self, experts, weights, positions, None))),
     "capacity: the least weights are kept": Mutation(
         LIMITED, _replace(capacity, "place_in_expert", partial(_last_first, capacity.place_in_expert))),
-    "padding goes to experts": Mutation(LIMITED, _replace(trainer, "routed_tokens", _padding_too)),
-    "MTP: positions without a label go to experts": Mutation(LIMITED, _replace(trainer, "routed_tokens", _tails_too)),
+    "padding goes to experts": Mutation(LIMITED, _replace(division, "routed_tokens", _padding_too)),
+    "MTP: positions without a label go to experts": Mutation(LIMITED, _replace(division, "routed_tokens", _tails_too)),
     "padding counts in the balance loss": Mutation(
         LIMITED, _replace(moe, "balance_loss", lambda *args: balance_loss.balance_loss(*args[:-1], None))),
     "EP: one node's partial sum is lost": Mutation(GROUPED, _replace(expert_grouped, "sum_copies", _first_node_only(
         expert_grouped.sum_copies))),
-    "MTP: labels of the next document": Mutation(PACKED, _replace(trainer, "shifted_labels", _across_documents)),
+    "MTP: labels of the next document": Mutation(PACKED, _replace(division, "shifted_labels", _across_documents)),
     "CP: attention across documents": Mutation(PACKED, _replace(
-        context, "documents_of", lambda row: {0: slice(0, len(row))})),
+        documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "CP: documents of other ranks' chunks not seen": Mutation(PACKED, _replace(
         context.Sight, "of", _own_block_only(context.Sight.of))),
     "attention across documents": Mutation(PACKED_DP, _replace(
-        attention, "documents_of", lambda row: {0: slice(0, len(row))})),
-    "losses by source of the last micro-batch only": Mutation(PACKED_DP, _replace(
-        deepseek.Tally, "add_sources", _last_micro_batch_only(deepseek.Tally.add_sources))),
+        documents, "documents_of", lambda row: {0: slice(0, len(row))})),
+    "attention: every micro-batch has the first one's documents": Mutation(PACKED_DP, _replace(
+        documents.Documents, "__getitem__", lambda self, rows: documents.Documents(
+            self.rows[:rows.stop - rows.start], self.length))),
+    "CP: a row's sum is of this rank's tokens": Mutation(
+        CP_SAMPLES, _replace(sequence_sums.SequenceSums, "_whole", lambda self, x: x)),
+    "CP: gradients of a row's sum stay with the rank that used it": Mutation(
+        CP_SAMPLES, _method(sequence_sums._SumOverRanks, "backward", lambda ctx, grad: (grad, None))),
+    "CP: every rank gives the whole term of a row": Mutation(
+        CP_PAIRS, _replace(sequence_sums.SequenceSums, "share", lambda self, x: x.sum())),
+    "CP: an objective's own inputs are not cut": Mutation(CP_PAIRS, _replace(
+        division, "_own_part", _first_inputs(division._own_part))),
+    "CP: scores in the order of the ranks": Mutation(CP, _replace(
+        trainer, "whole_sequences", lambda own, meshes: own if meshes.layout.cp == 1 else tensor.all_gather(
+            own, 1, meshes.group("cp")))),
+    "TP: experts of this rank's tokens alone": Mutation(TP, _replace(scoring, "all_gather", _repeated)),
+    "reports of the last micro-batch only": Mutation(PACKED_DP, _replace(
+        step.Tally, "add_reports", _last_micro_batch_only)),
     "MTP: labels shifted, their mask not": Mutation(
-        PP_MTP, _replace(trainer, "shifted_labels", _mask_not_shifted(trainer.shifted_labels))),
+        PP_MTP, _replace(division, "shifted_labels", _mask_not_shifted(division.shifted_labels))),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import NUM_EXPERTS, Case
-from job import batch, named, plan_of, whole
+from job import batch, make_batch, named, own_rows, plan_of, whole
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.marker import iteration_directory
@@ -38,8 +38,7 @@ def contents(trainer: Trainer) -> dict[str, torch.Tensor]:
 def save_after_a_step(case: Case, root: Path, in_background: bool) -> dict[str, torch.Tensor]:
     meshes = build_meshes(case.layout, torch.device("cpu"))
     trainer = Trainer(plan_of(case), meshes)
-    own = slice(meshes.rank("dp"), meshes.rank("dp") + 1)
-    trainer.train_step(*(part[own] for part in batch(case.model, case.layout.dp, 0)), learning_rate=1e-2)
+    trainer.train_step(own_rows(make_batch(*batch(case.model, case.layout.dp, 0)), meshes), learning_rate=1e-2)
     state, stages = checkpoint.TrainState(1, 1, 1), trainer.stages
     if in_background:
         saver = checkpoint.BackgroundSaver(dist.new_group(backend="gloo"))

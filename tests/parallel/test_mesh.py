@@ -13,16 +13,16 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import Precision, default_dtype, make_blueprint, units
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel import exchange
-from megatron_deepseek.parallel.context import ContextParallel, Sight
+from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.pieces import pieces
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.presets import V3
-from megatron_deepseek.settings import LossSettings, RecomputeSettings
-from megatron_deepseek.training.trainer import Plan, _stage_shapes
+from megatron_deepseek.training.trainer import Plan, _travel
 
 LAYOUTS = (
     Layout(dp=2, pp=2, tp=2, ep=4),
@@ -87,7 +87,7 @@ def meta_stage(model: ModelConfig, layout: Layout, pp_rank: int, stage_rank: int
     meshes = fake_meshes(layout, pp_rank * (layout.world_size // layout.pp) + stage_rank)
     stage = stages(model, layout.pp)[pp_rank]
     with torch.device("meta"), default_dtype(torch.float32):
-        module = DeepseekStage(stage, make_blueprint(model, meshes, LossSettings(), RecomputeSettings()), 64,
+        module = DeepseekStage(stage, make_blueprint(model, meshes), 64,
                                meshes.device)
     shard_over_data(units(module, meshes, Precision(torch.float32, torch.bfloat16)), reshard_after_forward=False)
     return module
@@ -202,9 +202,9 @@ def context_ranks(layout: Layout, line: int) -> list[ContextRank]:
         send, receive = transfers.pop()
         assert (send.op, receive.op) == (dist.isend, dist.irecv)
         plan = Plan(V3, stages(V3, layout.pp), "1F1B", LONG, micro_batch_size=1)
-        shape = _stage_shapes(plan, meshes)[0].passed_on
-        pairs = [sum(map(pairs_of_part, Sight(cp.rank, cp.size, LONG // cp.size, 1.0, documents).of(owner)[1]))
-                 for documents in (None, packed_row()) for owner in range(cp.size)]
+        shape = tuple(_travel(plan, meshes).passed_on(0, 1).shape)
+        pairs = [sum(map(pairs_of_part, cp.sight(LONG, documents).of(owner)[1]))
+                 for documents in (None, Documents.find(packed_row())) for owner in range(cp.size)]
         found.append(ContextRank(dist.get_rank(), cp.positions(LONG), send.peer, receive.peer, sum(pairs[:cp.size]),
                                  sum(pairs[cp.size:]), shape))
     return found

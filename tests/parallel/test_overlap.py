@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import Case
-from job import batch, plan_of
+from job import batch, make_batch, plan_of
 
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.turns import Turns
@@ -57,9 +57,9 @@ def trace(case: Case) -> list[Span]:
 
     Turns.wait = wait
     trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
-    own = batch(case.model, case.microbatches, 0)
+    own = make_batch(*batch(case.model, case.microbatches, 0))
     with torch.profiler.profile(experimental_config=all_threads()) as profile:
-        trainer.train_step(*own, learning_rate=0.0)
+        trainer.train_step(own, learning_rate=0.0)
     spans = [Span(e.name, e.thread, e.time_range.start, e.time_range.end) for e in profile.events()]
     return sorted(spans, key=lambda span: span.begin)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Case
 from checkpoint_job import held, numbers
-from job import BIAS_RATE, LEARNING_RATE, batch, plan_of
+from job import BIAS_RATE, LEARNING_RATE, batch, make_batch, own_rows, plan_of
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.reshard_command import main
@@ -45,9 +45,8 @@ class Loaded:
 def save_trained(case: Case, root: Path) -> dict[str, torch.Tensor]:
     """One step, so that moments are not zero; then a checkpoint. What this rank saved, whole."""
     trainer = Trainer(plan_of(case, SINGLE), build_meshes(case.layout, torch.device("cpu")))
-    own = case.global_batch_size // case.dp
-    rows = slice(trainer.meshes.rank("dp") * own, (trainer.meshes.rank("dp") + 1) * own)
-    trainer.train_step(*(part[rows] for part in batch(case.model, case.global_batch_size, 0)), LEARNING_RATE, BIAS_RATE)
+    whole_batch = make_batch(*batch(case.model, case.global_batch_size, 0))
+    trainer.train_step(own_rows(whole_batch, trainer.meshes), LEARNING_RATE, BIAS_RATE)
     checkpoint.save(root, TrainState(1, case.global_batch_size, 1), case.model, trainer.stages, trainer.optimizer)
     return numbers(trainer)
 

@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.build import Precision, build_stages
-from megatron_deepseek.model.deepseek import DeepseekStage, StepContext, Tally, shifted_labels
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
+from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.shifts import shifted_labels
+from megatron_deepseek.model.step import MicroBatch, Rows, StepContext, Tally
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.training.next_token import NextToken
 
 V2_SMALL = ModelConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8,
@@ -30,9 +35,9 @@ def whole_stage(config: ModelConfig) -> Stage:
 
 def whole_model(config: ModelConfig, meshes: Meshes, seq_length: int, dtype: torch.dtype = torch.float64,
                 **options) -> DeepseekStage:
-    """The model on one rank with its own initial weights; `options` are build_stages'."""
-    options = {"seed": 1, "precision": Precision(dtype)} | options
-    (model,) = build_stages(config, [whole_stage(config)], meshes, seq_length, **options)
+    """The model on one rank with its own initial weights; `options` are BuildOptions'."""
+    options = BuildOptions(**{"seed": 1, "precision": Precision(dtype)} | options)
+    (model,) = build_stages(config, [whole_stage(config)], meshes, seq_length, options)
     return model
 
 
@@ -85,6 +90,11 @@ def random_batch(config: ModelConfig, batch: int, seq_length: int, seed: int = 0
     return ids[:, :-1], ids[:, 1:], torch.rand(batch, seq_length, generator=generator) < 0.8
 
 
+def training_batch(tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, **more) -> Batch:
+    """What a trainer takes, of what `random_batch` gives; `more` are further fields of Batch."""
+    return Batch(tokens_BS=tokens, labels_BS=labels, weights_BS=mask.float(), **more)
+
+
 @dataclass
 class Outcome:
     """What one forward of a whole model left: the loss that is back-propagated, the logits of each depth, the tally."""
@@ -93,23 +103,30 @@ class Outcome:
     logits: list[torch.Tensor]
     tally: Tally
 
+    @property
+    def losses(self) -> list[float]:
+        """Of the main prediction and each MTP depth."""
+        return [loss.item() for loss in self.tally.reports.values()]
 
-def forward(model: DeepseekStage, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> Outcome:
+
+def forward(model: DeepseekStage, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor,
+            mtp_scale: float = 0.1) -> Outcome:
     """The batch as a step of one micro-batch."""
-    labels_BMS, mask_BMS = shifted_labels(labels, mask, model.config.num_nextn_predict_layers)
-    step = StepContext(tuple(mask_BMS.sum((0, 2)).tolist()), tokens.shape[0], Tally())
-    logits, compute = [], type(model).logits
+    objective = NextToken(model.config.num_nextn_predict_layers, mtp_scale)
+    rows = Rows(*shifted_labels(labels, mask.float(), objective.num_depths))
+    step = StepContext(tokens.shape[0], partial(objective.contribution, counts=objective.counts(rows)))
+    logits, compute = [], model.head.log_probabilities
 
-    def record(state):
-        logits.append(compute(model, state))
-        return logits[-1]
+    def record(state, labels):
+        logits.append(model.logits(state).detach())
+        return compute(state, labels)
 
-    model.logits = record
+    model.head.log_probabilities = record
     try:
-        loss = model(tokens, labels_BMS=labels_BMS, label_mask_BMS=mask_BMS, step=step)
+        loss = model(tokens, MicroBatch(rows), step)
     finally:
-        del model.logits
-    return Outcome(loss, [each.detach() for each in logits], step.tally)
+        del model.head.log_probabilities
+    return Outcome(loss, logits, step.tally)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -33,7 +33,7 @@ REFUSED = {
                                             ["--exp-avg-sq-dtype bf16", "--adam-beta2 0.999"]),
     "frozen parameters that the model lacks":
         (1, "--freeze-parameters model.norm.weight model.layers.*.mlp.expert.* --optimizer-cpu-offload",
-         ["--freeze-parameters model.layers.*.mlp.expert.* matches no parameter", "model.layers.*.mlp.experts.down_proj"]),
+         ["--freeze-parameters model.layers.*.mlp.expert.* matches no", "model.layers.*.mlp.experts.down_proj"]),
     "nothing left to train":
         (1, "--freeze-parameters model.* lm_head.weight", ["--freeze-parameters ['model.*', 'lm_head.weight']",
                                                           "no parameter to train"]),

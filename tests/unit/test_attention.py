@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.ops import attention
 from megatron_deepseek.ops.attention import (Joined, Scores, attend, attend_backward, attend_within_documents,
-                                             documents_of, plain_backward, plain_forward)
+                                             plain_backward, plain_forward)
+from megatron_deepseek.ops.documents import Documents, documents_of
 from megatron_deepseek.parallel.context import Sight, visible, zigzag
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -152,7 +153,7 @@ def test_ranks_see_every_causal_pair_of_a_document_once_and_no_other(size):
     seen = torch.zeros(len(documents), length, length, dtype=torch.int64)
     positions = [zigzag(length, rank, size) for rank in range(size)]
     for rank, mine in enumerate(positions):
-        sight = Sight(rank, size, length // size, 0.3, documents)
+        sight = Sight(rank, size, length // size, Documents.find(documents))
         for owner, theirs in enumerate(positions):
             made, parts = sight.of(owner)
             for part in parts:
@@ -168,7 +169,7 @@ def test_within_documents_against_all_scores():
     documents = numbered([5, 1, 7, 3], [16], [1] * 16)
     q, k, v = (torch.randn(3, N, 16, width, dtype=torch.float64, requires_grad=True) for width in (D, D, D))
     mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril()
-    found, expected = attend_within_documents(q, k, v, documents, 0.3), dense(q, k, v, mask)
+    found, expected = attend_within_documents(q, k, v, Documents.find(documents), 0.3), dense(q, k, v, mask)
     torch.testing.assert_close(found, expected, **EXACT)
     grad = torch.randn_like(expected)
     gradients, wanted = (torch.autograd.grad(each, (q, k, v), grad) for each in (found, expected))
@@ -192,7 +193,7 @@ def test_nothing_grows_with_the_square_of_a_packed_sequence():
     length = 256
     q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
     with LargestTensor() as largest:
-        attend_within_documents(q, k, v, numbered([16] * 16), 0.3).sum().backward()
+        attend_within_documents(q, k, v, Documents.find(numbered([16] * 16)), 0.3).sum().backward()
     assert length <= largest.elements < length**2 / 2
 
 

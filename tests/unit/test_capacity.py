@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import V3_SMALL, enliven, forward, random_batch, whole_model, whole_stage
+from small_models import V3_SMALL, enliven, forward, random_batch, training_batch, whole_model, whole_stage
 
-from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.capacity import Capacity
-from megatron_deepseek.model.deepseek import routed_tokens
+from megatron_deepseek.model.build import BuildOptions, Precision
+from megatron_deepseek.model.shifts import routed_tokens
 from megatron_deepseek.parallel.expert import NOBODY
 from megatron_deepseek.settings import LossSettings
 from megatron_deepseek.training.trainer import Plan, Trainer
@@ -102,10 +102,11 @@ def test_padding_takes_no_room(meshes):
     """A padded row drops and trains as the row without its padding does."""
     def step(length: int, *batch, **more):
         plan = Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", length, micro_batch_size=2,
-                    precision=Precision(torch.float64), loss=LossSettings(moe_expert_capacity_factor=0.7))
+                    build=BuildOptions(precision=Precision(torch.float64),
+                                       loss=LossSettings(moe_expert_capacity_factor=0.7)))
         made = Trainer(plan, meshes)
         enliven(made.stages[0])
-        return made.train_step(*batch, learning_rate=0.0, **more)
+        return made.train_step(training_batch(*batch, **more), learning_rate=0.0)
 
     tokens, labels, mask = random_batch(V3_SMALL, 2, 11)
     real = (torch.arange(11) < 6).repeat(2, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.attention import Joined, Output
 from megatron_deepseek.parallel import context, exchange
 from megatron_deepseek.parallel.context import Sight
@@ -116,7 +117,7 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
         return block.unflatten(-1, (heads, 2 * width)).split(width, -1)
 
     monkeypatch.setattr(context, "attend_backward", noted)
-    y = context._BlockwiseAttention.apply(q, blocks[rank], project, Sight(rank, size, length, 0.3, None),
+    y = context._BlockwiseAttention.apply(q, blocks[rank], project, 0.3, Sight(rank, size, length, None),
                                           Played(rank, blocks), Output())
     y.backward(torch.randn(y.shape, generator=generator).to(BF16))
     assert len(parts) == size
@@ -138,7 +139,7 @@ def test_keys_are_made_of_what_is_seen_alone():
             return block.unflatten(-1, (1, 8)).split(4, -1)
 
         q, *blocks = (torch.randn(shape, requires_grad=True) for shape in ((1, 4, 1, 4), (1, 4, 8), (1, 4, 8)))
-        sight = Sight(1, 2, 4, 0.3, torch.tensor([documents]))
-        y = context._BlockwiseAttention.apply(q, blocks[1], project, sight, Played(1, blocks), Output())
+        sight = Sight(1, 2, 4, Documents.find(torch.tensor([documents])))
+        y = context._BlockwiseAttention.apply(q, blocks[1], project, 0.3, sight, Played(1, blocks), Output())
         y.sum().backward()
         assert made == lengths * 2  # forwards, and again backwards

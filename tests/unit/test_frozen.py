@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import weights_of
-from test_trainer import BF16, CONFIG, EXACT, LOSS, batch_of, reference_of, reference_step, trainer
+from small_models import training_batch, weights_of
+from test_trainer import BF16, CONFIG, EXACT, LOSS, batch_of, parts_of, reference_of, reference_step, trainer
 
 from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
 from megatron_deepseek.checkpoint import distributed as checkpoint
@@ -60,10 +60,10 @@ def test_two_steps_against_plain_autograd_and_adamw(meshes, name):
                "weight_decay": DECAY * matrices} for matrices in (True, False)]
     plain = torch.optim.AdamW([group for group in groups if group["params"]], lr=RATE, betas=BETAS, eps=EPS)
     for seed in range(2):
-        batch = batch_of(4, seed=seed)
-        result = ours.train_step(*batch, learning_rate=RATE)
+        parts = parts_of(4, seed=seed)
+        result = ours.train_step(training_batch(*parts), learning_rate=RATE)
         plain.zero_grad()
-        lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *batch))
+        lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *parts))
         plain.step()
         assert result.losses.lm_loss == pytest.approx(lm_loss, rel=EXACT)
         assert result.losses.mtp_loss == pytest.approx((mtp_loss,), rel=EXACT)
@@ -88,7 +88,7 @@ def test_what_is_trained_has_the_gradient_that_it_has_when_all_is(meshes, precis
     """To the bit: the same operators make it, on the same numbers."""
     frozen = subset(seed)
     everything, ours = trainer(meshes, precision=precision), trainer(meshes, precision=precision, frozen=frozen)
-    results = [made.train_step(*batch_of(4), learning_rate=0.0).losses for made in (everything, ours)]
+    results = [made.train_step(batch_of(4), learning_rate=0.0).losses for made in (everything, ours)]
     assert results[0] == results[1]
     whole = gradients(everything)
     for name, gradient in gradients(ours).items():
@@ -115,14 +115,14 @@ def test_the_optimizer_knows_nothing_of_what_is_frozen(meshes):
         f"optimizer.{moment}.{name}" for name in set(NAMES) - set(frozen) for moment in MOMENTS}
     nothing = trainer(meshes, frozen=("*",))
     assert nothing.parameters == [] and all(not group["params"] for group in nothing.optimizer.param_groups)
-    assert nothing.evaluate(*batch_of(2)) == ours.evaluate(*batch_of(2))
+    assert nothing.evaluate(batch_of(2)) == ours.evaluate(batch_of(2))
 
 
 @pytest.mark.parametrize("frozen", [(), (GATE,)])
 def test_the_bias_of_a_frozen_router_stays(meshes, frozen):
     ours = trainer(meshes, frozen=frozen)
     before = weights_of(ours.stages[0])
-    ours.train_step(*batch_of(4), learning_rate=0.0, bias_rate=0.125)
+    ours.train_step(batch_of(4), learning_rate=0.0, bias_rate=0.125)
     after, bias = weights_of(ours.stages[0]), "model.layers.{}.mlp.gate.e_score_correction_bias"
     assert torch.equal(after[bias.format(1)], before[bias.format(1)]) == bool(frozen)
     assert not torch.equal(after[bias.format(2)], before[bias.format(2)])
@@ -141,7 +141,7 @@ def test_weight_gradients_of_frozen_weights_are_neither_deferred_nor_made(meshes
     deferred = defer_weight_gradients(stage)
     waiting = []
     monkeypatch.setattr(deferred, "defer", lambda weight, gradient: waiting.append((weight, gradient)))
-    ours.train_step(*batch_of(2), learning_rate=0.0)
+    ours.train_step(batch_of(2), learning_rate=0.0)
     assert not made
     products = {f"{name}.weight" for name, module in stage.named_modules() if isinstance(module, ParallelLinear)}
     products |= {name for name in NAMES if ".mlp.experts." in name}
@@ -170,7 +170,7 @@ def test_a_step_of_a_model_whose_balance_loss_is_all_a_router_gets(meshes):
     frozen, loss = SUBSETS["all but the router"], replace(LOSS, moe_aux_loss_coeff=0.0, balance_type="none")
     both, one = trainer(meshes, frozen=frozen), trainer(meshes, frozen=frozen, loss=loss)
     for made in (both, one):
-        made.train_step(*batch_of(4), learning_rate=0.0)
+        made.train_step(batch_of(4), learning_rate=0.0)
     assert not torch.equal(gradients(both)[GATE], gradients(one)[GATE])
 
 
@@ -206,7 +206,7 @@ def test_resumed_with_another_subset(meshes, tmp_path):
         for name, shadow in shadows.items():
             torch.testing.assert_close(start[name], shadow.weight, rtol=1e-12, atol=1e-12)
         for _ in range(2):
-            result = ours.train_step(*batch_of(4, seed=number), learning_rate=RATE)
+            result = ours.train_step(batch_of(4, seed=number), learning_rate=RATE)
             state, number = state.after(4, result.updated), number + 1
             for name, gradient in gradients(ours).items():
                 if name in shadows:
@@ -227,7 +227,7 @@ def test_resumed_with_another_subset(meshes, tmp_path):
 def test_moments_of_one_kind_alone_are_still_refused(meshes, tmp_path):
     """That is no other subset. Nor is a checkpoint without any moments."""
     ours = trainer(meshes, frozen=(GATE,))
-    ours.train_step(*batch_of(2), learning_rate=RATE)
+    ours.train_step(batch_of(2), learning_rate=RATE)
     state = TrainState(1, 2, 1)
     directory = checkpoint.save(tmp_path / "weights", state, CONFIG, ours.stages, None)
     with pytest.raises(ValueError, match="lacks .* tensors of the optimizer"):
@@ -257,5 +257,5 @@ def test_moments_in_bfloat16_too(meshes):
     """The other optimizer has no state of what is frozen either."""
     settings = OptimizerSettings(exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
     ours = trainer(meshes, frozen=SUBSETS["drawn 1"], optimizer=settings, precision=Precision())
-    ours.train_step(*batch_of(2), learning_rate=RATE)
+    ours.train_step(batch_of(2), learning_rate=RATE)
     assert len(ours.optimizer.state) == len(NAMES) - len(SUBSETS["drawn 1"])

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import V3_SMALL, enliven, random_batch, whole_stage
+from small_models import V3_SMALL, enliven, random_batch, training_batch, whole_stage
 
-from megatron_deepseek.model.build import Precision
+from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.trainer import Losses, Plan, StepResult, Trainer
@@ -20,15 +20,15 @@ CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1)
 @pytest.fixture
 def trainer(meshes) -> Trainer:
     made = Trainer(Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size=2,
-                        precision=Precision(torch.float64), optimizer=OptimizerSettings()), meshes)
+                        build=BuildOptions(precision=Precision(torch.float64)), optimizer=OptimizerSettings()), meshes)
     enliven(made.stages[0])
     return made
 
 
 def origin(trainer: Trainer) -> str:
     """Of a step that must not be finite."""
-    batch = dict(zip(("tokens_BS", "labels_BS", "mask_BS"), random_batch(CONFIG, 2, SEQ_LENGTH, seed=0)))
-    assert not trainer.train_step(**batch, learning_rate=0.1).updated
+    batch = training_batch(*random_batch(CONFIG, 2, SEQ_LENGTH, seed=0))
+    assert not trainer.train_step(batch, learning_rate=0.1).updated
     return find_origin(trainer, batch)
 
 
@@ -59,7 +59,7 @@ def test_the_first_bad_gradient_of_the_backward_is_named(trainer):
 
 
 def result(loss: float, updated: bool) -> StepResult:
-    return StepResult(Losses(loss, (loss,), 0.0), loss, {}, None, updated=updated)
+    return StepResult(Losses({"lm_loss": loss, "mtp_loss_1": loss}), loss, {}, None, updated=updated)
 
 
 def test_stop_says_step_and_origin():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import V3_SMALL, weights_of, whole_model, whole_stage
 
-from megatron_deepseek.model.build import Precision, build_stages
+from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.init import _split_mix, global_index, normal
 from megatron_deepseek.parallel.layout_string import Stage
 
@@ -78,7 +78,7 @@ def test_values_are_the_named_draws(meshes):
 def test_a_stage_starts_as_its_part_of_the_whole(meshes):
     whole = weights_of(whole_model(CONFIG, meshes, 4))
     parts = [Stage(True, (0,), (), False), Stage(False, (1,), (), False), Stage(False, (), (0,), True)]
-    stages = build_stages(CONFIG, parts, meshes, 4, seed=1, precision=Precision(torch.float64))
+    stages = build_stages(CONFIG, parts, meshes, 4, BuildOptions(seed=1, precision=Precision(torch.float64)))
     names = [name for stage in stages for name in weights_of(stage)]
     assert set(names) == whole.keys() and names.count("model.embed_tokens.weight") == 2
     for stage in stages:
@@ -113,6 +113,6 @@ def test_blocks_do_not_show(meshes, monkeypatch):
 def test_default_dtype_is_put_back(meshes):
     before = torch.get_default_dtype()
     with pytest.raises(ValueError):
-        build_stages(replace(CONFIG, hidden_size=0), [whole_stage(CONFIG)], meshes, 4, seed=1)
+        build_stages(replace(CONFIG, hidden_size=0), [whole_stage(CONFIG)], meshes, 4)
     whole_model(CONFIG, meshes, 4)
     assert torch.get_default_dtype() == before

@@ -12,16 +12,18 @@ from small_datasets import EOD, SEQ, write_dataset
 
 from megatron_deepseek.arguments import Settings, parse
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.training.decision import Start
 from megatron_deepseek.training.loop import Run, make_plan
+from megatron_deepseek.training.next_token import NextTokenLosses
 from megatron_deepseek.training.recorded import Job
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.resume import go_on, num_samples, refuse_bad_input
-from megatron_deepseek.training.trainer import Losses, StepResult
+from megatron_deepseek.training.trainer import StepResult
 
 RAMP = "--rampup-batch-size 2 2 8 --global-batch-size 6"  # batches of 2, 2, 4 and then 6
 SIZES = [2, 2, 4, 6, 6]
@@ -47,21 +49,27 @@ class Notes:
         self.stages, self.optimizer = [], None
         self.steps, self.evaluations = [], []
 
-    def train_step(self, **given) -> StepResult:
-        self.steps.append(given)
+    def train_step(self, batch: Batch, learning_rate: float, bias_rate: float, votes) -> StepResult:
+        self.steps.append({"batch": batch, "learning_rate": learning_rate, "bias_rate": bias_rate})
         number = len(self.steps)
-        return StepResult(losses(number, given), number / 2, {}, Traffic(3, 5), dropped=0.25, crossings=1.5,
-                          updated=number not in self.skipped, votes=given["votes"]())
+        return StepResult(losses(number, batch), number / 2, {}, Traffic(3, 5), dropped=0.25, crossings=1.5,
+                          updated=number not in self.skipped, votes=votes())
 
-    def evaluate(self, **given) -> Losses:
-        self.evaluations.append(given)
-        return losses(len(self.evaluations), given)
+    def evaluate(self, batch: Batch) -> NextTokenLosses:
+        self.evaluations.append(batch)
+        return losses(len(self.evaluations), batch)
 
 
-def losses(number: int, given: dict) -> Losses:
+def losses(number: int, batch: Batch) -> NextTokenLosses:
     """Of call `number`; two labels of each source."""
-    sources = () if given["sources_BK"] is None else ((2.0 * number, 2),) * given["sources_BK"].shape[1]
-    return Losses(float(number), (10.0 * number,), number / 8, sources)
+    reports, counts = {"lm_loss": float(number), "mtp_loss_1": 10.0 * number}, {"labels": 1.0}
+    for source in range(0 if batch.sources_BK is None else batch.sources_BK.shape[1]):
+        reports[f"source_loss_{source}"] = 2.0 * number
+        counts |= {f"source_weight_{source}": 2.0, f"source_labels_{source}": 2.0}
+    return NextTokenLosses(reports, number / 8, counts)
+
+
+NO_LABELS = NextTokenLosses({"lm_loss": 0.0, "mtp_loss_1": 0.0}, 0.0, {"labels": 0.0})
 
 
 class Listener:
@@ -103,9 +111,10 @@ def test_each_step_has_its_samples_and_its_rates(meshes, corpus):
     assert ended.state == TrainState(5, 20, 5, ((2, 2), (1, 4), (2, 6)))
     for step, (given, metrics) in enumerate(zip(trainer.steps, told.steps, strict=True)):
         read = range(CONSUMED[step], CONSUMED[step + 1])
-        for argument, name in (("tokens_BS", "tokens"), ("labels_BS", "labels"), ("mask_BS", "loss_mask")):
-            assert torch.equal(given[argument], samples(settings, 0, read, name))
-        assert given["documents_BS"] is given["sources_BK"] is given["real_BS"] is None
+        batch = given["batch"]
+        for argument, name in (("tokens_BS", "tokens"), ("labels_BS", "labels"), ("weights_BS", "loss_mask")):
+            assert torch.equal(getattr(batch, argument), samples(settings, 0, read, name))
+        assert batch.documents_BS is batch.sources_BK is batch.real_BS is None
         rate = 1e-2 * (CONSUMED[step] / 2 if step < 2 else 1 - (CONSUMED[step] - 2) / 18)
         assert given["learning_rate"] == metrics.learning_rate == pytest.approx(rate, rel=1e-14)
         assert given["bias_rate"] == (1e-3 if step < 3 else 0.0)
@@ -124,8 +133,8 @@ def test_a_resumed_run_goes_on_where_it_was(meshes, corpus):
         patch.setattr("megatron_deepseek.training.loop.find_origin", lambda *args: "somewhere")
         ended, trainer, told = run(settings, meshes, TrainState(2, 4, 1, ((2, 2),)), skipped=(2,))
     assert ended.state == TrainState(5, 20, 3, ((2, 2), (1, 4), (2, 6)))
-    assert [len(given["tokens_BS"]) for given in trainer.steps] == SIZES[2:]
-    assert torch.equal(trainer.steps[0]["tokens_BS"], samples(settings, 0, range(4, 8)))
+    assert [given["batch"].num_rows for given in trainer.steps] == SIZES[2:]
+    assert torch.equal(trainer.steps[0]["batch"].tokens_BS, samples(settings, 0, range(4, 8)))
     assert [metrics.iteration for metrics in told.steps] == [3, 4, 5]
     assert [metrics.skipped for metrics in told.steps] == [None, True, None]
     assert any(message.startswith("iteration 4: ") and "somewhere" in message for message in told.messages)
@@ -144,9 +153,9 @@ def test_a_run_in_samples_resumed_with_other_batches(meshes, corpus, size, sizes
     assert (settings.run.train_iters, state) == (6 + len(sizes), done)
     assert num_samples(settings, state) == (24 + sum(sizes), size, 0)
     ended, trainer, heard = run(settings, meshes, state)
-    assert [len(given["tokens_BS"]) for given in trainer.steps] == sizes
+    assert [given["batch"].num_rows for given in trainer.steps] == sizes
     consumed = [24 + size * step for step in range(len(sizes))]
-    assert torch.equal(trainer.steps[0]["tokens_BS"], samples(settings, 0, range(24, 24 + size)))
+    assert torch.equal(trainer.steps[0]["batch"].tokens_BS, samples(settings, 0, range(24, 24 + size)))
     rates = [given["learning_rate"] for given in trainer.steps]
     assert rates == pytest.approx([1e-2 * (1 - before / 48) for before in consumed], rel=1e-14)
     assert [bool(given["bias_rate"]) for given in trainer.steps] == [before + size <= 40 for before in consumed]
@@ -193,7 +202,7 @@ def test_a_run_in_iterations_resumed_with_other_batches_has_its_iterations(meshe
 
 
 def test_a_batch_without_labels_is_told_in_training_and_in_validation(meshes, corpus, monkeypatch):
-    monkeypatch.setattr("test_loop.losses", lambda number, given: Losses(0.0, (0.0,), 0.0, (), 0))
+    monkeypatch.setattr("test_loop.losses", lambda number, batch: NO_LABELS)
     *_, told = run(settings_of(corpus, "--split 50,50,0 --eval-iters 2"), meshes)
     assert len([line for line in told.messages if "all labels of the batch are masked; its loss is 0" in line]) == 1
     assert len([line for line in told.messages if line.startswith("validation: all labels are masked")]) == 2
@@ -208,7 +217,7 @@ def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
         (iteration, mean, (10 * mean,)) for iteration, mean in ((0, 2.0), (2, 5.0), (4, 8.0), (5, 11.0))]
     for number, given in enumerate(trainer.evaluations):
         first = number % 3 * 6
-        assert torch.equal(given["tokens_BS"], samples(settings, 1, range(first, first + 6)))
+        assert torch.equal(given.tokens_BS, samples(settings, 1, range(first, first + 6)))
     assert [what[0] for what in run(settings, meshes, TrainState(2, 4, 2, ((2, 2),)))[2].validations] == [4, 5]
     assert not run(settings_of(corpus), meshes)[2].validations
 
@@ -217,11 +226,12 @@ def test_documents_masks_and_sources_are_those_of_the_data(meshes, corpus):
     """In training and in validation."""
     blend = f"--data-path 0.5 {corpus} 0.5 {corpus} --split 50,50,0 --eval-iters 2"
     _, trainer, told = run(settings_of(corpus, f"{blend} --reset-attention-mask --eod-mask-loss"), meshes)
-    for given in (*trainer.steps, *trainer.evaluations):
-        assert torch.equal(given["documents_BS"], number_documents(given["tokens_BS"], EOD))
-        assert torch.equal(given["mask_BS"], given["tokens_BS"] != EOD)
-        assert given["sources_BK"].sum(1).tolist() == [1] * len(given["tokens_BS"])
-    assert any(given["documents_BS"].any() for given in trainer.steps)
+    trained = [given["batch"] for given in trainer.steps]
+    for batch in (*trained, *trainer.evaluations):
+        assert torch.equal(batch.documents_BS, number_documents(batch.tokens_BS, EOD))
+        assert torch.equal(batch.weights_BS, (batch.tokens_BS != EOD).float())
+        assert batch.sources_BK.sum(1).tolist() == [1] * batch.num_rows
+    assert any(batch.documents_BS.any() for batch in trained)
     assert told.validations[0][3] == {"data": 1.5, "data#2": 1.5}  # of two batches
     assert told.steps[2].source_loss == {"data": 3.0, "data#2": 3.0}
     assert told.steps[2].source_tokens == {"data": 2, "data#2": 2}
@@ -244,17 +254,18 @@ OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-l
 
 def test_a_plan_has_everything_that_was_asked_for(corpus):
     plain = make_plan(settings_of(corpus))
-    assert plain.precision == Precision() and not plain.reshard_after_forward and plain.seed == 1234
+    assert plain.build.precision == Precision() and not plain.build.reshard_after_forward and plain.build.seed == 1234
     settings = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 {OPTIONS} "
                      "--global-batch-size 16".split(), 2)
     plan = make_plan(settings)
-    assert plan.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
+    assert plan.build.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
     assert (plan.model, plan.schedule, plan.seq_length) == (settings.model, "ZBVZeroBubble", 64)
     assert plan.micro_batch_size == 2
-    assert len(plan.stages) == 4 and plan.reshard_after_forward and plan.seed == 7
-    assert (plan.optimizer.adam_eps, plan.optimizer.clip_grad, plan.loss.mtp_loss_scaling_factor) == (1e-6, 0.5, 0.7)
-    assert plan.recompute.granularity == "full" and plan.offload.cpu_offloading_num_layers == 1
-    assert plan.communication.cp_comm_type == "allgather"
+    assert len(plan.stages) == 4 and plan.build.reshard_after_forward and plan.build.seed == 7
+    assert plan.build.loss.mtp_loss_scaling_factor == 0.7
+    assert (plan.optimizer.adam_eps, plan.optimizer.clip_grad) == (1e-6, 0.5)
+    assert plan.build.recompute.granularity == "full" and plan.build.offload.cpu_offloading_num_layers == 1
+    assert plan.build.communication.cp_comm_type == "allgather"
     gathered = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 --fp8-format e4m3 "
                      "--fp8-param-gather".split(), 1)
-    assert make_plan(gathered).precision == Precision(fp8=True, fp8_gather=True)
+    assert make_plan(gathered).build.precision == Precision(fp8=True, fp8_gather=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import V3_SMALL, random_batch, whole_stage
+from small_models import V3_SMALL, random_batch, training_batch, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.state import optimizer_state
@@ -27,7 +27,7 @@ def moments(made: Trainer) -> dict[str, torch.Tensor]:
 
 
 def step(made: Trainer, seed: int) -> None:
-    made.train_step(*random_batch(V3_SMALL, 2, SEQ_LENGTH, seed), learning_rate=1e-2)
+    made.train_step(training_batch(*random_batch(V3_SMALL, 2, SEQ_LENGTH, seed)), learning_rate=1e-2)
 
 
 @pytest.mark.parametrize("saved, loaded, words", [

@@ -24,8 +24,7 @@ from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.model.deepseek import shifted_labels
-from megatron_deepseek.settings import LossSettings
+from megatron_deepseek.model.shifts import shifted_labels
 
 BATCH, SEQ_LENGTH = 2, 8
 
@@ -33,26 +32,26 @@ BATCH, SEQ_LENGTH = 2, 8
 def test_shifted_labels_by_hand():
     """Tokens 10 11 12 13, next 14; label 12 is not to be trained on."""
     labels = torch.tensor([[11, 12, 13, 14]])
-    mask = torch.tensor([[True, False, True, True]])
+    mask = torch.tensor([[1.0, 0.0, 0.5, 1.0]])
     labels_BMS, mask_BMS = shifted_labels(labels, mask, 2)
     assert labels_BMS.tolist() == [[[11, 12, 13, 14], [12, 13, 14, 0], [13, 14, 0, 0]]]
-    assert mask_BMS.tolist() == [[[True, False, True, True], [False, True, True, False], [True, True, False, False]]]
+    assert mask_BMS.tolist() == [[[1.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 0.0], [0.5, 1.0, 0.0, 0.0]]]
 
 
 def test_shifted_labels_without_mtp():
-    labels, mask = torch.tensor([[1, 2]]), torch.tensor([[True, False]])
+    labels, mask = torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.0]])
     labels_BMS, mask_BMS = shifted_labels(labels, mask, 0)
     assert torch.equal(labels_BMS, labels.unsqueeze(1)) and torch.equal(mask_BMS, mask.unsqueeze(1))
 
 
 def test_shift_longer_than_the_sequence():
-    labels_BMS, mask_BMS = shifted_labels(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool), 3)
+    labels_BMS, mask_BMS = shifted_labels(torch.tensor([[5, 6]]), torch.ones(1, 2), 3)
     assert labels_BMS[0, 2:].tolist() == [[0, 0], [0, 0]] and not mask_BMS[0, 2:].any()
 
 
-def mtp_model(meshes, depth: int, dtype=torch.float64, scale: float = 0.3):
+def mtp_model(meshes, depth: int, dtype=torch.float64):
     config = replace(V3_SMALL, num_nextn_predict_layers=depth)
-    model = whole_model(config, meshes, SEQ_LENGTH, dtype, loss=LossSettings(mtp_loss_scaling_factor=scale))
+    model = whole_model(config, meshes, SEQ_LENGTH, dtype)
     enliven(model)
     return model
 
@@ -100,7 +99,7 @@ def test_against_transformers(meshes, depth):
     reference = TheirMTP(config, depth)
     enliven(reference)
     ours = ModelConfig.from_hf_dict(config.to_dict())
-    model = whole_model(ours, meshes, SEQ_LENGTH, torch.float32, loss=LossSettings(mtp_loss_scaling_factor=0.5))
+    model = whole_model(ours, meshes, SEQ_LENGTH, torch.float32)
     names = reference.our_names(ours.num_hidden_layers)
     names |= {name: name.removeprefix("main.") for name in reference.state_dict() if name.startswith("main.")}
     bias = "gate.e_score_correction_bias"
@@ -108,7 +107,7 @@ def test_against_transformers(meshes, depth):
     load(model, {names[name]: weight for name, weight in weights_of(reference, torch.float32).items()})
 
     tokens, labels, mask = random_batch(ours, BATCH, SEQ_LENGTH)
-    outcome = forward(model, tokens, labels, mask)
+    outcome = forward(model, tokens, labels, mask, mtp_scale=0.5)
     outcome.loss.backward()
     logits = reference(torch.cat([tokens, labels[:, -1:]], 1), SEQ_LENGTH)
     losses = [F.cross_entropy(logits[k][:, :SEQ_LENGTH - k][mask[:, k:]], labels[:, k:][mask[:, k:]])
@@ -127,16 +126,16 @@ def test_against_transformers(meshes, depth):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_losses_by_definition(meshes, depth):
     """Depth k: mean over its own N_k valid labels. The total takes lambda / D of each; 1e-12: only sums differ."""
-    model = mtp_model(meshes, depth, scale=0.6)
+    model = mtp_model(meshes, depth)
     tokens, labels, mask = random_batch(model.config, BATCH, SEQ_LENGTH)
-    outcome = forward(model, tokens, labels, mask)
+    outcome = forward(model, tokens, labels, mask, mtp_scale=0.6)
     expected, counts = [], []
     for k, logits in enumerate(outcome.logits):
         valid = mask[:, k:]
         counts.append(valid.sum().item())
         expected.append(F.cross_entropy(logits[:, :SEQ_LENGTH - k][valid], labels[:, k:][valid]).item())
     assert len(set(counts)) == depth + 1, "the batch does not tell the counts apart"
-    assert [outcome.tally.losses[k].item() for k in range(depth + 1)] == pytest.approx(expected, rel=1e-12)
+    assert outcome.losses == pytest.approx(expected, rel=1e-12)
     assert outcome.loss.item() == pytest.approx(expected[0] + 0.6 / depth * sum(expected[1:]), rel=1e-12)
 
 
@@ -163,11 +162,11 @@ def test_masked_labels_take_no_part(meshes):
     model = mtp_model(meshes, 1)
     tokens, labels, mask = random_batch(model.config, BATCH, SEQ_LENGTH)
     outcome = forward(model, tokens, labels, torch.zeros_like(mask))
-    assert outcome.loss.item() == 0.0 and outcome.tally.losses[1].item() == 0.0
+    assert outcome.loss.item() == 0.0 and outcome.losses[1] == 0.0
 
 
 def test_mtp_scale_zero_trains_nothing_of_the_module(meshes):
-    model = mtp_model(meshes, 1, scale=0.0)
-    forward(model, *random_batch(model.config, BATCH, SEQ_LENGTH)).loss.backward()
+    model = mtp_model(meshes, 1)
+    forward(model, *random_batch(model.config, BATCH, SEQ_LENGTH), mtp_scale=0.0).loss.backward()
     module = [g for name, g in gradients_of(model).items() if name.startswith("model.layers.2.")]
     assert module and not any(gradient.any() for gradient in module)

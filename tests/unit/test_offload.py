@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import V3_SMALL, enliven, forward, gradients_of, random_batch, weights_of, whole_model, whole_stage
+from small_models import (V3_SMALL, enliven, forward, gradients_of, random_batch, training_batch, weights_of,
+                          whole_model, whole_stage)
 from test_recompute import Watch
 
-from megatron_deepseek.model.build import Precision
+from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.ops import offload as offload_module
 from megatron_deepseek.ops.offload import saved_on_host
 from megatron_deepseek.settings import OffloadSettings, OptimizerSettings, RecomputeSettings
@@ -169,10 +170,11 @@ def test_optimizer_on_the_cpu_changes_no_bit(meshes, precision):
     """Two steps: losses and weights; shards, gradients and moments are on the CPU."""
     outcomes = []
     for offload in (OffloadSettings(), OffloadSettings(optimizer_cpu_offload=True)):
-        plan = Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, 2, precision=precision, offload=offload,
+        plan = Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, 2,
+                    build=BuildOptions(precision=precision, offload=offload),
                     optimizer=OptimizerSettings(exp_avg_dtype="bf16"))
         made = Trainer(plan, meshes)
-        losses = [made.train_step(*random_batch(CONFIG, 4, SEQ_LENGTH, seed), learning_rate=1e-2).losses
+        losses = [made.train_step(training_batch(*random_batch(CONFIG, 4, SEQ_LENGTH, seed)), learning_rate=1e-2).losses
                   for seed in range(2)]
         outcomes.append((losses, weights_of(made.stages[0])))
     (kept_losses, kept), (losses, weights) = outcomes

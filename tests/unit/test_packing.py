@@ -16,14 +16,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reference_model import ReferenceModel
 from reference_routing import balance_loss, choose
-from small_models import V3_SMALL, enliven, gradients_of, load, relative_error, weights_of, whole_stage
+from small_models import V3_SMALL, enliven, gradients_of, load, relative_error, training_batch, weights_of, whole_stage
 from test_parity import GRADIENT, V2, V3, theirs
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.batches import number_documents
-from megatron_deepseek.model.build import Precision
-from megatron_deepseek.model.deepseek import shifted_labels
+from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
+from megatron_deepseek.model.shifts import shifted_labels
+from megatron_deepseek.ops import documents
 from megatron_deepseek.settings import LossSettings, OptimizerSettings
 from megatron_deepseek.training.trainer import Plan, Trainer
 
@@ -37,8 +38,9 @@ LENGTH = 8
 
 def trainer(config: ModelConfig, meshes, dtype: torch.dtype = torch.float64, balance: str = "none") -> Trainer:
     loss = LossSettings(mtp_loss_scaling_factor=MTP_SCALE, balance_type=balance, moe_aux_loss_coeff=BALANCE)
-    made = Trainer(Plan(config, (whole_stage(config),), "1F1B", LENGTH, micro_batch_size=1, precision=Precision(dtype),
-                        optimizer=OptimizerSettings(clip_grad=0.0), loss=loss), meshes)
+    made = Trainer(Plan(config, (whole_stage(config),), "1F1B", LENGTH, micro_batch_size=1,
+                        build=BuildOptions(precision=Precision(dtype), loss=loss),
+                        optimizer=OptimizerSettings(clip_grad=0.0)), meshes)
     enliven(made.stages[0])
     return made
 
@@ -77,7 +79,7 @@ def test_documents_are_those_of_megatron(row, reset_positions):
 
 
 def test_mtp_labels_stop_where_a_document_does():
-    labels, mask = torch.arange(1, 7).unsqueeze(0), torch.ones(1, 6, dtype=torch.bool)
+    labels, mask = torch.arange(1, 7).unsqueeze(0), torch.ones(1, 6)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
     _, masks = shifted_labels(labels, mask, 7, documents)
     assert masks[0, :3].int().tolist() == [[1] * 6, [1, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
@@ -187,8 +189,8 @@ def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels, 
     ids_BL = torch.randint(CONFIG.vocab_size, (len(lengths), LENGTH + 1), generator=generator)
     real_BS = torch.arange(LENGTH) < torch.tensor([sum(of_row) for of_row in lengths])[:, None]
     mask_BS = real_BS & (torch.rand(real_BS.shape, generator=generator) < (1.0 if all_labels else 0.6))
-    found = packing.train_step(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, 0.0, real_BS=real_BS,
-                               documents_BS=numbers_of(lengths, padding_is_own))
+    found = packing.train_step(training_batch(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, real_BS=real_BS,
+                                              documents_BS=numbers_of(lengths, padding_is_own)), 0.0)
 
     model = packing.stages[0]
     reference = ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, LENGTH, torch.device("cpu")),
@@ -209,7 +211,7 @@ def test_a_document_in_two_pieces_is_refused_before_sequences_are_divided(packin
     ids_BS, mask_BS = torch.zeros(2, LENGTH, dtype=torch.int64), torch.ones(2, LENGTH, dtype=torch.bool)
     pieces_BS = torch.tensor([[0] * LENGTH, [1, 1, 2, 2, 1, 1, 3, 3]])
     with pytest.raises(ValueError, match=r"not in one piece: \[1, 2, 1, 3\]"):
-        packing._prepare(ids_BS, ids_BS, mask_BS, pieces_BS, None, None)
+        packing.train_step(training_batch(ids_BS, ids_BS, mask_BS, documents_BS=pieces_BS), 0.0)
 
 
 @pytest.mark.parametrize("fields", [V2, V3], ids=["v2", "v3"])
@@ -225,7 +227,7 @@ def test_packed_documents_train_as_in_transformers(meshes, fields):
     ids_BL = torch.randint(config.vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     mask_BS = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.8
     numbers = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(of_row)) for of_row in lengths])
-    found = packed.train_step(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, 0.0, documents_BS=numbers)
+    found = packed.train_step(training_batch(ids_BL[:, :-1], ids_BL[:, 1:], mask_BS, documents_BS=numbers), 0.0)
     loss = 0
     for document in documents_of(ids_BL, mask_BS, lengths):
         logits_SV = reference(document.tokens_L[None, :-1]).logits[0]
@@ -237,3 +239,17 @@ def test_packed_documents_train_as_in_transformers(meshes, fields):
     for name, gradient in gradients_of(packed.stages[0]).items():
         if expected[name] is not None and expected[name].abs().max() > 0:
             assert relative_error(gradient, expected[name]) < GRADIENT, name
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_documents_are_found_once_a_batch(meshes, steps, monkeypatch):
+    """Not once for each layer, forward or backward: each row is walked once a step."""
+    walked, find = [], documents.documents_of
+    monkeypatch.setattr(documents, "documents_of", lambda row_S: walked.append(row_S) or find(row_S))
+    made = trainer(CONFIG, meshes)
+    ids_BL = torch.randint(CONFIG.vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    numbers_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0] * 8])
+    batch = training_batch(ids_BL[:, :-1], ids_BL[:, 1:], torch.ones(2, LENGTH), documents_BS=numbers_BS)
+    for _ in range(steps):
+        made.train_step(batch, learning_rate=0.0)
+    assert len(walked) == 2 * steps

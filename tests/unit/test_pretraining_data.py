@@ -167,8 +167,7 @@ def test_end_of_document_masks_its_own_place_on_request(tmp_path):
     write_dataset(tmp_path / "data")
     for asked in (False, True):
         batch = Sampler(train_set(settings_of(tmp_path / "data", eod_mask_loss=asked), 8), 1000, "").batch(0, 8, 2)
-        assert batch.loss_mask_BS.dtype == torch.bool and batch.num_micro_batches == 4
-        assert torch.equal(~batch.loss_mask_BS, (batch.tokens_BS == EOD) & asked)
+        assert torch.equal(batch.weights_BS, 1.0 - ((batch.tokens_BS == EOD) & asked).float())
 
 
 def test_samples_of_each_rank_worked_by_hand():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from small_models import V3_SMALL, random_batch, weights_of, whole_stage
+from small_models import V3_SMALL, random_batch, training_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint.marker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.model.build import BuildOptions
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.decision import Start
 from megatron_deepseek.training.report import Report
@@ -18,7 +19,7 @@ SAVED = TrainState(iteration=3, consumed_samples=24, optimizer_steps=2)
 
 
 def make_trainer(meshes, seed: int) -> Trainer:
-    return Trainer(Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2, seed=seed), meshes)
+    return Trainer(Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2, BuildOptions(seed=seed)), meshes)
 
 
 def moments(trainer: Trainer) -> torch.Tensor:
@@ -31,7 +32,7 @@ def moments(trainer: Trainer) -> torch.Tensor:
 def test_what_is_taken(meshes, tmp_path, options, expected):
     """Moments come with the count of steps that made them; weights, the routers' biases among them, always do."""
     before, fresh = (make_trainer(meshes, seed) for seed in (1, 2))
-    before.train_step(*random_batch(V3_SMALL, 2, SEQ_LENGTH), learning_rate=1e-2, bias_rate=0.1)
+    before.train_step(training_batch(*random_batch(V3_SMALL, 2, SEQ_LENGTH)), learning_rate=1e-2, bias_rate=0.1)
     saver = Saver(RunSettings(9, save=tmp_path), V3_SMALL, before, Report(), None)
     saver.save(SAVED)
     saver.close()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from small_models import V3_SMALL, random_batch, weights_of, whole_stage
+from small_models import V3_SMALL, random_batch, training_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint import writer
@@ -44,7 +44,7 @@ def make_saver(trainer, root, **settings) -> tuple[Saver, io.StringIO]:
 
 
 def step(trainer: Trainer, seed: int) -> None:
-    trainer.train_step(*random_batch(V3_SMALL, 2, SEQ_LENGTH, seed), learning_rate=1e-2)
+    trainer.train_step(training_batch(*random_batch(V3_SMALL, 2, SEQ_LENGTH, seed)), learning_rate=1e-2)
 
 
 @pytest.mark.parametrize("async_save", [False, True])

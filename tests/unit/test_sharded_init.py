@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from small_models import V3_SMALL, whole_stage
 
-from megatron_deepseek.model.build import Precision, build_stages
+from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.init import normal
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
@@ -52,7 +52,8 @@ def check_rank(layout: Layout, rank: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     meshes = build_meshes(layout, torch.device("cpu"))
-    (stage,) = build_stages(CONFIG, [whole_stage(CONFIG)], meshes, 4, seed=SEED, precision=Precision(torch.float64))
+    (stage,) = build_stages(CONFIG, [whole_stage(CONFIG)], meshes, 4,
+                            BuildOptions(seed=SEED, precision=Precision(torch.float64)))
     checked = 0
     for name, parameter in stage.named_parameters():
         local = parameter.to_local()

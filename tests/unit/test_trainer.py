@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from reference_model import ReferenceModel
-from small_models import V3_SMALL, enliven, gradients_of, random_batch, relative_error, weights_of, whole_stage
+from small_models import (V3_SMALL, enliven, gradients_of, random_batch, relative_error, training_batch, weights_of,
+                          whole_stage)
 from torch.distributed.tensor import DTensor
 
-from megatron_deepseek.model.build import Precision
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
-from megatron_deepseek.training.trainer import Plan, Trainer, Votes, _stage_shapes
+from megatron_deepseek.training.trainer import Plan, Trainer, Votes, _travel
 
 SEQ_LENGTH = 6
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
@@ -24,17 +26,22 @@ BF16 = Precision(torch.float32, torch.bfloat16)
 EXACT = 1e-10  # float64 sums in another order
 
 
-def trainer(meshes, lively: bool = True, **changes) -> Trainer:
-    plan = Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size=2,
-                precision=Precision(torch.float64), optimizer=NO_CLIPPING, loss=LOSS)
-    made = Trainer(replace(plan, **changes), meshes)
+def trainer(meshes, lively: bool = True, micro_batch_size: int = 2, optimizer: OptimizerSettings = NO_CLIPPING,
+            **options) -> Trainer:
+    """`options` are BuildOptions'."""
+    build = BuildOptions(**{"precision": Precision(torch.float64), "loss": LOSS} | options)
+    made = Trainer(Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size, build, optimizer), meshes)
     if lively:
         enliven(made.stages[0])
     return made
 
 
-def batch_of(sequences: int, seed: int = 0):
+def parts_of(sequences: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return random_batch(CONFIG, sequences, SEQ_LENGTH, seed)
+
+
+def batch_of(sequences: int, seed: int = 0) -> Batch:
+    return training_batch(*parts_of(sequences, seed))
 
 
 def reference_step(reference: ReferenceModel, tokens, labels, mask) -> tuple[torch.Tensor, ...]:
@@ -48,19 +55,20 @@ def reference_step(reference: ReferenceModel, tokens, labels, mask) -> tuple[tor
 def test_losses_by_source_are_those_of_its_rows_alone(meshes):
     """Over two micro-batches, in training and in evaluation; a source without rows, and a row without labels."""
     ours = trainer(meshes)
-    tokens, labels, mask = batch_of(4)
+    tokens, labels, mask = parts_of(4)
     mask[3] = False
     sources = torch.tensor([[1, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 1]]).bool()
     expected = []
     for rows in ([0, 2], None, [1, 3]):
-        alone = 0.0 if rows is None else ours.evaluate(tokens[rows], labels[rows], mask[rows]).lm_loss
+        alone = 0.0 if rows is None else ours.evaluate(training_batch(tokens[rows], labels[rows], mask[rows])).lm_loss
         count = 0 if rows is None else int(mask[rows].sum())
-        expected.append((pytest.approx(alone * count, rel=EXACT), count))
-    assert ours.evaluate(tokens, labels, mask, sources_BK=sources).sources == tuple(expected)
-    losses = ours.train_step(tokens, labels, mask, learning_rate=0.0, sources_BK=sources).losses
+        expected.append((pytest.approx(alone * count, rel=EXACT), count, count))
+    batch = training_batch(tokens, labels, mask, sources_BK=sources)
+    assert ours.evaluate(batch).sources == tuple(expected)
+    losses = ours.train_step(batch, learning_rate=0.0).losses
     assert losses.sources == tuple(expected)
-    assert sum(loss for loss, _ in losses.sources) == pytest.approx(losses.lm_loss * int(mask.sum()), rel=EXACT)
-    assert ours.evaluate(tokens, labels, mask).sources == ()
+    assert sum(source.loss for source in losses.sources) == pytest.approx(losses.lm_loss * int(mask.sum()), rel=EXACT)
+    assert ours.evaluate(training_batch(tokens, labels, mask)).sources == ()
 
 
 def reference_of(model) -> ReferenceModel:
@@ -78,10 +86,10 @@ def test_two_steps_against_plain_autograd_and_adamw(meshes):
                                {"params": [w for w in trained.values() if w.ndim == 1], "weight_decay": 0.0}],
                               lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for step in range(2):
-        batch = batch_of(4, seed=step)
-        result = ours.train_step(*batch, learning_rate=1e-2)
+        parts = parts_of(4, seed=step)
+        result = ours.train_step(training_batch(*parts), learning_rate=1e-2)
         plain.zero_grad()
-        lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *batch))
+        lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *parts))
         plain.step()
         assert result.losses.lm_loss == pytest.approx(lm_loss, rel=EXACT)
         assert result.losses.mtp_loss == pytest.approx((mtp_loss,), rel=EXACT)
@@ -102,7 +110,7 @@ def test_division_into_micro_batches_does_not_show(meshes, micro_batch_size):
     outcomes = []
     for size in (2, micro_batch_size):
         ours = trainer(meshes, micro_batch_size=size)
-        outcomes.append((ours.train_step(*batch_of(4), learning_rate=0.0), gradients_of(ours.stages[0])))
+        outcomes.append((ours.train_step(batch_of(4), learning_rate=0.0), gradients_of(ours.stages[0])))
     (one, one_gradients), (other, other_gradients) = outcomes
     assert one.losses.lm_loss == pytest.approx(other.losses.lm_loss, rel=EXACT)
     assert one.losses.mtp_loss == pytest.approx(other.losses.mtp_loss, rel=EXACT)
@@ -114,7 +122,7 @@ def test_division_into_micro_batches_does_not_show(meshes, micro_batch_size):
 def test_clipping(meshes):
     """The reported norm is the one before; the gradient keeps its direction. 1e-6 is Megatron's epsilon."""
     free, clipped = trainer(meshes), trainer(meshes, optimizer=OptimizerSettings(clip_grad=0.01))
-    norms = [each.train_step(*batch_of(4), learning_rate=0.0).grad_norm for each in (free, clipped)]
+    norms = [each.train_step(batch_of(4), learning_rate=0.0).grad_norm for each in (free, clipped)]
     assert norms[0] == norms[1] > 0.01
     small, large = gradients_of(clipped.stages[0]), gradients_of(free.stages[0])
     assert torch.cat([g.flatten() for g in small.values()]).norm().item() == pytest.approx(0.01, rel=1e-4)
@@ -125,7 +133,7 @@ def test_clipping(meshes):
 def test_clipping_leaves_a_small_gradient_alone(meshes):
     free, clipped = trainer(meshes), trainer(meshes, optimizer=OptimizerSettings(clip_grad=1e6))
     for each in (free, clipped):
-        each.train_step(*batch_of(2), learning_rate=0.0)
+        each.train_step(batch_of(2), learning_rate=0.0)
     small, large = gradients_of(clipped.stages[0]), gradients_of(free.stages[0])
     assert all(torch.equal(small[name], large[name]) for name in large)
 
@@ -135,8 +143,8 @@ def test_weight_decay_takes_matrices_only(meshes):
     settings = OptimizerSettings(weight_decay=0.5, clip_grad=0.0)
     ours = trainer(meshes, optimizer=settings, loss=LossSettings())
     before = weights_of(ours.stages[0])
-    tokens, labels, mask = batch_of(2)
-    ours.train_step(tokens, labels, torch.zeros_like(mask), learning_rate=0.1)
+    tokens, labels, mask = parts_of(2)
+    ours.train_step(training_batch(tokens, labels, torch.zeros_like(mask)), learning_rate=0.1)
     for name, weight in weights_of(ours.stages[0]).items():
         factor = 1.0 if weight.ndim == 1 else 1 - 0.1 * 0.5
         torch.testing.assert_close(weight, before[name] * factor, rtol=1e-12, atol=0, msg=name)
@@ -146,7 +154,7 @@ def test_expert_bias_moves_after_the_step(meshes):
     """By the counts of the step, in every MoE layer, MTP's included."""
     ours = trainer(meshes)
     before = weights_of(ours.stages[0])
-    counts = ours.train_step(*batch_of(4), learning_rate=0.0, bias_rate=0.125).expert_counts
+    counts = ours.train_step(batch_of(4), learning_rate=0.0, bias_rate=0.125).expert_counts
     assert counts.keys() == {"model.layers.1.mlp", "model.layers.2.mlp"}
     after = weights_of(ours.stages[0])
     for layer, counts_E in counts.items():
@@ -159,16 +167,16 @@ def test_evaluation_leaves_everything_as_it_was(meshes):
     """Weights, gradients, biases and the next step; its losses are those that training would see."""
     ours, undisturbed = trainer(meshes), trainer(meshes)
     for each in (ours, undisturbed):
-        each.train_step(*batch_of(2), learning_rate=0.01)
+        each.train_step(batch_of(2), learning_rate=0.01)
     before, gradients = weights_of(ours.stages[0]), gradients_of(ours.stages[0])
     kept = []
     handle = ours.stages[0].register_forward_hook(lambda module, args, loss: kept.append(loss.requires_grad))
-    losses = ours.evaluate(*batch_of(4, seed=5))
+    losses = ours.evaluate(batch_of(4, seed=5))
     handle.remove()
     assert kept == [False] * 2, "a forward alone keeps nothing for a backward"
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(ours.stages[0]).items())
     assert all(torch.equal(g, gradients[name]) for name, g in gradients_of(ours.stages[0]).items())
-    trained = [each.train_step(*batch_of(4, seed=5), learning_rate=0.01).losses for each in (ours, undisturbed)]
+    trained = [each.train_step(batch_of(4, seed=5), learning_rate=0.01).losses for each in (ours, undisturbed)]
     assert trained[0] == trained[1]
     assert (losses.lm_loss, losses.mtp_loss) == (trained[0].lm_loss, trained[0].mtp_loss)
     assert losses.balance_loss == 0.0
@@ -185,8 +193,8 @@ def test_training_draws_no_random_numbers(meshes, changes):
         np.random.seed(seed)
         before = generator_states()
         ours = trainer(meshes, lively=False, **changes)
-        result = ours.train_step(*batch_of(4), learning_rate=0.01, bias_rate=0.1)
-        ours.evaluate(*batch_of(4))
+        result = ours.train_step(batch_of(4), learning_rate=0.01, bias_rate=0.1)
+        ours.evaluate(batch_of(4))
         assert generator_states() == before
         steps.append((result.losses, weights_of(ours.stages[0])))
     assert steps[0][0] == steps[1][0]
@@ -200,7 +208,7 @@ def generator_states() -> tuple:
 def test_bfloat16_keeps_float32_masters(meshes):
     """Weights, gradients and moments are float32; the loss is bfloat16's 8 bits from float32's, averaged: 1 %."""
     wide, narrow = trainer(meshes, precision=Precision()), trainer(meshes, precision=BF16)
-    results = [each.train_step(*batch_of(4), learning_rate=1e-3) for each in (wide, narrow)]
+    results = [each.train_step(batch_of(4), learning_rate=1e-3) for each in (wide, narrow)]
     assert results[1].losses.lm_loss == pytest.approx(results[0].losses.lm_loss, rel=1e-2)
     assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=5e-2)
     assert results[1].losses != results[0].losses, "it did not compute in bfloat16"
@@ -216,7 +224,7 @@ def test_bfloat16_accumulates_in_float32(meshes):
     gradients = []
     for copies in (1, 32):
         ours = trainer(meshes, precision=BF16, micro_batch_size=1, loss=LossSettings())
-        ours.train_step(*(x.expand(copies, -1) for x in batch_of(1)), learning_rate=0.0)
+        ours.train_step(training_batch(*(x.expand(copies, -1) for x in parts_of(1))), learning_rate=0.0)
         gradients.append(gradients_of(ours.stages[0]))
     errors = {name: relative_error(gradients[1][name], gradient) for name, gradient in gradients[0].items()}
     assert not {name: e for name, e in errors.items() if e > (1e-6 if name.endswith("gate.weight") else 0.0)}
@@ -228,7 +236,7 @@ def test_routers_compute_with_their_master_weights_under_bfloat16(meshes):
     moe = ours.stages[0].model.layers[str(CONFIG.first_k_dense_replace)].mlp
     for module, name in ((moe.gate, "weight"), (moe.experts, "down_proj")):
         module.register_forward_pre_hook(lambda module, _, name=name: seen.append(getattr(module, name).dtype))
-    ours.train_step(*batch_of(2), learning_rate=0.0)
+    ours.train_step(batch_of(2), learning_rate=0.0)
     assert seen == [torch.float32, torch.bfloat16]
 
 
@@ -243,7 +251,7 @@ def test_gathered_weights_are_kept_for_the_next_micro_batch_unless_a_forward_fre
 
     stage.register_forward_pre_hook(look)
     stage.register_forward_hook(look)
-    ours.train_step(*batch_of(4), learning_rate=0.0)
+    ours.train_step(batch_of(4), learning_rate=0.0)
     look()
     assert sharded == [True, freed, freed, freed, True]
 
@@ -253,7 +261,7 @@ def test_memorises_a_batch(meshes, precision):
     """20 steps on 4 sequences from the ordinary start, both losses to less than half."""
     ours = trainer(meshes, lively=False, precision=precision, micro_batch_size=4, optimizer=OptimizerSettings())
     batch = batch_of(4)
-    first, *_, last = [ours.train_step(*batch, learning_rate=0.02, bias_rate=1e-3).losses for _ in range(20)]
+    first, *_, last = [ours.train_step(batch, learning_rate=0.02, bias_rate=1e-3).losses for _ in range(20)]
     assert first.lm_loss == pytest.approx(torch.tensor(float(CONFIG.vocab_size)).log().item(), rel=0.01)
     assert last.lm_loss < 0.5 * first.lm_loss and last.mtp_loss[0] < 0.5 * first.mtp_loss[0]
 
@@ -262,19 +270,19 @@ def test_what_is_not_finite_changes_nothing(meshes):
     """No weight, no moment, no bias; the step says so, and the next one, healthy again, is as if it had not been."""
     ours, undisturbed = trainer(meshes), trainer(meshes)
     for each in (ours, undisturbed):
-        each.train_step(*batch_of(2), learning_rate=0.1)
+        each.train_step(batch_of(2), learning_rate=0.1)
     weight = ours.stages[0].model.layers["0"].self_attn.o_proj.weight.to_local()
     kept = weight[0, 0].item()
     with torch.no_grad():
         weight[0, 0] = float("inf")
     before = weights_of(ours.stages[0])
-    result = ours.train_step(*batch_of(2), learning_rate=0.1, bias_rate=0.1)
+    result = ours.train_step(batch_of(2), learning_rate=0.1, bias_rate=0.1)
     assert not result.updated and result.losses.lm_loss != result.losses.lm_loss
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(ours.stages[0]).items())
     with torch.no_grad():
         weight[0, 0] = kept
     for each in (ours, undisturbed):
-        assert each.train_step(*batch_of(2), learning_rate=0.1).updated
+        assert each.train_step(batch_of(2), learning_rate=0.1).updated
     after = weights_of(undisturbed.stages[0])
     assert all(torch.equal(weight, after[name]) for name, weight in weights_of(ours.stages[0]).items())
 
@@ -282,12 +290,12 @@ def test_what_is_not_finite_changes_nothing(meshes):
 def test_the_number_of_labels_is_told(meshes):
     """Of the main prediction, in a step and in an evaluation; none where all are masked, which changes no weight."""
     made = trainer(meshes)
-    tokens, labels, mask = batch_of(2)
-    assert made.train_step(tokens, labels, mask, learning_rate=0.0).losses.num_labels == int(mask.sum())
-    nothing = torch.zeros_like(mask)
-    assert made.evaluate(tokens, labels, nothing).num_labels == 0
+    tokens, labels, mask = parts_of(2)
+    assert made.train_step(training_batch(tokens, labels, mask), learning_rate=0.0).losses.num_labels == int(mask.sum())
+    nothing = training_batch(tokens, labels, torch.zeros_like(mask))
+    assert made.evaluate(nothing).num_labels == 0
     before = weights_of(made.stages[0])
-    result = made.train_step(tokens, labels, nothing, learning_rate=0.0)
+    result = made.train_step(nothing, learning_rate=0.0)
     assert (result.losses.num_labels, result.losses.lm_loss) == (0, 0.0)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(made.stages[0]).items())
 
@@ -295,15 +303,15 @@ def test_the_number_of_labels_is_told(meshes):
 def test_votes_travel_with_the_losses(meshes):
     ours = trainer(meshes)
     for votes in (Votes(), Votes(leave=True), Votes(save=True)):
-        assert ours.train_step(*batch_of(2), learning_rate=0.1, votes=lambda: votes).votes == votes
+        assert ours.train_step(batch_of(2), learning_rate=0.1, votes=lambda: votes).votes == votes
 
 
 def test_a_sequence_that_ranks_cannot_share_evenly_is_refused(meshes):
     """Before anything is sent: 4 ranks would take 2, 2, 2 and no tokens of 6."""
     plan, over_4 = trainer(meshes, lively=False).plan, replace(meshes, layout=Layout(tp=4))
     with pytest.raises(ValueError, match="sequences of 6 tokens do not divide over cp 1 x tp 4 ranks"):
-        _stage_shapes(plan, over_4)
+        _travel(plan, over_4)
     dense = replace(plan, model=replace(CONFIG, n_routed_experts=0))
-    assert _stage_shapes(dense, over_4)
+    assert _travel(dense, over_4)
     with pytest.raises(ValueError, match="do not divide"):
-        _stage_shapes(dense, replace(meshes, layout=Layout(tp=4, sequence_parallel=True)))
+        _travel(dense, replace(meshes, layout=Layout(tp=4, sequence_parallel=True)))

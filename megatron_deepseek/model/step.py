@@ -1,0 +1,117 @@
+"""What the stages of a model are given in a step: a micro-batch each time, and what all micro-batches have in common.
+
+Shapes: B rows, S tokens of each on this context rank, M = 1 + MTP depth predictions of each token, K datasets, E
+experts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_deepseek.model.moe import RouterStats
+from megatron_deepseek.model.predictions import Predictions
+from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.parallel.context import Sight
+from megatron_deepseek.parallel.sequence_sums import SequenceSums
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What an objective sees of some rows: all of a data rank's, undivided, when it counts, and a micro-batch's part on
+    this context rank when it makes its contribution.
+
+    labels_BMS and weights_BMS: of the main prediction and each MTP depth. `inputs`: what the objective asked for,
+    [B, S, ...] of each token or [B, ...] of each row. sources_BK: which dataset a row is from, None for a single one.
+    """
+
+    labels_BMS: torch.Tensor
+    weights_BMS: torch.Tensor
+    sums: SequenceSums = SequenceSums()
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sources_BK: torch.Tensor | None = None
+
+    @property
+    def weights_BS(self) -> torch.Tensor:
+        """What each label of the main prediction counts for."""
+        return self.weights_BMS[:, 0]
+
+    def per_row(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """Return the sum of each row over all its tokens, [B], wherever they are."""
+        return self.sums.per_row(x_BS)
+
+    def per_document(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """Return the sum of each document over all its tokens, [B, D]; rows are one document where none are given."""
+        return self.sums.per_document(x_BS)
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the sum of terms [B] or [B, D] that were made of sums along the rows."""
+        return self.sums.share(x)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One micro-batch on this context rank.
+
+    routed_BMS: which positions go to routed experts (`shifts.routed_tokens`), None for all. `documents` are those of
+    the whole sequences; `sight` is what this rank sees of its context group's blocks, None where it has all of them.
+    """
+
+    rows: Rows
+    routed_BMS: torch.Tensor | None = None
+    documents: Documents | None = None
+    sight: Sight | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """What one micro-batch adds on this rank: to the loss that is back-propagated, a scalar, and to what is reported, a
+    scalar for each name. Sums of these over micro-batches and ranks are the numbers of the global batch.
+    """
+
+    loss: torch.Tensor
+    reports: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Tally:
+    """What a step's forwards leave behind on this rank, added up over its micro-batches.
+
+    `reports`: an objective's, by name; `expert_counts`: by layer name; `dropped`: token copies above experts'
+    capacity; `crossings`: how often a token was sent to another node; `chosen`: if asked for, the experts that each
+    micro-batch's tokens chose [B, own S, K], by layer name.
+    """
+
+    reports: dict[str, torch.Tensor] = field(default_factory=dict)
+    balance_loss: torch.Tensor | float = 0.0
+    expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    dropped: torch.Tensor | int = 0
+    crossings: int = 0
+    chosen: dict[str, list[torch.Tensor]] | None = None
+
+    def add_reports(self, reports: Mapping[str, torch.Tensor]) -> None:
+        for name, value in reports.items():
+            self.reports[name] = self.reports.get(name, 0) + value.detach()
+
+    def add_stats(self, layer: str, stats: RouterStats | None) -> None:
+        if stats is None:
+            return
+        self.balance_loss = self.balance_loss + stats.balance_loss
+        self.crossings = self.crossings + stats.crossings
+        self.dropped = self.dropped + stats.dropped
+        self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
+        if self.chosen is not None:
+            self.chosen.setdefault(layer, []).append(stats.experts_BSK)
+
+
+@dataclass(frozen=True, eq=False)
+class StepContext:
+    """What every micro-batch of a step shares. `num_sequences`: of the global batch, which balance losses divide by.
+
+    `contribution` makes of a micro-batch's predictions and rows what it adds to the loss; None where only states are
+    asked for.
+    """
+
+    num_sequences: int
+    contribution: Callable[[Predictions, Rows], Contribution] | None = None
+    tally: Tally = field(default_factory=Tally)

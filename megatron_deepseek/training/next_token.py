@@ -1,0 +1,106 @@
+"""Pre-training's objective: the next token, and with MTP those after it (arXiv 2412.19437, section 2.2).
+
+    loss = lm_loss + lambda / D * sum over depths k = 1 .. D of mtp_loss_k
+
+Each loss is the weighted mean over the labels of its own depth in the global batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from megatron_deepseek.model.predictions import Predictions
+from megatron_deepseek.model.step import Contribution, Rows
+from megatron_deepseek.training.objective import Losses, Objective
+
+
+class SourceSum(NamedTuple):
+    """Of one dataset of a blend: the weighted sum of its main token losses, the sum of the weights, and how many labels
+    have one.
+    """
+
+    loss: float
+    weight: float
+    labels: int
+
+
+@dataclass(frozen=True)
+class NextTokenLosses(Losses):
+    """Means over the global batch, by the names that metrics.jsonl has. Without any label they are 0."""
+
+    @property
+    def lm_loss(self) -> float:
+        return self.reports["lm_loss"]
+
+    @property
+    def mtp_loss(self) -> tuple[float, ...]:
+        """One for each depth."""
+        depths = sum(name.startswith("mtp_loss_") for name in self.reports)
+        return tuple(self.reports[f"mtp_loss_{depth}"] for depth in range(1, depths + 1))
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels of the main prediction count."""
+        return round(self.counts["labels"])
+
+    @property
+    def sources(self) -> tuple[SourceSum, ...]:
+        """One for each dataset of a blend."""
+        number = sum(name.startswith("source_loss_") for name in self.reports)
+        return tuple(SourceSum(self.reports[f"source_loss_{k}"], self.counts[f"source_weight_{k}"],
+                               round(self.counts[f"source_labels_{k}"])) for k in range(number))
+
+
+class NextToken(Objective):
+    """`mtp_scale` is the report's lambda; `num_depths` its D."""
+
+    def __init__(self, num_depths: int = 0, mtp_scale: float = 0.0):
+        self.num_depths, self.mtp_scale = num_depths, mtp_scale
+
+    def counts(self, rows: Rows) -> Mapping[str, torch.Tensor]:
+        weights_M = rows.weights_BMS.double().sum((0, 2))
+        counts = {f"weight_{depth}": weight for depth, weight in enumerate(weights_M)}
+        counts["labels"] = (rows.weights_BS != 0).sum()
+        if rows.sources_BK is not None:
+            weights_K = rows.sources_BK.double().T @ rows.weights_BS.double().sum(1)
+            labels_K = rows.sources_BK.double().T @ (rows.weights_BS != 0).double().sum(1)
+            counts |= {f"source_weight_{k}": weight for k, weight in enumerate(weights_K)}
+            counts |= {f"source_labels_{k}": labels for k, labels in enumerate(labels_K)}
+        return counts
+
+    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
+        total, reports = 0.0, {}
+        for depth in range(1 + predictions.num_depths):
+            loss_BS = -predictions.log_probabilities(depth)
+            loss = (loss_BS * rows.weights_BMS[:, depth]).sum() / (counts[f"weight_{depth}"] or 1.0)
+            reports["lm_loss" if depth == 0 else f"mtp_loss_{depth}"] = loss
+            if depth == 0:
+                reports |= self._by_source(loss_BS.detach(), rows)
+            total = total + (loss if depth == 0 else loss * self.mtp_scale / predictions.num_depths)
+        return Contribution(total, reports)
+
+    def reported(self, rows: Rows) -> tuple[str, ...]:
+        sources = 0 if rows.sources_BK is None else rows.sources_BK.shape[1]
+        return ("lm_loss", *(f"mtp_loss_{depth}" for depth in range(1, 1 + self.num_depths)),
+                *(f"source_loss_{k}" for k in range(sources)))
+
+    def losses(self, reports: Mapping[str, float], balance_loss: float, counts: Mapping[str, float]
+               ) -> NextTokenLosses:
+        return NextTokenLosses(reports, balance_loss, counts)
+
+    def _by_source(self, loss_BS: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
+        """Return the sum of main token losses of each dataset: sums, since a dataset may have no label."""
+        if rows.sources_BK is None:
+            return {}
+        sums_K = rows.sources_BK.double().T @ (loss_BS * rows.weights_BS).double().sum(1)
+        return {f"source_loss_{k}": loss for k, loss in enumerate(sums_K)}
+
+
+def by_source(names: Sequence[str], sums: Sequence[SourceSum]) -> tuple[dict, dict] | tuple[None, None]:
+    """Return (mean loss, number of labels) by name, without datasets that had no label. None and None for no names."""
+    if not names:
+        return None, None
+    seen = [(name, each) for name, each in zip(names, sums, strict=True) if each.labels]
+    return {name: each.loss / each.weight for name, each in seen}, {name: each.labels for name, each in seen}

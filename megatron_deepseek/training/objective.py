@@ -1,0 +1,65 @@
+"""What a model is trained for: the one place that a task adds, whatever the layout.
+
+A step asks an objective twice. `counts` is asked once, before the first forward, on this data rank's whole rows: what
+it counts is summed over all data ranks, so that every loss is a sum divided by numbers of the global batch.
+`contribution` is asked for every micro-batch, on the ranks that hold the output head, with this context rank's part of
+the rows: what it returns is added up over micro-batches and ranks. So an objective never averages over what happens to
+be on a rank, and knows no layout. docs/objectives.md has the rules and an example.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_deepseek.model.predictions import Predictions
+from megatron_deepseek.model.step import Contribution, Rows
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective reports of a global batch, by its names, and the numbers that it counted.
+
+    `balance_loss` is the model's own, already weighted; it is not a part of any other.
+    """
+
+    reports: Mapping[str, float] = field(default_factory=dict)
+    balance_loss: float = 0.0
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+    def finite(self) -> bool:
+        """Return whether every number is; a step is left out where one is not."""
+        return all(map(math.isfinite, (*self.reports.values(), self.balance_loss)))
+
+
+class Objective(ABC):
+    """`inputs` names what it reads of `Rows.inputs` and a batch must bring. `rows_together`: so many rows in succession
+    belong together (2 for pairs), and micro-batches are a multiple of that. `num_depths`: how many MTP depths are to
+    predict; modules behind those are neither run nor trained.
+    """
+
+    inputs: tuple[str, ...] = ()
+    rows_together: int = 1
+    num_depths: int = 0
+
+    @abstractmethod
+    def counts(self, rows: Rows) -> Mapping[str, float | torch.Tensor]:
+        """Return numbers to divide by, as sums over these rows; the same names on every rank."""
+
+    @abstractmethod
+    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
+        """Return what this micro-batch adds on this rank. `counts` are sums over the global batch.
+
+        Terms of single tokens [B, S] are summed as they are. Terms made of a sum along rows (`rows.per_row`,
+        `rows.per_document`) are the same on all context ranks, and `rows.share` takes this one's part of their sum.
+        """
+
+    @abstractmethod
+    def reported(self, rows: Rows) -> tuple[str, ...]:
+        """Return the names that `contribution` reports, the same for every micro-batch and rank."""
+
+    def losses(self, reports: Mapping[str, float], balance_loss: float, counts: Mapping[str, float]) -> Losses:
+        """Return what a step says of its losses: `reports`, summed over the global batch."""
+        return Losses(reports, balance_loss, counts)

@@ -1,0 +1,85 @@
+"""Scores of given tokens, forward only: what training's losses are made of, in the order of the batch.
+
+Shapes: B rows of this data rank, S tokens of a whole sequence, K experts of a token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_deepseek.model.predictions import Predictions
+from megatron_deepseek.model.step import Contribution, Rows
+from megatron_deepseek.parallel.context import zigzag
+from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.tensor import all_gather
+from megatron_deepseek.training.objective import Objective
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The same on every rank that has these rows, whatever pipeline stage it holds.
+
+    log_probabilities_BS: log p(label) of each token, at least float32. `experts`, where they were asked for: by layer
+    ("model.layers.3.mlp") which experts each token chose, int64 [B, S, K] in no particular order, -1 for padding.
+    """
+
+    log_probabilities_BS: torch.Tensor
+    experts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class KeepLogProbabilities(Objective):
+    """An objective without a loss: log-probabilities of each micro-batch are left in `kept`, in their order."""
+
+    def __init__(self):
+        self.kept: list[torch.Tensor] = []
+
+    def counts(self, rows: Rows) -> Mapping[str, float]:
+        return {}
+
+    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
+        log_probabilities_BS = predictions.log_probabilities()
+        self.kept.append(log_probabilities_BS)
+        return Contribution(log_probabilities_BS.new_zeros(()))
+
+    def reported(self, rows: Rows) -> tuple[str, ...]:
+        return ()
+
+
+def whole_sequences(own: torch.Tensor, meshes: Meshes) -> torch.Tensor:
+    """Return all positions, [B, S, ...], of which this context rank has its own along dimension 1."""
+    size = meshes.layout.cp
+    if size == 1:
+        return own
+    gathered = all_gather(own, 1, meshes.group("cp"))
+    order_S = torch.cat([zigzag(gathered.shape[1], rank, size) for rank in range(size)])
+    return gathered.index_select(1, order_S.argsort().to(own.device))
+
+
+def from_stage(own: torch.Tensor | None, like: torch.Tensor, holder: int, meshes: Meshes) -> torch.Tensor:
+    """Return what pipeline rank `holder` has, on all pipeline ranks; `like` has its shape, dtype and device."""
+    if meshes.layout.pp == 1:
+        return own
+    result = like if own is None else own.contiguous()
+    group = meshes.group("pp")
+    dist.broadcast(result, group=group, group_src=holder)
+    return result
+
+
+def chosen_experts(chosen: Mapping[str, Sequence[torch.Tensor]], like_BSK: torch.Tensor, holders: Mapping[str, int],
+                   meshes: Meshes) -> dict[str, torch.Tensor]:
+    """Return which experts the tokens chose in every layer, on every rank.
+
+    `chosen`: of this rank's layers, what each micro-batch's tokens of this tensor-parallel rank chose. `holders`: the
+    pipeline rank of each layer of the model, in the same order on all ranks.
+    """
+    found = {}
+    for layer, holder in holders.items():
+        own = None
+        if layer in chosen:
+            own = torch.cat(list(chosen[layer]))
+            own = own if meshes.layout.tp == 1 else all_gather(own, 1, meshes.group("tp"))
+            own = whole_sequences(own, meshes)
+        found[layer] = from_stage(own, like_BSK.clone(), holder, meshes)
+    return found

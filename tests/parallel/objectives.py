@@ -1,0 +1,85 @@
+"""Objectives that are no mean over tokens: each is nonlinear in sums along rows or documents."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from megatron_deepseek.model.predictions import Predictions
+from megatron_deepseek.model.step import Contribution, Rows
+from megatron_deepseek.training.objective import Objective
+
+REFERENCE = "reference_log_probabilities"
+BETA = 0.7
+
+
+class MeanOverSamples(Objective):
+    """The mean over samples (documents, or rows) of the weighted mean over their tokens, of the main prediction and
+    half of that of each MTP depth. A sample without a label does not count.
+    """
+
+    def __init__(self, num_depths: int = 0):
+        self.num_depths = num_depths
+
+    def counts(self, rows: Rows) -> Mapping[str, torch.Tensor]:
+        return {f"samples_{depth}": (rows.per_document(rows.weights_BMS[:, depth]) > 0).sum()
+                for depth in range(1 + self.num_depths)}
+
+    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
+        reports = {}
+        for depth in range(1 + predictions.num_depths):
+            weights_BS = rows.weights_BMS[:, depth]
+            loss_BD = rows.per_document(-predictions.log_probabilities(depth) * weights_BS)
+            weight_BD = rows.per_document(weights_BS)
+            mean_BD = loss_BD / weight_BD.where(weight_BD > 0, 1.0)
+            reports[f"sample_loss_{depth}"] = rows.share(mean_BD) / (counts[f"samples_{depth}"] or 1.0)
+        main, *ahead = reports.values()
+        return Contribution(main + 0.5 * sum(ahead), reports)
+
+    def reported(self, rows: Rows) -> tuple[str, ...]:
+        return tuple(f"sample_loss_{depth}" for depth in range(1 + self.num_depths))
+
+
+class PairedSigmoid(Objective):
+    """DPO's loss (arXiv 2305.18290): pairs are rows 2i, preferred, and 2i + 1; of packed rows, neighbouring documents.
+
+    The reference model's log-probabilities come with the batch.
+    """
+
+    inputs = (REFERENCE,)
+    rows_together = 2
+
+    def counts(self, rows: Rows) -> Mapping[str, torch.Tensor]:
+        return {"pairs": self._pairs(rows, rows.weights_BS)[1].sum()}
+
+    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
+        ratio_BS = (predictions.log_probabilities() - rows.inputs[REFERENCE]) * rows.weights_BS
+        ratios_P2, exists_P = self._pairs(rows, ratio_BS)
+        margin_P = BETA * (ratios_P2[:, 0] - ratios_P2[:, 1])
+        loss = rows.share(-F.logsigmoid(margin_P) * exists_P) / (counts["pairs"] or 1.0)
+        accuracy = rows.share((margin_P > 0).double() * exists_P) / (counts["pairs"] or 1.0)
+        return Contribution(loss, {"dpo_loss": loss, "accuracy": accuracy})
+
+    def reported(self, rows: Rows) -> tuple[str, ...]:
+        return "dpo_loss", "accuracy"
+
+    def _pairs(self, rows: Rows, x_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of x [P, 2] over the two of each pair, and which pairs there are: of documents, both must exist."""
+        if rows.sums.documents is None:
+            sums_P2 = rows.per_row(x_BS).view(-1, 2)
+            return sums_P2, torch.ones_like(sums_P2[:, 0])
+        sums_BD, exists_BD = rows.per_document(x_BS), rows.per_document(torch.ones_like(x_BS)) > 0
+        odd = sums_BD.shape[1] % 2
+        sums_P2, exists_P2 = (F.pad(x, (0, odd)).reshape(-1, 2) for x in (sums_BD, exists_BD))
+        return sums_P2, exists_P2.all(1)
+
+
+def objective_of(kind: str, mtp_depth: int) -> Objective | None:
+    """None for pre-training's own."""
+    return {"next_token": lambda: None, "samples": lambda: MeanOverSamples(mtp_depth), "pairs": PairedSigmoid}[kind]()
+
+
+def reference_log_probabilities(size: int, step: int, length: int) -> torch.Tensor:
+    """[size, length] float64, of about a random model's size."""
+    generator = torch.Generator().manual_seed(300 + step)
+    return -4 * torch.rand(size, length, dtype=torch.float64, generator=generator)
