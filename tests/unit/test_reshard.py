@@ -61,7 +61,7 @@ def test_there_and_back(tmp_path, original, state, seed):
 
 def test_moments_of_a_part_of_the_parameters(tmp_path, state, capsys):
     """Of a run that froze some, and one more at first: through a layout and back, and without the optimizer."""
-    frozen = "model.embed_tokens.weight", "model.layers.1.mlp.experts.down_proj", "model.layers.2.self_attn.o_proj.weight"
+    frozen = "model.embed_tokens.weight", "layers.1.mlp.experts.down_proj", "layers.2.self_attn.o_proj.weight"
     part = {name: tensor for name, tensor in state.items()
             if not (name.startswith("optimizer.") and name.endswith(frozen))}
     assert len(part) == len(state) - 2 * len(frozen)
