@@ -3,7 +3,6 @@
 import errno
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -59,8 +58,8 @@ def load_and_save(case: Case, load: Path, save: Path) -> dict[str, torch.Tensor]
     """What arrives in the layout of `case`, saved again from there."""
     trainer = build(case)
     state = checkpoint.load(checkpoint_directory(load), trainer.stages, trainer.optimizer)
-    assert asdict(state) == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
-                             "optimizer_steps": STEPS, "batches": ((STEPS, case.global_batch_size),)}
+    assert state.to_json() == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
+                               "optimizer_steps": STEPS, "batches": ((STEPS, case.global_batch_size),)}
     checkpoint.save(save, state, case.model, trainer.stages, trainer.optimizer)
     return numbers(trainer)
 
