@@ -4,6 +4,7 @@ Every command imports this first, so what none of them can do without is asked f
 read this file.
 """
 
+import importlib
 import importlib.util
 import sys
 
@@ -21,3 +22,23 @@ for _name in ("torch", "numpy", "tokenizers", "tqdm", "xxhash"):
     if importlib.util.find_spec(_name) is None:
         _refuse("%s, which %s does not have: `make venv` and `source .venv/bin/activate`, or pip install -e ."
                 % (_name, sys.executable))
+
+# What is meant to be imported, and the module that has it: loaded when first asked for, since torch takes a while.
+_EXPORTS = {
+    "Batch": "data.batch", "BuildOptions": "model.build", "Contribution": "model.step", "Layout": "parallel.layout",
+    "ModelConfig": "config", "NextToken": "training.next_token", "Objective": "training.objective",
+    "OptimizerSettings": "settings", "PipelineSettings": "settings", "Plan": "training.trainer",
+    "Precision": "model.build", "Trainer": "training.trainer", "load_config": "presets",
+    "load_weights": "checkpoint.distributed", "make_trainer": "library", "start_job": "library",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError("module %r has no attribute %r" % (__name__, name))
+    return getattr(importlib.import_module("%s.%s" % (__name__, _EXPORTS[name])), name)
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_EXPORTS))

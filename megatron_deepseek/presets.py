@@ -52,7 +52,7 @@ def preset_names() -> tuple[str, ...]:
     return tuple(name for name, _ in _PRESETS)
 
 
-def load_model(name: str) -> ModelConfig:
+def load_config(name: str) -> ModelConfig:
     """The preset of that name, or the architecture in a config.json file (or a directory that holds one)."""
     for preset, config in _PRESETS:
         if name == preset:

@@ -7,13 +7,13 @@ from argparse import Namespace
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
 from megatron_deepseek.config import ModelConfig, RopeScaling
-from megatron_deepseek.presets import describe_model, load_model
+from megatron_deepseek.presets import describe_model, load_config
 
 
 def build_model(args: Namespace) -> ModelConfig:
     """The architecture that `args` describes. Raises ValueError, naming arguments, where it contradicts itself."""
     try:
-        base = load_model(args.model)
+        base = load_config(args.model)
     except ValueError as error:
         raise ValueError(f"--model: {error}") from error
     given = {field: getattr(args, field) for _, field, _, _ in ARCHITECTURE if getattr(args, field) is not None}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.presets import load_model
+from megatron_deepseek.presets import load_config
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Notice:
 def _dense_layers_removed(r: Request) -> bool:
     if r.args.moe_layer_freq is None or not r.model.n_routed_experts:
         return False
-    base = load_model(r.args.model)
+    base = load_config(r.args.model)
     return any(r.model.is_moe_layer(layer) for layer in range(base.first_k_dense_replace))
 
 

@@ -43,16 +43,17 @@ T = TypeVar("T")
 
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-         group: dist.ProcessGroup | None = None, notes: Mapping[str, Any] | None = None) -> Path:
+         group: dist.ProcessGroup | None = None, notes: Mapping[str, Any] | None = None,
+         still_mine: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
 
     Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
     were there are then as before. `group`: a gloo group of all ranks (the default group). `notes`: further JSON
-    files by name, as rank 0 has them.
+    files by name, as rank 0 has them. `still_mine`: as of CheckpointWriter.
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
-                 storage_writer=CheckpointWriter(root, state, config, keep_last, notes))
+                 storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine))
     except CheckpointException as error:
         raise first_failure(error) from None
     return iteration_directory(root, state.iteration)
@@ -90,13 +91,13 @@ class BackgroundSaver:
 
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
               optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-              notes: Mapping[str, Any] | None = None) -> Future:
+              notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None) -> Future:
         """Like `save`; returns once everything is copied. Wait for the future before the next call.
 
         The future's error is DCP's CheckpointException: see `first_failure`.
         """
         return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
-                              storage_writer=CheckpointWriter(root, state, config, keep_last, notes))
+                              storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine))
 
     def close(self) -> None:
         self._stager.close()

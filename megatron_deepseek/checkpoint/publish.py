@@ -20,12 +20,17 @@ from megatron_deepseek.checkpoint.marker import (
     REMOVING,
     REPLACED,
     SAVING,
+    find_iteration,
     iteration_directory,
     iterations,
     last_iteration,
     leftovers,
     next_marker,
 )
+
+
+class Unnamed(OSError):
+    """A checkpoint is whole and has its name, but the marker could not be replaced: loading may take another one."""
 
 
 def check_writable(option: str, path: Path) -> Path:
@@ -88,13 +93,32 @@ def publish(root: Path, iteration: int, keep_last: int | None = None) -> Path:
         shutil.rmtree(older, ignore_errors=True)
         os.rename(directory, older)
     os.rename(saving, directory)
-    sync_directory(root)
-    os.replace(next_marker(root), root / MARKER)
-    sync_directory(root)
-    if keep_last is not None:
-        _keep_newest(root, keep_last)
-    settle(root)
+    _mark(root, directory)
+    with suppress(OSError):  # what cannot be looked for now is removed by the next save
+        if keep_last is not None:
+            _keep_newest(root, keep_last)
+        settle(root)
     return directory
+
+
+def _mark(root: Path, directory: Path) -> None:
+    """Let the marker name `directory`. Raise Unnamed, which says what loading takes, if the file system refuses."""
+    try:
+        sync_directory(root)
+        os.replace(next_marker(root), root / MARKER)
+    except OSError as error:
+        raise Unnamed(error.errno, f"{error.strerror}; {directory} is whole, {_what_loading_takes(root, directory)}",
+                      str(root / MARKER)) from error
+    with suppress(OSError):
+        sync_directory(root)
+
+
+def _what_loading_takes(root: Path, newest: Path) -> str:
+    last = last_iteration(root)
+    if last is None:
+        return "but --ckpt-step must say so"
+    taken = find_iteration(root, last)
+    return "and is what loading takes" if taken == newest else f"but loading takes {taken} unless --ckpt-step is given"
 
 
 def _keep_newest(root: Path, count: int) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -47,14 +47,15 @@ _HEADER_BYTES = 2048  # about, around each tensor: torch.save's zip
 class CheckpointWriter(dcp.FileSystemWriter):
     """Writes iteration `state.iteration` under `root` and makes it the last one; every rank has its own.
 
-    `notes`: further JSON files by name, of which the coordinator's count.
+    `notes`: further JSON files by name, of which the coordinator's count. `still_mine` raises, or ends the process, if
+    `root` has become another run's: called before anything there is made, removed or renamed.
     """
 
     def __init__(self, root: Path, state: TrainState, config: ModelConfig, keep_last: int | None = None,
-                 notes: Mapping[str, Any] | None = None):
+                 notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None):
         super().__init__(saving_directory(root, state.iteration), sync_files=True)
         self.root, self.state, self.config, self.keep_last = root, state, config, keep_last
-        self.notes = notes or {}
+        self.notes, self.still_mine = notes or {}, still_mine
         self.fs = _ChecksummedFiles()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -65,6 +66,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.still_mine()
         begin(self.root, self.state.iteration)
         needed = bytes_of(plans)
         free = shutil.disk_usage(self.root).free
@@ -74,6 +76,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """This rank's file; its checksum travels to the coordinator as one more result."""
+        self.still_mine()
         self.path.mkdir(exist_ok=True)  # for a network file system that has not seen the coordinator's yet
         try:
             with serialization.patch("save.compute_crc32", False):  # of this thread; XXH3 is ten times as fast
@@ -88,6 +91,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         ranks = [Written(*of_rank.pop().storage_data) for of_rank in results]
         await_files(self.path, ranks)
+        self.still_mine()
         super().finish(metadata, results)
         write_synced(self.path / "config.json", json.dumps(self.config.to_hf_dict(), indent=2))
         write_synced(self.path / "state.json", json.dumps(self.state.to_json(), indent=2))
@@ -97,6 +101,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         damage = check_sizes(self.path, read_checksums(self.path))
         if damage:
             raise OSError(errno.EIO, f"the checkpoint came out damaged: {'; '.join(map(str, damage))}", str(self.path))
+        self.still_mine()
         publish(self.root, self.state.iteration, self.keep_last)
 
 

@@ -1,7 +1,9 @@
 """A file that grows by records while a run goes on, whatever happens to its disk, its permissions or its directory."""
 
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _COPIED_BYTES = 1 << 20
@@ -12,7 +14,8 @@ class AppendedFile:
     next record: none is lost or torn.
 
     The first failure and the end of it are told, a line each. A file that was removed, with its directory or without,
-    is made again: what had been written is still held open.
+    is made again: what had been written is still held open. One that the server of a network file system no longer
+    knows (ESTALE, as after it was started again) is opened anew by its name.
     """
 
     def __init__(self, path: Path, tell: Callable[[str], None]):
@@ -49,6 +52,15 @@ class AppendedFile:
             os.close(self._file)
 
     def _bring(self) -> None:
+        try:
+            self._write_out()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            self._make_again()
+            self._write_out()
+
+    def _write_out(self) -> None:
         if self._waiting and self._is_elsewhere():
             self._make_again()
         while self._waiting:
@@ -63,13 +75,14 @@ class AppendedFile:
             return True
 
     def _make_again(self) -> None:
-        if self.path.exists():  # somebody put another file in its place, which is theirs
+        if self.path.exists():  # it is the file, or another that somebody put in its place, which is theirs
             replacement = self._open(self.path)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replacement = self._copy()
             self.tell(f"{self.path} was removed while the run wrote it, and is made again")
-        os.close(self._file)
+        with suppress(OSError):  # of what could not be written for a file that is gone
+            os.close(self._file)
         self._file = replacement
 
     def _copy(self) -> int:

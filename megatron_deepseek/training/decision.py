@@ -38,9 +38,9 @@ from megatron_deepseek.checkpoint.marker import (
 from megatron_deepseek.checkpoint.mtp import module_prefixes
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.lock_holder import LOCK, read_holder
 from megatron_deepseek.training.metrics import FILE_NAME
 from megatron_deepseek.training.recorded import Job, Recorded, read_recorded
-from megatron_deepseek.training.save_lock import LOCK, read_holder
 
 SHARED_SECONDS = 30.0  # for a network file system to show another node's new file: its clients keep directories so long
 

@@ -135,7 +135,7 @@ class Run:
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)
         self.saver = Saver(settings.run, settings.model, trainer, report, state.iteration if start.is_saved else None,
-                           recorded, lambda: _keep_beside(settings, start))
+                           recorded, lambda: _keep_beside(settings, start), start.lock)
         self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)

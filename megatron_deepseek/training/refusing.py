@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.lives import agent_store
 from megatron_deepseek.training.failure import FailureClaim
+from megatron_deepseek.training.lock_holder import Holder
 from megatron_deepseek.training.save_lock import SaveLock
 
 _SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while one speaks
@@ -37,3 +39,9 @@ def refuse(line: str) -> None:
         time.sleep(_SILENT_SECONDS)
     tell_agent(line)
     os._exit(2)
+
+
+def refuse_taken_over(save: Path, holder: Holder) -> None:
+    """End this rank, since `save` is now the other's."""
+    refuse(f"--save {save} was taken over by {holder} while this run was suspended or cut off from it: it stops here, "
+           "and its last checkpoints may be the other's")

@@ -22,9 +22,9 @@ from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide
 from megatron_deepseek.training.recorded import Job, Recorded, differences, explain_marks
-from megatron_deepseek.training.refusing import refuse, refusing
+from megatron_deepseek.training.refusing import refuse_taken_over, refusing
 from megatron_deepseek.training.report import Report
-from megatron_deepseek.training.save_lock import Holder, SaveLock
+from megatron_deepseek.training.save_lock import SaveLock
 from megatron_deepseek.training.schedules import schedule_of
 from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer
@@ -40,11 +40,8 @@ def save_lock(settings: Settings, job: Job) -> SaveLock | None:
     if settings.run.save is None or not _is_first_rank():
         return None
 
-    def lost(holder: Holder) -> None:
-        refuse(f"--save {settings.run.save} was taken over by {holder} while this run was suspended or cut off from "
-                "it: it stops here, and its last checkpoints may be the other's")
-
-    return SaveLock(settings.run.save, job.name, lambda line: print(line, flush=True), lost)
+    return SaveLock(settings.run.save, job.name, lambda line: print(line, flush=True),
+                    lambda holder: refuse_taken_over(settings.run.save, holder))
 
 
 def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Start | None:

@@ -9,57 +9,28 @@ nothing. Who holds it is dead if
                                        the same for SILENCE_SECONDS. It is compared with itself alone, so the clocks of
                                        two machines need not agree
 
+Several may find the same one dead. Only who holds the right to its place, a file named after the dead one and
+got like the lock itself, puts its own name there, by one rename: so the lock of a holder that lives is never moved, and
+at no moment does it name nobody. A holder that ends gives its lock up under the same right.
+
 A holder that finds another one's name in its lock (it was suspended, or cut off) must stop at once: two would write.
 """
 
 import errno
 import json
 import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.publish import write_synced
-from megatron_deepseek.foreign_json import JsonObject, parse_json
+from megatron_deepseek.training.lock_holder import LOCK, Holder, read_holder
 
-LOCK = "run.lock"
 BEAT_SECONDS, SILENCE_SECONDS = 10.0, 60.0
 LEAVING_SECONDS = 5.0  # ranks whose agent was killed notice it within a second or two, and end
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-
-
-@dataclass(frozen=True)
-class Holder:
-    """`place`: what must be the same for a process number to mean the same process; `started`: when it did, in ticks.
-
-    `since`: when the lock was made, by the clock of `host`. `job`: the same in all lives of one torchrun job.
-    """
-
-    token: str
-    host: str = "?"
-    place: str = ""
-    pid: int = 0
-    started: str = ""
-    since: str = "?"
-    job: str = ""
-
-    @classmethod
-    def here(cls, job: str) -> "Holder":
-        since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _place(), os.getpid(), _process(os.getpid()) or "", since,
-                   job)
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since}"
-
-    def process_is_gone(self) -> bool:
-        """Whether the process of a holder in this place has ended."""
-        return _process(self.pid) != self.started
 
 
 class SaveLock:
@@ -79,16 +50,13 @@ class SaveLock:
         """ValueError, which names the holder, if there is one that lives. Can take `silence_seconds`."""
         self._made_root = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
-        while not self._make():
-            holder = read_holder(self.path)
-            if holder is None:
-                continue
-            if not self._is_dead(holder):
-                raise ValueError(f"--save {self.root} is in use by {holder}: two runs cannot share it; stop that one, "
-                                 "or save elsewhere")
-            self._remove(holder)
+        holder = self._get(self.path)
+        if holder is not None:
+            raise ValueError(f"--save {self.root} is in use by {holder}: two runs cannot share it; stop that one, "
+                             "or save elsewhere")
         for leftover in self.root.glob(f"{LOCK}.*"):
-            leftover.unlink(missing_ok=True)
+            if self.me.token not in leftover.name:  # who takes this one's place needs the right to it
+                leftover.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._keep, daemon=True, name="save-lock")
         self._thread.start()
 
@@ -97,22 +65,68 @@ class SaveLock:
         self._done.set()
         if self._thread is not None:
             self._thread.join(self.beat_seconds)
+        right = self._right(self.path, self.me)
         try:
-            holder = read_holder(self.path)
-            if holder is not None and holder.token == self.me.token:
-                self.path.unlink()
+            if self._is_mine(self.path) and self._make(right):
+                self._drop(self.path)
+                self._drop(right)
             if self._made_root:
                 self.root.rmdir()
         except OSError:
             pass  # what is left is a dead process's lock
 
-    def _make(self) -> bool:
-        """Whether the lock is now this one's."""
-        aside = self.path.with_name(f"{LOCK}.{self.me.token}.tmp")
-        content = json.dumps(asdict(self.me)) + "\n"
+    def _get(self, path: Path) -> Holder | None:
+        """Make the file at `path` this one's. Returns the holder that is in its way, if there is one that lives."""
+        while not self._make(path):
+            holder = read_holder(path)
+            if holder == self.me:
+                break
+            if holder is None:
+                self.root.mkdir(parents=True, exist_ok=True)  # the one that made it may have ended
+                continue
+            if self._is_dead(path, holder):
+                in_the_way = self._take_over(path, holder)
+                if in_the_way is not None:
+                    return in_the_way
+            elif read_holder(path) == holder:
+                return holder
+        return None
+
+    def _take_over(self, path: Path, dead: Holder) -> Holder | None:
+        """Put this one's name in the place of the dead holder's, unless its place is another's by now.
+
+        Returns who holds the right to that place and lives.
+        """
+        right = self._right(path, dead)
+        in_the_way = self._get(right)
+        if in_the_way is not None:
+            return in_the_way
         try:
-            write_synced(aside, content)
-            os.link(aside, self.path)
+            if read_holder(path) == dead:
+                self._put_in_place(path)
+        finally:
+            self._drop(right)
+        return None
+
+    @staticmethod
+    def _right(path: Path, holder: Holder) -> Path:
+        """Who holds this file may end what `holder` has at `path`."""
+        return path.with_name(f"{path.name}.{holder.token or 'damaged'}.taken")
+
+    def _is_mine(self, path: Path) -> bool:
+        holder = read_holder(path)
+        return holder is not None and holder.token == self.me.token
+
+    def _drop(self, path: Path) -> None:
+        if self._is_mine(path):
+            path.unlink(missing_ok=True)
+
+    def _make(self, path: Path) -> bool:
+        """Whether the file at `path`, which was not there, is now this one's."""
+        aside = self._aside()
+        try:
+            write_synced(aside, self._content())
+            os.link(aside, path)
             return True
         except FileExistsError:
             return _links(aside) == 2  # NFS asks twice if the first answer was lost
@@ -121,80 +135,89 @@ class SaveLock:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            return self._make_without_links(content)
+            return self._make_without_links(path)
         finally:
             aside.unlink(missing_ok=True)
 
-    def _make_without_links(self, content: str) -> bool:
+    def _make_without_links(self, path: Path) -> bool:
         try:
-            with open(self.path, "x", encoding="utf-8") as file:
-                file.write(content)
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(self._content())
         except FileExistsError:
             return False
         return True
 
-    def _is_dead(self, holder: Holder) -> bool:
+    def _put_in_place(self, path: Path) -> None:
+        """This one's file instead of the one at `path`; not if somebody else got the lock, and swept this one aside."""
+        aside = self._aside()
+        try:
+            write_synced(aside, self._content())
+            os.rename(aside, path)
+        except FileNotFoundError:
+            pass
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _aside(self) -> Path:
+        return self.path.with_name(f"{LOCK}.{self.me.token}.tmp")
+
+    def _content(self) -> str:
+        return json.dumps(asdict(self.me)) + "\n"
+
+    def _is_dead(self, path: Path, holder: Holder) -> bool:
+        """Of the holder that the file at `path` names. False as soon as it names another, or nobody."""
         if holder.job and holder.job == self.me.job:
             return True
         if holder.place and holder.place == self.me.place:
-            return _within(self.leaving_seconds, holder.process_is_gone)
-        self.say(f"{self.path} is held by {holder}, which may be dead: waiting {self.silence_seconds:g} s for a sign "
+            _within(self.leaving_seconds, lambda: holder.process_is_gone() or _has_left(path, holder))
+            return holder.process_is_gone()
+        self.say(f"{path} is held by {holder}, which may be dead: waiting {self.silence_seconds:g} s for a sign "
                  "of life")
-        seen = self._beat()
-        return not _within(self.silence_seconds, lambda: self._beat() not in (seen, None))
-
-    def _beat(self) -> int | None:
-        """The lock's time of change in ns; None where it cannot be read. Opening asks an NFS server anew."""
-        try:
-            with open(self.path, "rb") as file:
-                return os.fstat(file.fileno()).st_mtime_ns
-        except OSError:
-            return None
-
-    def _remove(self, dead: Holder) -> None:
-        """Remove the lock of the dead holder, and no other: one that was made meanwhile is put back."""
-        aside = self.path.with_name(f"{LOCK}.{uuid.uuid4().hex}.dead")
-        try:
-            if (read_holder(self.path) or dead) != dead:
-                return
-            os.rename(self.path, aside)
-            moved = read_holder(aside)
-            if moved is not None and moved != dead:
-                os.rename(aside, self.path)
-                return
-            aside.unlink(missing_ok=True)
-        except FileNotFoundError:
-            pass
+        seen = _beat(path)
+        return not _within(self.silence_seconds, lambda: _beat(path) not in (seen, None) or _has_left(path, holder))
 
     def _keep(self) -> None:
-        """Renew the lock; make it again if the directory was removed. A beat that the disk refuses is tried again."""
+        """Renew the lock every `beat_seconds`. A beat that the disk refuses is tried again."""
         while not self._done.wait(self.beat_seconds):
             try:
-                holder = read_holder(self.path)
-                if holder is None:
-                    self.root.mkdir(parents=True, exist_ok=True)
-                    self._make()
-                elif holder.token == self.me.token:
-                    os.utime(self.path)
-                elif holder.token:
-                    self.lost(holder)
-                    return
+                other = self._renew()
             except OSError:
-                pass
+                continue
+            if other is not None:
+                self.lost(other)
+                return
 
-
-def read_holder(path: Path) -> Holder | None:
-    """Who a lock names; a Holder without a token if the file is damaged, None if there is no file."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    def _renew(self) -> Holder | None:
+        """A sign of life, also if the directory was removed or the lock damaged. The holder if it is another."""
+        holder = read_holder(self.path)
+        if holder is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._make(self.path)
+        elif not holder.token:
+            os.utime(self.path)  # a full disk takes no new file
+            self._take_over(self.path, holder)
+        elif holder.token == self.me.token:
+            os.utime(self.path)
+        else:
+            return holder
         return None
+
+
+def _has_left(path: Path, holder: Holder) -> bool:
+    """Whether the file names another, or nobody, or is gone."""
     try:
-        fields = JsonObject.of(parse_json(content, path), path)
-        texts = {name: fields.text(name) for name in ("token", "host", "place", "started", "since", "job")}
-        return Holder(pid=fields.integer("pid"), **texts)
-    except ValueError:
-        return Holder("")
+        return read_holder(path) != holder
+    except OSError:
+        return False
+
+
+def _beat(path: Path) -> int | None:
+    """A lock's time of change in ns; None where it cannot be read. Opening asks an NFS server anew."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _links(path: Path) -> int:
@@ -213,29 +236,3 @@ def _within(seconds: float, condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(min(0.5, seconds / 10))
     return True
-
-
-def _place() -> str:
-    """This boot of this host and this namespace of process numbers: containers of one host have each their own."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _process(pid: int) -> str | None:
-    """When a process of this place started; None if there is none, or only its exit status is left."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]
-    except FileNotFoundError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return ""

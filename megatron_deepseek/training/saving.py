@@ -16,15 +16,27 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.marker import iteration_directory, iterations, leftover_notes
+from megatron_deepseek.checkpoint.marker import (
+    find_iteration,
+    iteration_directory,
+    iterations,
+    last_iteration,
+    leftover_notes,
+)
 from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
-from megatron_deepseek.checkpoint.publish import saving_directory
+from megatron_deepseek.checkpoint.publish import Unnamed, saving_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.lock_holder import other_holder
 from megatron_deepseek.training.recorded import Recorded
+from megatron_deepseek.training.refusing import refuse_taken_over
 from megatron_deepseek.training.report import Report
 from megatron_deepseek.training.trainer import Trainer
+
+
+class TakenOver(Exception):
+    """Nothing may be written to --save any more."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,12 @@ class Saver:
     """Every rank has one, and calls `save` after the same steps. `begun`: the iteration that was saved last.
 
     On rank 0 `recorded` goes into every checkpoint as arguments.json, and `keep` makes what is to be beside them,
-    unless it is there.
+    unless it is there. `lock`: the token of --save's lock, without which nothing is written there; "" for no lock.
     """
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
-                 recorded: Recorded | None = None, keep: Callable[[], None] = lambda: None):
-        self.run, self.model, self.report, self.begun, self.keep = run, model, report, begun, keep
+                 recorded: Recorded | None = None, keep: Callable[[], None] = lambda: None, lock: str = ""):
+        self.run, self.model, self.report, self.begun, self.keep, self.lock = run, model, report, begun, keep, lock
         self.notes = {LAYOUT: layout_note(trainer.meshes.layout, trainer.plan.stages, trainer.plan.schedule,
                                           trainer.plan.seq_length)}
         if recorded is not None:
@@ -72,7 +84,7 @@ class Saver:
         self.failed = None
         if self.background is not None:
             future = self.background.begin(self.run.save, state, self.model, self.stages, self.optimizer,
-                                           self.run.keep_last, self.notes)
+                                           self.run.keep_last, self.notes, self._still_mine)
             stall = time.perf_counter() - begin
             self.pending = _Pending(future, state.iteration, begin, stall)
         else:
@@ -94,10 +106,19 @@ class Saver:
             self.report.message(f"config.json and tokenizer are not kept with --save {self.run.save}: {error}. The "
                                 "next save tries again")
 
+    def _still_mine(self) -> None:
+        """End this rank, as the watch over the lock does a moment later, if --save has become another run's while this
+        one was suspended or cut off. On every rank: each writes there.
+        """
+        other = other_holder(self.run.save, self.lock) if self.lock else None
+        if other is not None:
+            refuse_taken_over(self.run.save, other)
+            raise TakenOver(f"{self.run.save} is of {other}")
+
     def _save_now(self, state: TrainState, begin: float) -> None:
         try:
             directory = checkpoint.save(self.run.save, state, self.model, self.stages, self.optimizer,
-                                        self.run.keep_last, self.group, self.notes)
+                                        self.run.keep_last, self.group, self.notes, self._still_mine)
         except OSError as error:
             self._survive(error, state.iteration)
         else:
@@ -134,10 +155,22 @@ class Saver:
             raise error
         self.failed, self.begun = error, None
         if dist.get_rank() == 0:
-            shutil.rmtree(saving_directory(self.run.save, iteration), ignore_errors=True)
+            self._remove_remains(iteration)
         where = f"{error.filename}: " if error.filename else ""
+        if isinstance(error, Unnamed):
+            self.report.message(f"iteration {iteration} is saved, but not named as the last one: {where}"
+                                f"{error.strerror}. The next save tries again")
+            return
         self.report.message(f"iteration {iteration} is NOT saved: {where}{error.strerror or error}; "
                             f"{what_stays(self.run.save)}. The next save tries again")
+
+    def _remove_remains(self, iteration: int) -> None:
+        """What was written of a save that failed, unless it cannot be told whose it is."""
+        try:
+            self._still_mine()
+        except OSError:
+            return
+        shutil.rmtree(saving_directory(self.run.save, iteration), ignore_errors=True)
 
     def take_stall(self) -> float | None:
         """Seconds that training stood still for saves since the last call, None if there was no save."""
@@ -154,12 +187,14 @@ class Saver:
 
 
 def what_stays(save: Path) -> str:
-    """In words, the last checkpoint that is there although one after it could not be made."""
+    """In words, the checkpoint that loading takes although one after it could not be made."""
     try:
-        there = iterations(save)
+        named, there = last_iteration(save), iterations(save)
     except OSError:  # of a directory that can't even be listed
-        there = []
-    return f"{iteration_directory(save, there[-1])} is as it was" if there else "there is no checkpoint before it"
+        named, there = None, []
+    if named is None and not there:
+        return "there is no checkpoint before it"
+    return f"{find_iteration(save, there[-1] if named is None else named)} is as it was"
 
 
 _LONGEST_MINUTES = 60.0  # that the fastest rank waits for the slowest one's file

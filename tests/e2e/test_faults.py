@@ -1,19 +1,23 @@
 """Ranks die at random points of training and saving; they are started again, and nothing of it shows at the end."""
 
 import fcntl
+import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
 import termios
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from workshop import REPOSITORY
 
 from megatron_deepseek.checkpoint.marker import iterations, last_iteration
+from megatron_deepseek.training.lock_holder import LOCK, Holder, read_holder
 
 
 def drill(workshop, *arguments: str) -> str:
@@ -51,6 +55,45 @@ def test_leaves_in_time_and_exports_at_the_end_alone(workshop):
     assert not out.exists()
     job = workshop.run(1, [*arguments, "--train-iters", str(last + 1)])
     assert job.status == 0 and f"exported {out}" in job.output, job.output
+
+
+SUSPENDED = """
+import os, signal
+from megatron_deepseek.checkpoint import writer
+from megatron_deepseek.training.save_lock import SaveLock
+
+def check_then_stop(directory, listing, check=writer.check_sizes):
+    damage = check(directory, listing)
+    if directory.name == "iter_0000002.saving":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return damage
+
+writer.check_sizes = check_then_stop
+SaveLock._keep = lambda self: None  # which would find it out, too, within ten seconds
+import pretrain_deepseek
+pretrain_deepseek.main()
+"""
+
+
+def test_a_run_that_comes_back_to_anothers_directory_publishes_nothing(workshop):
+    """It was suspended right before its second checkpoint got its name; another run has begun that one meanwhile."""
+    root = workshop.directory / "suspended"
+    arguments = workshop.arguments("suspended", "--save-interval", "1", "--eval-iters", "0", "--train-iters", "4")
+    process = subprocess.Popen([sys.executable, "-c", SUSPENDED, *arguments], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1]), process.communicate()
+    other, theirs = Holder.here("another"), root / "iter_0000002.saving"
+    shutil.rmtree(theirs)
+    theirs.mkdir()
+    (theirs / "__0_0.distcp").write_text("theirs")
+    (root / LOCK).write_text(json.dumps(asdict(other)))
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (2, (
+        f"pretrain_deepseek.py: error: --save {root} was taken over by {other} while this run was suspended or cut off "
+        "from it: it stops here, and its last checkpoints may be the other's\n"))
+    assert iterations(root) == [1] and last_iteration(root) == 1 and read_holder(root / LOCK) == other
+    assert [path.read_text() for path in theirs.iterdir()] == ["theirs"]
 
 
 def test_an_export_that_fails_costs_nothing(workshop):

@@ -17,7 +17,7 @@ LOOP_MUTANTS = of(
     ("learning_rate(self.schedule, state.consumed_samples)", "learning_rate(self.schedule, state.iteration)"),
     ("learning_rate(self.schedule, state.consumed_samples)",
      "learning_rate(self.schedule, state.consumed_samples + size)"),
-    ("bias_rate=bias_rate(settings.loss, state, size)", "bias_rate=settings.loss.moe_router_bias_update_rate"),
+    ("bias_rate(settings.loss, state, size), self", "settings.loss.moe_router_bias_update_rate, self"),
     ("settings.run, settings.batch, state)\n", "settings.run, settings.batch)\n"),
     ("state.after(size, result.updated)", "state.after(size, True)"),
     ("num_samples(settings, state)", "num_samples(settings)"),
@@ -28,8 +28,6 @@ LOOP_MUTANTS = of(
     ("Sampler(valid, settings.model.vocab_size, name, eod) if", "Sampler(valid, settings.model.vocab_size, name) if"),
     ("return sum(values) / len(values)", "return sum(values)"),
     ("return sum(values) / len(values)", "return values[-1]"),
-    ("mask_BS=batch.loss_mask_BS,", "mask_BS=torch.ones_like(batch.loss_mask_BS),"),
-    ("documents_BS=batch.documents_BS, sources", "documents_BS=None, sources"),
     ("recompute=settings.recompute,", ""),
     ('settings.run.sharding == "optim_grads_params"', 'settings.run.sharding != "optim_grads_params"'),
     ("torch.bfloat16 if settings.run.bf16 else None,", "None,"),
@@ -39,7 +37,7 @@ LOOP_MUTANTS = of(
     ("by_source(self.valid_data.source_names, sums)[0]",
      "by_source(self.valid_data.source_names, losses[0].sources)[0]"),
     ("seed=settings.run.seed)", "seed=settings.data.seq_length)"),
-    ("optimizer=settings.optimizer, loss=settings.loss,", "loss=settings.loss,"),
+    ("        optimizer=settings.optimizer,\n", ""),
 )
 
 RESUME_MUTANTS = of(
@@ -177,18 +175,20 @@ KEPT_AND_FREED = of(
     "parallel/pipeline.py", STEP, ("    @torch.no_grad()\n    def evaluate", "    def evaluate"),
 ) + of(
     "training/trainer.py", STEP,
-    ("reshard_after_forward=plan.reshard_after_forward)", "reshard_after_forward=False)"),
     ("Votes(save > 0, leave > 0)", "Votes(leave > 0, save > 0)"),
 ) + of(
     "parallel/data.py", STEP,
     ("module.set_reshard_after_backward(enabled or freed)", "module.set_reshard_after_backward(True)"),
     ("module.set_reshard_after_backward(enabled or freed)", "module.set_reshard_after_backward(enabled)"),
 ) + of(
-    "model/deepseek.py", STEP,
-    ("self.losses.get(depth, 0) + loss.detach()", "self.losses.get(depth, 0) + loss"),
+    "model/step.py", STEP,
+    ("self.reports.get(name, 0) + value.detach()", "self.reports.get(name, 0) + value"),
+) + of(
+    "model/build.py", STEP,
+    ("options.reshard_after_forward,\n", "False,\n"),
 ) + of(
     "model/moe.py", ("tests/unit/test_side_stream.py", "tests/unit/test_trainer.py"),
-    ("loss.detach(), crossings)", "loss, crossings)"),
+    ("loss.detach(), crossings,", "loss, crossings,"),
     ("            shared.start(self.shared_experts, x_BSH)\n",
      "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),
 )

@@ -30,7 +30,7 @@ TENSOR = of(
     ("tp, Replicate(), tp.activation_grad, bias, product)", "tp, Replicate(), Replicate(), bias, product)"),
     ("        self.weight_grad = tp.activation_grad\n        self.eps",
      "        self.weight_grad = Replicate()\n        self.eps"),
-    ("return self.product(x, local_weight(self.weight, self.weight_grad))",
+    ("return self.product(x, self.local_weight())",
      "return self.product(x, local_weight(self.weight, Replicate()))"),
     ("        return x.chunk(group.size(), dim)[group.rank()].contiguous()",
      "        return x.chunk(group.size(), dim)[-1 - group.rank()].contiguous()"),
@@ -96,9 +96,9 @@ CONTEXT = of(
      "return x if self.size == 1 else x.chunk(self.size, dim)[self.rank]"),
     ("grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
     ("gradient[:, keys] = part.grad", "gradient[:, keys] = part.grad / 2"),
-    ("return {number: slice(place.start + part.start, place.stop + part.start)",
-     "return {number: slice(place.start, place.stop)"),
-    ("lse_BNS[queries], Scores(sight.scale, part.causal))", "lse_BNS[queries], Scores(sight.scale, False))"),
+    ("bounds += [start - begin + here, stop - begin + here]", "bounds += [start - begin, stop - begin]"),
+    ("start, stop = max(bounds[0], part.start), min(bounds[-1], part.stop)", "start, stop = bounds[0], bounds[-1]"),
+    ("lse_BNS[queries], Scores(ctx.scale, part.causal))", "lse_BNS[queries], Scores(ctx.scale, False))"),
     ("else torch.zeros_like(block)", "else torch.ones_like(block)"),
 )
 
@@ -150,13 +150,14 @@ SHARED = of(
 
 PIPELINE = of(
     "parallel/pipeline.py", STEP,
-    ("synchronize_gradients(module, i == num_microbatches - 1)", "synchronize_gradients(module, i == 0)"),
+    ("synchronize_gradients(module, i == last)", "synchronize_gradients(module, i == 0)"),
     ("            module.train()", "            pass"),
     ("        for module in self.modules:\n            reshard(module)", "        pass"),
     ("scale_grads=False)\n        if self.turns", "scale_grads=True)\n        if self.turns"),
     ("            module.eval()", "            pass"),
-    ("for i, x in enumerate(tokens_BS.tensor_split(number)):",
-     "for i, x in enumerate(reversed(tokens_BS.tensor_split(number))):"),
+    ("return zip(tokens_BS.tensor_split(len(micro_batches.items)),",
+     "return zip(reversed(tokens_BS.tensor_split(len(micro_batches.items))),"),
+    ("states = min(self.states_after[index], num_predictions)", "states = self.states_after[index]"),
 )
 
 ZERO_BUBBLE = of(
@@ -194,7 +195,7 @@ COUNTED = of(
     "training/trainer.py", TRAFFIC,
     ("tokens = copies / (self.plan.model.num_experts_per_tok or 1)", "tokens = copies"),
 ) + of(
-    "model/deepseek.py", TRAFFIC,
+    "model/step.py", TRAFFIC,
     ("self.crossings = self.crossings + stats.crossings", "self.crossings = stats.crossings"),
 )
 
@@ -212,16 +213,18 @@ TRAFFIC_BYTES = of(
 
 STEP_MUTANTS = of(
     "training/trainer.py", STEP,
-    ('dist.all_reduce(counts, group=self.meshes.group("dp"))', "pass"),
-    ('dist.all_reduce(counts, group=self.meshes.group("dp"))', "dist.all_reduce(counts)"),
-    ('dist.all_reduce(counts, group=self.meshes.group("dp"))',
-     'dist.all_reduce(counts, group=self.meshes.dense_fsdp.get_group())'),
-    ("mask.new_tensor([tokens_BS.shape[0]], dtype=torch.int64)",
-     "mask.new_tensor([tokens_BS.shape[0] // self.plan.micro_batch_size], dtype=torch.int64)"),
-    ("values[depth] = loss if first_tp else 0", "values[depth] = loss"),
-    ("values[depths] = tally.balance_loss", "values[depths] = tally.balance_loss if first_tp else 0"),
-    ("        if first_tp:\n            sources += tally.sources_K2", "        sources += tally.sources_K2"),
-    ("dist.all_reduce(together)", "dist.all_reduce(together, group=self.meshes.stage.get_group())"),
+    ('dist.all_reduce(together, group=self.meshes.group("dp"))', "pass"),
+    ('dist.all_reduce(together, group=self.meshes.group("dp"))', "dist.all_reduce(together)"),
+    ('dist.all_reduce(together, group=self.meshes.group("dp"))',
+     'dist.all_reduce(together, group=self.meshes.dense_fsdp.get_group())'),
+    ("(*own.values(), divided.num_rows)]", "(*own.values(), divided.num_rows // self.plan.micro_batch_size)]"),
+    ("tally.reports.get(name, 0.0) if first_tp else 0.0 for name in names]",
+     "tally.reports.get(name, 0.0) for name in names]"),
+    ("values += [tally.balance_loss, votes.save", "values += [tally.balance_loss if first_tp else 0.0, votes.save"),
+    ("        dist.all_reduce(together)\n        *reports",
+     "        dist.all_reduce(together, group=self.meshes.stage.get_group())\n        *reports"),
+    ("for layer in stage.mtp_layers(self.objective.num_depths)):", "for layer in stage.mtp_layers(9)):"),
+    ("self.holders[-1], self.meshes)", "0, self.meshes)"),
     ("        for shared in self.shared:\n            shared.sum_gradients()\n"
      "        norm = gradient_norm(self.parameters, self.meshes.device)",
      "        norm = gradient_norm(self.parameters, self.meshes.device)\n"
@@ -229,18 +232,40 @@ STEP_MUTANTS = of(
     ("counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None",
      "counted = {shared.name: None"),
     ("self.optimizer.zero_grad()", "pass"),
-    ("self.cp.own(routed_tokens(real_BS, mtp_depth, documents_BS))", "self.cp.own(routed_tokens(real_BS, mtp_depth))"),
-    ("label_mask_BMS=self.cp.own(mask)", "label_mask_BMS=mask[..., :mask.shape[-1] // self.cp.size]"),
     ("self.meshes.stage.get_group())\n        return StepResult",
      "self.meshes.dense_fsdp.get_group())\n        return StepResult"),
     ("bias_rate if healthy else 0.0", "0.0"),
     ("clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)", "pass"),
     ("stage.embedding or stage.mtp or (stage.loss and tied)]", "stage.embedding or (stage.loss and tied)]"),
     ("healthy = losses.finite() and math.isfinite(norm.item())", "healthy = True"),
-    ("self._reduce(inputs[\"step\"], votes(), sources_BK)",
-     "self._reduce(inputs[\"step\"], Votes(), sources_BK)"),
+    ("self._reduce(step.tally, divided, counts, votes())", "self._reduce(step.tally, divided, counts, Votes())"),
     ("        dist.all_reduce(sums)\n", ""),
+) + of(
+    "training/division.py", LAYOUTS,
+    ("objective.num_depths, batch.documents_BS)\n    own = ", "objective.num_depths)\n    own = "),
+    ("weights_BMS=cp.own(rows.weights_BMS),", "weights_BMS=rows.weights_BMS.chunk(cp.size, -1)[0],"),
+    ("inputs={**batch.inputs, **inputs})", "inputs=batch.inputs)"),
+    ("sums=replace(rows.sums, documents=own_documents),", "sums=rows.sums,"),
+    ("group=cp.group),", "group=None),"),
+) + of(
+    "parallel/sequence_sums.py", LAYOUTS,
+    ("return all_reduce(grad, ctx.group), None", "return grad, None"),
+    ("return x.sum() / (1 if self.group is None else self.group.size())", "return x.sum()"),
+    ("places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
+     "places_BS[:, :x_BS.shape[1]]"),
+) + of(
+    "training/next_token.py", ("tests/unit/test_objectives.py", "tests/unit/test_mtp.py"),
+    ("loss * self.mtp_scale / predictions.num_depths)", "loss * self.mtp_scale)"),
+    ('/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
+    ('counts["labels"] = (rows.weights_BS != 0).sum()', 'counts["labels"] = rows.weights_BS.sum()'),
+    ("(loss_BS * rows.weights_BMS[:, depth]).sum()", "(loss_BS * (rows.weights_BMS[:, depth] != 0)).sum()"),
+) + of(
+    "training/scoring.py", LAYOUTS,
+    ("return gathered.index_select(1, order_S.argsort().to(own.device))", "return gathered"),
+    ('own = own if meshes.layout.tp == 1 else all_gather(own, 1, meshes.group("tp"))',
+     'own = own.repeat(1, meshes.layout.tp, 1)'),
 )
+
 
 OPTIMIZER = of(
     "training/optimizer.py", STEP,
@@ -318,34 +343,37 @@ DEEPSEEK = of(
      "embedding = self.model.embed_tokens(labels_BMS[:, depth + 1])"),
     ("embedding = self.model.embed_tokens(labels_BMS[:, depth])",
      "embedding = self.model.embed_tokens(labels_BMS[:, depth]).detach()"),
-    ("loss * self.mtp_loss_scale / (len(states) - 1))", "loss * self.mtp_loss_scale)"),
-    ("/ max(step.num_labels[depth], 1)", "/ max(step.num_labels[0], 1)"),
-    ("labels.append(F.pad(labels[-1][:, 1:], (0, 1)))", "labels.append(labels[-1].roll(-1, 1))"),
-    ("shifted_BS = F.pad(shifted_BS[:, 1:], (0, 1))\n", "shifted_BS = shifted_BS.roll(-1, 1)\n"),
-    ("shifted_BS if documents_BS is None else shifted_BS & _stays(documents_BS, depth)", "shifted_BS"),
-    ("shifted_BS if documents_BS is None else shifted_BS & _stays(documents_BS, depth)",
-     "shifted_BS if documents_BS is None else shifted_BS & _stays(documents_BS, 1)"),
-    ("routed.append(both_BS if documents_BS is None else both_BS & _stays(documents_BS, depth))",
-     "routed.append(both_BS)"),
-    ("state_BSH = self.tp.enter(state_BSH)\n", ""),
-    ("self.model.embed_tokens.local_weight())", "self.model.embed_tokens.local_weight().detach())"),
+    ("self.model.embed_tokens.local_weight)", "lambda: self.model.embed_tokens.local_weight().detach())"),
+    ("if depth + 1 < labels_BMS.shape[1]:", "if depth < labels_BMS.shape[1]:"),
     ("        if config.num_hidden_layers - 1 in stage.layers:", "        if stage.loss:"),
     ("            current = self.model.norm(current)", "            pass"),
     ("if stage.embedding or stage.mtp or (stage.loss and config.tie_word_embeddings):",
      "if stage.embedding or stage.mtp or stage.loss:"),
-    ("states.append(self._layer(index, step, places, routed[depth + 1], states[-1], embedding))",
-     "states.append(self._layer(index, step, places, routed[depth + 1], states[0], embedding))"),
-    ("states.append(self._layer(index, step, places, routed[depth + 1], states[-1], embedding))",
-     "states.append(self._layer(index, step, places, routed[depth], states[-1], embedding))"),
+    ("states.append(self._layer(index, step, positions, routed[depth + 1], states[-1], embedding))",
+     "states.append(self._layer(index, step, positions, routed[depth + 1], states[0], embedding))"),
+    ("states.append(self._layer(index, step, positions, routed[depth + 1], states[-1], embedding))",
+     "states.append(self._layer(index, step, positions, routed[depth], states[-1], embedding))"),
+) + of(
+    "model/step.py", MODEL,
     ("self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E",
      "self.expert_counts[layer] = stats.counts_E"),
     ("self.balance_loss = self.balance_loss + stats.balance_loss", "self.balance_loss = stats.balance_loss"),
     ("self.dropped = self.dropped + stats.dropped", "self.dropped = stats.dropped"),
+    ("self.chosen.setdefault(layer, []).append(stats.experts_BSK)", "self.chosen[layer] = [stats.experts_BSK]"),
+) + of(
+    "model/shifts.py", MODEL,
+    ("labels.append(F.pad(labels[-1][:, 1:], (0, 1)))", "labels.append(labels[-1].roll(-1, 1))"),
+    ("shifted_BS = F.pad(shifted_BS[:, 1:], (0, 1))\n", "shifted_BS = shifted_BS.roll(-1, 1)\n"),
+    ("stays_BS = 1 if documents_BS is None else _stays(documents_BS, depth)", "stays_BS = torch.tensor(1)"),
+    ("stays_BS = 1 if documents_BS is None else _stays(documents_BS, depth)",
+     "stays_BS = 1 if documents_BS is None else _stays(documents_BS, 1)"),
+    ("routed.append(both_BS if documents_BS is None else both_BS & _stays(documents_BS, depth).to(real_BS.device))",
+     "routed.append(both_BS)"),
 )
 
 MLA = of(
     "model/mla.py", MODEL,
-    ("turned = apply_rope(k_pe.unsqueeze(2), places.rope_2SD).squeeze(2)", "turned = k_pe"),
+    ("turned = apply_rope(k_pe.unsqueeze(2), positions.rope_2SD).squeeze(2)", "turned = k_pe"),
     ("self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))",
      "self.tp.leave(self.o_proj.add_bias(self.o_proj(y_BSV)))"),
     ("return self.tp.enter(torch.cat([c_q, c_kv, k_pe], -1)).split(sizes, -1)",
@@ -363,7 +391,7 @@ BUILD = of(
     "model/build.py", LAYOUTS,
     ("yield Unit(layer.mlp.experts, meshes.expert_fsdp, precision.compute)",
      "yield Unit(layer.mlp.experts, meshes.dense_fsdp, precision.compute)"),
-    ("sharers = meshes.sequence.get_group() if meshes.sequence.size() > 1 else None", "sharers = None"),
+    ("sharers=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,", "sharers=None,"),
 ) + of(
     "model/build.py", ("tests/unit/test_trainer.py", *BF16),
     ("                yield Unit(layer.mlp.gate, meshes.dense_fsdp)", "                pass"),
@@ -383,7 +411,7 @@ SAMPLES = of(
 ) + of(
     "training/loop.py", DATA,
     ('return self.trainer.meshes.rank("dp"), self.settings.layout.dp', "return 0, self.settings.layout.dp"),
-    ("batch.tokens_BS.shape[0] * settings.layout.dp", "batch.tokens_BS.shape[0]"),
+    ("batch.num_rows * settings.layout.dp", "batch.num_rows"),
 )
 
 MUTANTS = (

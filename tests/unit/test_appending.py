@@ -112,3 +112,38 @@ def test_another_file_of_that_name_is_kept(tmp_path):
     file.write(b"second\n")
     file.close()
     assert path.read_bytes() == b"edited\nsecond\n"
+
+
+def stale_once(monkeypatch, name: str, times: int = 1) -> None:
+    """The first calls of os.`name` fail as on a file that the NFS server does not know any more."""
+    real, left = getattr(os, name), [None] * times
+
+    def call(*args):
+        if left:
+            left.pop()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(*args)
+
+    monkeypatch.setattr(f"megatron_deepseek.training.appending.os.{name}", call)
+
+
+@pytest.mark.parametrize("call", ["write", "fstat"])
+def test_a_stale_file_handle_is_opened_anew(monkeypatch, tmp_path, call):
+    told, path = [], tmp_path / "file"
+    file = AppendedFile(path, told.append)
+    file.write(b"first\n")
+    stale_once(monkeypatch, call)
+    file.write(b"second\n")
+    file.close()
+    assert path.read_bytes() == b"first\nsecond\n" and told == []
+
+
+def test_a_handle_that_stays_stale_is_told(monkeypatch, tmp_path):
+    told, path = [], tmp_path / "file"
+    file = AppendedFile(path, told.append)
+    stale_once(monkeypatch, "write", 2)
+    file.write(b"first\n")
+    assert path.read_bytes() == b"" and "Stale file handle" in told[0]
+    file.write(b"second\n")
+    file.close()
+    assert path.read_bytes() == b"first\nsecond\n" and told[1:] == [f"{path} is written again, and nothing is missing"]

@@ -9,7 +9,7 @@ import pytest
 from megatron_deepseek import hf_config, hf_rope
 from megatron_deepseek.checkpoint.names import BIAS, native_places
 from megatron_deepseek.config import ModelConfig, RopeScaling
-from megatron_deepseek.presets import TINY, V2, V2_LITE, V3, load_model, preset_names
+from megatron_deepseek.presets import TINY, V2, V2_LITE, V3, load_config, preset_names
 
 # By hand, from the released files of V2-Lite, V2, V3, R1 and V3.1: all of them say these.
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
@@ -62,17 +62,17 @@ def test_parameter_counts_in_words():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_round_trip(name, tmp_path):
-    model = load_model(name)
+    model = load_config(name)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(model.to_hf_dict()))
-    assert ModelConfig.from_file(path) == ModelConfig.from_file(tmp_path) == load_model(str(path)) == model
+    assert ModelConfig.from_file(path) == ModelConfig.from_file(tmp_path) == load_config(str(path)) == model
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_round_trip_through_transformers(name):
     """Their class reads our fields; what it writes, RoPE in its own dialect, is the same architecture again."""
     transformers = pytest.importorskip("transformers")
-    model = load_model(name)
+    model = load_config(name)
     kind = transformers.DeepseekV3Config if model.model_type == "deepseek_v3" else transformers.DeepseekV2Config
     assert ModelConfig.from_hf_dict(kind(**model.to_hf_dict()).to_dict()) == model
 

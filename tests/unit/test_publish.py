@@ -158,6 +158,54 @@ def test_what_cannot_be_removed_costs_no_checkpoint(tmp_path, monkeypatch):
     assert leftovers(tmp_path) == [] and iterations(tmp_path) == [300, 400]
 
 
+@pytest.mark.parametrize("there, words", [
+    (100, "but loading takes {root}/iter_0000100 unless --ckpt-step is given"),
+    (None, "and is what loading takes"), (200, "and is what loading takes")])
+def test_a_marker_that_cannot_be_replaced(tmp_path, monkeypatch, there, words):
+    """The new one is whole by then: the error says so, and what loading would take, and that is what it takes."""
+    if there is not None:
+        save(tmp_path, there, "old")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(publish.Unnamed) as failed:
+            save(tmp_path, 200, "new")
+    assert failed.value.strerror == (f"No space left on device; {tmp_path}/iter_0000200 is whole, "
+                                     + words.format(root=tmp_path))
+    assert failed.value.filename == str(tmp_path / MARKER) and failed.value.errno == errno.ENOSPC
+    assert content(tmp_path) == ("old" if there == 100 else "new")
+    assert (find_iteration(tmp_path, 200) / "data").read_text() == "new"
+    save(tmp_path, 200, "again")
+    assert content(tmp_path) == "again" and not next_marker(tmp_path).exists() and not leftovers(tmp_path)
+
+
+def test_a_marker_that_was_damaged_and_cannot_be_replaced(tmp_path, monkeypatch):
+    save(tmp_path, 100, "old")
+    (tmp_path / MARKER).write_text("?")
+    monkeypatch.setattr(os, "replace", lambda *_: os.rename(tmp_path / "nothing", tmp_path / "something"))
+    with pytest.raises(publish.Unnamed, match="iter_0000200 is whole, but --ckpt-step must say so"):
+        save(tmp_path, 200, "new")
+    assert problem(tmp_path) is not None and problem(tmp_path, 200) is None
+
+
+def test_what_cannot_be_tidied_up_fails_no_save(tmp_path, monkeypatch):
+    """The marker names the new one by then."""
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save(tmp_path, 100, "old")
+    for name in ("_keep_newest", "settle"):
+        with monkeypatch.context() as patch:
+            directory = publish.begin(tmp_path, 200)
+            (directory / "data").write_text("new")
+            patch.setattr(publish, name, refuse)
+            publish.publish(tmp_path, 200, keep_last=1)
+        assert content(tmp_path) == "new"
+
+
 def test_half_of_a_replaced_one_is_no_checkpoint(tmp_path, monkeypatch):
     def busy(path, ignore_errors=False):
         if not ignore_errors:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from megatron_deepseek.training import save_lock
+from megatron_deepseek.training import lock_holder, save_lock
 from megatron_deepseek.training.save_lock import LOCK, Holder, SaveLock, read_holder
 
 
@@ -90,7 +90,7 @@ def test_a_dead_process_of_this_host_holds_nothing(lock, tmp_path):
     """Killed, and a zombie until its parent asks; or gone, its number another process's."""
     program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     holder = leave(tmp_path / "run", pid=program.pid)
-    alive = replace(holder, started=save_lock._process(program.pid))
+    alive = replace(holder, started=lock_holder._process(program.pid))
     (tmp_path / "run" / LOCK).write_text(json.dumps(asdict(alive)))
     with pytest.raises(ValueError, match=f"process {program.pid} on"):
         lock().acquire()
@@ -108,7 +108,7 @@ def test_a_dead_process_of_this_host_holds_nothing(lock, tmp_path):
 def test_one_that_is_about_to_leave_is_waited_for(lock, tmp_path):
     program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     leave(tmp_path / "run", pid=program.pid)
-    holder = replace(read_holder(tmp_path / "run" / LOCK), started=save_lock._process(program.pid))
+    holder = replace(read_holder(tmp_path / "run" / LOCK), started=lock_holder._process(program.pid))
     (tmp_path / "run" / LOCK).write_text(json.dumps(asdict(holder)))
     threading.Timer(0.2, program.kill).start()
     lock(leaving_seconds=20).acquire()
@@ -169,6 +169,29 @@ def test_a_removed_directory_is_locked_again(lock, tmp_path):
     held.path.unlink()
     (tmp_path / "run").rmdir()
     assert save_lock._within(20, lambda: (read_holder(held.path) or Holder("")).token == held.me.token)
+
+
+def test_a_lock_that_was_damaged_is_written_again(lock, tmp_path):
+    """By its holder, which lives, even on a full disk: nobody may take it for a dead one's."""
+    held = lock(lost=None)
+    held.acquire()
+    held.path.write_text('{"token": 5')
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"):
+        lock("b", silence_seconds=20).acquire()
+    assert list((tmp_path / "run").iterdir()) == [held.path] and read_holder(held.path) == held.me
+
+
+def test_a_damaged_lock_shows_life_on_a_full_disk(lock, monkeypatch):
+    def full(path, _):
+        raise OSError(save_lock.errno.ENOSPC, "No space left on device", str(path))
+
+    held = lock()
+    held.acquire()
+    held.path.write_text("")
+    monkeypatch.setattr(save_lock, "write_synced", full)
+    os.utime(held.path, (1e9, 1e9))
+    assert save_lock._within(20, lambda: held.path.stat().st_mtime > 2e9 - 1e9 + 1)
+    monkeypatch.undo()
 
 
 def test_releasing_leaves_anothers_lock_alone(lock, tmp_path):

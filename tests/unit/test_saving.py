@@ -2,11 +2,12 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 from collections import namedtuple
 from concurrent.futures import wait
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -20,13 +21,14 @@ from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint import writer
 from megatron_deepseek.checkpoint.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
-from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration
+from megatron_deepseek.checkpoint.marker import MARKER, find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training import saving
 from megatron_deepseek.training.report import ProgressLines, Report
-from megatron_deepseek.training.saving import Saver
+from megatron_deepseek.training.save_lock import Holder, SaveLock
+from megatron_deepseek.training.saving import Saver, TakenOver
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 SEQ_LENGTH = 6
@@ -160,6 +162,72 @@ def test_a_mistake_of_the_program_ends_the_run(trainer, tmp_path, monkeypatch, a
     with pytest.raises(KeyError, match="nothing"):
         saver.save(TrainState(1, 0, 0))
         saver.finish()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_checkpoint_without_the_marker_is_not_called_lost(trainer, tmp_path, monkeypatch, async_save):
+    """What cannot be written is the marker alone: said so, with what loading takes, and tried again."""
+    saver, told = make_saver(trainer, tmp_path, async_save=async_save)
+    saver.save(TrainState(1, 0, 0))
+    saver.finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda source, target, replace=os.replace: (
+            full_disk() if target == tmp_path / MARKER else replace(source, target)))
+        saver.save(TrainState(2, 0, 0))
+        saver.finish()
+    assert (f"iteration 2 is saved, but not named as the last one: {tmp_path}/{MARKER}: No space left on device; "
+            f"{tmp_path}/iter_0000002 is whole, but loading takes {tmp_path}/iter_0000001 unless --ckpt-step is given. "
+            "The next save tries again") in told.getvalue()
+    assert "NOT saved" not in told.getvalue() and iterations(tmp_path) == [1, 2] and last_iteration(tmp_path) == 1
+    assert check_checkpoint(tmp_path, V3_SMALL) == find_iteration(tmp_path, 1)
+    assert check_checkpoint(tmp_path, V3_SMALL, step=2) == find_iteration(tmp_path, 2)
+    saver.save(TrainState(2, 0, 0))
+    saver.close()
+    assert last_iteration(tmp_path) == 2
+
+
+def test_what_stays_is_what_loading_takes(trainer, tmp_path, monkeypatch):
+    """After going back, which leaves newer ones of another past there."""
+    saver, told = make_saver(trainer, tmp_path)
+    for iteration in (5, 1):
+        saver.save(TrainState(iteration, 0, 0))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 0))
+    saver.save(TrainState(2, 0, 0))
+    assert f"; {tmp_path}/iter_0000001 is as it was. The next save tries again" in told.getvalue()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("moment", ["save", "begin", "await_files", "check_sizes"])
+def test_a_directory_that_became_anothers_meanwhile(trainer, tmp_path, monkeypatch, async_save, moment):
+    """This run was suspended before a save, before it wrote to its files, before it saw to all of them, or right before
+    they are published: nothing of it is seen, and what the other writes under the same name is as it was.
+    """
+    lock = SaveLock(tmp_path, "this", print, print, beat_seconds=600)
+    lock.acquire()
+    saver, told = make_saver(trainer, tmp_path, async_save=async_save)
+    saver.lock, ended = lock.me.token, []
+    saver.save(TrainState(1, 0, 0))
+    saver.finish()
+    monkeypatch.setattr(saving, "refuse_taken_over", lambda *whose: ended.append(whose))
+    other, theirs = Holder.here("another"), tmp_path / "iter_0000002.saving"
+
+    def suspended(*_):
+        shutil.rmtree(theirs, ignore_errors=True)
+        theirs.mkdir()
+        (theirs / "__0_0.distcp").write_text("theirs")
+        lock.path.write_text(json.dumps(asdict(other)))
+
+    if moment == "save":
+        suspended()
+    else:
+        monkeypatch.setattr(writer, moment, suspended)
+    with pytest.raises(TakenOver):
+        saver.save(TrainState(2, 0, 0))
+        saver.finish()
+    assert ended and set(ended) == {(tmp_path, other)}
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", theirs.name]
+    assert last_iteration(tmp_path) == 1 and [path.read_text() for path in theirs.iterdir()] == ["theirs"]
+    lock.release()
 
 
 def test_a_directory_that_is_removed_between_saves(trainer, tmp_path):

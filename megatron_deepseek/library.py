@@ -1,0 +1,40 @@
+"""For notebooks and scripts of one's own: from an architecture to a trainer in one call (docs/library.md).
+
+The commands go another way, from arguments to settings; both end in the same Trainer.
+"""
+
+import torch.distributed as dist
+
+from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.build import BuildOptions
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.parallel.start import choose_device, join_job
+from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.settings import OptimizerSettings, PipelineSettings
+from megatron_deepseek.training.objective import Objective
+from megatron_deepseek.training.trainer import Plan, Trainer
+
+
+def start_job(layout: Layout = Layout(), timeout_minutes: float = 10.0) -> Meshes:
+    """Return the process groups of `layout`, having joined the job that torchrun started, or without a launcher made
+    one of this process alone. A job that was joined before is gone on with.
+
+    Raise ValueError if the job has another number of ranks than the layout.
+    """
+    device = choose_device()
+    if not dist.is_initialized():
+        join_job(device, timeout_minutes)
+    return build_meshes(layout, device)
+
+
+def make_trainer(config: ModelConfig, seq_length: int, micro_batch_size: int = 1, layout: Layout = Layout(), *,
+                 pipeline: PipelineSettings = PipelineSettings(), build: BuildOptions = BuildOptions(),
+                 optimizer: OptimizerSettings = OptimizerSettings(), objective: Objective | None = None) -> Trainer:
+    """Return a trainer of a freshly initialised model, on this process or on all ranks of a job, which all call it.
+
+    Without an `objective` it pre-trains. `trainer.stages` are this rank's parts of the model: on one rank the whole.
+    """
+    stages = resolve(config, pipeline, layout.pp, seq_length)
+    plan = Plan(config, stages, pipeline.schedule, seq_length, micro_batch_size, build, optimizer)
+    return Trainer(plan, start_job(layout), objective)
