@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from megatron_deepseek.checkpoint.production import Product, Share, produce
+from megatron_deepseek.checkpoint.production import Gemm, Share, produce
 
 
 def share_of(environ: Mapping[str, str], workers: int) -> Share:
@@ -20,7 +20,7 @@ def progress(total: int | None, hidden: bool = False) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, disable=hidden, mininterval=0.5)
 
 
-def produce_visibly(product: Product, share: Share) -> None:
+def produce_visibly(product: Gemm, share: Share) -> None:
     """`produce` with a bar; on the first rank only, whose total is unknown where others work too."""
     total = product.nbytes + product.check_bytes if share.world_size == 1 else None
     with progress(total, hidden=share.rank > 0) as bar:

@@ -30,18 +30,18 @@ class DecoderLayer(nn.Module):
         config, tp = blueprint.config, blueprint.tp
         self.is_moe = config.is_moe_layer(index)
         self.normed = recomputed if "layernorm" in blueprint.recomputed else kept
-        numerics = blueprint.numerics
+        recipe = blueprint.recipe
         only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
-                                       numerics.norm if only_products else numerics.norm_for_all)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed, numerics)
-        before_router = numerics.norm_for_all if config.n_shared_experts else rms_norm
+                                       recipe.norm if only_products else recipe.norm_for_all)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed, recipe)
+        before_router = recipe.norm_for_all if config.n_shared_experts else rms_norm
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
-                                                before_router if self.is_moe else numerics.norm)
+                                                before_router if self.is_moe else recipe.norm)
         if self.is_moe:
             self.mlp = MoE(blueprint)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, numerics.linear)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, recipe.linear)
 
     def forward(self, x_BSH: torch.Tensor, positions: Positions, global_sequences: int,
                 routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:

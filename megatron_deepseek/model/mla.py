@@ -24,9 +24,9 @@ from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.norm import rms_norm
-from megatron_deepseek.ops.products import Numerics
+from megatron_deepseek.ops.precision_recipe import PrecisionRecipe
 from megatron_deepseek.ops.recompute import kept, recomputed
-from megatron_deepseek.ops.rope import apply_rope, join_keys, turn_tail
+from megatron_deepseek.ops.rope import apply_rope, assemble_keys, rope_queries
 from megatron_deepseek.parallel.context import ContextParallel, Project
 from megatron_deepseek.parallel.tensor import (
     RMSNorm,
@@ -43,27 +43,27 @@ class MLA(nn.Module):
     """Causal self-attention. `recompute_up_projection` re-makes q, k and v in the backward instead of keeping them."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, cp: ContextParallel,
-                 recompute_up_projection: bool = False, numerics: Numerics = Numerics()):
+                 recompute_up_projection: bool = False, recipe: PrecisionRecipe = PrecisionRecipe()):
         super().__init__()
         self.config, self.tp, self.cp = config, tp, cp
         self.scale = softmax_scale(config)
-        self.joint_attention, self.output_form = numerics.attention, numerics.attention_output_form
+        self.joint_attention, self.output_form = recipe.attention, recipe.attention_output_form
         self.projected = recomputed if recompute_up_projection else kept
-        heads, bias, product = config.num_attention_heads, config.attention_bias, numerics.linear
+        heads, bias, gemm = config.num_attention_heads, config.attention_bias, recipe.linear
         alone = tp.size == cp.size == 1  # else latents are gathered, or go round
-        of_product, of_part = (numerics.norm_of_product, numerics.norm) if alone else (rms_norm, rms_norm)
+        of_product, of_part = (recipe.norm_of_product, recipe.norm) if alone else (rms_norm, rms_norm)
         if config.q_lora_rank is None:
-            self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp, product)
+            self.q_proj = column_linear(config.hidden_size, heads * config.qk_head_dim, tp, gemm)
         else:
-            self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias, product)
+            self.q_a_proj = replicated_linear(config.hidden_size, config.q_lora_rank, tp, bias, gemm)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, tp, of_part if bias else of_product)
-            self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp, product)
+            self.q_b_proj = column_linear(config.q_lora_rank, heads * config.qk_head_dim, tp, gemm)
         self.kv_a_proj_with_mqa = replicated_linear(
-            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias, product)
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, tp, bias, gemm)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, tp, of_part)
         self.kv_b_proj = column_linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp, product)
-        self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, numerics.attention_output)
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp, gemm)
+        self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, recipe.attention_output)
 
     def forward(self, x_BSH: torch.Tensor, positions: Positions) -> torch.Tensor:
         c_q, c_kv, k_pe = self.whole_sequence(*self.latents(x_BSH))
@@ -79,7 +79,7 @@ class MLA(nn.Module):
 
     def latents(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the query latent (or x itself), the key-value latent and k_pe, not yet turned, of the stream."""
-        with self.kv_a_proj_with_mqa.product.shared(x_BSH) as shared_BSH:
+        with self.kv_a_proj_with_mqa.gemm.shared(x_BSH) as shared_BSH:
             c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(shared_BSH)).split(
                 [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
             c_kv = self.kv_a_layernorm(c_kv)
@@ -108,7 +108,7 @@ class MLA(nn.Module):
         """Return this rank's heads of queries, [B, S, N, nope + rope], their rotary dimensions turned."""
         nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
         project = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
-        return turn_tail(project(c_q).unflatten(-1, (-1, nope + rope)), rope_2SD, nope)
+        return rope_queries(project(c_q).unflatten(-1, (-1, nope + rope)), rope_2SD, nope)
 
     def keys_and_values(self, c_kv: torch.Tensor, k_pe_BSD: torch.Tensor, rope_2SD: torch.Tensor | None
                         ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +116,7 @@ class MLA(nn.Module):
         already.
         """
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
-        return join_keys(self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)), k_pe_BSD, rope_2SD, nope)
+        return assemble_keys(self.kv_b_proj(c_kv).unflatten(-1, (-1, nope + v_dim)), k_pe_BSD, rope_2SD, nope)
 
     def attention_over_ranks(self, q, c_kv, k_pe, positions: Positions) -> torch.Tensor:
         """Return causal softmax attention over sequences that the context-parallel ranks share, [B, S, N * V]."""
@@ -128,7 +128,7 @@ class MLA(nn.Module):
             return self.keys_and_values(c_kv, turned, None)
 
         return self.cp.attention(q, torch.cat([c_kv, turned], -1), Project(project, (self.kv_b_proj.weight,)),
-                                 self.scale, positions.sight, self.output_form)
+                                 self.scale, positions.block_mask, self.output_form)
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None
                   ) -> torch.Tensor:

@@ -68,8 +68,8 @@ def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tens
     return tuple(part for output in outputs for part in parts_of(output))
 
 
-class Notes:
-    """Notes in the place of tensors that `make` makes again: at the first reading, kept until the last."""
+class RecomputeHandle:
+    """RecomputeHandle in the place of tensors that `make` makes again: at the first reading, kept until the last."""
 
     def __init__(self, make: Callable[[], tuple[torch.Tensor, ...]]):
         self.make = make
@@ -108,7 +108,7 @@ def recomputed(producer: Producer, *inputs: torch.Tensor) -> Iterator:
     if not torch.is_grad_enabled():
         yield outputs
         return
-    again = Notes(partial(_made_by, producer, keep(inputs)))
+    again = RecomputeHandle(partial(_made_by, producer, keep(inputs)))
     index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
     pack_other, unpack_other = _hooks_around()
 

@@ -28,10 +28,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.attention import Joined, Output, Scores, attend, attend_backward
+from megatron_deepseek.ops.attention import LogSumExpMerge, Output, Scores, attend, attend_backward
 from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
-
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +87,12 @@ class ContextParallel:
         """This rank's part of something that has all positions of a sequence along `dim`."""
         return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))
 
-    def sight(self, seq_length: int, documents: Documents | None = None) -> "Sight":
+    def block_mask(self, seq_length: int, documents: Documents | None = None) -> "BlockMask":
         """What this rank's tokens see of sequences of `seq_length`, each within its document where they are given."""
-        return Sight(self.rank, self.size, seq_length // self.size, documents)
+        return BlockMask(self.rank, self.size, seq_length // self.size, documents)
 
     def attention(self, q_BSND: torch.Tensor, block_BSC: torch.Tensor, project: Project, scale: float,
-                  sight: "Sight", output: Output = Output()) -> torch.Tensor:
+                  block_mask: "BlockMask", output: Output = Output()) -> torch.Tensor:
         """Causal attention of this rank's queries over the whole sequence, [B, S, N * V]; `output` says in which form.
 
         `block_BSC` is what this rank's keys and values are made of by `project`, whose weights get their gradients
@@ -101,7 +100,7 @@ class ContextParallel:
         """
         exchange = EXCHANGES[self.exchange](self.group)
         anchor = project.anchor(q_BSND.device)
-        return _BlockwiseAttention.apply(q_BSND, block_BSC, anchor, project, scale, sight, exchange, output)
+        return _BlockwiseAttention.apply(q_BSND, block_BSC, anchor, project, scale, block_mask, exchange, output)
 
 
 def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
@@ -133,7 +132,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class BlockMask:
     """What the queries of `rank` see of each rank's block; `length` tokens on each. The same for every layer."""
 
     rank: int
@@ -182,14 +181,14 @@ class _BlockwiseAttention(torch.autograd.Function):
     """Keeps the blocks, not the keys and values made of them."""
 
     @staticmethod
-    def forward(ctx, q_BSND, own_BSC, anchor, project: Project, scale: float, sight: Sight, exchange: Ring | Gather,
-                output: Output):
+    def forward(ctx, q_BSND, own_BSC, anchor, project: Project, scale: float, block_mask: BlockMask,
+                exchange: Ring | Gather, output: Output):
         q_BNSD, blocks, owners, joined = q_BSND.transpose(1, 2), [], [], None
         for owner, block in exchange.blocks(own_BSC):
-            made, parts = sight.of(owner)
+            made, parts = block_mask.of(owner)
             if parts:
                 k, v = (x.transpose(1, 2) for x in project.make(block[:, made]))
-                joined = joined or Joined.empty(q_BNSD, v.shape[-1])
+                joined = joined or LogSumExpMerge.empty(q_BNSD, v.shape[-1])
             for part in parts:
                 queries, keys = part.queries(), part.keys_among(made)
                 joined.add(queries, *attend(q_BNSD[queries], k[keys], v[keys], Scores(scale, part.causal)))
@@ -198,7 +197,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         result, kept = output.give(joined.out_BNSV.to(q_BSND.dtype).transpose(1, 2).flatten(-2))
         ctx.save_for_backward(q_BSND, joined.lse_BNS, *blocks, *kept)
         ctx.owners, ctx.project, ctx.exchange, ctx.output = owners, project, exchange, output
-        ctx.sight, ctx.scale = sight, scale
+        ctx.block_mask, ctx.scale = block_mask, scale
         return result
 
     @staticmethod
@@ -207,13 +206,13 @@ class _BlockwiseAttention(torch.autograd.Function):
         blocks, kept = saved[:len(ctx.owners)], saved[len(ctx.owners):]
         out_BSV = ctx.output.restore(kept, grad_BSV)
         out_BNSV, grad_BNSV = (x.unflatten(-1, (q_BSND.shape[2], -1)).transpose(1, 2) for x in (out_BSV, grad_BSV))
-        q_BNSD, sight = q_BSND.transpose(1, 2), ctx.sight
+        q_BNSD, block_mask = q_BSND.transpose(1, 2), ctx.block_mask
         wide = torch.promote_types(q_BSND.dtype, torch.float32)
         grad_q_BNSD = torch.zeros_like(q_BNSD, dtype=wide)
 
         def gradients():
             for owner, block in zip(ctx.owners, blocks):
-                made, parts = sight.of(owner)
+                made, parts = block_mask.of(owner)
 
                 def through_attention(k, v):
                     k, v = k.transpose(1, 2), v.transpose(1, 2)

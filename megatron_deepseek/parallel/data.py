@@ -49,9 +49,9 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
         unit.module.set_force_sum_reduction_for_comms(True)
         for parameter in _parameters_of(unit.module):
             info = parameter._module_info
-            product = getattr(info.module, "weight_products", {}).get(info.param_name)
-            if product is not None and product.gathered is not None:
-                _GatheredInAForm.wrap(parameter, product.gathered)
+            gemm = getattr(info.module, "weight_gemms", {}).get(info.param_name)
+            if gemm is not None and gemm.gathered is not None:
+                _GatheredInAForm.wrap(parameter, gemm.gathered)
 
 
 class _GatheredInAForm(FSDPParam):

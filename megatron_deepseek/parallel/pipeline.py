@@ -18,19 +18,19 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     _Action,
-    _ComputationType,
-    _PipelineScheduleRuntime,
     _add_send_recv,
     _add_unshard_reshard,
+    _ComputationType,
+    _PipelineScheduleRuntime,
     get_schedule_class,
 )
 
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
-from megatron_deepseek.parallel.paired_chunks import run_pairs_in_turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.parallel.paired_chunks import overlap_pairs
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
 from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage
-from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -99,14 +99,15 @@ class Pipeline:
 
     A module is called as module(x, micro_batch=, step=); x is int64 [B, S] on stage 0, and the last stage returns the
     scalar contribution of the micro-batch to the global loss. Schedules are built at the first step with a given number
-    of micro-batches and of predictions, and kept. With `turns`, paired chunks compute while the other's tokens travel.
+    of micro-batches and of predictions, and kept. With `overlap`, paired chunks compute while the other's tokens
+    travel.
     """
 
     def __init__(self, modules: list[nn.Module], indices: list[int], travel: Travel, schedule: str, meshes: Meshes,
-                 turns: Turns | None = None):
+                 overlap: MicroBatchOverlap | None = None):
         self.modules, self.indices, self.schedule = modules, indices, schedule
         self.travel = replace(travel, first_trained=first_trained_stage(modules, indices, travel.num_stages, meshes))
-        self.meshes, self.turns = meshes, turns
+        self.meshes, self.overlap = meshes, overlap
         self.holds_first, self.holds_last = 0 in indices, travel.num_stages - 1 in indices
         splits = meshes.layout.pp > 1 and schedule in ZERO_BUBBLE
         self.deferred = [defer_weight_gradients(module) if splits else None for module in modules]
@@ -161,8 +162,8 @@ class Pipeline:
         kind = get_schedule_class(self.schedule)
         single = issubclass(kind, PipelineScheduleSingle)
         schedule = kind(stages[0] if single else stages, num_microbatches, loss_fn=_loss_is_output, scale_grads=False)
-        if self.turns is not None:
-            run_pairs_in_turns(schedule, self.turns)
+        if self.overlap is not None:
+            overlap_pairs(schedule, self.overlap)
         return schedule
 
     def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None, num_predictions: int

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.lives import agent_store
+from megatron_deepseek.parallel.restarts import agent_store
 
 
 def choose_device() -> torch.device:

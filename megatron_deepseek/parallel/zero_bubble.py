@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_wgrad
-from megatron_deepseek.ops.products import Product
+from megatron_deepseek.ops.precision_recipe import Gemm
 from megatron_deepseek.parallel.data import accumulate_gradients, gathered
 
 
@@ -105,7 +105,7 @@ def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:
     """Make every product that a module of `stage` holds leave its weight gradient."""
     deferred = DeferredGradients(partial(accumulate_gradients, stage), partial(gathered, stage))
     for module in stage.modules():
-        for name, product in [*vars(module).items()]:
-            if isinstance(product, Product):
-                setattr(module, name, product.deferring(deferred))
+        for name, gemm in [*vars(module).items()]:
+            if isinstance(gemm, Gemm):
+                setattr(module, name, gemm.deferring(deferred))
     return deferred

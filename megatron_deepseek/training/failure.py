@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 from megatron_deepseek.launch.agent import end_with_agent, tell_agent
-from megatron_deepseek.parallel.lives import agent_store
+from megatron_deepseek.parallel.restarts import agent_store
 from megatron_deepseek.training.hang import describe_group, group_of, location, missing_ranks, timed_out
 from megatron_deepseek.training.neighbours import Ring
 

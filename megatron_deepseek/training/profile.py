@@ -41,7 +41,9 @@ def profiler(run: RunSettings, rank: int) -> Iterator[Profiler]:
 
 
 def all_threads():
-    """For torch.profiler: paired chunks run in a thread of their own (parallel/turns.py), which it would leave out."""
+    """For torch.profiler, which would leave out the thread of its own that paired chunks run in
+    (parallel/micro_batch_overlap.py).
+    """
     from torch._C._profiler import _ExperimentalConfig
 
     return _ExperimentalConfig(profile_all_threads=True)

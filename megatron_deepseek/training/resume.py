@@ -17,7 +17,7 @@ from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.frozen import is_frozen
-from megatron_deepseek.parallel.lives import job_name
+from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide

@@ -14,8 +14,8 @@ from megatron_deepseek.checkpoint.state import MOMENTS, state_to_save
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.frozen import is_frozen, trained_parameters
-from megatron_deepseek.ops import fp8_products, grouped_gemm
-from megatron_deepseek.ops.fp8_products import Fp8Product
+from megatron_deepseek.ops import fp8_recipe, grouped_gemm
+from megatron_deepseek.ops.fp8_recipe import Fp8Gemm
 from megatron_deepseek.parallel import zero_bubble
 from megatron_deepseek.parallel.tensor import ParallelLinear
 from megatron_deepseek.parallel.zero_bubble import defer_weight_gradients
@@ -133,7 +133,7 @@ def test_the_bias_of_a_frozen_router_stays(meshes, frozen):
 def test_weight_gradients_of_frozen_weights_are_neither_deferred_nor_made(meshes, monkeypatch, name, fp8):
     """Of large products: what waits for a W step is of the trained weights, and each is multiplied out once."""
     frozen, made = SUBSETS[name], []
-    for module, function in ((zero_bubble, "grouped_wgrad"), (grouped_gemm, "grouped_wgrad"), (fp8_products, "_wgrad")):
+    for module, function in ((zero_bubble, "grouped_wgrad"), (grouped_gemm, "grouped_wgrad"), (fp8_recipe, "_wgrad")):
         original = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *args, original=original: made.append(1) or original(*args))
     ours = trainer(meshes, frozen=frozen, precision=FP8 if fp8 else Precision(torch.float64))
@@ -156,10 +156,10 @@ def test_weight_gradients_of_frozen_weights_are_neither_deferred_nor_made(meshes
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_fp8_product_keeps_its_input_for_a_trained_weight_alone(frozen):
     x, weight = torch.randn(4, 256, requires_grad=True), torch.randn(128, 256, requires_grad=not frozen)
-    y = Fp8Product()(x, weight)
+    y = Fp8Gemm()(x, weight)
     assert len(y.grad_fn.saved_tensors) == (0 if frozen else 2)
     hidden = torch.randn(4, 512)  # needs no gradient itself
-    down = Fp8Product().after_swiglu((hidden,), torch.randn(128, 256, requires_grad=not frozen))
+    down = Fp8Gemm().after_swiglu((hidden,), torch.randn(128, 256, requires_grad=not frozen))
     assert down.requires_grad != frozen
     if not frozen:
         down.sum().backward()

@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from reference_model import ReferenceModel
 from reference_routing import choose
-from small_models import (V3_SMALL, enliven, gradients_of, random_batch, relative_error, training_batch, weights_of,
-                          whole_stage)
+from small_models import (
+    V3_SMALL,
+    enliven,
+    gradients_of,
+    random_batch,
+    relative_error,
+    training_batch,
+    weights_of,
+    whole_stage,
+)
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, Precision
@@ -26,8 +34,17 @@ from megatron_deepseek.training.objective import Objective
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-from objectives import (BETA, ENTROPY_SCALE, REFERENCE, TEACHER_IDS, TEACHER_LOG_PROBABILITIES,  # noqa: E402
-                        Distillation, MeanOverSamples, PairedSigmoid, inputs_of)
+from objectives import (  # noqa: E402
+    BETA,
+    ENTROPY_SCALE,
+    REFERENCE,
+    TEACHER_IDS,
+    TEACHER_LOG_PROBABILITIES,
+    Distillation,
+    MeanOverSamples,
+    PairedSigmoid,
+    inputs_of,
+)
 
 LENGTH, ROWS, DEPTHS = 8, 4, 2
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=DEPTHS)

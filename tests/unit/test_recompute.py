@@ -185,5 +185,5 @@ def test_same_bits(meshes, name):
     (kept, kept_gradients), (recomputed, gradients) = outcomes
     assert torch.equal(kept.loss, recomputed.loss)
     assert all(torch.equal(gradients[name], kept_gradients[name]) for name in kept_gradients)
-    counts = kept.tally.expert_counts
-    assert all(torch.equal(recomputed.tally.expert_counts[layer], counts[layer]) for layer in counts)
+    counts = kept.statistics.expert_counts
+    assert all(torch.equal(recomputed.statistics.expert_counts[layer], counts[layer]) for layer in counts)
