@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
@@ -38,6 +37,7 @@ from megatron_deepseek.checkpoint.subset import Subset, late_parameters, set_ste
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.torch_private import StateDictStager
 
 T = TypeVar("T")
 

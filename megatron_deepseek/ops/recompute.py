@@ -16,6 +16,7 @@ from itertools import chain, islice
 import torch
 
 from megatron_deepseek.ops.block_scaled import apart, parts_of
+from megatron_deepseek.torch_private import _top_saved_tensors_default_hooks
 
 Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
@@ -59,7 +60,7 @@ def _fetch(kept: torch.Tensor, together: tuple[Callable, ...], sizes: list[int])
 
 def _hooks_around() -> tuple[Callable, Callable]:
     """The hooks for saved tensors that this code runs under; torch applies only the innermost of several."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda tensor: tensor, lambda tensor: tensor)
+    return _top_saved_tensors_default_hooks(True) or (lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+from megatron_deepseek.torch_private import FSDPParam, fsdp_parameter_group
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _GatheredInAForm(FSDPParam):
 
 def _parameters_of(module: nn.Module) -> Iterator[FSDPParam]:
     """FSDP's own of one unit."""
-    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    group = fsdp_parameter_group(module)
     yield from group.fsdp_params if group else ()
 
 
@@ -89,7 +90,7 @@ def reshard(module: nn.Module) -> None:
 @contextmanager
 def gathered(unit: nn.Module) -> Iterator[None]:
     """Inside, the weights of `unit` itself, not of units in it, are whole; afterwards they are as they were."""
-    group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+    group = fsdp_parameter_group(unit)
     if group is None or not group.is_sharded:
         yield
         return

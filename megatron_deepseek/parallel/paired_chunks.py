@@ -4,9 +4,9 @@ PyTorch's runtime knows such pairs (OVERLAP_F_B) and runs one half after the oth
 runs them another way. This is that function; what it does for each half is what the runtime does.
 """
 
-from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext, _wait_batch_p2p
 
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.torch_private import _Action, _ComputationType, _PipelineContext, _wait_batch_p2p
 
 
 def overlap_pairs(schedule, overlap: MicroBatchOverlap) -> None:

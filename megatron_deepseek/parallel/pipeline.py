@@ -15,15 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleSingle,
-    _Action,
-    _add_send_recv,
-    _add_unshard_reshard,
-    _ComputationType,
-    _PipelineScheduleRuntime,
-    get_schedule_class,
-)
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
@@ -32,6 +24,13 @@ from megatron_deepseek.parallel.paired_chunks import overlap_pairs
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
 from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
+from megatron_deepseek.torch_private import (
+    _Action,
+    _add_send_recv,
+    _add_unshard_reshard,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
 
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 

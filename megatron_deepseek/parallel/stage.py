@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._backward import stage_backward
 
 from megatron_deepseek.parallel.data import reshard
+from megatron_deepseek.torch_private import stage_backward
 
 
 @dataclass(frozen=True, eq=False)

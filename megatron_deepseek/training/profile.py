@@ -44,7 +44,7 @@ def all_threads():
     """For torch.profiler, which would leave out the thread of its own that paired chunks run in
     (parallel/micro_batch_overlap.py).
     """
-    from torch._C._profiler import _ExperimentalConfig
+    from megatron_deepseek.torch_private import _ExperimentalConfig
 
     return _ExperimentalConfig(profile_all_threads=True)
 
