@@ -69,7 +69,7 @@ class LossSettings:
 
     `moe_router_force_load_balancing` chooses experts by position, for benchmarks. `moe_expert_capacity_factor`: how
     many times its even share of a sequence's tokens an expert takes, None for all; `moe_token_drop_policy` is probs or
-    position.
+    position. `loss_chunk_size`: tokens whose logits are made at once, None for what model/head.py takes.
     """
 
     mtp_loss_scaling_factor: float = 0.3
@@ -83,6 +83,7 @@ class LossSettings:
     moe_router_force_load_balancing: bool = False
     moe_expert_capacity_factor: float | None = None
     moe_token_drop_policy: str = "probs"
+    loss_chunk_size: int | None = None
 
 
 @dataclass(frozen=True)

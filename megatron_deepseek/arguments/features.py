@@ -117,6 +117,7 @@ FEATURES = (
     _placement("MTP on several stages", "Ettt|t|m|mL --mtp-num-layers 2", "split"),
     Feature("no query compression", "--q-lora-rank 0", lambda s: s.model.q_lora_rank is None),
     Feature("tied embeddings", "--tie-word-embeddings", lambda s: s.model.tie_word_embeddings),
+    Feature("loss by chunks", "--loss-chunk-size 64", lambda s: s.loss.loss_chunk_size is not None),
     Feature("recompute layers", "--recompute-granularity full", lambda s: s.recompute.granularity == "full"),
     *(_recomputed(module) for module in RECOMPUTE_MODULES),
     Feature("activations offloaded", "--cpu-offloading-num-layers 1",

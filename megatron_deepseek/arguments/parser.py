@@ -76,6 +76,9 @@ def _add_batch(parser):
     length.add_argument("--train-samples", type=values.positive_int, help="sequences; iterations follow from batches")
     add = group.add_argument
     add("--micro-batch-size", type=values.positive_int, default=1, help="sequences in one forward pass (1)")
+    add("--loss-chunk-size", type=values.positive_int, metavar="TOKENS",
+        help="of a forward pass; their logits exist at once, and are made again in the backward if there are more "
+        "tokens (as many as a rank has logits of in 256 MiB)")
     add("--global-batch-size", type=values.positive_int, help="sequences in an update (micro-batch x data ranks)")
     add("--rampup-batch-size", type=values.count, nargs=3, metavar=("START", "INCREMENT", "SAMPLES"),
         help="grow the global batch from START over the first SAMPLES")

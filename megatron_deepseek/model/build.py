@@ -100,7 +100,8 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     blueprint = make_blueprint(config, meshes, options)
     run_of = partial(choose_run, options.recompute, options.offload)
     with torch.device("meta"), default_dtype(options.precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of) for stage in mine]
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of, options.loss.loss_chunk_size)
+                for stage in mine]
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = BuildOptions()) -> Blueprint:

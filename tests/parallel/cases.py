@@ -50,6 +50,7 @@ OPTIONS = {
     "q_lora": (False, True),
     "attention_bias": (False, True),
     "tied": (False, True),
+    "chunk": (0, 3),
     "recompute": ("none", "full", "layernorm", "mla_up_proj", "moe_act"),
     "reshard": (False, True),
     "moments": ("fp32", "bf16"),
@@ -131,6 +132,7 @@ class Case:
     q_lora: bool = True
     attention_bias: bool = False
     tied: bool = False
+    chunk: int = 0
     recompute: str = "none"
     reshard: bool = False
     moments: str = "fp32"
@@ -207,7 +209,8 @@ class Case:
         levels = dict(moe_device_aux_loss_coeff=0.2, moe_communication_aux_loss_coeff=0.3) \
             if self.router == "group_limited" else {}
         return LossSettings(balance_type=kind, moe_aux_loss_coeff=0.1 if kind != "none" else 0.0,
-                            moe_router_force_load_balancing=self.forced, **CAPACITIES[self.capacity], **levels)
+                            moe_router_force_load_balancing=self.forced, loss_chunk_size=self.chunk or None,
+                            **CAPACITIES[self.capacity], **levels)
 
     @property
     def communication(self) -> CommunicationSettings:
@@ -230,9 +233,10 @@ class Case:
     @property
     def reference(self) -> "Reference":
         """What one process must compute to be compared with. It takes the batch as a whole where all are as large,
-        except where aux_loss pools a micro-batch of several sequences: there its size is part of what is computed.
+        except where aux_loss pools a micro-batch of several sequences: there its size is part of what is computed. All
+        logits exist at once.
         """
-        loss, size = self.loss, math.gcd(self.global_batch_size, self.first_batch_size)
+        loss, size = replace(self.loss, loss_chunk_size=None), math.gcd(self.global_batch_size, self.first_batch_size)
         if loss.balance_type == "aux_loss" and self.micro_batch_size > 1:
             size = self.micro_batch_size
         elif loss.balance_type == "aux_loss":

@@ -27,6 +27,8 @@ def arguments_of(case: Case, config: Path) -> list[str]:
     }
     if case.dispatcher == "grouped":
         given["moe-ranks-per-node"] = case.node
+    if case.chunk:
+        given["loss-chunk-size"] = case.chunk
     if case.capacity != "none":
         given["moe-expert-capacity-factor"] = case.loss.moe_expert_capacity_factor
         given["moe-token-drop-policy"] = case.capacity
