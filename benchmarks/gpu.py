@@ -20,10 +20,10 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
 from gpu_pieces import kernels as kernel_pieces
 from gpu_pieces import models
 from gpu_pieces.timing import Bench, Ceilings, Row, as_json, first_line
-
 from megatron_deepseek.ops import kernels
 from megatron_deepseek.ops.registry import choices
 

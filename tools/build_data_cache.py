@@ -7,8 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm  # behind the package, which says what is missing
-
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.command_line import OneLineParser
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
@@ -18,6 +16,7 @@ from megatron_deepseek.data.cache import remove_unfinished
 from megatron_deepseek.data.pretraining import DataPlan, check_data, make_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.settings import DataSettings
+from tqdm import tqdm  # behind the package, which says what is missing
 
 
 def parse_arguments(argv: list[str]):

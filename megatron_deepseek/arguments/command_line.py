@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from megatron_deepseek.arguments.ending import BROKEN_PIPE, silence
+
 from megatron_deepseek.near_names import near_names
 
 _NEAR = 0.75  # of difflib's similarity: --train-iter is near --train-iters, --tokenizer is near nothing

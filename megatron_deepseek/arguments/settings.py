@@ -18,20 +18,11 @@ from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.presets import config_file
-from megatron_deepseek.settings import (
-    BatchSettings,
-    CommunicationSettings,
-    DataSettings,
-    LearningRateSettings,
-    LossSettings,
-    OffloadSettings,
-    OptimizerSettings,
-    PipelineSettings,
-    RecomputeSettings,
-    RunSettings,
-)
 from megatron_deepseek.training import schedules, timeline
+from megatron_deepseek.presets import config_file
+from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
+                                        LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
+                                        RecomputeSettings, RunSettings)
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0

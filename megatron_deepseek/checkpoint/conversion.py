@@ -18,7 +18,7 @@ from megatron_deepseek.checkpoint import block_fp8
 from megatron_deepseek.checkpoint.blocks import FP8, Output, check_copies
 from megatron_deepseek.checkpoint.inspection import checks_of
 from megatron_deepseek.checkpoint.names import BIAS
-from megatron_deepseek.checkpoint.production import Gemm, Share, produce
+from megatron_deepseek.checkpoint.production import Product, Share, produce
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.shards import Shard
 from megatron_deepseek.checkpoint.source import Source
@@ -79,7 +79,7 @@ def convert(source: Source, target: Target, share: Share, advance: Callable[[int
     produce(conversion(source, target), share, advance, say)
 
 
-def conversion(source: Source, target: Target) -> Gemm:
+def conversion(source: Source, target: Target) -> Product:
     """What there is to make. Copies are checked first, and a native checkpoint's files against their checksums."""
     contents = [target.kind, [[shard.name, [[output.name, output.original, str(output.dtype)]
                                             for output in shard.outputs]] for shard in target.shards]]
@@ -87,7 +87,7 @@ def conversion(source: Source, target: Target) -> Gemm:
     check_bytes = sum(source.dtypes[original].itemsize * prod(source.shapes[original])
                       for original in source.copies.values())
     check_bytes += sum(path.stat().st_size for path in source.files()) if checksums else 0
-    return Gemm("conversion", target.destination, target.shards, source.files(), contents, target.write,
+    return Product("conversion", target.destination, target.shards, source.files(), contents, target.write,
                    target.complete, target.publish, [partial(check_copies, source), *checksums], check_bytes)
 
 

@@ -86,7 +86,7 @@ def verify(directory: Path, workers: int, advance: Advance) -> list[str]:
 
 
 def checks_of(directory: Path) -> list[Callable[[Advance], None]]:
-    """For `Gemm.checks`: one for each file that has a checksum. ValueError if the file is not what it was."""
+    """For `Product.checks`: one for each file that has a checksum. ValueError if the file is not what it was."""
     listing = read_checksums(directory) or {}
 
     def check(name: str, advance: Advance) -> None:

@@ -32,7 +32,7 @@ class PlannedFile(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Gemm:
+class Product:
     """A directory to make. `destination` is made by one rename of the finished files' directory.
 
     `what` names the work in messages. `inputs` are read; if one of them changes, or `contents` (anything that JSON
@@ -60,7 +60,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of the work. `run` tells one start of a torchrun job from another."""
+    """This process's part of the work. `run`: the same on all ranks, and never the same in another start of the job."""
 
     workers: int = 1
     rank: int = 0
@@ -68,45 +68,44 @@ class Share:
     run: str = "0"
 
 
-def produce(product: Gemm, share: Share, advance: Advance, say: Callable[[str], None]) -> None:
+def produce(product: Product, share: Share, advance: Advance, say: Callable[[str], None]) -> None:
     """Make `product`. ValueError, and no `product.destination`, where anything is wrong."""
     workspace = Workspace(product.destination.with_name(product.destination.name + ".incomplete"))
     plan = _plan(product)
-    if workspace.published(plan, product.destination):  # killed just after the rename
-        _finish(product, workspace, share)
-        return
-    if share.rank == 0:
-        _check_destination(product, workspace)
-        if workspace.begin(plan):
-            say(f"continuing the {product.what} in {workspace.root}")
-    else:
-        workspace.join(plan)
-    _check_space(product, workspace)
-    _work(product, workspace, share, _locked(advance))
+    published = workspace.published(plan, product.destination)  # killed just after the rename
+    if not published:
+        if share.rank == 0:
+            _check_destination(product, workspace)
+            if workspace.begin(plan):
+                say(f"continuing the {product.what} in {workspace.root}")
+        else:
+            workspace.join(plan)
+        _check_space(product, workspace)
+        _work(product, workspace, share, _locked(advance))
     workspace.leave(share.rank, share.run)
     if share.rank == 0:
-        workspace.wait(share.world_size, share.run)
-        records = {file.name: workspace.record(file.name) for file in product.files}
-        workspace.sweep()
-        product.complete(workspace.output, records)
-        workspace.publish(product.destination)
-    _finish(product, workspace, share)
-
-
-def _finish(product: Gemm, workspace: Workspace, share: Share) -> None:
-    if share.rank == 0:
+        workspace.wait(share.world_size, share.run)  # a rank that comes to a workspace that is gone waits for ever
+        if not published:
+            _complete(product, workspace)
         product.publish()
         workspace.remove()
 
 
-def _check_destination(product: Gemm, workspace: Workspace) -> None:
+def _complete(product: Product, workspace: Workspace) -> None:
+    records = {file.name: workspace.record(file.name) for file in product.files}
+    workspace.sweep()
+    product.complete(workspace.output, records)
+    workspace.publish(product.destination)
+
+
+def _check_destination(product: Product, workspace: Workspace) -> None:
     destination = product.destination
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"--save {destination} exists already and is not empty")
     workspace.root.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_space(product: Gemm, workspace: Workspace) -> None:
+def _check_space(product: Product, workspace: Workspace) -> None:
     """Refuse at once what cannot fit; files that are finished already count as written."""
     free = shutil.disk_usage(workspace.output).free
     needed = sum(file.nbytes for file in product.files if workspace.record(file.name) is None)
@@ -114,14 +113,14 @@ def _check_space(product: Gemm, workspace: Workspace) -> None:
         raise ValueError(f"{product.destination}: {needed:,} bytes are to be written, {free:,} are free there")
 
 
-def _plan(product: Gemm) -> dict:
+def _plan(product: Product) -> dict:
     """What a later run must have in common with this one for its finished files to be kept."""
     read = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in product.inputs]
     digest = hashlib.sha256(json.dumps([read, product.contents]).encode()).hexdigest()
     return {"what": product.what, "digest": digest}
 
 
-def _work(product: Gemm, workspace: Workspace, share: Share, advance: Advance) -> None:
+def _work(product: Product, workspace: Workspace, share: Share, advance: Advance) -> None:
     """This share's files on its threads. The first error stops the others at their next block."""
     stop = Event()
 
@@ -144,7 +143,7 @@ def _work(product: Gemm, workspace: Workspace, share: Share, advance: Advance) -
         raise error
 
 
-def _make(file: PlannedFile, product: Gemm, workspace: Workspace, advance: Advance) -> None:
+def _make(file: PlannedFile, product: Product, workspace: Workspace, advance: Advance) -> None:
     if workspace.finished(file.name) is not None:
         advance(file.nbytes)
         return

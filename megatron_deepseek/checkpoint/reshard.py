@@ -28,7 +28,7 @@ from megatron_deepseek.checkpoint.item_file import ItemFile, Part, split, write_
 from megatron_deepseek.checkpoint.loadable import architecture_differences
 from megatron_deepseek.checkpoint.marker import MARKER
 from megatron_deepseek.checkpoint.native import ARGUMENTS, CONFIG, LAYOUT, WEIGHTS, Checkpoint
-from megatron_deepseek.checkpoint.production import Advance, Gemm
+from megatron_deepseek.checkpoint.production import Advance, Product
 from megatron_deepseek.checkpoint.records import Record
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 from megatron_deepseek.checkpoint.shards import divide
@@ -93,7 +93,7 @@ def _whole(checkpoint: Checkpoint, name: str) -> Box:
 
 
 def resharded(checkpoint: Checkpoint, files: Sequence[ItemFile], save: Path, layout: dict[str, Any] | None,
-              with_optimizer: bool, verify: bool = True) -> Gemm:
+              with_optimizer: bool, verify: bool = True) -> Product:
     """The same iteration in other files, under `save`. `verify`: check the old ones first."""
     state = checkpoint.state if with_optimizer else checkpoint.state.without_optimizer()
     return _product("resharding", [checkpoint], files, save, layout, state, verify,
@@ -101,7 +101,7 @@ def resharded(checkpoint: Checkpoint, files: Sequence[ItemFile], save: Path, lay
 
 
 def averaged(checkpoints: Sequence[Checkpoint], weights: Sequence[float], files: Sequence[ItemFile], save: Path,
-             state: TrainState, verify: bool = True) -> Gemm:
+             state: TrainState, verify: bool = True) -> Product:
     """The weighted mean of equal tensors of several checkpoints."""
     _check_comparable(checkpoints)
     return _product("averaging", checkpoints, files, save, None, state, verify,
@@ -123,7 +123,7 @@ def _check_comparable(checkpoints: Sequence[Checkpoint]) -> None:
 
 def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile], save: Path,
              layout: dict[str, Any] | None, state: TrainState, verify: bool,
-             numbers_of: Callable[[list[Reader]], Numbers], more: Any = None) -> Gemm:
+             numbers_of: Callable[[list[Reader]], Numbers], more: Any = None) -> Product:
     """An iteration under `save`, whose parts' bytes come from `numbers_of` readers of `sources`."""
     first = sources[0]
     destination = new_iteration(save, state.iteration)
@@ -152,7 +152,7 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
     contents = [[[file.name, _digest(file)] for file in files], state.to_json(), layout, more]
     inputs = [path for source in sources for path in source.inputs()]
     checks = [check for source in sources for check in checks_of(source.directory)] if verify else []
-    return Gemm(what, destination, files, inputs, contents, write, complete,
+    return Product(what, destination, files, inputs, contents, write, complete,
                    publish, checks, sum(path.stat().st_size for path in inputs) if checks else 0)
 
 

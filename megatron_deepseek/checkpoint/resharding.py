@@ -11,7 +11,7 @@ from megatron_deepseek.checkpoint.command_line import produce_visibly, progress
 from megatron_deepseek.checkpoint.comparison import Difference, compare
 from megatron_deepseek.checkpoint.conversion import DTYPES
 from megatron_deepseek.checkpoint.native import WEIGHTS, find_checkpoint, open_checkpoint
-from megatron_deepseek.checkpoint.production import Gemm, Share
+from megatron_deepseek.checkpoint.production import Product, Share
 from megatron_deepseek.checkpoint.reshard import averaged, files_of_ranks, files_of_size, resharded, wanted
 from megatron_deepseek.checkpoint.reshard_command import LAYOUT_OPTIONS
 from megatron_deepseek.checkpoint.train_state import TrainState
@@ -87,7 +87,7 @@ def average(args: argparse.Namespace, share: Share) -> int:
     return _make(averaged(checkpoints, weights, files, args.save, TrainState(), not args.no_verify), share)
 
 
-def _make(product: Gemm, share: Share) -> int:
+def _make(product: Product, share: Share) -> int:
     produce_visibly(product, share)
     if share.rank == 0:
         print(f"{product.destination}: {product.nbytes:,} bytes in {len(product.files)} files")

@@ -12,6 +12,7 @@ Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers tha
 import torch
 import torch.nn.functional as F
 
+
 ROW_MULTIPLE = 64  # of a group's rows in bfloat16 on CPU
 
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from megatron_deepseek.arguments.ending import silence
 from megatron_deepseek.packages import how_to_install
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.appending import AppendedFile
 from megatron_deepseek.training.metrics import FILE_NAME, MetricsFile, StepMetrics
+from megatron_deepseek.settings import RunSettings
 
 
 class Listener(Protocol):

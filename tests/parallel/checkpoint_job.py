@@ -1,7 +1,9 @@
 """What a rank does in tests of checkpoints: train, save, load in another layout, and hand back every number."""
 
+import contextlib
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from job import LEARNING_RATE, batch, make_batch, named, own_rows, plan_of, whol
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.distributed import BackgroundSaver, first_failure
+from megatron_deepseek.checkpoint.export import export_hf
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.checkpoint.state import MOMENTS
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.workspace import Workspace
 from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.trainer import Trainer
 
 STEPS = 2
@@ -196,3 +201,23 @@ def load_into(case: Case, root: Path, with_optimizer: bool) -> str:
     except ValueError as error:
         return str(error)
     raise AssertionError("it was loaded")
+
+
+def export_after_a_kill(case: Case, root: Path) -> tuple[bool, list[str]]:
+    """Two starts of a run that exports: the first is killed before the export gets its name, and in the second the
+    last rank comes late. Whether this rank still waits for the others after a while, and what is there then.
+    """
+    trainer, run = build(case), RunSettings(1, save=root / "run", save_hf=root / "export")
+    checkpoint.save(run.save, TrainState(1, 0, 1), case.model, trainer.stages, trainer.optimizer)
+    rank, last, published, publish = dist.get_rank(), dist.get_world_size() - 1, Workspace.published, Workspace.publish
+    Workspace.publish = lambda *_: {}["killed"]
+    with contextlib.suppress(KeyError):
+        export_hf(run, rank, dist.get_world_size())
+    dist.barrier()
+    Workspace.publish = publish
+    Workspace.published = lambda *of: (time.sleep(1.0 if rank == last else 0.0), published(*of))[1]
+    second = threading.Thread(target=export_hf, args=(run, rank, dist.get_world_size()), daemon=True)
+    second.start()
+    second.join(20)
+    dist.barrier()
+    return second.is_alive(), sorted(path.name for path in root.iterdir())

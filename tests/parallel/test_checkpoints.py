@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import Case
 from checkpoint_job import (
+    export_after_a_kill,
     go_on,
     load_and_save,
     load_damaged,
@@ -137,3 +138,8 @@ def test_damage_and_another_model_are_named_on_every_rank(ranks, tmp_path):
         assert "model.lm_head.weight" in message
     for message in ranks.run(2, load_into, replace(SMALL, mtp=0), tmp_path, False):
         assert "tensors that this model lacks, first model.model.layers.2" in message
+
+
+def test_an_export_that_goes_on_after_a_kill_waits_for_its_own_ranks(ranks, tmp_path):
+    """What the killed start's ranks left word of, that they were done, is not theirs."""
+    assert ranks.run(2, export_after_a_kill, SMALL, tmp_path) == [(False, ["export", "run"])] * 2

@@ -18,9 +18,9 @@ from small_checkpoints import (
 from small_models import V2_SMALL, V3_SMALL
 
 from megatron_deepseek.checkpoint import block_fp8
+from megatron_deepseek.checkpoint.command import main
 from megatron_deepseek.checkpoint.assets import read_assets, write_config
 from megatron_deepseek.checkpoint.blocks import row_ranges
-from megatron_deepseek.checkpoint.command import main
 from megatron_deepseek.checkpoint.distributed import model_state
 from megatron_deepseek.checkpoint.integrity import verify_directory
 from megatron_deepseek.checkpoint.loadable import check_checkpoint

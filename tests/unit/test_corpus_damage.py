@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpora import contents, documents_of, run, settings_of, write_lines
 
+from corpora import contents, documents_of, run, settings_of, write_lines
 from megatron_deepseek.data.corpus.run import preprocess
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from corpora import contents, documents_of, run, settings_of
 
+from corpora import contents, documents_of, run, settings_of
 from megatron_deepseek.data.corpus import cutting, encoders, long_text, part, records, texts
 from megatron_deepseek.data.corpus.fim import Rearrangement, draw_rearrangement
 from megatron_deepseek.data.corpus.long_text import BadDocument

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from corpora import contents, documents_of, run, settings_of, write_lines
 
+from corpora import contents, documents_of, run, settings_of, write_lines
 from megatron_deepseek.data.corpus.ledger import Ledger
 from megatron_deepseek.data.corpus.workers import run_tasks
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import contents, documents_of, run, settings_of, write_lines
 from full_disks import full_after, small_disk
 
+from corpora import contents, documents_of, run, settings_of, write_lines
 from megatron_deepseek.data.corpus.selection import append_by
 from megatron_deepseek.data.dataset_command import main
 from megatron_deepseek.data.indexed import written_whole

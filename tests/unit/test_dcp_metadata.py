@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_pickle_values import mutations
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -26,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from test_pickle_values import mutations
 
 from megatron_deepseek.checkpoint import dcp_files
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory, Item

@@ -13,7 +13,8 @@ from megatron_deepseek.arguments.ending import BROKEN_PIPE
 from megatron_deepseek.arguments.explain import compatibility, explain, explain_layout, goes_with_what
 from megatron_deepseek.arguments.explain_ranks import in_short, places
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.parallel.schedule_rules import SCHEDULES, V_SHAPED, stages_of_rank
+from megatron_deepseek.parallel.schedule_rules import V_SHAPED, stages_of_rank
+from megatron_deepseek.parallel.schedule_rules import SCHEDULES
 
 REPOSITORY = Path(__file__).parents[2]
 LAYOUT = Layout(dp=2, pp=2, tp=2, cp=2, ep=4)

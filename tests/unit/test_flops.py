@@ -8,11 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.planning.flops import (
-    active_matmul_weights,
-    attention_core_flops,
-    model_flops_per_token,
-    peak_flops,
-)
+    active_matmul_weights, attention_core_flops, model_flops_per_token, peak_flops)
 
 TINY = ModelConfig(
     vocab_size=100, hidden_size=8, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=4,

@@ -11,12 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training import optimizer as optimizer_module
 from megatron_deepseek.training.optimizer import (
-    NamedParameter,
-    ShardedAdamW,
-    build_optimizer,
-    clip_gradients,
-    set_learning_rate,
-)
+    NamedParameter, ShardedAdamW, build_optimizer, clip_gradients, set_learning_rate)
 
 RATE = 1e-2
 MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"))

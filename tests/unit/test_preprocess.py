@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import contents, documents_of, run, settings_of, write_bytes, write_lines
 
+from corpora import contents, documents_of, run, settings_of, write_bytes, write_lines
 from megatron_deepseek.data.corpus import inputs
 from megatron_deepseek.data.corpus.part import id_dtype
 from megatron_deepseek.data.indexed import open_indexed

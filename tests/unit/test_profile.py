@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.profile import check_profile, profiler
+from megatron_deepseek.settings import RunSettings
 
 
 def marks(path):

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.metrics import StepMetrics, cut_after, read_metrics
 from megatron_deepseek.training.report import Report, open_report
+from megatron_deepseek.settings import RunSettings
 
 STEP_KEYS = {"iteration", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens",
              "tokens_per_second", "step_seconds"}

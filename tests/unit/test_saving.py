@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import V3_SMALL, random_batch, training_batch, weights_of, whole_stage
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from small_models import V3_SMALL, random_batch, training_batch, weights_of, whole_stage
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint import writer

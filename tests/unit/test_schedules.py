@@ -4,12 +4,9 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from megatron.core.num_microbatches_calculator import (
-    ConstantNumMicroBatchesCalculator,
-    RampupBatchsizeNumMicroBatchesCalculator,
-)
+    ConstantNumMicroBatchesCalculator, RampupBatchsizeNumMicroBatchesCalculator)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_deepseek.checkpoint.train_state import TrainState

@@ -4,20 +4,13 @@ import json
 from dataclasses import asdict
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.settings import BatchSettings, RunSettings
 from megatron_deepseek.training.timeline import (
-    Timeline,
-    batch_sizes,
-    global_batch_size,
-    last_iteration,
-    timeline,
-    with_past,
-)
+    Timeline, batch_sizes, global_batch_size, last_iteration, timeline, with_past)
 
 
 @pytest.mark.parametrize("start, increment, samples, final", [

@@ -10,14 +10,7 @@ from megatron_deepseek.arguments.ending import exit_status
 from megatron_deepseek.data.corpus.report import Report
 from megatron_deepseek.data.corpus.run import preprocess
 from megatron_deepseek.data.corpus.settings import (
-    BACKENDS,
-    INPUT_FORMATS,
-    TEXT_UNITS,
-    Content,
-    Execution,
-    PreprocessSettings,
-    Selection,
-)
+    BACKENDS, INPUT_FORMATS, TEXT_UNITS, Content, Execution, PreprocessSettings, Selection)
 
 PROGRAM = "preprocess_data.py"
 DATASET_COMMANDS = ("inspect", "verify", "merge", "split", "head")

@@ -18,14 +18,7 @@ import numpy as np
 from megatron_deepseek.data.corpus.settings import Content
 from megatron_deepseek.data.corpus.workers import die_with
 from megatron_deepseek.data.tokenizer import (
-    BOS,
-    EOD,
-    HuggingFaceTokenizer,
-    IdOutsideVocabulary,
-    Tokenizer,
-    build_tokenizer,
-    find_tokenizer_json,
-)
+    BOS, EOD, HuggingFaceTokenizer, IdOutsideVocabulary, Tokenizer, build_tokenizer, find_tokenizer_json)
 from megatron_deepseek.packages import how_to_install
 
 PROBES = (

@@ -13,15 +13,7 @@ from typing import NamedTuple
 from megatron_deepseek.data.corpus.files import count_lines
 from megatron_deepseek.data.corpus.inputs import Source
 from megatron_deepseek.data.corpus.long_text import (
-    LONG_LINE_BYTES,
-    UNPARSED,
-    BadDocument,
-    LongText,
-    decode_utf8,
-    parse_json,
-    parse_long_line,
-    plain_text,
-)
+    LONG_LINE_BYTES, UNPARSED, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
 from megatron_deepseek.data.corpus.plan import Segment
 from megatron_deepseek.data.corpus.streams import DamagedStream, open_stream
 
