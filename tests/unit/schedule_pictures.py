@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _Action, get_schedule_class
 
-from megatron_deepseek.parallel.schedule_rules import SCHEDULES, VIRTUAL_STAGES, rank_of_stage, stages_of_rank
+from megatron_deepseek.parallel.schedule_rules import SCHEDULES, VIRTUAL_STAGES, stages_of_rank
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 RANKS, MICRO_BATCHES = 2, 4
@@ -162,16 +162,15 @@ def timeline(schedule: str, acts: list[list[Act]]) -> tuple[list[list[tuple[int,
 
 
 def _needs(run: Run, last: int, ended: dict[Run, int]) -> list[Run]:
-    """Return the runs that come before `run`; before a backward, the later stage's whole one or its input gradients."""
+    """Return what `run` needs of another stage; of its own, its rank's order sees to it. A backward needs the later
+    stage's whole one or its input gradients, whichever there is.
+    """
     if run.kind == "F":
         return [Run("F", run.stage - 1, run.micro_batch)] if run.stage else []
-    if run.kind == "W":
-        return [Run("I", run.stage, run.micro_batch)]
-    own = Run("F", run.stage, run.micro_batch)
-    if run.stage == last:
-        return [own]
+    if run.kind == "W" or run.stage == last:
+        return []
     whole = Run("B", run.stage + 1, run.micro_batch)
-    return [own, whole if whole in ended else Run("I", run.stage + 1, run.micro_batch)]
+    return [whole if whole in ended else Run("I", run.stage + 1, run.micro_batch)]
 
 
 def held_at_most(schedule: str, acts: list[Act], spans: list[tuple[int, int]]) -> int:
@@ -209,8 +208,6 @@ def picture(schedule: str, steps: list[Step]) -> list[str]:
         lines += [f"rank {rank}  {''.join(cells)}".rstrip(), f"  step  {''.join(below)}".rstrip()]
     idle = [end - sum(stop - start for start, stop in own) for own in spans]
     held = [held_at_most(schedule, *each) for each in zip(acts, spans)]
-    assert all(rank_of_stage(run.stage, total, RANKS, schedule) == rank
-               for rank, own in enumerate(acts) for act in own for run in act)
     return [*lines, f"{end} units, idle {_numbers(idle)}, held {_numbers(held)}"]
 
 
