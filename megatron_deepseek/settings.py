@@ -69,7 +69,7 @@ class LossSettings:
 
     `moe_router_force_load_balancing` chooses experts by position, for benchmarks. `moe_expert_capacity_factor`: how
     many times its even share of a sequence's tokens an expert takes, None for all; `moe_token_drop_policy` is probs or
-    position.
+    position. `loss_chunk_size`: tokens whose logits are made at once, None for what model/head.py takes.
     """
 
     mtp_loss_scaling_factor: float = 0.3
@@ -83,6 +83,7 @@ class LossSettings:
     moe_router_force_load_balancing: bool = False
     moe_expert_capacity_factor: float | None = None
     moe_token_drop_policy: str = "probs"
+    loss_chunk_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class RunSettings:
     iterations of a run from its start, and are counted again from a checkpoint that it continues.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_products.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8_weight.py). `model_file`: the config.json of --model, None for a preset.
+    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
     """
 
     train_iters: int
@@ -192,3 +194,4 @@ class RunSettings:
     fp8_format: str | None = None
     fp8_param_gather: bool = False
     sharding: str = "optim_grads"
+    freeze_parameters: tuple[str, ...] = ()

@@ -117,6 +117,7 @@ FEATURES = (
     _placement("MTP on several stages", "Ettt|t|m|mL --mtp-num-layers 2", "split"),
     Feature("no query compression", "--q-lora-rank 0", lambda s: s.model.q_lora_rank is None),
     Feature("tied embeddings", "--tie-word-embeddings", lambda s: s.model.tie_word_embeddings),
+    Feature("loss by chunks", "--loss-chunk-size 64", lambda s: s.loss.loss_chunk_size is not None),
     Feature("recompute layers", "--recompute-granularity full", lambda s: s.recompute.granularity == "full"),
     *(_recomputed(module) for module in RECOMPUTE_MODULES),
     Feature("activations offloaded", "--cpu-offloading-num-layers 1",
@@ -127,6 +128,8 @@ FEATURES = (
     Feature("fp8 weights gathered", "--fp8-format e4m3 --fp8-param-gather", lambda s: s.run.fp8_param_gather),
     Feature("bf16 moments", "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             lambda s: "bf16" in (s.optimizer.exp_avg_dtype, s.optimizer.exp_avg_sq_dtype)),
+    Feature("frozen parameters", "--freeze-parameters model.embed_tokens.weight",
+            lambda s: bool(s.run.freeze_parameters)),
 )
 
 

@@ -76,6 +76,9 @@ def _add_batch(parser):
     length.add_argument("--train-samples", type=values.positive_int, help="sequences; iterations follow from batches")
     add = group.add_argument
     add("--micro-batch-size", type=values.positive_int, default=1, help="sequences in one forward pass (1)")
+    add("--loss-chunk-size", type=values.positive_int, metavar="TOKENS",
+        help="of a forward pass; their logits exist at once, and are made again in the backward if there are more "
+        "tokens (as many as a rank has logits of in 256 MiB)")
     add("--global-batch-size", type=values.positive_int, help="sequences in an update (micro-batch x data ranks)")
     add("--rampup-batch-size", type=values.count, nargs=3, metavar=("START", "INCREMENT", "SAMPLES"),
         help="grow the global batch from START over the first SAMPLES")
@@ -119,6 +122,8 @@ def _add_optimizer(parser):
     add("--adam-beta2", type=values.beta, default=0.95, help="(0.95)")
     add("--adam-eps", type=values.positive, default=1e-8, help="(1e-8)")
     add("--weight-decay", type=values.non_negative, default=0.1, help="(0.1)")
+    add("--freeze-parameters", type=str, nargs="+", metavar="PATTERN",
+        help='parameters that are not trained, by name: "model.layers.*.mlp.experts.*" (none)')
     add("--clip-grad", type=values.non_negative, default=1.0, help="largest norm of the gradient; 0 does not clip (1)")
     add("--exp-avg-dtype", type=str, choices=MOMENT_DTYPES, default="fp32",
         help="what the first moment is kept in; it is updated in float32 (fp32; bf16)")

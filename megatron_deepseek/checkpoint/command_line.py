@@ -10,9 +10,16 @@ from megatron_deepseek.checkpoint.production import Product, Share, produce
 
 def share_of(environ: Mapping[str, str], workers: int) -> Share:
     """This process's share of the work: all of it, or under torchrun that of its rank."""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    run_id = "-".join(environ.get(name, "0") for name in names)
-    return Share(workers, int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1")), run_id)
+    rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    return Share(workers, rank, world_size, _start(environ) if world_size > 1 else "0")
+
+
+def _start(environ: Mapping[str, str]) -> str:
+    """A name of this start of a job on several ranks; torchrun's own variables are the same in the next one."""
+    from megatron_deepseek.parallel.lives import life_name  # which takes torch
+
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return life_name() or "-".join(environ.get(name, "0") for name in names)
 
 
 def progress(total: int | None, hidden: bool = False) -> tqdm:

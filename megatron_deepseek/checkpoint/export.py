@@ -8,8 +8,10 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
 from megatron_deepseek.checkpoint.chat_templates import read_template
@@ -126,11 +128,17 @@ def is_exported(save_hf: Path, checkpoint: Path, bf16: bool) -> bool:
 
 
 def export_hf(run: RunSettings, rank: int, world_size: int) -> None:
-    """Write --save-hf from the last checkpoint of --save. Every rank calls it and writes its share of the files."""
+    """Write --save-hf from the last checkpoint of --save. Every rank calls it and writes its share of the files.
+
+    Ranks of an earlier start, which was killed, may have left word that they are done: they are not this one's.
+    """
+    start = [uuid4().hex]
+    if world_size > 1:
+        dist.broadcast_object_list(start)
     source, assets = open_native(run.save, without_mtp=False)
     origin = {"exported": _origin(source.path, run.bf16)}
     target = hf_target(source, assets, run.save_hf, torch.bfloat16 if run.bf16 else None, _SHARD_BYTES, origin)
-    convert(source, target, Share(1, rank, world_size, source.path.name), lambda nbytes: None, lambda text: None)
+    convert(source, target, Share(1, rank, world_size, start[0]), lambda nbytes: None, lambda text: None)
 
 
 def _origin(checkpoint: Path, bf16: bool) -> dict[str, Any]:

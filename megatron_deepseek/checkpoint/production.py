@@ -60,7 +60,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of the work. `run` tells one start of a torchrun job from another."""
+    """This process's part of the work. `run`: the same on all ranks, and never the same in another start of the job."""
 
     workers: int = 1
     rank: int = 0
@@ -72,31 +72,30 @@ def produce(product: Product, share: Share, advance: Advance, say: Callable[[str
     """Make `product`. ValueError, and no `product.destination`, where anything is wrong."""
     workspace = Workspace(product.destination.with_name(product.destination.name + ".incomplete"))
     plan = _plan(product)
-    if workspace.published(plan, product.destination):  # killed just after the rename
-        _finish(product, workspace, share)
-        return
-    if share.rank == 0:
-        _check_destination(product, workspace)
-        if workspace.begin(plan):
-            say(f"continuing the {product.what} in {workspace.root}")
-    else:
-        workspace.join(plan)
-    _check_space(product, workspace)
-    _work(product, workspace, share, _locked(advance))
+    published = workspace.published(plan, product.destination)  # killed just after the rename
+    if not published:
+        if share.rank == 0:
+            _check_destination(product, workspace)
+            if workspace.begin(plan):
+                say(f"continuing the {product.what} in {workspace.root}")
+        else:
+            workspace.join(plan)
+        _check_space(product, workspace)
+        _work(product, workspace, share, _locked(advance))
     workspace.leave(share.rank, share.run)
     if share.rank == 0:
-        workspace.wait(share.world_size, share.run)
-        records = {file.name: workspace.record(file.name) for file in product.files}
-        workspace.sweep()
-        product.complete(workspace.output, records)
-        workspace.publish(product.destination)
-    _finish(product, workspace, share)
-
-
-def _finish(product: Product, workspace: Workspace, share: Share) -> None:
-    if share.rank == 0:
+        workspace.wait(share.world_size, share.run)  # a rank that comes to a workspace that is gone waits for ever
+        if not published:
+            _complete(product, workspace)
         product.publish()
         workspace.remove()
+
+
+def _complete(product: Product, workspace: Workspace) -> None:
+    records = {file.name: workspace.record(file.name) for file in product.files}
+    workspace.sweep()
+    product.complete(workspace.output, records)
+    workspace.publish(product.destination)
 
 
 def _check_destination(product: Product, workspace: Workspace) -> None:

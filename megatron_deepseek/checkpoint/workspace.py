@@ -72,7 +72,8 @@ class Workspace:
             return None
 
     def leave(self, rank: int, run: str) -> None:
-        """Say that this rank has finished its files."""
+        """Say that this rank has finished its files, or found all of them published."""
+        (self.root / "finished").mkdir(parents=True, exist_ok=True)  # a kill may have fallen into the removal
         write_aside(self._note(f"rank-{rank}-{run}"), "{}")
 
     def wait(self, world_size: int, run: str) -> None:

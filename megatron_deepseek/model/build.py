@@ -16,6 +16,7 @@ from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.frozen import freeze
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.moe import MoE
@@ -57,7 +58,10 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How the stages of a model are made, beside the architecture, the layout and the sequence length."""
+    """How the stages of a model are made, beside the architecture, the layout and the sequence length.
+
+    `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py).
+    """
 
     precision: Precision = Precision()
     loss: LossSettings = LossSettings()
@@ -65,6 +69,7 @@ class BuildOptions:
     communication: CommunicationSettings = CommunicationSettings()
     offload: OffloadSettings = OffloadSettings()
     reshard_after_forward: bool = False
+    frozen: tuple[str, ...] = ()
     seed: int = 1234
 
 
@@ -72,6 +77,7 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
     """Return the stages `mine` of this rank, ready to train."""
     stages = shape_stages(config, mine, meshes, seq_length, options)
+    freeze(stages, options.frozen)
     shard_stages(stages, meshes, options)
     for stage in stages:
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
@@ -94,7 +100,8 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     blueprint = make_blueprint(config, meshes, options)
     run_of = partial(choose_run, options.recompute, options.offload)
     with torch.device("meta"), default_dtype(options.precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of) for stage in mine]
+        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of, options.loss.loss_chunk_size)
+                for stage in mine]
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = BuildOptions()) -> Blueprint:

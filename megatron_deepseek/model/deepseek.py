@@ -55,8 +55,10 @@ class DeepseekStage(nn.Module):
     """
 
     def __init__(self, stage: Stage, blueprint: Blueprint, seq_length: int, device: torch.device,
-                 run_of: Callable[[int], Callable] = lambda position: run_layer):
-        """`run_of`: how the layer at each position of this stage is run (layer.choose_run)."""
+                 run_of: Callable[[int], Callable] = lambda position: run_layer, loss_chunk_size: int | None = None):
+        """`run_of`: how the layer at each position of this stage is run (layer.choose_run). `loss_chunk_size`: tokens
+        whose logits exist at once (head.OutputHead).
+        """
         super().__init__()
         self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
         self.turns, self.meter = blueprint.turns, blueprint.etp.meter
@@ -64,9 +66,9 @@ class DeepseekStage(nn.Module):
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
-            self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.product)
+            self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.product, loss_chunk_size)
         elif stage.loss:
-            self.head = OutputHead(self.tp, self.model.embed_tokens.local_weight)
+            self.head = OutputHead(self.tp, self.model.embed_tokens.local_weight, chunk_size=loss_chunk_size)
         self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
 
     def forward(self, x: torch.Tensor, micro_batch: MicroBatch, step: StepContext) -> torch.Tensor:

@@ -97,12 +97,16 @@ def run_checkpointed(layer: nn.Module, *args):
 
 def run_offloaded(layer: nn.Module, *args):
     """Keep what the backward needs in the host's memory, but for the weights."""
+    if not _has_backward(layer, args):
+        return layer(*args)
     with saved_on_host(partial(_is_weight, layer)):
         return layer(*args)
 
 
 def run_checkpointed_offloaded(layer: nn.Module, *args):
     """Keep the layer's inputs only, those in the host's memory, and run it again in the backward."""
+    if not _has_backward(layer, args):
+        return layer(*args)
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     with saved_on_host(lambda tensor: False):
         fetch = keep(tuple(tensors))
@@ -116,6 +120,11 @@ def run_checkpointed_offloaded(layer: nn.Module, *args):
 
     others = [(True, None) if isinstance(arg, torch.Tensor) else (False, arg) for arg in args]
     return checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+
+
+def _has_backward(layer: nn.Module, args: tuple) -> bool:
+    """Not where the layer and all before it are frozen."""
+    return any(getattr(each, "requires_grad", False) for each in (*args, *layer.parameters()))
 
 
 def _is_weight(layer: nn.Module, tensor: torch.Tensor) -> bool:

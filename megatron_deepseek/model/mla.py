@@ -25,7 +25,7 @@ from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.products import Numerics
 from megatron_deepseek.ops.recompute import compose, recompute
 from megatron_deepseek.ops.rope import apply_rope, join_keys, turn_tail
-from megatron_deepseek.parallel.context import ContextParallel
+from megatron_deepseek.parallel.context import ContextParallel, Project
 from megatron_deepseek.parallel.tensor import (
     RMSNorm,
     TensorParallel,
@@ -120,8 +120,8 @@ class MLA(nn.Module):
             c_kv, turned = block_BSC.split(sizes, -1)
             return self.keys_and_values(c_kv, turned, None)
 
-        return self.cp.attention(q, torch.cat([c_kv, turned], -1), project, self.scale, positions.sight,
-                                 self.output_form)
+        return self.cp.attention(q, torch.cat([c_kv, turned], -1), Project(project, (self.kv_b_proj.weight,)),
+                                 self.scale, positions.sight, self.output_form)
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None
                   ) -> torch.Tensor:

@@ -121,7 +121,7 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx, x, weight, product: Fp8Product, *counts):
         ctx.weight, ctx.product, ctx.counts = weight, product, counts
         tiles = _rows(quantize(x, product.input_power_of_two))
-        ctx.save_for_backward(*product.keep(x, tiles))
+        ctx.save_for_backward(*(product.keep(x, tiles) if weight.requires_grad else ()))
         return _with_rows_of(x, _forward(tiles, weight, *counts))
 
     @staticmethod
@@ -154,11 +154,15 @@ class _MultiplySwiGLU(torch.autograd.Function):
         rows, columns = product.gradient_tiles(grad, weight, *counts)
         gate_q, gate_s, up_q, up_s = ctx.saved_tensors
         gate, up = (fp8.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
-        grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
-        gradients = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
-        hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
-        grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
-        return None, None, grad_weight, *(_as_gradient(tiles, grad) for tiles in gradients)
+        gradients, grad_weight = (None,) * len(ctx.needs_input_grad[3:]), None
+        if any(ctx.needs_input_grad[3:]):
+            grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
+            tiles = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
+            gradients = tuple(_as_gradient(each, grad) for each in tiles)
+        if weight.requires_grad:
+            hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
+            grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
+        return None, None, grad_weight, *gradients
 
 
 @with_backends("quantize_swiglu")

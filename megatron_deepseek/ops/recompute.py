@@ -38,8 +38,11 @@ class _Keep(torch.autograd.Function):
 
 
 def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """How to get `inputs` back in the backward; hooks for saved tensors apply to their parts as to an operator's."""
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    """How to get `inputs` back in the backward; hooks for saved tensors apply to their parts as to an operator's.
+
+    Also inputs that need no gradient: the producer's and the consumer's weights may.
+    """
+    if not torch.is_grad_enabled():
         return lambda: inputs
     parts, together = zip(*map(apart, inputs))
     anchor = torch.empty(0, requires_grad=True)

@@ -28,6 +28,11 @@ def agent_store() -> dist.Store | None:
     return dist.PrefixStore(_life(), _connect())
 
 
+def life_name() -> str | None:
+    """A name of this start that all of its ranks have in common, and no other start; None without an agent's store."""
+    return _life() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+
+
 def job_name() -> str:
     """A name that all lives of this job have in common, kept in the store of torchrun's agent, and no other job has."""
     name = uuid.uuid4().hex

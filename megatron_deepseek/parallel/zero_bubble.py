@@ -7,6 +7,8 @@ or embedding shared with MTP modules), and with recomputed layers it runs their 
 
 Contexts keep the weight itself and do not save it: what checkpointing's hooks hand back for a saved leaf is a copy that
 holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost.
+
+A frozen weight leaves nothing, and its input is not kept.
 """
 
 from collections.abc import Callable
@@ -69,30 +71,34 @@ class DeferredGradients:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, deferred):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*(x,) * ctx.needs_input_grad[1])
         ctx.weight, ctx.deferred = weight, deferred
         return nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
-        return grad @ weight, None, None
+        weight = ctx.weight
+        if ctx.needs_input_grad[1]:
+            (x,) = ctx.saved_tensors
+            ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_EOI, counts_E, deferred):
-        ctx.save_for_backward(x_RI)
+        ctx.save_for_backward(*(x_RI,) * ctx.needs_input_grad[1])
         ctx.weight, ctx.counts_E, ctx.deferred = weight_EOI, counts_E, deferred
         return grouped_forward(x_RI, weight_EOI, counts_E)
 
     @staticmethod
     def backward(ctx, grad_RO):
-        (x_RI,), weight_EOI = ctx.saved_tensors, ctx.weight
-        grad_RO, counts_E = grad_RO.contiguous(), ctx.counts_E
-        ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
-        return grouped_dgrad(grad_RO, weight_EOI, counts_E), None, None, None
+        weight_EOI, grad_RO, counts_E = ctx.weight, grad_RO.contiguous(), ctx.counts_E
+        if ctx.needs_input_grad[1]:
+            (x_RI,) = ctx.saved_tensors
+            ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
+        grad_x = grouped_dgrad(grad_RO, weight_EOI, counts_E) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None
 
 
 def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, build_stages
+from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.model.step import StepContext, Tally
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import gather_once
@@ -107,11 +108,11 @@ class Trainer:
                                  self.stages[0].turns if in_turns else None)
 
     def _named_parameters(self) -> list[NamedParameter]:
-        """Every parameter of this rank; of copies on several stages only the first holder's first is counted."""
+        """Every trained parameter of this rank; of copies on several stages only the first holder's first counts."""
         counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None
                    for shared in self.shared}
         return [NamedParameter(name, parameter, counted.get(name, parameter) is parameter)
-                for stage in self.stages for name, parameter in stage.named_parameters()]
+                for stage in self.stages for name, parameter in trained_parameters(stage)]
 
     def train_step(self, batch: Batch, learning_rate: float, bias_rate: float = 0.0,
                    votes: Callable[[], Votes] = Votes) -> StepResult:

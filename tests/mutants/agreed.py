@@ -50,7 +50,7 @@ RESUME_MUTANTS = of(
     "training/resume.py", RESUME,
     ("None if start.weights_only else trainer.optimizer", "trainer.optimizer"),
     ("    if start.finetune:\n        return TrainState()\n", ""),
-    ("0 if start.weights_only else state.optimizer_steps)", "state.optimizer_steps)"),
+    ("state.without_optimizer() if start.weights_only else state", "state"),
 ) + of(
     "training/decision.py", ("tests/unit/test_decision.py",),
     ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),

@@ -7,6 +7,7 @@ agreed.py has those that a comparison of layouts cannot see.
 """
 
 from agreed import AGREED
+from frozen import FROZEN
 from mutant import of
 
 # What is run for a mistake: the first failure ends it. Quick tests first.
@@ -281,8 +282,8 @@ BALANCE = of(
     "training/balance.py", STEP,
     ("            dist.all_reduce(total[name], group=group)", "            pass"),
     ("torch.sign(mean - total[name].double())", "torch.sign(total[name].double() - mean)"),
-    ("            if bias is not None and rate:",
-     "            if bias is not None and rate and not name.endswith('2.mlp'):"),
+    ("            if bias is not None and rate and",
+     "            if bias is not None and rate and not name.endswith('2.mlp') and"),
 )
 
 ROUTER_MUTANTS = of(
@@ -417,4 +418,4 @@ MUTANTS = (
     *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES,
     *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
     *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
-    *SAMPLES, *AGREED)
+    *SAMPLES, *AGREED, *FROZEN)

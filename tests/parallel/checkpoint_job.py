@@ -1,9 +1,10 @@
 """What a rank does in tests of checkpoints: train, save, load in another layout, and hand back every number."""
 
+import contextlib
 import errno
 import os
+import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,10 +14,13 @@ from job import LEARNING_RATE, batch, make_batch, named, own_rows, plan_of, whol
 
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.distributed import BackgroundSaver, first_failure
+from megatron_deepseek.checkpoint.export import export_hf
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.checkpoint.state import MOMENTS
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.checkpoint.workspace import Workspace
 from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.trainer import Trainer
 
 STEPS = 2
@@ -36,7 +40,8 @@ def held(trainer: Trainer) -> dict[str, torch.Tensor]:
     found = {f"model.{name}": tensor for how in ("named_parameters", "named_buffers")
              for (_, name), tensor in named(trainer, how)}
     return found | {f"optimizer.{moment}.{name}": trainer.optimizer.state[parameter][moment]
-                    for (_, name), parameter in named(trainer, "named_parameters") for moment in MOMENTS}
+                    for (_, name), parameter in named(trainer, "named_parameters") if parameter.requires_grad
+                    for moment in MOMENTS}
 
 
 def numbers(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -58,10 +63,25 @@ def load_and_save(case: Case, load: Path, save: Path) -> dict[str, torch.Tensor]
     """What arrives in the layout of `case`, saved again from there."""
     trainer = build(case)
     state = checkpoint.load(checkpoint_directory(load), trainer.stages, trainer.optimizer)
-    assert asdict(state) == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
-                             "optimizer_steps": STEPS, "batches": ((STEPS, case.global_batch_size),)}
+    assert state.to_json() == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
+                               "optimizer_steps": STEPS, "batches": ((STEPS, case.global_batch_size),)}
     checkpoint.save(save, state, case.model, trainer.stages, trainer.optimizer)
     return numbers(trainer)
+
+
+def go_on(case: Case, load: Path | None, save: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """STEPS steps from nothing, or from a checkpoint of any layout and any trained subset: the numbers, and how many
+    updates each parameter of this rank has behind it.
+    """
+    trainer, state = build(case), TrainState()
+    if load is not None:
+        state = checkpoint.load(checkpoint_directory(load), trainer.stages, trainer.optimizer)
+    for number in range(state.iteration, state.iteration + STEPS):
+        step(trainer, case, number)
+        state = state.after(case.global_batch_size, True)
+    checkpoint.save(save, state, case.model, trainer.stages, trainer.optimizer)
+    return numbers(trainer), {item.name: float(trainer.optimizer.state[item.parameter]["step"])
+                              for item in trainer.parameters}
 
 
 def uninterrupted_and_resumed(case: Case, root: Path) -> tuple[dict, dict]:
@@ -181,3 +201,23 @@ def load_into(case: Case, root: Path, with_optimizer: bool) -> str:
     except ValueError as error:
         return str(error)
     raise AssertionError("it was loaded")
+
+
+def export_after_a_kill(case: Case, root: Path) -> tuple[bool, list[str]]:
+    """Two starts of a run that exports: the first is killed before the export gets its name, and in the second the
+    last rank comes late. Whether this rank still waits for the others after a while, and what is there then.
+    """
+    trainer, run = build(case), RunSettings(1, save=root / "run", save_hf=root / "export")
+    checkpoint.save(run.save, TrainState(1, 0, 1), case.model, trainer.stages, trainer.optimizer)
+    rank, last, published, publish = dist.get_rank(), dist.get_world_size() - 1, Workspace.published, Workspace.publish
+    Workspace.publish = lambda *_: {}["killed"]
+    with contextlib.suppress(KeyError):
+        export_hf(run, rank, dist.get_world_size())
+    dist.barrier()
+    Workspace.publish = publish
+    Workspace.published = lambda *of: (time.sleep(1.0 if rank == last else 0.0), published(*of))[1]
+    second = threading.Thread(target=export_hf, args=(run, rank, dist.get_world_size()), daemon=True)
+    second.start()
+    second.join(20)
+    dist.barrier()
+    return second.is_alive(), sorted(path.name for path in root.iterdir())

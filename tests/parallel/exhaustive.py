@@ -32,7 +32,7 @@ WIDER = OPTIONS | {
     "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
     "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"), "offload_layers": (0, 1, 2, 9),
-    "cut": tuple(range(150)), "first": (*[0] * 16, *range(1, 17)),
+    "frozen": (*[0] * 8, *range(1, 25)), "cut": tuple(range(150)), "first": (*[0] * 16, *range(1, 17)),
 }
 WIDER_ONLY = (
     lambda cut, pp, placement: cut == 0 or pp > 1 and placement == "balanced",

@@ -105,7 +105,8 @@ def sources(size: int) -> torch.Tensor:
 
 def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
     build = BuildOptions(precision=precision, loss=case.loss, recompute=case.recomputation,
-                         communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard)
+                         communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard,
+                         frozen=case.frozen_names)
     return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, build,
                 optimizer_of(case.moments))
 
@@ -120,7 +121,8 @@ def run_reference(reference: Reference, num_steps: int = 3, precision: Precision
                   seq_length: int = SEQ_LENGTH) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
     plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size,
-                BuildOptions(precision=precision, loss=reference.loss), optimizer_of(reference.moments))
+                BuildOptions(precision=precision, loss=reference.loss, frozen=reference.frozen),
+                optimizer_of(reference.moments))
     sizes = reference.first_batch_size, reference.global_batch_size
     return train(plan, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import Case
 from checkpoint_job import (
+    export_after_a_kill,
+    go_on,
     load_and_save,
     load_damaged,
     load_into,
@@ -53,7 +55,30 @@ def test_from_layout_to_layout_and_back(ranks, tmp_path):
         assert verify_directory(find_iteration(tmp_path / str(number + 1), 2)) == []
 
 
-@pytest.mark.parametrize("case", [SMALL, replace(B, schedule="ZBVZeroBubble", virtual=2)], ids=["data", "V-shaped"])
+def test_from_subset_to_subset_in_other_layouts(ranks, tmp_path):
+    """Each life trains another drawn subset, on one process and in layouts, from whose checkpoints the next goes on.
+    Equal are all weights, moments and numbers of steps; those of the newly trained are fewer.
+    """
+    one, alone, spread = replace(B, pp=1, schedule="none", microbatches=6), [], []
+    for number, layout in enumerate((A, EMPTY, C, replace(B, schedule="GPipe", dp=2, microbatches=3))):
+        before = [tmp_path / f"{name}{number - 1}" if number else None for name in ("one", "all")]
+        frozen = number + 1 if number < 3 else 0  # at last everything is trained
+        alone = ranks.run(1, go_on, replace(one, frozen=frozen), before[0], tmp_path / f"one{number}")
+        spread = ranks.run(layout.layout.world_size, go_on, replace(layout, frozen=frozen), before[1],
+                           tmp_path / f"all{number}")
+        assert layout.model == one.model
+        (wanted, steps), = alone
+        for found, steps_here in spread:
+            for name, tensor in found.items():
+                torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-9 * wanted[name].abs().max().item())
+            assert steps_here.items() <= steps.items()
+        assert set(wanted) == set().union(*(found for found, _ in spread))
+        assert verify_directory(find_iteration(tmp_path / f"all{number}", 2 * number + 2)) == []
+    assert set(steps.values()) == {2.0, 4.0, 6.0, 8.0}
+
+
+@pytest.mark.parametrize("case", [
+    SMALL, replace(B, schedule="ZBVZeroBubble", virtual=2), replace(B, frozen=1)], ids=["data", "V-shaped", "frozen"])
 def test_resuming_in_the_same_layout_changes_no_bit(ranks, tmp_path, case):
     for uninterrupted, resumed in ranks.run(case.layout.world_size, uninterrupted_and_resumed, case, tmp_path):
         assert_same_bits([resumed], [uninterrupted])
@@ -113,3 +138,8 @@ def test_damage_and_another_model_are_named_on_every_rank(ranks, tmp_path):
         assert "model.lm_head.weight" in message
     for message in ranks.run(2, load_into, replace(SMALL, mtp=0), tmp_path, False):
         assert "tensors that this model lacks, first model.model.layers.2" in message
+
+
+def test_an_export_that_goes_on_after_a_kill_waits_for_its_own_ranks(ranks, tmp_path):
+    """What the killed start's ranks left word of, that they were done, is not theirs."""
+    assert ranks.run(2, export_after_a_kill, SMALL, tmp_path) == [(False, ["export", "run"])] * 2

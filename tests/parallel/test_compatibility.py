@@ -42,6 +42,7 @@ def test_a_case_is_what_its_command_line_asks_for(compared):
     assert settings.communication.overlap_moe_expert_parallel_comm == case.turns
     assert settings.loss.moe_router_force_load_balancing == case.forced
     assert settings.loss.moe_expert_capacity_factor == case.loss.moe_expert_capacity_factor
+    assert settings.loss.loss_chunk_size == case.loss.loss_chunk_size
     assert settings.loss.moe_token_drop_policy == case.loss.moe_token_drop_policy
     assert (settings.data.reset_attention_mask, settings.optimizer.exp_avg_dtype) == (case.packed, case.moments)
     assert (settings.batch.micro_batch_size, settings.batch.global_batch_size) == (

@@ -1,8 +1,11 @@
 """The output head against torch's own softmax over whole logits, in float64, with and without chunks of tokens."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import V3_SMALL, forward, gradients_of, random_batch, whole_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -11,7 +14,9 @@ from megatron_deepseek.model.head import OutputHead, default_chunk_size
 from megatron_deepseek.ops.products import Linear
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary_chunks import rows_of_a_block
-from megatron_deepseek.parallel.zero_bubble import DeferredGradients
+from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
+from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
+from megatron_deepseek.settings import LossSettings
 
 B, S, H, V, K = 2, 5, 6, 11, 3
 CHUNK_SIZES = (None, 1, 3, 5, 9, 10)  # of 10 tokens: one chunk, one token each, one left over, parts of rows, one chunk
@@ -91,6 +96,15 @@ def test_several_results_of_which_one_has_no_gradient(tp, chunk_size):
     assert_same(log_p, log_softmax(state, weight, of), (state, weight))  # and none through `entropy`
 
 
+def test_an_id_that_is_ruled_out(tp):
+    """A logit of -inf adds nothing to the entropy of the others, and has no gradient."""
+    logits_Tv = torch.tensor([[2.0, 2.0, float("-inf"), 2.0]], requires_grad=True)
+    logits = VocabularyLogits(logits_Tv, tp)
+    (logits.entropy() + logits.log_probabilities(torch.tensor([1]))).sum().backward()
+    torch.testing.assert_close(logits.entropy(), torch.tensor([3.0]).log())
+    torch.testing.assert_close(logits_Tv.grad, torch.tensor([[-1 / 3, 2 / 3, 0.0, -1 / 3]]))
+
+
 @pytest.mark.parametrize("chunk_size", (None, 3))
 def test_extreme_logits(tp, chunk_size):
     """Probabilities of 0 and 1, where log p is finite, -1e4 or so, and entropy and its gradients are 0."""
@@ -160,6 +174,34 @@ def test_the_backward_may_come_through_a_checkpoint(tp):
     assert_same(got, log_softmax(state, weight, labels.unsqueeze(-1)).squeeze(-1), (state, weight))
 
 
+def test_peak_memory_at_the_size_of_v3(monkeypatch):
+    """Of 4,096 tokens in bfloat16 with csrc/'s kernels: all logits are 1 GiB, and of the default chunks a quarter; the
+    input's gradient and what else is there have another sixteenth. The weight's gradient comes on top, 1.73 GiB.
+    """
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    from head_memory import V3, WHOLE, peak_bytes
+
+    hidden, rows = V3
+    whole, chunked = (peak_bytes(chunk_size, hidden, rows, True) - 2 * hidden * rows for chunk_size in (WHOLE, None))
+    assert 2 * 4096 * rows < whole < 1.07 * 2**30
+    assert 2 * 1024 * rows < chunked < 0.37 * 2**30
+
+
+def test_w_gathers_the_weights_that_a_forward_in_between_has_freed(meshes):
+    gradients = []
+    for chunk_size in (None, 4):
+        model = whole_model(V3_SMALL, meshes, 8, loss=LossSettings(loss_chunk_size=chunk_size),
+                            reshard_after_forward=True)
+        deferred, batch = defer_weight_gradients(model), random_batch(V3_SMALL, 2, 8)
+        forward(model, *batch).loss.backward()
+        finish = deferred.take()
+        with torch.no_grad():
+            forward(model, *batch)
+        finish()
+        gradients.append(gradients_of(model)["lm_head.weight"])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_the_weights_gradient_is_left_to_w(tp):
     """Nothing of it before W, all of it after; the input's is there after B, by no product."""
     (state, weight), labels, deferred = states(), ids(B, S), DeferredGradients()
@@ -175,7 +217,7 @@ def test_the_weights_gradient_is_left_to_w(tp):
 @pytest.mark.parametrize("what", ("log_probabilities", "distillation"))
 def test_bfloat16_gradients_are_as_exact_as_without_chunks(tp, what):
     """Against float64 of the same rounded numbers. 64 chunks that were added up in bfloat16 would be off by 4 times as
-    much (seen: 1.6 %); here the error is that of rounding each logit's gradient and each result once or twice.
+    much; here the error is that of rounding each logit's gradient and each result once or twice.
     """
     wide = states(batch=64, vocabulary=64)
     narrow = [each.detach().bfloat16() for each in wide]
