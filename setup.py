@@ -33,7 +33,7 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11,<2.14",  # private names of it: megatron_deepseek/torch_private.py
         "numpy>=1.26",
         "megatron-core>=0.16,<0.17",
         "tokenizers>=0.20",

@@ -62,7 +62,7 @@ struct Ring {
 
 template <Grouping grouping, int Waves>
 __device__ __forceinline__ void produce(Shared<Waves>& shared, const TensorMap* a, const TensorMap* b,
-                                        const Product& product) {
+                                        const Gemm& product) {
   using S = Shape<Waves>;
   Ring<S::kStages> ring;
   for (int64_t tile = blockIdx.x; tile < product.tiles; tile += gridDim.x) {
@@ -90,7 +90,7 @@ struct ScaleReader {
   const float* row[Waves][2];
   const float* column;
 
-  __device__ __forceinline__ ScaleReader(const Product& p, const Work& work, int consumer, int thread) {
+  __device__ __forceinline__ ScaleReader(const Gemm& p, const Work& work, int consumer, int thread) {
 #pragma unroll
     for (int wave = 0; wave < Waves; ++wave)
 #pragma unroll
@@ -188,7 +188,7 @@ __device__ __forceinline__ void store(float* row, int columns, bool, bool exists
 }
 
 template <Grouping grouping, bool BlocksB, int Waves, typename Out>
-__device__ __forceinline__ void consume(Shared<Waves>& shared, const Product& product, Out* out, int consumer) {
+__device__ __forceinline__ void consume(Shared<Waves>& shared, const Gemm& product, Out* out, int consumer) {
   using S = Shape<Waves>;
   const int thread = int(threadIdx.x) % kWarpgroup;
   Ring<S::kStages> ring;
@@ -233,7 +233,7 @@ __device__ __forceinline__ void consume(Shared<Waves>& shared, const Product& pr
 
 template <Grouping grouping, bool BlocksB, int Waves, typename Out>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const Product product,
+    gemm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const Gemm product,
                 Out* out) {
   Shared<Waves>& shared = block_shared<Shared<Waves>>();
   if (threadIdx.x == 0) {
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <Grouping grouping, bool BlocksB, int Waves, typename Out>
-void start(const ScaledOperand& a, const ScaledOperand& b, const Product& product, Out* out, void* stream) {
+void start(const ScaledOperand& a, const ScaledOperand& b, const Gemm& product, Out* out, void* stream) {
   hopper::require_hopper();
   if (product.tiles == 0) return;
   using S = Shape<Waves>;
@@ -268,15 +268,15 @@ void start(const ScaledOperand& a, const ScaledOperand& b, const Product& produc
 }
 
 template <Grouping grouping, bool BlocksB, int Waves>
-void start(const ScaledOperand& a, const ScaledOperand& b, const Product& product, GemmOutput out, void* stream) {
+void start(const ScaledOperand& a, const ScaledOperand& b, const Gemm& product, GemmOutput out, void* stream) {
   if (out.is_float)
     start<grouping, BlocksB, Waves>(a, b, product, static_cast<float*>(out.data), stream);
   else
     start<grouping, BlocksB, Waves>(a, b, product, static_cast<bf16*>(out.data), stream);
 }
 
-Product product_of(const ScaledOperand& a, const ScaledOperand& b, int tile_m) {
-  Product p{};
+Gemm product_of(const ScaledOperand& a, const ScaledOperand& b, int tile_m) {
+  Gemm p{};
   p.m = a.rows, p.n = b.rows;
   p.k_tiles = int(ceil_div<int64_t>(a.columns, kTile));
   p.m_tiles = int(ceil_div<int64_t>(p.m, tile_m)), p.n_tiles = int(ceil_div<int64_t>(p.n, kTileN));
@@ -295,7 +295,7 @@ bool tall(const ScaledOperand& a, const ScaledOperand& b) {
 
 void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, void* stream) {
   const bool two = tall(a, b);
-  const Product product = product_of(a, b, two ? Shape<2>::kTileM : Shape<1>::kTileM);
+  const Gemm product = product_of(a, b, two ? Shape<2>::kTileM : Shape<1>::kTileM);
   if (b.blocks && two)
     start<Grouping::kNone, true, 2>(a, b, product, out, stream);
   else if (b.blocks)
@@ -305,7 +305,7 @@ void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, void* stream) {
 }
 
 void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, void* stream) {
-  Product product = product_of(a, b, Shape<1>::kTileM);
+  Gemm product = product_of(a, b, Shape<1>::kTileM);
   product.table = tiles.table, product.m_tiles = tiles.count;
   product.tiles = int64_t(tiles.count) * product.n_tiles;
   if (tall)
@@ -315,7 +315,7 @@ void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall
 }
 
 void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, void* stream) {
-  Product product = product_of(a, b, Shape<1>::kTileM);
+  Gemm product = product_of(a, b, Shape<1>::kTileM);
   product.table = groups.table;
   product.tiles *= groups.count;
   start<Grouping::kDepth, false, 1>(a, b, product, out, stream);

@@ -16,7 +16,7 @@ enum class Grouping {
 constexpr int kTileN = 128;
 constexpr int kRowsTogether = 8;  // tiles of M that pass over N side by side, so that both operands stay in the L2
 
-struct Product {
+struct Gemm {
   int64_t m, n;
   int k_tiles, m_tiles, n_tiles;
   int64_t tiles;       // of all groups
@@ -47,7 +47,7 @@ constexpr __host__ __device__ Place place_of(int64_t tile, int m_tiles, int n_ti
 }
 
 template <Grouping grouping, int TileM>
-__host__ __device__ inline Work work_of(const Product& p, int64_t tile) {
+__host__ __device__ inline Work work_of(const Gemm& p, int64_t tile) {
   const int64_t of_one = int64_t(p.m_tiles) * p.n_tiles;
   const int group = grouping == Grouping::kDepth ? int(tile / of_one) : 0;
   const Place place = place_of(grouping == Grouping::kDepth ? tile % of_one : tile, p.m_tiles, p.n_tiles);

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-
 from gpu_pieces.timing import Bench, Case, Ceilings, Row
+
 from megatron_deepseek.ops import alternatives, cuda, fp8, fp8_gemm, fp8_norm, norm, permute, rope
 from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
-from megatron_deepseek.ops.fp8_products import quantize_swiglu
+from megatron_deepseek.ops.fp8_recipe import quantize_swiglu
 from megatron_deepseek.ops.grouped_gemm import grouped_forward, grouped_wgrad
 from megatron_deepseek.ops.kernels import operator
 from megatron_deepseek.ops.swiglu import swiglu_backward
@@ -114,9 +114,9 @@ def rotary(bench: Bench) -> Iterator[Row]:
     head = 2 * length * heads
     cases = [
         Case("queries", beside_torch(lambda: operator("rope_tail")(q, table, 128, False),
-                                     lambda: rope.turn_tail.reference(q, table, 128)), head * 2 * 192),
+                                     lambda: rope.rope_queries.reference(q, table, 128)), head * 2 * 192),
         Case("keys and values", beside_torch(lambda: operator("keys_values")(kv, k_pe, table, 128),
-                                             lambda: rope.join_keys.reference(kv, k_pe, table, 128)),
+                                             lambda: rope.assemble_keys.reference(kv, k_pe, table, 128)),
              head * (256 + 192 + 128)),
         Case("keys and values, backward", {"csrc": lambda: operator("keys_values_backward")(
             grad_k, grad_v, table, 128)}, head * (192 + 128 + 256))]

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from gpu_pieces.timing import Bench, Case, Row, first_line
 from torch import nn
 
-from gpu_pieces.timing import Bench, Case, Row, first_line
-from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
 from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.ops.fp8 import quantize_both_ways
@@ -67,7 +67,7 @@ def our_layer(config: ModelConfig, length: int, bench: Bench, fp8: bool) -> Call
 def hold_in_fp8(part: nn.Module) -> None:
     """Weights as FSDP gathers them: quantised before, which a step does once for all its micro-batches."""
     for module in part.modules():
-        for name in getattr(module, "weight_products", {}):
+        for name in getattr(module, "weight_gemms", {}):
             weight = getattr(module, name).detach()
             setattr(module, name, nn.Parameter(Fp8Weight(*quantize_both_ways(weight), weight.dtype)))
 

@@ -128,6 +128,8 @@ FEATURES = (
     Feature("fp8 weights gathered", "--fp8-format e4m3 --fp8-param-gather", lambda s: s.run.fp8_param_gather),
     Feature("bf16 moments", "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             lambda s: "bf16" in (s.optimizer.exp_avg_dtype, s.optimizer.exp_avg_sq_dtype)),
+    Feature("frozen parameters", "--freeze-parameters model.embed_tokens.weight",
+            lambda s: bool(s.run.freeze_parameters)),
 )
 
 

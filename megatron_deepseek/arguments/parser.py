@@ -122,6 +122,8 @@ def _add_optimizer(parser):
     add("--adam-beta2", type=values.beta, default=0.95, help="(0.95)")
     add("--adam-eps", type=values.positive, default=1e-8, help="(1e-8)")
     add("--weight-decay", type=values.non_negative, default=0.1, help="(0.1)")
+    add("--freeze-parameters", type=str, nargs="+", metavar="PATTERN",
+        help='parameters that are not trained, by name: "model.layers.*.mlp.experts.*" (none)')
     add("--clip-grad", type=values.non_negative, default=1.0, help="largest norm of the gradient; 0 does not clip (1)")
     add("--exp-avg-dtype", type=str, choices=MOMENT_DTYPES, default="fp32",
         help="what the first moment is kept in; it is updated in float32 (fp32; bf16)")

@@ -4,6 +4,7 @@ An entry may rely on those above it. Messages are format strings over a Request 
 """
 
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.freezing import trains_nothing
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_refusals import PIPELINE
@@ -197,6 +198,11 @@ _OPTIMIZER = (
     _moment_type("--exp-avg-sq-dtype"),
     _moment_decay("--exp-avg-dtype", "--adam-beta1"),
     _moment_decay("--exp-avg-sq-dtype", "--adam-beta2"),
+    Refusal("frozen parameters that the model lacks", lambda r: r.unknown_frozen is not None,
+            "--freeze-parameters {r.unknown_frozen}"),
+    Refusal("nothing left to train",
+            lambda r: bool(r.frozen) and trains_nothing(r.model, r.frozen),
+            "--freeze-parameters {r.args.freeze_parameters} leaves no parameter to train"),
 )
 
 _RUN = (

@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.freezing import matches_nothing
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.parallel.layout import nodes_divide
@@ -175,6 +176,15 @@ class Request:
     @property
     def microbatch_rule(self) -> str:
         return schedule_rules.microbatch_rule(self.schedule, self.pp)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of parameters that are not to be trained."""
+        return tuple(self.args.freeze_parameters or ())
+
+    @property
+    def unknown_frozen(self) -> str | None:
+        return matches_nothing(self.model, self.frozen) if self.frozen else None
 
     @property
     def balance(self) -> tuple[str, float]:

@@ -157,5 +157,6 @@ def _run(request: Request) -> RunSettings:
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if eval_iters else None,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
+                freeze_parameters=tuple(args.freeze_parameters or ()),
                 sharding=args.data_parallel_sharding_strategy, model_file=config_file(args.model))
     return replace(run, train_iters=timeline.last_iteration(run, request.batch))

@@ -15,6 +15,7 @@ the layout that wrote them.
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
@@ -33,9 +33,11 @@ from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checks
 from megatron_deepseek.checkpoint.marker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.reader import CheckpointReader
 from megatron_deepseek.checkpoint.state import MOMENTS, fill_copies, model_state, state_to_save
+from megatron_deepseek.checkpoint.subset import Subset, late_parameters, set_steps
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.checkpoint.writer import CheckpointWriter
 from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.torch_private import StateDictStager
 
 T = TypeVar("T")
 
@@ -118,6 +120,12 @@ def has_optimizer(directory: Path) -> bool:
     return any(name.startswith("optimizer.") for name in DcpDirectory(directory).shapes)
 
 
+def with_moments(directory: Path) -> set[str]:
+    """The parameters that a checkpoint has moments of."""
+    beginning = f"optimizer.{MOMENTS[0]}."
+    return {name.removeprefix(beginning) for name in DcpDirectory(directory).shapes if name.startswith(beginning)}
+
+
 def verify(directory: Path) -> list[Damage] | None:
     """Damage of a checkpoint's files, every byte read once, each rank its share; every rank gets all of it.
 
@@ -173,22 +181,25 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     Tensors saved in another dtype are converted (`converted_moments` says which). `new`: beginnings of the names of
     parameters that the checkpoint lacks; they keep the weights that they have, and there must be no optimizer.
 
-    Raises ValueError if a tensor is missing, unknown or of another shape: nothing is loaded or dropped in silence.
+    Which parameters are frozen may have changed. One that was has no moments there: they stay zero, and its steps are
+    counted from here on (`TrainState.late`). Moments of one that is frozen now are left there.
+
+    Raises ValueError if a tensor is missing, unknown or of another shape: nothing else is loaded or dropped in silence.
     What any rank raises, all raise.
     """
     assert not new or optimizer is None
     beginnings = tuple(f"model.{beginning}" for beginning in new)
-    state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
-             if not name.startswith(beginnings)}
     reader, train_state = _together(lambda: _open(directory))
-    _check_tensors(directory, reader, state, ignore_optimizer=optimizer is None)
+    saved = reader.read_metadata().state_dict_metadata
+    subset = Subset.of(stages, saved) if optimizer is not None else None
+    state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
+             if not name.startswith(beginnings) and not (subset and name in subset.absent)}
+    everyone = _check_tensors(directory, reader, state, subset)
     _load(state, reader)
     fill_copies(stages, optimizer)
     if optimizer is not None:
-        for stage in stages:
-            for parameter in stage.parameters():
-                optimizer.state[parameter]["step"] = torch.tensor(
-                    float(train_state.optimizer_steps), device=parameter.device)
+        train_state = replace(train_state, late=late_parameters(train_state, everyone))
+        set_steps(stages, optimizer, train_state)
     return train_state
 
 
@@ -235,20 +246,25 @@ def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
 
 
 def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
-                   ignore_optimizer: bool) -> None:
-    """ValueError on every rank if on any rank a tensor of `state` is not in the checkpoint as it should be."""
+                   subset: Subset | None) -> list[Subset | None]:
+    """The `subset` of every rank, None where the optimizer is not loaded. ValueError on every rank if on any rank a
+    tensor of `state` is not in the checkpoint as it should be.
+    """
     saved = reader.read_metadata().state_dict_metadata
     others = reader.stored.others if isinstance(reader, CheckpointReader) else frozenset()
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (list(state), _mismatch(directory, saved, state)))
-    for _, mismatch in everyone:
+    dist.all_gather_object(everyone, (list(state), _mismatch(directory, saved, state), subset))
+    for _, mismatch, _ in everyone:
         if mismatch is not None:
             raise ValueError(mismatch)
-    unknown = sorted((set(saved) | others) - {name for names, _ in everyone for name in names})
-    if ignore_optimizer:
-        unknown = [name for name in unknown if not name.startswith("optimizer.")]
+    unknown = (set(saved) | others) - {name for names, _, _ in everyone for name in names}
+    if subset is None:
+        unknown = {name for name in unknown if not name.startswith("optimizer.")}
+    else:
+        unknown -= {name for _, _, of_rank in everyone for name in of_rank.left}
     if unknown:
-        raise ValueError(f"{directory} has {len(unknown)} tensors that this model lacks, first {unknown[0]}")
+        raise ValueError(f"{directory} has {len(unknown)} tensors that this model lacks, first {min(unknown)}")
+    return [of_rank for _, _, of_rank in everyone]
 
 
 def _mismatch(directory: Path, saved: dict, state: dict[str, torch.Tensor]) -> str | None:

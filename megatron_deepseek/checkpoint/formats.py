@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ def native_target(source: Source, assets: Assets, save: Path, dtype: torch.dtype
 
     def add_files(directory: Path, records: dict[str, Record]) -> None:
         (directory / "config.json").write_text(json.dumps(source.config.to_hf_dict(), indent=2))
-        (directory / "state.json").write_text(json.dumps(asdict(TrainState()), indent=2))
+        (directory / "state.json").write_text(json.dumps(TrainState().to_json(), indent=2))
         checksum_directory(directory, {name: record.checksum for name, record in records.items()})
 
     places = native_places(source.config)

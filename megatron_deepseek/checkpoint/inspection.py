@@ -1,7 +1,6 @@
 """What a checkpoint holds, for a user who looks at it: as JSON, and as lines of text."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,7 +25,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
                 "files": sorted({item.file for item in stored.items[name]})} for name in stored.shapes]
     files = {path.name: path.stat().st_size for path in sorted(checkpoint.directory.iterdir()) if path.is_file()}
     return {"directory": str(checkpoint.directory), "iteration": checkpoint.iteration,
-            "state": asdict(checkpoint.state), "architecture": checkpoint.config.to_hf_dict(),
+            "state": checkpoint.state.to_json(), "architecture": checkpoint.config.to_hf_dict(),
             "parameters": _parameters(checkpoint),
             "active_parameters": checkpoint.config.num_active_parameters(),
             "layout": checkpoint.layout, "optimizer": checkpoint.has_optimizer,
@@ -49,7 +48,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
            f"{architecture['num_hidden_layers']} layers, hidden size {architecture['hidden_size']}, "
            f"{architecture.get('n_routed_experts') or 0} routed experts, "
            f"{architecture.get('num_nextn_predict_layers') or 0} MTP modules")
-    yield "  " + ", ".join(f"{name} {value}" for name, value in state.items() if not isinstance(value, (dict, list)))
+    yield "  " + ", ".join(f"{name} {value}" for name, value in state.items()
+                          if name != "late" and not isinstance(value, (dict, list)))
+    if state.get("late"):
+        yield f"  {len(state['late'])} parameters were frozen at first, {_some([name for name, _ in state['late']])}"
     yield f"  written by {_layout(found['layout'])}"
     data = [name for name in found["files"] if name.endswith(".distcp")]
     yield (f"  {len(data)} data files, {found['bytes']:,} bytes in all, "

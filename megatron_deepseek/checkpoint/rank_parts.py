@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_deepseek.checkpoint.boxes import Box
 from megatron_deepseek.checkpoint.dcp_files import DcpDirectory
@@ -28,6 +27,7 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.pieces import boxes
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.torch_private import FakeStore
 
 Holders = dict[Box, tuple[int, ...]]  # parts of a tensor and the ranks that hold each, in order
 Readers = dict[str, Holders]

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +95,7 @@ def _whole(checkpoint: Checkpoint, name: str) -> Box:
 def resharded(checkpoint: Checkpoint, files: Sequence[ItemFile], save: Path, layout: dict[str, Any] | None,
               with_optimizer: bool, verify: bool = True) -> Product:
     """The same iteration in other files, under `save`. `verify`: check the old ones first."""
-    state = checkpoint.state if with_optimizer else replace(checkpoint.state, optimizer_steps=0)
+    state = checkpoint.state if with_optimizer else checkpoint.state.without_optimizer()
     return _product("resharding", [checkpoint], files, save, layout, state, verify,
                     lambda readers: partial(_stored, readers[0]))
 
@@ -137,7 +136,7 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
     def complete(directory: Path, records: dict[str, Record]) -> None:
         write_metadata(directory, first.stored.shapes, [item for record in records.values() for item in record.items])
         shutil.copyfile(first.directory / CONFIG, directory / CONFIG)
-        (directory / STATE).write_text(json.dumps(asdict(state), indent=2))
+        (directory / STATE).write_text(json.dumps(state.to_json(), indent=2))
         if layout is not None:
             (directory / LAYOUT).write_text(json.dumps(layout, indent=2))
         if len(sources) == 1 and (first.directory / ARGUMENTS).exists():  # an average is no run's
@@ -150,7 +149,7 @@ def _product(what: str, sources: Sequence[Checkpoint], files: Sequence[ItemFile]
             shutil.copytree(assets, save / DIRECTORY, dirs_exist_ok=True)
         write_aside(save / MARKER, f"{state.iteration}\n")
 
-    contents = [[[file.name, _digest(file)] for file in files], asdict(state), layout, more]
+    contents = [[[file.name, _digest(file)] for file in files], state.to_json(), layout, more]
     inputs = [path for source in sources for path in source.inputs()]
     checks = [check for source in sources for check in checks_of(source.directory)] if verify else []
     return Product(what, destination, files, inputs, contents, write, complete,

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.parallel.pieces import for_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -18,10 +19,10 @@ def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Moments of this rank by parameter name, each in the dtype that the optimizer keeps it in."""
+    """Moments of this rank by parameter name, each in the dtype that the optimizer keeps it in. None of frozen ones."""
     state, updated = {}, {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for stage in stages:
-        for name, parameter in stage.named_parameters():
+        for name, parameter in trained_parameters(stage):
             assert parameter in updated, f"{name} is not the shard that the optimizer updates"
             for moment in MOMENTS:
                 state.setdefault(f"optimizer.{moment}.{name}", for_checkpoint(optimizer.state[parameter][moment]))
@@ -43,5 +44,5 @@ def fill_copies(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None
             if original is parameter:
                 continue
             parameter.to_local().copy_(original.to_local())
-            for moment in MOMENTS if optimizer is not None else ():
+            for moment in MOMENTS if optimizer is not None and parameter.requires_grad else ():
                 optimizer.state[parameter][moment].to_local().copy_(optimizer.state[original][moment].to_local())

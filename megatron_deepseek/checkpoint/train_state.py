@@ -1,7 +1,8 @@
 """state.json: where a run is."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_deepseek.foreign_json import JsonObject, read_object
 
@@ -15,18 +16,31 @@ class TrainState:
     `batches`: how these updates were made, (updates, sequences in each) in their order. What is given in iterations is
     then known in samples, whatever batch sizes the run had before. Checkpoints older than this record have none
     (training/timeline.py makes one).
+
+    `late`: parameters that were frozen at first, with the optimizer steps that were made before they were trained.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     optimizer_steps: int = 0
     batches: tuple[tuple[int, int], ...] = ()
+    late: tuple[tuple[str, int], ...] = ()
 
     def after(self, size: int, updated: bool) -> "TrainState":
         """After one more batch of `size` sequences. `updated`: whether weights moved, not only time."""
         *before, (updates, last) = self.batches or ((0, size),)
         batches = (*before, (updates + 1, size)) if size == last else (*self.batches, (1, size))
-        return TrainState(self.iteration + 1, self.consumed_samples + size, self.optimizer_steps + updated, batches)
+        return TrainState(self.iteration + 1, self.consumed_samples + size, self.optimizer_steps + updated, batches,
+                          self.late)
+
+    def without_optimizer(self) -> "TrainState":
+        """The same with weights alone."""
+        return replace(self, optimizer_steps=0, late=())
+
+    def to_json(self) -> dict[str, Any]:
+        """What state.json holds; `late` only where there are such parameters, as versions before it know none."""
+        fields = asdict(self)
+        return fields if self.late else {name: value for name, value in fields.items() if name != "late"}
 
 
 _NUMBERS = ("iteration", "consumed_samples", "optimizer_steps")
@@ -36,14 +50,24 @@ def read_state(directory: Path) -> TrainState:
     """Of a checkpoint's directory. ValueError unless state.json has these numbers, none negative, and nothing else.
 
     Every version has written all three, so one that is missing was lost; and a key that is unknown here may mean
-    something that a run must not go on without. Older versions wrote no `batches`.
+    something that a run must not go on without. Older versions wrote no `batches`, and `late` is there where needed.
     """
     found = read_object(directory / STATE)
-    found.only(*_NUMBERS, "batches")
-    state = TrainState(**{name: found.integer(name) for name in _NUMBERS}, batches=_batches(found))
+    found.only(*_NUMBERS, "batches", "late")
+    state = TrainState(**{name: found.integer(name) for name in _NUMBERS}, batches=_batches(found), late=_late(found))
     if state.optimizer_steps > state.iteration:
         raise found.refusal("optimizer_steps", f"more than the {state.iteration} of iteration")
     return state
+
+
+def _late(found: JsonObject) -> tuple[tuple[str, int], ...]:
+    """ValueError unless every parameter has a number of steps that were made."""
+    written, steps = found.list("late", default=[]), found.integer("optimizer_steps")
+    late = tuple(tuple(each) for each in written if isinstance(each, list) and len(each) == 2)
+    if len(late) < len(written) or not all(
+            isinstance(name, str) and type(first) is int and 0 < first <= steps for name, first in late):
+        raise found.refusal("late", f"not pairs of a parameter and a number of the {steps} optimizer steps")
+    return late
 
 
 def _batches(found: JsonObject) -> tuple[tuple[int, int], ...]:

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         self.still_mine()
         super().finish(metadata, results)
         write_synced(self.path / "config.json", json.dumps(self.config.to_hf_dict(), indent=2))
-        write_synced(self.path / "state.json", json.dumps(asdict(self.state), indent=2))
+        write_synced(self.path / "state.json", json.dumps(self.state.to_json(), indent=2))
         for name, content in self.notes.items():
             write_synced(self.path / name, json.dumps(content, indent=2))
         checksum_directory(self.path, {name: of_rank.files[name] for of_rank in ranks for name in of_rank.files})

@@ -8,35 +8,35 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.capacity import Capacity
-from megatron_deepseek.ops.products import Numerics
-from megatron_deepseek.ops.side_stream import Beside
+from megatron_deepseek.ops.precision_recipe import PrecisionRecipe
+from megatron_deepseek.ops.side_stream import RunInLine
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.parallel.turns import Turns
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Blueprint:
     """What every layer of a model is built from.
 
-    `sharers` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules; `numerics` are the products of attention, MLP and experts;
-    `beside` runs the shared experts beside dispatch; `turns` lets two paired chunks compute while the other's
+    `sequence_group` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
+    `recomputed` holds names of RecomputeSettings.modules; `recipe` are the products of attention, MLP and experts;
+    `side_stream` runs the shared experts beside dispatch; `overlap` lets two paired chunks compute while the other's
     tokens travel.
     """
 
     config: ModelConfig
     tp: TensorParallel
     cp: ContextParallel
-    sharers: dist.ProcessGroup | None
+    sequence_group: dist.ProcessGroup | None
     dispatcher: Dispatcher | None
     etp: ExpertTensorParallel
     balance: BalanceWeights = BalanceWeights()
     recomputed: frozenset[str] = frozenset()
     forced_balance: bool = False
-    numerics: Numerics = Numerics()
+    recipe: PrecisionRecipe = PrecisionRecipe()
     capacity: Capacity | None = None
-    beside: Callable[[], Beside] = Beside
-    turns: Turns = field(default_factory=Turns)
+    side_stream: Callable[[], RunInLine] = RunInLine
+    overlap: MicroBatchOverlap = field(default_factory=MicroBatchOverlap)

@@ -16,13 +16,14 @@ from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.frozen import freeze
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.moe import MoE
-from megatron_deepseek.ops import fp8_products
-from megatron_deepseek.ops.products import Grouped, Numerics
-from megatron_deepseek.ops.recompute import compose, recompute as run_again
-from megatron_deepseek.ops.side_stream import Beside, OnStream
+from megatron_deepseek.ops import fp8_recipe
+from megatron_deepseek.ops.precision_recipe import Grouped, PrecisionRecipe
+from megatron_deepseek.ops.recompute import kept, recomputed
+from megatron_deepseek.ops.side_stream import RunInLine, RunOnSideStream
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import Unit, shard_over_data
 from megatron_deepseek.parallel.expert import AllToAllDispatcher, Dispatcher, unchanged
@@ -31,9 +32,9 @@ from megatron_deepseek.parallel.expert_grouped import GroupedDispatcher
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
-from megatron_deepseek.parallel.nodes import Meter, build_levels
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.parallel.nodes import CommunicationCounter, build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.settings import CommunicationSettings, LossSettings, OffloadSettings, RecomputeSettings
 
 
@@ -41,7 +42,7 @@ from megatron_deepseek.settings import CommunicationSettings, LossSettings, Offl
 class Precision:
     """`master`: dtype of weights, gradients and moments; `compute`: what layers run in, None for the master's.
 
-    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8_products.py); `fp8_gather`: their
+    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8_recipe.py); `fp8_gather`: their
     weights are gathered over data ranks as FP8.
     """
 
@@ -57,7 +58,10 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How the stages of a model are made, beside the architecture, the layout and the sequence length."""
+    """How the stages of a model are made, beside the architecture, the layout and the sequence length.
+
+    `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py).
+    """
 
     precision: Precision = Precision()
     loss: LossSettings = LossSettings()
@@ -65,6 +69,7 @@ class BuildOptions:
     communication: CommunicationSettings = CommunicationSettings()
     offload: OffloadSettings = OffloadSettings()
     reshard_after_forward: bool = False
+    frozen: tuple[str, ...] = ()
     seed: int = 1234
 
 
@@ -72,6 +77,7 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
                  options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
     """Return the stages `mine` of this rank, ready to train."""
     stages = shape_stages(config, mine, meshes, seq_length, options)
+    freeze(stages, options.frozen)
     shard_stages(stages, meshes, options)
     for stage in stages:
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
@@ -101,24 +107,27 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
 def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = BuildOptions()) -> Blueprint:
     """Return what every layer is built from; it holds the groups and streams that the layers share."""
     loss, recompute, communication = options.loss, options.recompute, options.communication
-    numerics = make_numerics(options.precision, recompute, meshes.layout.tp)
-    turns, meter = Turns(), Meter(communication.moe_ranks_per_node or meshes.layout.world_size)
-    dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication.moe_token_dispatcher_type, turns, meter,
-                                 numerics.to_experts) if config.n_routed_experts else None
+    recipe = make_precision_recipe(options.precision, recompute, meshes.layout.tp)
+    overlap = MicroBatchOverlap()
+    counter = CommunicationCounter(communication.moe_ranks_per_node or meshes.layout.world_size)
+    dispatcher = None
+    if config.n_routed_experts:
+        dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication.moe_token_dispatcher_type, overlap,
+                                     counter, recipe.to_experts)
     return Blueprint(
         config=config,
         tp=TensorParallel(meshes.tp, meshes.layout.sequence_parallel),
         cp=ContextParallel(meshes.cp, communication.cp_comm_type),
-        sharers=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,
+        sequence_group=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,
         dispatcher=dispatcher,
-        etp=ExpertTensorParallel(meshes.experts, meter),
+        etp=ExpertTensorParallel(meshes.experts, counter),
         balance=make_balance(loss),
         recomputed=recomputed_modules(recompute),
         forced_balance=loss.moe_router_force_load_balancing,
-        numerics=numerics,
+        recipe=recipe,
         capacity=make_capacity(config, loss),
-        beside=make_beside(communication, meshes.device),
-        turns=turns)
+        side_stream=make_side_stream(communication, meshes.device),
+        overlap=overlap)
 
 
 def make_balance(loss: LossSettings) -> BalanceWeights:
@@ -132,15 +141,15 @@ def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
     return frozenset(recompute.modules if recompute.granularity == "selective" else ())
 
 
-def make_numerics(precision: Precision, recompute: RecomputeSettings, tp: int) -> Numerics:
+def make_precision_recipe(precision: Precision, recompute: RecomputeSettings, tp: int) -> PrecisionRecipe:
     """The FP8 recipe never keeps SwiGLU's output; otherwise the experts' is kept unless `moe_act` is recomputed.
 
     Where norms are recomputed so are the FP8 tiles made of them, unless TP has gathered what they are made of.
     """
     again = recomputed_modules(recompute)
     if precision.fp8:
-        return fp8_products.recipe(run_again if "layernorm" in again and tp == 1 else compose, precision.fp8_gather)
-    return Numerics(experts_down=Grouped(activate=run_again)) if "moe_act" in again else Numerics()
+        return fp8_recipe.recipe(recomputed if "layernorm" in again and tp == 1 else kept, precision.fp8_gather)
+    return PrecisionRecipe(experts_down=Grouped(activate=recomputed)) if "moe_act" in again else PrecisionRecipe()
 
 
 def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
@@ -148,22 +157,23 @@ def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
     return None if factor is None else Capacity(factor, loss.moe_token_drop_policy, config.n_routed_experts)
 
 
-def make_beside(communication: CommunicationSettings, device: torch.device) -> Callable[[], Beside]:
+def make_side_stream(communication: CommunicationSettings, device: torch.device) -> Callable[[], RunInLine]:
     """One stream for all layers: its work is in order, and each layer waits for its own."""
     if communication.moe_shared_expert_overlap and device.type == "cuda":
-        return partial(OnStream, torch.cuda.Stream(device))
-    return Beside
+        return partial(RunOnSideStream, torch.cuda.Stream(device))
+    return RunInLine
 
 
-def make_dispatcher(num_experts: int, meshes: Meshes, kind: str, turns: Turns, meter: Meter,
-                    to_experts: Callable[[torch.Tensor], torch.Tensor] = unchanged) -> Dispatcher:
-    common = meshes.ep, num_experts, meter
+def make_dispatcher(num_experts: int, meshes: Meshes, kind: str, overlap: MicroBatchOverlap,
+                    counter: CommunicationCounter, to_experts: Callable[[torch.Tensor], torch.Tensor] = unchanged
+                    ) -> Dispatcher:
+    common = meshes.ep, num_experts, counter
     if kind == "grouped":
-        levels = build_levels(meshes.layout, meshes.device, meter.ranks_per_node)
-        return GroupedDispatcher(*common, turns, levels, to_experts)
+        levels = build_levels(meshes.layout, meshes.device, counter.ranks_per_node)
+        return GroupedDispatcher(*common, overlap, levels, to_experts)
     if kind == "allgather":
         return AllGatherDispatcher(*common, to_experts)
-    return AllToAllDispatcher(*common, turns, to_experts)
+    return AllToAllDispatcher(*common, overlap, to_experts)
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.expert import NOBODY
+from megatron_deepseek.parallel.expert import DROPPED
 from megatron_deepseek.parallel.tensor import all_gather
 
 
@@ -32,7 +32,7 @@ class Capacity:
     @torch.no_grad()
     def keep(self, experts_BSK: torch.Tensor, weights_BSK: torch.Tensor, positions_S: torch.Tensor,
              sequence_group: dist.ProcessGroup | None) -> torch.Tensor:
-        """`experts_BSK` with NOBODY in place of what is dropped.
+        """`experts_BSK` with DROPPED in place of what is dropped.
 
         `positions_S`: where this rank's tokens stand; `sequence_group`: the ranks that share each sequence, None if
         this rank has all of it.
@@ -44,10 +44,10 @@ class Capacity:
             positions_S = all_gather(positions_S, 0, sequence_group)
         order_BN = self._order(weights_BSK, positions_S)
         place_BSK = place_in_expert(experts_BSK.flatten(1), order_BN).view_as(experts_BSK)
-        tokens_B = (experts_BSK != NOBODY).any(-1).sum(1)
+        tokens_B = (experts_BSK != DROPPED).any(-1).sum(1)
         limit_B = (tokens_B.double() * (self.factor * experts_BSK.shape[2] / self.num_experts)).ceil()
         kept_BSK = place_BSK < limit_B.view(-1, 1, 1)
-        return own.where(kept_BSK.chunk(size, 1)[rank], NOBODY)
+        return own.where(kept_BSK.chunk(size, 1)[rank], DROPPED)
 
     def _order(self, weights_BSK: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
         """Copies of each sequence from the one to be kept first. Weights are compared to 11 bits: equal tokens, which

@@ -61,12 +61,12 @@ class DeepseekStage(nn.Module):
         """
         super().__init__()
         self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
-        self.turns, self.meter = blueprint.turns, blueprint.etp.meter
+        self.overlap, self.counter = blueprint.overlap, blueprint.etp.counter
         self.model = Trunk(stage, blueprint)
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
-            self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.product, loss_chunk_size)
+            self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.gemm, loss_chunk_size)
         elif stage.loss:
             self.head = OutputHead(self.tp, self.model.embed_tokens.local_weight, chunk_size=loss_chunk_size)
         self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
@@ -79,7 +79,7 @@ class DeepseekStage(nn.Module):
             return torch.cat(states) if len(states) > 1 else states[0].contiguous()
         rows = micro_batch.rows
         made = step.contribution(Predictions(states, self.head, rows.labels_BMS), rows)
-        step.tally.add_reports(made.reports)
+        step.statistics.add_reports(made.reports)
         return made.loss
 
     def states(self, x: torch.Tensor, micro_batch: MicroBatch, step: StepContext) -> list[torch.Tensor]:
@@ -90,7 +90,7 @@ class DeepseekStage(nn.Module):
         labels_BMS = micro_batch.rows.labels_BMS
         x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
-        positions = Positions(self.rope_2SD, micro_batch.documents, micro_batch.sight)
+        positions = Positions(self.rope_2SD, micro_batch.documents, micro_batch.block_mask)
         routed = [None] * labels_BMS.shape[1] if micro_batch.routed_BMS is None else micro_batch.routed_BMS.unbind(1)
         for index in self.stage.layers:
             current = self._layer(index, step, positions, routed[0], current)
@@ -113,7 +113,7 @@ class DeepseekStage(nn.Module):
                *states: torch.Tensor) -> torch.Tensor:
         out, stats = self.runs[str(index)](self.model.layers[str(index)], *states, positions, step.num_sequences,
                                            routed_BS)
-        step.tally.add_stats(f"model.layers.{index}.mlp", stats)
+        step.statistics.add_stats(f"model.layers.{index}.mlp", stats)
         return out
 
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_deepseek.ops.products import Linear
+from megatron_deepseek.ops.precision_recipe import Linear
 from megatron_deepseek.parallel import vocabulary_chunks
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary import vocab_parallel_cross_entropy

@@ -17,7 +17,7 @@ from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.offload import saved_on_host
-from megatron_deepseek.ops.recompute import compose, keep, recompute
+from megatron_deepseek.ops.recompute import keep, kept, recomputed
 from megatron_deepseek.parallel.tensor import RMSNorm, TensorParallel, replicated_linear
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
@@ -29,27 +29,28 @@ class DecoderLayer(nn.Module):
         super().__init__()
         config, tp = blueprint.config, blueprint.tp
         self.is_moe = config.is_moe_layer(index)
-        self.normed = recompute if "layernorm" in blueprint.recomputed else compose
-        numerics = blueprint.numerics
+        self.normed = recomputed if "layernorm" in blueprint.recomputed else kept
+        recipe = blueprint.recipe
         only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
-                                       numerics.norm if only_products else numerics.norm_for_all)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed, numerics)
-        before_router = numerics.norm_for_all if config.n_shared_experts else rms_norm
+                                       recipe.norm if only_products else recipe.norm_for_all)
+        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed, recipe)
+        before_router = recipe.norm_for_all if config.n_shared_experts else rms_norm
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
-                                                before_router if self.is_moe else numerics.norm)
+                                                before_router if self.is_moe else recipe.norm)
         if self.is_moe:
             self.mlp = MoE(blueprint)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, numerics.linear)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, tp, recipe.linear)
 
     def forward(self, x_BSH: torch.Tensor, positions: Positions, global_sequences: int,
                 routed_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats | None]:
-        x_BSH = x_BSH + self.normed(self.input_layernorm, (x_BSH,), lambda x: self.self_attn(x, positions))
-        if not self.is_moe:
-            return x_BSH + self.normed(self.post_attention_layernorm, (x_BSH,), self.mlp), None
-        y_BSH, stats = self.normed(self.post_attention_layernorm, (x_BSH,),
-                                   lambda x: self.mlp(x, global_sequences, routed_BS))
+        with self.normed(self.input_layernorm, x_BSH) as normed_BSH:
+            x_BSH = x_BSH + self.self_attn(normed_BSH, positions)
+        with self.normed(self.post_attention_layernorm, x_BSH) as normed_BSH:
+            if not self.is_moe:
+                return x_BSH + self.mlp(normed_BSH), None
+            y_BSH, stats = self.mlp(normed_BSH, global_sequences, routed_BS)
         return x_BSH + y_BSH, stats
 
 
@@ -97,12 +98,16 @@ def run_checkpointed(layer: nn.Module, *args):
 
 def run_offloaded(layer: nn.Module, *args):
     """Keep what the backward needs in the host's memory, but for the weights."""
+    if not _has_backward(layer, args):
+        return layer(*args)
     with saved_on_host(partial(_is_weight, layer)):
         return layer(*args)
 
 
 def run_checkpointed_offloaded(layer: nn.Module, *args):
     """Keep the layer's inputs only, those in the host's memory, and run it again in the backward."""
+    if not _has_backward(layer, args):
+        return layer(*args)
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     with saved_on_host(lambda tensor: False):
         fetch = keep(tuple(tensors))
@@ -116,6 +121,11 @@ def run_checkpointed_offloaded(layer: nn.Module, *args):
 
     others = [(True, None) if isinstance(arg, torch.Tensor) else (False, arg) for arg in args]
     return checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+
+
+def _has_backward(layer: nn.Module, args: tuple) -> bool:
+    """Not where the layer and all before it are frozen."""
+    return any(getattr(each, "requires_grad", False) for each in (*args, *layer.parameters()))
 
 
 def _is_weight(layer: nn.Module, tensor: torch.Tensor) -> bool:

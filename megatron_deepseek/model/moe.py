@@ -12,10 +12,10 @@ from torch.distributed.tensor import Shard
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
-from megatron_deepseek.model.router import Router
+from megatron_deepseek.model.router import Router, Routing
 from megatron_deepseek.ops.block_scaled import whole
-from megatron_deepseek.ops.products import Linear, Numerics, Product
-from megatron_deepseek.parallel.expert import NOBODY
+from megatron_deepseek.ops.precision_recipe import Gemm, Linear, PrecisionRecipe
+from megatron_deepseek.parallel.expert import DROPPED
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.pieces import stacked_shard
 from megatron_deepseek.parallel.tensor import (
@@ -35,31 +35,30 @@ ROW_PARALLEL = Shard(0), Shard(2)
 class RouterStats:
     """Of one layer and micro-batch on this rank: tokens that chose each expert [E] int64, how many of these copies were
     dropped, its share of the balance loss, how often a token was sent to another node, and which experts each of its
-    tokens chose, int64 [B, S, K] with NOBODY for those that are not routed.
+    tokens chose, int64 [B, S, K] with DROPPED for those that are not routed.
     """
 
     counts_E: torch.Tensor
     dropped: torch.Tensor
     balance_loss: torch.Tensor
-    crossings: int
+    cross_node_sends: int
     experts_BSK: torch.Tensor
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward block; column- then row-parallel over TP."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel, product: Product = Linear()):
+    def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel, gemm: Gemm = Linear()):
         super().__init__()
         self.tp = tp
-        self.gate_proj = column_linear(hidden_size, intermediate_size, tp, product)
-        self.up_proj = column_linear(hidden_size, intermediate_size, tp, product)
-        self.down_proj = row_linear(intermediate_size, hidden_size, tp, product=product)
+        self.gate_proj = column_linear(hidden_size, intermediate_size, tp, gemm)
+        self.up_proj = column_linear(hidden_size, intermediate_size, tp, gemm)
+        self.down_proj = row_linear(intermediate_size, hidden_size, tp, gemm=gemm)
 
     def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        return self.tp.leave(self.gate_proj.product.shared(self.tp.enter(x_BSH), self._from_input))
-
-    def _from_input(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        return self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
+        with self.gate_proj.gemm.shared(self.tp.enter(x_BSH)) as x_BSH:
+            y_BSH = self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
+        return self.tp.leave(y_BSH)
 
 
 class Experts(nn.Module):
@@ -68,16 +67,16 @@ class Experts(nn.Module):
     E is sharded over EP. Over ETP the first is column-parallel, gate and up rows each, and the second row-parallel.
     """
 
-    def __init__(self, config: ModelConfig, etp: ExpertTensorParallel, numerics: Numerics):
+    def __init__(self, config: ModelConfig, etp: ExpertTensorParallel, recipe: PrecisionRecipe):
         super().__init__()
         num, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.etp = etp
         self.gate_up_proj = sharded_parameter((num, 2 * width, hidden), etp.mesh, *COLUMN_PARALLEL)
         self.down_proj = sharded_parameter((num, hidden, width), etp.mesh, *ROW_PARALLEL)
-        self.up_product, self.down_product = numerics.experts_up, numerics.experts_down
+        self.up_product, self.down_product = recipe.experts_up, recipe.experts_down
 
     @property
-    def weight_products(self) -> dict[str, Product]:
+    def weight_gemms(self) -> dict[str, Gemm]:
         """Who alone reads a weight, by the weight's name (parallel/data.py)."""
         return {"gate_up_proj": self.up_product, "down_proj": self.down_product}
 
@@ -95,46 +94,62 @@ class MoE(nn.Module):
 
     def __init__(self, blueprint: Blueprint):
         super().__init__()
-        config, tp, numerics = blueprint.config, blueprint.tp, blueprint.numerics
-        self.config, self.tp, self.cp, self.sharers = config, tp, blueprint.cp, blueprint.sharers
+        config, tp, recipe = blueprint.config, blueprint.tp, blueprint.recipe
+        self.config, self.tp, self.cp, self.sequence_group = config, tp, blueprint.cp, blueprint.sequence_group
         self.dispatcher, self.balance = blueprint.dispatcher, blueprint.balance
-        self.capacity, self.beside = blueprint.capacity, blueprint.beside
+        self.capacity, self.side_stream = blueprint.capacity, blueprint.side_stream
         self.gate = Router(config, tp, blueprint.forced_balance)
-        self.experts = Experts(config, blueprint.etp, numerics)
+        self.experts = Experts(config, blueprint.etp, recipe)
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp,
-                                      numerics.linear)
+                                      recipe.linear)
 
     def forward(self, x_BSH: torch.Tensor, global_sequences: int, routed_BS: torch.Tensor | None = None
                 ) -> tuple[torch.Tensor, RouterStats]:
         """`routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and
         count for their balance; None for all.
         """
-        shared = self.beside()
+        # 1. Shared experts see every token, beside all that follows.
+        shared = self.side_stream()
         if self.config.n_shared_experts:
             shared.start(self.shared_experts, x_BSH)
-        own_BSH = self.tp.own_tokens(whole(x_BSH))
-        if routed_BS is not None:
-            routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
+
+        # 2. Each tensor-parallel rank routes its own tokens to K of the E routed experts.
+        own_BSH, own_routed_BS = self.tp.own_tokens(whole(x_BSH)), self._own(routed_BS)
         x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)
         routing = self.gate(x_TH, self._positions(own_BSH).repeat(num_sequences) if self.gate.forced else None)
         chosen_TK = routing.experts_TK
-        if routed_BS is not None:
-            chosen_TK = chosen_TK.where(routed_BS.reshape(-1, 1), NOBODY)
+        if own_routed_BS is not None:
+            chosen_TK = chosen_TK.where(own_routed_BS.reshape(-1, 1), DROPPED)
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
+
+        # 3. Tokens travel to their experts and back: y_t = sum_i g_i,t FFN_i(x_t).
         rows_TH = self.experts.up_product.rows(x_TH)
-        y_TH, crossings = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
-        loss = routing.scores_TE.new_zeros(())
-        if self.balance.any and self.training:
-            loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sharers, routed_BS)
-            loss = loss / global_sequences
-            y_TH = attach_loss(y_TH, loss)
-        counts_E = (chosen_TK.flatten() + 1).bincount(minlength=self.config.n_routed_experts + 1)[1:]
+        y_TH, cross_node_sends = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
+
+        # 4. The balance loss is attached to what the backward passes through in any case.
+        y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)
+
+        # 5. Back to the stream, with what the shared experts made.
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
-        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss.detach(), crossings,
+        counts_E = (chosen_TK.flatten() + 1).bincount(minlength=self.config.n_routed_experts + 1)[1:]
+        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss, cross_node_sends,
                                   chosen_TK.unflatten(0, own_BSH.shape[:2]))
+
+    def _own(self, routed_BS: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what `routed_BS` says of this tensor-parallel rank's slice of the sequences."""
+        return None if routed_BS is None else routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
+
+    def _balanced(self, y_TH: torch.Tensor, routing: Routing, num_sequences: int, global_sequences: int,
+                  routed_BS: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y with this rank's share of the balance loss attached, and the share, without gradient."""
+        if not (self.balance.any and self.training):
+            return y_TH, routing.scores_TE.new_zeros(())
+        loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sequence_group, routed_BS)
+        loss = loss / global_sequences
+        return attach_loss(y_TH, loss), loss.detach()
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
         """Where this rank's S tokens of each sequence stand in it."""
@@ -145,4 +160,4 @@ class MoE(nn.Module):
     def _within_capacity(self, own_BSH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor
                          ) -> torch.Tensor:
         experts_BSK, weights_BSK = (x.unflatten(0, own_BSH.shape[:2]) for x in (experts_TK, weights_TK))
-        return self.capacity.keep(experts_BSK, weights_BSK, self._positions(own_BSH), self.sharers).flatten(0, 1)
+        return self.capacity.keep(experts_BSK, weights_BSK, self._positions(own_BSH), self.sequence_group).flatten(0, 1)

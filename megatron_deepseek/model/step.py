@@ -12,7 +12,7 @@ import torch
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.parallel.context import Sight
+from megatron_deepseek.parallel.context import BlockMask
 from megatron_deepseek.parallel.sequence_sums import SequenceSums
 
 
@@ -54,13 +54,14 @@ class MicroBatch:
     """One micro-batch on this context rank.
 
     routed_BMS: which positions go to routed experts (`shifts.routed_tokens`), None for all. `documents` are those of
-    the whole sequences; `sight` is what this rank sees of its context group's blocks, None where it has all of them.
+    the whole sequences; `block_mask` is what this rank sees of its context group's blocks, None where it has
+    all of them.
     """
 
     rows: Rows
     routed_BMS: torch.Tensor | None = None
     documents: Documents | None = None
-    sight: Sight | None = None
+    block_mask: BlockMask | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,19 +75,19 @@ class Contribution:
 
 
 @dataclass
-class Tally:
+class StepStatistics:
     """What a step's forwards leave behind on this rank, added up over its micro-batches.
 
     `reports`: an objective's, by name; `expert_counts`: by layer name; `dropped`: token copies above experts'
-    capacity; `crossings`: how often a token was sent to another node; `chosen`: if asked for, the experts that each
-    micro-batch's tokens chose [B, own S, K], by layer name.
+    capacity; `cross_node_sends`: how often a token was sent to another node; `chosen`: if asked for, the experts that
+    each micro-batch's tokens chose [B, own S, K], by layer name.
     """
 
     reports: dict[str, torch.Tensor] = field(default_factory=dict)
     balance_loss: torch.Tensor | float = 0.0
     expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
     dropped: torch.Tensor | int = 0
-    crossings: int = 0
+    cross_node_sends: int = 0
     chosen: dict[str, list[torch.Tensor]] | None = None
 
     def add_reports(self, reports: Mapping[str, torch.Tensor]) -> None:
@@ -97,7 +98,7 @@ class Tally:
         if stats is None:
             return
         self.balance_loss = self.balance_loss + stats.balance_loss
-        self.crossings = self.crossings + stats.crossings
+        self.cross_node_sends = self.cross_node_sends + stats.cross_node_sends
         self.dropped = self.dropped + stats.dropped
         self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
         if self.chosen is not None:
@@ -114,4 +115,4 @@ class StepContext:
 
     num_sequences: int
     contribution: Callable[[Predictions, Rows], Contribution] | None = None
-    tally: Tally = field(default_factory=Tally)
+    statistics: StepStatistics = field(default_factory=StepStatistics)

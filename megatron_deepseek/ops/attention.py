@@ -156,14 +156,14 @@ def _as_wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 @dataclass(eq=False)
-class Joined:
+class LogSumExpMerge:
     """Attention over the parts seen so far, of some rows of the queries each; sums in at least float32."""
 
     out_BNSV: torch.Tensor
     lse_BNS: torch.Tensor
 
     @classmethod
-    def empty(cls, q_BNSD: torch.Tensor, v_width: int) -> "Joined":
+    def empty(cls, q_BNSD: torch.Tensor, v_width: int) -> "LogSumExpMerge":
         wide = torch.promote_types(q_BNSD.dtype, torch.float32)
         out = q_BNSD.new_zeros(*q_BNSD.shape[:-1], v_width, dtype=wide)
         return cls(out, out.new_full(out.shape[:-1], float("-inf")))

@@ -16,13 +16,13 @@ _BF16 = torch.bfloat16
 
 # RoPE (rope.py) -------------------------------------------------------------------------------------------------------
 
-def turn_tail(x: torch.Tensor, table_2SD: torch.Tensor, nope: int):
+def rope_queries(x: torch.Tensor, table_2SD: torch.Tensor, nope: int):
     if x.dtype != _BF16 or nope % 8 or x.shape[-1] % 8:
         return NotImplemented
     return operator("rope_tail")(_aligned(x), table_2SD.float().contiguous(), nope, False)
 
 
-def join_keys(kv: torch.Tensor, k_rope: torch.Tensor, table_2SD: torch.Tensor | None, nope: int):
+def assemble_keys(kv: torch.Tensor, k_rope: torch.Tensor, table_2SD: torch.Tensor | None, nope: int):
     if kv.dtype != _BF16 or nope % 8 or kv.shape[-1] % 8 or k_rope.shape[-1] % 8:
         return NotImplemented
     table = None if table_2SD is None else table_2SD.float().contiguous()
@@ -92,7 +92,7 @@ def cross_entropy_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, fi
 
 
 def cross_entropy_gradient(logits_Tv, labels_T, first_id, max_T, sum_T, grad_T):
-    """Turns contiguous logits into their gradient in place."""
+    """MicroBatchOverlap contiguous logits into their gradient in place."""
     if logits_Tv.dtype != _BF16:
         return NotImplemented
     logits_Tv = _dense(logits_Tv)

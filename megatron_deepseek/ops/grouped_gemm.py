@@ -78,7 +78,8 @@ def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_EOI, counts_E):
-        ctx.save_for_backward(x_RI, weight_EOI)
+        x_needed, weight_needed = ctx.needs_input_grad[1::-1]  # each for the other's gradient
+        ctx.save_for_backward(x_RI if x_needed else None, weight_EOI if weight_needed else None)
         ctx.counts_E = counts_E
         return grouped_forward(x_RI, weight_EOI, counts_E)
 

@@ -15,8 +15,7 @@ from functools import partial
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_deepseek.ops.recompute import Notes
-
+from megatron_deepseek.ops.recompute import RecomputeHandle
 
 _INDICES = (torch.bool, torch.int32, torch.int64)  # small; bytes are codes of narrow floating-point numbers
 
@@ -26,7 +25,7 @@ class saved_on_host(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, stays: Callable[[torch.Tensor], bool]):
         # A storage's address may be used again once it is free, unless somebody holds a weak reference to it.
-        travelled: dict[tuple, tuple[StorageWeakRef, Notes]] = {}
+        travelled: dict[tuple, tuple[StorageWeakRef, RecomputeHandle]] = {}
 
         def pack(tensor: torch.Tensor):
             if tensor.dtype in _INDICES or stays(tensor):
@@ -48,13 +47,13 @@ def _read(packed) -> torch.Tensor:
     return notes.read(note)
 
 
-def _to_host(tensor: torch.Tensor) -> Notes:
+def _to_host(tensor: torch.Tensor) -> RecomputeHandle:
     """The whole storage of `tensor`, on its way to the host."""
     storage = tensor.untyped_storage()
     whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
     host = torch.empty_like(whole, device="cpu", pin_memory=tensor.is_cuda)
     host.copy_(whole, non_blocking=True)
-    return Notes(partial(_to_device, host, tensor.device))
+    return RecomputeHandle(partial(_to_device, host, tensor.device))
 
 
 def _to_device(host: torch.Tensor, device: torch.device) -> tuple[torch.Tensor]:

@@ -1,27 +1,30 @@
 """Recompute what a cheap producer made instead of keeping it for its consumer's backward.
 
-    y = consumer(producer(x))
+    with recomputed(producer, x) as hidden:
+        y = consumer(hidden)
 
-Autograd would keep producer(x) for the consumer's backward. Here the consumer's saved references to it are replaced
-by a note, and the backward runs the producer again from x. Megatron-LM frees such outputs by hand
+Autograd would keep `hidden` for the consumer's backward. Here the consumer's saved references to it are replaced by a
+note, and the backward runs the producer again from x. Megatron-LM frees such outputs by hand
 (CheckpointWithoutOutput); saved-tensor hooks do the same without touching storages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 
 import torch
 
 from megatron_deepseek.ops.block_scaled import apart, parts_of
+from megatron_deepseek.torch_private import _top_saved_tensors_default_hooks
 
 Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 
-def compose(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
-    """consumer(*producer(*inputs)), everything kept."""
-    outputs = producer(*inputs)
-    return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
+@contextmanager
+def kept(producer: Producer, *inputs: torch.Tensor) -> Iterator:
+    """Give producer(*inputs) to a `with` block, everything kept: what `recomputed` is where memory is no matter."""
+    yield producer(*inputs)
 
 
 class _Keep(torch.autograd.Function):
@@ -38,8 +41,11 @@ class _Keep(torch.autograd.Function):
 
 
 def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """How to get `inputs` back in the backward; hooks for saved tensors apply to their parts as to an operator's."""
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    """How to get `inputs` back in the backward; hooks for saved tensors apply to their parts as to an operator's.
+
+    Also inputs that need no gradient: the producer's and the consumer's weights may.
+    """
+    if not torch.is_grad_enabled():
         return lambda: inputs
     parts, together = zip(*map(apart, inputs))
     anchor = torch.empty(0, requires_grad=True)
@@ -54,7 +60,7 @@ def _fetch(kept: torch.Tensor, together: tuple[Callable, ...], sizes: list[int])
 
 def _hooks_around() -> tuple[Callable, Callable]:
     """The hooks for saved tensors that this code runs under; torch applies only the innermost of several."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda tensor: tensor, lambda tensor: tensor)
+    return _top_saved_tensors_default_hooks(True) or (lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -63,8 +69,8 @@ def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tens
     return tuple(part for output in outputs for part in parts_of(output))
 
 
-class Notes:
-    """Notes in the place of tensors that `make` makes again: at the first reading, kept until the last."""
+class RecomputeHandle:
+    """RecomputeHandle in the place of tensors that `make` makes again: at the first reading, kept until the last."""
 
     def __init__(self, make: Callable[[], tuple[torch.Tensor, ...]]):
         self.make = make
@@ -92,15 +98,18 @@ def _made_by(producer: Producer, inputs: Callable[[], tuple[torch.Tensor, ...]])
         return _parts(producer(*inputs()))
 
 
-def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Callable):
-    """As `compose`, but the consumer's backward gets producer(*inputs) by running the producer again.
+@contextmanager
+def recomputed(producer: Producer, *inputs: torch.Tensor) -> Iterator:
+    """Give producer(*inputs) to a `with` block. What operators inside the block save of it for their backward is
+    replaced by a note, and the backward runs the producer again.
 
     The producer must be deterministic and free of collectives; its outputs' storages must be its own.
     """
-    if not torch.is_grad_enabled():
-        return compose(producer, inputs, consumer)
     outputs = producer(*inputs)
-    again = Notes(partial(_made_by, producer, keep(inputs)))
+    if not torch.is_grad_enabled():
+        yield outputs
+        return
+    again = RecomputeHandle(partial(_made_by, producer, keep(inputs)))
     index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
     pack_other, unpack_other = _hooks_around()
 
@@ -113,4 +122,4 @@ def recompute(producer: Producer, inputs: tuple[torch.Tensor, ...], consumer: Ca
         return unpack_other(what) if notes is None else notes.read(what)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return consumer(*outputs) if isinstance(outputs, tuple) else consumer(outputs)
+        yield outputs

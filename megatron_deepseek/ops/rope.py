@@ -20,14 +20,14 @@ def apply_rope(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
-@with_backends("turn_tail")
-def turn_tail(x_BSNX: torch.Tensor, table_2SD: torch.Tensor, nope: int) -> torch.Tensor:
+@with_backends("rope_queries")
+def rope_queries(x_BSNX: torch.Tensor, table_2SD: torch.Tensor, nope: int) -> torch.Tensor:
     """Heads whose dimensions from `nope` on are turned, as MLA's decoupled queries are."""
     return torch.cat([x_BSNX[..., :nope], apply_rope(x_BSNX[..., nope:], table_2SD)], -1)
 
 
-@with_backends("join_keys")
-def join_keys(kv_BSNX: torch.Tensor, k_pe_BSD: torch.Tensor, table_2SD: torch.Tensor | None, nope: int
+@with_backends("assemble_keys")
+def assemble_keys(kv_BSNX: torch.Tensor, k_pe_BSD: torch.Tensor, table_2SD: torch.Tensor | None, nope: int
               ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [B, S, N, nope + D] and values [B, S, N, V] from heads [.., nope + V] and the part that all heads share.
 

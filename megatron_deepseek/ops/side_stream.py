@@ -12,7 +12,7 @@ import torch
 from megatron_deepseek.ops.block_scaled import parts_of
 
 
-class Beside:
+class RunInLine:
     """`start` the work, do something else, then take the `result`."""
 
     def start(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
@@ -22,7 +22,7 @@ class Beside:
         return self._result
 
 
-class OnStream(Beside):
+class RunOnSideStream(RunInLine):
     """On the CUDA stream `side`. A tensor made on one stream and used on the other is recorded there, so that its
     memory is not given to others while it is read.
     """

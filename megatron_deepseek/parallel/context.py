@@ -19,6 +19,7 @@ Labels, MTP shifts and masks are made on whole sequences before any is cut.
 Shapes: B batch, S tokens of a sequence on this rank, N heads, D query width, V value width, C width of what travels.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +28,25 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.attention import Joined, Output, Scores, attend, attend_backward
+from megatron_deepseek.ops.attention import LogSumExpMerge, Output, Scores, attend, attend_backward
 from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
 
-# [B, T, C] of any T tokens to keys [B, T, N, D] and values [B, T, N, V]
-Project = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """`make`: from [B, T, C] of any T tokens to keys [B, T, N, D] and values [B, T, N, V]; it uses `weights`.
+
+    Autograd does not see that: whoever has keys and values made out of its sight says that a gradient is needed, though
+    of none of his inputs, by taking `anchor` as one more.
+    """
+
+    make: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    weights: tuple[torch.Tensor, ...]
+
+    def anchor(self, device: torch.device) -> torch.Tensor:
+        """A tensor of no elements that requires a gradient if a weight does."""
+        return torch.empty(0, device=device, requires_grad=any(weight.requires_grad for weight in self.weights))
 
 
 def zigzag(seq_length: int, rank: int, size: int) -> torch.Tensor:
@@ -73,19 +87,20 @@ class ContextParallel:
         """This rank's part of something that has all positions of a sequence along `dim`."""
         return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))
 
-    def sight(self, seq_length: int, documents: Documents | None = None) -> "Sight":
+    def block_mask(self, seq_length: int, documents: Documents | None = None) -> "BlockMask":
         """What this rank's tokens see of sequences of `seq_length`, each within its document where they are given."""
-        return Sight(self.rank, self.size, seq_length // self.size, documents)
+        return BlockMask(self.rank, self.size, seq_length // self.size, documents)
 
     def attention(self, q_BSND: torch.Tensor, block_BSC: torch.Tensor, project: Project, scale: float,
-                  sight: "Sight", output: Output = Output()) -> torch.Tensor:
+                  block_mask: "BlockMask", output: Output = Output()) -> torch.Tensor:
         """Causal attention of this rank's queries over the whole sequence, [B, S, N * V]; `output` says in which form.
 
         `block_BSC` is what this rank's keys and values are made of by `project`, whose weights get their gradients
-        by back-propagation inside this one's, as under reentrant checkpointing.
+        by back-propagation inside this one's.
         """
         exchange = EXCHANGES[self.exchange](self.group)
-        return _BlockwiseAttention.apply(q_BSND, block_BSC, project, scale, sight, exchange, output)
+        anchor = project.anchor(q_BSND.device)
+        return _BlockwiseAttention.apply(q_BSND, block_BSC, anchor, project, scale, block_mask, exchange, output)
 
 
 def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
@@ -117,7 +132,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class BlockMask:
     """What the queries of `rank` see of each rank's block; `length` tokens on each. The same for every layer."""
 
     rank: int
@@ -166,14 +181,14 @@ class _BlockwiseAttention(torch.autograd.Function):
     """Keeps the blocks, not the keys and values made of them."""
 
     @staticmethod
-    def forward(ctx, q_BSND, own_BSC, project: Project, scale: float, sight: Sight, exchange: Ring | Gather,
-                output: Output):
+    def forward(ctx, q_BSND, own_BSC, anchor, project: Project, scale: float, block_mask: BlockMask,
+                exchange: Ring | Gather, output: Output):
         q_BNSD, blocks, owners, joined = q_BSND.transpose(1, 2), [], [], None
         for owner, block in exchange.blocks(own_BSC):
-            made, parts = sight.of(owner)
+            made, parts = block_mask.of(owner)
             if parts:
-                k, v = (x.transpose(1, 2) for x in project(block[:, made]))
-                joined = joined or Joined.empty(q_BNSD, v.shape[-1])
+                k, v = (x.transpose(1, 2) for x in project.make(block[:, made]))
+                joined = joined or LogSumExpMerge.empty(q_BNSD, v.shape[-1])
             for part in parts:
                 queries, keys = part.queries(), part.keys_among(made)
                 joined.add(queries, *attend(q_BNSD[queries], k[keys], v[keys], Scores(scale, part.causal)))
@@ -182,7 +197,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         result, kept = output.give(joined.out_BNSV.to(q_BSND.dtype).transpose(1, 2).flatten(-2))
         ctx.save_for_backward(q_BSND, joined.lse_BNS, *blocks, *kept)
         ctx.owners, ctx.project, ctx.exchange, ctx.output = owners, project, exchange, output
-        ctx.sight, ctx.scale = sight, scale
+        ctx.block_mask, ctx.scale = block_mask, scale
         return result
 
     @staticmethod
@@ -191,13 +206,13 @@ class _BlockwiseAttention(torch.autograd.Function):
         blocks, kept = saved[:len(ctx.owners)], saved[len(ctx.owners):]
         out_BSV = ctx.output.restore(kept, grad_BSV)
         out_BNSV, grad_BNSV = (x.unflatten(-1, (q_BSND.shape[2], -1)).transpose(1, 2) for x in (out_BSV, grad_BSV))
-        q_BNSD, sight = q_BSND.transpose(1, 2), ctx.sight
+        q_BNSD, block_mask = q_BSND.transpose(1, 2), ctx.block_mask
         wide = torch.promote_types(q_BSND.dtype, torch.float32)
         grad_q_BNSD = torch.zeros_like(q_BNSD, dtype=wide)
 
         def gradients():
             for owner, block in zip(ctx.owners, blocks):
-                made, parts = sight.of(owner)
+                made, parts = block_mask.of(owner)
 
                 def through_attention(k, v):
                     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -210,21 +225,31 @@ class _BlockwiseAttention(torch.autograd.Function):
                         grad_q_BNSD[queries] += grad_q
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
-                yield _gradient_of_block(block, made, ctx.project, through_attention) if parts \
+                yield _gradient_of_block(block, made, ctx.project, through_attention, block_needed) if parts \
                     else torch.zeros_like(block)
 
-        grad_own = ctx.exchange.return_gradients(gradients())
-        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None, None
+        block_needed, grad_own = ctx.needs_input_grad[1], None
+        if block_needed:
+            grad_own = ctx.exchange.return_gradients(gradients())
+        else:  # of queries and weights alone; on all ranks, as they have the same weights
+            deque(gradients(), maxlen=0)
+        return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None, None, None
 
 
-def _gradient_of_block(block: torch.Tensor, keys: slice, project: Project, through_attention) -> torch.Tensor:
-    """Make keys and values again, and back-propagate what `through_attention` says of them."""
-    part = block[:, keys].detach().requires_grad_()
+def _gradient_of_block(block: torch.Tensor, keys: slice, project: Project, through_attention, needed: bool
+                       ) -> torch.Tensor:
+    """Make keys and values again, and back-propagate what `through_attention` says of them: into the block, if its
+    gradient is `needed`, and the weights.
+    """
+    part = block[:, keys].detach().requires_grad_(needed)
     with torch.enable_grad():
-        k, v = project(part)
+        k, v = project.make(part)
     with torch.no_grad():
         upstream = through_attention(k.detach(), v.detach())
-    torch.autograd.backward((k, v), upstream)
+    traced = [(made, gradient) for made, gradient in zip((k, v), upstream) if made.requires_grad]
+    if traced:
+        torch.autograd.backward(*zip(*traced))
     gradient = torch.zeros_like(block)
-    gradient[:, keys] = part.grad
+    if needed:
+        gradient[:, keys] = part.grad
     return gradient

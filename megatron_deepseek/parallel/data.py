@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+from megatron_deepseek.torch_private import FSDPParam, fsdp_parameter_group
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
         unit.module.set_force_sum_reduction_for_comms(True)
         for parameter in _parameters_of(unit.module):
             info = parameter._module_info
-            product = getattr(info.module, "weight_products", {}).get(info.param_name)
-            if product is not None and product.gathered is not None:
-                _GatheredInAForm.wrap(parameter, product.gathered)
+            gemm = getattr(info.module, "weight_gemms", {}).get(info.param_name)
+            if gemm is not None and gemm.gathered is not None:
+                _GatheredInAForm.wrap(parameter, gemm.gathered)
 
 
 class _GatheredInAForm(FSDPParam):
@@ -75,7 +76,7 @@ class _GatheredInAForm(FSDPParam):
 
 def _parameters_of(module: nn.Module) -> Iterator[FSDPParam]:
     """FSDP's own of one unit."""
-    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    group = fsdp_parameter_group(module)
     yield from group.fsdp_params if group else ()
 
 
@@ -89,7 +90,7 @@ def reshard(module: nn.Module) -> None:
 @contextmanager
 def gathered(unit: nn.Module) -> Iterator[None]:
     """Inside, the weights of `unit` itself, not of units in it, are whole; afterwards they are as they were."""
-    group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+    group = fsdp_parameter_group(unit)
     if group is None or not group.is_sharded:
         yield
         return

@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_deepseek.ops.block_scaled import map_rows
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.permute import invert, permute
-from megatron_deepseek.parallel.nodes import Meter
-from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.parallel.nodes import CommunicationCounter
 
-NOBODY = -1  # in place of an expert
+DROPPED = -1  # in place of an expert
 Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,16 +35,16 @@ class Dispatcher(Protocol):
     """`mesh` is that of the expert ranks, over which the experts' weights are sharded.
 
     `to_experts` makes what travels of the gradients of the experts' results. What tokens travel as is what they come
-    as: block-scaled ones (ops/block_scaled.py) as FP8. `meter` is told what is sent.
+    as: block-scaled ones (ops/block_scaled.py) as FP8. `counter` is told what is sent.
     """
 
     mesh: DeviceMesh
-    meter: Meter
+    counter: CommunicationCounter
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
         """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and how often this rank
-        sent a token, or a copy of one, to another node for it. A choice of NOBODY has no part in it.
+        sent a token, or a copy of one, to another node for it. A choice of DROPPED has no part in it.
 
         `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
         """
@@ -56,11 +56,11 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """All-to-all of rows over `group`. While rows travel whoever has the next of `turns` computes."""
+    """All-to-all of rows over `group`. While rows travel whoever has the next of `overlap` computes."""
 
     group: dist.ProcessGroup
-    turns: Turns
-    meter: Meter
+    overlap: MicroBatchOverlap
+    counter: CommunicationCounter
 
     def __call__(self, x: torch.Tensor, sent: list[int], received: list[int], encode: Encode = unchanged
                  ) -> torch.Tensor:
@@ -71,11 +71,11 @@ class Exchange:
         """One way, of every part of x if it is block-scaled."""
         def exchange(part):
             out = part.new_empty(sum(received), *part.shape[1:])
-            self.turns.wait(dist.all_to_all_single(out, part.contiguous(), received, sent, group=self.group,
+            self.overlap.wait(dist.all_to_all_single(out, part.contiguous(), received, sent, group=self.group,
                                                    async_op=True))
             return out
 
-        self.meter.rows(self.group, sent, x)
+        self.counter.rows(self.group, sent, x)
         return map_rows(x, exchange)
 
     def counts(self, counts_E: torch.Tensor) -> torch.Tensor:
@@ -87,9 +87,9 @@ class Exchange:
             dist.all_to_all_single(incoming_E, counts_E, group=self.group)
         return incoming_E.view(self.group.size(), -1)
 
-    def crossings(self, sent: list[int]) -> int:
+    def cross_node_sends(self, sent: list[int]) -> int:
         """How many of the rows sent go to other nodes."""
-        return self.meter.divide(self.group, sent).across_nodes
+        return self.counter.divide(self.group, sent).across_nodes
 
 
 class _AllToAll(torch.autograd.Function):
@@ -118,7 +118,7 @@ def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, exch
     inverse_Q = invert(order_Q)
     results_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
     results_QH = permute(results_QH, inverse_Q, order_Q)
-    return exchange(results_QH, received, sent, to_experts), exchange.crossings(sent)
+    return exchange(results_QH, received, sent, to_experts), exchange.cross_node_sends(sent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,20 +127,20 @@ class AllToAllDispatcher:
 
     mesh: DeviceMesh
     num_experts: int
-    meter: Meter
-    turns: Turns
+    counter: CommunicationCounter
+    overlap: MicroBatchOverlap
     to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
         copies = sort_copies(experts_TK, self.num_experts)
-        rows_RH, crossings = copy_rows(x_TH, copies), 0
+        rows_RH, cross_node_sends = copy_rows(x_TH, copies), 0
         if self.mesh.size() == 1:
             rows_RH = experts(rows_RH, copies.counts)
         else:
-            exchange = Exchange(self.mesh.get_group(), self.turns, self.meter)
-            rows_RH, crossings = run_experts(rows_RH, copies.counts, experts, exchange, self.to_experts)
-        return sum_copies(rows_RH, weights_TK, copies), crossings
+            exchange = Exchange(self.mesh.get_group(), self.overlap, self.counter)
+            rows_RH, cross_node_sends = run_experts(rows_RH, copies.counts, experts, exchange, self.to_experts)
+        return sum_copies(rows_RH, weights_TK, copies), cross_node_sends
 
 
 def _group_by_expert(counts_re: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.parallel.expert import Encode, Experts, unchanged
-from megatron_deepseek.parallel.nodes import Meter
+from megatron_deepseek.parallel.nodes import CommunicationCounter
 from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
 
@@ -22,7 +22,7 @@ class AllGatherDispatcher:
 
     mesh: DeviceMesh
     num_experts: int
-    meter: Meter
+    counter: CommunicationCounter
     to_experts: Encode = unchanged  # its gradients travel before they are weighed, as whole tokens: not as FP8
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
@@ -30,12 +30,12 @@ class AllGatherDispatcher:
         size, mine = self.mesh.size(), self.num_experts // self.mesh.size()
         if size == 1:
             return self._serve(x_TH, experts_TK, weights_TK, experts, mine), 0
-        group, sent = self.mesh.get_group(), self.meter.everyone
+        group, sent = self.mesh.get_group(), self.counter.everyone
         x_GH, weights_GK = (gather_sum(each, 0, group, sent) for each in (x_TH, weights_TK))
         sent(group, experts_TK)
         experts_GK = all_gather(experts_TK, 0, group) - self.mesh.get_local_rank() * mine
         y_GH = self._serve(x_GH, experts_GK, weights_GK, experts, mine)
-        return scatter_sum(y_GH, 0, group, sent), self.meter.divide(group, [len(x_TH)] * size).across_nodes
+        return scatter_sum(y_GH, 0, group, sent), self.counter.divide(group, [len(x_TH)] * size).across_nodes
 
     def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int) -> torch.Tensor:
         """The part of each token's sum that experts 0..num_bins-1 make."""

@@ -17,9 +17,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import NOBODY, Encode, Exchange, Experts, run_experts, unchanged
-from megatron_deepseek.parallel.nodes import Meter, TwoLevels
-from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.parallel.expert import DROPPED, Encode, Exchange, Experts, run_experts, unchanged
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.parallel.nodes import CommunicationCounter, TwoLevels
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,35 +28,35 @@ class GroupedDispatcher:
 
     mesh: DeviceMesh
     num_experts: int
-    meter: Meter
-    turns: Turns
+    counter: CommunicationCounter
+    overlap: MicroBatchOverlap
     levels: TwoLevels
     to_experts: Encode = unchanged
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
-        across = Exchange(self.levels.across.get_group(), self.turns, self.meter)
+        across = Exchange(self.levels.across.get_group(), self.overlap, self.counter)
         copies = self._one_for_each_node(experts_TK)
         received = across.counts(torch.tensor(copies.counts, device=x_TH.device)).flatten().tolist()
         rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]
         x_QH, weights_QK, experts_QK = (across(row, copies.counts, received) for row in rows)
         y_RH = across(self._on_this_node(x_QH, experts_QK, weights_QK, experts), received, copies.counts)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
-        return sum_copies(y_RH, ones, copies), across.crossings(copies.counts)
+        return sum_copies(y_RH, ones, copies), across.cross_node_sends(copies.counts)
 
     def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:
         """A copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
         num_nodes = self.levels.across.size()
-        node_TK = (experts_TK // (self.num_experts // num_nodes)).where(experts_TK != NOBODY, num_nodes)
+        node_TK = (experts_TK // (self.num_experts // num_nodes)).where(experts_TK != DROPPED, num_nodes)
         needed_TN = torch.zeros(len(experts_TK), num_nodes + 1, dtype=torch.bool, device=experts_TK.device)
         needed_TN.scatter_(1, node_TK, True)
         nodes_N = torch.arange(num_nodes, device=experts_TK.device)
-        return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], NOBODY), num_nodes)
+        return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], DROPPED), num_nodes)
 
     def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> torch.Tensor:
         """The part of each row's sum that this node's experts make."""
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
-        within = Exchange(self.levels.within.get_group(), self.turns, self.meter)
+        within = Exchange(self.levels.within.get_group(), self.overlap, self.counter)
         rows, _ = run_experts(copy_rows(x_QH, copies), copies.counts, experts, within, self.to_experts)
         return sum_copies(rows, weights_QK, copies)

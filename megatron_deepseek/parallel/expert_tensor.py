@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.nodes import Meter
+from megatron_deepseek.parallel.nodes import CommunicationCounter
 from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
 # rows sorted by expert and how many of each, to rows of the same shape
@@ -31,7 +31,7 @@ class ExpertTensorParallel:
     """`mesh` is (ep, etp): experts are divided over the first axis, each expert over the second."""
 
     mesh: DeviceMesh
-    meter: Meter
+    counter: CommunicationCounter
 
     def __call__(self, rows_RH: torch.Tensor, counts: list[int], mlp: ExpertMLP) -> torch.Tensor:
         """[R, H]: what the whole experts make of `rows_RH`.
@@ -43,11 +43,11 @@ class ExpertTensorParallel:
             return mlp(rows_RH, counts)
         counts_re = all_gather(torch.tensor([counts], device=rows_RH.device), 0, group)
         longest = int(counts_re.sum(1).max())
-        rows_GH = gather_sum(F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH))), 0, group, self.meter.everyone)
+        rows_GH = gather_sum(F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH))), 0, group, self.counter.everyone)
         copies = sort_copies(_expert_of_row(counts_re, longest), len(counts))
         y = mlp(copy_rows(rows_GH, copies), copies.counts)
         y_GH = sum_copies(y, y.new_ones(len(rows_GH), 1), copies)
-        return F.pad(scatter_sum(y_GH, 0, group, self.meter.everyone), (0, 0, 0, len(rows_RH) - longest))
+        return F.pad(scatter_sum(y_GH, 0, group, self.counter.everyone), (0, 0, 0, len(rows_RH) - longest))
 
 
 def _expert_of_row(counts_re: torch.Tensor, longest: int) -> torch.Tensor:

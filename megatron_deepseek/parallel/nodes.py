@@ -13,12 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_deepseek.ops.block_scaled import bytes_of_row
 from megatron_deepseek.parallel.layout import Layout, nodes_divide
 
-
 Sent = Callable[[dist.ProcessGroup, torch.Tensor], None]
 
 
-def unmetered(group: dist.ProcessGroup, x: torch.Tensor) -> None:
-    """Nobody counts the bytes (in place of `Meter.everyone`)."""
+def uncounted(group: dist.ProcessGroup, x: torch.Tensor) -> None:
+    """Nobody counts the bytes (in place of `CommunicationCounter.everyone`)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Traffic:
         return Traffic(self.within_node + other.within_node, self.across_nodes + other.across_nodes)
 
 
-class Meter:
+class CommunicationCounter:
     """Adds up what this rank sends: told of every send where it is made, forwards, backwards and when recomputing."""
 
     def __init__(self, ranks_per_node: int):

@@ -1,21 +1,21 @@
-"""DualPipeV's paired chunks, a forward and a backward of two micro-batches, run in turns (turns.py).
+"""DualPipeV's paired chunks, a forward and a backward of two micro-batches, run in turns (micro_batch_overlap.py).
 
 PyTorch's runtime knows such pairs (OVERLAP_F_B) and runs one half after the other, unless it is given a function that
 runs them another way. This is that function; what it does for each half is what the runtime does.
 """
 
-from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext, _wait_batch_p2p
 
-from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.torch_private import _Action, _ComputationType, _PipelineContext, _wait_batch_p2p
 
 
-def run_pairs_in_turns(schedule, turns: Turns) -> None:
+def overlap_pairs(schedule, overlap: MicroBatchOverlap) -> None:
     """Make `schedule`, a runtime of torch.distributed.pipelining, run its pairs so."""
     schedule.register_custom_function(_ComputationType.OVERLAP_F_B,
-                                      lambda action, context: _run(action, context, turns))
+                                      lambda action, context: _run(action, context, overlap))
 
 
-def _run(action: _Action, context: _PipelineContext, turns: Turns) -> None:
+def _run(action: _Action, context: _PipelineContext, overlap: MicroBatchOverlap) -> None:
     forward, backward = action.sub_actions
     schedule = context.schedule_ref
     stages = {stage.stage_index: stage for stage in schedule._stages}
@@ -24,7 +24,7 @@ def _run(action: _Action, context: _PipelineContext, turns: Turns) -> None:
         key = half.stage_index, half.microbatch_index
         if key in received:
             _wait_batch_p2p(received.pop(key))
-    turns.run(lambda: _forward(schedule, stages, forward, context), lambda: _backward(schedule, stages, backward))
+    overlap.run(lambda: _forward(schedule, stages, forward, context), lambda: _backward(schedule, stages, backward))
 
 
 def _forward(schedule, stages: dict, action: _Action, context: _PipelineContext) -> None:

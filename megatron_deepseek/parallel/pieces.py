@@ -12,10 +12,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
+
+from megatron_deepseek.torch_private import (
+    DTensorSpec,
+    LocalShardsWrapper,
+    TensorMeta,
+    _compute_local_shape_and_global_offset,
+    _StridedShard,
+)
 
 
 def stacked_shard(dim: int, matrices: int) -> _StridedShard:

@@ -8,29 +8,29 @@ to (PP = 1) is a plain loop over micro-batches that accumulates gradients and re
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleSingle,
-    _Action,
-    _ComputationType,
-    _PipelineScheduleRuntime,
-    _add_send_recv,
-    _add_unshard_reshard,
-    get_schedule_class,
-)
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 from megatron_deepseek.parallel.mesh import Meshes
-from megatron_deepseek.parallel.paired_chunks import run_pairs_in_turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.parallel.paired_chunks import overlap_pairs
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
 from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage
-from megatron_deepseek.parallel.turns import Turns
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
+from megatron_deepseek.torch_private import (
+    _Action,
+    _add_send_recv,
+    _add_unshard_reshard,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
 
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
@@ -63,13 +63,14 @@ class Travel:
     predictions are made of each token.
 
     `states_after`: how many predictions' states there are behind each stage if all are made. `tokens_shape`: of the
-    token ids that the first stage gets.
+    token ids that the first stage gets. `first_trained`: the stage behind which what travels has a gradient.
     """
 
     tokens_shape: tuple[int, int]
     hidden_shape: tuple[int, int, int]
     hidden_dtype: torch.dtype
     states_after: tuple[int, ...]
+    first_trained: int = 0
 
     @property
     def num_stages(self) -> int:
@@ -88,7 +89,8 @@ class Travel:
             return torch.empty((), dtype=wide, device="meta", requires_grad=True)
         rows, *others = self.hidden_shape
         states = min(self.states_after[index], num_predictions)
-        return torch.empty(states * rows, *others, dtype=self.hidden_dtype, device="meta", requires_grad=True)
+        return torch.empty(states * rows, *others, dtype=self.hidden_dtype, device="meta",
+                           requires_grad=index >= self.first_trained)
 
 
 class Pipeline:
@@ -96,13 +98,15 @@ class Pipeline:
 
     A module is called as module(x, micro_batch=, step=); x is int64 [B, S] on stage 0, and the last stage returns the
     scalar contribution of the micro-batch to the global loss. Schedules are built at the first step with a given number
-    of micro-batches and of predictions, and kept. With `turns`, paired chunks compute while the other's tokens travel.
+    of micro-batches and of predictions, and kept. With `overlap`, paired chunks compute while the other's tokens
+    travel.
     """
 
     def __init__(self, modules: list[nn.Module], indices: list[int], travel: Travel, schedule: str, meshes: Meshes,
-                 turns: Turns | None = None):
-        self.modules, self.indices, self.travel, self.schedule = modules, indices, travel, schedule
-        self.meshes, self.turns = meshes, turns
+                 overlap: MicroBatchOverlap | None = None):
+        self.modules, self.indices, self.schedule = modules, indices, schedule
+        self.travel = replace(travel, first_trained=first_trained_stage(modules, indices, travel.num_stages, meshes))
+        self.meshes, self.overlap = meshes, overlap
         self.holds_first, self.holds_last = 0 in indices, travel.num_stages - 1 in indices
         splits = meshes.layout.pp > 1 and schedule in ZERO_BUBBLE
         self.deferred = [defer_weight_gradients(module) if splits else None for module in modules]
@@ -157,8 +161,8 @@ class Pipeline:
         kind = get_schedule_class(self.schedule)
         single = issubclass(kind, PipelineScheduleSingle)
         schedule = kind(stages[0] if single else stages, num_microbatches, loss_fn=_loss_is_output, scale_grads=False)
-        if self.turns is not None:
-            run_pairs_in_turns(schedule, self.turns)
+        if self.overlap is not None:
+            overlap_pairs(schedule, self.overlap)
         return schedule
 
     def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None, num_predictions: int
@@ -167,6 +171,18 @@ class Pipeline:
                              input_args=self.travel.received(index, num_predictions),
                              output_args=self.travel.passed_on(index, num_predictions),
                              group=self.meshes.group("pp"), dw_builder=deferred.take if deferred else None)
+
+
+def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages: int, meshes: Meshes) -> int:
+    """The first of all stages with a parameter that is trained, `num_stages` if none has one; the same on every rank.
+
+    No stage before it, nor what it receives, needs a gradient, so none is computed or sent there.
+    """
+    trained = torch.zeros(num_stages, device=meshes.device)
+    for index, module in zip(indices, modules, strict=True):
+        trained[index] = any(parameter.requires_grad for parameter in module.parameters())
+    dist.all_reduce(trained, group=meshes.group("pp"))
+    return next((index for index, number in enumerate(trained.tolist()) if number), num_stages)
 
 
 class _ContiguousGradient(torch.autograd.Function):

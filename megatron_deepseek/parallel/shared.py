@@ -25,8 +25,10 @@ class SharedParameter:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Give every copy the sum of all copies' gradients; a copy that got none counts as zero."""
-        if not self.copies:
+        """Give every copy the sum of all copies' gradients; a copy that got none counts as zero. A frozen parameter is
+        so in every copy, and has nothing to sum.
+        """
+        if not self.copies or not self.copies[0].requires_grad:
             return
         total = torch.zeros_like(_local(self.copies[0]))
         for copy in self.copies:

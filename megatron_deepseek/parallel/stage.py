@@ -12,7 +12,9 @@ from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._backward import stage_backward
+
+from megatron_deepseek.parallel.data import reshard
+from megatron_deepseek.torch_private import stage_backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,9 @@ class MicroBatches:
 class ReducingStage(PipelineStage):
     """Read in torch 2.13: every schedule says which backward of a stage is its last, of all micro-batches. Gradients
     are sums, so there is no factor to scale them by.
+
+    A stage that ends before the first trained parameter has no backward; the schedule's are nothing but an end to its
+    gathered weights.
     """
 
     submod: FSDPModule
@@ -38,6 +43,10 @@ class ReducingStage(PipelineStage):
         return super().forward_one_chunk(fwd_chunk_id, args, chosen, save_forward_output)
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
+        if not self.is_last and not any(output.requires_grad for output in bwd_kwargs["stage_output"]):
+            if last_backward:
+                reshard(self.submod)
+            return (None,) * len(bwd_kwargs["input_values"]), None
         if self.dw_builder or not last_backward:
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         assert backward_type == "full", backward_type

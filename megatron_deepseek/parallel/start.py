@@ -7,7 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.lives import agent_store
+from megatron_deepseek.parallel.restarts import agent_store
+from megatron_deepseek.torch_private import _set_pg_timeout, _world
 
 
 def choose_device() -> torch.device:
@@ -62,6 +63,6 @@ def _rendezvous() -> dict:
 
 def limit_waiting(timeout_minutes: float) -> None:
     """Give every process group the time-out of the default one; torch gives those made without one its own."""
-    for group in list(dist.distributed_c10d._world.pg_map):
+    for group in list(_world.pg_map):
         if group != dist.GroupMember.NON_GROUP_MEMBER:
-            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
+            _set_pg_timeout(timedelta(minutes=timeout_minutes), group)

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from megatron_deepseek.ops.block_scaled import map_rows
 from megatron_deepseek.ops.norm import rms_norm
-from megatron_deepseek.ops.products import Linear, Product
-from megatron_deepseek.parallel.nodes import Sent, unmetered
+from megatron_deepseek.ops.precision_recipe import Gemm, Linear
+from megatron_deepseek.parallel.nodes import Sent, uncounted
 
 SEQUENCE_DIM = 1
 
@@ -90,7 +90,7 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.dim, ctx.group), None, None, None
 
 
-def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = unmetered) -> torch.Tensor:
+def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = uncounted) -> torch.Tensor:
     """`all_gather` whose gradients are summed and scattered: every rank makes its own use of the whole.
 
     `sent` is told, both ways, what this rank gives each of the others.
@@ -98,7 +98,7 @@ def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent =
     return _GatherSum.apply(x, dim, group, sent)
 
 
-def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = unmetered) -> torch.Tensor:
+def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = uncounted) -> torch.Tensor:
     """`reduce_scatter` of partial sums, whose gradients are gathered."""
     return _ScatterSum.apply(x, dim, group, sent)
 
@@ -238,16 +238,16 @@ def local_weight(parameter: nn.Parameter, *gradient: Placement) -> torch.Tensor:
 class ParallelLinear(nn.Module):
     """y = x W^T (+ b) on the local shard of W [out, in]. `weight_grad` is what the local gradient means.
 
-    `product` says in which numbers it is computed, and when the weight's gradient is (ops/products.py).
+    `gemm` says in which numbers it is computed, and when the weight's gradient is (ops/precision_recipe.py).
 
     A bias is added to a complete output only: with row-parallel weights call `add_bias` after leaving the region.
     """
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, placement: Placement,
-                 weight_grad: Placement, bias: bool = False, product: Product = Linear()):
+                 weight_grad: Placement, bias: bool = False, gemm: Gemm = Linear()):
         super().__init__()
         self.weight = sharded_parameter((out_features, in_features), tp.mesh, placement)
-        self.product = product
+        self.gemm = gemm
         self.weight_grad = weight_grad
         self.bias_grad = tp.activation_grad
         self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
@@ -257,43 +257,43 @@ class ParallelLinear(nn.Module):
         return local_weight(self.weight, self.weight_grad)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.local_weight())
+        return self.gemm(x, self.local_weight())
 
     @property
-    def weight_products(self) -> dict[str, Product]:
+    def weight_gemms(self) -> dict[str, Gemm]:
         """Who alone reads a weight, by the weight's name (parallel/data.py)."""
-        return {"weight": self.product}
+        return {"weight": self.gemm}
 
     def after_swiglu(self, *gate_up: torch.Tensor) -> torch.Tensor:
         """Of silu(gate) * up."""
-        return self.product.after_swiglu(gate_up, self.local_weight())
+        return self.gemm.after_swiglu(gate_up, self.local_weight())
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + local_weight(self.bias, self.bias_grad)
 
 
-def column_linear(in_features: int, out_features: int, tp: TensorParallel, product: Product = Linear()
+def column_linear(in_features: int, out_features: int, tp: TensorParallel, gemm: Gemm = Linear()
                   ) -> ParallelLinear:
     """Output features sharded over TP; the input is the whole sequence (`TensorParallel.enter`)."""
-    return ParallelLinear(in_features, out_features, tp, Shard(0), Shard(0), product=product)
+    return ParallelLinear(in_features, out_features, tp, Shard(0), Shard(0), gemm=gemm)
 
 
 def row_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False,
-               product: Product = Linear()) -> ParallelLinear:
+               gemm: Gemm = Linear()) -> ParallelLinear:
     """Input features sharded over TP; the output is a partial sum (`TensorParallel.leave`)."""
-    return ParallelLinear(in_features, out_features, tp, Shard(1), Shard(1), bias, product)
+    return ParallelLinear(in_features, out_features, tp, Shard(1), Shard(1), bias, gemm)
 
 
 def replicated_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False,
-                      product: Product = Linear()) -> ParallelLinear:
+                      gemm: Gemm = Linear()) -> ParallelLinear:
     """The same weight on every TP rank, applied to the stream between regions."""
-    return ParallelLinear(in_features, out_features, tp, Replicate(), tp.activation_grad, bias, product)
+    return ParallelLinear(in_features, out_features, tp, Replicate(), tp.activation_grad, bias, gemm)
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, computed in at least float32 (arXiv 1910.07467), weight replicated.
 
-    `form`: what y is given as (ops/products.py).
+    `form`: what y is given as (ops/precision_recipe.py).
     """
 
     def __init__(self, size: int, eps: float, tp: TensorParallel, form: Callable[..., torch.Tensor] = rms_norm):

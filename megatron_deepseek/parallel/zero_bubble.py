@@ -7,6 +7,8 @@ or embedding shared with MTP modules), and with recomputed layers it runs their 
 
 Contexts keep the weight itself and do not save it: what checkpointing's hooks hand back for a saved leaf is a copy that
 holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost.
+
+A frozen weight leaves nothing, and its input is not kept.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_wgrad
-from megatron_deepseek.ops.products import Product
+from megatron_deepseek.ops.precision_recipe import Gemm
 from megatron_deepseek.parallel.data import accumulate_gradients, gathered
 
 
@@ -69,37 +71,41 @@ class DeferredGradients:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, deferred):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*(x,) * ctx.needs_input_grad[1])
         ctx.weight, ctx.deferred = weight, deferred
         return nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
-        return grad @ weight, None, None
+        weight = ctx.weight
+        if ctx.needs_input_grad[1]:
+            (x,) = ctx.saved_tensors
+            ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_EOI, counts_E, deferred):
-        ctx.save_for_backward(x_RI)
+        ctx.save_for_backward(*(x_RI,) * ctx.needs_input_grad[1])
         ctx.weight, ctx.counts_E, ctx.deferred = weight_EOI, counts_E, deferred
         return grouped_forward(x_RI, weight_EOI, counts_E)
 
     @staticmethod
     def backward(ctx, grad_RO):
-        (x_RI,), weight_EOI = ctx.saved_tensors, ctx.weight
-        grad_RO, counts_E = grad_RO.contiguous(), ctx.counts_E
-        ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
-        return grouped_dgrad(grad_RO, weight_EOI, counts_E), None, None, None
+        weight_EOI, grad_RO, counts_E = ctx.weight, grad_RO.contiguous(), ctx.counts_E
+        if ctx.needs_input_grad[1]:
+            (x_RI,) = ctx.saved_tensors
+            ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
+        grad_x = grouped_dgrad(grad_RO, weight_EOI, counts_E) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None
 
 
 def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:
     """Make every product that a module of `stage` holds leave its weight gradient."""
     deferred = DeferredGradients(partial(accumulate_gradients, stage), partial(gathered, stage))
     for module in stage.modules():
-        for name, product in [*vars(module).items()]:
-            if isinstance(product, Product):
-                setattr(module, name, product.deferring(deferred))
+        for name, gemm in [*vars(module).items()]:
+            if isinstance(gemm, Gemm):
+                setattr(module, name, gemm.deferring(deferred))
     return deferred

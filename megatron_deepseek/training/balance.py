@@ -17,7 +17,8 @@ def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tens
                        group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
     """Sum `counts` (int64 [E] by layer, of this rank's tokens) over `group` and move every bias; the sums are returned.
 
-    `group` is every rank of a pipeline stage: counts are exact integers, whoever routed the token.
+    `group` is every rank of a pipeline stage: counts are exact integers, whoever routed the token. The bias of a router
+    whose weight is frozen stays as it is, so that a frozen router goes on choosing as it did.
     """
     total = {}
     for stage in stages:
@@ -27,7 +28,7 @@ def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tens
             total[name] = counts[name].clone()
             dist.all_reduce(total[name], group=group)
             bias = getattr(module.gate, "e_score_correction_bias", None)
-            if bias is not None and rate:
+            if bias is not None and rate and module.gate.weight.requires_grad:
                 mean = total[name].double().mean()
                 bias += rate * torch.sign(mean - total[name].double()).to(bias.dtype)
     return total

@@ -86,5 +86,5 @@ def _micro_batch(rows: Rows, routed_BMS: torch.Tensor | None, documents: Documen
         inputs={name: tensor[chosen] for name, tensor in rows.inputs.items()},
         sources_BK=None if rows.sources_BK is None else rows.sources_BK[chosen])
     seq_length = rows.labels_BMS.shape[2] * cp.size
-    sight = cp.sight(seq_length, own_documents) if cp.size > 1 else None
-    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], own_documents, sight)
+    block_mask = cp.block_mask(seq_length, own_documents) if cp.size > 1 else None
+    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], own_documents, block_mask)

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 from megatron_deepseek.launch.agent import end_with_agent, tell_agent
-from megatron_deepseek.parallel.lives import agent_store
+from megatron_deepseek.parallel.restarts import agent_store
+from megatron_deepseek.torch_private import _get_default_store
 from megatron_deepseek.training.hang import describe_group, group_of, location, missing_ranks, timed_out
 from megatron_deepseek.training.neighbours import Ring
 
@@ -159,7 +160,7 @@ class FailureClaim:
         return found
 
     def _reachable_store(self) -> dist.Store:
-        return self.store if self.store is not None else dist.distributed_c10d._get_default_store()
+        return self.store if self.store is not None else _get_default_store()
 
 
 class OneTraceback(ErrorHandler):

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from megatron_deepseek.arguments.ending import INTERRUPTED
 from megatron_deepseek.launch.signals import numbers_read
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training.trainer import Votes
+from megatron_deepseek.training.trainer import StopFlags
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _AGAIN = (signal.SIGINT, signal.SIGTERM)  # torchrun passes a second Ctrl-C on as SIGTERM
 
 
 class Interruptions:
-    """`votes()` is what this rank asks for now. `begun`: when the job began, by time.monotonic()."""
+    """`stop_flags()` is what this rank asks for now. `begun`: when the job began, by time.monotonic()."""
 
     def __init__(self, run: RunSettings, first_rank: bool, begun: float):
         minutes, seconds = run.exit_duration_in_mins, run.save_every_seconds
@@ -33,9 +33,9 @@ class Interruptions:
         self.first_word = "Ctrl-C: this step ends, then the run " + (
             "leaves" if run.save is None else "saves and leaves") + "; once more: it leaves at once"
 
-    def votes(self) -> Votes:
+    def stop_flags(self) -> StopFlags:
         due = self.period is not None and time.monotonic() - self.saved_at >= self.period
-        return Votes(save=due, leave=self.signal is not None or self._late())
+        return StopFlags(save=due, leave=self.signal is not None or self._late())
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline

@@ -50,7 +50,7 @@ from megatron_deepseek.training.resume import (
 from megatron_deepseek.training.saving import Saver, what_stays
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size
-from megatron_deepseek.training.trainer import Plan, StepResult, Trainer, Votes
+from megatron_deepseek.training.trainer import Plan, StepResult, StopFlags, Trainer
 
 
 def pretrain(settings: Settings) -> None:
@@ -109,6 +109,7 @@ def make_plan(settings: Settings) -> Plan:
                                 fp8=settings.run.fp8_format is not None, fp8_gather=settings.run.fp8_param_gather),
             loss=settings.loss, recompute=settings.recompute, communication=settings.communication,
             offload=settings.offload, reshard_after_forward=settings.run.sharding == "optim_grads_params",
+            frozen=settings.run.freeze_parameters,
             seed=settings.run.seed))
 
 
@@ -159,9 +160,9 @@ class Run:
     def _steps(self) -> None:
         with profiler(self.settings.run, dist.get_rank()) as profile:
             for batch in read_ahead(self._read, self._requests()):
-                votes = self._step(batch)
+                stop_flags = self._step(batch)
                 profile.step()
-                if self._between_steps(votes):
+                if self._between_steps(stop_flags):
                     break
 
     def _read(self, *request) -> Batch:
@@ -169,15 +170,15 @@ class Run:
         batch = self.train_data.batch(*request)
         return batch.pinned() if self.trainer.meshes.device.type == "cuda" else batch
 
-    def _between_steps(self, votes: Votes) -> bool:
+    def _between_steps(self, stop_flags: StopFlags) -> bool:
         """Validation and checkpoints that are due; True if the run leaves here."""
         run, done = self.settings.run, self.state.iteration
-        leave = votes.leave or (run.exit_interval is not None and done % run.exit_interval == 0)
+        leave = stop_flags.leave or (run.exit_interval is not None and done % run.exit_interval == 0)
         if run.eval_interval and (done % run.eval_interval == 0 or done == run.train_iters):
             self._validate()
-        if votes.leave:
+        if stop_flags.leave:
             self.report.message(f"leaving after iteration {done} {self.interruptions.reason()}")
-        if leave or votes.save or (run.save_interval and done % run.save_interval == 0):
+        if leave or stop_flags.save or (run.save_interval and done % run.save_interval == 0):
             self.saver.save(self.state)
             self.interruptions.saved()
         self.saver.poll()
@@ -194,16 +195,17 @@ class Run:
     def _data_rank(self) -> tuple[int, int]:
         return self.trainer.meshes.rank("dp"), self.settings.layout.dp
 
-    def _step(self, batch: Batch) -> Votes:
+    def _step(self, batch: Batch) -> StopFlags:
         begin, settings, state = time.perf_counter(), self.settings, self.state
         rate, size = learning_rate(self.schedule, state.consumed_samples), batch.num_rows * settings.layout.dp
         batch = batch.to(self.trainer.meshes.device)
-        result = self.trainer.train_step(batch, rate, bias_rate(settings.loss, state, size), self.interruptions.votes)
+        result = self.trainer.train_step(batch, rate, bias_rate(settings.loss, state, size),
+                                         self.interruptions.stop_flags)
         seconds = time.perf_counter() - begin
         self._check_health(result, batch)
         self.state = state.after(size, result.updated)
         self.report.step(self._metrics(result, rate, size * settings.data.seq_length, seconds))
-        return result.votes
+        return result.stop_flags
 
     def _check_health(self, result: StepResult, batch: Batch) -> None:
         """FloatingPointError where a step that is not finite ends the run."""
@@ -246,7 +248,7 @@ class Run:
             source_loss=source_loss,
             source_tokens=source_tokens,
             moe_dropped_fraction=result.dropped if limited else None,
-            moe_crossings_per_token=result.crossings or None)
+            moe_crossings_per_token=result.cross_node_sends or None)
 
     def _validate(self) -> None:
         """Mean losses of the same eval_iters batches every time."""

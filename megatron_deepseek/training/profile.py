@@ -41,8 +41,10 @@ def profiler(run: RunSettings, rank: int) -> Iterator[Profiler]:
 
 
 def all_threads():
-    """For torch.profiler: paired chunks run in a thread of their own (parallel/turns.py), which it would leave out."""
-    from torch._C._profiler import _ExperimentalConfig
+    """For torch.profiler, which would leave out the thread of its own that paired chunks run in
+    (parallel/micro_batch_overlap.py).
+    """
+    from megatron_deepseek.torch_private import _ExperimentalConfig
 
     return _ExperimentalConfig(profile_all_threads=True)
 

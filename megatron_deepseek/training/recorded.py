@@ -19,7 +19,7 @@ _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "in
            "data": {"data_cache_path", "seed"}}
 # Fields and whole sections whose change makes another run of it, or the same one but for rounding.
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
-          "loss": None, "data": None, "files": None, "run": {"seed", "bf16", "fp8_format"}}
+          "loss": None, "data": None, "files": None, "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
              "run": {"sharding", "fp8_param_gather"}}
 _LENGTHS = ("train_iters", "train_samples")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_deepseek.launch.agent import tell_agent
-from megatron_deepseek.parallel.lives import agent_store
+from megatron_deepseek.parallel.restarts import agent_store
 from megatron_deepseek.training.failure import FailureClaim
 from megatron_deepseek.training.lock_holder import Holder
 from megatron_deepseek.training.save_lock import SaveLock

@@ -2,8 +2,10 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_deepseek.arguments import Settings
+from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
 from megatron_deepseek.checkpoint import distributed as checkpoint
 from megatron_deepseek.checkpoint.export import check_export
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
@@ -14,7 +16,8 @@ from megatron_deepseek.checkpoint.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.data.tokenizer import build_tokenizer
-from megatron_deepseek.parallel.lives import job_name
+from megatron_deepseek.model.frozen import is_frozen
+from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.training.decision import Start, decide
@@ -99,7 +102,7 @@ def resume(start: Start, trainer: Trainer) -> TrainState:
                                 start.new_modules)
     if start.finetune:
         return TrainState()
-    return replace(state, optimizer_steps=0 if start.weights_only else state.optimizer_steps)
+    return state.without_optimizer() if start.weights_only else state
 
 
 def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
@@ -118,7 +121,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
                    f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
     reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
-    for line in (*settings.notes, *reach):
+    frozen = [describe_frozen(settings.model, run.freeze_parameters)] if run.freeze_parameters else []
+    for line in (*frozen, *settings.notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):
@@ -148,8 +152,16 @@ def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start
     if not is_huggingface(directory) and read_checksums(directory) is None:
         report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
                        "version, or converted")
-    for conversion in checkpoint.converted_moments(directory, trainer.optimizer) if state.optimizer_steps else ():
-        report.message(conversion)
+    for line in _describe_moments(directory, settings, trainer, state.optimizer_steps) if state.optimizer_steps else ():
+        report.message(line)
+
+
+def _describe_moments(directory: Path, settings: Settings, trainer: Trainer, steps: int) -> list[str]:
+    """What a run that goes on does otherwise: dtypes of moments, parameters newly trained and newly frozen."""
+    trained = {name for name in parameter_shapes(settings.model)
+               if not is_frozen(name, settings.run.freeze_parameters)}
+    return [*checkpoint.converted_moments(directory, trainer.optimizer),
+            *describe_resumed(trained, checkpoint.with_moments(directory), steps)]
 
 
 def describe_changes(report: Report, start: Start, here: Recorded) -> None:

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, build_stages
-from megatron_deepseek.model.step import StepContext, Tally
+from megatron_deepseek.model.frozen import trained_parameters
+from megatron_deepseek.model.step import StepContext, StepStatistics
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import gather_once
 from megatron_deepseek.parallel.layout_string import Stage
@@ -58,7 +59,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Votes:
+class StopFlags:
     """What a rank asks for between steps: a checkpoint, an end of the run. What one asks for, all do."""
 
     save: bool = False
@@ -70,8 +71,8 @@ class StepResult:
     """`traffic`: bytes that the expert dispatch of all ranks sent in the step, recomputed forwards included.
 
     `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
-    `votes`: of all ranks together, the same everywhere. `dropped`: the part of all token copies that was above experts'
-    capacity; `crossings`: to how many other nodes a token went for a layer's experts, on average.
+    `stop_flags`: of all ranks together, the same everywhere. `dropped`: the part of all token copies that was above
+    experts' capacity; `cross_node_sends`: to how many other nodes a token went for a layer's experts, on average.
     """
 
     losses: Losses
@@ -79,9 +80,9 @@ class StepResult:
     expert_counts: dict[str, torch.Tensor]
     traffic: Traffic
     dropped: float = 0.0
-    crossings: float = 0.0
+    cross_node_sends: float = 0.0
     updated: bool = True
-    votes: Votes = Votes()
+    stop_flags: StopFlags = StopFlags()
 
 
 class Trainer:
@@ -98,43 +99,43 @@ class Trainer:
                                    plan.build)
         for unused in (layer for stage in self.stages for layer in stage.mtp_layers(self.objective.num_depths)):
             gather_once(unused)
-        self.meter = self.stages[0].meter  # one for all stages
+        self.counter = self.stages[0].counter  # one for all stages
         self.shared = find_shared(_embedding_holders(plan), self.holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
         self.optimizer = build_optimizer(self.parameters, plan.optimizer)
         in_turns = plan.build.communication.overlap_moe_expert_parallel_comm
         self.pipeline = Pipeline(self.stages, self.indices, _travel(plan, meshes), plan.schedule, meshes,
-                                 self.stages[0].turns if in_turns else None)
+                                 self.stages[0].overlap if in_turns else None)
 
     def _named_parameters(self) -> list[NamedParameter]:
-        """Every parameter of this rank; of copies on several stages only the first holder's first is counted."""
+        """Every trained parameter of this rank; of copies on several stages only the first holder's first counts."""
         counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None
                    for shared in self.shared}
         return [NamedParameter(name, parameter, counted.get(name, parameter) is parameter)
-                for stage in self.stages for name, parameter in stage.named_parameters()]
+                for stage in self.stages for name, parameter in trained_parameters(stage)]
 
     def train_step(self, batch: Batch, learning_rate: float, bias_rate: float = 0.0,
-                   votes: Callable[[], Votes] = Votes) -> StepResult:
+                   stop_flags: Callable[[], StopFlags] = StopFlags) -> StepResult:
         """Make one step on this data rank's rows of the global batch, a multiple of micro_batch_size.
 
-        `votes` is asked when the ranks add up their losses, and travels with them.
+        `stop_flags` is asked when the ranks add up their losses, and travels with them.
         """
         divided = self._divide(batch, self.objective)
         counts, num_sequences = self._count(divided, self.objective)
         step = StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
         self.optimizer.zero_grad()
-        self.meter.take()  # what an evaluation sent
+        self.counter.take()  # what an evaluation sent
         self.pipeline.train(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
         for shared in self.shared:
             shared.sum_gradients()
         norm = gradient_norm(self.parameters, self.meshes.device)
-        losses, agreed = self._reduce(step.tally, divided, counts, votes())
+        losses, agreed = self._reduce(step.statistics, divided, counts, stop_flags())
         healthy = losses.finite() and math.isfinite(norm.item())
         if healthy:
             self._update(norm, learning_rate)
-        expert_counts = update_expert_bias(self.stages, step.tally.expert_counts, bias_rate if healthy else 0.0,
+        expert_counts = update_expert_bias(self.stages, step.statistics.expert_counts, bias_rate if healthy else 0.0,
                                            self.meshes.stage.get_group())
-        return StepResult(losses, norm.item(), expert_counts, *self._traffic(step.tally), healthy, agreed)
+        return StepResult(losses, norm.item(), expert_counts, *self._traffic(step.statistics), healthy, agreed)
 
     def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
         if self.plan.optimizer.clip_grad:
@@ -148,7 +149,7 @@ class Trainer:
         counts, num_sequences = self._count(divided, self.objective)
         step = StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
-        return self._reduce(step.tally, divided, counts, Votes())[0]
+        return self._reduce(step.statistics, divided, counts, StopFlags())[0]
 
     def score(self, batch: Batch, experts: bool = False) -> Scores:
         """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose.
@@ -157,7 +158,8 @@ class Trainer:
         """
         objective = KeepLogProbabilities()
         divided = self._divide(batch, objective)
-        step = StepContext(1, partial(objective.contribution, counts={}), Tally(chosen={} if experts else None))
+        statistics = StepStatistics(chosen={} if experts else None)
+        step = StepContext(1, partial(objective.contribution, counts={}), statistics)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
         own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
         wide = torch.promote_types(self.plan.build.precision.activations, torch.float32)
@@ -166,7 +168,7 @@ class Trainer:
         if not experts:
             return Scores(scores)
         like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.plan.model.num_experts_per_tok or 0)
-        return Scores(scores, chosen_experts(step.tally.chosen, like_BSK, self._moe_holders(), self.meshes))
+        return Scores(scores, chosen_experts(step.statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
 
     def _moe_holders(self) -> dict[str, int]:
         """Return the pipeline rank of each layer of the main model that has routed experts."""
@@ -189,32 +191,32 @@ class Trainer:
         *counts, num_sequences = together.tolist()
         return dict(zip(own, counts)), int(num_sequences)
 
-    def _reduce(self, tally: Tally, divided: Division, counts: Mapping[str, float], votes: Votes
-                ) -> tuple[Losses, Votes]:
+    def _reduce(self, statistics: StepStatistics, divided: Division, counts: Mapping[str, float], stop_flags: StopFlags
+                ) -> tuple[Losses, StopFlags]:
         """Sum the ranks' contributions. What is reported is the same on all TP ranks, shares of the balance loss not.
         """
         names, first_tp = self.objective.reported(divided.rows), self.meshes.rank("tp") == 0
-        if tally.reports:
-            assert tally.reports.keys() == set(names), (names, [*tally.reports])
-        values = [tally.reports.get(name, 0.0) if first_tp else 0.0 for name in names]
-        values += [tally.balance_loss, votes.save, votes.leave]
+        if statistics.reports:
+            assert statistics.reports.keys() == set(names), (names, [*statistics.reports])
+        values = [statistics.reports.get(name, 0.0) if first_tp else 0.0 for name in names]
+        values += [statistics.balance_loss, stop_flags.save, stop_flags.leave]
         together = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.meshes.device)
                                 for value in values])
         dist.all_reduce(together)
         *reports, balance_loss, save, leave = together.tolist()
         losses = self.objective.losses(dict(zip(names, reports)), balance_loss, counts)
-        return losses, Votes(save > 0, leave > 0)
+        return losses, StopFlags(save > 0, leave > 0)
 
-    def _traffic(self, tally: Tally) -> tuple[Traffic, float, float]:
-        """`traffic`, `dropped` and `crossings` of a StepResult."""
-        copies = sum(int(counts_E.sum()) for counts_E in tally.expert_counts.values())
-        sent = self.meter.take()
-        sums = torch.tensor([sent.within_node, sent.across_nodes, tally.crossings, int(tally.dropped), copies],
-                            device=self.meshes.device)
+    def _traffic(self, statistics: StepStatistics) -> tuple[Traffic, float, float]:
+        """`traffic`, `dropped` and `cross_node_sends` of a StepResult."""
+        copies = sum(int(counts_E.sum()) for counts_E in statistics.expert_counts.values())
+        sent = self.counter.take()
+        counted = [sent.within_node, sent.across_nodes, statistics.cross_node_sends, int(statistics.dropped), copies]
+        sums = torch.tensor(counted, device=self.meshes.device)
         dist.all_reduce(sums)
-        within, across, crossings, dropped, copies = sums.tolist()
+        within, across, cross_node_sends, dropped, copies = sums.tolist()
         tokens = copies / (self.plan.model.num_experts_per_tok or 1)
-        return Traffic(within, across), dropped / max(copies, 1), crossings / max(tokens, 1)
+        return Traffic(within, across), dropped / max(copies, 1), cross_node_sends / max(tokens, 1)
 
 
 def _embedding_holders(plan: Plan) -> dict[str, list[int]]:

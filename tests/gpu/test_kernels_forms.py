@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_deepseek.ops import cuda, fp8, fp8_norm, permute, rope
 from megatron_deepseek.ops import cross_entropy as losses
+from megatron_deepseek.ops import cuda, fp8, fp8_norm, permute, rope
 from megatron_deepseek.ops.fp8 import (
     dequantize_1x128,
     dequantize_128x128,
@@ -13,7 +13,7 @@ from megatron_deepseek.ops.fp8 import (
     quantize_128x128,
 )
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
-from megatron_deepseek.ops.fp8_products import swiglu_backward_tiles
+from megatron_deepseek.ops.fp8_recipe import swiglu_backward_tiles
 from megatron_deepseek.ops.registry import Choice
 
 BF16 = {"rtol": 2**-7, "atol": 2**-7}  # each side rounds sums of a few numbers of the order of one
@@ -36,17 +36,18 @@ def same(ours, reference, inputs, *args, tolerance=BF16):
 
 def test_rope(device):
     table = torch.randn(2, 6, 4, device=device)
-    same(cuda.turn_tail, rope.turn_tail.reference, (leaf(2, 6, 3, 24, device=device),), table, 16)
+    same(cuda.rope_queries, rope.rope_queries.reference, (leaf(2, 6, 3, 24, device=device),), table, 16)
     heads, shared = leaf(2, 6, 3, 40, device=device), leaf(2, 6, 8, device=device)
-    same(cuda.join_keys, rope.join_keys.reference, (heads, shared), table, 16)
-    same(cuda.join_keys, rope.join_keys.reference, (heads, shared), None, 16)
+    same(cuda.assemble_keys, rope.assemble_keys.reference, (heads, shared), table, 16)
+    same(cuda.assemble_keys, rope.assemble_keys.reference, (heads, shared), None, 16)
 
 
 def test_rope_of_a_view(device):
     """Rows of a wider tensor, at an odd place: copied first."""
     wide = leaf(2, 6, 3, 25, device=device)
     table = torch.randn(2, 6, 4, device=device)
-    same(lambda x: cuda.turn_tail(x[..., 1:], table, 16), lambda x: rope.turn_tail.reference(x[..., 1:], table, 16),
+    same(lambda x: cuda.rope_queries(x[..., 1:], table, 16),
+         lambda x: rope.rope_queries.reference(x[..., 1:], table, 16),
          (wide,))
 
 
@@ -79,7 +80,7 @@ def test_cross_entropy(device):
 
 def test_what_kernels_do_not_take(device):
     """float64, widths of no multiple of 16 bytes: the reference's."""
-    assert cuda.turn_tail(torch.zeros(1, 1, 1, 24, device=device), None, 16) is NotImplemented
+    assert cuda.rope_queries(torch.zeros(1, 1, 1, 24, device=device), None, 16) is NotImplemented
     assert cuda.quantize_1x128(torch.zeros(2, 12, device=device)) is NotImplemented
     assert cuda.permute(torch.zeros(2, 3, device=device), None, None) is NotImplemented
     assert cuda.scaled_mm(torch.zeros(0, 16, device=device), None, None, None) is NotImplemented

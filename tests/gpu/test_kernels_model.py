@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
-from megatron_deepseek.ops import cross_entropy, cuda, fp8, fp8_gemm, fp8_norm, fp8_products, permute, registry, rope
+from megatron_deepseek.ops import cross_entropy, cuda, fp8, fp8_gemm, fp8_norm, fp8_recipe, permute, registry, rope
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
@@ -106,7 +106,7 @@ class Ours:
 PADDED = {"quantize_128x1", "retile_128x1", "quantize_rows_and_columns", "quantize_swiglu_columns",
           "swiglu_backward_tiles", "grouped_scaled_mm_wgrad"}
 REFERENCES = {name: value.reference for module in (
-    cross_entropy, fp8, fp8_gemm, fp8_norm, fp8_products, permute, rope) for name, value in vars(module).items()
+    cross_entropy, fp8, fp8_gemm, fp8_norm, fp8_recipe, permute, rope) for name, value in vars(module).items()
     if hasattr(value, "reference")}
 
 

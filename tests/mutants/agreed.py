@@ -17,7 +17,7 @@ LOOP_MUTANTS = of(
     ("learning_rate(self.schedule, state.consumed_samples)", "learning_rate(self.schedule, state.iteration)"),
     ("learning_rate(self.schedule, state.consumed_samples)",
      "learning_rate(self.schedule, state.consumed_samples + size)"),
-    ("bias_rate(settings.loss, state, size), self", "settings.loss.moe_router_bias_update_rate, self"),
+    ("bias_rate(settings.loss, state, size),\n", "settings.loss.moe_router_bias_update_rate,\n"),
     ("settings.run, settings.batch, state)\n", "settings.run, settings.batch)\n"),
     ("state.after(size, result.updated)", "state.after(size, True)"),
     ("num_samples(settings, state)", "num_samples(settings)"),
@@ -50,7 +50,7 @@ RESUME_MUTANTS = of(
     "training/resume.py", RESUME,
     ("None if start.weights_only else trainer.optimizer", "trainer.optimizer"),
     ("    if start.finetune:\n        return TrainState()\n", ""),
-    ("0 if start.weights_only else state.optimizer_steps)", "state.optimizer_steps)"),
+    ("state.without_optimizer() if start.weights_only else state", "state"),
 ) + of(
     "training/decision.py", ("tests/unit/test_decision.py",),
     ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
@@ -175,7 +175,7 @@ KEPT_AND_FREED = of(
     "parallel/pipeline.py", STEP, ("    @torch.no_grad()\n    def evaluate", "    def evaluate"),
 ) + of(
     "training/trainer.py", STEP,
-    ("Votes(save > 0, leave > 0)", "Votes(leave > 0, save > 0)"),
+    ("StopFlags(save > 0, leave > 0)", "StopFlags(leave > 0, save > 0)"),
 ) + of(
     "parallel/data.py", STEP,
     ("module.set_reshard_after_backward(enabled or freed)", "module.set_reshard_after_backward(True)"),
@@ -188,7 +188,7 @@ KEPT_AND_FREED = of(
     ("options.reshard_after_forward,\n", "False,\n"),
 ) + of(
     "model/moe.py", ("tests/unit/test_side_stream.py", "tests/unit/test_trainer.py"),
-    ("loss.detach(), crossings,", "loss, crossings,"),
+    ("attach_loss(y_TH, loss), loss.detach()", "attach_loss(y_TH, loss), loss"),
     ("            shared.start(self.shared_experts, x_BSH)\n",
      "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),
 )

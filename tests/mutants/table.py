@@ -7,6 +7,7 @@ agreed.py has those that a comparison of layouts cannot see.
 """
 
 from agreed import AGREED
+from frozen import FROZEN
 from mutant import of
 
 # What is run for a mistake: the first failure ends it. Quick tests first.
@@ -26,11 +27,11 @@ TENSOR = of(
     "parallel/tensor.py", LAYOUTS,
     ("return Partial() if self.sequence_parallel and self.size > 1 else", "return Partial() if self.size > 1 else"),
     ("self.bias_grad = tp.activation_grad", "self.bias_grad = Replicate()"),
-    ("tp, Replicate(), tp.activation_grad, bias, product)", "tp, Replicate(), Replicate(), bias, product)"),
+    ("tp, Replicate(), tp.activation_grad, bias, gemm)", "tp, Replicate(), Replicate(), bias, gemm)"),
     ("        self.weight_grad = tp.activation_grad\n        self.eps",
      "        self.weight_grad = Replicate()\n        self.eps"),
-    ("return self.product(x, self.local_weight())",
-     "return self.product(x, local_weight(self.weight, Replicate()))"),
+    ("return self.gemm(x, self.local_weight())",
+     "return self.gemm(x, local_weight(self.weight, Replicate()))"),
     ("        return x.chunk(group.size(), dim)[group.rank()].contiguous()",
      "        return x.chunk(group.size(), dim)[-1 - group.rank()].contiguous()"),
     ("        own = reduce_scatter(grad, ctx.dim, ctx.group)",
@@ -108,8 +109,8 @@ EXPERT = of(
     ("return expert_of_row.repeat_interleave(counts_re.flatten()).argsort(stable=True)",
      "return torch.arange(int(counts_re.sum()), device=counts_re.device)"),
     ("incoming_re.sum(0).tolist())", "incoming_re[0].mul(incoming_re.shape[0]).tolist())"),
-    ("return sum_copies(rows_RH, weights_TK, copies), crossings",
-     "return sum_copies(rows_RH, weights_TK.detach(), copies), crossings"),
+    ("return sum_copies(rows_RH, weights_TK, copies), cross_node_sends",
+     "return sum_copies(rows_RH, weights_TK.detach(), copies), cross_node_sends"),
 )
 
 GATHERED = of(
@@ -124,11 +125,11 @@ GATHERED = of(
 
 GROUPED = of(
     "parallel/expert_grouped.py", (*TRAFFIC, *LAYOUTS),
-    (".where(experts_TK != NOBODY, num_nodes)", ".where(experts_TK != NOBODY, 0)"),
+    (".where(experts_TK != DROPPED, num_nodes)", ".where(experts_TK != DROPPED, 0)"),
     ("rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]",
      "rows = [copy_rows(x_TH, copies), weights_TK.detach()[copies.row_R], experts_TK[copies.row_R]]"),
     ("experts_QK - self.levels.across.get_local_rank() * number", "experts_QK"),
-    ("nodes_N.where(needed_TN[:, :num_nodes], NOBODY)", "nodes_N.where(needed_TN[:, :num_nodes], 0)"),
+    ("nodes_N.where(needed_TN[:, :num_nodes], DROPPED)", "nodes_N.where(needed_TN[:, :num_nodes], 0)"),
 )
 
 SLICES = of(
@@ -152,7 +153,7 @@ PIPELINE = of(
     ("synchronize_gradients(module, i == last)", "synchronize_gradients(module, i == 0)"),
     ("            module.train()", "            pass"),
     ("        for module in self.modules:\n            reshard(module)", "        pass"),
-    ("scale_grads=False)\n        if self.turns", "scale_grads=True)\n        if self.turns"),
+    ("scale_grads=False)\n        if self.overlap", "scale_grads=True)\n        if self.overlap"),
     ("            module.eval()", "            pass"),
     ("return zip(tokens_BS.tensor_split(len(micro_batches.items)),",
      "return zip(reversed(tokens_BS.tensor_split(len(micro_batches.items))),"),
@@ -195,13 +196,14 @@ COUNTED = of(
     ("tokens = copies / (self.plan.model.num_experts_per_tok or 1)", "tokens = copies"),
 ) + of(
     "model/step.py", TRAFFIC,
-    ("self.crossings = self.crossings + stats.crossings", "self.crossings = stats.crossings"),
+    ("self.cross_node_sends = self.cross_node_sends + stats.cross_node_sends",
+     "self.cross_node_sends = stats.cross_node_sends"),
 )
 
-SENT = of("parallel/expert.py", TRAFFIC, ("        self.meter.rows(self.group, sent, x)\n", "")) + of(
+SENT = of("parallel/expert.py", TRAFFIC, ("        self.counter.rows(self.group, sent, x)\n", "")) + of(
     "parallel/tensor.py", TRAFFIC, ("        ctx.sent(ctx.group, own)\n"
     "", ""), ("        ctx.sent(ctx.group, grad)\n", ""),
-) + of("training/trainer.py", TRAFFIC, ("        self.meter.take()  # what an evaluation sent\n", ""))
+) + of("training/trainer.py", TRAFFIC, ("        self.counter.take()  # what an evaluation sent\n", ""))
 
 TRAFFIC_BYTES = of(
     "parallel/nodes.py", TRAFFIC,
@@ -217,9 +219,10 @@ STEP_MUTANTS = of(
     ('dist.all_reduce(together, group=self.meshes.group("dp"))',
      'dist.all_reduce(together, group=self.meshes.dense_fsdp.get_group())'),
     ("(*own.values(), divided.num_rows)]", "(*own.values(), divided.num_rows // self.plan.micro_batch_size)]"),
-    ("tally.reports.get(name, 0.0) if first_tp else 0.0 for name in names]",
-     "tally.reports.get(name, 0.0) for name in names]"),
-    ("values += [tally.balance_loss, votes.save", "values += [tally.balance_loss if first_tp else 0.0, votes.save"),
+    ("statistics.reports.get(name, 0.0) if first_tp else 0.0 for name in names]",
+     "statistics.reports.get(name, 0.0) for name in names]"),
+    ("values += [statistics.balance_loss, stop_flags.save",
+     "values += [statistics.balance_loss if first_tp else 0.0, stop_flags.save"),
     ("        dist.all_reduce(together)\n        *reports",
      "        dist.all_reduce(together, group=self.meshes.stage.get_group())\n        *reports"),
     ("for layer in stage.mtp_layers(self.objective.num_depths)):", "for layer in stage.mtp_layers(9)):"),
@@ -237,7 +240,8 @@ STEP_MUTANTS = of(
     ("clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)", "pass"),
     ("stage.embedding or stage.mtp or (stage.loss and tied)]", "stage.embedding or (stage.loss and tied)]"),
     ("healthy = losses.finite() and math.isfinite(norm.item())", "healthy = True"),
-    ("self._reduce(step.tally, divided, counts, votes())", "self._reduce(step.tally, divided, counts, Votes())"),
+    ("self._reduce(step.statistics, divided, counts, stop_flags())",
+     "self._reduce(step.statistics, divided, counts, StopFlags())"),
     ("        dist.all_reduce(sums)\n", ""),
 ) + of(
     "training/division.py", LAYOUTS,
@@ -281,8 +285,8 @@ BALANCE = of(
     "training/balance.py", STEP,
     ("            dist.all_reduce(total[name], group=group)", "            pass"),
     ("torch.sign(mean - total[name].double())", "torch.sign(total[name].double() - mean)"),
-    ("            if bias is not None and rate:",
-     "            if bias is not None and rate and not name.endswith('2.mlp'):"),
+    ("            if bias is not None and rate and",
+     "            if bias is not None and rate and not name.endswith('2.mlp') and"),
 )
 
 ROUTER_MUTANTS = of(
@@ -314,20 +318,21 @@ BALANCE_LOSS = of(
 CAPACITY = of(
     "model/capacity.py", ROUTER,
     ("positions_S = all_gather(positions_S, 0, sequence_group)", "positions_S = torch.arange(experts_BSK.shape[1])"),
-    ("return own.where(kept_BSK.chunk(size, 1)[rank], NOBODY)", "return own.where(kept_BSK.chunk(size, 1)[0], NOBODY)"),
-    ("tokens_B = (experts_BSK != NOBODY).any(-1).sum(1)",
-     "tokens_B = (experts_BSK != NOBODY).any(-1).sum(1) * 0 + experts_BSK.shape[1]"),
+    ("return own.where(kept_BSK.chunk(size, 1)[rank], DROPPED)",
+     "return own.where(kept_BSK.chunk(size, 1)[0], DROPPED)"),
+    ("tokens_B = (experts_BSK != DROPPED).any(-1).sum(1)",
+     "tokens_B = (experts_BSK != DROPPED).any(-1).sum(1) * 0 + experts_BSK.shape[1]"),
     (".ceil()", ".floor()"),
 )
 
 MOE = of(
     "model/moe.py", ROUTER,
-    ("routed_BS = routed_BS.chunk(self.tp.size, 1)[self.tp.rank]", "routed_BS = routed_BS.chunk(self.tp.size, 1)[0]"),
+    ("routed_BS.chunk(self.tp.size, 1)[self.tp.rank]", "routed_BS.chunk(self.tp.size, 1)[0]"),
     ("loss = loss / global_sequences", "loss = loss / num_sequences"),
-    ("self.balance, self.sharers, routed_BS)", "self.balance, None, routed_BS)"),
-    ("        if self.balance.any and self.training:", "        if self.balance.any:"),
+    ("self.balance, self.sequence_group, routed_BS)", "self.balance, None, routed_BS)"),
+    ("        if not (self.balance.any and self.training):", "        if not self.balance.any:"),
     ("counts_E = (chosen_TK.flatten() + 1)", "counts_E = (kept_TK.flatten() + 1)"),
-    ("            y_TH = attach_loss(y_TH, loss)", "            pass"),
+    ("return attach_loss(y_TH, loss), loss.detach()", "return y_TH, loss.detach()"),
     ("return positions_S[self.tp.rank * length:][:length]", "return positions_S[:length]"),
     ("self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)",
      "self._within_capacity(own_BSH, routing.experts_TK, routing.weights_TK)"),
@@ -342,7 +347,7 @@ DEEPSEEK = of(
      "embedding = self.model.embed_tokens(labels_BMS[:, depth + 1])"),
     ("embedding = self.model.embed_tokens(labels_BMS[:, depth])",
      "embedding = self.model.embed_tokens(labels_BMS[:, depth]).detach()"),
-    ("self.model.embed_tokens.local_weight)", "lambda: self.model.embed_tokens.local_weight().detach())"),
+    ("self.model.embed_tokens.local_weight, chunk", "lambda: self.model.embed_tokens.local_weight().detach(), chunk"),
     ("if depth + 1 < labels_BMS.shape[1]:", "if depth < labels_BMS.shape[1]:"),
     ("        if config.num_hidden_layers - 1 in stage.layers:", "        if stage.loss:"),
     ("            current = self.model.norm(current)", "            pass"),
@@ -375,8 +380,9 @@ MLA = of(
     ("turned = apply_rope(k_pe.unsqueeze(2), positions.rope_2SD).squeeze(2)", "turned = k_pe"),
     ("self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))",
      "self.tp.leave(self.o_proj.add_bias(self.o_proj(y_BSV)))"),
-    ("return self.tp.enter(torch.cat([c_q, c_kv, k_pe], -1)).split(sizes, -1)",
-     "return self.tp.enter(torch.cat([c_q, c_kv, k_pe.detach()], -1)).split(sizes, -1)"),
+    ("return self.tp.enter(torch.cat(latents, -1)).split([latent.shape[-1] for latent in latents], -1)",
+     "return self.tp.enter(torch.cat([*latents[:2], latents[2].detach()], -1)).split("
+     "[latent.shape[-1] for latent in latents], -1)"),
 )
 
 LAYER = of(
@@ -390,7 +396,7 @@ BUILD = of(
     "model/build.py", LAYOUTS,
     ("yield Unit(layer.mlp.experts, meshes.expert_fsdp, precision.compute)",
      "yield Unit(layer.mlp.experts, meshes.dense_fsdp, precision.compute)"),
-    ("sharers=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,", "sharers=None,"),
+    ("sequence_group=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,", "sequence_group=None,"),
 ) + of(
     "model/build.py", ("tests/unit/test_trainer.py", *BF16),
     ("                yield Unit(layer.mlp.gate, meshes.dense_fsdp)", "                pass"),
@@ -417,4 +423,4 @@ MUTANTS = (
     *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES,
     *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
     *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
-    *SAMPLES, *AGREED)
+    *SAMPLES, *AGREED, *FROZEN)

@@ -6,14 +6,20 @@ from functools import cache
 
 from covering import Space, cheaper_array, covering_array
 from cuts import random_cut
+from subsets import all_but, drawn
 
 from megatron_deepseek.config import ModelConfig
 from megatron_deepseek.parallel import schedule_rules
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.settings import (CommunicationSettings, LossSettings, OffloadSettings, PipelineSettings,
-                                        RecomputeSettings)
+from megatron_deepseek.settings import (
+    CommunicationSettings,
+    LossSettings,
+    OffloadSettings,
+    PipelineSettings,
+    RecomputeSettings,
+)
 
 SEQ_LENGTH = 8
 NUM_EXPERTS = 8
@@ -55,7 +61,8 @@ OPTIONS = {
     "moments": ("fp32", "bf16"),
     "offload_layers": (0, 1),
     "offload_optimizer": (False, True),
-    "objective": ("next_token", "samples", "pairs"),
+    "objective": ("next_token", "samples", "pairs", "distillation"),
+    "frozen": (0, 1),
 }
 
 CONSTRAINTS = (
@@ -137,6 +144,8 @@ class Case:
     offload_layers: int = 0
     offload_optimizer: bool = False
     objective: str = "next_token"
+    frozen: int = 0
+    trained: str = ""
     cut: int = 0
     first: int = 0
 
@@ -213,7 +222,7 @@ class Case:
         """Defaults stand in for "none"."""
         given = dict(cp_comm_type=self.cp_type, moe_token_dispatcher_type=self.dispatcher)
         return CommunicationSettings(moe_ranks_per_node=self.node, moe_shared_expert_overlap=self.overlap,
-                                     overlap_moe_expert_parallel_comm=self.turns,
+                                     overlap_moe_expert_parallel_comm=self.overlap,
                                      **{name: value for name, value in given.items() if value != "none"})
 
     @property
@@ -238,7 +247,13 @@ class Case:
         elif loss.balance_type == "aux_loss":
             loss = replace(loss, balance_type="seq_aux_loss")
         return Reference(self.model, loss, self.global_batch_size, self.first_batch_size, size, self.packed,
-                         self.padded, self.moments, self.objective)
+                         self.padded, self.moments, self.objective, self.frozen_names)
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """Drawn, or all but those that `trained` names. None of MTP modules that the objective leaves out."""
+        used = self.model if self.objective != "pairs" else replace(self.model, num_nextn_predict_layers=0)
+        return all_but(self.model, self.trained) if self.trained else drawn(used, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -254,6 +269,7 @@ class Reference:
     padded: bool = False
     moments: str = "fp32"
     objective: str = "next_token"
+    frozen: tuple[str, ...] = ()
 
 
 # Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.
@@ -273,7 +289,8 @@ ROUTERS = {
 # Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
 # context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps,
 # dispatchers that have nothing to exchange, around slices of experts, and cuts: E|t|tt|t|t|t|m|L and E|t|tttmm|mL, and
-# with stages that hold nothing Et||tttmm|L and Et|t||ttmL.
+# with stages that hold nothing Et||tttmm|L and Et|t||ttmL. Then few parameters that are trained: whose inputs need no
+# gradient, and that lie on stages behind frozen ones, in front of them, or on both ends.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
@@ -287,15 +304,29 @@ WIDE_CASES = (
     Case(tp=2, etp=2, dispatcher="grouped", node=2, capacity="probs"),
     Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20, first=5),
     Case(pp=4, schedule="1F1B", tp=2, sp=True, ep=2, microbatches=4, mtp=2, moments="bf16", cut=112),
-    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, cut=119),
+    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, overlap=True, cut=119),
+    Case(cp=2, mtp=1, recompute="full", trained="*.0.*.kv_b_proj.weight"),
+    Case(pp=2, schedule="ZBVZeroBubble", virtual=2, cp=2, cp_type="allgather", router="dense", microbatches=2,
+         trained="*.kv_b_proj.weight"),
+    Case(pp=4, schedule="1F1B", microbatches=4, mtp=1, tied=True, reshard=True, trained="model.layers.[34]*"),
+    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, overlap=True, shared=2,
+         trained="*.layers.[234].*experts*"),
+    Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, tp=2, sp=True, ep=2, microbatches=4, mtp=2, shared=2,
+         placement="split", trained="*.gate.weight"),
+    Case(pp=2, schedule="ZBVZeroBubble", virtual=2, dp=2, microbatches=2, mtp=1, tied=True, recompute="full",
+         offload_layers=1, trained="model.embed_tokens.weight"),
 )
 
 
 def cost(case: dict) -> float:
-    """Processor seconds of a case and its reference, fitted to measurements on two cores."""
+    """Processor seconds of a case and its reference, fitted to measurements on two cores.
+
+    Frozen ones count half as much again: others of the same model do not share their reference, and compare more.
+    """
     layers = max(2, case["pp"] * case["virtual"]) + case["mtp"]
     ranks = case["tp"] * case["dp"] * case["cp"]
-    return 0.8 + 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
+    steps = 0.1 * layers + 0.15 * case["pp"] * ranks + layers * ranks * (0.2 + 0.085 * case["microbatches"])
+    return (0.8 + steps) * (1.5 if case["frozen"] else 1.0)
 
 
 @cache

@@ -5,7 +5,6 @@ import errno
 import os
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,7 +40,8 @@ def held(trainer: Trainer) -> dict[str, torch.Tensor]:
     found = {f"model.{name}": tensor for how in ("named_parameters", "named_buffers")
              for (_, name), tensor in named(trainer, how)}
     return found | {f"optimizer.{moment}.{name}": trainer.optimizer.state[parameter][moment]
-                    for (_, name), parameter in named(trainer, "named_parameters") for moment in MOMENTS}
+                    for (_, name), parameter in named(trainer, "named_parameters") if parameter.requires_grad
+                    for moment in MOMENTS}
 
 
 def numbers(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -63,10 +63,25 @@ def load_and_save(case: Case, load: Path, save: Path) -> dict[str, torch.Tensor]
     """What arrives in the layout of `case`, saved again from there."""
     trainer = build(case)
     state = checkpoint.load(checkpoint_directory(load), trainer.stages, trainer.optimizer)
-    assert asdict(state) == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
-                             "optimizer_steps": STEPS, "batches": ((STEPS, case.global_batch_size),)}
+    assert state.to_json() == {"iteration": STEPS, "consumed_samples": STEPS * case.global_batch_size,
+                               "optimizer_steps": STEPS, "batches": ((STEPS, case.global_batch_size),)}
     checkpoint.save(save, state, case.model, trainer.stages, trainer.optimizer)
     return numbers(trainer)
+
+
+def go_on(case: Case, load: Path | None, save: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """STEPS steps from nothing, or from a checkpoint of any layout and any trained subset: the numbers, and how many
+    updates each parameter of this rank has behind it.
+    """
+    trainer, state = build(case), TrainState()
+    if load is not None:
+        state = checkpoint.load(checkpoint_directory(load), trainer.stages, trainer.optimizer)
+    for number in range(state.iteration, state.iteration + STEPS):
+        step(trainer, case, number)
+        state = state.after(case.global_batch_size, True)
+    checkpoint.save(save, state, case.model, trainer.stages, trainer.optimizer)
+    return numbers(trainer), {item.name: float(trainer.optimizer.state[item.parameter]["step"])
+                              for item in trainer.parameters}
 
 
 def uninterrupted_and_resumed(case: Case, root: Path) -> tuple[dict, dict]:

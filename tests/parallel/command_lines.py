@@ -40,6 +40,8 @@ def arguments_of(case: Case, config: Path) -> list[str]:
     if case.recomputation.granularity:
         given["recompute-granularity"] = case.recomputation.granularity
     words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
+    if case.frozen_names:
+        words += ["--freeze-parameters", *case.frozen_names]
     if case.recomputation.modules:
         words += ["--recompute-modules", *case.recomputation.modules]
     switches = {"sequence-parallel": case.sp, "reset-attention-mask": case.packed,

@@ -79,11 +79,15 @@ def _tensor_differences(tensors: dict, expected: dict, tolerance: float) -> Iter
         if tensor is None and wanted is None:
             continue
         if tensor is None or wanted is None or tensor.shape != wanted.shape:
-            yield f"{name} (stage {stage}) is {None if tensor is None else tuple(tensor.shape)}"
+            yield f"{name} (stage {stage}) is {_shape(tensor)}, expected {_shape(wanted)}"
             continue
         error, scale = (tensor - wanted).abs().max().item(), wanted.abs().max().item()
         if not error <= tolerance * scale + ZERO:
             yield f"{name} (stage {stage}) is off by {error:.2e} of {scale:.2e}"
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _close(found: float, wanted: float, tolerance: float) -> bool:

@@ -3,7 +3,7 @@
     python tests/parallel/exhaustive.py                    until interrupted; stops at the first difference
     python tests/parallel/exhaustive.py --cases 100 --seed 7 --max-ranks 4
     python tests/parallel/exhaustive.py --precision fp8       losses of the first step, and that the second is finite
-    python tests/parallel/exhaustive.py --fixed turns=True cp=2      these of every case, the rest at random
+    python tests/parallel/exhaustive.py --fixed overlap=True cp=2      these of every case, the rest at random
     python tests/parallel/exhaustive.py pp=2 schedule=1F1B microbatches=4 tp=2      one case, as a failure prints it
 """
 
@@ -32,7 +32,7 @@ WIDER = OPTIONS | {
     "ep": (1, 2, 4, 8), "etp": (1, 2, 4, 8), "node": (1, 2, 4),
     "microbatches": tuple(range(1, 17)), "micro_batch_size": (1, 2, 3), "mtp": (0, 1, 2, 3),
     "recompute": (*OPTIONS["recompute"], "layernorm,mla_up_proj,moe_act"), "offload_layers": (0, 1, 2, 9),
-    "cut": tuple(range(150)), "first": (*[0] * 16, *range(1, 17)),
+    "frozen": (*[0] * 8, *range(1, 25)), "cut": tuple(range(150)), "first": (*[0] * 16, *range(1, 17)),
 }
 WIDER_ONLY = (
     lambda cut, pp, placement: cut == 0 or pp > 1 and placement == "balanced",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
-from objectives import REFERENCE, objective_of, reference_log_probabilities
+from objectives import inputs_of, objective_of
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.config import ModelConfig
@@ -105,7 +105,8 @@ def sources(size: int) -> torch.Tensor:
 
 def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
     build = BuildOptions(precision=precision, loss=case.loss, recompute=case.recomputation,
-                         communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard)
+                         communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard,
+                         frozen=case.frozen_names)
     return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, build,
                 optimizer_of(case.moments))
 
@@ -120,7 +121,8 @@ def run_reference(reference: Reference, num_steps: int = 3, precision: Precision
                   seq_length: int = SEQ_LENGTH) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
     plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size,
-                BuildOptions(precision=precision, loss=reference.loss), optimizer_of(reference.moments))
+                BuildOptions(precision=precision, loss=reference.loss, frozen=reference.frozen),
+                optimizer_of(reference.moments))
     sizes = reference.first_batch_size, reference.global_batch_size
     return train(plan, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective)
 
@@ -140,7 +142,7 @@ def train(plan: Plan, layout: Layout, batch_sizes: tuple[int, int], num_steps: i
         real = real_tokens(size, step, plan.seq_length) if padded else None
         mask = mask if real is None else mask & real
         weights = mask * (0.5 + tokens % 2) if objective == "samples" else mask
-        more = {REFERENCE: reference_log_probabilities(size, step, plan.seq_length)} if objective == "pairs" else {}
+        more = inputs_of(objective, size, step, plan.seq_length, plan.model.vocab_size)
         return own_rows(make_batch(tokens, labels, weights, real_BS=real, sources_BK=sources(size), per_token=more,
                                    documents_BS=documents(size, step, plan.seq_length) if packed else None), meshes)
 

@@ -17,8 +17,19 @@ from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops import attention, documents
 from megatron_deepseek.ops import copies as copies_
-from megatron_deepseek.parallel import (context, exchange, expert, expert_grouped, expert_tensor, pipeline,
-                                        sequence_sums, tensor, vocabulary, zero_bubble)
+from megatron_deepseek.parallel import (
+    context,
+    exchange,
+    expert,
+    expert_grouped,
+    expert_tensor,
+    pipeline,
+    sequence_sums,
+    tensor,
+    vocabulary,
+    vocabulary_logits,
+    zero_bubble,
+)
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.shared import SharedParameter
 from megatron_deepseek.parallel.stage import ReducingStage
@@ -43,6 +54,7 @@ DROPPED_LEAF = Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatc
 SOFTMAX_TP = Case(tp=2, router="group_limited")
 SLICED = Case(dp=2, etp=2)
 CP_SAMPLES = Case(cp=2, packed=True, mtp=1, microbatches=3, objective="samples")
+TP_DISTILLED = Case(tp=2, sp=True, objective="distillation")
 CP_PAIRS = Case(cp=2, micro_batch_size=2, microbatches=2, objective="pairs")
 LIMITED = Case(tp=2, mtp=1, capacity="probs", padded=True, microbatches=4)
 
@@ -300,7 +312,7 @@ MUTATIONS = {
     "CP: every rank takes the first positions": Mutation(
         CP, _replace(context.ContextParallel, "positions", lambda self, length: context.zigzag(length, 0, self.size))),
     "CP: MTP labels shifted after the cut": Mutation(CP, _replace(division, "shifted_labels", _shift_own_part)),
-    "CP: parts added without their log-sum-exp": Mutation(CP, _replace(attention.Joined, "add", _add_plainly)),
+    "CP: parts added without their log-sum-exp": Mutation(CP, _replace(attention.LogSumExpMerge, "add", _add_plainly)),
     "CP: gradients of other ranks' latents not sent home": Mutation(
         CP, _replace(exchange.Ring, "return_gradients", lambda self, gradients: list(gradients)[0])),
     "CP: gathered latents' gradients not summed": Mutation(
@@ -336,7 +348,7 @@ MUTATIONS = {
     "CP: attention across documents": Mutation(PACKED, _replace(
         documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "CP: documents of other ranks' chunks not seen": Mutation(PACKED, _replace(
-        context.Sight, "of", _own_block_only(context.Sight.of))),
+        context.BlockMask, "of", _own_block_only(context.BlockMask.of))),
     "attention across documents": Mutation(PACKED_DP, _replace(
         documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "attention: every micro-batch has the first one's documents": Mutation(PACKED_DP, _replace(
@@ -353,9 +365,11 @@ MUTATIONS = {
     "CP: scores in the order of the ranks": Mutation(CP, _replace(
         trainer, "whole_sequences", lambda own, meshes: own if meshes.layout.cp == 1 else tensor.all_gather(
             own, 1, meshes.group("cp")))),
+    "TP: log-probabilities of this rank's ids alone": Mutation(
+        TP_DISTILLED, _replace(vocabulary_logits, "sum_alike", lambda x, group: x)),
     "TP: experts of this rank's tokens alone": Mutation(TP, _replace(scoring, "all_gather", _repeated)),
     "reports of the last micro-batch only": Mutation(PACKED_DP, _replace(
-        step.Tally, "add_reports", _last_micro_batch_only)),
+        step.StepStatistics, "add_reports", _last_micro_batch_only)),
     "MTP: labels shifted, their mask not": Mutation(
         PP_MTP, _replace(division, "shifted_labels", _mask_not_shifted(division.shifted_labels))),
 }

@@ -1,4 +1,5 @@
-"""Objectives that are no mean over tokens: each is nonlinear in sums along rows or documents."""
+"""Objectives beside the next token: two that are nonlinear in sums along rows or documents, and one that reads logits.
+"""
 
 from collections.abc import Mapping
 
@@ -7,10 +8,13 @@ import torch.nn.functional as F
 
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Contribution, Rows
+from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
 from megatron_deepseek.training.objective import Objective
 
 REFERENCE = "reference_log_probabilities"
+TEACHER_IDS, TEACHER_LOG_PROBABILITIES = "teacher_ids", "teacher_log_probabilities"
 BETA = 0.7
+ENTROPY_SCALE = 0.2
 
 
 class MeanOverSamples(Objective):
@@ -76,10 +80,50 @@ class PairedSigmoid(Objective):
 
 def objective_of(kind: str, mtp_depth: int) -> Objective | None:
     """None for pre-training's own."""
-    return {"next_token": lambda: None, "samples": lambda: MeanOverSamples(mtp_depth), "pairs": PairedSigmoid}[kind]()
+    return {"next_token": lambda: None, "samples": lambda: MeanOverSamples(mtp_depth), "pairs": PairedSigmoid,
+            "distillation": Distillation}[kind]()
 
 
 def reference_log_probabilities(size: int, step: int, length: int) -> torch.Tensor:
     """[size, length] float64, of about a random model's size."""
     generator = torch.Generator().manual_seed(300 + step)
     return -4 * torch.rand(size, length, dtype=torch.float64, generator=generator)
+
+
+class Distillation(Objective):
+    """Of each token that counts the divergence from a teacher's K likeliest ids, less a part of the entropy.
+
+    sum over the teacher's ids of q (log q - log p): the rest of its distribution is not known.
+    """
+
+    inputs = (TEACHER_IDS, TEACHER_LOG_PROBABILITIES)
+
+    def counts(self, rows: Rows) -> Mapping[str, torch.Tensor]:
+        return {"tokens": (rows.weights_BS > 0).sum()}
+
+    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
+        teacher = rows.inputs[TEACHER_IDS], rows.inputs[TEACHER_LOG_PROBABILITIES]
+        divergence_BS = predictions.for_chunks(self._divergence, *teacher)
+        entropy_BS = predictions.entropy()
+        divergence, entropy = ((x_BS * rows.weights_BS).sum() / (counts["tokens"] or 1.0)
+                               for x_BS in (divergence_BS, entropy_BS))
+        return Contribution(divergence - ENTROPY_SCALE * entropy, {"divergence": divergence, "entropy": entropy})
+
+    def reported(self, rows: Rows) -> tuple[str, ...]:
+        return "divergence", "entropy"
+
+    @staticmethod
+    def _divergence(logits: VocabularyLogits, ids_TK: torch.Tensor, teacher_TK: torch.Tensor) -> torch.Tensor:
+        return (teacher_TK.exp() * (teacher_TK - logits.log_probabilities(ids_TK))).sum(-1)
+
+
+def inputs_of(kind: str, size: int, step: int, length: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """What an objective's batch has of each token beyond the others, made of the step alone."""
+    if kind == "pairs":
+        return {REFERENCE: reference_log_probabilities(size, step, length)}
+    if kind == "distillation":
+        generator = torch.Generator().manual_seed(400 + step)
+        logits_BSV = 2 * torch.randn(size, length, vocab_size, dtype=torch.float64, generator=generator)
+        values_BSK, ids_BSK = logits_BSV.log_softmax(-1).topk(3)
+        return {TEACHER_IDS: ids_BSK, TEACHER_LOG_PROBABILITIES: values_BSK}
+    return {}

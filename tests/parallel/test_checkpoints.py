@@ -9,6 +9,7 @@ import torch
 from cases import Case
 from checkpoint_job import (
     export_after_a_kill,
+    go_on,
     load_and_save,
     load_damaged,
     load_into,
@@ -54,7 +55,30 @@ def test_from_layout_to_layout_and_back(ranks, tmp_path):
         assert verify_directory(find_iteration(tmp_path / str(number + 1), 2)) == []
 
 
-@pytest.mark.parametrize("case", [SMALL, replace(B, schedule="ZBVZeroBubble", virtual=2)], ids=["data", "V-shaped"])
+def test_from_subset_to_subset_in_other_layouts(ranks, tmp_path):
+    """Each life trains another drawn subset, on one process and in layouts, from whose checkpoints the next goes on.
+    Equal are all weights, moments and numbers of steps; those of the newly trained are fewer.
+    """
+    one, alone, spread = replace(B, pp=1, schedule="none", microbatches=6), [], []
+    for number, layout in enumerate((A, EMPTY, C, replace(B, schedule="GPipe", dp=2, microbatches=3))):
+        before = [tmp_path / f"{name}{number - 1}" if number else None for name in ("one", "all")]
+        frozen = number + 1 if number < 3 else 0  # at last everything is trained
+        alone = ranks.run(1, go_on, replace(one, frozen=frozen), before[0], tmp_path / f"one{number}")
+        spread = ranks.run(layout.layout.world_size, go_on, replace(layout, frozen=frozen), before[1],
+                           tmp_path / f"all{number}")
+        assert layout.model == one.model
+        (wanted, steps), = alone
+        for found, steps_here in spread:
+            for name, tensor in found.items():
+                torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-9 * wanted[name].abs().max().item())
+            assert steps_here.items() <= steps.items()
+        assert set(wanted) == set().union(*(found for found, _ in spread))
+        assert verify_directory(find_iteration(tmp_path / f"all{number}", 2 * number + 2)) == []
+    assert set(steps.values()) == {2.0, 4.0, 6.0, 8.0}
+
+
+@pytest.mark.parametrize("case", [
+    SMALL, replace(B, schedule="ZBVZeroBubble", virtual=2), replace(B, frozen=1)], ids=["data", "V-shaped", "frozen"])
 def test_resuming_in_the_same_layout_changes_no_bit(ranks, tmp_path, case):
     for uninterrupted, resumed in ranks.run(case.layout.world_size, uninterrupted_and_resumed, case, tmp_path):
         assert_same_bits([resumed], [uninterrupted])

@@ -26,7 +26,12 @@ def reference(ranks):
     return record
 
 
-@pytest.mark.parametrize("case", [*CASES, *WIDE_CASES], ids=str)
+# `make test` takes every third of them, `make test-all` all.
+SHOWN = [pytest.param(case, id=str(case), marks=() if number % 3 == 0 else pytest.mark.slow)
+         for number, case in enumerate([*CASES, *WIDE_CASES])]
+
+
+@pytest.mark.parametrize("case", SHOWN)
 def test_layout_computes_what_one_process_does(ranks, reference, case):
     records = ranks.run(case.layout.world_size, run_case, case)
     assert not differences(records, reference(case))

@@ -203,7 +203,7 @@ def context_ranks(layout: Layout, line: int) -> list[ContextRank]:
         assert (send.op, receive.op) == (dist.isend, dist.irecv)
         plan = Plan(V3, stages(V3, layout.pp), "1F1B", LONG, micro_batch_size=1)
         shape = tuple(_travel(plan, meshes).passed_on(0, 1).shape)
-        pairs = [sum(map(pairs_of_part, cp.sight(LONG, documents).of(owner)[1]))
+        pairs = [sum(map(pairs_of_part, cp.block_mask(LONG, documents).of(owner)[1]))
                  for documents in (None, Documents.find(packed_row())) for owner in range(cp.size)]
         found.append(ContextRank(dist.get_rank(), cp.positions(LONG), send.peer, receive.peer, sum(pairs[:cp.size]),
                                  sum(pairs[cp.size:]), shape))

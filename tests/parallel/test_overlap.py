@@ -13,7 +13,7 @@ from cases import Case
 from job import batch, make_batch, plan_of
 
 from megatron_deepseek.parallel.mesh import build_meshes
-from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.training.profile import all_threads
 from megatron_deepseek.training.trainer import Trainer
 
@@ -49,13 +49,13 @@ class Span:
 
 def trace(case: Case) -> list[Span]:
     """A training step, by its beginnings."""
-    with_mark = Turns.wait
+    with_mark = MicroBatchOverlap.wait
 
     def wait(self, work):
         with torch.profiler.record_function(WAITED):
             with_mark(self, work)
 
-    Turns.wait = wait
+    MicroBatchOverlap.wait = wait
     trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
     own = make_batch(*batch(case.model, case.microbatches, 0))
     with torch.profiler.profile(experimental_config=all_threads()) as profile:

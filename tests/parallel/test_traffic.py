@@ -14,20 +14,20 @@ from job import batch, make_batch, plan_of
 
 from megatron_deepseek.model.build import make_dispatcher
 from megatron_deepseek.ops import block_scaled
-from megatron_deepseek.parallel.expert import NOBODY, unchanged
+from megatron_deepseek.parallel.expert import DROPPED, unchanged
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import build_meshes
-from megatron_deepseek.parallel.nodes import Meter, Traffic
-from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.parallel.nodes import CommunicationCounter, Traffic
 from megatron_deepseek.training.trainer import Trainer
 
 HIDDEN = 16
 ROW = HIDDEN * 8  # bytes in float64
 FP8_ROW = HIDDEN + 4  # codes, and the scale of one tile
 WEIGHTS = CHOICES_OF_TOKEN = 2 * 8
-CHOICES = ([[0, 1], [2, 3], [0, 2]], [[0, NOBODY], [1, 0], [3, 0]],
-           [[2, 3], [3, 0], [NOBODY, NOBODY]], [[1, 0], [0, 1], [2, 0]])
+CHOICES = ([[0, 1], [2, 3], [0, 2]], [[0, DROPPED], [1, 0], [3, 0]],
+           [[2, 3], [3, 0], [DROPPED, DROPPED]], [[1, 0], [0, 1], [2, 0]])
 
 # Rows for the first node: 3 of rank 0 and 1 of rank 2 come to rank 0; 4 of rank 1 and 5 of rank 3 to rank 1. Each sends
 # the 9 of the longer to the other, and as many results. Second node: 3 + 3 and 1 + 1, so 6 and 6. In the backward
@@ -55,9 +55,11 @@ def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
     """What was sent forwards and backwards, how often a token crossed, and how far the result is off. Expert e
     multiplies by e + 1, half on each slice.
     """
-    meshes, meter = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu")), Meter(ranks_per_node=2)
-    dispatcher = make_dispatcher(4, meshes, kind, Turns(), meter, block_scaled.quantize if fp8 else unchanged)
-    slices = ExpertTensorParallel(meshes.experts, meter)
+    meshes = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu"))
+    counter = CommunicationCounter(ranks_per_node=2)
+    to_experts = block_scaled.quantize if fp8 else unchanged
+    dispatcher = make_dispatcher(4, meshes, kind, MicroBatchOverlap(), counter, to_experts)
+    slices = ExpertTensorParallel(meshes.experts, counter)
     first = 2 * meshes.rank("ep")
 
     def mlp(rows, counts):
@@ -70,40 +72,42 @@ def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
     weights_TK = torch.rand(3, 2, dtype=torch.float64, generator=generator).requires_grad_()
     experts_TK = torch.tensor(CHOICES[rank])
     given_TH = block_scaled.share(x_TH) if fp8 else x_TH
-    y_TH, crossings = dispatcher(given_TH, experts_TK, weights_TK, lambda rows, counts: slices(rows, counts, mlp))
-    forward = meter.take()
+    y_TH, cross_node_sends = dispatcher(given_TH, experts_TK, weights_TK,
+                                        lambda rows, counts: slices(rows, counts, mlp))
+    forward = counter.take()
     y_TH.sum().backward()
-    expected = (given_TH * 1.0) * (weights_TK * (experts_TK + 1)).sum(1, keepdim=True)  # NOBODY + 1 is 0
-    return forward, meter.take(), crossings, (y_TH - expected).abs().max().item()
+    expected = (given_TH * 1.0) * (weights_TK * (experts_TK + 1)).sum(1, keepdim=True)  # DROPPED + 1 is 0
+    return forward, counter.take(), cross_node_sends, (y_TH - expected).abs().max().item()
 
 
 @pytest.mark.parametrize("fp8", (False, True), ids=("float64", "fp8"))
 @pytest.mark.parametrize("kind", SENT)
 def test_bytes_by_hand(ranks, kind, fp8):
-    forward, backward, crossings, errors = zip(*ranks.run(4, dispatch, kind, fp8))
+    forward, backward, cross_node_sends, errors = zip(*ranks.run(4, dispatch, kind, fp8))
     across = bytes_across(kind, FP8_ROW if fp8 else ROW)
     assert list(forward) == [*map(Traffic, WITHIN, across[0])]
     assert list(backward) == [*map(Traffic, WITHIN, across[1])]
-    assert list(crossings) == SENT[kind]
+    assert list(cross_node_sends) == SENT[kind]
     assert max(errors) < 1e-12
 
 
 def traffic_of_step(case: Case) -> tuple[Traffic, Traffic, float]:
-    """Of a step, of the next one after an evaluation, and its crossings for each token."""
+    """Of a step, of the next one after an evaluation, and its cross_node_sends for each token."""
     trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
     own = make_batch(*batch(case.model, case.microbatches, 0))
     first = trainer.train_step(own, learning_rate=0.0)
     trainer.evaluate(own)
     second = trainer.train_step(own, learning_rate=0.0)
-    return first.traffic, second.traffic, second.crossings
+    return first.traffic, second.traffic, second.cross_node_sends
 
 
 def test_recomputed_layers_send_their_tokens_again(ranks):
     """A forward's bytes come twice; an evaluation's are no step's; a token is counted once where it crosses."""
     case = Case(dp=2, ep=2, node=1, microbatches=2, mtp=1)
-    (once, after_evaluation, crossings), _ = ranks.run(2, traffic_of_step, case)
+    (once, after_evaluation, cross_node_sends), _ = ranks.run(2, traffic_of_step, case)
     (again, _, as_often), _ = ranks.run(2, traffic_of_step, replace(case, recompute="full"))
     assert once == after_evaluation and once.within_node == 0 < once.across_nodes
     assert again.across_nodes == once.across_nodes * 3 / 2
     rows = once.across_nodes / (4 * ROW)  # there and back, forwards and backwards
-    assert crossings == as_often == rows / (2 * 2 * (8 + 7))  # of each row one layer routes 8 tokens, the MTP module 7
+    # Of each row one layer routes 8 tokens, the MTP module 7.
+    assert cross_node_sends == as_often == rows / (2 * 2 * (8 + 7))

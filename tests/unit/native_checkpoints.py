@@ -26,15 +26,16 @@ def random_state(config: ModelConfig = MODEL, seed: int = 0) -> dict[str, torch.
     return state
 
 
-def write_native(root: Path, state: dict[str, torch.Tensor], config: ModelConfig = MODEL, iteration: int = 100) -> Path:
-    """SAVE with one iteration, of one file."""
+def write_native(root: Path, state: dict[str, torch.Tensor], config: ModelConfig = MODEL, iteration: int = 100,
+                 **more) -> Path:
+    """SAVE with one iteration, of one file; `more` is in its state.json."""
     directory = root / f"iter_{iteration:07d}"
     directory.mkdir(parents=True)
     dcp.save(state, checkpoint_id=directory, no_dist=True)
     (directory / "config.json").write_text(json.dumps(config.to_hf_dict()))
     (directory / "state.json").write_text(json.dumps(
         {"iteration": iteration, "consumed_samples": 7 * iteration, "optimizer_steps": iteration,
-         "batches": [[iteration, 7]]}))
+         "batches": [[iteration, 7]], **more}))
     job = {"name": "job", "slurm_id": "", "slurm_restarts": 0}
     (directory / "arguments.json").write_text(json.dumps({"settings": {}, "origin": None, "job": job, "files": {}}))
     checksum_directory(directory)

@@ -11,7 +11,7 @@ from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.shifts import shifted_labels
-from megatron_deepseek.model.step import MicroBatch, Rows, StepContext, Tally
+from megatron_deepseek.model.step import MicroBatch, Rows, StepContext, StepStatistics
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.training.next_token import NextToken
@@ -97,16 +97,18 @@ def training_batch(tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tenso
 
 @dataclass
 class Outcome:
-    """What one forward of a whole model left: the loss that is back-propagated, the logits of each depth, the tally."""
+    """What one forward of a whole model left: the loss that is back-propagated, the logits of each depth, and what its
+    layers count.
+    """
 
     loss: torch.Tensor
     logits: list[torch.Tensor]
-    tally: Tally
+    statistics: StepStatistics
 
     @property
     def losses(self) -> list[float]:
         """Of the main prediction and each MTP depth."""
-        return [loss.item() for loss in self.tally.reports.values()]
+        return [loss.item() for loss in self.statistics.reports.values()]
 
 
 def forward(model: DeepseekStage, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor,
@@ -126,7 +128,7 @@ def forward(model: DeepseekStage, tokens: torch.Tensor, labels: torch.Tensor, ma
         loss = model(tokens, MicroBatch(rows), step)
     finally:
         del model.head.log_probabilities
-    return Outcome(loss, logits, step.tally)
+    return Outcome(loss, logits, step.statistics)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

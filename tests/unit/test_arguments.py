@@ -31,6 +31,12 @@ REFUSED = {
                                          ["--exp-avg-dtype bf16", "--adam-beta1 0.999"]),
     "--exp-avg-sq-dtype bf16 beside a large --adam-beta2": (1, "--exp-avg-sq-dtype bf16 --adam-beta2 0.999",
                                             ["--exp-avg-sq-dtype bf16", "--adam-beta2 0.999"]),
+    "frozen parameters that the model lacks":
+        (1, "--freeze-parameters model.norm.weight model.layers.*.mlp.expert.* --optimizer-cpu-offload",
+         ["--freeze-parameters model.layers.*.mlp.expert.* matches no", "model.layers.*.mlp.experts.down_proj"]),
+    "nothing left to train":
+        (1, "--freeze-parameters model.* lm_head.weight", ["--freeze-parameters ['model.*', 'lm_head.weight']",
+                                                          "no parameter to train"]),
     "padding to the capacity of experts":
         (1, "--moe-pad-expert-input-to-capacity", ["--moe-pad-expert-input-to-capacity"]),
     "dropout in attention": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),

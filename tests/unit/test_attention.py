@@ -11,10 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.ops import attention
-from megatron_deepseek.ops.attention import (Joined, Scores, attend, attend_backward, attend_within_documents,
-                                             plain_backward, plain_forward)
+from megatron_deepseek.ops.attention import (
+    LogSumExpMerge,
+    Scores,
+    attend,
+    attend_backward,
+    attend_within_documents,
+    plain_backward,
+    plain_forward,
+)
 from megatron_deepseek.ops.documents import Documents, documents_of
-from megatron_deepseek.parallel.context import Sight, visible, zigzag
+from megatron_deepseek.parallel.context import BlockMask, visible, zigzag
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 B, N, S, K, D, V = 2, 3, 5, 8, 6, 4
@@ -60,7 +67,7 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        joined = Joined.empty(q, V)
+        joined = LogSumExpMerge.empty(q, V)
         for rows, keys in _InParts.PARTS:
             part = attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], Scores(0.3))
             joined.add((slice(None), slice(None), rows), *part)
@@ -153,9 +160,9 @@ def test_ranks_see_every_causal_pair_of_a_document_once_and_no_other(size):
     seen = torch.zeros(len(documents), length, length, dtype=torch.int64)
     positions = [zigzag(length, rank, size) for rank in range(size)]
     for rank, mine in enumerate(positions):
-        sight = Sight(rank, size, length // size, Documents.find(documents))
+        block_mask = BlockMask(rank, size, length // size, Documents.find(documents))
         for owner, theirs in enumerate(positions):
-            made, parts = sight.of(owner)
+            made, parts = block_mask.of(owner)
             for part in parts:
                 assert made.start <= part.keys.start < part.keys.stop <= made.stop
                 rows, keys = mine[part.rows], theirs[part.keys]

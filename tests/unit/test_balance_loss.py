@@ -11,8 +11,8 @@ from small_models import V2_SMALL, V3_SMALL, forward, random_batch, whole_model
 
 from megatron_deepseek.model.balance_loss import BalanceWeights, attach_loss, balance_loss
 from megatron_deepseek.model.router import Routing, choose_experts
-from megatron_deepseek.training.balance import update_expert_bias
 from megatron_deepseek.settings import LossSettings
+from megatron_deepseek.training.balance import update_expert_bias
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 SEQUENCES, TOKENS = 3, 11
@@ -116,11 +116,11 @@ def test_attached_loss_is_back_propagated_once():
 
 
 def test_counts_are_exact_and_add_up(meshes):
-    """Two forwards into one tally: int64 counts of every routed copy, the MTP layer's included."""
+    """Two forwards into one statistics: int64 counts of every routed copy, the MTP layer's included."""
     config = replace(V3_SMALL, num_nextn_predict_layers=1)
     model = whole_model(config, meshes, TOKENS)
     tokens, labels, mask = random_batch(config, SEQUENCES, TOKENS)
-    counts = forward(model, tokens, labels, mask).tally.expert_counts
+    counts = forward(model, tokens, labels, mask).statistics.expert_counts
     assert counts.keys() == {"model.layers.1.mlp", "model.layers.2.mlp"}
     for counts_E in counts.values():
         assert counts_E.dtype == torch.int64
@@ -131,8 +131,8 @@ def test_no_balance_loss_in_evaluation(meshes):
     loss = LossSettings(balance_type="seq_aux_loss", moe_aux_loss_coeff=1.0)
     model = whole_model(V3_SMALL, meshes, TOKENS, loss=loss)
     batch = random_batch(V3_SMALL, SEQUENCES, TOKENS)
-    assert forward(model, *batch).tally.balance_loss > 0
-    assert forward(model.eval(), *batch).tally.balance_loss == 0
+    assert forward(model, *batch).statistics.balance_loss > 0
+    assert forward(model.eval(), *batch).statistics.balance_loss == 0
 
 
 def test_bias_moves_toward_the_unloaded(meshes):

@@ -10,11 +10,11 @@ from torch.autograd import gradcheck
 
 from megatron_deepseek.model.router import balanced_choice
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import NOBODY, AllToAllDispatcher
+from megatron_deepseek.parallel.expert import DROPPED, AllToAllDispatcher
 from megatron_deepseek.parallel.expert_gather import AllGatherDispatcher
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.parallel.nodes import Meter, Traffic, places_per_node
-from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
+from megatron_deepseek.parallel.nodes import CommunicationCounter, Traffic, places_per_node
 
 ALONE = SimpleNamespace(size=lambda: 1)  # for a mesh of one rank
 BINS = torch.tensor([[2, -1, 0], [5, 5, 5], [1, 2, 0], [0, 7, 1]])  # of 3: row 1 has no copy
@@ -59,30 +59,31 @@ def test_no_rows_at_all():
     assert copies.counts == [0] * 4 and x.grad.shape == (0, 5) and weights.grad.shape == (0, 1)
 
 
-@pytest.mark.parametrize("dispatcher", [AllToAllDispatcher(ALONE, 4, Meter(1), Turns()),
-                                        AllGatherDispatcher(ALONE, 4, Meter(1))], ids=("alltoall", "allgather"))
+@pytest.mark.parametrize("dispatcher", [AllToAllDispatcher(ALONE, 4, CommunicationCounter(1), MicroBatchOverlap()),
+                                        AllGatherDispatcher(ALONE, 4, CommunicationCounter(1))],
+                         ids=("alltoall", "allgather"))
 def test_dispatch_with_nobody_to_send_to(dispatcher):
-    """Expert e multiplies by e + 1, so that NOBODY, which is -1, adds nothing."""
+    """Expert e multiplies by e + 1, so that DROPPED, which is -1, adds nothing."""
     def experts(rows, counts):
         return rows * torch.arange(1.0, 5.0, dtype=rows.dtype).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
 
-    chosen, x, weights = torch.tensor([[2, 0], [1, NOBODY], [3, 2]]), doubles(3, 5), doubles(3, 2)
-    y, crossings = dispatcher(x, chosen, weights, experts)
+    chosen, x, weights = torch.tensor([[2, 0], [1, DROPPED], [3, 2]]), doubles(3, 5), doubles(3, 2)
+    y, cross_node_sends = dispatcher(x, chosen, weights, experts)
     torch.testing.assert_close(y, (weights * (chosen + 1)).sum(1, keepdim=True) * x)
-    assert crossings == 0
+    assert cross_node_sends == 0
     assert gradcheck(lambda x, weights: dispatcher(x, chosen, weights, experts)[0], (x, weights))
 
 
 def test_a_meter_adds_up_bytes_and_leaves_out_what_a_rank_keeps(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 5)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 5, 6, 7])
-    assert Meter(2).divide(None, [1, 20, 300, 4000]) == Traffic(1, 4300)
-    assert Meter(4).divide(None, [1, 20, 300, 4000]) == Traffic(4301, 0)
-    meter = Meter(2)
-    meter.rows(None, [2, 7, 0, 3], torch.empty(5, 4, dtype=torch.bfloat16))
-    meter.rows(None, [1, 7, 1, 0], torch.empty(0, 2, dtype=torch.int64))
-    assert meter.take() == Traffic(2 * 8 + 16, 3 * 8 + 16)
-    assert meter.take() == Traffic()
+    assert CommunicationCounter(2).divide(None, [1, 20, 300, 4000]) == Traffic(1, 4300)
+    assert CommunicationCounter(4).divide(None, [1, 20, 300, 4000]) == Traffic(4301, 0)
+    counter = CommunicationCounter(2)
+    counter.rows(None, [2, 7, 0, 3], torch.empty(5, 4, dtype=torch.bfloat16))
+    counter.rows(None, [1, 7, 1, 0], torch.empty(0, 2, dtype=torch.int64))
+    assert counter.take() == Traffic(2 * 8 + 16, 3 * 8 + 16)
+    assert counter.take() == Traffic()
 
 
 @pytest.mark.parametrize("layout, ranks_per_node, places", [

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from megatron_deepseek.ops.attention import LogSumExpMerge, Output
 from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.ops.attention import Joined, Output
 from megatron_deepseek.parallel import context, exchange
-from megatron_deepseek.parallel.context import Sight
+from megatron_deepseek.parallel.context import BlockMask, Project
 from megatron_deepseek.parallel.exchange import Gather, Ring
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
@@ -117,13 +117,14 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
         return block.unflatten(-1, (heads, 2 * width)).split(width, -1)
 
     monkeypatch.setattr(context, "attend_backward", noted)
-    y = context._BlockwiseAttention.apply(q, blocks[rank], project, 0.3, Sight(rank, size, length, None),
-                                          Played(rank, blocks), Output())
+    without_weights = Project(project, ())
+    y = context._BlockwiseAttention.apply(q, blocks[rank], without_weights.anchor(q.device), without_weights, 0.3,
+                                          BlockMask(rank, size, length, None), Played(rank, blocks), Output())
     y.backward(torch.randn(y.shape, generator=generator).to(BF16))
     assert len(parts) == size
     total = sum(torch.nn.functional.pad(part.float(), (0, 0, length - rows, 0)) for rows, part in parts)
     assert torch.equal(q.grad, total.to(BF16).transpose(1, 2))
-    joined = Joined.empty(q.transpose(1, 2), width)
+    joined = LogSumExpMerge.empty(q.transpose(1, 2), width)
     assert (joined.out_BNSV.dtype, joined.lse_BNS.dtype) == (FLOAT32, FLOAT32)
 
 
@@ -139,7 +140,9 @@ def test_keys_are_made_of_what_is_seen_alone():
             return block.unflatten(-1, (1, 8)).split(4, -1)
 
         q, *blocks = (torch.randn(shape, requires_grad=True) for shape in ((1, 4, 1, 4), (1, 4, 8), (1, 4, 8)))
-        sight = Sight(1, 2, 4, Documents.find(torch.tensor([documents])))
-        y = context._BlockwiseAttention.apply(q, blocks[1], project, 0.3, sight, Played(1, blocks), Output())
+        block_mask = BlockMask(1, 2, 4, Documents.find(torch.tensor([documents])))
+        without_weights = Project(project, ())
+        y = context._BlockwiseAttention.apply(q, blocks[1], without_weights.anchor(q.device), without_weights, 0.3,
+                                              block_mask, Played(1, blocks), Output())
         y.sum().backward()
         assert made == lengths * 2  # forwards, and again backwards

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import enliven, forward, gradients_of, random_batch, whole_model
-from test_fp8_products import FP8, MODEL
+from test_fp8_recipe import FP8, MODEL
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from megatron_deepseek.ops import fp8, fp8_products, fp8_weight
+from megatron_deepseek.ops import fp8, fp8_recipe, fp8_weight
 from megatron_deepseek.ops.fp8_weight import Fp8Shard, Fp8Weight
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 
@@ -49,8 +49,8 @@ def test_once_for_all_micro_batches(meshes, quantised):
 def test_as_if_quantised_at_each_use(meshes, monkeypatch):
     """The weight gathered as it is, and quantised by each product: the same loss and gradients, bit for bit."""
     outcomes = []
-    for gathered in (fp8_products.Fp8Product.gathered, None):
-        monkeypatch.setattr(fp8_products.Fp8Product, "gathered", gathered)
+    for gathered in (fp8_recipe.Fp8Gemm.gathered, None):
+        monkeypatch.setattr(fp8_recipe.Fp8Gemm, "gathered", gathered)
         model = whole_model(replace(MODEL, num_hidden_layers=2), meshes, 128, precision=FP8)
         enliven(model)
         outcome = forward(model, *random_batch(MODEL, 2, 128))

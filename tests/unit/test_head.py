@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.model.head import OutputHead, default_chunk_size
-from megatron_deepseek.ops.products import Linear
+from megatron_deepseek.ops.precision_recipe import Linear
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary_chunks import rows_of_a_block
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits

@@ -11,7 +11,7 @@ import pytest
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training import interruptions
 from megatron_deepseek.training.interruptions import Interruptions
-from megatron_deepseek.training.trainer import Votes
+from megatron_deepseek.training.trainer import StopFlags
 
 
 @pytest.fixture
@@ -26,22 +26,22 @@ def test_time_is_up_on_the_first_rank_alone(clock):
     run = RunSettings(10, exit_duration_in_mins=2)
     first, other = (Interruptions(run, is_first, begun=990.0) for is_first in (True, False))
     clock[0] = 990 + 119
-    assert first.votes() == other.votes() == Votes()
+    assert first.stop_flags() == other.stop_flags() == StopFlags()
     clock[0] = 990 + 120
-    assert first.votes() == Votes(leave=True) and other.votes() == Votes()
+    assert first.stop_flags() == StopFlags(leave=True) and other.stop_flags() == StopFlags()
     assert "--exit-duration-in-mins" in first.reason() and "another rank" in other.reason()
 
 
 def test_saves_by_the_clock_from_the_last_save(clock):
     watch = Interruptions(RunSettings(10, save=Path("x"), save_every_seconds=60), True, begun=0.0)
     clock[0] += 59
-    assert watch.votes() == Votes()
+    assert watch.stop_flags() == StopFlags()
     clock[0] += 1
-    assert watch.votes() == Votes(save=True)
+    assert watch.stop_flags() == StopFlags(save=True)
     watch.saved()
-    assert watch.votes() == Votes()
+    assert watch.stop_flags() == StopFlags()
     clock[0] += 60
-    assert watch.votes() == Votes(save=True)
+    assert watch.stop_flags() == StopFlags(save=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -51,9 +51,9 @@ def test_a_signal_is_a_note_while_training_and_what_it_was_after(number):
     try:
         watch = Interruptions(RunSettings(10), False, 0.0)
         with watch.handling():
-            assert watch.votes() == Votes()
+            assert watch.stop_flags() == StopFlags()
             signal.raise_signal(number)
-            assert watch.votes() == Votes(leave=True) and watch.reason() == f"on {number.name}"
+            assert watch.stop_flags() == StopFlags(leave=True) and watch.reason() == f"on {number.name}"
         assert received == []
         signal.raise_signal(number)
         assert received == [number]

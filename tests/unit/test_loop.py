@@ -41,7 +41,7 @@ def settings_of(corpus, more: str = "") -> Settings:
                  f"--seq-length {SEQ} --train-iters 5 {RAMP} --lr 1e-2 --lr-decay-style linear {more}".split(), 1)
 
 
-class Notes:
+class RecomputeHandle:
     """In the place of a Trainer: every step and batch is noted, and has losses that tell it from others."""
 
     def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
@@ -49,11 +49,11 @@ class Notes:
         self.stages, self.optimizer = [], None
         self.steps, self.evaluations = [], []
 
-    def train_step(self, batch: Batch, learning_rate: float, bias_rate: float, votes) -> StepResult:
+    def train_step(self, batch: Batch, learning_rate: float, bias_rate: float, stop_flags) -> StepResult:
         self.steps.append({"batch": batch, "learning_rate": learning_rate, "bias_rate": bias_rate})
         number = len(self.steps)
-        return StepResult(losses(number, batch), number / 2, {}, Traffic(3, 5), dropped=0.25, crossings=1.5,
-                          updated=number not in self.skipped, votes=votes())
+        return StepResult(losses(number, batch), number / 2, {}, Traffic(3, 5), dropped=0.25, cross_node_sends=1.5,
+                          updated=number not in self.skipped, stop_flags=stop_flags())
 
     def evaluate(self, batch: Batch) -> NextTokenLosses:
         self.evaluations.append(batch)
@@ -92,8 +92,8 @@ class Listener:
 
 
 def run(settings: Settings, meshes, state: TrainState = TrainState(), skipped: tuple[int, ...] = ()
-        ) -> tuple[Run, Notes, Listener]:
-    trainer, told = Notes(settings, meshes, skipped), Listener()
+        ) -> tuple[Run, RecomputeHandle, Listener]:
+    trainer, told = RecomputeHandle(settings, meshes, skipped), Listener()
     made = Run(settings, trainer, Report(told), Start(), state, 0.0, Job("job"))
     made.train()
     return made, trainer, told

@@ -56,8 +56,8 @@ def test_bytes_are_those_of_megatron_core(tmp_path, three, workers, monkeypatch)
 
 
 def test_modes_of_multimodal_datasets_are_kept(tmp_path):
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     for name, modes in (("a", [0, 1]), ("b", [1, 1])):
         builder = IndexedDatasetBuilder(f"{tmp_path}/{name}.bin", dtype=np.int32, multimodal=True)
         builder.add_document(torch.arange(5), [2, 3], modes)

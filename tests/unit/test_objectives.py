@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from reference_model import ReferenceModel
 from reference_routing import choose
-from small_models import (V3_SMALL, enliven, gradients_of, random_batch, relative_error, training_batch, weights_of,
-                          whole_stage)
+from small_models import (
+    V3_SMALL,
+    enliven,
+    gradients_of,
+    random_batch,
+    relative_error,
+    training_batch,
+    weights_of,
+    whole_stage,
+)
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, Precision
@@ -26,15 +34,26 @@ from megatron_deepseek.training.objective import Objective
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-from objectives import BETA, REFERENCE, MeanOverSamples, PairedSigmoid  # noqa: E402
+from objectives import (  # noqa: E402
+    BETA,
+    ENTROPY_SCALE,
+    REFERENCE,
+    TEACHER_IDS,
+    TEACHER_LOG_PROBABILITIES,
+    Distillation,
+    MeanOverSamples,
+    PairedSigmoid,
+    inputs_of,
+)
 
 LENGTH, ROWS, DEPTHS = 8, 4, 2
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=DEPTHS)
 EXACT = 1e-10  # float64 sums in another order
 
 
-def trainer(meshes, objective: Objective | None, micro_batch_size: int = 2) -> Trainer:
-    build = BuildOptions(precision=Precision(torch.float64), loss=LossSettings(mtp_loss_scaling_factor=0.3))
+def trainer(meshes, objective: Objective | None, micro_batch_size: int = 2, chunk_size: int | None = None) -> Trainer:
+    build = BuildOptions(precision=Precision(torch.float64),
+                         loss=LossSettings(mtp_loss_scaling_factor=0.3, loss_chunk_size=chunk_size))
     made = Trainer(Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", LENGTH, micro_batch_size, build,
                         OptimizerSettings(clip_grad=0.0)), meshes, objective)
     enliven(made.stages[0])
@@ -122,6 +141,26 @@ def test_pairs_of_rows(meshes):
     loss.backward()
     assert result.losses.reports["dpo_loss"] == pytest.approx(loss.item(), rel=EXACT)
     assert result.losses.reports["accuracy"] == ((sums_B[0] > sums_B[1]).item() + (sums_B[2] > sums_B[3]).item()) / 2
+    compare(made, reference)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_distillation_reads_logits(meshes, chunk_size):
+    """A teacher's three likeliest ids, and the entropy, by definition; also when logits are made by chunks."""
+    made, batch = trainer(meshes, Distillation(), chunk_size=chunk_size), fractional()
+    teacher = inputs_of("distillation", ROWS, 0, LENGTH, CONFIG.vocab_size)
+    result = made.train_step(replace(batch, per_token=teacher), learning_rate=0.0)
+    reference = reference_of(made)
+    whole = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], 1)
+    log_BSV = reference.logits(whole, LENGTH)[0].log_softmax(-1)
+    q_BSK = teacher[TEACHER_LOG_PROBABILITIES].exp()
+    divergence_BS = (q_BSK * (q_BSK.log() - log_BSV.gather(-1, teacher[TEACHER_IDS]))).sum(-1)
+    entropy_BS = -(log_BSV.exp() * log_BSV).sum(-1)
+    number = (batch.weights_BS > 0).sum()
+    divergence, entropy = ((x_BS * batch.weights_BS).sum() / number for x_BS in (divergence_BS, entropy_BS))
+    (divergence - ENTROPY_SCALE * entropy).backward()
+    assert result.losses.reports == pytest.approx({"divergence": divergence.item(), "entropy": entropy.item()},
+                                                  rel=EXACT)
     compare(made, reference)
 
 

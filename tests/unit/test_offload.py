@@ -20,6 +20,7 @@ from megatron_deepseek.training.trainer import Plan, Trainer
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1)
 SEQ_LENGTH = 16
 ALL = OffloadSettings(cpu_offloading_num_layers=3)
+EMBEDDING = "model.embed_tokens.weight"
 RECOMPUTED = {"kept": RecomputeSettings(), "full": RecomputeSettings("full"),
               "selective": RecomputeSettings("selective", ("layernorm", "mla_up_proj", "moe_act"))}
 
@@ -103,8 +104,10 @@ def test_what_stays_and_integers_do_not_travel(travelled):
     assert [host.numel() for host in travelled] == [12]
 
 
-def model_with(meshes, recompute: RecomputeSettings, offload: OffloadSettings, precision: Precision = Precision()):
-    model = whole_model(CONFIG, meshes, SEQ_LENGTH, recompute=recompute, offload=offload, precision=precision)
+def model_with(meshes, recompute: RecomputeSettings, offload: OffloadSettings, precision: Precision = Precision(),
+               **options):
+    model = whole_model(CONFIG, meshes, SEQ_LENGTH, recompute=recompute, offload=offload, precision=precision,
+                        **options)
     enliven(model)
     return model
 
@@ -183,3 +186,28 @@ def test_optimizer_on_the_cpu_changes_no_bit(meshes, precision):
     policies = {type(m._get_fsdp_state()._fsdp_param_group.offload_policy).__name__ for m in made.stages[0].modules()
                 if hasattr(m, "_get_fsdp_state") and m._get_fsdp_state()._fsdp_param_group}
     assert policies == {"CPUOffloadPolicy"}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_a_layers_input_travels_though_it_needs_no_gradient(meshes, travelled, name):
+    """Above a frozen embedding it is kept for the layer's weights alone. Gradients are the same bits as ever."""
+    outcomes = []
+    for frozen in ((), (EMBEDDING,)):
+        model = model_with(meshes, RECOMPUTED[name], ALL, frozen=frozen)
+        travelled.clear()
+        forward(model, *random_batch(CONFIG, 2, SEQ_LENGTH)).loss.backward()
+        outcomes.append({name: p.grad for name, p in model.named_parameters()})
+        first = weights_of(model)[EMBEDDING][random_batch(CONFIG, 2, SEQ_LENGTH)[0][0, 0]]
+        assert any(torch.equal(host[:len(first)].double(), first) for host in travelled)
+    everything, gradients = outcomes
+    assert gradients.pop(EMBEDDING) is None and everything.pop(EMBEDDING) is not None
+    assert all(torch.equal(gradients[name].full_tensor(), everything[name].full_tensor()) for name in everything)
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_layers_that_have_no_backward_send_nothing(meshes, travelled, name):
+    """Frozen ones above a frozen embedding."""
+    frozen = (EMBEDDING, "model.layers.0.*", "model.layers.1.*")
+    loss = forward(model_with(meshes, RECOMPUTED[name], OffloadSettings(2), frozen=frozen),
+                   *random_batch(CONFIG, 2, SEQ_LENGTH)).loss
+    assert loss.requires_grad and not travelled

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.config import ModelConfig
-from megatron_deepseek.ops.recompute import compose, recompute
+from megatron_deepseek.ops.recompute import kept, recomputed
 from megatron_deepseek.settings import RecomputeSettings
 
 MODULES = ("layernorm", "mla_up_proj", "moe_act")
@@ -47,14 +47,20 @@ def kept_by(function) -> tuple[torch.Tensor, int]:
     return result, watch.kept_bytes()
 
 
+def joined(run, producer, inputs: tuple[torch.Tensor, ...], consumer):
+    """consumer(producer(*inputs)), the producer's output kept or not as `run` does."""
+    with run(producer, *inputs) as made:
+        return consumer(*made) if isinstance(made, tuple) else consumer(made)
+
+
 def square_and_cube(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x * x, x * x * x
 
 
-@pytest.mark.parametrize("run", [compose, recompute])
+@pytest.mark.parametrize("run", [kept, recomputed])
 def test_gradient_of_a_pair(run):
     x = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    y = run(square_and_cube, (x,), lambda a, b: (a * b).sum())
+    y = joined(run, square_and_cube, (x,), lambda a, b: (a * b).sum())
     y.backward()
     torch.testing.assert_close(x.grad, 5 * x.detach() ** 4, rtol=1e-12, atol=0)
 
@@ -64,8 +70,8 @@ def test_views_of_outputs_are_restored():
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     gradients = []
-    for run in (compose, recompute):
-        y = run(lambda x: x.exp(), (x,), lambda e: e[:, 1:3].t() @ weight).square().sum()
+    for run in (kept, recomputed):
+        y = joined(run, lambda x: x.exp(), (x,), lambda e: e[:, 1:3].t() @ weight).square().sum()
         gradients.append(torch.autograd.grad(y, (x, weight)))
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
@@ -78,7 +84,7 @@ def test_producer_runs_once_more_for_all_readers():
         return x.exp()
 
     x = torch.randn(5, requires_grad=True)
-    y = recompute(producer, (x,), lambda e: (e * e.sin() * e.cos()).sum())
+    y = joined(recomputed, producer, (x,), lambda e: (e * e.sin() * e.cos()).sum())
     y.backward(retain_graph=True)
     assert runs == [True, False]
     y.backward()
@@ -88,7 +94,7 @@ def test_producer_runs_once_more_for_all_readers():
 def test_backward_leaves_nothing_behind():
     x = torch.randn(1000, requires_grad=True)
     with Watch() as watch:
-        y = recompute(lambda x: x.exp(), (x,), lambda e: (e * e).sum())
+        y = joined(recomputed, lambda x: x.exp(), (x,), lambda e: (e * e).sum())
         y.backward()
         del y
     assert watch.kept_bytes() == x.grad.untyped_storage().nbytes()
@@ -97,9 +103,9 @@ def test_backward_leaves_nothing_behind():
 def test_the_producers_output_is_not_kept():
     """exp keeps its own output for its backward, so a sum's output (kept by the consumer alone) is what must go."""
     x = torch.randn(1000, requires_grad=True)
-    kept = [kept_by(lambda run=run: run(lambda x: x + 1, (x,), lambda a: (a * a).sum()))[1]
-            for run in (compose, recompute)]
-    assert kept[0] - kept[1] == 4000
+    sizes = [kept_by(lambda run=run: joined(run, lambda x: x + 1, (x,), lambda a: (a * a).sum()))[1]
+            for run in (kept, recomputed)]
+    assert sizes[0] - sizes[1] == 4000
 
 
 def test_one_inside_another_keeps_the_outer_input_alone():
@@ -107,9 +113,9 @@ def test_one_inside_another_keeps_the_outer_input_alone():
     x = torch.randn(1000, requires_grad=True)
 
     def inner(run):
-        return lambda a: run(lambda a: a + 2, (a,), lambda b: (b * b).sum())
+        return lambda a: joined(run, lambda a: a + 2, (a,), lambda b: (b * b).sum())
 
-    outcomes = [kept_by(lambda run=run: run(lambda x: x + 1, (x,), inner(run))) for run in (compose, recompute)]
+    outcomes = [kept_by(lambda run=run: joined(run, lambda x: x + 1, (x,), inner(run))) for run in (kept, recomputed)]
     gradients = [torch.autograd.grad(y, x)[0] for y, _ in outcomes]
     assert torch.equal(*gradients)
     assert outcomes[0][1] - outcomes[1][1] == 4000 and outcomes[1][1] < 100
@@ -120,22 +126,22 @@ def test_with_frozen_inputs(trained):
     """Fine-tuning a part: only the consumer's weight, or only what comes before, has a gradient."""
     x, weight = torch.randn(3, 4, requires_grad=trained == "x"), torch.randn(4, 2, requires_grad=trained == "weight")
     wanted = x if trained == "x" else weight
-    gradients = [torch.autograd.grad(run(lambda x: x.sin(), (x,), lambda a: (a @ weight).square().sum()), wanted)[0]
-                 for run in (compose, recompute)]
-    assert torch.equal(*gradients)
+    losses = [joined(run, lambda x: x.sin(), (x,), lambda a: (a @ weight).square().sum())
+              for run in (kept, recomputed)]
+    assert torch.equal(*(torch.autograd.grad(loss, wanted)[0] for loss in losses))
 
 
 def test_nothing_is_noted_without_gradients():
     with torch.no_grad():
-        y, kept = kept_by(lambda: recompute(square_and_cube, (torch.ones(50),), lambda a, b: a * b))
-    assert kept == y.untyped_storage().nbytes()
+        y, size = kept_by(lambda: joined(recomputed, square_and_cube, (torch.ones(50),), lambda a, b: a * b))
+    assert size == y.untyped_storage().nbytes()
 
 
 def test_empty_outputs():
     """A rank that received no token: empty storages have no address to be told apart by."""
     x = torch.empty(0, 4, requires_grad=True)
     weight = torch.randn(3, 4, requires_grad=True)
-    recompute(lambda x: x * 2, (x,), lambda a: (a @ weight.t()).sum()).backward()
+    joined(recomputed, lambda x: x * 2, (x,), lambda a: (a @ weight.t()).sum()).backward()
     assert x.grad.shape == (0, 4) and not weight.grad.any()
 
 
@@ -179,5 +185,5 @@ def test_same_bits(meshes, name):
     (kept, kept_gradients), (recomputed, gradients) = outcomes
     assert torch.equal(kept.loss, recomputed.loss)
     assert all(torch.equal(gradients[name], kept_gradients[name]) for name in kept_gradients)
-    counts = kept.tally.expert_counts
-    assert all(torch.equal(recomputed.tally.expert_counts[layer], counts[layer]) for layer in counts)
+    counts = kept.statistics.expert_counts
+    assert all(torch.equal(recomputed.statistics.expert_counts[layer], counts[layer]) for layer in counts)

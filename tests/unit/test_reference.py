@@ -96,5 +96,5 @@ def test_balance_loss_reaches_the_gradient(meshes, config):
     balance = reference.balance_loss(expert=0.3, device=0.2, communication=0.1)
     (lm_loss + balance).backward()
     assert outcome.loss.item() == pytest.approx(lm_loss.item(), rel=EXACT)
-    assert outcome.tally.balance_loss.item() == pytest.approx(balance.item(), rel=EXACT)
+    assert outcome.statistics.balance_loss.item() == pytest.approx(balance.item(), rel=EXACT)
     compare(gradients_of(model), reference.gradients())

@@ -59,6 +59,28 @@ def test_there_and_back(tmp_path, original, state, seed):
     assert tool("diff", original, here) == 0
 
 
+def test_moments_of_a_part_of_the_parameters(tmp_path, state, capsys):
+    """Of a run that froze some, and one more at first: through a layout and back, and without the optimizer."""
+    frozen = "model.embed_tokens.weight", "layers.1.mlp.experts.down_proj", "layers.2.self_attn.o_proj.weight"
+    part = {name: tensor for name, tensor in state.items()
+            if not (name.startswith("optimizer.") and name.endswith(frozen))}
+    assert len(part) == len(state) - 2 * len(frozen)
+    late = [["model.norm.weight", 40]]
+    begin = write_native(tmp_path / "a", part, late=late)
+    assert tool("reshard", "--load", begin, "--save", tmp_path / "b", *options(tp=2, pp=2, dp=3, ep=2)) == 0
+    assert tool("merge", "--load", tmp_path / "b", "--save", tmp_path / "c") == 0
+    assert_identical(read_native(tmp_path / "c", part), part)
+    assert open_checkpoint(tmp_path / "c").stored.shapes.keys() == part.keys()
+    assert tool("verify", tmp_path / "c") == 0 == tool("diff", begin, tmp_path / "c")
+    capsys.readouterr()
+    assert tool("inspect", tmp_path / "c") == 0
+    assert "1 parameters were frozen at first, model.norm.weight" in capsys.readouterr().out
+    assert tool("merge", "--load", begin, "--save", tmp_path / "d", "--drop-optimizer") == 0
+    kept = [json.loads((tmp_path / name / "iter_0000100" / "state.json").read_text()) for name in "cd"]
+    assert kept[0]["late"] == late and kept[0]["optimizer_steps"] == 100
+    assert "late" not in kept[1] and kept[1]["optimizer_steps"] == 0
+
+
 def test_to_a_pipeline_with_a_rank_that_holds_nothing(tmp_path, original, state):
     assert tool("reshard", "--load", original, "--save", tmp_path / "b", *options(pp=4),
                 "--pipeline-model-parallel-layout", "Et||tt|tmL") == 0

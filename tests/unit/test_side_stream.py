@@ -8,7 +8,7 @@ from small_models import V3_SMALL, forward, random_batch, whole_model
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops.block_scaled import BlockScaled
 from megatron_deepseek.ops.fp8 import quantize_1x128
-from megatron_deepseek.ops.side_stream import Beside, OnStream
+from megatron_deepseek.ops.side_stream import RunInLine, RunOnSideStream
 
 
 class Stream:
@@ -43,7 +43,7 @@ def test_side_stream_waits_for_its_input_and_is_waited_for(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    beside = OnStream(side)
+    beside = RunOnSideStream(side)
     beside.start(work, Tensor("x", log))
     log.append("dispatch")
     assert beside.result().name == "y"
@@ -58,19 +58,19 @@ def test_every_part_of_a_block_scaled_input_is_known_to_be_used_there(monkeypatc
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: used.append((part, stream)))
     x = torch.randn(2, 128)
     scaled = BlockScaled(*quantize_1x128(x), x.dtype, whole=x)
-    OnStream(side).start(lambda _: Tensor("y", []), scaled)
+    RunOnSideStream(side).start(lambda _: Tensor("y", []), scaled)
     assert all(part is found and stream is side
                for part, (found, stream) in zip((scaled.q, scaled.scale, x), used, strict=True))
 
 
 def test_without_streams_it_is_a_call():
-    beside = Beside()
+    beside = RunInLine()
     beside.start(lambda x: 2 * x, 21)
     assert beside.result() == 42
 
 
-class Noted(Beside):
-    """Notes when work is begun and when its result is used."""
+class Noted(RunInLine):
+    """RecomputeHandle when work is begun and when its result is used."""
 
     def __init__(self, log: list[str]):
         self.log = log
@@ -93,6 +93,6 @@ def test_shared_experts_begin_before_dispatch_and_are_waited_for_after_it(meshes
         log.append("dispatch")
         return dispatch(*args)
 
-    moe.beside, moe.dispatcher = lambda: Noted(log), noted
+    moe.side_stream, moe.dispatcher = lambda: Noted(log), noted
     forward(model, *random_batch(V3_SMALL, 2, 6))
     assert log == ["shared experts begin", "dispatch", "their result is used"]

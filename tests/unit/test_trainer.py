@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 from reference_model import ReferenceModel
-from small_models import (V3_SMALL, enliven, gradients_of, random_batch, relative_error, training_batch, weights_of,
-                          whole_stage)
+from small_models import (
+    V3_SMALL,
+    enliven,
+    gradients_of,
+    random_batch,
+    relative_error,
+    training_batch,
+    weights_of,
+    whole_stage,
+)
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.data.batch import Batch
@@ -16,7 +24,7 @@ from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
-from megatron_deepseek.training.trainer import Plan, Trainer, Votes, _travel
+from megatron_deepseek.training.trainer import Plan, StopFlags, Trainer, _travel
 
 SEQ_LENGTH = 6
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
@@ -302,8 +310,8 @@ def test_the_number_of_labels_is_told(meshes):
 
 def test_votes_travel_with_the_losses(meshes):
     ours = trainer(meshes)
-    for votes in (Votes(), Votes(leave=True), Votes(save=True)):
-        assert ours.train_step(batch_of(2), learning_rate=0.1, votes=lambda: votes).votes == votes
+    for stop_flags in (StopFlags(), StopFlags(leave=True), StopFlags(save=True)):
+        assert ours.train_step(batch_of(2), learning_rate=0.1, stop_flags=lambda: stop_flags).stop_flags == stop_flags
 
 
 def test_a_sequence_that_ranks_cannot_share_evenly_is_refused(meshes):

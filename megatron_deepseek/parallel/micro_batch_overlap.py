@@ -20,7 +20,7 @@ import torch.distributed as dist
 _HERE, _THERE = 0, 1
 
 
-class Turns:
+class MicroBatchOverlap:
     """Whoever exchanges tokens calls `wait`; without a pair that runs, that is all it does."""
 
     def __init__(self):

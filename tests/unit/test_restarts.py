@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.lives import meet
+from megatron_deepseek.parallel.restarts import meet
 
 SOON = timedelta(seconds=20)
 

@@ -14,6 +14,7 @@ The weight itself is held by the node and not saved, for the reason that zero_bu
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,8 +27,8 @@ from megatron_deepseek.ops.fp8_attention import E5M6Output, attention
 from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.fp8_norm import tiles_and_norm, tiles_between, tiles_of_norm
 from megatron_deepseek.ops.fp8_weight import Fp8Shard, blocks_of, transposed_of
-from megatron_deepseek.ops.products import Deferred, Numerics, Product
-from megatron_deepseek.ops.recompute import compose
+from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, PrecisionRecipe
+from megatron_deepseek.ops.recompute import kept
 from megatron_deepseek.ops.registry import with_backends
 from megatron_deepseek.ops.swiglu import gate_and_up, swiglu_backward, swiglu_forward
 
@@ -35,7 +36,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Fp8Product(Product):
+class Fp8Gemm(Gemm):
     """`input_power_of_two`: scales of the input's tiles are powers of two, not any float32.
 
     `dispatched_gradient`: so are those of the output's gradient, which may have come from its tokens' ranks as FP8.
@@ -51,7 +52,7 @@ class Fp8Product(Product):
     dispatched_gradient: bool = False
     cache_e5m6: bool = False
     gather_fp8: bool = False
-    sharing: Callable = compose
+    sharing: Callable[..., AbstractContextManager] = kept
     deferred: Deferred | None = None
 
     def __call__(self, x, weight, *counts):
@@ -63,8 +64,8 @@ class Fp8Product(Product):
     def gathered(self, shard):
         return Fp8Shard(shard, self.gather_fp8)
 
-    def shared(self, x, consumer):
-        return consumer(x) if isinstance(x, BlockScaled) else self.sharing(self.rows, (x,), consumer)
+    def shared(self, x):
+        return nullcontext(x) if isinstance(x, BlockScaled) else self.sharing(self.rows, x)
 
     def rows(self, x):
         return share(x, self.input_power_of_two)
@@ -103,10 +104,10 @@ class Fp8Product(Product):
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 
-def recipe(sharing: Callable = compose, gather_fp8: bool = False) -> Numerics:
+def recipe(sharing: Callable[..., AbstractContextManager] = kept, gather_fp8: bool = False) -> PrecisionRecipe:
     """Which product takes what (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
-    product = partial(Fp8Product, gather_fp8=gather_fp8)
-    return Numerics(
+    product = partial(Fp8Gemm, gather_fp8=gather_fp8)
+    return PrecisionRecipe(
         linear=product(sharing=sharing),
         attention_output=product(input_power_of_two=True, cache_e5m6=True),
         experts_up=product(input_power_of_two=True),
@@ -118,15 +119,15 @@ def recipe(sharing: Callable = compose, gather_fp8: bool = False) -> Numerics:
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, product: Fp8Product, *counts):
-        ctx.weight, ctx.product, ctx.counts = weight, product, counts
+    def forward(ctx, x, weight, product: Fp8Gemm, *counts):
+        ctx.weight, ctx.gemm, ctx.counts = weight, product, counts
         tiles = _rows(quantize(x, product.input_power_of_two))
-        ctx.save_for_backward(*product.keep(x, tiles))
+        ctx.save_for_backward(*(product.keep(x, tiles) if weight.requires_grad else ()))
         return _with_rows_of(x, _forward(tiles, weight, *counts))
 
     @staticmethod
     def backward(ctx, grad):
-        product, weight, counts, size = ctx.product, ctx.weight, ctx.counts, ctx.weight.shape[-1]
+        product, weight, counts, size = ctx.gemm, ctx.weight, ctx.counts, ctx.weight.shape[-1]
         rows, columns = product.gradient_tiles(grad, weight, *counts)
         grad_x = _dgrad(rows, weight, *counts) if ctx.needs_input_grad[0] else None
         kept = ctx.saved_tensors
@@ -141,8 +142,8 @@ class _MultiplySwiGLU(torch.autograd.Function):
     """`gate_up`: gate and up, or both side by side, which then have one gradient in tiles that begin at gate."""
 
     @staticmethod
-    def forward(ctx, product: Fp8Product, counts, weight, *gate_up):
-        ctx.weight, ctx.product, ctx.counts, ctx.joint = weight, product, counts, len(gate_up) == 1
+    def forward(ctx, product: Fp8Gemm, counts, weight, *gate_up):
+        ctx.weight, ctx.gemm, ctx.counts, ctx.joint = weight, product, counts, len(gate_up) == 1
         gate, up = gate_and_up(*gate_up)
         ctx.save_for_backward(*fp8.quantize_1x128(gate.flatten(0, -2)), *fp8.quantize_1x128(up.flatten(0, -2)))
         tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
@@ -150,15 +151,19 @@ class _MultiplySwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        product, weight, counts = ctx.product, ctx.weight, ctx.counts
+        product, weight, counts = ctx.gemm, ctx.weight, ctx.counts
         rows, columns = product.gradient_tiles(grad, weight, *counts)
         gate_q, gate_s, up_q, up_s = ctx.saved_tensors
         gate, up = (fp8.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
-        grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
-        gradients = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
-        hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
-        grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
-        return None, None, grad_weight, *(_as_gradient(tiles, grad) for tiles in gradients)
+        gradients, grad_weight = (None,) * len(ctx.needs_input_grad[3:]), None
+        if any(ctx.needs_input_grad[3:]):
+            grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
+            tiles = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
+            gradients = tuple(_as_gradient(each, grad) for each in tiles)
+        if weight.requires_grad:
+            hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
+            grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
+        return None, None, grad_weight, *gradients
 
 
 @with_backends("quantize_swiglu")

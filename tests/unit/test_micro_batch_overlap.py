@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_deepseek.parallel.turns import Turns
+from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 
 
 class Exchange:
@@ -16,19 +16,19 @@ class Exchange:
         self.log.append(f"{self.name} ends")
 
 
-def run(turns: Turns, name: str, exchanges: int, log: list[str]):
+def run(overlap: MicroBatchOverlap, name: str, exchanges: int, log: list[str]):
     def go():
         for number in range(exchanges):
             log.append(f"{name} computes")
-            turns.wait(Exchange(f"{name}{number}", log))
+            overlap.wait(Exchange(f"{name}{number}", log))
         log.append(f"{name} is done")
 
     return go
 
 
 def test_each_computes_while_the_other_travels():
-    turns, log = Turns(), []
-    turns.run(run(turns, "f", 2, log), run(turns, "b", 2, log))
+    overlap, log = MicroBatchOverlap(), []
+    overlap.run(run(overlap, "f", 2, log), run(overlap, "b", 2, log))
     assert log == ["f computes", "f0 begins", "b computes", "b0 begins",
                    "f0 ends", "f computes", "f1 begins", "b0 ends", "b computes", "b1 begins",
                    "f1 ends", "f is done", "b1 ends", "b is done"]
@@ -36,8 +36,8 @@ def test_each_computes_while_the_other_travels():
 
 @pytest.mark.parametrize("exchanges", [(0, 3), (3, 0), (1, 4), (4, 1)])
 def test_the_longer_one_goes_on_alone(exchanges):
-    turns, log = Turns(), []
-    turns.run(run(turns, "f", exchanges[0], log), run(turns, "b", exchanges[1], log))
+    overlap, log = MicroBatchOverlap(), []
+    overlap.run(run(overlap, "f", exchanges[0], log), run(overlap, "b", exchanges[1], log))
     for name, number in zip("fb", exchanges):
         own = [what for what in log if what.startswith(name)]
         expected = [each for n in range(number)
@@ -47,22 +47,22 @@ def test_the_longer_one_goes_on_alone(exchanges):
 
 def test_without_a_pair_an_exchange_is_waited_for_at_once():
     log: list[str] = []
-    Turns().wait(Exchange("f", log))
+    MicroBatchOverlap().wait(Exchange("f", log))
     assert log == ["f begins", "f ends"]
 
 
 @pytest.mark.parametrize("failing", ["f", "b"])
 def test_a_failure_comes_out_after_the_other_has_ended(failing):
-    turns, log = Turns(), []
+    overlap, log = MicroBatchOverlap(), []
 
     def fail():
-        turns.wait(Exchange(failing, log))
+        overlap.wait(Exchange(failing, log))
         raise ZeroDivisionError(failing)
 
-    halves = {name: fail if name == failing else run(turns, name, 2, log) for name in "fb"}
+    halves = {name: fail if name == failing else run(overlap, name, 2, log) for name in "fb"}
     with pytest.raises(ZeroDivisionError, match=failing):
-        turns.run(halves["f"], halves["b"])
+        overlap.run(halves["f"], halves["b"])
     other = "b" if failing == "f" else "f"
     assert f"{other} is done" in log
-    turns.wait(Exchange("later", log))
+    overlap.wait(Exchange("later", log))
     assert log[-1] == "later ends"

@@ -2,13 +2,14 @@
 
 A layer says which of its products it means; the object says in which numbers it is computed, what of its inputs is
 kept for the backward and when its weight gradient is made. `Linear` and `Grouped` compute in the layer's own dtype,
-fp8_products.py has the ones of the FP8 recipe.
+fp8_recipe.py has the ones of the FP8 recipe.
 
 Shapes: R rows, E experts, I inputs, O outputs.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from megatron_deepseek.ops.attention import Output, attention
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
-from megatron_deepseek.ops.recompute import compose
 from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.recompute import kept
 from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 
 
@@ -41,7 +42,7 @@ class Deferred(Protocol):
 GateUp = tuple[torch.Tensor, ...]  # gate and up, or one tensor with gate's columns before up's
 
 
-class Product(ABC):
+class Gemm(ABC):
     """x [..., I] times weight [O, I] transposed; or, with `counts`, each expert's rows times its own of [E, O, I].
 
     `gathered`: what FSDP2 gathers in place of a shard of the weight (parallel/data.py), None for the shard itself.
@@ -58,12 +59,12 @@ class Product(ABC):
         """The product of silu(gate) * up."""
 
     @abstractmethod
-    def deferring(self, deferred: Deferred) -> "Product":
+    def deferring(self, deferred: Deferred) -> "Gemm":
         """The same product, whose weight gradient is left to `deferred`."""
 
-    def shared(self, x: torch.Tensor, consumer: Callable[[torch.Tensor], Any]) -> Any:
-        """consumer(x) with x as several products take it: what would be done to it for each is done once."""
-        return consumer(x)
+    def shared(self, x: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+        """Give a `with` block x as several products take it: what would be done to it for each is done once."""
+        return nullcontext(x)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x as it travels to where the product is."""
@@ -71,18 +72,19 @@ class Product(ABC):
 
 
 @dataclass(frozen=True)
-class Linear(Product):
+class Linear(Gemm):
     """F.linear. `defer` is where those leave the weight's gradient who multiply by the weight themselves."""
 
     multiply: Callable = F.linear
-    activate: Callable = compose
+    activate: Callable[..., AbstractContextManager] = kept
     defer: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None = None
 
     def __call__(self, x, weight, *counts):
         return self.multiply(x, weight, *counts)
 
     def after_swiglu(self, gate_up, weight, *counts):
-        return self.activate(swiglu, gate_and_up(*gate_up), lambda hidden: self(hidden, weight, *counts))
+        with self.activate(swiglu, *gate_and_up(*gate_up)) as hidden:
+            return self(hidden, weight, *counts)
 
     def deferring(self, deferred: Deferred) -> "Linear":
         return replace(self, multiply=deferred.linear, defer=deferred.defer_reading)
@@ -90,7 +92,7 @@ class Linear(Product):
 
 @dataclass(frozen=True)
 class Grouped(Linear):
-    """grouped_gemm. `activate` is `recompute` where SwiGLU's output is not kept."""
+    """grouped_gemm. `activate` is `recomputed` where SwiGLU's output is not kept."""
 
     multiply: Callable = grouped_gemm
 
@@ -103,7 +105,7 @@ def _unchanged(x: torch.Tensor) -> Any:
 
 
 @dataclass(frozen=True)
-class Numerics:
+class PrecisionRecipe:
     """The products of a model. What has no place here (embedding, head, router, norms) is never FP8.
 
     `to_experts` makes what travels of the gradients that go to the experts in the backward. `attention` is ops/
@@ -114,10 +116,10 @@ class Numerics:
     straight; `norm_for_all` of norms that others read as well.
     """
 
-    linear: Product = Linear()
-    attention_output: Product = Linear()
-    experts_up: Product = Grouped()
-    experts_down: Product = Grouped()
+    linear: Gemm = Linear()
+    attention_output: Gemm = Linear()
+    experts_up: Gemm = Grouped()
+    experts_down: Gemm = Grouped()
     to_experts: Callable[[torch.Tensor], torch.Tensor] = field(default=_unchanged)
     norm: Callable[..., torch.Tensor] = field(default=rms_norm)
     norm_of_product: Callable[..., torch.Tensor] = field(default=rms_norm)

@@ -13,9 +13,10 @@ from megatron_deepseek.model.build import Precision
 from megatron_deepseek.ops import fp8
 from megatron_deepseek.ops.attention import attention
 from megatron_deepseek.ops.block_scaled import BlockScaled, bytes_of_row, quantize, share
+from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
-from megatron_deepseek.ops.fp8_products import Fp8Product, recipe
-from megatron_deepseek.ops.recompute import recompute
+from megatron_deepseek.ops.fp8_recipe import Fp8Gemm, recipe
+from megatron_deepseek.ops.recompute import recomputed
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
 from megatron_deepseek.settings import RecomputeSettings
 
@@ -58,12 +59,12 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def multiply(product: Fp8Product, swiglu: bool, *inputs: torch.Tensor, counts=()) -> torch.Tensor:
+def multiply(product: Fp8Gemm, swiglu: bool, *inputs: torch.Tensor, counts=()) -> torch.Tensor:
     *rows, weight = inputs
     return product.after_swiglu(rows, weight, *counts) if swiglu else product(*rows, weight, *counts)
 
 
-def run(product: Fp8Product, *inputs: torch.Tensor, counts=(), swiglu=False):
+def run(product: Fp8Gemm, *inputs: torch.Tensor, counts=(), swiglu=False):
     """Output and gradients, for an upstream gradient that depends on nothing."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     y = multiply(product, swiglu, *inputs, counts=counts)
@@ -76,7 +77,7 @@ def run(product: Fp8Product, *inputs: torch.Tensor, counts=(), swiglu=False):
 def test_linear_is_its_definition(input_power, dispatched, e5m6):
     """In float64 nothing rounds but what is quantised: 200 x 300 by 260 x 300, edges in every dimension."""
     x, weight = randn(200, 300), randn(260, 300, seed=1)
-    product = Fp8Product(input_power, dispatched, e5m6)
+    product = Fp8Gemm(input_power, dispatched, e5m6)
     y, grad, (grad_x, grad_weight) = run(product, x, weight)
     kept = dequantize_e5m6(*quantize_e5m6(x), 300, x.dtype) if e5m6 else kept_tiles(x, input_power)
     close = dict(rtol=1e-12, atol=1e-12)
@@ -94,7 +95,7 @@ def test_after_swiglu_is_its_definition():
     The gradients of gate and up come in the tiles that the products before them read.
     """
     gate, up, weight = randn(130, 200), randn(130, 200, seed=1), randn(150, 200, seed=2)
-    y, grad, gradients = run(Fp8Product(), gate, up, weight, swiglu=True)
+    y, grad, gradients = run(Fp8Gemm(), gate, up, weight, swiglu=True)
     torch.testing.assert_close(y, tiled(swiglu(gate, up)) @ blocked(weight).t(), rtol=1e-12, atol=1e-12)
     kept = [kept_tiles(x).requires_grad_() for x in (gate, up)]
     hidden = swiglu(*kept)
@@ -112,8 +113,8 @@ def test_gate_and_up_side_by_side():
     """One tensor of both, as experts have it: the same numbers where their tiles end between them, in one tiling."""
     gate, up, weight = randn(sum(COUNTS), 256), randn(sum(COUNTS), 256, seed=1), randn(len(COUNTS), 150, 256, seed=2)
     joint = torch.cat([gate, up], -1).requires_grad_()
-    y = Fp8Product().after_swiglu((joint,), weight, COUNTS)
-    expected, upstream, (*apart, _) = run(Fp8Product(), gate, up, weight, counts=(COUNTS,), swiglu=True)
+    y = Fp8Gemm().after_swiglu((joint,), weight, COUNTS)
+    expected, upstream, (*apart, _) = run(Fp8Gemm(), gate, up, weight, counts=(COUNTS,), swiglu=True)
     (got,) = torch.autograd.grad(y, joint, upstream)
     assert torch.equal(y, expected)
     assert torch.equal(got.q.float(), torch.cat([each.q.float() for each in apart], -1))
@@ -126,7 +127,7 @@ def test_experts_are_linears_of_their_rows(swiglu):
     """Bit for bit, and nothing of an expert without rows."""
     rows, weight = sum(COUNTS), randn(len(COUNTS), 140, 200, seed=3)
     inputs = [randn(rows, 200, seed=i) for i in range(1 + swiglu)]
-    product = Fp8Product(True, True)
+    product = Fp8Gemm(True, True)
     y, upstream, gradients = run(product, *inputs, weight, counts=(COUNTS,), swiglu=swiglu)
     for e, part in enumerate(zip(*(x.split(COUNTS) for x in (*inputs, y, upstream, *gradients[:-1])))):
         own, (y_e, upstream_e, *gradients_e) = [x.clone().requires_grad_() for x in part[:len(inputs)]], part[
@@ -145,9 +146,9 @@ def test_experts_are_linears_of_their_rows(swiglu):
 def test_deferred_weight_gradients_are_the_same_bits(counts, swiglu):
     shape = (len(COUNTS), 140, 200) if counts else (140, 200)
     inputs, weight = [randn(sum(COUNTS), 200, seed=i) for i in range(1 + swiglu)], randn(*shape, seed=3)
-    _, upstream, at_once = run(Fp8Product(), *inputs, weight, counts=counts, swiglu=swiglu)
+    _, upstream, at_once = run(Fp8Gemm(), *inputs, weight, counts=counts, swiglu=swiglu)
     deferred = DeferredGradients()
-    product = Fp8Product().deferring(deferred)
+    product = Fp8Gemm().deferring(deferred)
     own = [x.clone().requires_grad_() for x in (*inputs, weight)]
     multiply(product, swiglu, *own, counts=counts).backward(upstream)
     assert own[-1].grad is None
@@ -158,14 +159,15 @@ def test_deferred_weight_gradients_are_the_same_bits(counts, swiglu):
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_a_frozen_weight_has_no_gradient_to_defer(swiglu):
     inputs, weight, deferred = [randn(3, 200, seed=i) for i in range(1 + swiglu)], randn(140, 200), DeferredGradients()
-    for product in (Fp8Product(), Fp8Product().deferring(deferred)):
+    for product in (Fp8Gemm(), Fp8Gemm().deferring(deferred)):
         own = [x.clone().requires_grad_() for x in inputs]
         multiply(product, swiglu, *own, weight).sum().backward()
         deferred.take()()
         assert all(x.grad is not None for x in own) and weight.grad is None
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([0] * 40 + [0] * 7 + [1] * 32 + [2]).view(2, 40)])
+@pytest.mark.parametrize("documents", [
+    None, Documents.find(torch.tensor([0] * 40 + [0] * 7 + [1] * 32 + [2]).view(2, 40))], ids=["whole", "packed"])
 def test_attention_reads_its_output_from_e5m6(documents):
     """The same output and, but for E5M6's 2^-7 on one term, the same gradients as attention that keeps it whole."""
     q, k = (randn(2, 40, 3, 24, seed=i) for i in range(2))
@@ -205,21 +207,26 @@ def test_what_is_kept_is_fp8():
     x = torch.randn(256, 512).bfloat16().requires_grad_()
     weight = torch.randn(128, 512).bfloat16().requires_grad_()
     size = 256 * 512
-    assert kept_types(lambda: Fp8Product()(x, weight)) == {fp8.E4M3: size, torch.float32: size // 128 * 4}
-    assert kept_types(lambda: Fp8Product(cache_e5m6=True)(x, weight)) == {
+    assert kept_types(lambda: Fp8Gemm()(x, weight)) == {fp8.E4M3: size, torch.float32: size // 128 * 4}
+    assert kept_types(lambda: Fp8Gemm(cache_e5m6=True)(x, weight)) == {
         torch.uint8: size * 3 // 2, torch.float32: size // 128 * 4}
-    assert kept_types(lambda: Fp8Product().after_swiglu((x, x), weight)) == {
+    assert kept_types(lambda: Fp8Gemm().after_swiglu((x, x), weight)) == {
         fp8.E4M3: 2 * size, torch.float32: 2 * size // 128 * 4}
-    both = Fp8Product()
-    shared = kept_types(lambda: both.shared(x, lambda x: (both(x, weight), both(x, weight * 2))))
+    both = Fp8Gemm()
+
+    def twice():
+        with both.shared(x) as shared:
+            return both(shared, weight), both(shared, weight * 2)
+
+    shared = kept_types(twice)
     assert shared[fp8.E4M3] == size
 
 
 def test_attention_and_the_linear_after_it_keep_one_output():
     q, k, v = (torch.randn(1, 128, 2, 64).bfloat16().requires_grad_() for _ in range(3))
     weight = torch.randn(64, 128).bfloat16().requires_grad_()
-    numerics = recipe()
-    kept = kept_types(lambda: numerics.attention_output(numerics.attention(q, k, v, None, 0.1, 64), weight))
+    gemms = recipe()
+    kept = kept_types(lambda: gemms.attention_output(gemms.attention(q, k, v, None, 0.1, 64), weight))
     assert kept == {torch.bfloat16: 3 * 128 * 2 * 64 * 2, torch.uint8: 128 * 128 * 3 // 2,
                     torch.float32: 2 * 128 * 4 + 128 * 4}  # log-sum-exp of 2 heads, one scale of each row
 
@@ -240,7 +247,7 @@ def test_gathered_rows_stay_fp8_and_anything_else_sees_numbers():
 def test_a_gradient_that_came_as_fp8_is_used_as_it_came():
     """Quantised where its token is or at the expert, the same bits in every gradient."""
     inputs, grad = (randn(100, 200), randn(100, 200, seed=1), randn(140, 200, seed=2)), randn(100, 140, seed=3)
-    product = Fp8Product(dispatched_gradient=True)
+    product = Fp8Gemm(dispatched_gradient=True)
     gradients = []
     for upstream in (grad, quantize(grad, power_of_two=True)):
         own = [x.clone().requires_grad_() for x in inputs]
@@ -260,7 +267,7 @@ def test_what_is_fp8_in_a_model(meshes):
     for precision in (Precision(torch.float64), FP8):
         model = whole_model(MODEL, meshes, 128, precision=precision)
         products = {name.rsplit(".", 1)[-1] for name, module in model.named_modules()
-                    for value in vars(module).values() if isinstance(value, Fp8Product)}
+                    for value in vars(module).values() if isinstance(value, Fp8Gemm)}
         outcome = forward(model, *random_batch(MODEL, 2, 128))
         outcome.loss.backward()
         outcomes.append((products, outcome.loss.item(), gradients_of(model)["lm_head.weight"]))
@@ -308,9 +315,11 @@ def test_recomputed_tiles_are_dropped():
     x = torch.randn(128, 256).requires_grad_()
     weight = torch.randn(64, 256).requires_grad_()
     sizes, gradients = [], []
-    for product in (Fp8Product(), Fp8Product(sharing=recompute)):
+    for product in (Fp8Gemm(), Fp8Gemm(sharing=recomputed)):
         with Watch() as watch:
-            y = product.shared(x, lambda x: product(x, weight) + product(x, weight))
+            with product.shared(x) as shared:
+                y = product(shared, weight) + product(shared, weight)
+            del shared
         sizes.append(watch.kept_bytes())
         gradients.append(torch.autograd.grad(y.sum(), (x, weight)))
     assert sizes[0] - sizes[1] == 128 * 256 + 128 * 2 * 4

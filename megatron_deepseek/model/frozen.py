@@ -1,0 +1,29 @@
+"""Parameters that are not trained, named by wildcard patterns over names: Hugging Face's, with experts stacked."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def is_frozen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of `patterns` is all of `name`, where `*` stands for any text, dots included."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
+    """Let the parameters that `patterns` name get no gradient. Before FSDP takes the parameters, which keeps to it.
+
+    Names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
+    """
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if is_frozen(name, patterns):
+                parameter.requires_grad_(False)
+
+
+def trained_parameters(stage: "nn.Module") -> Iterator[tuple[str, "nn.Parameter"]]:
+    """By name, those that are not frozen."""
+    return ((name, parameter) for name, parameter in stage.named_parameters() if parameter.requires_grad)
