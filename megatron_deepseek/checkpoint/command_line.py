@@ -16,7 +16,7 @@ def share_of(environ: Mapping[str, str], workers: int) -> Share:
 
 def _start(environ: Mapping[str, str]) -> str:
     """A name of this start of a job on several ranks; torchrun's own variables are the same in the next one."""
-    from megatron_deepseek.parallel.lives import life_name  # which takes torch
+    from megatron_deepseek.parallel.restarts import life_name  # which takes torch
 
     names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return life_name() or "-".join(environ.get(name, "0") for name in names)
