@@ -41,6 +41,7 @@ LAYOUTS = {"dp": (), "tp": ("--tensor-model-parallel-size", "2", "--sequence-par
 SAVES = {"sync": (), "async": ("--async-save",)}
 TIMES = ("step_seconds", "tokens_per_second", "checkpoint_stall_seconds")
 ORPHAN_SECONDS = 10.0  # in which the ranks of a killed agent must be gone
+HANG_SECONDS = 120.0  # after which a life counts as one that hangs
 STEPS_OF_A_LIFE = 3  # after whose next multiple a life leaves that is not the last: others shall have something to do
 
 
@@ -157,13 +158,16 @@ def run_life(arguments: list[str], death: Death | None, obituary: Path, log: Pat
         process.start()
     running = list(ranks)
     while running:
-        ended = wait([process.sentinel for process in running], timeout=120)
+        ended = wait([process.sentinel for process in running], timeout=HANG_SECONDS)
         for process in running:
             if process.sentinel in ended:
                 process.join()  # its pipe closes a moment before it is gone
         running = [process for process in running if process.sentinel not in ended]
+        if not ended:
+            with open(log, "a") as file:
+                file.write(f"the drill: {len(running)} ranks have not ended for {HANG_SECONDS:.0f} s and are killed\n")
         if any(process.exitcode for process in ranks) or not ended:
-            _stop(running, death is not None and death.merciful)
+            _stop(running, bool(ended) and death is not None and death.merciful)
             running = []
     return [process.exitcode for process in ranks]
 
