@@ -222,7 +222,7 @@ class Case:
         """Defaults stand in for "none"."""
         given = dict(cp_comm_type=self.cp_type, moe_token_dispatcher_type=self.dispatcher)
         return CommunicationSettings(moe_ranks_per_node=self.node, moe_shared_expert_overlap=self.overlap,
-                                     overlap_moe_expert_parallel_comm=self.overlap,
+                                     overlap_moe_expert_parallel_comm=self.turns,
                                      **{name: value for name, value in given.items() if value != "none"})
 
     @property
@@ -304,12 +304,12 @@ WIDE_CASES = (
     Case(tp=2, etp=2, dispatcher="grouped", node=2, capacity="probs"),
     Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, mtp=3, offload_layers=1, cut=20, first=5),
     Case(pp=4, schedule="1F1B", tp=2, sp=True, ep=2, microbatches=4, mtp=2, moments="bf16", cut=112),
-    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, overlap=True, cut=119),
+    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, cut=119),
     Case(cp=2, mtp=1, recompute="full", trained="*.0.*.kv_b_proj.weight"),
     Case(pp=2, schedule="ZBVZeroBubble", virtual=2, cp=2, cp_type="allgather", router="dense", microbatches=2,
          trained="*.kv_b_proj.weight"),
     Case(pp=4, schedule="1F1B", microbatches=4, mtp=1, tied=True, reshard=True, trained="model.layers.[34]*"),
-    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, overlap=True, shared=2,
+    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, shared=2,
          trained="*.layers.[234].*experts*"),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, tp=2, sp=True, ep=2, microbatches=4, mtp=2, shared=2,
          placement="split", trained="*.gate.weight"),

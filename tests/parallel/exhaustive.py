@@ -3,7 +3,7 @@
     python tests/parallel/exhaustive.py                    until interrupted; stops at the first difference
     python tests/parallel/exhaustive.py --cases 100 --seed 7 --max-ranks 4
     python tests/parallel/exhaustive.py --precision fp8       losses of the first step, and that the second is finite
-    python tests/parallel/exhaustive.py --fixed overlap=True cp=2      these of every case, the rest at random
+    python tests/parallel/exhaustive.py --fixed turns=True cp=2      these of every case, the rest at random
     python tests/parallel/exhaustive.py pp=2 schedule=1F1B microbatches=4 tp=2      one case, as a failure prints it
 """
 
