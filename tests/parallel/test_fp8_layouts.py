@@ -181,7 +181,8 @@ def run_and_list(case: Case) -> list[tuple[torch.dtype, int]]:
 
 def test_dispatch_is_fp8_and_combine_is_not(ranks):
     """One layer of experts: in the forward tokens, in the backward the gradients of results go to the experts as codes
-    and scales; results, and gradients of tokens, come back in the layer's dtype. Then the forwards of an evaluation and of scores.
+    and scales; results, and gradients of tokens, come back in the layer's dtype. Then the forwards of an
+    evaluation and of scores.
     """
     forward = [(torch.uint8, 16), (torch.float32, 16 // 8), (torch.float64, 16)]
     assert ranks.run(2, run_and_list, Case(dp=2, ep=2))[0] == forward * 4
