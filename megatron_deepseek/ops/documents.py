@@ -27,20 +27,18 @@ def documents_of(row_S: torch.Tensor) -> dict[int, slice]:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of some rows of `length` tokens: for each row the places, in order and without gaps."""
+    """The documents of some rows: for each row the places, in order and without gaps."""
 
     rows: tuple[tuple[slice, ...], ...]
-    length: int
 
     @classmethod
     def find(cls, numbers_BS: torch.Tensor) -> "Documents":
         """Walk rows that number each token's document; a number stands for one document of its row."""
-        numbers_BS = numbers_BS.cpu()
-        return cls(tuple(tuple(documents_of(row_S).values()) for row_S in numbers_BS), numbers_BS.shape[1])
+        return cls(tuple(tuple(documents_of(row_S).values()) for row_S in numbers_BS.cpu()))
 
     def __getitem__(self, rows: slice) -> "Documents":
         """Return the documents of some of the rows."""
-        return Documents(self.rows[rows], self.length)
+        return Documents(self.rows[rows])
 
     @property
     def most(self) -> int:

@@ -61,7 +61,7 @@ def from_stage(own: torch.Tensor | None, like: torch.Tensor, holder: int, meshes
     """Return what pipeline rank `holder` has, on all pipeline ranks; `like` has its shape, dtype and device."""
     if meshes.layout.pp == 1:
         return own
-    result = like if own is None else own.contiguous()
+    result = torch.empty_like(like) if own is None else own.contiguous()
     group = meshes.group("pp")
     dist.broadcast(result, group=group, group_src=holder)
     return result
@@ -81,5 +81,5 @@ def chosen_experts(chosen: Mapping[str, Sequence[torch.Tensor]], like_BSK: torch
             own = torch.cat(list(chosen[layer]))
             own = own if meshes.layout.tp == 1 else all_gather(own, 1, meshes.group("tp"))
             own = whole_sequences(own, meshes)
-        found[layer] = from_stage(own, like_BSK.clone(), holder, meshes)
+        found[layer] = from_stage(own, like_BSK, holder, meshes)
     return found

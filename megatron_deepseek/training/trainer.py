@@ -120,9 +120,7 @@ class Trainer:
 
         `stop_flags` is asked when the ranks add up their losses, and travels with them.
         """
-        divided = self._divide(batch, self.objective)
-        counts, num_sequences = self._count(divided, self.objective)
-        step = StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
+        divided, counts, step = self._begin(batch)
         self.optimizer.zero_grad()
         self.counter.take()  # what an evaluation sent
         self.pipeline.train(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
@@ -145,9 +143,7 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> Losses:
         """Return the losses of a batch, weights untouched."""
-        divided = self._divide(batch, self.objective)
-        counts, num_sequences = self._count(divided, self.objective)
-        step = StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
+        divided, counts, step = self._begin(batch)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
         return self._reduce(step.statistics, divided, counts, StopFlags())[0]
 
@@ -174,6 +170,12 @@ class Trainer:
         """Return the pipeline rank of each layer of the main model that has routed experts."""
         return {f"model.layers.{index}.mlp": holder for stage, holder in zip(self.plan.stages, self.holders)
                 for index in stage.layers if self.plan.model.is_moe_layer(index)}
+
+    def _begin(self, batch: Batch) -> tuple[Division, dict[str, float], StepContext]:
+        """Return the batch as the stages take it, what its losses are divided by, and the step's context."""
+        divided = self._divide(batch, self.objective)
+        counts, num_sequences = self._count(divided, self.objective)
+        return divided, counts, StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
         return divide(batch, objective, self.cp, self.plan.micro_batch_size, self.plan.model.n_routed_experts > 0)

@@ -353,7 +353,7 @@ MUTATIONS = {
         documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "attention: every micro-batch has the first one's documents": Mutation(PACKED_DP, _replace(
         documents.Documents, "__getitem__", lambda self, rows: documents.Documents(
-            self.rows[:rows.stop - rows.start], self.length))),
+            self.rows[:rows.stop - rows.start]))),
     "CP: a row's sum is of this rank's tokens": Mutation(
         CP_SAMPLES, _replace(sequence_sums.SequenceSums, "_whole", lambda self, x: x)),
     "CP: gradients of a row's sum stay with the rank that used it": Mutation(

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import training_batch, weights_of
-from test_trainer import BF16, CONFIG, EXACT, LOSS, batch_of, parts_of, reference_of, reference_step, trainer
+from small_models import weights_of
+from test_trainer import BF16, CONFIG, EXACT, LOSS, batch_of, reference_of, step_of_both, trainer
 
 from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
 from megatron_deepseek.checkpoint import distributed as checkpoint
@@ -60,14 +60,7 @@ def test_two_steps_against_plain_autograd_and_adamw(meshes, name):
                "weight_decay": DECAY * matrices} for matrices in (True, False)]
     plain = torch.optim.AdamW([group for group in groups if group["params"]], lr=RATE, betas=BETAS, eps=EPS)
     for seed in range(2):
-        parts = parts_of(4, seed=seed)
-        result = ours.train_step(training_batch(*parts), learning_rate=RATE)
-        plain.zero_grad()
-        lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *parts))
-        plain.step()
-        assert result.losses.lm_loss == pytest.approx(lm_loss, rel=EXACT)
-        assert result.losses.mtp_loss == pytest.approx((mtp_loss,), rel=EXACT)
-        assert result.losses.balance_loss == pytest.approx(balance, rel=EXACT)
+        result = step_of_both(ours, reference, plain, seed, RATE)
         for each, gradient in gradients(ours).items():
             wanted = reference.weights[each].grad
             assert (gradient is None) == (wanted is None) == (each in frozen), each

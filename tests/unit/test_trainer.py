@@ -24,7 +24,7 @@ from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
-from megatron_deepseek.training.trainer import Plan, StopFlags, Trainer, _travel
+from megatron_deepseek.training.trainer import Plan, StepResult, StopFlags, Trainer, _travel
 
 SEQ_LENGTH = 6
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
@@ -84,6 +84,20 @@ def reference_of(model) -> ReferenceModel:
                           CONFIG.qk_head_dim**-0.5)
 
 
+def step_of_both(ours: Trainer, reference: ReferenceModel, plain: torch.optim.Optimizer, seed: int,
+                 learning_rate: float) -> StepResult:
+    """A step on the same batch, of which both have the same losses; gradients of both are left for the caller."""
+    parts = parts_of(4, seed)
+    result = ours.train_step(training_batch(*parts), learning_rate)
+    plain.zero_grad()
+    lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *parts))
+    plain.step()
+    assert result.losses.lm_loss == pytest.approx(lm_loss, rel=EXACT)
+    assert result.losses.mtp_loss == pytest.approx((mtp_loss,), rel=EXACT)
+    assert result.losses.balance_loss == pytest.approx(balance, rel=EXACT)
+    return result
+
+
 def test_two_steps_against_plain_autograd_and_adamw(meshes):
     """Losses, every gradient, the gradient norm and every updated weight, over two micro-batches a step."""
     ours = trainer(meshes)
@@ -94,14 +108,7 @@ def test_two_steps_against_plain_autograd_and_adamw(meshes):
                                {"params": [w for w in trained.values() if w.ndim == 1], "weight_decay": 0.0}],
                               lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for step in range(2):
-        parts = parts_of(4, seed=step)
-        result = ours.train_step(training_batch(*parts), learning_rate=1e-2)
-        plain.zero_grad()
-        lm_loss, mtp_loss, balance = (loss.item() for loss in reference_step(reference, *parts))
-        plain.step()
-        assert result.losses.lm_loss == pytest.approx(lm_loss, rel=EXACT)
-        assert result.losses.mtp_loss == pytest.approx((mtp_loss,), rel=EXACT)
-        assert result.losses.balance_loss == pytest.approx(balance, rel=EXACT)
+        result = step_of_both(ours, reference, plain, seed=step, learning_rate=1e-2)
         expected = reference.gradients()
         errors = {name: relative_error(g, expected[name]) for name, g in gradients_of(ours.stages[0]).items()}
         assert max(errors.values()) < EXACT, errors
