@@ -22,7 +22,7 @@ def main() -> None:
     settings = parse_or_exit(sys.argv[1:], os.environ)
     if "--check-only" in sys.argv[1:]:
         return
-    from megatron_deepseek.training.loop import pretrain
+    from megatron_deepseek.pretraining.loop import pretrain
 
     pretrain(settings)
 

@@ -28,11 +28,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from reshard import measure_rounds  # noqa: E402
 
-from megatron_deepseek.checkpoint import distributed as checkpoint  # noqa: E402
-from megatron_deepseek.checkpoint.marker import iteration_directory  # noqa: E402
-from megatron_deepseek.checkpoint.state import state_to_save  # noqa: E402
+from megatron_deepseek.checkpoint.job import distributed as checkpoint# noqa: E402
+from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
+from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
 from megatron_deepseek.checkpoint.train_state import TrainState  # noqa: E402
-from megatron_deepseek.config import ModelConfig  # noqa: E402
+from megatron_deepseek.model.architecture.config import ModelConfig  # noqa: E402
 from megatron_deepseek.parallel.layout import Layout  # noqa: E402
 from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402
 from megatron_deepseek.parallel.start import keep_freed_memory  # noqa: E402

@@ -23,8 +23,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_deepseek.checkpoint.names import hf_shapes  # noqa: E402
-from megatron_deepseek.presets import V3  # noqa: E402
+from megatron_deepseek.checkpoint.convert.names import hf_shapes  # noqa: E402
+from megatron_deepseek.model.architecture.presets import V3  # noqa: E402
 
 SAVE_PRETRAINED = """
 import sys, torch

@@ -24,8 +24,8 @@ import torch
 from gpu_pieces import kernels as kernel_pieces
 from gpu_pieces import models
 from gpu_pieces.timing import Bench, Ceilings, Row, as_json, first_line
-from megatron_deepseek.ops import kernels
-from megatron_deepseek.ops.registry import choices
+from megatron_deepseek.ops.backends import kernels
+from megatron_deepseek.ops.backends.registry import choices
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = {

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
+from megatron_deepseek.checkpoint.dcp.metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.integrity import checksum_directory
-from megatron_deepseek.checkpoint.item_file import Part, split, write_items
-from megatron_deepseek.checkpoint.marker import MARKER, iteration_directory
-from megatron_deepseek.checkpoint.names import native_places
-from megatron_deepseek.checkpoint.rank_parts import Division, readers
-from megatron_deepseek.checkpoint.state import MOMENTS
+from megatron_deepseek.checkpoint.dcp.item_file import Part, split, write_items
+from megatron_deepseek.checkpoint.tracker import MARKER, iteration_directory
+from megatron_deepseek.checkpoint.convert.names import native_places
+from megatron_deepseek.checkpoint.reshard.rank_shards import Division, readers
+from megatron_deepseek.checkpoint.job.state import MOMENTS
 from megatron_deepseek.checkpoint.train_state import TrainState
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.pipeline_balance import stages
-from megatron_deepseek.presets import V3
+from megatron_deepseek.model.architecture.presets import V3
 
 WRITER = Layout(dp=2, tp=2, ep=4)
 ITERATION = 1

@@ -28,8 +28,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_deepseek.data.corpus.inputs import find_sources  # noqa: E402
-from megatron_deepseek.data.corpus.records import texts_of_source  # noqa: E402
+from megatron_deepseek.data.preprocess.inputs import find_sources  # noqa: E402
+from megatron_deepseek.data.preprocess.records import texts_of_source  # noqa: E402
 
 RAW = """
 import json, sys, time

@@ -26,8 +26,8 @@ from convert import measure  # noqa: E402
 # Starts the tool and tells how long it took once everything was imported.
 TIMED = """
 import sys, time
-from megatron_deepseek.checkpoint import target_layout
-from megatron_deepseek.checkpoint.reshard_command import main
+from megatron_deepseek.cli import target_layout
+from megatron_deepseek.cli.reshard_checkpoint import main
 begin, cpu = time.perf_counter(), time.process_time()
 status = main(sys.argv[1:])
 print(f"seconds {time.perf_counter() - begin} {time.process_time() - cpu}", file=sys.stderr)

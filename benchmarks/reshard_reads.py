@@ -24,11 +24,11 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from native import ITERATION, write_checkpoint  # noqa: E402
 
-from megatron_deepseek.checkpoint.distributed import load  # noqa: E402
-from megatron_deepseek.checkpoint.marker import iteration_directory  # noqa: E402
-from megatron_deepseek.checkpoint.reshard_command import main as reshard  # noqa: E402
-from megatron_deepseek.checkpoint.state import state_to_save  # noqa: E402
-from megatron_deepseek.config import ModelConfig  # noqa: E402
+from megatron_deepseek.checkpoint.job.distributed import load  # noqa: E402
+from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
+from megatron_deepseek.cli.reshard_checkpoint import main as reshard  # noqa: E402
+from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
+from megatron_deepseek.model.architecture.config import ModelConfig  # noqa: E402
 from megatron_deepseek.parallel.layout import Layout  # noqa: E402
 from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402
 from megatron_deepseek.planning.pipeline_balance import stages  # noqa: E402

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.parallel.layout import Layout

@@ -1,7 +1,7 @@
 // What every *_binding.cpp shares. They register the kernels as torch.ops.megatron_deepseek.*, by the LibTorch stable
 // ABI: one build serves every torch from the one it names on, and every Python. There tensors are checked, results
 // allocated, and the functions of kernels.h called on the current stream; derivatives and shapes without data are in
-// megatron_deepseek/ops/kernels.py.
+// megatron_deepseek/ops/backends/kernels.py.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -1,4 +1,4 @@
-// Block-scaled FP8 products on Hopper (sm_90a), the arithmetic of ops/fp8_gemm.py:
+// Block-scaled FP8 products on Hopper (sm_90a), the arithmetic of ops/fp8/gemm.py:
 //
 //   out[m, n] = sum over blocks j of 128 of K:  (sum over k in j of a[m, k] b[n, k]) * (scale_a[m, j] * scale_b[n, j])
 //

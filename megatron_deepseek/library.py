@@ -5,7 +5,7 @@ The commands go another way, from arguments to settings; both end in the same Tr
 
 import torch.distributed as dist
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes

@@ -155,8 +155,8 @@ class RunSettings:
 
     `train_iters`: after how many iterations it ends. Where `train_samples` says it in samples instead, these are the
     iterations of a run from its start, and are counted again from a checkpoint that it continues.
-    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8_recipe.py). `fp8_param_gather`: its weights are
-    quantised before FSDP gathers them (ops/fp8_weight.py). `model_file`: the config.json of --model, None for a preset.
+    `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
+    quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
     `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
     """
 

@@ -21,21 +21,21 @@ WHERE = {
     "_wait_batch_p2p": "torch.distributed.pipelining.schedules",
     # The backward of a stage without what torch's stage does around it (parallel/stage.py).
     "stage_backward": "torch.distributed.pipelining._backward",
-    # Shards that are several pieces of a tensor: stacked experts cut in each matrix (parallel/pieces.py).
+    # Shards that are several pieces of a tensor: stacked experts cut in each matrix (parallel/shards.py).
     "DTensorSpec": "torch.distributed.tensor._dtensor_spec",
     "TensorMeta": "torch.distributed.tensor._dtensor_spec",
     "LocalShardsWrapper": "torch.distributed.tensor._shards_wrapper",
     "_compute_local_shape_and_global_offset": "torch.distributed.tensor._utils",
     "_StridedShard": "torch.distributed.tensor.placement_types",
-    # The copy that a save in the background is made of (checkpoint/distributed.py).
+    # The copy that a save in the background is made of (checkpoint/job/distributed.py).
     "StateDictStager": "torch.distributed.checkpoint._state_dict_stager",
-    # Ranks that do not exist, to shard a model as they would (checkpoint/rank_parts.py).
+    # Ranks that do not exist, to shard a model as they would (checkpoint/reshard/rank_shards.py).
     "FakeStore": "torch.testing._internal.distributed.fake_pg",
-    # Traces of all threads (training/profile.py).
+    # Traces of all threads (runtime/profile.py).
     "_ExperimentalConfig": "torch._C._profiler",
     # Hooks for saved tensors that are in force, of which torch applies only the innermost (ops/recompute.py).
     "_top_saved_tensors_default_hooks": "torch._C._autograd",
-    # The store that the job was joined by, and time-outs of groups that were made without one (training/failure.py,
+    # The store that the job was joined by, and time-outs of groups that were made without one (runtime/failure.py,
     # parallel/start.py).
     "_get_default_store": "torch.distributed.distributed_c10d",
     "_set_pg_timeout": "torch.distributed.distributed_c10d",

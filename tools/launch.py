@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.launch.torchrun import PROGRAM, main
 
 if __name__ == "__main__":

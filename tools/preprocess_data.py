@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_deepseek.data.corpus.command import main
+from megatron_deepseek.cli.preprocess_data import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -26,8 +26,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.arguments.command_line import OneLineParser
-from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.ending import exit_status
 
 PACKAGE = REPOSITORY / "megatron_deepseek"
 PROMPT = "def read(self, size):"

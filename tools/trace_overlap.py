@@ -8,9 +8,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.arguments.command_line import OneLineParser
-from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.training.trace import Overlap, overlaps, read_trace, total
+from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.runtime.trace import Overlap, overlaps, read_trace, total
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

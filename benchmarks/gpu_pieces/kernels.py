@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from gpu_pieces.timing import Bench, Case, Ceilings, Row
 
-from megatron_deepseek.ops import alternatives, cuda, fp8, fp8_gemm, fp8_norm, norm, permute, rope
+from megatron_deepseek.ops.backends import alternatives, cuda
+from megatron_deepseek.ops.fp8 import tiles as fp8, gemm as fp8_gemm, norm as fp8_norm
+from megatron_deepseek.ops import norm, permute, rope
 from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
-from megatron_deepseek.ops.fp8_recipe import quantize_swiglu
+from megatron_deepseek.ops.fp8.recipe import quantize_swiglu
 from megatron_deepseek.ops.grouped_gemm import grouped_forward, grouped_wgrad
-from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.swiglu import swiglu_backward
 
 TILE = 128

@@ -6,8 +6,8 @@ from argparse import Namespace
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
-from megatron_deepseek.config import ModelConfig, RopeScaling
-from megatron_deepseek.presets import describe_model, load_config
+from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
+from megatron_deepseek.model.architecture.presets import describe_model, load_config
 
 
 def build_model(args: Namespace) -> ModelConfig:

@@ -7,10 +7,10 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 
-from megatron_deepseek.arguments.ending import exit_status
+from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.arguments.explain_ranks import every_rank, pipeline_ranks, places_of_pipeline_rank
 from megatron_deepseek.arguments.features import FEATURES, table
-from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.validation import REFUSALS
 from megatron_deepseek.arguments.settings import Settings, parse_or_exit
 from megatron_deepseek.parallel.layout_string import to_string
 from megatron_deepseek.planning.node_reach import describe_reach

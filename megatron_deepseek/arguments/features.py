@@ -11,7 +11,7 @@ from string import ascii_letters
 
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
-from megatron_deepseek.arguments.refusals import IN_TURNS, REFUSALS
+from megatron_deepseek.arguments.validation import IN_TURNS, REFUSALS
 from megatron_deepseek.arguments.settings import Settings
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
 from megatron_deepseek.planning.pipeline_balance import resolve

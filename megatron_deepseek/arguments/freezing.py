@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from math import prod
 
-from megatron_deepseek.checkpoint.names import BIAS, native_places
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.checkpoint.convert.names import BIAS, native_places
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.frozen import is_frozen
 from megatron_deepseek.near_names import near_names
 

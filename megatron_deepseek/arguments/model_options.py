@@ -7,7 +7,7 @@ only what was given overrides the preset.
 import argparse
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.presets import preset_names
+from megatron_deepseek.model.architecture.presets import preset_names
 
 DROP_POLICIES = ("probs", "position")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.presets import load_config
+from megatron_deepseek.model.architecture.presets import load_config
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from megatron_deepseek.arguments.architecture import build_model, describe_archi
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
-from megatron_deepseek.arguments.refusals import refuse
+from megatron_deepseek.arguments.validation import refuse
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.training import schedules, timeline
-from megatron_deepseek.presets import config_file
+from megatron_deepseek.model.architecture.presets import config_file
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
                                         LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
                                         RecomputeSettings, RunSettings)
@@ -103,7 +103,7 @@ def _with_options(message: str) -> str:
 
 def _begins(request: Request) -> bool:
     """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had, and
-    whether it goes on is rank 0's to decide (training/decision.py): parsing looks at no checkpoint.
+    whether it goes on is rank 0's to decide (runtime/decision.py): parsing looks at no checkpoint.
     """
     return request.args.load is None and request.args.save is None
 

@@ -5,8 +5,8 @@ Files of two kinds in one directory are worse than an error: `--load` of it take
 
 from pathlib import Path
 
-from megatron_deepseek.checkpoint.dcp_metadata import METADATA
-from megatron_deepseek.checkpoint.marker import MARKER, is_huggingface, iteration_directory, iterations
+from megatron_deepseek.checkpoint.dcp.metadata import METADATA
+from megatron_deepseek.checkpoint.tracker import MARKER, is_huggingface, iteration_directory, iterations
 
 
 def new_iteration(save: Path, iteration: int) -> Path:

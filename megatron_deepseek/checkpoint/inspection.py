@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_deepseek.checkpoint.dcp_files import DcpDirectory
+from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, Damage, read_checksums, verify_directory, verify_files
-from megatron_deepseek.checkpoint.names import BIAS
+from megatron_deepseek.checkpoint.convert.names import BIAS
 from megatron_deepseek.checkpoint.native import WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.production import Advance
 

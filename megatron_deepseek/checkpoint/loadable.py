@@ -3,18 +3,18 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_deepseek.checkpoint import mtp
-from megatron_deepseek.checkpoint.dcp_files import refuse_megatron
-from megatron_deepseek.checkpoint.huggingface import open_huggingface
+from megatron_deepseek.checkpoint.convert import mtp
+from megatron_deepseek.checkpoint.dcp.files import refuse_megatron
+from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import Damage, check_sizes, read_checksums
-from megatron_deepseek.checkpoint.marker import (
+from megatron_deepseek.checkpoint.tracker import (
     find_iteration,
     is_huggingface,
     iterations,
     last_iteration,
     problem,
 )
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 _NAMED_FILES = 3
 

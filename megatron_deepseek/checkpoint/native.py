@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_deepseek.checkpoint.dcp_files import METADATA, DcpDirectory, open_dcp
-from megatron_deepseek.checkpoint.marker import (
+from megatron_deepseek.checkpoint.dcp.files import METADATA, DcpDirectory, open_dcp
+from megatron_deepseek.checkpoint.tracker import (
     REMOVING,
     SAVING,
     find_iteration,
@@ -14,7 +14,7 @@ from megatron_deepseek.checkpoint.marker import (
     problem,
 )
 from megatron_deepseek.checkpoint.train_state import STATE, TrainState, read_state
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage, to_string

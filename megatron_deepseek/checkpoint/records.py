@@ -9,7 +9,7 @@ from sys import intern
 import torch
 import xxhash
 
-from megatron_deepseek.checkpoint.dcp_files import Item
+from megatron_deepseek.checkpoint.dcp.files import Item
 from megatron_deepseek.checkpoint.integrity import Checksum
 
 _READ_BYTES = 1 << 20

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint import unchanged
+from megatron_deepseek.checkpoint import raw_bytes as unchanged
 from megatron_deepseek.foreign_json import JsonObject, parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

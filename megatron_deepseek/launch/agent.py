@@ -21,7 +21,7 @@ def end_with_agent() -> None:
 
     An agent that is started again starts all its ranks again, and two of a rank must not train. The kernel kills
     (SIGKILL) a rank whose agent's main thread is gone; one whose agent was gone before leaves here with status 1.
-    Elsewhere than on Linux this does nothing, and the watch of training/failure.py ends the rank a second later.
+    Elsewhere than on Linux this does nothing, and the watch of runtime/failure.py ends the rank a second later.
     Ctrl-C while a rank starts is torchrun's to report: the rank ends at once and in silence.
     """
     if not started_by_agent():

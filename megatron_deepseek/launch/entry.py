@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_deepseek.arguments.ending import INTERRUPTED
+from megatron_deepseek.launch.ending import INTERRUPTED
 
 
 def run(program: str, main: Callable[[], None]) -> NoReturn:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_deepseek.arguments.ending import INTERRUPTED
+from megatron_deepseek.launch.ending import INTERRUPTED
 from megatron_deepseek.launch.links import silence_limited
 from megatron_deepseek.launch.signals import numbers_read
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.ops.precision_recipe import PrecisionRecipe

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.capacity import Capacity
@@ -20,7 +20,7 @@ from megatron_deepseek.model.frozen import freeze
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.moe import MoE
-from megatron_deepseek.ops import fp8_recipe
+from megatron_deepseek.ops.fp8 import recipe as fp8_recipe
 from megatron_deepseek.ops.precision_recipe import Grouped, PrecisionRecipe
 from megatron_deepseek.ops.recompute import kept, recomputed
 from megatron_deepseek.ops.side_stream import RunInLine, RunOnSideStream
@@ -42,7 +42,7 @@ from megatron_deepseek.settings import CommunicationSettings, LossSettings, Offl
 class Precision:
     """`master`: dtype of weights, gradients and moments; `compute`: what layers run in, None for the master's.
 
-    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8_recipe.py); `fp8_gather`: their
+    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8/recipe.py); `fp8_gather`: their
     weights are gathered over data ranks as FP8.
     """
 

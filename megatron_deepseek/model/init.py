@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from megatron_deepseek.parallel.pieces import pieces
+from megatron_deepseek.parallel.shards import pieces
 
 _BLOCK = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
 

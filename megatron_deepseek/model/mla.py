@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.documents import Documents

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.router import Router, Routing
-from megatron_deepseek.ops.block_scaled import whole
+from megatron_deepseek.ops.fp8.block_scaled import whole
 from megatron_deepseek.ops.precision_recipe import Gemm, Linear, PrecisionRecipe
 from megatron_deepseek.parallel.expert import DROPPED
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
-from megatron_deepseek.parallel.pieces import stacked_shard
+from megatron_deepseek.parallel.shards import stacked_shard
 from megatron_deepseek.parallel.tensor import (
     TensorParallel,
     column_linear,

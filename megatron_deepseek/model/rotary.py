@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from megatron_deepseek.config import ModelConfig, RopeScaling
+from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

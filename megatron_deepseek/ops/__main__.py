@@ -2,9 +2,9 @@
 
 import sys
 
-from megatron_deepseek.arguments.command_line import OneLineParser
-from megatron_deepseek.arguments.ending import exit_status
-from megatron_deepseek.ops.registry import CANDIDATES, choices
+from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.ops.backends.registry import CANDIDATES, choices
 
 PROGRAM = "python -m megatron_deepseek.ops"
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.ops.registry import with_backends
+from megatron_deepseek.ops.backends.registry import with_backends
 
 _aten = torch.ops.aten
 

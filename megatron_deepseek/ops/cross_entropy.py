@@ -7,7 +7,7 @@ parallel/vocabulary.py joins the parts of several ranks. Shapes: T tokens, v col
 
 import torch
 
-from megatron_deepseek.ops.registry import with_backends
+from megatron_deepseek.ops.backends.registry import with_backends
 
 
 @with_backends("cross_entropy_statistics")

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_deepseek.ops.registry import with_backends
+from megatron_deepseek.ops.backends.registry import with_backends
 
 
 def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ Shapes: T tokens, K copies of each (top-k), R = T*K rows, H hidden.
 
 import torch
 
-from megatron_deepseek.ops.registry import with_backends
+from megatron_deepseek.ops.backends.registry import with_backends
 
 
 @with_backends("gather_rows")

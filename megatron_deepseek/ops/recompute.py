@@ -15,7 +15,7 @@ from itertools import chain, islice
 
 import torch
 
-from megatron_deepseek.ops.block_scaled import apart, parts_of
+from megatron_deepseek.ops.fp8.block_scaled import apart, parts_of
 from megatron_deepseek.torch_private import _top_saved_tensors_default_hooks
 
 Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]

@@ -5,7 +5,7 @@ Shapes: B batch, S positions, N heads, D rotary dimensions, V value width.
 
 import torch
 
-from megatron_deepseek.ops.registry import with_backends
+from megatron_deepseek.ops.backends.registry import with_backends
 
 
 def apply_rope(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_deepseek.ops.block_scaled import parts_of
+from megatron_deepseek.ops.fp8.block_scaled import parts_of
 
 
 class RunInLine:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.block_scaled import map_rows
+from megatron_deepseek.ops.fp8.block_scaled import map_rows
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
@@ -35,7 +35,7 @@ class Dispatcher(Protocol):
     """`mesh` is that of the expert ranks, over which the experts' weights are sharded.
 
     `to_experts` makes what travels of the gradients of the experts' results. What tokens travel as is what they come
-    as: block-scaled ones (ops/block_scaled.py) as FP8. `counter` is told what is sent.
+    as: block-scaled ones (ops/fp8/block_scaled.py) as FP8. `counter` is told what is sent.
     """
 
     mesh: DeviceMesh

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megatron_deepseek.ops.block_scaled import bytes_of_row
+from megatron_deepseek.ops.fp8.block_scaled import bytes_of_row
 from megatron_deepseek.parallel.layout import Layout, nodes_divide
 
 Sent = Callable[[dist.ProcessGroup, torch.Tensor], None]

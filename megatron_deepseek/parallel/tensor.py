@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from megatron_deepseek.ops.block_scaled import map_rows
+from megatron_deepseek.ops.fp8.block_scaled import map_rows
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.precision_recipe import Gemm, Linear
 from megatron_deepseek.parallel.nodes import Sent, uncounted

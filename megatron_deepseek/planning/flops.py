@@ -12,7 +12,7 @@ here, because a step computes them: 281.1e9 without the MTP module of V3, 291.8e
 
 import re
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 # Dense BF16 peak with float32 accumulation, FLOPs a second: half of what NVIDIA's data sheets give "with sparsity".
 PEAK_BF16_FLOPS = {

@@ -8,7 +8,7 @@ lies on one node, or on whole ones. No torch: --explain-layout says it too.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 
 

@@ -9,7 +9,7 @@ is on the last stage and runs once for each prediction, also MTP's. The embeddin
 
 from itertools import accumulate
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout_string import Stage, parse
 from megatron_deepseek.settings import PipelineSettings
 

@@ -12,7 +12,7 @@ Activations, buffers of communication and what CUDA itself takes come on top.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank

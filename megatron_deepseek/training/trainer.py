@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, build_stages
 from megatron_deepseek.model.frozen import trained_parameters

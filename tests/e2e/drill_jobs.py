@@ -25,7 +25,7 @@ from mortal import Death, obituary, train, write_plan
 from workshop import REPOSITORY, Workshop
 
 from megatron_deepseek.checkpoint.integrity import verify_directory
-from megatron_deepseek.checkpoint.marker import (
+from megatron_deepseek.checkpoint.tracker import (
     begins_anew,
     find_iteration,
     iterations,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_deepseek.checkpoint.marker import find_iteration, last_iteration
+from megatron_deepseek.checkpoint.tracker import find_iteration, last_iteration
 
 DISK_MEBIBYTES = 64  # of a job's own disk: some ten times what a job keeps
 REFUSED = 2

@@ -21,9 +21,9 @@ if __name__ == "__main__":
     end_with_agent()  # before anything that takes time, as pretrain_deepseek.py does
 
 from megatron_deepseek.arguments import parse_or_exit
-from megatron_deepseek.checkpoint import writer
-from megatron_deepseek.checkpoint.marker import MARKER, SAVING
-from megatron_deepseek.training.loop import pretrain
+from megatron_deepseek.checkpoint.dcp import storage_writer as writer
+from megatron_deepseek.checkpoint.tracker import MARKER, SAVING
+from megatron_deepseek.pretraining.loop import pretrain
 from megatron_deepseek.training.trainer import Trainer
 
 WHAT = {"step": (Trainer, "train_step"), "write": (writer._ChecksummedFile, "write"), "fsync": (os, "fsync"),

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megatron_deepseek.checkpoint.names import hf_shapes
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.checkpoint.convert.names import hf_shapes
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -138,7 +138,7 @@ def test_memory_does_not_hold_the_model(tmp_path, large):
     64 MiB aside for each thread that has to wait for another's allocation: by chance.
     """
     measure = "import torch; print([l for l in open('/proc/self/status') if l.startswith('VmPeak')][0].split()[1])"
-    imports = "import megatron_deepseek.checkpoint.converting; " + measure
+    imports = "import megatron_deepseek.cli.convert_checkpoint_run; " + measure
     base = int(subprocess.run([sys.executable, "-c", imports], env=ENVIRONMENT, capture_output=True, text=True).stdout)
     size = sum(path.stat().st_size for path in large.glob("*.safetensors")) // 1024
     limit = f"export MALLOC_ARENA_MAX=1; ulimit -v {base + int(size * 0.6)}"

@@ -20,7 +20,7 @@ import atexit, os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from megatron_deepseek.launch.entry import run
-from megatron_deepseek.training.failure import FailureClaim
+from megatron_deepseek.runtime.failure import FailureClaim
 
 class Late:
     def __del__(self, write=os.write, sleep=time.sleep):  # when threads come back to nothing

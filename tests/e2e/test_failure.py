@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_deepseek.training.failure import guarded, lost_a_peer
+from megatron_deepseek.runtime.failure import guarded, lost_a_peer
 
 SCRIPT = '''
 import os, signal, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from megatron_deepseek.training.failure import guarded
+from megatron_deepseek.runtime.failure import guarded
 
 def read_token(step):
     raise RuntimeError(f"bad token in step {step}")

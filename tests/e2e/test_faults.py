@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from workshop import REPOSITORY
 
-from megatron_deepseek.checkpoint.marker import iterations, last_iteration
-from megatron_deepseek.training.lock_holder import LOCK, Holder, read_holder
+from megatron_deepseek.checkpoint.tracker import iterations, last_iteration
+from megatron_deepseek.runtime.lock_holder import LOCK, Holder, read_holder
 
 
 def drill(workshop, *arguments: str) -> str:
@@ -59,8 +59,8 @@ def test_leaves_in_time_and_exports_at_the_end_alone(workshop):
 
 SUSPENDED = """
 import os, signal
-from megatron_deepseek.checkpoint import writer
-from megatron_deepseek.training.save_lock import SaveLock
+from megatron_deepseek.checkpoint.dcp import storage_writer as writer
+from megatron_deepseek.runtime.save_lock import SaveLock
 
 def check_then_stop(directory, listing, check=writer.check_sizes):
     damage = check(directory, listing)

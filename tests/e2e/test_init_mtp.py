@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_deepseek.checkpoint.mtp import module_prefixes
-from megatron_deepseek.checkpoint.names import hf_shapes, mtp_copies
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
+from megatron_deepseek.checkpoint.convert.names import hf_shapes, mtp_copies
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.init import normal
 
 LAYOUTS = {1: [], 2: "--pipeline-model-parallel-size 2".split(),

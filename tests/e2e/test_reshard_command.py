@@ -13,9 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_deepseek.checkpoint.integrity import checksum_directory
-from megatron_deepseek.checkpoint.names import native_places
-from megatron_deepseek.checkpoint.reshard_command import main
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.checkpoint.convert.names import native_places
+from megatron_deepseek.cli.reshard_checkpoint import main
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "reshard_checkpoint.py")
@@ -46,7 +46,7 @@ def large(tmp_path_factory) -> Path:
 
 def address_space() -> int:
     """Kilobytes that importing the command takes."""
-    code = ("import megatron_deepseek.checkpoint.resharding; "
+    code = ("import megatron_deepseek.cli.reshard_checkpoint_run; "
             "print([l for l in open('/proc/self/status') if l.startswith('VmPeak')][0].split()[1])")
     return int(subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True).stdout)
 

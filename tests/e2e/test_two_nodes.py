@@ -14,7 +14,7 @@ import pytest
 from test_faults import wait_for_steps
 from workshop import REPOSITORY
 
-from megatron_deepseek.checkpoint.marker import last_iteration
+from megatron_deepseek.checkpoint.tracker import last_iteration
 
 pytestmark = pytest.mark.slow
 LAUNCH = str(REPOSITORY / "tools" / "launch.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_deepseek.ops import kernels
+from megatron_deepseek.ops.backends import kernels
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.backends.kernels import operator
 
 
 def batch(rows: int, columns: int, device, scale: float = 4.0):

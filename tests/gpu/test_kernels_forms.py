@@ -1,20 +1,22 @@
-"""ops/cuda.py, what models call on a GPU, against the references that they call on a CPU: values and gradients."""
+"""ops/backends/cuda.py, what models call on a GPU, against the references that they call on a CPU: values and gradients."""
 
 import pytest
 import torch
 
 from megatron_deepseek.ops import cross_entropy as losses
-from megatron_deepseek.ops import cuda, fp8, fp8_norm, permute, rope
-from megatron_deepseek.ops.fp8 import (
+from megatron_deepseek.ops.backends import cuda
+from megatron_deepseek.ops.fp8 import tiles as fp8, norm as fp8_norm
+from megatron_deepseek.ops import permute, rope
+from megatron_deepseek.ops.fp8.tiles import (
     dequantize_1x128,
     dequantize_128x128,
     quantize_1x128,
     quantize_128x1,
     quantize_128x128,
 )
-from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
-from megatron_deepseek.ops.fp8_recipe import swiglu_backward_tiles
-from megatron_deepseek.ops.registry import Choice
+from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.ops.fp8.recipe import swiglu_backward_tiles
+from megatron_deepseek.ops.backends.registry import Choice
 
 BF16 = {"rtol": 2**-7, "atol": 2**-7}  # each side rounds sums of a few numbers of the order of one
 

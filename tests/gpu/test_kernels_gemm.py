@@ -1,4 +1,4 @@
-"""Block-scaled products against ops/fp8_gemm.py: dense, M-grouped, K-grouped.
+"""Block-scaled products against ops/fp8/gemm.py: dense, M-grouped, K-grouped.
 
 The reference's operands are exact, so both differ by float32 sums of up to K products, and on a GPU by the 14 bits that
 tensor cores keep within 128 of K: relative to the norm of the whole result 2^-12 there, 1e-6 emulated; results in
@@ -8,9 +8,9 @@ bfloat16 are rounded once more, 2^-9.
 import pytest
 import torch
 
-from megatron_deepseek.ops import fp8, fp8_gemm
-from megatron_deepseek.ops.cuda import tile_rows
-from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.fp8 import tiles as fp8, gemm as fp8_gemm
+from megatron_deepseek.ops.backends.cuda import tile_rows
+from megatron_deepseek.ops.backends.kernels import operator
 
 HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(not HOPPER, reason="wgmma on E4M3 needs compute capability 9.0")

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
-from megatron_deepseek.ops import cross_entropy, cuda, fp8, fp8_gemm, fp8_norm, fp8_recipe, permute, registry, rope
+from megatron_deepseek.ops import cross_entropy, permute, rope
+from megatron_deepseek.ops.backends import cuda, registry
+from megatron_deepseek.ops.fp8 import tiles as fp8, gemm as fp8_gemm, norm as fp8_norm, recipe as fp8_recipe
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.backends.kernels import operator
 
 # tokens, choices, experts, the first of which nobody chooses and the last everybody may
 CASES = [(1, 1, 1), (7, 2, 3), (100, 8, 16), (300, 8, 1024), (700, 6, 64), (0, 4, 8)]

@@ -1,4 +1,4 @@
-"""The quantising kernels against ops/fp8.py: the same codes and scales, bit for bit.
+"""The quantising kernels against ops/fp8/tiles.py: the same codes and scales, bit for bit.
 
 Where a kernel also makes what it quantises, exponentials and square roots of different libraries may differ in the
 last place before a rounding: there a share of the codes may be one step off (`nearly`).
@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops import fp8
-from megatron_deepseek.ops.cuda import tile_rows
-from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.backends.cuda import tile_rows
+from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.swiglu import swiglu
 

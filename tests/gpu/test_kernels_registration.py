@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_deepseek.ops import kernels
-from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.backends import kernels
+from megatron_deepseek.ops.backends.kernels import operator
 
 CHECKS = ("test_autograd_registration", "test_faketensor")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_deepseek.ops.kernels import operator
+from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.rope import apply_rope
 
 SHAPES = [(1, 3, 5, 16, 8, 24), (2, 4, 16, 128, 64, 128), (1, 1, 1, 8, 128, 8), (2, 0, 3, 16, 8, 8)]

@@ -13,7 +13,7 @@ SIGHT = ("tests/unit/test_exchange.py",)
 STEP = ("tests/unit/test_trainer.py",)
 
 LOOP_MUTANTS = of(
-    "training/loop.py", LOOP,
+    "pretraining/loop.py", LOOP,
     ("learning_rate(self.schedule, state.consumed_samples)", "learning_rate(self.schedule, state.iteration)"),
     ("learning_rate(self.schedule, state.consumed_samples)",
      "learning_rate(self.schedule, state.consumed_samples + size)"),
@@ -41,18 +41,18 @@ LOOP_MUTANTS = of(
 )
 
 RESUME_MUTANTS = of(
-    "training/resume.py", LOOP,
+    "runtime/resume.py", LOOP,
     ("timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))",
      "settings.run.train_iters * settings.batch.global_batch_size"),
     ("samples(max(settings.run.train_iters, state.iteration))", "samples(settings.run.train_iters)"),
     ("train_iters=last_iteration(settings.run, settings.batch, state)", "train_iters=settings.run.train_iters"),
 ) + of(
-    "training/resume.py", RESUME,
+    "runtime/resume.py", RESUME,
     ("None if start.weights_only else trainer.optimizer", "trainer.optimizer"),
     ("    if start.finetune:\n        return TrainState()\n", ""),
     ("state.without_optimizer() if start.weights_only else state", "state"),
 ) + of(
-    "training/decision.py", ("tests/unit/test_decision.py",),
+    "runtime/decision.py", ("tests/unit/test_decision.py",),
     ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
     ("start.finetune or start.weights_only or bool(new)", "start.weights_only or bool(new)"),
     ("if last is not None and last.job.is_earlier_life_of(job):", "if False:"),
@@ -93,7 +93,7 @@ BATCHES = of(
 )
 
 SHOWN = of(
-    "training/report.py", ("tests/unit/test_report.py",),
+    "runtime/report.py", ("tests/unit/test_report.py",),
     ("(done - self._begun)", "done"),
     ("pace * (self._run.train_iters - done)", "pace * self._run.train_iters"),
 )
@@ -112,7 +112,7 @@ NORMS = of(
 )
 
 REFUSALS = of(
-    "arguments/refusals.py", ARGUMENTS,
+    "arguments/validation.py", ARGUMENTS,
     ("r.world_size % (r.tp * r.pp) != 0", "r.world_size % r.tp != 0"),
     ("r.stage_ranks % (r.tp * r.cp) != 0", "r.stage_ranks % r.cp != 0"),
     ("r.args.seq_length % (r.tp * r.cp),", "r.args.seq_length % r.tp,"),

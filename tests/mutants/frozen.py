@@ -36,7 +36,7 @@ FROZEN = of(
     ("        if ctx.needs_input_grad[1]:\n            (x,)", "        if True:\n            (x,)"),
     ("        if ctx.needs_input_grad[1]:\n            (x_RI,)", "        if True:\n            (x_RI,)"),
 ) + of(
-    "ops/fp8_recipe.py", UNIT,
+    "ops/fp8/recipe.py", UNIT,
     ("product.keep(x, tiles) if weight.requires_grad else ()", "product.keep(x, tiles)"),
     ("        if any(ctx.needs_input_grad[3:]):", "        if ctx.needs_input_grad[2]:"),
     ("        if weight.requires_grad:\n            hidden", "        if True:\n            hidden"),
@@ -51,7 +51,7 @@ FROZEN = of(
     "model/layer.py", OFFLOAD,
     ('any(getattr(each, "requires_grad", False) for each in (*args, *layer.parameters()))', "True"),
 ) + of(
-    "checkpoint/subset.py", CHECKPOINTS,
+    "checkpoint/job/subset.py", CHECKPOINTS,
     ("state.optimizer_steps - late.get(name, 0)", "state.optimizer_steps"),
     ("for name, first in state.late if name in trained}", "for name, first in state.late}"),
     ("if not any(moment in saved", "if not all(moment in saved"),

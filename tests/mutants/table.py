@@ -173,7 +173,7 @@ SCHEDULE_RULES = of(
 )
 
 PIECES = of(
-    "parallel/pieces.py", LAYOUTS,
+    "parallel/shards.py", LAYOUTS,
     ("offset[dim] + number * rows", "offset[dim] + number * part[dim]"),
 )
 
@@ -414,7 +414,7 @@ SAMPLES = of(
     ("stride = micro_batch_size * dp_size", "stride = micro_batch_size"),
     ("return ends_BS.cumsum(1) - ends_BS", "return ends_BS.cumsum(1)"),
 ) + of(
-    "training/loop.py", DATA,
+    "pretraining/loop.py", DATA,
     ('return self.trainer.meshes.rank("dp"), self.settings.layout.dp', "return 0, self.settings.layout.dp"),
     ("batch.num_rows * settings.layout.dp", "batch.num_rows"),
 )

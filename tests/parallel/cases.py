@@ -8,7 +8,7 @@ from covering import Space, cheaper_array, covering_array
 from cuts import random_cut
 from subsets import all_but, drawn
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel import schedule_rules
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from cases import Case
 from job import LEARNING_RATE, batch, make_batch, named, own_rows, plan_of, whole
 
-from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.distributed import BackgroundSaver, first_failure
-from megatron_deepseek.checkpoint.export import export_hf
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.distributed import BackgroundSaver, first_failure
+from megatron_deepseek.checkpoint.job.export import export_hf
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory
-from megatron_deepseek.checkpoint.state import MOMENTS
+from megatron_deepseek.checkpoint.job.state import MOMENTS
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.checkpoint.workspace import Workspace
 from megatron_deepseek.parallel.mesh import build_meshes
@@ -136,7 +136,7 @@ def save_without_a_shared_directory(case: Case, root: Path) -> tuple[str, list[s
     """The last rank is on another node, whose --save is its own disk, where that directory exists too: the error of a
     second save as this rank sees it, and what lies in this rank's directory then.
     """
-    from megatron_deepseek.checkpoint import writer
+    from megatron_deepseek.checkpoint.dcp import storage_writer as writer
 
     trainer, await_files = build(case), writer.await_files
     checkpoint.save(root / "0", TrainState(1, 0, 1), case.model, trainer.stages, trainer.optimizer, keep_last=1)
@@ -154,7 +154,7 @@ def save_without_a_shared_directory(case: Case, root: Path) -> tuple[str, list[s
 
 def space_asked_for(case: Case, root: Path) -> tuple[list[int], int]:
     """What a save asks for on the rank that looks, and how many bytes its ranks then wrote."""
-    from megatron_deepseek.checkpoint import writer
+    from megatron_deepseek.checkpoint.dcp import storage_writer as writer
 
     asked, bytes_of = [], writer.bytes_of
     writer.bytes_of = lambda plans: asked.append(bytes_of(plans)) or asked[-1]
@@ -169,7 +169,7 @@ def space_asked_for(case: Case, root: Path) -> tuple[list[int], int]:
 
 def _fill_disk_after(nbytes: int) -> None:
     """In this process: what is written to a file of weights beyond `nbytes` meets ENOSPC, after a part of it."""
-    from megatron_deepseek.checkpoint import writer
+    from megatron_deepseek.checkpoint.dcp import storage_writer as writer
 
     class Full:
         def __init__(self, raw):

@@ -7,9 +7,9 @@ from cases import Case, Reference
 from job import Record, run_case, run_reference
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import Precision
-from megatron_deepseek.ops import e5m6, fp8, fp8_gemm
+from megatron_deepseek.ops.fp8 import e5m6, tiles as fp8, gemm as fp8_gemm
 
 FP8 = Precision(torch.float64, fp8=True)
 GATHERED = replace(FP8, fp8_gather=True)

@@ -8,11 +8,11 @@ from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
 from objectives import inputs_of, objective_of
 from torch.distributed.tensor import DTensor
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.router import Router
-from megatron_deepseek.parallel import pieces
+from megatron_deepseek.parallel import shards as pieces
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.planning.pipeline_balance import resolve

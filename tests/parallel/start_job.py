@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.training import refusing as speaking
-from megatron_deepseek.training.decision import Start, share
-from megatron_deepseek.training.refusing import refusing
-from megatron_deepseek.training.save_lock import SaveLock
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.runtime import user_errors as speaking
+from megatron_deepseek.runtime.decision import Start, share
+from megatron_deepseek.runtime.user_errors import refusing
+from megatron_deepseek.runtime.save_lock import SaveLock
 
 
 def share_a_directory(root: Path, same: bool) -> tuple[str, str]:

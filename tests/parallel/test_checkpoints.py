@@ -22,7 +22,7 @@ from checkpoint_job import (
 )
 
 from megatron_deepseek.checkpoint.integrity import verify_directory
-from megatron_deepseek.checkpoint.marker import find_iteration, iterations, last_iteration, leftovers
+from megatron_deepseek.checkpoint.tracker import find_iteration, iterations, last_iteration, leftovers
 
 # One model (two layers, MTP, experts with a bias, tied embedding) in four layouts.
 A = Case(dp=2, tp=2, sp=True, ep=4, dispatcher="allgather", microbatches=3, mtp=1, shared=2, tied=True)

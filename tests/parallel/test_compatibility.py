@@ -13,7 +13,7 @@ from test_precision import BFLOAT16_CASES
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments.features import ALTERNATIVE, FEATURES, TESTED, cell
-from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.validation import REFUSALS
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 # Every list of cases that some test compares with one process, with the arguments that the test adds to the case's.

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from cases import NUM_EXPERTS, Case
 from job import batch, make_batch, named, own_rows, plan_of, whole
 
-from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.marker import iteration_directory
-from megatron_deepseek.checkpoint.state import MOMENTS
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.tracker import iteration_directory
+from megatron_deepseek.checkpoint.job.state import MOMENTS
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
 

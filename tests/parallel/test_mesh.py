@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import Precision, default_dtype, make_blueprint, units
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.ops.documents import Documents
@@ -19,9 +19,9 @@ from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
-from megatron_deepseek.parallel.pieces import pieces
+from megatron_deepseek.parallel.shards import pieces
 from megatron_deepseek.planning.pipeline_balance import stages
-from megatron_deepseek.presets import V3
+from megatron_deepseek.model.architecture.presets import V3
 from megatron_deepseek.training.trainer import Plan, _travel
 
 LAYOUTS = (

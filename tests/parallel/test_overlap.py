@@ -14,7 +14,7 @@ from job import batch, make_batch, plan_of
 
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
-from megatron_deepseek.training.profile import all_threads
+from megatron_deepseek.runtime.profile import all_threads
 from megatron_deepseek.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow

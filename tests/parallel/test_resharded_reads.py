@@ -10,8 +10,8 @@ from cases import Case
 from checkpoint_job import held, numbers
 from job import BIAS_RATE, LEARNING_RATE, batch, make_batch, own_rows, plan_of
 
-from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.reshard_command import main
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.cli.reshard_checkpoint import main
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import build_meshes

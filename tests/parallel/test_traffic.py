@@ -13,7 +13,7 @@ from cases import Case
 from job import batch, make_batch, plan_of
 
 from megatron_deepseek.model.build import make_dispatcher
-from megatron_deepseek.ops import block_scaled
+from megatron_deepseek.ops.fp8 import block_scaled
 from megatron_deepseek.parallel.expert import DROPPED, unchanged
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout import Layout

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from reference_routing import balance_loss, choose, weights_of_choice
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 
 class ReferenceModel:

@@ -5,7 +5,7 @@ V2: arXiv 2405.04434, sections 2.1.2 and 2.2.3-2.2.4 (equations 23-31). V3: arXi
 
 import torch
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 
 def groups_of(config: ModelConfig) -> list[range]:

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops import alternatives, fp8
+from megatron_deepseek.ops.backends import alternatives
+from megatron_deepseek.ops.fp8 import tiles as fp8
 from megatron_deepseek.ops.attention import attention
-from megatron_deepseek.ops.fp8_gemm import scaled_mm
+from megatron_deepseek.ops.fp8.gemm import scaled_mm
 from megatron_deepseek.ops.norm import norm_backward, norm_forward, rms_norm
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from megatron_deepseek.training.appending import AppendedFile
+from megatron_deepseek.runtime.appending import AppendedFile
 
 
 class Disk:
@@ -14,7 +14,7 @@ class Disk:
 
     def __init__(self, monkeypatch):
         self.room, self.error, self.write = 10**9, errno.ENOSPC, os.write
-        monkeypatch.setattr("megatron_deepseek.training.appending.os.write", self)
+        monkeypatch.setattr("megatron_deepseek.runtime.appending.os.write", self)
 
     def __call__(self, descriptor: int, data) -> int:
         if not self.room:
@@ -124,7 +124,7 @@ def stale_once(monkeypatch, name: str, times: int = 1) -> None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return real(*args)
 
-    monkeypatch.setattr(f"megatron_deepseek.training.appending.os.{name}", call)
+    monkeypatch.setattr(f"megatron_deepseek.runtime.appending.os.{name}", call)
 
 
 @pytest.mark.parametrize("call", ["write", "fstat"])

@@ -13,9 +13,9 @@ from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments import settings as settings_module
 from megatron_deepseek.arguments.architecture import build_model
 from megatron_deepseek.arguments.parser import build_parser
-from megatron_deepseek.arguments.refusals import REFUSALS
+from megatron_deepseek.arguments.validation import REFUSALS
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.presets import TINY, V2_LITE, V3
+from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.training.schedules import schedule_of
 
 ENTRY = Path(__file__).parents[2] / "pretrain_deepseek.py"

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_deepseek.checkpoint.chat_templates import read_template, template_names
-from megatron_deepseek.checkpoint.tokenizer_files import check_template, tokenizer_in, write_template
+from megatron_deepseek.checkpoint.convert.chat_templates import read_template, template_names
+from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template, tokenizer_in, write_template
 from megatron_deepseek.data.tokenizer import build_tokenizer
 
 B, E, U, A = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 
 from megatron_deepseek.arguments import parse_or_exit
-from megatron_deepseek.arguments.command_line import OneLineParser, proposals
-from megatron_deepseek.arguments.ending import BROKEN_PIPE, exit_status
+from megatron_deepseek.cli.command_line import OneLineParser, proposals
+from megatron_deepseek.launch.ending import BROKEN_PIPE, exit_status
 from megatron_deepseek.arguments.parser import build_parser
-from megatron_deepseek.checkpoint import command
-from megatron_deepseek.checkpoint.conversion import DTYPES
-from megatron_deepseek.checkpoint.formats import OPEN
+from megatron_deepseek.cli import convert_checkpoint as command
+from megatron_deepseek.checkpoint.convert.conversion import DTYPES
+from megatron_deepseek.checkpoint.convert.formats import OPEN
 
 ROOT = Path(__file__).parents[2]
 # the module of each command, arguments with a slip, and what was meant
 COMMANDS = {
-    "convert": ("megatron_deepseek.checkpoint.command", ["--form", "hf"], "--from"),
-    "reshard": ("megatron_deepseek.checkpoint.reshard_command", ["reshard", "--tensor-parallel-size", "2"],
+    "convert": ("megatron_deepseek.cli.convert_checkpoint", ["--form", "hf"], "--from"),
+    "reshard": ("megatron_deepseek.cli.reshard_checkpoint", ["reshard", "--tensor-parallel-size", "2"],
                 "--tensor-model-parallel-size"),
-    "preprocess": ("megatron_deepseek.data.corpus.command", ["--inputs", "x"], "--input"),
-    "dataset": ("megatron_deepseek.data.dataset_command", ["merge", "--output", "x"], "--output-prefix"),
-    "generate": ("megatron_deepseek.inference.command", ["--max-tokens", "3"], "--max-new-tokens"),
-    "plot": ("megatron_deepseek.training.plot", ["--out", "x"], "--output"),
+    "preprocess": ("megatron_deepseek.cli.preprocess_data", ["--inputs", "x"], "--input"),
+    "dataset": ("megatron_deepseek.cli.indexed_dataset", ["merge", "--output", "x"], "--output-prefix"),
+    "generate": ("megatron_deepseek.cli.generate", ["--max-tokens", "3"], "--max-new-tokens"),
+    "plot": ("megatron_deepseek.cli.plot", ["--out", "x"], "--output"),
     "operators": ("megatron_deepseek.ops.__main__", ["--hlep"], "--help"),
     "cache": ("tools.build_data_cache", ["--datapath", "x"], "--data-path"),
     "overlap": ("tools.trace_overlap", ["--halp"], "--help"),

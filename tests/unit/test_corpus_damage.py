@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from corpora import contents, documents_of, run, settings_of, write_lines
-from megatron_deepseek.data.corpus.run import preprocess
+from megatron_deepseek.data.preprocess.run import preprocess
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 LINES = b"".join(b'{"text": "%d"}\n' % i for i in range(3))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from corpora import contents, documents_of, run, settings_of
-from megatron_deepseek.data.corpus import cutting, encoders, long_text, part, records, texts
-from megatron_deepseek.data.corpus.fim import Rearrangement, draw_rearrangement
-from megatron_deepseek.data.corpus.long_text import BadDocument
-from megatron_deepseek.data.corpus.settings import Content
+from megatron_deepseek.data.preprocess import cutting, encoders, long_text, part, records, texts
+from megatron_deepseek.data.preprocess.fim import Rearrangement, draw_rearrangement
+from megatron_deepseek.data.preprocess.long_text import BadDocument
+from megatron_deepseek.data.preprocess.settings import Content
 from megatron_deepseek.data.tokenizer import FIM_TOKENS, SPECIAL_TOKENS, HuggingFaceTokenizer
 
 WORDS = ("the of and to in Sprache über naïve 12345 don't x=y+1; \n\n  \t ﬁ 中文字符，测试。日本語の、テスト！ "
@@ -81,7 +81,7 @@ class WrongEncoder(encoders.GigatokenEncoder):
 
 
 def test_tokenizers_is_taken_where_they_differ(tmp_path, tokenizer_json, monkeypatch):
-    from megatron_deepseek.data.corpus.run import preprocess
+    from megatron_deepseek.data.preprocess.run import preprocess
     monkeypatch.setattr(encoders, "GigatokenEncoder", WrongEncoder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     documents, said = corpus(tmp_path), []
@@ -92,7 +92,7 @@ def test_tokenizers_is_taken_where_they_differ(tmp_path, tokenizer_json, monkeyp
 
 
 def test_without_gigatoken(tmp_path, tokenizer_json, monkeypatch):
-    from megatron_deepseek.data.corpus.run import preprocess
+    from megatron_deepseek.data.preprocess.run import preprocess
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     corpus(tmp_path)
     said = []

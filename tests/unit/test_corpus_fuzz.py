@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_deepseek.data.corpus import long_text, records
-from megatron_deepseek.data.corpus.inputs import Source
-from megatron_deepseek.data.corpus.plan import Segment, plan_parts
-from megatron_deepseek.data.corpus.records import Fault, SegmentReader
-from megatron_deepseek.data.corpus.streams import DamagedStream, open_stream
+from megatron_deepseek.data.preprocess import long_text, records
+from megatron_deepseek.data.preprocess.inputs import Source
+from megatron_deepseek.data.preprocess.plan import Segment, plan_parts
+from megatron_deepseek.data.preprocess.records import Fault, SegmentReader
+from megatron_deepseek.data.preprocess.streams import DamagedStream, open_stream
 
 FEW = settings(max_examples=60, deadline=None)
 JSON_LIKE = st.lists(st.sampled_from([b'{"text": "', b'"}', b"\n", b'"', b"\\", b"\\u", b"d83d", b"\\ude00", b"{", b"[",

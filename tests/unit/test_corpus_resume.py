@@ -10,15 +10,15 @@ import sys
 import pytest
 
 from corpora import contents, documents_of, run, settings_of, write_lines
-from megatron_deepseek.data.corpus.ledger import Ledger
-from megatron_deepseek.data.corpus.workers import run_tasks
+from megatron_deepseek.data.preprocess.ledger import Ledger
+from megatron_deepseek.data.preprocess.workers import run_tasks
 
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from corpora import run, settings_of
 from pathlib import Path
-from megatron_deepseek.data.corpus import assembly, part, run as whole
+from megatron_deepseek.data.preprocess import assembly, part, run as whole
 from megatron_deepseek.data import indexed
 folder, moment, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 selection = {"dedup": "exact", "shuffle_seed": 3} if moment == "gather" else {}

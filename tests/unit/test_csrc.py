@@ -72,7 +72,7 @@ LOAD = """
 import sys, torch
 from pathlib import Path
 from torch._subclasses import FakeTensorMode
-from megatron_deepseek.ops import kernels
+from megatron_deepseek.ops.backends import kernels
 kernels.load(Path(sys.argv[1]))
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 assert all(has(f"megatron_deepseek::{name}", "CUDA") for name in kernels.FAKES)

@@ -10,8 +10,8 @@ import pytest
 from full_disks import full_after, small_disk
 
 from corpora import contents, documents_of, run, settings_of, write_lines
-from megatron_deepseek.data.corpus.selection import append_by
-from megatron_deepseek.data.dataset_command import main
+from megatron_deepseek.data.preprocess.selection import append_by
+from megatron_deepseek.cli.indexed_dataset import main
 from megatron_deepseek.data.indexed import written_whole
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

@@ -1,4 +1,4 @@
-"""checkpoint/dcp_metadata.py and dcp_metadata_writer.py against torch.distributed.checkpoint itself."""
+"""checkpoint/dcp/metadata.py and dcp_metadata_writer.py against torch.distributed.checkpoint itself."""
 
 import copyreg
 import gc
@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from test_pickle_values import mutations
 
-from megatron_deepseek.checkpoint import dcp_files
-from megatron_deepseek.checkpoint.dcp_files import DcpDirectory, Item
-from megatron_deepseek.checkpoint.dcp_metadata_writer import write_metadata
+from megatron_deepseek.checkpoint.dcp import files as dcp_files
+from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, Item
+from megatron_deepseek.checkpoint.dcp.metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 
 SHAPES = {"model.scalar": (), "model.weight": (6, 5), "optimizer.exp_avg.large": (70_000, 3)}
@@ -246,6 +246,6 @@ def test_memory_of_many_items(tmp_path):
 def test_the_tools_start_without_dcp():
     """Half a second of their start."""
     program = """import sys
-import megatron_deepseek.checkpoint.converting, megatron_deepseek.checkpoint.resharding
+import megatron_deepseek.cli.convert_checkpoint_run, megatron_deepseek.cli.reshard_checkpoint_run
 print(*(name for name in ("torch.distributed.checkpoint", "megatron_deepseek.model.build") if name in sys.modules))"""
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"

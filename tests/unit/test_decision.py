@@ -9,15 +9,15 @@ import pytest
 from small_datasets import EOD, SEQ, write_dataset
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.checkpoint.marker import MARKER, begins_anew, iteration_directory
+from megatron_deepseek.checkpoint.tracker import MARKER, begins_anew, iteration_directory
 from megatron_deepseek.checkpoint.native import ARGUMENTS
-from megatron_deepseek.presets import TINY
+from megatron_deepseek.model.architecture.presets import TINY
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training import decision
-from megatron_deepseek.training.decision import Start, decide, overwrite, share
-from megatron_deepseek.training.recorded import Job, Recorded
-from megatron_deepseek.training.resume import refuse_bad_input, save_lock
-from megatron_deepseek.training.save_lock import LOCK, Holder, SaveLock, read_holder
+from megatron_deepseek.runtime import decision
+from megatron_deepseek.runtime.decision import Start, decide, overwrite, share
+from megatron_deepseek.runtime.recorded import Job, Recorded
+from megatron_deepseek.runtime.resume import refuse_bad_input, save_lock
+from megatron_deepseek.runtime.save_lock import LOCK, Holder, SaveLock, read_holder
 
 JOB = Job("this")
 ANOTHER = Job("another")
@@ -188,14 +188,14 @@ def raising(monkeypatch):
     def refused(line: str):
         raise ValueError(line)
 
-    monkeypatch.setattr("megatron_deepseek.training.refusing.refuse", refused)
-    monkeypatch.setattr("megatron_deepseek.training.resume.SaveLock", partial(SaveLock, leaving_seconds=0.05))
+    monkeypatch.setattr("megatron_deepseek.runtime.user_errors.refuse", refused)
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.SaveLock", partial(SaveLock, leaving_seconds=0.05))
 
 
 def test_what_is_there_is_looked_at_under_the_lock(tmp_path, raising, monkeypatch):
     """A run that ended just before is then seen whole; a second run is refused, and leaves the first one's lock."""
     settings = settings_of(tmp_path, f"--save {tmp_path}/run")
-    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda run, model, job, token: Start(
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda run, model, job, token: Start(
         lock=token, notes=((tmp_path / "run" / LOCK).read_text(),)))
     first = save_lock(settings, JOB)
     start = refuse_bad_input(settings, JOB, first)

@@ -14,18 +14,18 @@ from test_examples import DATA, bash, released, settings_of, words_of  # noqa: F
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.planning.states import state_bytes
-from megatron_deepseek.presets import V3
+from megatron_deepseek.model.architecture.presets import V3
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NO_OPTION = "--option-that-no-tool-has"
 COMMANDS = {
-    "tools/convert_checkpoint.py": "megatron_deepseek.checkpoint.command",
-    "tools/reshard_checkpoint.py": "megatron_deepseek.checkpoint.reshard_command",
-    "tools/preprocess_data.py": "megatron_deepseek.data.corpus.command",
-    "tools/indexed_dataset.py": "megatron_deepseek.data.dataset_command",
-    "tools/generate.py": "megatron_deepseek.inference.command",
-    "megatron_deepseek.training.plot": "megatron_deepseek.training.plot",
+    "tools/convert_checkpoint.py": "megatron_deepseek.cli.convert_checkpoint",
+    "tools/reshard_checkpoint.py": "megatron_deepseek.cli.reshard_checkpoint",
+    "tools/preprocess_data.py": "megatron_deepseek.cli.preprocess_data",
+    "tools/indexed_dataset.py": "megatron_deepseek.cli.indexed_dataset",
+    "tools/generate.py": "megatron_deepseek.cli.generate",
+    "megatron_deepseek.cli.plot": "megatron_deepseek.cli.plot",
     **{f"tools/{name}.py": f"tools.{name}" for name in (
         "build_data_cache", "make_corpus", "train_tokenizer", "trace_overlap", "run_tiny")}}
 FROM_HERE = ("quickstart_cluster.md", "r1.md")  # whose commands are tried whole

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.arguments.ending import BROKEN_PIPE
+from megatron_deepseek.launch.ending import BROKEN_PIPE
 from megatron_deepseek.arguments.explain import compatibility, explain, explain_layout, goes_with_what
 from megatron_deepseek.arguments.explain_ranks import in_short, places
 from megatron_deepseek.parallel.layout import Layout

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_deepseek.checkpoint import block_fp8
-from megatron_deepseek.ops import e5m6, fp8
-from megatron_deepseek.ops.fp8_gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.checkpoint.convert import block_fp8
+from megatron_deepseek.ops.fp8 import e5m6, tiles as fp8
+from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 
 SIZES = (1, 127, 128, 129, 300)
 INF, NAN = float("inf"), float("nan")

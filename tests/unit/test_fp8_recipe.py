@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from small_models import enliven, forward, gradients_of, random_batch, whole_model
 from test_recompute import Watch, kept_by
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import Precision
-from megatron_deepseek.ops import fp8
+from megatron_deepseek.ops.fp8 import tiles as fp8
 from megatron_deepseek.ops.attention import attention
-from megatron_deepseek.ops.block_scaled import BlockScaled, bytes_of_row, quantize, share
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, bytes_of_row, quantize, share
 from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.ops.e5m6 import dequantize_e5m6, quantize_e5m6
-from megatron_deepseek.ops.fp8_recipe import Fp8Gemm, recipe
+from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
+from megatron_deepseek.ops.fp8.recipe import Fp8Gemm, recipe
 from megatron_deepseek.ops.recompute import recomputed
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
 from megatron_deepseek.settings import RecomputeSettings

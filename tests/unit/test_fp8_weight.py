@@ -11,8 +11,8 @@ from small_models import enliven, forward, gradients_of, random_batch, whole_mod
 from test_fp8_recipe import FP8, MODEL
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from megatron_deepseek.ops import fp8, fp8_recipe, fp8_weight
-from megatron_deepseek.ops.fp8_weight import Fp8Shard, Fp8Weight
+from megatron_deepseek.ops.fp8 import tiles as fp8, recipe as fp8_recipe, weight as fp8_weight
+from megatron_deepseek.ops.fp8.weight import Fp8Shard, Fp8Weight
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 
 

@@ -10,7 +10,7 @@ from small_models import V3_SMALL, enliven, random_batch, training_batch, whole_
 
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.settings import OptimizerSettings
-from megatron_deepseek.training.health import LabelWatch, NotFinite, SpikeWatch, find_origin
+from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.training.trainer import Losses, Plan, StepResult, Trainer
 
 SEQ_LENGTH = 6

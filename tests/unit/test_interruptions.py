@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training import interruptions
-from megatron_deepseek.training.interruptions import Interruptions
+from megatron_deepseek.runtime import interruptions
+from megatron_deepseek.runtime.interruptions import Interruptions
 from megatron_deepseek.training.trainer import StopFlags
 
 
@@ -79,7 +79,7 @@ STUCK = """
 import ctypes, signal, sys
 from pathlib import Path
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training.interruptions import Interruptions
+from megatron_deepseek.runtime.interruptions import Interruptions
 
 with Interruptions(RunSettings(10, save=Path("x")), True, 0.0).handling():
     print("ready", flush=True)

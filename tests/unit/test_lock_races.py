@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepseek.training import save_lock
-from megatron_deepseek.training.save_lock import LOCK, Holder, SaveLock, read_holder
+from megatron_deepseek.runtime import save_lock
+from megatron_deepseek.runtime.save_lock import LOCK, Holder, SaveLock, read_holder
 
 DEAD = replace(Holder.here("of a dead one"), started="1")
 

@@ -17,12 +17,12 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
-from megatron_deepseek.training.decision import Start
-from megatron_deepseek.training.loop import Run, make_plan
+from megatron_deepseek.runtime.decision import Start
+from megatron_deepseek.pretraining.loop import Run, make_plan
 from megatron_deepseek.training.next_token import NextTokenLosses
-from megatron_deepseek.training.recorded import Job
-from megatron_deepseek.training.report import Report
-from megatron_deepseek.training.resume import go_on, num_samples, refuse_bad_input
+from megatron_deepseek.runtime.recorded import Job
+from megatron_deepseek.runtime.report import Report
+from megatron_deepseek.runtime.resume import go_on, num_samples, refuse_bad_input
 from megatron_deepseek.training.trainer import StepResult
 
 RAMP = "--rampup-batch-size 2 2 8 --global-batch-size 6"  # batches of 2, 2, 4 and then 6
@@ -130,7 +130,7 @@ def test_a_resumed_run_goes_on_where_it_was(meshes, corpus):
     """A step that updates nothing counts as an iteration and its samples as read, but not as an optimizer's step."""
     settings = settings_of(corpus, "--nan-policy skip")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_deepseek.training.loop.find_origin", lambda *args: "somewhere")
+        patch.setattr("megatron_deepseek.pretraining.loop.find_origin", lambda *args: "somewhere")
         ended, trainer, told = run(settings, meshes, TrainState(2, 4, 1, ((2, 2),)), skipped=(2,))
     assert ended.state == TrainState(5, 20, 3, ((2, 2), (1, 4), (2, 6)))
     assert [given["batch"].num_rows for given in trainer.steps] == SIZES[2:]
@@ -173,11 +173,11 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
         parse(f"{command} 90".split(), 1)
     command = command.replace("--lr-warmup", f"--save {tmp_path / 'save'} --lr-warmup")
-    monkeypatch.setattr("megatron_deepseek.training.resume.refusing", lambda lock: nullcontext())
-    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda *args: Start())
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.refusing", lambda lock: nullcontext())
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start())
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
         refuse_bad_input(parse(f"{command} 90".split(), 1), None, None)
-    monkeypatch.setattr("megatron_deepseek.training.resume.decide", lambda *args: Start(load=directory))
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start(load=directory))
     assert refuse_bad_input(parse(f"{command} 90".split(), 1), None, None).load == directory
     with pytest.raises(ValueError, match="--lr-warmup-samples 100 .* --train-iters 20 .100 samples"):
         refuse_bad_input(parse(f"{command} 100".split(), 1), None, None)

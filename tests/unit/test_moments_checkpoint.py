@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_models import V3_SMALL, random_batch, training_batch, whole_stage
 
-from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint.state import optimizer_state
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.state import optimizer_state
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training.optimizer import build_optimizer

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from megatron_deepseek.training.neighbours import Ring
+from megatron_deepseek.runtime.neighbours import Ring
 
 
 class Neighbour:

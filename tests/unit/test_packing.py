@@ -19,7 +19,7 @@ from reference_routing import balance_loss, choose
 from small_models import V3_SMALL, enliven, gradients_of, load, relative_error, training_batch, weights_of, whole_stage
 from test_parity import GRADIENT, V2, V3, theirs
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from small_models import enliven, forward, gradients_of, load, random_batch, relative_error, weights_of, whole_model
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 LOGITS, GRADIENT = 1e-5, 5e-5
 BATCH, SEQ_LENGTH = 2, 9

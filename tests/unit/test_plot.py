@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_deepseek.training.plot import main, read_curves, smooth
+from megatron_deepseek.cli.plot import main, read_curves, smooth
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from corpora import contents, documents_of, run, settings_of, write_bytes, write_lines
-from megatron_deepseek.data.corpus import inputs
-from megatron_deepseek.data.corpus.part import id_dtype
+from megatron_deepseek.data.preprocess import inputs
+from megatron_deepseek.data.preprocess.part import id_dtype
 from megatron_deepseek.data.indexed import open_indexed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +126,7 @@ def test_sentences(tmp_path, punkt, keep_newlines, lengths):
 
 def test_sentences_learned_from_the_input(tmp_path):
     """No model of this language is installed: Punkt sees that `xyz.` is followed by small letters, and says so."""
-    from megatron_deepseek.data.corpus.run import preprocess
+    from megatron_deepseek.data.preprocess.run import preprocess
     text = "The xyz. test ran. It was good. An xyz. test again. So it was. "
     write_lines(tmp_path / "in.jsonl", [{"text": text}] * 50)
     said = []

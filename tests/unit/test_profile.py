@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from megatron_deepseek.training.profile import check_profile, profiler
+from megatron_deepseek.runtime.profile import check_profile, profiler
 from megatron_deepseek.settings import RunSettings
 
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from megatron_deepseek.checkpoint import marker, publish
-from megatron_deepseek.checkpoint.marker import (
+from megatron_deepseek.checkpoint import tracker as marker, publishing as publish
+from megatron_deepseek.checkpoint.tracker import (
     MARKER,
     begins_anew,
     find_iteration,

@@ -7,7 +7,7 @@ from small_datasets import EOD, SEQ, write_dataset
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.checkpoint.native import ARGUMENTS
-from megatron_deepseek.training.recorded import Job, differences, explain_marks, read_recorded, record
+from megatron_deepseek.runtime.recorded import Job, differences, explain_marks, read_recorded, record
 
 
 @pytest.fixture

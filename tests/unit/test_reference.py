@@ -21,7 +21,7 @@ from small_models import (
     whole_model,
 )
 
-from megatron_deepseek.config import RopeScaling
+from megatron_deepseek.model.architecture.config import RopeScaling
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.settings import LossSettings
 

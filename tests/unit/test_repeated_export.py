@@ -3,7 +3,7 @@
 import pytest
 from native_checkpoints import MODEL, random_state, write_native
 
-from megatron_deepseek.checkpoint.export import check_export, export_hf, is_exported
+from megatron_deepseek.checkpoint.job.export import check_export, export_hf, is_exported
 from megatron_deepseek.settings import RunSettings
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from megatron_deepseek.training.metrics import StepMetrics, cut_after, read_metrics
-from megatron_deepseek.training.report import Report, open_report
+from megatron_deepseek.runtime.metrics import StepMetrics, cut_after, read_metrics
+from megatron_deepseek.runtime.report import Report, open_report
 from megatron_deepseek.settings import RunSettings
 
 STEP_KEYS = {"iteration", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens",
@@ -99,7 +99,7 @@ def test_a_cut_needs_no_room(tmp_path, monkeypatch):
     """On a full disk a restarted run must still be able to go on."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iter')
-    monkeypatch.setattr("megatron_deepseek.training.metrics._replace", pytest.fail)
+    monkeypatch.setattr("megatron_deepseek.runtime.metrics._replace", pytest.fail)
     assert cut_after(path, 2) == 0 and path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
     assert cut_after(path, 1) == 1 and path.read_text() == '{"iteration": 1}\n'
 
@@ -114,7 +114,7 @@ def test_a_full_disk_loses_neither_records_nor_events(tmp_path, monkeypatch):
         return real(descriptor, data)
 
     real, full, shown = os.write, False, io.StringIO()
-    monkeypatch.setattr("megatron_deepseek.training.appending.os.write", write)
+    monkeypatch.setattr("megatron_deepseek.runtime.appending.os.write", write)
     with open_report(RunSettings(9, save=tmp_path, tensorboard_dir=tmp_path / "tb"), stream=shown) as report:
         for iteration in range(1, 10):
             full = 3 <= iteration < 7
@@ -128,7 +128,7 @@ def test_a_full_disk_loses_neither_records_nor_events(tmp_path, monkeypatch):
 
 def test_records_that_never_found_room_are_an_error_but_hide_no_other(tmp_path, monkeypatch):
     report = open_report(RunSettings(9, save=tmp_path), stream=io.StringIO())
-    monkeypatch.setattr("megatron_deepseek.training.appending.os.write",
+    monkeypatch.setattr("megatron_deepseek.runtime.appending.os.write",
                         lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     report.step(step(1))
     with pytest.raises(OSError, match="bytes are missing.*metrics.jsonl"):
@@ -175,7 +175,7 @@ def test_plain_lines_every_log_interval(tmp_path):
 def test_time_left_goes_by_the_steps_of_this_process(monkeypatch):
     """Resumed at 2 of 12: 4 steps in 8 seconds, 6 more to go."""
     now, shown = [100.0], io.StringIO()
-    monkeypatch.setattr("megatron_deepseek.training.report.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megatron_deepseek.runtime.report.time.monotonic", lambda: now[0])
     with open_report(RunSettings(12, log_interval=6), 2, shown) as report:
         for iteration in range(3, 7):
             now[0] += 2.0

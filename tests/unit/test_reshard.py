@@ -10,7 +10,7 @@ import torch
 from native_checkpoints import MODEL, random_state, read_native, tool, write_native
 from small_checkpoints import assert_identical
 
-from megatron_deepseek.checkpoint.item_frame import frame
+from megatron_deepseek.checkpoint.dcp.item_frame import frame
 from megatron_deepseek.checkpoint.native import open_checkpoint
 
 LAYOUT = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
@@ -114,7 +114,7 @@ def test_a_dry_run_tells_what_resharding_would_save(tmp_path, original, capsys):
 
 def test_items_too_large_are_cut(tmp_path, original, state, monkeypatch):
     """Along the first dimension, and the experts' second one."""
-    monkeypatch.setattr("megatron_deepseek.checkpoint.item_file.ITEM_BYTES", 40_000)
+    monkeypatch.setattr("megatron_deepseek.checkpoint.dcp.item_file.ITEM_BYTES", 40_000)
     assert tool("reshard", "--load", original, "--save", tmp_path / "b", *options(tp=2)) == 0
     found = [item for items in open_checkpoint(tmp_path / "b").stored.items.values() for item in items]
     assert max(item.length for item in found) < 43_000

@@ -10,7 +10,8 @@ from interruptions import largest_file, stop_after
 from native_checkpoints import random_state, read_native, tool, write_native
 from small_checkpoints import assert_identical
 
-from megatron_deepseek.checkpoint import item_file, reshard
+from megatron_deepseek.checkpoint.dcp import item_file
+from megatron_deepseek.checkpoint.reshard import reshard
 
 FOUR_RANKS = ("--tensor-model-parallel-size", "2", "--data-parallel-size", "2")
 HEAD = "model.lm_head.weight"

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from native_checkpoints import MODEL
 
-from megatron_deepseek.checkpoint.rank_parts import Division, readers
-from megatron_deepseek.checkpoint.reshard import files_of_ranks
+from megatron_deepseek.checkpoint.reshard.rank_shards import Division, readers
+from megatron_deepseek.checkpoint.reshard.reshard import files_of_ranks
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.pipeline_balance import stages
 

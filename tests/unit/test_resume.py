@@ -4,14 +4,14 @@ import pytest
 import torch
 from small_models import V3_SMALL, random_batch, training_batch, weights_of, whole_stage
 
-from megatron_deepseek.checkpoint.marker import find_iteration
+from megatron_deepseek.checkpoint.tracker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.build import BuildOptions
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training.decision import Start
-from megatron_deepseek.training.report import Report
-from megatron_deepseek.training.resume import resume
-from megatron_deepseek.training.saving import Saver
+from megatron_deepseek.runtime.decision import Start
+from megatron_deepseek.runtime.report import Report
+from megatron_deepseek.runtime.resume import resume
+from megatron_deepseek.runtime.saving import Saver
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 SEQ_LENGTH = 6

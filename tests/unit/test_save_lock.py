@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from megatron_deepseek.training import lock_holder, save_lock
-from megatron_deepseek.training.save_lock import LOCK, Holder, SaveLock, read_holder
+from megatron_deepseek.runtime import lock_holder, save_lock
+from megatron_deepseek.runtime.save_lock import LOCK, Holder, SaveLock, read_holder
 
 
 @pytest.fixture

@@ -17,18 +17,18 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from small_models import V3_SMALL, random_batch, training_batch, weights_of, whole_stage
 
-from megatron_deepseek.checkpoint import distributed as checkpoint
-from megatron_deepseek.checkpoint import writer
-from megatron_deepseek.checkpoint.export import keep_assets
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.dcp import storage_writer as writer
+from megatron_deepseek.checkpoint.job.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
-from megatron_deepseek.checkpoint.marker import MARKER, find_iteration, iterations, last_iteration
+from megatron_deepseek.checkpoint.tracker import MARKER, find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.settings import RunSettings
-from megatron_deepseek.training import saving
-from megatron_deepseek.training.report import ProgressLines, Report
-from megatron_deepseek.training.save_lock import Holder, SaveLock
-from megatron_deepseek.training.saving import Saver, TakenOver
+from megatron_deepseek.runtime import saving
+from megatron_deepseek.runtime.report import ProgressLines, Report
+from megatron_deepseek.runtime.save_lock import Holder, SaveLock
+from megatron_deepseek.runtime.saving import Saver, TakenOver
 from megatron_deepseek.training.trainer import Plan, Trainer
 
 SEQ_LENGTH = 6

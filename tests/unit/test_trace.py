@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepseek.training.trace import Overlap, overlaps, read_trace, total
+from megatron_deepseek.runtime.trace import Overlap, overlaps, read_trace, total
 
 TOOL = Path(__file__).parents[2] / "tools" / "trace_overlap.py"
 

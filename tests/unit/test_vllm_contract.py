@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_checkpoints import V3_WIDE, all_tensors, convert, v3_directory
 
-from megatron_deepseek.config import ModelConfig
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 STACKED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "q_a_proj": ("fused_qkv_a_proj", 0),
            "kv_a_proj_with_mqa": ("fused_qkv_a_proj", 1)}

@@ -1,0 +1,203 @@
+"""What is where in a torch.distributed.checkpoint (DCP) directory.
+
+Tensors are stored in items, each a part of a tensor and a zip file of torch.save inside a larger file. dcp_reader.py
+reads any part of them, item_file.py writes files of them, and dcp_metadata_writer.py makes those DCP's own.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_deepseek.checkpoint.regions import Box, fill_once
+from megatron_deepseek.checkpoint.dcp.metadata import (
+    METADATA,
+    Chunk,
+    Index,
+    Properties,
+    StoredAt,
+    TensorEntry,
+    read_metadata,
+)
+from megatron_deepseek.checkpoint.integrity import is_inside, read_checksums, verify_files
+
+_MOST_DIMENSIONS = 8
+_LARGEST = 1 << 62  # of a size or a place in a file
+_FEW_PARTS = 1 << 18  # gone through in a second
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A part of the tensor `name`, saved by torch.save at bytes offset..offset + length of `file`.
+
+    There are hundreds of thousands: `items_of` and `records.py` let them share what is equal.
+    """
+
+    name: str
+    place: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    offset: int
+    length: int
+
+    @property
+    def box(self) -> Box:
+        return Box(self.place, self.shape)
+
+
+class DcpDirectory:
+    """What .metadata says: `shapes`, `dtypes` and `items` of tensors by name, the items in order of their place.
+
+    `others`: names of what is stored and no tensor. `begins`: where the numbers of items begin, by file and offset, as
+    dcp_reader.py remembers it.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self._check_checksum()
+        metadata = read_metadata(self.directory)
+        tensors = {name: entry for name, entry in metadata.state_dict_metadata.items()
+                   if isinstance(entry, TensorEntry)}
+        self.others = frozenset(metadata.state_dict_metadata) - frozenset(tensors)
+        self._check_number(tensors, len(metadata.storage_data))
+        fills = cache(_fills)  # layers are alike
+        for name, entry in tensors.items():
+            self._check(name, entry, fills)
+        self.shapes = {name: entry.size for name, entry in tensors.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
+        self.items = self._items(tensors, {(index.fqn, index.offset): info
+                                           for index, info in metadata.storage_data.items()
+                                           if isinstance(index, Index) and isinstance(index.fqn, str)
+                                           and _is_size(index.offset)})
+        self.begins: dict[tuple[str, int], int] = {}
+        self._longest = {name: max((item.shape[0] for item in items if item.shape), default=0)
+                         for name, items in self.items.items()}
+
+    def _check_checksum(self) -> None:
+        """ValueError if .metadata is not what it was, before anything in it is believed."""
+        listing = read_checksums(self.directory) or {}
+        for damage in verify_files(self.directory, listing, [METADATA] if METADATA in listing else []):
+            raise ValueError(f"{self.directory}/{damage}")
+
+    def _check_number(self, tensors: dict[Any, TensorEntry], places: int) -> None:
+        """ValueError for more parts than there are places to read them from. A pickle can name one list of parts for
+        all of its tensors, and going through them would take the square of its length.
+        """
+        parts = sum(len(entry.chunks) for entry in tensors.values() if isinstance(entry.chunks, list))
+        if parts > max(places, _FEW_PARTS):
+            raise ValueError(f"{self.directory / METADATA} says of {places:,} parts of tensors where they are, not of "
+                             f"all {parts:,}")
+
+    def _check(self, name: Any, entry: TensorEntry, fills: Callable[..., bool]) -> None:
+        """ValueError unless an entry is of the types that it should be, and its chunks are the whole tensor, once."""
+        path = self.directory / METADATA
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"{path} has a tensor {name!r:.60}, which is no name")
+        if not isinstance(entry.properties, Properties) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"{path} does not say of which type {name} is")
+        if not _is_size(entry.size) or not isinstance(entry.chunks, list) or not all(
+                isinstance(chunk, Chunk) and _is_size(chunk.offsets) and _is_size(chunk.sizes)
+                and len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks):
+            raise ValueError(f"{path} does not say of which shape {name} and its parts are")
+        if not fills(entry.size, tuple([(chunk.offsets, chunk.sizes) for chunk in entry.chunks])):
+            raise ValueError(f"{path}: the parts of {name} are not all numbers of its shape {entry.size}, each once")
+
+    def _items(self, tensors: dict[str, TensorEntry],
+               storage: dict[tuple[str, tuple[int, ...]], StoredAt]) -> dict[str, list[Item]]:
+        """Each tensor's items in the order of their first dimension. Equal places, of which there are many in a model
+        of equal layers, share their memory.
+        """
+        items, shared, inside = defaultdict(list), cache(tuple), cache(is_inside)
+        for name, entry in tensors.items():
+            for chunk in entry.chunks:
+                info = storage.get((name, chunk.offsets))
+                if not isinstance(info, StoredAt):
+                    raise ValueError(f"{self.directory / METADATA} does not say where {name} at "
+                                     f"{chunk.offsets} is")
+                nbytes = prod(chunk.sizes) * entry.properties.dtype.itemsize
+                if not (isinstance(info.relative_path, str) and inside(info.relative_path) and _is_size(
+                        (info.offset, info.length)) and info.length >= nbytes):
+                    raise ValueError(f"{self.directory / METADATA}: the {nbytes} bytes of {name} at {chunk.offsets} "
+                                     f"cannot be where it says they are")
+                if info.transform_descriptors:
+                    raise ValueError(f"{self.directory / info.relative_path}: {name} is stored compressed, "
+                                     f"which is not supported")
+                items[name].append(Item(name, shared(chunk.offsets), shared(chunk.sizes), entry.properties.dtype,
+                                        info.relative_path, info.offset, info.length))
+            items[name].sort(key=lambda item: item.place)
+        return items
+
+    def check_files(self) -> None:
+        """ValueError unless every file that an item needs is there, and long enough."""
+        last: dict[str, Item] = {}
+        for item in (item for items in self.items.values() for item in items):
+            if item.file not in last or item.offset > last[item.file].offset:
+                last[item.file] = item
+        for name, item in last.items():
+            path = self.directory / name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: {item.name} is in it")
+            if path.stat().st_size < item.offset + item.length:
+                raise ValueError(f"{path} is truncated: {item.name} ends at byte {item.offset + item.length}, "
+                                 f"the file at {path.stat().st_size}")
+
+    def covering(self, name: str, box: Box) -> list[Item]:
+        """The items that hold numbers of `box`. ValueError unless they hold all of them."""
+        items = [item for item in self._near(name, box) if item.box.overlap(box)]
+        found = sum(item.box.overlap(box).numel for item in items)
+        if found != box.numel:
+            raise ValueError(f"{self.directory}: {name} has only {found} of the {box.numel} numbers at {box.place} of "
+                             f"shape {box.shape}")
+        return items
+
+    def _near(self, name: str, box: Box) -> list[Item]:
+        """Items that begin before the end of the part along the first dimension, without those long before it."""
+        items = self.items[name]
+        if not box.place:
+            return items
+        first = bisect_right(items, box.place[0] - self._longest[name], key=_row)
+        return items[first:bisect_left(items, box.end[0], key=_row)]
+
+
+def _is_size(value: Any) -> bool:
+    return (type(value) is tuple and len(value) <= _MOST_DIMENSIONS and set(map(type, value)) <= {int}
+            and (not value or min(value) >= 0 and max(value) <= _LARGEST))
+
+
+def _fills(size: tuple[int, ...], chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> bool:
+    return fill_once(Box((0,) * len(size), size), [Box(*chunk) for chunk in chunks])
+
+
+def _row(item: Item) -> int:
+    return item.place[0]
+
+
+def open_dcp(directory: Path) -> DcpDirectory:
+    """ValueError, with the file and a tensor in it, where something is missing or truncated."""
+    refuse_legacy(directory)
+    opened = DcpDirectory(directory)
+    opened.check_files()
+    return opened
+
+
+def refuse_megatron(directory: Path) -> None:
+    """ValueError for an iteration of Megatron-LM where one of this project's is wanted, whose config.json is there."""
+    refuse_legacy(directory)
+    if (directory / METADATA).exists() and not (directory / "config.json").exists():
+        raise ValueError(f"{directory} has no config.json, as checkpoints of Megatron-LM have none: "
+                         "tools/convert_checkpoint.py --from megatron --to native makes one of it to begin from")
+
+
+def refuse_legacy(directory: Path) -> None:
+    """ValueError where Megatron-LM has written each rank's weights to a file of its own, by `torch.save`."""
+    if not (directory / METADATA).exists() and any(directory.glob("mp_rank_*")):
+        raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX); only "
+                         f"torch_dist is read. Megatron-LM converts it: the command that trained it, with "
+                         f"--ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY")

@@ -1,0 +1,175 @@
+"""The numbers of a DCP directory's items, read into whatever shape is wanted, by one thread.
+
+DCP's own reader loads a saved item whole (a rank's share of a layer's stacked experts: up to 15 GB for V3) for any
+part of it. Where an item's numbers begin, torch.load says without reading them (`map_location="meta"`).
+"""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from megatron_deepseek.checkpoint import raw_bytes as unchanged
+from megatron_deepseek.checkpoint.regions import Box, segments
+from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, Item
+from megatron_deepseek.checkpoint.safetensors_file import as_bytes
+
+_MOST_OPEN = 32
+_WASTE = 4  # rows are read whole and cut, unless that reads so many times what is wanted
+_CUT_BYTES = 1 << 22  # read at a time where rows are cut
+_MOST_BEGINS = 1 << 16  # remembered
+_ZIP = b"PK\x03\x04"
+_GATHER_BYTES = 1 << 20  # put together at a time
+
+
+class Section(io.RawIOBase):
+    """Bytes offset..offset + length of a file descriptor, as a file: what torch.load wants to see of an item."""
+
+    def __init__(self, descriptor: int, offset: int, length: int):
+        self.descriptor, self.offset, self.length, self.position = descriptor, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self.position = position + (0, self.position, self.length)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        wanted = memoryview(buffer).cast("B")[:max(self.length - self.position, 0)]
+        count = os.preadv(self.descriptor, [wanted], self.offset + self.position)
+        self.position += count
+        return count
+
+
+class Reader:
+    """Reads items of `directory`; keeps its files open, so that the kernel reads ahead. Not shared between threads."""
+
+    def __init__(self, directory: DcpDirectory):
+        self.directory = directory
+        self._open: dict[str, int] = {}
+        self._block: memoryview | None = None
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def stream(self, item: Item, run: Box) -> Iterator[memoryview]:
+        """The bytes of a run of `item`, a block at a time; a block is overwritten by the next."""
+        if self._block is None:
+            self._block = memoryview(bytearray(unchanged.BLOCK_BYTES))
+        with self._reading(item) as descriptor:
+            position = self._begin(item, descriptor) + item.box.position(run.place) * item.dtype.itemsize
+            yield from unchanged.blocks(descriptor, position, run.numel * item.dtype.itemsize, self._block)
+
+    def numbers(self, name: str, box: Box) -> Iterator[memoryview]:
+        """The bytes of a part of the tensor `name` in row-major order; a block is overwritten by the next."""
+        size = self.directory.dtypes[name].itemsize
+        for segment in segments(box, self.directory.covering(name, box), _GATHER_BYTES // size):
+            if segment.is_run:
+                yield from self.stream(segment.sources[0], segment.box)
+            else:
+                out = torch.empty(segment.box.shape, dtype=self.directory.dtypes[name])
+                self.gather(segment.box, segment.sources, out)
+                yield as_bytes(out)
+
+    def gather(self, box: Box, sources: Sequence[Item], out: torch.Tensor) -> None:
+        """Fill `out`, of the box's shape and the items' type, from those that cover the box."""
+        for item in sources:
+            part = box.overlap(item.box)
+            if part is None:
+                continue
+            with self._reading(item) as descriptor:
+                _copy(descriptor, self._begin(item, descriptor), item, part, out[box.slices(part)])
+
+    @contextmanager
+    def _reading(self, item: Item) -> Iterator[int]:
+        """The item's file; an error says which tensor of which file could not be read."""
+        try:
+            yield self._descriptor(item.file)
+        except (OSError, EOFError, RuntimeError) as error:
+            raise ValueError(f"{self.directory.directory / item.file}: {item.name} cannot be read: {error}") from error
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._open:
+            if len(self._open) == _MOST_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[file] = os.open(self.directory.directory / file, os.O_RDONLY)
+        return self._open[file]
+
+    def _begin(self, item: Item, descriptor: int) -> int:
+        """The byte at which an item's numbers begin, looked up once for all the parts that are read from it."""
+        known = self.directory.begins
+        begin = known.get((item.file, item.offset))
+        if begin is None:
+            begin = _numbers_begin(descriptor, item)
+            if len(known) >= _MOST_BEGINS:
+                known.clear()
+            known[item.file, item.offset] = begin
+        return begin
+
+
+def read_part(descriptor: int, item: Item, part: Box, target: torch.Tensor) -> None:
+    """`part`, a box in the tensor, of an item in an open file into `target`: a view, of any type and device.
+
+    RuntimeError, EOFError or OSError if the file is not what the item says.
+    """
+    _copy(descriptor, _numbers_begin(descriptor, item), item, part, target)
+
+
+def read(directory: DcpDirectory, name: str, box: Box) -> torch.Tensor:
+    """A part of the tensor `name`, in its own type."""
+    out = torch.empty(box.shape, dtype=directory.dtypes[name])
+    with Reader(directory) as reader:
+        reader.gather(box, directory.covering(name, box), out)
+    return out
+
+
+def _numbers_begin(descriptor: int, item: Item) -> int:
+    """They must be contiguous, which torch.save does not promise."""
+    if os.pread(descriptor, len(_ZIP), item.offset) != _ZIP:  # nor the forms that torch.load knows from before
+        raise RuntimeError(f"what torch.save wrote at byte {item.offset} is damaged")
+    try:
+        tensor = torch.load(Section(descriptor, item.offset, item.length), map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes raise anything, in many lines
+        raise RuntimeError(f"what torch.save wrote at byte {item.offset} is damaged") from error
+    if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype or not tensor.is_contiguous():
+        raise RuntimeError(f"it is saved as {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
+                           f"not as contiguous {item.dtype} {item.shape}")
+    return (item.offset + tensor.untyped_storage()._checkpoint_offset
+            + tensor.storage_offset() * item.dtype.itemsize)
+
+
+def _copy(descriptor: int, begin: int, item: Item, part: Box, target: torch.Tensor) -> None:
+    """Read `part` of an item, whose numbers lie at `begin`, into `target`: a view, of any type and device.
+
+    What is no run, or not right for the target's memory, is read a few rows at a time and copied from there.
+    """
+    axis = next((dim for dim, size in enumerate(part.shape) if size > 1), None)
+    is_run, size = item.box.is_run(part), item.dtype.itemsize
+    source = part if is_run else None
+    if is_run and target.device.type == "cpu" and target.dtype == item.dtype and target.is_contiguous():
+        return unchanged.fill(descriptor, as_bytes(target), begin + item.box.position(part.place) * size)
+    if axis == len(part.shape) - 2 and part.shape[-1] * _WASTE >= item.shape[-1]:
+        source = Box((*part.place[:-1], item.place[-1]), (*part.shape[:-1], item.shape[-1]))
+    if source is not None and (axis is None or source.numel * size <= _CUT_BYTES):
+        whole = torch.empty(source.shape, dtype=item.dtype)
+        unchanged.fill(descriptor, as_bytes(whole), begin + item.box.position(source.place) * size)
+        target.copy_(whole[source.slices(part)])
+        return
+    step = 1 if source is None else max(1, part.shape[axis] * _CUT_BYTES // (source.numel * size))
+    for rows in part.cut(axis, range(part.place[axis] + step, part.end[axis], step)):
+        _copy(descriptor, begin, item, rows, target[part.slices(rows)])

@@ -1,0 +1,280 @@
+"""Checkpoints that any layout can read: a torch.distributed.checkpoint (DCP) directory for each saved iteration.
+
+    SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
+                     /config.json   the architecture, in Hugging Face's form
+                     /state.json    iteration, consumed samples, optimizer steps, sizes of past batches
+                     /layout.json   the layout that wrote it, for people and the resharding tool
+                     /arguments.json   what the run was told, for the next start to say what has changed
+                     /checksums.json   size and digest of every other file
+    SAVE/latest_checkpointed_iteration.txt    names the last finished one
+
+Tensors are saved by global shape and offset, under Hugging Face's parameter names, so nothing in the files depends on
+the layout that wrote them.
+"""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import AsyncStager
+
+from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, open_dcp
+from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
+from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
+from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checksums, verify_files
+from megatron_deepseek.checkpoint.tracker import is_huggingface, iteration_directory
+from megatron_deepseek.checkpoint.dcp.storage_reader import CheckpointReader
+from megatron_deepseek.checkpoint.job.state import MOMENTS, fill_copies, model_state, state_to_save
+from megatron_deepseek.checkpoint.job.subset import Subset, late_parameters, set_steps
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
+from megatron_deepseek.checkpoint.dcp.storage_writer import CheckpointWriter
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.torch_private import StateDictStager
+
+T = TypeVar("T")
+
+def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
+         optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
+         group: dist.ProcessGroup | None = None, notes: Mapping[str, Any] | None = None,
+         still_mine: Callable[[], None] = lambda: None) -> Path:
+    """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
+
+    Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
+    were there are then as before. `group`: a gloo group of all ranks (the default group). `notes`: further JSON
+    files by name, as rank 0 has them. `still_mine`: as of CheckpointWriter.
+    """
+    try:
+        dcp.save(state_to_save(stages, optimizer), process_group=group,
+                 storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine))
+    except CheckpointException as error:
+        raise first_failure(error) from None
+    return iteration_directory(root, state.iteration)
+
+
+class _KeptCopy(AsyncStager):
+    """DCP's copier, with its memory kept for the next save. torch 2.11's DefaultStager can be used only once."""
+
+    should_synchronize_after_execute = False
+
+    def __init__(self):
+        self._cuda = torch.cuda.is_available()
+        self._copier = StateDictStager(pin_memory=self._cuda, share_memory=False)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        copy = self._copier.stage(state_dict, non_blocking=self._cuda)
+        if self._cuda:
+            torch.cuda.synchronize()
+        return copy
+
+    def close(self) -> None:
+        self._copier.close()
+
+
+class BackgroundSaver:
+    """Saves that stop training for a copy to memory alone: DCP's asynchronous path, in a thread.
+
+    The copy goes to memory that is kept between saves, pinned where there is CUDA. `group` must be a gloo group that
+    nothing else uses: the thread's collectives run while the job's own go on.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+        self._stager = _KeptCopy()
+
+    def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
+              optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
+              notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None) -> Future:
+        """Like `save`; returns once everything is copied. Wait for the future before the next call.
+
+        The future's error is DCP's CheckpointException: see `first_failure`.
+        """
+        return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
+                              storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine))
+
+    def close(self) -> None:
+        self._stager.close()
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """The cause of a CheckpointException, a BaseException that no `except Exception` sees; the lowest rank's."""
+    if not isinstance(error, CheckpointException) or not error.failures:
+        return error
+    rank = min(error.failures)
+    failure, _ = error.failures[rank]
+    failure.add_note(f"on rank {rank}") if hasattr(failure, "add_note") else None
+    return failure
+
+
+def has_optimizer(directory: Path) -> bool:
+    """Whether a checkpoint has the optimizer's state. Released weights, and what is converted from them, have none."""
+    if is_huggingface(directory):
+        return False
+    return any(name.startswith("optimizer.") for name in DcpDirectory(directory).shapes)
+
+
+def with_moments(directory: Path) -> set[str]:
+    """The parameters that a checkpoint has moments of."""
+    beginning = f"optimizer.{MOMENTS[0]}."
+    return {name.removeprefix(beginning) for name in DcpDirectory(directory).shapes if name.startswith(beginning)}
+
+
+def verify(directory: Path) -> list[Damage] | None:
+    """Damage of a checkpoint's files, every byte read once, each rank its share; every rank gets all of it.
+
+    None for a directory without checksums. What is to be there is what rank 0 has read: ranks that each looked for
+    themselves could see different listings, and wait for each other.
+    """
+    listing = _listing_of_first_rank(directory)
+    if listing is None:
+        return None
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    own = sorted(listing, key=lambda name: (listing[name].bytes, name))[rank::ranks]
+    everyone: list = [None] * ranks
+    dist.all_gather_object(everyone, verify_files(directory, listing, own))
+    return [damage for of_rank in everyone for damage in of_rank]
+
+
+def _listing_of_first_rank(directory: Path) -> dict[str, Checksum] | None:
+    """ValueError on every rank if checksums.json is damaged."""
+    found: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [read_checksums(directory)]
+        except ValueError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]
+
+
+def converted_moments(directory: Path, optimizer: torch.optim.Optimizer) -> list[str]:
+    """In words, the moments that a checkpoint has in another dtype than `optimizer` keeps them in.
+
+    Loading widens exactly and narrows by rounding to nearest, ties to even.
+    """
+    saved, own = DcpDirectory(directory).dtypes, next(iter(optimizer.state.values()), None)
+    if own is None:  # the stages of this rank are empty
+        return []
+    dtypes = {moment: {dtype for name, dtype in saved.items() if name.startswith(f"optimizer.{moment}.")}
+              for moment in MOMENTS}
+    return [f"{moment} was saved in {_names(dtypes[moment])} and is kept in {_names({own[moment].dtype})} from here on"
+            for moment in MOMENTS if dtypes[moment] - {own[moment].dtype}]
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None,
+         new: Sequence[str] = ()) -> TrainState:
+    """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
+
+    Tensors saved in another dtype are converted (`converted_moments` says which). `new`: beginnings of the names of
+    parameters that the checkpoint lacks; they keep the weights that they have, and there must be no optimizer.
+
+    Which parameters are frozen may have changed. One that was has no moments there: they stay zero, and its steps are
+    counted from here on (`TrainState.late`). Moments of one that is frozen now are left there.
+
+    Raises ValueError if a tensor is missing, unknown or of another shape: nothing else is loaded or dropped in silence.
+    What any rank raises, all raise.
+    """
+    assert not new or optimizer is None
+    beginnings = tuple(f"model.{beginning}" for beginning in new)
+    reader, train_state = _together(lambda: _open(directory))
+    saved = reader.read_metadata().state_dict_metadata
+    subset = Subset.of(stages, saved) if optimizer is not None else None
+    state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
+             if not name.startswith(beginnings) and not (subset and name in subset.absent)}
+    everyone = _check_tensors(directory, reader, state, subset)
+    _load(state, reader)
+    fill_copies(stages, optimizer)
+    if optimizer is not None:
+        train_state = replace(train_state, late=late_parameters(train_state, everyone))
+        set_steps(stages, optimizer, train_state)
+    return train_state
+
+
+def load_weights(directory: Path, stages: list[nn.Module]) -> None:
+    """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
+    state, reader = model_state(stages), CheckpointReader(open_dcp(directory)) if not is_huggingface(directory) else \
+        HuggingFaceReader(open_huggingface(directory, without_mtp=True))
+    mismatch = _mismatch(directory, reader.read_metadata().state_dict_metadata, state)
+    if mismatch is not None:
+        raise ValueError(mismatch)
+    _load(state, reader)
+    fill_copies(stages, None)
+
+
+def _open(directory: Path) -> tuple[dcp.StorageReader, TrainState]:
+    if is_huggingface(directory):
+        return HuggingFaceReader(open_huggingface(directory)), TrainState()
+    return CheckpointReader(open_dcp(directory)), read_state(directory)
+
+
+def _together(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank. Where it raises ValueError or OSError on any rank, all raise the lowest's, so
+    that none waits for one that has left; what one rank alone has seen says whose it is.
+    """
+    found, error = None, None
+    try:
+        found = work()
+    except (ValueError, OSError) as caught:
+        error = f"{caught}"
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (error, socket.gethostname()))
+    failed = [(rank, *each) for rank, each in enumerate(everyone) if each[0] is not None]
+    if not failed:
+        return found
+    rank, message, host = failed[0]
+    raise ValueError(message if len(failed) == len(everyone) else f"{message} (as rank {rank} on {host} sees it)")
+
+
+def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
+    try:
+        dcp.load(state, storage_reader=reader)
+    except CheckpointException as error:
+        raise first_failure(error) from None
+
+
+def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
+                   subset: Subset | None) -> list[Subset | None]:
+    """The `subset` of every rank, None where the optimizer is not loaded. ValueError on every rank if on any rank a
+    tensor of `state` is not in the checkpoint as it should be.
+    """
+    saved = reader.read_metadata().state_dict_metadata
+    others = reader.stored.others if isinstance(reader, CheckpointReader) else frozenset()
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (list(state), _mismatch(directory, saved, state), subset))
+    for _, mismatch, _ in everyone:
+        if mismatch is not None:
+            raise ValueError(mismatch)
+    unknown = (set(saved) | others) - {name for names, _, _ in everyone for name in names}
+    if subset is None:
+        unknown = {name for name in unknown if not name.startswith("optimizer.")}
+    else:
+        unknown -= {name for _, _, of_rank in everyone for name in of_rank.left}
+    if unknown:
+        raise ValueError(f"{directory} has {len(unknown)} tensors that this model lacks, first {min(unknown)}")
+    return [of_rank for _, _, of_rank in everyone]
+
+
+def _mismatch(directory: Path, saved: dict, state: dict[str, torch.Tensor]) -> str | None:
+    missing = sorted(set(state) - set(saved))
+    if missing and all(name.startswith("optimizer.") for name in missing):
+        return (f"{directory} lacks {len(missing)} tensors of the optimizer, first {missing[0]}; --no-load-optim "
+                "begins with fresh moments")
+    if missing:
+        return f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}"
+    for name, tensor in state.items():
+        if tuple(saved[name].size) != tuple(tensor.shape):
+            return f"{directory}: {name} has shape {tuple(saved[name].size)}, this model's has {tuple(tensor.shape)}"
+    return None

@@ -1,0 +1,150 @@
+"""From training to Hugging Face's form: what came with loaded weights is kept, and goes out with the trained ones."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+
+from megatron_deepseek.checkpoint.convert.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
+from megatron_deepseek.checkpoint.convert.chat_templates import read_template
+from megatron_deepseek.checkpoint.convert.conversion import convert
+from megatron_deepseek.checkpoint.convert.formats import hf_target, open_hf, open_native
+from megatron_deepseek.checkpoint.convert.huggingface import INDEX
+from megatron_deepseek.checkpoint.integrity import checksum_file, read_checksums
+from megatron_deepseek.checkpoint.tracker import is_huggingface
+from megatron_deepseek.checkpoint.convert.names import hf_shapes
+from megatron_deepseek.checkpoint.production import Share
+from megatron_deepseek.checkpoint.publishing import check_writable
+from megatron_deepseek.checkpoint.convert.tokenizer_files import (
+    JSON,
+    TEMPLATE,
+    holds_tokenizer,
+    replace_tokenizer,
+    tokenizer_to_keep,
+    write_template,
+)
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.data.tokenizer import find_tokenizer_json
+from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
+from megatron_deepseek.settings import DataSettings, RunSettings
+
+_SHARD_BYTES = 5 * 10**9
+
+
+def keep_assets(loaded: Path | None, save: Path) -> None:
+    """config.json, tokenizer and the like of what a run began from stay with the checkpoints of --save.
+
+    `loaded`: a Hugging Face directory, or one iteration's. The directory is whole from the moment that it has its name.
+    """
+    if loaded is None or (save / DIRECTORY).exists():
+        return
+    aside = save / f"{DIRECTORY}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    if is_huggingface(loaded):
+        source, assets = open_hf(loaded, without_mtp=False)
+        write_native_assets(aside, assets, source.config)
+    elif (loaded.parent / DIRECTORY).is_dir():
+        shutil.copytree(loaded.parent / DIRECTORY, aside)
+    else:
+        return
+    os.rename(aside, save / DIRECTORY)
+
+
+def keep_model_file(save: Path, model_file: Path | None, config: ModelConfig) -> None:
+    """After `keep_assets`: of a run that began from no released weights the config.json that its --model named.
+
+    Its dialect, and what has no meaning here, go out with exports.
+    """
+    if model_file is None or (save / DIRECTORY / "config.json").exists():
+        return
+    fields = dict(read_object(model_file).fields)
+    write_native_assets(save / DIRECTORY, replace(read_assets(save / DIRECTORY), directory=None, fields=fields), config)
+
+
+def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = None) -> None:
+    """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save, and --chat-template.
+
+    Nothing where it is there already: the files that came with loaded weights stay as they came. So they do with the
+    NullTokenizer, which says where documents end in data that is ids already, and nothing of what made them.
+    """
+    directory = save / DIRECTORY
+    if not _is_kept(directory, data):
+        files, tokens = tokenizer_to_keep(data.tokenizer_type, data.tokenizer_model)
+        there = read_assets(directory)
+        if tokens is not None and (files or (tokens != there.tokens and not holds_tokenizer(directory))):
+            directory.mkdir(parents=True, exist_ok=True)
+            note_tokens(directory, there.mtp_copies, tokens)
+            replace_tokenizer(directory, files)
+    template = None if chat_template is None else read_template(chat_template)
+    if template is not None and not _holds(directory / TEMPLATE, template.encode()):
+        write_template(directory, template)
+
+
+def _is_kept(directory: Path, data: DataSettings) -> bool:
+    """Whether a tokenizer is there, found without parsing it: every save asks."""
+    if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is not None:
+        return _holds(directory / JSON, find_tokenizer_json(data.tokenizer_model).read_bytes())
+    if data.tokenizer_type == "ByteTokenizer":
+        return _holds(directory / JSON, tokenizer_to_keep(data.tokenizer_type, None)[0][JSON])
+    return False
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content
+
+
+def check_export(save_hf: Path, config: ModelConfig, bf16: bool, finished: Path | None = None) -> None:
+    """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end.
+
+    `finished`: the checkpoint to export where nothing is left to train; its export may be there already.
+    """
+    if save_hf.exists() and (not save_hf.is_dir() or any(save_hf.iterdir())):
+        if finished is not None and is_exported(save_hf, finished, bf16):
+            return
+        raise ValueError(f"--save-hf {save_hf} exists already and is not empty")
+    place = check_writable("--save-hf", save_hf)
+    needed = sum(map(prod, hf_shapes(config).values())) * (2 if bf16 else 4)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(f"--save-hf {save_hf}: the export will take {needed:,} bytes, {free:,} are free there")
+
+
+def is_exported(save_hf: Path, checkpoint: Path, bf16: bool) -> bool:
+    """Whether `save_hf` is a finished export of that very checkpoint: exports get their name once they are whole."""
+    try:
+        wanted = _origin(checkpoint, bf16)
+        found = read_object(save_hf / INDEX, LARGEST_LIST).object("metadata").fields.get("exported")
+    except ValueError:
+        return False
+    return found == wanted and wanted["digest"] is not None
+
+
+def export_hf(run: RunSettings, rank: int, world_size: int) -> None:
+    """Write --save-hf from the last checkpoint of --save. Every rank calls it and writes its share of the files.
+
+    Ranks of an earlier start, which was killed, may have left word that they are done: they are not this one's.
+    """
+    start = [uuid4().hex]
+    if world_size > 1:
+        dist.broadcast_object_list(start)
+    source, assets = open_native(run.save, without_mtp=False)
+    origin = {"exported": _origin(source.path, run.bf16)}
+    target = hf_target(source, assets, run.save_hf, torch.bfloat16 if run.bf16 else None, _SHARD_BYTES, origin)
+    convert(source, target, Share(1, rank, world_size, start[0]), lambda nbytes: None, lambda text: None)
+
+
+def _origin(checkpoint: Path, bf16: bool) -> dict[str, Any]:
+    """What an export is known by: what it is made from. Checkpoints of older versions have no checksums."""
+    listing = read_checksums(checkpoint) or {}
+    weights = [[name, listing[name].digest] for name in sorted(listing) if name.endswith(".distcp")]
+    beside = [[path.name, checksum_file(path).digest] for path in read_assets(checkpoint.parent / DIRECTORY).files()]
+    digest = hashlib.sha256(json.dumps([weights, beside]).encode()).hexdigest()
+    return {"checkpoint": checkpoint.name, "bf16": bf16, "digest": digest if weights else None}

@@ -1,0 +1,86 @@
+"""What the parsers of all commands have in common: one line for a mistake, which names the option that was meant."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from megatron_deepseek.launch.ending import BROKEN_PIPE, silence
+
+from megatron_deepseek.near_names import near_names
+
+_NEAR = 0.75  # of difflib's similarity: --train-iter is near --train-iters, --tokenizer is near nothing
+_MOST_PROPOSED = 3
+# Names of other programs for what is asked here under a name that nobody would find by its letters.
+OTHER_NAMES = {
+    "--tp": "--tensor-model-parallel-size", "--pp": "--pipeline-model-parallel-size",
+    "--ep": "--expert-model-parallel-size", "--cp": "--context-parallel-size",
+    "--etp": "--expert-tensor-parallel-size", "--learning-rate": "--lr", "--max-steps": "--train-iters",
+    "--steps": "--train-iters", "--num-train-steps": "--train-iters", "--sequence-length": "--seq-length",
+    "--max-seq-len": "--seq-length", "--resume": "--load", "--resume-from-checkpoint": "--load",
+    "--checkpoint": "--load", "--output-dir": "--save"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ValueErrors of one line, without the usage, and which takes no abbreviations.
+
+    An option that it does not know is told before anything that is missing, since the one is often the other misspelt.
+    """
+
+    def __init__(self, *args, allow_abbrev: bool = False, **more):
+        super().__init__(*args, allow_abbrev=allow_abbrev, **more)
+
+    def error(self, message: str):
+        for kind, words in (("int", "whole number"), ("float", "number")):
+            message = re.sub(f"invalid {kind} value: (.*)", rf"\1 is no {words}", message)
+        raise ValueError(message.removeprefix("argument "))
+
+    def print_help(self, file: TextIO | None = None):
+        """As argparse does, but for a reader that has gone (`| head`): Python would tell of it at its end."""
+        file = file or sys.stdout
+        try:
+            file.write(self.format_help())
+            file.flush()
+        except BrokenPipeError:
+            silence(file)
+            self.exit(BROKEN_PIPE)
+
+    def parse_args(self, args=None, namespace=None):
+        arguments, left = self.parse_known_args(args, namespace)
+        if left:
+            self.error(f"unexpected {' '.join(map(repr, left))}" + self._commands())
+        return arguments
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        if args is not None and self._subparsers is None:
+            self._refuse_unknown(args)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, args: Sequence[str]) -> None:
+        """Of `args`, what argparse too would take for an option: it begins with --, and has no blank."""
+        end = list(args).index("--") if "--" in args else len(args)
+        names = dict.fromkeys(arg.split("=")[0] for arg in args[:end] if arg.startswith("--") and " " not in arg)
+        unknown = [name for name in names if name not in self._option_string_actions]
+        if unknown:
+            self.error("; ".join(map(self._describe_unknown, unknown)))
+
+    def _describe_unknown(self, name: str) -> str:
+        near = proposals(name, [option for option, action in self._option_string_actions.items()
+                                if option.startswith("--") and action.help is not argparse.SUPPRESS])
+        return f"{name} is no option" + (f"; did you mean {' or '.join(near)}?" if near else "; --help lists them all")
+
+    def _commands(self) -> str:
+        return "" if self._subparsers is None else "; each command has its own --help"
+
+
+def proposals(name: str, options: Sequence[str]) -> list[str]:
+    """Those of `options` that a user who typed `name` may have meant, the likeliest first, a few at the most."""
+    name = "--" + re.sub(r"[_-]+", "-", name.lower()).strip("-")
+    if name in options:
+        return [name]
+    if OTHER_NAMES.get(name) in options:
+        return [OTHER_NAMES[name]]
+    near = near_names(name, options, _NEAR, _MOST_PROPOSED)
+    holding = [option for option in options if f"{name[1:]}-" in f"{option}-" and option not in near]
+    return (near + holding)[:_MOST_PROPOSED]

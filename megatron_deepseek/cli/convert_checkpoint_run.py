@@ -1,0 +1,109 @@
+"""What tools/convert_checkpoint.py does with its arguments (command.py)."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_deepseek.model.architecture import hf_config
+from megatron_deepseek.checkpoint.convert.assets import Assets
+from megatron_deepseek.cli.checkpoint_options import produce_visibly, share_of
+from megatron_deepseek.checkpoint.convert.conversion import DTYPES, Target, conversion
+from megatron_deepseek.checkpoint.dcp.metadata import METADATA
+from megatron_deepseek.checkpoint.convert.formats import OPEN, hf_target, megatron_target, native_target
+from megatron_deepseek.checkpoint.tracker import MARKER
+from megatron_deepseek.checkpoint.convert.names import layer_of
+from megatron_deepseek.checkpoint.convert.source import Source
+from megatron_deepseek.checkpoint.convert.tokenizer_files import JSON, check_template, read_token_ids, tokenizer_in
+
+
+def make_target(args: argparse.Namespace, source: Source, assets: Assets) -> Target:
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    save = args.save or Path("output")
+    if args.to == "hf":
+        return hf_target(source, assets, save, dtype, args.max_shard_size)
+    return (native_target if args.to == "native" else megatron_target)(source, assets, save, dtype)
+
+
+def describe(source: Source, target: Target, chosen: frozenset[int] | None) -> None:
+    """Every tensor of the chosen layers (all of them) with its types and file; then what is dropped; then totals."""
+    for shard in target.shards:
+        for output in shard.outputs:
+            if chosen is None or layer_of(output.name) in chosen:
+                print(f"{output.name} {list(output.shape)} {_name(source.dtypes[output.original])} -> "
+                      f"{_name(output.dtype)} {shard.name}")
+    for name, reason in sorted(source.dropped.items()):
+        if chosen is None or layer_of(name) in chosen:
+            print(f"{name} dropped: {reason}")
+    tensors = sum(len(shard.outputs) for shard in target.shards)
+    print(f"{tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files; {len(source.dropped)} dropped, "
+          f"{len(source.copies)} copies of others")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
+    """Megatron's files do not say the architecture, so --assets must."""
+    more = (args.assets,) if args.origin == "megatron" else ()
+    return OPEN[args.origin](args.load, args.no_mtp, *more)
+
+
+def _refuse_other_format(origin: str, load: Path) -> None:
+    """ValueError where names of files show that `load` is of another format than --from says."""
+    released = any(load.glob("*.safetensors"))
+    checkpoints = (load / MARKER).exists() or (load / METADATA).exists()
+    if origin == "hf" and checkpoints and not released:
+        raise ValueError(f"--load {load} holds checkpoints, not a Hugging Face model: --from native, or megatron")
+    if origin != "hf" and released and not checkpoints:
+        raise ValueError(f"--load {load} is a Hugging Face model: --from hf, not {origin}")
+
+
+def convert(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """What the command's arguments ask for, or this rank's share of it. ValueError for what a user can mend."""
+    share = share_of(environ, args.workers)
+    if args.origin == args.to != "hf":
+        raise ValueError(f"--from {args.origin} --to {args.to} changes nothing; checkpoints are read in any layout")
+    looking = args.dry_run or args.layers is not None
+    if args.save is None and not looking:
+        raise ValueError("--save is required, unless --dry-run or --layers only look")
+    if not args.load.is_dir():
+        raise ValueError(f"--load {args.load} is not a directory")
+    _refuse_other_format(args.origin, args.load)
+    source, assets = _open(args)
+    if args.origin == "hf" and share.rank == 0:
+        for line in hf_config.describe(assets.fields, args.load / "config.json"):
+            print(line)
+    if args.assets is not None and args.origin != "megatron":
+        assets = replace(assets, directory=args.assets, tokens=read_token_ids(args.assets))
+        if not assets.files():
+            raise ValueError(f"--assets {args.assets} has no tokenizer, generation_config.json or the like")
+    if args.chat_template is not None:
+        beside = assets.directory or args.load
+        assets = replace(assets, chat_template=check_template(args.chat_template, tokenizer_in(beside), beside))
+    target = make_target(args, source, assets)
+    if looking:
+        describe(source, target, args.layers)
+        return
+    produce_visibly(conversion(source, target), share)
+    if share.rank == 0:
+        report(source, target)
+
+
+def report(source: Source, target: Target) -> None:
+    tensors = sum(len(shard.outputs) for shard in target.shards)
+    print(f"{target.destination}: {tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files")
+    reasons = sorted(set(source.dropped.values()))
+    for reason in reasons:
+        names = sorted(name for name, why in source.dropped.items() if why == reason)
+        print(f"dropped {len(names)} tensors ({reason}): {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+    if source.absent_mtp:
+        print(f"without MTP: {source.path} holds none of the modules that its config.json announces "
+              f"(num_nextn_predict_layers {source.absent_mtp}); what was written announces none")
+    if target.kind == "hf" and not (target.destination / JSON).is_file():
+        print(f"without a tokenizer, which servers need: {source.path} has none with it, --assets DIR brings one")
+    if source.copies:
+        print(f"checked {len(source.copies)} copies against their originals: {', '.join(source.copies)}")

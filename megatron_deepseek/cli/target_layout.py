@@ -1,0 +1,45 @@
+"""The layout that `reshard_checkpoint.py reshard` is asked for, taken as training takes it."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_deepseek.arguments.parser import build_parser as training_parser
+from megatron_deepseek.arguments.settings import build_settings
+from megatron_deepseek.checkpoint.native import CONFIG, Checkpoint, layout_note
+from megatron_deepseek.checkpoint.reshard.rank_shards import Division
+from megatron_deepseek.planning.pipeline_balance import resolve
+
+_USUAL_LENGTH = 4096  # tokens of training's sequences
+
+
+@dataclass(frozen=True)
+class Target:
+    """The layout of reshard's arguments; its rank's parts, and how layout.json tells it."""
+
+    division: Division
+    note: dict
+
+
+def target_of(args: argparse.Namespace, given: dict[str, Any], checkpoint: Checkpoint) -> Target:
+    """Of the arguments `given` for the layout, and those for its ranks in `args`.
+
+    ValueError where training would refuse the layout for this model.
+    """
+    others = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size is not None and args.world_size % others:
+        raise ValueError(f"--world-size {args.world_size} is not a multiple of the {others} ranks of "
+                         f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
+                         f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
+                         f"--context-parallel-size {args.context_parallel_size}")
+    data_ranks = args.world_size // others if args.world_size is not None else args.data_parallel_size or 1
+    any_batch = 4 * data_ranks * args.pipeline_model_parallel_size  # one that every schedule takes
+    training = training_parser().parse_args(["--model", str(checkpoint.directory / CONFIG), "--data-path", "none",
+                                             "--train-iters", "1", "--global-batch-size", str(any_batch)])
+    length = args.seq_length or (checkpoint.layout or {}).get("seq_length") or \
+        min(_USUAL_LENGTH, checkpoint.config.max_position_embeddings)
+    settings = build_settings(argparse.Namespace(**vars(training) | given | {"seq_length": length}),
+                              data_ranks * others)
+    stages = resolve(checkpoint.config, settings.pipeline, settings.layout.pp, length)
+    return Target(Division(checkpoint.config, settings.layout, stages, settings.pipeline.schedule),
+                  layout_note(settings.layout, stages, settings.pipeline.schedule, length))

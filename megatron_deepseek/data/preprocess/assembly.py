@@ -1,0 +1,231 @@
+"""From finished parts to the final datasets: duplicates out, the limit, the order, and one file of all, or a blend.
+
+The parts themselves stay as they are, so that a run killed here begins its assembly again.
+"""
+
+import functools
+import itertools
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_deepseek.data.preprocess import selection
+from megatron_deepseek.data.preprocess.files import written_aside
+from megatron_deepseek.data.preprocess.part import Summary
+from megatron_deepseek.data.preprocess.selection import Scatter
+from megatron_deepseek.data.preprocess.settings import PreprocessSettings
+from megatron_deepseek.data.preprocess.workers import run_tasks
+from megatron_deepseek.data.index_file import IndexFile, open_index
+from megatron_deepseek.data.indexed import IndexedWriter, written_whole
+from megatron_deepseek.data.merge import merge_datasets
+
+MOST_OPEN_PARTS = 64
+BYTES_PER_WRITE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """`prefixes` by key, in the order of the keys: one when merged, several in a blend."""
+
+    prefixes: dict[str, list[str]]
+    duplicates: int
+    beyond_limit: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished parts and the folder for what the assembly writes; `limits` is how many each may still give."""
+
+    settings: PreprocessSettings
+    bases: list[str]
+    documents: list[int]
+    directory: str
+    limits: tuple[int, ...] = ()
+
+    def drops_path(self, part: int) -> str:
+        return os.path.join(self.directory, f"drops-{part:08d}")
+
+    def taken(self, part: int) -> np.ndarray:
+        """The documents of a part that are neither duplicates nor beyond the limit, ascending."""
+        keep = np.ones(self.documents[part], bool)
+        keep[selection.read_drops(self.drops_path(part))] = False
+        return np.flatnonzero(keep)[:self.limits[part]]
+
+
+def assemble(settings: PreprocessSettings, summaries: list[Summary], dtype, tick: Callable[[], None]) -> Assembled:
+    """`summaries` of all parts in order. ValueError; OSError where there is no room."""
+    directory = os.path.join(settings.parts_directory, "assembly")
+    shutil.rmtree(directory, ignore_errors=True)
+    os.makedirs(directory)
+    bases = [os.path.join(settings.parts_directory, f"{summary.part:08d}") for summary in summaries]
+    parts = Parts(settings, bases, [summary.documents for summary in summaries], directory)
+    run = functools.partial(_run_all, workers=settings.execution.workers, tick=tick)
+    if settings.selection.dedup is not None:
+        _drop_duplicates(parts, run)
+    parts = _with_limits(parts)
+    taken = sum(parts.limits)
+    if settings.selection.shuffle_seed is not None:
+        sources = _shuffle(parts, dtype, run, taken)
+    else:
+        sources = _trim(parts, dtype, run)
+    duplicates = sum(os.path.getsize(path) // 4 for path in map(parts.drops_path, range(len(bases)))
+                     if os.path.exists(path))
+    finish = _merge if settings.execution.merge else _name_blend
+    prefixes = {key: finish(settings, key, [f"{source}_{key}" for source in sources])
+                for key in settings.content.json_keys}
+    return Assembled(prefixes, duplicates, sum(parts.documents) - duplicates - taken)
+
+
+def _run_all(tasks, work, workers, tick):
+    for _ in run_tasks(tasks, work, workers, tick):
+        pass
+
+
+def _drop_duplicates(parts: Parts, run):
+    """All but the first of the documents with equal hashes go on the lists of their parts."""
+    groups = selection.count_groups(sum(parts.documents), parts.settings.execution.workers)
+    scatter = Scatter(os.path.join(parts.directory, "hashes"), groups)
+
+    def scatter_part(part: int):
+        scatter.add(selection.hash_rows(part, selection.read_records(parts.bases[part])))
+
+    def drop_repeated(group: int):
+        rows = selection.repeated_rows(scatter.read(group))
+        selection.append_by(rows["part"], rows["document"], parts.drops_path)
+
+    run(range(len(parts.bases)), scatter_part)
+    run(range(groups), drop_repeated)
+
+
+def _with_limits(parts: Parts) -> Parts:
+    limit = parts.settings.selection.max_documents
+    left, limits = limit if limit is not None else sum(parts.documents), []
+    for part, documents in enumerate(parts.documents):
+        path = parts.drops_path(part)
+        kept = documents - (os.path.getsize(path) // 4 if os.path.exists(path) else 0)
+        limits.append(min(kept, left))
+        left -= limits[-1]
+    return Parts(parts.settings, parts.bases, parts.documents, parts.directory, tuple(limits))
+
+
+def _trim(parts: Parts, dtype, run) -> list[str]:
+    """The parts in order, those of which something is left out in a copy without it."""
+    whole = [limit == documents for limit, documents in zip(parts.limits, parts.documents)]
+
+    def copy_taken(part: int):
+        taken = parts.taken(part)
+        gather(parts, _assembled(parts, part), dtype, np.full(len(taken), part), taken)
+
+    run((part for part, all_taken in enumerate(whole) if not all_taken), copy_taken)
+    return [base if all_taken else _assembled(parts, part)
+            for part, (base, all_taken) in enumerate(zip(parts.bases, whole))]
+
+
+def _shuffle(parts: Parts, dtype, run, taken: int) -> list[str]:
+    """Groups of documents by random keys, each in the order of its keys: together a random order of all."""
+    groups = selection.count_groups(taken, parts.settings.execution.workers)
+    scatter = Scatter(os.path.join(parts.directory, "order"), groups)
+
+    def scatter_part(part: int):
+        records = selection.read_records(parts.bases[part])
+        scatter.add(selection.order_rows(part, records, parts.taken(part), parts.settings.selection.shuffle_seed))
+
+    def gather_group(group: int):
+        rows = scatter.read(group)
+        gather(parts, _assembled(parts, group), dtype, rows["part"], rows["document"])
+
+    run(range(len(parts.bases)), scatter_part)
+    run(range(groups), gather_group)
+    return [_assembled(parts, group) for group in range(groups)]
+
+
+def _assembled(parts: Parts, number: int) -> str:
+    return os.path.join(parts.directory, f"{number:08d}")
+
+
+def gather(parts: Parts, base: str, dtype, part_numbers: np.ndarray, documents: np.ndarray):
+    """A dataset of each key, at `{base}_{key}`, of document documents[i] of part part_numbers[i] in turn."""
+    keys = parts.settings.content.json_keys
+    with written_whole([f"{base}_{key}" for key in keys], dtype) as writers:
+        for key, writer in zip(keys, writers):
+            readers = _Readers([f"{part}_{key}" for part in parts.bases])
+            with readers:
+                _copy_documents(writer, (readers.read(part, document)
+                                         for part, document in zip(part_numbers.tolist(), documents.tolist())))
+
+
+def _copy_documents(writer: IndexedWriter, documents: Iterator[tuple[bytes, list[int]]]):
+    contents, lengths, size = [], [], 0
+    for content, own in itertools.chain(documents, [(b"", None)]):
+        if own is not None:
+            contents.append(content)
+            lengths.append(own)
+            size += len(content)
+        if size >= BYTES_PER_WRITE or own is None:  # join does not copy what is alone
+            writer.add(np.frombuffer(b"".join(contents), writer.dtype), lengths)
+            contents, lengths, size = [], [], 0
+
+
+class _Readers:
+    """Documents of many datasets, MOST_OPEN_PARTS of them open at a time."""
+
+    def __init__(self, prefixes: list[str]):
+        self.prefixes = prefixes
+        self.open: OrderedDict[int, tuple] = OrderedDict()
+
+    def read(self, number: int, document: int) -> tuple[bytes, list[int]]:
+        """The bytes of its ids, and the lengths of its sequences."""
+        file, index, lengths, pointers, documents = self._opened(number)
+        first, end = int(documents[document]), int(documents[document + 1])
+        if first == end:
+            return b"", []
+        own = lengths[first:end].tolist()
+        file.seek(int(pointers[first]))
+        return file.read(sum(own) * index.token_dtype.itemsize), own
+
+    def _opened(self, number: int) -> tuple:
+        if number in self.open:
+            self.open.move_to_end(number)
+            return self.open[number]
+        if len(self.open) == MOST_OPEN_PARTS:
+            self.open.popitem(last=False)[1][0].close()
+        index: IndexFile = open_index(self.prefixes[number], "part")
+        self.open[number] = (open(self.prefixes[number] + ".bin", "rb"), index, index.map(index.lengths),
+                             index.map(index.pointers), index.map(index.documents))
+        return self.open[number]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for opened in self.open.values():
+            opened[0].close()
+
+
+def _merge(settings: PreprocessSettings, key: str, sources: list[str]) -> list[str]:
+    prefix = settings.prefix_of(key)
+    merge_datasets(sources, prefix, settings.execution.workers)
+    return [prefix]
+
+
+def _name_blend(settings: PreprocessSettings, key: str, sources: list[str]) -> list[str]:
+    """Each source under a name of its own, and a file of "tokens prefix" lines that names them all."""
+    named, lines = [], []
+    for source in sources:
+        index = open_index(source, "part")
+        if not index.num_sequences:
+            continue
+        prefix = f"{settings.prefix_of(key)}_{len(named):05d}"
+        for suffix in (".bin", ".idx"):
+            Path(prefix + suffix).unlink(missing_ok=True)
+            os.link(source + suffix, prefix + suffix)
+        named.append(prefix)
+        lines.append(f"{os.path.getsize(prefix + '.bin') // index.token_dtype.itemsize} {prefix}\n")
+    with written_aside(settings.prefix_of(key) + ".blend") as file:
+        file.write("".join(lines))
+    return named

@@ -1,0 +1,294 @@
+"""Records of a segment of the input: what each holds under the keys, or why it cannot be used.
+
+A text under a key is a string, a `LongText`, or a list of strings where a document comes already split into sentences.
+"""
+
+import itertools
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megatron_deepseek.data.preprocess.files import count_lines
+from megatron_deepseek.data.preprocess.inputs import Source
+from megatron_deepseek.data.preprocess.long_text import (
+    LONG_LINE_BYTES, UNPARSED, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
+from megatron_deepseek.data.preprocess.plan import Segment
+from megatron_deepseek.data.preprocess.streams import DamagedStream, open_stream
+
+DAMAGED = "damaged file"  # the reason of a fault after which nothing more of the file can be read
+BOM = b"\xef\xbb\xbf"
+BYTES_PER_READ = 1 << 20
+ROWS_BYTES = 1 << 20
+MOST_NAMES = 20
+
+
+class Record(NamedTuple):
+    """`place`: byte (after decompression) or row where it begins. `line`: from 1 in the segment. `texts`: by key."""
+
+    place: int
+    line: int
+    texts: tuple
+
+
+class Fault(NamedTuple):
+    """A document that is lost, or (`reason` DAMAGED) all that would have followed."""
+
+    place: int
+    line: int
+    reason: str
+    detail: str
+
+
+class SegmentReader:
+    """Iterates over the `Record`s and `Fault`s of a segment; `lines` counts all lines, or rows, met so far.
+
+    `directory` is for lines too long to hold, which are written to files without a name.
+    """
+
+    def __init__(self, segment: Segment, keys: tuple[str, ...], text_unit: str, directory: str):
+        self.segment, self.keys, self.directory = segment, keys, directory
+        self.text_unit = text_unit
+        self.lines = self.blank_lines = 0
+        self.place = segment.start
+
+    def __iter__(self) -> Iterator[Record | Fault]:
+        source = self.segment.source
+        try:
+            if source.format == "parquet":
+                yield from self._rows()
+            elif source.format == "text" and self.text_unit == "file" and self.segment.spool is None:
+                yield from self._whole_file()
+            else:
+                yield from self._lines()
+        except (DamagedStream, OSError) as error:
+            yield self._end(error)
+        if self.segment.damage is not None:
+            yield self._end(self.segment.damage)
+
+    def _end(self, why) -> Fault:
+        return Fault(self.place, self.lines + 1, DAMAGED, f"cannot be read any further: {why}")
+
+    def _lines(self) -> Iterator[Record | Fault]:
+        segment = self.segment
+        with _open(segment) as file:
+            for content in self._contents(file):
+                if isinstance(content, bytes) and not content.strip():
+                    self.blank_lines += 1
+                    continue
+                if segment.damage is not None and not _has_line_end(content):
+                    self.lines -= 1  # the line in which a damaged stream breaks off is part of the damage
+                    break
+                yield self._record(content)
+
+    def _contents(self, file) -> Iterator[bytes | mmap.mmap]:
+        """The lines that begin in the segment, with their ends. After each is taken, `place` is where it began."""
+        segment = self.segment
+        position = segment.start if segment.spool is None else 0
+        shift = segment.start - position
+        end = None if segment.end is None else segment.end - shift
+        if position:
+            file.seek(position - 1)
+            position += _skip_line(file) - 1
+        while end is None or position < end:
+            content = file.readline(LONG_LINE_BYTES)
+            if not content:
+                break
+            self.place, self.lines = position + shift, self.lines + 1
+            if len(content) == LONG_LINE_BYTES and not content.endswith(b"\n"):
+                content = _to_file(file, content, self.directory)
+            position += len(content)
+            yield content
+
+    def _record(self, content: bytes | mmap.mmap) -> Record | Fault:
+        try:
+            if self.segment.source.format == "text":
+                return Record(self.place, self.lines, self._line_texts(content))
+            document = parse_json(content) if isinstance(content, bytes) else parse_long_line(content)
+            if not isinstance(document, dict):
+                raise BadDocument("not an object", f"a JSON object is needed, this is a {type(document).__name__}")
+            return Record(self.place, self.lines, texts_of(document, self.keys))
+        except BadDocument as error:
+            if not _has_line_end(content) and is_cut(error, self.segment.source.format):
+                return self._cut(error)
+            return Fault(self.place, self.lines, error.reason, str(error))
+
+    def _cut(self, error: BadDocument) -> Fault:
+        return Fault(self.place, self.lines, DAMAGED, f"the file breaks off within its last line: {error}")
+
+    def _line_texts(self, content: bytes | mmap.mmap) -> tuple:
+        skipped = len(BOM) if self.place == 0 and content[:3] == BOM else 0
+        if isinstance(content, bytes):
+            return (decode_utf8(content[skipped:]).rstrip("\r\n"),)
+        return (plain_text(content, skipped),)
+
+    def _whole_file(self) -> Iterator[Record | Fault]:
+        self.lines = 1
+        with open_stream(self.segment.source.path, self.segment.source.compression) as file:
+            content = file.read(LONG_LINE_BYTES)
+            if len(content) == LONG_LINE_BYTES:
+                content = _to_file(file, content, self.directory, whole=True)
+        skipped = len(BOM) if content[:3] == BOM else 0
+        try:
+            text = decode_utf8(content[skipped:]) if isinstance(content, bytes) else plain_text(content, skipped)
+            yield Record(0, 1, (text,))
+        except BadDocument as error:
+            yield self._cut(error) if is_cut(error, "text") else Fault(0, 1, error.reason, str(error))
+
+    def _rows(self) -> Iterator[Record | Fault]:
+        import pyarrow
+        try:
+            yield from self._batches_of_rows()
+        except (pyarrow.ArrowException, OSError) as error:
+            yield self._end(str(error).partition("\n")[0].rstrip("."))
+
+    def _batches_of_rows(self) -> Iterator[Record | Fault]:
+        from pyarrow.parquet import ParquetFile
+        with ParquetFile(self.segment.source.path, pre_buffer=False, page_checksum_verification=True) as file:
+            sizes = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+            if sum(size.num_rows for size in sizes) != file.metadata.num_rows:
+                raise DamagedStream(f"its row groups have {sum(size.num_rows for size in sizes)} rows, where the file "
+                                    f"speaks of {file.metadata.num_rows}")
+            groups = range(self.segment.start, len(sizes) if self.segment.end is None else self.segment.end)
+            self.place = sum(sizes[group].num_rows for group in range(groups.start)) - 1
+            names = file.schema_arrow.names
+            wanted = {key if key in names else key.partition(".")[0] for key in self.keys}
+            for group in groups:
+                per_row = max(1, sizes[group].total_byte_size // max(1, sizes[group].num_rows))
+                batches = file.iter_batches(max(1, min(1024, ROWS_BYTES // per_row)), [group],
+                                            [name for name in names if name in wanted], use_threads=False)
+                before = self.lines
+                for batch in batches:
+                    for number in range(batch.num_rows):
+                        self.place, self.lines = self.place + 1, self.lines + 1
+                        yield self._row_record(batch, number, names)
+                if self.lines - before != sizes[group].num_rows:
+                    raise DamagedStream(f"row group {group} gives {self.lines - before} rows, where the file speaks "
+                                        f"of {sizes[group].num_rows}")
+
+    def _row_record(self, batch, number: int, columns: list[str]) -> Record | Fault:
+        try:
+            row = {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns)}
+            return Record(self.place, self.lines, texts_of(row, self.keys, columns))
+        except UnicodeDecodeError as error:  # pyarrow lets any bytes pass as text
+            detail = f"invalid UTF-8: {error.reason} at byte {error.start}"
+            return Fault(self.place, self.lines, "invalid UTF-8", detail)
+        except BadDocument as error:
+            return Fault(self.place, self.lines, error.reason, str(error))
+
+
+def _open(segment: Segment):
+    if segment.spool is not None:
+        return open(segment.spool, "rb", buffering=BYTES_PER_READ)
+    return open_stream(segment.source.path, segment.source.compression)
+
+
+def _has_line_end(content: bytes | mmap.mmap) -> bool:
+    return content[-1:] == b"\n"
+
+
+def is_cut(error: BadDocument, form: str) -> bool:
+    """Whether the last line of a file, which has no line end, is what a cut leaves: no whole JSON, half a character.
+
+    A last line that is whole but for its end is a document as any other, and so is any last line of plain text.
+    """
+    return (error.reason in UNPARSED if form == "jsonl" else
+            isinstance(error.__cause__, UnicodeDecodeError) and error.__cause__.reason == "unexpected end of data")
+
+
+def _skip_line(file) -> int:
+    """Bytes up to the next line's beginning."""
+    skipped = 0
+    while True:
+        content = file.readline(BYTES_PER_READ)
+        skipped += len(content)
+        if not content or content.endswith(b"\n"):
+            return skipped
+
+
+def _to_file(file, beginning: bytes, directory: str, whole: bool = False) -> mmap.mmap:
+    """`beginning` and the rest of its line (or of the file, if `whole`), mapped from a file that nobody else sees."""
+    with tempfile.TemporaryFile(dir=directory) as spool:
+        content = beginning
+        while content:
+            _write(spool, content)
+            content = (file.read(BYTES_PER_READ) if whole else
+                       b"" if content.endswith(b"\n") else file.readline(BYTES_PER_READ))
+        _write(spool, b"")
+        return mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _write(spool, content: bytes):
+    """ValueError where there is no room: an OSError would be taken for damage of the input."""
+    try:
+        spool.write(content)
+        spool.flush()
+    except OSError as error:
+        raise ValueError(f"--output-prefix: no room for a long document beside the parts: {error}") from error
+
+
+def texts_of(document: dict, keys: tuple[str, ...], names: list[str] | None = None) -> tuple:
+    """The text of each key. A key with dots that is not there as such is a path: `meta.text` is text within meta.
+
+    `names` are those to tell where one is missing, by default the document's own.
+    """
+    return tuple(_text_of(document, key, names) for key in keys)
+
+
+def _text_of(document: dict, key: str, names: list[str] | None):
+    value = document[key] if key in document else _follow(document, key, names)
+    parts = value if isinstance(value, list) else (value,)
+    for part in parts:
+        if isinstance(part, str):
+            _check_surrogates(part, key)
+        elif not isinstance(part, LongText) or part is not value:
+            what = "a long text in a list" if isinstance(part, LongText) else f"a value of type {type(part).__name__}"
+            raise BadDocument("not text", f"key {key!r} holds {what}, not text")
+    return value
+
+
+def _follow(document: dict, key: str, names: list[str] | None):
+    value, path = document, []
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise BadDocument("missing key", _missing(key, path, names if value is document and names else value))
+        path.append(name)
+        value = value[name]
+    return value
+
+
+def _missing(key: str, path: list[str], there) -> str:
+    """`there` is what has been found at `path`: names or, where it is neither a list nor a dict, some other value."""
+    owner = repr(".".join(path)) if path else "it"
+    if not isinstance(there, (list, dict)):
+        return f"no key {key!r} (--json-keys); {owner} is no object but a {type(there).__name__}"
+    names = [*map(repr, itertools.islice(there, MOST_NAMES)), *["..."] * (len(there) > MOST_NAMES)]
+    return f"no key {key!r} (--json-keys); {owner} has {', '.join(names) or 'none'}"
+
+
+def _check_surrogates(text: str, key: str):
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise BadDocument("half a surrogate pair",
+                          f"key {key!r} holds half a surrogate pair, which UTF-8 cannot encode: {error}") from error
+
+
+def where(segment: Segment, line: int, lines_before: int | None = None) -> str:
+    """The file and the line (from 1) or row of a record. Lines before the segment are counted if nobody has."""
+    path = segment.source.path
+    if segment.source.format == "parquet":
+        return f"{path} row {line}" + (f" from row group {segment.start}" if segment.start else "")
+    before = segment.lines_before if lines_before is None else lines_before
+    return f"{path} line {line + (count_lines(path, segment.start) if before is None else before)}"
+
+
+def texts_of_source(source: Source, key: str) -> Iterator[str]:
+    """Every text of one input, long ones in pieces; ValueError, by file and line, for what cannot be used."""
+    directory = os.path.dirname(os.path.abspath(source.path))
+    for record in SegmentReader(Segment(source), (key,), "file", directory):
+        if isinstance(record, Fault):
+            raise ValueError(f"{where(Segment(source), record.line)}: {record.detail}")
+        value, = record.texts
+        yield from value.pieces() if isinstance(value, LongText) else [value] if isinstance(value, str) else value

@@ -1,0 +1,95 @@
+"""Keys of config.json: which ones are required, which are misspelt, which have no meaning here.
+
+A missing key that decides shapes or mathematics is refused, since the default of some class would be another model.
+All that released files and transformers hold in any version is required; what transformers 5 leaves out of its files
+(V3's scoring function and method, frequency of layers with experts, balance loss, theta of RoPE) has defaults.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_deepseek.model.architecture.hf_rope import unknown_rope_keys
+from megatron_deepseek.near_names import near_names
+
+ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts",
+           "num_experts": "n_routed_experts"}
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts")
+_NEEDED_WITH_EXPERTS = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace",
+                        "routed_scaling_factor", "norm_topk_prob")
+_NEEDED_WITH_GROUPS = ("n_group", "topk_group")
+_OF_EXPERTS = {*_NEEDED_WITH_EXPERTS, *_NEEDED_WITH_GROUPS, "moe_layer_freq", "topk_method", "scoring_func",
+               "aux_loss_alpha", "seq_aux"}
+# Other values would be other mathematics.
+_IMPLEMENTED = {"hidden_act": "silu", "mlp_bias": False, "rope_interleave": True, "partial_rotary_factor": 1.0,
+                "sliding_window": None, "use_sliding_window": False, "attn_logit_softcapping": None,
+                "final_logit_softcapping": None, "use_qk_norm": False, "index_topk": None,
+                "attention_chunk_size": None, "llama_4_scaling": None, "swiglu_limit": None,
+                "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+# They describe a file, a run or a task, or follow from the others.
+_WITHOUT_A_WORD = frozenset((
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
+    "ep_size", "pretraining_tp", "num_key_value_heads", "head_dim", "qk_head_dim", "output_router_logits",
+    "quantization_config", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings", "chunk_size_feed_forward",
+    "id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
+    "return_dict", "sep_token_id", "unk_token_id", "cls_token_id"))
+_NEAR, _PERHAPS = 0.8, 0.6  # to any key, and to one that is missing
+
+
+def check_keys(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """ValueError for a misspelt key, one that is missing, one that contradicts another, and for other mathematics."""
+    known, missing = _known(defaults), _missing(fields, defaults)
+    for key in (key for key in fields if key not in known and not key.endswith("_token_id")):  # there are too many
+        if not key.isprintable():
+            raise ValueError(f"{key!r} is unknown")
+        meant = near_names(key, missing, _PERHAPS, 1) or near_names(key, known, _NEAR, 1)
+        if meant:
+            raise ValueError(f"{key} is unknown; did you mean {meant[0]}?")
+    _refuse_contradictions(fields)
+    if missing:
+        raise ValueError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, without which the "
+                         "architecture is not known")
+    for key, value in _IMPLEMENTED.items():
+        if fields.get(key, value) not in (value, None):
+            raise ValueError(f"{key} {fields[key]!r} is not supported, only {value!r}")
+
+
+def remarks(fields: Mapping[str, Any], read: Mapping[str, Any], where: object) -> list[str]:
+    """Lines for whoever starts something: defaults that were taken, and keys that have no meaning here.
+
+    `read`: all fields of the model that the file was read for, with their values.
+    """
+    given = {ALIASES.get(key, key) for key in fields}
+    silent = given if read["n_routed_experts"] else given | _OF_EXPERTS
+    taken = [f"{key} {json.dumps(value)}" for key, value in read.items() if key not in silent]
+    unknown = [key for key in fields if key not in _known(read)] + unknown_rope_keys(fields)
+    lines = [f"{where} does not say, so these are taken: {', '.join(taken)}"] if taken else []
+    if unknown:
+        lines.append(f"{where} has {', '.join(unknown)}, without meaning here: kept for exports")
+    return lines
+
+
+def _known(defaults: Mapping[str, Any]) -> set[str]:
+    return {*defaults, *ALIASES, *_IMPLEMENTED, *_WITHOUT_A_WORD}
+
+
+def _refuse_contradictions(fields: Mapping[str, Any]) -> None:
+    for alias, key in ALIASES.items():
+        if alias in fields and key in fields and fields[alias] != fields[key]:
+            raise ValueError(f"{alias} {fields[alias]!r} and {key} {fields[key]!r} are two names of one field")
+    heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if None not in (heads, kv_heads) and heads != kv_heads:
+        raise ValueError(f"num_key_value_heads {kv_heads} differs from num_attention_heads {heads}; "
+                         f"latent attention has one key and value for each head")
+
+
+def _missing(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    given = {ALIASES.get(key, key): value for key, value in fields.items()}
+    needed = list(_NEEDED)
+    if given.get("n_routed_experts"):
+        needed += _NEEDED_WITH_EXPERTS
+        if given.get("topk_method", defaults["topk_method"]) not in ("greedy", "gready"):
+            needed += _NEEDED_WITH_GROUPS
+    return [key for key in needed if key not in given]

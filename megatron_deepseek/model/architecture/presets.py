@@ -1,0 +1,78 @@
+"""Architectures by name: the released models as their config.json has them, and a tiny one for a laptop.
+
+What a released file says of training (`initializer_range` 0.02, `aux_loss_alpha` 0.001) is kept although the reports
+trained with other values; the scripts in examples/ pass the reports' values as arguments.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from megatron_deepseek.model.architecture import hf_config
+from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
+from megatron_deepseek.foreign_json import read_object
+
+_V2_YARN = RopeScaling(kind="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707,
+                       mscale_all_dim=0.707)
+_V3_YARN = RopeScaling(kind="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
+_HEADS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+
+TINY = ModelConfig(
+    vocab_size=8192, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+    q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    moe_intermediate_size=64, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4,
+    first_k_dense_replace=1, n_group=4, topk_group=2, topk_method="noaux_tc", scoring_func="sigmoid",
+    norm_topk_prob=True, routed_scaling_factor=2.5, aux_loss_alpha=1e-4, num_nextn_predict_layers=1,
+    max_position_embeddings=4096, initializer_range=0.03)
+
+V2_LITE = ModelConfig(
+    **_HEADS, vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27,
+    num_attention_heads=16, q_lora_rank=None, moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2,
+    num_experts_per_tok=6, first_k_dense_replace=1, topk_method="greedy", scoring_func="softmax",
+    aux_loss_alpha=0.001, max_position_embeddings=163840, rope_scaling=_V2_YARN,
+    bos_token_id=100000, eos_token_id=100001)
+
+V2 = ModelConfig(
+    **_HEADS, vocab_size=102400, hidden_size=5120, intermediate_size=12288, num_hidden_layers=60,
+    num_attention_heads=128, q_lora_rank=1536, moe_intermediate_size=1536, n_routed_experts=160, n_shared_experts=2,
+    num_experts_per_tok=6, first_k_dense_replace=1, n_group=8, topk_group=3, topk_method="group_limited_greedy",
+    scoring_func="softmax", routed_scaling_factor=16.0, aux_loss_alpha=0.001, max_position_embeddings=163840,
+    rope_scaling=_V2_YARN, bos_token_id=100000, eos_token_id=100001)
+
+V3 = ModelConfig(
+    **_HEADS, vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
+    num_attention_heads=128, q_lora_rank=1536, moe_intermediate_size=2048, n_routed_experts=256, n_shared_experts=1,
+    num_experts_per_tok=8, first_k_dense_replace=3, n_group=8, topk_group=4, topk_method="noaux_tc",
+    scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5, aux_loss_alpha=0.001,
+    num_nextn_predict_layers=1, max_position_embeddings=163840, rope_scaling=_V3_YARN, bos_token_id=0, eos_token_id=1)
+
+_PRESETS = (("tiny", TINY), ("deepseek-v2-lite", V2_LITE), ("deepseek-v2", V2), ("deepseek-v3", V3))
+
+
+def preset_names() -> tuple[str, ...]:
+    return tuple(name for name, _ in _PRESETS)
+
+
+def load_config(name: str) -> ModelConfig:
+    """The preset of that name, or the architecture in a config.json file (or a directory that holds one)."""
+    for preset, config in _PRESETS:
+        if name == preset:
+            return config
+    if not Path(name).exists():
+        raise ValueError(f"{name!r} is neither a preset ({', '.join(preset_names())}) nor a config.json file")
+    return ModelConfig.from_file(name)
+
+
+def config_file(name: str) -> Path | None:
+    """The config.json that --model `name` is read from; None for a preset."""
+    if name in preset_names():
+        return None
+    return Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+
+
+def describe_model(name: str, overridden: Collection[str] = ()) -> list[str]:
+    """Lines on what a config.json leaves out and what of it has no meaning here; none for a preset.
+
+    `overridden`: fields that are not the file's in the end.
+    """
+    path = config_file(name)
+    return [] if path is None else hf_config.describe(dict(read_object(path).fields), path, overridden)

@@ -1,0 +1,96 @@
+"""Operators of torch, apex and transformer-engine with the references' arguments, for CUDA tensors (registry.py).
+
+None has run here yet: their libraries need a GPU. Tests hold them to the signatures and layouts that their sources
+have (tests/unit/test_alternatives.py). NotImplemented: the reference must do it.
+"""
+
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.ops.backends.kernels import TILE
+
+
+def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def torch_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor):
+    return torch.ops.aten._fused_rms_norm_backward(grad.contiguous(), x, weight.shape, rstd, weight, (True, True))
+
+
+def apex_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    return fused_rms_norm_affine(x, weight.to(x.dtype), weight.shape, eps)
+
+
+@functools.cache
+def _attention_module(heads: int, key_width: int, value_width: int, scale: float):
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(heads, (key_width, value_width), attention_dropout=0.0, qkv_format="bshd",
+                               attn_mask_type="causal", softmax_scale=scale)
+
+
+def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor,
+                                 documents: Documents | None, scale: float, width: int):
+    """16 bits, whole sequences, and values of their own width alone."""
+    if documents is not None or width != v_BSNV.shape[-1] or q_BSND.dtype not in (torch.bfloat16, torch.float16):
+        return NotImplemented
+    attend = _attention_module(q_BSND.shape[2], q_BSND.shape[3], width, scale)
+    return attend(q_BSND, k_BSND, v_BSNV)
+
+
+def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
+    """torch.nn.functional.scaled_mm. Scales go in by columns, those of 128x128 padded to a multiple of 4 along K."""
+    from torch.nn.functional import ScalingType
+
+    if a_q.shape[1] % 16 or b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):
+        return NotImplemented
+    if b_s.shape[0] == b_q.shape[0]:
+        recipe, scales = ScalingType.BlockWise1x128, b_s.t().contiguous().t()
+    else:
+        assert b_s.shape[0] == -(-b_q.shape[0] // TILE), (b_s.shape, b_q.shape)
+        recipe, scales = ScalingType.BlockWise128x128, F.pad(b_s, (0, -b_s.shape[1] % 4)).t()
+    return F.scaled_mm(a_q.contiguous(), b_q.contiguous().t(), a_s.t().contiguous().t(), ScalingType.BlockWise1x128,
+                       scales, recipe, output_dtype=out_dtype)
+
+
+def transformer_engine_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
+    """The product of transformer-engine's blockwise recipe: its `te.Linear`'s general_gemm on our codes and scales.
+
+    Not te.Linear itself, which would quantise weights by itself at each use and own them, their gradients and their
+    communication. As there the weight is A and the input is B. For wgrad both have 1x128 scales.
+    """
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    if a_q.shape[1] % 16 or b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):
+        return NotImplemented
+    operands = _transformer_engine_tensor(b_q, b_s), _transformer_engine_tensor(a_q, a_s)
+    if "workspace" in inspect.signature(general_gemm).parameters:  # of older releases
+        from transformer_engine.pytorch.module.base import get_workspace
+
+        return general_gemm(*operands, get_workspace(), out_dtype, layout="TN", use_split_accumulator=True)[0]
+    return general_gemm(*operands, out_dtype, layout="TN", use_split_accumulator=True)[0]
+
+
+def _transformer_engine_tensor(q: torch.Tensor, scale: torch.Tensor):
+    """A Float8BlockwiseQTensor [M, K] that is read by rows. Scales of 1x128 tiles lie transposed there, [k, M], those
+    of 128x128 blocks as here; the last dimension is padded to a multiple of 4.
+    """
+    import transformer_engine_torch
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer, Float8BlockwiseQTensor
+
+    in_blocks = scale.shape[0] != q.shape[0]
+    scales = scale if in_blocks else scale.t()
+    kind = transformer_engine_torch.DType.kFloat8E4M3
+    quantizer = Float8BlockQuantizer(kind, rowwise=True, columnwise=False, force_pow_2_scales=False,
+                                     block_scaling_dim=2 if in_blocks else 1)
+    return Float8BlockwiseQTensor(
+        shape=q.shape, dtype=torch.bfloat16, fp8_dtype=kind, rowwise_data=q.contiguous().view(torch.uint8),
+        rowwise_scale_inv=F.pad(scales, (0, -scales.shape[1] % 4)).contiguous(), columnwise_data=None,
+        columnwise_scale_inv=None, quantizer=quantizer, is_2D_scaled=in_blocks)

@@ -1,0 +1,283 @@
+"""The operators of csrc/ with the references' arguments, for CUDA tensors. NotImplemented: the reference must do it.
+
+What a kernel does not take: dtypes other than its own, widths that are no multiples of 16 bytes. Its results may lie in
+memory otherwise than the reference's (codes of 128x1 tiles padded to whole tiles), which only other kernels see.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_deepseek.ops.backends.kernels import TILE, operator
+from megatron_deepseek.ops.backends.registry import choices
+
+_BF16 = torch.bfloat16
+
+
+# RoPE (rope.py) -------------------------------------------------------------------------------------------------------
+
+def rope_queries(x: torch.Tensor, table_2SD: torch.Tensor, nope: int):
+    if x.dtype != _BF16 or nope % 8 or x.shape[-1] % 8:
+        return NotImplemented
+    return operator("rope_tail")(_aligned(x), table_2SD.float().contiguous(), nope, False)
+
+
+def assemble_keys(kv: torch.Tensor, k_rope: torch.Tensor, table_2SD: torch.Tensor | None, nope: int):
+    if kv.dtype != _BF16 or nope % 8 or kv.shape[-1] % 8 or k_rope.shape[-1] % 8:
+        return NotImplemented
+    table = None if table_2SD is None else table_2SD.float().contiguous()
+    return operator("keys_values")(_dense(kv), _dense(k_rope), table, nope)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous from a multiple of 16 bytes on."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous rows that start at multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    fits = x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if fits else _dense(x)
+
+
+# Routing (permute.py) -------------------------------------------------------------------------------------------------
+
+def sort_by_expert(experts_TK: torch.Tensor, num_experts: int):
+    if experts_TK.dtype != torch.int64 or num_experts > 1024 or not experts_TK.numel():
+        return NotImplemented
+    order_R, inverse_R, counts_E, _ = operator("route")(experts_TK.contiguous(), num_experts, 1)
+    return order_R, inverse_R, counts_E.long()
+
+
+def _rows_fit(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor and x.ndim == 2 and x.shape[1] * x.element_size() % 16 == 0
+
+
+def _gather(x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, copies: int):
+    if not _rows_fit(x) or x.requires_grad and x.dtype != _BF16:
+        return NotImplemented
+    return operator("gather_rows")(_dense(x), order_R.int(), inverse_R.int().view(-1, copies))
+
+
+def gather_rows(x_RW: torch.Tensor, index_Q: torch.Tensor):
+    if not _rows_fit(x_RW) or not x_RW.is_contiguous():
+        return NotImplemented
+    unread = index_Q.new_empty(len(x_RW), 1, dtype=torch.int32)  # where rows go: for a derivative
+    return operator("gather_rows")(x_RW, index_Q.int(), unread)
+
+
+def permute(x_RH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor):
+    return _gather(x_RH, order_R, inverse_R, 1)
+
+
+def copy_and_permute(x_TH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor):
+    return _gather(x_TH, order_R, inverse_R, order_R.shape[0] // x_TH.shape[0]) if len(x_TH) else NotImplemented
+
+
+def weighted_sum(y_RH: torch.Tensor, weights_TK: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor):
+    if not _rows_fit(y_RH) or y_RH.dtype != _BF16:
+        return NotImplemented
+    slots_TK = inverse_R.int().view(weights_TK.shape)
+    return operator("combine_rows")(_dense(y_RH), order_R.int(), slots_TK, weights_TK.float().contiguous())
+
+
+# Cross-entropy (cross_entropy.py) -------------------------------------------------------------------------------------
+
+def cross_entropy_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, first_id: int):
+    if logits_Tv.dtype != _BF16:
+        return NotImplemented
+    return operator("cross_entropy_statistics")(_dense(logits_Tv), labels_T.contiguous(), first_id)
+
+
+def cross_entropy_gradient(logits_Tv, labels_T, first_id, max_T, sum_T, grad_T):
+    """MicroBatchOverlap contiguous logits into their gradient in place."""
+    if logits_Tv.dtype != _BF16:
+        return NotImplemented
+    logits_Tv = _dense(logits_Tv)
+    operator("cross_entropy_gradient_")(logits_Tv, labels_T.contiguous(), first_id, max_T, sum_T,
+                                        grad_T.float().contiguous())
+    torch.autograd.graph.increment_version(logits_Tv)  # a second backward through them is an error, not a wrong result
+    return logits_Tv
+
+
+# FP8 (fp8.py, fp8_gemm.py) --------------------------------------------------------------------------------------------
+
+def _takes(x: torch.Tensor) -> bool:
+    return x.dtype in (_BF16, torch.float32) and x.shape[-1] % 8 == 0 and x.numel() > 0
+
+
+def quantize_1x128(x: torch.Tensor, power_of_two: bool = False):
+    if not _takes(x):
+        return NotImplemented
+    q, scale = operator("quantize_rows")(_aligned(x.flatten(0, -2)), power_of_two)
+    return q.view(x.shape), scale.view(*x.shape[:-1], -1)
+
+
+def tile_rows(counts: Sequence[int], height: int = TILE) -> list[tuple[int, int, int]]:
+    """(group, first row, rows) of every tile of `height` rows, where a group starts a new one."""
+    tiles, first = [], 0
+    for group, count in enumerate(counts):
+        tiles += [(group, first + i, min(height, count - i)) for i in range(0, count, height)]
+        first += count
+    return tiles
+
+
+def _table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32).view(-1, width).to(device, non_blocking=True)
+
+
+def _row_tiles(counts: Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
+    return None if counts is None else _table([tile[1:] for tile in tile_rows(counts)], 2, device)
+
+
+def _columns(x: torch.Tensor, counts: Sequence[int] | None, quantized: tuple[torch.Tensor, torch.Tensor]):
+    """Codes of 128x1 tiles. With `counts` every tile has 128 places, also where it has fewer rows: zero codes."""
+    q, scale = quantized
+    return (q[:, :x.shape[0]] if counts is None else q), scale
+
+
+def _no_columns(counts: Sequence[int] | None) -> bool:
+    """Padded tiles are for this module's grouped_scaled_mm_wgrad alone: where it is not in use neither are they."""
+    return counts is not None and choices()["grouped_scaled_mm_wgrad"].backend != "csrc"
+
+
+def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
+    if not _takes(x) or _no_columns(counts):
+        return NotImplemented
+    return _columns(x, counts, operator("quantize_columns")(_dense(x), _row_tiles(counts, x.device), power_of_two))
+
+
+def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
+                 counts: Sequence[int] | None = None):
+    if q.shape[-1] % 8 or not q.numel() or _no_columns(counts):
+        return NotImplemented
+    return _columns(q, counts, operator("retile_columns")(
+        _dense(q), scale.contiguous(), _row_tiles(counts, q.device), power_of_two))
+
+
+def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
+    if not _takes(x) or x.ndim not in (2, 3):
+        return NotImplemented
+    return operator("quantize_blocks")(_dense(x), False, power_of_two)[:2]
+
+
+def quantize_both_ways(weight: torch.Tensor):
+    """Rows of the transpose's codes are padded to whole tiles, which the view that is given does not show."""
+    if not _takes(weight) or weight.ndim not in (2, 3):
+        return NotImplemented
+    q, scale, q_t, scale_t = operator("quantize_blocks")(_dense(weight), True, False)
+    return (q, scale), (q_t[..., :weight.shape[-2]], scale_t)
+
+
+def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
+    if not _takes(x) or _no_columns(counts):
+        return NotImplemented
+    q, scale, *columns = operator("quantize_both")(_dense(x), _row_tiles(counts, x.device), power_of_two)
+    return (q, scale), _columns(x, counts, columns)
+
+
+def _gate_and_up(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor] | None:
+    """Both as matrices with rows equally far apart; None if the kernels don't take them."""
+    if gate.dtype != _BF16 or gate.shape[-1] % 8 or not gate.numel():
+        return None
+    rows = [_aligned(x.flatten(0, -2)) for x in (gate, up)]
+    return rows if rows[0].stride(0) == rows[1].stride(0) else [_dense(x) for x in rows]
+
+
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool = False):
+    rows = _gate_and_up(gate, up)
+    if rows is None:
+        return NotImplemented
+    q, scale = operator("swiglu_quantize_rows")(*rows, power_of_two)
+    return q.view(gate.shape), scale.view(*gate.shape[:-1], -1)
+
+
+def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool,
+                            counts: Sequence[int] | None = None):
+    rows = _gate_and_up(gate, up)
+    if rows is None or _no_columns(counts):
+        return NotImplemented
+    return _columns(rows[0], counts, operator("swiglu_quantize_columns")(
+        *rows, _row_tiles(counts, gate.device), power_of_two))
+
+
+def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
+                          counts: Sequence[int] | None = None):
+    """The kernel tiles both gradients side by side; those of each are halves of it where its tiles end between them."""
+    rows, width = _gate_and_up(gate, up), gate.shape[-1]
+    if rows is None or grad.dtype != _BF16 or _no_columns(counts) or not joint and width % TILE:
+        return NotImplemented
+    q, scale, *columns = operator("swiglu_backward_quantize")(
+        _dense(grad), *rows, _row_tiles(counts, gate.device), False)
+    columns = _columns(grad, counts, columns)
+    if joint:
+        return ((q, scale), columns),
+    both = zip(*(part.chunk(2, 1) for part in (q, scale)), strict=True), zip(*(part.chunk(2) for part in columns))
+    return tuple(zip(*both))
+
+
+# RMSNorm with what follows it (fp8_norm.py) ---------------------------------------------------------------------------
+
+def norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool):
+    if x.dtype != _BF16 or not _takes(x):
+        return NotImplemented
+    q, scale, rstd, y = operator("norm_quantize_rows")(_dense(x.flatten(0, -2)), weight.float(), eps, keep, False)
+    rows = x.shape[:-1]
+    return q.view(x.shape), scale.view(*rows, -1), rstd.view(*rows, 1), y.view(x.shape) if keep else None
+
+
+def norm_backward_quantize(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor):
+    if x.dtype != _BF16 or grad.dtype != _BF16 or not _takes(x):
+        return NotImplemented
+    grad, x_RH = (_dense(part.flatten(0, -2)) for part in (grad, x))
+    q, scale, *columns, grad_weight = operator("norm_backward_quantize")(
+        grad, x_RH, weight.float(), rstd.flatten(), None, False)
+    tiles = q.view(x.shape), scale.view(*x.shape[:-1], -1)
+    return tiles, _columns(x_RH, None, columns), grad_weight.to(weight.dtype)
+
+
+# Products (fp8_gemm.py) -----------------------------------------------------------------------------------------------
+
+def _operand(q: torch.Tensor, columns: int) -> torch.Tensor:
+    """q [.., N, K] as the copy engine reads it: K last, rows from multiples of 16 bytes on."""
+    fits = q.stride(-1) == 1 and q.stride(-2) % 16 == 0 and q.data_ptr() % 16 == 0 and (
+        q.ndim == 2 or q.stride(0) == q.shape[1] * q.stride(1))
+    if fits:
+        return q
+    padded = q.new_zeros(*q.shape[:-1], -(-columns // 16) * 16, dtype=torch.uint8)
+    padded[..., :columns] = q.view(torch.uint8) if q.stride(-1) == 1 else q.mT.view(torch.uint8).mT
+    return padded.view(q.dtype)[..., :columns]
+
+
+def _fits_product(a_q: torch.Tensor, out_dtype: torch.dtype) -> bool:
+    return out_dtype in (_BF16, torch.float32) and a_q.shape[1] > 0 and a_q.shape[0] > 0
+
+
+def scaled_mm(a_q, a_s, b_q, b_s, out_dtype=_BF16):
+    if not _fits_product(a_q, out_dtype):
+        return NotImplemented
+    operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[1]), b_s.contiguous()
+    return operator("scaled_mm")(*operands, out_dtype == torch.float32)
+
+
+def grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
+    """Tiles of 256 rows, which read b half as often, where no more than a tenth of them would be empty."""
+    if not _fits_product(a_q, out_dtype):
+        return NotImplemented
+    operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[2]), b_s.contiguous()
+    tiles = tile_rows(counts, 2 * TILE)
+    tall = 0.9 * len(tiles) * 2 * TILE <= sum(counts)
+    table = _table(tiles if tall else tile_rows(counts), 3, a_q.device)
+    return operator("grouped_scaled_mm")(*operands, table, tall, out_dtype == torch.float32)
+
+
+def grouped_scaled_mm_wgrad(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
+    """Operands as this module's quantize_128x1 makes them; others go to the reference."""
+    tiles = [-(-count // TILE) for count in counts]
+    if not _fits_product(a_q, out_dtype) or a_q.shape[1] != sum(tiles) * TILE:
+        return NotImplemented
+    groups = [(sum(tiles[:i]), count) for i, count in enumerate(tiles)]
+    return operator("grouped_scaled_mm_wgrad")(a_q, a_s, b_q, b_s, _table(groups, 2, a_q.device),
+                                               out_dtype == torch.float32)

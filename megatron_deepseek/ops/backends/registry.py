@@ -1,0 +1,212 @@
+"""Which implementation each operator takes on a GPU, chosen once for the process; on CPU tensors it is the reference.
+
+    @with_backends("rms_norm")
+    def rms_norm(x, weight, eps): ...          the reference, in torch
+
+The first candidate that can be used here is taken, or the one that the environment names:
+MEGATRON_DEEPSEEK_OPS=rms_norm=apex,attention=torch, where `all=torch` means every operator that has such a candidate.
+`python -m megatron_deepseek.ops` prints the choice and the reasons. An implementation may answer NotImplemented to what
+it does not take (a dtype, a width); the reference does that then.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+ENVIRONMENT = "MEGATRON_DEEPSEEK_OPS"
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`function`: module:name of the implementation, None for the reference itself; `why_not` is None where it runs."""
+
+    name: str
+    function: str | None
+    why_not: Callable[[], str | None]
+
+    def load(self) -> Callable | None:
+        if self.function is None:
+            return None
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(f"megatron_deepseek.ops.{module}"), name)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What CUDA tensors take; `function` is None for the reference."""
+
+    operator: str
+    backend: str
+    why: str
+    function: Callable | None = None
+
+
+def _always() -> None:
+    return None
+
+
+@functools.cache
+def _no_library() -> str | None:
+    """Why the operators of csrc/ cannot be used; loads them where there is a GPU to use them on."""
+    from megatron_deepseek.ops.backends import kernels
+
+    if not kernels.LIBRARY.exists():
+        return "csrc/ is not built (docs/kernels.md)"
+    if torch.cuda.is_available() and not kernels.is_loaded():
+        try:
+            kernels.load()
+        except OSError as error:
+            return f"csrc/ does not load: {error}"
+    return None
+
+
+def _not_hopper() -> str | None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
+        return None
+    return f"products with such scales need compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+
+
+def _no_hopper() -> str | None:
+    return _no_library() or _not_hopper()
+
+
+def _no_module(name: str, library: str) -> str | None:
+    """By looking for it: importing compiled modules without their GPU fails in ways of their own."""
+    return None if importlib.util.find_spec(name) else f"{library} is not installed"
+
+
+def _no_apex() -> str | None:
+    """NVIDIA's, by its compiled module: PyPI's package of the name is something else."""
+    return _no_module("fused_layer_norm_cuda", "apex")
+
+
+def _no_transformer_engine() -> str | None:
+    return _no_module("transformer_engine", "transformer-engine")
+
+
+def _no_blockwise_product() -> str | None:
+    """torch's own: cuBLASLt has 128-element scales for Hopper alone, from CUDA 12.9 on."""
+    version = torch.version.cuda
+    if version is None:
+        return "this torch has no CUDA"
+    old = tuple(map(int, version.split(".")[:2])) < (12, 9)
+    return f"needs CUDA 12.9, this torch has {version}" if old else _not_hopper()
+
+
+def _no_transformer_engine_product() -> str | None:
+    return _no_transformer_engine() or _not_hopper()
+
+
+def _ours(function: str) -> tuple[Candidate, ...]:
+    return Candidate("csrc", f"cuda:{function}", _no_library), Candidate(REFERENCE, None, _always)
+
+
+CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
+    "rms_norm": (Candidate("torch", "alternatives:torch_rms_norm", _always),
+                 Candidate("apex", "alternatives:apex_rms_norm", _no_apex),
+                 Candidate(REFERENCE, None, _always)),
+    "norm_backward": (Candidate("torch", "alternatives:torch_norm_backward", _always),
+                      Candidate(REFERENCE, None, _always)),
+    "norm_quantize": _ours("norm_quantize"),
+    "norm_backward_quantize": _ours("norm_backward_quantize"),
+    "attention": (Candidate("torch", None, _always),
+                  Candidate("transformer_engine", "alternatives:transformer_engine_attention", _no_transformer_engine)),
+    "rope_queries": _ours("rope_queries"),
+    "assemble_keys": _ours("assemble_keys"),
+    "sort_by_expert": _ours("sort_by_expert"),
+    "permute": _ours("permute"),
+    "gather_rows": _ours("gather_rows"),
+    "copy_and_permute": _ours("copy_and_permute"),
+    "weighted_sum": _ours("weighted_sum"),
+    "cross_entropy_statistics": _ours("cross_entropy_statistics"),
+    "cross_entropy_gradient": _ours("cross_entropy_gradient"),
+    "quantize_1x128": _ours("quantize_1x128"),
+    "quantize_128x1": _ours("quantize_128x1"),
+    "quantize_128x128": _ours("quantize_128x128"),
+    "quantize_both_ways": _ours("quantize_both_ways"),
+    "quantize_rows_and_columns": _ours("quantize_rows_and_columns"),
+    "retile_128x1": _ours("retile_128x1"),
+    "quantize_swiglu": _ours("quantize_swiglu"),
+    "quantize_swiglu_columns": _ours("quantize_swiglu_columns"),
+    "swiglu_backward_tiles": _ours("swiglu_backward_tiles"),
+    "scaled_mm": (Candidate("csrc", "cuda:scaled_mm", _no_hopper),
+                  Candidate("torch", "alternatives:torch_scaled_mm", _no_blockwise_product),
+                  Candidate("transformer_engine", "alternatives:transformer_engine_scaled_mm",
+                            _no_transformer_engine_product),
+                  Candidate(REFERENCE, None, _always)),
+    "grouped_scaled_mm": (Candidate("csrc", "cuda:grouped_scaled_mm", _no_hopper),
+                          Candidate(REFERENCE, None, _always)),
+    "grouped_scaled_mm_wgrad": (Candidate("csrc", "cuda:grouped_scaled_mm_wgrad", _no_hopper),
+                                Candidate(REFERENCE, None, _always)),
+})
+
+
+def parse_wishes(text: str) -> Mapping[str, str]:
+    """Operator -> backend from ENVIRONMENT's value. Raises ValueError for names that don't exist."""
+    wishes: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        operator, _, backend = part.partition("=")
+        known = {name for candidates in CANDIDATES.values() for name in (c.name for c in candidates)}
+        if operator != "all" and operator not in CANDIDATES:
+            raise ValueError(f"{ENVIRONMENT}: there is no operator {operator!r}; there are {', '.join(CANDIDATES)}")
+        names = known if operator == "all" else {candidate.name for candidate in CANDIDATES[operator]}
+        if backend not in names:
+            raise ValueError(f"{ENVIRONMENT}: {operator} has no backend {backend!r}; it has {', '.join(sorted(names))}")
+        for name in CANDIDATES if operator == "all" else (operator,):
+            if operator != "all" or any(candidate.name == backend for candidate in CANDIDATES[name]):
+                wishes[name] = backend
+    return wishes
+
+
+def choose(operator: str, wish: str | None) -> Choice:
+    """Raises ValueError if the wish cannot be had."""
+    if not torch.cuda.is_available():
+        return Choice(operator, REFERENCE, "no GPU")
+    passed_over = []
+    for candidate in CANDIDATES[operator]:
+        if wish not in (None, candidate.name):
+            continue
+        problem = candidate.why_not()
+        if problem is None:
+            why = f"{ENVIRONMENT} names it" if wish else "; ".join(passed_over) or "first choice"
+            return Choice(operator, candidate.name, why, candidate.load())
+        if wish is not None:
+            raise ValueError(f"{ENVIRONMENT}: {operator}={wish}, but {problem}")
+        passed_over.append(problem)
+    raise AssertionError(operator)
+
+
+@functools.cache
+def choices() -> Mapping[str, Choice]:
+    """The choice of this process, made at its first use."""
+    wishes = parse_wishes(os.environ.get(ENVIRONMENT, ""))
+    return MappingProxyType({operator: choose(operator, wishes.get(operator)) for operator in CANDIDATES})
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def with_backends(operator: str):
+    """The decorated function is the reference; its first argument's device says whether a choice is made at all."""
+    def decorate(reference):
+        @functools.wraps(reference)
+        def call(x, *args, **kwargs):
+            if on_gpu(x):
+                function = choices()[operator].function
+                result = NotImplemented if function is None else function(x, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            return reference(x, *args, **kwargs)
+
+        call.reference = reference
+        return call
+
+    return decorate

@@ -1,0 +1,71 @@
+"""Attention of the FP8 recipe: computed in the layer's dtype, its output kept once, as E5M6, for two backwards.
+
+Attention's own backward reads the output (for the softmax's row term sum(do * o)), and so does the weight gradient of
+the linear after it. Both read the same E5M6 here; what the linear computes with are E4M3 tiles of the exact output.
+
+Shapes: B batch, S queries and keys, N heads, D query and key width, V value width.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.attention import Output, Scores, attend, attend_backward
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
+from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
+
+
+class E5M6Output(Output):
+    """Given on as E4M3 tiles with what is kept beside them, so that the linear that follows keeps the same tensors."""
+
+    def give(self, y_BSV: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        kept = quantize_e5m6(y_BSV.flatten(0, 1))
+        return BlockScaled(*fp8.quantize_1x128(y_BSV, power_of_two=True), y_BSV.dtype, kept), kept
+
+    def restore(self, kept: tuple[torch.Tensor, ...], like_BSV: torch.Tensor) -> torch.Tensor:
+        return dequantize_e5m6(*kept, like_BSV.shape[-1], like_BSV.dtype).view_as(like_BSV)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BSND, k_BSND, v_BSNV, squares, scores: Scores, width: int):
+        q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
+        out_BNSV, lse_BNS = _empty_results(q, v)
+        for place in squares:
+            out_BNSV[place], lse_BNS[place] = attend(q[place], k[place], v[place], scores)
+        result, kept = E5M6Output().give(out_BNSV[..., :width].transpose(1, 2).flatten(-2))
+        ctx.save_for_backward(q_BSND, k_BSND, v_BSNV, lse_BNS, *kept)
+        ctx.squares, ctx.scores = squares, scores
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_BSV):
+        q_BSND, k_BSND, v_BSNV, lse_BNS, *kept = ctx.saved_tensors
+        grad, out = (_heads(x, v_BSNV) for x in (grad_BSV, E5M6Output().restore(kept, grad_BSV)))
+        q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        for place in ctx.squares:
+            parts = attend_backward(grad[place], q[place], k[place], v[place], out[place], lse_BNS[place], ctx.scores)
+            for gradient, part in zip(gradients, parts):
+                gradient[place] = part
+        return *(x.transpose(1, 2) for x in gradients), None, None, None
+
+
+def _empty_results(q_BNSD: torch.Tensor, v_BNSV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(q_BNSD.dtype, torch.float32)
+    return torch.empty_like(v_BNSV), q_BNSD.new_empty(q_BNSD.shape[:-1], dtype=wide)
+
+
+def _heads(x: torch.Tensor, v_BSNV: torch.Tensor) -> torch.Tensor:
+    """[B, N, S, V] of x [B, S, N * width], with zeros where v is wider."""
+    x_BSNW = x.reshape(*v_BSNV.shape[:3], -1)
+    return F.pad(x_BSNW, (0, v_BSNV.shape[-1] - x_BSNW.shape[-1])).transpose(1, 2)
+
+
+def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents: Documents | None,
+              scale: float, width: int) -> torch.Tensor:
+    """As ops/attention.py's, [B, S, N * width], but block-scaled with powers of two."""
+    squares = [...] if documents is None else [
+        (slice(row, row + 1), slice(None), place) for row, places in enumerate(documents.rows) for place in places]
+    return _Attention.apply(q_BSND, k_BSND, v_BSNV, squares, Scores(scale, causal=True), width)

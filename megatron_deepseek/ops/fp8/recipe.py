@@ -1,0 +1,222 @@
+"""Products of the FP8 recipe as autograd functions: E4M3 forward, dgrad and wgrad (fp8.py has the formats).
+
+    forward  x in 1x128 tiles       x  weight in 128x128 blocks
+    dgrad    gradient in 1x128      x  the same blocks, transposed
+    wgrad    gradient in 128x1      x  the kept x, re-tiled to 128x1
+
+What is kept of x is FP8 and nothing else: the forward's own tiles, or E5M6 after attention. Before a `down_proj` it is
+SwiGLU's inputs, in FP8, and the backward makes SwiGLU's output again from them. Output and gradients have the layer's
+dtype. The weight is quantised when FSDP gathers it (fp8_weight.py).
+
+A gradient that was made by an operator of this recipe comes with both kinds of tiles (block_scaled.py).
+
+The weight itself is held by the node and not saved, for the reason that zero_bubble.py gives.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, quantize, share
+from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
+from megatron_deepseek.ops.fp8.attention import E5M6Output, attention
+from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.ops.fp8.norm import tiles_and_norm, tiles_between, tiles_of_norm
+from megatron_deepseek.ops.fp8.weight import Fp8Shard, blocks_of, transposed_of
+from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, PrecisionRecipe
+from megatron_deepseek.ops.recompute import kept
+from megatron_deepseek.ops.backends.registry import with_backends
+from megatron_deepseek.ops.swiglu import gate_and_up, swiglu_backward, swiglu_forward
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Fp8Gemm(Gemm):
+    """`input_power_of_two`: scales of the input's tiles are powers of two, not any float32.
+
+    `dispatched_gradient`: so are those of the output's gradient, which may have come from its tokens' ranks as FP8.
+    Wgrad then takes it from those 1x128 tiles wherever they were made, so that all layouts compute the same.
+
+    `cache_e5m6`: keep the input for wgrad as E5M6 instead of the forward's E4M3. `sharing` (ops/recompute.py) says
+    whether an input that several products share is kept, or quantised again in the backward.
+
+    `gather_fp8`: FSDP gathers the weight as FP8.
+    """
+
+    input_power_of_two: bool = False
+    dispatched_gradient: bool = False
+    cache_e5m6: bool = False
+    gather_fp8: bool = False
+    sharing: Callable[..., AbstractContextManager] = kept
+    deferred: Deferred | None = None
+
+    def __call__(self, x, weight, *counts):
+        return _Multiply.apply(x, weight, self, *counts)
+
+    def after_swiglu(self, gate_up, weight, *counts):
+        return _MultiplySwiGLU.apply(self, counts, weight, *gate_up)
+
+    def gathered(self, shard):
+        return Fp8Shard(shard, self.gather_fp8)
+
+    def shared(self, x):
+        return nullcontext(x) if isinstance(x, BlockScaled) else self.sharing(self.rows, x)
+
+    def rows(self, x):
+        return share(x, self.input_power_of_two)
+
+    def deferring(self, deferred):
+        return replace(self, deferred=deferred)
+
+    def gradient_tiles(self, grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]
+                       ) -> tuple[BlockScaled, fp8.Tiles | None]:
+        """The output's gradient for dgrad, and for wgrad unless the weight is frozen."""
+        if self.dispatched_gradient:
+            grad = quantize(grad, power_of_two=True)
+        if not weight.requires_grad:
+            return quantize(grad), None
+        if isinstance(grad, BlockScaled):
+            tiles = _rows(grad)
+            return grad, grad.columns or fp8.retile_128x1(tiles.q, tiles.scale, self.dispatched_gradient, *counts)
+        rows, columns = fp8.quantize_rows_and_columns(grad.flatten(0, -2), False, *counts)
+        return _as_gradient((rows, columns), grad), columns
+
+    def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
+        """What wgrad will need of x; `columns` makes its tiles of it."""
+        if not self.cache_e5m6:
+            return tiles.q, tiles.scale
+        return (isinstance(x, BlockScaled) and x.kept) or quantize_e5m6(x.flatten(0, -2))
+
+    def columns(self, kept: Tensors, size: int, *counts: Sequence[int]) -> Tensors:
+        if self.cache_e5m6:
+            return fp8.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
+        return fp8.retile_128x1(*kept, self.input_power_of_two, *counts)
+
+    def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Now, or None now and later what `gradient` gives; None for a frozen weight."""
+        if not weight.requires_grad:
+            return None
+        return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
+
+
+def recipe(sharing: Callable[..., AbstractContextManager] = kept, gather_fp8: bool = False) -> PrecisionRecipe:
+    """Which product takes what (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
+    product = partial(Fp8Gemm, gather_fp8=gather_fp8)
+    return PrecisionRecipe(
+        linear=product(sharing=sharing),
+        attention_output=product(input_power_of_two=True, cache_e5m6=True),
+        experts_up=product(input_power_of_two=True),
+        experts_down=product(dispatched_gradient=True),
+        to_experts=partial(quantize, power_of_two=True),
+        norm=tiles_of_norm, norm_of_product=tiles_between, norm_for_all=tiles_and_norm,
+        attention=attention, attention_output_form=E5M6Output())
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, product: Fp8Gemm, *counts):
+        ctx.weight, ctx.gemm, ctx.counts = weight, product, counts
+        tiles = _rows(quantize(x, product.input_power_of_two))
+        ctx.save_for_backward(*(product.keep(x, tiles) if weight.requires_grad else ()))
+        return _with_rows_of(x, _forward(tiles, weight, *counts))
+
+    @staticmethod
+    def backward(ctx, grad):
+        product, weight, counts, size = ctx.gemm, ctx.weight, ctx.counts, ctx.weight.shape[-1]
+        rows, columns = product.gradient_tiles(grad, weight, *counts)
+        grad_x = _dgrad(rows, weight, *counts) if ctx.needs_input_grad[0] else None
+        kept = ctx.saved_tensors
+
+        def wgrad():
+            return _wgrad(columns, product.columns(kept, size, *counts), grad.dtype, *counts)
+
+        return grad_x, product.weight_gradient(weight, wgrad), None, *(None for _ in counts)
+
+
+class _MultiplySwiGLU(torch.autograd.Function):
+    """`gate_up`: gate and up, or both side by side, which then have one gradient in tiles that begin at gate."""
+
+    @staticmethod
+    def forward(ctx, product: Fp8Gemm, counts, weight, *gate_up):
+        ctx.weight, ctx.gemm, ctx.counts, ctx.joint = weight, product, counts, len(gate_up) == 1
+        gate, up = gate_and_up(*gate_up)
+        ctx.save_for_backward(*fp8.quantize_1x128(gate.flatten(0, -2)), *fp8.quantize_1x128(up.flatten(0, -2)))
+        tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
+        return _with_rows_of(gate, _forward(tiles, weight, *counts))
+
+    @staticmethod
+    def backward(ctx, grad):
+        product, weight, counts = ctx.gemm, ctx.weight, ctx.counts
+        rows, columns = product.gradient_tiles(grad, weight, *counts)
+        gate_q, gate_s, up_q, up_s = ctx.saved_tensors
+        gate, up = (fp8.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
+        gradients, grad_weight = (None,) * len(ctx.needs_input_grad[3:]), None
+        if any(ctx.needs_input_grad[3:]):
+            grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
+            tiles = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
+            gradients = tuple(_as_gradient(each, grad) for each in tiles)
+        if weight.requires_grad:
+            hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
+            grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
+        return None, None, grad_weight, *gradients
+
+
+@with_backends("quantize_swiglu")
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> fp8.Tiles:
+    """silu(gate) * up in 1x128 tiles."""
+    return fp8.quantize_1x128(swiglu_forward(gate, up), power_of_two)
+
+
+@with_backends("quantize_swiglu_columns")
+def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
+                            ) -> fp8.Tiles:
+    """silu(gate) * up, [R, I] each, in 128x1 tiles of rows."""
+    return fp8.quantize_128x1(swiglu_forward(gate, up), power_of_two, *counts)
+
+
+@with_backends("swiglu_backward_tiles")
+def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
+                          *counts: Sequence[int]) -> tuple[tuple[fp8.Tiles, fp8.Tiles], ...]:
+    """Gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles: of each, or of both side by side [R, 2I]."""
+    gradients = swiglu_backward(grad, gate, up)
+    parts = (torch.cat(gradients, -1),) if joint else gradients
+    return tuple(fp8.quantize_rows_and_columns(part, False, *counts) for part in parts)
+
+
+def _as_gradient(tiles: tuple[fp8.Tiles, fp8.Tiles], like: torch.Tensor) -> BlockScaled:
+    """[..., K] of tiles of [R, K], with the rows of `like`."""
+    (q, scale), columns = tiles
+    rows = like.shape[:-1]
+    return BlockScaled(q.view(*rows, q.shape[-1]), scale.view(*rows, scale.shape[-1]), like.dtype, columns=columns)
+
+
+def _rows(tiles: BlockScaled) -> BlockScaled:
+    """[..., K] as [M, K]."""
+    return tiles if tiles.ndim == 2 else tiles.map(lambda part: part.flatten(0, -2))
+
+
+def _with_rows_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y [M, K] as [..., K]; never a view of what is whole already, which FSDP takes for a danger."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _forward(x: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
+    multiply = grouped_scaled_mm if counts else scaled_mm
+    return multiply(x.q, x.scale, *blocks_of(weight), *counts, out_dtype=x.dtype)
+
+
+def _dgrad(grad: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
+    """[..., I]"""
+    multiply = grouped_scaled_mm if counts else scaled_mm
+    tiles = _rows(grad)
+    return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *transposed_of(weight), *counts, out_dtype=grad.dtype))
+
+
+def _wgrad(grad: fp8.Tiles, x: fp8.Tiles, dtype: torch.dtype, *counts: Sequence[int]) -> torch.Tensor:
+    multiply = grouped_scaled_mm_wgrad if counts else scaled_mm
+    return multiply(*grad, *x, *counts, out_dtype=dtype)

@@ -1,0 +1,196 @@
+"""What a run begins from. Rank 0 alone looks at what is there, and tells the others: ranks that each looked for
+themselves could disagree, where a directory is not shared or a file system is slow to show what another node wrote.
+
+    --save holds      --load is                           the run
+    no checkpoint     not given, or the same directory    begins anew
+    no checkpoint     another directory                   goes on from there; with --finetune, or from released
+                                                          weights, begins at iteration 0
+    a checkpoint      the same directory                  goes on, at --ckpt-step if that is given
+    a checkpoint      what the run there began from       goes on with --save: --load was for the first start, and so
+                                                          were --finetune, --ckpt-step and --no-load-optim
+    a checkpoint      not given, or another directory     is refused; --overwrite begins anew and removes what is there
+
+A checkpoint that this very job wrote before it was restarted goes before everything: whatever the arguments ask for,
+they did it in the first life.
+"""
+
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_deepseek.checkpoint.convert.assets import DIRECTORY
+from megatron_deepseek.checkpoint.job.distributed import has_optimizer
+from megatron_deepseek.checkpoint.loadable import check_directory, checkpoint_directory, stored_architecture
+from megatron_deepseek.checkpoint.tracker import (
+    MARKER,
+    REMOVING,
+    begins_anew,
+    is_huggingface,
+    iterations,
+    last_iteration,
+    problem,
+)
+from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.runtime.lock_holder import LOCK, read_holder
+from megatron_deepseek.runtime.metrics import FILE_NAME
+from megatron_deepseek.runtime.recorded import Job, Recorded, read_recorded
+
+SHARED_SECONDS = 30.0  # for a network file system to show another node's new file: its clients keep directories so long
+
+
+@dataclass(frozen=True)
+class Start:
+    """`load`: the checkpoint or released weights to load, None for fresh weights; `is_saved`: it is --save's last.
+
+    `weights_only`: without moments; `finetune`: counting from iteration 0 as well. `new_modules`: beginnings of the
+    names of the MTP modules that --init-mtp begins, those that the checkpoint lacks. `origin`: the --load of the run's
+    first start, None if it began from nothing. `overwrite`: what --save holds is removed before the first step.
+    `lock`: the token of --save's lock. `before`: what the run that wrote the checkpoint was told, where it is the same
+    run and known. `notes`: lines for the user.
+    """
+
+    load: Path | None = None
+    is_saved: bool = False
+    finetune: bool = False
+    weights_only: bool = False
+    new_modules: tuple[str, ...] = ()
+    origin: str | None = None
+    overwrite: bool = False
+    lock: str = ""
+    before: Recorded | None = None
+    notes: tuple[str, ...] = ()
+
+
+def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "") -> Start:
+    """On rank 0, while it holds the lock `lock` of --save. ValueError for what is refused or cannot be loaded."""
+    start = replace(_decide(run, job), lock=lock)
+    if start.load is None:
+        return start
+    check_directory(start.load, model, run.init_mtp)
+    new = module_prefixes(model, stored_architecture(start.load).num_nextn_predict_layers) if run.init_mtp else ()
+    weights_only = start.finetune or start.weights_only or bool(new) or _has_weights_alone(start.load)
+    return replace(start, weights_only=weights_only, new_modules=tuple(new),
+                   before=None if start.finetune else read_recorded(start.load))
+
+
+def _decide(run: RunSettings, job: Job) -> Start:
+    if run.save is None or begins_anew(run.save):
+        return _first_start(run)
+    last = _recorded_last(run.save)
+    if last is not None and last.job.is_earlier_life_of(job):
+        return _continued(run, last, None)
+    if run.overwrite:
+        return replace(_first_start(run), overwrite=True)
+    if run.load is not None and _same(run.load, run.save):
+        return replace(_continued(run, last, run.ckpt_step), weights_only=run.no_load_optim)
+    wrong = problem(run.save)
+    if wrong is not None:
+        raise ValueError(f"--save {run.save}: {wrong}; or --overwrite begins anew")
+    if run.load is None or (last is not None and last.origin != _full(run.load)):
+        raise ValueError(_refusal(run, last))
+    note = (f"--save {run.save} holds a checkpoint of iteration {last_iteration(run.save)}, with which this run goes "
+            f"on: --load {run.load} was for its first start")
+    return replace(_continued(run, last, None), notes=(note,))
+
+
+def _recorded_last(save: Path) -> Recorded | None:
+    """What the last checkpoint there records of its run; None where there is nothing, or damage: loading says so."""
+    try:
+        return read_recorded(checkpoint_directory(save))
+    except ValueError:
+        return None
+
+
+def _first_start(run: RunSettings) -> Start:
+    if run.save is not None and is_huggingface(run.save):
+        raise ValueError(f"--save {run.save} is a Hugging Face model, which checkpoints would mix with: a run needs a "
+                         "directory of its own")
+    by_itself = run.save is not None and run.load is not None and _same(run.load, run.save) and run.ckpt_step is None
+    if run.load is None or (by_itself and begins_anew(run.load)):
+        return Start()
+    directory = checkpoint_directory(run.load, run.ckpt_step)
+    return Start(directory, finetune=run.finetune, weights_only=run.no_load_optim, origin=_full(run.load))
+
+
+def _continued(run: RunSettings, last: Recorded | None, step: int | None) -> Start:
+    directory = checkpoint_directory(run.save, step)
+    return Start(directory, is_saved=step in (None, last_iteration(run.save)),
+                 origin=last.origin if last is not None else None)
+
+
+def _refusal(run: RunSettings, last: Recorded | None) -> str:
+    there = f"--save {run.save} holds a run of iteration {last_iteration(run.save)}"
+    if run.load is not None:
+        began = "nothing" if last.origin is None else f"--load {last.origin}"
+        there += f" that began from {began}, not from --load {run.load}"
+    return f"{there}: --load {run.save} goes on with it, --overwrite removes it and begins anew"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _full(path: Path) -> str:
+    return str(path.resolve())
+
+
+def _has_weights_alone(directory: Path) -> bool:
+    """Whether these are released weights, converted or not: nobody trained them here, so nothing of theirs is lost."""
+    return is_huggingface(directory) or (directory.name == "iter_0000000" and not has_optimizer(directory))
+
+
+def share(start: Start | None, save: Path | None, seconds: float = SHARED_SECONDS) -> Start:
+    """Rank 0's decision on every rank; all ranks call this. ValueError on every rank if one does not see the lock
+    that rank 0 made in `save`: its checkpoints would be lost piece by piece.
+    """
+    told = [start, socket.gethostname()]
+    dist.broadcast_object_list(told)
+    start, first_host = told
+    if save is None:
+        return start
+    seen: list = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (_sees(save / LOCK, start.lock, seconds), socket.gethostname()))
+    blind = [(rank, host) for rank, (sees, host) in enumerate(seen) if not sees]
+    if blind:
+        (rank, host), more = blind[0], f" and {len(blind) - 1} other ranks do" if len(blind) > 1 else " does"
+        raise ValueError(f"--save {save}: rank {rank} on {host}{more} not see what rank 0 on {first_host} writes "
+                         "there. It must be one directory of a file system that all nodes share")
+    return start
+
+
+def _sees(lock: Path, token: str, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            holder = read_holder(lock)
+        except OSError:
+            holder = None
+        if holder is not None and holder.token == token:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(min(0.5, seconds / 10))
+
+
+def overwrite(root: Path) -> str:
+    """Remove the checkpoints and records of an older run, for --overwrite; what was done, in a line.
+
+    The marker goes first: a kill on the way leaves checkpoints that ask for --ckpt-step, or for --overwrite again.
+    """
+    there = iterations(root)
+    (root / MARKER).unlink(missing_ok=True)
+    for directory in [path for path in root.glob("iter_*") if path.is_dir() and path.suffix != REMOVING]:
+        os.rename(directory, directory.with_name(directory.name + REMOVING))
+    for directory in root.glob(f"iter_*{REMOVING}"):
+        shutil.rmtree(directory)
+    (root / FILE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(root / DIRECTORY, ignore_errors=True)
+    return f"removed {len(there)} checkpoints of an older run, the last of iteration {there[-1]}, and its records " \
+        f"from {root}" if there else f"removed an older run from {root}"

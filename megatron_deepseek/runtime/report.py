@@ -1,0 +1,259 @@
+"""What a run tells while it runs: metrics.jsonl, progress on the terminal, TensorBoard.
+
+A `Report` passes each event on to its listeners. Rank 0 has `open_report(...)`; every other rank has `Report()`, which
+has no listeners and says nothing, so the loop never asks which rank it is on.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+from megatron_deepseek.launch.ending import silence
+from megatron_deepseek.packages import how_to_install
+from megatron_deepseek.runtime.appending import AppendedFile
+from megatron_deepseek.runtime.metrics import FILE_NAME, MetricsFile, StepMetrics
+from megatron_deepseek.settings import RunSettings
+
+
+class Listener(Protocol):
+    """What a report passes on; iterations count finished updates."""
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Report:
+    """Tells every listener, in order. As a context manager it closes them when the run fails."""
+
+    def __init__(self, *listeners: Listener):
+        self._listeners = listeners
+
+    def step(self, metrics: StepMetrics) -> None:
+        for listener in self._listeners:
+            listener.step(metrics)
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...] = (),
+                   source_loss: dict[str, float] | None = None) -> None:
+        """Call before the checkpoint of the same iteration is written: a run resumed there does not validate again."""
+        for listener in self._listeners:
+            listener.validation(iteration, lm_loss, tuple(mtp_loss), source_loss)
+
+    def message(self, text: str) -> None:
+        for listener in self._listeners:
+            listener.message(text)
+
+    def close(self) -> None:
+        """Close all listeners, once. OSError, the first one's, if what was told could not be kept."""
+        listeners, self._listeners, errors = self._listeners, (), []
+        for listener in listeners:
+            try:
+                listener.close()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.close()
+        except OSError:
+            if kind is None:
+                raise
+
+
+def _has_room_for_a_bar(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal with a width: in one of 0 columns, as some launchers open, no bar is seen."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return True  # a terminal that does not tell
+
+
+def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | None = None) -> Report:
+    """The report of the one rank that speaks. `stream`, standard output by default, gets a bar if it is a terminal."""
+    stream = stream or sys.stdout
+    progress = (ProgressBar if _has_room_for_a_bar(stream) else ProgressLines)(run, resumed_iteration, stream)
+    listeners: list[Listener] = []
+    if run.tensorboard_dir is not None:
+        listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration, progress.message))
+    log = None
+    if run.save is not None:
+        log = MetricsLog(Path(run.save) / FILE_NAME, resumed_iteration, progress.message)
+        listeners.append(log)
+    report = Report(*listeners, progress)
+    if log is not None and log.removed:
+        report.message(f"{log.path}: removed {log.removed} records after iteration {resumed_iteration}, "
+                       "where this run starts")
+    return report
+
+
+class MetricsLog:
+    """A listener that keeps metrics.jsonl."""
+
+    def __init__(self, path: Path, resumed_iteration: int, tell: Callable[[str], None]):
+        self.path = path
+        self._file = MetricsFile(path, resumed_iteration, tell)
+        self.removed = self._file.removed
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._file.append(metrics.record())
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
+        by_source = {} if source_loss is None else {"validation_source_loss": source_loss}
+        self._file.append({"iteration": iteration, "validation_lm_loss": lm_loss, "validation_mtp_loss": mtp_loss,
+                           **by_source})
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressBar:
+    """A bar with loss, tokens a second and the time left, for a terminal."""
+
+    def __init__(self, run: RunSettings, resumed_iteration: int, stream: TextIO):
+        self._bar = tqdm(total=run.train_iters, initial=resumed_iteration, file=stream, unit="step", dynamic_ncols=True)
+        self._stream = stream
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._bar.set_postfix_str(f"lm loss {metrics.lm_loss:.4f}, {metrics.tokens_per_second:,.0f} tokens/s",
+                                  refresh=False)
+        self._bar.update()
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
+        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+
+    def message(self, text: str) -> None:
+        self._bar.write(text, file=self._stream)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class ProgressLines:
+    """A line for the first step, every log_interval and the last, for a file or a pipe; each flushed."""
+
+    def __init__(self, run: RunSettings, resumed_iteration: int, stream: TextIO):
+        self._run, self._stream = run, stream
+        self._begun, self._begun_at = resumed_iteration, time.monotonic()
+
+    def step(self, metrics: StepMetrics) -> None:
+        done, total = metrics.iteration, self._run.train_iters
+        if done % self._run.log_interval and done not in (self._begun + 1, total):
+            return
+        fields = [f"iteration {done:>{len(str(total))}}/{total}", f"lm loss {metrics.lm_loss:.4f}"]
+        fields += [f"mtp loss {_losses(metrics.mtp_loss)}"] if metrics.mtp_loss else []
+        fields += [f"grad norm {metrics.grad_norm:.3f}", f"learning rate {metrics.learning_rate:.3e}",
+                   f"{metrics.tokens_per_second:,.0f} tokens/s"]
+        fields += [f"mfu {metrics.mfu:.1%}"] if metrics.mfu is not None else []
+        self.message(" | ".join([*fields, f"{self._time_left(done)} left"]))
+
+    def _time_left(self, done: int) -> timedelta:
+        """From the pace of this process so far, validation and saving included."""
+        pace = (time.monotonic() - self._begun_at) / (done - self._begun)
+        return timedelta(seconds=round(pace * (self._run.train_iters - done)))
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
+        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+
+    def message(self, text: str) -> None:
+        """A reader that has gone (a closed terminal, `| head`) ends what is printed, and not the training."""
+        for stream, said in ((self._stream, text), (sys.stderr, "nobody reads the output any more; training goes on")):
+            try:
+                print(said, file=stream, flush=True)
+                return
+            except BrokenPipeError:
+                silence(stream)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; events of an undone stretch are hidden by its own mark of a restart.
+
+    The events are TensorBoard's, the file is ours: its own writer loses what a full disk refuses, and the run with it.
+    """
+
+    def __init__(self, directory: Path, resumed_iteration: int, tell: Callable[[str], None]):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise ValueError(f"--tensorboard-dir {directory} needs the package tensorboard ({error}): "
+                              f"{how_to_install('tensorboard')}") from error
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._events, self._summaries = event_pb2, summary_pb2
+        self._file = AppendedFile(directory / name, tell)
+        self._records = RecordWriter(self._file)
+        self._event(resumed_iteration + 1, file_version="brain.Event:2")
+        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._event(resumed_iteration + 1, session_log=begin)
+
+    def _event(self, step: int, **content) -> None:
+        event = self._events.Event(wall_time=time.time(), step=step, **content)
+        self._records.write(event.SerializeToString())
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._scalars("train", metrics.iteration, metrics.record())
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
+        self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss})
+
+    def _scalars(self, group: str, iteration: int, values: dict) -> None:
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                depths = {f"{name}_{depth}": loss for depth, loss in enumerate(value, start=1)}
+                self._scalars(group, iteration, depths)
+            elif isinstance(value, dict):
+                self._scalars(f"{group}/{name}", iteration, value)
+            elif value is not None and name != "iteration":
+                scalar = self._summaries.Summary.Value(tag=f"{group}/{name}", simple_value=float(value))
+                self._event(iteration, summary=self._summaries.Summary(value=[scalar]))
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                     source_loss: dict[str, float] | None) -> str:
+    fields = [f"validation at iteration {iteration}", f"lm loss {lm_loss:.4f}"]
+    fields += [f"mtp loss {_losses(mtp_loss)}"] if mtp_loss else []
+    shown = list((source_loss or {}).items())
+    if shown:
+        more = f", and {len(shown) - _SHOWN_SOURCES} more" if len(shown) > _SHOWN_SOURCES else ""
+        fields.append(", ".join(f"{name} {loss:.4f}" for name, loss in shown[:_SHOWN_SOURCES]) + more)
+    return " | ".join(fields)
+
+
+_SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
+
+
+def _losses(losses: tuple[float, ...]) -> str:
+    return " ".join(f"{loss:.4f}" for loss in losses)

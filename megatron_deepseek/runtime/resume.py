@@ -1,0 +1,173 @@
+"""Before the first step: bad input is refused in a line, and a checkpoint is loaded, or the run starts anew."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_deepseek.arguments import Settings
+from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.export import check_export
+from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
+from megatron_deepseek.checkpoint.loadable import refuse_damage
+from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
+from megatron_deepseek.checkpoint.publishing import check_writable
+from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
+from megatron_deepseek.checkpoint.train_state import TrainState, read_state
+from megatron_deepseek.data.pretraining import check_data
+from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.model.frozen import is_frozen
+from megatron_deepseek.parallel.restarts import job_name
+from megatron_deepseek.parallel.start import choose_device
+from megatron_deepseek.planning.node_reach import describe_reach
+from megatron_deepseek.runtime.decision import Start, decide
+from megatron_deepseek.runtime.recorded import Job, Recorded, differences, explain_marks
+from megatron_deepseek.runtime.user_errors import refuse_taken_over, refusing
+from megatron_deepseek.runtime.report import Report
+from megatron_deepseek.runtime.save_lock import SaveLock
+from megatron_deepseek.training.schedules import schedule_of
+from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
+from megatron_deepseek.training.trainer import Trainer
+
+
+def this_job() -> Job:
+    """On rank 0; the others need no name, and do not ask the agent's store for one."""
+    return Job.here(job_name() if _is_first_rank() else "")
+
+
+def save_lock(settings: Settings, job: Job) -> SaveLock | None:
+    """Rank 0's, not yet acquired; None on other ranks, and without --save."""
+    if settings.run.save is None or not _is_first_rank():
+        return None
+
+    return SaveLock(settings.run.save, job.name, lambda line: print(line, flush=True),
+                    lambda holder: refuse_taken_over(settings.run.save, holder))
+
+
+def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Start | None:
+    """Rank 0 looks at files before anything is built, says in one line what is wrong with them, and decides what the
+    run begins from. None on other ranks.
+    """
+    if not _is_first_rank():
+        return None
+    run = settings.run
+    with refusing(lock=lock):
+        choose_device()
+        check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        if run.chat_template is not None:
+            tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
+            check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
+        for option, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
+            if directory is not None:
+                check_writable(option, directory)
+        if lock is not None:
+            lock.acquire()
+        start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
+        schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
+        if run.save_hf is not None:
+            check_export(run.save_hf, settings.model, run.bf16, start.load if _is_finished(settings, start) else None)
+        return start
+
+
+def _is_finished(settings: Settings, start: Start) -> bool:
+    """Whether --save holds the last checkpoint that this run would make."""
+    state = _begins_at(start)
+    return start.is_saved and last_iteration(settings.run, settings.batch, state) <= state.iteration
+
+
+def _begins_at(start: Start) -> TrainState:
+    """Where the run will be once `start` is loaded."""
+    if start.load is None or start.finetune or is_huggingface(start.load):
+        return TrainState()
+    return read_state(start.load)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[int, int, int]:
+    """Samples of the train, valid and test split that a run at `state` has read in the end."""
+    train = timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))
+    return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
+
+
+def resume(start: Start, trainer: Trainer) -> TrainState:
+    """Load what was decided on. Every byte of it is checked first, each rank its share of the files."""
+    if start.load is None:
+        return TrainState()
+    with refusing():
+        refuse_damage(start.load, checkpoint.verify(start.load) or [])
+        state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer,
+                                start.new_modules)
+    if start.finetune:
+        return TrainState()
+    return state.without_optimizer() if start.weights_only else state
+
+
+def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
+    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past."""
+    state = with_past(state, settings.batch)
+    run = replace(settings.run, train_iters=last_iteration(settings.run, settings.batch, state))
+    return replace(settings, run=run), state
+
+
+def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
+    """What this job is, what it continues, and what a killed one left behind."""
+    layout, run = settings.layout, settings.run
+    sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
+    schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
+    report.message(f"{settings.model.describe_parameters()}, on {layout.world_size} ranks ({sizes}{schedule}), "
+                   f"{trainer.meshes.device.type}, {'bf16' if run.bf16 else 'fp32'}"
+                   + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
+    reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
+    frozen = [describe_frozen(settings.model, run.freeze_parameters)] if run.freeze_parameters else []
+    for line in (*frozen, *settings.notes, *reach):
+        report.message(line)
+    for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
+        for note in leftover_notes(root):
+            report.message(note)
+    for note in start.notes:
+        report.message(note)
+    if start.load is not None:
+        _describe_loaded(report, settings, trainer, start, state)
+
+
+def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
+    """Where the run is, or that it is at its end."""
+    directory, last = start.load, settings.run.train_iters
+    if state.iteration == last:
+        report.message(f"loaded {directory}: this run is finished, iteration {last} of {last}; nothing is left to do")
+    elif state.iteration > last:
+        report.message(f"loaded {directory}: its iteration {state.iteration} is past the {last} of this run; nothing "
+                       "is left to do, and a larger --train-iters or --train-samples goes on")
+    elif state.iteration == 0:
+        report.message(f"loaded the weights of {directory}, beginning at iteration 0")
+    else:
+        report.message(f"loaded {directory}, continuing at iteration {state.iteration}")
+    if settings.run.init_mtp:
+        new = len(start.new_modules)
+        report.message(f"--init-mtp: {new or 'no'} new Multi-Token Prediction module{'s' * (new > 1)}"
+                       + (", the optimizer begins afresh" if new else f", {directory} holds what the model has"))
+    if not is_huggingface(directory) and read_checksums(directory) is None:
+        report.message(f"{directory} has no {CHECKSUMS}, so its files were not checked: it was saved by an older "
+                       "version, or converted")
+    for line in _describe_moments(directory, settings, trainer, state.optimizer_steps) if state.optimizer_steps else ():
+        report.message(line)
+
+
+def _describe_moments(directory: Path, settings: Settings, trainer: Trainer, steps: int) -> list[str]:
+    """What a run that goes on does otherwise: dtypes of moments, parameters newly trained and newly frozen."""
+    trained = {name for name in parameter_shapes(settings.model)
+               if not is_frozen(name, settings.run.freeze_parameters)}
+    return [*checkpoint.converted_moments(directory, trainer.optimizer),
+            *describe_resumed(trained, checkpoint.with_moments(directory), steps)]
+
+
+def describe_changes(report: Report, start: Start, here: Recorded) -> None:
+    """Of a run that goes on: what it is told otherwise than when the checkpoint was saved."""
+    lines = differences(start.before, here) if start.before is not None else []
+    if lines:
+        report.message(f"since {start.load} was saved, the run was changed:")
+    for line in [*lines, *explain_marks(lines)]:
+        report.message(line)
