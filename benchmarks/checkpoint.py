@@ -29,8 +29,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 from reshard import measure_rounds  # noqa: E402
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint# noqa: E402
-from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
 from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
+from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
 from megatron_deepseek.checkpoint.train_state import TrainState  # noqa: E402
 from megatron_deepseek.model.architecture.config import ModelConfig  # noqa: E402
 from megatron_deepseek.parallel.layout import Layout  # noqa: E402
@@ -38,7 +38,7 @@ from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402
 from megatron_deepseek.parallel.start import keep_freed_memory  # noqa: E402
 from megatron_deepseek.planning.pipeline_balance import resolve  # noqa: E402
 from megatron_deepseek.settings import PipelineSettings  # noqa: E402
-from megatron_deepseek.training.trainer import Plan, Trainer  # noqa: E402
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer  # noqa: E402
 
 WIDTH, EXPERTS, SEQ_LENGTH = 1024, 8, 16
 
@@ -63,8 +63,8 @@ class Rank:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.ranks)
         self.root, self.model, self.seconds = root, config(args.gigabytes), defaultdict(list)
         meshes = build_meshes(Layout(dp=args.ranks, ep=args.ranks), torch.device("cpu"))
-        plan = Plan(self.model, resolve(self.model, PipelineSettings(), 1, SEQ_LENGTH), "1F1B", SEQ_LENGTH, 1)
-        self.trainer = Trainer(plan, meshes)
+        spec = TrainingSpec(self.model, resolve(self.model, PipelineSettings(), 1, SEQ_LENGTH), "1F1B", SEQ_LENGTH, 1)
+        self.trainer = Trainer(spec, meshes)
         self.background = checkpoint.BackgroundSaver(dist.new_group(backend="gloo"))
         for name, tensor in state_to_save(self.trainer.stages, self.trainer.optimizer).items():
             if name.startswith("optimizer."):

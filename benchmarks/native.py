@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
+from megatron_deepseek.checkpoint.convert.names import native_places
+from megatron_deepseek.checkpoint.dcp.item_file import ItemRegion, split, write_items
 from megatron_deepseek.checkpoint.dcp.metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.integrity import checksum_directory
-from megatron_deepseek.checkpoint.dcp.item_file import Part, split, write_items
-from megatron_deepseek.checkpoint.tracker import MARKER, iteration_directory
-from megatron_deepseek.checkpoint.convert.names import native_places
-from megatron_deepseek.checkpoint.reshard.rank_shards import Division, readers
 from megatron_deepseek.checkpoint.job.state import MOMENTS
+from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, readers
+from megatron_deepseek.checkpoint.tracker import TRACKER, iteration_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.presets import V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.pipeline_balance import stages
-from megatron_deepseek.model.architecture.presets import V3
 
 WRITER = Layout(dp=2, tp=2, ep=4)
 ITERATION = 1
@@ -54,10 +54,10 @@ def write_checkpoint(root: Path, gigabytes: float) -> int:
     config = model_of(gigabytes)
     directory = iteration_directory(root, ITERATION)
     directory.mkdir(parents=True)
-    parts: dict[int, list[Part]] = {}
-    for name, boxes in readers(Division(config, WRITER, stages(config, 1), "1F1B")).items():
+    parts: dict[int, list[ItemRegion]] = {}
+    for name, boxes in readers(ModelDivision(config, WRITER, stages(config, 1), "1F1B")).items():
         for box, ranks in boxes.items():
-            parts.setdefault(min(ranks), []).extend(split(Part(name, box, torch.float32)))
+            parts.setdefault(min(ranks), []).extend(split(ItemRegion(name, box, torch.float32)))
     items = []
     for rank, of_rank in sorted(parts.items()):
         name = f"__{rank}_0.distcp"
@@ -66,11 +66,11 @@ def write_checkpoint(root: Path, gigabytes: float) -> int:
     (directory / "config.json").write_text(json.dumps(config.to_hf_dict()))
     (directory / "state.json").write_text(json.dumps(asdict(TrainState(ITERATION, 16, ITERATION))))
     checksum_directory(directory)
-    (root / MARKER).write_text(f"{ITERATION}\n")
+    (root / TRACKER).write_text(f"{ITERATION}\n")
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def _noise(part: Part):
+def _noise(part: ItemRegion):
     """Bytes that differ from block to block; making real numbers would take longer than all the rest."""
     noise = bytearray(os.urandom(_BLOCK))
     for begin in range(0, part.nbytes, _BLOCK):

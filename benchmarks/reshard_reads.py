@@ -25,14 +25,14 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from native import ITERATION, write_checkpoint  # noqa: E402
 
 from megatron_deepseek.checkpoint.job.distributed import load  # noqa: E402
+from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
 from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
 from megatron_deepseek.cli.reshard_checkpoint import main as reshard  # noqa: E402
-from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
 from megatron_deepseek.model.architecture.config import ModelConfig  # noqa: E402
 from megatron_deepseek.parallel.layout import Layout  # noqa: E402
 from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402
 from megatron_deepseek.planning.pipeline_balance import stages  # noqa: E402
-from megatron_deepseek.training.trainer import Plan, Trainer  # noqa: E402
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer  # noqa: E402
 
 LAYOUTS = (Layout(dp=2, tp=2, ep=4), Layout(dp=8, ep=8), Layout(dp=2, tp=2, pp=2, ep=2), Layout(dp=2, tp=4, ep=4))
 
@@ -53,8 +53,8 @@ def rank_main(rank: int, layout: Layout, root: Path, stock: bool, store: Path, a
                             world_size=layout.world_size)
     directory = iteration_directory(root, ITERATION)
     model = ModelConfig.from_file(directory / "config.json")
-    plan = Plan(model, stages(model, layout.pp), "1F1B", 64, 1)
-    trainer = Trainer(plan, build_meshes(layout, torch.device("cpu")))
+    spec = TrainingSpec(model, stages(model, layout.pp), "1F1B", 64, 1)
+    trainer = Trainer(spec, build_meshes(layout, torch.device("cpu")))
     opened: set[str] = set()
     sys.addaudithook(lambda event, args: opened.add(str(args[0])) if event == "open" else None)
     dist.barrier()

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
@@ -29,7 +29,7 @@ from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import join_job
 from megatron_deepseek.planning.flops import model_flops_per_token
 from megatron_deepseek.settings import OptimizerSettings
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 LEARNING_RATE = 1e-3
 OPTIMIZER = OptimizerSettings()
@@ -44,9 +44,9 @@ MODEL = ModelConfig(
 class Ours:
     def __init__(self, batch: int, seq_length: int, bf16: bool):
         layers = tuple(range(MODEL.num_hidden_layers))
-        plan = Plan(MODEL, (Stage(True, layers, (), True),), "1F1B", seq_length, batch,
+        spec = TrainingSpec(MODEL, (Stage(True, layers, (), True),), "1F1B", seq_length, batch,
                     BuildOptions(precision=Precision(torch.float32, torch.bfloat16 if bf16 else None)), OPTIMIZER)
-        self.trainer = Trainer(plan, build_meshes(Layout(), torch.device("cpu")))
+        self.trainer = Trainer(spec, build_meshes(Layout(), torch.device("cpu")))
 
     def weights(self) -> dict[str, torch.Tensor]:
         (stage,) = self.trainer.stages

@@ -1,4 +1,4 @@
-// Block-scaled FP8 by the rules of ops/fp8/tiles.py, fused with what makes the numbers (producers.cuh).
+// Block-scaled FP8 by the rules of ops/fp8/encoding.py, fused with what makes the numbers (producers.cuh).
 //
 //   rows_kernel   1x128 tiles along K; a block has one row, so that it can also reduce over it (RMSNorm)
 //   tile_kernel   a block has 128 x 128 numbers: tiles of 128x1, stored transposed (wgrad), optionally 1x128 tiles of

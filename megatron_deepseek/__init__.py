@@ -26,10 +26,11 @@ for _name in ("torch", "numpy", "tokenizers", "tqdm", "xxhash"):
 # What is meant to be imported, and the module that has it: loaded when first asked for, since torch takes a while.
 _EXPORTS = {
     "Batch": "data.batch", "BuildOptions": "model.build", "Contribution": "model.step", "Layout": "parallel.layout",
-    "ModelConfig": "config", "NextToken": "training.next_token", "Objective": "training.objective",
-    "OptimizerSettings": "settings", "PipelineSettings": "settings", "Plan": "training.trainer",
-    "Precision": "model.build", "Trainer": "training.trainer", "load_config": "presets",
-    "load_weights": "checkpoint.distributed", "make_trainer": "library", "start_job": "library",
+    "ModelConfig": "model.architecture.config", "NextToken": "training.next_token",
+    "Objective": "training.objective", "OptimizerSettings": "settings", "PipelineSettings": "settings",
+    "Precision": "model.build", "Trainer": "training.trainer", "TrainingSpec": "training.trainer",
+    "load_config": "model.architecture.presets", "load_weights": "checkpoint.job.distributed",
+    "make_trainer": "library", "start_job": "library",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -13,7 +13,7 @@ from megatron_deepseek.parallel.start import choose_device, join_job
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import OptimizerSettings, PipelineSettings
 from megatron_deepseek.training.objective import Objective
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 
 def start_job(layout: Layout = Layout(), timeout_minutes: float = 10.0) -> Meshes:
@@ -36,5 +36,5 @@ def make_trainer(config: ModelConfig, seq_length: int, micro_batch_size: int = 1
     Without an `objective` it pre-trains. `trainer.stages` are this rank's parts of the model: on one rank the whole.
     """
     stages = resolve(config, pipeline, layout.pp, seq_length)
-    plan = Plan(config, stages, pipeline.schedule, seq_length, micro_batch_size, build, optimizer)
-    return Trainer(plan, start_job(layout), objective)
+    spec = TrainingSpec(config, stages, pipeline.schedule, seq_length, micro_batch_size, build, optimizer)
+    return Trainer(spec, start_job(layout), objective)

@@ -1,4 +1,4 @@
-"""What a run is told: frozen settings, one dataclass per concern, filled from the command line by arguments.py.
+"""What a run is told: frozen settings, one dataclass per concern, filled by arguments/settings.py.
 
 Field names are Megatron-LM's argument names wherever Megatron has one. Sizes are in samples (sequences) unless the
 name says tokens or iterations; lengths stay in the unit that they were given in.

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.cli.command_line import OneLineParser
-from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.data.preprocess.files import refuse_directory, written_aside
+from megatron_deepseek.launch.ending import exit_status
 
 # Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
 # build variables with this machine's paths) that would teach a model nothing but numbers.

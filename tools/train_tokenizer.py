@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.cli.command_line import OneLineParser
-from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.data.preprocess.files import refuse_directory, written_aside
 from megatron_deepseek.data.preprocess.inputs import find_sources
 from megatron_deepseek.data.preprocess.records import texts_of_source
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS
+from megatron_deepseek.launch.ending import exit_status
 
 # As in the tokenizer.json of DeepSeek-V3: digits by threes, CJK apart, then words, punctuation, line ends, blanks.
 SPLITS = (

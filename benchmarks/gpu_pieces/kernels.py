@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from gpu_pieces.timing import Bench, Case, Ceilings, Row
 
-from megatron_deepseek.ops.backends import alternatives, cuda
-from megatron_deepseek.ops.fp8 import tiles as fp8, gemm as fp8_gemm, norm as fp8_norm
 from megatron_deepseek.ops import norm, permute, rope
+from megatron_deepseek.ops.backends import alternatives, cuda
+from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
+from megatron_deepseek.ops.fp8 import encoding, gemm as fp8_gemm, norm as fp8_norm
 from megatron_deepseek.ops.fp8.recipe import quantize_swiglu
 from megatron_deepseek.ops.grouped_gemm import grouped_forward, grouped_wgrad
-from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.swiglu import swiglu_backward
 
 TILE = 128
@@ -48,22 +48,24 @@ def quantize(bench: Bench) -> Iterator[Row]:
     gate, up = gate_up.chunk(2, -1)
     grad, grad_half, wide = _random(bench, m, k), _random(bench, m, half), weight.float()
     rstd = (x.float().square().mean(-1) + 1e-6).rsqrt()
-    codes, scales = fp8.quantize_1x128.reference(x, True)
+    codes, scales = encoding.quantize_1x128.reference(x, True)
     chosen = torch.randint(m, (8 * m,), device=bench.device)
     one, both = 3 * m * k, 4 * m * k  # read as bfloat16, write codes once or twice
     cases = [
         Case("1x128", beside_torch(lambda: operator("quantize_rows")(x, True),
-                                   lambda: fp8.quantize_1x128.reference(x, True)), one),
+                                   lambda: encoding.quantize_1x128.reference(x, True)), one),
         Case("128x1, transposed", beside_torch(lambda: operator("quantize_columns")(x, None, True),
-                                               lambda: fp8.quantize_128x1.reference(x, True)), one),
-        Case("1x128 and 128x1", {"torch": lambda: (*fp8.quantize_1x128.reference(x), *fp8.quantize_128x1.reference(x)),
+                                               lambda: encoding.quantize_128x1.reference(x, True)), one),
+        Case("1x128 and 128x1", {"torch": lambda: (*encoding.quantize_1x128.reference(x),
+                                                                *encoding.quantize_128x1.reference(x)),
                                  "csrc": lambda: operator("quantize_both")(x, None, False)}, both),
         Case("128x128", beside_torch(lambda: operator("quantize_blocks")(w, False, False),
-                                     lambda: fp8.quantize_128x128.reference(w)), 3 * k * k),
+                                     lambda: encoding.quantize_128x128.reference(w)), 3 * k * k),
         Case("128x128 and transpose", {"csrc": lambda: operator("quantize_blocks")(w, True, False)}, 4 * k * k),
-        Case("1x128 to 128x1", {"torch": lambda: fp8.retile_128x1(codes, scales, True),
+        Case("1x128 to 128x1", {"torch": lambda: encoding.retile_128x1(codes, scales, True),
                                 "csrc": lambda: operator("retile_columns")(codes, scales, None, True)}, 2 * m * k),
-        Case("RMSNorm, 1x128", {"torch": lambda: fp8.quantize_1x128.reference(norm.rms_norm.reference(x, weight, 1e-6)),
+        Case("RMSNorm, 1x128", {"torch": lambda: encoding.quantize_1x128.reference(
+                 norm.rms_norm.reference(x, weight, 1e-6)),
                                 "csrc": lambda: operator("norm_quantize_rows")(x, wide, 1e-6, False, False)}, one),
         Case("RMSNorm backward, 1x128 and 128x1", {
             "torch": lambda: fp8_norm.norm_backward_quantize.reference(grad, x, weight, rstd.unsqueeze(-1)),
@@ -75,7 +77,7 @@ def quantize(bench: Bench) -> Iterator[Row]:
                                "csrc": lambda: operator("swiglu_quantize_rows")(gate, up, True)}, 5 * m * half),
         Case("SwiGLU backward, 1x128 and 128x1", {
             "torch": lambda: [f(torch.cat(swiglu_backward(grad_half, gate, up), -1)) for f in (
-                fp8.quantize_1x128.reference, fp8.quantize_128x1.reference)][0],
+                encoding.quantize_1x128.reference, encoding.quantize_128x1.reference)][0],
             "csrc": lambda: operator("swiglu_backward_quantize")(grad_half, gate, up, None, False)}, 10 * m * half)]
     for case in cases:
         yield from bench.rows(case)
@@ -157,8 +159,8 @@ def products(bench: Bench) -> Iterator[Row]:
         (4096, 7168, 16384), (4096, 7168, 2048), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 32768, 512)]
     for m, n, k in shapes:
         x, w = _random(bench, m, k), _random(bench, n, k)
-        operands = *fp8.quantize_1x128.reference(x), *fp8.quantize_128x128.reference(w)
-        rows = *fp8.quantize_1x128.reference(x), *fp8.quantize_1x128.reference(w)
+        operands = *encoding.quantize_1x128.reference(x), *encoding.quantize_128x128.reference(w)
+        rows = *encoding.quantize_1x128.reference(x), *encoding.quantize_1x128.reference(w)
         yield from bench.rows(Case(f"{m} x {n} x {k}", {
             "torch, bf16": lambda: x @ w.t(), "csrc": lambda: cuda.scaled_mm(*operands),
             "csrc, 1x128 both": lambda: cuda.scaled_mm(*rows),
@@ -172,7 +174,7 @@ def grouped_products(bench: Bench) -> Iterator[Row]:
     for name, counts in (("even", [even] * experts), ("uneven", uneven)):
         rows = sum(counts)
         x, grad, w = _random(bench, rows, width), _random(bench, rows, inner), _random(bench, experts, inner, width)
-        operands = *fp8.quantize_1x128.reference(x), *fp8.quantize_128x128.reference(w)
+        operands = *encoding.quantize_1x128.reference(x), *encoding.quantize_128x128.reference(w)
         tiles = torch.tensor([tile[1:] for tile in cuda.tile_rows(counts)], dtype=torch.int32, device=bench.device)
         columns = {}
 
@@ -192,7 +194,7 @@ def grouped_products(bench: Bench) -> Iterator[Row]:
 def references_agree(bench: Bench) -> Iterator[Row]:
     """What FP8 itself costs in accuracy, so that the errors above can be read: the reference beside bfloat16."""
     x, w = _random(bench, 256, 512), _random(bench, 384, 512)
-    operands = *fp8.quantize_1x128.reference(x), *fp8.quantize_128x128.reference(w)
+    operands = *encoding.quantize_1x128.reference(x), *encoding.quantize_128x128.reference(w)
     yield from bench.rows(Case("256 x 384 x 512", {
         "torch, bf16": lambda: x @ w.t(), "reference": lambda: fp8_gemm.scaled_mm.reference(*operands)},
         flops=2 * 256 * 384 * 512))

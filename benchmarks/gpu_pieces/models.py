@@ -11,18 +11,18 @@ import torch.distributed as dist
 from gpu_pieces.timing import Bench, Case, Row, first_line
 from torch import nn
 
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
 from megatron_deepseek.model.positions import Positions
-from megatron_deepseek.ops.fp8.tiles import quantize_both_ways
+from megatron_deepseek.ops.fp8.encoding import quantize_both_ways
 from megatron_deepseek.ops.fp8.weight import Fp8Weight
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
-from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 # One of 32 ranks that share 256 experts has 8, and gets as many rows as it has tokens times 8: here every token goes to
 # all of them, which is the same work.
@@ -140,7 +140,7 @@ def training(bench: Bench) -> Iterator[Row]:
 def _training_row(bench: Bench, case: Case, backend: str, config: ModelConfig, length: int, batch: int,
                   precision: Precision) -> Row:
     stage = Stage(True, tuple(range(config.num_hidden_layers)), tuple(range(config.num_nextn_predict_layers)), True)
-    trainer = Trainer(Plan(config, (stage,), "1F1B", length, 1, BuildOptions(precision=precision)),
+    trainer = Trainer(TrainingSpec(config, (stage,), "1F1B", length, 1, BuildOptions(precision=precision)),
                       build_meshes(Layout(), bench.device))
     tokens = torch.randint(config.vocab_size, (batch, length + 1), device=bench.device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -7,11 +7,11 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 
-from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.arguments.explain_ranks import every_rank, pipeline_ranks, places_of_pipeline_rank
 from megatron_deepseek.arguments.features import FEATURES, table
-from megatron_deepseek.arguments.validation import REFUSALS
 from megatron_deepseek.arguments.settings import Settings, parse_or_exit
+from megatron_deepseek.arguments.validation import RULES
+from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.parallel.layout_string import to_string
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -91,7 +91,7 @@ def compatibility() -> str:
     features = [f"| {n} | {feature.name} | {_code(feature.arguments) or 'ranks that no other argument takes'} |"
                 for n, feature in enumerate(FEATURES, 1)]
     refusals = [f"| {n} | {refusal.name} | {_without_values(refusal.message)} |"
-                for n, refusal in enumerate(REFUSALS, 1)]
+                for n, refusal in enumerate(RULES, 1)]
     return _PAGE.format(table="\n".join(table()), features="\n".join(features), refusals="\n".join(refusals))
 
 

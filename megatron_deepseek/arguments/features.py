@@ -1,7 +1,7 @@
 """What a run can switch on, and which two of those go together: the one table of what goes with what.
 
 A feature is one entry of FEATURES. Two features are alternatives if they are of one kind, refused if an entry of
-REFUSALS says so (`excludes`), and otherwise tested together: tests/parallel/test_compatibility.py asks each tested case
+RULES says so (`excludes`), and otherwise tested together: tests/parallel/test_compatibility.py asks each tested case
 which features it uses, and fails for a pair that no case has.
 """
 
@@ -11,8 +11,8 @@ from string import ascii_letters
 
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
-from megatron_deepseek.arguments.validation import IN_TURNS, REFUSALS
 from megatron_deepseek.arguments.settings import Settings
+from megatron_deepseek.arguments.validation import IN_TURNS, RULES
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
 from megatron_deepseek.planning.pipeline_balance import resolve
 
@@ -137,7 +137,7 @@ def cell(one: Feature, other: Feature) -> str | int:
     """TESTED, ALTERNATIVE, or the number of the refusal, counted from 1."""
     if one.kind is not None and one.kind == other.kind:
         return ALTERNATIVE
-    for number, refusal in enumerate(REFUSALS, 1):
+    for number, refusal in enumerate(RULES, 1):
         if any({one.name, other.name} == set(pair) for pair in refusal.excludes):
             return number
     return TESTED
@@ -157,4 +157,4 @@ def table(marked: frozenset[str] = frozenset()) -> Iterator[str]:
         yield f"{number:3} {row.name:{width}} {'*' if row.name in marked else ' '}{' '.join(shown)}".rstrip()
     yield f"  {TESTED} compared with one process in a test   {ALTERNATIVE} one or the other"
     for reason, letter in letters.items():
-        yield f"  {letter} refused, reason {reason}: {REFUSALS[reason - 1].name}"
+        yield f"  {letter} refused, reason {reason}: {RULES[reason - 1].name}"

@@ -3,8 +3,8 @@
 import argparse
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.cli.command_line import OneLineParser
 from megatron_deepseek.arguments.model_options import add_model, add_moe, add_rope
+from megatron_deepseek.cli.command_line import OneLineParser
 from megatron_deepseek.parallel.schedule_rules import SCHEDULES
 from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 
@@ -13,7 +13,7 @@ CP_COMM_TYPES = ("ring", "allgather")
 FP8_FORMATS = ("e4m3", "hybrid")
 FP8_RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 NAN_POLICIES = ("stop", "skip")
-MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")  # Megatron-LM's; refusals.py refuses the last two
+MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")  # Megatron-LM's; validation.py refuses the last two
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
 # What Megatron-LM's scripts say and what every model here is anyway.

@@ -9,8 +9,8 @@ from megatron_deepseek.arguments.freezing import matches_nothing
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.parallel.layout import nodes_divide
-from megatron_deepseek.training import timeline
 from megatron_deepseek.settings import BatchSettings
+from megatron_deepseek.training import timeline
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ ETP = "--expert-tensor-parallel-size {r.etp}"
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rule:
     """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses.
 
     `excludes`: pairs of features (features.py) that it refuses whatever the sizes.

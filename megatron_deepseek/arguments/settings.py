@@ -13,16 +13,16 @@ from megatron_deepseek.arguments.architecture import build_model, describe_archi
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
-from megatron_deepseek.arguments.validation import refuse
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.arguments.validation import refuse
 from megatron_deepseek.launch.agent import tell_agent
-from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.training import schedules, timeline
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.presets import config_file
+from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
                                         LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
                                         RecomputeSettings, RunSettings)
+from megatron_deepseek.training import schedules, timeline
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0

@@ -6,7 +6,7 @@ Files of two kinds in one directory are worse than an error: `--load` of it take
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.dcp.metadata import METADATA
-from megatron_deepseek.checkpoint.tracker import MARKER, is_huggingface, iteration_directory, iterations
+from megatron_deepseek.checkpoint.tracker import TRACKER, is_huggingface, iteration_directory, iterations
 
 
 def new_iteration(save: Path, iteration: int) -> Path:
@@ -18,7 +18,7 @@ def new_iteration(save: Path, iteration: int) -> Path:
         raise ValueError(f"--save {save} is a Hugging Face model, whose directory takes no checkpoint beside it")
     stay_outside(save)
     destination = iteration_directory(save, iteration)
-    if (save / MARKER).exists() or any(iteration_directory(save, each) != destination for each in iterations(save)):
+    if (save / TRACKER).exists() or any(iteration_directory(save, each) != destination for each in iterations(save)):
         raise ValueError(f"--save {save} holds a checkpoint already")
     return destination
 

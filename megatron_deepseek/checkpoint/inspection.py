@@ -6,11 +6,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_deepseek.checkpoint.building import Advance
+from megatron_deepseek.checkpoint.convert.names import BIAS
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, Damage, read_checksums, verify_directory, verify_files
-from megatron_deepseek.checkpoint.convert.names import BIAS
 from megatron_deepseek.checkpoint.native import WEIGHTS, Checkpoint
-from megatron_deepseek.checkpoint.production import Advance
 
 _SHOWN = 3
 
@@ -20,7 +20,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     stored = checkpoint.stored
     tensors = [{"name": name, "shape": list(stored.shapes[name]),
                 "dtype": str(stored.dtypes[name]).removeprefix("torch."),
-                "bytes": sum(item.box.numel * item.dtype.itemsize for item in stored.items[name]),
+                "bytes": sum(item.region.numel * item.dtype.itemsize for item in stored.items[name]),
                 "parts": len(stored.items[name]),
                 "files": sorted({item.file for item in stored.items[name]})} for name in stored.shapes]
     files = {path.name: path.stat().st_size for path in sorted(checkpoint.directory.iterdir()) if path.is_file()}
@@ -86,7 +86,7 @@ def verify(directory: Path, workers: int, advance: Advance) -> list[str]:
 
 
 def checks_of(directory: Path) -> list[Callable[[Advance], None]]:
-    """For `Product.checks`: one for each file that has a checksum. ValueError if the file is not what it was."""
+    """For `DirectoryBuild.checks`: one for each file that has a checksum. ValueError if the file is not what it was."""
     listing = read_checksums(directory) or {}
 
     def check(name: str, advance: Advance) -> None:

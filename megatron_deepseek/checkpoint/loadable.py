@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.convert import mtp
-from megatron_deepseek.checkpoint.dcp.files import refuse_megatron
 from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
+from megatron_deepseek.checkpoint.dcp.files import refuse_megatron
 from megatron_deepseek.checkpoint.integrity import Damage, check_sizes, read_checksums
 from megatron_deepseek.checkpoint.tracker import (
     find_iteration,

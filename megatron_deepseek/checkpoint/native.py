@@ -14,8 +14,8 @@ from megatron_deepseek.checkpoint.tracker import (
     problem,
 )
 from megatron_deepseek.checkpoint.train_state import STATE, TrainState, read_state
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.foreign_json import read_object
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage, to_string
 

@@ -1,11 +1,11 @@
 """How a directory of files becomes the last checkpoint, and older ones go: each step leaves a loadable state behind.
 
 What a kill finds at any moment:
-  1. files are written to iter_N.saving: the marker names the previous checkpoint
-  2. the marker's next content is written and on the disk, under another name
+  1. files are written to iter_N.saving: the tracker names the previous checkpoint
+  2. the tracker's next content is written and on the disk, under another name
   3. an iter_N that exists already (a run that went back) is renamed to iter_N.replaced, which loading takes for iter_N
-  4. iter_N.saving is renamed to iter_N: it is whole, the marker still names the previous one
-  5. the marker is replaced
+  4. iter_N.saving is renamed to iter_N: it is whole, the tracker still names the previous one
+  5. the tracker is replaced
   6. what is no longer needed is renamed to *.removing, then removed
 """
 
@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.tracker import (
-    MARKER,
+    TRACKER,
     REMOVING,
     REPLACED,
     SAVING,
@@ -25,12 +25,12 @@ from megatron_deepseek.checkpoint.tracker import (
     iterations,
     last_iteration,
     leftovers,
-    next_marker,
+    next_tracker,
 )
 
 
 class Unnamed(OSError):
-    """A checkpoint is whole and has its name, but the marker could not be replaced: loading may take another one."""
+    """A checkpoint is whole and has its name, but the tracker could not be replaced: loading may take another one."""
 
 
 def check_writable(option: str, path: Path) -> Path:
@@ -87,7 +87,7 @@ def publish(root: Path, iteration: int, keep_last: int | None = None) -> Path:
     """
     directory, saving = iteration_directory(root, iteration), saving_directory(root, iteration)
     sync_directory(saving)
-    write_synced(next_marker(root), f"{iteration}\n")
+    write_synced(next_tracker(root), f"{iteration}\n")
     if directory.exists():
         older = directory.with_name(directory.name + REPLACED)
         shutil.rmtree(older, ignore_errors=True)
@@ -102,13 +102,13 @@ def publish(root: Path, iteration: int, keep_last: int | None = None) -> Path:
 
 
 def _mark(root: Path, directory: Path) -> None:
-    """Let the marker name `directory`. Raise Unnamed, which says what loading takes, if the file system refuses."""
+    """Let the tracker name `directory`. Raise Unnamed, which says what loading takes, if the file system refuses."""
     try:
         sync_directory(root)
-        os.replace(next_marker(root), root / MARKER)
+        os.replace(next_tracker(root), root / TRACKER)
     except OSError as error:
         raise Unnamed(error.errno, f"{error.strerror}; {directory} is whole, {_what_loading_takes(root, directory)}",
-                      str(root / MARKER)) from error
+                      str(root / TRACKER)) from error
     with suppress(OSError):
         sync_directory(root)
 
@@ -122,7 +122,7 @@ def _what_loading_takes(root: Path, newest: Path) -> str:
 
 
 def _keep_newest(root: Path, count: int) -> None:
-    """The one that the marker names stays in any case: after going back it may not be among the newest."""
+    """The one that the tracker names stays in any case: after going back it may not be among the newest."""
     named = last_iteration(root)
     for iteration in iterations(root)[:-count]:
         if iteration != named:

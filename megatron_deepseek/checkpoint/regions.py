@@ -1,7 +1,7 @@
 """Parts of tensors, and how one is put together from others: the geometry of resharding, without any file.
 
-A box is a block of indices; a rank's shard is one, and so is each part that a checkpoint stores. Copying is fast where
-numbers that follow each other in the source also do in the target: `segments` finds those runs.
+A region is a block of indices; a rank's shard is one, and so is each part that a checkpoint stores. Copying is fast
+where numbers that follow each other in the source also do in the target: `segments` finds those runs.
 """
 
 from bisect import bisect_left, bisect_right
@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Box:
+class Region:
     """The indices place[d] <= index < place[d] + shape[d] of every dimension d of a tensor."""
 
     place: tuple[int, ...]
@@ -28,46 +28,46 @@ class Box:
     def end(self) -> tuple[int, ...]:
         return tuple(p + n for p, n in zip(self.place, self.shape))
 
-    def overlap(self, other: "Box") -> "Box | None":
+    def overlap(self, other: "Region") -> "Region | None":
         low = tuple(map(max, self.place, other.place))
         high = tuple(map(min, self.end, other.end))
-        return Box(low, tuple(b - a for a, b in zip(low, high))) if all(a < b for a, b in zip(low, high)) else None
+        return Region(low, tuple(b - a for a, b in zip(low, high))) if all(a < b for a, b in zip(low, high)) else None
 
-    def slices(self, inner: "Box") -> tuple[slice, ...]:
-        """Where `inner` lies in an array that holds this box."""
+    def slices(self, inner: "Region") -> tuple[slice, ...]:
+        """Where `inner` lies in an array that holds this region."""
         return tuple(slice(a - p, a - p + n) for a, n, p in zip(inner.place, inner.shape, self.place))
 
-    def is_run(self, inner: "Box") -> bool:
-        """Whether the numbers of `inner` follow each other in the row-major order of this box."""
+    def is_run(self, inner: "Region") -> bool:
+        """Whether the numbers of `inner` follow each other in the row-major order of this region."""
         first = next((dim for dim, size in enumerate(inner.shape) if size > 1), len(inner.shape))
         return inner.shape[first + 1:] == self.shape[first + 1:]
 
     def position(self, index: tuple[int, ...]) -> int:
-        """How many numbers of this box come before the one at `index`, in row-major order."""
+        """How many numbers of this region come before the one at `index`, in row-major order."""
         position = 0
         for i, p, n in zip(index, self.place, self.shape):
             position = position * n + i - p
         return position
 
-    def cut(self, axis: int, edges: Sequence[int]) -> list["Box"]:
-        """The boxes between increasing `edges` (inside this box) along `axis`."""
+    def cut(self, axis: int, edges: Sequence[int]) -> list["Region"]:
+        """The regions between increasing `edges` (inside this region) along `axis`."""
         bounds = [self.place[axis], *edges, self.end[axis]]
-        return [Box((*self.place[:axis], low, *self.place[axis + 1:]),
+        return [Region((*self.place[:axis], low, *self.place[axis + 1:]),
                     (*self.shape[:axis], high - low, *self.shape[axis + 1:]))
                 for low, high in zip(bounds, bounds[1:])]
 
-    def pieces(self, largest: int) -> Iterator["Box"]:
-        """Runs of this box of at most `largest` numbers, in order; it is cut along leading dimensions."""
+    def runs(self, largest: int) -> Iterator["Region"]:
+        """Runs of this region of at most `largest` numbers, in order; it is cut along leading dimensions."""
         axis = next((dim for dim, size in enumerate(self.shape) if size > 1), None)
         if self.numel <= largest or axis is None:
             yield self
             return
         step = max(1, largest // (self.numel // self.shape[axis]))
         for part in self.cut(axis, range(self.place[axis] + step, self.end[axis], step)):
-            yield from part.pieces(largest)
+            yield from part.runs(largest)
 
 
-def fill_once(whole: Box, parts: Iterable[Box]) -> bool:
+def fill_once(whole: Region, parts: Iterable[Region]) -> bool:
     """Whether every index of `whole` is in exactly one of `parts`, and no other index in any.
 
     How often each index is covered is a sum of steps, up where a part begins and down where it ends, so two coverings
@@ -77,44 +77,44 @@ def fill_once(whole: Box, parts: Iterable[Box]) -> bool:
     if parts == [whole]:
         return True
     steps: Counter = Counter()
-    for sign, box in [(-1, whole), *((1, part) for part in parts)]:
-        if box.numel:
-            for corner in product(*((0, 1) for _ in box.shape)):
-                at = tuple(p + c * n for p, c, n in zip(box.place, corner, box.shape))
+    for sign, region in [(-1, whole), *((1, part) for part in parts)]:
+        if region.numel:
+            for corner in product(*((0, 1) for _ in region.shape)):
+                at = tuple(p + c * n for p, c, n in zip(region.place, corner, region.shape))
                 steps[at] += sign * (-1) ** sum(corner)
     return not any(steps.values())
 
 
-class Boxed(Protocol):
-    """Something that holds the numbers of a box, in row-major order."""
+class HasRegion(Protocol):
+    """Something that holds the numbers of a region, in row-major order."""
 
     @property
-    def box(self) -> Box:
+    def region(self) -> Region:
         ...
 
 
-T = TypeVar("T", bound=Boxed)
+T = TypeVar("T", bound=HasRegion)
 
 
 @dataclass(frozen=True)
 class Segment(Generic[T]):
     """A run of the target and what holds its numbers. `is_run`: they are a run in the one source, too."""
 
-    box: Box
+    region: Region
     sources: tuple[T, ...]
     is_run: bool
 
 
-def segments(target: Box, sources: Sequence[T], largest: int) -> Iterator[Segment[T]]:
+def segments(target: Region, sources: Sequence[T], largest: int) -> Iterator[Segment[T]]:
     """The target in row-major order: runs of a source of any length, and what must be gathered in segments of at most
     `largest` numbers. The sources cover the target and don't overlap.
     """
-    if len(sources) == 1 and sources[0].box.is_run(target):
+    if len(sources) == 1 and sources[0].region.is_run(target):
         yield Segment(target, tuple(sources), True)
         return
     axis = next((dim for dim, size in enumerate(target.shape) if size > 1), None)
     assert axis is not None, "two sources of one number"
-    edges = sorted({edge for source in sources for edge in (source.box.place[axis], source.box.end[axis])
+    edges = sorted({edge for source in sources for edge in (source.region.place[axis], source.region.end[axis])
                     if target.place[axis] < edge < target.end[axis]})
     if edges:
         parts = target.cut(axis, edges)
@@ -132,7 +132,7 @@ def _divide(sources: Sequence[T], axis: int, starts: list[int]) -> list[list[T]]
     """For each part that begins at `starts` along `axis`, cut at every source's edges: the sources that cover it."""
     holding: list[list[T]] = [[] for _ in starts]
     for source in sources:
-        first = max(bisect_right(starts, source.box.place[axis]) - 1, 0)
-        for number in range(first, bisect_left(starts, source.box.end[axis])):
+        first = max(bisect_right(starts, source.region.place[axis]) - 1, 0)
+        for number in range(first, bisect_left(starts, source.region.end[axis])):
             holding[number].append(source)
     return holding

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint import raw_bytes as unchanged
+from megatron_deepseek.checkpoint import raw_bytes
 from megatron_deepseek.foreign_json import JsonObject, parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -103,14 +103,14 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
     shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
     out = torch.empty(shape, dtype=tensor.dtype)
     with _reading(tensor) as descriptor:
-        unchanged.fill(descriptor, as_bytes(out), tensor.offset + start * tensor.row_bytes)
+        raw_bytes.fill(descriptor, as_bytes(out), tensor.offset + start * tensor.row_bytes)
     return out
 
 
 def stream_rows(tensor: StoredTensor, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes of rows start..stop, as unchanged.py gives them; all of the tensor's where it has no rows."""
+    """The bytes of rows start..stop, as raw_bytes.py gives them; all of the tensor's where it has no rows."""
     with _reading(tensor) as descriptor:
-        yield from unchanged.blocks(descriptor, tensor.offset + start * tensor.row_bytes,
+        yield from raw_bytes.blocks(descriptor, tensor.offset + start * tensor.row_bytes,
                                     (stop - start) * tensor.row_bytes)
 
 

@@ -12,7 +12,7 @@ This module only looks; `publish` makes the changes.
 import re
 from pathlib import Path
 
-MARKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 SAVING, REPLACED, REMOVING = ".saving", ".replaced", ".removing"
 _ITERATION = re.compile(r"iter_(\d+)")
 _DIRECTORY = re.compile(r"iter_(\d{7,})(\.saving|\.replaced|\.removing)?")
@@ -23,9 +23,9 @@ def iteration_directory(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
-def next_marker(root: Path) -> Path:
-    """The marker's next content, complete before the directory that it names gets its name."""
-    return root / f"{MARKER}.tmp"
+def next_tracker(root: Path) -> Path:
+    """The tracker's next content, complete before the directory that it names gets its name."""
+    return root / f"{TRACKER}.tmp"
 
 
 def is_huggingface(path: Path) -> bool:
@@ -43,19 +43,19 @@ def find_iteration(root: Path, iteration: int) -> Path | None:
 def last_iteration(root: Path) -> int | None:
     """The iteration of the last finished checkpoint under `root`, or None.
 
-    None also where the marker is not a number or names a directory that is not there. Without a marker, one that was
-    about to be written counts: a run was killed between the renames of its first checkpoint and of its marker.
+    None also where the tracker is not a number or names a directory that is not there. Without a tracker, one that was
+    about to be written counts: a run was killed between the renames of its first checkpoint and of its tracker.
     """
-    marker = root / MARKER
+    tracker = root / TRACKER
     try:
-        iteration = int((marker if marker.exists() else next_marker(root)).read_text())
+        iteration = int((tracker if tracker.exists() else next_tracker(root)).read_text())
     except (OSError, ValueError):
         return None
     return iteration if find_iteration(root, iteration) is not None else None
 
 
 def iterations(root: Path) -> list[int]:
-    """Finished checkpoints under `root`, oldest first, whatever the marker says."""
+    """Finished checkpoints under `root`, oldest first, whatever the tracker says."""
     found = {int(match[1]) for match, _ in _entries(root) if match[2] in (None, REPLACED)}
     return sorted(iteration for iteration in found if find_iteration(root, iteration) is not None)
 
@@ -75,7 +75,7 @@ def _entries(root: Path) -> list[tuple[re.Match, Path]]:
 
 def begins_anew(root: Path) -> bool:
     """Whether nothing under `root` was ever finished, so that a run may start there from nothing."""
-    return not (root / MARKER).exists() and not iterations(root)
+    return not (root / TRACKER).exists() and not iterations(root)
 
 
 def problem(root: Path, step: int | None = None) -> str | None:
@@ -95,7 +95,7 @@ def problem(root: Path, step: int | None = None) -> str | None:
     listing = f"it has iteration{'s' * (len(there) > 1)} {', '.join(map(str, there))}" if there else ""
     if step is not None:
         return f"it has no finished checkpoint of iteration {step}" + (f"; {listing}" if there else "")
-    wrong = _marker_problem(root / MARKER)
+    wrong = _marker_problem(root / TRACKER)
     if not there and (root / "config.json").is_file():
         return "it has a config.json, but neither *.safetensors nor a finished checkpoint"
     if not there:
@@ -103,16 +103,16 @@ def problem(root: Path, step: int | None = None) -> str | None:
     return f"{wrong}; {listing}: --ckpt-step {there[-1]} loads one, and the next save sets the file right"
 
 
-def _marker_problem(marker: Path) -> str:
+def _marker_problem(tracker: Path) -> str:
     try:
-        text = marker.read_text(errors="replace").strip()
+        text = tracker.read_text(errors="replace").strip()
     except FileNotFoundError:
-        return f"{MARKER} is missing"
+        return f"{TRACKER} is missing"
     except OSError as error:
-        return f"{MARKER} cannot be read ({error.strerror})"
+        return f"{TRACKER} cannot be read ({error.strerror})"
     if text.isdecimal():
-        return f"{MARKER} names iteration {int(text)}, which is not there"
-    return f"{MARKER} is damaged: {text[:40]!r} is not a number"
+        return f"{TRACKER} names iteration {int(text)}, which is not there"
+    return f"{TRACKER} is damaged: {text[:40]!r} is not a number"
 
 
 def leftover_notes(root: Path) -> list[str]:

@@ -14,7 +14,7 @@ class TrainState:
     """Where a run is. `iteration` updates are done; the optimizer may have fewer behind it (weights loaded alone).
 
     `batches`: how these updates were made, (updates, sequences in each) in their order. What is given in iterations is
-    then known in samples, whatever batch sizes the run had before. Checkpoints older than this record have none
+    then known in samples, whatever batch sizes the run had before. Checkpoints older than this fingerprint have none
     (training/timeline.py makes one).
 
     `late`: parameters that were frozen at first, with the optimizer steps that were made before they were trained.
@@ -71,7 +71,7 @@ def _late(found: JsonObject) -> tuple[tuple[str, int], ...]:
 
 
 def _batches(found: JsonObject) -> tuple[tuple[int, int], ...]:
-    """ValueError unless there is no record, or one that adds up to the iteration and the samples."""
+    """ValueError unless there is no fingerprint, or one that adds up to the iteration and the samples."""
     written = found.list("batches", default=[])
     batches = tuple(tuple(run) for run in written if isinstance(run, list) and len(run) == 2)
     if len(batches) < len(written) or not all(type(number) is int and number > 0 for run in batches for number in run):

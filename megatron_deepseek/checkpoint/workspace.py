@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_deepseek.checkpoint.records import Record, verify
+from megatron_deepseek.checkpoint.fingerprints import Fingerprint, verify
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_json
 
 _POLL_SECONDS = 0.2
@@ -56,18 +56,18 @@ class Workspace:
     def temporary(self, name: str) -> Path:
         return self.output / f"{name}.tmp"
 
-    def finish(self, name: str, record: Record) -> None:
+    def finish(self, name: str, fingerprint: Fingerprint) -> None:
         os.replace(self.temporary(name), self.output / name)
-        write_aside(self._note(name), json.dumps(record.to_json()))
+        write_aside(self._note(name), json.dumps(fingerprint.to_json()))
 
-    def finished(self, name: str) -> Record | None:
-        """The record of a file that was finished and is intact."""
-        record = self.record(name)
-        return record if record is not None and verify(self.output / name, record) else None
+    def finished(self, name: str) -> Fingerprint | None:
+        """The fingerprint of a file that was finished and is intact."""
+        fingerprint = self.fingerprint(name)
+        return fingerprint if fingerprint is not None and verify(self.output / name, fingerprint) else None
 
-    def record(self, name: str) -> Record | None:
+    def fingerprint(self, name: str) -> Fingerprint | None:
         try:
-            return Record.from_json(read_json(self._note(name), LARGEST_LIST))
+            return Fingerprint.from_json(read_json(self._note(name), LARGEST_LIST))
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from megatron_deepseek.checkpoint.production import Product, Share, produce
+from megatron_deepseek.checkpoint.building import DirectoryBuild, Share, build_directory
 
 
 def share_of(environ: Mapping[str, str], workers: int) -> Share:
@@ -27,8 +27,8 @@ def progress(total: int | None, hidden: bool = False) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, disable=hidden, mininterval=0.5)
 
 
-def produce_visibly(product: Product, share: Share) -> None:
+def produce_visibly(build: DirectoryBuild, share: Share) -> None:
     """`produce` with a bar; on the first rank only, whose total is unknown where others work too."""
-    total = product.nbytes + product.check_bytes if share.world_size == 1 else None
+    total = build.nbytes + build.check_bytes if share.world_size == 1 else None
     with progress(total, hidden=share.rank > 0) as bar:
-        produce(product, share, bar.update, lambda text: print(text, file=sys.stderr))
+        build_directory(build, share, bar.update, lambda text: print(text, file=sys.stderr))

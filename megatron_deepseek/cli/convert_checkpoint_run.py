@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.model.architecture import hf_config
 from megatron_deepseek.checkpoint.convert.assets import Assets
-from megatron_deepseek.cli.checkpoint_options import produce_visibly, share_of
-from megatron_deepseek.checkpoint.convert.conversion import DTYPES, Target, conversion
-from megatron_deepseek.checkpoint.dcp.metadata import METADATA
+from megatron_deepseek.checkpoint.convert.conversion import DTYPES, OutputFormat, conversion
 from megatron_deepseek.checkpoint.convert.formats import OPEN, hf_target, megatron_target, native_target
-from megatron_deepseek.checkpoint.tracker import MARKER
 from megatron_deepseek.checkpoint.convert.names import layer_of
-from megatron_deepseek.checkpoint.convert.source import Source
+from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.convert.tokenizer_files import JSON, check_template, read_token_ids, tokenizer_in
+from megatron_deepseek.checkpoint.dcp.metadata import METADATA
+from megatron_deepseek.checkpoint.tracker import TRACKER
+from megatron_deepseek.cli.checkpoint_options import produce_visibly, share_of
+from megatron_deepseek.model.architecture import hf_config
 
 
-def make_target(args: argparse.Namespace, source: Source, assets: Assets) -> Target:
+def make_target(args: argparse.Namespace, source: TensorSource, assets: Assets) -> OutputFormat:
     dtype = DTYPES[args.dtype] if args.dtype else None
     save = args.save or Path("output")
     if args.to == "hf":
@@ -27,7 +27,7 @@ def make_target(args: argparse.Namespace, source: Source, assets: Assets) -> Tar
     return (native_target if args.to == "native" else megatron_target)(source, assets, save, dtype)
 
 
-def describe(source: Source, target: Target, chosen: frozenset[int] | None) -> None:
+def describe(source: TensorSource, target: OutputFormat, chosen: frozenset[int] | None) -> None:
     """Every tensor of the chosen layers (all of them) with its types and file; then what is dropped; then totals."""
     for shard in target.shards:
         for output in shard.outputs:
@@ -46,7 +46,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
+def _open(args: argparse.Namespace) -> tuple[TensorSource, Assets]:
     """Megatron's files do not say the architecture, so --assets must."""
     more = (args.assets,) if args.origin == "megatron" else ()
     return OPEN[args.origin](args.load, args.no_mtp, *more)
@@ -55,7 +55,7 @@ def _open(args: argparse.Namespace) -> tuple[Source, Assets]:
 def _refuse_other_format(origin: str, load: Path) -> None:
     """ValueError where names of files show that `load` is of another format than --from says."""
     released = any(load.glob("*.safetensors"))
-    checkpoints = (load / MARKER).exists() or (load / METADATA).exists()
+    checkpoints = (load / TRACKER).exists() or (load / METADATA).exists()
     if origin == "hf" and checkpoints and not released:
         raise ValueError(f"--load {load} holds checkpoints, not a Hugging Face model: --from native, or megatron")
     if origin != "hf" and released and not checkpoints:
@@ -93,7 +93,7 @@ def convert(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
         report(source, target)
 
 
-def report(source: Source, target: Target) -> None:
+def report(source: TensorSource, target: OutputFormat) -> None:
     tensors = sum(len(shard.outputs) for shard in target.shards)
     print(f"{target.destination}: {tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files")
     reasons = sorted(set(source.dropped.values()))

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.parser import TOKENIZER_TYPES
 from megatron_deepseek.cli.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
-from megatron_deepseek.arguments.parser import TOKENIZER_TYPES
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "generate.py"

@@ -6,11 +6,11 @@ import os
 import sys
 
 from megatron_deepseek.cli.command_line import OneLineParser
-from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.data.preprocess.report import Report
 from megatron_deepseek.data.preprocess.run import preprocess
 from megatron_deepseek.data.preprocess.settings import (
     BACKENDS, INPUT_FORMATS, TEXT_UNITS, Content, Execution, PreprocessSettings, Selection)
+from megatron_deepseek.launch.ending import exit_status
 
 PROGRAM = "preprocess_data.py"
 DATASET_COMMANDS = ("inspect", "verify", "merge", "split", "head")
@@ -138,8 +138,8 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 def main(arguments: list[str]) -> int:
     """`preprocess_data.py inspect ...` is `indexed_dataset.py inspect ...`, and so are its other commands."""
     if arguments and arguments[0] in DATASET_COMMANDS:
-        from megatron_deepseek.cli import indexed_dataset as dataset_command
-        return dataset_command.main(arguments)
+        from megatron_deepseek.cli import indexed_dataset
+        return indexed_dataset.main(arguments)
 
     def run() -> int:
         settings = settings_from(build_parser().parse_args(arguments))

@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.parser import build_parser as training_parser
 from megatron_deepseek.cli.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
-from megatron_deepseek.arguments.parser import build_parser as training_parser
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "reshard_checkpoint.py"

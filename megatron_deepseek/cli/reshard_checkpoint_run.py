@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_deepseek.checkpoint import inspection
-from megatron_deepseek.cli.checkpoint_options import produce_visibly, progress
-from megatron_deepseek.checkpoint.reshard.comparison import Difference, compare
+from megatron_deepseek.checkpoint.building import DirectoryBuild, Share
 from megatron_deepseek.checkpoint.convert.conversion import DTYPES
 from megatron_deepseek.checkpoint.native import WEIGHTS, find_checkpoint, open_checkpoint
-from megatron_deepseek.checkpoint.production import Product, Share
+from megatron_deepseek.checkpoint.reshard.comparison import Difference, compare
 from megatron_deepseek.checkpoint.reshard.reshard import averaged, files_of_ranks, files_of_size, resharded, wanted
-from megatron_deepseek.cli.reshard_checkpoint import LAYOUT_OPTIONS
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.cli.checkpoint_options import produce_visibly, progress
+from megatron_deepseek.cli.reshard_checkpoint import LAYOUT_OPTIONS
 
 if TYPE_CHECKING:
     from megatron_deepseek.checkpoint.reshard.rank_shards import Reads
@@ -41,7 +41,7 @@ def verify(args: argparse.Namespace, share: Share) -> int:
 
 
 def reshard(args: argparse.Namespace, share: Share) -> int:
-    from megatron_deepseek.checkpoint.reshard.rank_shards import readers, reads_of_ranks  # which import the model: seconds that
+    from megatron_deepseek.checkpoint.reshard.rank_shards import readers, reads_of_ranks  # the model: seconds that
     from megatron_deepseek.cli.target_layout import target_of  # the other commands do without
 
     checkpoint = open_checkpoint(args.load, args.ckpt_step)
@@ -87,17 +87,17 @@ def average(args: argparse.Namespace, share: Share) -> int:
     return _make(averaged(checkpoints, weights, files, args.save, TrainState(), not args.no_verify), share)
 
 
-def _make(product: Product, share: Share) -> int:
-    produce_visibly(product, share)
+def _make(build: DirectoryBuild, share: Share) -> int:
+    produce_visibly(build, share)
     if share.rank == 0:
-        print(f"{product.destination}: {product.nbytes:,} bytes in {len(product.files)} files")
+        print(f"{build.destination}: {build.nbytes:,} bytes in {len(build.files)} files")
     return 0
 
 
 def diff(args: argparse.Namespace, share: Share) -> int:
     a, b = open_checkpoint(args.a), open_checkpoint(args.b)
     names = [name for name in a.stored.shapes | b.stored.shapes if name.startswith(WEIGHTS) or not args.weights_only]
-    total = sum(item.box.numel * item.dtype.itemsize for name in names if name in b.stored.shapes
+    total = sum(item.region.numel * item.dtype.itemsize for name in names if name in b.stored.shapes
                 for item in a.stored.items.get(name, ()))
     with progress(total) as bar:
         found = compare(a, b, names, args.workers, bar.update)

@@ -7,21 +7,21 @@ from typing import Any
 from megatron_deepseek.arguments.parser import build_parser as training_parser
 from megatron_deepseek.arguments.settings import build_settings
 from megatron_deepseek.checkpoint.native import CONFIG, Checkpoint, layout_note
-from megatron_deepseek.checkpoint.reshard.rank_shards import Division
+from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 _USUAL_LENGTH = 4096  # tokens of training's sequences
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetLayout:
     """The layout of reshard's arguments; its rank's parts, and how layout.json tells it."""
 
-    division: Division
+    division: ModelDivision
     note: dict
 
 
-def target_of(args: argparse.Namespace, given: dict[str, Any], checkpoint: Checkpoint) -> Target:
+def target_of(args: argparse.Namespace, given: dict[str, Any], checkpoint: Checkpoint) -> TargetLayout:
     """Of the arguments `given` for the layout, and those for its ranks in `args`.
 
     ValueError where training would refuse the layout for this model.
@@ -41,5 +41,5 @@ def target_of(args: argparse.Namespace, given: dict[str, Any], checkpoint: Check
     settings = build_settings(argparse.Namespace(**vars(training) | given | {"seq_length": length}),
                               data_ranks * others)
     stages = resolve(checkpoint.config, settings.pipeline, settings.layout.pp, length)
-    return Target(Division(checkpoint.config, settings.layout, stages, settings.pipeline.schedule),
+    return TargetLayout(ModelDivision(checkpoint.config, settings.layout, stages, settings.pipeline.schedule),
                   layout_note(settings.layout, stages, settings.pipeline.schedule, length))

@@ -115,7 +115,7 @@ def _write(outputs: dict[str, list[Slice]], workers: int, copied):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _ByteRange:
     """Bytes [begin, begin + size) of `source`, to be copied to byte `target` of the output."""
 
     source: str
@@ -126,7 +126,7 @@ class _Piece:
 
 def _write_bin(path: str, slices: list[Slice], workers: int, copied):
     with open(path, "wb") as output, ThreadPoolExecutor(max(1, workers), "merge") as pool:
-        pending = [pool.submit(_copy, piece, output.fileno(), copied) for piece in _pieces(slices)]
+        pending = [pool.submit(_copy, span, output.fileno(), copied) for span in _byte_ranges(slices)]
         try:
             for future in pending:
                 future.result()
@@ -134,44 +134,44 @@ def _write_bin(path: str, slices: list[Slice], workers: int, copied):
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(slices: list[Slice]) -> Iterator[_Piece]:
+def _byte_ranges(slices: list[Slice]) -> Iterator[_ByteRange]:
     target = 0
     for part in slices:
         first, end = part.bytes
         for begin in range(first, end, BYTES_PER_TASK):
             size = min(BYTES_PER_TASK, end - begin)
-            yield _Piece(part.index.prefix + ".bin", begin, target, size)
+            yield _ByteRange(part.index.prefix + ".bin", begin, target, size)
             target += size
 
 
-def _copy(piece: _Piece, output: int, copied):
+def _copy(span: _ByteRange, output: int, copied):
     """By copy_file_range, which shares blocks where the file system can; where it refuses, by reading and writing."""
     done = 0
-    with open(piece.source, "rb") as file:
-        while done < piece.size:
-            count = (_copy_in_kernel(file.fileno(), output, piece, done)
-                     or _copy_block(file.fileno(), output, piece, done))
+    with open(span.source, "rb") as file:
+        while done < span.size:
+            count = (_copy_in_kernel(file.fileno(), output, span, done)
+                     or _copy_block(file.fileno(), output, span, done))
             if not count:
-                raise ValueError(f"{piece.source} was cut while it was copied: it ends at byte {piece.begin + done}")
+                raise ValueError(f"{span.source} was cut while it was copied: it ends at byte {span.begin + done}")
             done += count
             copied(count)
 
 
-def _copy_in_kernel(source: int, output: int, piece: _Piece, done: int) -> int:
+def _copy_in_kernel(source: int, output: int, span: _ByteRange, done: int) -> int:
     """Bytes copied; 0 at the end of the source, and on systems and file systems that cannot."""
     try:
-        return os.copy_file_range(source, output, min(piece.size - done, BYTES_PER_BLOCK),
-                                  piece.begin + done, piece.target + done)
+        return os.copy_file_range(source, output, min(span.size - done, BYTES_PER_BLOCK),
+                                  span.begin + done, span.target + done)
     except (AttributeError, OSError):  # a full disk too: then the write that follows says so
         return 0
 
 
-def _copy_block(source: int, output: int, piece: _Piece, done: int) -> int:
-    with naming(piece.source):
-        block = os.pread(source, min(piece.size - done, BYTES_PER_BLOCK), piece.begin + done)
+def _copy_block(source: int, output: int, span: _ByteRange, done: int) -> int:
+    with naming(span.source):
+        block = os.pread(source, min(span.size - done, BYTES_PER_BLOCK), span.begin + done)
     written = 0
     while written < len(block):
-        written += os.pwrite(output, block[written:], piece.target + done + written)
+        written += os.pwrite(output, block[written:], span.target + done + written)
     return len(block)
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY
 from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.integrity import check_sizes, read_checksums
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_architecture, refuse_damage
 from megatron_deepseek.checkpoint.tracker import is_huggingface
-from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_deepseek.cli.generate import PROGRAM, SEQ_LENGTH
+from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.presets import describe_model
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
@@ -29,7 +30,6 @@ from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
-from megatron_deepseek.model.architecture.presets import describe_model
 
 
 @torch.no_grad()

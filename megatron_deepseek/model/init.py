@@ -2,7 +2,7 @@
 
 Every element is drawn by hashing its place in the whole parameter, so any layout starts from the same weights, a
 device fills just the shard it holds, and copies of a parameter on several stages are equal without communication.
-The generator is SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based one, and Box-Muller.
+The generator is SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based one, and Region-Muller.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from megatron_deepseek.parallel.shards import pieces
+from megatron_deepseek.parallel.shards import shard_regions
 
 _BLOCK = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
 
@@ -47,7 +47,7 @@ def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
 
 def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Size, offset: tuple[int, ...],
                  device: torch.device) -> torch.Tensor:
-    """Place in the flattened parameter of `shape` of elements start..stop of a flattened box at `offset`."""
+    """Place in the flattened parameter of `shape` of elements start..stop of a flattened region at `offset`."""
     rest = torch.arange(start, stop, device=device)
     index, stride = torch.zeros_like(rest), 1
     for dim in reversed(range(len(shape))):
@@ -60,8 +60,8 @@ def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Si
 @torch.no_grad()
 def fill_normal(parameter: DTensor, std: float, seed: int, name: str) -> None:
     """Fill this rank's shard with its part of the parameter's normal(0, std) values."""
-    for piece in pieces(parameter):
-        for part in piece.contiguous():
+    for region in shard_regions(parameter):
+        for part in region.contiguous():
             flat = part.local.view(-1)
             for start in range(0, flat.numel(), _BLOCK):
                 stop = min(start + _BLOCK, flat.numel())

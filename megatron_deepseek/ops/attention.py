@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.backends.registry import with_backends
+from megatron_deepseek.ops.documents import Documents
 
 _aten = torch.ops.aten
 

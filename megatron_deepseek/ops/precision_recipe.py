@@ -2,7 +2,7 @@
 
 A layer says which of its products it means; the object says in which numbers it is computed, what of its inputs is
 kept for the backward and when its weight gradient is made. `Linear` and `Grouped` compute in the layer's own dtype,
-fp8_recipe.py has the ones of the FP8 recipe.
+fp8/recipe.py has the ones of the FP8 recipe.
 
 Shapes: R rows, E experts, I inputs, O outputs.
 """

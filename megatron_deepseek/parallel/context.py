@@ -114,7 +114,7 @@ def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
 
 
 @dataclass(frozen=True)
-class Part:
+class VisibleBlock:
     """Queries of this rank that see a rectangle or, `causal`, a triangle of the keys of one block."""
 
     batch: slice
@@ -140,24 +140,24 @@ class BlockMask:
     length: int
     documents: Documents | None
 
-    def of(self, owner: int) -> tuple[slice, list[Part]]:
+    def of(self, owner: int) -> tuple[slice, list[VisibleBlock]]:
         """The keys of the block of `owner` that are seen at all, and who sees what of them."""
         return self._blocks[owner]
 
     @cached_property
-    def _blocks(self) -> tuple[tuple[slice, list[Part]], ...]:
+    def _blocks(self) -> tuple[tuple[slice, list[VisibleBlock]], ...]:
         return tuple(self._block(owner) for owner in range(self.size))
 
-    def _block(self, owner: int) -> tuple[slice, list[Part]]:
+    def _block(self, owner: int) -> tuple[slice, list[VisibleBlock]]:
         rows, keys, causal = visible(owner, self.rank, self.length)
         if self.documents is None:
-            return keys, [Part(slice(None), rows, keys, causal)]
+            return keys, [VisibleBlock(slice(None), rows, keys, causal)]
         parts = []
         for index, places in enumerate(self.documents.rows):
             for place in places:
                 asking, seen = self._within(place, self.rank, rows), self._within(place, owner, keys)
                 if asking and seen:
-                    parts.append(Part(slice(index, index + 1), asking, seen, causal))
+                    parts.append(VisibleBlock(slice(index, index + 1), asking, seen, causal))
         bounds = [(part.keys.start, part.keys.stop) for part in parts] or [(0, 0)]
         return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds)), parts
 

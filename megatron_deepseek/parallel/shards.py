@@ -1,9 +1,9 @@
 """Which parts of a whole parameter a rank's shard is made of.
 
-A shard is a box of the whole, except where several matrices are stacked in one dimension and each of them is divided:
-half of the experts' gate rows and half of their up rows are two boxes of `gate_up_proj` [E, 2I, H]. `stacked_shard`
+A shard is a region of the whole, except where several matrices are stacked in one dimension and each is divided:
+half of the experts' gate rows and half of their up rows are two regions of `gate_up_proj` [E, 2I, H]. `stacked_shard`
 is the placement of such a shard; DTensor computes with it, but what works by global offsets (initial weights,
-checkpoints) must take it piece by piece.
+checkpoints) must take it region by region.
 """
 
 from collections.abc import Sequence
@@ -26,30 +26,30 @@ from megatron_deepseek.torch_private import (
 def stacked_shard(dim: int, matrices: int) -> _StridedShard:
     """Each rank has its part of each of `matrices` equal matrices that are stacked along `dim`, in their order.
 
-    `dim` is not 0: there FSDP uses the same kind of placement for shards of shards, which are boxes.
+    `dim` is not 0: there FSDP uses the same kind of placement for shards of shards, which are regions.
     """
     assert dim > 0, dim
     return _StridedShard(dim, split_factor=matrices)
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """A box of the whole that begins at `offset`; `local` is the part of the shard that holds it, not a copy."""
+class ShardRegion:
+    """A region of the whole that begins at `offset`; `local` is the part of the shard that holds it, not a copy."""
 
     offset: tuple[int, ...]
     local: torch.Tensor
 
-    def contiguous(self) -> "list[Piece]":
-        """The same box as parts that are contiguous in memory: itself, or its slices along dimension 0."""
+    def contiguous(self) -> "list[ShardRegion]":
+        """The same region as parts that are contiguous in memory: itself, or its slices along dimension 0."""
         if self.local.is_contiguous():
             return [self]
         first, *rest = self.offset
-        return [Piece((first + row, *rest), part) for row, part in enumerate(self.local.split(1))]
+        return [ShardRegion((first + row, *rest), part) for row, part in enumerate(self.local.split(1))]
 
 
-def boxes(shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+def regions(shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
           ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, shape) of each box of the whole that the rank at `coordinate` of a mesh holds, in the shard's order."""
+    """Return (offset, shape) of each region of the whole that the rank at `coordinate` of a mesh holds, in order."""
     local, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, list(coordinate), placements)
     stacked = next((placement for size, placement in zip(mesh_shape, placements)
                     if size > 1 and _is_stacked(placement)), None)
@@ -61,28 +61,31 @@ def boxes(shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[
     return [((*offset[:dim], offset[dim] + number * rows, *offset[dim + 1:]), part) for number in range(matrices)]
 
 
-def pieces(tensor: DTensor) -> list[Piece]:
-    """The boxes of this rank's shard."""
+def shard_regions(tensor: DTensor) -> list[ShardRegion]:
+    """The regions of this rank's shard."""
     local, mesh = tensor.to_local(), tensor.device_mesh
-    found = boxes(tensor.shape, mesh.shape, mesh.get_coordinate(), tensor.placements)
+    found = regions(tensor.shape, mesh.shape, mesh.get_coordinate(), tensor.placements)
     if len(found) == 1:
         assert tuple(local.shape) == found[0][1], (local.shape, found)
-        return [Piece(found[0][0], local)]
+        return [ShardRegion(found[0][0], local)]
     dim = tensor.placements[_stacked_axis(tensor)].dim
     parts = local.chunk(len(found), dim)
     assert [tuple(part.shape) for part in parts] == [shape for _, shape in found], (local.shape, found)
-    return [Piece(offset, part) for (offset, _), part in zip(found, parts)]
+    return [ShardRegion(offset, part) for (offset, _), part in zip(found, parts)]
 
 
 def whole(tensor: DTensor) -> torch.Tensor:
-    """Gathered from every rank. Stacked shards go piece by piece: DTensor fails to gather them together with FSDP's."""
+    """Return the whole, gathered from every rank.
+
+    Stacked shards go region by region: DTensor fails to gather them together with FSDP's.
+    """
     if _stacked_axis(tensor) is None:
         return tensor.full_tensor()
-    found = [(piece.offset, piece.local.detach().cpu()) for piece in pieces(tensor)]
+    found = [(region.offset, region.local.detach().cpu()) for region in shard_regions(tensor)]
     for group in tensor.device_mesh.get_all_groups():
         of_group: list = [None] * group.size()
         dist.all_gather_object(of_group, found, group=group)
-        found = [piece for of_rank in of_group for piece in of_rank]
+        found = [region for of_rank in of_group for region in of_rank]
     result = torch.empty(tensor.shape, dtype=tensor.dtype)
     for offset, part in found:
         result[tuple(slice(begin, begin + size) for begin, size in zip(offset, part.shape))] = part
@@ -93,11 +96,11 @@ def for_checkpoint(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, sharing its memory, as torch.distributed.checkpoint can write and read it."""
     if not isinstance(tensor, DTensor) or _stacked_axis(tensor) is None:
         return tensor
-    every = pieces(tensor)
+    every = shard_regions(tensor)
     if len(every) == 1:
         return tensor
-    held = [piece for piece in every if piece.local.numel()]
-    local = LocalShardsWrapper([piece.local for piece in held], [piece.offset for piece in held])
+    held = [region for region in every if region.local.numel()]
+    local = LocalShardsWrapper([region.local for region in held], [region.offset for region in held])
     meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
     return DTensor(local, DTensorSpec(tensor.device_mesh, tensor.placements, meta), requires_grad=False)
 

@@ -32,10 +32,8 @@ from megatron_deepseek.runtime.failure import guarded
 from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.runtime.interruptions import Interruptions
 from megatron_deepseek.runtime.metrics import StepMetrics
-from megatron_deepseek.training.next_token import SourceSum, by_source
 from megatron_deepseek.runtime.profile import profiler
 from megatron_deepseek.runtime.recorded import Job, record
-from megatron_deepseek.runtime.user_errors import refusing
 from megatron_deepseek.runtime.report import Report, open_report
 from megatron_deepseek.runtime.resume import (
     describe,
@@ -48,9 +46,11 @@ from megatron_deepseek.runtime.resume import (
     this_job,
 )
 from megatron_deepseek.runtime.saving import Saver, what_stays
+from megatron_deepseek.runtime.user_errors import refusing
+from megatron_deepseek.training.next_token import SourceSum, by_source
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size
-from megatron_deepseek.training.trainer import Plan, StepResult, StopFlags, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, StepResult, StopFlags, Trainer
 
 
 def pretrain(settings: Settings) -> None:
@@ -97,10 +97,10 @@ def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
     return report
 
 
-def make_plan(settings: Settings) -> Plan:
+def make_plan(settings: Settings) -> TrainingSpec:
     """What this job builds. BF16 keeps float32 master weights and gradients."""
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, settings.data.seq_length)
-    return Plan(
+    return TrainingSpec(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
         seq_length=settings.data.seq_length, micro_batch_size=settings.batch.micro_batch_size,
         optimizer=settings.optimizer,

@@ -24,10 +24,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY
+from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.checkpoint.job.distributed import has_optimizer
 from megatron_deepseek.checkpoint.loadable import check_directory, checkpoint_directory, stored_architecture
 from megatron_deepseek.checkpoint.tracker import (
-    MARKER,
+    TRACKER,
     REMOVING,
     begins_anew,
     is_huggingface,
@@ -35,12 +36,11 @@ from megatron_deepseek.checkpoint.tracker import (
     last_iteration,
     problem,
 )
-from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.runtime.lock_holder import LOCK, read_holder
 from megatron_deepseek.runtime.metrics import FILE_NAME
-from megatron_deepseek.runtime.recorded import Job, Recorded, read_recorded
+from megatron_deepseek.runtime.recorded import Job, RecordedArguments, read_recorded
+from megatron_deepseek.settings import RunSettings
 
 SHARED_SECONDS = 30.0  # for a network file system to show another node's new file: its clients keep directories so long
 
@@ -64,7 +64,7 @@ class Start:
     origin: str | None = None
     overwrite: bool = False
     lock: str = ""
-    before: Recorded | None = None
+    before: RecordedArguments | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -100,7 +100,7 @@ def _decide(run: RunSettings, job: Job) -> Start:
     return replace(_continued(run, last, None), notes=(note,))
 
 
-def _recorded_last(save: Path) -> Recorded | None:
+def _recorded_last(save: Path) -> RecordedArguments | None:
     """What the last checkpoint there records of its run; None where there is nothing, or damage: loading says so."""
     try:
         return read_recorded(checkpoint_directory(save))
@@ -119,13 +119,13 @@ def _first_start(run: RunSettings) -> Start:
     return Start(directory, finetune=run.finetune, weights_only=run.no_load_optim, origin=_full(run.load))
 
 
-def _continued(run: RunSettings, last: Recorded | None, step: int | None) -> Start:
+def _continued(run: RunSettings, last: RecordedArguments | None, step: int | None) -> Start:
     directory = checkpoint_directory(run.save, step)
     return Start(directory, is_saved=step in (None, last_iteration(run.save)),
                  origin=last.origin if last is not None else None)
 
 
-def _refusal(run: RunSettings, last: Recorded | None) -> str:
+def _refusal(run: RunSettings, last: RecordedArguments | None) -> str:
     there = f"--save {run.save} holds a run of iteration {last_iteration(run.save)}"
     if run.load is not None:
         began = "nothing" if last.origin is None else f"--load {last.origin}"
@@ -182,10 +182,10 @@ def _sees(lock: Path, token: str, seconds: float) -> bool:
 def overwrite(root: Path) -> str:
     """Remove the checkpoints and records of an older run, for --overwrite; what was done, in a line.
 
-    The marker goes first: a kill on the way leaves checkpoints that ask for --ckpt-step, or for --overwrite again.
+    The tracker goes first: a kill on the way leaves checkpoints that ask for --ckpt-step, or for --overwrite again.
     """
     there = iterations(root)
-    (root / MARKER).unlink(missing_ok=True)
+    (root / TRACKER).unlink(missing_ok=True)
     for directory in [path for path in root.glob("iter_*") if path.is_dir() and path.suffix != REMOVING]:
         os.rename(directory, directory.with_name(directory.name + REMOVING))
     for directory in root.glob(f"iter_*{REMOVING}"):

@@ -28,9 +28,9 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, recor
 
 from megatron_deepseek.launch.agent import end_with_agent, tell_agent
 from megatron_deepseek.parallel.restarts import agent_store
-from megatron_deepseek.torch_private import _get_default_store
 from megatron_deepseek.runtime.hang import describe_group, group_of, location, missing_ranks, timed_out
 from megatron_deepseek.runtime.neighbours import Ring
+from megatron_deepseek.torch_private import _get_default_store
 
 WATCH_SECONDS = 1.0
 # How long a rank that merely noticed a failure lets torchrun end it, or waits for the rank whose failure it was.

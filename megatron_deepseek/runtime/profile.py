@@ -50,7 +50,7 @@ def all_threads():
 
 
 def check_profile(run: RunSettings) -> None:
-    """ValueError for a profile of no steps or without a place; arguments.py calls it before anything is built."""
+    """Raise ValueError for a profile of no steps or without a place; the arguments call it before anything is built."""
     if not run.profile:
         return
     if not 0 <= run.profile_step_start < run.profile_step_end:

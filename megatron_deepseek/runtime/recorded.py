@@ -56,7 +56,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedArguments:
     """`settings`: of each concern (settings.py), as JSON has them; `origin`: the --load of the run's first start, None
     if it began from nothing; `files`: of data and tokenizer by path, sizes in bytes or digests.
     """
@@ -70,13 +70,13 @@ class Recorded:
         return {"settings": self.settings, "origin": self.origin, "job": asdict(self.job), "files": self.files}
 
 
-def record(settings: Settings, origin: str | None, job: Job) -> Recorded:
+def record(settings: Settings, origin: str | None, job: Job) -> RecordedArguments:
     """What this run records of itself; looks at the sizes of its data files and reads its tokenizer."""
     concerns = {name: _json(value) for name, value in asdict(settings).items() if isinstance(value, dict)}
-    return Recorded(concerns, origin, job, _files(settings))
+    return RecordedArguments(concerns, origin, job, _files(settings))
 
 
-def read_recorded(directory: Path) -> Recorded | None:
+def read_recorded(directory: Path) -> RecordedArguments | None:
     """What a checkpoint records; None if it records nothing, as an older version's or released weights.
 
     ValueError if the record is damaged.
@@ -87,12 +87,12 @@ def read_recorded(directory: Path) -> Recorded | None:
     fields = read_object(path, LARGEST_LIST)
     settings = {name: fields.object("settings").object(name).fields for name in fields.object("settings").fields}
     job = fields.object("job")
-    return Recorded(settings, fields.text("origin", default=None),
+    return RecordedArguments(settings, fields.text("origin", default=None),
                     Job(job.text("name"), job.text("slurm_id"), job.integer("slurm_restarts")),
                     fields.object("files").fields)
 
 
-def differences(there: Recorded, here: Recorded) -> list[str]:
+def differences(there: RecordedArguments, here: RecordedArguments) -> list[str]:
     """A line for each setting that is not what it was. "*" marks what makes the run another one than it would have
     been, "~" what changes it by rounding alone. What only one of the two knows is left out: versions differ.
     """

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from megatron_deepseek.arguments import Settings
 from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
+from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
+from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.export import check_export
-from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.loadable import refuse_damage
-from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.publishing import check_writable
-from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
+from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.data.tokenizer import build_tokenizer
@@ -21,10 +21,10 @@ from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.runtime.decision import Start, decide
-from megatron_deepseek.runtime.recorded import Job, Recorded, differences, explain_marks
-from megatron_deepseek.runtime.user_errors import refuse_taken_over, refusing
+from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differences, explain_marks
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.save_lock import SaveLock
+from megatron_deepseek.runtime.user_errors import refuse_taken_over, refusing
 from megatron_deepseek.training.schedules import schedule_of
 from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer
@@ -164,7 +164,7 @@ def _describe_moments(directory: Path, settings: Settings, trainer: Trainer, ste
             *describe_resumed(trained, checkpoint.with_moments(directory), steps)]
 
 
-def describe_changes(report: Report, start: Start, here: Recorded) -> None:
+def describe_changes(report: Report, start: Start, here: RecordedArguments) -> None:
     """Of a run that goes on: what it is told otherwise than when the checkpoint was saved."""
     lines = differences(start.before, here) if start.before is not None else []
     if lines:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
+from megatron_deepseek.checkpoint.publishing import Unnamed, saving_directory
 from megatron_deepseek.checkpoint.tracker import (
     find_iteration,
     iteration_directory,
@@ -23,15 +25,13 @@ from megatron_deepseek.checkpoint.tracker import (
     last_iteration,
     leftover_notes,
 )
-from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
-from megatron_deepseek.checkpoint.publishing import Unnamed, saving_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.runtime.lock_holder import other_holder
-from megatron_deepseek.runtime.recorded import Recorded
-from megatron_deepseek.runtime.user_errors import refuse_taken_over
+from megatron_deepseek.runtime.recorded import RecordedArguments
 from megatron_deepseek.runtime.report import Report
+from megatron_deepseek.runtime.user_errors import refuse_taken_over
+from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.trainer import Trainer
 
 
@@ -57,10 +57,10 @@ class Saver:
     """
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
-                 recorded: Recorded | None = None, keep: Callable[[], None] = lambda: None, lock: str = ""):
+                 recorded: RecordedArguments | None = None, keep: Callable[[], None] = lambda: None, lock: str = ""):
         self.run, self.model, self.report, self.begun, self.keep, self.lock = run, model, report, begun, keep, lock
-        self.notes = {LAYOUT: layout_note(trainer.meshes.layout, trainer.plan.stages, trainer.plan.schedule,
-                                          trainer.plan.seq_length)}
+        self.notes = {LAYOUT: layout_note(trainer.meshes.layout, trainer.spec.stages, trainer.spec.schedule,
+                                          trainer.spec.seq_length)}
         if recorded is not None:
             self.notes[ARGUMENTS] = recorded.to_json()
         self.stages, self.optimizer = trainer.stages, None if run.no_save_optim else trainer.optimizer

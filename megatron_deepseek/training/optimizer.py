@@ -18,7 +18,7 @@ from megatron_deepseek.settings import OptimizerSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: as the master weights, which are float32 outside tests
 
-_PIECE = 1 << 22  # elements that are widened at a time: 16 MB for each moment
+_STRETCH = 1 << 22  # elements that are widened at a time: 16 MB for each moment
 _VECTOR = 16  # elements: a cache line of float32, in multiples of which the fused CPU kernel divides its work
 
 
@@ -60,7 +60,7 @@ class NarrowMomentsAdamW(ShardedAdamW):
     """Moments are kept in fewer bits than the weights, as DeepSeek-V3's (report, section 3.3.2).
 
     Each step widens them to the weights' dtype, updates by the fused kernel, and rounds to nearest, ties to even: a
-    function of each element alone, so a layout changes no bit. That is done in batches of pieces, so that the wide
+    function of each element alone, so a layout changes no bit. That is done in batches of stretches, so that the wide
     copies take little memory.
     """
 
@@ -74,12 +74,12 @@ class NarrowMomentsAdamW(ShardedAdamW):
                 continue
             torch._foreach_add_(steps, 1)
             shards = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-            for batch in _batches(piece for shard in shards for piece in _pieces(*shard)):
+            for batch in _batches(stretch for shard in shards for stretch in _stretches(*shard)):
                 _update(batch, group)
 
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
+class _Stretch:
     """A stretch of one parameter's local shard: views, one-dimensional; `step` is of the whole parameter."""
 
     param: torch.Tensor
@@ -99,40 +99,40 @@ class _Piece:
         return tuple(F.pad(t, (0, missing)) for t in wide) if missing else wide
 
     def store(self, param: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
-        """Take back what `widened` gave, rounding to this piece's own dtypes."""
+        """Take back what `widened` gave, rounding to this stretch's own dtypes."""
         for own, new in ((self.param, param), (self.exp_avg, exp_avg), (self.exp_avg_sq, exp_avg_sq)):
             if new is not own:
                 own.copy_(new[:own.numel()])
 
 
-def _pieces(*shard: torch.Tensor) -> Iterator[_Piece]:
+def _stretches(*shard: torch.Tensor) -> Iterator[_Stretch]:
     *tensors, step = shard
-    for parts in zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True):
+    for parts in zip(*(t.view(-1).split(_STRETCH) for t in tensors), strict=True):
         if parts[0].numel():
-            yield _Piece(*parts, step)
+            yield _Stretch(*parts, step)
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Lists of pieces of at most 2 * _PIECE elements together."""
+def _batches(stretches: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
+    """Lists of stretches of at most 2 * _STRETCH elements together."""
     batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += piece.param.numel()
-        if size >= _PIECE:
+    for stretch in stretches:
+        batch.append(stretch)
+        size += stretch.param.numel()
+        if size >= _STRETCH:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def _update(batch: list[_Piece], group: dict) -> None:
-    params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*(piece.widened() for piece in batch)))
+def _update(batch: list[_Stretch], group: dict) -> None:
+    params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*(stretch.widened() for stretch in batch)))
     beta1, beta2 = group["betas"]
-    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], [piece.step for piece in batch], lr=group["lr"],
+    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], [stretch.step for stretch in batch], lr=group["lr"],
                         beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
                         amsgrad=False, maximize=False)
-    for piece, *updated in zip(batch, params, exp_avgs, exp_avg_sqs):
-        piece.store(*updated)
+    for stretch, *updated in zip(batch, params, exp_avgs, exp_avg_sqs):
+        stretch.store(*updated)
 
 
 def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSettings) -> ShardedAdamW:

@@ -17,8 +17,8 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, build_stages
 from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.model.step import StepContext, StepStatistics
@@ -46,7 +46,7 @@ from megatron_deepseek.training.scoring import KeepLogProbabilities, Scores, cho
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSpec:
     """What to train: the architecture, its division over pipeline ranks, and how it is built. See settings.py."""
 
     model: ModelConfig
@@ -88,23 +88,23 @@ class StepResult:
 class Trainer:
     """Build it on every rank of the job, in the same order of calls. It pre-trains, unless given another objective."""
 
-    def __init__(self, plan: Plan, meshes: Meshes, objective: Objective | None = None):
-        self.plan, self.meshes, self.cp = plan, meshes, ContextParallel(meshes.cp)
-        self.objective = objective or NextToken(plan.model.num_nextn_predict_layers,
-                                                plan.build.loss.mtp_loss_scaling_factor)
-        self.holders = [rank_of_stage(s, len(plan.stages), meshes.layout.pp, plan.schedule)
-                        for s in range(len(plan.stages))]
-        self.indices = stages_of_rank(meshes.rank("pp"), len(plan.stages), meshes.layout.pp, plan.schedule)
-        self.stages = build_stages(plan.model, [plan.stages[i] for i in self.indices], meshes, plan.seq_length,
-                                   plan.build)
+    def __init__(self, spec: TrainingSpec, meshes: Meshes, objective: Objective | None = None):
+        self.spec, self.meshes, self.cp = spec, meshes, ContextParallel(meshes.cp)
+        self.objective = objective or NextToken(spec.model.num_nextn_predict_layers,
+                                                spec.build.loss.mtp_loss_scaling_factor)
+        self.holders = [rank_of_stage(s, len(spec.stages), meshes.layout.pp, spec.schedule)
+                        for s in range(len(spec.stages))]
+        self.indices = stages_of_rank(meshes.rank("pp"), len(spec.stages), meshes.layout.pp, spec.schedule)
+        self.stages = build_stages(spec.model, [spec.stages[i] for i in self.indices], meshes, spec.seq_length,
+                                   spec.build)
         for unused in (layer for stage in self.stages for layer in stage.mtp_layers(self.objective.num_depths)):
             gather_once(unused)
         self.counter = self.stages[0].counter  # one for all stages
-        self.shared = find_shared(_embedding_holders(plan), self.holders, dict(zip(self.indices, self.stages)), meshes)
+        self.shared = find_shared(_embedding_holders(spec), self.holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
-        self.optimizer = build_optimizer(self.parameters, plan.optimizer)
-        in_turns = plan.build.communication.overlap_moe_expert_parallel_comm
-        self.pipeline = Pipeline(self.stages, self.indices, _travel(plan, meshes), plan.schedule, meshes,
+        self.optimizer = build_optimizer(self.parameters, spec.optimizer)
+        in_turns = spec.build.communication.overlap_moe_expert_parallel_comm
+        self.pipeline = Pipeline(self.stages, self.indices, _travel(spec, meshes), spec.schedule, meshes,
                                  self.stages[0].overlap if in_turns else None)
 
     def _named_parameters(self) -> list[NamedParameter]:
@@ -136,8 +136,8 @@ class Trainer:
         return StepResult(losses, norm.item(), expert_counts, *self._traffic(step.statistics), healthy, agreed)
 
     def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
-        if self.plan.optimizer.clip_grad:
-            clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)
+        if self.spec.optimizer.clip_grad:
+            clip_gradients(self.parameters, norm, self.spec.optimizer.clip_grad)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
 
@@ -158,18 +158,18 @@ class Trainer:
         step = StepContext(1, partial(objective.contribution, counts={}), statistics)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
         own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
-        wide = torch.promote_types(self.plan.build.precision.activations, torch.float32)
+        wide = torch.promote_types(self.spec.build.precision.activations, torch.float32)
         like = batch.tokens_BS.new_empty(batch.tokens_BS.shape, dtype=wide)
         scores = from_stage(own, like, self.holders[-1], self.meshes)
         if not experts:
             return Scores(scores)
-        like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.plan.model.num_experts_per_tok or 0)
+        like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.spec.model.num_experts_per_tok or 0)
         return Scores(scores, chosen_experts(step.statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
 
     def _moe_holders(self) -> dict[str, int]:
         """Return the pipeline rank of each layer of the main model that has routed experts."""
-        return {f"model.layers.{index}.mlp": holder for stage, holder in zip(self.plan.stages, self.holders)
-                for index in stage.layers if self.plan.model.is_moe_layer(index)}
+        return {f"model.layers.{index}.mlp": holder for stage, holder in zip(self.spec.stages, self.holders)
+                for index in stage.layers if self.spec.model.is_moe_layer(index)}
 
     def _begin(self, batch: Batch) -> tuple[Division, dict[str, float], StepContext]:
         """Return the batch as the stages take it, what its losses are divided by, and the step's context."""
@@ -178,7 +178,7 @@ class Trainer:
         return divided, counts, StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
-        return divide(batch, objective, self.cp, self.plan.micro_batch_size, self.plan.model.n_routed_experts > 0)
+        return divide(batch, objective, self.cp, self.spec.micro_batch_size, self.spec.model.n_routed_experts > 0)
 
     def _count(self, divided: Division, objective: Objective) -> tuple[dict[str, float], int]:
         """Return what the objective counts, and the number of sequences, of the global batch.
@@ -217,30 +217,30 @@ class Trainer:
         sums = torch.tensor(counted, device=self.meshes.device)
         dist.all_reduce(sums)
         within, across, cross_node_sends, dropped, copies = sums.tolist()
-        tokens = copies / (self.plan.model.num_experts_per_tok or 1)
+        tokens = copies / (self.spec.model.num_experts_per_tok or 1)
         return Traffic(within, across), dropped / max(copies, 1), cross_node_sends / max(tokens, 1)
 
 
-def _embedding_holders(plan: Plan) -> dict[str, list[int]]:
+def _embedding_holders(spec: TrainingSpec) -> dict[str, list[int]]:
     """Stages that use the embedding: the first, those with MTP modules, and with tied weights the head's."""
-    tied = plan.model.tie_word_embeddings
-    holding = [i for i, stage in enumerate(plan.stages) if stage.embedding or stage.mtp or (stage.loss and tied)]
+    tied = spec.model.tie_word_embeddings
+    holding = [i for i, stage in enumerate(spec.stages) if stage.embedding or stage.mtp or (stage.loss and tied)]
     return {"model.embed_tokens.weight": holding}
 
 
-def _travel(plan: Plan, meshes: Meshes) -> Travel:
+def _travel(spec: TrainingSpec, meshes: Meshes) -> Travel:
     """Hidden states stacked along the batch: the main model's, then one for each MTP depth already computed.
 
     Raise ValueError for a sequence that the ranks cannot share evenly.
     """
     layout = meshes.layout
-    shared = layout.sequence_parallel or plan.model.n_routed_experts > 0
-    if shared and plan.seq_length % (layout.cp * layout.tp):
-        raise ValueError(f"sequences of {plan.seq_length} tokens do not divide over cp {layout.cp} x tp {layout.tp} "
+    shared = layout.sequence_parallel or spec.model.n_routed_experts > 0
+    if shared and spec.seq_length % (layout.cp * layout.tp):
+        raise ValueError(f"sequences of {spec.seq_length} tokens do not divide over cp {layout.cp} x tp {layout.tp} "
                          "ranks")
-    own_length = plan.seq_length // layout.cp
+    own_length = spec.seq_length // layout.cp
     slice_length = own_length // (layout.tp if layout.sequence_parallel else 1)
-    return Travel(tokens_shape=(plan.micro_batch_size, own_length),
-                  hidden_shape=(plan.micro_batch_size, slice_length, plan.model.hidden_size),
-                  hidden_dtype=plan.build.precision.activations,
-                  states_after=tuple(1 + depths for depths in accumulate(len(stage.mtp) for stage in plan.stages)))
+    return Travel(tokens_shape=(spec.micro_batch_size, own_length),
+                  hidden_shape=(spec.micro_batch_size, slice_length, spec.model.hidden_size),
+                  hidden_dtype=spec.build.precision.activations,
+                  states_after=tuple(1 + depths for depths in accumulate(len(stage.mtp) for stage in spec.stages)))

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.checkpoint.dcp import storage_writer as writer
-from megatron_deepseek.checkpoint.tracker import MARKER, SAVING
+from megatron_deepseek.checkpoint.tracker import TRACKER, SAVING
 from megatron_deepseek.pretraining.loop import pretrain
 from megatron_deepseek.training.trainer import Trainer
 
@@ -30,13 +30,13 @@ WHAT = {"step": (Trainer, "train_step"), "write": (writer._ChecksummedFile, "wri
         "rename": (os, "rename"), "replace": (os, "replace"), "rmtree": (shutil, "rmtree"),
         # of all renames, the one that gives a checkpoint its name, and the one that makes it the last
         "publish": (os, "rename", lambda source, target: str(source).endswith(SAVING)),
-        "marker": (os, "replace", lambda source, target: Path(target).name == MARKER),
+        "tracker": (os, "replace", lambda source, target: Path(target).name == TRACKER),
         # of all replacements, those of the data's cache, which the first life makes, and of the export at the end
         "cache": (os, "replace", lambda source, target: Path(target).parent.name == "cache"),
         "export": (os, "replace", lambda source, target: Path(target).parent.name in ("output", "finished"))}
 # What the first rank and another one may be doing when they die, and at which of its calls at most: all within the
 # first saves of a life. A clock's are milliseconds from the life's beginning.
-MOMENTS = ({"step": 3, "write": 200, "fsync": 16, "rename": 6, "replace": 6, "rmtree": 2, "publish": 2, "marker": 2,
+MOMENTS = ({"step": 3, "write": 200, "fsync": 16, "rename": 6, "replace": 6, "rmtree": 2, "publish": 2, "tracker": 2,
             "cache": 3, "export": 3, "clock": 2500},
            {"step": 3, "write": 200, "fsync": 2, "export": 2, "clock": 2500})
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerFast
 
 from megatron_deepseek.cli.convert_checkpoint import main as convert
-from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.cli.generate import main
+from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.inference.generate import continuation
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 from megatron_deepseek.checkpoint.convert.names import hf_shapes, mtp_copies
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.tokenizer import ByteTokenizer
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.convert.names import native_places
+from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.cli.reshard_checkpoint import main
 from megatron_deepseek.model.architecture.config import ModelConfig
 

@@ -1,22 +1,22 @@
-"""ops/backends/cuda.py, what models call on a GPU, against the references that they call on a CPU: values and gradients."""
+"""ops/backends/cuda.py, what models call on a GPU, against the references on a CPU: values and gradients."""
 
 import pytest
 import torch
 
 from megatron_deepseek.ops import cross_entropy as losses
-from megatron_deepseek.ops.backends import cuda
-from megatron_deepseek.ops.fp8 import tiles as fp8, norm as fp8_norm
 from megatron_deepseek.ops import permute, rope
-from megatron_deepseek.ops.fp8.tiles import (
+from megatron_deepseek.ops.backends import cuda
+from megatron_deepseek.ops.backends.registry import Choice
+from megatron_deepseek.ops.fp8 import encoding, norm as fp8_norm
+from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.ops.fp8.recipe import swiglu_backward_tiles
+from megatron_deepseek.ops.fp8.encoding import (
     dequantize_1x128,
     dequantize_128x128,
     quantize_1x128,
     quantize_128x1,
     quantize_128x128,
 )
-from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
-from megatron_deepseek.ops.fp8.recipe import swiglu_backward_tiles
-from megatron_deepseek.ops.backends.registry import Choice
 
 BF16 = {"rtol": 2**-7, "atol": 2**-7}  # each side rounds sums of a few numbers of the order of one
 
@@ -139,7 +139,7 @@ def codes_close(got, expected):
 
 def test_gradients_both_ways(device):
     x = torch.randn(150, 200, device=device).bfloat16()
-    codes_close(cuda.quantize_rows_and_columns(x, True), fp8.quantize_rows_and_columns.reference(x, True))
+    codes_close(cuda.quantize_rows_and_columns(x, True), encoding.quantize_rows_and_columns.reference(x, True))
 
 
 @pytest.mark.parametrize("joint, width", [(True, 72), (True, 128), (False, 128)])

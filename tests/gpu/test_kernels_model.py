@@ -16,7 +16,7 @@ from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
 from megatron_deepseek.ops import cross_entropy, permute, rope
 from megatron_deepseek.ops.backends import cuda, registry
-from megatron_deepseek.ops.fp8 import tiles as fp8, gemm as fp8_gemm, norm as fp8_norm, recipe as fp8_recipe
+from megatron_deepseek.ops.fp8 import encoding, gemm as fp8_gemm, norm as fp8_norm, recipe as fp8_recipe
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
@@ -108,7 +108,7 @@ class Ours:
 PADDED = {"quantize_128x1", "retile_128x1", "quantize_rows_and_columns", "quantize_swiglu_columns",
           "swiglu_backward_tiles", "grouped_scaled_mm_wgrad"}
 REFERENCES = {name: value.reference for module in (
-    cross_entropy, fp8, fp8_gemm, fp8_norm, fp8_recipe, permute, rope) for name, value in vars(module).items()
+    cross_entropy, encoding, fp8_gemm, fp8_norm, fp8_recipe, permute, rope) for name, value in vars(module).items()
     if hasattr(value, "reference")}
 
 

@@ -111,7 +111,7 @@ NORMS = of(
      "        self.norm = RMSNorm(config.hidden_size, 1e-6, tp)"),
 )
 
-REFUSALS = of(
+RULES = of(
     "arguments/validation.py", ARGUMENTS,
     ("r.world_size % (r.tp * r.pp) != 0", "r.world_size % r.tp != 0"),
     ("r.stage_ranks % (r.tp * r.cp) != 0", "r.stage_ranks % r.cp != 0"),
@@ -193,5 +193,5 @@ KEPT_AND_FREED = of(
      "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),
 )
 
-AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *SCHEDULES, *BATCHES, *SHOWN, *NORMS, *REFUSALS, *REFUSED_ELSEWHERE, *BLOCKS,
+AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *SCHEDULES, *BATCHES, *SHOWN, *NORMS, *RULES, *REFUSED_ELSEWHERE, *BLOCKS,
           *KEPT_AND_FREED)

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import Case
-from job import LEARNING_RATE, batch, make_batch, named, own_rows, plan_of, whole
+from job import LEARNING_RATE, batch, make_batch, named, own_rows, spec_of, whole
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.distributed import BackgroundSaver, first_failure
 from megatron_deepseek.checkpoint.job.export import export_hf
-from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.checkpoint.job.state import MOMENTS
+from megatron_deepseek.checkpoint.loadable import checkpoint_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.checkpoint.workspace import Workspace
 from megatron_deepseek.parallel.mesh import build_meshes
@@ -27,7 +27,7 @@ STEPS = 2
 
 
 def build(case: Case) -> Trainer:
-    return Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
+    return Trainer(spec_of(case), build_meshes(case.layout, torch.device("cpu")))
 
 
 def step(trainer: Trainer, case: Case, number: int):

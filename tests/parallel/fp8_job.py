@@ -9,7 +9,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import Precision
-from megatron_deepseek.ops.fp8 import e5m6, tiles as fp8, gemm as fp8_gemm
+from megatron_deepseek.ops.fp8 import e5m6, encoding, gemm as fp8_gemm
 
 FP8 = Precision(torch.float64, fp8=True)
 GATHERED = replace(FP8, fp8_gather=True)
@@ -30,7 +30,7 @@ class WideCase(Case):
 
 def use_tiles(size: int) -> None:
     """In this process. The models of cases.py are whole tiles of 2, also where two ranks divide them."""
-    for module in (e5m6, fp8, fp8_gemm):
+    for module in (e5m6, encoding, fp8_gemm):
         module.TILE = size
 
 

@@ -8,17 +8,17 @@ from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
 from objectives import inputs_of, objective_of
 from torch.distributed.tensor import DTensor
 
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.router import Router
-from megatron_deepseek.parallel import shards as pieces
+from megatron_deepseek.parallel import shards
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import OptimizerSettings, PipelineSettings
 from megatron_deepseek.training.scoring import Scores
-from megatron_deepseek.training.trainer import Losses, Plan, Trainer
+from megatron_deepseek.training.trainer import Losses, TrainingSpec, Trainer
 
 FLOAT64 = Precision(torch.float64)
 
@@ -103,48 +103,48 @@ def sources(size: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.arange(size) % 3, 4).bool()
 
 
-def plan_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Plan:
+def spec_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> TrainingSpec:
     build = BuildOptions(precision=precision, loss=case.loss, recompute=case.recomputation,
                          communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard,
                          frozen=case.frozen_names)
-    return Plan(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, build,
+    return TrainingSpec(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, build,
                 optimizer_of(case.moments))
 
 
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:
     sizes = case.first_batch_size, case.global_batch_size
-    return train(plan_of(case, precision, seq_length), case.layout, sizes, num_steps, case.packed, case.padded,
+    return train(spec_of(case, precision, seq_length), case.layout, sizes, num_steps, case.packed, case.padded,
                  case.objective)
 
 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64,
                   seq_length: int = SEQ_LENGTH) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
-    plan = Plan(reference.model, stages, "none", seq_length, reference.micro_batch_size,
+    spec = TrainingSpec(reference.model, stages, "none", seq_length, reference.micro_batch_size,
                 BuildOptions(precision=precision, loss=reference.loss, frozen=reference.frozen),
                 optimizer_of(reference.moments))
     sizes = reference.first_batch_size, reference.global_batch_size
-    return train(plan, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective)
+    return train(spec, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective)
 
 
-def train(plan: Plan, layout: Layout, batch_sizes: tuple[int, int], num_steps: int, packed: bool = False,
+def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_steps: int, packed: bool = False,
           padded: bool = False, objective: str = "next_token") -> Record:
     """`batch_sizes`: sequences of the first step's global batch, and of every other's."""
     meshes = build_meshes(layout, torch.device("cpu"))
-    trainer = Trainer(plan, meshes, objective_of(objective, plan.model.num_nextn_predict_layers))
+    trainer = Trainer(spec, meshes, objective_of(objective, spec.model.num_nextn_predict_layers))
     record = Record()
     withhold(trainer)
-    bias_rate = BIAS_RATE if plan.model.topk_method == "noaux_tc" else 0.0
+    bias_rate = BIAS_RATE if spec.model.topk_method == "noaux_tc" else 0.0
 
     def inputs(step: int) -> Batch:
         size = batch_sizes[step > 0]
-        tokens, labels, mask = batch(plan.model, size, step, plan.seq_length)
-        real = real_tokens(size, step, plan.seq_length) if padded else None
+        tokens, labels, mask = batch(spec.model, size, step, spec.seq_length)
+        real = real_tokens(size, step, spec.seq_length) if padded else None
         mask = mask if real is None else mask & real
         weights = mask * (0.5 + tokens % 2) if objective == "samples" else mask
-        more = inputs_of(objective, size, step, plan.seq_length, plan.model.vocab_size)
+        more = inputs_of(objective, size, step, spec.seq_length, spec.model.vocab_size)
         return own_rows(make_batch(tokens, labels, weights, real_BS=real, sources_BK=sources(size), per_token=more,
-                                   documents_BS=documents(size, step, plan.seq_length) if packed else None), meshes)
+                                   documents_BS=documents(size, step, spec.seq_length) if packed else None), meshes)
 
     for step in range(num_steps):
         if 0 < step == num_steps - 1:  # an evaluation before it must not show in a step
@@ -182,4 +182,4 @@ def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor gathered from its shards, copied."""
     if tensor is None:
         return None
-    return (pieces.whole(tensor) if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (shards.whole(tensor) if isinstance(tensor, DTensor) else tensor).detach().clone()

@@ -13,7 +13,7 @@ from test_precision import BFLOAT16_CASES
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments.features import ALTERNATIVE, FEATURES, TESTED, cell
-from megatron_deepseek.arguments.validation import REFUSALS
+from megatron_deepseek.arguments.validation import RULES
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 # Every list of cases that some test compares with one process, with the arguments that the test adds to the case's.
@@ -70,7 +70,7 @@ def test_arguments_of_a_feature_switch_it_on(feature):
 @pytest.mark.parametrize("one, other", REFUSED, ids=lambda feature: feature.name)
 def test_every_letter_is_a_refusal(one, other):
     """In one order of the arguments at least: where both give one option, the later one counts."""
-    refusal, outcomes = REFUSALS[PAIRS[one, other] - 1], []
+    refusal, outcomes = RULES[PAIRS[one, other] - 1], []
     for first, second in ((one, other), (other, one)):
         try:
             settings = parse([*BASE.split(), *first.arguments.split(), *second.arguments.split()], RANKS)
@@ -84,5 +84,5 @@ def test_every_letter_is_a_refusal(one, other):
 def test_names_in_the_table():
     names = [feature.name for feature in FEATURES]
     assert len(set(names)) == len(names)
-    assert {name for refusal in REFUSALS for pair in refusal.excludes for name in pair} <= set(names)
+    assert {name for refusal in RULES for pair in refusal.excludes for name in pair} <= set(names)
     assert {ALTERNATIVE, TESTED} <= set(PAIRS.values())

@@ -1,7 +1,7 @@
 """Slices of experts in checkpoints: what one layout saves under the whole parameter's name and shape, any other loads.
 
-A rank of an expert-tensor-parallel layout holds two boxes of gate_up_proj, rows of gate and rows of up: a wrong offset
-would not be seen by training alone.
+A rank of an expert-tensor-parallel layout holds two regions of gate_up_proj, rows of gate and rows of up: a wrong
+offset would not be seen by training alone.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import NUM_EXPERTS, Case
-from job import batch, make_batch, named, own_rows, plan_of, whole
+from job import batch, make_batch, named, own_rows, spec_of, whole
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
-from megatron_deepseek.checkpoint.tracker import iteration_directory
 from megatron_deepseek.checkpoint.job.state import MOMENTS
+from megatron_deepseek.checkpoint.tracker import iteration_directory
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
 
@@ -37,7 +37,7 @@ def contents(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def save_after_a_step(case: Case, root: Path, in_background: bool) -> dict[str, torch.Tensor]:
     meshes = build_meshes(case.layout, torch.device("cpu"))
-    trainer = Trainer(plan_of(case), meshes)
+    trainer = Trainer(spec_of(case), meshes)
     trainer.train_step(own_rows(make_batch(*batch(case.model, case.layout.dp, 0)), meshes), learning_rate=1e-2)
     state, stages = checkpoint.TrainState(1, 1, 1), trainer.stages
     if in_background:
@@ -50,7 +50,7 @@ def save_after_a_step(case: Case, root: Path, in_background: bool) -> dict[str, 
 
 
 def load(case: Case, root: Path) -> dict[str, torch.Tensor]:
-    trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
+    trainer = Trainer(spec_of(case), build_meshes(case.layout, torch.device("cpu")))
     checkpoint.load(iteration_directory(root, 1), trainer.stages, trainer.optimizer)
     return contents(trainer)
 

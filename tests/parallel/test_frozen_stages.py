@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import Case
-from job import batch, make_batch, own_rows, plan_of
+from job import batch, make_batch, own_rows, spec_of
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import DTensor
 
@@ -29,7 +29,7 @@ def watched(case: Case) -> tuple[set[int], set[int], set[int], bool]:
 
     for name, seen in (("backward_maybe_with_nosync", ran), ("get_bwd_send_ops", sent), ("get_bwd_recv_ops", got)):
         watch(name, seen)
-    trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
+    trainer = Trainer(spec_of(case), build_meshes(case.layout, torch.device("cpu")))
     whole_batch = make_batch(*batch(case.model, case.global_batch_size, 0))
     trainer.train_step(own_rows(whole_batch, trainer.meshes), learning_rate=0.1)
     shards = all(isinstance(parameter, DTensor) for stage in trainer.stages for parameter in stage.parameters())

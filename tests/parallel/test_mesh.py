@@ -11,6 +11,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.presets import V3
 from megatron_deepseek.model.build import Precision, default_dtype, make_blueprint, units
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.ops.documents import Documents
@@ -19,10 +20,9 @@ from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import shard_over_data
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
-from megatron_deepseek.parallel.shards import pieces
+from megatron_deepseek.parallel.shards import shard_regions
 from megatron_deepseek.planning.pipeline_balance import stages
-from megatron_deepseek.model.architecture.presets import V3
-from megatron_deepseek.training.trainer import Plan, _travel
+from megatron_deepseek.training.trainer import TrainingSpec, _travel
 
 LAYOUTS = (
     Layout(dp=2, pp=2, tp=2, ep=4),
@@ -110,12 +110,12 @@ def check_stages(layout: Layout) -> dict[str, tuple[int, ...]]:
 def check_coverage(name: str, parameter) -> None:
     """The slices of all ranks of the mesh paint every element, as often as the placements say it is replicated.
 
-    Slices are boxes: painting the cells between their edges is painting the elements.
+    Slices are regions: painting the cells between their edges is painting the elements.
     """
     mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)
-    held = {coordinate: boxes(shape, mesh.shape, coordinate, placements)
+    held = {coordinate: regions(shape, mesh.shape, coordinate, placements)
             for coordinate in product(*map(range, mesh.shape))}
-    every = [box for boxes in held.values() for box in boxes]
+    every = [region for regions in held.values() for region in regions]
     edges = [sorted({edge for b in every for edge in b[dim]} | {0, size}) for dim, size in enumerate(shape)]
     painted = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.int64)
     for b in every:
@@ -125,20 +125,20 @@ def check_coverage(name: str, parameter) -> None:
     check_pieces(name, parameter, held[tuple(mesh.get_coordinate())])
 
 
-def boxes(shape, mesh_shape, coordinate, placements) -> list[list[tuple[int, int]]]:
-    """What a rank holds: one box, or one of each of the matrices that are stacked and divided in a dimension but 0."""
+def regions(shape, mesh_shape, coordinate, placements) -> list[list[tuple[int, int]]]:
+    """What a rank holds: one region, or one of each of the matrices stacked and divided in a dimension but 0."""
     stacked = next((placement for parts, placement in zip(mesh_shape, placements)
                     if parts > 1 and isinstance(placement, _StridedShard) and placement.dim > 0), None)
     if stacked is None:
-        return [box(shape, mesh_shape, coordinate, placements)]
+        return [region(shape, mesh_shape, coordinate, placements)]
     dim, number = stacked.dim, stacked.split_factor
     rows = shape[dim] // number
-    first = box((*shape[:dim], rows, *shape[dim + 1:]), mesh_shape, coordinate, placements)
+    first = region((*shape[:dim], rows, *shape[dim + 1:]), mesh_shape, coordinate, placements)
     return [[*first[:dim], tuple(edge + matrix * rows for edge in first[dim]), *first[dim + 1:]]
             for matrix in range(number)]
 
 
-def box(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
+def region(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
     """[start, stop) in each dimension. The last axis cuts first, then those before it what is left, as chunk does.
 
     By hand, since torch's function lists every index of a dimension that is cut twice: minutes for 2,048 ranks.
@@ -156,7 +156,7 @@ def box(shape, mesh_shape, coordinate, placements) -> list[tuple[int, int]]:
 
 def check_pieces(name: str, parameter, expected: list[list[tuple[int, int]]]) -> None:
     """That the rank that this is takes itself to hold just that, in tensors of those shapes."""
-    for piece, box_ in zip(pieces(parameter), expected, strict=True):
+    for piece, box_ in zip(shard_regions(parameter), expected, strict=True):
         assert tuple(piece.local.shape) == tuple(stop - start for start, stop in box_), name
         assert not piece.local.numel() or piece.offset == tuple(start for start, _ in box_), name
 
@@ -201,8 +201,8 @@ def context_ranks(layout: Layout, line: int) -> list[ContextRank]:
         next(exchange.Ring(meshes.cp.get_group()).blocks(torch.zeros(1)))
         send, receive = transfers.pop()
         assert (send.op, receive.op) == (dist.isend, dist.irecv)
-        plan = Plan(V3, stages(V3, layout.pp), "1F1B", LONG, micro_batch_size=1)
-        shape = tuple(_travel(plan, meshes).passed_on(0, 1).shape)
+        spec = TrainingSpec(V3, stages(V3, layout.pp), "1F1B", LONG, micro_batch_size=1)
+        shape = tuple(_travel(spec, meshes).passed_on(0, 1).shape)
         pairs = [sum(map(pairs_of_part, cp.block_mask(LONG, documents).of(owner)[1]))
                  for documents in (None, Documents.find(packed_row())) for owner in range(cp.size)]
         found.append(ContextRank(dist.get_rank(), cp.positions(LONG), send.peer, receive.peer, sum(pairs[:cp.size]),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import Case
-from job import batch, make_batch, plan_of
+from job import batch, make_batch, spec_of
 
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
@@ -56,7 +56,7 @@ def trace(case: Case) -> list[Span]:
             with_mark(self, work)
 
     MicroBatchOverlap.wait = wait
-    trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
+    trainer = Trainer(spec_of(case), build_meshes(case.layout, torch.device("cpu")))
     own = make_batch(*batch(case.model, case.microbatches, 0))
     with torch.profiler.profile(experimental_config=all_threads()) as profile:
         trainer.train_step(own, learning_rate=0.0)

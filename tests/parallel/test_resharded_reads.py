@@ -8,11 +8,11 @@ import pytest
 import torch
 from cases import Case
 from checkpoint_job import held, numbers
-from job import BIAS_RATE, LEARNING_RATE, batch, make_batch, own_rows, plan_of
+from job import BIAS_RATE, LEARNING_RATE, batch, make_batch, own_rows, spec_of
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
-from megatron_deepseek.cli.reshard_checkpoint import main
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.cli.reshard_checkpoint import main
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.training.trainer import Trainer
@@ -44,7 +44,7 @@ class Loaded:
 
 def save_trained(case: Case, root: Path) -> dict[str, torch.Tensor]:
     """One step, so that moments are not zero; then a checkpoint. What this rank saved, whole."""
-    trainer = Trainer(plan_of(case, SINGLE), build_meshes(case.layout, torch.device("cpu")))
+    trainer = Trainer(spec_of(case, SINGLE), build_meshes(case.layout, torch.device("cpu")))
     whole_batch = make_batch(*batch(case.model, case.global_batch_size, 0))
     trainer.train_step(own_rows(whole_batch, trainer.meshes), LEARNING_RATE, BIAS_RATE)
     checkpoint.save(root, TrainState(1, case.global_batch_size, 1), case.model, trainer.stages, trainer.optimizer)
@@ -52,7 +52,7 @@ def save_trained(case: Case, root: Path) -> dict[str, torch.Tensor]:
 
 
 def load_counted(case: Case, root: Path) -> Loaded:
-    trainer = Trainer(plan_of(case, SINGLE), build_meshes(case.layout, torch.device("cpu")))
+    trainer = Trainer(spec_of(case, SINGLE), build_meshes(case.layout, torch.device("cpu")))
     files, counts, preadv = set(), [], os.preadv
 
     def counted(descriptor, buffers, offset):

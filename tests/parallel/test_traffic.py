@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case
-from job import batch, make_batch, plan_of
+from job import batch, make_batch, spec_of
 
 from megatron_deepseek.model.build import make_dispatcher
 from megatron_deepseek.ops.fp8 import block_scaled
@@ -93,7 +93,7 @@ def test_bytes_by_hand(ranks, kind, fp8):
 
 def traffic_of_step(case: Case) -> tuple[Traffic, Traffic, float]:
     """Of a step, of the next one after an evaluation, and its cross_node_sends for each token."""
-    trainer = Trainer(plan_of(case), build_meshes(case.layout, torch.device("cpu")))
+    trainer = Trainer(spec_of(case), build_meshes(case.layout, torch.device("cpu")))
     own = make_batch(*batch(case.model, case.microbatches, 0))
     first = trainer.train_step(own, learning_rate=0.0)
     trainer.evaluate(own)

@@ -5,9 +5,9 @@ import gzip
 import json
 import lzma
 
+from megatron_deepseek.data.indexed import open_indexed
 from megatron_deepseek.data.preprocess.run import preprocess
 from megatron_deepseek.data.preprocess.settings import Content, Execution, PreprocessSettings, Selection
-from megatron_deepseek.data.indexed import open_indexed
 
 KINDS = {"content": Content, "selection": Selection, "execution": Execution}
 

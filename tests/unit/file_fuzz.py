@@ -27,16 +27,16 @@ from small_checkpoints import V3_WIDE, convert, v3_directory
 from small_models import whole_stage
 from test_pickle_values import Bomb
 
-from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.loadable import check_checkpoint, refuse_damage
+from megatron_deepseek.cli import plot
+from megatron_deepseek.cli.generate import parse_arguments
 from megatron_deepseek.data.tokenizer import EOD
 from megatron_deepseek.inference import generate
-from megatron_deepseek.cli.generate import parse_arguments
+from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
-from megatron_deepseek.cli import plot
 from megatron_deepseek.runtime.metrics import cut_after
 
 SECONDS = 30.0  # of one command, on a machine with other things to do

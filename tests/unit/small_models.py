@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.shifts import shifted_labels

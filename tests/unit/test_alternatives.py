@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.backends import alternatives
-from megatron_deepseek.ops.fp8 import tiles as fp8
 from megatron_deepseek.ops.attention import attention
+from megatron_deepseek.ops.backends import alternatives
+from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.gemm import scaled_mm
 from megatron_deepseek.ops.norm import norm_backward, norm_forward, rms_norm
 
@@ -45,7 +45,7 @@ class QTensor:
         assert rowwise_scale_inv.shape == (outer, -(-inner // 4) * 4) and rowwise_scale_inv.is_contiguous()
         scales = rowwise_scale_inv[:, :inner]
         spread = scales.repeat_interleave(128, 0)[:rows] if is_2D_scaled else scales.t()
-        self.numbers = rowwise_data.view(fp8.E4M3).float() * spread.repeat_interleave(128, 1)[:, :columns]
+        self.numbers = rowwise_data.view(encoding.E4M3).float() * spread.repeat_interleave(128, 1)[:, :columns]
 
 
 def general_gemm(A, B, out_dtype=None, quantization_params=None, gelu=False, gelu_in=None, alpha=1.0, beta=None,
@@ -100,9 +100,9 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def operands(rows: int, blocks: bool) -> tuple[fp8.Tiles, fp8.Tiles]:
-    quantize = fp8.quantize_128x128 if blocks else fp8.quantize_1x128
-    return fp8.quantize_1x128(randn(rows, 272)), quantize(randn(208, 272))
+def operands(rows: int, blocks: bool) -> tuple[encoding.Tiles, encoding.Tiles]:
+    quantize = encoding.quantize_128x128 if blocks else encoding.quantize_1x128
+    return encoding.quantize_1x128(randn(rows, 272)), quantize(randn(208, 272))
 
 
 @pytest.mark.parametrize("blocks", [True, False], ids=["forward and dgrad", "wgrad"])
@@ -114,7 +114,7 @@ def test_transformer_engine_product(transformer_engine, blocks):
 
 
 def test_what_transformer_engine_does_not_take(transformer_engine):
-    a, b = fp8.quantize_1x128(randn(3, 40)), fp8.quantize_128x128(randn(16, 40))
+    a, b = encoding.quantize_1x128(randn(3, 40)), encoding.quantize_128x128(randn(16, 40))
     assert alternatives.transformer_engine_scaled_mm(*a, *b) is NotImplemented
     assert alternatives.transformer_engine_scaled_mm(*a, *b, torch.float64) is NotImplemented
 

@@ -13,8 +13,8 @@ from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments import settings as settings_module
 from megatron_deepseek.arguments.architecture import build_model
 from megatron_deepseek.arguments.parser import build_parser
-from megatron_deepseek.arguments.validation import REFUSALS
 from megatron_deepseek.arguments.request import Request
+from megatron_deepseek.arguments.validation import RULES
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.training.schedules import schedule_of
 
@@ -257,7 +257,7 @@ def test_table_refuses_for_each_reason(ranks, arguments, name):
 def first_refusal(ranks: int, arguments: str) -> str | None:
     args = build_parser().parse_args(f"{BASE} {arguments}".split())
     request = Request(args, build_model(args), ranks)
-    for refusal in REFUSALS:
+    for refusal in RULES:
         try:
             if refusal.when(request):
                 return refusal.name
@@ -267,13 +267,13 @@ def first_refusal(ranks: int, arguments: str) -> str | None:
 
 
 def test_every_refusal_is_tested():
-    untested = {refusal.name for refusal in REFUSALS} - set(REFUSED)
+    untested = {refusal.name for refusal in RULES} - set(REFUSED)
     assert untested == {"fewer samples than one batch", "balance loss without a weight"}  # below, by other commands
 
 
 def test_names_of_refusals_say_what_is_refused():
     """docs/compatibility.md and --explain-layout show them to users: phrases, no riddles and no axes of a mesh."""
-    for name in (refusal.name for refusal in REFUSALS):
+    for name in (refusal.name for refusal in RULES):
         assert len(name.split()) > 1 and not re.search(r"\bwhat\b|\b(tp|pp|ep|etp|cp|dp)\b", name), name
 
 

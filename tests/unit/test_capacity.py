@@ -12,7 +12,7 @@ from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.shifts import routed_tokens
 from megatron_deepseek.parallel.expert import DROPPED
 from megatron_deepseek.settings import LossSettings
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 FOUR = torch.arange(4)
 
@@ -101,10 +101,10 @@ def test_a_model_drops_what_its_sequences_drop(meshes):
 def test_padding_takes_no_room(meshes):
     """A padded row drops and trains as the row without its padding does."""
     def step(length: int, *batch, **more):
-        plan = Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", length, micro_batch_size=2,
+        spec = TrainingSpec(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", length, micro_batch_size=2,
                     build=BuildOptions(precision=Precision(torch.float64),
                                        loss=LossSettings(moe_expert_capacity_factor=0.7)))
-        made = Trainer(plan, meshes)
+        made = Trainer(spec, meshes)
         enliven(made.stages[0])
         return made.train_step(training_batch(*batch, **more), learning_rate=0.0)
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from megatron_deepseek.model.architecture import hf_config, hf_rope
 from megatron_deepseek.checkpoint.convert.names import BIAS, native_places
+from megatron_deepseek.model.architecture import hf_config, hf_rope
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.architecture.presets import TINY, V2, V2_LITE, V3, load_config, preset_names
 

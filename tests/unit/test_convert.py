@@ -18,13 +18,13 @@ from small_checkpoints import (
 from small_models import V2_SMALL, V3_SMALL
 
 from megatron_deepseek.checkpoint.convert import block_fp8
-from megatron_deepseek.cli.convert_checkpoint import main
 from megatron_deepseek.checkpoint.convert.assets import read_assets, write_config
 from megatron_deepseek.checkpoint.convert.blocks import row_ranges
-from megatron_deepseek.checkpoint.job.distributed import model_state
-from megatron_deepseek.checkpoint.integrity import verify_directory
-from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.convert.names import hf_shapes, mtp_copies, native_places
+from megatron_deepseek.checkpoint.integrity import verify_directory
+from megatron_deepseek.checkpoint.job.distributed import model_state
+from megatron_deepseek.checkpoint.loadable import check_checkpoint
+from megatron_deepseek.cli.convert_checkpoint import main
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.build import build_stages
 from megatron_deepseek.parallel.layout_string import Stage

@@ -10,7 +10,7 @@ from interruptions import largest_file, stop_after
 from safetensors.torch import load_file, save_file
 from small_checkpoints import all_tensors, assert_identical, convert, v3_directory
 
-from megatron_deepseek.checkpoint.convert import output_file as shards
+from megatron_deepseek.checkpoint.convert import output_file
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -243,7 +243,7 @@ def test_finished_files_are_kept_and_verified(tmp_path, monkeypatch):
     with open(finished[1], "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
-    written, write = [], shards.write_safetensors
+    written, write = [], output_file.write_safetensors
     monkeypatch.setattr("megatron_deepseek.checkpoint.convert.formats.write_safetensors",
                         lambda path, *rest: written.append(path.name.removesuffix(".tmp")) or write(path, *rest))
     assert convert(*arguments) == 0

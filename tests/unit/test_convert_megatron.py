@@ -16,11 +16,11 @@ from reference_model import ReferenceModel
 from small_checkpoints import V3_WIDE, all_tensors, assert_identical, convert, random_weights, v3_directory, write_hf
 from small_models import V3_SMALL, lively
 
-from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.convert.megatron import megatron_places
 from megatron_deepseek.checkpoint.convert.names import hf_shapes, native_places
-from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
+from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.cli.generate import main as generate
+from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.rotary import rope_table, softmax_scale
 
 # As many experts for each of a token's groups as V3 has, 2: megatron-core rates a group by so many (moe_utils.py).

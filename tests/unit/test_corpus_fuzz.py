@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_deepseek.data.preprocess import long_text, records
-from megatron_deepseek.data.preprocess.inputs import Source
+from megatron_deepseek.data.preprocess.inputs import InputFile
 from megatron_deepseek.data.preprocess.plan import Segment, plan_parts
 from megatron_deepseek.data.preprocess.records import Fault, SegmentReader
 from megatron_deepseek.data.preprocess.streams import DamagedStream, open_stream
@@ -45,7 +45,7 @@ def test_every_line_is_a_record_or_a_fault(content, part_bytes, long):
         patch.setattr(records, "LONG_LINE_BYTES", long)
         path = Path(folder, "in.jsonl")
         path.write_bytes(content)
-        source = Source(0, str(path), "jsonl", None, len(content), 0)
+        source = InputFile(0, str(path), "jsonl", None, len(content), 0)
         found = [record for part in plan_parts([source], part_bytes, "file", lambda number: None)
                  for segment in part.segments for record in SegmentReader(segment, ("text",), "file", folder)]
     lines = [line for line in content.split(b"\n") if line.strip()]
@@ -165,6 +165,6 @@ def test_damaged_parquet_is_a_fault(folder, content):
     pytest.importorskip("pyarrow")
     path = folder / "in.parquet"
     path.write_bytes(content)
-    source = Source(0, str(path), "parquet", None, len(content), 0)
+    source = InputFile(0, str(path), "parquet", None, len(content), 0)
     fault, = SegmentReader(Segment(source), ("text",), "file", str(folder))
     assert fault.reason == "damaged file"

@@ -18,8 +18,8 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from corpora import run, settings_of
 from pathlib import Path
-from megatron_deepseek.data.preprocess import assembly, part, run as whole
 from megatron_deepseek.data import indexed
+from megatron_deepseek.data.preprocess import assembly, part, run as whole
 folder, moment, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 selection = {"dedup": "exact", "shuffle_seed": 3} if moment == "gather" else {}
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from corpora import contents, documents_of, run, settings_of, write_lines
-from megatron_deepseek.data.preprocess import selection
 from megatron_deepseek.data.index_file import open_index
+from megatron_deepseek.data.preprocess import selection
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 from full_disks import full_after, small_disk
 
 from corpora import contents, documents_of, run, settings_of, write_lines
-from megatron_deepseek.data.preprocess.selection import append_by
 from megatron_deepseek.cli.indexed_dataset import main
 from megatron_deepseek.data.indexed import written_whole
+from megatron_deepseek.data.preprocess.selection import append_by
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

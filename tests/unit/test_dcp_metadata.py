@@ -1,4 +1,4 @@
-"""checkpoint/dcp/metadata.py and dcp_metadata_writer.py against torch.distributed.checkpoint itself."""
+"""checkpoint/dcp/metadata.py and metadata_writer.py against torch.distributed.checkpoint itself."""
 
 import copyreg
 import gc

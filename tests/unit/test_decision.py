@@ -9,15 +9,15 @@ import pytest
 from small_datasets import EOD, SEQ, write_dataset
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.checkpoint.tracker import MARKER, begins_anew, iteration_directory
 from megatron_deepseek.checkpoint.native import ARGUMENTS
+from megatron_deepseek.checkpoint.tracker import TRACKER, begins_anew, iteration_directory
 from megatron_deepseek.model.architecture.presets import TINY
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.runtime import decision
 from megatron_deepseek.runtime.decision import Start, decide, overwrite, share
-from megatron_deepseek.runtime.recorded import Job, Recorded
+from megatron_deepseek.runtime.recorded import Job, RecordedArguments
 from megatron_deepseek.runtime.resume import refuse_bad_input, save_lock
 from megatron_deepseek.runtime.save_lock import LOCK, Holder, SaveLock, read_holder
+from megatron_deepseek.settings import RunSettings
 
 JOB = Job("this")
 ANOTHER = Job("another")
@@ -33,8 +33,8 @@ def checkpoint(root: Path, iteration: int, origin: str | None = None, job: Job =
     directory = iteration_directory(root, iteration)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
-    (directory / ARGUMENTS).write_text(json.dumps(Recorded({}, origin, job).to_json()))
-    (root / MARKER).write_text(f"{iteration}\n")
+    (directory / ARGUMENTS).write_text(json.dumps(RecordedArguments({}, origin, job).to_json()))
+    (root / TRACKER).write_text(f"{iteration}\n")
 
 
 def begin(job: Job = JOB, **run) -> Start:
@@ -146,7 +146,7 @@ def test_lives_of_a_job():
 
 def test_a_lost_marker_is_not_taken_for_an_empty_directory(tmp_path):
     checkpoint(tmp_path, 7)
-    (tmp_path / MARKER).unlink()
+    (tmp_path / TRACKER).unlink()
     for run in ({"load": tmp_path}, {}):
         with pytest.raises(ValueError, match="is missing; it has iteration 7: --ckpt-step 7 loads one"):
             begin(save=tmp_path, **run)

@@ -13,8 +13,8 @@ import pytest
 from test_examples import DATA, bash, released, settings_of, words_of  # noqa: F401 (a fixture)
 
 from megatron_deepseek.arguments import parse_or_exit
-from megatron_deepseek.planning.states import state_bytes
 from megatron_deepseek.model.architecture.presets import V3
+from megatron_deepseek.planning.states import state_bytes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

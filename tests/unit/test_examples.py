@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.model.architecture.presets import V3
+from megatron_deepseek.planning.pipeline_balance import resolve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATH = os.environ["PATH"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_deepseek.checkpoint.convert import block_fp8
-from megatron_deepseek.ops.fp8 import e5m6, tiles as fp8
+from megatron_deepseek.ops.fp8 import e5m6, encoding
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 
 SIZES = (1, 127, 128, 129, 300)
@@ -35,7 +35,7 @@ def nearest_even(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.where(low < high, above - 1, torch.where(high < low, above, tie))
 
 
-E4M3_TABLE = torch.arange(127, dtype=torch.uint8).view(fp8.E4M3).double()
+E4M3_TABLE = torch.arange(127, dtype=torch.uint8).view(encoding.E4M3).double()
 E5M6_TABLE = torch.tensor([m * 2.0**-20 for m in range(64)] + [
     (1 + m / 64) * 2.0 ** (e - 15) for e in range(1, 31) for m in range(64)], dtype=torch.float64)
 
@@ -46,7 +46,7 @@ def test_hand_worked_tile():
     """
     tile = torch.tensor([[896.0, -448.0, 1.0, 34.0, 38.0, 2.0**-8, 2.0**-9, 1.5 * 2.0**-8]])
     for power_of_two in (False, True):
-        q, scale = fp8.quantize_1x128(tile, power_of_two)
+        q, scale = encoding.quantize_1x128(tile, power_of_two)
         assert scale.tolist() == [[2.0]]
         assert q.float().tolist() == [[448, -224, 0.5, 16, 20, 2.0**-9, 0, 2.0**-8]]
         assert codes(q) == [0x7E, 0xF6, 0x30, 0x58, 0x5A, 1, 0, 2]
@@ -59,13 +59,13 @@ def test_hand_worked_tile():
 def test_scales(amax, exact, power):
     """The quotient in float32, rounded up to a power of two where asked; never subnormal, 1 for zeros."""
     value = torch.tensor([amax])
-    assert fp8.tile_scales(value).item() == torch.tensor(exact).item()
-    assert fp8.tile_scales(value, power_of_two=True).item() == power
+    assert encoding.tile_scales(value).item() == torch.tensor(exact).item()
+    assert encoding.tile_scales(value, power_of_two=True).item() == power
 
 
 def test_subnormal_input():
     """Scale 2^-126: 2^-120 is 64 of it, 2^-135 a 2^-9 of it, 2^-149 nothing."""
-    q, scale = fp8.quantize_1x128(torch.tensor([[2.0**-120, -(2.0**-135), 2.0**-149]]))
+    q, scale = encoding.quantize_1x128(torch.tensor([[2.0**-120, -(2.0**-135), 2.0**-149]]))
     assert scale.item() == 2.0**-126 and q.float().tolist() == [[64.0, -(2.0**-9), 0.0]]
 
 
@@ -74,11 +74,11 @@ def test_subnormal_input():
 def test_one_bad_value_loses_its_tile_and_no_other(bad, power_of_two):
     x = lively(2, 300)
     x[0, 130] = bad
-    q, scale = fp8.quantize_1x128(x, power_of_two)
+    q, scale = encoding.quantize_1x128(x, power_of_two)
     assert scale.isnan().tolist() == [[False, True, False], [False] * 3]
     assert codes(q[0, 128:256]) == [0x7F] * 128
     assert q[0, :128].float().isfinite().all() and q[1].float().isfinite().all()
-    assert fp8.dequantize_1x128(q, scale).isnan().sum() == 128
+    assert encoding.dequantize_1x128(q, scale).isnan().sum() == 128
     packed, scale = e5m6.quantize_e5m6(x)
     assert scale.isnan().tolist() == [[False, True, False], [False] * 3]
     assert set(e5m6.unpack(packed)[0, 128:256].tolist()) == {0x7E0}
@@ -91,9 +91,9 @@ def test_against_brute_force(rows, columns):
     x = lively(rows, columns, seed=rows * 1000 + columns)
     for power_of_two in (False, True):
         for quantized, transposed, (height, width) in (
-                (fp8.quantize_1x128(x, power_of_two), False, (1, 128)),
-                (fp8.quantize_128x128(x, power_of_two), False, (128, 128)),
-                (fp8.quantize_128x1(x, power_of_two), True, (128, 1))):
+                (encoding.quantize_1x128(x, power_of_two), False, (1, 128)),
+                (encoding.quantize_128x128(x, power_of_two), False, (128, 128)),
+                (encoding.quantize_128x1(x, power_of_two), True, (128, 1))):
             q, scale = (part.t() if transposed else part for part in quantized)
             assert q.shape == x.shape and scale.shape == (-(-rows // height), -(-columns // width))
             spread = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
@@ -109,47 +109,47 @@ def test_against_brute_force(rows, columns):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype_is_taken_as_float32(dtype):
     x = torch.randn(3, 200, generator=generator()).to(dtype)
-    for a, b in zip(fp8.quantize_1x128(x), fp8.quantize_1x128(x.float())):
+    for a, b in zip(encoding.quantize_1x128(x), encoding.quantize_1x128(x.float())):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0), (2, 0, 300)])
 def test_empty(shape):
-    q, scale = fp8.quantize_1x128(torch.empty(shape))
+    q, scale = encoding.quantize_1x128(torch.empty(shape))
     assert q.shape == shape and scale.shape == (*shape[:-1], -(-shape[-1] // 128))
-    assert fp8.dequantize_1x128(q, scale).shape == shape
-    assert fp8.quantize_128x128(torch.empty(shape))[0].shape == shape
+    assert encoding.dequantize_1x128(q, scale).shape == shape
+    assert encoding.quantize_128x128(torch.empty(shape))[0].shape == shape
 
 
 def test_inputs_are_left_alone():
     x = lively(128, 256)
     before = x.clone()
-    for quantize in (fp8.quantize_1x128, fp8.quantize_128x128, fp8.quantize_128x1, e5m6.quantize_e5m6):
+    for quantize in (encoding.quantize_1x128, encoding.quantize_128x128, encoding.quantize_128x1, e5m6.quantize_e5m6):
         quantize(x)
     assert torch.equal(x, before)
 
 
 def test_decode_has_every_code():
-    every = torch.arange(256, dtype=torch.uint8).view(fp8.E4M3)
-    torch.testing.assert_close(fp8.decode(every), every.float(), rtol=0, atol=0, equal_nan=True)
+    every = torch.arange(256, dtype=torch.uint8).view(encoding.E4M3)
+    torch.testing.assert_close(encoding.decode(every), every.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_powers_of_two_lose_nothing_when_quantised_again():
     """The scale may halve (an amax that rounded down to 224 of it), the values stay."""
     x = lively(64, 300)
-    once = fp8.dequantize_1x128(*fp8.quantize_1x128(x, power_of_two=True))
-    again = fp8.dequantize_1x128(*fp8.quantize_1x128(once.bfloat16(), power_of_two=True))
+    once = encoding.dequantize_1x128(*encoding.quantize_1x128(x, power_of_two=True))
+    again = encoding.dequantize_1x128(*encoding.quantize_1x128(once.bfloat16(), power_of_two=True))
     assert torch.equal(once, again)
 
 
 def test_retiling_is_quantisation_of_the_dequantised():
-    q, scale = fp8.quantize_1x128(lively(200, 300), power_of_two=True)
+    q, scale = encoding.quantize_1x128(lively(200, 300), power_of_two=True)
     counts = [128, 0, 1, 71]
-    columns, scales = fp8.retile_128x1(q, scale, True, counts)
+    columns, scales = encoding.retile_128x1(q, scale, True, counts)
     assert columns.shape == (300, 200) and scales.shape == (300, 3)
-    for group, part, part_scale in zip(fp8.dequantize_1x128(q, scale).split(counts), columns.split(counts, 1),
+    for group, part, part_scale in zip(encoding.dequantize_1x128(q, scale).split(counts), columns.split(counts, 1),
                                        scales.split([1, 0, 1, 1], 1)):
-        expected, expected_scale = fp8.quantize_128x1(group, True)
+        expected, expected_scale = encoding.quantize_128x1(group, True)
         assert torch.equal(part.float(), expected.float()) and torch.equal(part_scale, expected_scale)
 
 
@@ -158,13 +158,13 @@ def test_released_weights():
     quantising what comes out gives the files back (a scale may move by one rounding of 448 * scale).
     """
     rows, columns = 300, 200
-    q = lively(rows, columns).clamp(-448, 448).to(fp8.E4M3)
-    q[::128, ::128] = torch.tensor(-448.0).to(fp8.E4M3)
+    q = lively(rows, columns).clamp(-448, 448).to(encoding.E4M3)
+    q[::128, ::128] = torch.tensor(-448.0).to(encoding.E4M3)
     scale = torch.rand(3, 2, generator=generator()) * 1e-3 + 1e-5
     weight = block_fp8.dequantize(q, scale)
     for row, column in ((0, 0), (127, 128), (128, 127), (299, 199)):
         assert weight[row, column] == q[row, column].float() * scale[row // 128, column // 128]
-    for module in (block_fp8.quantize, fp8.quantize_128x128):
+    for module in (block_fp8.quantize, encoding.quantize_128x128):
         again, again_scale = module(weight)
         assert torch.equal(again.float(), q.float())
         torch.testing.assert_close(again_scale, scale, rtol=2**-23, atol=0)
@@ -213,8 +213,8 @@ def test_e5m6_rounds_finer_than_e4m3():
 def test_product_against_float64(rows, columns, size, blocks):
     """K float32 roundings of a sum, each at most 2^-24 of the sum of magnitudes; in float64 almost none."""
     a, b = lively(rows, size), lively(columns, size, seed=9)
-    a_q, a_s = fp8.quantize_1x128(a)
-    b_q, b_s = (fp8.quantize_128x128 if blocks else fp8.quantize_1x128)(b)
+    a_q, a_s = encoding.quantize_1x128(a)
+    b_q, b_s = (encoding.quantize_128x128 if blocks else encoding.quantize_1x128)(b)
     a_spread = a_s.double().repeat_interleave(128, 1)[:, :size]
     b_spread = b_s.double().repeat_interleave(128, 0)[:columns] if blocks else b_s.double()
     left, right = a_q.double() * a_spread, b_q.double() * b_spread.repeat_interleave(128, 1)[:, :size]
@@ -231,7 +231,7 @@ def test_hand_worked_product():
     x = torch.ones(1, 33 * 128)
     x[:, :128] = 0
     x[0, 0] = 1024
-    tiles = fp8.quantize_1x128(x, power_of_two=True)
+    tiles = encoding.quantize_1x128(x, power_of_two=True)
     assert tiles[1].tolist() == [[4.0] + [2.0**-8] * 32]
     assert scaled_mm(*tiles, *tiles, torch.float32).item() == 2**20 + 32 * 128
 
@@ -239,9 +239,10 @@ def test_hand_worked_product():
 def test_bad_tile_reaches_the_results_that_it_enters():
     a, b = lively(3, 256), lively(300, 256)
     a[1, 200] = INF
-    assert scaled_mm(*fp8.quantize_1x128(a), *fp8.quantize_128x128(b)).isnan().any(1).tolist() == [False, True, False]
+    product = scaled_mm(*encoding.quantize_1x128(a), *encoding.quantize_128x128(b))
+    assert product.isnan().any(1).tolist() == [False, True, False]
     a, b[290, 3] = lively(3, 256), NAN
-    lost = scaled_mm(*fp8.quantize_1x128(a), *fp8.quantize_128x128(b)).isnan()
+    lost = scaled_mm(*encoding.quantize_1x128(a), *encoding.quantize_128x128(b)).isnan()
     assert lost[:, 256:].all() and not lost[:, :256].any()
 
 
@@ -249,15 +250,16 @@ def test_bad_tile_reaches_the_results_that_it_enters():
 def test_groups_are_products_of_their_own(counts):
     rows, size, columns = sum(counts), 200, 140
     x, weight, grad = lively(rows, size), lively(4, columns, size, seed=5), lively(rows, columns, seed=7)
-    forward = grouped_scaled_mm(*fp8.quantize_1x128(x), *fp8.quantize_128x128(weight), counts, torch.float32)
-    wgrad = grouped_scaled_mm_wgrad(*fp8.quantize_128x1(grad, False, counts), *fp8.quantize_128x1(x, False, counts),
+    forward = grouped_scaled_mm(*encoding.quantize_1x128(x), *encoding.quantize_128x128(weight), counts, torch.float32)
+    wgrad = grouped_scaled_mm_wgrad(*encoding.quantize_128x1(grad, False, counts),
+                                    *encoding.quantize_128x1(x, False, counts),
                                     counts, torch.float32)
     assert forward.shape == (rows, columns) and wgrad.shape == (4, columns, size)
     for e, (part, rows_of_grad) in enumerate(zip(x.split(counts), grad.split(counts))):
-        alone = scaled_mm(*fp8.quantize_1x128(part), *fp8.quantize_128x128(weight[e]), torch.float32)
+        alone = scaled_mm(*encoding.quantize_1x128(part), *encoding.quantize_128x128(weight[e]), torch.float32)
         assert torch.equal(forward.split(counts)[e], alone)
         if counts[e]:
-            alone = scaled_mm(*fp8.quantize_128x1(rows_of_grad), *fp8.quantize_128x1(part), torch.float32)
+            alone = scaled_mm(*encoding.quantize_128x1(rows_of_grad), *encoding.quantize_128x1(part), torch.float32)
             assert torch.equal(wgrad[e], alone)
         else:
             assert not wgrad[e].any()

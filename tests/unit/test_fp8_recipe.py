@@ -10,10 +10,10 @@ from test_recompute import Watch, kept_by
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import Precision
-from megatron_deepseek.ops.fp8 import tiles as fp8
 from megatron_deepseek.ops.attention import attention
-from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, bytes_of_row, quantize, share
 from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.ops.fp8 import encoding
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, bytes_of_row, quantize, share
 from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
 from megatron_deepseek.ops.fp8.recipe import Fp8Gemm, recipe
 from megatron_deepseek.ops.recompute import recomputed
@@ -36,13 +36,13 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def tiled(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
     """x as a product sees its 1x128 tiles: without a rounding of code times scale."""
-    q, scale = fp8.quantize_1x128(x, power_of_two)
+    q, scale = encoding.quantize_1x128(x, power_of_two)
     return q.double() * scale.double().repeat_interleave(128, -1)[..., :x.shape[-1]]
 
 
 def kept_tiles(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
     """x as it is made again from its tiles, in float32."""
-    return fp8.dequantize_1x128(*fp8.quantize_1x128(x, power_of_two), x.dtype)
+    return encoding.dequantize_1x128(*encoding.quantize_1x128(x, power_of_two), x.dtype)
 
 
 def tiled_columns(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
@@ -50,7 +50,7 @@ def tiled_columns(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
 
 
 def blocked(weight: torch.Tensor) -> torch.Tensor:
-    q, scale = fp8.quantize_128x128(weight)
+    q, scale = encoding.quantize_128x128(weight)
     spread = scale.double().repeat_interleave(128, 0)[:weight.shape[0]].repeat_interleave(128, 1)
     return q.double() * spread[:, :weight.shape[1]]
 
@@ -105,7 +105,7 @@ def test_after_swiglu_is_its_definition():
                                atol=1e-11)
     for got, wanted in zip(of_inputs, expected, strict=True):
         torch.testing.assert_close(got.plain(), kept_tiles(wanted), rtol=1e-6, atol=1e-11)
-        torch.testing.assert_close(fp8.dequantize_1x128(*got.columns).double(), kept_tiles(wanted.t()), rtol=1e-6,
+        torch.testing.assert_close(encoding.dequantize_1x128(*got.columns).double(), kept_tiles(wanted.t()), rtol=1e-6,
                                    atol=1e-11)
 
 
@@ -207,11 +207,11 @@ def test_what_is_kept_is_fp8():
     x = torch.randn(256, 512).bfloat16().requires_grad_()
     weight = torch.randn(128, 512).bfloat16().requires_grad_()
     size = 256 * 512
-    assert kept_types(lambda: Fp8Gemm()(x, weight)) == {fp8.E4M3: size, torch.float32: size // 128 * 4}
+    assert kept_types(lambda: Fp8Gemm()(x, weight)) == {encoding.E4M3: size, torch.float32: size // 128 * 4}
     assert kept_types(lambda: Fp8Gemm(cache_e5m6=True)(x, weight)) == {
         torch.uint8: size * 3 // 2, torch.float32: size // 128 * 4}
     assert kept_types(lambda: Fp8Gemm().after_swiglu((x, x), weight)) == {
-        fp8.E4M3: 2 * size, torch.float32: 2 * size // 128 * 4}
+        encoding.E4M3: 2 * size, torch.float32: 2 * size // 128 * 4}
     both = Fp8Gemm()
 
     def twice():
@@ -219,7 +219,7 @@ def test_what_is_kept_is_fp8():
             return both(shared, weight), both(shared, weight * 2)
 
     shared = kept_types(twice)
-    assert shared[fp8.E4M3] == size
+    assert shared[encoding.E4M3] == size
 
 
 def test_attention_and_the_linear_after_it_keep_one_output():

@@ -11,7 +11,7 @@ from small_models import enliven, forward, gradients_of, random_batch, whole_mod
 from test_fp8_recipe import FP8, MODEL
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from megatron_deepseek.ops.fp8 import tiles as fp8, recipe as fp8_recipe, weight as fp8_weight
+from megatron_deepseek.ops.fp8 import encoding, recipe as fp8_recipe, weight as fp8_weight
 from megatron_deepseek.ops.fp8.weight import Fp8Shard, Fp8Weight
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
 
@@ -23,13 +23,13 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def quantised(monkeypatch) -> list[torch.Size]:
     """The weights that are quantised, each time."""
-    shapes, quantize = [], fp8.quantize_both_ways
+    shapes, quantize = [], encoding.quantize_both_ways
 
     def counted(weight):
         shapes.append(weight.shape)
         return quantize(weight)
 
-    monkeypatch.setattr(fp8, "quantize_both_ways", counted)
+    monkeypatch.setattr(encoding, "quantize_both_ways", counted)
     return shapes
 
 
@@ -121,12 +121,12 @@ def test_what_is_gathered_as_codes(shard, ranks, whole, in_codes):
     if not in_codes:
         assert [part.dtype for part in given] == [torch.bfloat16] and note == whole
         return
-    q, scale = fp8.quantize_128x128(x.bfloat16())
+    q, scale = encoding.quantize_128x128(x.bfloat16())
     assert torch.equal(given[0], q.view(torch.uint8)) and torch.equal(given[1], scale) and note is None
 
 
 def test_its_numbers_are_nobodys(meshes):
-    weight = Fp8Weight(*fp8.quantize_both_ways(torch.randn(130, 40)), torch.bfloat16)
+    weight = Fp8Weight(*encoding.quantize_both_ways(torch.randn(130, 40)), torch.bfloat16)
     assert weight.shape == (130, 40) and weight.dtype == torch.bfloat16
     assert torch.equal(fp8_weight.blocks_of(weight.detach())[1], weight.blocks[1])
     with pytest.raises(NotImplementedError, match="held in FP8 alone"):

@@ -14,8 +14,8 @@ from megatron_deepseek.checkpoint.job.state import MOMENTS, state_to_save
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.frozen import is_frozen, trained_parameters
-from megatron_deepseek.ops.fp8 import recipe as fp8_recipe
 from megatron_deepseek.ops import grouped_gemm
+from megatron_deepseek.ops.fp8 import recipe as fp8_recipe
 from megatron_deepseek.ops.fp8.recipe import Fp8Gemm
 from megatron_deepseek.parallel import zero_bubble
 from megatron_deepseek.parallel.tensor import ParallelLinear

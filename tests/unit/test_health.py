@@ -9,9 +9,9 @@ import torch
 from small_models import V3_SMALL, enliven, random_batch, training_batch, whole_stage
 
 from megatron_deepseek.model.build import BuildOptions, Precision
-from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
-from megatron_deepseek.training.trainer import Losses, Plan, StepResult, Trainer
+from megatron_deepseek.settings import OptimizerSettings
+from megatron_deepseek.training.trainer import Losses, TrainingSpec, StepResult, Trainer
 
 SEQ_LENGTH = 6
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1)
@@ -19,7 +19,7 @@ CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1)
 
 @pytest.fixture
 def trainer(meshes) -> Trainer:
-    made = Trainer(Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size=2,
+    made = Trainer(TrainingSpec(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size=2,
                         build=BuildOptions(precision=Precision(torch.float64)), optimizer=OptimizerSettings()), meshes)
     enliven(made.stages[0])
     return made

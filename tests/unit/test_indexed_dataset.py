@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from megatron_deepseek.data import index_file, inspection
 from megatron_deepseek.cli.indexed_dataset import main
+from megatron_deepseek.data import index_file, inspection
 from megatron_deepseek.data.index_file import open_index
 from megatron_deepseek.data.indexed import IndexedWriter, open_indexed
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.runtime import interruptions
 from megatron_deepseek.runtime.interruptions import Interruptions
+from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.trainer import StopFlags
 
 
@@ -78,8 +78,8 @@ def test_a_signal_takes_effect_when_the_run_fails():
 STUCK = """
 import ctypes, signal, sys
 from pathlib import Path
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.runtime.interruptions import Interruptions
+from megatron_deepseek.settings import RunSettings
 
 with Interruptions(RunSettings(10, save=Path("x")), True, 0.0).handling():
     print("ready", flush=True)

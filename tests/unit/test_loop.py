@@ -17,12 +17,12 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
-from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.pretraining.loop import Run, make_plan
-from megatron_deepseek.training.next_token import NextTokenLosses
+from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import go_on, num_samples, refuse_bad_input
+from megatron_deepseek.training.next_token import NextTokenLosses
 from megatron_deepseek.training.trainer import StepResult
 
 RAMP = "--rampup-batch-size 2 2 8 --global-batch-size 6"  # batches of 2, 2, 4 and then 6

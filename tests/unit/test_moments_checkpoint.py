@@ -9,7 +9,7 @@ from megatron_deepseek.checkpoint.job.state import optimizer_state
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training.optimizer import build_optimizer
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 SEQ_LENGTH = 6
 WIDE, NARROW, MIXED = (OptimizerSettings(exp_avg_dtype=first, exp_avg_sq_dtype=second)
@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def trainer(meshes, settings: OptimizerSettings) -> Trainer:
-    return Trainer(Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2, optimizer=settings), meshes)
+    return Trainer(TrainingSpec(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2, optimizer=settings), meshes)
 
 
 def moments(made: Trainer) -> dict[str, torch.Tensor]:

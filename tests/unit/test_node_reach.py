@@ -5,9 +5,9 @@ from itertools import combinations
 
 import pytest
 
+from megatron_deepseek.model.architecture.presets import V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.node_reach import describe_reach, node_reach
-from megatron_deepseek.model.architecture.presets import V2_LITE, V3
 
 
 @pytest.mark.parametrize("layout, ranks_per_node, nodes, most, aligned", [

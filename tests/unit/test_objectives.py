@@ -31,7 +31,7 @@ from megatron_deepseek.model.step import Contribution
 from megatron_deepseek.settings import LossSettings, OptimizerSettings
 from megatron_deepseek.training.next_token import NextToken
 from megatron_deepseek.training.objective import Objective
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 from objectives import (  # noqa: E402
@@ -54,7 +54,7 @@ EXACT = 1e-10  # float64 sums in another order
 def trainer(meshes, objective: Objective | None, micro_batch_size: int = 2, chunk_size: int | None = None) -> Trainer:
     build = BuildOptions(precision=Precision(torch.float64),
                          loss=LossSettings(mtp_loss_scaling_factor=0.3, loss_chunk_size=chunk_size))
-    made = Trainer(Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", LENGTH, micro_batch_size, build,
+    made = Trainer(TrainingSpec(CONFIG, (whole_stage(CONFIG),), "1F1B", LENGTH, micro_batch_size, build,
                         OptimizerSettings(clip_grad=0.0)), meshes, objective)
     enliven(made.stages[0])
     return made

@@ -15,7 +15,7 @@ from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.ops import offload as offload_module
 from megatron_deepseek.ops.offload import saved_on_host
 from megatron_deepseek.settings import OffloadSettings, OptimizerSettings, RecomputeSettings
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1)
 SEQ_LENGTH = 16
@@ -170,10 +170,10 @@ def test_optimizer_on_the_cpu_changes_no_bit(meshes, precision):
     """Two steps: losses and weights; shards, gradients and moments are on the CPU."""
     outcomes = []
     for offload in (OffloadSettings(), OffloadSettings(optimizer_cpu_offload=True)):
-        plan = Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, 2,
+        spec = TrainingSpec(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, 2,
                     build=BuildOptions(precision=precision, offload=offload),
                     optimizer=OptimizerSettings(exp_avg_dtype="bf16"))
-        made = Trainer(plan, meshes)
+        made = Trainer(spec, meshes)
         losses = [made.train_step(training_batch(*random_batch(CONFIG, 4, SEQ_LENGTH, seed)), learning_rate=1e-2).losses
                   for seed in range(2)]
         outcomes.append((losses, weights_of(made.stages[0])))

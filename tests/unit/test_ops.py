@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops import grouped_gemm as grouped_gemm_module
+from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_gemm, grouped_wgrad
 from megatron_deepseek.ops.norm import norm_forward, rms_norm
 from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum

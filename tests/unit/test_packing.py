@@ -19,14 +19,14 @@ from reference_routing import balance_loss, choose
 from small_models import V3_SMALL, enliven, gradients_of, load, relative_error, training_batch, weights_of, whole_stage
 from test_parity import GRADIENT, V2, V3, theirs
 
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.data.batches import number_documents
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.model.shifts import shifted_labels
 from megatron_deepseek.ops import documents
 from megatron_deepseek.settings import LossSettings, OptimizerSettings
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 DEPTHS = 2
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=DEPTHS)
@@ -38,7 +38,7 @@ LENGTH = 8
 
 def trainer(config: ModelConfig, meshes, dtype: torch.dtype = torch.float64, balance: str = "none") -> Trainer:
     loss = LossSettings(mtp_loss_scaling_factor=MTP_SCALE, balance_type=balance, moe_aux_loss_coeff=BALANCE)
-    made = Trainer(Plan(config, (whole_stage(config),), "1F1B", LENGTH, micro_batch_size=1,
+    made = Trainer(TrainingSpec(config, (whole_stage(config),), "1F1B", LENGTH, micro_batch_size=1,
                         build=BuildOptions(precision=Precision(dtype), loss=loss),
                         optimizer=OptimizerSettings(clip_grad=0.0)), meshes)
     enliven(made.stages[0])

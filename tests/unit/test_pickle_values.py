@@ -1,4 +1,4 @@
-"""checkpoint/dcp/pickle_values.py: what Python's own reader gives of plain data; no code, memory or time for the rest."""
+"""checkpoint/dcp/pickle_values.py: what Python's reader gives of plain data; no code, memory or time for the rest."""
 
 import collections
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepseek.checkpoint.dcp.pickle_values import OTHER, Record, read_pickle
+from megatron_deepseek.checkpoint.dcp.pickle_values import OTHER, KnownInstance, read_pickle
 
 PLAIN = [None, True, 0, 255, -1, 65_535, 2**31, -2**62, 2**63, 1.5, "", "a", "é" * 300, (), (1,), (1, "b"), (1, 2, 3),
          (1, 2, 3, 4), [], [1, [2, (3,)]], {}, {"a": 1, 2: [3], "b": {"c": None}}, ["same"] * 3, list(range(3000)),
@@ -26,7 +26,7 @@ class Point:
         self.x, self.y = x, y
 
 
-class OurPoint(Record):
+class OurPoint(KnownInstance):
     __slots__ = ("x", "z")
 
 

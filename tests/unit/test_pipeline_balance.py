@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_deepseek.model.architecture.presets import TINY, V3
 from megatron_deepseek.parallel.layout_string import parse, to_string
 from megatron_deepseek.planning.pipeline_balance import divide, head_cost, layer_cost, mtp_cost, resolve, stages
-from megatron_deepseek.model.architecture.presets import TINY, V3
 from megatron_deepseek.settings import PipelineSettings
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from corpora import contents, documents_of, run, settings_of, write_bytes, write_lines
+from megatron_deepseek.data.indexed import open_indexed
 from megatron_deepseek.data.preprocess import inputs
 from megatron_deepseek.data.preprocess.part import id_dtype
-from megatron_deepseek.data.indexed import open_indexed
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"

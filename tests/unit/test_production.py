@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepseek.checkpoint.production import Product, Share, produce
-from megatron_deepseek.checkpoint.records import Record
+from megatron_deepseek.checkpoint.building import DirectoryBuild, Share, build_directory
+from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.workspace import Workspace
 
 
@@ -23,22 +23,22 @@ class Killed(BaseException):
     pass
 
 
-def product_of(root: Path, **changes) -> Product:
-    def write(path, file, advance) -> Record:
+def product_of(root: Path, **changes) -> DirectoryBuild:
+    def write(path, file, advance) -> Fingerprint:
         path.write_text(file.name)
-        return Record(path.stat().st_size, [])
+        return Fingerprint(path.stat().st_size, [])
 
-    return Product("test", root / "made", [File("zero"), File("one")], [], [], write, lambda directory, records: None,
+    return DirectoryBuild("test", root / "made", [File("zero"), File("one")], [], [], write, lambda *given: None,
                    **changes)
 
 
-def produce_together(product: Product, run: str, late: int | None = None) -> list[threading.Thread]:
+def produce_together(build: DirectoryBuild, run: str, late: int | None = None) -> list[threading.Thread]:
     """On two ranks, of which `late` comes half a second after the other; those that have not ended in ten seconds."""
     def work(rank: int) -> None:
         if rank == late:
             time.sleep(0.5)
         try:
-            produce(product, Share(1, rank, 2, run), lambda nbytes: None, lambda text: None)
+            build_directory(build, Share(1, rank, 2, run), lambda nbytes: None, lambda text: None)
         except Killed:
             pass
 
@@ -58,15 +58,15 @@ def killed(*_) -> None:
 @pytest.mark.parametrize("moment", ["before the rename", "after it", "while the rest is removed"])
 def test_a_rank_that_comes_late_after_a_kill(monkeypatch, tmp_path, moment, late):
     """The earlier start's ranks had all said that they were done."""
-    product = product_of(tmp_path)
+    build = product_of(tmp_path)
     with monkeypatch.context() as patch:
         if moment == "before the rename":
             patch.setattr(Workspace, "publish", killed)
         else:
             patch.setattr(Workspace, "remove", killed)
-        assert not produce_together(product, "first")
+        assert not produce_together(build, "first")
     if moment == "while the rest is removed":
         shutil.rmtree(tmp_path / "made.incomplete" / "finished")
-    assert not produce_together(product, "second", late)
+    assert not produce_together(build, "second", late)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
     assert {path.name: path.read_text() for path in (tmp_path / "made").iterdir()} == {"zero": "zero", "one": "one"}

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from megatron_deepseek.checkpoint import tracker as marker, publishing as publish
+from megatron_deepseek.checkpoint import tracker, publishing as publish
 from megatron_deepseek.checkpoint.tracker import (
-    MARKER,
+    TRACKER,
     begins_anew,
     find_iteration,
     iteration_directory,
@@ -16,7 +16,7 @@ from megatron_deepseek.checkpoint.tracker import (
     last_iteration,
     leftover_notes,
     leftovers,
-    next_marker,
+    next_tracker,
     problem,
 )
 
@@ -71,8 +71,8 @@ def killed_everywhere(monkeypatch, root, prepare, action, check):
                 pass
         check()
         save(root, 900, "next")  # and life goes on
-        assert content(root) == "next" and not leftovers(root) and not next_marker(root).exists()
-        assert not list(root.glob(f"*{marker.REPLACED}"))
+        assert content(root) == "next" and not leftovers(root) and not next_tracker(root).exists()
+        assert not list(root.glob(f"*{tracker.REPLACED}"))
     assert after > 5
     check()
 
@@ -101,13 +101,13 @@ def test_killed_while_saving_the_first(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("named", [100, 200])
 def test_killed_while_saving_an_iteration_again(monkeypatch, tmp_path, named):
-    """After going back to 100 the old 200 stays until the new one is whole, whichever the marker names."""
+    """After going back to 100 the old 200 stays until the new one is whole, whichever the tracker names."""
     root = tmp_path / "run"
 
     def prepare():
         save(root, 100, "first")
         save(root, 200, "old")
-        (root / MARKER).write_text(f"{named}\n")
+        (root / TRACKER).write_text(f"{named}\n")
 
     def check():
         assert content(root) in ("first" if named == 100 else "old", "new")
@@ -175,16 +175,16 @@ def test_a_marker_that_cannot_be_replaced(tmp_path, monkeypatch, there, words):
             save(tmp_path, 200, "new")
     assert failed.value.strerror == (f"No space left on device; {tmp_path}/iter_0000200 is whole, "
                                      + words.format(root=tmp_path))
-    assert failed.value.filename == str(tmp_path / MARKER) and failed.value.errno == errno.ENOSPC
+    assert failed.value.filename == str(tmp_path / TRACKER) and failed.value.errno == errno.ENOSPC
     assert content(tmp_path) == ("old" if there == 100 else "new")
     assert (find_iteration(tmp_path, 200) / "data").read_text() == "new"
     save(tmp_path, 200, "again")
-    assert content(tmp_path) == "again" and not next_marker(tmp_path).exists() and not leftovers(tmp_path)
+    assert content(tmp_path) == "again" and not next_tracker(tmp_path).exists() and not leftovers(tmp_path)
 
 
 def test_a_marker_that_was_damaged_and_cannot_be_replaced(tmp_path, monkeypatch):
     save(tmp_path, 100, "old")
-    (tmp_path / MARKER).write_text("?")
+    (tmp_path / TRACKER).write_text("?")
     monkeypatch.setattr(os, "replace", lambda *_: os.rename(tmp_path / "nothing", tmp_path / "something"))
     with pytest.raises(publish.Unnamed, match="iter_0000200 is whole, but --ckpt-step must say so"):
         save(tmp_path, 200, "new")
@@ -192,7 +192,7 @@ def test_a_marker_that_was_damaged_and_cannot_be_replaced(tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_tidied_up_fails_no_save(tmp_path, monkeypatch):
-    """The marker names the new one by then."""
+    """The tracker names the new one by then."""
     def refuse(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -232,9 +232,9 @@ def test_torn_directories_are_named_and_never_loaded(tmp_path):
 def test_a_lost_marker_is_an_error_that_says_what_to_do(tmp_path, text, says):
     save(tmp_path, 100, "x")
     save(tmp_path, 200, "x")
-    (tmp_path / MARKER).unlink()
+    (tmp_path / TRACKER).unlink()
     if text is not None:
-        (tmp_path / MARKER).write_text(text)
+        (tmp_path / TRACKER).write_text(text)
     assert last_iteration(tmp_path) is None and not begins_anew(tmp_path)
     assert says in problem(tmp_path) and "iterations 100, 200" in problem(tmp_path)
     assert "--ckpt-step 200" in problem(tmp_path)

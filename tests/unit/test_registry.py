@@ -8,8 +8,8 @@ import torch
 
 from megatron_deepseek.ops import __main__ as table
 from megatron_deepseek.ops.backends import registry
-from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.backends.registry import CANDIDATES, Candidate, choose, parse_wishes, with_backends
+from megatron_deepseek.ops.norm import rms_norm
 
 
 def test_wishes():

@@ -7,19 +7,20 @@ from small_models import V3_SMALL, random_batch, training_batch, weights_of, who
 from megatron_deepseek.checkpoint.tracker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.build import BuildOptions
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import resume
 from megatron_deepseek.runtime.saving import Saver
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 SEQ_LENGTH = 6
 SAVED = TrainState(iteration=3, consumed_samples=24, optimizer_steps=2)
 
 
 def make_trainer(meshes, seed: int) -> Trainer:
-    return Trainer(Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2, BuildOptions(seed=seed)), meshes)
+    build = BuildOptions(seed=seed)
+    return Trainer(TrainingSpec(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2, build), meshes)
 
 
 def moments(trainer: Trainer) -> torch.Tensor:

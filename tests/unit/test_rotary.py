@@ -16,9 +16,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_em
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
 from megatron_deepseek.model.architecture.config import RopeScaling
+from megatron_deepseek.model.architecture.presets import V2, V3
 from megatron_deepseek.model.rotary import inverse_frequencies, rope_table, softmax_scale, yarn_mscale
 from megatron_deepseek.ops.rope import apply_rope
-from megatron_deepseek.model.architecture.presets import V2, V3
 
 CPU = torch.device("cpu")
 CONFIG = replace(V3_SMALL, qk_rope_head_dim=16, max_position_embeddings=64)

@@ -17,19 +17,19 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from small_models import V3_SMALL, random_batch, training_batch, weights_of, whole_stage
 
-from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.dcp import storage_writer as writer
+from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
-from megatron_deepseek.checkpoint.tracker import MARKER, find_iteration, iterations, last_iteration
+from megatron_deepseek.checkpoint.tracker import TRACKER, find_iteration, iterations, last_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.foreign_json import read_object
-from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.runtime import saving
 from megatron_deepseek.runtime.report import ProgressLines, Report
 from megatron_deepseek.runtime.save_lock import Holder, SaveLock
 from megatron_deepseek.runtime.saving import Saver, TakenOver
-from megatron_deepseek.training.trainer import Plan, Trainer
+from megatron_deepseek.settings import RunSettings
+from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 SEQ_LENGTH = 6
 Usage = namedtuple("Usage", "total used free")
@@ -37,7 +37,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def trainer(meshes) -> Trainer:
-    return Trainer(Plan(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2), meshes)
+    return Trainer(TrainingSpec(V3_SMALL, (whole_stage(V3_SMALL),), "1F1B", SEQ_LENGTH, 2), meshes)
 
 
 def make_saver(trainer, root, **settings) -> tuple[Saver, io.StringIO]:
@@ -166,16 +166,16 @@ def test_a_mistake_of_the_program_ends_the_run(trainer, tmp_path, monkeypatch, a
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_checkpoint_without_the_marker_is_not_called_lost(trainer, tmp_path, monkeypatch, async_save):
-    """What cannot be written is the marker alone: said so, with what loading takes, and tried again."""
+    """What cannot be written is the tracker alone: said so, with what loading takes, and tried again."""
     saver, told = make_saver(trainer, tmp_path, async_save=async_save)
     saver.save(TrainState(1, 0, 0))
     saver.finish()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda source, target, replace=os.replace: (
-            full_disk() if target == tmp_path / MARKER else replace(source, target)))
+            full_disk() if target == tmp_path / TRACKER else replace(source, target)))
         saver.save(TrainState(2, 0, 0))
         saver.finish()
-    assert (f"iteration 2 is saved, but not named as the last one: {tmp_path}/{MARKER}: No space left on device; "
+    assert (f"iteration 2 is saved, but not named as the last one: {tmp_path}/{TRACKER}: No space left on device; "
             f"{tmp_path}/iter_0000002 is whole, but loading takes {tmp_path}/iter_0000001 unless --ckpt-step is given. "
             "The next save tries again") in told.getvalue()
     assert "NOT saved" not in told.getvalue() and iterations(tmp_path) == [1, 2] and last_iteration(tmp_path) == 1

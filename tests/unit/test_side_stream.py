@@ -7,7 +7,7 @@ from small_models import V3_SMALL, forward, random_batch, whole_model
 
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
-from megatron_deepseek.ops.fp8.tiles import quantize_1x128
+from megatron_deepseek.ops.fp8.encoding import quantize_1x128
 from megatron_deepseek.ops.side_stream import RunInLine, RunOnSideStream
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.checkpoint.reshard.rank_shards import Division, readers
+from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, readers
+from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.planning.states import describe_states, held_parameters, state_bytes
-from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 
 SMALL_LITE = dataclasses.replace(
     V2_LITE, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=32,
@@ -29,7 +29,7 @@ def test_parameters_are_those_of_the_shards(model, layout, schedule, stages_on_r
     which no rank divides, are counted apart.
     """
     cut = stages(model, layout.pp * stages_on_rank, 64)
-    held = readers(Division(model, layout, cut, schedule))
+    held = readers(ModelDivision(model, layout, cut, schedule))
     ranks = layout.world_size // layout.pp
     for pp_rank in range(layout.pp):
         own = [cut[index] for index in stages_of_rank(pp_rank, len(cut), layout.pp, schedule)]

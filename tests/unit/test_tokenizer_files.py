@@ -10,8 +10,13 @@ from small_checkpoints import V3_WIDE, convert, random_weights, write_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
+from megatron_deepseek.checkpoint.convert.tokenizer_files import (
+    TokenIds,
+    read_token_ids,
+    replace_tokenizer,
+    tokenizer_to_keep,
+)
 from megatron_deepseek.checkpoint.job.export import keep_model_file, keep_tokenizer
-from megatron_deepseek.checkpoint.convert.tokenizer_files import TokenIds, read_token_ids, replace_tokenizer, tokenizer_to_keep
 from megatron_deepseek.data.tokenizer import BOS, EOD, ByteTokenizer, build_tokenizer
 from megatron_deepseek.settings import DataSettings
 

@@ -24,7 +24,7 @@ from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import LossSettings, OptimizerSettings, RecomputeSettings
-from megatron_deepseek.training.trainer import Plan, StepResult, StopFlags, Trainer, _travel
+from megatron_deepseek.training.trainer import TrainingSpec, StepResult, StopFlags, Trainer, _travel
 
 SEQ_LENGTH = 6
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
@@ -38,7 +38,8 @@ def trainer(meshes, lively: bool = True, micro_batch_size: int = 2, optimizer: O
             **options) -> Trainer:
     """`options` are BuildOptions'."""
     build = BuildOptions(**{"precision": Precision(torch.float64), "loss": LOSS} | options)
-    made = Trainer(Plan(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size, build, optimizer), meshes)
+    spec = TrainingSpec(CONFIG, (whole_stage(CONFIG),), "1F1B", SEQ_LENGTH, micro_batch_size, build, optimizer)
+    made = Trainer(spec, meshes)
     if lively:
         enliven(made.stages[0])
     return made
@@ -323,10 +324,10 @@ def test_votes_travel_with_the_losses(meshes):
 
 def test_a_sequence_that_ranks_cannot_share_evenly_is_refused(meshes):
     """Before anything is sent: 4 ranks would take 2, 2, 2 and no tokens of 6."""
-    plan, over_4 = trainer(meshes, lively=False).plan, replace(meshes, layout=Layout(tp=4))
+    spec, over_4 = trainer(meshes, lively=False).spec, replace(meshes, layout=Layout(tp=4))
     with pytest.raises(ValueError, match="sequences of 6 tokens do not divide over cp 1 x tp 4 ranks"):
-        _travel(plan, over_4)
-    dense = replace(plan, model=replace(CONFIG, n_routed_experts=0))
+        _travel(spec, over_4)
+    dense = replace(spec, model=replace(CONFIG, n_routed_experts=0))
     assert _travel(dense, over_4)
     with pytest.raises(ValueError, match="do not divide"):
         _travel(dense, replace(meshes, layout=Layout(tp=4, sequence_parallel=True)))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.model.architecture import hf_config, hf_rope
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.checkpoint.convert.tokenizer_files import TokenIds, write_template
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.foreign_json import read_object
+from megatron_deepseek.model.architecture import hf_config, hf_rope
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 DIRECTORY = "huggingface"
 _NOTES = "conversion.json"

@@ -2,17 +2,17 @@
 
     weight = fp8 * weight_scale_inv[row // 128, column // 128]
 
-Training quantises its weights by the same code (ops/fp8/tiles.py): the scale is the block's largest magnitude / 448, in
-float32, and fp8 = weight / scale rounded to nearest even, as DeepSeek's inference/kernel.py does for activations
+Training quantises its weights by the same code (ops/fp8/encoding.py): the scale is the block's largest magnitude / 448,
+in float32, and fp8 = weight / scale rounded to nearest even, as DeepSeek's inference/kernel.py does for activations
 (github.com/deepseek-ai/DeepSeek-V3); README_WEIGHTS.md there describes the format. What is kept in higher precision:
 embedding, head, norms, routers, biases and the MTP's eh_proj.
 """
 
 import torch
 
-from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.fp8 import encoding
 
-BLOCK = fp8.TILE
+BLOCK = encoding.TILE
 SCALE_SUFFIX = "_scale_inv"
 QUANTIZATION_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                        "weight_block_size": [BLOCK, BLOCK]}
@@ -27,12 +27,12 @@ def is_quantized(name: str) -> bool:
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Of [out, in]: [ceil(out / 128), ceil(in / 128)]."""
-    return fp8.num_tiles(shape[0]), fp8.num_tiles(shape[1])
+    return encoding.num_tiles(shape[0]), encoding.num_tiles(shape[1])
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8 weight and float32 scales of rows that begin at a multiple of 128. ValueError if any is not finite."""
-    quantized, scale = fp8.quantize_128x128(weight)
+    quantized, scale = encoding.quantize_128x128(weight)
     if scale.isnan().any():
         raise ValueError("it has values that are not finite, which FP8 cannot hold")
     return quantized, scale
@@ -40,4 +40,4 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 values of rows that begin at a multiple of 128, with the scales of their blocks."""
-    return fp8.dequantize_128x128(weight, scale.float())
+    return encoding.dequantize_128x128(weight, scale.float())

@@ -7,8 +7,8 @@ from math import prod
 import torch
 
 from megatron_deepseek.checkpoint.convert import block_fp8
+from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
-from megatron_deepseek.checkpoint.convert.source import Source
 
 FP8 = torch.float8_e4m3fn
 BLOCK_BYTES = 1 << 20  # of a block's numbers in float32: it stays in a core's cache until it is written
@@ -49,7 +49,7 @@ def row_ranges(shape: tuple[int, ...], start: int, stop: int, multiple: int = 1)
         yield first, min(first + step, stop)
 
 
-def cast_rows(source: Source, output: Output, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+def cast_rows(source: TensorSource, output: Output, start: int = 0, stop: int | None = None) -> Iterator[Block]:
     """Rows start..stop of `output` (all of them) in order; of float8 no block of 128 x 128 is cut.
 
     ValueError names the tensor.
@@ -60,7 +60,7 @@ def cast_rows(source: Source, output: Output, start: int = 0, stop: int | None =
         yield _cast(output, first, last, *_read(source, output, first, last))
 
 
-def row_bytes(source: Source, output: Output, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+def row_bytes(source: TensorSource, output: Output, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
     """The bytes of rows start..stop of `output`, which is not float8, in order; each block is used up at once.
 
     Those of the source as they are, unless the type changes.
@@ -73,7 +73,7 @@ def row_bytes(source: Source, output: Output, start: int = 0, stop: int | None =
             yield as_bytes(block.rows.contiguous())
 
 
-def _read(source: Source, output: Output, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _read(source: TensorSource, output: Output, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     if output.dtype == FP8 and source.dtypes[output.original] == FP8:
         return source.read_fp8(output.original, start, stop)
     return source.read(output.original, start, stop), None
@@ -100,7 +100,7 @@ def cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
-def check_copies(source: Source, advance: Callable[[int], None]) -> None:
+def check_copies(source: TensorSource, advance: Callable[[int], None]) -> None:
     """ValueError unless each copy (a tied head, an MTP module's embedding) equals its original in every number."""
     for name, original in source.copies.items():
         shape = source.shapes[original]

@@ -1,6 +1,6 @@
 """Conversion of a checkpoint between formats, in memory that does not grow with the model.
 
-    source (huggingface.py, native, megatron.py) -> blocks of rows -> shards, one file each (production.py) -> SAVE
+    source (huggingface.py, native, megatron.py) -> blocks of rows -> shards, one file each (building.py) -> SAVE
 
 Every tensor passes under its Hugging Face name, a few rows at a time.
 """
@@ -14,31 +14,31 @@ from pathlib import Path
 
 import torch
 
+from megatron_deepseek.checkpoint.building import DirectoryBuild, Share, build_directory
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.checkpoint.convert.blocks import FP8, Output, check_copies
-from megatron_deepseek.checkpoint.inspection import checks_of
 from megatron_deepseek.checkpoint.convert.names import BIAS
-from megatron_deepseek.checkpoint.production import Product, Share, produce
-from megatron_deepseek.checkpoint.records import Record
-from megatron_deepseek.checkpoint.convert.output_file import Shard
-from megatron_deepseek.checkpoint.convert.source import Source
+from megatron_deepseek.checkpoint.convert.output_file import OutputFile
+from megatron_deepseek.checkpoint.convert.source import TensorSource
+from megatron_deepseek.checkpoint.fingerprints import Fingerprint
+from megatron_deepseek.checkpoint.inspection import checks_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": FP8}
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class OutputFormat:
     """A format to write. `destination` is made by one rename of the finished files' directory.
 
-    `write(path, shard, advance)` writes a file; `complete(directory, records)` adds what makes the files a checkpoint;
-    `publish()` runs after the rename.
+    `write(path, shard, advance)` writes a file; `complete(directory, fingerprints)` adds what makes the files a
+    checkpoint; `publish()` runs after the rename.
     """
 
     kind: str
     destination: Path
-    shards: tuple[Shard, ...]
-    write: Callable[[Path, Shard, Callable[[int], None]], Record]
-    complete: Callable[[Path, dict[str, Record]], None]
+    shards: tuple[OutputFile, ...]
+    write: Callable[[Path, OutputFile, Callable[[int], None]], Fingerprint]
+    complete: Callable[[Path, dict[str, Fingerprint]], None]
     publish: Callable[[], None] = lambda: None
 
     @property
@@ -63,7 +63,7 @@ def output_dtype(name: str, stored: torch.dtype, requested: torch.dtype | None, 
     return requested
 
 
-def outputs(source: Source, requested: torch.dtype | None, to_fp8: bool, copies: dict[str, str]) -> list[Output]:
+def outputs(source: TensorSource, requested: torch.dtype | None, to_fp8: bool, copies: dict[str, str]) -> list[Output]:
     """Everything to write, in the order of the layers; `copies`: further names, and what each is a copy of."""
     result = []
     for name in source.shapes:
@@ -73,13 +73,13 @@ def outputs(source: Source, requested: torch.dtype | None, to_fp8: bool, copies:
     return result
 
 
-def convert(source: Source, target: Target, share: Share, advance: Callable[[int], None],
+def convert(source: TensorSource, target: OutputFormat, share: Share, advance: Callable[[int], None],
             say: Callable[[str], None]) -> None:
     """Write `target` from `source`. ValueError, and no `target.destination`, where anything is wrong."""
-    produce(conversion(source, target), share, advance, say)
+    build_directory(conversion(source, target), share, advance, say)
 
 
-def conversion(source: Source, target: Target) -> Product:
+def conversion(source: TensorSource, target: OutputFormat) -> DirectoryBuild:
     """What there is to make. Copies are checked first, and a native checkpoint's files against their checksums."""
     contents = [target.kind, [[shard.name, [[output.name, output.original, str(output.dtype)]
                                             for output in shard.outputs]] for shard in target.shards]]
@@ -87,11 +87,11 @@ def conversion(source: Source, target: Target) -> Product:
     check_bytes = sum(source.dtypes[original].itemsize * prod(source.shapes[original])
                       for original in source.copies.values())
     check_bytes += sum(path.stat().st_size for path in source.files()) if checksums else 0
-    return Product("conversion", target.destination, target.shards, source.files(), contents, target.write,
+    return DirectoryBuild("conversion", target.destination, target.shards, source.files(), contents, target.write,
                    target.complete, target.publish, [partial(check_copies, source), *checksums], check_bytes)
 
 
-def dtype_bytes(shards: tuple[Shard, ...]) -> dict[torch.dtype, int]:
+def dtype_bytes(shards: tuple[OutputFile, ...]) -> dict[torch.dtype, int]:
     """Bytes written of each type."""
     total: Counter = Counter()
     for shard in shards:

@@ -10,10 +10,10 @@ import torch
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.checkpoint.convert.mtp import INCOMPLETE, LEFT_OUT, as_stored, module_prefixes
 from megatron_deepseek.checkpoint.convert.names import hf_shapes, layer_of, mtp_copies
-from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, stream_rows
 from megatron_deepseek.checkpoint.convert.source import FLOATS
-from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, stream_rows
 from megatron_deepseek.foreign_json import LARGEST_LIST, JsonObject, read_object
+from megatron_deepseek.model.architecture.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -22,7 +22,7 @@ _FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceSource:
-    """See source.Source. `stored`: every tensor of the files; `fields`: config.json as it is."""
+    """See source.TensorSource. `stored`: every tensor of the files; `fields`: config.json as it is."""
 
     path: Path
     config: ModelConfig

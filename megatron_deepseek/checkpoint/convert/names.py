@@ -7,7 +7,7 @@ Conversion renames nothing and stacks experts: expert e's gate_proj, up_proj and
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_deepseek.checkpoint.regions import Box
+from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 
 BIAS = "e_score_correction_bias"
@@ -39,12 +39,12 @@ class Place:
         size[axis] = stop - start
         return tuple(offset), tuple(size)
 
-    def rows_of(self, box: Box) -> tuple[int, int]:
-        """The inverse of `rows`: which of the part's rows a box in `whole` is."""
+    def rows_of(self, region: Region) -> tuple[int, int]:
+        """The inverse of `rows`: which of the part's rows a region in `whole` is."""
         axis = len(self.whole_shape) - len(self.shape)
-        start = box.place[axis] - self.offset[axis]
-        assert self.rows(start, start + box.shape[axis]) == (box.place, box.shape), (self, box)
-        return start, start + box.shape[axis]
+        start = region.place[axis] - self.offset[axis]
+        assert self.rows(start, start + region.shape[axis]) == (region.place, region.shape), (self, region)
+        return start, start + region.shape[axis]
 
 
 def native_places(config: ModelConfig) -> list[Place]:

@@ -9,16 +9,16 @@ import xxhash
 
 from megatron_deepseek.checkpoint.convert.block_fp8 import BLOCK, SCALE_SUFFIX, scale_shape
 from megatron_deepseek.checkpoint.convert.blocks import Output, cast_rows, row_bytes
-from megatron_deepseek.checkpoint.regions import Box
-from megatron_deepseek.checkpoint.dcp.item_file import FileWriter, Part, split, write_items
 from megatron_deepseek.checkpoint.convert.names import Place
-from megatron_deepseek.checkpoint.records import Record
+from megatron_deepseek.checkpoint.convert.source import TensorSource
+from megatron_deepseek.checkpoint.dcp.item_file import FileWriter, ItemRegion, split, write_items
+from megatron_deepseek.checkpoint.fingerprints import Fingerprint
+from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes, lay_out
-from megatron_deepseek.checkpoint.convert.source import Source
 
 
 @dataclass(frozen=True)
-class Shard:
+class OutputFile:
     """A file to write and the tensors in it, in the order of their writing."""
 
     name: str
@@ -29,7 +29,8 @@ class Shard:
         return sum(output.nbytes for output in self.outputs)
 
 
-def write_safetensors(path: Path, shard: Shard, source: Source, advance: Callable[[int], None]) -> Record:
+def write_safetensors(path: Path, shard: OutputFile, source: TensorSource, advance: Callable[[int], None]
+                      ) -> Fingerprint:
     """Blocks go straight to their places, float8 weights and their scales apart."""
     tensors: dict = {}
     for output in shard.outputs:
@@ -48,10 +49,10 @@ def write_safetensors(path: Path, shard: Shard, source: Source, advance: Callabl
                 advance(len(data))
     regions = [(0, len(header), file.checksum.result().digest)]
     regions += [(tensor.offset, tensor.nbytes, digests[tensor.name].hexdigest()) for tensor in placed]
-    return Record(placed[-1].offset + placed[-1].nbytes, regions)
+    return Fingerprint(placed[-1].offset + placed[-1].nbytes, regions)
 
 
-def _pieces(source: Source, output: Output) -> Iterator[tuple[str, int, memoryview]]:
+def _pieces(source: TensorSource, output: Output) -> Iterator[tuple[str, int, memoryview]]:
     """Tensor, byte in it, and bytes: of float8 the rows and the scales of their blocks in turn."""
     if output.dtype != torch.float8_e4m3fn:
         begin = 0
@@ -66,18 +67,18 @@ def _pieces(source: Source, output: Output) -> Iterator[tuple[str, int, memoryvi
                as_bytes(block.scales.contiguous()))
 
 
-def write_dcp(path: Path, shard: Shard, source: Source, advance: Callable[[int], None],
-              places: dict[str, Place], prefix: str) -> Record:
+def write_dcp(path: Path, shard: OutputFile, source: TensorSource, advance: Callable[[int], None],
+              places: dict[str, Place], prefix: str) -> Fingerprint:
     """Each tensor becomes items of its stacked parameter, so that nothing is ever stacked in memory."""
-    origins: dict[Part, Output] = {}
+    origins: dict[ItemRegion, Output] = {}
     for output in shard.outputs:
         place = places[output.name]
-        whole = Part(prefix + place.whole, Box(place.offset, place.extent), output.dtype)
+        whole = ItemRegion(prefix + place.whole, Region(place.offset, place.extent), output.dtype)
         origins |= dict.fromkeys(split(whole), output)
 
-    def numbers(part: Part) -> Iterator[memoryview]:
+    def numbers(part: ItemRegion) -> Iterator[memoryview]:
         output = origins[part]
-        return row_bytes(source, output, *places[output.name].rows_of(part.box))
+        return row_bytes(source, output, *places[output.name].rows_of(part.region))
 
     return write_items(path, shard.name, origins, numbers, advance)
 

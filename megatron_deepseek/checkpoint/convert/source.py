@@ -7,16 +7,16 @@ from typing import Protocol
 
 import torch
 
-from megatron_deepseek.checkpoint.regions import Box
+from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.dcp.item_reader import Reader, read
-from megatron_deepseek.checkpoint.convert.names import Place
+from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A model on disk.
 
     `shapes`, `dtypes`: of every tensor under its Hugging Face name; float8 means that `read_fp8` gives its parts.
@@ -72,10 +72,10 @@ class StackedSource:
         with Reader(self.directory) as reader:
             yield from reader.numbers(*self._part(name, start, stop))
 
-    def _part(self, name: str, start: int, stop: int) -> tuple[str, Box]:
+    def _part(self, name: str, start: int, stop: int) -> tuple[str, Region]:
         """The stored tensor that has rows start..stop of `name`, and where."""
         place = self.places[name]
-        return self.prefix + place.whole, Box(*place.rows(start, stop)) if place.shape else Box(place.offset,
+        return self.prefix + place.whole, Region(*place.rows(start, stop)) if place.shape else Region(place.offset,
                                                                                                 place.extent)
 
     def read_fp8(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

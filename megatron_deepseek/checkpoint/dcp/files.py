@@ -1,7 +1,7 @@
 """What is where in a torch.distributed.checkpoint (DCP) directory.
 
-Tensors are stored in items, each a part of a tensor and a zip file of torch.save inside a larger file. dcp_reader.py
-reads any part of them, item_file.py writes files of them, and dcp_metadata_writer.py makes those DCP's own.
+Tensors are stored in items, each a part of a tensor and a zip file of torch.save inside a larger file. item_reader.py
+reads any part of them, item_file.py writes files of them, and metadata_writer.py makes those DCP's own.
 """
 
 from bisect import bisect_left, bisect_right
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from megatron_deepseek.checkpoint.regions import Box, fill_once
 from megatron_deepseek.checkpoint.dcp.metadata import (
     METADATA,
     Chunk,
@@ -26,6 +25,7 @@ from megatron_deepseek.checkpoint.dcp.metadata import (
     read_metadata,
 )
 from megatron_deepseek.checkpoint.integrity import is_inside, read_checksums, verify_files
+from megatron_deepseek.checkpoint.regions import Region, fill_once
 
 _MOST_DIMENSIONS = 8
 _LARGEST = 1 << 62  # of a size or a place in a file
@@ -36,7 +36,7 @@ _FEW_PARTS = 1 << 18  # gone through in a second
 class Item:
     """A part of the tensor `name`, saved by torch.save at bytes offset..offset + length of `file`.
 
-    There are hundreds of thousands: `items_of` and `records.py` let them share what is equal.
+    There are hundreds of thousands: `items_of` and `fingerprints.py` let them share what is equal.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Item:
     length: int
 
     @property
-    def box(self) -> Box:
-        return Box(self.place, self.shape)
+    def region(self) -> Region:
+        return Region(self.place, self.shape)
 
 
 class DcpDirectory:
     """What .metadata says: `shapes`, `dtypes` and `items` of tensors by name, the items in order of their place.
 
     `others`: names of what is stored and no tensor. `begins`: where the numbers of items begin, by file and offset, as
-    dcp_reader.py remembers it.
+    item_reader.py remembers it.
     """
 
     def __init__(self, directory: Path):
@@ -148,22 +148,22 @@ class DcpDirectory:
                 raise ValueError(f"{path} is truncated: {item.name} ends at byte {item.offset + item.length}, "
                                  f"the file at {path.stat().st_size}")
 
-    def covering(self, name: str, box: Box) -> list[Item]:
-        """The items that hold numbers of `box`. ValueError unless they hold all of them."""
-        items = [item for item in self._near(name, box) if item.box.overlap(box)]
-        found = sum(item.box.overlap(box).numel for item in items)
-        if found != box.numel:
-            raise ValueError(f"{self.directory}: {name} has only {found} of the {box.numel} numbers at {box.place} of "
-                             f"shape {box.shape}")
+    def covering(self, name: str, region: Region) -> list[Item]:
+        """The items that hold numbers of `region`. ValueError unless they hold all of them."""
+        items = [item for item in self._near(name, region) if item.region.overlap(region)]
+        found = sum(item.region.overlap(region).numel for item in items)
+        if found != region.numel:
+            raise ValueError(f"{self.directory}: {name} has only {found} of the {region.numel} numbers at "
+                             f"{region.place} of shape {region.shape}")
         return items
 
-    def _near(self, name: str, box: Box) -> list[Item]:
+    def _near(self, name: str, region: Region) -> list[Item]:
         """Items that begin before the end of the part along the first dimension, without those long before it."""
         items = self.items[name]
-        if not box.place:
+        if not region.place:
             return items
-        first = bisect_right(items, box.place[0] - self._longest[name], key=_row)
-        return items[first:bisect_left(items, box.end[0], key=_row)]
+        first = bisect_right(items, region.place[0] - self._longest[name], key=_row)
+        return items[first:bisect_left(items, region.end[0], key=_row)]
 
 
 def _is_size(value: Any) -> bool:
@@ -172,7 +172,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _fills(size: tuple[int, ...], chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> bool:
-    return fill_once(Box((0,) * len(size), size), [Box(*chunk) for chunk in chunks])
+    return fill_once(Region((0,) * len(size), size), [Region(*chunk) for chunk in chunks])
 
 
 def _row(item: Item) -> int:

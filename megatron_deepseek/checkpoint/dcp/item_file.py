@@ -7,27 +7,27 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepseek.checkpoint.regions import Box
 from megatron_deepseek.checkpoint.dcp.files import Item
-from megatron_deepseek.checkpoint.integrity import RunningChecksum
 from megatron_deepseek.checkpoint.dcp.item_frame import frame
-from megatron_deepseek.checkpoint.records import Record
+from megatron_deepseek.checkpoint.fingerprints import Fingerprint
+from megatron_deepseek.checkpoint.integrity import RunningChecksum
+from megatron_deepseek.checkpoint.regions import Region
 
 ITEM_BYTES = 1 << 28  # of an item; DCP's reader holds one in memory
 _REPORT_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The part `box` of the tensor `name`, to be stored as `dtype`."""
+class ItemRegion:
+    """The part `region` of the tensor `name`, to be stored as `dtype`."""
 
     name: str
-    box: Box
+    region: Region
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        return self.box.numel * self.dtype.itemsize
+        return self.region.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ItemFile:
     """A file to write and what is in it."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[ItemRegion, ...]
 
     @property
     def nbytes(self) -> int:
@@ -72,13 +72,13 @@ class FileWriter:
             raise ValueError(f"{self.path}: {self.tensor} cannot be written: {error.strerror}") from error
 
 
-def split(part: Part) -> list[Part]:
+def split(part: ItemRegion) -> list[ItemRegion]:
     """As items of at most ITEM_BYTES, cut along the leading dimensions."""
-    return [Part(part.name, box, part.dtype) for box in part.box.pieces(ITEM_BYTES // part.dtype.itemsize)]
+    return [ItemRegion(part.name, region, part.dtype) for region in part.region.runs(ITEM_BYTES // part.dtype.itemsize)]
 
 
-def write_items(path: Path, name: str, parts: Iterable[Part], numbers: Callable[[Part], Iterable[memoryview]],
-                advance: Callable[[int], None]) -> Record:
+def write_items(path: Path, name: str, parts: Iterable[ItemRegion],
+                numbers: Callable[[ItemRegion], Iterable[memoryview]], advance: Callable[[int], None]) -> Fingerprint:
     """Write `parts`, each an item, in order as the file that will be called `name`.
 
     `numbers(part)` gives the bytes of a part in row-major order, in blocks that are used up at once.
@@ -87,16 +87,16 @@ def write_items(path: Path, name: str, parts: Iterable[Part], numbers: Callable[
     with FileWriter(path) as file:
         for part in parts:
             begin, file.tensor = file.position, part.name
-            around = frame(part.box.shape, part.dtype)
+            around = frame(part.region.shape, part.dtype)
             file.write(around.head)
             _write_numbers(file, part, numbers, advance)
             file.write(around.tail)
-            items.append(Item(part.name, part.box.place, part.box.shape, part.dtype, name, begin,
+            items.append(Item(part.name, part.region.place, part.region.shape, part.dtype, name, begin,
                               file.position - begin))
-    return Record(file.position, [(0, file.position, file.checksum.result().digest)], items)
+    return Fingerprint(file.position, [(0, file.position, file.checksum.result().digest)], items)
 
 
-def _write_numbers(file: FileWriter, part: Part, numbers: Callable[[Part], Iterable[memoryview]],
+def _write_numbers(file: FileWriter, part: ItemRegion, numbers: Callable[[ItemRegion], Iterable[memoryview]],
                    advance: Callable[[int], None]) -> None:
     begin = reported = file.position
     for block in numbers(part):

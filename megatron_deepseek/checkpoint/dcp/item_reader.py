@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_deepseek.checkpoint import raw_bytes as unchanged
-from megatron_deepseek.checkpoint.regions import Box, segments
+from megatron_deepseek.checkpoint import raw_bytes
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, Item
+from megatron_deepseek.checkpoint.regions import Region, segments
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 
 _MOST_OPEN = 32
@@ -65,33 +65,33 @@ class Reader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def stream(self, item: Item, run: Box) -> Iterator[memoryview]:
+    def stream(self, item: Item, run: Region) -> Iterator[memoryview]:
         """The bytes of a run of `item`, a block at a time; a block is overwritten by the next."""
         if self._block is None:
-            self._block = memoryview(bytearray(unchanged.BLOCK_BYTES))
+            self._block = memoryview(bytearray(raw_bytes.BLOCK_BYTES))
         with self._reading(item) as descriptor:
-            position = self._begin(item, descriptor) + item.box.position(run.place) * item.dtype.itemsize
-            yield from unchanged.blocks(descriptor, position, run.numel * item.dtype.itemsize, self._block)
+            position = self._begin(item, descriptor) + item.region.position(run.place) * item.dtype.itemsize
+            yield from raw_bytes.blocks(descriptor, position, run.numel * item.dtype.itemsize, self._block)
 
-    def numbers(self, name: str, box: Box) -> Iterator[memoryview]:
+    def numbers(self, name: str, region: Region) -> Iterator[memoryview]:
         """The bytes of a part of the tensor `name` in row-major order; a block is overwritten by the next."""
         size = self.directory.dtypes[name].itemsize
-        for segment in segments(box, self.directory.covering(name, box), _GATHER_BYTES // size):
+        for segment in segments(region, self.directory.covering(name, region), _GATHER_BYTES // size):
             if segment.is_run:
-                yield from self.stream(segment.sources[0], segment.box)
+                yield from self.stream(segment.sources[0], segment.region)
             else:
-                out = torch.empty(segment.box.shape, dtype=self.directory.dtypes[name])
-                self.gather(segment.box, segment.sources, out)
+                out = torch.empty(segment.region.shape, dtype=self.directory.dtypes[name])
+                self.gather(segment.region, segment.sources, out)
                 yield as_bytes(out)
 
-    def gather(self, box: Box, sources: Sequence[Item], out: torch.Tensor) -> None:
-        """Fill `out`, of the box's shape and the items' type, from those that cover the box."""
+    def gather(self, region: Region, sources: Sequence[Item], out: torch.Tensor) -> None:
+        """Fill `out`, of the region's shape and the items' type, from those that cover the region."""
         for item in sources:
-            part = box.overlap(item.box)
+            part = region.overlap(item.region)
             if part is None:
                 continue
             with self._reading(item) as descriptor:
-                _copy(descriptor, self._begin(item, descriptor), item, part, out[box.slices(part)])
+                _copy(descriptor, self._begin(item, descriptor), item, part, out[region.slices(part)])
 
     @contextmanager
     def _reading(self, item: Item) -> Iterator[int]:
@@ -120,19 +120,19 @@ class Reader:
         return begin
 
 
-def read_part(descriptor: int, item: Item, part: Box, target: torch.Tensor) -> None:
-    """`part`, a box in the tensor, of an item in an open file into `target`: a view, of any type and device.
+def read_part(descriptor: int, item: Item, part: Region, target: torch.Tensor) -> None:
+    """`part`, a region in the tensor, of an item in an open file into `target`: a view, of any type and device.
 
     RuntimeError, EOFError or OSError if the file is not what the item says.
     """
     _copy(descriptor, _numbers_begin(descriptor, item), item, part, target)
 
 
-def read(directory: DcpDirectory, name: str, box: Box) -> torch.Tensor:
+def read(directory: DcpDirectory, name: str, region: Region) -> torch.Tensor:
     """A part of the tensor `name`, in its own type."""
-    out = torch.empty(box.shape, dtype=directory.dtypes[name])
+    out = torch.empty(region.shape, dtype=directory.dtypes[name])
     with Reader(directory) as reader:
-        reader.gather(box, directory.covering(name, box), out)
+        reader.gather(region, directory.covering(name, region), out)
     return out
 
 
@@ -153,21 +153,21 @@ def _numbers_begin(descriptor: int, item: Item) -> int:
             + tensor.storage_offset() * item.dtype.itemsize)
 
 
-def _copy(descriptor: int, begin: int, item: Item, part: Box, target: torch.Tensor) -> None:
+def _copy(descriptor: int, begin: int, item: Item, part: Region, target: torch.Tensor) -> None:
     """Read `part` of an item, whose numbers lie at `begin`, into `target`: a view, of any type and device.
 
     What is no run, or not right for the target's memory, is read a few rows at a time and copied from there.
     """
     axis = next((dim for dim, size in enumerate(part.shape) if size > 1), None)
-    is_run, size = item.box.is_run(part), item.dtype.itemsize
+    is_run, size = item.region.is_run(part), item.dtype.itemsize
     source = part if is_run else None
     if is_run and target.device.type == "cpu" and target.dtype == item.dtype and target.is_contiguous():
-        return unchanged.fill(descriptor, as_bytes(target), begin + item.box.position(part.place) * size)
+        return raw_bytes.fill(descriptor, as_bytes(target), begin + item.region.position(part.place) * size)
     if axis == len(part.shape) - 2 and part.shape[-1] * _WASTE >= item.shape[-1]:
-        source = Box((*part.place[:-1], item.place[-1]), (*part.shape[:-1], item.shape[-1]))
+        source = Region((*part.place[:-1], item.place[-1]), (*part.shape[:-1], item.shape[-1]))
     if source is not None and (axis is None or source.numel * size <= _CUT_BYTES):
         whole = torch.empty(source.shape, dtype=item.dtype)
-        unchanged.fill(descriptor, as_bytes(whole), begin + item.box.position(source.place) * size)
+        raw_bytes.fill(descriptor, as_bytes(whole), begin + item.region.position(source.place) * size)
         target.copy_(whole[source.slices(part)])
         return
     step = 1 if source is None else max(1, part.shape[axis] * _CUT_BYTES // (source.numel * size))

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from megatron_deepseek.checkpoint.dcp.pickle_values import OTHER, Record, read_pickle
+from megatron_deepseek.checkpoint.dcp.pickle_values import OTHER, KnownInstance, read_pickle
 
 METADATA = ".metadata"
 _LARGEST = 1 << 30  # bytes: V3 with moments on 2,048 ranks has a tenth of that
 
 
-class Metadata(Record):
+class Metadata(KnownInstance):
     """`state_dict_metadata`: by name, a TensorEntry or something else that is no tensor; `storage_data`: StoredAt by
     Index.
     """
@@ -24,25 +24,25 @@ class Metadata(Record):
     __slots__ = ("state_dict_metadata", "storage_data")
 
 
-class TensorEntry(Record):
+class TensorEntry(KnownInstance):
     __slots__ = ("properties", "size", "chunks")
 
 
-class Chunk(Record):
+class Chunk(KnownInstance):
     __slots__ = ("offsets", "sizes")
 
 
-class Index(Record):
+class Index(KnownInstance):
     """A chunk of the tensor `fqn` by its place; two of one place are two, other than DCP's."""
 
     __slots__ = ("fqn", "offset")
 
 
-class StoredAt(Record):
+class StoredAt(KnownInstance):
     __slots__ = ("relative_path", "offset", "length", "transform_descriptors")
 
 
-class Properties(Record):
+class Properties(KnownInstance):
     """Of a tensor: its type, which DCP writes first."""
 
     __slots__ = ("dtype",)

@@ -18,7 +18,7 @@ _STOP = pickle.STOP[0]
 _LONGEST_NUMBER = 9  # bytes: 64 bits and a sign
 
 
-class Record:
+class KnownInstance:
     """An instance of a class that the caller knows: the attributes in `__slots__`, None until `fill` sets them."""
 
     __slots__ = ()
@@ -47,9 +47,9 @@ OTHER = _Other()
 def read_pickle(data: bytes, known: Callable[[str, str], Any]) -> Any:
     """The value that is pickled in `data`.
 
-    `known(module, name)` says what a global is: a subclass of Record for a class, `tuple` or `dict` for one that is
-    made of those, any other value for a constant, OTHER for what is to be read past. ValueError, with the byte, where
-    the pickle is damaged, cut off, or holds what no pickle of plain data holds.
+    `known(module, name)` says what a global is: a subclass of KnownInstance for a class, `tuple` or `dict` for one
+    that is made of those, any other value for a constant, OTHER for what is to be read past. ValueError, with the
+    byte, where the pickle is damaged, cut off, or holds what no pickle of plain data holds.
     """
     reader = _Reader(data, known)
     try:
@@ -170,7 +170,7 @@ class _Reader:
         if type(target) is not dict or len(values) % 2:
             raise ValueError(f"a key for a {type(target).__name__}")
         for key, value in zip(values[::2], values[1::2]):
-            if isinstance(key, (str, int, Record)):
+            if isinstance(key, (str, int, KnownInstance)):
                 target[key] = value
 
     # Instances.
@@ -191,7 +191,7 @@ class _Reader:
     def new(self) -> None:
         self.stack.pop()
         kind = self.stack.pop()
-        self.stack.append(kind() if isinstance(kind, type) and issubclass(kind, Record) else OTHER)
+        self.stack.append(kind() if isinstance(kind, type) and issubclass(kind, KnownInstance) else OTHER)
 
     def new_with_names(self) -> None:
         self.stack.pop()
@@ -211,7 +211,7 @@ class _Reader:
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, Record):
+        if isinstance(target, KnownInstance):
             target.fill(state)
             if type(state) is dict:
                 state.clear()  # the memo keeps it, and nobody asks for it again

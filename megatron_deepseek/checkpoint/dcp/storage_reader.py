@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megatron_deepseek.checkpoint.regions import Box
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, Item
 from megatron_deepseek.checkpoint.dcp.item_reader import read_part
+from megatron_deepseek.checkpoint.regions import Region
 
 
 class CheckpointReader(dcp.StorageReader):
@@ -78,7 +78,7 @@ class CheckpointReader(dcp.StorageReader):
         target = planner.resolve_tensor(request).detach()
         place = tuple(map(add, item.place, request.storage_offsets))
         try:
-            read_part(file.fileno(), item, Box(place, tuple(request.lengths)), target)
+            read_part(file.fileno(), item, Region(place, tuple(request.lengths)), target)
         except (OSError, EOFError, RuntimeError) as error:
             raise ValueError(f"{file.name}: {item.name} cannot be read: {error}") from error
         planner.commit_tensor(request, target)

@@ -26,16 +26,16 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, open_dcp
-from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
-from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checksums, verify_files
-from megatron_deepseek.checkpoint.tracker import is_huggingface, iteration_directory
+from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, open_dcp
 from megatron_deepseek.checkpoint.dcp.storage_reader import CheckpointReader
+from megatron_deepseek.checkpoint.dcp.storage_writer import CheckpointWriter
+from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checksums, verify_files
+from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.job.state import MOMENTS, fill_copies, model_state, state_to_save
 from megatron_deepseek.checkpoint.job.subset import Subset, late_parameters, set_steps
+from megatron_deepseek.checkpoint.tracker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
-from megatron_deepseek.checkpoint.dcp.storage_writer import CheckpointWriter
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.torch_private import StateDictStager
 

@@ -13,16 +13,13 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.checkpoint.building import Share
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
 from megatron_deepseek.checkpoint.convert.chat_templates import read_template
 from megatron_deepseek.checkpoint.convert.conversion import convert
 from megatron_deepseek.checkpoint.convert.formats import hf_target, open_hf, open_native
 from megatron_deepseek.checkpoint.convert.huggingface import INDEX
-from megatron_deepseek.checkpoint.integrity import checksum_file, read_checksums
-from megatron_deepseek.checkpoint.tracker import is_huggingface
 from megatron_deepseek.checkpoint.convert.names import hf_shapes
-from megatron_deepseek.checkpoint.production import Share
-from megatron_deepseek.checkpoint.publishing import check_writable
 from megatron_deepseek.checkpoint.convert.tokenizer_files import (
     JSON,
     TEMPLATE,
@@ -31,9 +28,12 @@ from megatron_deepseek.checkpoint.convert.tokenizer_files import (
     tokenizer_to_keep,
     write_template,
 )
-from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.checkpoint.integrity import checksum_file, read_checksums
+from megatron_deepseek.checkpoint.publishing import check_writable
+from megatron_deepseek.checkpoint.tracker import is_huggingface
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.settings import DataSettings, RunSettings
 
 _SHARD_BYTES = 5 * 10**9

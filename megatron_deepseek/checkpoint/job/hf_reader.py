@@ -24,7 +24,7 @@ from torch.futures import Future
 
 from megatron_deepseek.checkpoint.convert.block_fp8 import BLOCK
 from megatron_deepseek.checkpoint.convert.names import Place, native_places
-from megatron_deepseek.checkpoint.convert.source import Source
+from megatron_deepseek.checkpoint.convert.source import TensorSource
 
 PREFIX = "model."
 
@@ -32,7 +32,7 @@ PREFIX = "model."
 class HuggingFaceReader(StorageReader):
     """`source` as a DCP checkpoint of `model.NAME`. FP8 weights are read as their values."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: TensorSource):
         self.source = source
         self.places: dict[MetadataIndex, Place] = {}
 

@@ -7,10 +7,10 @@ from math import inf
 
 import torch
 
-from megatron_deepseek.checkpoint.regions import Box
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.dcp.item_reader import Reader
 from megatron_deepseek.checkpoint.native import Checkpoint
+from megatron_deepseek.checkpoint.regions import Region
 
 _BLOCK_NUMBERS = 1 << 18
 
@@ -46,12 +46,12 @@ def _compare(a: DcpDirectory, b: DcpDirectory, name: str, advance: Callable[[int
         return Difference(name, "shape", f"{list(a.shapes[name])} in A, {list(b.shapes[name])} in B")
     different, largest, relative = 0, 0.0, 0.0
     with Reader(a) as reader_a, Reader(b) as reader_b:
-        for box in Box((0,) * len(a.shapes[name]), a.shapes[name]).pieces(_BLOCK_NUMBERS):
-            x, y = _numbers(reader_a, name, box), _numbers(reader_b, name, box)
+        for region in Region((0,) * len(a.shapes[name]), a.shapes[name]).runs(_BLOCK_NUMBERS):
+            x, y = _numbers(reader_a, name, region), _numbers(reader_b, name, region)
             advance(x.nbytes)
             if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):
                 continue
-            different += int((_bits(x) != _bits(y)).sum()) if x.dtype == y.dtype else box.numel
+            different += int((_bits(x) != _bits(y)).sum()) if x.dtype == y.dtype else region.numel
             most, share = _distance(x.double(), y.double())
             largest, relative = max(largest, most), max(relative, share)
     if a.dtypes[name] != b.dtypes[name]:
@@ -60,9 +60,9 @@ def _compare(a: DcpDirectory, b: DcpDirectory, name: str, advance: Callable[[int
     return Difference(name, "numbers" if different else None, "", different, largest, relative)
 
 
-def _numbers(reader: Reader, name: str, box: Box) -> torch.Tensor:
-    out = torch.empty(box.shape, dtype=reader.directory.dtypes[name])
-    reader.gather(box, reader.directory.covering(name, box), out)
+def _numbers(reader: Reader, name: str, region: Region) -> torch.Tensor:
+    out = torch.empty(region.shape, dtype=reader.directory.dtypes[name])
+    reader.gather(region, reader.directory.covering(name, region), out)
     return out
 
 

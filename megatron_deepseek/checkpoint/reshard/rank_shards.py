@@ -17,25 +17,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from megatron_deepseek.checkpoint.regions import Box
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.job.state import MOMENTS, model_state, optimizer_state
+from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import shape_stages, shard_stages
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
-from megatron_deepseek.parallel.shards import boxes
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.parallel.shards import regions
 from megatron_deepseek.torch_private import FakeStore
 
-Holders = dict[Box, tuple[int, ...]]  # parts of a tensor and the ranks that hold each, in order
+Holders = dict[Region, tuple[int, ...]]  # parts of a tensor and the ranks that hold each, in order
 Readers = dict[str, Holders]
 _SHORT = 64  # tokens of a sequence, which decide nothing about weights
 
 
 @dataclass(frozen=True)
-class Division:
+class ModelDivision:
     """A job as far as it decides who holds what: its layout, and the stages that its schedule places."""
 
     model: ModelConfig
@@ -44,7 +44,7 @@ class Division:
     schedule: str
 
 
-def readers(division: Division) -> Readers:
+def readers(division: ModelDivision) -> Readers:
     """By name of a saved tensor: the parts that ranks hold, and the ranks that hold each. The model comes first.
 
     Tensors that are divided alike, as those of equal layers are, share one dictionary: there are hundreds of thousands
@@ -60,7 +60,7 @@ def readers(division: Division) -> Readers:
                 break  # a pipeline rank whose stages are empty
             for name, held in placed.items():
                 found[name] = (*found.get(name, ()), held)
-            known = set.intersection(*(set(held.boxes) for held in set(placed.values())))
+            known = set.intersection(*(set(held.regions) for held in set(placed.values())))
             waiting = [rank for rank in waiting if rank not in known]
     holders, kinds = cache(_holders), ("model.", "optimizer.")
     return {name: holders(held) for kind in kinds for name, held in found.items() if name.startswith(kind)}
@@ -70,16 +70,16 @@ def readers(division: Division) -> Readers:
 class _Held:
     """The parts that ranks hold of any tensor that is divided so; known by its identity."""
 
-    boxes: dict[int, list[Box]]
+    regions: dict[int, list[Region]]
 
 
 def _holders(together: tuple[_Held, ...]) -> Holders:
-    found: dict[Box, set[int]] = {}
+    found: dict[Region, set[int]] = {}
     for held in together:
-        for rank, box in ((rank, box) for rank, own in held.boxes.items() for box in own):
-            if box.numel:  # few rows over many ranks leave some without
-                found.setdefault(box, set()).add(rank)
-    return {box: tuple(sorted(ranks)) for box, ranks in found.items()}
+        for rank, region in ((rank, region) for rank, own in held.regions.items() for region in own):
+            if region.numel:  # few rows over many ranks leave some without
+                found.setdefault(region, set()).add(rank)
+    return {region: tuple(sorted(ranks)) for region, ranks in found.items()}
 
 
 @dataclass
@@ -97,16 +97,16 @@ def reads_of_ranks(found: Readers, names: Iterable[str], stored: DcpDirectory) -
     """By rank, for the tensors `names` as they are stored now."""
     reads: dict[int, Reads] = {}
     for name in names:
-        for box, ranks in found[name].items():
-            items = stored.covering(name, box)
+        for region, ranks in found[name].items():
+            items = stored.covering(name, region)
             for each in (reads.setdefault(rank, Reads()) for rank in ranks):
                 each.files |= {item.file for item in items}
-                each.own += box.numel * stored.dtypes[name].itemsize
+                each.own += region.numel * stored.dtypes[name].itemsize
                 each.items += sum(item.length for item in items)
     return reads
 
 
-def _placed(division: Division, rank: int) -> dict[str, _Held]:
+def _placed(division: ModelDivision, rank: int) -> dict[str, _Held]:
     """The parts of `rank`'s tensors that the ranks of their meshes hold."""
     with _fake_job(division.layout, rank) as meshes:
         mine = stages_of_rank(meshes.rank("pp"), len(division.stages), division.layout.pp, division.schedule)
@@ -127,9 +127,9 @@ def _held(everyone: list[int], shape: tuple[int, ...], mesh: DeviceMesh | None,
           placements: tuple[Placement, ...]) -> _Held:
     """Of a tensor on a mesh, or, without one, of a buffer that every rank of the stage holds whole."""
     if mesh is None:
-        return _Held(dict.fromkeys(everyone, [Box((0,) * len(shape), shape)]))
+        return _Held(dict.fromkeys(everyone, [Region((0,) * len(shape), shape)]))
     coordinates = product(*map(range, mesh.shape))
-    return _Held({rank: [Box(*box) for box in boxes(shape, mesh.shape, coordinate, placements)]
+    return _Held({rank: [Region(*region) for region in regions(shape, mesh.shape, coordinate, placements)]
                   for rank, coordinate in zip(mesh.mesh.flatten().tolist(), coordinates)})
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_deepseek.data.index_file import IndexFile, open_index
+from megatron_deepseek.data.indexed import IndexedWriter, written_whole
+from megatron_deepseek.data.merge import merge_datasets
 from megatron_deepseek.data.preprocess import selection
 from megatron_deepseek.data.preprocess.files import written_aside
 from megatron_deepseek.data.preprocess.part import Summary
 from megatron_deepseek.data.preprocess.selection import Scatter
 from megatron_deepseek.data.preprocess.settings import PreprocessSettings
 from megatron_deepseek.data.preprocess.workers import run_tasks
-from megatron_deepseek.data.index_file import IndexFile, open_index
-from megatron_deepseek.data.indexed import IndexedWriter, written_whole
-from megatron_deepseek.data.merge import merge_datasets
 
 MOST_OPEN_PARTS = 64
 BYTES_PER_WRITE = 1 << 22

@@ -14,7 +14,7 @@ BEGINNINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00":
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One input. `index` is its place among them; `size` in bytes as stored; `modified` in ns."""
 
     index: int
@@ -29,7 +29,7 @@ class Source:
         return self.compression is None and (self.format == "jsonl" or self.format == "text" and text_unit == "line")
 
 
-def find_sources(patterns: Iterable[str], input_format: str = "auto", without: Iterable[str] = ()) -> list[Source]:
+def find_sources(patterns: Iterable[str], input_format: str = "auto", without: Iterable[str] = ()) -> list[InputFile]:
     """The inputs that `patterns` name, in order; those of one glob or directory sorted.
 
     ValueError where a pattern names none. Of directories, at any depth, the files with a known ending are taken, hidden
@@ -80,10 +80,10 @@ def _format_by_name(name: str) -> tuple[str | None, str | None]:
     return FORMATS.get(inner.lower()), compression
 
 
-def _source_of(index: int, path: str, input_format: str) -> Source:
+def _source_of(index: int, path: str, input_format: str) -> InputFile:
     """An ending that says nothing means JSONL. How a file is compressed its first bytes tell, else its ending."""
     if path == STANDARD_INPUT:
-        return Source(index, path, "jsonl" if input_format == "auto" else input_format, None, 0, 0)
+        return InputFile(index, path, "jsonl" if input_format == "auto" else input_format, None, 0, 0)
     by_name, compression = _format_by_name(path)
     try:
         status = os.stat(path)
@@ -97,4 +97,4 @@ def _source_of(index: int, path: str, input_format: str) -> Source:
     elif by_name != "parquet":
         compression = by_content or compression
     chosen = (by_name or "jsonl") if input_format == "auto" else input_format
-    return Source(index, path, chosen, compression, status.st_size, status.st_mtime_ns)
+    return InputFile(index, path, chosen, compression, status.st_size, status.st_mtime_ns)

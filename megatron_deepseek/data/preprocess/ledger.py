@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.preprocess.files import checksum_of
-from megatron_deepseek.data.preprocess.inputs import Source
+from megatron_deepseek.data.preprocess.inputs import InputFile
 from megatron_deepseek.data.preprocess.part import PartMaker, Summary, read_summary
 from megatron_deepseek.data.preprocess.plan import Part
 from megatron_deepseek.data.preprocess.settings import PreprocessSettings
-from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.tokenizer import find_tokenizer_json
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
@@ -28,7 +28,7 @@ VERSION = 2
 SECONDS_FOR_ORPHANS = 3.0
 
 
-def describe(settings: PreprocessSettings, sources: list[Source]) -> dict:
+def describe(settings: PreprocessSettings, sources: list[InputFile]) -> dict:
     """All that decides the bytes of the parts, but for how they are cut and by what they are tokenised."""
     content = asdict(settings.content)
     for path in ("tokenizer_model", "nltk_data_dir"):

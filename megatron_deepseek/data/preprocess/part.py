@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_deepseek.data.indexed import IndexedWriter, written_whole
+from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.preprocess.cutting import PIECE_CHARS
 from megatron_deepseek.data.preprocess.documents import DocumentEncoder
 from megatron_deepseek.data.preprocess.files import checksum_of, write_json
@@ -21,8 +23,6 @@ from megatron_deepseek.data.preprocess.plan import Part, Segment
 from megatron_deepseek.data.preprocess.records import DAMAGED, Fault, Record, SegmentReader, is_cut, where
 from megatron_deepseek.data.preprocess.settings import PreprocessSettings
 from megatron_deepseek.data.preprocess.texts import chars_held, hash_of, pieces, strings
-from megatron_deepseek.data.indexed import IndexedWriter, written_whole
-from megatron_deepseek.data.naming import naming
 from megatron_deepseek.data.tokenizer import IdOutsideVocabulary
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 

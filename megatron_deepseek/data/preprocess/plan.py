@@ -10,9 +10,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from megatron_deepseek.data.preprocess.inputs import STANDARD_INPUT, Source
-from megatron_deepseek.data.preprocess.streams import DamagedStream, open_stream
 from megatron_deepseek.data.naming import naming
+from megatron_deepseek.data.preprocess.inputs import STANDARD_INPUT, InputFile
+from megatron_deepseek.data.preprocess.streams import DamagedStream, open_stream
 
 LEAST_PART_BYTES = 1 << 21
 MOST_PART_BYTES = 1 << 26
@@ -29,7 +29,7 @@ class Segment:
     bytes. `lines_before` is None where nobody has counted. `damage` says why a stream ends here before its time.
     """
 
-    source: Source
+    source: InputFile
     start: int = 0
     end: int | None = None
     size: int = 0
@@ -55,13 +55,13 @@ class Part:
         return f"{self.number:08d}"
 
 
-def default_part_bytes(sources: list[Source], workers: int) -> int:
+def default_part_bytes(sources: list[InputFile], workers: int) -> int:
     """Several parts for each of all `workers`, so that they finish together, but neither tiny nor huge ones."""
     wanted = sum(source.size for source in sources) // (workers * PARTS_PER_WORKER)
     return min(max(wanted, LEAST_PART_BYTES), MOST_PART_BYTES)
 
 
-def plan_parts(sources: list[Source], part_bytes: int, text_unit: str, spool_path: Callable[[int], str | None],
+def plan_parts(sources: list[InputFile], part_bytes: int, text_unit: str, spool_path: Callable[[int], str | None],
                ) -> Iterator[Part]:
     """The same parts each time. `spool_path` gives where a part's spool goes; None: this part is not made here."""
     number, gathered = 0, []
@@ -83,13 +83,13 @@ def plan_parts(sources: list[Source], part_bytes: int, text_unit: str, spool_pat
         yield Part(number, tuple(gathered))
 
 
-def _is_stream(source: Source, part_bytes: int) -> bool:
+def _is_stream(source: InputFile, part_bytes: int) -> bool:
     """A text file that is one document is no stream: there is nothing to cut."""
     return source.path == STANDARD_INPUT or (source.compression is not None and source.size > part_bytes
                                              and source.format == "jsonl")
 
 
-def _segments(source: Source, part_bytes: int, text_unit: str) -> Iterator[Segment]:
+def _segments(source: InputFile, part_bytes: int, text_unit: str) -> Iterator[Segment]:
     if source.size > part_bytes and source.format == "parquet":
         yield from _row_group_segments(source, part_bytes)
     elif source.size > part_bytes and source.is_splittable(text_unit):
@@ -100,7 +100,7 @@ def _segments(source: Source, part_bytes: int, text_unit: str) -> Iterator[Segme
         yield Segment(source, size=source.size)
 
 
-def _row_group_segments(source: Source, part_bytes: int) -> Iterator[Segment]:
+def _row_group_segments(source: InputFile, part_bytes: int) -> Iterator[Segment]:
     """A file that pyarrow cannot read stays whole: whoever reads it reports the damage."""
     import pyarrow
     import pyarrow.parquet
@@ -118,7 +118,7 @@ def _row_group_segments(source: Source, part_bytes: int) -> Iterator[Segment]:
             first = group + 1
 
 
-def _stream_parts(source: Source, part_bytes: int, number: int, spool_path) -> Iterator[Part]:
+def _stream_parts(source: InputFile, part_bytes: int, number: int, spool_path) -> Iterator[Part]:
     spooler = _Spooler(source, part_bytes)
     while True:
         part = spooler.next_part(number, spool_path(number))
@@ -131,7 +131,7 @@ def _stream_parts(source: Source, part_bytes: int, number: int, spool_path) -> I
 class _Spooler:
     """Cuts one stream at line ends, at least `part_bytes` apart."""
 
-    def __init__(self, source: Source, part_bytes: int):
+    def __init__(self, source: InputFile, part_bytes: int):
         self.source, self.part_bytes = source, part_bytes
         self.stream = (open_stream(source.path, source.compression) if source.path != STANDARD_INPUT
                        else open(0, "rb", buffering=BLOCK_BYTES, closefd=False))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_deepseek.data.preprocess.files import count_lines
-from megatron_deepseek.data.preprocess.inputs import Source
+from megatron_deepseek.data.preprocess.inputs import InputFile
 from megatron_deepseek.data.preprocess.long_text import (
     LONG_LINE_BYTES, UNPARSED, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
 from megatron_deepseek.data.preprocess.plan import Segment
@@ -284,7 +284,7 @@ def where(segment: Segment, line: int, lines_before: int | None = None) -> str:
     return f"{path} line {line + (count_lines(path, segment.start) if before is None else before)}"
 
 
-def texts_of_source(source: Source, key: str) -> Iterator[str]:
+def texts_of_source(source: InputFile, key: str) -> Iterator[str]:
     """Every text of one input, long ones in pieces; ValueError, by file and line, for what cannot be used."""
     directory = os.path.dirname(os.path.abspath(source.path))
     for record in SegmentReader(Segment(source), (key,), "file", directory):

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_deepseek.data.index_file import open_index
+from megatron_deepseek.data.inspection import Statistics, measure
 from megatron_deepseek.data.preprocess.part import Summary
 from megatron_deepseek.data.preprocess.plan import Part
 from megatron_deepseek.data.preprocess.records import where
-from megatron_deepseek.data.index_file import open_index
-from megatron_deepseek.data.inspection import Statistics, measure
 
 ERRORS_ON_SCREEN = 10
 DATASETS_ON_SCREEN = 1

@@ -18,7 +18,7 @@ from megatron_deepseek.data.preprocess.documents import DocumentEncoder
 from megatron_deepseek.data.preprocess.encoders import Encoder, choose_encoder
 from megatron_deepseek.data.preprocess.files import write_json
 from megatron_deepseek.data.preprocess.finished import digest_of, is_finished, report_path
-from megatron_deepseek.data.preprocess.inputs import STANDARD_INPUT, Source, find_sources
+from megatron_deepseek.data.preprocess.inputs import STANDARD_INPUT, InputFile, find_sources
 from megatron_deepseek.data.preprocess.ledger import Ledger, describe
 from megatron_deepseek.data.preprocess.part import PartMaker, Summary
 from megatron_deepseek.data.preprocess.plan import Part, Segment, default_part_bytes, plan_parts
@@ -66,7 +66,7 @@ def preprocess(settings: PreprocessSettings, say=functools.partial(print, file=s
         raise ValueError(f"--output-prefix {settings.output_prefix}: cannot write there: {error}") from error
 
 
-def _check_packages(sources: list[Source]):
+def _check_packages(sources: list[InputFile]):
     for source in sources:
         package = PACKAGES.get(source.format) or PACKAGES.get(source.compression)
         if package is not None and importlib.util.find_spec(package) is None:
@@ -76,7 +76,7 @@ def _check_packages(sources: list[Source]):
             raise ValueError(f"--input {source.path}: parquet is read from plain files only")
 
 
-def _preprocess(settings: PreprocessSettings, sources: list[Source], ledger: Ledger, say, start: float):
+def _preprocess(settings: PreprocessSettings, sources: list[InputFile], ledger: Ledger, say, start: float):
     described = describe(settings, sources)
     plan = ledger.read_plan(described)
     execution = settings.execution
@@ -107,7 +107,7 @@ class _Sampled:
     taken: list[Part]
 
 
-def _segments_to_sample(sources: list[Source], parts: Iterator[Part]) -> _Sampled:
+def _segments_to_sample(sources: list[InputFile], parts: Iterator[Part]) -> _Sampled:
     """Of standard input its first part, which has to be taken from `parts`; of files, any."""
     if sources[0].path != STANDARD_INPUT:
         return _Sampled([Segment(source, size=source.size) for source in sources], [])
@@ -115,7 +115,7 @@ def _segments_to_sample(sources: list[Source], parts: Iterator[Part]) -> _Sample
     return _Sampled([segment for part in taken for segment in part.segments], taken)
 
 
-def _spool_path(ledger: Ledger, execution, sources: list[Source], part: int) -> str | None:
+def _spool_path(ledger: Ledger, execution, sources: list[InputFile], part: int) -> str | None:
     """Nowhere for the parts of other ranks and those that are there; but the head of standard input is looked at."""
     ours = part % execution.world_size == execution.rank and not ledger.has(part)
     return ledger.spool_path(part) if ours or part == 0 and sources[0].path == STANDARD_INPUT else None

@@ -7,8 +7,8 @@ is. Nothing about training or parallelism lives here: the same `ModelConfig` des
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_deepseek.model.architecture import hf_config
 from megatron_deepseek.foreign_json import read_object
+from megatron_deepseek.model.architecture import hf_config
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf_dict(cls, fields: dict) -> "ModelConfig":
-        """Reads a parsed config.json of model_type deepseek_v2 or deepseek_v3; see model/architecture/hf_config.py for the dialects."""
+        """Reads a parsed config.json of model_type deepseek_v2 or deepseek_v3; see hf_config.py for the dialects."""
         fields = hf_config.normalise(fields)
         scaling = fields.pop("rope_scaling")
         return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)

@@ -1,6 +1,6 @@
 """The dialects of Hugging Face's config.json for DeepSeek models, and the fields that this project reads of them.
 
-Two things differ between files. RoPE: model/architecture/hf_rope.py. Defaults: a field that may be missing (model/architecture/hf_keys.py says which) takes
+Two things differ between files. RoPE: hf_rope.py. Defaults: a field that may be missing (hf_keys.py says which) takes
 the default of DeepseekV2Config or DeepseekV3Config of transformers 5.23, which are those that its models are built
 with.
 

@@ -7,9 +7,9 @@ trained with other values; the scripts in examples/ pass the reports' values as 
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
-from megatron_deepseek.foreign_json import read_object
 
 _V2_YARN = RopeScaling(kind="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707,
                        mscale_all_dim=0.707)

@@ -10,8 +10,8 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.backends.kernels import TILE
+from megatron_deepseek.ops.documents import Documents
 
 
 def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):

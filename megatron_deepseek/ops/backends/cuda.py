@@ -102,7 +102,7 @@ def cross_entropy_gradient(logits_Tv, labels_T, first_id, max_T, sum_T, grad_T):
     return logits_Tv
 
 
-# FP8 (fp8.py, fp8_gemm.py) --------------------------------------------------------------------------------------------
+# FP8 (fp8/encoding.py, fp8/gemm.py) ----------------------------------------------------------------------------------
 
 def _takes(x: torch.Tensor) -> bool:
     return x.dtype in (_BF16, torch.float32) and x.shape[-1] % 8 == 0 and x.numel() > 0
@@ -218,7 +218,7 @@ def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tens
     return tuple(zip(*both))
 
 
-# RMSNorm with what follows it (fp8_norm.py) ---------------------------------------------------------------------------
+# RMSNorm with what follows it (fp8/norm.py) ---------------------------------------------------------------------------
 
 def norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool):
     if x.dtype != _BF16 or not _takes(x):
@@ -238,7 +238,7 @@ def norm_backward_quantize(grad: torch.Tensor, x: torch.Tensor, weight: torch.Te
     return tiles, _columns(x_RH, None, columns), grad_weight.to(weight.dtype)
 
 
-# Products (fp8_gemm.py) -----------------------------------------------------------------------------------------------
+# Products (fp8/gemm.py) -----------------------------------------------------------------------------------------------
 
 def _operand(q: torch.Tensor, columns: int) -> torch.Tensor:
     """q [.., N, K] as the copy engine reads it: K last, rows from multiples of 16 bytes on."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 NAMESPACE = "megatron_deepseek"
-LIBRARY = Path(__file__).with_name("libmegatron_deepseek.so")
+LIBRARY = Path(__file__).parents[1] / "libmegatron_deepseek.so"
 TILE = 128
 
 

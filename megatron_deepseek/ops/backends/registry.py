@@ -35,7 +35,7 @@ class Candidate:
         if self.function is None:
             return None
         module, name = self.function.split(":")
-        return getattr(importlib.import_module(f"megatron_deepseek.ops.{module}"), name)
+        return getattr(importlib.import_module(f"megatron_deepseek.ops.backends.{module}"), name)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ Shapes: B batch, S queries and keys, N heads, D query and key width, V value wid
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.fp8 import tiles as fp8
 from megatron_deepseek.ops.attention import Output, Scores, attend, attend_backward
-from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
 from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.ops.fp8 import encoding
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
 from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
 
 
@@ -21,7 +21,7 @@ class E5M6Output(Output):
 
     def give(self, y_BSV: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         kept = quantize_e5m6(y_BSV.flatten(0, 1))
-        return BlockScaled(*fp8.quantize_1x128(y_BSV, power_of_two=True), y_BSV.dtype, kept), kept
+        return BlockScaled(*encoding.quantize_1x128(y_BSV, power_of_two=True), y_BSV.dtype, kept), kept
 
     def restore(self, kept: tuple[torch.Tensor, ...], like_BSV: torch.Tensor) -> torch.Tensor:
         return dequantize_e5m6(*kept, like_BSV.shape[-1], like_BSV.dtype).view_as(like_BSV)

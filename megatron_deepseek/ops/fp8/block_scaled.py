@@ -1,4 +1,4 @@
-"""A tensor that is held and sent as FP8: E4M3 values with one scale for each 1x128 tile (fp8.py).
+"""A tensor that is held and sent as FP8: E4M3 values with one scale for each 1x128 tile (encoding.py).
 
 `BlockScaled` looks like a tensor of its `dtype`, so that autograd and dispatchers take it where rows are taken. FP8
 products read its parts; gathers of rows and collectives move its parts; any other operator sees the tensor that was
@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.permute import gather_rows
 
 _aten = torch.ops.aten
@@ -24,12 +24,12 @@ class BlockScaled(torch.Tensor):
 
     `kept`: the same rows as the backward is to have them, if not as these tiles: E5M6 after attention.
     `whole`: the rows themselves, before they were quantised, for those who do not read tiles.
-    `columns`: of a gradient, its 128x1 tiles (fp8.py), made with the others.
+    `columns`: of a gradient, its 128x1 tiles (encoding.py), made with the others.
     """
 
     @staticmethod
     def __new__(cls, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, kept: tuple[torch.Tensor, ...] = (),
-                whole: torch.Tensor | None = None, columns: fp8.Tiles | None = None):
+                whole: torch.Tensor | None = None, columns: encoding.Tiles | None = None):
         self = torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=dtype, device=q.device)
         self.q, self.scale, self.kept, self.whole, self.columns = q, scale, kept, whole, columns
         return self
@@ -40,12 +40,12 @@ class BlockScaled(torch.Tensor):
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "BlockScaled":
         """`function`, of rows, on the codes (as bytes, which every collective takes) and on the scales."""
-        codes = function(self.q.view(torch.uint8)).view(fp8.E4M3)
+        codes = function(self.q.view(torch.uint8)).view(encoding.E4M3)
         return BlockScaled(codes, function(self.scale), self.dtype)
 
     def plain(self) -> torch.Tensor:
         """What operators see that know no tiles."""
-        return fp8.dequantize_1x128(self.q, self.scale, self.dtype) if self.whole is None else self.whole
+        return encoding.dequantize_1x128(self.q, self.scale, self.dtype) if self.whole is None else self.whole
 
     def __repr__(self) -> str:
         return f"BlockScaled({self.dtype}, {self.plain()!r})"
@@ -62,7 +62,7 @@ class BlockScaled(torch.Tensor):
 
 def quantize(x: torch.Tensor, power_of_two: bool = False) -> BlockScaled:
     """x [..., K] in 1x128 tiles, with no gradient; what is block-scaled already stays as it is."""
-    return x if isinstance(x, BlockScaled) else BlockScaled(*fp8.quantize_1x128(x, power_of_two), x.dtype)
+    return x if isinstance(x, BlockScaled) else BlockScaled(*encoding.quantize_1x128(x, power_of_two), x.dtype)
 
 
 def map_rows(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 1 sign, 5 exponent (bias 15), 6 mantissa bits, subnormals, infinity and NaN: IEEE half precision without its last four
 mantissa bits, so that a code shifted left by 4 is a float16. The largest finite value is 65024, the smallest
-subnormal 2^-20. Scales are powers of two, one for each 1x128 tile, by the rules of fp8.py with 65024 for 448; a tile
-with an infinity or a NaN is lost as a whole: its scale is NaN, and all its codes are 0x7e0, a NaN.
+subnormal 2^-20. Scales are powers of two, one for each 1x128 tile, by the rules of encoding.py with 65024 for 448; a
+tile with an infinity or a NaN is lost as a whole: its scale is NaN, and all its codes are 0x7e0, a NaN.
 
 Stored packed, two codes in three bytes, little-endian: byte 0 the low 8 bits of the first code, byte 1 its high 4 bits
 and above them the low 4 of the second, byte 2 the second's high 8. An odd last code is followed by a zero.
@@ -15,7 +15,7 @@ Shapes: K columns, k = ceil(K / 128), p = 3 * ceil(K / 2) bytes.
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.fp8.tiles import TILE, num_tiles, tile_scales
+from megatron_deepseek.ops.fp8.encoding import TILE, num_tiles, tile_scales
 
 LARGEST = 65024.0
 _SMALLEST_NORMAL = 2.0**-14

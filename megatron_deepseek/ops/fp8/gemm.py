@@ -4,7 +4,7 @@
 
 Products of E4M3 are exact in float32. The inner sum may be of any order, in at least the tensor core's precision; the
 outer sum, over j in order, is float32 (Hopper's accumulators keep about 14 bits: 2 % error at K = 4096 without this
-promotion). So two backends agree to rounding, not bit for bit; what they are given is bit-identical (fp8.py).
+promotion). So two backends agree to rounding, not bit for bit; what they are given is bit-identical (encoding.py).
 With `out_dtype` float64 everything is float64: for tests that compare layouts exactly.
 
 Both operands have K last: as tensor cores read them. For dgrad pass a weight's transpose, for wgrad 128x1 tiles.
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_deepseek.ops.fp8.tiles import TILE, decode, num_tiles
 from megatron_deepseek.ops.backends.registry import with_backends
+from megatron_deepseek.ops.fp8.encoding import TILE, decode, num_tiles
 
 
 @with_backends("scaled_mm")

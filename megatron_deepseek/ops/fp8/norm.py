@@ -12,10 +12,10 @@ from functools import partial
 
 import torch
 
-from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.backends.registry import with_backends
+from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
 from megatron_deepseek.ops.norm import norm_backward, norm_forward
-from megatron_deepseek.ops.backends.registry import with_backends
 
 
 @with_backends("norm_quantize")
@@ -23,15 +23,15 @@ def norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool
                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes and scales of y [..., H], 1 / root mean square [..., 1], and y itself if it is to be kept."""
     y, rstd = norm_forward(x, weight, eps)
-    return *fp8.quantize_1x128(y), rstd, y if keep else None
+    return *encoding.quantize_1x128(y), rstd, y if keep else None
 
 
 @with_backends("norm_backward_quantize")
 def norm_backward_quantize(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
-                           ) -> tuple[fp8.Tiles, fp8.Tiles, torch.Tensor]:
+                           ) -> tuple[encoding.Tiles, encoding.Tiles, torch.Tensor]:
     """Of x's gradient its 1x128 tiles [..., H] and 128x1 tiles [H, R]; the weight's gradient."""
     grad_x, grad_weight = norm_backward(grad, x, weight, rstd)
-    (q, scale), columns = fp8.quantize_rows_and_columns(grad_x.flatten(0, -2))
+    (q, scale), columns = encoding.quantize_rows_and_columns(grad_x.flatten(0, -2))
     return (q.view(x.shape), scale.view(*x.shape[:-1], -1)), columns, grad_weight
 
 

@@ -1,4 +1,4 @@
-"""Products of the FP8 recipe as autograd functions: E4M3 forward, dgrad and wgrad (fp8.py has the formats).
+"""Products of the FP8 recipe as autograd functions: E4M3 forward, dgrad and wgrad (encoding.py has the formats).
 
     forward  x in 1x128 tiles       x  weight in 128x128 blocks
     dgrad    gradient in 1x128      x  the same blocks, transposed
@@ -6,7 +6,7 @@
 
 What is kept of x is FP8 and nothing else: the forward's own tiles, or E5M6 after attention. Before a `down_proj` it is
 SwiGLU's inputs, in FP8, and the backward makes SwiGLU's output again from them. Output and gradients have the layer's
-dtype. The weight is quantised when FSDP gathers it (fp8_weight.py).
+dtype. The weight is quantised when FSDP gathers it (weight.py).
 
 A gradient that was made by an operator of this recipe comes with both kinds of tiles (block_scaled.py).
 
@@ -20,16 +20,16 @@ from functools import partial
 
 import torch
 
-from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.backends.registry import with_backends
+from megatron_deepseek.ops.fp8 import encoding
+from megatron_deepseek.ops.fp8.attention import E5M6Output, attention
 from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, quantize, share
 from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
-from megatron_deepseek.ops.fp8.attention import E5M6Output, attention
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.fp8.norm import tiles_and_norm, tiles_between, tiles_of_norm
 from megatron_deepseek.ops.fp8.weight import Fp8Shard, blocks_of, transposed_of
 from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, PrecisionRecipe
 from megatron_deepseek.ops.recompute import kept
-from megatron_deepseek.ops.backends.registry import with_backends
 from megatron_deepseek.ops.swiglu import gate_and_up, swiglu_backward, swiglu_forward
 
 Tensors = tuple[torch.Tensor, ...]
@@ -74,7 +74,7 @@ class Fp8Gemm(Gemm):
         return replace(self, deferred=deferred)
 
     def gradient_tiles(self, grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]
-                       ) -> tuple[BlockScaled, fp8.Tiles | None]:
+                       ) -> tuple[BlockScaled, encoding.Tiles | None]:
         """The output's gradient for dgrad, and for wgrad unless the weight is frozen."""
         if self.dispatched_gradient:
             grad = quantize(grad, power_of_two=True)
@@ -82,8 +82,8 @@ class Fp8Gemm(Gemm):
             return quantize(grad), None
         if isinstance(grad, BlockScaled):
             tiles = _rows(grad)
-            return grad, grad.columns or fp8.retile_128x1(tiles.q, tiles.scale, self.dispatched_gradient, *counts)
-        rows, columns = fp8.quantize_rows_and_columns(grad.flatten(0, -2), False, *counts)
+            return grad, grad.columns or encoding.retile_128x1(tiles.q, tiles.scale, self.dispatched_gradient, *counts)
+        rows, columns = encoding.quantize_rows_and_columns(grad.flatten(0, -2), False, *counts)
         return _as_gradient((rows, columns), grad), columns
 
     def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
@@ -94,8 +94,8 @@ class Fp8Gemm(Gemm):
 
     def columns(self, kept: Tensors, size: int, *counts: Sequence[int]) -> Tensors:
         if self.cache_e5m6:
-            return fp8.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
-        return fp8.retile_128x1(*kept, self.input_power_of_two, *counts)
+            return encoding.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
+        return encoding.retile_128x1(*kept, self.input_power_of_two, *counts)
 
     def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """Now, or None now and later what `gradient` gives; None for a frozen weight."""
@@ -145,7 +145,8 @@ class _MultiplySwiGLU(torch.autograd.Function):
     def forward(ctx, product: Fp8Gemm, counts, weight, *gate_up):
         ctx.weight, ctx.gemm, ctx.counts, ctx.joint = weight, product, counts, len(gate_up) == 1
         gate, up = gate_and_up(*gate_up)
-        ctx.save_for_backward(*fp8.quantize_1x128(gate.flatten(0, -2)), *fp8.quantize_1x128(up.flatten(0, -2)))
+        ctx.save_for_backward(*encoding.quantize_1x128(gate.flatten(0, -2)),
+                              *encoding.quantize_1x128(up.flatten(0, -2)))
         tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
         return _with_rows_of(gate, _forward(tiles, weight, *counts))
 
@@ -154,7 +155,7 @@ class _MultiplySwiGLU(torch.autograd.Function):
         product, weight, counts = ctx.gemm, ctx.weight, ctx.counts
         rows, columns = product.gradient_tiles(grad, weight, *counts)
         gate_q, gate_s, up_q, up_s = ctx.saved_tensors
-        gate, up = (fp8.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
+        gate, up = (encoding.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
         gradients, grad_weight = (None,) * len(ctx.needs_input_grad[3:]), None
         if any(ctx.needs_input_grad[3:]):
             grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
@@ -167,28 +168,28 @@ class _MultiplySwiGLU(torch.autograd.Function):
 
 
 @with_backends("quantize_swiglu")
-def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> fp8.Tiles:
+def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> encoding.Tiles:
     """silu(gate) * up in 1x128 tiles."""
-    return fp8.quantize_1x128(swiglu_forward(gate, up), power_of_two)
+    return encoding.quantize_1x128(swiglu_forward(gate, up), power_of_two)
 
 
 @with_backends("quantize_swiglu_columns")
 def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
-                            ) -> fp8.Tiles:
+                            ) -> encoding.Tiles:
     """silu(gate) * up, [R, I] each, in 128x1 tiles of rows."""
-    return fp8.quantize_128x1(swiglu_forward(gate, up), power_of_two, *counts)
+    return encoding.quantize_128x1(swiglu_forward(gate, up), power_of_two, *counts)
 
 
 @with_backends("swiglu_backward_tiles")
 def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
-                          *counts: Sequence[int]) -> tuple[tuple[fp8.Tiles, fp8.Tiles], ...]:
+                          *counts: Sequence[int]) -> tuple[tuple[encoding.Tiles, encoding.Tiles], ...]:
     """Gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles: of each, or of both side by side [R, 2I]."""
     gradients = swiglu_backward(grad, gate, up)
     parts = (torch.cat(gradients, -1),) if joint else gradients
-    return tuple(fp8.quantize_rows_and_columns(part, False, *counts) for part in parts)
+    return tuple(encoding.quantize_rows_and_columns(part, False, *counts) for part in parts)
 
 
-def _as_gradient(tiles: tuple[fp8.Tiles, fp8.Tiles], like: torch.Tensor) -> BlockScaled:
+def _as_gradient(tiles: tuple[encoding.Tiles, encoding.Tiles], like: torch.Tensor) -> BlockScaled:
     """[..., K] of tiles of [R, K], with the rows of `like`."""
     (q, scale), columns = tiles
     rows = like.shape[:-1]
@@ -217,6 +218,6 @@ def _dgrad(grad: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> t
     return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *transposed_of(weight), *counts, out_dtype=grad.dtype))
 
 
-def _wgrad(grad: fp8.Tiles, x: fp8.Tiles, dtype: torch.dtype, *counts: Sequence[int]) -> torch.Tensor:
+def _wgrad(grad: encoding.Tiles, x: encoding.Tiles, dtype: torch.dtype, *counts: Sequence[int]) -> torch.Tensor:
     multiply = grouped_scaled_mm_wgrad if counts else scaled_mm
     return multiply(*grad, *x, *counts, out_dtype=dtype)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from megatron_deepseek.ops.fp8 import tiles as fp8
+from megatron_deepseek.ops.fp8 import encoding
 
 Blocks = tuple[torch.Tensor, torch.Tensor]  # codes [..., N, K] and scales [..., ceil(N / 128), ceil(K / 128)]
 
@@ -52,12 +52,12 @@ class Fp8Weight(torch.Tensor):
 
 def blocks_of(weight: torch.Tensor) -> Blocks:
     """For the forward; quantised now if the weight was not gathered as FP8 (inference, single products)."""
-    return weight.blocks if isinstance(weight, Fp8Weight) else fp8.quantize_128x128(weight)
+    return weight.blocks if isinstance(weight, Fp8Weight) else encoding.quantize_128x128(weight)
 
 
 def transposed_of(weight: torch.Tensor) -> Blocks:
     """For dgrad."""
-    return weight.transposed if isinstance(weight, Fp8Weight) else fp8.quantize_both_ways(weight)[1]
+    return weight.transposed if isinstance(weight, Fp8Weight) else encoding.quantize_both_ways(weight)[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,24 +79,24 @@ class Fp8Shard:
     def whole_blocks(self, ranks: int, whole: torch.Size) -> bool:
         """Whether every block of the weight, of shape `whole`, lies in one of the shards."""
         even = whole[0] == ranks * self.shard.shape[0]
-        return even and (self.shard.ndim > 2 or self.shard.shape[0] % fp8.TILE == 0)
+        return even and (self.shard.ndim > 2 or self.shard.shape[0] % encoding.TILE == 0)
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy) -> tuple[tuple, Any]:
         """What is gathered, and a note for after."""
         shard = self.shard.to(mp_policy.param_dtype or self.shard.dtype)
         if not (self.in_fp8 and mesh.size() > 1 and self.whole_blocks(mesh.size(), outer_size)):
             return (shard,), outer_size
-        q, scale = fp8.quantize_128x128(shard)
+        q, scale = encoding.quantize_128x128(shard)
         return (q.view(torch.uint8), scale), None
 
     def fsdp_post_all_gather(self, gathered: tuple[torch.Tensor, ...], size: torch.Size | None, dtype: torch.dtype, *,
                              out: torch.Tensor | None = None):
         """The weight and what FSDP is to free with it and allocate again; with `out`, those filled anew."""
         if size is None:
-            blocks = gathered[0].view(fp8.E4M3), gathered[1]
+            blocks = gathered[0].view(encoding.E4M3), gathered[1]
             transposed = tuple(part.mT.contiguous() if part.is_cuda else part.mT for part in blocks)
         else:
-            blocks, transposed = fp8.quantize_both_ways(gathered[0][:size[0]])
+            blocks, transposed = encoding.quantize_both_ways(gathered[0][:size[0]])
             gathered[0].untyped_storage().resize_(0)  # nothing reads it; FSDP allocates it for the next gathering
         made = _storages((*blocks, *transposed), besides=gathered)
         if out is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any, Protocol
 
-from megatron_deepseek.checkpoint.records import Record
+from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.workspace import Workspace
 
 Advance = Callable[[int], None]
@@ -32,13 +32,14 @@ class PlannedFile(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class DirectoryBuild:
     """A directory to make. `destination` is made by one rename of the finished files' directory.
 
     `what` names the work in messages. `inputs` are read; if one of them changes, or `contents` (anything that JSON
     takes: what goes into which file), finished files of an earlier run are worth nothing.
-    `write(path, file, advance)` writes a file; `complete(directory, records)` adds what makes the files a checkpoint;
-    `publish()` runs after the rename. `checks` come before the writing, on the first rank; they read `check_bytes`.
+    `write(path, file, advance)` writes a file; `complete(directory, fingerprints)` adds what makes the files a
+    checkpoint; `publish()` runs after the rename. `checks` come before the writing, on the first rank; they read
+    `check_bytes`.
     """
 
     what: str
@@ -46,8 +47,8 @@ class Product:
     files: Sequence[PlannedFile]
     inputs: Sequence[Path]
     contents: Any
-    write: Callable[[Path, Any, Advance], Record]
-    complete: Callable[[Path, dict[str, Record]], None]
+    write: Callable[[Path, Any, Advance], Fingerprint]
+    complete: Callable[[Path, dict[str, Fingerprint]], None]
     publish: Callable[[], None] = lambda: None
     checks: Sequence[Callable[[Advance], None]] = ()
     check_bytes: int = 0
@@ -68,59 +69,59 @@ class Share:
     run: str = "0"
 
 
-def produce(product: Product, share: Share, advance: Advance, say: Callable[[str], None]) -> None:
-    """Make `product`. ValueError, and no `product.destination`, where anything is wrong."""
-    workspace = Workspace(product.destination.with_name(product.destination.name + ".incomplete"))
-    plan = _plan(product)
-    published = workspace.published(plan, product.destination)  # killed just after the rename
+def build_directory(build: DirectoryBuild, share: Share, advance: Advance, say: Callable[[str], None]) -> None:
+    """Make `build`. ValueError, and no `build.destination`, where anything is wrong."""
+    workspace = Workspace(build.destination.with_name(build.destination.name + ".incomplete"))
+    plan = _plan(build)
+    published = workspace.published(plan, build.destination)  # killed just after the rename
     if not published:
         if share.rank == 0:
-            _check_destination(product, workspace)
+            _check_destination(build, workspace)
             if workspace.begin(plan):
-                say(f"continuing the {product.what} in {workspace.root}")
+                say(f"continuing the {build.what} in {workspace.root}")
         else:
             workspace.join(plan)
-        _check_space(product, workspace)
-        _work(product, workspace, share, _locked(advance))
+        _check_space(build, workspace)
+        _work(build, workspace, share, _locked(advance))
     workspace.leave(share.rank, share.run)
     if share.rank == 0:
         workspace.wait(share.world_size, share.run)  # a rank that comes to a workspace that is gone waits for ever
         if not published:
-            _complete(product, workspace)
-        product.publish()
+            _complete(build, workspace)
+        build.publish()
         workspace.remove()
 
 
-def _complete(product: Product, workspace: Workspace) -> None:
-    records = {file.name: workspace.record(file.name) for file in product.files}
+def _complete(build: DirectoryBuild, workspace: Workspace) -> None:
+    fingerprints = {file.name: workspace.fingerprint(file.name) for file in build.files}
     workspace.sweep()
-    product.complete(workspace.output, records)
-    workspace.publish(product.destination)
+    build.complete(workspace.output, fingerprints)
+    workspace.publish(build.destination)
 
 
-def _check_destination(product: Product, workspace: Workspace) -> None:
-    destination = product.destination
+def _check_destination(build: DirectoryBuild, workspace: Workspace) -> None:
+    destination = build.destination
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"--save {destination} exists already and is not empty")
     workspace.root.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_space(product: Product, workspace: Workspace) -> None:
+def _check_space(build: DirectoryBuild, workspace: Workspace) -> None:
     """Refuse at once what cannot fit; files that are finished already count as written."""
     free = shutil.disk_usage(workspace.output).free
-    needed = sum(file.nbytes for file in product.files if workspace.record(file.name) is None)
+    needed = sum(file.nbytes for file in build.files if workspace.fingerprint(file.name) is None)
     if needed > free:
-        raise ValueError(f"{product.destination}: {needed:,} bytes are to be written, {free:,} are free there")
+        raise ValueError(f"{build.destination}: {needed:,} bytes are to be written, {free:,} are free there")
 
 
-def _plan(product: Product) -> dict:
+def _plan(build: DirectoryBuild) -> dict:
     """What a later run must have in common with this one for its finished files to be kept."""
-    read = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in product.inputs]
-    digest = hashlib.sha256(json.dumps([read, product.contents]).encode()).hexdigest()
-    return {"what": product.what, "digest": digest}
+    read = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in build.inputs]
+    digest = hashlib.sha256(json.dumps([read, build.contents]).encode()).hexdigest()
+    return {"what": build.what, "digest": digest}
 
 
-def _work(product: Product, workspace: Workspace, share: Share, advance: Advance) -> None:
+def _work(build: DirectoryBuild, workspace: Workspace, share: Share, advance: Advance) -> None:
     """This share's files on its threads. The first error stops the others at their next block."""
     stop = Event()
 
@@ -130,9 +131,9 @@ def _work(product: Product, workspace: Workspace, share: Share, advance: Advance
         advance(nbytes)
 
     with ThreadPoolExecutor(share.workers, "worker") as pool:
-        jobs = [pool.submit(check, step) for check in product.checks] if share.rank == 0 else []
-        jobs += [pool.submit(_make, file, product, workspace, step)
-                 for file in product.files[share.rank::share.world_size]]
+        jobs = [pool.submit(check, step) for check in build.checks] if share.rank == 0 else []
+        jobs += [pool.submit(_make, file, build, workspace, step)
+                 for file in build.files[share.rank::share.world_size]]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:  # nothing is left to stop where all went well
@@ -143,12 +144,12 @@ def _work(product: Product, workspace: Workspace, share: Share, advance: Advance
         raise error
 
 
-def _make(file: PlannedFile, product: Product, workspace: Workspace, advance: Advance) -> None:
+def _make(file: PlannedFile, build: DirectoryBuild, workspace: Workspace, advance: Advance) -> None:
     if workspace.finished(file.name) is not None:
         advance(file.nbytes)
         return
     workspace.forget(file.name)
-    workspace.finish(file.name, product.write(workspace.temporary(file.name), file, advance))
+    workspace.finish(file.name, build.write(workspace.temporary(file.name), file, advance))
 
 
 def _locked(advance: Advance) -> Advance:

@@ -16,7 +16,7 @@ _READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Record:
+class Fingerprint:
     """Size and XXH3 digests of regions [offset, length, digest], which together are the file; the DCP items in it."""
 
     size: int
@@ -33,7 +33,7 @@ class Record:
         return {"size": self.size, "regions": self.regions, "items": items}
 
     @classmethod
-    def from_json(cls, fields: dict) -> "Record":
+    def from_json(cls, fields: dict) -> "Fingerprint":
         shared = cache(lambda *numbers: numbers)  # layers are alike: what is equal is kept once
         items = [Item(intern(item["name"]), shared(*item["place"]), shared(*item["shape"]),
                       getattr(torch, item["dtype"]), intern(item["file"]), item["offset"], item["length"])
@@ -41,14 +41,15 @@ class Record:
         return cls(fields["size"], [tuple(region) for region in fields["regions"]], items)
 
 
-def verify(path: Path, record: Record) -> bool:
-    """Whether the file still is what `record` says, every byte of it."""
+def verify(path: Path, fingerprint: Fingerprint) -> bool:
+    """Whether the file still is what `fingerprint` says, every byte of it."""
     buffer = memoryview(bytearray(_READ_BYTES))
     try:
         with open(path, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != record.size:
+            if os.fstat(file.fileno()).st_size != fingerprint.size:
                 return False
-            return all(_digest(file, offset, length, buffer) == digest for offset, length, digest in record.regions)
+            return all(_digest(file, offset, length, buffer) == digest
+                       for offset, length, digest in fingerprint.regions)
     except OSError:
         return False
 
