@@ -5,7 +5,9 @@
 The three runs start from the same weights and read the same batches; they differ in the numbers of their products
 alone. On CPU FP8 is emulated (ops/fp8/encoding.py), which costs time but changes nothing. Every run goes on from its
 last checkpoint when it was interrupted, and is left alone when it is complete, so the command may be repeated until
-all are. Written, also before all are complete: RUN_DIR/comparison.json and comparison.png, with the losses over each other and
+all are.
+
+Written, also before all are complete: RUN_DIR/comparison.json and comparison.png, with the losses over each other and
 their relative difference.
 """
 

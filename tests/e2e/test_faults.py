@@ -31,8 +31,8 @@ def drill(workshop, *arguments: str) -> str:
 
 
 def test_dies_at_every_stage_of_a_save(workshop):
-    """In a rank's file, before it is on the disk, before the rename, between it and the marker, and before a step."""
-    stages = ("1:write:30", "0:fsync:3", "0:publish:1", "0:marker:2", "1:step:2")
+    """In a rank's file, before it is on the disk, before the rename, between it and the tracker, and before a step."""
+    stages = ("1:write:30", "0:fsync:3", "0:publish:1", "0:tracker:2", "1:step:2")
     assert "5 kills and 0 hardships in 1 jobs, 0 of which" in drill(workshop, "--die", *stages)
 
 

@@ -1,5 +1,5 @@
 // Prints what csrc/ computes for the hardware before anything runs on it: descriptors, layouts, sizes, the order of
-// tiles, and how many quotients a Divider gets wrong. tests/unit/test_csrc_encodings.py knows what each must be.
+// tiles, and how many quotients a Divider gets wrong. tests/unit/ops/backends/test_csrc_encodings.py knows what each must be.
 #include <cstdio>
 #include <random>
 

@@ -5,12 +5,12 @@ hides. A table like table.py's.
 
 from mutant import of
 
-ARGUMENTS = ("tests/unit/test_arguments.py",)
-LAYOUT = ("tests/unit/test_layout.py",)
-LOOP = ("tests/unit/test_loop.py",)
-RESUME = ("tests/unit/test_resume.py",)
-SIGHT = ("tests/unit/test_exchange.py",)
-STEP = ("tests/unit/test_trainer.py",)
+ARGUMENTS = ("tests/unit/arguments/test_arguments.py",)
+LAYOUT = ("tests/unit/parallel/test_layout.py",)
+LOOP = ("tests/unit/pretraining/test_loop.py",)
+RESUME = ("tests/unit/runtime/test_resume.py",)
+SIGHT = ("tests/unit/parallel/test_exchange.py",)
+STEP = ("tests/unit/training/test_trainer.py",)
 
 LOOP_MUTANTS = of(
     "pretraining/loop.py", LOOP,
@@ -52,7 +52,7 @@ RESUME_MUTANTS = of(
     ("    if start.finetune:\n        return TrainState()\n", ""),
     ("state.without_optimizer() if start.weights_only else state", "state"),
 ) + of(
-    "runtime/decision.py", ("tests/unit/test_decision.py",),
+    "runtime/decision.py", ("tests/unit/runtime/test_decision.py",),
     ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
     ("start.finetune or start.weights_only or bool(new)", "start.weights_only or bool(new)"),
     ("if last is not None and last.job.is_earlier_life_of(job):", "if False:"),
@@ -63,7 +63,7 @@ RESUME_MUTANTS = of(
 )
 
 SCHEDULES = of(
-    "training/schedules.py", ("tests/unit/test_schedules.py",),
+    "training/schedules.py", ("tests/unit/training/test_schedules.py",),
     ("consumed_samples <= warmup", "consumed_samples < warmup"),
     ("start, style = decay - schedule.wsd_decay,", "start, style = warmup,"),
     ("max(warmup, 1) / max(consumed_samples, 1)", "max(warmup, 8) / max(consumed_samples, 8)"),
@@ -74,35 +74,35 @@ SCHEDULES = of(
     ("state.iteration >= until", "state.iteration > until"),
     ("    line = timeline(batch, state)", "    line = timeline(batch)"),
 ) + of(
-    "training/timeline.py", ("tests/unit/test_timeline.py",),
+    "training/timeline.py", ("tests/unit/training/test_timeline.py",),
     ("consumed_samples > samples:", "consumed_samples >= samples:"),
     ("while consumed <= ramp_samples:", "while consumed < ramp_samples:"),
     ("return iterations + samples // size", "return iterations"),
     ("timeline(batch, state).iterations(run.train_samples)", "timeline(batch).iterations(run.train_samples)"),
     ("if past.samples(state.iteration) == state.consumed_samples:", "if False:"),
 ) + of(
-    "checkpoint/train_state.py", ("tests/unit/test_timeline.py",),
+    "checkpoint/train_state.py", ("tests/unit/training/test_timeline.py",),
     ("(*before, (updates + 1, size)) if size == last else", "(*before, (updates + 1, size)) if True else"),
 )
 
 BATCHES = of(
-    "data/batches.py", ("tests/unit/test_data_refusals.py",),
+    "data/batches.py", ("tests/unit/data/test_data_refusals.py",),
     ("ids_BS.max() >= self.vocab_size", "ids_BS.max() > self.vocab_size"),
     ("ids_BS.min() < 0 or ", ""),
     ("for ids_BS in (tokens_BS, labels_BS):", "for ids_BS in (tokens_BS,):"),
 )
 
 SHOWN = of(
-    "runtime/report.py", ("tests/unit/test_report.py",),
+    "runtime/report.py", ("tests/unit/runtime/test_report.py",),
     ("(done - self._begun)", "done"),
     ("pace * (self._run.train_iters - done)", "pace * self._run.train_iters"),
 )
 
 NORMS = of(
-    "ops/norm.py", ("tests/unit/test_ops.py",),
+    "ops/norm.py", ("tests/unit/ops/test_ops.py",),
     ("((x_wide * rstd).to(x.dtype) * weight).to(x.dtype)", "(x_wide * rstd * weight).to(x.dtype)"),
 ) + of(
-    "model/layer.py", ("tests/unit/test_mtp.py",),
+    "model/layer.py", ("tests/unit/model/test_mtp.py",),
     ("        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)",
      "        self.hnorm = RMSNorm(config.hidden_size, 1e-6, tp)"),
     ("        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)",
@@ -187,7 +187,7 @@ KEPT_AND_FREED = of(
     "model/build.py", STEP,
     ("options.reshard_after_forward,\n", "False,\n"),
 ) + of(
-    "model/moe.py", ("tests/unit/test_side_stream.py", "tests/unit/test_trainer.py"),
+    "model/moe.py", ("tests/unit/ops/test_side_stream.py", "tests/unit/training/test_trainer.py"),
     ("attach_loss(y_TH, loss), loss.detach()", "attach_loss(y_TH, loss), loss"),
     ("            shared.start(self.shared_experts, x_BSH)\n",
      "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),

@@ -2,11 +2,11 @@
 
 from mutant import of
 
-UNIT = ("tests/unit/test_frozen.py",)
+UNIT = ("tests/unit/model/test_frozen.py",)
 STAGES = ("tests/parallel/test_frozen_stages.py",)
 LAYOUTS = ("tests/parallel/test_layouts.py",)
 CHECKPOINTS = (*UNIT, "tests/parallel/test_checkpoints.py")
-OFFLOAD = ("tests/unit/test_offload.py",)
+OFFLOAD = ("tests/unit/ops/test_offload.py",)
 
 FROZEN = of(
     "model/frozen.py", UNIT,

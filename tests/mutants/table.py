@@ -1,7 +1,7 @@
 """Mistakes planted in the source, one at a time: a file, what stands there, what is put in its place, and the tests
 that must fail.
 
-tests/parallel/mutations.py has the mistakes of design.md's list, which every run of the tests makes. This table is
+tests/helpers/ranks/mutations.py has the mistakes of design.md's list, which every run of the tests makes. This table is
 broader and slow: `make mutants` runs it. A mistake that no test sees, and that changes numbers, is a missing test.
 agreed.py has those that a comparison of layouts cannot see.
 """
@@ -13,15 +13,16 @@ from mutant import of
 # What is run for a mistake: the first failure ends it. Quick tests first.
 LAYOUTS = ("tests/parallel/test_mutations.py::test_without_a_mistake_nothing_differs", "tests/parallel/test_layouts.py")
 BF16 = ("tests/parallel/test_precision.py",)
-DATA = ("tests/unit/test_pretraining_data.py", "tests/unit/test_blends.py",
-        "tests/unit/test_data_refusals.py", "tests/e2e/test_pretrain.py")
+DATA = ("tests/unit/data/test_pretraining_data.py", "tests/unit/data/test_blends.py",
+        "tests/unit/data/test_data_refusals.py", "tests/e2e/test_pretrain.py")
 FP8 = ("tests/parallel/test_fp8_layouts.py",)
-MODEL = ("tests/unit/test_mtp.py", "tests/unit/test_packing.py", "tests/unit/test_reference.py", *LAYOUTS)
-ROUTER = ("tests/unit/test_router.py", "tests/unit/test_balance_loss.py", "tests/unit/test_capacity.py",
-          "tests/unit/test_reference.py", *LAYOUTS)
-STEP = ("tests/unit/test_trainer.py", "tests/unit/test_optimizer.py", "tests/unit/test_health.py",
-        "tests/unit/test_packing.py", *LAYOUTS)
-TRAFFIC = ("tests/parallel/test_traffic.py", "tests/unit/test_dispatch.py")
+MODEL = ("tests/unit/model/test_mtp.py", "tests/unit/model/test_packing.py", "tests/unit/model/test_reference.py",
+         *LAYOUTS)
+ROUTER = ("tests/unit/model/test_router.py", "tests/unit/model/test_balance_loss.py",
+          "tests/unit/model/test_capacity.py", "tests/unit/model/test_reference.py", *LAYOUTS)
+STEP = ("tests/unit/training/test_trainer.py", "tests/unit/training/test_optimizer.py",
+        "tests/unit/runtime/test_health.py", "tests/unit/model/test_packing.py", *LAYOUTS)
+TRAFFIC = ("tests/parallel/test_traffic.py", "tests/unit/parallel/test_dispatch.py")
 
 TENSOR = of(
     "parallel/tensor.py", LAYOUTS,
@@ -114,7 +115,7 @@ EXPERT = of(
 )
 
 GATHERED = of(
-    "parallel/expert_gather.py", ("tests/unit/test_dispatch.py", *LAYOUTS),
+    "parallel/expert_gather.py", ("tests/unit/parallel/test_dispatch.py", *LAYOUTS),
     ("for each in (x_TH, weights_TK))", "for each in (x_TH, weights_TK.detach()))"),
     ("self.mesh.get_local_rank() * mine", "(self.mesh.size() - 1 - self.mesh.get_local_rank()) * mine"),
     ("return self._serve(x_TH, experts_TK, weights_TK, experts, mine), 0",
@@ -257,7 +258,7 @@ STEP_MUTANTS = of(
     ("places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
      "places_BS[:, :x_BS.shape[1]]"),
 ) + of(
-    "training/next_token.py", ("tests/unit/test_objectives.py", "tests/unit/test_mtp.py"),
+    "training/next_token.py", ("tests/unit/training/test_objectives.py", "tests/unit/model/test_mtp.py"),
     ("loss * self.mtp_scale / predictions.num_depths)", "loss * self.mtp_scale)"),
     ('/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
     ('counts["labels"] = (rows.weights_BS != 0).sum()', 'counts["labels"] = rows.weights_BS.sum()'),
@@ -398,12 +399,12 @@ BUILD = of(
      "yield Unit(layer.mlp.experts, meshes.dense_fsdp, precision.compute)"),
     ("sequence_group=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,", "sequence_group=None,"),
 ) + of(
-    "model/build.py", ("tests/unit/test_trainer.py", *BF16),
+    "model/build.py", ("tests/unit/training/test_trainer.py", *BF16),
     ("                yield Unit(layer.mlp.gate, meshes.dense_fsdp)", "                pass"),
 )
 
 INIT = of(
-    "model/init.py", ("tests/unit/test_init.py", "tests/unit/test_sharded_init.py", *LAYOUTS),
+    "model/init.py", ("tests/unit/model/test_init.py", "tests/unit/model/test_sharded_init.py", *LAYOUTS),
     ("index += (rest % local_shape[dim] + offset[dim]) * stride", "index += (rest % local_shape[dim]) * stride"),
     ('f"{seed}:{name}"', 'f"{seed}"'),
 )

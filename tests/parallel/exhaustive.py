@@ -12,8 +12,11 @@ import random
 import sys
 from dataclasses import fields, replace
 from itertools import count
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers" / "ranks"))
 from cases import CONSTRAINTS, OPTIONS, SMALL, Case
 from compare import differences
 from covering import Space

@@ -1,7 +1,7 @@
 """Operators of torch, apex and transformer-engine with the references' arguments, for CUDA tensors (registry.py).
 
 None has run here yet: their libraries need a GPU. Tests hold them to the signatures and layouts that their sources
-have (tests/unit/test_alternatives.py). NotImplemented: the reference must do it.
+have (tests/unit/ops/backends/test_alternatives.py). NotImplemented: the reference must do it.
 """
 
 import functools

@@ -1,0 +1,105 @@
+"""csrc/ compiles for its GPUs, into registers alone: no spills, no stack, and Hopper's products are not serialised."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[4]
+spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc is not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return build.compile_kernels(jobs=2)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_no_spills_and_no_local_memory(compiled):
+    _, reports = compiled
+    assert {report.architecture for report in reports} == {"sm_80", "sm_90a"}
+    bad = [report for report in reports if report.stack or report.spills]
+    assert not bad, "\n".join(map(str, bad))
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_no_warnings(compiled):
+    """C7510 would say that ptxas waits after every wgmma, C7508 that it ignores setmaxnreg."""
+    logs = [path.with_suffix(".log").read_text() for path in compiled[0]]
+    lines = [line for log in logs for line in log.splitlines() if "warning" in line.lower() or "C75" in line]
+    assert not lines, "\n".join(lines)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_every_kernel_is_there(compiled):
+    """By what is in the object files: names of kernels, for both architectures where the source is portable."""
+    _, reports = compiled
+    names = {name for name in (
+        "rope_tail", "keys_values_kernel", "keys_values_backward", "statistics", "gradient", "route", "gather_rows",
+        "combine_rows", "combine_backward", "rows_kernel", "tile_kernel", "norm_weight")}
+    for architecture in ("sm_80", "sm_90a"):
+        kernels = " ".join(report.kernel for report in reports if report.architecture == architecture)
+        assert not [name for name in names if name not in kernels]
+    assert "gemm_kernel" in kernels
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_library_links(compiled, tmp_path):
+    """What it leaves to torch are the names of the stable ABI, nothing of C++ that changes with torch's version."""
+    library = build.build_library(tmp_path / "kernels.so")
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("no nm and readelf")
+    needed = build._run(["readelf", "-d", str(library)])
+    assert "[libtorch.so]" in needed and "cudart" not in needed and "python" not in needed
+    undefined = [line.split()[-1] for line in build._run(["nm", "-D", "--undefined-only", str(library)]).splitlines()]
+    torch_names = [name for name in undefined if "torch" in name.lower() or "c10" in name.lower()]
+    assert torch_names and not [name for name in torch_names if name.startswith("_Z")], torch_names
+
+
+LOAD = """
+import sys, torch
+from pathlib import Path
+from torch._subclasses import FakeTensorMode
+from megatron_deepseek.ops.backends import kernels
+kernels.load(Path(sys.argv[1]))
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+assert all(has(f"megatron_deepseek::{name}", "CUDA") for name in kernels.FAKES)
+with FakeTensorMode():
+    x = torch.empty(256, 512, dtype=torch.bfloat16, device="cuda")
+    print([tuple(part.shape) for part in torch.ops.megatron_deepseek.quantize_rows(x, True)])
+"""
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_library_loads(compiled, tmp_path):
+    """Beside a torch without CUDA, given the one function that it lacks: the operators are there, for CUDA tensors."""
+    if build.why_not() is None:
+        pytest.skip("tests/gpu loads it")
+    lacking = tmp_path / "lacking.cpp"
+    lacking.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
+    build._run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", str(lacking), "-o", str(tmp_path / "lacking.so")])
+    library = build.build_library(tmp_path / "kernels.so")
+    done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True,
+                          env=os.environ | {"LD_PRELOAD": str(tmp_path / "lacking.so")})
+    assert done.stdout == "[(256, 512), (256, 4)]\n", done.stderr
+
+
+def test_reports_are_read():
+    log = """ptxas info    : Compiling entry function '_Z3foov' for 'sm_80'
+ptxas info    : Function properties for _Z3foov
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers"""
+    assert build.read_reports(log) == [build.Report("_Z3foov", "sm_80", 168, 16, 12)]

@@ -1,0 +1,106 @@
+"""What csrc/ tells the hardware, against the PTX ISA's tables written out by hand: no GPU and no nvcc needed.
+
+tests/emulation shares the kernels' own descriptor and layout functions, so a misreading in them would be seen by
+neither side there. Here they are compared with a second reading.
+"""
+
+import importlib.util
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[4]
+spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+SHARED_BYTES = 227 * 1024  # of a block on compute capability 9.0
+REGISTERS = 64 * 1024  # of a multiprocessor
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> dict[str, list[tuple[int, ...]]]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    program = tmp_path_factory.mktemp("checks") / "checks"
+    build._run([compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas",
+                "-DMEGATRON_DEEPSEEK_EMULATED", f"-I{build.EMULATION}", f"-I{build.SOURCES}",
+                str(build.EMULATION / "checks.cpp"), "-o", str(program)])
+    lines = defaultdict(list)
+    for line in build._run([str(program)]).splitlines():
+        name, *numbers = line.split()
+        lines[name].append(tuple(map(int, numbers)))
+    return lines
+
+
+def bits(number: int, first: int, last: int) -> int:
+    return number >> first & (1 << last - first + 1) - 1
+
+
+def test_matrix_descriptors(printed):
+    """PTX ISA, "Matrix Descriptor Format" of wgmma: addresses and offsets are (x & 0x3FFFF) >> 4. Tiles start where the
+    pattern of the 128-byte swizzle does, at multiples of 1,024 bytes, so the base offset is 0.
+    """
+    for address, descriptor in printed["descriptor"]:
+        assert bits(descriptor, 0, 13) == (address & 0x3FFFF) >> 4
+        assert bits(descriptor, 32, 45) << 4 == 8 * 128  # from 8 rows of 128 bytes to the next 8
+        assert bits(descriptor, 49, 51) == 0
+        assert bits(descriptor, 62, 63) == 1  # 128-byte swizzle
+        assert not any(bits(descriptor, *unused) for unused in ((14, 15), (30, 31), (46, 48), (52, 61)))
+        assert (address >> 7 & 7) == 0
+        assert bits(descriptor + 3 * 2, 0, 13) << 4 == address + 3 * 32  # the last of four steps of 32 along K
+
+
+def test_swizzle(printed):
+    """CU_TENSOR_MAP_SWIZZLE_128B, as CUTLASS writes it, Swizzle<3, 4, 3>: bits 4-6 are xored with bits 7-9."""
+    for offset, swizzled in printed["swizzle"]:
+        row, chunk = offset // 128, offset // 16 % 8
+        assert swizzled == row * 128 + (chunk ^ row % 8) * 16
+    columns = defaultdict(set)  # 8 rows of one column of chunks lie in 8 different groups of banks
+    for offset, swizzled in printed["swizzle"][:64]:
+        columns[offset // 16 % 8].add(swizzled // 16 % 8)
+    assert all(len(places) == 8 for places in columns.values())
+
+
+def test_accumulator_fragments(printed):
+    """PTX ISA, "Register Fragments" of wgmma m64nNk32, figure of D: thread t of warp w has, in register pairs, columns
+    8 j + 2 (t % 4) and one more of rows 16 w + t / 4, then of 8 rows below.
+    """
+    expected = {}
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        registers = [(16 * warp + lane // 4 + 8 * half, 8 * j + 2 * (lane % 4) + one)
+                     for j in range(16) for half in range(2) for one in range(2)]
+        expected |= {(thread, i): place for i, place in enumerate(registers)}
+    assert {(thread, i): (row, column) for thread, i, row, column in printed["accumulator"]} == expected
+    assert len(set(expected.values())) == 64 * 128
+
+
+def test_shared_memory_and_registers(printed):
+    for waves, tile_m, stages, stage_bytes, size, of_b, barriers in printed["shape"]:
+        assert tile_m == 128 * waves <= 256  # rows of a box of the copy engine
+        assert stage_bytes == (tile_m + 128) * 128 < 2**20  # what an mbarrier can expect
+        assert of_b % 1024 == 0 and tile_m * 128 % 1024 == 0 and barriers % 8 == 0
+        assert size <= SHARED_BYTES and stages >= 4
+    (producer, consumer, threads), = printed["registers"]
+    compiled = REGISTERS // threads // 8 * 8  # what __launch_bounds__ leaves each thread, in steps of 8
+    assert threads == 3 * 128 and producer % 8 == consumer % 8 == 0 and consumer <= 255
+    assert (producer + 2 * consumer) * 128 <= compiled * threads  # consumers take what the producer gave, or wait
+
+
+def test_every_tile_once(printed):
+    seen = defaultdict(list)
+    for m_tiles, n_tiles, m, n in printed["tile"]:
+        seen[m_tiles, n_tiles].append((m, n))
+    for (m_tiles, n_tiles), places in seen.items():
+        assert sorted(places) == [(m, n) for m in range(m_tiles) for n in range(n_tiles)]
+        for first in range(0, len(places), 8 * n_tiles):  # 8 tiles of M side by side, for the L2
+            assert len({m for m, _ in places[first:first + 8 * n_tiles]}) <= 8
+
+
+def test_division_by_a_reciprocal(printed):
+    """About a million quotients: no code is another than that of the quotient by IEEE's division."""
+    assert printed["wrong"] == [(0,)]
