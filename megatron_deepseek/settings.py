@@ -7,6 +7,9 @@ name says tokens or iterations; lengths stay in the unit that they were given in
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -195,3 +198,22 @@ class RunSettings:
     fp8_param_gather: bool = False
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a pre-training run is told. `notes`: lines for its start, on what follows that may not be expected."""
+
+    model: ModelConfig
+    layout: Layout
+    pipeline: PipelineSettings
+    optimizer: OptimizerSettings
+    learning_rate: LearningRateSettings
+    batch: BatchSettings
+    loss: LossSettings
+    recompute: RecomputeSettings
+    communication: CommunicationSettings
+    offload: OffloadSettings
+    data: DataSettings
+    run: RunSettings
+    notes: tuple[str, ...] = ()

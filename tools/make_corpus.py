@@ -26,7 +26,7 @@ if sys.version_info < (3, 10):
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.preprocess.files import refuse_directory, written_aside
 from megatron_deepseek.launch.ending import exit_status
 

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.preprocess.files import refuse_directory, written_aside
 from megatron_deepseek.data.preprocess.inputs import find_sources
 from megatron_deepseek.data.preprocess.records import texts_of_source

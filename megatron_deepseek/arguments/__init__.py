@@ -3,6 +3,7 @@
 Nothing here imports torch: --help and a refusal take no time.
 """
 
-from megatron_deepseek.arguments.settings import Settings, parse, parse_or_exit
+from megatron_deepseek.arguments.settings import parse, parse_or_exit
+from megatron_deepseek.settings import Settings
 
 __all__ = ["Settings", "parse", "parse_or_exit"]

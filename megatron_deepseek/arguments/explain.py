@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 
 from megatron_deepseek.arguments.explain_ranks import every_rank, pipeline_ranks, places_of_pipeline_rank
 from megatron_deepseek.arguments.features import FEATURES, table
-from megatron_deepseek.arguments.settings import Settings, parse_or_exit
+from megatron_deepseek.arguments.settings import parse_or_exit
 from megatron_deepseek.arguments.validation import RULES
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.parallel.layout_string import to_string
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.planning.states import describe_states
+from megatron_deepseek.settings import Settings
 
 
 def explain(settings: Settings, every: bool = False) -> Iterator[str]:

@@ -6,12 +6,12 @@ Ranks that compute with the same weights stand in one line, so that a layout ove
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from megatron_deepseek.arguments.settings import Settings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.pipeline_balance import resolve, stage_cost
+from megatron_deepseek.settings import Settings
 
 _MOST_LINES = 16  # of the table of places; --all lists every rank
 

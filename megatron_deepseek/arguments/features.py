@@ -11,10 +11,10 @@ from string import ascii_letters
 
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
-from megatron_deepseek.arguments.settings import Settings
 from megatron_deepseek.arguments.validation import IN_TURNS, RULES
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
 from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.settings import Settings
 
 TESTED, ALTERNATIVE = ".", "/"
 

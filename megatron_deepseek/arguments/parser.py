@@ -4,7 +4,7 @@ import argparse
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.model_options import add_model, add_moe, add_rope
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.parallel.schedule_rules import SCHEDULES
 from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
@@ -16,35 +16,24 @@ from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.validation import refuse
 from megatron_deepseek.launch.agent import tell_agent
-from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.presets import config_file
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.settings import (BatchSettings, CommunicationSettings, DataSettings, LearningRateSettings,
-                                        LossSettings, OffloadSettings, OptimizerSettings, PipelineSettings,
-                                        RecomputeSettings, RunSettings)
+from megatron_deepseek.settings import (
+    CommunicationSettings,
+    DataSettings,
+    LearningRateSettings,
+    LossSettings,
+    OffloadSettings,
+    OptimizerSettings,
+    PipelineSettings,
+    RecomputeSettings,
+    RunSettings,
+    Settings,
+)
 from megatron_deepseek.training import schedules, timeline
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
 _SILENT_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a pre-training run is told. `notes`: lines for its start, on what follows that may not be expected."""
-
-    model: ModelConfig
-    layout: Layout
-    pipeline: PipelineSettings
-    optimizer: OptimizerSettings
-    learning_rate: LearningRateSettings
-    batch: BatchSettings
-    loss: LossSettings
-    recompute: RecomputeSettings
-    communication: CommunicationSettings
-    offload: OffloadSettings
-    data: DataSettings
-    run: RunSettings
-    notes: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:

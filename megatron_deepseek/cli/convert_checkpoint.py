@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.checkpoint.convert.chat_templates import template_names
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.quick_imports import quick_imports
 

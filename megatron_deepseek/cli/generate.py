@@ -6,8 +6,10 @@ from pathlib import Path
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.parser import TOKENIZER_TYPES
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.checkpoint.tracker import is_huggingface
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.model.architecture.presets import describe_model
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "generate.py"
@@ -30,19 +32,36 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--seq-length", type=values.positive_int, metavar="N",
         help=f"longest context that the model sees ({SEQ_LENGTH}, or all that it can)")
     add("--seed", type=values.count, default=1234, metavar="N", help="(1234)")
+    parser.set_defaults(usual_seq_length=SEQ_LENGTH)
     return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the prompt and what the model makes of it."""
+    with quick_imports():
+        import torch.distributed as dist
+
+        from megatron_deepseek.inference.generate import continuation, generate, load_model, look_at
+    request = look_at(args)
+    if is_huggingface(request.directory):
+        for line in describe_model(str(request.directory)):
+            print(line, file=sys.stderr)
+    if len(request.prompt) > request.seq_length:
+        print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
+              f"{request.seq_length}", file=sys.stderr)
+    model = load_model(request)
+    tokens = list(generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
+                           request.tokenizer.eod))
+    behind = request.prompt if args.prompt else []
+    print(args.prompt + continuation(request.tokenizer, behind, tokens))
+    dist.destroy_process_group()
+    return 0
 
 
 def main(argv: list[str]) -> int:
     """The exit status: 2 for what a user can mend, with one line that says what."""
 
-    def generate() -> int:
-        args = parse_arguments(argv)
-        with quick_imports():
-            from megatron_deepseek.inference.generate import run
-        return run(args)
-
-    return exit_status(PROGRAM, generate)
+    return exit_status(PROGRAM, lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.index_file import IndexFile, check_output_prefix, open_index
-from megatron_deepseek.data.inspection import Statistics, measure, read_documents, verify
+from megatron_deepseek.data.inspection import describe, measure, read_documents, verify
 from megatron_deepseek.data.merge import merge_datasets, part_prefixes, split_dataset
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.launch.ending import exit_status
-
-BAR_WIDTH = 30
 
 
 def main(argv: list[str]) -> int:
@@ -109,24 +107,6 @@ def run_inspect(arguments) -> int:
         else:
             print(describe(statistics))
     return 0
-
-
-def describe(statistics: Statistics) -> str:
-    s = statistics
-    lines = [s.prefix,
-             f"  {s.documents:,} documents ({s.empty_documents:,} empty), {s.sequences:,} sequences, "
-             f"{s.tokens:,} tokens",
-             f"  ids as {s.dtype}{', with modes' if s.modes else ''}; .bin {s.bin_bytes:,} bytes, .idx {s.idx_bytes:,}",
-             f"  tokens in a document: {s.shortest:,} to {s.longest:,}, {s.mean:,.1f} on average"]
-    if s.histogram:
-        most = max(entry.documents for entry in s.histogram)
-        lines.append(f"  {'tokens':>23} {'documents':>13} {'of tokens':>9}")
-        for entry in s.histogram:
-            span = f"{entry.shortest:,} to {entry.longest:,}"
-            share = entry.tokens / s.tokens if s.tokens else 0
-            bar = "#" * -(-BAR_WIDTH * entry.documents // most)
-            lines.append(f"  {span:>23} {entry.documents:>13,} {share:>9.1%} {bar}")
-    return "\n".join(lines)
 
 
 def run_verify(arguments) -> int:

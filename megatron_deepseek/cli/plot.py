@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.runtime.metrics import read_metrics

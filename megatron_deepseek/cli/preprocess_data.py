@@ -5,7 +5,7 @@ import dataclasses
 import os
 import sys
 
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.preprocess.report import Report
 from megatron_deepseek.data.preprocess.run import preprocess
 from megatron_deepseek.data.preprocess.settings import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.parser import build_parser as training_parser
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.quick_imports import quick_imports
 

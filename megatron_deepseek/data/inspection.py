@@ -11,6 +11,7 @@ from megatron_deepseek.data.index_file import IndexFile, index_damage
 
 TOKENS_PER_CHUNK = 1 << 20
 MOST_BINS = 64
+BAR_WIDTH = 30  # characters
 
 
 @dataclass(frozen=True)
@@ -149,3 +150,22 @@ def read_documents(index: IndexFile, first: int, count: int, most_tokens: int) -
                              f"{bin_size} bytes of {index.prefix}.bin")
         ids = np.fromfile(index.prefix + ".bin", index.token_dtype, min(length, most_tokens), offset=offset)
         yield Document(number, stop - begin, length, ids)
+
+
+def describe(statistics: Statistics) -> str:
+    """Return lines for a person: the counts, and a histogram of the documents' lengths."""
+    s = statistics
+    lines = [s.prefix,
+             f"  {s.documents:,} documents ({s.empty_documents:,} empty), {s.sequences:,} sequences, "
+             f"{s.tokens:,} tokens",
+             f"  ids as {s.dtype}{', with modes' if s.modes else ''}; .bin {s.bin_bytes:,} bytes, .idx {s.idx_bytes:,}",
+             f"  tokens in a document: {s.shortest:,} to {s.longest:,}, {s.mean:,.1f} on average"]
+    if s.histogram:
+        most = max(entry.documents for entry in s.histogram)
+        lines.append(f"  {'tokens':>23} {'documents':>13} {'of tokens':>9}")
+        for entry in s.histogram:
+            span = f"{entry.shortest:,} to {entry.longest:,}"
+            share = entry.tokens / s.tokens if s.tokens else 0
+            bar = "#" * -(-BAR_WIDTH * entry.documents // most)
+            lines.append(f"  {span:>23} {entry.documents:>13,} {share:>9.1%} {bar}")
+    return "\n".join(lines)

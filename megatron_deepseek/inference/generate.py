@@ -5,13 +5,11 @@ a server are not here yet.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY
 from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
@@ -19,10 +17,8 @@ from megatron_deepseek.checkpoint.integrity import check_sizes, read_checksums
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_architecture, refuse_damage
 from megatron_deepseek.checkpoint.tracker import is_huggingface
-from megatron_deepseek.cli.generate import PROGRAM, SEQ_LENGTH
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.architecture.presets import describe_model
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
@@ -86,7 +82,7 @@ def look_at(args: argparse.Namespace) -> Request:
     _check_text(args.prompt)
     directory = checkpoint_directory(args.load, args.ckpt_step)
     config = _architecture(directory)
-    seq_length = args.seq_length or min(SEQ_LENGTH, config.max_position_embeddings)
+    seq_length = args.seq_length or min(args.usual_seq_length, config.max_position_embeddings)
     if seq_length > config.max_position_embeddings:
         raise ValueError(f"--seq-length {seq_length} is longer than the model's max_position_embeddings "
                          f"{config.max_position_embeddings}")
@@ -155,20 +151,3 @@ def load_model(request: Request) -> DeepseekStage:
     model.to_empty(device=device)
     checkpoint.load_weights(request.directory, [model])
     return model.eval()
-
-
-def run(args: argparse.Namespace) -> int:
-    request = look_at(args)
-    if is_huggingface(request.directory):
-        for line in describe_model(str(request.directory)):
-            print(line, file=sys.stderr)
-    if len(request.prompt) > request.seq_length:
-        print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
-              f"{request.seq_length}", file=sys.stderr)
-    model = load_model(request)
-    tokens = list(generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
-                           request.tokenizer.eod))
-    behind = request.prompt if args.prompt else []
-    print(args.prompt + continuation(request.tokenizer, behind, tokens))
-    dist.destroy_process_group()
-    return 0

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_deepseek.cli.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.ops.backends.registry import CANDIDATES, choices
 

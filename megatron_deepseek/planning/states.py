@@ -10,16 +10,13 @@ Activations, buffers of communication and what CUDA itself takes come on top.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.pipeline_balance import resolve
-
-if TYPE_CHECKING:
-    from megatron_deepseek.arguments.settings import Settings
+from megatron_deepseek.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint.job.export import (
     export_hf,
     is_exported,
@@ -47,6 +46,7 @@ from megatron_deepseek.runtime.resume import (
 )
 from megatron_deepseek.runtime.saving import Saver, what_stays
 from megatron_deepseek.runtime.user_errors import refusing
+from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.next_token import SourceSum, by_source
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size

@@ -8,9 +8,9 @@ from typing import Any
 
 import xxhash
 
-from megatron_deepseek.arguments import Settings
 from megatron_deepseek.checkpoint.native import ARGUMENTS
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
+from megatron_deepseek.settings import Settings
 
 # What does not decide what is computed, or is for one start alone: never told.
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "overwrite", "save_hf",

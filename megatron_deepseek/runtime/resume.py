@@ -4,7 +4,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_deepseek.arguments import Settings
 from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
 from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
@@ -25,6 +24,7 @@ from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differenc
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.save_lock import SaveLock
 from megatron_deepseek.runtime.user_errors import refuse_taken_over, refusing
+from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.schedules import schedule_of
 from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
 from megatron_deepseek.training.trainer import Trainer

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_deepseek.data.index_file import open_index
-from megatron_deepseek.data.inspection import Statistics, measure
+from megatron_deepseek.data.inspection import Statistics, describe, measure
 from megatron_deepseek.data.preprocess.part import Summary
 from megatron_deepseek.data.preprocess.plan import Part
 from megatron_deepseek.data.preprocess.records import where
@@ -35,7 +35,6 @@ class Report:
     seconds: float
 
     def lines(self) -> list[str]:
-        from megatron_deepseek.cli.indexed_dataset import describe  # its tqdm costs 30 ms, and is not always wanted
         made = [f"{self.documents} documents, {self.tokens} tokens in {self.seconds:.1f} s "
                 f"({self.tokens / self.seconds / 1e6:.2f} M tokens/s, {self.input_bytes / self.seconds / 1e6:.1f} MB/s "
                 f"of input; tokenizer: {self.tokenizer_backend})"]

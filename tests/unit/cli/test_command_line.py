@@ -14,7 +14,7 @@ from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.checkpoint.convert.conversion import DTYPES
 from megatron_deepseek.checkpoint.convert.formats import OPEN
 from megatron_deepseek.cli import convert_checkpoint as command
-from megatron_deepseek.cli.command_line import OneLineParser, proposals
+from megatron_deepseek.launch.command_line import OneLineParser, proposals
 from megatron_deepseek.launch.ending import BROKEN_PIPE, exit_status
 
 ROOT = Path(__file__).parents[3]
