@@ -29,6 +29,7 @@ setup(
     version="0.1.0",
     description="Megatron-style training of DeepSeek models on PyTorch",
     packages=find_namespace_packages(include=["megatron_deepseek", "megatron_deepseek.*"]),
+    package_data={"megatron_deepseek.planning": ["*.json"]},
     ext_modules=[] if kernels.why_not() else [Extension("megatron_deepseek.ops.libmegatron_deepseek", [])],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10",
