@@ -7,6 +7,7 @@ lies on one node, or on whole ones. No torch: --explain-layout says it too.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import comb
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
@@ -33,6 +34,27 @@ def node_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> NodeR
     kept = groups if model.topk_method == "greedy" else model.topk_group
     aligned = groups % num_nodes == 0 or num_nodes % groups == 0
     return NodeReach(num_nodes, min(num_nodes, model.num_experts_per_tok, sum(spans[:kept])), aligned)
+
+
+def expected_nodes(model: ModelConfig, layout: Layout, ranks_per_node: int) -> float:
+    """Return on how many nodes a token's experts are on average, if all experts are as likely and groups lie on whole
+    nodes: of V3 on 8 nodes 4 (1 - C(96, 8) / C(128, 8)) = 3.63 of the 4 groups that it reaches.
+    """
+    if not model.n_routed_experts:
+        return 1.0
+    nodes = max(1, -(-layout.ep * layout.etp // ranks_per_node))
+    kept = model.n_group if model.topk_method == "greedy" else model.topk_group
+    reached, chosen = model.n_routed_experts // model.n_group * kept, model.num_experts_per_tok
+    if nodes <= model.n_group:
+        own = model.n_group // nodes  # groups on a node
+        parts = ((own, comb(own, j) * comb(model.n_group - own, kept - j) / comb(model.n_group, kept), j)
+                 for j in range(0, min(own, kept) + 1))
+        missed = sum(chance * comb(max(0, reached - j * (model.n_routed_experts // model.n_group)), chosen)
+                     / comb(reached, chosen) for _, chance, j in parts)
+        return nodes * (1 - missed)
+    share = max(1, model.n_routed_experts // nodes)
+    spans = reached // share
+    return spans * (1 - comb(max(0, reached - share), chosen) / comb(reached, chosen))
 
 
 def describe_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> Iterator[str]:

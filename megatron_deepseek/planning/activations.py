@@ -1,0 +1,270 @@
+"""What a layer keeps for its backward, tensor by tensor, from the shapes that the model's code has.
+
+Each function reads like the module that it counts (model/mla.py, model/moe.py, model/layer.py, model/head.py): a tensor
+that two operators keep is counted once, views are not counted, weights never. tests/unit/planning/test_activations.py
+holds the sums, to the byte, against what saved-tensor hooks see in runs on CPU.
+
+Rows are float: with experts over several ranks they are averages, or those of the fullest rank.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.planning.numbers import INDEX, Numbers
+
+LAYERNORM, UP_PROJECTION, EXPERT_ACTIVATION = "layernorm", "mla_up_proj", "moe_act"  # RecomputeSettings.modules
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that waits for the backward. `again`: the module of --recompute-modules that makes it again instead;
+    `stays`: offloading leaves it on the device, as it is an index.
+    """
+
+    name: str
+    bytes: float
+    again: str | None = None
+    stays: bool = False
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How tokens reach their experts. `dispatcher`: alltoall, allgather or grouped; `nodes`: on how many nodes a token
+    has experts, on average; `imbalance`: rows of the fullest rank over the mean.
+    """
+
+    dispatcher: str = "alltoall"
+    nodes: float = 1.0
+    imbalance: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """One micro-batch on a rank: `sequences` of `length` tokens each, of which context ranks have their part.
+
+    `balance`: a balance loss is attached; `per_sequence`, of each sequence by itself. `packed`: attention within
+    documents. `weighs_before`, `wide_router_input`: Engine's.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    sequences: int
+    length: int
+    numbers: Numbers = Numbers()
+    traffic: Traffic = field(default_factory=Traffic)
+    balance: bool = False
+    per_sequence: bool = True
+    packed: bool = False
+    weighs_before: bool = False
+    wide_router_input: bool = True
+
+    @property
+    def whole(self) -> int:
+        """Return the tokens of a rank between entering and leaving a tensor-parallel region."""
+        return self.sequences * self.length // self.layout.cp
+
+    @property
+    def stream(self) -> int:
+        """Return the tokens of a rank in the stream between such regions."""
+        return self.whole // self.layout.tp if self.layout.sequence_parallel else self.whole
+
+    @property
+    def own(self) -> int:
+        """Return the tokens that a rank routes."""
+        return self.whole // self.layout.tp
+
+    @property
+    def heads(self) -> int:
+        """Return the attention heads of a rank."""
+        return self.model.num_attention_heads // self.layout.tp
+
+
+def layer(shapes: LayerShapes, index: int, dropped: float = 0) -> Iterator[Kept]:
+    """Yield what decoder layer `index` keeps, its input included. `dropped`: tokens of the rank that do not go to
+    routed experts, as those of MTP without a label.
+    """
+    model, numbers = shapes.model, shapes.numbers
+    yield Kept("input of the layer", numbers.plain(shapes.stream, model.hidden_size))
+    yield from norm("attention's norm", shapes.stream, numbers)
+    yield from attention(shapes)
+    yield Kept("input of the MLP's norm", numbers.plain(shapes.stream, model.hidden_size))
+    yield from norm("MLP's norm", shapes.stream, numbers)
+    if model.is_moe_layer(index):
+        yield from experts(shapes, dropped)
+    else:
+        yield from entered(shapes)
+        yield from mlp(shapes, model.intermediate_size)
+
+
+def mtp(shapes: LayerShapes, depth: int) -> Iterator[Kept]:
+    """Yield what MTP module `depth` (from 0) keeps, but for the state that it begins with, which is the last one's."""
+    model, numbers = shapes.model, shapes.numbers
+    yield Kept("MTP's embedding", numbers.plain(shapes.stream, model.hidden_size))
+    for name in ("embedding's norm", "state's norm", "last norm"):
+        yield from norm(f"MTP: {name}", shapes.stream, numbers)
+    yield Kept("MTP's joined input", numbers.plain(shapes.stream, 2 * model.hidden_size))
+    yield from layer(shapes, model.num_hidden_layers + depth, (depth + 1) * shapes.own / shapes.length)
+    yield Kept("input of MTP's last norm", numbers.plain(shapes.stream, model.hidden_size))
+    yield Kept("MTP's output", numbers.plain(shapes.stream, model.hidden_size))
+
+
+def norm(name: str, rows: float, numbers: Numbers) -> Iterator[Kept]:
+    """Yield what RMSNorm keeps beside its input: one number a row."""
+    yield Kept(f"{name}: statistics", rows * numbers.wide)
+
+
+def attention(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield what MLA keeps (model/mla.py), its normed input included."""
+    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
+    stream, whole, latent = shapes.stream, shapes.whole, model.kv_lora_rank + model.qk_rope_head_dim
+    yield Kept("attention's input", numbers.product_input(stream, model.hidden_size), LAYERNORM)
+    yield Kept("key-value latent", numbers.plain(stream, latent))
+    yield from norm("key-value norm", stream, numbers)
+    if model.q_lora_rank:
+        yield Kept("query latent", numbers.plain(stream, model.q_lora_rank))
+        yield from norm("query norm", stream, numbers)
+    yield from up_projection_inputs(shapes, latent)
+    q = Kept("queries", numbers.plain(whole, shapes.heads * model.qk_head_dim), UP_PROJECTION)
+    statistics = Kept("log-sum-exps", whole * shapes.heads * numbers.wide)
+    if layout.cp > 1:
+        yield from (q, statistics)
+        yield Kept("latents of the context ranks", layout.cp * numbers.plain(whole, latent))
+    else:
+        value = model.v_head_dim if numbers.cuda else model.qk_head_dim
+        yield from (q, statistics)
+        yield Kept("keys", numbers.plain(whole, shapes.heads * model.qk_head_dim), UP_PROJECTION)
+        yield Kept("values", numbers.plain(whole, shapes.heads * value), UP_PROJECTION)
+    yield from attention_output(shapes)
+
+
+def up_projection_inputs(shapes: LayerShapes, latent: int) -> Iterator[Kept]:
+    """Yield the inputs of the products by heads: normed latents, gathered over TP at once in the layers' dtype."""
+    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
+    query = model.q_lora_rank or model.hidden_size
+    if layout.tp > 1 and not numbers.fp8:
+        yield Kept("gathered latents", numbers.plain(shapes.whole, query + latent))
+        return
+    if model.q_lora_rank or layout.tp > 1:
+        yield Kept("normed query latent", numbers.product_input(shapes.whole, query))
+    if layout.cp == 1:
+        yield Kept("normed key-value latent", numbers.product_input(shapes.whole, model.kv_lora_rank))
+
+
+def attention_output(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield attention's output, which its own backward and the product after it read."""
+    model, numbers = shapes.model, shapes.numbers
+    width = shapes.heads * model.v_head_dim
+    if numbers.fp8:
+        yield Kept("attention's output", numbers.e5m6(shapes.whole, width))
+        return
+    yield Kept("attention's output", numbers.plain(shapes.whole, width))
+    computed = model.v_head_dim if numbers.cuda else model.qk_head_dim
+    apart = shapes.packed or computed != model.v_head_dim  # the output is then a copy of what the kernel made
+    if apart and shapes.layout.cp == 1:
+        yield Kept("attention's output as computed", numbers.plain(shapes.whole, shapes.heads * computed))
+
+
+def entered(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield the input that the products of an MLP share. Where TP gathered it, it is no norm's output."""
+    gathered = shapes.layout.tp > 1 and shapes.layout.sequence_parallel
+    yield Kept("MLP's input", shapes.numbers.product_input(shapes.whole, shapes.model.hidden_size),
+               None if gathered else LAYERNORM)
+
+
+def mlp(shapes: LayerShapes, width: int) -> Iterator[Kept]:
+    """Yield what a SwiGLU block keeps beside its input (model/moe.py: `MLP`)."""
+    yield from swiglu("MLP", shapes.whole, width // shapes.layout.tp, shapes.numbers, None)
+
+
+def swiglu(name: str, rows: float, width: int, numbers: Numbers, again: str | None) -> Iterator[Kept]:
+    """Yield gate and up, and their product, which the FP8 recipe makes again."""
+    yield Kept(f"{name}: gate and up", 2 * numbers.product_input(rows, width))
+    if not numbers.fp8:
+        yield Kept(f"{name}: hidden", numbers.plain(rows, width), again)
+
+
+def experts(shapes: LayerShapes, dropped: float) -> Iterator[Kept]:
+    """Yield what shared and routed experts keep, the layer's normed input included (model/moe.py: `MoE`)."""
+    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
+    if model.n_shared_experts:
+        yield from entered(shapes)
+        yield from mlp(shapes, model.n_shared_experts * model.moe_intermediate_size)
+    yield from router(shapes)
+    copies = (shapes.own - dropped) * model.num_experts_per_tok
+    yield from dispatch(shapes, copies, complete=not dropped)
+    rows = copies * layout.etp * (shapes.traffic.imbalance if layout.ep > 1 else 1)
+    yield Kept("experts' rows", numbers.product_input(rows, model.hidden_size))
+    again = EXPERT_ACTIVATION if not numbers.fp8 else None
+    yield from swiglu("experts", rows, model.moe_intermediate_size // layout.etp, numbers, again)
+    if not shapes.weighs_before:
+        yield Kept("experts' results", numbers.plain(copies, model.hidden_size))
+
+
+def router(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield what the router keeps (model/router.py), its input in float32 among it."""
+    model, numbers, layout, own = shapes.model, shapes.numbers, shapes.layout, shapes.own
+    split = layout.tp > 1 and not layout.sequence_parallel
+    if shapes.wide_router_input and (numbers.element < numbers.wide or split or numbers.fp8):
+        yield Kept("router's input", own * model.hidden_size * numbers.wide)
+    elif not model.n_shared_experts or numbers.fp8 or layout.tp > 1:
+        yield Kept("router's input", numbers.plain(own, model.hidden_size), LAYERNORM)
+    yield Kept("router's scores", own * model.n_routed_experts * numbers.wide)
+    yield Kept("chosen experts", own * model.num_experts_per_tok * INDEX, stays=True)
+    yield Kept("routing weights", own * model.num_experts_per_tok * numbers.wide)
+    if model.norm_topk_prob and model.num_experts_per_tok > 1:
+        yield Kept("routing weights before they are normalised", own * (model.num_experts_per_tok + 1) * numbers.wide)
+    if shapes.balance:
+        yield from balance_loss(shapes)
+
+
+def balance_loss(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield what the balance losses keep (model/balance_loss.py): sums of scores, and factors of each sequence."""
+    model, numbers = shapes.model, shapes.numbers
+    if model.scoring_func == "sigmoid":
+        yield Kept("sums of scores", shapes.own * numbers.wide)
+    if model.num_nextn_predict_layers:
+        yield Kept("which tokens are routed", shapes.own, stays=True)
+    rows = shapes.sequences if shapes.per_sequence else 1
+    yield Kept("balance factors", rows * (1 + model.n_routed_experts + 2 * model.n_group) * numbers.wide)
+
+
+def dispatch(shapes: LayerShapes, copies: float, complete: bool) -> Iterator[Kept]:
+    """Yield indices of where copies of tokens went (ops/copies.py, parallel/expert*.py), and the rows that the levels
+    of the grouped dispatcher keep.
+    """
+    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
+    if shapes.weighs_before:  # Megatron-LM's: one index for each copy
+        yield Kept("places of copies", copies * INDEX, stays=True)
+        return
+    places, index = shapes.own * model.num_experts_per_tok, numbers.index
+    grouped = shapes.traffic.dispatcher == "grouped" and layout.ep > 1
+    if grouped:
+        across = shapes.own * shapes.traffic.nodes
+        yield Kept("rows of nodes", numbers.plain(across, model.hidden_size) + across * numbers.element)
+        yield Kept("places of nodes", 3 * across * INDEX + across * model.num_experts_per_tok * (INDEX + numbers.wide),
+                   stays=True)
+    if complete and not grouped:
+        yield Kept("places of copies", (places + copies) * index, stays=True)
+    else:
+        yield Kept("places of copies", places * INDEX + 2 * copies * INDEX, stays=True)
+    if layout.ep > 1:
+        received = copies * shapes.traffic.imbalance
+        yield Kept("order of received rows", 2 * received * index, stays=True)
+    if layout.etp > 1:
+        rows = copies * layout.etp * shapes.traffic.imbalance
+        yield Kept("results of the experts' slices", numbers.plain(rows, model.hidden_size) + rows * numbers.element)
+        yield Kept("order of gathered rows", 3 * rows * INDEX, stays=True)
+
+
+def total(kept: Iterable[Kept], again: Iterable[str] = ()) -> float:
+    """Sum the bytes of what is kept, less what the modules `again` make again."""
+    names = frozenset(again)
+    return sum(each.bytes for each in kept if each.again not in names)
+
+
+def staying(kept: Iterable[Kept], again: Iterable[str] = ()) -> float:
+    """Sum the bytes of what offloading leaves on the device."""
+    names = frozenset(again)
+    return sum(each.bytes for each in kept if each.stays and each.again not in names)

@@ -1,0 +1,109 @@
+"""What is planned: the settings of a run, the engine that runs it, and what it is for.
+
+Everything that memory, time and search need of a run is asked here, so that they agree: its stages, how many
+micro-batches a step has, what one micro-batch looks like to a layer.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.actions import Act, actions, held_stages, num_stages
+from megatron_deepseek.planning.activations import LayerShapes, Traffic
+from megatron_deepseek.planning.engines import OURS, Engine
+from megatron_deepseek.planning.layer_bytes import LayerMode, modes
+from megatron_deepseek.planning.node_reach import expected_nodes
+from megatron_deepseek.planning.numbers import Numbers
+from megatron_deepseek.planning.pipeline_balance import resolve, stages
+from megatron_deepseek.settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """`schedule`: another one than the settings', for those that only plans have (DualPipe). `cut`: stages, None for
+    those of the settings. `layer_modes`: for each stage the mode of each of its layers, None for the settings'.
+    `cuda`: the device's kernels, or those of CPU.
+    """
+
+    settings: Settings
+    engine: Engine = OURS
+    schedule_name: str | None = None
+    cut: tuple[Stage, ...] | None = None
+    layer_modes: tuple[tuple[LayerMode, ...], ...] | None = None
+    imbalance: float = 1.0
+    cuda: bool = True
+
+    @property
+    def model(self) -> ModelConfig:
+        """Return the architecture."""
+        return self.settings.model
+
+    @property
+    def layout(self) -> Layout:
+        """Return the sizes of the meshes."""
+        return self.settings.layout
+
+    @property
+    def schedule(self) -> str:
+        """Return the pipeline schedule's name."""
+        return self.schedule_name or self.settings.pipeline.schedule
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the parts of the model that the stages hold."""
+        if self.cut is not None:
+            return self.cut
+        pipeline, length = self.settings.pipeline, self.settings.data.seq_length
+        if pipeline.layout is not None or self.schedule_name is None:
+            return resolve(self.model, pipeline, self.layout.pp, length)
+        return stages(self.model, num_stages(self.schedule, self.layout.pp, 1), length)
+
+    @property
+    def virtual_stages(self) -> int:
+        """Return how many stages each pipeline rank holds; of DualPipe's two one belongs to each copy of the model."""
+        return max(1, len(self.stages) // self.layout.pp)
+
+    @property
+    def micro_batches(self) -> int:
+        """Return the micro-batches of a data rank in a step; of DualPipe's half enter at each end."""
+        batch = self.settings.batch
+        return max(1, batch.global_batch_size // (batch.micro_batch_size * self.layout.dp))
+
+    def held(self, pp_rank: int) -> list[int]:
+        """Return the stages of a pipeline rank."""
+        return held_stages(self.schedule, self.layout.pp, self.virtual_stages, pp_rank)
+
+    def actions(self, pp_rank: int) -> list[Act]:
+        """Return what a pipeline rank does in a step."""
+        return actions(self.schedule, self.layout.pp, self.virtual_stages, self.micro_batches, pp_rank)
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """Return in which numbers activations are kept."""
+        run = self.settings.run
+        return Numbers(2 if run.bf16 else 4, run.fp8_format is not None, self.cuda)
+
+    def shapes(self, imbalance: float | None = None) -> LayerShapes:
+        """Return one micro-batch as a layer sees it; `imbalance`: rows of the fullest expert rank over the mean."""
+        settings, loss, communication = self.settings, self.settings.loss, self.settings.communication
+        even = loss.moe_router_force_load_balancing
+        nodes = expected_nodes(self.model, self.layout, communication.moe_ranks_per_node or self.layout.world_size)
+        traffic = Traffic(communication.moe_token_dispatcher_type, nodes,
+                          1.0 if even else self.imbalance if imbalance is None else imbalance)
+        return LayerShapes(self.model, self.layout, settings.batch.micro_batch_size, settings.data.seq_length,
+                           self.numbers, traffic, loss.balance_type != "none", loss.balance_type == "seq_aux_loss",
+                           settings.data.reset_attention_mask, self.engine.weighs_before,
+                           self.engine.wide_router_input)
+
+    def layers_of(self, stage: int) -> tuple[int, ...]:
+        """Return the ids of a stage's layers, MTP modules among them, in the order in which they run."""
+        held = self.stages[stage]
+        return (*held.layers, *(self.model.num_hidden_layers + depth for depth in held.mtp))
+
+    def modes_of(self, stage: int) -> tuple[LayerMode, ...]:
+        """Return how each layer of a stage is run."""
+        if self.layer_modes is not None:
+            return self.layer_modes[stage]
+        return modes(self.settings.recompute, self.settings.offload, len(self.layers_of(stage)))

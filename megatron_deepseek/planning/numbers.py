@@ -1,0 +1,47 @@
+"""In which numbers activations are kept, and on which device's kernels: bytes of tensors by their shapes.
+
+FP8 is the recipe of ops/fp8/recipe.py: inputs of products as E4M3 codes with a float32 scale for each 128 columns,
+attention's output as E5M6, two codes in three bytes.
+"""
+
+from dataclasses import dataclass
+
+INDEX = 8  # bytes of an index of torch (int64)
+TILE = 128
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """`element`: bytes of a number in the layers' dtype. `fp8`: the large products keep their inputs in FP8. `cuda`: as
+    CUDA's kernels keep them; on CPU attention pads values to the keys' width and indices have 8 bytes.
+    """
+
+    element: int = 2
+    fp8: bool = False
+    cuda: bool = True
+
+    @property
+    def wide(self) -> int:
+        """Return the bytes of a number of what is computed in at least float32: statistics, scores, losses."""
+        return max(4, self.element)
+
+    @property
+    def index(self) -> int:
+        """Return the bytes of the place of a token's copy: csrc/ has them as int32."""
+        return INDEX // 2 if self.cuda else INDEX
+
+    def plain(self, rows: float, width: int) -> float:
+        """Return the bytes of [rows, width] in the layers' dtype."""
+        return rows * width * self.element
+
+    def tiles(self, rows: float, width: int) -> float:
+        """Return the bytes of [rows, width] as E4M3 in 1x128 tiles."""
+        return rows * (width + 4 * -(-width // TILE))
+
+    def product_input(self, rows: float, width: int) -> float:
+        """Return the bytes of what a large product keeps of its input."""
+        return self.tiles(rows, width) if self.fp8 else self.plain(rows, width)
+
+    def e5m6(self, rows: float, width: int) -> float:
+        """Return the bytes of [rows, width] as packed E5M6 in 1x128 tiles."""
+        return rows * (3 * -(-width // 2) + 4 * -(-width // TILE))

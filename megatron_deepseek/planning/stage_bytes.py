@@ -1,0 +1,103 @@
+"""What one micro-batch takes on one pipeline stage: its layers by their modes, the head, what stages pass on.
+
+A stage begins with what it received and ends with what it passes on. torch's PipelineStage has receive buffers of their
+own for each micro-batch of a step, made once and kept (torch 2.13, `_create_act_recv_info` for every chunk): they are
+counted by `receive_buffers`, and so the input of a stage's first layer is not counted again.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.activations import LayerShapes, norm, total
+from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.layer_bytes import layer_bytes
+from megatron_deepseek.planning.replay import StageBytes
+from megatron_deepseek.planning.states import held_parameters
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """`replayed` is what replay.py takes; `host` is what a micro-batch has in the host's memory."""
+
+    replayed: StageBytes
+    host: float
+
+
+def states_after(job: Job, stage: int) -> int:
+    """Return how many states of each token a stage passes on: the main one, and those of MTP depths so far."""
+    return 1 + sum(len(each.mtp) for each in job.stages[:stage + 1])
+
+
+def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
+    """Return what a micro-batch takes on `stage`."""
+    layers = [layer_bytes(shapes, index, mode) for index, mode in zip(job.layers_of(stage), job.modes_of(stage))]
+    kept = sum(each.kept for each in layers) + sum(size for _, size in beside_layers(job, stage, shapes))
+    forward = max((each.forward for each in layers), default=0.0)
+    backward = max((each.backward + _weight_gradient(job, index) for each, index in zip(layers, job.layers_of(stage))),
+                   default=0.0)
+    waiting = sum(each.waiting for each in layers)
+    if job.stages[stage].loss:
+        chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
+        forward = max(forward, head_forward(shapes, chunk, job.engine.fused_head))
+        backward = max(backward, head_backward(shapes, chunk, job.engine.fused_head))
+    return StageMemory(StageBytes(kept, waiting, forward, backward), sum(each.host for each in layers))
+
+
+def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
+    """Yield (name, bytes) of what a stage keeps outside of its layers."""
+    part, model, numbers = job.stages[stage], job.model, shapes.numbers
+    hidden = numbers.plain(shapes.stream, model.hidden_size)
+    if model.num_hidden_layers - 1 in part.layers:
+        yield "input of the last norm", hidden + total(norm("", shapes.stream, numbers))
+        yield "last state", hidden
+    if part.loss:
+        chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers
+        yield "head", predictions * total(head(shapes, chunk, predictions))
+    if job.layout.pp > 1:
+        if stage and job.engine.receives_apart and job.layers_of(stage):
+            yield "input of the stage, counted as a receive buffer", -hidden * min(1, len(part.layers))
+        if stage < len(job.stages) - 1 and job.engine.keeps_output:
+            yield "output of the stage", states_after(job, stage) * hidden
+
+
+def receive_buffers(job: Job, held: list[int], shapes: LayerShapes) -> float:
+    """Return the bytes of the buffers that all micro-batches of a step arrive in: activations and gradients. Other
+    engines have one of each kind for a stage.
+    """
+    if job.layout.pp == 1:
+        return 0.0
+    state = shapes.numbers.plain(shapes.stream, job.model.hidden_size)
+    last, count = len(job.stages) - 1, job.micro_batches if job.engine.receives_apart else 1
+    into = sum(states_after(job, stage - 1) for stage in held if stage)
+    back = sum(states_after(job, stage) for stage in held if stage < last)
+    return count * state * (into + back)
+
+
+def terms_of_stage(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
+    """Yield (name, bytes) of what a micro-batch keeps on `stage`: layers of a kind together, and the rest."""
+    found: dict[str, float] = defaultdict(float)
+    for index, mode in zip(job.layers_of(stage), job.modes_of(stage)):
+        kind = "MTP" if index >= job.model.num_hidden_layers else \
+            "MoE layers" if job.model.is_moe_layer(index) else "dense layers"
+        found[f"activations of {kind}"] += layer_bytes(shapes, index, mode).kept
+    for name, size in beside_layers(job, stage, shapes):
+        found[name] += size
+    yield from found.items()
+
+
+def _weight_gradient(job: Job, index: int) -> float:
+    """Return the bytes of a layer's weight gradients before they are added to the sums of all micro-batches."""
+    return job.numbers.element * _parameters(job, index) if job.engine.gradient_apart else 0.0
+
+
+@lru_cache(256)
+def _parameters(job: Job, index: int) -> int:
+    model = job.model
+    depth = index - model.num_hidden_layers
+    part = Stage(False, (), (depth,), False) if depth >= 0 else Stage(False, (index,), (), False)
+    held = held_parameters(model, job.layout, [part])
+    return held.experts or held.dense

@@ -1,0 +1,123 @@
+"""Weights, gradients and moments of a rank, by part, for an engine; dense parameters and routed experts by themselves,
+since different numbers of ranks divide them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.states import Held, held_parameters
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Bytes of dense parameters and of routed experts."""
+
+    dense: float = 0.0
+    experts: float = 0.0
+
+    @property
+    def all(self) -> float:
+        """Return their sum."""
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class StateParts:
+    """`weights`: what lies there all the time (masters, or the engine's own); `gathered`: whole weights that layers
+    compute with; `gradients`: sums, whole and divided; `optimizer`: moments, and masters that are not the weights.
+    `on_host`: weights (masters), divided gradients and moments lie in the host's memory.
+    """
+
+    weights: Divided
+    gathered: Divided
+    gradients: Divided
+    reduced: Divided
+    optimizer: Divided
+    on_host: bool = False
+
+    @property
+    def device(self) -> float:
+        """Return the bytes on the device."""
+        here = self.gathered.all + self.gradients.all
+        return here if self.on_host else here + self.weights.all + self.reduced.all + self.optimizer.all
+
+    @property
+    def host(self) -> float:
+        """Return the bytes in the host's memory."""
+        return self.weights.all + self.reduced.all + self.optimizer.all if self.on_host else 0.0
+
+    def terms(self) -> Iterator[tuple[str, float]]:
+        """Yield (name, bytes) of what is on the device."""
+        named = [("gathered weights", self.gathered), ("gradients", self.gradients)]
+        if not self.on_host:
+            named += [("weights", self.weights), ("reduced gradients", self.reduced), ("optimizer", self.optimizer)]
+        for name, part in named:
+            yield f"{name}: dense", part.dense
+            yield f"{name}: experts", part.experts
+
+
+def state_parts(job: Job, pp_rank: int) -> StateParts:
+    """Return the states of each rank of a pipeline rank."""
+    held = held_parameters(job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)])
+    if job.engine.name == "ours":
+        return _ours(job, held, pp_rank)
+    return _others(job, held, pp_rank)
+
+
+def _of(held: Held, dense: float, experts: float) -> Divided:
+    return Divided(held.dense * dense, held.experts * experts)
+
+
+def data_ranks(job: Job) -> tuple[int, int]:
+    """Return among how many ranks dense parameters and routed experts are divided."""
+    layout = job.layout
+    return layout.dp * layout.cp, layout.edp
+
+
+def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
+    """Return FSDP2's: float32 shards, reduced gradients and moments divided; weights gathered for the step, or unit by
+    unit; sums of several micro-batches' gradients whole.
+    """
+    settings, engine, element = job.settings, job.engine, job.numbers.element
+    dense, experts = data_ranks(job)
+    optimizer = settings.optimizer
+    moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+    whole = settings.run.sharding == "optim_grads"
+    gathered = _of(held, element, element) if whole else _units(job, pp_rank, element, 2)
+    sums = engine.gradient if job.micro_batches > 1 else 0
+    return StateParts(
+        weights=_of(held, engine.master / dense, engine.master / experts),
+        gathered=gathered, gradients=_of(held, sums, sums),
+        reduced=_of(held, engine.reduced / dense, engine.reduced / experts),
+        optimizer=_of(held, moments / dense, moments / experts),
+        on_host=settings.offload.optimizer_cpu_offload)
+
+
+def _others(job: Job, held: Held, pp_rank: int) -> StateParts:
+    engine, (dense, experts) = job.engine, data_ranks(job)
+
+    def part(size: float, divides: bool) -> Divided:
+        return _of(held, size / (dense if divides else 1), size / (experts if divides else 1))
+
+    gathered = Divided() if engine.gathers is None else _units(job, pp_rank, engine.weight, engine.gathers)
+    return StateParts(
+        weights=part(engine.weight, engine.divides_weights), gathered=gathered,
+        gradients=part(engine.gradient, engine.divides_gradients), reduced=Divided(),
+        optimizer=part(engine.master + engine.moments, engine.divides_optimizer),
+        on_host=engine.host or job.settings.offload.optimizer_cpu_offload)
+
+
+def _units(job: Job, pp_rank: int, size: float, count: int) -> Divided:
+    """Return the bytes of the largest unit that is gathered at once, `count` times: one in use, the next on its way."""
+    units = [held_parameters(job.model, job.layout, [part]) for part in units_of(job, pp_rank)]
+    most = max(units, key=lambda unit: unit.dense + unit.experts)
+    return _of(most, size * count, size * count)
+
+
+def units_of(job: Job, pp_rank: int) -> list[Stage]:
+    """Return each layer of a pipeline rank, and what its stages hold beside layers, as stages of their own."""
+    held = [job.stages[stage] for stage in job.held(pp_rank)]
+    layers = [Stage(False, (index,), (), False) for stage in held for index in stage.layers]
+    return layers + [Stage(stage.embedding, (), stage.mtp, stage.loss) for stage in held]
