@@ -74,8 +74,11 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode) -> LayerBytes:
         kept, stays = total(whole, mode.again), staying(whole, mode.again)
         again = largest_made_again(whole, mode.again)
     if mode.offloaded:
-        return LayerBytes(stays, kept - stays, buffers(shapes, index) + kept - stays, again + kept - stays + transient,
-                          waiting)
+        output = sum(each.bytes for each in whole if each.name == "MTP's output")
+        state = shapes.numbers.plain(shapes.stream, model.hidden_size) if depth >= 0 else 0.0
+        table = 0 if mode.full else 4 * shapes.length // shapes.layout.cp * model.qk_rope_head_dim
+        host = kept - stays - output + state + table  # MTP's first state goes too, and each layer's rotary table
+        return LayerBytes(stays + output, host, buffers(shapes, index) + host, again + host + transient, waiting)
     return LayerBytes(kept, 0.0, buffers(shapes, index) + (again if mode.full else 0.0), again + transient, waiting)
 
 

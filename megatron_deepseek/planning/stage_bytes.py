@@ -58,8 +58,8 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers
         yield "head", predictions * total(head(shapes, chunk, predictions))
     if job.layout.pp > 1:
-        if stage and job.engine.receives_apart and job.layers_of(stage):
-            yield "input of the stage, counted as a receive buffer", -hidden * min(1, len(part.layers))
+        if stage and job.engine.receives_apart and part.layers and not job.modes_of(stage)[0].offloaded:
+            yield "input of the stage, counted as a receive buffer", -hidden
         if stage < len(job.stages) - 1 and job.engine.keeps_output:
             yield "output of the stage", states_after(job, stage) * hidden
 

@@ -1,0 +1,68 @@
+"""Bytes that autograd keeps between a forward and its backward, seen by saved-tensor hooks: what planning calculates."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_deepseek.model import layer
+from megatron_deepseek.ops import offload
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, parts_of
+
+
+class _Holder:
+    """What a node of the graph holds in place of a saved tensor; it goes when the node goes."""
+
+    __slots__ = ("tensor", "__weakref__")
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of all storages that the graph holds on the device, each once, and of what went to the host's memory."""
+
+    device: int
+    host: int
+
+
+def saved_bytes(run: Callable[[], torch.Tensor], given: Iterable[torch.Tensor], monkeypatch) -> Saved:
+    """Return what is kept of `run` while its result lives, but for the storages of `given`: weights and inputs."""
+    held, sent = weakref.WeakSet(), []
+    to_host = offload._to_host
+
+    def keep(tensor):
+        holder = _Holder(tensor)
+        held.add(holder)
+        return holder
+
+    def count_and_send(tensor):
+        sent.append(tensor.untyped_storage().nbytes())
+        return to_host(tensor)
+
+    class Watched(offload.saved_on_host):
+        """saved_on_host whose tensors that stay on the device are seen too."""
+
+        def __init__(self, stays):
+            super().__init__(stays)
+            pack, unpack = self.pack_hook, self.unpack_hook
+
+            def watched(tensor):
+                packed = pack(tensor)
+                return keep(packed) if isinstance(packed, torch.Tensor) else packed
+
+            self.pack_hook = watched
+            self.unpack_hook = lambda packed: packed.tensor if isinstance(packed, _Holder) else unpack(packed)
+
+    monkeypatch.setattr(offload, "_to_host", count_and_send)
+    monkeypatch.setattr(layer, "saved_on_host", Watched)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
+        result = run()
+    known = {tensor.untyped_storage()._cdata for tensor in given}
+    storages = [part.untyped_storage() for holder in held
+                for part in (parts_of(holder.tensor) if isinstance(holder.tensor, BlockScaled) else (holder.tensor,))]
+    device = {storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in known}
+    assert result.requires_grad
+    return Saved(sum(device.values()), sum(sent))
