@@ -4,13 +4,13 @@ Ranks that compute with the same weights stand in one line, so that a layout ove
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.pipeline_balance import resolve, stage_cost
+from megatron_deepseek.planning.words import aligned, in_short, parts_of_stage
 from megatron_deepseek.settings import Settings
 
 _MOST_LINES = 16  # of the table of places; --all lists every rank
@@ -38,8 +38,8 @@ def pipeline_ranks(settings: Settings) -> Iterator[str]:
         mine = stages_of_rank(pp_rank, len(stages), layout.pp, schedule)
         rows.append((str(pp_rank), in_short(range(pp_rank * each, (pp_rank + 1) * each)), ", ".join(map(str, mine)),
                      f"{sum(costs[index] for index in mine) / sum(costs):.1%}",
-                     " | ".join(_parts(model, stages[index]) for index in mine)))
-    yield from _aligned(rows)
+                     " | ".join(parts_of_stage(model, stages[index]) for index in mine)))
+    yield from aligned(rows)
 
 
 def places_of_pipeline_rank(settings: Settings) -> Iterator[str]:
@@ -53,7 +53,7 @@ def places_of_pipeline_rank(settings: Settings) -> Iterator[str]:
             for (tp, cp, ep, etp), ranks in sorted(together.items(), key=lambda item: item[1])]
     yield ("the ranks of one pipeline rank, counted from its first; those of a line compute with the same weights, on "
            "other samples")
-    lines = list(_aligned([("ranks", "dense matrices", "chunks of a sequence", "experts"), *rows]))
+    lines = list(aligned([("ranks", "dense matrices", "chunks of a sequence", "experts"), *rows]))
     if len(lines) > 1 + _MOST_LINES:
         left_out = len(lines) - 1 - _MOST_LINES
         lines[_MOST_LINES:-1] = [f"... {left_out} lines more; --all lists every rank"]
@@ -73,28 +73,7 @@ def every_rank(settings: Settings) -> Iterator[str]:
                                 *(expert[axis] for axis in ("edp", "ep", "etp")))), ",".join(map(str, held)),
                      _experts(model, layout, expert["ep"], expert["etp"]) if routed else "none",
                      _chunks(dense["cp"], layout.cp)))
-    yield from _aligned(rows)
-
-
-def in_short(numbers: Sequence[int]) -> str:
-    """Increasing numbers: "0-7", "0, 2, 4, 6", "0, 64, ... 960 (16 ranks)", "0-3, 8-11"."""
-    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{numbers[0]}-{numbers[-1]}"
-    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    if len(texts) <= 4:
-        return ", ".join(texts)
-    return f"{texts[0]}, {texts[1]}, ... {texts[-1]} ({len(numbers)} ranks)"
-
-
-def _parts(model: ModelConfig, stage: Stage) -> str:
-    parts = ["embedding"] * stage.embedding
-    for has_experts, run in groupby(stage.layers, model.is_moe_layer):
-        kind = "layers" if has_experts or not model.n_routed_experts else "dense layers"
-        layers = list(run)
-        parts.append(f"{kind if len(layers) > 1 else kind[:-1]} {in_short(layers)}")
-    parts += [f"MTP {in_short([depth + 1 for depth in stage.mtp])}"] * bool(stage.mtp) + ["head"] * stage.loss
-    return ", ".join(parts) or "nothing, passes on"
+    yield from aligned(rows)
 
 
 def _layers(model: ModelConfig, stages: Sequence[Stage]) -> list[int]:
@@ -117,9 +96,3 @@ def _experts(model: ModelConfig, layout: Layout, ep: int, etp: int) -> str:
         return "none"
     each = model.n_routed_experts // layout.ep
     return in_short(range(ep * each, (ep + 1) * each)) + (f", {_slice(etp, layout.etp)}" if layout.etp > 1 else "")
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        yield "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()

@@ -11,8 +11,6 @@ All divide dense parameters among dp x cp ranks and routed experts among edp: tw
 
 from dataclasses import dataclass, replace
 
-NAMES = ("ours", "megatron", "zero3")
-
 
 @dataclass(frozen=True)
 class Engine:
@@ -53,6 +51,7 @@ class Engine:
 MEGATRON = Engine("megatron")
 ZERO3 = Engine("zero3", divides_weights=True, divides_gradients=True, gathers=2, fused_head=False)
 OURS = Engine("ours", reduced=4, wide_router_input=True, keeps_output=True, receives_apart=True, gradient_apart=True)
+ENGINES = {"ours": OURS, "megatron": MEGATRON, "zero3": ZERO3}
 
 
 def zero_stage(stage: int, moments: float = 8) -> Engine:

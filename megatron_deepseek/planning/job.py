@@ -5,7 +5,7 @@ micro-batches a step has, what one micro-batch looks like to a layer.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
@@ -18,6 +18,8 @@ from megatron_deepseek.planning.node_reach import expected_nodes
 from megatron_deepseek.planning.numbers import Numbers
 from megatron_deepseek.planning.pipeline_balance import resolve, stages
 from megatron_deepseek.settings import Settings
+
+_actions = lru_cache(512)(actions)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Job:
 
     def actions(self, pp_rank: int) -> list[Act]:
         """Return what a pipeline rank does in a step."""
-        return actions(self.schedule, self.layout.pp, self.virtual_stages, self.micro_batches, pp_rank)
+        return _actions(self.schedule, self.layout.pp, self.virtual_stages, self.micro_batches, pp_rank)
 
     @cached_property
     def numbers(self) -> Numbers:

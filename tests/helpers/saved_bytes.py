@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps between a forward and its backward, seen by saved-tensor hooks: what planning calculates."""
+"""Bytes that autograd keeps between forward and backward, seen by saved-tensor hooks: what planning calculates."""
 
 import weakref
 from collections.abc import Callable, Iterable

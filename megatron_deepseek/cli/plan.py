@@ -1,0 +1,114 @@
+"""Plan a cluster on a laptop: which rank takes how much memory, and whether it fits; no torch, no GPU, no data.
+
+    tools/plan.py memory --model deepseek-v3 --world-size 2048 --gpu h800 ARGUMENTS OF pretrain_deepseek.py
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.parser import build_parser
+from megatron_deepseek.arguments.settings import build_settings
+from megatron_deepseek.launch.command_line import OneLineParser
+from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.planning.changes import changes
+from megatron_deepseek.planning.engines import ENGINES
+from megatron_deepseek.planning.gpus import Gpu, find_gpu
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import OOM
+from megatron_deepseek.planning.report import as_json, lines, plan_memory
+
+PROGRAM = "plan.py"
+_LENGTH = ("--train-iters", "--train-samples")
+_DATA = ("--data-path", "--data-args-path", "--train-data-path", "--per-split-data-args-path")
+_LONG = "1000000"  # iterations of a run whose length is not given: it plays no part in its memory
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add to pre-training's parser what every plan of a run is told beside its arguments."""
+    add = parser.add_argument_group("the plan").add_argument
+    add("--world-size", type=values.positive_int, required=True, metavar="GPUS", help="ranks of the job")
+    add("--gpu", type=str, required=True, metavar="NAME", help="a name in megatron_deepseek/planning/gpus.json")
+    add("--gpu-file", type=values.path, metavar="FILE", help="further GPUs, in that file's form")
+    add("--engine", type=str, choices=tuple(ENGINES), default="ours",
+        help="whose bytes: this project's, Megatron-LM's distributed optimizer's, or ZeRO-3's (ours)")
+    add("--memory-limit", type=values.size, metavar="SIZE", help="of a GPU's memory, as 70GB or 60GiB (all of it)")
+    add("--json", type=values.path, metavar="FILE", help="also write every rank there")
+    add("--picture", type=values.path, metavar="PNG", help="also draw the ranks' memory")
+
+
+def plan_parser(command: str, description: str) -> OneLineParser:
+    """Return pre-training's parser under another name, with the plan's options."""
+    parser = build_parser()
+    parser.prog, parser.usage = f"{PROGRAM} {command}", f"{PROGRAM} {command} --world-size GPUS --gpu NAME ARGUMENTS"
+    parser.description, parser.epilog = description, None
+    add_job_arguments(parser)
+    return parser
+
+
+def completed(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with what a run needs and a plan does not: a length and data."""
+    given = {word.split("=")[0] for word in argv}
+    words = list(argv)
+    if not given & {*_LENGTH}:
+        words += ["--train-iters", _LONG]
+    if not given & {*_DATA}:
+        words += ["--data-path", "any"]
+    return words
+
+
+def job_of(args: argparse.Namespace) -> tuple[Job, Gpu]:
+    """Return the job that parsed arguments ask for, and the GPU."""
+    gpu = find_gpu(args.gpu, args.gpu_file)
+    settings = build_settings(args, args.world_size, min(args.world_size, gpu.scale_up_gpus))
+    return Job(settings, ENGINES[args.engine]), gpu
+
+
+def memory(argv: Sequence[str]) -> int:
+    """Run `plan.py memory`."""
+    parser = plan_parser("memory", "What every rank of a run holds at its peak, and whether it fits.")
+    args = parser.parse_args(completed(argv))
+    job, gpu = job_of(args)
+    plan = plan_memory(job, gpu, args.memory_limit)
+    print("\n".join(lines(plan)))
+    if plan.verdict == OOM:
+        print("to fit:", *changes(job, gpu, plan.limit), sep="\n")
+    if args.json is not None:
+        write(args.json, json.dumps(as_json(plan)))
+    if args.picture is not None:
+        from megatron_deepseek.planning.picture import draw_memory
+
+        draw_memory(plan, args.picture)
+    return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that the user asked for. Raise ValueError where that cannot be."""
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "memory": (memory, "memory of every rank of a run, and whether it fits")}
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           epilog="\n".join(f"{name:8} {text}" for name, (_, text) in COMMANDS.items())
+                           + "\neach command has its own --help")
+    parser.add_argument("command", choices=tuple(COMMANDS), help="what to plan")
+    first = parser.parse_args(argv[:1])
+    return COMMANDS[first.command][0](argv[1:])
+
+
+def main(argv: Sequence[str]) -> int:
+    return exit_status(PROGRAM, lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

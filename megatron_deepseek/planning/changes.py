@@ -1,0 +1,39 @@
+"""What would have to change for a job that does not fit: arguments that were tried, those that help first."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_deepseek.planning.gpus import Gpu
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import OOM, all_ranks, verdict, worst
+from megatron_deepseek.settings import RecomputeSettings, Settings
+
+_GIB = 2**30
+
+
+def changed_settings(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Yield (the arguments, the settings with them) of changes that need no other number of GPUs."""
+    full = replace(settings, recompute=RecomputeSettings("full"))
+    bf16 = replace(settings.optimizer, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+    if settings.recompute.granularity is None:
+        modules = ("layernorm", "mla_up_proj", *(("moe_act",) if settings.model.n_routed_experts else ()))
+        yield "--recompute-granularity selective", replace(settings, recompute=RecomputeSettings("selective", modules))
+    if settings.recompute.granularity != "full":
+        yield "--recompute-granularity full", full
+    yield "--recompute-granularity full, moments in bf16", replace(full, optimizer=bf16)
+    offload = replace(settings.offload, optimizer_cpu_offload=True)
+    yield "--recompute-granularity full --optimizer-cpu-offload", replace(full, offload=offload)
+    sharded = replace(settings.run, sharding="optim_grads_params")
+    yield ("--recompute-granularity full --optimizer-cpu-offload --data-parallel-sharding-strategy optim_grads_params",
+           replace(full, offload=offload, run=sharded))
+
+
+def changes(job: Job, gpu: Gpu, limit: float) -> Iterator[str]:
+    """Yield lines: what each change leaves, until one of them fits."""
+    for words, settings in changed_settings(job.settings):
+        ranks = all_ranks(replace(job, settings=settings))
+        found = verdict(ranks, gpu, limit)
+        yield f"  {words}: {worst(ranks).low / _GIB:.1f} to {worst(ranks).high / _GIB:.1f} GiB, {found}"
+        if found != OOM:
+            return
+    yield "  none of these is enough: more GPUs, more pipeline or expert ranks, shorter or fewer sequences at once"
