@@ -1,16 +1,12 @@
-"""Parameters that are not trained, named by wildcard patterns over names: Hugging Face's, with experts stacked."""
+"""Freezing a model: the parameters that patterns name (model/architecture/freezing.py) get no gradient."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+
+from megatron_deepseek.model.architecture.freezing import is_frozen
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of `patterns` is all of `name`, where `*` stands for any text, dots included."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
@@ -25,5 +21,5 @@ def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
 
 
 def trained_parameters(stage: "nn.Module") -> Iterator[tuple[str, "nn.Parameter"]]:
-    """By name, those that are not frozen."""
+    """Return the parameters that are not frozen, with their names."""
     return ((name, parameter) for name, parameter in stage.named_parameters() if parameter.requires_grad)

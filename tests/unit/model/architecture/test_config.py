@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from megatron_deepseek.checkpoint.convert.names import BIAS, native_places
+from megatron_deepseek.checkpoint.convert.names import native_places
 from megatron_deepseek.model.architecture import hf_config, hf_rope
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
+from megatron_deepseek.model.architecture.parameters import BIAS
 from megatron_deepseek.model.architecture.presets import TINY, V2, V2_LITE, V3, load_config, preset_names
 
 # By hand, from the released files of V2-Lite, V2, V3, R1 and V3.1: all of them say these.
