@@ -5,7 +5,7 @@ is. What other code needs to know of a field stands in its `Rule`: config.json's
 the command line (arguments/model_options.py) and the comparison with a checkpoint (matching.py) derive from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -31,12 +31,14 @@ class Option:
 class Rule:
     """All that is said of a field beside its default.
 
-    `match`: WEIGHTS, FORWARD or None, when a checkpoint must agree. `least` and `choices` bound its values. `needed`:
+    `match`: WEIGHTS, FORWARD or None, when a checkpoint must agree; `match_if`: in which architectures, None for all;
+    they are given as ArchitectureFields. `least` and `choices` bound its values. `needed`:
     when config.json must have it. `of_experts`: a dense model has no use for it. `null`: the value that null means in
     config.json. `option`: its name on the command line. `rotary`: hf_rope.py reads and writes it.
     """
 
     match: str | None = None
+    match_if: Callable[[Any], bool] | None = None
     least: int | None = None
     choices: tuple[str, ...] = ()
     needed: str | None = None
@@ -80,6 +82,11 @@ class RopeScaling:
             raise ValueError(f"rope_scaling type {self.kind!r} is not one of linear, dynamic, yarn")
         if self.factor < 1:
             raise ValueError(f"rope_scaling factor {self.factor} is smaller than 1")
+
+
+def _stretches_by_length(config: "ArchitectureFields") -> bool:
+    """Return whether the rotary frequencies depend on max_position_embeddings (model/rotary.py)."""
+    return config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class ArchitectureFields:
     num_nextn_predict_layers: int = _field("--mtp-num-layers", "count", "Multi-Token Prediction modules",
                                            default=0, match=WEIGHTS, least=0, null=0)
     max_position_embeddings: int = _field("--max-position-embeddings", "positive_int", "longest sequence, in tokens",
-                                          default=4096, match=FORWARD, least=1)
+                                          default=4096, match=FORWARD, match_if=_stretches_by_length, least=1)
     rope_theta: float = _field("--rotary-base", "positive", "base of the rotary frequencies",
                                default=10000.0, match=FORWARD, rotary=True)
     rope_scaling: RopeScaling | None = _field(default=None, match=FORWARD, rotary=True)
