@@ -34,7 +34,7 @@ def checkpoint_directory(root: Path, step: int | None = None) -> Path:
 
 
 def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None, init_mtp: bool = False) -> Path:
-    """Return `checkpoint_directory`; raise ValueError also if `check_directory` does."""
+    """Return what `checkpoint_directory` does; raise ValueError also where `check_directory` does."""
     directory = checkpoint_directory(root, step)
     check_directory(directory, config, init_mtp)
     return directory

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
-    """Let the parameters that `patterns` name get no gradient. Before FSDP takes the parameters, which keeps to it.
+    """Let the parameters that `patterns` name get no gradient. Call it before FSDP takes them, which keeps to it.
 
     Names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
     """

@@ -1,4 +1,4 @@
-"""Divides a model over pipeline stages when no layout string does, so that the slowest stage is as fast as possible.
+"""Divide a model over pipeline stages where no layout string does, so that the slowest stage is as fast as possible.
 
 A pipeline runs at the pace of its slowest stage. How long a layer, an MTP module or the output head takes is estimated
 by its multiplications for one token in the forward pass; the backward takes twice as many of each, which changes no

@@ -41,16 +41,17 @@ class StateBytes:
 def held_parameters(model: ModelConfig, layout: Layout, stages: list[Stage]) -> Held:
     """Return what a rank that holds `stages` keeps of them under tensor, expert and expert-tensor parallelism."""
     ranks = {TP: layout.tp, EP: layout.ep, ETP: layout.etp}
-    held = {"dense": 0, "expert": 0}
-    for mesh in held:
+
+    def held(mesh: str) -> int:
         def measure(row: Parameter) -> int:
             return row.size // row.placement.parts(ranks) if row.trained and row.mesh == mesh else 0
 
-        for stage in stages:
-            layers = [*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp)]
-            held[mesh] += sum(layer_total(model, index, measure) for index in layers)
-            held[mesh] += sum(measure(row) for row in outer_rows(model) if _holds(stage, row, model))
-    return Held(held["dense"], held["expert"])
+        layers = [index for stage in stages
+                  for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+        return (sum(layer_total(model, index, measure) for index in layers)
+                + sum(measure(row) for stage in stages for row in outer_rows(model) if _holds(stage, row, model)))
+
+    return Held(held("dense"), held("expert"))
 
 
 def _holds(stage: Stage, row: Parameter, model: ModelConfig) -> bool:

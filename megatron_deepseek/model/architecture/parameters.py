@@ -130,42 +130,32 @@ def layer_rows(config: ArchitectureFields, index: int) -> tuple[Parameter, ...]:
     """Return the rows of layer `index`; MTP modules have the ids behind the last layer's."""
     prefix = f"model.layers.{index}."
     return tuple(Parameter(prefix + row.name, row.shape, row.placement, index, row.dtype, row.trained, row.gemms,
-                           row.active, row.stacked) for row in _rows(config, _kind(config, index)))
+                           row.active, row.stacked) for row in _rows(config, *_kind(config, index)))
 
 
 def total(config: ArchitectureFields, measure: Callable[[Parameter], int], mtp: bool = True) -> int:
     """Sum `measure` over all rows, those of MTP modules only with `mtp`; equal layers are measured once."""
     depths = config.num_nextn_predict_layers if mtp else 0
     kinds = Counter(_kind(config, index) for index in range(config.num_hidden_layers + depths))
-    layers = sum(number * sum(map(measure, _rows(config, kind))) for kind, number in kinds.items())
+    layers = sum(number * sum(map(measure, _rows(config, *kind))) for kind, number in kinds.items())
     return sum(map(measure, outer_rows(config))) + layers
 
 
 def layer_total(config: ArchitectureFields, index: int, measure: Callable[[Parameter], int]) -> int:
     """Sum `measure` over the rows of layer `index`."""
-    return sum(map(measure, _rows(config, _kind(config, index))))
+    return sum(map(measure, _rows(config, *_kind(config, index))))
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What the rows of a layer depend on beside the architecture."""
-
-    moe: bool
-    mtp: bool
-
-
-_KINDS = {(moe, mtp): _Kind(moe, mtp) for moe in (False, True) for mtp in (False, True)}
-
-
-def _kind(config: ArchitectureFields, index: int) -> _Kind:
-    return _KINDS[config.is_moe_layer(index), index >= config.num_hidden_layers]
+def _kind(config: ArchitectureFields, index: int) -> tuple[bool, bool]:
+    """Return what the rows of a layer depend on: whether it routes to experts, and whether it is an MTP module."""
+    return config.is_moe_layer(index), index >= config.num_hidden_layers
 
 
 @lru_cache(4 * _CONFIGS)
-def _rows(config: ArchitectureFields, kind: _Kind) -> tuple[Parameter, ...]:
+def _rows(config: ArchitectureFields, moe: bool, mtp: bool) -> tuple[Parameter, ...]:
     """Return the rows of a kind of layer, named from the layer on."""
-    mlp = _experts(config) if kind.moe else _swiglu("mlp", config.hidden_size, config.intermediate_size)
-    return (*_attention(config), *mlp, *_norms(config, kind.mtp))
+    mlp = _experts(config) if moe else _swiglu("mlp", config.hidden_size, config.intermediate_size)
+    return (*_attention(config), *mlp, *_norms(config, mtp))
 
 
 def _matrix(name: str, shape: tuple[int, ...], placement: Placement = REPLICATED, gemms: int = 1) -> Parameter:
