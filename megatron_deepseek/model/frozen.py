@@ -1,20 +1,16 @@
-"""Parameters that are not trained, named by wildcard patterns over names: Hugging Face's, with experts stacked."""
+"""Freezing a model: the parameters that patterns name (model/architecture/freezing.py) get no gradient."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+
+from megatron_deepseek.model.architecture.freezing import is_frozen
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of `patterns` is all of `name`, where `*` stands for any text, dots included."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
-    """Let the parameters that `patterns` name get no gradient. Before FSDP takes the parameters, which keeps to it.
+    """Let the parameters that `patterns` name get no gradient. Call it before FSDP takes them, which keeps to it.
 
     Names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
     """
@@ -25,5 +21,5 @@ def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
 
 
 def trained_parameters(stage: "nn.Module") -> Iterator[tuple[str, "nn.Parameter"]]:
-    """By name, those that are not frozen."""
+    """Return the parameters that are not frozen, with their names."""
     return ((name, parameter) for name, parameter in stage.named_parameters() if parameter.requires_grad)

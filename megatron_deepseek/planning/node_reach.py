@@ -15,8 +15,10 @@ from megatron_deepseek.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class NodeReach:
-    """`most`: to how many of the `num_nodes` of an expert group one token goes at most. `aligned`: whether each routing
-    group lies on one node, or on whole nodes.
+    """How far the tokens of an expert group on `num_nodes` nodes travel.
+
+    `most`: to how many of the nodes one token goes at most. `aligned`: whether each routing group lies on one node, or
+    on whole nodes.
     """
 
     num_nodes: int
@@ -25,7 +27,7 @@ class NodeReach:
 
 
 def node_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> NodeReach:
-    """Of the experts of `model`. Raises no error where nodes divide expert groups unevenly: then `most` is a bound."""
+    """Return the reach of a model's tokens; where nodes divide expert groups unevenly, `most` is an upper bound."""
     num_nodes = max(1, -(-layout.ep * layout.etp // ranks_per_node))
     groups = model.n_group
     first = [group * num_nodes // groups for group in range(groups)]
@@ -58,7 +60,7 @@ def expected_nodes(model: ModelConfig, layout: Layout, ranks_per_node: int) -> f
 
 
 def describe_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> Iterator[str]:
-    """Lines for the user; none where the expert group has no second node."""
+    """Yield lines for the user, none where the expert group has no second node."""
     if not model.n_routed_experts or layout.ep * layout.etp <= ranks_per_node:
         return
     reach = node_reach(model, layout, ranks_per_node)

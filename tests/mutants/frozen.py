@@ -9,8 +9,10 @@ CHECKPOINTS = (*UNIT, "tests/parallel/test_checkpoints.py")
 OFFLOAD = ("tests/unit/ops/test_offload.py",)
 
 FROZEN = of(
-    "model/frozen.py", UNIT,
+    "model/architecture/freezing.py", UNIT,
     ("any(fnmatchcase(name, pattern) for pattern in patterns)", "any(fnmatchcase(name, f'*{p}*') for p in patterns)"),
+) + of(
+    "model/frozen.py", UNIT,
     ("if is_frozen(name, patterns):", "if name in patterns:"),
     ("for name, parameter in stage.named_parameters() if parameter.requires_grad)",
      "for name, parameter in stage.named_parameters())"),
