@@ -44,20 +44,18 @@ def head(shapes: LayerShapes, chunk: int | None, predictions: int) -> Iterator[K
         yield Kept("statistics of logits", 2 * tokens * numbers.wide)
 
 
-def head_forward(shapes: LayerShapes, chunk: int | None, fused: bool) -> float:
-    """Return the bytes that exist only while a prediction's loss is made: a chunk's logits and what is made of them."""
+def head_forward(shapes: LayerShapes, chunk: int | None) -> float:
+    """Return the bytes that exist only while a prediction's loss is made: a chunk's logits, and on CPU in float32."""
     vocabulary, tokens = shapes.model.vocab_size // shapes.layout.tp, min(chunk or shapes.whole, shapes.whole)
-    own, wide = shapes.numbers.plain(tokens, vocabulary), tokens * vocabulary * shapes.numbers.wide
-    if chunk is not None:
-        return own + (0 if shapes.numbers.cuda else wide)
-    return 0.0 if fused else wide
+    wide = 0 if shapes.numbers.cuda else tokens * vocabulary * shapes.numbers.wide
+    return wide + (0 if chunk is None else shapes.numbers.plain(tokens, vocabulary))
 
 
-def head_backward(shapes: LayerShapes, chunk: int | None, fused: bool) -> float:
-    """Return the bytes that exist only while a prediction's backward runs: gradients of logits and of the weight."""
+def head_backward(shapes: LayerShapes, chunk: int | None) -> float:
+    """Return the bytes that exist only while a prediction's backward runs: the gradients of the head's weight and
+    input, and a block of logits that is made again.
+    """
     model, numbers = shapes.model, shapes.numbers
-    vocabulary, tokens = model.vocab_size // shapes.layout.tp, min(chunk or shapes.whole, shapes.whole)
-    weight = numbers.plain(vocabulary, model.hidden_size)
-    logits = numbers.plain(tokens, vocabulary)
-    wide = 0.0 if fused and numbers.cuda else tokens * vocabulary * numbers.wide
-    return weight + numbers.plain(shapes.whole, model.hidden_size) + wide + (logits if chunk is not None else 0.0)
+    vocabulary = model.vocab_size // shapes.layout.tp
+    gradients = numbers.plain(vocabulary + shapes.whole, model.hidden_size)
+    return gradients + head_forward(shapes, chunk)

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.actions import Act, actions, held_stages, num_stages
+from megatron_deepseek.planning.actions import DUAL_PIPE, Act, actions, held_stages, num_stages
 from megatron_deepseek.planning.activations import LayerShapes, Traffic
 from megatron_deepseek.planning.engines import OURS, Engine
 from megatron_deepseek.planning.layer_bytes import LayerMode, modes
@@ -19,6 +19,7 @@ from megatron_deepseek.planning.numbers import Numbers
 from megatron_deepseek.planning.pipeline_balance import resolve, stages
 from megatron_deepseek.settings import Settings
 
+SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV", DUAL_PIPE)  # parallel/pipeline.py's ZERO_BUBBLE
 _actions = lru_cache(512)(actions)
 
 
@@ -72,6 +73,11 @@ class Job:
         """Return the micro-batches of a data rank in a step; of DualPipe's half enter at each end."""
         batch = self.settings.batch
         return max(1, batch.global_batch_size // (batch.micro_batch_size * self.layout.dp))
+
+    @property
+    def splits_backwards(self) -> bool:
+        """Return whether weight gradients are left for later, if only until the end of a whole backward."""
+        return self.layout.pp > 1 and self.schedule in SPLIT
 
     def held(self, pp_rank: int) -> list[int]:
         """Return the stages of a pipeline rank."""

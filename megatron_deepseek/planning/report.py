@@ -16,6 +16,7 @@ from megatron_deepseek.planning.memory import (
     verdict,
     worst,
 )
+from megatron_deepseek.planning.state_bytes import StateParts
 from megatron_deepseek.planning.words import aligned, in_short, parts_of_stage
 
 GIB = 2**30
@@ -105,10 +106,14 @@ def table(plan: MemoryPlan) -> Iterator[str]:
 def _parts(rank: RankMemory) -> tuple[float, ...]:
     states = rank.states
     here = not states.on_host
-    parts = (states.weights.all * here + sum(rank.extra.values()), states.gathered.all,
-             states.gradients.all + states.reduced.all * here, states.optimizer.all * here, rank.activations,
-             rank.receive, rank.peak_bytes)
+    parts = (states.weights.all * here + sum(rank.extra.values()), states.gathered.all, gradients_here(states),
+             states.optimizer.all * here, rank.activations, rank.receive, rank.peak_bytes)
     return tuple(part / GIB for part in parts)
+
+
+def gradients_here(states: StateParts) -> float:
+    """Return the bytes of gradients on the device."""
+    return states.gradients.all * (not states.gradients_on_host) + states.reduced.all * (not states.on_host)
 
 
 def _holds(job: Job, alike: Sequence[RankMemory]) -> str:
@@ -162,7 +167,7 @@ def _rank_json(memory: RankMemory, rank: int) -> dict:
     states = memory.states
     here = not states.on_host
     parts = {"peak_bytes": memory.peak_bytes, "weights_bytes": states.weights.all * here,
-             "gathered_bytes": states.gathered.all, "gradient_bytes": states.gradients.all + states.reduced.all * here,
+             "gathered_bytes": states.gathered.all, "gradient_bytes": gradients_here(states),
              "optimizer_bytes": states.optimizer.all * here, "activation_bytes": memory.activations,
              "receive_bytes": memory.receive, "other_bytes": sum(memory.extra.values()), "host_bytes": memory.host,
              "low_bytes": memory.low, "high_bytes": memory.high}

@@ -33,18 +33,27 @@ def states_after(job: Job, stage: int) -> int:
 
 
 def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
-    """Return what a micro-batch takes on `stage`."""
-    layers = [layer_bytes(shapes, index, mode) for index, mode in zip(job.layers_of(stage), job.modes_of(stage))]
-    kept = sum(each.kept for each in layers) + sum(size for _, size in beside_layers(job, stage, shapes))
-    forward = max((each.forward for each in layers), default=0.0)
-    backward = max((each.backward + _weight_gradient(job, index) for each, index in zip(layers, job.layers_of(stage))),
-                   default=0.0)
-    waiting = sum(each.waiting for each in layers)
-    if job.stages[stage].loss:
+    """Return what a micro-batch takes on `stage`.
+
+    What a layer needs while it runs is there together with what the layers before it keep, and not with what those
+    behind it keep: in a forward that is not made yet, in a backward it is free again, but for what waits for weight
+    gradients.
+    """
+    indices = job.layers_of(stage)
+    layers = [layer_bytes(shapes, index, mode) for index, mode in zip(indices, job.modes_of(stage))]
+    behind = sum(size for _, size in beside_layers(job, stage, shapes))
+    forward = backward = 0.0
+    if job.stages[stage].loss and job.engine.logit_bytes is None:
         chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
-        forward = max(forward, head_forward(shapes, chunk, job.engine.fused_head))
-        backward = max(backward, head_backward(shapes, chunk, job.engine.fused_head))
-    return StageMemory(StageBytes(kept, waiting, forward, backward), sum(each.host for each in layers))
+        forward, backward = head_forward(shapes, chunk), head_backward(shapes, chunk)
+    waiting = 0.0
+    for index, each in zip(reversed(indices), reversed(layers)):
+        forward = max(forward, each.forward - behind)
+        backward = max(backward, each.backward + _weight_gradient(job, index) - behind + waiting)
+        behind += each.kept
+        waiting += each.waiting if job.splits_backwards else 0.0
+    backward = max(backward, waiting - behind)
+    return StageMemory(StageBytes(behind, waiting, forward, backward), sum(each.host for each in layers))
 
 
 def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
@@ -56,10 +65,12 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
         yield "last state", hidden
     if part.loss:
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers
-        yield "head", predictions * total(head(shapes, chunk, predictions))
+        each = total(head(shapes, chunk, predictions)) if job.engine.logit_bytes is None else \
+            shapes.whole * (model.vocab_size // job.layout.tp) * job.engine.logit_bytes
+        yield "head", predictions * each
     if job.layout.pp > 1:
         if stage and job.engine.receives_apart and part.layers and not job.modes_of(stage)[0].offloaded:
-            yield "input of the stage, counted as a receive buffer", -hidden
+            yield kind_of(job, part.layers[0]), -hidden  # its input is a receive buffer
         if stage < len(job.stages) - 1 and job.engine.keeps_output:
             yield "output of the stage", states_after(job, stage) * hidden
 
@@ -81,12 +92,17 @@ def terms_of_stage(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[
     """Yield (name, bytes) of what a micro-batch keeps on `stage`: layers of a kind together, and the rest."""
     found: dict[str, float] = defaultdict(float)
     for index, mode in zip(job.layers_of(stage), job.modes_of(stage)):
-        kind = "MTP" if index >= job.model.num_hidden_layers else \
-            "MoE layers" if job.model.is_moe_layer(index) else "dense layers"
-        found[f"activations of {kind}"] += layer_bytes(shapes, index, mode).kept
+        found[kind_of(job, index)] += layer_bytes(shapes, index, mode).kept
     for name, size in beside_layers(job, stage, shapes):
         found[name] += size
     yield from found.items()
+
+
+def kind_of(job: Job, index: int) -> str:
+    """Return what the activations of a layer are called in a sum over equal ones."""
+    if index >= job.model.num_hidden_layers:
+        return "activations of MTP"
+    return f"activations of {'MoE' if job.model.is_moe_layer(index) else 'dense'} layers"
 
 
 def _weight_gradient(job: Job, index: int) -> float:

@@ -27,7 +27,8 @@ class Divided:
 class StateParts:
     """`weights`: what lies there all the time (masters, or the engine's own); `gathered`: whole weights that layers
     compute with; `gradients`: sums, whole and divided; `optimizer`: moments, and masters that are not the weights.
-    `on_host`: weights (masters), divided gradients and moments lie in the host's memory.
+    `on_host`: weights (masters), divided gradients and moments lie in the host's memory; `gradients_on_host`: so do
+    the sums of `gradients`, where they are divided too.
     """
 
     weights: Divided
@@ -36,21 +37,27 @@ class StateParts:
     reduced: Divided
     optimizer: Divided
     on_host: bool = False
+    gradients_on_host: bool = False
 
     @property
     def device(self) -> float:
         """Return the bytes on the device."""
-        here = self.gathered.all + self.gradients.all
+        here = self.gathered.all + (0 if self.gradients_on_host else self.gradients.all)
         return here if self.on_host else here + self.weights.all + self.reduced.all + self.optimizer.all
 
     @property
     def host(self) -> float:
         """Return the bytes in the host's memory."""
-        return self.weights.all + self.reduced.all + self.optimizer.all if self.on_host else 0.0
+        if not self.on_host:
+            return 0.0
+        gradients = self.gradients.all if self.gradients_on_host else 0
+        return self.weights.all + self.reduced.all + self.optimizer.all + gradients
 
     def terms(self) -> Iterator[tuple[str, float]]:
         """Yield (name, bytes) of what is on the device."""
-        named = [("gathered weights", self.gathered), ("gradients", self.gradients)]
+        named = [("gathered weights", self.gathered)]
+        if not self.gradients_on_host:
+            named.append(("gradients", self.gradients))
         if not self.on_host:
             named += [("weights", self.weights), ("reduced gradients", self.reduced), ("optimizer", self.optimizer)]
         for name, part in named:
@@ -101,12 +108,14 @@ def _others(job: Job, held: Held, pp_rank: int) -> StateParts:
     def part(size: float, divides: bool) -> Divided:
         return _of(held, size / (dense if divides else 1), size / (experts if divides else 1))
 
-    gathered = Divided() if engine.gathers is None else _units(job, pp_rank, engine.weight, engine.gathers)
+    on_host = engine.host or job.settings.offload.optimizer_cpu_offload
+    gathered = Divided() if engine.gathers is None else _units(
+        job, pp_rank, engine.weight, 1 if on_host else engine.gathers)
     return StateParts(
         weights=part(engine.weight, engine.divides_weights), gathered=gathered,
         gradients=part(engine.gradient, engine.divides_gradients), reduced=Divided(),
         optimizer=part(engine.master + engine.moments, engine.divides_optimizer),
-        on_host=engine.host or job.settings.offload.optimizer_cpu_offload)
+        on_host=on_host, gradients_on_host=on_host and engine.divides_gradients)
 
 
 def _units(job: Job, pp_rank: int, size: float, count: int) -> Divided:

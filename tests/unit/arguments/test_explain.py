@@ -10,7 +10,8 @@ import torch
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments.explain import compatibility, explain, explain_layout, goes_with_what
-from megatron_deepseek.arguments.explain_ranks import in_short, places
+from megatron_deepseek.arguments.explain_ranks import places
+from megatron_deepseek.planning.words import in_short
 from megatron_deepseek.launch.ending import BROKEN_PIPE
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import V_SHAPED, stages_of_rank
