@@ -27,7 +27,7 @@ _actions = lru_cache(512)(actions)
 class Job:
     """`schedule`: another one than the settings', for those that only plans have (DualPipe). `cut`: stages, None for
     those of the settings. `layer_modes`: for each stage the mode of each of its layers, None for the settings'.
-    `cuda`: the device's kernels, or those of CPU.
+    `cuda`: the device's kernels, or those of CPU. `frozen_base`: adapters alone are trained.
     """
 
     settings: Settings
@@ -37,6 +37,7 @@ class Job:
     layer_modes: tuple[tuple[LayerMode, ...], ...] | None = None
     imbalance: float = 1.0
     cuda: bool = True
+    frozen_base: bool = False
 
     @property
     def model(self) -> ModelConfig:
