@@ -19,8 +19,10 @@ from megatron_deepseek.planning.engines import ENGINES
 from megatron_deepseek.planning.gpus import Gpu, find_gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import OOM
+from megatron_deepseek.planning.page import page
 from megatron_deepseek.planning.report import as_json, lines, plan_memory
 from megatron_deepseek.planning.tasks import NAMES, Task
+from megatron_deepseek.settings import Settings
 
 PROGRAM = "plan.py"
 _LENGTH = ("--train-iters", "--train-samples")
@@ -110,8 +112,22 @@ def write(path: Path, text: str) -> None:
         raise ValueError(f"{path}: {error.strerror}") from error
 
 
+def settings_of(arguments: str, world_size: int) -> Settings:
+    """Return the settings of a run whose arguments are `arguments`."""
+    return build_settings(build_parser().parse_args(completed(arguments.split())), world_size)
+
+
+def table(argv: Sequence[str]) -> int:
+    """Run `plan.py table`."""
+    parser = OneLineParser(prog=f"{PROGRAM} table", description="docs/planning.md: what fits where, for all models.")
+    parser.parse_args(argv)
+    print(page(settings_of), end="")
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "memory": (memory, "memory of every rank of a run, and whether it fits")}
+    "memory": (memory, "memory of every rank of a run, and whether it fits"),
+    "table": (table, "docs/planning.md")}
 
 
 def run(argv: Sequence[str]) -> int:

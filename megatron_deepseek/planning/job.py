@@ -21,6 +21,7 @@ from megatron_deepseek.settings import Settings
 
 SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV", DUAL_PIPE)  # parallel/pipeline.py's ZERO_BUBBLE
 _actions = lru_cache(512)(actions)
+_resolve = lru_cache(512)(resolve)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Job:
             return self.cut
         pipeline, length = self.settings.pipeline, self.settings.data.seq_length
         if pipeline.layout is not None or self.schedule_name is None:
-            return resolve(self.model, pipeline, self.layout.pp, length)
+            return _resolve(self.model, pipeline, self.layout.pp, length)
         return stages(self.model, num_stages(self.schedule, self.layout.pp, 1), length)
 
     @property

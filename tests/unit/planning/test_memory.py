@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.planning.engines import ENGINES, MEGATRON, ZERO3, zero_stage
+from megatron_deepseek.cli.plan import settings_of
+from megatron_deepseek.planning.anchors import ANCHORS, SCIENCE_ONE, science_job
+from megatron_deepseek.planning.engines import ENGINES
 from megatron_deepseek.planning.gpus import find_gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import FITS, OOM, all_ranks, largest_terms, rank_memory, verdict, worst
@@ -26,49 +28,26 @@ def job(arguments: str, ranks: int, engine=ENGINES["ours"], model: str = "deepse
     return Job(settings(arguments, ranks, model), engine)
 
 
-@pytest.mark.parametrize("stage, published", [(0, 81.5), (1, 40.5), (2, 19.9), (3, 9.7)])
-def test_zero_stages_of_memory_analysis(stage, published):
-    """arXiv 2502.07846: V3 on 1,024 GPUs, PP16 TP2 EP8 DP32, a middle stage of 4 MoE layers; moments in bf16."""
-    planned = job("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 16 --expert-model-parallel-size 8 "
-                  "--mtp-num-layers 0 --pipeline-model-parallel-layout Etttt|(tttt|)*14tL --global-batch-size 512",
-                  1024, zero_stage(stage, moments=4))
-    assert state_parts(planned, 5).device / GIB == pytest.approx(published, rel=0.04)
+@pytest.mark.parametrize("anchor", ANCHORS, ids=lambda anchor: anchor.what)
+def test_published_numbers(anchor):
+    """Four ZeRO stages of arXiv 2502.07846, Megatron's report of V3, and two peaks that SimuMax measured."""
+    assert anchor.calculated(settings_of) == pytest.approx(anchor.published, rel=anchor.within)
 
 
-def test_megatrons_report_of_v3():
-    """arXiv 2603.07685: 256 GPUs, PP4 VPP4 EP64 TP1: weights and gradients 36.4 GiB, master weights and moments 32.1.
-    Activations 131.0 GiB rest on an inferred count: 15 chunks of 4 MoE layers wait on pipeline rank 2.
-    """
-    planned = job("--pipeline-model-parallel-size 4 --pipeline-schedule Interleaved1F1B --mtp-num-layers 0 "
-                  "--expert-model-parallel-size 64 --pipeline-model-parallel-layout Ettt|(tttt|)*14ttL "
-                  "--global-batch-size 4096", 256, MEGATRON)
-    states, peak = state_parts(planned, 2), rank_memory(planned, 2).peak
-    assert (states.weights.all + states.gradients.all) / GIB == pytest.approx(36.4, rel=0.01)
-    assert states.optimizer.all / GIB == pytest.approx(32.1, rel=0.01)
-    assert sum(peak.in_flight.values()) == 15 and peak.kept / GIB == pytest.approx(131.0, rel=0.03)
+def test_megatrons_activations_rest_on_fifteen_chunks():
+    """An inferred count: pipeline rank 2 of PP4 VPP4 keeps as many, of 4 MoE layers each."""
+    anchor = next(each for each in ANCHORS if "activations" in each.what)
+    planned = Job(settings_of(anchor.arguments, anchor.ranks), anchor.engine)
+    assert sum(rank_memory(planned, 2).peak.in_flight.values()) == 15
 
 
-@pytest.mark.parametrize("layout, measured", [
-    ("--expert-model-parallel-size 8 --global-batch-size 32", 104.30),
-    ("--expert-model-parallel-size 4 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|ttL "
-     "--global-batch-size 16", 114.00)])
-def test_simumax_measured_v3_cut_to_four_layers(layout, measured):
-    """MooreThreads/SimuMax docs/b200: the allocator's peak on 8 B200, one dense layer of four, fused cross-entropy."""
-    planned = job(f"--num-layers 4 --moe-layer-freq ([0]*1+[1]*3) --mtp-num-layers 0 {layout}", 8, MEGATRON)
-    assert worst(all_ranks(planned)).peak_bytes / GIB == pytest.approx(measured, rel=0.03)
-
-
-@pytest.mark.parametrize("ranks, sequence_ranks, batch, offload, measured", [
-    (256, 1, 1, False, "OOM"), (256, 4, 1, False, "OOM"), (256, 4, 1, True, 25), (256, 4, 2, True, 74),
-    (256, 1, 1, True, 30), (256, 8, 1, True, 32), (256, 1, 2, True, "OOM"), (128, 8, 2, True, 30)])
-def test_science_ones_verdicts(ranks, sequence_ranks, batch, offload, measured):
-    """Fine-tuning V3 at 32K under ZeRO-3 on H100 of 80 GB: which rows ran. The numbers themselves do not fall with the
+@pytest.mark.parametrize("row", SCIENCE_ONE)
+def test_science_ones_verdicts(row):
+    """Fine-tuning V3 at 32K under ZeRO-3 on H100 of 80 GB: which rows ran. The numbers themselves do not grow with the
     tokens of a GPU, so they are not compared.
     """
-    host = "--optimizer-cpu-offload --cpu-offloading-num-layers 61" if offload else ""
-    planned = job(f"--mtp-num-layers 0 --seq-length 32768 --context-parallel-size {sequence_ranks} --micro-batch-size "
-                  f"{batch} --recompute-granularity full {host}", ranks, ZERO3)
-    assert (verdict(all_ranks(planned), find_gpu("h100")) == OOM) == (measured == "OOM")
+    *job_of_row, seen = row
+    assert (verdict(all_ranks(science_job(settings_of, *job_of_row)), find_gpu("h100")) == OOM) == (seen is None)
 
 
 V3 = ("--pipeline-model-parallel-size 16 --pipeline-schedule DualPipeV --expert-model-parallel-size 64 "
