@@ -14,7 +14,7 @@ from megatron_deepseek.planning.actions import DUAL_PIPE, Act, actions, held_sta
 from megatron_deepseek.planning.activations import LayerShapes, Traffic
 from megatron_deepseek.planning.engines import OURS, Engine
 from megatron_deepseek.planning.layer_bytes import LayerMode, modes
-from megatron_deepseek.planning.node_reach import expected_nodes
+from megatron_deepseek.planning.node_reach import expected_nodes, nodes_of_experts
 from megatron_deepseek.planning.numbers import Numbers
 from megatron_deepseek.planning.pipeline_balance import resolve, stages
 from megatron_deepseek.settings import Settings
@@ -99,8 +99,9 @@ class Job:
         """Return one micro-batch as a layer sees it; `imbalance`: rows of the fullest expert rank over the mean."""
         settings, loss, communication = self.settings, self.settings.loss, self.settings.communication
         even = loss.moe_router_force_load_balancing
-        nodes = expected_nodes(self.model, self.layout, communication.moe_ranks_per_node or self.layout.world_size)
-        traffic = Traffic(communication.moe_token_dispatcher_type, nodes,
+        node = communication.moe_ranks_per_node or self.layout.world_size
+        traffic = Traffic(communication.moe_token_dispatcher_type,
+                          expected_nodes(self.model, self.layout, node, even), nodes_of_experts(self.layout, node),
                           1.0 if even else self.imbalance if imbalance is None else imbalance)
         return LayerShapes(self.model, self.layout, settings.batch.micro_batch_size, settings.data.seq_length,
                            self.numbers, traffic, loss.balance_type != "none", loss.balance_type == "seq_aux_loss",

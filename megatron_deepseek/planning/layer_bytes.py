@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_deepseek.planning.activations import Kept, LayerShapes, layer, mtp, staying, total
+from megatron_deepseek.planning.activations import Kept, LayerShapes, layer, mtp, remaining, staying, total
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -65,7 +65,7 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode) -> LayerBytes:
     depth = index - model.num_hidden_layers
     whole = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
     transient = gradients_in_flight(shapes, index)
-    waiting = deferred_inputs(whole) + deferred_gradients(shapes, index)
+    waiting = deferred_inputs(remaining(whole, ())) + deferred_gradients(shapes, index)
     if mode.full:
         kept = total(inputs(shapes, whole))
         again = total(whole) - kept

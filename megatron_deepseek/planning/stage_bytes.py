@@ -13,7 +13,7 @@ from functools import lru_cache
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.activations import LayerShapes, norm, total
+from megatron_deepseek.planning.activations import LayerShapes, embedding, norm, total
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
@@ -62,9 +62,12 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
     """Yield (name, bytes) of what a stage keeps outside of its layers."""
     part, model, numbers = job.stages[stage], job.model, shapes.numbers
     hidden = numbers.plain(shapes.stream, model.hidden_size)
+    if part.embedding:
+        yield "rows of the vocabulary", total(embedding(shapes))
     if model.num_hidden_layers - 1 in part.layers:
         yield "input of the last norm", hidden + total(norm("", shapes.stream, numbers))
-        yield "last state", hidden
+        if not shapes.gathers or model.num_nextn_predict_layers or not part.loss:
+            yield "last state", hidden
     if part.loss:
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers
         each = total(head(shapes, chunk, predictions)) if job.engine.logit_bytes is None else \
