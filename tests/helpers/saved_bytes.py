@@ -28,6 +28,39 @@ class Saved:
     host: int
 
 
+class MostSaved:
+    """Follows, while it is entered, how many bytes of storages the graphs of all forwards hold together; `most` is the
+    largest number that there was. Storages of `given` do not count.
+    """
+
+    def __init__(self, given: Iterable[torch.Tensor]):
+        self._known = {tensor.untyped_storage()._cdata for tensor in given}
+        self._holders: dict[int, int] = {}
+        self._now = self.most = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda holder: holder.tensor)
+
+    def __enter__(self):
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._hooks.__exit__(*error)
+
+    def _keep(self, tensor: torch.Tensor) -> _Holder:
+        holder, parts = _Holder(tensor), parts_of(tensor) if isinstance(tensor, BlockScaled) else (tensor,)
+        for storage in {part.untyped_storage()._cdata: part.untyped_storage() for part in parts}.values():
+            if storage._cdata not in self._known:
+                self._change(storage._cdata, storage.nbytes(), 1)
+                weakref.finalize(holder, self._change, storage._cdata, storage.nbytes(), -1)
+        return holder
+
+    def _change(self, storage: int, size: int, by: int) -> None:
+        before = self._holders.get(storage, 0)
+        self._holders[storage] = before + by
+        self._now += size * ((before + by > 0) - (before > 0))
+        self.most = max(self.most, self._now)
+
+
 def saved_bytes(run: Callable[[], torch.Tensor], given: Iterable[torch.Tensor], monkeypatch) -> Saved:
     """Return what is kept of `run` while its result lives, but for the storages of `given`: weights and inputs."""
     held, sent = weakref.WeakSet(), []

@@ -8,18 +8,25 @@ from functools import partial
 
 import pytest
 import torch
-from saved_bytes import saved_bytes
+from job import OPTIMIZER
+from saved_bytes import MostSaved, saved_bytes
 from small_models import V2_SMALL, V3_SMALL, random_batch, training_batch, whole_stage
+from torch.distributed.fsdp import FSDPModule
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import StepContext
 from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.planning.engines import OURS
 from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import all_ranks
+from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.planning.stage_bytes import stage_bytes
 from megatron_deepseek.settings import Settings
+from megatron_deepseek.torch_private import fsdp_parameter_group
 from megatron_deepseek.training.division import divide
 from megatron_deepseek.training.next_token import NextToken
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 LENGTH, ROWS = 16, 2
 MODELS = {"v2": replace(V2_SMALL, num_attention_heads=4), "v3": replace(V3_SMALL, num_attention_heads=4)}
@@ -77,3 +84,49 @@ def test_layers_keep_what_is_calculated(ranks, layout, precision, model):
         job = Job(settings, cuda=False)
         said = stage_bytes(job, 0, job.shapes())
         assert {*ranks.run(number, kept, settings)} == {(said.replayed.kept, said.host)}, recompute
+
+
+def kept_in_a_step(settings: Settings) -> tuple[int, int]:
+    """Return the most that graphs hold at once on this rank during a step, and the bytes of its receive buffers."""
+    layout, schedule = settings.layout, settings.pipeline.schedule
+    meshes = build_meshes(layout, torch.device("cpu"))
+    stages = resolve(settings.model, settings.pipeline, layout.pp, LENGTH)
+    build = BuildOptions(precision=Precision(torch.float32, torch.bfloat16), loss=settings.loss,
+                         recompute=settings.recompute)
+    spec = TrainingSpec(settings.model, stages, schedule, LENGTH, ROWS, build, OPTIMIZER)
+    trainer = Trainer(spec, meshes, NextToken())
+    step = training_batch(*random_batch(settings.model, settings.batch.global_batch_size, LENGTH))
+    trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
+    (runner,) = trainer.pipeline._schedules.values()
+    of_rank = [runner._stage] if hasattr(runner, "_stage") else runner._stages
+    infos = [info for stage in of_rank for of_kind in (stage.args_recv_info, stage.grad_recv_info)
+             for each in of_kind.values() for info in each if info.buffer is not None]
+    weights = [getattr(each, "_local_tensor", each) for stage in trainer.stages
+               for unit in stage.modules() if isinstance(unit, FSDPModule) for each in gathered_weights(unit)]
+    buffers = [each for stage in trainer.stages for each in (*stage.buffers(), stage.rope_2SD)]
+    most = MostSaved([*weights, *buffers, step.tokens_BS, *(info.buffer for info in infos)])
+    with most:
+        trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
+    return most.most, sum(info.buffer.nbytes for info in infos)
+
+
+def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
+    """Return the whole weights of a unit: their storages stay the same from step to step."""
+    group = fsdp_parameter_group(unit)
+    whole = [each._unsharded_param for each in (group.fsdp_params if group else ())]
+    return [getattr(each, "_local_tensor", each).detach() for each in whole]
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS"])
+def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
+    """The most at any moment of a step, and the receive buffers. What a stage passed on is held outside of graphs; those
+    of the last stage hold the labels and weights of all rows too, which are the step's.
+    """
+    rows = 4 * ROWS
+    settings = settings_of(f"--bf16 --pipeline-model-parallel-size 2 --pipeline-schedule {schedule} --num-layers 4 "
+                           f"--global-batch-size {rows}", 2, "v3")
+    settings = replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4))
+    planned = all_ranks(Job(settings, replace(OURS, keeps_output=False), cuda=False))
+    labels = [0, rows * LENGTH * (8 + 4)]
+    seen = ranks.run(2, kept_in_a_step, settings)
+    assert seen == [(said.peak.kept + own, said.receive) for said, own in zip(planned, labels, strict=True)]
