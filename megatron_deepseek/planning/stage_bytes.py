@@ -18,7 +18,7 @@ from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
 from megatron_deepseek.planning.replay import StageBytes
-from megatron_deepseek.planning.states import held_parameters
+from megatron_deepseek.planning.held_parameters import held_parameters
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     if job.stages[stage].loss and job.engine.logit_bytes is None:
         chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
         forward, backward = head_forward(shapes, chunk), head_backward(shapes, chunk)
-    waiting = 0.0
+    waiting = head_waiting(job, stage, shapes)
     for index, each in zip(reversed(indices), reversed(layers)):
         forward = max(forward, each.forward - behind)
         backward = max(backward, each.backward + _weight_gradient(job, index) - behind + waiting)
@@ -78,6 +78,16 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
             yield kind_of(job, part.layers[0]), -hidden  # its input is a receive buffer
         if stage < len(job.stages) - 1 and job.engine.keeps_output:
             yield "output of the stage", states_after(job, stage) * hidden
+
+
+def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
+    """Return what the head's weight gradient waits with: its inputs, and without chunks the gradients of all logits."""
+    if not (job.stages[stage].loss and job.splits_backwards):
+        return 0.0
+    width = job.model.hidden_size
+    if chunk_of(shapes, job.settings.loss.loss_chunk_size) is None:
+        width += job.model.vocab_size // job.layout.tp
+    return (1 + job.model.num_nextn_predict_layers) * shapes.numbers.plain(shapes.whole, width)
 
 
 def receive_buffers(job: Job, held: list[int], shapes: LayerShapes) -> float:

@@ -16,7 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import StepContext
+from megatron_deepseek.ops.fp8.block_scaled import parts_of
 from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.parallel.zero_bubble import DeferredGradients
 from megatron_deepseek.planning.engines import OURS
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import all_ranks
@@ -119,8 +121,8 @@ def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS"])
 def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
-    """The most at any moment of a step, and the receive buffers. What a stage passed on is held outside of graphs; those
-    of the last stage hold the labels and weights of all rows too, which are the step's.
+    """The most at any moment of a step, and the receive buffers. What a stage passed on is held outside of graphs.
+    Those of the last stage hold the labels and weights of all rows too, which are the step's.
     """
     rows = 4 * ROWS
     settings = settings_of(f"--bf16 --pipeline-model-parallel-size 2 --pipeline-schedule {schedule} --num-layers 4 "
@@ -130,3 +132,39 @@ def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
     labels = [0, rows * LENGTH * (8 + 4)]
     seen = ranks.run(2, kept_in_a_step, settings)
     assert seen == [(said.peak.kept + own, said.receive) for said, own in zip(planned, labels, strict=True)]
+
+
+def left_for_weight_gradients(settings: Settings) -> set[tuple[int, int]]:
+    """Return (stage, bytes) of what each backward leaves on this rank until its weight gradients are made."""
+    found, take = set(), DeferredGradients.take
+
+    def counted(deferred: DeferredGradients):
+        tensors = [cell.cell_contents for _, gradient in deferred._pending for cell in gradient.__closure__]
+        tensors += [each for cell in tensors if isinstance(cell, (tuple, list)) for each in cell]
+        storages = {part.untyped_storage()._cdata: part.untyped_storage().nbytes()
+                    for each in tensors if isinstance(each, torch.Tensor) for part in parts_of(each)}
+        found.add((indices[id(deferred)], sum(storages.values())))
+        return take(deferred)
+
+    meshes = build_meshes(settings.layout, torch.device("cpu"))
+    stages = resolve(settings.model, settings.pipeline, settings.layout.pp, LENGTH)
+    build = BuildOptions(precision=Precision(torch.float32, torch.bfloat16, fp8=settings.run.fp8_format is not None),
+                         loss=settings.loss, recompute=settings.recompute)
+    trainer = Trainer(TrainingSpec(settings.model, stages, settings.pipeline.schedule, LENGTH, ROWS, build, OPTIMIZER),
+                      meshes, NextToken())
+    indices = {id(each): index for each, index in zip(trainer.pipeline.deferred, trainer.indices)}
+    DeferredGradients.take = counted
+    step = training_batch(*random_batch(settings.model, settings.batch.global_batch_size, LENGTH))
+    trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--bf16 --fp8-format e4m3"], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("recompute", ["", "--recompute-granularity selective", "--recompute-granularity full"])
+def test_what_waits_for_weight_gradients(ranks, recompute, precision):
+    settings = settings_of(f"{precision} {recompute} --pipeline-model-parallel-size 2 --pipeline-schedule "
+                           f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, "v3")
+    settings = replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4))
+    job = Job(settings, cuda=False)
+    said = {(stage, stage_bytes(job, stage, job.shapes()).replayed.waiting) for stage in range(4)}
+    assert set().union(*ranks.run(2, left_for_weight_gradients, settings)) == said
