@@ -104,7 +104,7 @@ class Trainer:
         self.parameters = self._named_parameters()
         self.optimizer = build_optimizer(self.parameters, spec.optimizer)
         in_turns = spec.build.communication.overlap_moe_expert_parallel_comm
-        self.pipeline = Pipeline(self.stages, self.indices, _travel(spec, meshes), spec.schedule, meshes,
+        self.pipeline = Pipeline(self.stages, self.indices, travel_between_stages(spec, meshes), spec.schedule, meshes,
                                  self.stages[0].overlap if in_turns else None)
 
     def _named_parameters(self) -> list[NamedParameter]:
@@ -228,7 +228,7 @@ def _embedding_holders(spec: TrainingSpec) -> dict[str, list[int]]:
     return {"model.embed_tokens.weight": holding}
 
 
-def _travel(spec: TrainingSpec, meshes: Meshes) -> Travel:
+def travel_between_stages(spec: TrainingSpec, meshes: Meshes) -> Travel:
     """Hidden states stacked along the batch: the main model's, then one for each MTP depth already computed.
 
     Raise ValueError for a sequence that the ranks cannot share evenly.

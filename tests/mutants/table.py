@@ -194,7 +194,7 @@ EXTREMES = of(
 
 COUNTED = of(
     "training/trainer.py", TRAFFIC,
-    ("tokens = copies / (self.plan.model.num_experts_per_tok or 1)", "tokens = copies"),
+    ("tokens = copies / (self.spec.model.num_experts_per_tok or 1)", "tokens = copies"),
 ) + of(
     "model/step.py", TRAFFIC,
     ("self.cross_node_sends = self.cross_node_sends + stats.cross_node_sends",
@@ -238,7 +238,7 @@ STEP_MUTANTS = of(
     ("self.meshes.stage.get_group())\n        return StepResult",
      "self.meshes.dense_fsdp.get_group())\n        return StepResult"),
     ("bias_rate if healthy else 0.0", "0.0"),
-    ("clip_gradients(self.parameters, norm, self.plan.optimizer.clip_grad)", "pass"),
+    ("clip_gradients(self.parameters, norm, self.spec.optimizer.clip_grad)", "pass"),
     ("stage.embedding or stage.mtp or (stage.loss and tied)]", "stage.embedding or (stage.loss and tied)]"),
     ("healthy = losses.finite() and math.isfinite(norm.item())", "healthy = True"),
     ("self._reduce(step.statistics, divided, counts, stop_flags())",

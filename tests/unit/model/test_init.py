@@ -8,7 +8,7 @@ import torch
 from small_models import V3_SMALL, weights_of, whole_model, whole_stage
 
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
-from megatron_deepseek.model.init import _split_mix, global_index, normal
+from megatron_deepseek.model.init import split_mix, global_index, normal
 from megatron_deepseek.parallel.layout_string import Stage
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
     (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B])])
 def test_split_mix_known_numbers(seed, expected):
     """The published outputs of SplitMix64, whose n-th number is that of counter n."""
-    bits = _split_mix(torch.arange(1, 6), seed)
+    bits = split_mix(torch.arange(1, 6), seed)
     assert [int(b) % 2**64 for b in bits] == expected
 
 

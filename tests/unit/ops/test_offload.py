@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kept_memory import Watch
 from small_models import (V3_SMALL, enliven, forward, gradients_of, random_batch, training_batch, weights_of,
                           whole_model, whole_stage)
-from test_recompute import Watch
 
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.ops import offload as offload_module
