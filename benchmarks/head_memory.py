@@ -78,7 +78,8 @@ def _gradient_of_csrc(logits_Tv, labels_T, first_id, max_T, sum_T, grad_T):
 def as_on_a_gpu(csrc: bool) -> ExitStack:
     """Inside, the loss is computed as of CUDA tensors, with csrc/'s allocations or the references'."""
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(heads, "vocab_parallel_cross_entropy", vocabulary._CrossEntropy.apply))
+    stack.enter_context(mock.patch.object(heads, "vocab_parallel_cross_entropy",
+                                          vocabulary.VocabParallelCrossEntropy.apply))
     if csrc:
         stack.enter_context(mock.patch.object(vocabulary, "cross_entropy_statistics", _statistics_of_csrc))
         for module in (vocabulary, vocabulary_chunks):

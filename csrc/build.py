@@ -84,7 +84,7 @@ def architectures(kernel: str) -> tuple[str, ...]:
     return ("90a",) if kernel in HOPPER_ONLY else PORTABLE
 
 
-def _run(command: list[str]) -> str:
+def run_command(command: list[str]) -> str:
     """What the command wrote. Raises RuntimeError with it when it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -103,7 +103,7 @@ def _cached(command: list[str], source: Path, suffix: str) -> tuple[Path, str]:
     if not (made.exists() and log.exists()):
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = made.with_suffix(f".{os.getpid()}.partial.o")
-        log.write_text(_run([*command, str(source), "-o", str(partial)]))
+        log.write_text(run_command([*command, str(source), "-o", str(partial)]))
         partial.rename(made)
     return made, log.read_text()
 
@@ -160,7 +160,7 @@ def build_library(output: Path, jobs: int = 2) -> Path:
     objects, _ = compile_kernels(jobs)
     objects += _bind(False, jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), *map(str, objects),
+    run_command([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), *map(str, objects),
           f"-L{torch_directory() / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"])
     return output
 
@@ -174,7 +174,7 @@ def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) ->
     objects = [path for path, _ in _all(calls, jobs)] + _bind(True, jobs)
     libraries = torch_directory() / "lib"
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([compiler, "-shared", "-o", str(output), *map(str, objects), *extra,
+    run_command([compiler, "-shared", "-o", str(output), *map(str, objects), *extra,
           f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"])
     return output
 

@@ -33,7 +33,7 @@ from megatron_deepseek.settings import (
 from megatron_deepseek.training import schedules, timeline
 
 # torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
-_SILENT_SECONDS = 10.0
+SILENT_SECONDS = 10.0
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
@@ -79,7 +79,7 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             if first:
                 print(line, file=sys.stderr, flush=True)
             else:
-                time.sleep(_SILENT_SECONDS)
+                time.sleep(SILENT_SECONDS)
             tell_agent(line)
     raise SystemExit(2)
 

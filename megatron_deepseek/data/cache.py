@@ -138,7 +138,7 @@ def sound_files(folder: Path, sizes: Mapping[str, int]) -> set[str]:
     sizes = {name: size for name, size in sizes.items()
              if (stamp := stamp_of(folder / name)) is not None and stamp.size == size + SEAL_BYTES}
     with ThreadPoolExecutor(THREADS, "seal") as pool:
-        blocks = {name: [pool.submit(_digest, folder / name, begin, min(BLOCK_BYTES, size - begin))
+        blocks = {name: [pool.submit(block_digest, folder / name, begin, min(BLOCK_BYTES, size - begin))
                          for begin in range(0, size, BLOCK_BYTES)] for name, size in sizes.items()}
         return {name for name, futures in blocks.items()
                 if _has_seal(folder / name, sizes[name], [future.result() for future in futures])}
@@ -156,7 +156,7 @@ def _has_seal(path: Path, size: int, digests: list[bytes | None]) -> bool:
         return False
 
 
-def _digest(path: Path, begin: int, size: int) -> bytes | None:
+def block_digest(path: Path, begin: int, size: int) -> bytes | None:
     """Of a block; None where it cannot be read to its end."""
     running, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(size, READ_BYTES)))
     try:

@@ -115,7 +115,7 @@ def _write(outputs: dict[str, list[Slice]], workers: int, copied):
 
 
 @dataclass(frozen=True)
-class _ByteRange:
+class ByteRange:
     """Bytes [begin, begin + size) of `source`, to be copied to byte `target` of the output."""
 
     source: str
@@ -126,7 +126,7 @@ class _ByteRange:
 
 def _write_bin(path: str, slices: list[Slice], workers: int, copied):
     with open(path, "wb") as output, ThreadPoolExecutor(max(1, workers), "merge") as pool:
-        pending = [pool.submit(_copy, span, output.fileno(), copied) for span in _byte_ranges(slices)]
+        pending = [pool.submit(_copy, span, output.fileno(), copied) for span in byte_ranges(slices)]
         try:
             for future in pending:
                 future.result()
@@ -134,17 +134,17 @@ def _write_bin(path: str, slices: list[Slice], workers: int, copied):
             pool.shutdown(cancel_futures=True)
 
 
-def _byte_ranges(slices: list[Slice]) -> Iterator[_ByteRange]:
+def byte_ranges(slices: list[Slice]) -> Iterator[ByteRange]:
     target = 0
     for part in slices:
         first, end = part.bytes
         for begin in range(first, end, BYTES_PER_TASK):
             size = min(BYTES_PER_TASK, end - begin)
-            yield _ByteRange(part.index.prefix + ".bin", begin, target, size)
+            yield ByteRange(part.index.prefix + ".bin", begin, target, size)
             target += size
 
 
-def _copy(span: _ByteRange, output: int, copied):
+def _copy(span: ByteRange, output: int, copied):
     """By copy_file_range, which shares blocks where the file system can; where it refuses, by reading and writing."""
     done = 0
     with open(span.source, "rb") as file:
@@ -157,7 +157,7 @@ def _copy(span: _ByteRange, output: int, copied):
             copied(count)
 
 
-def _copy_in_kernel(source: int, output: int, span: _ByteRange, done: int) -> int:
+def _copy_in_kernel(source: int, output: int, span: ByteRange, done: int) -> int:
     """Bytes copied; 0 at the end of the source, and on systems and file systems that cannot."""
     try:
         return os.copy_file_range(source, output, min(span.size - done, BYTES_PER_BLOCK),
@@ -166,7 +166,7 @@ def _copy_in_kernel(source: int, output: int, span: _ByteRange, done: int) -> in
         return 0
 
 
-def _copy_block(source: int, output: int, span: _ByteRange, done: int) -> int:
+def _copy_block(source: int, output: int, span: ByteRange, done: int) -> int:
     with naming(span.source):
         block = os.pread(source, min(span.size - done, BYTES_PER_BLOCK), span.begin + done)
     written = 0

@@ -31,11 +31,11 @@ def end_with_agent() -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent or _is_orphan(parent):
+    if os.getppid() != parent or is_orphan(parent):
         os._exit(1)
 
 
-def _is_orphan(parent: int) -> bool:
+def is_orphan(parent: int) -> bool:
     """Whether the agent that started this process is gone, so that `parent` only adopted it.
 
     torchrun starts each rank in a session of its own: the leader of a session is the agent's own child (and not a

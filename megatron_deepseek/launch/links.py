@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PROBES = 6
-_LOOK_SECONDS = 5.0
+LOOK_SECONDS = 5.0
 _LARGEST_INT = 2**31 - 1  # milliseconds: 24 days
 
 
@@ -37,7 +37,7 @@ def silence_limited(seconds: float) -> Iterator[None]:
     done = threading.Event()
 
     def look():
-        while not done.wait(_LOOK_SECONDS):
+        while not done.wait(LOOK_SECONDS):
             for connection in _connections():
                 with connection:
                     limit_silence(connection, seconds)

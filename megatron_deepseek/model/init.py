@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.parallel.shards import shard_regions
 
-_BLOCK = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
+ELEMENTS_AT_A_TIME = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
 
 
 def _signed(value: int) -> int:
@@ -63,8 +63,8 @@ def fill_normal(parameter: DTensor, std: float, seed: int, name: str) -> None:
     for region in shard_regions(parameter):
         for part in region.contiguous():
             flat = part.local.view(-1)
-            for start in range(0, flat.numel(), _BLOCK):
-                stop = min(start + _BLOCK, flat.numel())
+            for start in range(0, flat.numel(), ELEMENTS_AT_A_TIME):
+                stop = min(start + ELEMENTS_AT_A_TIME, flat.numel())
                 index = global_index(start, stop, parameter.shape, part.local.shape, part.offset, flat.device)
                 flat[start:stop] = normal(index, seed, name) * std
 

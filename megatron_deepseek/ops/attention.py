@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron_deepseek.ops.backends.registry import with_backends
 from megatron_deepseek.ops.documents import Documents
 
-_aten = torch.ops.aten
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,23 @@ def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, 
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores
            ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, S, V] and log-sum-exp [B, N, S]."""
-    forward, _ = _kernel(q_BNSD)
+    forward, _ = kernel_for(q_BNSD)
     return forward(q_BNSD, k_BNKD, v_BNKV, scores)
 
 
 def attend_backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores: Scores
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; `out_BNSV` and `lse_BNS` are the joint ones over all parts of the keys."""
-    _, backward = _kernel(q_BNSD)
+    _, backward = kernel_for(q_BNSD)
     return backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores)
 
 
-def _kernel(q: torch.Tensor):
+def kernel_for(q: torch.Tensor):
     """(forward, backward): fused where there is a kernel. CUDA's flash kernel takes no wide dtypes."""
     if q.device.type == "cpu":
         return _cpu_forward, _cpu_backward
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _cuda_forward, _cuda_backward
+        return cuda_forward, cuda_backward
     return plain_forward, plain_backward
 
 
@@ -122,28 +122,28 @@ def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _cpu_forward(q, k, v, scores: Scores):
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, _pad(v, q.shape[-1]), 0.0, scores.causal, scale=scores.scale)
     return out[..., :v.shape[-1]], lse
 
 
 def _cpu_backward(grad, q, k, v, out, lse, scores: Scores):
     width = q.shape[-1]
-    grad_q, grad_k, grad_v = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _pad(grad, width), q, k, _pad(v, width), _pad(out, width), lse, 0.0, scores.causal, scale=scores.scale)
     return grad_q, grad_k, grad_v[..., :v.shape[-1]]
 
 
-def _cuda_forward(q, k, v, scores: Scores):
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+def cuda_forward(q, k, v, scores: Scores):
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
         *_as_wide(q, k, v), 0.0, scores.causal, False, scale=scores.scale)
     return out[..., :v.shape[-1]], lse
 
 
-def _cuda_backward(grad, q, k, v, out, lse, scores: Scores):
+def cuda_backward(grad, q, k, v, out, lse, scores: Scores):
     """The kernel makes `grad` and `out` contiguous where they are not, but reads `lse` as if it were."""
     no_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    grads = _aten._scaled_dot_product_flash_attention_backward(
+    grads = aten._scaled_dot_product_flash_attention_backward(
         *_as_wide(grad, q, k, v, out), lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, scores.causal,
         no_state, no_state[:0], scale=scores.scale)
     return tuple(grad[..., :x.shape[-1]] for grad, x in zip(grads, (q, k, v), strict=True))

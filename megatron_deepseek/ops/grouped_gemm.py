@@ -32,7 +32,7 @@ def _mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_((rounded @ weight)[:x.shape[0]])
 
 
-def _native(x: torch.Tensor, *widths: int) -> bool:
+def has_native_kernel(x: torch.Tensor, *widths: int) -> bool:
     """Whether grouped_mm takes it: rows of all operands must begin at multiples of 16 bytes."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and not any(width % 8 for width in widths)
 
@@ -43,7 +43,7 @@ def _offsets(counts_E: list[int], device: torch.device) -> torch.Tensor:
 
 def grouped_forward(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
     """y [R, O]: each expert's rows times its weight transposed."""
-    if _native(x_RI, *weight_EOI.shape[1:]):
+    if has_native_kernel(x_RI, *weight_EOI.shape[1:]):
         return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=_offsets(counts_E, x_RI.device))
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
     for x, weight, y in zip(x_RI.split(counts_E), weight_EOI.unbind(), y_RO.split(counts_E)):
@@ -53,7 +53,7 @@ def grouped_forward(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list
 
 def grouped_dgrad(grad_RO: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
     """Gradient of x [R, I]: each expert's rows times its weight."""
-    if _native(grad_RO, *weight_EOI.shape[1:]):
+    if has_native_kernel(grad_RO, *weight_EOI.shape[1:]):
         return F.grouped_mm(grad_RO, weight_EOI, offs=_offsets(counts_E, grad_RO.device))
     grad_RI = grad_RO.new_empty(grad_RO.shape[0], weight_EOI.shape[2])
     for grad, weight, out in zip(grad_RO.split(counts_E), weight_EOI.unbind(), grad_RI.split(counts_E)):
@@ -63,7 +63,7 @@ def grouped_dgrad(grad_RO: torch.Tensor, weight_EOI: torch.Tensor, counts_E: lis
 
 def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
     """Gradient of the weights [E, O, I]; zero for an expert without rows."""
-    if _native(x_RI, grad_RO.shape[1], x_RI.shape[1]):
+    if has_native_kernel(x_RI, grad_RO.shape[1], x_RI.shape[1]):
         grad_EOI = F.grouped_mm(grad_RO.t(), x_RI, offs=_offsets(counts_E, x_RI.device))
         for grad, count in zip(grad_EOI, counts_E, strict=True):
             if not count:

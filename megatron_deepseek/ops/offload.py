@@ -33,7 +33,7 @@ class saved_on_host(torch.autograd.graph.saved_tensors_hooks):
             storage = StorageWeakRef(tensor.untyped_storage())
             key = storage.cdata, tensor._version, tensor.dtype
             if key not in travelled:
-                travelled[key] = storage, _to_host(tensor)
+                travelled[key] = storage, to_host(tensor)
             notes = travelled[key][1]
             return notes, notes.note(0, tensor)
 
@@ -47,7 +47,7 @@ def _read(packed) -> torch.Tensor:
     return notes.read(note)
 
 
-def _to_host(tensor: torch.Tensor) -> RecomputeHandle:
+def to_host(tensor: torch.Tensor) -> RecomputeHandle:
     """The whole storage of `tensor`, on its way to the host."""
     storage = tensor.untyped_storage()
     whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)

@@ -100,7 +100,7 @@ class ContextParallel:
         """
         exchange = EXCHANGES[self.exchange](self.group)
         anchor = project.anchor(q_BSND.device)
-        return _BlockwiseAttention.apply(q_BSND, block_BSC, anchor, project, scale, block_mask, exchange, output)
+        return BlockwiseAttention.apply(q_BSND, block_BSC, anchor, project, scale, block_mask, exchange, output)
 
 
 def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
@@ -177,7 +177,7 @@ class BlockMask:
         return slice(start, stop) if start < stop else None
 
 
-class _BlockwiseAttention(torch.autograd.Function):
+class BlockwiseAttention(torch.autograd.Function):
     """Keeps the blocks, not the keys and values made of them."""
 
     @staticmethod
@@ -225,7 +225,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                         grad_q_BNSD[queries] += grad_q
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
-                yield _gradient_of_block(block, made, ctx.project, through_attention, block_needed) if parts \
+                yield gradient_of_block(block, made, ctx.project, through_attention, block_needed) if parts \
                     else torch.zeros_like(block)
 
         block_needed, grad_own = ctx.needs_input_grad[1], None
@@ -236,7 +236,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None, None, None
 
 
-def _gradient_of_block(block: torch.Tensor, keys: slice, project: Project, through_attention, needed: bool
+def gradient_of_block(block: torch.Tensor, keys: slice, project: Project, through_attention, needed: bool
                        ) -> torch.Tensor:
     """Make keys and values again, and back-propagate what `through_attention` says of them: into the block, if its
     gradient is `needed`, and the weights.

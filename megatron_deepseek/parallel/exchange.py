@@ -28,7 +28,7 @@ class Ring:
         """(owner, its block) for every rank of the group."""
         size, block = self.group.size(), own.contiguous()
         for step in range(size):
-            arriving = _Transfer(block, self.group) if step < size - 1 else None
+            arriving = Transfer(block, self.group) if step < size - 1 else None
             yield (self.group.rank() - step) % size, block
             if arriving is not None:
                 block = arriving.wait()
@@ -41,11 +41,11 @@ class Ring:
             total = gradient.to(torch.promote_types(dtype, torch.float32))
             if arriving is not None:
                 total = total + arriving.wait()
-            arriving = _Transfer(total.contiguous(), self.group)
+            arriving = Transfer(total.contiguous(), self.group)
         return arriving.wait().to(dtype)
 
 
-class _Transfer:
+class Transfer:
     """A block on its way to the next rank, and the one that comes from the rank before."""
 
     def __init__(self, block: torch.Tensor, group: dist.ProcessGroup):

@@ -65,7 +65,7 @@ class Exchange:
     def __call__(self, x: torch.Tensor, sent: list[int], received: list[int], encode: Encode = unchanged
                  ) -> torch.Tensor:
         """`sent[r]` rows of x to rank r, `received[r]` rows from it; gradients travel back, as what `encode` makes."""
-        return x if self.group.size() == 1 else _AllToAll.apply(x, sent, received, self, encode)
+        return x if self.group.size() == 1 else AllToAllRows.apply(x, sent, received, self, encode)
 
     def send(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         """One way, of every part of x if it is block-scaled."""
@@ -92,7 +92,7 @@ class Exchange:
         return self.counter.divide(self.group, sent).across_nodes
 
 
-class _AllToAll(torch.autograd.Function):
+class AllToAllRows(torch.autograd.Function):
     """Its own transpose: the gradient of a row goes back to where the row came from."""
 
     @staticmethod

@@ -17,7 +17,7 @@ from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel.tensor import all_reduce
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverSequenceRanks(torch.autograd.Function):
     """All-reduce of this rank's part; every rank uses the sum, so that the gradients are summed as well."""
 
     @staticmethod
@@ -43,7 +43,7 @@ class SequenceSums:
 
     def per_row(self, x_BS: torch.Tensor) -> torch.Tensor:
         """Return the sum of each row over all its tokens, [B], whole on every rank that shares the rows."""
-        return self._whole(x_BS.sum(1))
+        return self.over_ranks(x_BS.sum(1))
 
     def per_document(self, x_BS: torch.Tensor) -> torch.Tensor:
         """Return the sum of each document over all its tokens, [B, D]; 0 behind a row's last document."""
@@ -52,11 +52,11 @@ class SequenceSums:
         places_BS = self.documents.places_BS
         own_BS = places_BS if self.positions_S is None else places_BS[:, self.positions_S]
         sums_BD = x_BS.new_zeros(x_BS.shape[0], self.documents.most)
-        return self._whole(sums_BD.scatter_add(1, own_BS.to(x_BS.device), x_BS))
+        return self.over_ranks(sums_BD.scatter_add(1, own_BS.to(x_BS.device), x_BS))
 
     def share(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of the sum of `x`, a scalar, where every rank that shares the rows made the same."""
         return x.sum() / (1 if self.group is None else self.group.size())
 
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.group is None else _SumOverRanks.apply(x, self.group)
+    def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.group is None else SumOverSequenceRanks.apply(x, self.group)

@@ -58,7 +58,7 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return x
 
 
-class _GatherSum(torch.autograd.Function):
+class GatherSum(torch.autograd.Function):
     """All-gather; every rank uses the whole result, so the gradients are summed and scattered."""
 
     @staticmethod
@@ -74,7 +74,7 @@ class _GatherSum(torch.autograd.Function):
         return own, None, None, None
 
 
-class _ScatterSum(torch.autograd.Function):
+class ScatterSum(torch.autograd.Function):
     """Reduce-scatter of partial sums; each rank owns a slice, so the gradients are gathered."""
 
     @staticmethod
@@ -95,15 +95,15 @@ def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent =
 
     `sent` is told, both ways, what this rank gives each of the others.
     """
-    return _GatherSum.apply(x, dim, group, sent)
+    return GatherSum.apply(x, dim, group, sent)
 
 
 def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = uncounted) -> torch.Tensor:
     """`reduce_scatter` of partial sums, whose gradients are gathered."""
-    return _ScatterSum.apply(x, dim, group, sent)
+    return ScatterSum.apply(x, dim, group, sent)
 
 
-class _Copy(torch.autograd.Function):
+class CopyToTensorRanks(torch.autograd.Function):
     """Identity into a sharded region; each rank's gradient is a partial sum."""
 
     @staticmethod
@@ -116,7 +116,7 @@ class _Copy(torch.autograd.Function):
         return all_reduce(grad, ctx.group), None
 
 
-class _Sum(torch.autograd.Function):
+class SumOverTensorRanks(torch.autograd.Function):
     """All-reduce of partial sums; the result is replicated, and so is its gradient."""
 
     @staticmethod
@@ -130,10 +130,10 @@ class _Sum(torch.autograd.Function):
 
 def sum_alike(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Sum of every rank's `x`; as all ranks go on alike with it, its gradient is each one's own."""
-    return _Sum.apply(x, group)
+    return SumOverTensorRanks.apply(x, group)
 
 
-class _Split(torch.autograd.Function):
+class SplitTokens(torch.autograd.Function):
     """This rank's slice of a replicated tensor; the whole gradient is gathered from the slices'."""
 
     @staticmethod
@@ -146,7 +146,7 @@ class _Split(torch.autograd.Function):
         return all_gather(grad, ctx.dim, ctx.group), None, None
 
 
-class _Join(torch.autograd.Function):
+class JoinTokens(torch.autograd.Function):
     """Gather slices into a replicated tensor; the gradient is replicated, so each rank takes its own slice."""
 
     @staticmethod
@@ -187,27 +187,27 @@ class TensorParallel:
         """From the stream between regions to the whole sequence, as input of column-parallel weights."""
         if self.size == 1:
             return x_BSH
-        return gather_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Copy.apply(
+        return gather_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else CopyToTensorRanks.apply(
             x_BSH, self.group)
 
     def leave(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """From the partial sums of row-parallel weights back to the stream between regions."""
         if self.size == 1:
             return x_BSH
-        return scatter_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Sum.apply(
+        return scatter_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else SumOverTensorRanks.apply(
             x_BSH, self.group)
 
     def own_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """This rank's slice of the sequence: the stream itself under sequence parallelism, a split of it without."""
         if self.size == 1 or self.sequence_parallel:
             return x_BSH
-        return _Split.apply(x_BSH, SEQUENCE_DIM, self.group)
+        return SplitTokens.apply(x_BSH, SEQUENCE_DIM, self.group)
 
     def all_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """The inverse of `own_tokens`."""
         if self.size == 1 or self.sequence_parallel:
             return x_BSH
-        return _Join.apply(x_BSH, SEQUENCE_DIM, self.group)
+        return JoinTokens.apply(x_BSH, SEQUENCE_DIM, self.group)
 
 
 def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, *placements: Placement) -> nn.Parameter:

@@ -59,7 +59,7 @@ def joint_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: Tensor
     return max_T, sum_T, label_logit_T
 
 
-class _CrossEntropy(torch.autograd.Function):
+class VocabParallelCrossEntropy(torch.autograd.Function):
     """Softmax cross-entropy over a sharded vocabulary. The backward needs no collective: a rank's logits and the joint
     statistics are all that its gradient is made of.
 
@@ -84,10 +84,10 @@ def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor
     if tp.size == 1 and not logits_Tv.is_cuda:
         wide = torch.promote_types(logits_Tv.dtype, torch.float32)
         return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
-    return _CrossEntropy.apply(logits_Tv, labels_T, tp)
+    return VocabParallelCrossEntropy.apply(logits_Tv, labels_T, tp)
 
 
 def log_normalizer(logits_Tv: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """log of the sum of exp(logit) over the whole vocabulary [T], from this rank's logits in at least float32."""
     nobody = torch.full_like(logits_Tv[:, 0], -1, dtype=torch.int64)  # the loss of a label that no rank has
-    return _CrossEntropy.apply(logits_Tv, nobody, tp)
+    return VocabParallelCrossEntropy.apply(logits_Tv, nobody, tp)

@@ -62,13 +62,13 @@ class DeferredGradients:
         return run
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _Linear.apply(x, weight, self)
+        return DeferringLinear.apply(x, weight, self)
 
     def grouped_gemm(self, x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
         return _GroupedGemm.apply(x_RI, weight_EOI, counts_E, self)
 
 
-class _Linear(torch.autograd.Function):
+class DeferringLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, deferred):
         ctx.save_for_backward(*(x,) * ctx.needs_input_grad[1])

@@ -30,15 +30,15 @@ class Holder:
     @classmethod
     def here(cls, job: str) -> "Holder":
         since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _place(), os.getpid(), _process(os.getpid()) or "", since,
-                   job)
+        return cls(uuid.uuid4().hex, socket.gethostname(), _place(), os.getpid(), process_start(os.getpid()) or "",
+                   since, job)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
 
     def process_is_gone(self) -> bool:
         """Whether the process of a holder in this place has ended."""
-        return _process(self.pid) != self.started
+        return process_start(self.pid) != self.started
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -72,7 +72,7 @@ def _place() -> str:
         return socket.gethostname()
 
 
-def _process(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process of this place started; None if there is none, or only its exit status is left."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

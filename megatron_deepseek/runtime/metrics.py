@@ -114,11 +114,11 @@ def cut_after(path: Path, iteration: int) -> int:
     if content.startswith(kept):  # as it is unless something is damaged; a full disk has room for it
         os.truncate(path, len(kept))
     else:
-        _replace(path, kept)
+        replace_content(path, kept)
     return len(records) - len(lines)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_content(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(content)

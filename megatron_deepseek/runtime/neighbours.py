@@ -81,7 +81,7 @@ class Ring:
                 if key.fileobj is self.woken:
                     return
                 if key.fileobj is listener:
-                    self._accept(listener, selector)
+                    self.accept_connection(listener, selector)
                 else:
                     self._hear(key.fileobj, key.data, selector)
 
@@ -106,7 +106,7 @@ class Ring:
         self._register(connection, rank, selector)
         return True
 
-    def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    def accept_connection(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
         connection, _ = listener.accept()
         connection.settimeout(_HELLO_SECONDS)
         if _receive(connection, len(self.token)) == self.token:

@@ -44,7 +44,7 @@ class SaveLock:
                  leaving_seconds: float = LEAVING_SECONDS):
         self.root, self.path, self.me, self.say, self.lost = root, root / LOCK, Holder.here(job), say, lost
         self.beat_seconds, self.silence_seconds, self.leaving_seconds = beat_seconds, silence_seconds, leaving_seconds
-        self._made_root, self._done, self._thread = False, threading.Event(), None
+        self._made_root, self.released, self.keeper = False, threading.Event(), None
 
     def acquire(self) -> None:
         """ValueError, which names the holder, if there is one that lives. Can take `silence_seconds`."""
@@ -57,14 +57,14 @@ class SaveLock:
         for leftover in self.root.glob(f"{LOCK}.*"):
             if self.me.token not in leftover.name:  # who takes this one's place needs the right to it
                 leftover.unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._keep, daemon=True, name="save-lock")
-        self._thread.start()
+        self.keeper = threading.Thread(target=self.keep_beating, daemon=True, name="save-lock")
+        self.keeper.start()
 
     def release(self) -> None:
         """Also removes the directory if `acquire` made it and nothing else is in it."""
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join(self.beat_seconds)
+        self.released.set()
+        if self.keeper is not None:
+            self.keeper.join(self.beat_seconds)
         right = self._right(self.path, self.me)
         try:
             if self._is_mine(self.path) and self._make(right):
@@ -103,7 +103,7 @@ class SaveLock:
             return in_the_way
         try:
             if read_holder(path) == dead:
-                self._put_in_place(path)
+                self.put_in_place(path)
         finally:
             self._drop(right)
         return None
@@ -147,7 +147,7 @@ class SaveLock:
             return False
         return True
 
-    def _put_in_place(self, path: Path) -> None:
+    def put_in_place(self, path: Path) -> None:
         """This one's file instead of the one at `path`; not if somebody else got the lock, and swept this one aside."""
         aside = self._aside()
         try:
@@ -169,16 +169,17 @@ class SaveLock:
         if holder.job and holder.job == self.me.job:
             return True
         if holder.place and holder.place == self.me.place:
-            _within(self.leaving_seconds, lambda: holder.process_is_gone() or _has_left(path, holder))
+            becomes_true(self.leaving_seconds, lambda: holder.process_is_gone() or _has_left(path, holder))
             return holder.process_is_gone()
         self.say(f"{path} is held by {holder}, which may be dead: waiting {self.silence_seconds:g} s for a sign "
                  "of life")
         seen = _beat(path)
-        return not _within(self.silence_seconds, lambda: _beat(path) not in (seen, None) or _has_left(path, holder))
+        return not becomes_true(self.silence_seconds,
+                                lambda: _beat(path) not in (seen, None) or _has_left(path, holder))
 
-    def _keep(self) -> None:
+    def keep_beating(self) -> None:
         """Renew the lock every `beat_seconds`. A beat that the disk refuses is tried again."""
-        while not self._done.wait(self.beat_seconds):
+        while not self.released.wait(self.beat_seconds):
             try:
                 other = self._renew()
             except OSError:
@@ -228,7 +229,7 @@ def _links(path: Path) -> int:
         return 0
 
 
-def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+def becomes_true(seconds: float, condition: Callable[[], bool]) -> bool:
     """Whether `condition` becomes true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -13,8 +13,8 @@ from megatron_deepseek.runtime.failure import FailureClaim
 from megatron_deepseek.runtime.lock_holder import Holder
 from megatron_deepseek.runtime.save_lock import SaveLock
 
-_SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while one speaks
-_FIRST_RANK_SECONDS = 1.0  # that the other ranks leave it, to say what all of them have found
+SILENT_SECONDS = 10.0  # that the other ranks wait to be stopped by torchrun, while one speaks
+FIRST_RANK_SECONDS = 1.0  # that the other ranks leave it, to say what all of them have found
 
 
 @contextmanager
@@ -31,12 +31,12 @@ def refusing(advice: str = "", lock: SaveLock | None = None) -> Iterator[None]:
 def refuse(line: str) -> None:
     """End this rank with status 2. The first rank to claim the job's failure says `line`."""
     if int(os.environ.get("RANK", "0")):
-        time.sleep(_FIRST_RANK_SECONDS)
+        time.sleep(FIRST_RANK_SECONDS)
     line = f"pretrain_deepseek.py: error: {line}"
     if FailureClaim(agent_store()).is_first():
         print(line, file=sys.stderr, flush=True)
     else:
-        time.sleep(_SILENT_SECONDS)
+        time.sleep(SILENT_SECONDS)
     tell_agent(line)
     os._exit(2)
 

@@ -47,7 +47,7 @@ def divide(batch: Batch, objective: Objective, cp: ContextParallel, micro_batch_
     if routes and (objective.num_depths or batch.real_BS is not None):
         real_BS = torch.ones_like(batch.labels_BS, dtype=torch.bool) if batch.real_BS is None else batch.real_BS
         routed_BMS = routed_tokens(real_BS, objective.num_depths, batch.documents_BS)
-    own = _own_part(rows, batch, cp)
+    own = own_part(rows, batch, cp)
     own_routed_BMS = None if routed_BMS is None else cp.own(routed_BMS)
     starts = range(0, batch.num_rows, micro_batch_size)
     items = [_micro_batch(own, own_routed_BMS, documents, cp, slice(start, start + micro_batch_size))
@@ -66,7 +66,7 @@ def _refuse(batch: Batch, objective: Objective, micro_batch_size: int) -> None:
     assert batch.num_rows % micro_batch_size == 0, (batch.num_rows, micro_batch_size)
 
 
-def _own_part(rows: Rows, batch: Batch, cp: ContextParallel) -> Rows:
+def own_part(rows: Rows, batch: Batch, cp: ContextParallel) -> Rows:
     """Return all rows, of their tokens those of this context rank."""
     if cp.size == 1:
         return rows

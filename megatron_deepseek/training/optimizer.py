@@ -18,7 +18,7 @@ from megatron_deepseek.settings import OptimizerSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: as the master weights, which are float32 outside tests
 
-_STRETCH = 1 << 22  # elements that are widened at a time: 16 MB for each moment
+STRETCH_ELEMENTS = 1 << 22  # elements that are widened at a time: 16 MB for each moment
 _VECTOR = 16  # elements: a cache line of float32, in multiples of which the fused CPU kernel divides its work
 
 
@@ -107,18 +107,18 @@ class _Stretch:
 
 def _stretches(*shard: torch.Tensor) -> Iterator[_Stretch]:
     *tensors, step = shard
-    for parts in zip(*(t.view(-1).split(_STRETCH) for t in tensors), strict=True):
+    for parts in zip(*(t.view(-1).split(STRETCH_ELEMENTS) for t in tensors), strict=True):
         if parts[0].numel():
             yield _Stretch(*parts, step)
 
 
 def _batches(stretches: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
-    """Lists of stretches of at most 2 * _STRETCH elements together."""
+    """Lists of stretches of at most 2 * STRETCH_ELEMENTS elements together."""
     batch, size = [], 0
     for stretch in stretches:
         batch.append(stretch)
         size += stretch.param.numel()
-        if size >= _STRETCH:
+        if size >= STRETCH_ELEMENTS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -149,7 +149,7 @@ def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSet
         moment_dtypes, lr=0.0, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=True)
 
 
-def _counts_here(item: NamedParameter) -> bool:
+def counts_in_norm(item: NamedParameter) -> bool:
     """Whether this rank's shard belongs to the norm: of TP replicas the first counts, of stage copies the first."""
     gradient = item.parameter.grad
     if not item.counted or gradient is None:
@@ -163,7 +163,7 @@ def gradient_norm(parameters: Iterable[NamedParameter], device: torch.device) ->
     """Euclidean norm of the gradient of the whole model, float64: squares summed over all ranks of the job, of shards
     that no other rank counts, so that each logical parameter counts once.
     """
-    shards = [item.parameter.grad.to_local() for item in parameters if _counts_here(item)]
+    shards = [item.parameter.grad.to_local() for item in parameters if counts_in_norm(item)]
     shards = [shard for shard in shards if shard.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if shards:

@@ -101,13 +101,13 @@ class Trainer:
             gather_once(unused)
         self.counter = self.stages[0].counter  # one for all stages
         self.shared = find_shared(_embedding_holders(spec), self.holders, dict(zip(self.indices, self.stages)), meshes)
-        self.parameters = self._named_parameters()
+        self.parameters = self.named_parameters()
         self.optimizer = build_optimizer(self.parameters, spec.optimizer)
         in_turns = spec.build.communication.overlap_moe_expert_parallel_comm
         self.pipeline = Pipeline(self.stages, self.indices, travel_between_stages(spec, meshes), spec.schedule, meshes,
                                  self.stages[0].overlap if in_turns else None)
 
-    def _named_parameters(self) -> list[NamedParameter]:
+    def named_parameters(self) -> list[NamedParameter]:
         """Every trained parameter of this rank; of copies on several stages only the first holder's first counts."""
         counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None
                    for shared in self.shared}
@@ -174,13 +174,13 @@ class Trainer:
     def _begin(self, batch: Batch) -> tuple[Division, dict[str, float], StepContext]:
         """Return the batch as the stages take it, what its losses are divided by, and the step's context."""
         divided = self._divide(batch, self.objective)
-        counts, num_sequences = self._count(divided, self.objective)
+        counts, num_sequences = self.global_counts(divided, self.objective)
         return divided, counts, StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
         return divide(batch, objective, self.cp, self.spec.micro_batch_size, self.spec.model.n_routed_experts > 0)
 
-    def _count(self, divided: Division, objective: Objective) -> tuple[dict[str, float], int]:
+    def global_counts(self, divided: Division, objective: Objective) -> tuple[dict[str, float], int]:
         """Return what the objective counts, and the number of sequences, of the global batch.
 
         Context and tensor ranks were given the same rows, so that only data ranks add up.

@@ -18,7 +18,8 @@ class Watch(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if type(tensor) is torch.Tensor:
                 storage = tensor.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                reference = StorageWeakRef(storage)
+                self.made[reference.cdata] = reference, storage.nbytes()
         return result
 
     def kept_bytes(self) -> int:

@@ -152,10 +152,10 @@ RULES = of(
 BLOCKS = of(
     SIGHT,
     ("Ring.blocks",
-     "            arriving = _Transfer(block, self.group) if step < size - 1 else None\n"
+     "            arriving = Transfer(block, self.group) if step < size - 1 else None\n"
      "            yield (self.group.rank() - step) % size, block\n",
      "            yield (self.group.rank() - step) % size, block\n"
-     "            arriving = _Transfer(block, self.group) if step < size - 1 else None\n"),
+     "            arriving = Transfer(block, self.group) if step < size - 1 else None\n"),
     ("Ring.return_gradients", "        for gradient in gradients:  # made",
      "        for gradient in [*gradients]:  # made"),
     ("Ring.return_gradients", "total = gradient.to(torch.promote_types(dtype, torch.float32))", "total = gradient"),
@@ -164,11 +164,11 @@ BLOCKS = of(
      "reduce_scatter(stacked, 0, self.group).to(dtype)"),
 ) + of(
     SIGHT,
-    ("_BlockwiseAttention.backward", "        wide = torch.promote_types(q_BSND.dtype, torch.float32)\n",
+    ("BlockwiseAttention.backward", "        wide = torch.promote_types(q_BSND.dtype, torch.float32)\n",
      "        wide = q_BSND.dtype\n"),
     ("BlockMask._block", "return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds)), parts",
      "return keys, parts"),
-    ("_BlockwiseAttention.backward", " if parts \\\n                    else torch.zeros_like(block)", ""),
+    ("BlockwiseAttention.backward", " if parts \\\n                    else torch.zeros_like(block)", ""),
 ) + of(
     SIGHT,
     ("LogSumExpMerge.empty", "        wide = torch.promote_types(q_BNSD.dtype, torch.float32)\n",

@@ -21,7 +21,7 @@ FROZEN = of(
 ) + of(
     LAYOUTS,
     ("Project.anchor", "requires_grad=any(weight.requires_grad for weight in self.weights)", "requires_grad=False"),
-    ("_gradient_of_block", "detach().requires_grad_(needed)", "detach().requires_grad_(False)"),
+    ("gradient_of_block", "detach().requires_grad_(needed)", "detach().requires_grad_(False)"),
 ) + of(
     LAYOUTS,
     ("SharedParameter.sum_gradients", "if not self.copies or not self.copies[0].requires_grad:", "if not self.copies:"),
@@ -38,7 +38,8 @@ FROZEN = of(
      "if False:"),
 ) + of(
     UNIT,
-    ("_Linear.backward", "        if ctx.needs_input_grad[1]:\n            (x,)", "        if True:\n            (x,)"),
+    ("DeferringLinear.backward", "        if ctx.needs_input_grad[1]:\n            (x,)",
+     "        if True:\n            (x,)"),
     ("zero_bubble._GroupedGemm.backward", "        if ctx.needs_input_grad[1]:\n            (x_RI,)",
      "        if True:\n            (x_RI,)"),
 ) + of(

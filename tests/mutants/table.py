@@ -38,18 +38,18 @@ TENSOR = of(
      "        self.weight_grad = Replicate()\n        self.eps"),
     ("ParallelLinear.forward", "return self.gemm(x, self.local_weight())",
      "return self.gemm(x, local_weight(self.weight, Replicate()))"),
-    ("_Split.forward", "        return x.chunk(group.size(), dim)[group.rank()].contiguous()",
+    ("SplitTokens.forward", "        return x.chunk(group.size(), dim)[group.rank()].contiguous()",
      "        return x.chunk(group.size(), dim)[-1 - group.rank()].contiguous()"),
-    ("_GatherSum.backward", "        own = reduce_scatter(grad, ctx.dim, ctx.group)",
+    ("GatherSum.backward", "        own = reduce_scatter(grad, ctx.dim, ctx.group)",
      "        own = reduce_scatter(grad, ctx.dim, ctx.group) / ctx.group.size()"),
-    ("tensor._Copy.backward", "        return all_reduce(grad, ctx.group), None",
+    ("CopyToTensorRanks.backward", "        return all_reduce(grad, ctx.group), None",
      "        return all_reduce(grad, ctx.group) / ctx.group.size(), None"),
-    ("tensor._Sum",
+    ("SumOverTensorRanks",
      "        return all_reduce(x, group)\n\n    @staticmethod\n    def backward(ctx, grad):\n"
      "        return grad, None",
      "        ctx.size = group.size()\n        return all_reduce(x, group)\n\n    @staticmethod\n"
      "    def backward(ctx, grad):\n        return grad * ctx.size, None"),
-    ("_Split.backward", "return all_gather(grad, ctx.dim, ctx.group), None, None",
+    ("SplitTokens.backward", "return all_gather(grad, ctx.dim, ctx.group), None, None",
      "return all_gather(grad, ctx.dim, ctx.group) / ctx.group.size(), None, None"),
 )
 
@@ -58,7 +58,7 @@ VOCABULARY = of(
     ("local_ids", "local = ids - tp.rank * rows", "local = ids - (tp.size - 1 - tp.rank) * rows"),
     ("VocabParallelEmbedding.forward", "return self.tp.leave(F.embedding(local_BS, weight_vH) * mine_BS.unsqueeze(-1))",
      "return self.tp.leave(F.embedding(local_BS, weight_vH))"),
-    ("_CrossEntropy.forward", "ctx.first_id = tp.rank * logits_Tv.shape[-1]", "ctx.first_id = 0"),
+    ("VocabParallelCrossEntropy.forward", "ctx.first_id = tp.rank * logits_Tv.shape[-1]", "ctx.first_id = 0"),
     ("joint_statistics", "dist.all_reduce(sums_2T, group=tp.group)", "dist.all_reduce(sums_2T[:1], group=tp.group)"),
     ("joint_statistics", "sum_T * (own_max_T - max_T).exp()", "sum_T"),
 )
@@ -106,20 +106,20 @@ CONTEXT = of(
     ("ContextParallel.own",
      "return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))",
      "return x if self.size == 1 else x.chunk(self.size, dim)[self.rank]"),
-    ("_BlockwiseAttention.backward", "grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
-    ("_gradient_of_block", "gradient[:, keys] = part.grad", "gradient[:, keys] = part.grad / 2"),
+    ("BlockwiseAttention.backward", "grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
+    ("gradient_of_block", "gradient[:, keys] = part.grad", "gradient[:, keys] = part.grad / 2"),
     ("BlockMask._within", "bounds += [start - begin + here, stop - begin + here]",
      "bounds += [start - begin, stop - begin]"),
     ("BlockMask._within", "start, stop = max(bounds[0], part.start), min(bounds[-1], part.stop)",
      "start, stop = bounds[0], bounds[-1]"),
-    ("_BlockwiseAttention.backward", "lse_BNS[queries], Scores(ctx.scale, part.causal))",
+    ("BlockwiseAttention.backward", "lse_BNS[queries], Scores(ctx.scale, part.causal))",
      "lse_BNS[queries], Scores(ctx.scale, False))"),
-    ("_BlockwiseAttention.backward", "else torch.zeros_like(block)", "else torch.ones_like(block)"),
+    ("BlockwiseAttention.backward", "else torch.zeros_like(block)", "else torch.ones_like(block)"),
 )
 
 EXPERT = of(
     LAYOUTS,
-    ("_AllToAll.backward", "return ctx.exchange.send(ctx.encode(grad), ctx.received, ctx.sent)",
+    ("AllToAllRows.backward", "return ctx.exchange.send(ctx.encode(grad), ctx.received, ctx.sent)",
      "return ctx.exchange.send(ctx.encode(grad) / 2, ctx.received, ctx.sent)"),
     ("_group_by_expert", "return expert_of_row.repeat_interleave(counts_re.flatten()).argsort(stable=True)",
      "return torch.arange(int(counts_re.sum()), device=counts_re.device)"),
@@ -236,11 +236,11 @@ SENT = of(
     ("Exchange.send", "        self.counter.rows(self.group, sent, x)\n", ""),
 ) + of(
     TRAFFIC,
-    ("_GatherSum.backward",
+    ("GatherSum.backward",
      "        ctx.sent(ctx.group, own)\n"
      "",
      ""),
-    ("_ScatterSum.backward", "        ctx.sent(ctx.group, grad)\n", ""),
+    ("ScatterSum.backward", "        ctx.sent(ctx.group, grad)\n", ""),
 ) + of(
     TRAFFIC,
     ("Trainer.train_step", "        self.counter.take()  # what an evaluation sent\n", ""),
@@ -256,11 +256,11 @@ TRAFFIC_BYTES = of(
 
 STEP_MUTANTS = of(
     STEP,
-    ("Trainer._count", 'dist.all_reduce(together, group=self.meshes.group("dp"))', "pass"),
-    ("Trainer._count", 'dist.all_reduce(together, group=self.meshes.group("dp"))', "dist.all_reduce(together)"),
-    ("Trainer._count", 'dist.all_reduce(together, group=self.meshes.group("dp"))',
+    ("Trainer.global_counts", 'dist.all_reduce(together, group=self.meshes.group("dp"))', "pass"),
+    ("Trainer.global_counts", 'dist.all_reduce(together, group=self.meshes.group("dp"))', "dist.all_reduce(together)"),
+    ("Trainer.global_counts", 'dist.all_reduce(together, group=self.meshes.group("dp"))',
      'dist.all_reduce(together, group=self.meshes.dense_fsdp.get_group())'),
-    ("Trainer._count", "(*own.values(), divided.num_rows)]",
+    ("Trainer.global_counts", "(*own.values(), divided.num_rows)]",
      "(*own.values(), divided.num_rows // self.plan.micro_batch_size)]"),
     ("Trainer._reduce", "statistics.reports.get(name, 0.0) if first_tp else 0.0 for name in names]",
      "statistics.reports.get(name, 0.0) for name in names]"),
@@ -276,7 +276,7 @@ STEP_MUTANTS = of(
      "        norm = gradient_norm(self.parameters, self.meshes.device)",
      "        norm = gradient_norm(self.parameters, self.meshes.device)\n"
      "        for shared in self.shared:\n            shared.sum_gradients()"),
-    ("Trainer._named_parameters",
+    ("Trainer.named_parameters",
      "counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None",
      "counted = {shared.name: None"),
     ("Trainer.train_step", "self.optimizer.zero_grad()", "pass"),
@@ -293,13 +293,13 @@ STEP_MUTANTS = of(
 ) + of(
     LAYOUTS,
     ("division.divide", "objective.num_depths, batch.documents_BS)\n    own = ", "objective.num_depths)\n    own = "),
-    ("_own_part", "weights_BMS=cp.own(rows.weights_BMS),", "weights_BMS=rows.weights_BMS.chunk(cp.size, -1)[0],"),
-    ("_own_part", "inputs={**batch.inputs, **inputs})", "inputs=batch.inputs)"),
+    ("own_part", "weights_BMS=cp.own(rows.weights_BMS),", "weights_BMS=rows.weights_BMS.chunk(cp.size, -1)[0],"),
+    ("own_part", "inputs={**batch.inputs, **inputs})", "inputs=batch.inputs)"),
     ("_micro_batch", "sums=replace(rows.sums, documents=own_documents),", "sums=rows.sums,"),
-    ("_own_part", "group=cp.group),", "group=None),"),
+    ("own_part", "group=cp.group),", "group=None),"),
 ) + of(
     LAYOUTS,
-    ("_SumOverRanks.backward", "return all_reduce(grad, ctx.group), None", "return grad, None"),
+    ("SumOverSequenceRanks.backward", "return all_reduce(grad, ctx.group), None", "return grad, None"),
     ("SequenceSums.share", "return x.sum() / (1 if self.group is None else self.group.size())", "return x.sum()"),
     ("SequenceSums.per_document", "places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
      "places_BS[:, :x_BS.shape[1]]"),
@@ -320,8 +320,9 @@ STEP_MUTANTS = of(
 
 OPTIMIZER = of(
     STEP,
-    ("_counts_here", "    if not item.counted or gradient is None:", "    if gradient is None:"),
-    ("_counts_here", "return all(gradient.device_mesh.get_local_rank(dim) == 0 for dim in replicated)", "return True"),
+    ("counts_in_norm", "    if not item.counted or gradient is None:", "    if gradient is None:"),
+    ("counts_in_norm", "return all(gradient.device_mesh.get_local_rank(dim) == 0 for dim in replicated)",
+     "return True"),
     ("gradient_norm", "    dist.all_reduce(total)\n", ""),
     ("clip_gradients", "scale = float(max_norm / (norm + 1e-6))", "scale = float(max_norm / (norm**2 + 1e-6))"),
     ("build_optimizer", "decays = item.parameter.ndim > 1", "decays = True"),

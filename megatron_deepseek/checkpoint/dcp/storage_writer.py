@@ -161,13 +161,13 @@ class _ChecksummedFiles(FileSystem):
         self.failure: OSError | None = None
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["_ChecksummedFile"]:
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["ChecksummedFile"]:
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
         with open(path, "wb", buffering=0) as raw:
-            stream = _ChecksummedFile(raw)
+            stream = ChecksummedFile(raw)
             try:
                 yield stream
             except BaseException:
@@ -176,7 +176,7 @@ class _ChecksummedFiles(FileSystem):
         self.written[Path(path).name] = stream.checksum.result()
 
 
-class _ChecksummedFile:
+class ChecksummedFile:
     """What DCP and torch.save need of a file that is written from its beginning to its end."""
 
     def __init__(self, raw):

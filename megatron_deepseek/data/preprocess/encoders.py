@@ -80,12 +80,12 @@ class GigatokenEncoder:
     def _load(self):
         from gigatoken.gigatoken_rs import load_hf_json
         self._tokenizer = None
-        _return_freed_memory()
+        return_freed_memory()
         self._tokenizer = _without_panic("gigatoken", lambda: load_hf_json(self._path.read_bytes()))
-        self._limit = _own_memory() + self._cache_bytes
+        self._limit = resident_bytes() + self._cache_bytes
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        if _own_memory() > self._limit:
+        if resident_bytes() > self._limit:
             self._load()
         encode = self._tokenizer.encode
         return _without_panic("gigatoken", lambda: [encode(text) for text in texts])
@@ -101,7 +101,7 @@ def _without_panic(library: str, call: Callable):
         raise ValueError(f"{library}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _own_memory() -> int:
+def resident_bytes() -> int:
     """Bytes of this process that are no mapped files; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
@@ -111,7 +111,7 @@ def _own_memory() -> int:
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _return_freed_memory():
+def return_freed_memory():
     """What glibc keeps of freed small blocks counts against the limit as well."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

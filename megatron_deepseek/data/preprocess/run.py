@@ -173,7 +173,7 @@ def _make_parts(settings: PreprocessSettings, parts: Iterator[Part], maker: Part
     for summary, was_there in run_tasks(own_parts(), work, execution.workers, progress.tick):
         made.summaries[summary.part] = summary
         reused += was_there
-        _check_errors(settings, *_known(made))
+        check_errors(settings, *_known(made))
     return Made(made.parts, made.summaries, reused)
 
 
@@ -200,7 +200,7 @@ def _known(made: Made) -> tuple[list[Part], list[Summary]]:
     return parts, [made.summaries[part.number] for part in parts]
 
 
-def _check_errors(settings: PreprocessSettings, parts: list[Part], summaries: list[Summary]):
+def check_errors(settings: PreprocessSettings, parts: list[Part], summaries: list[Summary]):
     count, limit = sum(len(summary.errors) for summary in summaries), settings.execution.max_errors
     if count > limit:
         raise ValueError(f"--max-errors {limit}: {count} documents cannot be used so far, such as "
@@ -222,7 +222,7 @@ def _finish(settings: PreprocessSettings, described: dict, made: Made, maker: Pa
             say(f"rank {settings.execution.rank}: its parts are done; {why}")
             return None
         summaries = [made.summaries.get(part.number) or ledger.summary(part.number) for part in made.parts]
-        _check_errors(settings, made.parts, summaries)  # of all ranks together
+        check_errors(settings, made.parts, summaries)  # of all ranks together
         if not sum(summary.documents for summary in summaries):
             ledger.remove()  # nothing to continue from: the command with another key need not discard it
             raise ValueError(_nothing_there(settings, made.parts, summaries))

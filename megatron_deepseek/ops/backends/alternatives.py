@@ -29,7 +29,7 @@ def apex_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):
 
 
 @functools.cache
-def _attention_module(heads: int, key_width: int, value_width: int, scale: float):
+def attention_module(heads: int, key_width: int, value_width: int, scale: float):
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(heads, (key_width, value_width), attention_dropout=0.0, qkv_format="bshd",
@@ -41,7 +41,7 @@ def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_B
     """16 bits, whole sequences, and values of their own width alone."""
     if documents is not None or width != v_BSNV.shape[-1] or q_BSND.dtype not in (torch.bfloat16, torch.float16):
         return NotImplemented
-    attend = _attention_module(q_BSND.shape[2], q_BSND.shape[3], width, scale)
+    attend = attention_module(q_BSND.shape[2], q_BSND.shape[3], width, scale)
     return attend(q_BSND, k_BSND, v_BSNV)
 
 

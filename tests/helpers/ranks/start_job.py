@@ -32,7 +32,7 @@ def share_a_directory(root: Path, same: bool) -> tuple[str, str]:
 
 def refused(failing: tuple[int, ...]) -> tuple[str, int]:
     """What this rank prints and its exit status, where ranks of `failing` meet an error."""
-    user_errors._FIRST_RANK_SECONDS, user_errors._SILENT_SECONDS = 0.5, 0.0
+    user_errors.FIRST_RANK_SECONDS, user_errors.SILENT_SECONDS = 0.5, 0.0
     status, printed = [], io.StringIO()
     real, os._exit = os._exit, status.append
     with contextlib.redirect_stderr(printed), refusing():

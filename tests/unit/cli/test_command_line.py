@@ -34,7 +34,7 @@ COMMANDS = {
     "tokenizer": ("tools.train_tokenizer", ["--vocab_size", "3"], "--vocab-size"),
     "tiny": ("tools.run_tiny", ["--step", "3"], "--steps")}
 
-OPTIONS = [option for option in build_parser()._option_string_actions if option.startswith("--")]
+OPTIONS = [option for option in build_parser()._option_string_actions if option.startswith("--")]  # noqa: SLF001 (of argparse)
 
 
 @pytest.mark.parametrize("typed, meant", [

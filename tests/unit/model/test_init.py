@@ -105,7 +105,7 @@ def test_precision_rounds_the_same_draws(meshes):
 def test_blocks_do_not_show(meshes, monkeypatch):
     """Drawing a few elements at a time changes nothing."""
     whole = weights_of(whole_model(CONFIG, meshes, 4))
-    monkeypatch.setattr("megatron_deepseek.model.init._BLOCK", 7)
+    monkeypatch.setattr("megatron_deepseek.model.init.ELEMENTS_AT_A_TIME", 7)
     for name, weight in weights_of(whole_model(CONFIG, meshes, 4)).items():
         assert torch.equal(weight, whole[name]), name
 

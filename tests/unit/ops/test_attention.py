@@ -120,8 +120,8 @@ class _FlashOfCuda:
 
 def test_cudas_kernel_is_given_what_it_asks_for(monkeypatch):
     """A slice of the rows has a log-sum-exp that is not contiguous; widths here are no multiples of 8."""
-    monkeypatch.setattr(attention, "_aten", _FlashOfCuda())
-    monkeypatch.setattr(attention, "_kernel", lambda q: (attention._cuda_forward, attention._cuda_backward))
+    monkeypatch.setattr(attention, "aten", _FlashOfCuda())
+    monkeypatch.setattr(attention, "kernel_for", lambda q: (attention.cuda_forward, attention.cuda_backward))
     test_parts_join_exactly_forwards_and_backwards()
 
 

@@ -50,7 +50,7 @@ class Network:
 @pytest.fixture
 def network(monkeypatch) -> Network:
     made = Network()
-    monkeypatch.setattr(exchange, "_Transfer", made.transfer)
+    monkeypatch.setattr(exchange, "Transfer", made.transfer)
     return made
 
 
@@ -118,7 +118,7 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
 
     monkeypatch.setattr(context, "attend_backward", noted)
     without_weights = Project(project, ())
-    y = context._BlockwiseAttention.apply(q, blocks[rank], without_weights.anchor(q.device), without_weights, 0.3,
+    y = context.BlockwiseAttention.apply(q, blocks[rank], without_weights.anchor(q.device), without_weights, 0.3,
                                           BlockMask(rank, size, length, None), Played(rank, blocks), Output())
     y.backward(torch.randn(y.shape, generator=generator).to(BF16))
     assert len(parts) == size
@@ -142,7 +142,7 @@ def test_keys_are_made_of_what_is_seen_alone():
         q, *blocks = (torch.randn(shape, requires_grad=True) for shape in ((1, 4, 1, 4), (1, 4, 8), (1, 4, 8)))
         block_mask = BlockMask(1, 2, 4, Documents.find(torch.tensor([documents])))
         without_weights = Project(project, ())
-        y = context._BlockwiseAttention.apply(q, blocks[1], without_weights.anchor(q.device), without_weights, 0.3,
+        y = context.BlockwiseAttention.apply(q, blocks[1], without_weights.anchor(q.device), without_weights, 0.3,
                                               block_mask, Played(1, blocks), Output())
         y.sum().backward()
         assert made == lengths * 2  # forwards, and again backwards
