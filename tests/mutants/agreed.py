@@ -31,17 +31,17 @@ LOOP_MUTANTS = of(
      "Sampler(valid, settings.model.vocab_size, name) if"),
     ("loop._mean", "return sum(values) / len(values)", "return sum(values)"),
     ("loop._mean", "return sum(values) / len(values)", "return values[-1]"),
-    ("loop.make_plan", "recompute=settings.recompute,", ""),
-    ("loop.make_plan", 'settings.run.sharding == "optim_grads_params"',
+    ("training_spec", "recompute=settings.recompute,", ""),
+    ("training_spec", 'settings.run.sharding == "optim_grads_params"',
      'settings.run.sharding != "optim_grads_params"'),
-    ("loop.make_plan", "torch.bfloat16 if settings.run.bf16 else None,", "None,"),
-    ("loop.make_plan", "fp8_gather=settings.run.fp8_param_gather", "fp8_gather=False"),
+    ("training_spec", "torch.bfloat16 if settings.run.bf16 else None,", "None,"),
+    ("training_spec", "fp8_gather=settings.run.fp8_param_gather", "fp8_gather=False"),
     ("Run._step", "size * settings.data.seq_length, seconds)", "size, seconds)"),
     ("Run._metrics", "result.dropped if limited else None", "result.dropped"),
     ("Run._validate", "by_source(self.valid_data.source_names, sums)[0]",
      "by_source(self.valid_data.source_names, losses[0].sources)[0]"),
-    ("loop.make_plan", "seed=settings.run.seed)", "seed=settings.data.seq_length)"),
-    ("loop.make_plan", "        optimizer=settings.optimizer,\n", ""),
+    ("training_spec", "seed=settings.run.seed)", "seed=settings.data.seq_length)"),
+    ("training_spec", "        optimizer=settings.optimizer,\n", ""),
 )
 
 RESUME_MUTANTS = of(
