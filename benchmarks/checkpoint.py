@@ -28,7 +28,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from reshard import measure_rounds  # noqa: E402
 
-from megatron_deepseek.checkpoint.job import distributed as checkpoint# noqa: E402
+from megatron_deepseek.checkpoint.job import distributed as checkpoint  # noqa: E402
 from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
 from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
 from megatron_deepseek.checkpoint.train_state import TrainState  # noqa: E402
@@ -38,7 +38,7 @@ from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402
 from megatron_deepseek.parallel.start import keep_freed_memory  # noqa: E402
 from megatron_deepseek.planning.pipeline_balance import resolve  # noqa: E402
 from megatron_deepseek.settings import PipelineSettings  # noqa: E402
-from megatron_deepseek.training.trainer import TrainingSpec, Trainer  # noqa: E402
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec  # noqa: E402
 
 WIDTH, EXPERTS, SEQ_LENGTH = 1024, 8, 16
 

@@ -29,7 +29,7 @@ from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import join_job
 from megatron_deepseek.planning.flops import model_flops_per_token
 from megatron_deepseek.settings import OptimizerSettings
-from megatron_deepseek.training.trainer import TrainingSpec, Trainer
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 LEARNING_RATE = 1e-3
 OPTIMIZER = OptimizerSettings()

@@ -13,7 +13,7 @@ from megatron_deepseek.parallel.start import choose_device, join_job
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import OptimizerSettings, PipelineSettings
 from megatron_deepseek.training.objective import Objective
-from megatron_deepseek.training.trainer import TrainingSpec, Trainer
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 
 def start_job(layout: Layout = Layout(), timeout_minutes: float = 10.0) -> Meshes:
