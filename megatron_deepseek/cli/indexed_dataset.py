@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.index_file import IndexFile, check_output_prefix, open_index
 from megatron_deepseek.data.inspection import describe, measure, read_documents, verify
 from megatron_deepseek.data.merge import merge_datasets, part_prefixes, split_dataset
 from megatron_deepseek.data.tokenizer import build_tokenizer
-from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 
 

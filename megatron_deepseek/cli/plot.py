@@ -62,9 +62,10 @@ def _table(records: list[dict], name: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of `window` values about each, fewer at the ends: a trailing mean would show a falling loss late.
+    """Return the mean over `window` values about each, fewer at the ends.
 
-    Values that are not finite are left out, so that one bad step does not cut a hole as wide as the window.
+    The window is centred, since a trailing mean shows a falling loss late. Values that are not finite are left out, so
+    that one bad step does not cut a hole as wide as the window.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -108,7 +109,7 @@ def draw(runs: list[Curves], output: Path) -> None:
 
 
 def _draw_losses(axes, run: Curves, color: str, prefix: str, one_run: bool) -> None:
-    """Draw the losses of a run. A single run's MTP has a colour of its own; with several a colour is a run."""
+    """Draw a run's losses. With one run each MTP depth has its own colour; with several, the colour says which run."""
     window = max(1, len(run.iteration) // 50)
     mean = f", mean of {window} steps" if window > 1 else ""
     if window > 1:

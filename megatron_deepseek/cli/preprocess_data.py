@@ -5,11 +5,11 @@ import dataclasses
 import os
 import sys
 
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.preprocess.report import Report
 from megatron_deepseek.data.preprocess.run import preprocess
 from megatron_deepseek.data.preprocess.settings import (
     BACKENDS, INPUT_FORMATS, TEXT_UNITS, Content, Execution, PreprocessSettings, Selection)
-from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 
 PROGRAM = "preprocess_data.py"
