@@ -27,8 +27,8 @@ REFERENCE = "reference"
 class Candidate:
     """A backend that an operator may use.
 
-    `function` is module:name of the implementation, None for the reference itself. `why_not` returns None where the
-    candidate can be used, else the reason why it cannot.
+    `function` is module:name of the implementation in this folder, None for the reference itself. `why_not` returns
+    None where the candidate can be used, else the reason why it cannot.
     """
 
     name: str
