@@ -37,11 +37,11 @@ class BalanceWeights:
 
 def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weights: BalanceWeights,
                  sequence_group: dist.ProcessGroup | None, routed_BS: torch.Tensor | None = None) -> torch.Tensor:
-    """Return this rank's share, a scalar: the sum over its B = `num_sequences` sequences. The caller divides by the
-    batch's number.
+    """Return this rank's share of the loss, a scalar: the sum over its B = `num_sequences` sequences.
 
-    `sequence_group`: the ranks among which a sequence's tokens are divided, None if this rank has them all;
-    `routed_BS`: which of this rank's tokens are routed, None for all.
+    The caller divides it by the number of the global batch's sequences. `sequence_group`: the ranks among which a
+    sequence's tokens are divided, None if this rank has them all; `routed_BS`: which of this rank's tokens are routed,
+    None for all.
     """
     num_groups = config.n_group
     scores_BSE = routing.scores_TE.unflatten(0, (num_sequences, -1))

@@ -96,8 +96,7 @@ def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, options: Build
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
-    """Return the stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning.
-    """
+    """Return the stages on the meta device, sharded over TP and EP but not data ranks: for inference and planning."""
     blueprint = make_blueprint(config, meshes, options)
     run_of = partial(choose_run, options.recompute, options.offload)
     with torch.device("meta"), default_dtype(options.precision.master):
@@ -160,9 +159,7 @@ def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
 
 
 def make_side_stream(communication: CommunicationSettings, device: torch.device) -> Callable[[], RunInLine]:
-    """Return what makes a layer's side stream. One stream serves all layers: its work is in order, and each layer waits
-    for its own.
-    """
+    """Return what makes a layer's side stream: one stream for all, in order; each layer waits for its own work."""
     if communication.moe_shared_expert_overlap and device.type == "cuda":
         return partial(RunOnSideStream, torch.cuda.Stream(device))
     return RunInLine
@@ -181,9 +178,7 @@ def make_dispatcher(num_experts: int, meshes: Meshes, kind: str, overlap: MicroB
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:
-    """Yield the FSDP units of a stage, inner before outer: experts on their own mesh, routers in full precision,
-    layers.
-    """
+    """Yield the FSDP units of a stage, inner before outer: experts on their mesh, routers in full precision, layers."""
     for layer in stage.model.layers.values():
         if isinstance(layer.mlp, MoE):
             yield Unit(layer.mlp.experts, meshes.expert_fsdp, precision.compute)

@@ -19,8 +19,7 @@ from megatron_deepseek.parallel.tensor import all_gather
 
 @dataclass(frozen=True)
 class Capacity:
-    """An expert takes `factor` times an even share of the sequence's copies: ceil(factor * routed tokens * K /
-    num_experts).
+    """Limits an expert to ceil(factor * routed tokens * K / num_experts), `factor` times an even share of the copies.
 
     `policy` says which copies an expert keeps. "probs": those with the largest weights, the first of equal ones (to 11
     bits). "position": the first of the sequence, so that what is kept of a token does not depend on later ones.

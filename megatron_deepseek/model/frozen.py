@@ -14,8 +14,7 @@ def is_frozen(name: str, patterns: Sequence[str]) -> bool:
 
 
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
-    """Turn off the gradients of parameters that `patterns` name. Call it before FSDP takes the parameters over, which
-    keeps this.
+    """Turn off the gradients of parameters that `patterns` name, before FSDP takes them over and keeps them so.
 
     Only names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
     """

@@ -24,9 +24,7 @@ LOGITS_BYTES = 256 * 2**20
 
 
 def default_chunk_size(rows: int, dtype: torch.dtype) -> int:
-    """Return how many tokens' logits of `rows` ids fill LOGITS_BYTES, rounded down to a multiple of 128 if there are
-    that many.
-    """
+    """Return how many tokens' logits of `rows` ids fill LOGITS_BYTES, a multiple of 128 if there are that many."""
     most = max(1, LOGITS_BYTES // (rows * dtype.itemsize))
     return most // 128 * 128 or most
 
@@ -41,8 +39,7 @@ class OutputHead:
 
     def __init__(self, tp: TensorParallel, weight: Callable[[], torch.Tensor], gemm: Callable[[], Linear] = Linear,
                  chunk_size: int | None = None):
-        """Take `weight`, which gives this rank's rows [v, H] as they are during a forward, and `gemm`, which gives what
-        multiplies by them.
+        """Take `weight`, which gives this rank's rows [v, H] during a forward, and `gemm`, which gives their GEMM.
 
         `chunk_size`: the number of tokens whose logits are computed at once; None for `default_chunk_size`.
         """
@@ -53,9 +50,7 @@ class OutputHead:
         return self._gemm()(self.tp.enter(state_BSH), self._weight())
 
     def log_probabilities(self, state_BSH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Return log p(label | state) of each token [B, S], in at least float32. Labels are ids of the whole
-        vocabulary.
-        """
+        """Return log p(label | state) of each token [B, S], in at least float32; labels are global ids."""
         x_TH, weight_vH, chunk_size = self._chunks(state_BSH)
         if chunk_size is None:
             logits_Tv = self._gemm()(x_TH, weight_vH)
@@ -68,8 +63,7 @@ class OutputHead:
         return self.for_chunks(state_BSH, VocabularyLogits.entropy)
 
     def for_chunks(self, state_BSH: torch.Tensor, function: Callable, *per_token: torch.Tensor):
-        """Return `function(logits, *per_token)` for all tokens, chunk by chunk: a tensor [B, S, ...], or a tuple of
-        them.
+        """Return `function(logits, *per_token)` for all tokens, by chunks: a tensor [B, S, ...], or a tuple of them.
 
         The function gets VocabularyLogits of T tokens and the same tokens of each of `per_token` [B, S, ...], and
         returns one or several tensors [T, ...] that are the same on all TP ranks. Its result for a token may depend on
@@ -86,9 +80,7 @@ class OutputHead:
             each.unflatten(0, shape) for each in given)
 
     def _chunks(self, state_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None]:
-        """Return the head's input [T, H] of the whole sequence, its weight, and the size of chunks, None if one has all
-        tokens.
-        """
+        """Return the head's input [T, H] of the whole sequence, its weight, and the chunk size, None for one chunk."""
         x_TH, weight_vH = self.tp.enter(state_BSH).flatten(0, 1), self._weight()
         chunk_size = self.chunk_size or default_chunk_size(len(weight_vH), x_TH.dtype)
         return x_TH, weight_vH, chunk_size if chunk_size < len(x_TH) else None

@@ -47,9 +47,7 @@ def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
 
 def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Size, offset: tuple[int, ...],
                  device: torch.device) -> torch.Tensor:
-    """Return the places in the flattened parameter of `shape` of elements start..stop of a flattened region at
-    `offset`.
-    """
+    """Return the places in a parameter of `shape` of elements start..stop of a flattened region at `offset`."""
     rest = torch.arange(start, stop, device=device)
     index, stride = torch.zeros_like(rest), 1
     for dim in reversed(range(len(shape))):
@@ -73,8 +71,7 @@ def fill_normal(parameter: DTensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def initialize(stages: Iterable[nn.Module], std: float, seed: int) -> None:
-    """Set norm weights to one, biases to zero, all else to normal(0, std), as DeepSeek-V3 does (report, section 4.2).
-    """
+    """Set norm weights to one, biases to zero, all else to normal(0, std), as DeepSeek-V3 (report, section 4.2)."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
             if name.endswith("norm.weight"):

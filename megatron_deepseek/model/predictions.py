@@ -1,5 +1,4 @@
-"""What an objective sees of a model: the predictions for a micro-batch's tokens. Logits are computed when it asks for
-them.
+"""What an objective sees of a model: predictions for a micro-batch's tokens, with logits computed on request.
 
 Shapes: B rows, S tokens of each on this context rank, M = 1 + MTP depth predictions of each token.
 """

@@ -1,6 +1,8 @@
 """The angular speeds of rotary pairs: `rope_scaling` none, linear, dynamic NTK or YaRN (arXiv 2309.00071).
 
-They are those of DeepSeek's modeling_deepseek.py. Shapes: S positions, D rotary dimensions.
+They are those of DeepSeek's modeling_deepseek.py.
+
+Shapes: S positions, D rotary dimensions.
 """
 
 import math

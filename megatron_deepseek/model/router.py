@@ -66,9 +66,7 @@ def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor | None, config:
 
 
 def balanced_choice(positions_T: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Return experts [T, K] by position alone, within `topk_group` groups: any E consecutive positions use each K
-    times.
-    """
+    """Return experts [T, K] by position, in `topk_group` groups: E consecutive positions use each K times."""
     k = torch.arange(config.num_experts_per_tok, device=positions_T.device)
     groups, each = config.n_group, config.n_routed_experts // config.n_group
     position_T1 = positions_T.unsqueeze(1)

@@ -1,5 +1,4 @@
-"""What is computed from whole sequences before they are divided over ranks: MTP's labels, and which tokens go to
-experts.
+"""What is computed from whole sequences before they are divided: MTP's labels, and which tokens go to experts.
 
 Shapes: B rows, S tokens of a sequence, M = 1 + MTP depth predictions of each token.
 """

@@ -67,8 +67,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one micro-batch adds on this rank to the loss that is back-propagated, a scalar, and to the reports, a
-    scalar for each name.
+    """What one micro-batch adds on this rank to the loss, and to the reports: a scalar, and a scalar for each name.
 
     The sums of these over micro-batches and ranks are the numbers of the global batch.
     """

@@ -2,7 +2,9 @@
 
     loss = log(sum) - (label_logit - max),  sum and label_logit summed over the parts, max their maximum
 
-parallel/vocabulary.py combines the parts of several ranks. Shapes: T tokens, v columns of this part.
+parallel/vocabulary.py combines the parts of several ranks.
+
+Shapes: T tokens, v columns of this part.
 """
 
 import torch

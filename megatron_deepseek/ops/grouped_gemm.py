@@ -1,5 +1,4 @@
-"""Grouped GEMM, one for each expert over rows sorted by expert: forward, input gradient (dgrad), weight gradient
-(wgrad).
+"""Grouped GEMM, one for each expert over rows sorted by expert: forward, input gradient, weight gradient.
 
 CUDA in bfloat16 runs `torch.nn.functional.grouped_mm`. Everywhere else each group is an ordinary GEMM written straight
 into the result: on CPU grouped_mm in bfloat16 was measured 7x slower than that loop, and it has no float64.

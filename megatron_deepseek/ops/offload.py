@@ -21,9 +21,7 @@ _INDICES = (torch.bool, torch.int32, torch.int64)  # small, so they stay; uint8 
 
 
 class saved_on_host(torch.autograd.graph.saved_tensors_hooks):
-    """Copy to the host every tensor that is saved for the backward inside the context, except for indices and those of
-    which `stays` is true.
-    """
+    """Copies tensors saved for the backward to the host, except for indices and those of which `stays` is true."""
 
     def __init__(self, stays: Callable[[torch.Tensor], bool]):
         # The weak references keep addresses of freed storages from being used again while they are keys here.

@@ -69,9 +69,7 @@ def invert(order_R: torch.Tensor) -> torch.Tensor:
 
 @with_backends("sort_by_expert")
 def sort_by_expert(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the order of the copies by expert, within an expert by token; its inverse; and each expert's number of
-    copies, int64 [E].
-    """
+    """Return the order of the copies by expert, then token; its inverse; and how many each expert has, int64 [E]."""
     order_R = experts_TK.flatten().argsort(stable=True)
     return order_R, invert(order_R), experts_TK.flatten().bincount(minlength=num_experts)
 

@@ -30,7 +30,7 @@ class Deferred(Protocol):
         """Call `gradient` later, and back-propagate its result into `weight`."""
 
     def defer_reading(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
-        """Defer a `gradient` that itself reads weights of the stage that belong to none of its layers."""
+        """Call `gradient` later, which itself reads weights of the stage that belong to none of its layers."""
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return F.linear(x, weight), deferring the weight's gradient."""
@@ -43,8 +43,7 @@ GateUp = tuple[torch.Tensor, ...]  # gate and up, or one tensor with gate's colu
 
 
 class Gemm(ABC):
-    """x [..., I] times weight [O, I] transposed; or, with `counts`, each expert's rows times its own weight of [E, O,
-    I].
+    """x [..., I] times weight [O, I] transposed; with `counts`, each expert's rows times its weight of [E, O, I].
 
     `gathered` makes what FSDP2 gathers of a shard of the weight (parallel/data.py); None to gather the shard itself.
     """
@@ -111,7 +110,7 @@ def _unchanged(x: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class PrecisionRecipe:
-    """Which GEMM, norm and attention each place of a layer takes. Embedding, head and router are never FP8.
+    """The GEMM, norm and attention that each place of a layer takes. Embedding, head and router are never FP8.
 
     `to_experts` converts the gradients that travel to the experts in the backward. `attention` is that of
     ops/attention.py, or one that saves its output in another format; `attention_output_form` is the same for

@@ -28,9 +28,7 @@ def kept(producer: Producer, *inputs: torch.Tensor) -> Iterator:
 
 
 class _Keep(torch.autograd.Function):
-    """An operator that saves its inputs as any other does, so that an outer `recomputed` may save a note in their
-    place.
-    """
+    """Saves its inputs as any operator does, so that an outer `recomputed` may save a note in their place."""
 
     @staticmethod
     def forward(ctx, anchor, *inputs):

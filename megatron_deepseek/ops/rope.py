@@ -30,10 +30,10 @@ def rope_queries(x_BSNX: torch.Tensor, table_2SD: torch.Tensor, nope: int) -> to
 @with_backends("assemble_keys")
 def assemble_keys(kv_BSNX: torch.Tensor, k_pe_BSD: torch.Tensor, table_2SD: torch.Tensor | None, nope: int
               ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys [B, S, N, nope + D] and values [B, S, N, V] from heads [B, S, N, nope + V] and the rotary key that
-    all heads share.
+    """Return keys [B, S, N, nope + D], with the rotary part that all heads share, and values [B, S, N, V].
 
-    RoPE is applied to the shared key here, unless no table is given: then it has been applied already.
+    They come from `kv_BSNX`, whose heads have nope + V dimensions, and `k_pe_BSD`. RoPE is applied to the latter here,
+    unless no table is given: then it has been applied already.
     """
     k_nope, v = kv_BSNX[..., :nope], kv_BSNX[..., nope:]
     k_pe_BS1D = k_pe_BSD.unsqueeze(2)

@@ -19,8 +19,7 @@ from megatron_deepseek.torch_private import FSDPParam, fsdp_parameter_group
 
 @dataclass(frozen=True)
 class Unit:
-    """A module whose weights are gathered and reduced together, the mesh it is sharded over, and the dtype it computes
-    in.
+    """A module that is gathered and reduced as one, the mesh it is sharded over, and the dtype it computes in.
 
     Units are listed inner before outer; an outer unit takes the parameters that no inner one took.
     """

@@ -8,8 +8,9 @@
       regroup, all-to-all, weigh and add copies
 
 The backward takes the same steps in reverse: all-to-all is its own transpose with the split sizes exchanged.
-expert_gather.py and expert_grouped.py compute the same sums with other collectives. Shapes: T tokens, K top-k, R = T*K
-rows sent, Q rows received, E experts, e = E/ep local experts, r ranks, H hidden.
+expert_gather.py and expert_grouped.py compute the same sums with other collectives.
+
+Shapes: T tokens, K top-k, R = T*K rows sent, Q rows received, E experts, e = E/ep local experts, r ranks, H hidden.
 """
 
 from collections.abc import Callable
@@ -66,9 +67,7 @@ class Exchange:
 
     def __call__(self, x: torch.Tensor, sent: list[int], received: list[int], encode: Encode = unchanged
                  ) -> torch.Tensor:
-        """Send `sent[r]` rows of x to rank r and return the `received[r]` rows from each; gradients travel back as
-        `encode` makes them.
-        """
+        """Send `sent[r]` rows of x to rank r, return `received[r]` rows from it; gradients go back by `encode`."""
         return x if self.group.size() == 1 else _AllToAll.apply(x, sent, received, self, encode)
 
     def send(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
@@ -83,9 +82,7 @@ class Exchange:
         return map_rows(x, exchange)
 
     def counts(self, counts_E: torch.Tensor) -> torch.Tensor:
-        """Send `counts_E`, rows for each bin; return [ranks, E/ranks], the rows that come from each rank for this one's
-        bins.
-        """
+        """Send `counts_E`, rows for each bin; return [ranks, E/ranks], the rows to come for this rank's bins."""
         incoming_E = torch.empty_like(counts_E)
         if self.group.size() == 1:
             incoming_E.copy_(counts_E)

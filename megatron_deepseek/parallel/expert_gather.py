@@ -1,8 +1,9 @@
 """The `allgather` dispatcher: every expert rank gets every token, and serves the copies of its own experts.
 
 It is one all-gather and one reduce-scatter of whole tokens, with no sizes to agree on beforehand. A token is sent to ep
-- 1 ranks instead of at most K: for small expert groups, or where K is close to ep. Shapes: T tokens of this rank, G =
-ep*T of the group, K top-k, H hidden.
+- 1 ranks instead of at most K: for small expert groups, or where K is close to ep.
+
+Shapes: T tokens of this rank, G = ep*T of the group, K top-k, H hidden.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,7 @@ from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_su
 
 @dataclass(frozen=True, eq=False)
 class AllGatherDispatcher:
-    """All-gathers tokens over the expert ranks, which all have the same number: micro-batches and sequence slices are
-    equal.
-    """
+    """All-gathers tokens over the expert ranks. All have as many: micro-batches and sequence slices are equal."""
 
     mesh: DeviceMesh
     num_experts: int

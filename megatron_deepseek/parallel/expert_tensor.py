@@ -7,8 +7,9 @@ experts' width; the sums return to the ranks that the rows came from:
     sorted by expert, the slices of gate, up and down
     partial sums                               reduce-scatter   / backward all-gather
 
-The collectives are around the experts, not around dispatch, so that between expert ranks nothing is sent twice. Shapes:
-R rows of this rank, M of the longest, G = etp*M gathered, r ranks of the group, e local experts, H hidden.
+The collectives are around the experts, not around dispatch, so that between expert ranks nothing is sent twice.
+
+Shapes: R rows of this rank, M of the longest, G = etp*M gathered, r ranks of the group, e local experts, H hidden.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """The number of ranks on each axis of parallelism: dp data, pp pipeline, tp tensor, cp context, ep expert, etp
-    expert-tensor.
+    """The number of ranks on each axis: dp data, pp pipeline, tp tensor, cp context, ep expert, etp expert-tensor.
 
     `sequence_parallel` shards the activations between tensor-parallel regions along the sequence (arXiv 2205.05198).
     """
@@ -37,7 +36,6 @@ class Layout:
 
 
 def nodes_divide(ep: int, etp: int, ranks_per_node: int) -> bool:
-    """Return whether a group of ep x etp expert ranks is on one node, or on whole nodes that keep etp ranks together.
-    """
+    """Return whether ep x etp expert ranks are on one node, or on whole nodes that keep etp ranks together."""
     block = ep * etp
     return ranks_per_node % block == 0 or block % ranks_per_node == 0 and ranks_per_node % etp == 0

@@ -1,4 +1,4 @@
-"""Which ranks share a node, and how many bytes are sent inside nodes and between them.
+"""Nodes: the ranks that share one, and the bytes that are sent inside nodes and between them.
 
 Rank r is on node r // ranks_per_node, as torchrun numbers them.
 """

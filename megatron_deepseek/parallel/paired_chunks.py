@@ -1,5 +1,4 @@
-"""DualPipeV's paired chunks, the forward of one micro-batch with the backward of another, overlapped
-(micro_batch_overlap.py).
+"""DualPipeV's paired chunks: overlap the forward of one micro-batch with the backward of another.
 
 PyTorch's runtime knows such pairs (OVERLAP_F_B) and runs one half after the other, unless it is given a function that
 runs them another way. This file has that function; for each half it does what the runtime does.

@@ -36,9 +36,7 @@ ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
 class ForwardOnly(_PipelineScheduleRuntime):
-    """A schedule without backwards: every micro-batch through every stage, under any placement of stages. For
-    evaluation.
-    """
+    """A schedule of forwards alone, under any placement of stages, for evaluation."""
 
     def __init__(self, stages: list[PipelineStage], n_microbatches: int, loss_fn,
                  ranks: Sequence[int]):
@@ -176,8 +174,7 @@ class Pipeline:
 
 
 def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages: int, meshes: Meshes) -> int:
-    """Return the first of all stages with a parameter that is trained, `num_stages` if none has one; the same on every
-    rank.
+    """Return the first of all stages with a trained parameter, `num_stages` if none has one; the same on all ranks.
 
     No stage before it, nor its input, needs a gradient, so none is computed or sent there.
     """

@@ -1,5 +1,4 @@
-"""Where schedules of torch.distributed.pipelining place stages and which numbers of micro-batches they take, without
-importing torch.
+"""Where torch.distributed.pipelining's schedules place stages, and how many micro-batches they take, without torch.
 
 A test holds these rules against torch's own constructors.
 """

@@ -1,4 +1,4 @@
-"""Which regions of a whole parameter a rank's shard is made of.
+"""The regions of a whole parameter that a rank's shard is made of.
 
 A shard is one region of the whole, except where several matrices are stacked in one dimension and each is divided: half
 of the experts' gate rows and half of their up rows are two regions of `gate_up_proj` [E, 2I, H]. `stacked_shard` is the
@@ -24,8 +24,7 @@ from megatron_deepseek.torch_private import (
 
 
 def stacked_shard(dim: int, matrices: int) -> _StridedShard:
-    """Return the placement that gives each rank its part of each of `matrices` equal matrices, stacked along `dim` in
-    order.
+    """Return the placement that gives each rank its part of each of `matrices` matrices, stacked along `dim`.
 
     `dim` is not 0: there FSDP uses the same kind of placement for shards of shards, which are single regions.
     """

@@ -1,5 +1,4 @@
-"""Parameters that more than one pipeline stage uses: the embedding, on the first stage and at the MTP modules or tied
-to the head.
+"""Parameters of more than one pipeline stage: the embedding, at the MTP modules or tied to the head.
 
 Each such stage holds a copy. Copies start equal (initial weights depend on the name alone), their gradients are summed
 before the optimizer steps, and one copy is counted and saved.

@@ -91,7 +91,7 @@ class _ScatterSum(torch.autograd.Function):
 
 
 def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = uncounted) -> torch.Tensor:
-    """All-gather `x`; its gradients are summed and scattered, since every rank makes its own use of the whole.
+    """Gather `x` as `all_gather`, and sum and scatter its gradients: every rank makes its own use of the whole.
 
     `sent` is told, both ways, what this rank sends to each of the others.
     """
@@ -99,7 +99,7 @@ def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent =
 
 
 def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = uncounted) -> torch.Tensor:
-    """Reduce-scatter partial sums; their gradients are gathered."""
+    """Sum and scatter `x`, partial sums, as `reduce_scatter`; its gradients are gathered."""
     return _ScatterSum.apply(x, dim, group, sent)
 
 
@@ -134,9 +134,7 @@ def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def sum_alike(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return the sum of every rank's `x`, from which all ranks compute the same, so that its gradient is already each
-    one's own.
-    """
+    """Return the sum of every rank's `x`. All ranks compute the same from it, so its gradient is each one's own."""
     return _Sum.apply(x, group)
 
 
@@ -205,8 +203,7 @@ class TensorParallel:
             x_BSH, self.group)
 
     def own_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """Return this rank's slice of the sequence: the stream itself under sequence parallelism, else a slice of it.
-        """
+        """Return this rank's slice of the sequence, which under sequence parallelism is the stream itself."""
         if self.size == 1 or self.sequence_parallel:
             return x_BSH
         return _Split.apply(x_BSH, SEQUENCE_DIM, self.group)
@@ -283,17 +280,13 @@ class ParallelLinear(nn.Module):
 
 def column_linear(in_features: int, out_features: int, tp: TensorParallel, gemm: Gemm = Linear()
                   ) -> ParallelLinear:
-    """Return a linear layer with its output features sharded over TP; its input is the whole sequence
-    (`TensorParallel.enter`).
-    """
+    """Return a linear layer whose outputs are sharded over TP; its input is the whole sequence (`enter`)."""
     return ParallelLinear(in_features, out_features, tp, Shard(0), Shard(0), gemm=gemm)
 
 
 def row_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False,
                gemm: Gemm = Linear()) -> ParallelLinear:
-    """Return a linear layer with its input features sharded over TP; its output is a partial sum
-    (`TensorParallel.leave`).
-    """
+    """Return a linear layer whose inputs are sharded over TP; its output is a partial sum (`leave`)."""
     return ParallelLinear(in_features, out_features, tp, Shard(1), Shard(1), bias, gemm)
 
 

@@ -43,8 +43,7 @@ def local_ids(ids: torch.Tensor, rows: int, tp: TensorParallel) -> tuple[torch.T
 
 def joint_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel
                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `cross_entropy_statistics` of the whole vocabulary: the maximum of all logits, the sum of exponentials,
-    the label's logit.
+    """Return `cross_entropy_statistics` of the whole vocabulary: maximum, sum of exponentials, label's logit.
 
     All-reduces of [T] over TP replace a gather of [T, V]. One rank has the label's logit, the others add zero.
     """
@@ -79,9 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """Return each token's loss [T], in at least float32, from this rank's logits. Labels are ids of the whole
-    vocabulary.
-    """
+    """Return each token's loss [T], in at least float32, from this rank's logits and labels of the whole vocabulary."""
     if tp.size == 1 and not logits_Tv.is_cuda:
         wide = torch.promote_types(logits_Tv.dtype, torch.float32)
         return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
@@ -89,8 +86,6 @@ def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor
 
 
 def log_normalizer(logits_Tv: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """Return the log of the sum of exp(logit) over the whole vocabulary, [T], from this rank's logits in at least
-    float32.
-    """
+    """Return the log of the sum of exp(logit) over the whole vocabulary, [T], from this rank's wide logits."""
     no_label_T = torch.full_like(logits_Tv[:, 0], -1, dtype=torch.int64)  # no rank has it, so its logit counts as 0
     return _CrossEntropy.apply(logits_Tv, no_label_T, tp)

@@ -55,8 +55,7 @@ def log_probabilities(x_TH: torch.Tensor, weight_vH: torch.Tensor, labels_T: tor
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """The log-probabilities of labels, whose derivative by a token's input, W^T (one-hot label - p), is known as soon
-    as its logits are.
+    """The log-probabilities of labels. Their derivative by the input is W^T (one-hot label - p), known with the logits.
 
     So the forward computes that too, if it is wanted, and the backward scales it: the input's gradient waits for no
     GEMM, and without a gradient of the weight no logits are computed again. The node holds the weight and does not save

@@ -1,9 +1,9 @@
-"""Zero-bubble schedules split a backward in two: B, which the previous stage waits for, and W, weight gradients that
-fill the bubbles (arXiv 2401.10241).
+"""Zero-bubble schedules (arXiv 2401.10241) split a backward in two steps, B and W, for input and weight gradients.
 
-Here B is an ordinary backward in which the GEMMs leave their weight gradients as closures; W runs them. PyTorch can
-also cut the autograd graph itself, but that was seen to fail where a stage uses a parameter twice (a head or embedding
-shared with MTP modules), and with recomputed layers it runs their forward and collectives twice.
+The previous stage waits for B only; W fills the bubbles. Here B is an ordinary backward in which the GEMMs leave their
+weight gradients as closures; W runs them. PyTorch can also cut the autograd graph itself, but that was seen to fail
+where a stage uses a parameter twice (a head or embedding shared with MTP modules), and with recomputed layers it runs
+their forward and collectives twice.
 
 Autograd nodes hold the weight itself and do not save it: what checkpointing's hooks return for a saved leaf is a copy
 that holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost.

@@ -46,9 +46,7 @@ def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_B
 
 
 def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
-    """Call torch.nn.functional.scaled_mm, which takes scales by columns, and those of 128x128 padded to a multiple of 4
-    along K.
-    """
+    """Call torch's scaled_mm, which takes scales by columns; those of 128x128 padded to a multiple of 4 along K."""
     from torch.nn.functional import ScalingType
 
     if a_q.shape[1] % 16 or b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):

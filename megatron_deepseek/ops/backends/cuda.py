@@ -1,5 +1,4 @@
-"""The operators of csrc/ with the references' arguments, for CUDA tensors; NotImplemented where the reference must do
-it.
+"""The operators of csrc/ for CUDA tensors, with the references' arguments; NotImplemented to leave it to the reference.
 
 Kernels do not take dtypes other than their own, or widths that are no multiples of 16 bytes. Their results may have
 another memory layout than the reference's (codes of 128x1 tiles are padded to whole tiles), which only other kernels
@@ -141,9 +140,7 @@ def _columns(x: torch.Tensor, counts: Sequence[int] | None, quantized: tuple[tor
 
 
 def _no_columns(counts: Sequence[int] | None) -> bool:
-    """Return whether groups' 128x1 tiles are left to the reference: only csrc's grouped_scaled_mm_wgrad reads padded
-    ones.
-    """
+    """Return whether groups' 128x1 tiles are left to the reference: only csrc's wgrad reads padded ones."""
     return counts is not None and choices()["grouped_scaled_mm_wgrad"].backend != "csrc"
 
 

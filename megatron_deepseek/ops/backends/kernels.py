@@ -14,9 +14,7 @@ TILE = 128
 
 
 def load(path: Path = LIBRARY) -> None:
-    """Load and register the operators. Raise OSError if the library does not fit this torch, RuntimeError if it is
-    loaded already.
-    """
+    """Register the operators. Raise OSError if they do not fit this torch, RuntimeError if they are loaded already."""
     if is_loaded():
         raise RuntimeError(f"the operators of {NAMESPACE} are loaded already, {path} would define them again")
     torch.ops.load_library(str(path))

@@ -1,4 +1,4 @@
-"""Which implementation each operator uses on a GPU, chosen once for the process; CPU tensors always use the reference.
+"""The implementation that each operator uses on a GPU, chosen once a process; CPU tensors always use the reference.
 
     @with_backends("rms_norm")
     def rms_norm(x, weight, eps): ...          the reference, in torch
@@ -82,16 +82,12 @@ def _no_hopper() -> str | None:
 
 
 def _no_module(name: str, library: str) -> str | None:
-    """Return why a module cannot be used, without importing it: compiled modules fail in ways of their own without
-    their GPU.
-    """
+    """Return why a module cannot be used, without importing it: that fails in odd ways where it has no GPU."""
     return None if importlib.util.find_spec(name) else f"{library} is not installed"
 
 
 def _no_apex() -> str | None:
-    """Return why NVIDIA's apex cannot be used. Its compiled module is looked for: PyPI's package `apex` is something
-    else.
-    """
+    """Return why NVIDIA's apex cannot be used, by its compiled module: PyPI's `apex` is something else."""
     return _no_module("fused_layer_norm_cuda", "apex")
 
 
@@ -100,8 +96,7 @@ def _no_transformer_engine() -> str | None:
 
 
 def _no_blockwise_gemm() -> str | None:
-    """Return why torch's own GEMM cannot be used: cuBLASLt has 128-element scales for Hopper alone, from CUDA 12.9 on.
-    """
+    """Return why torch's GEMM cannot be used: cuBLASLt has such scales for Hopper alone, from CUDA 12.9 on."""
     version = torch.version.cuda
     if version is None:
         return "this torch has no CUDA"
@@ -204,8 +199,7 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 
 def with_backends(operator: str):
-    """Make the decorated function the reference of `operator`; its first argument's device says whether backends apply.
-    """
+    """Make the decorated function the reference of `operator`, used unless its first argument is on a GPU."""
     def decorate(reference):
         @functools.wraps(reference)
         def call(x, *args, **kwargs):

@@ -77,9 +77,7 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch
 
 @with_backends("quantize_both_ways")
 def quantize_both_ways(x: torch.Tensor) -> tuple[Tiles, Tiles]:
-    """Apply `quantize_128x128` to a weight and to its transpose (last two dimensions), which dgrad reads: the same
-    numbers.
-    """
+    """Apply `quantize_128x128` to a weight and to its transpose, which dgrad reads: the same numbers."""
     q, scale = quantize_128x128(x)
     return (q, scale), (q.mT, scale.mT)
 
@@ -135,8 +133,7 @@ def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = Fals
 
 
 def decode(q: torch.Tensor) -> torch.Tensor:
-    """Return the float32 values of E4M3 codes, on CPU by a table: the conversion was measured to take 15 times as long.
-    """
+    """Return float32 values of E4M3 codes, on CPU by a table: the conversion was measured to take 15 times as long."""
     if q.is_cuda:
         return q.float()
     table = torch.arange(256, dtype=torch.uint8, device=q.device).view(E4M3).float()

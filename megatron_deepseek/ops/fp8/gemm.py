@@ -24,8 +24,9 @@ from megatron_deepseek.ops.fp8.encoding import TILE, decode, num_tiles
 @with_backends("scaled_mm")
 def scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
               out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Return [M, N] from a [M, K] with scales [M, k] and b [N, K] with scales [N, k] (1x128) or [ceil(N / 128), k]
-    (128x128).
+    """Return [M, N] = a b^T of block-scaled a and b.
+
+    a is [M, K] with scales [M, k]; b is [N, K] with scales [N, k] (1x128) or [ceil(N / 128), k] (128x128).
 
     K = 0 gives zeros.
     """
@@ -51,8 +52,7 @@ def _for_each_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
 @with_backends("grouped_scaled_mm")
 def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                       counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Return the M-grouped GEMM [R, N], for forward and dgrad: the first counts[0] rows of a times b[0], the next
-    counts[1] times b[1], ...
+    """Return the M-grouped GEMM [R, N], for forward and dgrad: each group of counts[i] rows of a times b[i].
 
     a is [R, K] with scales [R, k]; b is [E, N, K] with scales [E, ceil(N / 128), k]. The counts sum to R; any may be 0.
     """
@@ -66,8 +66,7 @@ def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b
 @with_backends("grouped_scaled_mm_wgrad")
 def grouped_scaled_mm_wgrad(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                             counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Return the K-grouped GEMM [E, M, N]: for each group of columns of a [M, R] and b [N, R], their product over that
-    group.
+    """Return the K-grouped GEMM [E, M, N]: a [M, R] times b [N, R], summed over each group of columns.
 
     Scales are [M, T] and [N, T], as `quantize_128x1` makes them with the same counts. A group of no rows has zeros.
     """

@@ -1,5 +1,4 @@
-"""RMSNorm whose output, and where it helps its input's gradient, is quantised in the same pass for the FP8 GEMMs beside
-it.
+"""RMSNorm that quantises its output, and where it helps its input's gradient, for the FP8 GEMMs beside it.
 
     tiles_of_norm   returns y in 1x128 tiles, for norms whose output only GEMMs read
     tiles_and_norm  returns the same tiles with y itself beside them (`BlockScaled.whole`), where others read it too
@@ -7,7 +6,9 @@ it.
                     (dgrad) and 128x1 tiles (wgrad), which is all that it reads
 
 What is quantised is the norm's output, rounded to its dtype (norm.py), so that one kernel gives the numbers of two
-steps. Shapes: R rows, H features.
+steps.
+
+Shapes: R rows, H features.
 """
 
 from functools import partial

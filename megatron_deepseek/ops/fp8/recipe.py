@@ -212,9 +212,7 @@ def _rows(tiles: BlockScaled) -> BlockScaled:
 
 
 def _with_rows_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return y [M, K] as [..., K] with x's leading dimensions; y itself, no view, if x is a matrix: FSDP objects to
-    views.
-    """
+    """Return y [M, K] as [..., K] with x's leading dimensions; y itself if x is a matrix: FSDP objects to views."""
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -10,7 +10,9 @@ block of 128x128 lies in one shard: always for stacked experts, as FSDP cuts bet
 rank has the same multiple of 128 rows. Weights that do not fit are gathered in the compute dtype, and quantised after.
 
 `Fp8Shard` has the two methods by which FSDP2 lets a shard choose what is gathered of it (fsdp_pre_all_gather and
-fsdp_post_all_gather, as torchao's float8 uses them). Shapes: N output features, K inputs, E experts.
+fsdp_post_all_gather, as torchao's float8 uses them).
+
+Shapes: N output features, K inputs, E experts.
 """
 
 from collections.abc import Iterable
@@ -29,9 +31,7 @@ _UNCHANGED = (_aten.detach.default, _aten.alias.default, _aten.view.default, _at
 
 
 class Fp8Weight(torch.Tensor):
-    """A gathered weight [..., N, K] that stands for `dtype`: `blocks` are its codes and scales, `transposed` those of
-    [..., K, N].
-    """
+    """A gathered weight [..., N, K]: `blocks` are its codes and scales, `transposed` those of [..., K, N]."""
 
     @staticmethod
     def __new__(cls, blocks: Blocks, transposed: Blocks, dtype: torch.dtype):
@@ -44,9 +44,7 @@ class Fp8Weight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """Return views of the whole, which autograd and DTensor ask for; raise NotImplementedError for operators that
-        need its values.
-        """
+        """Return views of the whole, for autograd and DTensor; raise NotImplementedError where values are needed."""
         if function in _UNCHANGED and (len(args) == 1 or tuple(args[1]) == tuple(args[0].shape)):
             return Fp8Weight(args[0].blocks, args[0].transposed, args[0].dtype)
         if function is _aten.is_same_size.default:
@@ -55,9 +53,7 @@ class Fp8Weight(torch.Tensor):
 
 
 def blocks_of(weight: torch.Tensor) -> Blocks:
-    """Return the forward's codes and scales, quantised now if the weight was not gathered as FP8 (inference, single
-    GEMMs).
-    """
+    """Return the forward's codes and scales, quantised now if the weight was not gathered as FP8 (inference)."""
     return weight.blocks if isinstance(weight, Fp8Weight) else encoding.quantize_128x128(weight)
 
 
@@ -97,9 +93,7 @@ class Fp8Shard:
 
     def fsdp_post_all_gather(self, gathered: tuple[torch.Tensor, ...], size: torch.Size | None, dtype: torch.dtype, *,
                              out: torch.Tensor | None = None):
-        """Return the weight and the storages that FSDP frees and allocates with it; given `out`, fill its storages
-        instead.
-        """
+        """Return the weight, and the storages that FSDP frees and allocates with it; refill those of `out`."""
         if size is None:
             blocks = gathered[0].view(encoding.E4M3), gathered[1]
             transposed = tuple(part.mT.contiguous() if part.is_cuda else part.mT for part in blocks)
