@@ -113,7 +113,7 @@ class MoE(nn.Module):
         `routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and count
         for their balance; None for all.
         """
-        # 1. Shared experts see every token, beside all that follows.
+        # 1. Shared experts see every token. With a side stream they run while the routed ones are dispatched.
         shared = self.side_stream()
         if self.config.n_shared_experts:
             shared.start(self.shared_experts, x_BSH)
@@ -131,10 +131,10 @@ class MoE(nn.Module):
         rows_TH = self.experts.up_gemm.rows(x_TH)
         y_TH, cross_node_sends = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
 
-        # 4. The balance loss is attached to what the backward passes through in any case.
+        # 4. The balance loss is attached to y, through which the backward passes in any case.
         y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)
 
-        # 5. Back to the stream, with what the shared experts made.
+        # 5. Return to the stream between regions, and add the shared experts' output.
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()

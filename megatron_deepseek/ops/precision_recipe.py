@@ -110,7 +110,7 @@ def _unchanged(x: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class PrecisionRecipe:
-    """The GEMM, norm and attention that each place of a layer takes. Embedding, head and router are never FP8.
+    """The GEMM, norm and attention that each place of a layer takes. FP8 is never in embedding, head, router or norms.
 
     `to_experts` converts the gradients that travel to the experts in the backward. `attention` is that of
     ops/attention.py, or one that saves its output in another format; `attention_output_form` is the same for

@@ -23,7 +23,7 @@ from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
 from megatron_deepseek.parallel.nodes import CommunicationCounter
 from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
-# rows sorted by expert and how many of each, to rows of the same shape
+# Maps rows sorted by expert, with the number of rows of each, to rows of the same shape.
 ExpertMLP = Callable[[torch.Tensor, list[int]], torch.Tensor]
 
 

@@ -42,7 +42,7 @@ def job_name() -> str:
 
 
 def _connect() -> dist.Store:
-    # A store whose host died refuses at once; the time-out is for one that is only slow, which is no failure.
+    # A store on a dead host refuses the connection at once; the time-out is for one that is only slow.
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                          timeout=timedelta(minutes=5), wait_for_workers=False)
 

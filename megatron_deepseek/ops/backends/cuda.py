@@ -65,7 +65,7 @@ def _gather(x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, cop
 def gather_rows(x_RW: torch.Tensor, index_Q: torch.Tensor):
     if not _rows_fit(x_RW) or not x_RW.is_contiguous():
         return NotImplemented
-    unread = index_Q.new_empty(len(x_RW), 1, dtype=torch.int32)  # the kernel's derivative would read it: where rows go
+    unread = index_Q.new_empty(len(x_RW), 1, dtype=torch.int32)  # only the derivative would read it
     return operator("gather_rows")(x_RW, index_Q.int(), unread)
 
 
