@@ -299,7 +299,7 @@ STEP_MUTANTS = of(
     ("own_part", "group=cp.group),", "group=None),"),
 ) + of(
     LAYOUTS,
-    ("SumOverSequenceRanks.backward", "return all_reduce(grad, ctx.group), None", "return grad, None"),
+    ("SequenceSums.over_ranks", "sum_gradients(sum_alike(x, self.group), self.group)", "sum_alike(x, self.group)"),
     ("SequenceSums.share", "return x.sum() / (1 if self.group is None else self.group.size())", "return x.sum()"),
     ("SequenceSums.per_document", "places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
      "places_BS[:, :x_BS.shape[1]]"),
