@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.blueprint import Blueprint
-from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.ops.norm import rms_norm
@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
         only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
                                        recipe.norm if only_products else recipe.norm_for_all)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed, recipe)
+        self.self_attn = MLA(blueprint)
         before_router = recipe.norm_for_all if config.n_shared_experts else rms_norm
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
                                                 before_router if self.is_moe else recipe.norm)
