@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from megatron_deepseek.device import is_accelerator
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
@@ -55,7 +57,7 @@ class Batch:
         """Return the batch on `device`, documents excepted. From pinned memory, which for a CUDA device all of it is
         copied to unless it lies there, the host does not wait for the copies.
         """
-        there = self.pinned() if device.type == "cuda" else self
+        there = self.pinned() if is_accelerator(device) else self
         moved = there._map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, documents_BS=self.documents_BS)
 

@@ -36,6 +36,7 @@ from megatron_deepseek.checkpoint.job.state import MOMENTS, fill_copies, model_s
 from megatron_deepseek.checkpoint.job.subset import Subset, late_parameters, set_steps
 from megatron_deepseek.checkpoint.tracker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
+from megatron_deepseek.device import has_accelerator, synchronize
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.torch_private import StateDictStager
 
@@ -65,13 +66,13 @@ class _KeptCopy(AsyncStager):
     should_synchronize_after_execute = False
 
     def __init__(self):
-        self._cuda = torch.cuda.is_available()
+        self._cuda = has_accelerator()
         self._copier = StateDictStager(pin_memory=self._cuda, share_memory=False)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         copy = self._copier.stage(state_dict, non_blocking=self._cuda)
         if self._cuda:
-            torch.cuda.synchronize()
+            synchronize()
         return copy
 
     def close(self) -> None:
