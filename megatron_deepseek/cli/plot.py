@@ -36,6 +36,7 @@ class Curves:
 
 
 def read_curves(path: Path, label: str) -> Curves:
+    """Read a metrics.jsonl; raise ValueError if it has no step, or a value that is no number."""
     records = list(read_metrics(path))
     steps = [record for record in records if "lm_loss" in record]
     validations = [record for record in records if "validation_lm_loss" in record]
@@ -61,9 +62,10 @@ def _table(records: list[dict], name: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` values about each, fewer at the ends; centred, for a trailing mean shows a falling loss late.
+    """Return the mean over `window` values about each, fewer at the ends.
 
-    Values that are not finite are left out, so that one bad step does not cut a hole as wide as the window.
+    The window is centred, since a trailing mean shows a falling loss late. Values that are not finite are left out, so
+    that one bad step does not cut a hole as wide as the window.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -75,6 +77,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(runs: list[Curves], output: Path) -> None:
+    """Draw the runs over each other to the PNG `output`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +110,7 @@ def draw(runs: list[Curves], output: Path) -> None:
 
 
 def _draw_losses(axes, run: Curves, color: str, prefix: str, one_run: bool) -> None:
-    """With one run MTP has a colour of its own; with several, the colour says which run."""
+    """Draw a run's losses. With one run each MTP depth has its own colour; with several, the colour says which run."""
     window = max(1, len(run.iteration) // 50)
     mean = f", mean of {window} steps" if window > 1 else ""
     if window > 1:
