@@ -1,7 +1,7 @@
 """Regions of tensors, and how one is put together from others: the geometry of resharding, without any file.
 
 A region is a rectangular block of indices. A rank's shard is one, and so is each item that a checkpoint stores. Copying
-is fast where numbers that are contiguous in the source are contiguous in the target too: `segments` finds those runs.
+is fast where numbers that are contiguous in the source are contiguous in the target too, which `segments` finds out.
 """
 
 from bisect import bisect_left, bisect_right
@@ -37,7 +37,7 @@ class Region:
         """Return the slices that select `inner` from an array that holds this region."""
         return tuple(slice(a - p, a - p + n) for a, n, p in zip(inner.place, inner.shape, self.place))
 
-    def is_run(self, inner: "Region") -> bool:
+    def is_contiguous(self, inner: "Region") -> bool:
         """Return whether the numbers of `inner` are contiguous in the row-major order of this region."""
         first = next((dim for dim, size in enumerate(inner.shape) if size > 1), len(inner.shape))
         return inner.shape[first + 1:] == self.shape[first + 1:]
@@ -56,7 +56,7 @@ class Region:
                        (*self.shape[:axis], high - low, *self.shape[axis + 1:]))
                 for low, high in zip(bounds, bounds[1:])]
 
-    def runs(self, largest: int) -> Iterator["Region"]:
+    def contiguous_parts(self, largest: int) -> Iterator["Region"]:
         """Yield contiguous parts of at most `largest` numbers in row-major order, cut along leading dimensions."""
         axis = next((dim for dim, size in enumerate(self.shape) if size > 1), None)
         if self.numel <= largest or axis is None:
@@ -64,7 +64,7 @@ class Region:
             return
         step = max(1, largest // (self.numel // self.shape[axis]))
         for part in self.cut(axis, range(self.place[axis] + step, self.end[axis], step)):
-            yield from part.runs(largest)
+            yield from part.contiguous_parts(largest)
 
 
 def fill_once(whole: Region, parts: Iterable[Region]) -> bool:
@@ -100,20 +100,21 @@ T = TypeVar("T", bound=HasRegion)
 class Segment(Generic[T]):
     """A region that is contiguous in the target, and the `sources` that hold its numbers.
 
-    `is_run` says that there is one source, in which the numbers are contiguous too.
+    `is_contiguous` says that there is one source, in which the numbers are contiguous too.
     """
 
     region: Region
     sources: tuple[T, ...]
-    is_run: bool
+    is_contiguous: bool
 
 
 def segments(target: Region, sources: Sequence[T], largest: int) -> Iterator[Segment[T]]:
     """Yield segments that make up the target in row-major order; the sources cover it and do not overlap.
 
-    Runs of one source have any length. What must be gathered from several places is cut to at most `largest` numbers.
+    A segment that is contiguous in a source has any length. What must be gathered from several places is cut into
+    segments of at most `largest` numbers.
     """
-    if len(sources) == 1 and sources[0].region.is_run(target):
+    if len(sources) == 1 and sources[0].region.is_contiguous(target):
         yield Segment(target, tuple(sources), True)
         return
     axis = next((dim for dim, size in enumerate(target.shape) if size > 1), None)

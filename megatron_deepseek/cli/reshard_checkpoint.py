@@ -60,7 +60,7 @@ def _add_output(parser, required: bool = True) -> None:
 
 
 def _add_inspect(commands) -> None:
-    parser = _command(commands, "inspect", "architecture, layout, step, sizes and a table of the tensors")
+    parser = _command(commands, "inspect", "show architecture, layout, step, sizes and a table of the tensors")
     _add_directory(parser, "directory")
     _add_step(parser)
     parser.add_argument("--json", action="store_true", help="everything, for programs")
@@ -75,7 +75,7 @@ def _add_verify(commands) -> None:
 
 
 def _add_reshard(commands) -> None:
-    parser = _command(commands, "reshard", "files from which each rank of a layout reads only its own")
+    parser = _command(commands, "reshard", "write files of which each rank of a layout reads only its own")
     _add_directory(parser, "--load", required=True)
     _add_step(parser)
     _add_output(parser, required=False)
@@ -96,7 +96,7 @@ def _add_reshard(commands) -> None:
 
 
 def _add_merge(commands) -> None:
-    parser = _command(commands, "merge", "one file of all shards")
+    parser = _command(commands, "merge", "write everything to one file")
     _add_directory(parser, "--load", required=True)
     _add_step(parser)
     _add_output(parser)
@@ -107,7 +107,7 @@ def _add_merge(commands) -> None:
 
 
 def _add_average(commands) -> None:
-    parser = _command(commands, "average", "the mean of the weights of several checkpoints, as an iteration 0 "
+    parser = _command(commands, "average", "write the mean of the weights of several checkpoints, as an iteration 0 "
                                            "without optimizer state")
     _add_directory(parser, "directories", nargs="+")
     _add_output(parser)
@@ -116,7 +116,7 @@ def _add_average(commands) -> None:
 
 
 def _add_diff(commands) -> None:
-    parser = _command(commands, "diff", "largest differences of each tensor; exit status 1 if there are any")
+    parser = _command(commands, "diff", "show the largest differences of each tensor; exit status 1 if there are any")
     _add_directory(parser, "a")
     _add_directory(parser, "b")
     parser.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from megatron_deepseek.model.architecture.config import ModelConfig
 
 LEFT_OUT = "part of an MTP module"
-INCOMPLETE = "of an MTP module a part is there: tools/convert_checkpoint.py --no-mtp makes a copy without"
+INCOMPLETE = "only a part of an MTP module is there: tools/convert_checkpoint.py --no-mtp makes a copy without"
 
 
 def as_stored(config: ModelConfig, any_stored: bool, without_mtp: bool) -> tuple[ModelConfig, int]:

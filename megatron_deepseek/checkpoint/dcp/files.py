@@ -96,8 +96,8 @@ class DcpDirectory:
         """
         chunks = sum(len(entry.chunks) for entry in tensors.values() if isinstance(entry.chunks, list))
         if chunks > max(stored, _FEW_CHUNKS):
-            raise ValueError(f"{self.directory / METADATA} says of {stored:,} parts of tensors where they are, not of "
-                             f"all {chunks:,}")
+            raise ValueError(f"{self.directory / METADATA} has {chunks:,} chunks of tensors, but says of {stored:,} only "
+                             f"where they are")
 
     def _check(self, name: Any, entry: TensorEntry, fills: Callable[..., bool]) -> None:
         """Raise ValueError unless an entry has the right types, and its chunks hold each number of the tensor once."""
@@ -105,13 +105,13 @@ class DcpDirectory:
         if not isinstance(name, str) or not name.isprintable():
             raise ValueError(f"{path} has a tensor {name!r:.60}, which is no name")
         if not isinstance(entry.properties, Properties) or not isinstance(entry.properties.dtype, torch.dtype):
-            raise ValueError(f"{path} does not say of which type {name} is")
+            raise ValueError(f"{path} does not say the type of {name}")
         if not _is_size(entry.size) or not isinstance(entry.chunks, list) or not all(
                 isinstance(chunk, Chunk) and _is_size(chunk.offsets) and _is_size(chunk.sizes)
                 and len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks):
-            raise ValueError(f"{path} does not say of which shape {name} and its parts are")
+            raise ValueError(f"{path} does not say the shapes of {name} and of its chunks")
         if not fills(entry.size, tuple([(chunk.offsets, chunk.sizes) for chunk in entry.chunks])):
-            raise ValueError(f"{path}: the parts of {name} are not all numbers of its shape {entry.size}, each once")
+            raise ValueError(f"{path}: the chunks of {name} do not hold each number of its shape {entry.size} once")
 
     def _items(self, tensors: dict[str, TensorEntry],
                storage: dict[tuple[str, tuple[int, ...]], StoredAt]) -> dict[str, list[Item]]:

@@ -128,7 +128,8 @@ class FileWriter:
 
 def split(item: ItemRegion) -> list[ItemRegion]:
     """Cut an item along its leading dimensions into items of at most ITEM_BYTES."""
-    return [ItemRegion(item.name, region, item.dtype) for region in item.region.runs(ITEM_BYTES // item.dtype.itemsize)]
+    largest = ITEM_BYTES // item.dtype.itemsize
+    return [ItemRegion(item.name, region, item.dtype) for region in item.region.contiguous_parts(largest)]
 
 
 def write_items(path: Path, name: str, items: Iterable[ItemRegion],

@@ -66,19 +66,19 @@ class ItemReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def stream(self, item: Item, run: Region) -> Iterator[memoryview]:
+    def stream(self, item: Item, part: Region) -> Iterator[memoryview]:
         """Yield the bytes of a contiguous part of `item`, a block at a time; each is overwritten by the next."""
         if self._block is None:
             self._block = memoryview(bytearray(raw_bytes.BLOCK_BYTES))
         with self._reading(item) as descriptor:
-            position = self._begin(item, descriptor) + item.region.position(run.place) * item.dtype.itemsize
-            yield from raw_bytes.blocks(descriptor, position, run.numel * item.dtype.itemsize, self._block)
+            position = self._begin(item, descriptor) + item.region.position(part.place) * item.dtype.itemsize
+            yield from raw_bytes.blocks(descriptor, position, part.numel * item.dtype.itemsize, self._block)
 
     def numbers(self, name: str, region: Region) -> Iterator[memoryview]:
         """Yield a region's bytes of the tensor `name` in row-major order; each block is overwritten by the next."""
         size = self.directory.dtypes[name].itemsize
         for segment in segments(region, self.directory.covering(name, region), _GATHER_BYTES // size):
-            if segment.is_run:
+            if segment.is_contiguous:
                 yield from self.stream(segment.sources[0], segment.region)
             else:
                 out = torch.empty(segment.region.shape, dtype=self.directory.dtypes[name])
@@ -169,9 +169,9 @@ def _copy(descriptor: int, begin: int, item: Item, part: Region, target: torch.T
     bytes are read straight into it. Otherwise a few rows are read at a time and copied from there.
     """
     axis = next((dim for dim, size in enumerate(part.shape) if size > 1), None)
-    is_run, size = item.region.is_run(part), item.dtype.itemsize
-    source = part if is_run else None
-    if is_run and target.device.type == "cpu" and target.dtype == item.dtype and target.is_contiguous():
+    contiguous, size = item.region.is_contiguous(part), item.dtype.itemsize
+    source = part if contiguous else None
+    if contiguous and target.device.type == "cpu" and target.dtype == item.dtype and target.is_contiguous():
         return raw_bytes.fill(descriptor, as_bytes(target), begin + item.region.position(part.place) * size)
     if axis == len(part.shape) - 2 and part.shape[-1] * _WASTE >= item.shape[-1]:
         source = Region((*part.place[:-1], item.place[-1]), (*part.shape[:-1], item.shape[-1]))

@@ -46,7 +46,7 @@ def _compare(a: DcpDirectory, b: DcpDirectory, name: str, advance: Callable[[int
         return Difference(name, "shape", f"{list(a.shapes[name])} in A, {list(b.shapes[name])} in B")
     different, largest, relative = 0, 0.0, 0.0
     with ItemReader(a) as reader_a, ItemReader(b) as reader_b:
-        for region in Region((0,) * len(a.shapes[name]), a.shapes[name]).runs(_BLOCK_NUMBERS):
+        for region in Region((0,) * len(a.shapes[name]), a.shapes[name]).contiguous_parts(_BLOCK_NUMBERS):
             x, y = reader_a.read(name, region), reader_b.read(name, region)
             advance(x.nbytes)
             if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):

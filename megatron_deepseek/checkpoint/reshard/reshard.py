@@ -180,14 +180,14 @@ def _stored(reader: ItemReader, item: ItemRegion) -> Iterator[memoryview]:
     if stored == item.dtype:
         yield from reader.numbers(item.name, item.region)
         return
-    for region in item.region.runs(_GATHER_BYTES // stored.itemsize):
+    for region in item.region.contiguous_parts(_GATHER_BYTES // stored.itemsize):
         yield as_bytes(cast(item.name, reader.read(item.name, region), item.dtype))
 
 
 def _mean(readers: Sequence[ItemReader], weights: Sequence[float], item: ItemRegion) -> Iterator[memoryview]:
     """Yield the bytes of the weighted mean of an item, summed in float64, or in float32 for weights of 16 bits."""
     wide = torch.float64 if item.dtype.itemsize >= 4 else torch.float32
-    for region in item.region.runs(_GATHER_BYTES // 4):
+    for region in item.region.contiguous_parts(_GATHER_BYTES // 4):
         total = torch.zeros(region.shape, dtype=wide)
         for reader, weight in zip(readers, weights):
             total += reader.read(item.name, region).to(wide) * weight
