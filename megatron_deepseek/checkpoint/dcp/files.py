@@ -96,8 +96,8 @@ class DcpDirectory:
         """
         chunks = sum(len(entry.chunks) for entry in tensors.values() if isinstance(entry.chunks, list))
         if chunks > max(stored, _FEW_CHUNKS):
-            raise ValueError(f"{self.directory / METADATA} has {chunks:,} chunks of tensors, but says of {stored:,} only "
-                             f"where they are")
+            raise ValueError(f"{self.directory / METADATA} has {chunks:,} chunks of tensors, but says of "
+                             f"{stored:,} only where they are")
 
     def _check(self, name: Any, entry: TensorEntry, fills: Callable[..., bool]) -> None:
         """Raise ValueError unless an entry has the right types, and its chunks hold each number of the tensor once."""

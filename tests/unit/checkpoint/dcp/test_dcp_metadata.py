@@ -97,12 +97,12 @@ def stored(metadata, **changes) -> None:
 
 WRONG = {
     "no shape": (lambda all, tensor: setattr(tensor, "size", 5), "does not say the shapes of model.weight"),
-    "negative shape": (lambda all, tensor: setattr(tensor, "size", (-6, -5)), "of which shape model.weight"),
+    "negative shape": (lambda all, tensor: setattr(tensor, "size", (-6, -5)), "the shapes of model.weight"),
     "no type": (lambda all, tensor: setattr(tensor, "properties", None), "does not say the type of model.weight"),
     "no parts": (lambda all, tensor: setattr(tensor, "chunks", None), "does not say the shapes of model.weight"),
     "a part less": (lambda all, tensor: tensor.chunks.pop(), "model.weight do not hold each number of its shape"),
     "a part twice": (lambda all, tensor: tensor.chunks.append(tensor.chunks[0]), "model.weight do not hold each"),
-    "a part of two dimensions less": (lambda all, tensor: setattr(tensor.chunks[0], "sizes", ()), "does not say the shapes"),
+    "a part of two dimensions less": (lambda all, tensor: setattr(tensor.chunks[0], "sizes", ()), "not say the shapes"),
     "larger than anything": (lambda all, tensor: setattr(tensor, "size", (2**40, 2**40)), "do not hold each number"),
     "nowhere": (lambda all, tensor: all.storage_data.clear(), "does not say where model.scalar at"),
     "in another directory": (lambda all, tensor: stored(all, relative_path="../a.distcp"), "cannot be where it says"),
