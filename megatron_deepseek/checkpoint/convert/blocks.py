@@ -60,8 +60,8 @@ def cast_rows(source: TensorSource, tensor: OutputTensor, start: int = 0, stop: 
         yield _cast(tensor, first, last, *_read(source, tensor, first, last))
 
 
-def row_bytes(source: TensorSource, tensor: OutputTensor, start: int = 0, stop: int | None = None
-              ) -> Iterator[memoryview]:
+def stream_bytes(source: TensorSource, tensor: OutputTensor, start: int = 0, stop: int | None = None
+                 ) -> Iterator[memoryview]:
     """Yield the bytes of rows start..stop of `tensor`, which is not float8; each block may overwrite the one before.
 
     They are the source's stored bytes as they are, unless the dtype changes.

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from megatron_deepseek.checkpoint.convert.block_fp8 import BLOCK, SCALE_SUFFIX, scale_shape
-from megatron_deepseek.checkpoint.convert.blocks import OutputTensor, cast_rows, row_bytes
+from megatron_deepseek.checkpoint.convert.blocks import OutputTensor, cast_rows, stream_bytes
 from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.dcp.item_file import FileWriter, ItemRegion, split, write_items
@@ -63,7 +63,7 @@ def _stored_bytes(source: TensorSource, tensor: OutputTensor) -> Iterator[tuple[
     """Yield (stored tensor, byte in it, bytes); for float8, rows and the scales of their blocks in turn."""
     if tensor.dtype != torch.float8_e4m3fn:
         begin = 0
-        for data in row_bytes(source, tensor):
+        for data in stream_bytes(source, tensor):
             yield tensor.name, begin, data
             begin += len(data)
         return
@@ -88,7 +88,7 @@ def write_dcp(path: Path, file: OutputFile, source: TensorSource, advance: Calla
 
     def numbers(item: ItemRegion) -> Iterator[memoryview]:
         tensor = tensor_of[item]
-        return row_bytes(source, tensor, *places[tensor.name].rows_of(item.region))
+        return stream_bytes(source, tensor, *places[tensor.name].rows_of(item.region))
 
     return write_items(path, file.name, tensor_of, numbers, advance)
 
