@@ -38,7 +38,7 @@ class DirectoryBuild:
     `what` names the work in messages. `inputs` are the files that are read, and `contents` says which tensors go into
     which file (any value that JSON takes): if either changes, the finished files of an earlier run are dropped.
     `write(path, file, advance)` writes a file and returns its fingerprint. `complete(directory, fingerprints)` adds
-    what makes the files a checkpoint. `publish()` runs after the rename. `checks` run on rank 0, beside the writing;
+    what makes the files a checkpoint. `publish()` runs after the rename. `checks` come first on the threads of rank 0;
     together they read `check_bytes`.
     """
 

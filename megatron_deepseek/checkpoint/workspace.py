@@ -68,7 +68,7 @@ class Workspace:
         write_aside(self._note_file(name), json.dumps(fingerprint.to_json()))
 
     def finished(self, name: str) -> Fingerprint | None:
-        """Return the fingerprint of a file that was finished and is intact, which is read for it; else None."""
+        """Return the fingerprint of a finished file; None if the file, which is read for it, is not intact."""
         fingerprint = self.fingerprint(name)
         return fingerprint if fingerprint is not None and verify(self.output / name, fingerprint) else None
 

@@ -16,8 +16,8 @@ from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "convert_checkpoint.py"
-FORMATS = ("hf", "megatron", "native")  # of formats.OPEN
-TYPES = ("bf16", "fp16", "fp32", "fp8")  # of conversion.DTYPES
+FORMATS = ("hf", "megatron", "native")  # the keys of formats.OPEN, which needs torch
+TYPES = ("bf16", "fp16", "fp32", "fp8")  # the keys of conversion.DTYPES, which needs torch
 
 
 def layers(text: str) -> frozenset[int]:

@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the prompt and the model's continuation."""
+    """Print the prompt and the model's continuation; return the exit status."""
     with quick_imports():
         import torch.distributed as dist
 

@@ -10,7 +10,7 @@ from megatron_deepseek.checkpoint.native import CONFIG, Checkpoint, layout_note
 from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision
 from megatron_deepseek.planning.pipeline_balance import resolve
 
-_USUAL_LENGTH = 4096  # tokens of training's sequences
+_USUAL_LENGTH = 4096  # tokens of a sequence, if neither --seq-length nor layout.json says it
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class DcpDirectory:
                    if isinstance(entry, TensorEntry)}
         self.others = frozenset(metadata.state_dict_metadata) - frozenset(tensors)
         self._check_number(tensors, len(metadata.storage_data))
-        fills = cache(_fills)  # layers are alike, so most shapes with their chunks come again
+        fills = cache(_fills)  # layers are alike, so the same shapes and chunks come again and again
         for name, entry in tensors.items():
             self._check(name, entry, fills)
         self.shapes = {name: entry.size for name, entry in tensors.items()}
@@ -163,7 +163,7 @@ class DcpDirectory:
         return items
 
     def _near(self, name: str, region: Region) -> list[Item]:
-        """Return items near `region` along the first dimension: all that can overlap it, and a few others."""
+        """Return the items that begin before the end of `region` along the first dimension, but not long before it."""
         items = self.items[name]
         if not region.place:
             return items

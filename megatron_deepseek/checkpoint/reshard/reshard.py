@@ -149,7 +149,7 @@ def _iteration_build(what: str, sources: Sequence[Checkpoint], files: Sequence[I
         (directory / STATE).write_text(json.dumps(state.to_json(), indent=2))
         if layout is not None:
             (directory / LAYOUT).write_text(json.dumps(layout, indent=2))
-        if len(sources) == 1 and (first.directory / ARGUMENTS).exists():  # no one run made an average
+        if len(sources) == 1 and (first.directory / ARGUMENTS).exists():  # an average was made by no single run
             shutil.copyfile(first.directory / ARGUMENTS, directory / ARGUMENTS)
         checksum_directory(directory, {name: fingerprint.checksum for name, fingerprint in fingerprints.items()})
 
