@@ -39,13 +39,13 @@ from megatron_deepseek.runtime.resume import (
     describe_changes,
     go_on,
     num_samples,
-    refuse_bad_input,
+    check_and_decide,
     resume,
     save_lock,
     this_job,
 )
 from megatron_deepseek.runtime.saving import Saver, what_stays
-from megatron_deepseek.runtime.user_errors import refusing
+from megatron_deepseek.runtime.user_errors import end_on_user_error
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.next_token import SourceSum, by_source
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
@@ -61,10 +61,10 @@ def pretrain(settings: Settings) -> None:
 def _pretrain(settings: Settings, begun: float) -> None:
     job = this_job()
     lock = save_lock(settings, job)
-    start = refuse_bad_input(settings, job, lock)
+    start = check_and_decide(settings, job, lock)
     device = choose_device()
     join_job(device, settings.run.distributed_timeout_minutes)
-    with refusing(lock=lock):
+    with end_on_user_error(lock=lock):
         start = share(start, settings.run.save)
     meshes = build_meshes(settings.layout, device)
     trainer = Trainer(make_plan(settings), meshes)
@@ -72,12 +72,12 @@ def _pretrain(settings: Settings, begun: float) -> None:
     settings, state = go_on(settings, resume(start, trainer))
     with _open_report(settings, start, state) as report:
         if dist.get_rank() == 0:
-            with refusing():
+            with end_on_user_error():
                 describe(report, settings, trainer, start, state)
         run = Run(settings, trainer, report, start, state, begun, job)
         run.train()
         run.export()
-        with refusing():
+        with end_on_user_error():
             report.close()
     dist.barrier()
     if lock is not None:
@@ -89,7 +89,7 @@ def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
     """What --overwrite removes goes now: all that could be refused has been looked at."""
     if dist.get_rank() != 0:
         return Report()
-    with refusing():
+    with end_on_user_error():
         removed = overwrite(settings.run.save) if start.overwrite else None
         report = open_report(settings.run, state.iteration)
     if removed is not None:
@@ -119,7 +119,7 @@ class Run:
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, start: Start, state: TrainState,
                  begun: float, job: Job):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        with refusing():
+        with end_on_user_error():
             plan = shared_plan(settings.data, num_samples(settings, state), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
@@ -154,7 +154,7 @@ class Run:
                 raise
             self.saver.save(self.state)
             save = self.settings.run.save
-            with refusing(f"; it was the last of this run: {what_stays(save)}" if save is not None else ""):
+            with end_on_user_error(f"; it was the last of this run: {what_stays(save)}" if save is not None else ""):
                 self.saver.close()
 
     def _steps(self) -> None:
@@ -279,7 +279,7 @@ class Run:
             self.report.message(f"{run.save_hf} is not written after {done} of {run.train_iters} iterations, but after "
                                 f"the last one. Until then {by_hand}")
             return
-        with refusing(f"; the training itself is saved: {by_hand}"):
+        with end_on_user_error(f"; the training itself is saved: {by_hand}"):
             if self._is_exported():
                 self.report.message(f"{run.save_hf} is the export of iteration {self.state.iteration} already")
                 return

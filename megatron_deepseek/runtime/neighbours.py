@@ -1,4 +1,4 @@
-"""A ring of connections between the ranks, by which each notices at once that a neighbour's process is gone.
+"""A ring of connections between the ranks: each rank notices at once that a neighbour's process is gone.
 
 The kernel closes the connections of a process that dies, whatever it was doing and whatever the others wait for: a
 collective, a store's key while groups are built, a save. A link that is cut closes nothing; there the kernel's
@@ -128,9 +128,9 @@ class Ring:
 
 
 def _address_towards_master() -> tuple[int, str]:
-    """The family and the address of the interface by which this machine reaches the host of the store.
+    """Return the family and the address of the interface by which this machine reaches the host of the store.
 
-    A loopback address says that this is that host.
+    A loopback address means that this machine is that host.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                                                             type=socket.SOCK_DGRAM)[0]
@@ -143,11 +143,11 @@ def _send(connection: socket.socket, data: bytes) -> None:
     try:
         connection.sendall(data)
     except OSError:
-        pass  # reading tells of it
+        pass  # the next read reports it
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
-    """`count` bytes, or what came until the other end was gone."""
+    """Return `count` bytes, or those that came until the other end was gone."""
     data = b""
     try:
         while len(data) < count and (more := connection.recv(count - len(data))):

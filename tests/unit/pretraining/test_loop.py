@@ -21,7 +21,7 @@ from megatron_deepseek.pretraining.loop import Run, make_plan
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
-from megatron_deepseek.runtime.resume import go_on, num_samples, refuse_bad_input
+from megatron_deepseek.runtime.resume import go_on, num_samples, check_and_decide
 from megatron_deepseek.training.next_token import NextTokenLosses
 from megatron_deepseek.training.trainer import StepResult
 
@@ -173,14 +173,14 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
         parse(f"{command} 90".split(), 1)
     command = command.replace("--lr-warmup", f"--save {tmp_path / 'save'} --lr-warmup")
-    monkeypatch.setattr("megatron_deepseek.runtime.resume.refusing", lambda lock: nullcontext())
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.end_on_user_error", lambda lock: nullcontext())
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start())
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
-        refuse_bad_input(parse(f"{command} 90".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 90".split(), 1), None, None)
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start(load=directory))
-    assert refuse_bad_input(parse(f"{command} 90".split(), 1), None, None).load == directory
+    assert check_and_decide(parse(f"{command} 90".split(), 1), None, None).load == directory
     with pytest.raises(ValueError, match="--lr-warmup-samples 100 .* --train-iters 20 .100 samples"):
-        refuse_bad_input(parse(f"{command} 100".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 100".split(), 1), None, None)
     with pytest.raises(ValueError, match="--min-lr"):
         parse(f"{command} 90 --min-lr 1".split(), 1)
 
