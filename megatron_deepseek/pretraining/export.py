@@ -46,7 +46,7 @@ def export(run: RunSettings, iteration: int, report: Report) -> None:
 
 
 def _is_exported(run: RunSettings, iteration: int) -> bool:
-    """Return, on all ranks, whether rank 0 finds the export: an earlier start of this run may have got to its end."""
+    """Return on all ranks whether rank 0 finds the export: an earlier start of this run may have got to its end."""
     answer = [False]
     if dist.get_rank() == 0:
         saved = find_iteration(run.save, iteration)
