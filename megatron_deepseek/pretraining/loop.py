@@ -60,7 +60,7 @@ def _pretrain(settings: Settings, begun: float) -> None:
     with end_on_user_error(lock=lock):
         start = share(start, settings.run.save)
     meshes = build_meshes(settings.layout, device)
-    trainer = Trainer(make_training_spec(settings), meshes)
+    trainer = Trainer(training_spec(settings), meshes)
     limit_waiting(settings.run.distributed_timeout_minutes)
     settings, state = go_on(settings, resume(start, trainer))
     with _open_report(settings, start, state) as report:
@@ -93,7 +93,7 @@ def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
     return report
 
 
-def make_training_spec(settings: Settings) -> TrainingSpec:
+def training_spec(settings: Settings) -> TrainingSpec:
     """Return what this job builds. With --bf16 master weights and gradients stay float32."""
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, settings.data.seq_length)
     return TrainingSpec(

@@ -18,7 +18,7 @@ from megatron_deepseek.settings import OptimizerSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: as the master weights, which are float32 outside tests
 
-STRETCH = 1 << 22  # elements that are widened at a time: 16 MB for each moment
+STRETCH_ELEMENTS = 1 << 22  # elements that are widened at a time: 16 MB for each moment
 _VECTOR = 16  # elements: a cache line of float32, in multiples of which the fused CPU kernel divides its work
 
 
@@ -109,18 +109,18 @@ class _Stretch:
 
 def _stretches(*shard: torch.Tensor) -> Iterator[_Stretch]:
     *tensors, step = shard
-    for parts in zip(*(t.view(-1).split(STRETCH) for t in tensors), strict=True):
+    for parts in zip(*(t.view(-1).split(STRETCH_ELEMENTS) for t in tensors), strict=True):
         if parts[0].numel():
             yield _Stretch(*parts, step)
 
 
 def _batches(stretches: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
-    """Yield lists of stretches, of at most 2 * STRETCH elements together."""
+    """Yield lists of stretches, of at most 2 * STRETCH_ELEMENTS elements together."""
     batch, size = [], 0
     for stretch in stretches:
         batch.append(stretch)
         size += stretch.param.numel()
-        if size >= STRETCH:
+        if size >= STRETCH_ELEMENTS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -25,7 +25,9 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Candidate:
-    """`function`: module:name of the implementation, None for the reference itself; `why_not` is None where it runs."""
+    """`function`: module:name of the implementation in this folder, None for the reference itself; `why_not` is None
+    where it runs.
+    """
 
     name: str
     function: str | None

@@ -17,7 +17,7 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
-from megatron_deepseek.pretraining.loop import Run, make_training_spec
+from megatron_deepseek.pretraining.loop import Run, training_spec
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
@@ -45,7 +45,7 @@ class RecordingTrainer:
     """A stand-in for a Trainer that records every step and batch, and gives each losses that tell it from others."""
 
     def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
-        self.spec, self.meshes, self.skipped = make_training_spec(settings), meshes, skipped
+        self.spec, self.meshes, self.skipped = training_spec(settings), meshes, skipped
         self.stages, self.optimizer = [], None
         self.steps, self.evaluations = [], []
 
@@ -253,11 +253,11 @@ OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-l
 
 
 def test_a_training_spec_has_everything_that_was_asked_for(corpus):
-    plain = make_training_spec(settings_of(corpus))
+    plain = training_spec(settings_of(corpus))
     assert plain.build.precision == Precision() and not plain.build.reshard_after_forward and plain.build.seed == 1234
     settings = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 {OPTIONS} "
                      "--global-batch-size 16".split(), 2)
-    spec = make_training_spec(settings)
+    spec = training_spec(settings)
     assert spec.build.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
     assert (spec.model, spec.schedule, spec.seq_length) == (settings.model, "ZBVZeroBubble", 64)
     assert spec.micro_batch_size == 2
@@ -268,4 +268,4 @@ def test_a_training_spec_has_everything_that_was_asked_for(corpus):
     assert spec.build.communication.cp_comm_type == "allgather"
     gathered = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 --fp8-format e4m3 "
                      "--fp8-param-gather".split(), 1)
-    assert make_training_spec(gathered).build.precision == Precision(fp8=True, fp8_gather=True)
+    assert training_spec(gathered).build.precision == Precision(fp8=True, fp8_gather=True)

@@ -9,7 +9,7 @@ import torch
 from megatron_deepseek.ops import __main__ as table
 from megatron_deepseek.ops.backends import registry
 from megatron_deepseek.ops.backends.registry import CANDIDATES, Candidate, choose, parse_wishes, with_backends
-from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.backends.alternatives import torch_rms_norm
 
 
 def test_wishes():
@@ -37,10 +37,11 @@ def candidates(monkeypatch, *of_norm):
 
 
 def test_the_first_that_can_be_had(a_gpu, monkeypatch):
-    candidates(monkeypatch, Candidate("one", "norm:rms_norm", lambda: "one is broken"),
-               Candidate("two", "norm:rms_norm", lambda: None), Candidate("reference", None, lambda: None))
+    candidates(monkeypatch, Candidate("one", "alternatives:torch_rms_norm", lambda: "one is broken"),
+               Candidate("two", "alternatives:torch_rms_norm", lambda: None),
+               Candidate("reference", None, lambda: None))
     choice = choose("rms_norm", None)
-    assert (choice.backend, choice.why, choice.function) == ("two", "one is broken", rms_norm)
+    assert (choice.backend, choice.why, choice.function) == ("two", "one is broken", torch_rms_norm)
     assert choose("rms_norm", "reference").function is None
     with pytest.raises(ValueError, match="rms_norm=one, but one is broken"):
         choose("rms_norm", "one")
