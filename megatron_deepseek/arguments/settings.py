@@ -32,7 +32,7 @@ from megatron_deepseek.settings import (
 )
 from megatron_deepseek.training import schedules, timeline
 
-# torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
+# torchrun stops all ranks of a node as soon as one exits, so the silent ones wait while rank 0 prints.
 _SILENT_SECONDS = 10.0
 
 

@@ -111,7 +111,7 @@ def cut_after(path: Path, iteration: int) -> int:
     records = [(line, record["iteration"]) for line in lines if (record := _parse(line)) is not None]
     lines = [line for line, at in records if 0 < iteration >= at]
     kept = "".join(lines).encode()
-    if content.startswith(kept):  # as it is unless something is damaged; a full disk has room for it
+    if content.startswith(kept):  # true unless something is damaged; truncating needs no room on a full disk
         os.truncate(path, len(kept))
     else:
         _replace(path, kept)

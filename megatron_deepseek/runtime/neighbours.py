@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_deepseek.launch.links import limit_silence
 
 _KEY = "megatron_deepseek/neighbours"
-_BYE = b"."  # what a rank that ends well sends last
+_BYE = b"."  # the last byte that a rank sends when it ends well
 _HELLO_SECONDS, _POLL_SECONDS = 5.0, 0.2
 
 
@@ -34,7 +34,7 @@ class Ring:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, patience: float, lost: Callable[[int], None]):
         self.store, self.rank, self.world_size, self.patience, self.lost = store, rank, world_size, patience, lost
-        self.token = uuid.uuid4().hex.encode()  # by which a neighbour is told from whoever else finds the port
+        self.token = uuid.uuid4().hex.encode()  # tells a neighbour from anybody else who finds the port
         self.wake, self.woken = socket.socketpair()
         self.thread = threading.Thread(target=self._run, daemon=True, name="neighbours")
 

@@ -60,7 +60,7 @@ class SaveLock:
             raise ValueError(f"--save {self.root} is in use by {holder}: two runs cannot share it; stop that one, "
                              "or save elsewhere")
         for leftover in self.root.glob(f"{LOCK}.*"):
-            if self.me.token not in leftover.name:  # that one is the right of a job that takes over from this one
+            if self.me.token not in leftover.name:  # such a file is the right of a job that takes over from this one
                 leftover.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._keep, daemon=True, name="save-lock")
         self._thread.start()
@@ -78,7 +78,7 @@ class SaveLock:
             if self._made_root:
                 self.root.rmdir()
         except OSError:
-            pass  # what is left is a dead process's lock
+            pass  # a lock that stays behind is that of a dead process
 
     def _get(self, path: Path) -> Holder | None:
         """Make the file at `path` this holder's, or return the living holder that is in its way."""
@@ -87,7 +87,7 @@ class SaveLock:
             if holder == self.me:
                 break
             if holder is None:
-                self.root.mkdir(parents=True, exist_ok=True)  # the one that made it may have ended
+                self.root.mkdir(parents=True, exist_ok=True)  # the job that made it may have ended and removed it
                 continue
             if self._is_dead(path, holder):
                 in_the_way = self._take_over(path, holder)

@@ -24,7 +24,7 @@ _VECTOR = 16  # elements: a cache line of float32, in multiples of which the fus
 
 @dataclass(frozen=True, eq=False)
 class NamedParameter:
-    """`counted` is false for the further copies of a parameter that several stages hold."""
+    """A parameter and its name. `counted` is false for further copies of a parameter that several stages hold."""
 
     name: str
     parameter: nn.Parameter

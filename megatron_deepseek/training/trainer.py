@@ -107,7 +107,7 @@ class Trainer:
                                    spec.build)
         for unused in (layer for stage in self.stages for layer in stage.mtp_layers(self.objective.num_depths)):
             gather_once(unused)
-        self.counter = self.stages[0].counter  # one for all stages
+        self.counter = self.stages[0].counter  # one counter for all stages
         self.shared = find_shared(_embedding_holders(spec), self.holders, dict(zip(self.indices, self.stages)), meshes)
         self.parameters = self._named_parameters()
         self.optimizer = build_optimizer(self.parameters, spec.optimizer)
