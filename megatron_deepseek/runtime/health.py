@@ -98,7 +98,7 @@ def _bad_weights(trainer: Trainer) -> Iterator[tuple[int, str]]:
 
 
 def _bad_gradients(trainer: Trainer) -> Iterator[tuple[int, str]]:
-    """Yield of each stage the last bad parameter in the order of the forward: the backward came to it first."""
+    """Yield each stage's last bad parameter in the order of the forward: the backward came to it first."""
     for index, stage in zip(trainer.indices, trainer.stages):
         bad = [name for name, parameter in stage.named_parameters()
                if parameter.grad is not None and not _finite(parameter.grad)]
