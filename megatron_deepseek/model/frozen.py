@@ -1,4 +1,4 @@
-"""Parameters that are not trained, named by wildcard patterns over names: Hugging Face's, with experts stacked."""
+"""Parameters that are not trained, named by wildcard patterns over Hugging Face's names, with experts stacked."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of `patterns` is all of `name`, where `*` stands for any text, dots included."""
+    """Return whether one of `patterns` matches all of `name`; `*` stands for any text, dots included."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
-    """Let the parameters that `patterns` name get no gradient. Before FSDP takes the parameters, which keeps to it.
+    """Turn off the gradients of parameters that `patterns` name, before FSDP takes them over and keeps them so.
 
-    Names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
+    Only names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
     """
     for stage in stages:
         for name, parameter in stage.named_parameters():
@@ -25,5 +25,5 @@ def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
 
 
 def trained_parameters(stage: "nn.Module") -> Iterator[tuple[str, "nn.Parameter"]]:
-    """By name, those that are not frozen."""
+    """Return the parameters that are not frozen, with their names."""
     return ((name, parameter) for name, parameter in stage.named_parameters() if parameter.requires_grad)
