@@ -44,7 +44,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 def faults(text: str, is_function: bool) -> Iterator[str]:
     """What is wrong with a docstring, each fault in a few words."""
     begins, *more = text.split()
-    if is_function and (begins.rstrip(",") not in VERBS or more[:1] == ["of"]):  # "Sum of ..." is a noun phrase
+    if is_function and (begins.rstrip(",") not in VERBS or text.startswith(f"{begins} of ") and begins in VERBS):  # "Sum of ..." is a noun phrase
         yield f"begins with {' '.join([begins, *more[:1]])!r}, which is no imperative verb"
     if not is_function and re.match(rf"({'|'.join(FRAGMENTS)})\b", text):
         yield f"begins with the fragment {begins!r}"
