@@ -43,9 +43,9 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def faults(text: str, is_function: bool) -> Iterator[str]:
     """What is wrong with a docstring, each fault in a few words."""
-    begins, *more = text.split()
-    if is_function and (begins.rstrip(",") not in VERBS or text.startswith(f"{begins} of ") and begins in VERBS):  # "Sum of ..." is a noun phrase
-        yield f"begins with {' '.join([begins, *more[:1]])!r}, which is no imperative verb"
+    begins, follows = [*text.split(), ""][:2]
+    if is_function and (begins.rstrip(",") not in VERBS or (begins in VERBS and follows == "of")):  # "Sum of ..."
+        yield f"begins with {begins + ' ' + follows!r}, which is no imperative verb"
     if not is_function and re.match(rf"({'|'.join(FRAGMENTS)})\b", text):
         yield f"begins with the fragment {begins!r}"
     first = text.split("\n\n")[0].rstrip()
