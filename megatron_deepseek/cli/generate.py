@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     with quick_imports():
         import torch.distributed as dist
 
-        from megatron_deepseek.inference.generate import continuation, generate, load_model, look_at
-    request = look_at(args)
+        from megatron_deepseek.inference.generate import continuation, generate, load_model, check_request
+    request = check_request(args)
     if is_huggingface(request.directory):
         for line in describe_model(str(request.directory)):
             print(line, file=sys.stderr)

@@ -55,7 +55,7 @@ RESUME_MUTANTS = of(
     "runtime/decision.py", ("tests/unit/runtime/test_decision.py",),
     ("start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
     ("start.finetune or start.weights_only or bool(new)", "start.weights_only or bool(new)"),
-    ("if last is not None and last.job.is_earlier_life_of(job):", "if False:"),
+    ("if last is not None and last.job.is_earlier_start_of(job):", "if False:"),
     ("(last is not None and last.origin != _full(run.load))", "False"),
     ("and run.ckpt_step is None\n", "\n"),
     ("step in (None, last_iteration(run.save))", "True"),
