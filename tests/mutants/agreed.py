@@ -60,7 +60,7 @@ RESUME_MUTANTS = of(
     ("tests/unit/runtime/test_decision.py",),
     ("decide", "start.finetune or start.weights_only or bool(new)", "start.finetune or bool(new)"),
     ("decide", "start.finetune or start.weights_only or bool(new)", "start.weights_only or bool(new)"),
-    ("_decide", "if last is not None and last.job.is_earlier_life_of(job):", "if False:"),
+    ("_decide", "if last is not None and last.job.is_earlier_start_of(job):", "if False:"),
     ("_decide", "(last is not None and last.origin != _full(run.load))", "False"),
     ("_first_start", "and run.ckpt_step is None\n", "\n"),
     ("_continued", "step in (None, last_iteration(run.save))", "True"),
@@ -189,7 +189,7 @@ REFUSED_ELSEWHERE = of(
     ("sharded_parameter", "        if local[placement.dim] % mesh.size(axis):", "        if False:"),
 ) + of(
     LAYOUT,
-    ("choose_device", "if local_size > torch.cuda.device_count():", "if local_rank > torch.cuda.device_count():"),
+    ("choose_device", "if local_size > count_accelerators():", "if local_rank > count_accelerators():"),
 )
 
 KEPT_AND_FREED = of(

@@ -20,7 +20,8 @@ FROZEN = of(
     ("update_expert_bias", " and module.gate.weight.requires_grad:", ":"),
 ) + of(
     LAYOUTS,
-    ("Project.anchor", "requires_grad=any(weight.requires_grad for weight in self.weights)", "requires_grad=False"),
+    ("KeyValueProjection.anchor",
+     "requires_grad=any(weight.requires_grad for weight in self.weights)", "requires_grad=False"),
     ("gradient_of_block", "detach().requires_grad_(needed)", "detach().requires_grad_(False)"),
 ) + of(
     LAYOUTS,

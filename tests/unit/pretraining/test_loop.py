@@ -21,7 +21,7 @@ from megatron_deepseek.pretraining.loop import Run, training_spec
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
-from megatron_deepseek.runtime.resume import go_on, num_samples, refuse_bad_input
+from megatron_deepseek.runtime.resume import go_on, num_samples, check_and_decide
 from megatron_deepseek.training.next_token import NextTokenLosses
 from megatron_deepseek.training.trainer import StepResult
 
@@ -42,7 +42,7 @@ def settings_of(corpus, more: str = "") -> Settings:
 
 
 class RecordingTrainer:
-    """In the place of a Trainer: every step and batch is noted, and has losses that tell it from others."""
+    """A stand-in for a Trainer that records every step and batch, and gives each losses that tell it from others."""
 
     def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
         self.spec, self.meshes, self.skipped = training_spec(settings), meshes, skipped
@@ -173,14 +173,14 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
         parse(f"{command} 90".split(), 1)
     command = command.replace("--lr-warmup", f"--save {tmp_path / 'save'} --lr-warmup")
-    monkeypatch.setattr("megatron_deepseek.runtime.resume.refusing", lambda lock: nullcontext())
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.end_on_user_error", lambda lock: nullcontext())
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start())
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
-        refuse_bad_input(parse(f"{command} 90".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 90".split(), 1), None, None)
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start(load=directory))
-    assert refuse_bad_input(parse(f"{command} 90".split(), 1), None, None).load == directory
+    assert check_and_decide(parse(f"{command} 90".split(), 1), None, None).load == directory
     with pytest.raises(ValueError, match="--lr-warmup-samples 100 .* --train-iters 20 .100 samples"):
-        refuse_bad_input(parse(f"{command} 100".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 100".split(), 1), None, None)
     with pytest.raises(ValueError, match="--min-lr"):
         parse(f"{command} 90 --min-lr 1".split(), 1)
 
@@ -252,7 +252,7 @@ OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-l
     --pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble --fp8-format e4m3"""
 
 
-def test_a_plan_has_everything_that_was_asked_for(corpus):
+def test_a_training_spec_has_everything_that_was_asked_for(corpus):
     plain = training_spec(settings_of(corpus))
     assert plain.build.precision == Precision() and not plain.build.reshard_after_forward and plain.build.seed == 1234
     settings = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 {OPTIONS} "
