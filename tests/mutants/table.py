@@ -437,7 +437,8 @@ DEEPSEEK = of(
 
 MLA = of(
     MODEL,
-    ("UpProjections.block", "turned = apply_rope(k_pe_BSD.unsqueeze(2), self.rope_2SD).squeeze(2)", "turned = k_pe_BSD"),
+    ("UpProjections.block", "turned = apply_rope(k_pe_BSD.unsqueeze(2), self.rope_2SD).squeeze(2)",
+     "turned = k_pe_BSD"),
     ("MLA.forward", "self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))",
      "self.tp.leave(self.o_proj.add_bias(self.o_proj(y_BSV)))"),
     ("MLA.whole_sequence",
