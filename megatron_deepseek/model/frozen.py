@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
-    """Let the parameters that `patterns` name get no gradient. Call it before FSDP takes them, which keeps to it.
+    """Turn off the gradients of parameters that `patterns` name, before FSDP takes them over and keeps them so.
 
-    Names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
+    Only names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
     """
     for stage in stages:
         for name, parameter in stage.named_parameters():
@@ -21,5 +21,5 @@ def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
 
 
 def trained_parameters(stage: "nn.Module") -> Iterator[tuple[str, "nn.Parameter"]]:
-    """Return the parameters that are not frozen, with their names."""
+    """Yield the parameters that are not frozen, with their names."""
     return ((name, parameter) for name, parameter in stage.named_parameters() if parameter.requires_grad)

@@ -67,7 +67,7 @@ def _pretrain(settings: Settings, begun: float) -> None:
     with refusing(lock=lock):
         start = share(start, settings.run.save)
     meshes = build_meshes(settings.layout, device)
-    trainer = Trainer(make_plan(settings), meshes)
+    trainer = Trainer(training_spec(settings), meshes)
     limit_waiting(settings.run.distributed_timeout_minutes)
     settings, state = go_on(settings, resume(start, trainer))
     with _open_report(settings, start, state) as report:
@@ -97,7 +97,7 @@ def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
     return report
 
 
-def make_plan(settings: Settings) -> TrainingSpec:
+def training_spec(settings: Settings) -> TrainingSpec:
     """What this job builds. BF16 keeps float32 master weights and gradients."""
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, settings.data.seq_length)
     return TrainingSpec(

@@ -39,7 +39,7 @@ FROZEN = of(
     ("        if ctx.needs_input_grad[1]:\n            (x_RI,)", "        if True:\n            (x_RI,)"),
 ) + of(
     "ops/fp8/recipe.py", UNIT,
-    ("product.keep(x, tiles) if weight.requires_grad else ()", "product.keep(x, tiles)"),
+    ("gemm.keep(x, tiles) if weight.requires_grad else ()", "gemm.keep(x, tiles)"),
     ("        if any(ctx.needs_input_grad[3:]):", "        if ctx.needs_input_grad[2]:"),
     ("        if weight.requires_grad:\n            hidden", "        if True:\n            hidden"),
 ) + of(

@@ -25,9 +25,13 @@ COMMANDS = {
     "tools/preprocess_data.py": "megatron_deepseek.cli.preprocess_data",
     "tools/indexed_dataset.py": "megatron_deepseek.cli.indexed_dataset",
     "tools/generate.py": "megatron_deepseek.cli.generate",
+    "tools/build_data_cache.py": "megatron_deepseek.cli.build_data_cache",
+    "tools/train_tokenizer.py": "megatron_deepseek.cli.train_tokenizer",
+    "tools/trace_overlap.py": "megatron_deepseek.cli.trace_overlap",
+    "tools/plot_metrics.py": "megatron_deepseek.cli.plot",
     "megatron_deepseek.cli.plot": "megatron_deepseek.cli.plot",
-    **{f"tools/{name}.py": f"tools.{name}" for name in (
-        "build_data_cache", "make_corpus", "train_tokenizer", "trace_overlap", "run_tiny")}}
+    "tools/make_corpus.py": "megatron_deepseek.cli.make_corpus",
+    "tools/run_tiny.py": "tools.run_tiny"}
 FROM_HERE = ("quickstart_cluster.md", "r1.md")  # whose commands are tried whole
 
 

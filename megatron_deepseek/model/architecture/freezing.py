@@ -17,7 +17,7 @@ _LAYER = re.compile(r"(?<=^model\.layers\.)\d+")
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether one of `patterns` is all of `name`, where `*` stands for any text, dots included."""
+    """Return whether one of `patterns` matches all of `name`; `*` stands for any text, dots included."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

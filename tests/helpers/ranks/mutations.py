@@ -357,7 +357,7 @@ MUTATIONS = {
     "CP: a row's sum is of this rank's tokens": Mutation(
         CP_SAMPLES, _replace(sequence_sums.SequenceSums, "_whole", lambda self, x: x)),
     "CP: gradients of a row's sum stay with the rank that used it": Mutation(
-        CP_SAMPLES, _method(sequence_sums._SumOverRanks, "backward", lambda ctx, grad: (grad, None))),
+        CP_SAMPLES, _replace(sequence_sums, "sum_gradients", lambda x, group: x)),
     "CP: every rank gives the whole term of a row": Mutation(
         CP_PAIRS, _replace(sequence_sums.SequenceSums, "share", lambda self, x: x.sum())),
     "CP: an objective's own inputs are not cut": Mutation(CP_PAIRS, _replace(

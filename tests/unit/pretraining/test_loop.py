@@ -17,7 +17,7 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
-from megatron_deepseek.pretraining.loop import Run, make_plan
+from megatron_deepseek.pretraining.loop import Run, training_spec
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
@@ -41,11 +41,11 @@ def settings_of(corpus, more: str = "") -> Settings:
                  f"--seq-length {SEQ} --train-iters 5 {RAMP} --lr 1e-2 --lr-decay-style linear {more}".split(), 1)
 
 
-class RecomputeHandle:
+class RecordingTrainer:
     """In the place of a Trainer: every step and batch is noted, and has losses that tell it from others."""
 
     def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
-        self.plan, self.meshes, self.skipped = make_plan(settings), meshes, skipped
+        self.spec, self.meshes, self.skipped = training_spec(settings), meshes, skipped
         self.stages, self.optimizer = [], None
         self.steps, self.evaluations = [], []
 
@@ -92,8 +92,8 @@ class Listener:
 
 
 def run(settings: Settings, meshes, state: TrainState = TrainState(), skipped: tuple[int, ...] = ()
-        ) -> tuple[Run, RecomputeHandle, Listener]:
-    trainer, told = RecomputeHandle(settings, meshes, skipped), Listener()
+        ) -> tuple[Run, RecordingTrainer, Listener]:
+    trainer, told = RecordingTrainer(settings, meshes, skipped), Listener()
     made = Run(settings, trainer, Report(told), Start(), state, 0.0, Job("job"))
     made.train()
     return made, trainer, told
@@ -253,19 +253,19 @@ OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-l
 
 
 def test_a_plan_has_everything_that_was_asked_for(corpus):
-    plain = make_plan(settings_of(corpus))
+    plain = training_spec(settings_of(corpus))
     assert plain.build.precision == Precision() and not plain.build.reshard_after_forward and plain.build.seed == 1234
     settings = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 {OPTIONS} "
                      "--global-batch-size 16".split(), 2)
-    plan = make_plan(settings)
-    assert plan.build.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
-    assert (plan.model, plan.schedule, plan.seq_length) == (settings.model, "ZBVZeroBubble", 64)
-    assert plan.micro_batch_size == 2
-    assert len(plan.stages) == 4 and plan.build.reshard_after_forward and plan.build.seed == 7
-    assert plan.build.loss.mtp_loss_scaling_factor == 0.7
-    assert (plan.optimizer.adam_eps, plan.optimizer.clip_grad) == (1e-6, 0.5)
-    assert plan.build.recompute.granularity == "full" and plan.build.offload.cpu_offloading_num_layers == 1
-    assert plan.build.communication.cp_comm_type == "allgather"
+    spec = training_spec(settings)
+    assert spec.build.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
+    assert (spec.model, spec.schedule, spec.seq_length) == (settings.model, "ZBVZeroBubble", 64)
+    assert spec.micro_batch_size == 2
+    assert len(spec.stages) == 4 and spec.build.reshard_after_forward and spec.build.seed == 7
+    assert spec.build.loss.mtp_loss_scaling_factor == 0.7
+    assert (spec.optimizer.adam_eps, spec.optimizer.clip_grad) == (1e-6, 0.5)
+    assert spec.build.recompute.granularity == "full" and spec.build.offload.cpu_offloading_num_layers == 1
+    assert spec.build.communication.cp_comm_type == "allgather"
     gathered = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 --fp8-format e4m3 "
                      "--fp8-param-gather".split(), 1)
-    assert make_plan(gathered).build.precision == Precision(fp8=True, fp8_gather=True)
+    assert training_spec(gathered).build.precision == Precision(fp8=True, fp8_gather=True)

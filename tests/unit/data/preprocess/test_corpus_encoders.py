@@ -28,8 +28,8 @@ def text_of(generator, words: int) -> str:
 def tokenizer_json(tmp_path_factory):
     """Byte-level BPE with DeepSeek-V3's pre-tokenization and fill-in-the-middle tokens, 700 entries."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    sys.path.insert(0, str(part.__file__).partition("/megatron_deepseek/")[0] + "/tools")
-    import train_tokenizer
+
+    from megatron_deepseek.cli import train_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in train_tokenizer.SPLITS]
