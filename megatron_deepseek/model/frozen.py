@@ -21,5 +21,5 @@ def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
 
 
 def trained_parameters(stage: "nn.Module") -> Iterator[tuple[str, "nn.Parameter"]]:
-    """Yield the parameters that are not frozen, with their names."""
+    """Return the parameters that are not frozen, with their names."""
     return ((name, parameter) for name, parameter in stage.named_parameters() if parameter.requires_grad)
