@@ -14,7 +14,7 @@ from megatron_deepseek.checkpoint.dcp.item_file import ItemRegion, split, write_
 from megatron_deepseek.checkpoint.dcp.metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.job.state import MOMENTS
-from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, readers
+from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, find_holders
 from megatron_deepseek.checkpoint.tracker import TRACKER, iteration_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -58,7 +58,7 @@ def write_checkpoint(root: Path, gigabytes: float) -> int:
     directory = iteration_directory(root, ITERATION)
     directory.mkdir(parents=True)
     parts: dict[int, list[ItemRegion]] = {}
-    for name, boxes in readers(ModelDivision(config, WRITER, stages(config, 1), "1F1B")).items():
+    for name, boxes in find_holders(ModelDivision(config, WRITER, stages(config, 1), "1F1B")).items():
         for box, ranks in boxes.items():
             parts.setdefault(min(ranks), []).extend(split(ItemRegion(name, box, torch.float32)))
     items = []

@@ -37,6 +37,7 @@ class Curves:
 
 
 def read_curves(path: Path, label: str) -> Curves:
+    """Read a metrics.jsonl; raise ValueError if it has no step, or a value that is no number."""
     records = list(read_metrics(path))
     steps = [record for record in records if "lm_loss" in record]
     validations = [record for record in records if "validation_lm_loss" in record]
@@ -77,6 +78,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(runs: list[Curves], output: Path) -> None:
+    """Draw the runs over each other to the PNG `output`."""
     import matplotlib
 
     matplotlib.use("Agg")

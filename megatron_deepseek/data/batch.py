@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from megatron_deepseek.device import is_accelerator
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
@@ -57,7 +59,7 @@ class Batch:
         For a CUDA device the tensors are first copied to pinned memory, unless they lie there: the host does not wait
         for copies from pinned memory.
         """
-        there = self.pinned() if device.type == "cuda" else self
+        there = self.pinned() if is_accelerator(device) else self
         moved = there._map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, documents_BS=self.documents_BS)
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatron_deepseek.device import is_accelerator, make_stream
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.blueprint import Blueprint
@@ -160,8 +161,8 @@ def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
 
 def make_side_stream(communication: CommunicationSettings, device: torch.device) -> Callable[[], RunInLine]:
     """Return what makes a layer's side stream: one stream for all, in order; each layer waits for its own work."""
-    if communication.moe_shared_expert_overlap and device.type == "cuda":
-        return partial(RunOnSideStream, torch.cuda.Stream(device))
+    if communication.moe_shared_expert_overlap and is_accelerator(device):
+        return partial(RunOnSideStream, make_stream(device))
     return RunInLine
 
 

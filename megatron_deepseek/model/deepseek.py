@@ -91,7 +91,7 @@ class DeepseekStage(nn.Module):
         labels_BMS = micro_batch.rows.labels_BMS
         x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
-        positions = Positions(self.rope_2SD, micro_batch.documents, micro_batch.block_mask)
+        positions = Positions(self.rope_2SD, micro_batch.mask)
         routed = [None] * labels_BMS.shape[1] if micro_batch.routed_BMS is None else micro_batch.routed_BMS.unbind(1)
         for index in self.stage.layers:
             current = self._layer(index, step, positions, routed[0], current)

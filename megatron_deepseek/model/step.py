@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.predictions import Predictions
-from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.parallel.context import BlockMask
 from megatron_deepseek.parallel.sequence_sums import SequenceSums
 
 
@@ -54,15 +53,13 @@ class Rows:
 class MicroBatch:
     """One micro-batch on this context rank.
 
-    `routed_BMS`: which positions go to routed experts (`shifts.routed_tokens`), None for all. `documents` are those of
-    the whole sequences. `block_mask` is what this rank attends to in its context group's blocks, None where it has all
-    of them.
+    `routed_BMS`: which positions go to routed experts (`shifts.routed_tokens`), None for all. `mask`: what each token
+    sees, the same for every layer.
     """
 
     rows: Rows
     routed_BMS: torch.Tensor | None = None
-    documents: Documents | None = None
-    block_mask: BlockMask | None = None
+    mask: CausalMask = CausalMask()
 
 
 @dataclass(frozen=True, eq=False)

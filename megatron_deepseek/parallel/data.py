@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from megatron_deepseek.device import ACCELERATOR
 from megatron_deepseek.torch_private import FSDPParam, fsdp_parameter_group
 
 
@@ -42,7 +43,8 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
         master = next((parameter.dtype for parameter in unit.module.parameters()), None)  # a stage may be empty
         policy = MixedPrecisionPolicy(param_dtype=unit.compute_dtype, reduce_dtype=master,
                                       cast_forward_inputs=False)
-        offload = CPUOffloadPolicy(pin_memory=unit.mesh.device_type == "cuda") if shards_on_cpu else OffloadPolicy()
+        pinned = unit.mesh.device_type == ACCELERATOR
+        offload = CPUOffloadPolicy(pin_memory=pinned) if shards_on_cpu else OffloadPolicy()
         fully_shard(unit.module, mesh=unit.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy,
                     offload_policy=offload)
         if unit.mesh.size() > 1:  # one rank divides nothing anyway, and a factor of 1 costs a pass

@@ -21,6 +21,7 @@ from megatron_deepseek.data.blend import SPLITS
 from megatron_deepseek.data.pretraining import open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.device import is_accelerator, max_memory, product_name
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
@@ -168,7 +169,7 @@ class Run:
     def _read(self, *request) -> Batch:
         """A batch, ready to go to the device; in a thread while the step before is made."""
         batch = self.train_data.batch(*request)
-        return batch.pinned() if self.trainer.meshes.device.type == "cuda" else batch
+        return batch.pinned() if is_accelerator(self.trainer.meshes.device) else batch
 
     def _between_steps(self, stop_flags: StopFlags) -> bool:
         """Validation and checkpoints that are due; True if the run leaves here."""
@@ -220,10 +221,10 @@ class Run:
     def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float) -> StepMetrics:
         losses, mfu, peak_memory = result.losses, None, None
         device = self.trainer.meshes.device
-        if device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(device))
+        if is_accelerator(device):
+            peak = peak_flops(product_name(device))
             mfu = tokens / seconds * self.flops_per_token / (peak * dist.get_world_size()) if peak else None
-            memory = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+            memory = torch.tensor(max_memory(device), device=device)
             dist.all_reduce(memory, dist.ReduceOp.MAX)
             peak_memory = memory.item()
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None

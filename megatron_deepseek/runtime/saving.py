@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
-from megatron_deepseek.checkpoint.publishing import Unnamed, saving_directory
+from megatron_deepseek.checkpoint.publishing import TrackerNotReplaced, saving_directory
 from megatron_deepseek.checkpoint.tracker import (
     find_iteration,
     iteration_directory,
@@ -157,7 +157,7 @@ class Saver:
         if dist.get_rank() == 0:
             self._remove_remains(iteration)
         where = f"{error.filename}: " if error.filename else ""
-        if isinstance(error, Unnamed):
+        if isinstance(error, TrackerNotReplaced):
             self.report.message(f"iteration {iteration} is saved, but not named as the last one: {where}"
                                 f"{error.strerror}. The next save tries again")
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.shifts import routed_tokens, shifted_labels
 from megatron_deepseek.model.step import MicroBatch, Rows
 from megatron_deepseek.ops.documents import Documents
@@ -86,5 +87,5 @@ def _micro_batch(rows: Rows, routed_BMS: torch.Tensor | None, documents: Documen
         inputs={name: tensor[chosen] for name, tensor in rows.inputs.items()},
         sources_BK=None if rows.sources_BK is None else rows.sources_BK[chosen])
     seq_length = rows.labels_BMS.shape[2] * cp.size
-    block_mask = cp.block_mask(seq_length, own_documents) if cp.size > 1 else None
-    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], own_documents, block_mask)
+    mask = CausalMask.on_rank(cp, seq_length, own_documents)
+    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], mask)

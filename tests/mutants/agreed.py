@@ -148,9 +148,11 @@ BLOCKS = of(
     ("reduce_scatter(stacked.to(torch.promote_types(dtype, torch.float32)), 0, self.group).to(dtype)",
      "reduce_scatter(stacked, 0, self.group).to(dtype)"),
 ) + of(
-    "parallel/context.py", SIGHT,
-    ("        wide = torch.promote_types(q_BSND.dtype, torch.float32)\n", "        wide = q_BSND.dtype\n"),
+    "parallel/block_mask.py", SIGHT,
     ("return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds)), parts", "return keys, parts"),
+) + of(
+    "parallel/blockwise_attention.py", SIGHT,
+    ("        wide = torch.promote_types(q_BSND.dtype, torch.float32)\n", "        wide = q_BSND.dtype\n"),
     (" if parts \\\n                    else torch.zeros_like(block)", ""),
 ) + of(
     "ops/attention.py", SIGHT,
@@ -168,7 +170,7 @@ REFUSED_ELSEWHERE = of(
     "parallel/tensor.py", LAYOUT, ("        if local[placement.dim] % mesh.size(axis):", "        if False:"),
 ) + of(
     "parallel/start.py", LAYOUT,
-    ("if local_size > torch.cuda.device_count():", "if local_rank > torch.cuda.device_count():"),
+    ("if local_size > count_accelerators():", "if local_rank > count_accelerators():"),
 )
 
 KEPT_AND_FREED = of(

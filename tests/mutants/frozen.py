@@ -19,7 +19,7 @@ FROZEN = of(
 ) + of(
     "training/balance.py", UNIT, (" and module.gate.weight.requires_grad:", ":"),
 ) + of(
-    "parallel/context.py", LAYOUTS,
+    "parallel/blockwise_attention.py", LAYOUTS,
     ("requires_grad=any(weight.requires_grad for weight in self.weights)", "requires_grad=False"),
     ("detach().requires_grad_(needed)", "detach().requires_grad_(False)"),
 ) + of(

@@ -1,7 +1,7 @@
 """Plants the mistakes of table.py and agreed.py in a copy of the source, one at a time, and says which no test sees.
 
     python tests/mutants/run.py                      all of them (hours), or those that --only names
-    python tests/mutants/run.py --only context.py --log survivors.txt
+    python tests/mutants/run.py --only blockwise_attention.py --log survivors.txt
     python tests/mutants/run.py --check              only that each mistake can be planted
 
 Exit status 1 if a mistake survived.

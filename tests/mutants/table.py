@@ -92,14 +92,18 @@ CONTEXT = of(
     "parallel/context.py", LAYOUTS,
     ("return torch.cat([chunks[rank], chunks[-1 - rank]])",
      "return torch.cat([chunks[2 * rank], chunks[2 * rank + 1]])"),
-    ("return everything, slice(0, length // 2), False", "return everything, everything, False"),
-    ("return slice(length // 2, length), everything, False", "return everything, everything, False"),
     ("return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))",
      "return x if self.size == 1 else x.chunk(self.size, dim)[self.rank]"),
-    ("grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
-    ("gradient[:, keys] = part.grad", "gradient[:, keys] = part.grad / 2"),
+) + of(
+    "parallel/block_mask.py", LAYOUTS,
+    ("return everything, slice(0, length // 2), False", "return everything, everything, False"),
+    ("return slice(length // 2, length), everything, False", "return everything, everything, False"),
     ("bounds += [start - begin + here, stop - begin + here]", "bounds += [start - begin, stop - begin]"),
     ("start, stop = max(bounds[0], part.start), min(bounds[-1], part.stop)", "start, stop = bounds[0], bounds[-1]"),
+) + of(
+    "parallel/blockwise_attention.py", LAYOUTS,
+    ("grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
+    ("gradient[:, keys] = part.grad", "gradient[:, keys] = part.grad / 2"),
     ("lse_BNS[queries], Scores(ctx.scale, part.causal))", "lse_BNS[queries], Scores(ctx.scale, False))"),
     ("else torch.zeros_like(block)", "else torch.ones_like(block)"),
 )
@@ -378,8 +382,8 @@ DEEPSEEK = of(
 )
 
 MLA = of(
-    "model/mla.py", MODEL,
-    ("turned = apply_rope(k_pe.unsqueeze(2), positions.rope_2SD).squeeze(2)", "turned = k_pe"),
+    "model/attention/mla.py", MODEL,
+    ("turned = apply_rope(k_pe_BSD.unsqueeze(2), self.rope_2SD).squeeze(2)", "turned = k_pe_BSD"),
     ("self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))",
      "self.tp.leave(self.o_proj.add_bias(self.o_proj(y_BSV)))"),
     ("return self.tp.enter(torch.cat(latents, -1)).split([latent.shape[-1] for latent in latents], -1)",

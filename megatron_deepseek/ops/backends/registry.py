@@ -19,6 +19,8 @@ from types import MappingProxyType
 
 import torch
 
+from megatron_deepseek.device import compute_capability, has_accelerator
+
 ENVIRONMENT = "MEGATRON_DEEPSEEK_OPS"
 REFERENCE = "reference"
 
@@ -63,7 +65,7 @@ def _no_library() -> str | None:
 
     if not kernels.LIBRARY.exists():
         return "csrc/ is not built (docs/kernels.md)"
-    if torch.cuda.is_available() and not kernels.is_loaded():
+    if has_accelerator() and not kernels.is_loaded():
         try:
             kernels.load()
         except OSError as error:
@@ -72,9 +74,9 @@ def _no_library() -> str | None:
 
 
 def _not_hopper() -> str | None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
+    if not has_accelerator() or compute_capability()[0] == 9:
         return None
-    return f"products with such scales need compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+    return f"products with such scales need compute capability 9.0, this GPU has {compute_capability()}"
 
 
 def _no_hopper() -> str | None:
@@ -171,7 +173,7 @@ def parse_wishes(text: str) -> Mapping[str, str]:
 
 def choose(operator: str, wish: str | None) -> Choice:
     """Return the backend of `operator`. Raise ValueError if the one that is wished for cannot be used."""
-    if not torch.cuda.is_available():
+    if not has_accelerator():
         return Choice(operator, REFERENCE, "no GPU")
     passed_over = []
     for candidate in CANDIDATES[operator]:

@@ -18,6 +18,8 @@ from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops import attention, documents
 from megatron_deepseek.ops import copies as copies_
 from megatron_deepseek.parallel import (
+    block_mask,
+    blockwise_attention,
     context,
     exchange,
     expert,
@@ -318,7 +320,7 @@ MUTATIONS = {
     "CP: gathered latents' gradients not summed": Mutation(
         CP_GATHER, _replace(exchange, "reduce_scatter", _own_part)),
     "CP: one block's gradient comes twice": Mutation(
-        CP, _replace(context, "_gradient_of_block", _twice(context._gradient_of_block))),
+        CP, _replace(blockwise_attention, "_gradient_of_block", _twice(blockwise_attention._gradient_of_block))),
     "CP: balance loss of this rank's counts": Mutation(CP_BALANCE, _no_all_reduce(balance_loss)),
     "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "_count", _counts_times_cp(
         trainer.Trainer._count))),
@@ -348,7 +350,7 @@ MUTATIONS = {
     "CP: attention across documents": Mutation(PACKED, _replace(
         documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "CP: documents of other ranks' chunks not seen": Mutation(PACKED, _replace(
-        context.BlockMask, "of", _own_block_only(context.BlockMask.of))),
+        block_mask.BlockMask, "of", _own_block_only(block_mask.BlockMask.of))),
     "attention across documents": Mutation(PACKED_DP, _replace(
         documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "attention: every micro-batch has the first one's documents": Mutation(PACKED_DP, _replace(

@@ -21,7 +21,8 @@ from megatron_deepseek.ops.attention import (
     plain_forward,
 )
 from megatron_deepseek.ops.documents import Documents, documents_of
-from megatron_deepseek.parallel.context import BlockMask, visible, zigzag
+from megatron_deepseek.parallel.block_mask import BlockMask, visible
+from megatron_deepseek.parallel.context import zigzag
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 B, N, S, K, D, V = 2, 3, 5, 8, 6, 4
