@@ -3,21 +3,24 @@
 Experts are chosen by position, so that every rank gets as many rows; all else is as in training.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 
 import pytest
 import torch
 from job import OPTIMIZER
-from saved_bytes import MostSaved, saved_bytes
+from saved_bytes import MostSaved, bytes_of, saved_bytes
 from small_models import V2_SMALL, V3_SMALL, random_batch, training_batch, whole_stage
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import StepContext
-from megatron_deepseek.ops.fp8.block_scaled import parts_of
 from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.parallel.stage import ReducingStage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
 from megatron_deepseek.planning.engines import OURS
 from megatron_deepseek.planning.job import Job
@@ -96,11 +99,9 @@ def kept_in_a_step(settings: Settings) -> tuple[int, int]:
     build = BuildOptions(precision=Precision(torch.float32, torch.bfloat16), loss=settings.loss,
                          recompute=settings.recompute)
     spec = TrainingSpec(settings.model, stages, schedule, LENGTH, ROWS, build, OPTIMIZER)
-    trainer = Trainer(spec, meshes, NextToken())
+    trainer, of_rank = Trainer(spec, meshes, NextToken()), remember_stages()
     step = training_batch(*random_batch(settings.model, settings.batch.global_batch_size, LENGTH))
     trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
-    (runner,) = trainer.pipeline._schedules.values()
-    of_rank = [runner._stage] if hasattr(runner, "_stage") else runner._stages
     infos = [info for stage in of_rank for of_kind in (stage.args_recv_info, stage.grad_recv_info)
              for each in of_kind.values() for info in each if info.buffer is not None]
     weights = [getattr(each, "_local_tensor", each) for stage in trainer.stages
@@ -112,10 +113,22 @@ def kept_in_a_step(settings: Settings) -> tuple[int, int]:
     return most.most, sum(info.buffer.nbytes for info in infos)
 
 
+def remember_stages() -> list[ReducingStage]:
+    """Return a list to which every stage adds itself that is made from now on."""
+    made, make = [], ReducingStage.__init__
+
+    def remember(stage, *args, **more):
+        make(stage, *args, **more)
+        made.append(stage)
+
+    ReducingStage.__init__ = remember
+    return made
+
+
 def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
     """Return the whole weights of a unit: their storages stay the same from step to step."""
     group = fsdp_parameter_group(unit)
-    whole = [each._unsharded_param for each in (group.fsdp_params if group else ())]
+    whole = [each.unsharded_param for each in (group.fsdp_params if group else ())]
     return [getattr(each, "_local_tensor", each).detach() for each in whole]
 
 
@@ -134,17 +147,29 @@ def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
     assert seen == [(said.peak.kept + own, said.receive) for said, own in zip(planned, labels, strict=True)]
 
 
+def tensors_in(held) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a closure of a weight's gradient holds, through tuples and other closures."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, (tuple, list)):
+        for each in held:
+            yield from tensors_in(each)
+    elif isinstance(held, FunctionType):
+        for cell in held.__closure__ or ():
+            yield from tensors_in(cell.cell_contents)
+
+
 def left_for_weight_gradients(settings: Settings) -> set[tuple[int, int]]:
     """Return (stage, bytes) of what each backward leaves on this rank until its weight gradients are made."""
-    found, take = set(), DeferredGradients.take
+    found, left, defer, take = set(), defaultdict(list), DeferredGradients.defer, DeferredGradients.take
 
-    def counted(deferred: DeferredGradients):
-        tensors = [cell.cell_contents for _, gradient in deferred._pending for cell in gradient.__closure__]
-        tensors += [each for cell in tensors if isinstance(cell, (tuple, list)) for each in cell]
-        storages = {part.untyped_storage()._cdata: part.untyped_storage().nbytes()
-                    for each in tensors if isinstance(each, torch.Tensor) for part in parts_of(each)}
-        found.add((indices[id(deferred)], sum(storages.values())))
-        return take(deferred)
+    def deferred(handle, weight, gradient):
+        left[id(handle)] += tensors_in(gradient)
+        defer(handle, weight, gradient)
+
+    def taken(handle):
+        found.add((indices[id(handle)], bytes_of(left.pop(id(handle)))))
+        return take(handle)
 
     meshes = build_meshes(settings.layout, torch.device("cpu"))
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, LENGTH)
@@ -153,7 +178,7 @@ def left_for_weight_gradients(settings: Settings) -> set[tuple[int, int]]:
     trainer = Trainer(TrainingSpec(settings.model, stages, settings.pipeline.schedule, LENGTH, ROWS, build, OPTIMIZER),
                       meshes, NextToken())
     indices = {id(each): index for each, index in zip(trainer.pipeline.deferred, trainer.indices)}
-    DeferredGradients.take = counted
+    DeferredGradients.defer, DeferredGradients.take = deferred, taken
     step = training_batch(*random_batch(settings.model, settings.batch.global_batch_size, LENGTH))
     trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
     return found
