@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import StepContext
+from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.stage import ReducingStage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
@@ -54,7 +55,7 @@ def kept(settings: Settings) -> tuple[int, int]:
     model.train()
     objective = NextToken()
     batch = training_batch(*random_batch(config, ROWS, LENGTH))
-    division = divide(batch, objective, model.model.layers["0"].self_attn.cp, ROWS, True)
+    division = divide(batch, objective, ContextParallel(meshes.cp), ROWS, True)
     (micro_batch,) = division.micro_batches.items
     counts = {name: float(count) for name, count in objective.counts(division.rows).items()}
     step = StepContext(ROWS, partial(objective.contribution, counts=counts))
@@ -79,16 +80,21 @@ LAYOUTS = {
     "tp sp cp": ("--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2", 4)}
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("precision", ["--bf16", "--bf16 --fp8-format e4m3"], ids=["bf16", "fp8"])
+def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:
+    return [kept(settings) for settings in runs]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layers_keep_what_is_calculated(ranks, layout, precision, model):
+def test_layers_keep_what_is_calculated(ranks, layout):
+    """Both models, in bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
     arguments, number = LAYOUTS[layout]
-    for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full"):
-        settings = settings_of(f"{arguments} {precision} {recompute}", number, model)
-        job = Job(settings, cuda=False)
-        said = stage_bytes(job, 0, job.shapes())
-        assert {*ranks.run(number, kept, settings)} == {(said.replayed.kept, said.host)}, recompute
+    runs = [settings_of(f"{arguments} --bf16 {precision} {recompute}", number, model) for model in MODELS
+            for precision in ("", "--fp8-format e4m3")
+            for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
+    jobs = [Job(settings, cuda=False) for settings in runs]
+    said = [stage_bytes(job, 0, job.shapes()) for job in jobs]
+    calculated = [(each.replayed.kept, each.host) for each in said]
+    assert ranks.run(number, kept_of_each, runs) == [calculated] * number
 
 
 def kept_in_a_step(settings: Settings) -> tuple[int, int]:
@@ -178,18 +184,26 @@ def left_for_weight_gradients(settings: Settings) -> set[tuple[int, int]]:
     trainer = Trainer(TrainingSpec(settings.model, stages, settings.pipeline.schedule, LENGTH, ROWS, build, OPTIMIZER),
                       meshes, NextToken())
     indices = {id(each): index for each, index in zip(trainer.pipeline.deferred, trainer.indices)}
-    DeferredGradients.defer, DeferredGradients.take = deferred, taken
     step = training_batch(*random_batch(settings.model, settings.batch.global_batch_size, LENGTH))
-    trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(DeferredGradients, "defer", deferred)
+        monkeypatch.setattr(DeferredGradients, "take", taken)
+        trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
     return found
 
 
-@pytest.mark.parametrize("precision", ["--bf16", "--bf16 --fp8-format e4m3"], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("recompute", ["", "--recompute-granularity selective", "--recompute-granularity full"])
-def test_what_waits_for_weight_gradients(ranks, recompute, precision):
-    settings = settings_of(f"{precision} {recompute} --pipeline-model-parallel-size 2 --pipeline-schedule "
-                           f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, "v3")
-    settings = replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4))
-    job = Job(settings, cuda=False)
-    said = {(stage, stage_bytes(job, stage, job.shapes()).replayed.waiting) for stage in range(4)}
-    assert set().union(*ranks.run(2, left_for_weight_gradients, settings)) == said
+def left_of_each(runs: list[Settings]) -> list[set[tuple[int, int]]]:
+    return [left_for_weight_gradients(settings) for settings in runs]
+
+
+def test_what_waits_for_weight_gradients(ranks):
+    """In bfloat16 and FP8; also the inputs that were recomputed wait."""
+    runs = [settings_of(f"--bf16 {precision} {recompute} --pipeline-model-parallel-size 2 --pipeline-schedule "
+                        f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, "v3")
+            for precision in ("", "--fp8-format e4m3")
+            for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
+    runs = [replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4)) for settings in runs]
+    jobs = [Job(settings, cuda=False) for settings in runs]
+    said = [{(stage, stage_bytes(job, stage, job.shapes()).replayed.waiting) for stage in range(4)} for job in jobs]
+    seen = zip(*ranks.run(2, left_of_each, runs))
+    assert [set().union(*of_ranks) for of_ranks in seen] == said
