@@ -90,6 +90,8 @@ def test_imbalance_adds_rows_of_experts_alone():
     assert [*plan.uneven] == [1.25, 2.0]
     peaks = [worst(ranks).peak_bytes for ranks in (plan.ranks, *plan.uneven.values())]
     assert peaks == sorted(peaks) and peaks[2] - peaks[0] == pytest.approx(4 * (peaks[1] - peaks[0]), rel=0.05)
+    bounded = plan_memory(job(f"{V3} --moe-expert-capacity-factor 1.5", 2048), find_gpu("h800")).uneven
+    assert peaks[1] == worst(bounded[1.25]).peak_bytes < worst(bounded[2.0]).peak_bytes < peaks[2]
     forced = plan_memory(job(f"{V3} --moe-router-force-load-balancing", 2048), find_gpu("h800"))
     assert not forced.uneven and not plan_memory(job("", 1, model="tiny"), find_gpu("h20")).uneven
 
