@@ -36,8 +36,8 @@ would have to change.
 * **Beyond the allocator**: CUDA's context, NCCL's buffers, fragments (2 to 10 %), as a range from "at least" to
   "perhaps"; a job fits where the upper end does, and is `tight` in between.
 
-Not counted: the optimizer's temporary tensors, checkpoints being copied for `--async-save`, workspaces of libraries,
-and all that others run on the GPU.
+Not counted: what frozen parameters save of activations (of states it is), the optimizer's temporary tensors,
+checkpoints being copied for `--async-save`, workspaces of libraries, and all that others run on the GPU.
 
 ## Against published numbers
 Each for the engine that it is of; GiB.

@@ -13,6 +13,7 @@ from functools import lru_cache
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.actions import DUAL_PIPE
 from megatron_deepseek.planning.activations import LayerShapes, embedding, norm, total
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
@@ -98,6 +99,7 @@ def receive_buffers(job: Job, held: list[int], shapes: LayerShapes) -> float:
         return 0.0
     state = shapes.numbers.plain(shapes.stream, job.model.hidden_size)
     last, count = len(job.stages) - 1, job.micro_batches if job.engine.receives_apart else 1
+    count = count // 2 if job.schedule == DUAL_PIPE and count > 1 else count  # half enter at each end
     into = sum(states_after(job, stage - 1) for stage in held if stage)
     back = sum(states_after(job, stage) for stage in held if stage < last)
     return count * state * (into + back)

@@ -126,11 +126,14 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
     whole = settings.run.sharding == "optim_grads"
     gathered = _of(held, element, element) if whole else largest_unit(job, pp_rank, element, 2)
     sums = engine.gradient if job.micro_batches > 1 else 0
+    frozen = settings.run.freeze_parameters
+    trained = held if not frozen else held_parameters(
+        job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)], frozen)
     return StateParts(
         weights=_of(held, engine.master / dense, engine.master / experts),
-        gathered=gathered, gradients=_of(held, sums, sums),
-        reduced=_of(held, engine.reduced / dense, engine.reduced / experts),
-        optimizer=_of(held, moments / dense, moments / experts),
+        gathered=gathered, gradients=_of(trained, sums, sums),
+        reduced=_of(trained, engine.reduced / dense, engine.reduced / experts),
+        optimizer=_of(trained, moments / dense, moments / experts),
         on_host=settings.offload.optimizer_cpu_offload)
 
 

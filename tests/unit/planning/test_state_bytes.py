@@ -6,6 +6,7 @@ import pytest
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, find_holders
+from megatron_deepseek.model.architecture.parameters import parameters
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
@@ -57,6 +58,14 @@ def test_one_process_by_hand():
         22 * parameters, rel=1e-3)
     offloaded = fullest_states(settings("--model tiny --optimizer-cpu-offload --exp-avg-dtype bf16", 1))
     assert (offloaded.device, offloaded.host) == pytest.approx((2 * parameters, 14 * parameters), rel=1e-3)
+
+
+def test_frozen_parameters_have_no_gradient_and_no_moments():
+    """Of 4 + 4 + 8 + 2 + 4 bytes a frozen one keeps its master and the gathered weight."""
+    experts = sum(row.size for row in parameters(TINY) if row.mesh == "expert")
+    whole, frozen = (fullest_states(settings(f"--model tiny --global-batch-size 4 {more}", 1)).device for more in (
+        "", "--freeze-parameters model.layers.*.mlp.experts.*"))
+    assert whole - frozen == (4 + 4 + 8) * experts
 
 
 def test_v3_as_its_report_has_it():
