@@ -143,8 +143,8 @@ def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
     """The most that graphs hold at any moment of a step, and the receive buffers. What a stage passed on is held
-    outside of graphs, and so is what waits for weight gradients. Graphs of the last stage hold the labels and weights of all
-    rows too, which are the step's; in the turn of a V a stage's input is no buffer, but the other stage's output.
+    outside of graphs, and so is what waits for weight gradients. Graphs of the last stage hold the labels and weights
+    of all rows too, which are the step's; in the turn of a V a stage's input is no buffer, but the other's output.
     """
     rows = 4 * ROWS
     settings = settings_of(f"--bf16 --pipeline-model-parallel-size 2 --pipeline-schedule {schedule} --num-layers 4 "
