@@ -72,10 +72,14 @@ class RecordedArguments:
         return {"settings": self.settings, "origin": self.origin, "job": asdict(self.job), "files": self.files}
 
 
-def record(settings: Settings, origin: str | None, job: Job) -> RecordedArguments:
-    """Return what this run records of itself; looks at the sizes of its data files and reads its tokenizer."""
+def record(settings: Settings, origin: str | None, job: Job, files: Mapping[str, Any] | None = None
+           ) -> RecordedArguments:
+    """Return what this run records of itself; looks at the sizes of its data files and reads its tokenizer.
+
+    `files`: what its task records of other files.
+    """
     concerns = {name: _json(value) for name, value in asdict(settings).items() if isinstance(value, dict)}
-    return RecordedArguments(concerns, origin, job, _files(settings))
+    return RecordedArguments(concerns, origin, job, _files(settings) | _json(files or {}))
 
 
 def read_recorded(directory: Path) -> RecordedArguments | None:

@@ -13,7 +13,6 @@ from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.publishing import check_writable
 from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
-from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.frozen import is_frozen
 from megatron_deepseek.parallel.restarts import job_name
@@ -23,6 +22,7 @@ from megatron_deepseek.runtime.decision import Start, decide
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differences, explain_marks
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.save_lock import SaveLock
+from megatron_deepseek.runtime.task import Task
 from megatron_deepseek.runtime.user_errors import end_on_user_error, end_taken_over
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.schedules import schedule_of
@@ -43,7 +43,7 @@ def save_lock(settings: Settings, job: Job) -> SaveLock | None:
                     lambda holder: end_taken_over(settings.run.save, holder))
 
 
-def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None) -> Start | None:
+def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: Task) -> Start | None:
     """Check the files of the run and decide what it begins from, on rank 0 before anything is built.
 
     A user's mistake ends the job with one line. Return None on other ranks.
@@ -53,7 +53,7 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
     run = settings.run
     with end_on_user_error(lock=lock):
         choose_device()
-        check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        task.check(settings)
         if run.chat_template is not None:
             tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
             check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
