@@ -89,7 +89,7 @@ class DeepseekStage(nn.Module):
         There are as many MTP depths as the micro-batch has labels for.
         """
         labels_BMS = micro_batch.rows.labels_BMS
-        x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
+        x = self._embed(x, micro_batch) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
         positions = Positions(self.rope_2SD, micro_batch.mask)
         routed = [None] * labels_BMS.shape[1] if micro_batch.routed_BMS is None else micro_batch.routed_BMS.unbind(1)
@@ -104,6 +104,13 @@ class DeepseekStage(nn.Module):
                 index = self.config.num_hidden_layers + depth
                 states.append(self._layer(index, step, positions, routed[depth + 1], states[-1], embedding))
         return states
+
+    def _embed(self, tokens_BS: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """Return the embeddings of the main model's input. MTP modules get theirs of the next tokens without noise."""
+        x = self.model.embed_tokens(tokens_BS)
+        if micro_batch.noise is None:
+            return x
+        return micro_batch.noise.add_to(x, self.tp.rank * x.shape[1] if self.tp.sequence_parallel else 0)
 
     def mtp_layers(self, from_depth: int) -> list[nn.Module]:
         """Return this stage's MTP modules of the depths from `from_depth` on, counted from 0."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 
 from megatron_deepseek.parallel.tensor import TensorParallel, sum_alike
 from megatron_deepseek.parallel.vocabulary import local_ids, log_normalizer
@@ -33,6 +34,16 @@ class VocabularyLogits:
     def log_normalizer_T(self) -> torch.Tensor:
         """Return the log of the sum of exp(logit) over the vocabulary."""
         return log_normalizer(self.wide_Tv, self.tp)
+
+    def are_likeliest(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Return whether no id has a larger logit than that of `ids_T`, bool [T]; an equal one may have."""
+        local_T, mine_T = local_ids(ids_T, self.local_Tv.shape[-1], self.tp)
+        wide_Tv = self.wide_Tv.detach()
+        logit_T = wide_Tv.gather(-1, local_T.unsqueeze(-1)).squeeze(-1).where(mine_T, -torch.inf)
+        largest_2T = torch.stack([wide_Tv.amax(-1), logit_T])
+        if self.tp.size > 1:
+            dist.all_reduce(largest_2T, op=dist.ReduceOp.MAX, group=self.tp.group)
+        return largest_2T[1] >= largest_2T[0]
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
         """Return log p of the vocabulary's ids [T] or [T, K], in their shape."""

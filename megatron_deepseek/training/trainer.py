@@ -128,14 +128,14 @@ class Trainer:
 
         `stop_flags` is asked when the ranks add up their losses, and travels with them.
         """
-        divided, counts, step = self._begin(batch)
+        divided, counts, step = self._begin(batch, self.objective)
         self.optimizer.zero_grad()
         self.counter.take()  # what an evaluation sent
         self.pipeline.train(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
         for shared in self.shared:
             shared.sum_gradients()
         norm = gradient_norm(self.parameters, self.meshes.device)
-        losses, agreed = self._reduce(step.statistics, divided, counts, stop_flags())
+        losses, agreed = self._reduce(self.objective, step.statistics, divided, counts, stop_flags())
         healthy = losses.finite() and math.isfinite(norm.item())
         if healthy:
             self._update(norm, learning_rate)
@@ -149,11 +149,12 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
 
-    def evaluate(self, batch: Batch) -> Losses:
-        """Return the losses of a batch without training on it."""
-        divided, counts, step = self._begin(batch)
-        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
-        return self._reduce(step.statistics, divided, counts, StopFlags())[0]
+    def evaluate(self, batch: Batch, objective: Objective | None = None) -> Losses:
+        """Return the losses of a batch without training on it: those of `objective`, or else of what is trained for."""
+        objective = objective or self.objective
+        divided, counts, step = self._begin(batch, objective)
+        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + objective.num_depths)
+        return self._reduce(objective, step.statistics, divided, counts, StopFlags())[0]
 
     def score(self, batch: Batch, experts: bool = False) -> Scores:
         """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose.
@@ -179,11 +180,11 @@ class Trainer:
         return {f"model.layers.{index}.mlp": holder for stage, holder in zip(self.spec.stages, self.holders)
                 for index in stage.layers if self.spec.model.is_moe_layer(index)}
 
-    def _begin(self, batch: Batch) -> tuple[Division, dict[str, float], StepContext]:
+    def _begin(self, batch: Batch, objective: Objective) -> tuple[Division, dict[str, float], StepContext]:
         """Return the divided batch, what its losses are divided by, and the context of the step."""
-        divided = self._divide(batch, self.objective)
-        counts, num_sequences = self.global_counts(divided, self.objective)
-        return divided, counts, StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
+        divided = self._divide(batch, objective)
+        counts, num_sequences = self.global_counts(divided, objective)
+        return divided, counts, StepContext(num_sequences, partial(objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
         return divide(batch, objective, self.cp, self.spec.micro_batch_size, self.spec.model.n_routed_experts > 0)
@@ -201,13 +202,13 @@ class Trainer:
         *counts, num_sequences = together.tolist()
         return dict(zip(own, counts)), int(num_sequences)
 
-    def _reduce(self, statistics: StepStatistics, divided: Division, counts: Mapping[str, float], stop_flags: StopFlags
-                ) -> tuple[Losses, StopFlags]:
+    def _reduce(self, objective: Objective, statistics: StepStatistics, divided: Division, counts: Mapping[str, float],
+                stop_flags: StopFlags) -> tuple[Losses, StopFlags]:
         """Sum the reports, the balance loss and the requests over the ranks.
 
         Reports are the same on all TP ranks, of which the first one counts; each has a share of the balance loss.
         """
-        names, first_tp = self.objective.reported(divided.rows), self.meshes.rank("tp") == 0
+        names, first_tp = objective.reported(divided.rows), self.meshes.rank("tp") == 0
         if statistics.reports:
             assert statistics.reports.keys() == set(names), (names, [*statistics.reports])
         values = [statistics.reports.get(name, 0.0) if first_tp else 0.0 for name in names]
@@ -216,7 +217,7 @@ class Trainer:
                                 for value in values])
         dist.all_reduce(together)
         *reports, balance_loss, save, leave = together.tolist()
-        losses = self.objective.losses(dict(zip(names, reports)), balance_loss, counts)
+        losses = objective.losses(dict(zip(names, reports)), balance_loss, counts)
         return losses, StopFlags(save > 0, leave > 0)
 
     def _traffic(self, statistics: StepStatistics) -> tuple[Traffic, float, float]:

@@ -288,8 +288,8 @@ STEP_MUTANTS = of(
     ("_embedding_holders", "stage.embedding or stage.mtp or (stage.loss and tied)]",
      "stage.embedding or (stage.loss and tied)]"),
     ("Trainer.train_step", "healthy = losses.finite() and math.isfinite(norm.item())", "healthy = True"),
-    ("Trainer.train_step", "self._reduce(step.statistics, divided, counts, stop_flags())",
-     "self._reduce(step.statistics, divided, counts, StopFlags())"),
+    ("Trainer.train_step", "self._reduce(self.objective, step.statistics, divided, counts, stop_flags())",
+     "self._reduce(self.objective, step.statistics, divided, counts, StopFlags())"),
     ("Trainer._traffic", "        dist.all_reduce(sums)\n", ""),
 ) + of(
     LAYOUTS,
