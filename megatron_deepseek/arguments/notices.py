@@ -31,6 +31,8 @@ _NO_BALANCE = "no balance loss is trained on: aux_loss_alpha of the config is {r
     "--moe-aux-loss-coeff gives one"
 
 NOTICES = (
+    Notice(lambda r: r.fine_tunes and r.args.load is None, "without --load the weights are random: nothing is there to "
+           "be fine-tuned"),
     Notice(lambda r: r.args.save is None, "without --save nothing will be saved"),
     Notice(lambda r: r.args.num_nextn_predict_layers is None and r.model.num_nextn_predict_layers > 0,
            "MTP is trained too, as the config has it (num_nextn_predict_layers "

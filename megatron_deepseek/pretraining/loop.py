@@ -26,8 +26,9 @@ def pretrain(settings: Settings) -> None:
 class Pretraining(Task):
     """The task of pre-training."""
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: Settings) -> Settings:
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        return settings
 
     def prepare(self, settings: Settings) -> Prepared:
         """Return the task as it is: indices are built when it is known how many samples are left."""

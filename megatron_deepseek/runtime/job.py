@@ -31,6 +31,8 @@ def _run_job(task: Task, settings: Settings, begun: float) -> None:
     job = this_job()
     lock = save_lock(settings, job)
     start = check_and_decide(settings, job, lock, task)
+    if start is None:
+        task.wait()
     device = choose_device()
     join_job(device, settings.run.distributed_timeout_minutes)
     with end_on_user_error(lock=lock):
@@ -43,7 +45,7 @@ def _run_job(task: Task, settings: Settings, begun: float) -> None:
     with _open_report(settings, start, state) as report:
         if dist.get_rank() == 0:
             with end_on_user_error():
-                describe(report, settings, trainer, start, state)
+                describe(report, settings, trainer, start, state, prepared.notes)
         run = Run(prepared, settings, trainer, report, start, state, begun, job)
         run.train()
         export(settings.run, run.state.iteration, report)

@@ -16,13 +16,15 @@ from megatron_deepseek.settings import Settings
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "overwrite", "save_hf",
                    "exit_interval", "exit_duration_in_mins", "log_interval", "tensorboard_dir", "profile",
                    "profile_step_start", "profile_step_end", "distributed_timeout_minutes"},
-           "data": {"data_cache_path", "seed"}}
+           "data": {"data_cache_path", "seed"},
+           "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
-          "loss": None, "data": None, "files": None, "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
+          "loss": None, "data": None, "files": None, "fine_tuning": None,
+          "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
              "run": {"sharding", "fp8_param_gather"}}
-_LENGTHS = ("train_iters", "train_samples")
+_LENGTHS = ("train_iters", "train_samples", "epochs")
 _OPTIONS = {"layout": {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
                        "cp": "--context-parallel-size", "ep": "--expert-model-parallel-size",
                        "etp": "--expert-tensor-parallel-size", "dp": "data-parallel ranks"},

@@ -52,7 +52,7 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
     run = settings.run
     with end_on_user_error(lock=lock):
         choose_device()
-        task.check(settings)
+        settings = task.check(settings)
         if run.chat_template is not None:
             tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
             check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
@@ -111,8 +111,9 @@ def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
     return replace(settings, run=run), state
 
 
-def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
-    """Report what this job is, what it continues, and what a killed one left behind."""
+def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState,
+             notes: tuple[str, ...] = ()) -> None:
+    """Report what this job is, its task's `notes`, what it continues, and what a killed one left behind."""
     layout, run = settings.layout, settings.run
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
     schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
@@ -121,7 +122,7 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
     reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
     frozen = [describe_frozen(settings.model, run.freeze_parameters)] if run.freeze_parameters else []
-    for line in (*frozen, *settings.notes, *reach):
+    for line in (*frozen, *settings.notes, *notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):

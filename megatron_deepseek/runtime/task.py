@@ -53,8 +53,14 @@ class Task(ABC):
     """What a job trains for."""
 
     @abstractmethod
-    def check(self, settings: Settings) -> None:
-        """Raise ValueError for data that training would trip over. Rank 0 calls this before anything is built."""
+    def check(self, settings: Settings) -> Settings:
+        """Return the settings with what only the data tells. Raise ValueError for data that training would trip over.
+
+        Rank 0 calls this before anything is built.
+        """
+
+    def wait(self) -> None:
+        """Wait until rank 0 has checked, if that takes long: the other ranks call this before they join the job."""
 
     @abstractmethod
     def prepare(self, settings: Settings) -> Prepared:
