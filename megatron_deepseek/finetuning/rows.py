@@ -12,7 +12,7 @@ class Rows:
     `shuffle` False (evaluation) keeps the order of the files.
 
     An item is a dict of tensors [seq_length] (torch): tokens int64, labels int64, loss_mask float32 (the weights),
-    documents int64 (of a packed row; padding is a document of its own), real bool; and source int, the dataset's number.
+    documents int64 (padding is a document of its own), real bool; and source int, the number of the row's dataset.
     """
 
     def __init__(self, prepared: Prepared, epochs: int | None = None, shuffle: bool = True):
@@ -30,7 +30,7 @@ class Rows:
         raise NotImplementedError
 
     def steps_per_epoch(self, global_batch_size: int) -> float:
-        """Return rows_per_epoch / global_batch_size; `epochs` take ceil(epochs * rows_per_epoch / global_batch_size)."""
+        """Return rows_per_epoch / global_batch_size; a run of `epochs` takes that times `epochs`, rounded up."""
         raise NotImplementedError
 
     def samples_in(self, number: int) -> list[int]:

@@ -11,7 +11,7 @@ HISTORY_REASONING = ("keep", "drop", "as-release")
 class DataSettings:
     """All that decides which rows a run trains on; each field is named after its option.
 
-    `dataset` are files, globs, directories or dataset_info.json entries (`dataset_info.json:name`), or weights and these
+    `dataset` are files, globs, directories or entries of LLaMA-Factory (`dataset_info.json:name`), or weights and these
     in turn. `max_length` are the most tokens of a conversation, None for `seq_length`, the tokens of a row.
     `num_workers` processes tokenise. `option` is what messages call the list of files: --dataset or --eval-dataset.
     """
