@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -29,6 +29,8 @@ class Listener(Protocol):
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None: ...
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -53,6 +55,11 @@ class Report:
         """
         for listener in self._listeners:
             listener.validation(iteration, lm_loss, tuple(mtp_loss), source_loss)
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        """Report the evaluation of a set that fine-tuning holds out; like `validation` before the checkpoint."""
+        for listener in self._listeners:
+            listener.held_out(iteration, name, results)
 
     def message(self, text: str) -> None:
         for listener in self._listeners:
@@ -123,6 +130,10 @@ class MetricsLog:
         self._file.append({"iteration": iteration, "validation_lm_loss": lm_loss, "validation_mtp_loss": mtp_loss,
                            **by_source})
 
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self._file.append({"iteration": iteration, "eval_set": name,
+                           **{f"eval_{key}": value for key, value in results.items()}})
+
     def message(self, text: str) -> None:
         pass
 
@@ -145,6 +156,9 @@ class ProgressBar:
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None:
         self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self.message(_held_out_line(iteration, name, results))
 
     def message(self, text: str) -> None:
         self._bar.write(text, file=self._stream)
@@ -179,6 +193,9 @@ class ProgressLines:
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None:
         self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self.message(_held_out_line(iteration, name, results))
 
     def message(self, text: str) -> None:
         """Print a line. A reader that has gone (a closed terminal, `| head`) ends the printing, not the training."""
@@ -227,6 +244,9 @@ class TensorBoard:
                    source_loss: dict[str, float] | None) -> None:
         self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss})
 
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self._scalars(f"held out/{name}", iteration, results)
+
     def _scalars(self, group: str, iteration: int, values: dict) -> None:
         for name, value in values.items():
             if isinstance(value, tuple):
@@ -254,6 +274,13 @@ def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]
         more = f", and {len(shown) - _SHOWN_SOURCES} more" if len(shown) > _SHOWN_SOURCES else ""
         fields.append(", ".join(f"{name} {loss:.4f}" for name, loss in shown[:_SHOWN_SOURCES]) + more)
     return " | ".join(fields)
+
+
+def _held_out_line(iteration: int, name: str, results: dict[str, Any]) -> str:
+    mtp = [f"mtp loss {_losses(results['mtp_loss'])}"] if results["mtp_loss"] else []
+    return " | ".join([f"{name} at iteration {iteration}", f"loss {results['loss']:.4f}",
+                       f"perplexity {results['perplexity']:.3f}", f"token accuracy {results['token_accuracy']:.1%}",
+                       *mtp])
 
 
 _SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
