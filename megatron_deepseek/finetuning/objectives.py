@@ -59,8 +59,8 @@ class HeldOut(NextToken):
 
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
         made = super().contribution(predictions, rows, counts)
-        likeliest_BS = predictions.for_chunks(_are_likeliest, rows.labels_BMS[:, 0])
-        correct = (likeliest_BS * (rows.weights_BS != 0)).sum()
+        likeliest_BS = predictions.for_chunks(VocabularyLogits.are_likeliest, rows.labels_BMS[:, 0])
+        correct = (likeliest_BS & (rows.weights_BS != 0)).sum()
         return Contribution(made.loss, {**made.reports, "correct": correct})
 
     def reported(self, rows: Rows) -> tuple[str, ...]:
@@ -68,10 +68,6 @@ class HeldOut(NextToken):
 
     def losses(self, reports: Mapping[str, float], balance_loss: float, counts: Mapping[str, float]) -> HeldOutLosses:
         return HeldOutLosses(reports, balance_loss, counts)
-
-
-def _are_likeliest(logits: VocabularyLogits, labels_T: torch.Tensor) -> torch.Tensor:
-    return logits.are_likeliest(labels_T).to(logits.wide_Tv.dtype)
 
 
 def objective_of(loss_average: str, num_depths: int, mtp_scale: float) -> NextToken:

@@ -17,7 +17,7 @@ def start_notes(settings: Settings, data: Conversations) -> Iterator[str]:
     yield f"loss: the mean over {tuning.loss_average}s{noise}"
     yield f"MTP: {_mtp(settings)}"
     yield f"experts: {_balance(settings)}"
-    yield f"learning rate: {_learning_rate(settings.learning_rate)}; {_adam(settings)} (--recipe {tuning.recipe})"
+    yield f"learning rate: {_rates(settings.learning_rate)}; {_adam(settings)} (--recipe {tuning.recipe})"
 
 
 def _rows(settings: Settings, data: Conversations) -> Iterator[str]:
@@ -60,7 +60,7 @@ def _balance(settings: Settings) -> str:
     return "; ".join(filter(None, (bias, balance)))
 
 
-def _learning_rate(rates: LearningRateSettings) -> str:
+def _rates(rates: LearningRateSettings) -> str:
     if rates.lr_decay_style == "constant":
         shape = f"constant {rates.lr:g}"
     else:

@@ -45,6 +45,18 @@ class VocabularyLogits:
             dist.all_reduce(largest_2T, op=dist.ReduceOp.MAX, group=self.tp.group)
         return largest_2T[1] >= largest_2T[0]
 
+    def likeliest(self) -> torch.Tensor:
+        """Return the id with the largest logit, int64 [T]; of equal ones the lowest."""
+        largest_T, local_T = self.wide_Tv.detach().max(-1)
+        ids_T = local_T + self.tp.rank * self.local_Tv.shape[-1]
+        if self.tp.size == 1:
+            return ids_T
+        all_T = largest_T.clone()
+        dist.all_reduce(all_T, op=dist.ReduceOp.MAX, group=self.tp.group)
+        ids_T = ids_T.where(largest_T == all_T, torch.iinfo(torch.int64).max)
+        dist.all_reduce(ids_T, op=dist.ReduceOp.MIN, group=self.tp.group)
+        return ids_T
+
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
         """Return log p of the vocabulary's ids [T] or [T, K], in their shape."""
         local_TK, mine_TK = local_ids(ids.view(len(ids), -1), self.local_Tv.shape[-1], self.tp)

@@ -49,10 +49,10 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
     """
     if not _is_first_rank():
         return None
-    run = settings.run
     with end_on_user_error(lock=lock):
         choose_device()
         settings = task.check(settings)
+        run = settings.run
         if run.chat_template is not None:
             tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
             check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")

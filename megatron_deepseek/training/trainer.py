@@ -21,6 +21,7 @@ from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, build_stages
 from megatron_deepseek.model.frozen import trained_parameters
+from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import StepContext, StepStatistics
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import gather_once
@@ -42,7 +43,15 @@ from megatron_deepseek.training.optimizer import (
     gradient_norm,
     set_learning_rate,
 )
-from megatron_deepseek.training.scoring import KeepLogProbabilities, Scores, chosen_experts, from_stage, whole_sequences
+from megatron_deepseek.training.scoring import (
+    Keep,
+    Scores,
+    chosen_experts,
+    from_stage,
+    likeliest,
+    log_probabilities,
+    whole_sequences,
+)
 
 
 @dataclass(frozen=True)
@@ -161,19 +170,31 @@ class Trainer:
 
         Nothing is trained. Every rank of the job calls it, with the same number of rows.
         """
-        objective = KeepLogProbabilities()
-        divided = self._divide(batch, objective)
         statistics = StepStatistics(chosen={} if experts else None)
-        step = StepContext(1, partial(objective.contribution, counts={}), statistics)
-        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
-        own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
         wide = torch.promote_types(self.spec.build.precision.activations, torch.float32)
-        like = batch.tokens_BS.new_empty(batch.tokens_BS.shape, dtype=wide)
-        scores = from_stage(own, like, self.holders[-1], self.meshes)
+        scores = self._read(batch, log_probabilities, wide, statistics)
         if not experts:
             return Scores(scores)
         like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.spec.model.num_experts_per_tok or 0)
-        return Scores(scores, chosen_experts(step.statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
+        return Scores(scores, chosen_experts(statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
+
+    def likeliest(self, batch: Batch) -> torch.Tensor:
+        """Return the id that is the likeliest after each token, [B, S], on every rank that has the rows.
+
+        Labels of the batch do not matter. Every rank of the job calls it, with the same number of rows.
+        """
+        return self._read(batch, likeliest, torch.int64, StepStatistics())
+
+    def _read(self, batch: Batch, read: Callable[[Predictions], torch.Tensor], dtype: torch.dtype,
+              statistics: StepStatistics) -> torch.Tensor:
+        """Return what `read` takes of the main prediction of each token, [B, S] of `dtype`, on every rank."""
+        objective = Keep(read)
+        divided = self._divide(batch, objective)
+        step = StepContext(1, partial(objective.contribution, counts={}), statistics)
+        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
+        own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
+        like = batch.tokens_BS.new_empty(batch.tokens_BS.shape, dtype=dtype)
+        return from_stage(own, like, self.holders[-1], self.meshes)
 
     def _moe_holders(self) -> dict[str, int]:
         """Return the pipeline rank of each layer of the main model that has routed experts."""

@@ -82,8 +82,7 @@ SCHEDULES = of(
     ("global_batch_size", "consumed_samples > samples:", "consumed_samples >= samples:"),
     ("timeline", "while consumed <= ramp_samples:", "while consumed < ramp_samples:"),
     ("Timeline.iterations", "return iterations + samples // size", "return iterations"),
-    ("timeline.last_iteration", "timeline(batch, state).iterations(run.train_samples)",
-     "timeline(batch).iterations(run.train_samples)"),
+    ("timeline.last_iteration", "line = timeline(batch, state)", "line = timeline(batch)"),
     ("with_past", "if past.samples(state.iteration) == state.consumed_samples:", "if False:"),
 ) + of(
     ("tests/unit/training/test_timeline.py",),
@@ -137,8 +136,8 @@ RULES = of(
      "self.args.moe_ranks_per_node or self.world_size"),
 ) + of(
     ARGUMENTS,
-    ("_loss", "(1e-3 if has_bias else 0.0) if rate is None else rate",
-     "(1e-3 if has_bias else 0.0) if not rate else rate"),
+    ("_loss", "_usual_bias_rate(request) if rate is None else rate",
+     "_usual_bias_rate(request) if not rate else rate"),
     ("_learning_rate", "args.lr / 10 if v3 else 0.0", "args.lr / 10"),
     ("settings._run", "train_iters=timeline.last_iteration(run, request.batch)", "train_iters=run.train_iters"),
     ("settings._run", "max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps",

@@ -271,7 +271,7 @@ STEP_MUTANTS = of(
      "        dist.all_reduce(together, group=self.meshes.stage.get_group())\n        *reports"),
     ("Trainer.__init__", "for layer in stage.mtp_layers(self.objective.num_depths)):",
      "for layer in stage.mtp_layers(9)):"),
-    ("Trainer.score", "self.holders[-1], self.meshes)", "0, self.meshes)"),
+    ("Trainer._read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
     ("Trainer.train_step",
      "        for shared in self.shared:\n            shared.sum_gradients()\n"
      "        norm = gradient_norm(self.parameters, self.meshes.device)",
