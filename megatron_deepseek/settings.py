@@ -218,6 +218,8 @@ class FineTuningSettings:
 
     `dataset` are files, or weights and files in turn; each of `eval_dataset` is a set of its own. `max_length`: the
     most tokens of a conversation, None for the row's. `loss_average`: token or sample. `neftune_alpha`: 0 for no noise.
+    `generate_every`: iterations between answers to `generate_prompts` held-out prompts, of `generate_tokens` at most;
+    None for none.
     """
 
     dataset: tuple[str, ...]
@@ -233,6 +235,9 @@ class FineTuningSettings:
     max_bad_rows: int = 0
     num_workers: int = 2
     recipe: str = "deepseek-v3"
+    generate_every: int | None = None
+    generate_prompts: int = 8
+    generate_tokens: int = 128
     dry_run: bool = False
 
 

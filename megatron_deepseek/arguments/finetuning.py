@@ -105,6 +105,10 @@ def _add_data(parser):
         help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", type=str, metavar="PATH",
         help="tokenizer.json or a directory with one (the one that is with --load)")
+    add("--generate-every", type=values.positive_int, metavar="N",
+        help="write answers to held-out prompts every N iterations, to SAVE/answers")
+    add("--generate-prompts", type=values.positive_int, default=8, metavar="N", help="so many of --eval-dataset (8)")
+    add("--generate-tokens", type=values.positive_int, default=128, metavar="N", help="of an answer at most (128)")
     add("--dry-run", action="store_true",
         help="show samples with what is trained on, counts and lengths, and leave; no model is built")
 

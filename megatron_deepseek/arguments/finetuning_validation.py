@@ -15,4 +15,7 @@ FINE_TUNING = (
     Rule("evaluation needs held-out conversations",
          lambda r: r.fine_tunes and _evaluates(r) and not r.args.eval_dataset,
          "--eval-iters {r.args.eval_iters} and --eval-interval {r.args.eval_interval} need --eval-dataset"),
+    Rule("answers need held-out conversations",
+         lambda r: r.fine_tunes and r.args.generate_every is not None and not r.args.eval_dataset,
+         "--generate-every {r.args.generate_every} needs --eval-dataset, whose prompts it takes"),
 )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import Sampler
+from megatron_deepseek.finetuning.answers import Answers
 from megatron_deepseek.finetuning.data import (
     Conversations,
     name_of,
@@ -22,11 +23,12 @@ from megatron_deepseek.finetuning.data import (
 from megatron_deepseek.finetuning.held_out import Evaluation, EvaluationSet
 from megatron_deepseek.finetuning.noise import NoisySampler
 from megatron_deepseek.finetuning.objectives import objective_of
+from megatron_deepseek.finetuning.prompts import held_out_prompts
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.finetuning.start_notes import start_notes
 from megatron_deepseek.parallel.restarts import agent_store
 from megatron_deepseek.runtime.job import run_job
-from megatron_deepseek.runtime.task import Prepared, RunData, Task
+from megatron_deepseek.runtime.task import Periodic, Prepared, RunData, Task
 from megatron_deepseek.settings import Settings
 
 _CHECKED = "conversations are prepared"  # a key of the agent's store
@@ -85,4 +87,15 @@ def _open_conversations(conversations: Conversations, settings: Settings, state:
         held_out = Rows(each, epochs=1, shuffle=False)
         sampler = Sampler(held_out, vocab_size, f"--eval-dataset {' '.join(each.settings.dataset)}")
         sets.append(EvaluationSet(name_of(each), sampler, num_batches(settings, held_out.rows_per_epoch)))
-    return RunData(train, Evaluation(settings, sets) if sets else None)
+    return RunData(train, Evaluation(settings, sets) if sets else None, _periodic_answers(conversations, settings))
+
+
+def _periodic_answers(conversations: Conversations, settings: Settings) -> Periodic | None:
+    tuning = settings.fine_tuning
+    if tuning.generate_every is None:
+        return None
+    told = [None]
+    if dist.get_rank() == 0:
+        told = [held_out_prompts(conversations.held_out[0].settings, tuning.generate_prompts)]
+    dist.broadcast_object_list(told)
+    return Periodic(tuning.generate_every, Answers(settings, name_of(conversations.held_out[0]), told[0]))

@@ -38,7 +38,7 @@ class Run:
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
         with end_on_user_error():
             data = task.open_data(settings, state, report.message)
-        self.train_data, self.validate = data.train, data.validate
+        self.train_data, self.validate, self.periodic = data.train, data.validate, data.periodic
         recorded = record(settings, start.origin, job, task.files) if dist.get_rank() == 0 else None
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)
@@ -54,6 +54,7 @@ class Run:
     def train(self) -> None:
         if self.state.iteration == 0:
             self._validate()
+            self._act()
         with self.interruptions.handling():
             try:
                 self._steps()
@@ -84,6 +85,8 @@ class Run:
         leave = stop_flags.leave or (run.exit_interval is not None and done % run.exit_interval == 0)
         if run.eval_interval and (done % run.eval_interval == 0 or done == run.train_iters):
             self._validate()
+        if self.periodic is not None and (done % self.periodic.every == 0 or done == run.train_iters):
+            self._act()
         if stop_flags.leave:
             self.report.message(f"leaving after iteration {done} {self.interruptions.reason()}")
         if leave or stop_flags.save or (run.save_interval and done % run.save_interval == 0):
@@ -162,3 +165,7 @@ class Run:
         """Report the losses of what is held out."""
         if self.validate is not None:
             self.validate(self.trainer, self.report, self.state.iteration)
+
+    def _act(self) -> None:
+        if self.periodic is not None:
+            self.periodic.act(self.trainer, self.report, self.state.iteration)

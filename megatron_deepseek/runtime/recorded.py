@@ -17,7 +17,8 @@ _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "in
                    "exit_interval", "exit_duration_in_mins", "log_interval", "tensorboard_dir", "profile",
                    "profile_step_start", "profile_step_end", "distributed_timeout_minutes"},
            "data": {"data_cache_path", "seed"},
-           "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run"}}
+           "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run", "generate_every",
+                           "generate_prompts", "generate_tokens"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
           "loss": None, "data": None, "files": None, "fine_tuning": None,

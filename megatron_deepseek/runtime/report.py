@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -277,12 +277,15 @@ def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]
 
 
 def _held_out_line(iteration: int, name: str, results: dict[str, Any]) -> str:
-    mtp = [f"mtp loss {_losses(results['mtp_loss'])}"] if results["mtp_loss"] else []
-    return " | ".join([f"{name} at iteration {iteration}", f"loss {results['loss']:.4f}",
-                       f"perplexity {results['perplexity']:.3f}", f"token accuracy {results['token_accuracy']:.1%}",
-                       *mtp])
+    """Return the results that are there, in the order of `_HELD_OUT`."""
+    shown = [form(results[key]) for key, form in _HELD_OUT.items() if results.get(key) not in (None, ())]
+    return " | ".join([f"{name} at iteration {iteration}", *shown])
 
 
+_HELD_OUT: Mapping[str, Callable[[Any], str]] = {
+    "loss": "loss {:.4f}".format, "perplexity": "perplexity {:.3f}".format,
+    "token_accuracy": "token accuracy {:.1%}".format, "exact_match": "exact match {:.1%}".format,
+    "answers": "of {} answers".format, "mtp_loss": lambda losses: f"mtp loss {_losses(losses)}"}
 _SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
 
 

@@ -27,11 +27,22 @@ class TrainingData(Protocol):
 
 
 @dataclass(frozen=True)
+class Periodic:
+    """Something to be done with the model before the first step, after every `every` iterations, and after the last."""
+
+    every: int
+    act: Callable[[Trainer, Report, int], None]
+
+
+@dataclass(frozen=True)
 class RunData:
-    """The opened data of a run: what is trained on, and how to report what is held out; None if nothing is."""
+    """The opened data of a run: what is trained on, how to report what is held out (None if nothing is), and what else
+    is to be done from time to time.
+    """
 
     train: TrainingData
     validate: Callable[[Trainer, Report, int], None] | None = None
+    periodic: Periodic | None = None
 
 
 @dataclass(frozen=True)
