@@ -2,12 +2,20 @@
 
 The text between two control tokens is tokenised as one, as the release's tokenizer does, and apart from all others.
 Where it is partly trained, a token carries the weight of the trained part that it reaches into.
+
+gigatoken, where it is installed and gives the same ids, does the bulk of the work (data/preprocess/encoders.py). It has
+no offsets, so the border between prompt and answer in a text is looked for first: if the ids of the whole begin with
+those of the prompt alone, it lies behind them. `tokenizers`, with offsets, does the few others.
 """
 
+import copy
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_deepseek.data.preprocess.encoders import choose_encoder
+from megatron_deepseek.data.preprocess.settings import Content
 from megatron_deepseek.data.tokenizer import ASSISTANT, BOS, EOD, SPECIAL_TOKENS, USER, HuggingFaceTokenizer, Tokenizer
 from megatron_deepseek.finetuning.conversation import BadRow, Conversation
 from megatron_deepseek.finetuning.templates import END_THINK, TEMPLATES, THINK, TOOL_TOKENS, Piece, Rules, Template
@@ -57,6 +65,7 @@ class Encoder:
         if missing:
             raise ValueError(f"--template {template.name} does not fit --tokenizer-model {name}: {missing[0]} is no "
                              f"token there; name the template that the model was trained with, or its tokenizer")
+        self._encode_texts = tokenizer.encode_batch
         markers = [token for token in (BOS, EOD, USER, ASSISTANT, *TOOL_TOKENS) if token in self.control]
         written = isinstance(tokenizer, HuggingFaceTokenizer)  # where a token written out in a text is read as one
         self._markers = re.compile("|".join(map(re.escape, markers))) if written else None
@@ -78,42 +87,84 @@ class Encoder:
         except BadRow as error:
             return error
 
+    def faster(self, conversations: Iterable[Conversation], workers: int, model: str,
+               say: Callable[[str], None]) -> "Encoder":
+        """Return an encoder with gigatoken if that gives the same ids for the texts of some conversations."""
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return self
+
+        def sample() -> list[str]:
+            rendered = map(self._render, conversations)
+            return ["".join(piece.text for piece in pieces if not piece.control) for pieces in rendered
+                    if not isinstance(pieces, BadRow)]
+
+        chosen = choose_encoder(Content(tokenizer_model=model), "auto", workers, sample, say)
+        if chosen.backend == "gigatoken":
+            other = copy.copy(self)
+            other._encode_texts = lambda texts: [ids.tolist() for ids in chosen.encode_batch(texts)]
+            return other
+        return self
+
     def encode_pieces(self, rendered: list[list[Piece] | BadRow]) -> list[Encoded | BadRow]:
         """Return the ids and runs of each list of pieces."""
-        parts, plain, mixed = [], [], []
+        parts, texts = [], []
         for pieces in rendered:
             try:
-                parts.append(self._parts(pieces, plain, mixed))
+                parts.append(self._parts(pieces, texts))
             except BadRow as error:
                 parts.append(error)
-        plain_ids = iter(self.tokenizer.encode_batch(plain) if plain else ())
-        mixed_ids = iter(self._encode_mixed(mixed))
-        return [own if isinstance(own, BadRow) else _join(own, plain_ids, mixed_ids) for own in parts]
+        ids = iter(self._encode_texts(texts) if texts else ())
+        return [own if isinstance(own, BadRow) else self._join(own, ids) for own in parts]
 
-    def _parts(self, pieces, plain: list[str], mixed: list[list[Piece]]) -> list:
-        """Return the parts of a conversation: (id, weight) of a control token, a weight of a text that was appended to
-        `plain`, or None for one that was appended to `mixed`. Nothing is appended if BadRow is raised.
+    def _parts(self, pieces, texts: list[str]) -> list:
+        """Return the parts of a conversation: (id, weight) of a control token, the weight of a text, or the pieces of
+        a text of which the end alone has loss. Append the texts to `texts`, of the last kind the whole and its
+        beginning, unless BadRow is raised.
         """
         if isinstance(pieces, BadRow):
             raise pieces
-        own, texts, blends, run = [], [], [], []
+        own, found, run = [], [], []
         for piece in (*pieces, None):
             if piece is not None and not piece.control:
                 self._check(piece.text)
                 run.append(piece)
                 continue
-            if run and all(each.weight == run[0].weight for each in run):
-                texts.append("".join(each.text for each in run))
-                own.append(run[0].weight)
-            elif run:
-                blends.append(run)
-                own.append(None)
-            run = []
+            if run:
+                found.append(run[0].text if len(run) == 1 else "".join(each.text for each in run))
+                if all(each.weight == run[0].weight for each in run):
+                    own.append(run[0].weight)
+                else:
+                    found.append("".join(each.text for each in run if not each.weight))
+                    own.append(run)
+                run = []
             if piece is not None:
                 own.append((self._id_of(piece.text), piece.weight))
-        plain += texts
-        mixed += blends
+        texts += found
         return own
+
+    def _join(self, parts: list, ids: Iterator[list[int]]) -> Encoded:
+        encoded = Encoded()
+        for part in parts:
+            if isinstance(part, tuple):
+                encoded.add([part[0]], part[1])
+            elif isinstance(part, list):
+                self._add_mixed(encoded, part, next(ids), next(ids))
+            else:
+                encoded.add(next(ids), part)
+        return encoded
+
+    def _add_mixed(self, encoded: Encoded, run: list[Piece], whole: list[int], beginning: list[int]):
+        """Add a text that begins without loss and ends with it."""
+        border = len(beginning)
+        if whole[:border] == beginning and _begins_without_loss(run):
+            encoded.add(beginning, 0.0)
+            encoded.add(whole[border:], run[-1].weight)
+        else:
+            text = "".join(piece.text for piece in run)
+            encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
+            encoded.ids += encoding.ids
+            for weight in _weights_by_offsets(encoding.offsets, run):
+                encoded.add_run(1, weight)
 
     def _check(self, text: str):
         found = self._markers.search(text) if self._markers is not None and "<" in text else None
@@ -127,51 +178,26 @@ class Encoder:
                                                        "lacks; remove the row")
         return self.control[token]
 
-    def _encode_mixed(self, mixed: list[list[Piece]]) -> list[Encoded]:
-        """Return the ids of texts of which some parts are trained and others not."""
-        if not mixed or not isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return [_apart(self.tokenizer, run) for run in mixed]
-        texts = ["".join(piece.text for piece in run) for run in mixed]
-        encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-        return [_by_offsets(encoding.ids, encoding.offsets, run) for encoding, run in zip(encodings, mixed)]
+
+def _begins_without_loss(run: list[Piece]) -> bool:
+    """Return whether a text has one border, behind which all has the same weight."""
+    weights = [piece.weight for piece in run]
+    return weights[0] == 0 and sum(a != b for a, b in zip(weights, weights[1:])) == 1
 
 
-def _join(parts: list, plain_ids, mixed_ids) -> Encoded:
-    encoded = Encoded()
-    for part in parts:
-        if isinstance(part, tuple):
-            encoded.add([part[0]], part[1])
-        elif part is None:
-            more = next(mixed_ids)
-            encoded.ids += more.ids
-            for run in more.runs:
-                encoded.add_run(*run)
-        else:
-            encoded.add(next(plain_ids), part)
-    return encoded
-
-
-def _apart(tokenizer: Tokenizer, run: list[Piece]) -> Encoded:
-    """Return the pieces' ids where a token never reaches over a border: bytes."""
-    encoded = Encoded()
-    for piece, ids in zip(run, tokenizer.encode_batch([piece.text for piece in run])):
-        encoded.add(ids, piece.weight)
-    return encoded
-
-
-def _by_offsets(ids: list[int], offsets, run: list[Piece]) -> Encoded:
-    encoded, place, end, last = Encoded(ids), 0, len(run[0].text), len(run) - 1
+def _weights_by_offsets(offsets: list[tuple[int, int]], run: list[Piece]) -> Iterator[float]:
+    """Yield the weight of each token: the greatest of the pieces that it reaches into."""
+    place, end, last = 0, len(run[0].text), len(run) - 1
     for begin, stop in offsets:
         while begin >= end and place < last:
             place += 1
             end += len(run[place].text)
         weight, reached, upto = run[place].weight, place, end
-        while stop > upto and reached < last:  # into the next piece
+        while stop > upto and reached < last:
             reached += 1
             upto += len(run[reached].text)
             weight = max(weight, run[reached].weight)
-        encoded.add_run(1, weight)
-    return encoded
+        yield weight
 
 
 def control_ids(tokenizer: Tokenizer) -> dict[str, int]:

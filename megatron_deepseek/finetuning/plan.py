@@ -48,11 +48,11 @@ def plan_epoch(prepared: Prepared) -> EpochPlan:
         if prepared.settings.packing:
             order, ends = pack(own, prepared.settings.seq_length, prepared.settings.seed)
         else:
-            order, ends = np.arange(len(own)), np.arange(len(own) + 1)
-        samples.append(drawn[order].astype(np.uint32))
+            order, ends = slice(None), np.arange(len(own) + 1)
+        samples.append(drawn[order].astype(np.uint32, copy=False))
         starts.append(held + ends[1:])
         sources.append(np.full(len(ends) - 1, source, np.uint16))
-        held += len(order)
+        held += len(own)
     return EpochPlan(np.concatenate(samples), np.concatenate([np.atleast_1d(each) for each in starts]),
                      np.concatenate(sources), lengths)
 
@@ -61,7 +61,7 @@ def _drawn(lengths: tuple[np.ndarray, ...], prepared: Prepared) -> list[np.ndarr
     """Return the samples of each dataset in an epoch, some of them more than once where there are weights."""
     sizes = [len(each) for each in lengths]
     if prepared.weights is None:
-        return [np.arange(size) for size in sizes]
+        return [np.arange(size, dtype=np.uint32) for size in sizes]
     most = max(size / weight for size, weight in zip(sizes, prepared.weights))
     drawn = []
     for source, (size, weight) in enumerate(zip(sizes, prepared.weights)):

@@ -124,8 +124,8 @@ def _source(name: str, option: str) -> Source:
 def _job(settings: DataSettings, source: Source, encoder: Encoder) -> Job:
     key = _key(settings, source, encoder.template, encoder.tokenizer)
     root = settings.data_cache_path or Path(source.files[0].path).parent / "cache"
-    return Job(source.files, source.convert, encoder, settings.longest, settings.overlong, settings.max_bad_rows,
-               settings.num_workers, Path(root) / "finetuning" / key)
+    return Job(source.files, source.convert, encoder, settings.tokenizer_model, settings.longest, settings.overlong,
+               settings.max_bad_rows, settings.num_workers, Path(root) / "finetuning" / key)
 
 
 def _key(settings: DataSettings, source: Source, template: Template, tokenizer: Tokenizer) -> str:

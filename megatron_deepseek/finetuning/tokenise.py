@@ -6,13 +6,14 @@ part in each worker, and 16 bytes for each sample at the end.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from megatron_deepseek.finetuning.reading import Part, parse_line, parts_of, rea
 from megatron_deepseek.finetuning.summary import Counts, Summary, read_summary
 
 ROWS_PER_BATCH = 256
+SAMPLED = 200  # conversations on which two libraries are compared
 NO_LOSS = "nothing with loss"
 
 
@@ -43,6 +45,7 @@ class Job:
     files: tuple[InputFile, ...]
     convert: Callable[[object, int], Conversation]
     encoder: Encoder
+    tokenizer_model: str | None
     longest: int
     overlong: str
     max_bad_rows: int
@@ -99,6 +102,7 @@ def _make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
     folder, summaries = job.folder / "parts", {}
     folder.mkdir(exist_ok=True)
     progress = Progress(Counters(), sum(file.size for file in job.files), 1000, say)
+    job = replace(job, encoder=job.encoder.faster(_first_conversations(job), job.workers, job.tokenizer_model, say))
 
     def work(part: Part) -> Summary:
         summary = read_summary(_base(folder, part.number) + ".json")
@@ -116,6 +120,14 @@ def _make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
     finally:
         progress.close()
     return [summaries[number] for number in sorted(summaries)]
+
+
+def _first_conversations(job: Job) -> Iterator[Conversation]:
+    """Yield conversations from the beginning of the first part."""
+    for part in itertools.islice(parts_of(list(job.files)), 1):
+        for _, content in itertools.islice(read_rows(part, job.files[part.file]), SAMPLED):
+            with suppress(BadRow):
+                yield job.convert(parse_line(content), part.file)
 
 
 def _stored(job: Job, part: Part) -> int:
