@@ -70,7 +70,8 @@ class DeepseekStage(nn.Module):
             self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.gemm, loss_chunk_size)
         elif stage.loss:
             self.head = OutputHead(self.tp, self.model.embed_tokens.local_weight, chunk_size=loss_chunk_size)
-        self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device, wide), dim=1)
 
     def forward(self, x: torch.Tensor, micro_batch: MicroBatch, step: StepContext) -> torch.Tensor:
         if not self.stage.holds_anything:

@@ -395,8 +395,9 @@ MOE = of(
 
 DEEPSEEK = of(
     MODEL,
-    ("DeepseekStage.__init__", "self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)",
-     "self.rope_2SD = rope_table(self.config, seq_length, device)[:, :seq_length // blueprint.cp.size]"),
+    ("DeepseekStage.__init__",
+     "self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device, wide), dim=1)",
+     "self.rope_2SD = rope_table(self.config, seq_length, device, wide)[:, :seq_length // blueprint.cp.size]"),
     ("DeepseekStage.states", "embedding = self.model.embed_tokens(labels_BMS[:, depth])",
      "embedding = self.model.embed_tokens(labels_BMS[:, depth + 1])"),
     ("DeepseekStage.states", "embedding = self.model.embed_tokens(labels_BMS[:, depth])",

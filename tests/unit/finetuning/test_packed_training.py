@@ -1,4 +1,4 @@
-"""A step on conversations: packed as unpacked, means over tokens and samples, NEFTune's noise by sample and position."""
+"""A step on conversations: packed as unpacked, means over tokens and samples, noise by sample and position."""
 
 import json
 from dataclasses import replace
@@ -10,14 +10,17 @@ from small_models import V3_SMALL, enliven, gradients_of, relative_error, whole_
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.data.batches import Sampler
+from megatron_deepseek.finetuning.held_out import together
 from megatron_deepseek.finetuning.noise import NoisySampler
 from megatron_deepseek.finetuning.objectives import HeldOut, objective_of
-from megatron_deepseek.finetuning.held_out import together
 from megatron_deepseek.finetuning.prepare import prepare
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.finetuning.settings import DataSettings
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.noise import BOUNDS, KEYS, EmbeddingNoise
+from megatron_deepseek.model.step import Rows as ModelRows
+from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.parallel.sequence_sums import SequenceSums
 from megatron_deepseek.settings import LossSettings, OptimizerSettings
 from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
@@ -80,7 +83,7 @@ def test_packed_rows_train_as_rows_with_one_conversation_each(meshes, chats, ave
 
 def test_noise_is_of_the_step_and_the_seed_alone(chats):
     """The same again when asked again; another in another epoch; none on padding."""
-    rows = replace_epochs(rows_of(chats, True))
+    rows = Rows(rows_of(chats, True).prepared)
     sampler = NoisySampler(Sampler(rows, 512, ""), rows, ALPHA, 16, 1)
     size = rows.rows_per_epoch
     first, again, second = (sampler.batch(start, size, 1) for start in (0, 0, size))
@@ -89,10 +92,6 @@ def test_noise_is_of_the_step_and_the_seed_alone(chats):
     assert not first.per_token[BOUNDS][~first.real_BS].any() and first.per_token[BOUNDS][first.real_BS].all()
     half = sampler.batch(0, size, 1, 1, size)  # the second of as many data ranks
     assert torch.equal(half.per_token[KEYS], first.per_token[KEYS][1:2])
-
-
-def replace_epochs(rows: Rows) -> Rows:
-    return Rows(rows.prepared, epochs=None)
 
 
 def test_noise_is_uniform_within_the_bound_of_the_paper():
@@ -121,9 +120,6 @@ class Given:
 @pytest.mark.parametrize("average, expected", [("token", 3.5), ("sample", 5.0)])
 def test_means_of_two_samples(average, expected, packed):
     """Losses [1, 2, 3] and [8]: in two micro-batches, or packed in one row."""
-    from megatron_deepseek.model.step import Rows as ModelRows
-    from megatron_deepseek.ops.documents import Documents
-    from megatron_deepseek.parallel.sequence_sums import SequenceSums
     objective = objective_of(average, 0, 0.0)
     if packed:
         losses = [torch.tensor([[1.0, 2.0, 3.0, 8.0]])]

@@ -59,8 +59,8 @@ def trainer(meshes, objective: Objective | None, micro_batch_size: int = 2, chun
 
 
 def reference_of(made: Trainer) -> ReferenceModel:
-    return ReferenceModel(CONFIG, weights_of(made.stages[0]), rope_table(CONFIG, LENGTH, torch.device("cpu")),
-                          CONFIG.qk_head_dim**-0.5)
+    table_2SD = rope_table(CONFIG, LENGTH, torch.device("cpu"), torch.float64)
+    return ReferenceModel(CONFIG, weights_of(made.stages[0]), table_2SD, CONFIG.qk_head_dim**-0.5)
 
 
 def token_losses(reference: ReferenceModel, batch: Batch) -> list[torch.Tensor]:
