@@ -40,19 +40,22 @@ _NO_PRETRAINING_DATA = dict(data_path=None, data_args_path=None, train_data_path
                             test_data_path=None, per_split_data_args_path=None, split="1,0,0",
                             reset_attention_mask=True, reset_position_ids=False, eod_mask_loss=False)
 _LENGTHS = ("train_iters", "train_samples", "epochs")
+_FRACTIONS_OF_LR = ("min_lr", "lr_warmup_init")  # with another --lr these stay the same part of it
 
 
 class FineTuningParser(OneLineParser):
     """A parser whose defaults are those of --recipe, the first on the command line or deepseek-v3."""
 
     def parse_args(self, args=None, namespace=None):
-        arguments = super().parse_args(args, namespace)
-        recipe = RECIPES[arguments.recipe]
-        lengths = {name: getattr(arguments, name) for name in _LENGTHS}
+        given = super().parse_args(args, namespace)
+        recipe = RECIPES[given.recipe]
         self.set_defaults(**{name: value for name, value in recipe.items() if name != "epochs"})
         arguments = super().parse_args(args, argparse.Namespace())
-        if not any(lengths.values()):
+        if not any(getattr(given, name) for name in _LENGTHS):
             arguments.epochs = recipe["epochs"]
+        for name in _FRACTIONS_OF_LR:
+            if not getattr(given, name):
+                setattr(arguments, name, recipe.get(name, 0.0) * (arguments.lr / recipe["lr"]))
         return arguments
 
 

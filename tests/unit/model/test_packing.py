@@ -1,8 +1,8 @@
 """Packed documents: each gets the loss and the gradients that it would have had alone.
 
 Alone is not ours: a plain float64 model (reference_model.py) or transformers' is given one document after the other.
-transformers' rotary table is float32, so that the same distance at another place differs by its rounding: CLOSE. A score too many
-changes results by more than 1e-3.
+transformers' rotary table is float32, so that the same distance at another place differs by its rounding: CLOSE. A
+score too many changes results by more than 1e-3.
 """
 
 from collections import Counter
