@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -271,3 +272,10 @@ def test_files_that_are_no_chats(tmp_path):
                           ("silent.jsonl", r"nothing with loss in the whole set of 2 rows \(2 nothing with loss\)")):
         with pytest.raises(ValueError, match=message):
             prepare(data_settings(tmp_path, tmp_path / name))
+
+
+def test_the_example():
+    path = Path(__file__).parents[3] / "data" / "train_example.json"
+    found = [to_conversation(row) for row in json.loads(path.read_text())]
+    assert [turn.weight for turn in found[1].turns if turn.role == "assistant"] == [0, 1]
+    assert [each.turns[-1].reasoning is not None for each in found] == [True, True, True, False]
