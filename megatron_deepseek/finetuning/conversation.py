@@ -4,6 +4,7 @@ Every format (formats.py) becomes this, and every template (templates.py) is ren
 conversation has the same tokens in every format, and no template is ever parsed.
 """
 
+import json
 from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -62,6 +63,7 @@ class Conversation:
             if turn.role != "system":
                 before = turn.role
                 calling = bool(turn.calls) or calling and turn.role == "tool"
+        _check_characters(json.dumps(self.tools, ensure_ascii=False), "the schema of a tool")
         if before != "assistant":
             raise BadRow("no answer at the end",
                          "there are no messages" if before is None else
@@ -91,11 +93,14 @@ def _check_turn(turn: Turn, number: int):
     if turn.role != "assistant" and (turn.calls or turn.reasoning is not None):
         raise BadRow("reasoning or calls of another role", f"message {number} ({turn.role}) has reasoning or tool "
                                                            "calls, which only the assistant can have")
-    for text in (turn.content, turn.reasoning or "", *(part for call in turn.calls for part in
-                                                        (call.name, call.arguments))):
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise BadRow("half a surrogate pair", f"message {number} holds half a surrogate pair, which UTF-8 "
-                                                      "cannot encode; write the character whole") from error
+    calls = (part for call in turn.calls for part in (call.name, call.arguments))
+    for text in (turn.content, turn.reasoning or "", *calls):
+        _check_characters(text, f"message {number}")
+
+
+def _check_characters(text: str, where: str):
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("half a surrogate pair", f"{where} holds half a surrogate pair, which UTF-8 cannot encode; write "
+                                              "the character whole") from error

@@ -29,10 +29,20 @@ def to_conversation(row) -> Conversation:
         raise BadRow("images or sound", f"the key {media} holds images or sound, which these models cannot read; "
                                         "remove the row")
     turns = _READERS[form](row)
-    system = row.get("system") if form != "messages" or not any(turn.role == "system" for turn in turns) else None
-    if system:
-        turns = (Turn("system", text_of(system, "system")), *turns)
-    return Conversation(turns, read_tools(row.get("tools"))).check()
+    return Conversation((*_system(row, turns), *turns), read_tools(row.get("tools"))).check()
+
+
+def _system(row: Mapping, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Return the turn of the key `system`, unless the messages begin with the same text. Raise BadRow for another."""
+    if not row.get("system"):
+        return ()
+    turn = Turn("system", text_of(row["system"], "system"))
+    if turns and turns[0].role == "system":
+        if turns[0] != turn:
+            raise BadRow("two system texts", "the row has a key system, and another text in a message of the role "
+                                             "system; remove one of them")
+        return ()
+    return (turn,)
 
 
 def _form_of(row: Mapping) -> str:
@@ -56,12 +66,11 @@ def _answered(row: Mapping, form: str):
 
 def _history(row: Mapping) -> list[dict]:
     """Return the messages of `history`, a list of [question, answer]."""
-    messages = []
-    for pair in row.get("history") or ():
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow("history is not pairs", "history must be a list of [question, answer]")
-        messages += _exchange(*pair)
-    return messages
+    history = row.get("history") or []
+    if not isinstance(history, list | tuple) or not all(isinstance(pair, list | tuple) and len(pair) == 2
+                                                        for pair in history):
+        raise BadRow("history is not pairs", "history must be a list of [question, answer]")
+    return [message for pair in history for message in _exchange(*pair)]
 
 
 def _exchange(question, answer) -> list[dict]:

@@ -40,7 +40,7 @@ def _role(message: Mapping, number: int) -> str:
     name = message.get("role", message.get("from"))
     if name is None:
         raise BadRow("missing field", f"message {number} has no role")
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         raise BadRow("unknown role", f"message {number} has the role {name!r}, which is none of {', '.join(ROLES)}")
     return ROLES[name]
 
@@ -96,7 +96,7 @@ def text_of(content, where: str) -> str:
         if kind != "text":
             raise BadRow("images or sound", f"{where} holds a part of the type {kind}, which these models cannot read; "
                                             "remove the row")
-        texts.append(part if isinstance(part, str) else part.get("text"))
+        texts.append(part.get("text") if isinstance(part, Mapping) else part)
     if not all(isinstance(text, str) for text in texts):
         raise BadRow("wrong type", f"{where} has a part without text")
     return "".join(texts)
@@ -125,7 +125,16 @@ def _calls(calls, where: str) -> tuple[ToolCall, ...]:
         return ()
     if isinstance(calls, str):
         calls = _json(calls, f"{where}: the tool call")
-    return tuple(_call(each, where) for each in ([calls] if isinstance(calls, Mapping) else calls))
+    return tuple(_call(each, where) for each in _listed(calls, f"{where}: tool_calls"))
+
+
+def _listed(value, what: str) -> list | tuple:
+    """Return a list, or the list of one object. Raise BadRow for anything else."""
+    if isinstance(value, Mapping):
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise BadRow("wrong type", f"{what} must be a list, not a value of the type {type(value).__name__}")
+    return value
 
 
 def _call(call, where: str) -> ToolCall:
@@ -143,7 +152,7 @@ def read_tools(tools) -> tuple[dict, ...]:
         return ()
     tools = _json(tools, "the tools") if isinstance(tools, str) else tools
     schemas = []
-    for tool in [tools] if isinstance(tools, Mapping) else tools:
+    for tool in _listed(tools, "the tools"):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow("missing field", "the tools have one without a function's name")

@@ -1,4 +1,4 @@
-"""Which samples make up the rows of an epoch: those of each dataset, packed apart, so that a row has one source.
+"""The rows of an epoch: the samples of each dataset, packed apart, so that a row has one source.
 
 Without weights every sample is there once. With weights (w of --dataset) each dataset is there so often that its number
 of samples follows its weight, and none is left out: the one that needs it least is there once, others are repeated.

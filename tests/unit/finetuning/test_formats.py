@@ -1,11 +1,15 @@
 """The files that people have: the same conversation in every format has the same tokens; bad rows say what to do."""
 
+import contextlib
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
 from chat_tokenizers import write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_deepseek.finetuning.conversation import BadRow, Conversation, ToolCall, Turn
 from megatron_deepseek.finetuning.formats import to_conversation
@@ -13,6 +17,7 @@ from megatron_deepseek.finetuning.prepare import prepare
 from megatron_deepseek.finetuning.prompts import conversations
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.finetuning.settings import DataSettings
+from megatron_deepseek.finetuning.templates import TEMPLATES
 
 THOUGHT = "<think>\nR2\n</think>\n\nA2"
 OPENAI = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q1"},
@@ -59,21 +64,23 @@ def test_loss_of_a_turn(loss, weight):
         assert to_conversation({"messages": messages}).turns[1].weight == weight
 
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "D", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALLS = {"tools": [TOOL], "messages": [
+    {"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "O", "tool_call_id": "1"}, {"role": "assistant", "content": "A"}]}
+
+
 def test_tool_calls():
-    tool = {"type": "function", "function": {"name": "f", "description": "D", "parameters": {"type": "object"}}}
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    openai = {"tools": [tool], "messages": [
-        {"role": "user", "content": "Q"}, {"role": "assistant", "content": None, "tool_calls": [call, call]},
-        {"role": "tool", "content": "O", "tool_call_id": "1"}, {"role": "assistant", "content": "A"}]}
     said = json.dumps({"name": "f", "arguments": {"a": 1}})
-    sharegpt = {"tools": json.dumps([tool["function"]]), "conversations": [
+    sharegpt = {"tools": json.dumps([TOOL["function"]]), "conversations": [
         {"from": "human", "value": "Q"}, {"from": "function_call", "value": said},
         {"from": "function_call", "value": said}, {"from": "observation", "value": "O"},
         {"from": "gpt", "value": "A"}]}
     calls = (ToolCall("f", '{"a": 1}'),) * 2
     wanted = Conversation((Turn("user", "Q"), Turn("assistant", "", None, calls), Turn("tool", "O"),
-                           Turn("assistant", "A")), (tool["function"],))
-    assert to_conversation(openai) == to_conversation(sharegpt) == wanted
+                           Turn("assistant", "A")), (TOOL["function"],))
+    assert to_conversation(CALLS) == to_conversation(sharegpt) == wanted
 
 
 def user(text="Q"):
@@ -113,10 +120,46 @@ def assistant(text="A", **more):
     ({"prompt": "Q"}, "the row has prompt but no completion or response"),
     ({"query": "Q", "response": "A", "history": ["x"]}, r"history must be a list of \[question, answer\]"),
     ({"messages": [user(), assistant()], "tools": "{"}, "the tools must be JSON"),
+    ({"messages": [{"role": "system", "content": "S"}, user(), assistant()], "system": "T"}, "remove one of them"),
 ])
 def test_bad_rows(row, message):
     with pytest.raises(BadRow, match=message):
         to_conversation(row)
+
+
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+                        lambda inner: (st.lists(inner, max_size=2)
+                                       | st.dictionaries(st.text(max_size=3), inner, max_size=2)), max_leaves=3)
+
+
+def places(value, path=()):
+    """Yield the path of everything within a row."""
+    yield path
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(each, (*path, key))
+
+
+def replaced(value, path, other):
+    if not path:
+        return other
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    changed[path[0]] = replaced(value[path[0]], path[1:], other)
+    return changed
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.data())
+def test_a_row_with_anything_anywhere_is_read_or_refused(data):
+    row = data.draw(st.sampled_from([*ROWS.values(), COMPLETION, CALLS]))
+    path = data.draw(st.sampled_from(list(places(row))))
+    try:
+        conversation = to_conversation(replaced(row, path, data.draw(ANYTHING)))
+    except BadRow as error:
+        assert len(str(error).splitlines()) == 1 and error.reason
+        return
+    for name in TEMPLATES:
+        with contextlib.suppress(BadRow):
+            TEMPLATES[name].render(conversation)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -229,3 +272,10 @@ def test_files_that_are_no_chats(tmp_path):
                           ("silent.jsonl", r"nothing with loss in the whole set of 2 rows \(2 nothing with loss\)")):
         with pytest.raises(ValueError, match=message):
             prepare(data_settings(tmp_path, tmp_path / name))
+
+
+def test_the_example():
+    path = Path(__file__).parents[3] / "data" / "train_example.json"
+    found = [to_conversation(row) for row in json.loads(path.read_text())]
+    assert [turn.weight for turn in found[1].turns if turn.role == "assistant"] == [0, 1]
+    assert [each.turns[-1].reasoning is not None for each in found] == [True, True, True, False]

@@ -136,6 +136,13 @@ def test_the_forced_prefix_can_be_trained(tokenizer, name, prefix):
     assert f"{A}[</think>" not in masked(tokenizer, encode(tokenizer, name, TALK, Rules(train_think_prefix=True)))
 
 
+def test_a_token_over_the_border_of_prompt_and_answer_is_trained(tokenizer):
+    """The ids stay the release's: the text between two control tokens is tokenised as one."""
+    encoded = encode(tokenizer, "deepseek-r1", [Turn("user", "Q"), Turn("assistant", "A", "\n\n\n")])
+    assert encoded.ids == tokenizer.encode(f"{B}{U}Q{A}<think>\n\n\n\n\n</think>\n\nA{E}")
+    assert len(tokenizer.encode("\n\n\n\n\n")) < 5 and masked(tokenizer, encoded).startswith(f"{B}{U}Q{A}<think>[\n")
+
+
 def test_v31_has_the_mask_of_the_facts(tokenizer):
     """Prompts and forced prefixes are without loss, emitted tokens and ends with it; each letter is a token."""
     talk = [Turn(turn.role, turn.content[0], turn.reasoning and turn.reasoning[0]) for turn in TALK]

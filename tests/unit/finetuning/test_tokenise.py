@@ -159,6 +159,10 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(tmp_path):
     path = many(tmp_path / "a.jsonl")
     whole = quiet(data_settings(path, seq_length=512, data_cache_path=str(tmp_path / "whole")))
     assert whole.total.samples == 6000
+    tokens = LossWeights(whole.prefixes[0] + ".weights")
+    ids, rows = build_tokenizer("ByteTokenizer"), Rows(whole)
+    assert len(tokens) == 6000 and [ids.decode(rows.sample(0, number)[0].tolist()).startswith(
+        f"<｜begin▁of▁sentence｜><｜User｜>Q{number}Q") for number in (0, 1, 3000, 5999)] == [True] * 4
     both = quiet(data_settings(path, seq_length=512, num_workers=2, data_cache_path=str(tmp_path / "two")))
     assert content_of(both) == content_of(whole)
     _kill_in_the_middle(path, tmp_path / "killed")
