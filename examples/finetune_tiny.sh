@@ -46,8 +46,8 @@ OUTPUT_ARGS=(
     --save-interval 50
     --eval-interval 25
     --generate-every 1000000             # before the first step and after the last
-    --generate-prompts 32
-    --generate-tokens 40
+    --generate-prompts 16
+    --generate-tokens 32
 )
 
 launch "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@"

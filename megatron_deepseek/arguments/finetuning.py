@@ -47,6 +47,7 @@ class FineTuningParser(OneLineParser):
     """A parser whose defaults are those of --recipe, the first on the command line or deepseek-v3."""
 
     def parse_args(self, args=None, namespace=None):
+        self.set_defaults(**dict.fromkeys(_FRACTIONS_OF_LR))
         given = super().parse_args(args, namespace)
         recipe = RECIPES[given.recipe]
         self.set_defaults(**{name: value for name, value in recipe.items() if name != "epochs"})
@@ -54,7 +55,7 @@ class FineTuningParser(OneLineParser):
         if not any(getattr(given, name) for name in _LENGTHS):
             arguments.epochs = recipe["epochs"]
         for name in _FRACTIONS_OF_LR:
-            if not getattr(given, name):
+            if getattr(given, name) is None:
                 setattr(arguments, name, recipe.get(name, 0.0) * (arguments.lr / recipe["lr"]))
         return arguments
 

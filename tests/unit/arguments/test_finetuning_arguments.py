@@ -72,6 +72,8 @@ def test_what_is_given_wins_over_the_recipe():
     assert (made.learning_rate.lr, made.learning_rate.lr_warmup_init) == (1e-5, pytest.approx(1e-10))
     assert settings("--lr 1e-3").learning_rate.min_lr == pytest.approx(2e-4)
     assert settings("--lr 1e-3 --min-lr 1e-5").learning_rate.min_lr == 1e-5
+    assert settings("--min-lr 0").learning_rate.min_lr == 0.0
+    assert settings("--recipe scienceone --lr-warmup-init 0").learning_rate.lr_warmup_init == 0.0
 
 
 def test_a_run_begins_from_weights_unless_it_loads_itself():
