@@ -107,7 +107,7 @@ def _make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
     def work(part: Part) -> Summary:
         summary = read_summary(_base(folder, part.number) + ".json")
         if summary is None:
-            summary = _PartMaker(job, folder, part).make()
+            summary = PartMaker(job, folder, part).make()
         progress.counters.add(_stored(job, part), summary.counts.samples, summary.counts.tokens)
         return summary
 
@@ -140,7 +140,7 @@ def _base(folder: Path, number: int) -> str:
     return str(folder / f"{number:06d}")
 
 
-class _PartMaker:
+class PartMaker:
     """Makes the files of one part."""
 
     def __init__(self, job: Job, folder: Path, part: Part):

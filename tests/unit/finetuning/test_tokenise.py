@@ -167,14 +167,14 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(tmp_path):
     assert content_of(both) == content_of(whole)
     _kill_in_the_middle(path, tmp_path / "killed")
     there = {int(path.stem) for path in (tmp_path / "killed").glob("finetuning/*/parts/*.json")}
-    made, make = set(), tokenise._PartMaker.make
+    made, make = set(), tokenise.PartMaker.make
 
     def counted(maker):
         made.add(maker.part.number)
         return make(maker)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenise._PartMaker, "make", counted)
+        patch.setattr(tokenise.PartMaker, "make", counted)
         patch.setattr(tokenise, "run_tasks", lambda tasks, work, workers, tick: map(work, tasks))
         again = quiet(data_settings(path, seq_length=512, data_cache_path=str(tmp_path / "killed")))
     assert content_of(again) == content_of(whole)
@@ -187,9 +187,9 @@ def _kill_in_the_middle(path: Path, cache: Path):
     code = ("import sys, time\nfrom megatron_deepseek.finetuning import tokenise\n"
             "from megatron_deepseek.finetuning.prepare import prepare\n"
             "from megatron_deepseek.finetuning.settings import DataSettings\n"
-            "make = tokenise._PartMaker.make\n"
+            "make = tokenise.PartMaker.make\n"
             "def slowly(self):\n    summary = make(self)\n    time.sleep(0.5)\n    return summary\n"
-            "tokenise._PartMaker.make = slowly\n"
+            "tokenise.PartMaker.make = slowly\n"
             f"prepare(DataSettings(({str(path)!r},), 'ByteTokenizer', seq_length=512, num_workers=1, "
             f"data_cache_path={str(cache)!r}))")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
