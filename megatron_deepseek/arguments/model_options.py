@@ -7,35 +7,14 @@ only what was given overrides the preset.
 import argparse
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.model.architecture.fields import RULES
 from megatron_deepseek.model.architecture.presets import preset_names
 
 DROP_POLICIES = ("probs", "position")
 
-# (option, field of ModelConfig, type, help)
-ARCHITECTURE = (
-    ("--num-layers", "num_hidden_layers", values.positive_int, "decoder layers, MTP modules not counted"),
-    ("--hidden-size", "hidden_size", values.positive_int, "width of the residual stream"),
-    ("--ffn-hidden-size", "intermediate_size", values.positive_int, "width of the dense layers' MLP"),
-    ("--num-attention-heads", "num_attention_heads", values.positive_int, "attention heads"),
-    ("--vocab-size", "vocab_size", values.positive_int, "rows of the embedding"),
-    ("--max-position-embeddings", "max_position_embeddings", values.positive_int, "longest sequence, in tokens"),
-    ("--q-lora-rank", "q_lora_rank", values.count, "rank of the queries' compression; 0 for none"),
-    ("--kv-lora-rank", "kv_lora_rank", values.positive_int, "rank of the latent that keys and values share"),
-    ("--qk-head-dim", "qk_nope_head_dim", values.positive_int, "head size of queries and keys without the rotary part"),
-    ("--qk-pos-emb-head-dim", "qk_rope_head_dim", values.positive_int, "rotary part of the head size"),
-    ("--v-head-dim", "v_head_dim", values.positive_int, "head size of values"),
-    ("--num-experts", "n_routed_experts", values.count, "routed experts; 0 for a dense model"),
-    ("--moe-ffn-hidden-size", "moe_intermediate_size", values.positive_int, "width of one expert"),
-    ("--moe-router-topk", "num_experts_per_tok", values.positive_int, "routed experts for each token"),
-    ("--moe-router-num-groups", "n_group", values.positive_int, "groups of experts (nodes) for limited routing"),
-    ("--moe-router-group-topk", "topk_group", values.positive_int, "groups that a token may reach"),
-    ("--moe-router-topk-scaling-factor", "routed_scaling_factor", values.positive, "factor on the experts' output"),
-    ("--mtp-num-layers", "num_nextn_predict_layers", values.count, "Multi-Token Prediction modules"),
-    ("--rotary-base", "rope_theta", values.positive, "base of the rotary frequencies"),
-    ("--norm-epsilon", "rms_norm_eps", values.positive, "epsilon of RMSNorm"),
-    ("--init-method-std", "initializer_range", values.positive, "standard deviation of the initial weights"),
-    ("--attention-dropout", "attention_dropout", values.fraction, "accepted as 0 only"),
-)
+# (option, field of ModelConfig, type, help): each stands at its field.
+ARCHITECTURE = tuple((rule.option.name, field, getattr(values, rule.option.kind), rule.option.help)
+                     for field, rule in RULES.items() if rule.option is not None)
 # (option, field of RopeScaling, type, help)
 ROPE_SCALING = (
     ("--rotary-scaling-factor", "factor", values.positive, "context extension factor; 1 turns scaling off"),

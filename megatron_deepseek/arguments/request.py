@@ -5,8 +5,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_deepseek.arguments.data_paths import data_paths
-from megatron_deepseek.arguments.freezing import matches_nothing
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.freezing import matches_nothing
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.parallel.layout import nodes_divide
 from megatron_deepseek.settings import BatchSettings

@@ -5,12 +5,12 @@ strings over a Request `r`.
 """
 
 from megatron_deepseek.arguments.data_paths import data_paths
-from megatron_deepseek.arguments.freezing import trains_nothing
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import CP, EP, ETP, PP, TP, Rule
+from megatron_deepseek.model.architecture.freezing import trains_nothing
 from megatron_deepseek.parallel import schedule_rules
 
 OVERLAPPED_DISPATCH = "overlapped dispatch"  # a name in features.py

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deepseek.checkpoint.building import Advance
-from megatron_deepseek.checkpoint.convert.names import BIAS
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, Damage, read_checksums, verify_directory, verify_files
 from megatron_deepseek.checkpoint.native import WEIGHTS, Checkpoint
+from megatron_deepseek.model.architecture.parameters import BIAS
 
 _SHOWN = 3
 

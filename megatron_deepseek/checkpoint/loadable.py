@@ -1,6 +1,6 @@
 """What a run may continue from: looked at on one process, before anything is built."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.convert import mtp
@@ -15,22 +15,16 @@ from megatron_deepseek.checkpoint.tracker import (
     problem,
 )
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.fields import FORWARD, WEIGHTS
+from megatron_deepseek.model.architecture.matching import differences
 
 _NAMED_FILES = 3
 
-# What decides the names, shapes or meaning of weights; other fields (dropout, loss weights) may change between runs.
-_SHAPING = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank",
-            "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
-            "first_k_dense_replace", "moe_layer_freq", "n_group", "topk_group", "topk_method", "scoring_func",
-            "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers", "tie_word_embeddings",
-            "attention_bias")
-
 
 def checkpoint_directory(root: Path, step: int | None = None) -> Path:
-    """The last finished checkpoint's directory, or that of iteration `step`, or `root` if that is a Hugging Face model.
+    """Return the last finished checkpoint's directory, or that of iteration `step`; `root` if it is a released model.
 
-    ValueError if there is none.
+    Raise ValueError if there is none.
     """
     wrong = problem(root, step)
     if wrong is not None:
@@ -40,49 +34,52 @@ def checkpoint_directory(root: Path, step: int | None = None) -> Path:
 
 
 def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None, init_mtp: bool = False) -> Path:
-    """`checkpoint_directory`; ValueError also if it is of another architecture, or if its files are not whole."""
-    return check_directory(checkpoint_directory(root, step), config, init_mtp)
+    """Return what `checkpoint_directory` does; raise ValueError also where `check_directory` does."""
+    directory = checkpoint_directory(root, step)
+    check_directory(directory, config, init_mtp)
+    return directory
 
 
-def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False) -> Path:
-    """ValueError if a checkpoint is of another architecture, or if its files are not whole.
+def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False, weights_alone: bool = False
+                    ) -> list[str]:
+    """Raise ValueError if a checkpoint is of another architecture, or if its files are not whole.
 
     Of files only sizes are looked at. A directory without checksums.json passes; with `init_mtp` so does one that lacks
-    MTP modules.
+    MTP modules. Where `weights_alone` are taken over, the forward may be another one (a longer context, another
+    epsilon): that is returned as a line for the user.
     """
     if not is_huggingface(directory):
         refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
     found = stored_architecture(directory)
     there, here = found.num_nextn_predict_layers, config.num_nextn_predict_layers
-    different = architecture_differences(replace(found, num_nextn_predict_layers=here), config)
+    alike = replace(found, num_nextn_predict_layers=here)
+    different = differences(alike, config, WEIGHTS)
     if different:
         raise ValueError(f"--load {directory}: it is of another architecture: {'; '.join(different)}")
     if there > here or (there < here and not init_mtp):
         raise ValueError(f"--load {directory}: {mtp.difference(there, here)}")
-    return directory
+    changed = "; ".join(differences(alike, config, FORWARD))
+    if changed and not weights_alone:
+        raise ValueError(f"--load {directory}: a run goes on as it began, but {changed}; --finetune or --no-load-optim "
+                         "with another --save takes over the weights alone")
+    return [f"the weights of {directory} are taken over into another forward: {changed}"] if changed else []
 
 
 def stored_architecture(directory: Path) -> ModelConfig:
-    """That of a Hugging Face directory's files, which may lack MTP modules, or of one iteration's checkpoint."""
+    """Return the architecture of a Hugging Face directory's files, which may lack MTP modules, or of a checkpoint."""
     if is_huggingface(directory):
         return open_huggingface(directory).config
     return native_architecture(directory)
 
 
 def native_architecture(directory: Path) -> ModelConfig:
-    """Of one iteration's checkpoint. ValueError that says the way for those of Megatron-LM."""
+    """Return the architecture of one iteration's checkpoint; raise ValueError that says the way for Megatron-LM's."""
     refuse_megatron(directory)
     return ModelConfig.from_file(directory / "config.json")
 
 
-def architecture_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
-    """Fields that decide the names, shapes or meaning of weights and are not the same, with both values."""
-    theirs, ours = asdict(there), asdict(here)
-    return [f"{name} {theirs[name]} there, {ours[name]} here" for name in _SHAPING if theirs[name] != ours[name]]
-
-
 def refuse_damage(directory: Path, damage: list[Damage]) -> None:
-    """ValueError that names the damaged files and another checkpoint, if there is any damage."""
+    """Raise ValueError that names the damaged files and another checkpoint, if there is any damage."""
     if not damage:
         return
     named = "; ".join(map(str, damage[:_NAMED_FILES]))

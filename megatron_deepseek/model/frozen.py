@@ -1,16 +1,12 @@
-"""Parameters that are not trained, named by wildcard patterns over Hugging Face's names, with experts stacked."""
+"""Freezing a model: the parameters that patterns name (model/architecture/freezing.py) get no gradient."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+
+from megatron_deepseek.model.architecture.freezing import is_frozen
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether one of `patterns` matches all of `name`; `*` stands for any text, dots included."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ class MicroBatchOverlap:
 
 
 class _Pair:
-    """Whose turn it is, and which of the two runs has ended."""
+    """Two runs that take turns: the one whose turn it is, and which of them have ended."""
 
     def __init__(self):
         self.failure: BaseException | None = None

@@ -13,6 +13,7 @@ here, because a step computes them: 281.1e9 without the MTP module of V3, 291.8e
 import re
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import total
 
 # Dense BF16 peak with float32 accumulation, FLOPs a second: half of what NVIDIA's data sheets give "with sparsity".
 PEAK_BF16_FLOPS = {
@@ -25,7 +26,8 @@ PEAK_OF_VARIANT = {("H100", "PCIE"): 756e12, ("H100", "NVL"): 835e12, ("H200", "
 
 
 def model_flops_per_token(config: ModelConfig, seq_length: int) -> float:
-    """FLOPs, forward and backward, of one token in a sequence of `seq_length`, MTP modules and their heads included."""
+    """Return the FLOPs, forward and backward, of one token in a sequence of `seq_length`, MTP and its heads included.
+    """
     forward = 2 * active_matmul_weights(config)
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
     forward += blocks * attention_core_flops(config, seq_length)
@@ -33,41 +35,20 @@ def model_flops_per_token(config: ModelConfig, seq_length: int) -> float:
 
 
 def active_matmul_weights(config: ModelConfig) -> int:
-    """Weights that multiply a token: the activated parameters less the embedding and the norms.
+    """Count the weights that multiply a token: the activated parameters less the embedding, norms and biases.
 
     The head counts once for the model and once for each MTP module, which shares its weights but not its work.
     """
-    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-    total = sum(_attention_weights(config) + _mlp_weights(config, layer) for layer in layers)
-    total += (1 + config.num_nextn_predict_layers) * config.hidden_size * config.vocab_size
-    return total + config.num_nextn_predict_layers * 2 * config.hidden_size**2
+    return total(config, lambda row: row.gemms * row.active)
 
 
 def attention_core_flops(config: ModelConfig, seq_length: int) -> int:
-    """Forward FLOPs of one token's scores and weighted sum in one layer, against all `seq_length` keys."""
+    """Return the forward FLOPs of one token's scores and weighted sum in a layer, against all `seq_length` keys."""
     return 2 * config.num_attention_heads * seq_length * (config.qk_head_dim + config.v_head_dim)
 
 
-def _attention_weights(config: ModelConfig) -> int:
-    """Weights of MLA's projections as they are trained, the up-projections not absorbed (V2 report, section 2.1)."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    queries = heads * config.qk_head_dim
-    query = config.q_lora_rank * (hidden + queries) if config.q_lora_rank else hidden * queries
-    key_value = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
-    key_value += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return query + key_value + heads * config.v_head_dim * hidden
-
-
-def _mlp_weights(config: ModelConfig, layer: int) -> int:
-    """Weights of a SwiGLU MLP that a token passes: the dense one, or its experts and the router."""
-    if not config.is_moe_layer(layer):
-        return 3 * config.hidden_size * config.intermediate_size
-    experts = config.num_experts_per_tok + config.n_shared_experts
-    return config.hidden_size * (config.n_routed_experts + 3 * experts * config.moe_intermediate_size)
-
-
 def peak_flops(device_name: str) -> float | None:
-    """Dense BF16 FLOPs a second of a GPU by the name that CUDA gives it; None when it is not known.
+    """Return the dense BF16 FLOPs a second of a GPU by the name that CUDA gives it, None when it is not known.
 
     Names are compared word by word: "NVIDIA A100-SXM4-80GB" is an A100 and no A10.
     """

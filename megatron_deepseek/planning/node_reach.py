@@ -1,4 +1,4 @@
-"""To how many nodes a token's copies go, and whether limited routing keeps them together as it is meant to.
+"""The number of nodes that a token's copies go to, and whether limited routing keeps them together as it is meant to.
 
 Experts are divided over the nodes of an expert group in their order, and in the same order into routing groups, of
 which a token reaches only some (arXiv 2412.19437, section 2.1.2). The limit on groups is one on nodes if each group
@@ -14,8 +14,10 @@ from megatron_deepseek.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class NodeReach:
-    """`most`: to how many of the `num_nodes` of an expert group one token goes at most. `aligned`: whether each routing
-    group lies on one node, or on whole nodes.
+    """How far the tokens of an expert group on `num_nodes` nodes travel.
+
+    `most`: to how many of the nodes one token goes at most. `aligned`: whether each routing group lies on one node, or
+    on whole nodes.
     """
 
     num_nodes: int
@@ -24,7 +26,7 @@ class NodeReach:
 
 
 def node_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> NodeReach:
-    """Of the experts of `model`. Raises no error where nodes divide expert groups unevenly: then `most` is a bound."""
+    """Return the reach of a model's tokens; where nodes divide expert groups unevenly, `most` is an upper bound."""
     num_nodes = max(1, -(-layout.ep * layout.etp // ranks_per_node))
     groups = model.n_group
     first = [group * num_nodes // groups for group in range(groups)]
@@ -36,7 +38,7 @@ def node_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> NodeR
 
 
 def describe_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> Iterator[str]:
-    """Lines for the user; none where the expert group has no second node."""
+    """Yield lines for the user, none where the expert group has no second node."""
     if not model.n_routed_experts or layout.ep * layout.etp <= ranks_per_node:
         return
     reach = node_reach(model, layout, ranks_per_node)

@@ -1,4 +1,4 @@
-"""Divides a model over pipeline stages when no layout string does, so that the slowest stage is as fast as possible.
+"""Divide a model over pipeline stages where no layout string does, so that the slowest stage is as fast as possible.
 
 A pipeline runs at the pace of its slowest stage. How long a layer, an MTP module or the output head takes is estimated
 by its multiplications for one token in the forward pass; the backward takes twice as many of each, which changes no
@@ -10,35 +10,35 @@ is on the last stage and runs once for each prediction, also MTP's. The embeddin
 from itertools import accumulate
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import outer_rows
 from megatron_deepseek.parallel.layout_string import Stage, parse
 from megatron_deepseek.settings import PipelineSettings
 
 
 def layer_cost(model: ModelConfig, index: int, seq_length: int) -> int:
-    """Multiplications per token of decoder layer `index`."""
+    """Return the multiplications per token of layer `index`, or of an MTP module, without the output head."""
     scores = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * seq_length // 2
     return model.layer_parameters(index, active=True) + scores
 
 
 def head_cost(model: ModelConfig) -> int:
-    """Multiplications per token of the output head, for the next token and for each MTP depth."""
-    return (1 + model.num_nextn_predict_layers) * model.vocab_size * model.hidden_size
+    """Return the multiplications per token of the output head, for the next token and for each MTP depth."""
+    return sum(row.gemms * row.active for row in outer_rows(model))
 
 
 def mtp_cost(model: ModelConfig, seq_length: int) -> int:
-    """Multiplications per token of one MTP module without the output head."""
-    own = model.mtp_parameters(active=True) - model.layer_parameters(model.num_hidden_layers, active=True)
-    return layer_cost(model, model.num_hidden_layers, seq_length) + own
+    """Return the multiplications per token of one MTP module without the output head."""
+    return layer_cost(model, model.num_hidden_layers, seq_length)
 
 
 def stage_cost(model: ModelConfig, stage: Stage, seq_length: int) -> int:
-    """Multiplications per token of all that a stage holds; none of an empty one."""
+    """Return the multiplications per token of all that a stage holds, 0 for an empty one."""
     layers = sum(layer_cost(model, index, seq_length) for index in stage.layers)
     return layers + len(stage.mtp) * mtp_cost(model, seq_length) + stage.loss * head_cost(model)
 
 
 def stages(model: ModelConfig, num_stages: int, seq_length: int = 4096) -> tuple[Stage, ...]:
-    """A contiguous division into `num_stages` non-empty stages with the least costly maximum.
+    """Return the contiguous division into `num_stages` non-empty stages whose costliest is the cheapest.
 
     Among those, the one with the least sum of squares: the stages below the maximum are as even as they can be.
     """
@@ -56,21 +56,24 @@ def stages(model: ModelConfig, num_stages: int, seq_length: int = 4096) -> tuple
 
 
 def resolve(model: ModelConfig, pipeline: PipelineSettings, pp: int, seq_length: int) -> tuple[Stage, ...]:
-    """The stages of a run: those of its layout string, or the balanced ones, `num_virtual_stages` on each pp rank."""
+    """Return a run's stages: those of its layout string, or balanced ones, `num_virtual_stages` on each pp rank."""
     if pipeline.layout is not None:
         return parse(pipeline.layout, model.num_hidden_layers, model.num_nextn_predict_layers)
     return stages(model, pp * pipeline.num_virtual_stages, seq_length)
 
 
 def divide(costs: list[int], parts: int) -> list[tuple[int, int]]:
-    """Bounds [first, end) of `parts` non-empty runs of `costs`: least maximum, then least sum of squares."""
+    """Return bounds [first, end) of `parts` non-empty runs of `costs`: least maximum, then least sum of squares."""
     prefix = [0, *accumulate(costs)]
     maximum = _best(prefix, parts, max)[0]
     return _best(prefix, parts, lambda total, cost: total + cost * cost if cost <= maximum else float("inf"))[1]
 
 
 def _best(prefix: list[int], parts: int, add) -> tuple[float, list[tuple[int, int]]]:
-    """Least `add`-accumulated value over all contiguous divisions, and the division. O(parts * len(costs)^2)."""
+    """Return the least `add`-accumulated value over all contiguous divisions, and the division.
+
+    Takes O(parts * len(costs)^2).
+    """
     count = len(prefix) - 1
     table = {0: (0, [])}
     for part in range(parts):

@@ -1,4 +1,4 @@
-"""Memory of weights, gradients and moments on each rank, calculated from the architecture and the layout; no torch.
+"""Memory of weights, gradients and moments on each rank, calculated from the table of parameters and the layout.
 
 A parameter takes 4 bytes for its master weight, 4 for its reduced gradient and 8 for AdamW's two moments (4 with
 moments in bfloat16). FSDP divides these among the data ranks; with --optimizer-cpu-offload they lie in the host's
@@ -12,6 +12,8 @@ Activations, buffers of communication and what CUDA itself takes come on top.
 from dataclasses import dataclass
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import EMBEDDING, FINAL_NORM, Parameter, layer_total, outer_rows
+from megatron_deepseek.model.architecture.placements import EP, ETP, TP
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
@@ -21,7 +23,7 @@ from megatron_deepseek.settings import Settings
 
 @dataclass(frozen=True)
 class Held:
-    """Parameters of one pipeline rank's stages on one rank, before FSDP divides them: dense ones, routed experts'."""
+    """Parameters of a pipeline rank's stages that one rank holds, before FSDP divides them: dense ones and experts'."""
 
     dense: int
     experts: int
@@ -37,40 +39,30 @@ class StateBytes:
 
 
 def held_parameters(model: ModelConfig, layout: Layout, stages: list[Stage]) -> Held:
-    """What a rank that holds `stages` keeps of them under tensor, expert and expert-tensor parallelism."""
-    dense = experts = 0
-    vocabulary = model.vocab_size * model.hidden_size // layout.tp
-    for stage in stages:
-        layers = [*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp)]
-        for index in layers:
-            routed = _routed(model) if model.is_moe_layer(index) else 0
-            experts += routed // (layout.ep * layout.etp)
-            whole, divided = model.layer_parameters(index) - routed, _divided(model, index)
-            dense += whole - divided + divided // layout.tp
-        dense += len(stage.mtp) * (model.mtp_parameters() - model.layer_parameters(model.num_hidden_layers))
-        tied = model.tie_word_embeddings and stage.loss
-        dense += vocabulary * bool(stage.embedding or stage.mtp or tied)
-        dense += (vocabulary * (not model.tie_word_embeddings) + model.hidden_size) * stage.loss
-    return Held(dense, experts)
+    """Return what a rank that holds `stages` keeps of them under tensor, expert and expert-tensor parallelism."""
+    ranks = {TP: layout.tp, EP: layout.ep, ETP: layout.etp}
+
+    def held(mesh: str) -> int:
+        def measure(row: Parameter) -> int:
+            return row.size // row.placement.parts(ranks) if row.trained and row.mesh == mesh else 0
+
+        layers = [index for stage in stages
+                  for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+        return (sum(layer_total(model, index, measure) for index in layers)
+                + sum(measure(row) for stage in stages for row in outer_rows(model) if _holds(stage, row, model)))
+
+    return Held(held("dense"), held("expert"))
 
 
-def _routed(model: ModelConfig) -> int:
-    return 3 * model.hidden_size * model.moe_intermediate_size * model.n_routed_experts
-
-
-def _divided(model: ModelConfig, index: int) -> int:
-    """How many dense weights of a layer tensor ranks divide: those of products by heads and by the MLP's width."""
-    heads = model.num_attention_heads
-    query = model.q_lora_rank or model.hidden_size
-    attention = heads * (query * model.qk_head_dim + model.v_head_dim * model.hidden_size
-                         + model.kv_lora_rank * (model.qk_nope_head_dim + model.v_head_dim))
-    width = model.n_shared_experts * model.moe_intermediate_size if model.is_moe_layer(index) \
-        else model.intermediate_size
-    return attention + 3 * model.hidden_size * width
+def _holds(stage: Stage, row: Parameter, model: ModelConfig) -> bool:
+    """Return whether a stage holds a row outside of layers: a tied head and MTP modules need the embedding too."""
+    if row.name == EMBEDDING:
+        return bool(stage.embedding or stage.mtp or (stage.loss and model.tie_word_embeddings))
+    return model.num_hidden_layers - 1 in stage.layers if row.name == FINAL_NORM else stage.loss
 
 
 def state_bytes(settings: "Settings") -> StateBytes:
-    """The bytes of the pipeline rank with the most on its device."""
+    """Return the bytes of the pipeline rank with the most on its device."""
     return max((_of_rank(settings, pp_rank) for pp_rank in range(settings.layout.pp)), key=lambda each: each.device)
 
 
@@ -90,6 +82,7 @@ def _of_rank(settings: "Settings", pp_rank: int) -> StateBytes:
 
 
 def describe_states(settings: "Settings") -> str:
+    """Return a line on what the fullest GPU holds."""
     most = state_bytes(settings)
     host = f", {most.host / 2**30:.1f} GiB of the host's memory for each rank" if most.host else ""
     return (f"weights, gradients and moments (calculated, docs/quickstart_cluster.md): at most "

@@ -79,10 +79,12 @@ def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "") -> St
     start = replace(_decide(run, job), lock=lock)
     if start.load is None:
         return start
-    check_directory(start.load, model, run.init_mtp)
+    own = run.save is not None and _same(start.load.parent, run.save)
+    weights_alone = _has_weights_alone(start.load) or (not own and (start.finetune or start.weights_only))
+    changed = check_directory(start.load, model, run.init_mtp, weights_alone)
     new = module_prefixes(model, stored_architecture(start.load).num_nextn_predict_layers) if run.init_mtp else ()
     weights_only = start.finetune or start.weights_only or bool(new) or _has_weights_alone(start.load)
-    return replace(start, weights_only=weights_only, new_modules=tuple(new),
+    return replace(start, weights_only=weights_only, new_modules=tuple(new), notes=(*start.notes, *changed),
                    before=None if start.finetune else read_recorded(start.load))
 
 

@@ -4,7 +4,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
 from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
@@ -15,7 +14,7 @@ from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.data.tokenizer import build_tokenizer
-from megatron_deepseek.model.frozen import is_frozen
+from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
 from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
@@ -162,6 +161,23 @@ def _describe_moments(directory: Path, settings: Settings, trainer: Trainer, ste
                if not is_frozen(name, settings.run.freeze_parameters)}
     return [*checkpoint.converted_moments(directory, trainer.optimizer),
             *describe_resumed(trained, checkpoint.with_moments(directory), steps)]
+
+
+def describe_resumed(trained: set[str], saved: set[str], steps: int) -> list[str]:
+    """Return a line for parameters that are `trained` from here on and were not when the moments of those `saved` were,
+    and one for the other way round. `steps`: the updates that the checkpoint has behind it.
+    """
+    lines = []
+    if new := sorted(trained - saved):
+        lines.append(f"{_some(new)} trained from here on and had no moments in the checkpoint: these begin at zero and "
+                     f"step 0, while those of others have {steps} steps behind them")
+    if left := sorted(saved - trained):
+        lines.append(f"{_some(left)} frozen from here on: the weights stay as they were loaded, the moments go")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} parameters, first {names[0]}, are"
 
 
 def describe_changes(report: Report, start: Start, here: RecordedArguments) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from megatron_deepseek.model.architecture.parameters import MATRIX, optimizer_group
 from megatron_deepseek.settings import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -144,7 +145,7 @@ def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSet
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for item in parameters:
-        decays = item.parameter.ndim > 1
+        decays = optimizer_group(item.parameter.shape) == MATRIX
         groups.setdefault((item.parameter.device_mesh, decays), []).append(item.parameter)
     moment_dtypes = MOMENT_DTYPES[settings.exp_avg_dtype], MOMENT_DTYPES[settings.exp_avg_sq_dtype]
     kind = ShardedAdamW if moment_dtypes == (None, None) else NarrowMomentsAdamW

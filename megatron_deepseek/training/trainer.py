@@ -112,7 +112,7 @@ class Trainer:
         self.parameters = self.named_parameters()
         self.optimizer = build_optimizer(self.parameters, spec.optimizer)
         overlapped = spec.build.communication.overlap_moe_expert_parallel_comm
-        self.pipeline = Pipeline(self.stages, self.indices, _travel(spec, meshes), spec.schedule, meshes,
+        self.pipeline = Pipeline(self.stages, self.indices, travel_between_stages(spec, meshes), spec.schedule, meshes,
                                  self.stages[0].overlap if overlapped else None)
 
     def named_parameters(self) -> list[NamedParameter]:
@@ -238,7 +238,7 @@ def _embedding_holders(spec: TrainingSpec) -> dict[str, list[int]]:
     return {"model.embed_tokens.weight": holding}
 
 
-def _travel(spec: TrainingSpec, meshes: Meshes) -> Travel:
+def travel_between_stages(spec: TrainingSpec, meshes: Meshes) -> Travel:
     """Return the shapes that travel between stages: hidden states of the main model and of each MTP depth so far.
 
     They are stacked along the batch, those of the main model first.

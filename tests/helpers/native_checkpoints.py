@@ -8,10 +8,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from small_checkpoints import V3_WIDE
 
-from megatron_deepseek.checkpoint.convert.names import BIAS, native_places
+from megatron_deepseek.checkpoint.convert.names import native_places
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.cli.reshard_checkpoint import main
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import BIAS
 
 MODEL = replace(V3_WIDE, num_hidden_layers=4, n_routed_experts=8, num_attention_heads=4)
 

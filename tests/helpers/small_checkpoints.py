@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_deepseek.checkpoint.convert.names import BIAS, hf_shapes, mtp_copies
+from megatron_deepseek.checkpoint.convert.names import hf_shapes, mtp_copies
 from megatron_deepseek.cli.convert_checkpoint import main
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
+from megatron_deepseek.model.architecture.parameters import BIAS
 
 # Widths that no block of 128 divides, several blocks of rows and columns, one MTP module, YaRN as released.
 V3_WIDE = ModelConfig(

@@ -12,6 +12,7 @@ agreed.py has those that a comparison of layouts cannot see.
 from agreed import AGREED
 from frozen import FROZEN
 from mutant import of
+from parameters import PARAMETERS
 
 # What is run for a mistake: the first failure ends it. Quick tests first.
 LAYOUTS = ("tests/parallel/test_mutations.py::test_without_a_mistake_nothing_differs", "tests/parallel/test_layouts.py")
@@ -325,7 +326,7 @@ OPTIMIZER = of(
      "return True"),
     ("gradient_norm", "    dist.all_reduce(total)\n", ""),
     ("clip_gradients", "scale = float(max_norm / (norm + 1e-6))", "scale = float(max_norm / (norm**2 + 1e-6))"),
-    ("build_optimizer", "decays = item.parameter.ndim > 1", "decays = True"),
+    ("build_optimizer", "decays = optimizer_group(item.parameter.shape) == MATRIX", "decays = True"),
     ("clip_gradients", "for item in parameters if item.parameter.grad is not None]",
      "for item in parameters if item.parameter.grad is not None and item.counted]"),
 )
@@ -488,4 +489,4 @@ MUTANTS = (
     *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES,
     *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
     *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
-    *SAMPLES, *AGREED, *FROZEN)
+    *SAMPLES, *AGREED, *FROZEN, *PARAMETERS)

@@ -18,11 +18,11 @@ import torch
 from megatron_deepseek.checkpoint.building import DirectoryBuild, Share, build_directory
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.checkpoint.convert.blocks import FP8, OutputTensor, check_copies
-from megatron_deepseek.checkpoint.convert.names import BIAS
 from megatron_deepseek.checkpoint.convert.output_file import OutputFile
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.inspection import checksum_checks
+from megatron_deepseek.model.architecture.parameters import BIAS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": FP8}
 

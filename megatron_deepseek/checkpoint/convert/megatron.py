@@ -5,8 +5,9 @@ A torch_dist checkpoint is a DCP directory too, so only the names differ: gate a
 Rows of heads and of the rotary part are in Hugging Face's order in both.
 """
 
-from megatron_deepseek.checkpoint.convert.names import Place, hf_shapes
+from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import HfTensor, Parameter, hf_tensors
 
 # Hugging Face's name within a layer -> megatron-core's. A norm has two spellings: Transformer Engine's, and its own.
 _ATTENTION = {
@@ -33,43 +34,48 @@ _MTP = {"enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj
 
 
 def megatron_places(config: ModelConfig, stored: frozenset[str] | None = None) -> list[Place]:
-    """Where each tensor is; of a norm's spellings the one among the names `stored`, or Transformer Engine's."""
+    """Return where each tensor is; of a norm's spellings the one among the names `stored`, or Transformer Engine's.
+
+    Raise ValueError for an architecture that megatron-core cannot have.
+    """
     if config.attention_bias:
         raise ValueError("attention_bias true has no counterpart in megatron-core's latent attention")
-    return [_place(name, shape, config, stored or frozenset()) for name, shape in hf_shapes(config).items()]
+    return [_place(row, tensor, config, stored or frozenset()) for row, tensor in hf_tensors(config)]
 
 
-def _place(name: str, shape: tuple[int, ...], config: ModelConfig, stored: frozenset[str]) -> Place:
-    if name in _TOP:
-        return _alone(name, shape, _TOP[name])
-    _, _, number, inner = name.split(".", 3)
-    index, depth = int(number), int(number) - config.num_hidden_layers
+def _place(row: Parameter, tensor: HfTensor, config: ModelConfig, stored: frozenset[str]) -> Place:
+    if row.layer is None:
+        return _alone(tensor, _TOP[tensor.name])
+    inner, depth = tensor.name.split(".", 3)[3], row.layer - config.num_hidden_layers
     if depth >= 0 and inner in _MTP:
-        return _alone(name, shape, f"{MTP_PREFIX}layers.{depth}.{_MTP[inner]}")
-    prefix = f"decoder.layers.{index}." if depth < 0 else f"{MTP_PREFIX}layers.{depth}.transformer_layer."
+        return _alone(tensor, f"{MTP_PREFIX}layers.{depth}.{_MTP[inner]}")
+    prefix = f"decoder.layers.{row.layer}." if depth < 0 else f"{MTP_PREFIX}layers.{depth}.transformer_layer."
     if inner == "post_attention_layernorm.weight":
-        spellings = ("pre_mlp_layernorm.weight",) if config.is_moe_layer(index) else (
+        spellings = ("pre_mlp_layernorm.weight",) if config.is_moe_layer(row.layer) else (
             "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
     elif inner in _ATTENTION:
         spellings = _ATTENTION[inner]
     else:
-        return _mlp(name, shape, prefix, inner, config)
+        return _mlp(row, tensor, prefix, inner)
     found = [prefix + spelling for spelling in spellings if prefix + spelling in stored]
-    return _alone(name, shape, found[0] if found else prefix + spellings[0])
+    return _alone(tensor, found[0] if found else prefix + spellings[0])
 
 
-def _alone(name: str, shape: tuple[int, ...], whole: str) -> Place:
-    return Place(name, shape, whole, shape, (0,) * len(shape))
+def _alone(tensor: HfTensor, whole: str) -> Place:
+    return Place(tensor.name, tensor.shape, whole, tensor.shape, (0,) * len(tensor.shape))
 
 
-def _mlp(name: str, shape: tuple[int, ...], prefix: str, inner: str, config: ModelConfig) -> Place:
-    """mlp., mlp.shared_experts. or mlp.experts.E. and a projection; gate and up are the halves of linear_fc1."""
+def _mlp(row: Parameter, tensor: HfTensor, prefix: str, inner: str) -> Place:
+    """Return the place of a projection of mlp., mlp.shared_experts. or mlp.experts.E.
+
+    Experts are stacked as ours are; of the others gate and up are the halves of linear_fc1.
+    """
     *path, projection, _ = inner.split(".")
-    down = projection == "down_proj"
-    layer = "linear_fc2.weight" if down else "linear_fc1.weight"
-    row = shape[0] if projection == "up_proj" else 0
-    whole_shape = shape if down else (2 * shape[0], shape[1])
-    if path[1:2] != ["experts"]:
-        return Place(name, shape, f"{prefix}{'.'.join(path)}.{layer}", whole_shape, (row, 0))
-    return Place(name, shape, f"{prefix}mlp.experts.experts.{layer}", (config.n_routed_experts, *whole_shape),
-                 (int(path[2]), row, 0))
+    layer = "linear_fc2.weight" if projection == "down_proj" else "linear_fc1.weight"
+    if row.stacked:
+        return Place(tensor.name, tensor.shape, f"{prefix}mlp.experts.experts.{layer}", row.shape, tensor.offset)
+    whole = f"{prefix}{'.'.join(path)}.{layer}"
+    if projection == "down_proj":
+        return _alone(tensor, whole)
+    rows, columns = tensor.shape
+    return Place(tensor.name, tensor.shape, whole, (2 * rows, columns), (rows * (projection == "up_proj"), 0))

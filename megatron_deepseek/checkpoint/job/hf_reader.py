@@ -56,7 +56,7 @@ class HuggingFaceReader(StorageReader):
         return Metadata(tensors, storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args, **kwargs) -> None:
-        """Work out the chunks' places on every rank; DCP asks only the first for the metadata."""
+        """Compute the chunks' places on every rank; DCP asks only the first for the metadata."""
         if not self.places:
             self.read_metadata()
 

@@ -1,4 +1,4 @@
-"""Which regions of every tensor each rank of a layout holds, found by sharding the model as training does.
+"""The regions of every tensor that each rank of a layout holds, found by sharding the model as training does.
 
 The stages are built on the meta device in a job of torch's `fake` ranks, so there is no second description of the
 shards that could drift from the first. One rank's build says what all ranks of its meshes hold, since a DTensor's
@@ -37,7 +37,7 @@ _SEQ_LENGTH = 64  # any will do: it decides nothing about weights
 
 @dataclass(frozen=True)
 class ModelDivision:
-    """What of a job decides which rank holds what: the model, its layout, and the stages that its schedule places."""
+    """A model divided over ranks: its layout, and the stages that its schedule places, decide which rank holds what."""
 
     model: ModelConfig
     layout: Layout

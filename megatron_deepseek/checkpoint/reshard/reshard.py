@@ -27,13 +27,13 @@ from megatron_deepseek.checkpoint.destination import new_iteration
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.inspection import checksum_checks
 from megatron_deepseek.checkpoint.integrity import checksum_directory
-from megatron_deepseek.checkpoint.loadable import architecture_differences
 from megatron_deepseek.checkpoint.native import ARGUMENTS, CONFIG, LAYOUT, WEIGHTS, Checkpoint
 from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 from megatron_deepseek.checkpoint.tracker import TRACKER
 from megatron_deepseek.checkpoint.train_state import STATE, TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
+from megatron_deepseek.model.architecture.matching import differences
 
 if TYPE_CHECKING:
     from megatron_deepseek.checkpoint.reshard.rank_shards import HoldersByTensor
@@ -118,7 +118,7 @@ def _check_comparable(checkpoints: Sequence[Checkpoint]) -> None:
     first, *others = checkpoints
     weights = {name: shape for name, shape in first.stored.shapes.items() if name.startswith(WEIGHTS)}
     for other in others:
-        different = architecture_differences(other.config, first.config)
+        different = differences(other.config, first.config)
         theirs = {name: shape for name, shape in other.stored.shapes.items() if name.startswith(WEIGHTS)}
         different += [f"{name} has shape {theirs.get(name)} there, {weights.get(name)} here"
                       for name in sorted(weights.keys() | theirs.keys()) if weights.get(name) != theirs.get(name)][:1]

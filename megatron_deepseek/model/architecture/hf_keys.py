@@ -9,18 +9,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_deepseek.model.architecture.fields import ALWAYS, RULES, WITH_EXPERTS, WITH_GROUPS
 from megatron_deepseek.model.architecture.hf_rope import unknown_rope_keys
 from megatron_deepseek.near_names import near_names
 
 ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts",
            "num_experts": "n_routed_experts"}
-_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts")
-_NEEDED_WITH_EXPERTS = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace",
-                        "routed_scaling_factor", "norm_topk_prob")
-_NEEDED_WITH_GROUPS = ("n_group", "topk_group")
-_OF_EXPERTS = {*_NEEDED_WITH_EXPERTS, *_NEEDED_WITH_GROUPS, "moe_layer_freq", "topk_method", "scoring_func",
-               "aux_loss_alpha", "seq_aux"}
+_OF_EXPERTS = frozenset(name for name, rule in RULES.items()
+                        if rule.of_experts or rule.needed in (WITH_EXPERTS, WITH_GROUPS))
 # Other values would be other mathematics.
 _IMPLEMENTED = {"hidden_act": "silu", "mlp_bias": False, "rope_interleave": True, "partial_rotary_factor": 1.0,
                 "sliding_window": None, "use_sliding_window": False, "attn_logit_softcapping": None,
@@ -39,8 +35,8 @@ _NEAR, _PERHAPS = 0.8, 0.6  # to any key, and to one that is missing
 
 
 def check_keys(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """ValueError for a misspelt key, one that is missing, one that contradicts another, and for other mathematics."""
-    known, missing = _known(defaults), _missing(fields, defaults)
+    """Raise ValueError for a key that is misspelt, missing or contradicts another, and for other mathematics."""
+    known, missing = _known(), _missing(fields, defaults)
     for key in (key for key in fields if key not in known and not key.endswith("_token_id")):  # there are too many
         if not key.isprintable():
             raise ValueError(f"{key!r} is unknown")
@@ -57,22 +53,22 @@ def check_keys(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 
 
 def remarks(fields: Mapping[str, Any], read: Mapping[str, Any], where: object) -> list[str]:
-    """Lines for whoever starts something: defaults that were taken, and keys that have no meaning here.
+    """Return lines for whoever starts something: defaults that were taken, and keys that have no meaning here.
 
     `read`: all fields of the model that the file was read for, with their values.
     """
     given = {ALIASES.get(key, key) for key in fields}
     silent = given if read["n_routed_experts"] else given | _OF_EXPERTS
     taken = [f"{key} {json.dumps(value)}" for key, value in read.items() if key not in silent]
-    unknown = [key for key in fields if key not in _known(read)] + unknown_rope_keys(fields)
+    unknown = [key for key in fields if key not in _known()] + unknown_rope_keys(fields)
     lines = [f"{where} does not say, so these are taken: {', '.join(taken)}"] if taken else []
     if unknown:
         lines.append(f"{where} has {', '.join(unknown)}, without meaning here: kept for exports")
     return lines
 
 
-def _known(defaults: Mapping[str, Any]) -> set[str]:
-    return {*defaults, *ALIASES, *_IMPLEMENTED, *_WITHOUT_A_WORD}
+def _known() -> set[str]:
+    return {*RULES, *ALIASES, *_IMPLEMENTED, *_WITHOUT_A_WORD}
 
 
 def _refuse_contradictions(fields: Mapping[str, Any]) -> None:
@@ -86,10 +82,11 @@ def _refuse_contradictions(fields: Mapping[str, Any]) -> None:
 
 
 def _missing(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Return the keys without which the architecture is not known, in the order of the fields."""
     given = {ALIASES.get(key, key): value for key, value in fields.items()}
-    needed = list(_NEEDED)
+    wanted = {ALWAYS}
     if given.get("n_routed_experts"):
-        needed += _NEEDED_WITH_EXPERTS
+        wanted.add(WITH_EXPERTS)
         if given.get("topk_method", defaults["topk_method"]) not in ("greedy", "gready"):
-            needed += _NEEDED_WITH_GROUPS
-    return [key for key in needed if key not in given]
+            wanted.add(WITH_GROUPS)
+    return [name for name, rule in RULES.items() if rule.needed in wanted and name not in given]

@@ -27,7 +27,10 @@ _NEAR = 0.8
 
 
 def read_rope(fields: Mapping[str, Any], max_position_embeddings: int | None) -> tuple[float, dict | None]:
-    """`rope_theta`, and RopeScaling's fields or None; `max_position_embeddings` None where the file does not say it."""
+    """Return `rope_theta`, and RopeScaling's fields or None.
+
+    `max_position_embeddings` is None where the file does not say it.
+    """
     name, rope = _of(fields)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", *_KINDS):
@@ -54,7 +57,7 @@ def read_rope(fields: Mapping[str, Any], max_position_embeddings: int | None) ->
 
 
 def write_rope(config, fields: Mapping[str, Any] | None = None) -> dict:
-    """RoPE of a ModelConfig in the dialect of `fields`, whose further keys stay; without `fields` as released."""
+    """Return a ModelConfig's RoPE in the dialect of `fields`, whose further keys stay; without `fields` as released."""
     name, given = _of(fields or {})
     more = {key: value for key, value in given.items() if key not in _READ}
     scaling, beside = _scaling(config), {}
@@ -68,13 +71,13 @@ def write_rope(config, fields: Mapping[str, Any] | None = None) -> dict:
 
 
 def unknown_rope_keys(fields: Mapping[str, Any]) -> list[str]:
-    """Keys that nothing here reads, as NAME.KEY."""
+    """Return the keys that nothing here reads, as NAME.KEY."""
     name, rope = _of(fields)
     return [f"{name}.{key}" for key in rope if key not in _READ and key not in _NEUTRAL]
 
 
 def _of(fields: Mapping[str, Any]) -> tuple[str, RopeFields]:
-    """The dictionary of the rotary embedding in config.json, and its key there.
+    """Return the key of the rotary embedding's dictionary in config.json, and the dictionary.
 
     As in transformers, rope_scaling goes first where there are both.
     """
@@ -107,7 +110,7 @@ def _number(name: str, key: str, value: Any) -> float:
 
 
 def _scaling(config) -> dict | None:
-    """RopeScaling as a released file has it; what another kind than yarn does not use is left out."""
+    """Return RopeScaling as a released file has it; what another kind than yarn does not use is left out."""
     scaling = config.rope_scaling
     if scaling is None:
         return None

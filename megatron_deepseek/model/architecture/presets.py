@@ -5,11 +5,14 @@ trained with other values; the scripts in examples/ pass the reports' values as 
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config
-from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.fields import RopeScaling
+from megatron_deepseek.near_names import near_names
 
 _V2_YARN = RopeScaling(kind="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707,
                        mscale_all_dim=0.707)
@@ -45,34 +48,70 @@ V3 = ModelConfig(
     scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5, aux_loss_alpha=0.001,
     num_nextn_predict_layers=1, max_position_embeddings=163840, rope_scaling=_V3_YARN, bos_token_id=0, eos_token_id=1)
 
-_PRESETS = (("tiny", TINY), ("deepseek-v2-lite", V2_LITE), ("deepseek-v2", V2), ("deepseek-v3", V3))
+
+@dataclass(frozen=True)
+class Preset:
+    """An architecture by its `name` and `aliases`: models on Hugging Face that have it, without "deepseek-ai/"."""
+
+    name: str
+    config: ModelConfig
+    aliases: tuple[str, ...] = ()
+
+
+PRESETS = (
+    Preset("tiny", TINY),
+    Preset("deepseek-v2-lite", V2_LITE, ("DeepSeek-V2-Lite", "DeepSeek-V2-Lite-Chat")),
+    Preset("deepseek-v2", V2, ("DeepSeek-V2", "DeepSeek-V2-Chat")),
+    Preset("deepseek-v3", V3, ("DeepSeek-V3", "DeepSeek-V3-Base", "DeepSeek-V3-0324", "DeepSeek-R1", "DeepSeek-R1-Zero",
+                               "DeepSeek-R1-0528")),
+)
+_PUBLISHER = "deepseek-ai/"
 
 
 def preset_names() -> tuple[str, ...]:
-    return tuple(name for name, _ in _PRESETS)
+    """Return the names of all presets, without aliases."""
+    return tuple(preset.name for preset in PRESETS)
 
 
 def load_config(name: str) -> ModelConfig:
-    """The preset of that name, or the architecture in a config.json file (or a directory that holds one)."""
-    for preset, config in _PRESETS:
-        if name == preset:
-            return config
+    """Return the preset of that name or alias, or the architecture in a config.json file or a directory with one.
+
+    Raise ValueError, with the names that may be meant, where there is neither.
+    """
+    preset = _find_preset(name)
+    if preset is not None:
+        return preset.config
     if not Path(name).exists():
-        raise ValueError(f"{name!r} is neither a preset ({', '.join(preset_names())}) nor a config.json file")
+        known = {alias.lower(): each.name for each in PRESETS for alias in (each.name, *each.aliases)}
+        near = near_names(name.lower().removeprefix(_PUBLISHER), known)
+        meant = list(dict.fromkeys(known[each] for each in near))
+        raise ValueError(f"{name!r} is neither a preset ({', '.join(preset_names())}) nor a config.json file"
+                         + (f"; did you mean {' or '.join(meant)}?" if meant else ""))
     return ModelConfig.from_file(name)
 
 
 def config_file(name: str) -> Path | None:
-    """The config.json that --model `name` is read from; None for a preset."""
-    if name in preset_names():
+    """Return the config.json that --model `name` is read from, None for a preset."""
+    if _find_preset(name) is not None:
         return None
     return Path(name) / "config.json" if Path(name).is_dir() else Path(name)
 
 
 def describe_model(name: str, overridden: Collection[str] = ()) -> list[str]:
-    """Lines on what a config.json leaves out and what of it has no meaning here; none for a preset.
+    """Return lines on what a config.json leaves out and what of it has no meaning here, none for a preset.
 
     `overridden`: fields that are not the file's in the end.
     """
     path = config_file(name)
     return [] if path is None else hf_config.describe(dict(read_object(path).fields), path, overridden)
+
+
+def _find_preset(name: str) -> Preset | None:
+    """Return the preset of that name, or, where no such file exists, of that alias; None if there is none."""
+    for preset in PRESETS:
+        if name == preset.name:
+            return preset
+    if Path(name).exists():
+        return None
+    alias = name.lower().removeprefix(_PUBLISHER)
+    return next((preset for preset in PRESETS if alias in (each.lower() for each in preset.aliases)), None)

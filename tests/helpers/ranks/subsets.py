@@ -3,8 +3,9 @@
 import random
 from fnmatch import fnmatchcase
 
-from megatron_deepseek.checkpoint.convert.names import BIAS, layer_of, native_places
+from megatron_deepseek.checkpoint.convert.names import layer_of, native_places
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import BIAS
 
 
 def names_of(model: ModelConfig) -> list[str]:

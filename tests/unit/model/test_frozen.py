@@ -8,18 +8,19 @@ import torch
 from small_models import weights_of
 from small_trainers import BF16, CONFIG, EXACT, LOSS, batch_of, reference_of, step_of_both, trainer
 
-from megatron_deepseek.arguments.freezing import describe_frozen, describe_resumed, parameter_shapes
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.state import MOMENTS, state_to_save
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
+from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
 from megatron_deepseek.model.build import Precision
-from megatron_deepseek.model.frozen import is_frozen, trained_parameters
+from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.ops import grouped_gemm
 from megatron_deepseek.ops.fp8 import recipe as fp8_recipe
 from megatron_deepseek.ops.fp8.recipe import Fp8Gemm
 from megatron_deepseek.parallel import zero_bubble
 from megatron_deepseek.parallel.tensor import ParallelLinear
 from megatron_deepseek.parallel.zero_bubble import defer_weight_gradients
+from megatron_deepseek.runtime.resume import describe_resumed
 from megatron_deepseek.settings import OptimizerSettings
 
 NAMES = tuple(parameter_shapes(CONFIG))

@@ -40,7 +40,8 @@ def test_parameters_are_those_of_the_shards(model, layout, schedule, stages_on_r
                 kind = "experts" if ".mlp.experts." in name else "dense"
                 found[kind] += sum(box.numel for box, holders in boxes.items() if pp_rank * ranks in holders)
         dense, experts = found["dense"] * layout.dp * layout.cp, found["experts"] * layout.edp
-        assert (calculated.dense, calculated.experts) == pytest.approx((dense, experts), rel=2e-3)
+        uneven = layout.dp * layout.cp * layout.edp > 1  # rank 0's shard is the largest
+        assert (calculated.dense, calculated.experts) == pytest.approx((dense, experts), rel=2e-3 if uneven else 0)
 
 
 def settings(arguments: str, ranks: int):

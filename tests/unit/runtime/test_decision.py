@@ -11,6 +11,7 @@ from small_datasets import EOD, SEQ, write_dataset
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.checkpoint.native import ARGUMENTS
 from megatron_deepseek.checkpoint.tracker import TRACKER, begins_anew, iteration_directory
+from megatron_deepseek.model.architecture.config import RopeScaling
 from megatron_deepseek.model.architecture.presets import TINY
 from megatron_deepseek.runtime import decision
 from megatron_deepseek.runtime.decision import Start, decide, overwrite, share
@@ -220,3 +221,54 @@ def test_a_directory_for_tensorboard_that_cannot_be_written(tmp_path, raising):
     settings = settings_of(tmp_path, f"--tensorboard-dir {tmp_path}/file/events")
     with pytest.raises(ValueError, match="--tensorboard-dir .*: nothing can be written to .*: Not a directory"):
         check_and_decide(settings, JOB, None)
+
+
+# What changes the forward without changing a shape, its value in TINY, another, and how the difference is told.
+FORWARD_CHANGES = (
+    ({"rope_theta": 5e4}, "rope_theta 10000.0 there, 50000.0 here"),
+    ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-06 there, 1e-05 here"),
+    ({"rope_scaling": RopeScaling("linear", 8.0)}, 'rope_scaling null there, {"type": "linear", "factor": 8.0} here'),
+)
+
+
+@pytest.mark.parametrize("change, words", FORWARD_CHANGES)
+def test_a_run_goes_on_with_the_forward_that_it_began_with(tmp_path, change, words):
+    """Also where moments are left out, since the directory is its own; and where another run's moments are taken."""
+    save, there = tmp_path / "run", tmp_path / "there"
+    checkpoint(save, 7)
+    checkpoint(there, 4)
+    model = replace(TINY, **change)
+    for run in ({"save": save, "load": save}, {"save": save, "load": save, "no_load_optim": True},
+                {"save": tmp_path / "new", "load": there}):
+        with pytest.raises(ValueError) as refused:
+            decide(RunSettings(100, **run), model, JOB)
+        directory = there / "iter_0000004" if run["load"] == there else save / "iter_0000007"
+        assert str(refused.value) == (
+            f"--load {directory}: a run goes on as it began, but {words}; --finetune or --no-load-optim with another "
+            "--save takes over the weights alone")
+
+
+@pytest.mark.parametrize("change, words", FORWARD_CHANGES)
+def test_weights_alone_are_taken_into_another_forward_with_a_line(tmp_path, monkeypatch, change, words):
+    """As where the context is extended. The run that follows goes on with its own checkpoints without a word."""
+    there, save, model = tmp_path / "there", tmp_path / "run", replace(TINY, **change)
+    checkpoint(there, 4)
+    for run in ({"finetune": True}, {"no_load_optim": True}):
+        start = decide(RunSettings(100, save=save, load=there, **run), model, JOB)
+        assert start.load == there / "iter_0000004" and start.weights_only
+        assert start.notes == (f"the weights of {start.load} are taken over into another forward: {words}",)
+    checkpoint(save, 5, origin=str(there.resolve()))
+    (save / "iter_0000005" / "config.json").write_text(json.dumps(model.to_hf_dict()))
+    (again,) = decide(RunSettings(100, save=save, load=there, finetune=True), model, JOB).notes
+    assert again.startswith(f"--save {save} holds a checkpoint")
+    released = tmp_path / "converted"
+    checkpoint(released, 0)
+    monkeypatch.setattr(decision, "has_optimizer", lambda directory: False)
+    (line,) = decide(RunSettings(100, load=released), model, JOB).notes
+    assert line.endswith(words)
+
+
+def test_other_routing_is_another_architecture_whatever_is_taken_over(tmp_path):
+    checkpoint(tmp_path, 4)
+    with pytest.raises(ValueError, match="of another architecture: routed_scaling_factor 2.5 there, 2.0 here"):
+        decide(RunSettings(100, load=tmp_path, finetune=True), replace(TINY, routed_scaling_factor=2.0), JOB)

@@ -6,10 +6,23 @@ import math
 
 import pytest
 
-from megatron_deepseek.checkpoint.convert.names import BIAS, native_places
+from megatron_deepseek.checkpoint.convert.names import native_places
 from megatron_deepseek.model.architecture import hf_config, hf_rope
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
-from megatron_deepseek.model.architecture.presets import TINY, V2, V2_LITE, V3, load_config, preset_names
+from megatron_deepseek.model.architecture.families import family_of
+from megatron_deepseek.model.architecture.fields import FORWARD, RULES, WEIGHTS
+from megatron_deepseek.model.architecture.matching import differences
+from megatron_deepseek.model.architecture.parameters import BIAS
+from megatron_deepseek.model.architecture.presets import (
+    TINY,
+    V2,
+    V2_LITE,
+    V3,
+    config_file,
+    describe_model,
+    load_config,
+    preset_names,
+)
 
 # By hand, from the released files of V2-Lite, V2, V3, R1 and V3.1: all of them say these.
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
@@ -320,3 +333,68 @@ def test_unreadable_files_are_named(text, tmp_path):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="config.json"):
         ModelConfig.from_file(path)
+
+
+@pytest.mark.parametrize("alias, preset", [
+    ("deepseek-ai/DeepSeek-V3", "deepseek-v3"), ("DeepSeek-R1", "deepseek-v3"), ("deepseek-r1-zero", "deepseek-v3"),
+    ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-v2-lite"), ("DeepSeek-V2", "deepseek-v2")])
+def test_released_models_are_names_of_presets(alias, preset):
+    assert load_config(alias) is load_config(preset)
+    assert config_file(alias) is None and describe_model(alias) == []
+
+
+def test_a_directory_goes_before_an_alias(tmp_path, monkeypatch):
+    """As it lies where somebody downloaded it to, with numbers that may be others."""
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "deepseek-ai" / "DeepSeek-V3"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
+    assert load_config("deepseek-ai/DeepSeek-V3") == TINY
+    assert config_file("deepseek-ai/DeepSeek-V3").is_file()
+
+
+@pytest.mark.parametrize("wrong, meant", [
+    ("deepseek-v33", "deepseek-v3"), ("deepseek-ai/DeepSeek-V2-Light", "deepseek-v2-lite"), ("tinny", "tiny")])
+def test_misspelt_models_are_told_what_is_meant(wrong, meant):
+    with pytest.raises(ValueError, match=rf"neither a preset \(tiny, .* did you mean {meant}( or .*)?\?$"):
+        load_config(wrong)
+
+
+@pytest.mark.parametrize("model", [TINY, V2, V2_LITE, V3])
+def test_an_architecture_may_be_known_by_its_class(model):
+    """`architectures` decides where there is no model_type; where there is one, that does."""
+    fields = model.to_hf_dict()
+    assert family_of(model).architectures[0] == fields["architectures"][0]
+    del fields["model_type"]
+    assert ModelConfig.from_hf_dict(fields) == model
+    for without in ({"architectures": ["LlamaForCausalLM"]}, {"architectures": None}, {"architectures": 3}):
+        with pytest.raises(ValueError, match="model_type None is not one of deepseek_v2, deepseek_v3"):
+            ModelConfig.from_hf_dict(fields | without)
+    with pytest.raises(ValueError, match=r"model_type 'deepseekv3' is not one of .*; did you mean deepseek_v3\?"):
+        ModelConfig.from_hf_dict(fields | {"model_type": "deepseekv3"})
+
+
+def test_every_field_says_whether_a_checkpoint_must_match():
+    """By hand: the rest decides how a model is trained, or what it is told of the tokenizer."""
+    free = {"aux_loss_alpha", "seq_aux", "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id"}
+    forward = {"rope_theta", "rope_scaling", "rms_norm_eps", "max_position_embeddings"}
+    assert {name for name, rule in RULES.items() if rule.match is None} == free
+    assert {name for name, rule in RULES.items() if rule.match == FORWARD} == forward
+    assert {name for name, rule in RULES.items() if rule.match == WEIGHTS} == RULES.keys() - free - forward
+
+
+def test_differences_of_what_must_match():
+    """As config.json writes it: what a kind of scaling does not use is no difference; lengths are one if it does."""
+    def told(one, other, *matches):
+        return differences(dataclasses.replace(TINY, **one), dataclasses.replace(TINY, **other), *matches)
+
+    linear, dynamic = RopeScaling("linear", 8.0), RopeScaling("dynamic", 8.0)
+    assert told({}, {"aux_loss_alpha": 1.0, "initializer_range": 0.1, "max_position_embeddings": 8192}) == []
+    assert told({"rope_scaling": linear}, {"rope_scaling": dataclasses.replace(linear, beta_fast=1.0)}) == []
+    assert told({"rope_scaling": linear}, {"rope_scaling": dataclasses.replace(linear, factor=4.0)}) == [
+        "rope_scaling factor 8.0 there, 4.0 here"]
+    assert told({"rope_scaling": dynamic}, {"rope_scaling": dynamic, "max_position_embeddings": 8192}, FORWARD)[0] == (
+        "max_position_embeddings 4096 there, 8192 here")
+    assert told({"hidden_size": 256, "rms_norm_eps": 1e-5}, {}) == [
+        "hidden_size 256 there, 128 here", "rms_norm_eps 1e-05 there, 1e-06 here"]
+    assert told({"hidden_size": 256, "rms_norm_eps": 1e-5}, {}, WEIGHTS) == ["hidden_size 256 there, 128 here"]
