@@ -60,6 +60,7 @@ def _counted(name: str, counts: Counts) -> list[str]:
     lines = [f"{name}: {counts.rows:,} rows, {counts.samples:,} samples, {counts.tokens:,} tokens, "
              f"{counts.trained:,} with loss ({counts.trained / max(counts.tokens, 1):.1%})"]
     lines += [f"  dropped {count:,}: {reason}" for reason, count in counts.dropped.items()]
+    lines += [f"  not shown {count:,}: {what}" for what, count in counts.left_out.items()]
     return [*lines, *(f"  {message}" for message in counts.bad)]
 
 

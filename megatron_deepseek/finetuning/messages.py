@@ -60,7 +60,9 @@ def _turn(message: Mapping, number: int) -> Turn:
     given = _reasoning(message, where)
     if given is not None and inline is not None:
         raise BadRow("reasoning twice", f"{where} has reasoning_content and a {BEGIN} in its content; remove one")
-    return Turn("assistant", content, given if inline is None else inline, calls, _weight(message, where))
+    if given is not None:
+        inline, content = given, content.lstrip("\n")  # layout, as behind an inline </think>
+    return Turn("assistant", content, inline, calls, _weight(message, where))
 
 
 def split_reasoning(content: str) -> tuple[str | None, str]:

@@ -22,7 +22,7 @@ from megatron_deepseek.finetuning.summary import Counts
 from megatron_deepseek.finetuning.templates import Rules, Template
 from megatron_deepseek.finetuning.tokenise import Job, tokenise
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,9 @@ def mask_rule(template: Template, settings: DataSettings) -> str:
     prefix = "" if forced is None else (
         f", the forced {forced} too (--train-think-prefix)" if settings.train_think_prefix else
         f", not the forced {forced}")
-    history = {"keep": "is kept and trained", "drop": "is dropped", "as-release": {
-        "text": "is kept, as the release does", "lines": "is dropped, as the release does",
-        "bare": "is dropped, as the release does"}[template.thinks]}[settings.history_reasoning]
+    history = "dropped" if template.drops_history(rules_of(settings)) else "kept"
     return (f"loss on what the assistant emits, end of sentence included, times the turn's weight{prefix}; "
-            f"reasoning before the last question {history}")
+            f"reasoning before the last question is {history} (--history-reasoning {settings.history_reasoning})")
 
 
 def refuse_same(train: Prepared, evaluation: Prepared) -> None:

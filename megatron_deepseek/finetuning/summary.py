@@ -14,7 +14,7 @@ class Counts:
 
     `rows` were read, `samples` are left; `dropped` counts the others by reason (over-long ones, bad ones, those without
     loss); `bad` are the first messages of the `bad_rows` bad rows, each with file and line. `tokens` and `trained` are
-    sums over the samples, `trained` of labels with a loss weight.
+    sums over the samples, `trained` of labels with a loss weight. `left_out` counts what the template does not show.
     """
 
     rows: int = 0
@@ -24,6 +24,7 @@ class Counts:
     dropped: dict[str, int] = field(default_factory=dict)
     bad: tuple[str, ...] = ()
     bad_rows: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, written: dict) -> "Counts":
@@ -33,7 +34,8 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(self.rows + other.rows, self.samples + other.samples, self.tokens + other.tokens,
                       self.trained + other.trained, dict(Counter(self.dropped) + Counter(other.dropped)),
-                      (self.bad + other.bad)[:MOST_MESSAGES], self.bad_rows + other.bad_rows)
+                      (self.bad + other.bad)[:MOST_MESSAGES], self.bad_rows + other.bad_rows,
+                      dict(Counter(self.left_out) + Counter(other.left_out)))
 
 
 @dataclass(frozen=True)

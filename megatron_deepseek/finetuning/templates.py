@@ -66,6 +66,19 @@ class Template:
             return _v2(conversation, rules)
         return _Rendering(self, conversation, rules).all()
 
+    def drops_history(self, rules: Rules) -> bool:
+        """Return whether reasoning before the last question is left out."""
+        return rules.history_reasoning == "drop" or rules.history_reasoning == "as-release" and self.thinks != "text"
+
+    def left_out(self, conversation: Conversation, rules: Rules) -> dict[str, int]:
+        """Return what of a conversation is not shown, with its number, so that nothing is lost in silence."""
+        last = conversation.last_user if self.drops_history(rules) else 0
+        thoughts = sum(turn.reasoning is not None for turn in conversation.turns[:max(last, 0)])
+        hidden = 0 if self.shows_tools else len(conversation.tools)
+        return {why: count for why, count in (
+            (f"reasonings before the last question (--history-reasoning {rules.history_reasoning})", thoughts),
+            (f"schemas of tools, for which {self.name} has no form", hidden)) if count}
+
     def prompt(self, conversation: Conversation, thinking: bool, rules: Rules = Rules()) -> list[Piece]:
         """Return the pieces of a conversation that ends in a user's or tool's turn, and of what asks for an answer."""
         pieces = self.render(conversation, rules)
@@ -87,23 +100,18 @@ TEMPLATES = {each.name: each for each in (
 )}
 
 
-def _reasoning(turn: Turn, is_history: bool, rules: Rules, release_keeps: bool) -> str | None:
-    """Return the reasoning of a turn that is shown."""
-    drops = rules.history_reasoning == "drop" or rules.history_reasoning == "as-release" and not release_keeps
-    return None if is_history and drops else turn.reasoning
-
-
 def _with_thoughts(turn: Turn, reasoning: str | None) -> str:
     return turn.content if reasoning is None else f"{THINK}\n{reasoning}\n{END_THINK}\n\n{turn.content}"
 
 
 def _v2(conversation: Conversation, rules: Rules) -> list[Piece]:
     pieces, last_user = [Piece(BOS, 0, True)], conversation.last_user
+    drops = TEMPLATES["deepseek-v2"].drops_history(rules)
     for index, turn in enumerate(conversation.turns):
         if turn.role == "tool" or turn.calls:
             raise BadRow("no form for tools", "--template deepseek-v2 has no form for tools; remove the row")
         if turn.role == "assistant":
-            reasoning = _reasoning(turn, index < last_user, rules, release_keeps=True)
+            reasoning = None if drops and index < last_user else turn.reasoning
             pieces += [Piece("Assistant:"), Piece(" " + _with_thoughts(turn, reasoning), turn.weight),
                        Piece(EOD, turn.weight, True)]
         else:
@@ -153,12 +161,17 @@ class _Rendering:
             self._calls(turn)
         self._add(EOD, turn.weight, True)
 
+    def _reasoning(self, index: int, turn: Turn) -> str | None:
+        """Return the reasoning of a turn that is shown."""
+        is_history = index < self.last_user
+        return None if is_history and self.template.drops_history(self.rules) else turn.reasoning
+
     def _text(self, index: int, turn: Turn, asked: bool):
-        reasoning = _reasoning(turn, index < self.last_user, self.rules, release_keeps=True)
+        reasoning = self._reasoning(index, turn)
         self._add(_with_thoughts(turn, reasoning), turn.weight)
 
     def _lines(self, index: int, turn: Turn, asked: bool):
-        reasoning = _reasoning(turn, index < self.last_user, self.rules, release_keeps=False)
+        reasoning = self._reasoning(index, turn)
         if reasoning is not None:
             self._forced(THINK, turn, asked, control=True)
             self._forced("\n", turn, asked)
@@ -169,7 +182,7 @@ class _Rendering:
         self._add(("\n\n" if reasoning is not None or cut else "") + turn.content, turn.weight)
 
     def _bare(self, index: int, turn: Turn, asked: bool):
-        reasoning = _reasoning(turn, index < self.last_user, self.rules, release_keeps=False)
+        reasoning = self._reasoning(index, turn)
         if reasoning is not None:
             self._forced(THINK, turn, asked, control=True)
             self._add(reasoning, turn.weight)

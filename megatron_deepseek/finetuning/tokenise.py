@@ -28,7 +28,7 @@ from megatron_deepseek.finetuning.conversation import BadRow, Conversation
 from megatron_deepseek.finetuning.encode import Encoded, Encoder
 from megatron_deepseek.finetuning.loss_weights import LossWeights, WeightsWriter, write_weights
 from megatron_deepseek.finetuning.reading import Part, parse_line, parts_of, read_rows
-from megatron_deepseek.finetuning.summary import Counts, Summary, read_summary
+from megatron_deepseek.finetuning.summary import MOST_MESSAGES, Counts, Summary, read_summary
 
 ROWS_PER_BATCH = 256
 SAMPLED = 200  # conversations on which two libraries are compared
@@ -107,7 +107,7 @@ def _make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
     def work(part: Part) -> Summary:
         summary = read_summary(_base(folder, part.number) + ".json")
         if summary is None:
-            summary = _PartMaker(job, folder, part).make()
+            summary = PartMaker(job, folder, part).make()
         progress.counters.add(_stored(job, part), summary.counts.samples, summary.counts.tokens)
         return summary
 
@@ -140,13 +140,13 @@ def _base(folder: Path, number: int) -> str:
     return str(folder / f"{number:06d}")
 
 
-class _PartMaker:
+class PartMaker:
     """Makes the files of one part."""
 
     def __init__(self, job: Job, folder: Path, part: Part):
         self.job, self.part, self.base = job, part, _base(folder, part.number)
         self.rows = self.trained = 0
-        self.dropped, self.bad = Counter(), []
+        self.dropped, self.left_out, self.bad = Counter(), Counter(), []
         self.weights = WeightsWriter()
 
     def make(self) -> Summary:
@@ -167,7 +167,7 @@ class _PartMaker:
             tokens = self.writer.num_tokens
         self.weights.write(self.base + ".weights")
         counts = Counts(self.rows, len(self.weights.counts), tokens, self.trained, dict(self.dropped),
-                        tuple(self.bad[:5]), len(self.bad))
+                        tuple(self.bad[:MOST_MESSAGES]), len(self.bad), dict(self.left_out))
         summary = Summary(self.part.number, counts, {suffix: os.path.getsize(self.base + suffix)
                                                      for suffix in (".bin", ".idx", ".weights")})
         write_json(self.base + ".json", asdict(summary))
@@ -192,6 +192,7 @@ class _PartMaker:
                 self.dropped[NO_LOSS] += 1
                 continue
             self.trained += encoded.trained
+            self.left_out.update(self.job.encoder.template.left_out(conversation, self.job.encoder.rules))
             self.writer.add(np.array(encoded.ids), [[len(encoded.ids)]])
             self.weights.add(encoded.runs)
 

@@ -147,7 +147,41 @@ def replaced(value, path, other):
     return changed
 
 
-@settings(deadline=None, max_examples=400)
+TEXTS = st.text(st.sampled_from("ab \n<>é天\""), min_size=1, max_size=8).filter(str.strip)
+TALKS = st.lists(st.tuples(TEXTS, st.none() | TEXTS, TEXTS), min_size=1, max_size=3)
+
+
+def written(system, talk) -> dict[str, dict]:
+    """Return the row of a conversation in each format: question, reasoning and answer in turn."""
+    def inline(reasoning, answer):
+        return answer if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n{answer}"
+
+    given, spoken = [], []
+    for question, reasoning, answer in talk:
+        more = {} if reasoning is None else {"reasoning_content": reasoning}
+        given += [user(question), assistant(answer, **more)]
+        spoken += [("human", question), ("gpt", inline(reasoning, answer))]
+    first = [] if system is None else [{"role": "system", "content": system}]
+    pairs = [(question, inline(*answer)) for question, *answer in talk]
+    (*history, (question, answer)), more = pairs, {} if system is None else {"system": system}
+    return {
+        "openai": {"messages": first + given},
+        "inline": {"messages": first + [{"role": {"human": "user", "gpt": "assistant"}[role], "content": text}
+                                        for role, text in spoken]},
+        "sharegpt": {"conversations": [{"from": role, "value": text} for role, text in spoken]} | more,
+        "alpaca": {"instruction": question, "output": answer, "history": [list(pair) for pair in history]} | more,
+        "prompt": {"prompt": question, "completion": answer, "history": history} | more,
+        "query": {"query": question, "response": answer, "history": history} | more}
+
+
+@settings(deadline=None, max_examples=100)
+@given(system=st.none() | TEXTS, talk=TALKS)
+def test_any_conversation_is_the_same_in_every_format(system, talk):
+    found = {form: to_conversation(row) for form, row in written(system, talk).items()}
+    assert {form: each for form, each in found.items() if each != found["openai"]} == {}
+
+
+@settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_a_row_with_anything_anywhere_is_read_or_refused(data):
     row = data.draw(st.sampled_from([*ROWS.values(), COMPLETION, CALLS]))

@@ -173,6 +173,14 @@ def test_a_dry_run_marks_trained_tokens_and_counts(tmp_path):
     assert "\x1b[32mA<｜end▁of▁sentence｜>\x1b[0m" in coloured and "⟦" not in coloured
 
 
+def test_a_dry_run_says_what_the_template_leaves_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "R"}]
+    path.write_text((json.dumps({"messages": messages * 3}) + "\n") * 2)
+    shown = describe(prepared(str(path), history_reasoning="drop"), 1)
+    assert "not shown 4: reasonings before the last question (--history-reasoning drop)" in shown
+
+
 def test_histogram():
     lines = histogram(np.array([1, 2, 3, 4, 5, 8, 9]))
     assert [line.split()[:4] for line in lines] == [["1", "to", "1", "1"], ["2", "to", "2", "1"], ["3", "to", "4", "2"],

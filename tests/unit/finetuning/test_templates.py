@@ -184,6 +184,15 @@ def test_only_v31_shows_the_schemas_of_tools(tokenizer):
         assert string(name, TALK[:3], tools=tools) == string(name, TALK[:3])
 
 
+def test_what_is_not_shown_is_counted():
+    tools = ({"name": "f"},)
+    for name, rules, expected in (("deepseek-r1", "as-release", [1, 1]), ("deepseek-r1", "keep", [1]),
+                                  ("deepseek-v3", "drop", [1, 1]), ("deepseek-v3", "as-release", [1]),
+                                  ("deepseek-v3.1", "as-release", [1]), ("deepseek-v3.1", "keep", [])):
+        left_out = TEMPLATES[name].left_out(Conversation(TALK, tools), Rules(rules))
+        assert list(left_out.values()) == expected, (name, rules)
+
+
 def test_reasoning_behind_a_tools_output_is_not_lost(tokenizer):
     turns = [*CALLING[:-1], Turn("assistant", "A", "R")]
     for name, end in (("deepseek-r1", f"[<think>\nR\n</think>\n\nA{E}]"), ("deepseek-v3.1", f"[<think>R</think>A{E}]"),
