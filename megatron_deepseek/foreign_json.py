@@ -122,7 +122,7 @@ class JsonObject:
         if value is default:
             return value
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.refusal(key, "not an integer")
+            raise self.fault(key, "not an integer")
         return self._within(key, value, least, most)
 
     def number(self, key: str, least: float = -math.inf, most: float = math.inf, default: Any = _REQUIRED) -> Any:
@@ -131,9 +131,9 @@ class JsonObject:
         if value is default:
             return value
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise self.refusal(key, "not a number")
+            raise self.fault(key, "not a number")
         if abs(value) > 1e308:  # an integer can be larger than any float
-            raise self.refusal(key, "too large a number")
+            raise self.fault(key, "too large a number")
         return float(self._within(key, value, least, most))
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -165,7 +165,7 @@ class JsonObject:
         if unknown:
             raise ValueError(f"{self.where} has {_short(unknown[0])}, which is not one of {', '.join(known)}")
 
-    def refusal(self, key: str, reason: str) -> ValueError:
+    def fault(self, key: str, reason: str) -> ValueError:
         """Return the error for a value: FILE: "key" is VALUE, `reason`."""
         return ValueError(f"{self.where}: {_short(key)} is {_short(self.fields[key])}, {reason}")
 
@@ -179,14 +179,14 @@ class JsonObject:
     def _typed(self, key: str, kind: type, name: str, default: Any) -> Any:
         value = self._value(key, default)
         if value is not default and not isinstance(value, kind):
-            raise self.refusal(key, f"not {name}")
+            raise self.fault(key, f"not {name}")
         return value
 
     def _within(self, key: str, value: Any, least: float, most: float) -> Any:
         if value < least:
-            raise self.refusal(key, f"less than {least}")
+            raise self.fault(key, f"less than {least}")
         if value > most:
-            raise self.refusal(key, f"more than {most}")
+            raise self.fault(key, f"more than {most}")
         return value
 
 

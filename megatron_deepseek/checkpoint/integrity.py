@@ -103,7 +103,7 @@ def read_checksums(directory: Path) -> dict[str, Checksum] | None:
         return None
     listing = read_object(path, LARGEST_LIST)
     if listing.text("algorithm") != ALGORITHM:
-        raise listing.refusal("algorithm", f"not {ALGORITHM}")
+        raise listing.fault("algorithm", f"not {ALGORITHM}")
     return {name: _listed(listing.object("files"), name) for name in listing.object("files").fields}
 
 

@@ -94,7 +94,7 @@ def _span(path: Path, name: str, header: JsonObject) -> tuple[int, int]:
     if dtype not in DTYPES:
         raise ValueError(f"{path}: {name} is of type {dtype!r}, which is not one of {', '.join(DTYPES)}")
     if len(offsets) != 2:
-        raise entry.refusal("data_offsets", "not the two of begin and end")
+        raise entry.fault("data_offsets", "not the two of begin and end")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise ValueError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, its shape {list(shape)} of {dtype} "

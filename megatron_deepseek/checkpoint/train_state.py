@@ -60,7 +60,7 @@ def read_state(directory: Path) -> TrainState:
     found.only(*_NUMBERS, "batches", "late")
     state = TrainState(**{name: found.integer(name) for name in _NUMBERS}, batches=_batches(found), late=_late(found))
     if state.optimizer_steps > state.iteration:
-        raise found.refusal("optimizer_steps", f"more than the {state.iteration} of iteration")
+        raise found.fault("optimizer_steps", f"more than the {state.iteration} of iteration")
     return state
 
 
@@ -70,7 +70,7 @@ def _late(found: JsonObject) -> tuple[tuple[str, int], ...]:
     late = tuple(tuple(each) for each in written if isinstance(each, list) and len(each) == 2)
     if len(late) < len(written) or not all(
             isinstance(name, str) and type(first) is int and 0 < first <= steps for name, first in late):
-        raise found.refusal("late", f"not pairs of a parameter and a number of the {steps} optimizer steps")
+        raise found.fault("late", f"not pairs of a parameter and a number of the {steps} optimizer steps")
     return late
 
 
@@ -79,9 +79,9 @@ def _batches(found: JsonObject) -> tuple[tuple[int, int], ...]:
     written = found.list("batches", default=[])
     batches = tuple(tuple(run) for run in written if isinstance(run, list) and len(run) == 2)
     if len(batches) < len(written) or not all(type(number) is int and number > 0 for run in batches for number in run):
-        raise found.refusal("batches", "not pairs of updates and sequences")
+        raise found.fault("batches", "not pairs of updates and sequences")
     sums = sum(updates for updates, _ in batches), sum(updates * size for updates, size in batches)
     if written and sums != (found.integer("iteration"), found.integer("consumed_samples")):
-        raise found.refusal("batches", f"which come to {sums[0]} updates and {sums[1]} samples, not iteration and "
+        raise found.fault("batches", f"which come to {sums[0]} updates and {sums[1]} samples, not iteration and "
                                        "consumed_samples")
     return batches

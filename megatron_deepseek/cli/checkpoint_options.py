@@ -20,10 +20,10 @@ def _start(environ: Mapping[str, str]) -> str:
     Under a restart torchrun's own variables stay the same, so its name is taken from parallel/restarts.py if there is
     one.
     """
-    from megatron_deepseek.parallel.restarts import life_name  # imports torch
+    from megatron_deepseek.parallel.restarts import start_name  # imports torch
 
     names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    return life_name() or "-".join(environ.get(name, "0") for name in names)
+    return start_name() or "-".join(environ.get(name, "0") for name in names)
 
 
 def progress(total: int | None, hidden: bool = False) -> tqdm:

@@ -90,6 +90,7 @@ def _add_reshard(commands) -> None:
     options = training_parser()._option_string_actions
     for option in LAYOUT_OPTIONS:
         group._add_action(options[option])
+    parser.set_defaults(layout_arguments=[option[2:].replace("-", "_") for option in LAYOUT_OPTIONS])
     group.add_argument("--seq-length", type=values.positive_int,
                        help="tokens of a training sequence, which weighs in when layers are "
                             "balanced over stages (the writing job's, or 4096)")

@@ -23,7 +23,6 @@ from megatron_deepseek.checkpoint.reshard.reshard import (
 )
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.cli.checkpoint_options import build_with_progress, progress
-from megatron_deepseek.cli.reshard_checkpoint import LAYOUT_OPTIONS
 
 if TYPE_CHECKING:
     from megatron_deepseek.checkpoint.reshard.rank_shards import Reads
@@ -55,7 +54,7 @@ def reshard(args: argparse.Namespace, share: Share) -> int:
     from megatron_deepseek.cli.target_layout import resolve_target_layout
 
     checkpoint = open_checkpoint(args.load, args.ckpt_step)
-    given = {name: value for name, value in vars(args).items() if f"--{name.replace('_', '-')}" in LAYOUT_OPTIONS}
+    given = {name: value for name, value in vars(args).items() if name in args.layout_arguments}
     target = resolve_target_layout(args, given, checkpoint)
     tensors = tensors_to_write(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
     holders = find_holders(target.division)

@@ -31,8 +31,8 @@ def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_si
 class Sampler:
     """Reads global batches of a dataset by the number of consumed samples. It holds no position: the caller counts.
 
-    A refusal of a token id outside `vocab_size` names the dataset: the blend's name for it, or `data_path` where there
-    is no blend. `eod`, if given, ends documents that don't attend to each other; a dataset whose samples have
+    The error about a token id outside `vocab_size` names the dataset: the blend's name for it, or `data_path` where
+    there is no blend. `eod`, if given, ends documents that don't attend to each other; a dataset whose samples have
     `documents`, and `real` for what is no padding, says itself which these are.
     """
 

@@ -196,20 +196,20 @@ def shared_plan(settings: DataSettings, num_samples, say=lambda line: None) -> D
     """
     import torch.distributed as dist
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    plan, refusal = None, None
+    plan, error = None, None
     if alone or dist.get_rank() == 0:
-        plan, refusal = _caught(lambda: _built(make_plan(settings, num_samples), say))
+        plan, error = _caught(lambda: _built(make_plan(settings, num_samples), say))
     if not alone:
-        told = [(plan, refusal)]
+        told = [(plan, error)]
         dist.broadcast_object_list(told)
-        plan, refusal = told[0]
-        if refusal is None and _first_of_its_node() and dist.get_rank() != 0:
-            _, refusal = _caught(lambda: _built(plan))  # where the folder is shared, all stamps are known
-        refusals = [None] * dist.get_world_size()
-        dist.all_gather_object(refusals, refusal)
-        refusal = next(filter(None, refusals), None)
-    if refusal is not None:
-        raise ValueError(refusal)
+        plan, error = told[0]
+        if error is None and _first_of_its_node() and dist.get_rank() != 0:
+            _, error = _caught(lambda: _built(plan))  # where the folder is shared, all stamps are known
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next(filter(None, errors), None)
+    if error is not None:
+        raise ValueError(error)
     return plan
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.parallel.collectives import all_gather
 from megatron_deepseek.parallel.expert import DROPPED
-from megatron_deepseek.parallel.tensor import all_gather
 
 
 @dataclass(frozen=True)

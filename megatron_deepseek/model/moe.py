@@ -18,13 +18,7 @@ from megatron_deepseek.ops.precision_recipe import Gemm, Linear, PrecisionRecipe
 from megatron_deepseek.parallel.expert import DROPPED
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.shards import stacked_shard
-from megatron_deepseek.parallel.tensor import (
-    TensorParallel,
-    column_linear,
-    local_weight,
-    row_linear,
-    sharded_parameter,
-)
+from megatron_deepseek.parallel.tensor import TensorParallel, column_linear, local_weight, row_linear, sharded_parameter
 
 # Placements of stacked experts on the mesh (ep, etp), and of their gradients.
 COLUMN_PARALLEL = Shard(0), stacked_shard(1, matrices=2)

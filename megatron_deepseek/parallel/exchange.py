@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.tensor import all_gather, reduce_scatter
+from megatron_deepseek.parallel.collectives import all_gather, reduce_scatter
 
 Blocks = Iterator[tuple[int, torch.Tensor]]
 

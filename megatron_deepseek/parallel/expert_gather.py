@@ -12,9 +12,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.expert import Encode, Experts, unchanged
 from megatron_deepseek.parallel.nodes import CommunicationCounter
-from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.nodes import CommunicationCounter
-from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
 # Maps rows sorted by expert, with the number of rows of each, to rows of the same shape.
 ExpertMLP = Callable[[torch.Tensor, list[int]], torch.Tensor]

@@ -25,16 +25,16 @@ def agent_store() -> dist.Store | None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return dist.PrefixStore(_life(), _connect())
+    return dist.PrefixStore(_start_name(), _connect())
 
 
-def life_name() -> str | None:
+def start_name() -> str | None:
     """Return a name that all ranks of this start share and no other start has; None without an agent's store."""
-    return _life() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+    return _start_name() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
 
 
 def job_name() -> str:
-    """Return a name that all lives of this job share and no other job has, kept in the store of torchrun's agent."""
+    """Return a name that all starts of this job share and no other job has, kept in the store of torchrun's agent."""
     name = uuid.uuid4().hex
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return name
@@ -48,13 +48,13 @@ def _connect() -> dist.Store:
 
 
 @functools.cache
-def _life() -> str:
-    """Return the name of this process's life."""
+def _start_name() -> str:
+    """Return the name of this start of the job."""
     return meet(_connect(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _MEETING)
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """Return a name that only the ranks that call this now know, whatever earlier lives left in `store`.
+    """Return a name that only the ranks that call this now know, whatever earlier starts left in `store`.
 
     Rank 0 proposes a name; the others sign it with a random word of their own; rank 0 publishes who signed. A rank that
     read an old proposal does not find its word there, and waits for another one. Raise TimeoutError.

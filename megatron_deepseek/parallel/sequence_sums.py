@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.parallel.tensor import sum_alike, sum_gradients
+from megatron_deepseek.parallel.collectives import sum_alike, sum_gradients
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.tensor import TensorParallel, sum_alike
+from megatron_deepseek.parallel.collectives import sum_alike
+from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary import local_ids, log_normalizer
 
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Contribution, Rows
+from megatron_deepseek.parallel.collectives import all_gather
 from megatron_deepseek.parallel.context import zigzag
 from megatron_deepseek.parallel.mesh import Meshes
-from megatron_deepseek.parallel.tensor import all_gather
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
 from megatron_deepseek.training.objective import Objective
 

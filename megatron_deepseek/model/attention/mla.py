@@ -26,13 +26,7 @@ from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.rope import apply_rope, assemble_keys, rope_queries
-from megatron_deepseek.parallel.tensor import (
-    ParallelLinear,
-    RMSNorm,
-    column_linear,
-    replicated_linear,
-    row_linear,
-)
+from megatron_deepseek.parallel.tensor import ParallelLinear, RMSNorm, column_linear, replicated_linear, row_linear
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's and transformers' latent norms take this one, whatever rms_norm_eps is
 

@@ -20,6 +20,7 @@ from megatron_deepseek.ops import copies as copies_
 from megatron_deepseek.parallel import (
     block_mask,
     blockwise_attention,
+    collectives,
     context,
     exchange,
     expert,
@@ -95,7 +96,7 @@ def _only_own_part(x: torch.Tensor, dim: int, group) -> torch.Tensor:
 
 def _sum_forward(ctx, x, group):
     ctx.group = group
-    return tensor.all_reduce(x, group)
+    return collectives.all_reduce(x, group)
 
 
 def _scatter_without_sum(ctx, x, dim, group, sent):
@@ -239,7 +240,7 @@ class _GatherOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, group, sent):
         ctx.dim, ctx.group = dim, group
-        return tensor.all_gather(x, dim, group)
+        return collectives.all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -260,30 +261,31 @@ def _padding_too(real_BS, mtp_depth, documents_BS=None):
 
 MUTATIONS = {
     "TP: gradient of a copied input not summed": Mutation(
-        TP, _method(tensor.CopyToTensorRanks, "backward", lambda ctx, grad: (grad, None))),
+        TP, _method(collectives.CopyToTensorRanks, "backward", lambda ctx, grad: (grad, None))),
     "TP: partial sums not summed": Mutation(
-        TP, _method(tensor.SumOverTensorRanks, "forward", lambda ctx, x, group: x.clone())),
+        TP, _method(collectives.SumOverTensorRanks, "forward", lambda ctx, x, group: x.clone())),
     "TP: gradient of a replicated sum summed again": Mutation(
-        TP, _method(tensor.SumOverTensorRanks, "forward", _sum_forward),
-        _method(tensor.SumOverTensorRanks, "backward", lambda ctx, grad: (tensor.all_reduce(grad, ctx.group), None))),
+        TP, _method(collectives.SumOverTensorRanks, "forward", _sum_forward),
+        _method(collectives.SumOverTensorRanks, "backward",
+                lambda ctx, grad: (collectives.all_reduce(grad, ctx.group), None))),
     "TP: tokens split, their gradients not gathered": Mutation(
-        TP, _method(tensor.SplitTokens, "backward",
+        TP, _method(collectives.SplitTokens, "backward",
                     lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None))),
     "TP: tokens joined, their gradients summed": Mutation(
-        TP, _method(tensor.JoinTokens, "backward",
-                    lambda ctx, grad: (tensor.reduce_scatter(grad, ctx.dim, ctx.group), None, None))),
+        TP, _method(collectives.JoinTokens, "backward",
+                    lambda ctx, grad: (collectives.reduce_scatter(grad, ctx.dim, ctx.group), None, None))),
     "TP: cross-entropy of this rank's vocabulary": Mutation(TP, _no_all_reduce(vocabulary)),
     "TP: a replicated weight counts on every rank in the norm": Mutation(
         TP, _replace(optimizer, "counts_in_norm", lambda item: item.counted)),
     "TP: the router's gradient taken for whole": Mutation(
         TP, _replace(Router, "__init__", _with_whole_gradient(Router.__init__))),
     "SP: gathered, gradients not summed": Mutation(
-        SP, _method(tensor.GatherSum, "backward",
+        SP, _method(collectives.GatherSum, "backward",
                     lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "SP: scattered, partial sums not summed": Mutation(
-        SP, _method(tensor.ScatterSum, "forward", _scatter_without_sum)),
+        SP, _method(collectives.ScatterSum, "forward", _scatter_without_sum)),
     "SP: scattered, gradients not gathered": Mutation(
-        SP, _method(tensor.ScatterSum, "backward",
+        SP, _method(collectives.ScatterSum, "backward",
                     lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "SP: a norm's gradient taken for whole": Mutation(
         SP, _replace(tensor.TensorParallel, "activation_grad", property(lambda self: Replicate()))),
@@ -327,7 +329,7 @@ MUTATIONS = {
     "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "global_counts", _counts_times_cp(
         trainer.Trainer.global_counts))),
     "EP: tokens gathered, their gradients not summed": Mutation(
-        GATHER, _method(tensor.GatherSum, "backward",
+        GATHER, _method(collectives.GatherSum, "backward",
                         lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "ETP: partial sums of the slices not summed": Mutation(SLICED, _replace(expert_tensor, "scatter_sum", _own_part)),
     "ETP: gradients of gathered rows not summed": Mutation(
@@ -367,7 +369,7 @@ MUTATIONS = {
     "CP: an objective's own inputs are not cut": Mutation(CP_PAIRS, _replace(
         division, "own_part", _first_inputs(division.own_part))),
     "CP: scores in the order of the ranks": Mutation(CP, _replace(
-        trainer, "whole_sequences", lambda own, meshes: own if meshes.layout.cp == 1 else tensor.all_gather(
+        trainer, "whole_sequences", lambda own, meshes: own if meshes.layout.cp == 1 else collectives.all_gather(
             own, 1, meshes.group("cp")))),
     "TP: log-probabilities of this rank's ids alone": Mutation(
         TP_DISTILLED, _replace(vocabulary_logits, "sum_alike", lambda x, group: x)),
