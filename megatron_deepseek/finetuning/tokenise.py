@@ -63,7 +63,7 @@ def tokenise(job: Job, say: Callable[[str], None]) -> Counts:
     with _alone(job.folder / "lock", say):
         done = finished(job)
         if done is None:
-            done = _put_together(job, _make_parts(job, say))
+            done = _put_together(job, make_parts(job, say))
             shutil.rmtree(job.folder / "parts", ignore_errors=True)
     refuse_bad_rows(done, job.max_bad_rows)
     return done
@@ -98,7 +98,7 @@ def refuse_bad_rows(counts: Counts, most: int):
                          f"--max-bad-rows {most} are skipped)")
 
 
-def _make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
+def make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
     folder, summaries = job.folder / "parts", {}
     folder.mkdir(exist_ok=True)
     progress = Progress(Counters(), sum(file.size for file in job.files), 1000, say)

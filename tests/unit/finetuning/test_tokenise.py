@@ -88,7 +88,7 @@ def made(tmp_path) -> set[str]:
 def test_it_is_made_once(tmp_path, monkeypatch):
     settings = data_settings(write(tmp_path / "a.jsonl", [SHORT, LONG]))
     first = quiet(settings)
-    monkeypatch.setattr(tokenise, "_make_parts", None)
+    monkeypatch.setattr(tokenise, "make_parts", None)
     assert quiet(replace(settings, seq_length=128, max_length=64, num_workers=2)).prefixes == first.prefixes
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())  # the content counts, not the name
