@@ -8,12 +8,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test test-all test-exhaustive drill mutants clean
+.PHONY: help venv pretrain finetune test test-all test-exhaustive drill mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
 	@echo '                RUN_DIR= another directory, STEPS= iterations, NPROC= processes (1, 2, 4 or 8),'
 	@echo '                OVERWRITE=1 removes the run that is there if it is another one'
+	@echo 'make finetune   after make pretrain: fine-tune that model on puzzles with reasoning; loss and answers before and'
+	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
@@ -36,6 +38,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 pretrain: $(STAMP)
 	$(BIN)/python tools/run_tiny.py --run-dir '$(RUN_DIR)' $(if $(STEPS),--steps $(STEPS)) $(if $(NPROC),--nproc $(NPROC)) \
 	  $(if $(OVERWRITE),--overwrite)
+
+finetune: pretrain
+	$(BIN)/python tools/run_tiny_finetuning.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
+	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: starts pretrain_deepseek.py on this node by tools/launch.py, which is torchrun with
-# the arguments checked first.
+# Sourced by the scripts beside it: starts pretrain_deepseek.py, or of finetune_*.sh finetune_deepseek.py, on this node by
+# tools/launch.py, which is torchrun with the arguments checked first.
 #
 # One node:    GPUS_PER_NODE=8 bash examples/SCRIPT.sh
 # Many nodes:  on each, MASTER_ADDR=host0 NNODES=16 NODE_RANK=0..15 bash examples/SCRIPT.sh
@@ -10,6 +10,11 @@
 set -euo pipefail
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+case $(basename "$0") in
+    finetune_*) ENTRY=finetune_deepseek.py ;;
+    *) ENTRY=pretrain_deepseek.py ;;
+esac
 
 refuse() {
     echo "$(basename "$0"): error: $*" >&2
@@ -26,7 +31,7 @@ about() {
 if [[ ${1:-} =~ ^(-h|--help)$ ]]; then
     about "$0"
     about "${BASH_SOURCE[0]}" | sed 1,2d
-    echo "The arguments: python tools/launch.py pretrain_deepseek.py --help"
+    echo "The arguments: python tools/launch.py $ENTRY --help"
     exit 0
 fi
 
@@ -85,6 +90,9 @@ tell_absent() {
     for word in ${DATA_PATH:-}; do
         [[ $word =~ ^[0-9.]+$ ]] || [ -e "$word.idx" ] || echo "note: not on this machine: $word.idx of DATA_PATH" >&2
     done
+    for word in ${DATASET:-} ${EVAL_DATASET:-}; do
+        [[ $word =~ ^[0-9.]+$ ]] || [ -e "$word" ] || echo "note: not on this machine: $word of DATASET" >&2
+    done
     [ -z "${TOKENIZER:-}" ] || [ -e "$TOKENIZER" ] || echo "note: not on this machine: TOKENIZER $TOKENIZER" >&2
 }
 
@@ -100,7 +108,7 @@ launch() {
         rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
                     --master_port "${MASTER_PORT:-29500}")
     fi
-    local arguments=(--nproc_per_node "$GPUS_PER_NODE" "${rendezvous[@]}" "$REPOSITORY/pretrain_deepseek.py" "$@")
+    local arguments=(--nproc_per_node "$GPUS_PER_NODE" "${rendezvous[@]}" "$REPOSITORY/$ENTRY" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
         tell_absent
         "$python" "$REPOSITORY/tools/launch.py" --dry-run "${arguments[@]}" > /dev/null

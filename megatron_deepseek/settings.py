@@ -167,7 +167,8 @@ class RunSettings:
     """The loop: how long it runs, how often it evaluates, saves and reports, and in which dtypes it computes.
 
     `train_iters`: the iteration at which it ends. With `train_samples` it is computed for a run from its start, and
-    again from a checkpoint that is resumed.
+    again from a checkpoint that is resumed. With `epochs` the data gives `train_samples`, both unknown before (0 and
+    None), and the last batch is made even if it is not full.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
     `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
@@ -175,6 +176,7 @@ class RunSettings:
 
     train_iters: int
     train_samples: int | None = None
+    epochs: int | None = None
     save: Path | None = None
     load: Path | None = None
     save_interval: int | None = None
@@ -211,8 +213,39 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class FineTuningSettings:
+    """What is special to fine-tuning; the fields are named after their options, `freeze` is in RunSettings.
+
+    `dataset` are files, or weights and files in turn; each of `eval_dataset` is a set of its own. `max_length`: the
+    most tokens of a conversation, None for the row's. `loss_average`: token or sample. `neftune_alpha`: 0 for no noise.
+    `generate_every`: iterations between answers to `generate_prompts` held-out prompts, of `generate_tokens` at most;
+    None for none.
+    """
+
+    dataset: tuple[str, ...]
+    eval_dataset: tuple[str, ...] = ()
+    template: str = "auto"
+    max_length: int | None = None
+    overlong: str = "drop"
+    packing: bool = True
+    loss_average: str = "token"
+    train_think_prefix: bool = False
+    history_reasoning: str = "as-release"
+    neftune_alpha: float = 0.0
+    max_bad_rows: int = 0
+    num_workers: int = 2
+    recipe: str = "deepseek-v3"
+    generate_every: int | None = None
+    generate_prompts: int = 8
+    generate_tokens: int = 128
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
 class Settings:
-    """All settings of a pre-training run. `notes`: lines for its start, on consequences that may not be expected."""
+    """All settings of a run. `fine_tuning` is None in pre-training. `notes`: lines for its start, on consequences that
+    may not be expected.
+    """
 
     model: ModelConfig
     layout: Layout
@@ -226,4 +259,5 @@ class Settings:
     offload: OffloadSettings
     data: DataSettings
     run: RunSettings
+    fine_tuning: FineTuningSettings | None = None
     notes: tuple[str, ...] = ()

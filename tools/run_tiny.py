@@ -36,13 +36,19 @@ RUN = ("STEPS", "NPROC")  # variables of the example that make its training anot
 
 @dataclass(frozen=True)
 class Step:
-    """A command, the files that it reads and makes, and the code (files or directories) that it depends on."""
+    """A command, the files that it reads and makes, and the code (files or directories) that it depends on.
+
+    `trains`: the directory of the run that it trains, None for other steps. `variables`: those of the example script
+    that make its training another run.
+    """
 
     name: str
     command: tuple[str, ...]
     code: tuple[Path, ...]
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
+    trains: Path | None = None
+    variables: tuple[str, ...] = ()
 
 
 def run(argv: list[str]) -> int:
@@ -110,7 +116,7 @@ def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
              (PACKAGE / "cli" / "preprocess_data.py", PACKAGE / "data"), (corpus, tokenizer), dataset),
         Step("training", ("bash", str(example / "pretrain_tiny.sh")),
              (PACKAGE, REPOSITORY / "pretrain_deepseek.py", example / "pretrain_tiny.sh", example / "common.sh"),
-             (*dataset, tokenizer), (metrics, marker, last)),
+             (*dataset, tokenizer), (metrics, marker, last), checkpoints, RUN),
         Step("loss curve", tool("plot_metrics.py", metrics, "--output", plot),
              (PACKAGE / "cli" / "plot.py", PACKAGE / "runtime"), (metrics,), (plot,)),
         Step("sample", tool("generate.py", "--load", checkpoints, "--tokenizer-model", tokenizer,
@@ -128,10 +134,10 @@ def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str], ove
         print(f"{label} {step.name}: still valid, reused", flush=True)
         return
     print(f"{label} {step.name}", flush=True)
-    told = " ".join(f"{name}={environ[name]}" for name in RUN) if step.name == "training" else None
-    if step.name == "training" and found.get("inputs") != wanted:
+    told = " ".join(f"{name}={environ[name]}" for name in step.variables) if step.trains else None
+    if step.trains and found.get("inputs") != wanted:
         before = found.get("told", "an earlier version") if found else None
-        discard_checkpoints(run_dir / "checkpoints", before, told, overwrite)
+        discard_checkpoints(step.trains, before, told, overwrite)
     write_stamp(stamp, {"inputs": wanted, "outputs": None, "told": told})
     start = time.perf_counter()
     execute(step, environ)
@@ -193,7 +199,7 @@ def discard_checkpoints(checkpoints: Path, told: str | None, now: str, overwrite
 
 def fingerprint(step: Step, environ: dict[str, str]) -> str:
     code = [file for path in step.code for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    run = [environ[name] for name in RUN] if step.name == "training" else []
+    run = [environ[name] for name in step.variables]
     return digest([sys.version, *step.command, *run, digest_files(tuple(code)), digest_files(step.inputs)])
 
 

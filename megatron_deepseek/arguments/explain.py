@@ -5,13 +5,15 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from megatron_deepseek.arguments.explain_ranks import every_rank, pipeline_ranks, places_of_pipeline_rank
 from megatron_deepseek.arguments.features import FEATURES, table
+from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.settings import parse_or_exit
 from megatron_deepseek.arguments.validation import RULES
 from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.launch.program import program
 from megatron_deepseek.parallel.layout_string import to_string
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -38,7 +40,7 @@ def explain(settings: Settings, every: bool = False) -> Iterator[str]:
     yield from every_rank(settings) if every else places_of_pipeline_rank(settings)
 
 
-def explain_layout(argv: Sequence[str]) -> None:
+def explain_layout(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser] = build_parser) -> None:
     """Print the layout and leave where `argv` has --explain-layout RANKS; otherwise return."""
     asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     asked.add_argument("--explain-layout", nargs="?", const="")
@@ -47,13 +49,13 @@ def explain_layout(argv: Sequence[str]) -> None:
     if options.explain_layout is None:
         return
     ranks = options.explain_layout if options.explain_layout.isdecimal() else "1"  # the parser refuses anything else
-    settings = parse_or_exit(argv, {"WORLD_SIZE": ranks})
+    settings = parse_or_exit(argv, {"WORLD_SIZE": ranks}, parser)
 
     def body() -> int:
         print("\n".join([*explain(settings, options.all), "", *goes_with_what(settings)]))
         return 0
 
-    raise SystemExit(exit_status("pretrain_deepseek.py", body))
+    raise SystemExit(exit_status(program(), body))
 
 
 def goes_with_what(settings: Settings) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""The command line of pre-training: Megatron-LM's argument names, in groups; validation.py says what fits together."""
+"""The command line of pre-training: Megatron-LM's argument names, in groups; validation.py says what fits together.
+
+Fine-tuning has the same groups but for length and data (finetuning.py).
+"""
 
 import argparse
 
@@ -28,9 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
                            usage="torchrun ... pretrain_deepseek.py --model NAME --data-path PREFIX ...",
                            description="Pre-train a DeepSeek model. Defaults are given in parentheses.",
                            epilog="examples/ has scripts that start it for each model, on one node and on many.")
-    for add in (add_model, add_moe, add_rope, _add_parallel, _add_batch, _add_learning_rate, _add_optimizer,
-                add_data, _add_checkpoint, _add_end_and_health,
-                _add_evaluation_and_logging, _add_recompute, _add_accepted):
+    for add in (*BEFORE_LENGTH, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA, add_data, *AFTER_DATA):
         add(parser)
     return parser
 
@@ -69,11 +70,18 @@ def _add_parallel(parser):
     add("--distributed-timeout-minutes", type=values.positive, default=10.0, help="for a collective (10)")
 
 
-def _add_batch(parser):
+def _add_length_and_batch(parser):
     group = parser.add_argument_group("length and batch")
-    length = group.add_mutually_exclusive_group(required=True)
+    add_lengths(group.add_mutually_exclusive_group(required=True))
+    add_batch(group)
+
+
+def add_lengths(length):
     length.add_argument("--train-iters", type=values.positive_int, help="iterations")
     length.add_argument("--train-samples", type=values.positive_int, help="sequences; iterations follow from batches")
+
+
+def add_batch(group):
     add = group.add_argument
     add("--micro-batch-size", type=values.positive_int, default=1, help="sequences in one forward pass (1)")
     add("--loss-chunk-size", type=values.positive_int, metavar="TOKENS",
@@ -122,7 +130,7 @@ def _add_optimizer(parser):
     add("--adam-beta2", type=values.beta, default=0.95, help="(0.95)")
     add("--adam-eps", type=values.positive, default=1e-8, help="(1e-8)")
     add("--weight-decay", type=values.non_negative, default=0.1, help="(0.1)")
-    add("--freeze-parameters", type=str, nargs="+", metavar="PATTERN",
+    add("--freeze-parameters", "--freeze", type=str, nargs="+", metavar="PATTERN",
         help='parameters that are not trained, by name: "model.layers.*.mlp.experts.*" (none)')
     add("--clip-grad", type=values.non_negative, default=1.0, help="largest norm of the gradient; 0 does not clip (1)")
     add("--exp-avg-dtype", type=str, choices=MOMENT_DTYPES, default="fp32",
@@ -221,3 +229,8 @@ def _add_accepted(parser):
         group.add_argument(option, type=str, choices=("fp32",), help="fp32")
     group.add_argument("--hidden-dropout", type=values.fraction, help="0")
     group.description += ": " + " ".join(ALWAYS_ON)
+
+
+BEFORE_LENGTH = (add_model, add_moe, add_rope, _add_parallel)
+BETWEEN_LENGTH_AND_DATA = (_add_learning_rate, _add_optimizer)
+AFTER_DATA = (_add_checkpoint, _add_end_and_health, _add_evaluation_and_logging, _add_recompute, _add_accepted)

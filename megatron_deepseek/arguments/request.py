@@ -26,6 +26,15 @@ class Request:
     local_world_size: int | None = None
 
     @property
+    def fine_tunes(self) -> bool:
+        """Return whether these are arguments of fine-tuning."""
+        return hasattr(self.args, "dataset")
+
+    @property
+    def entry(self) -> str:
+        return "finetune_deepseek.py" if self.fine_tunes else "pretrain_deepseek.py"
+
+    @property
     def tp(self) -> int:
         return self.args.tensor_model_parallel_size
 

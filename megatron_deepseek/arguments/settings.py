@@ -6,7 +6,7 @@ import io
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture
@@ -16,11 +16,13 @@ from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.validation import check
 from megatron_deepseek.launch.agent import tell_agent
+from megatron_deepseek.launch.program import program
 from megatron_deepseek.model.architecture.presets import config_file
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import (
     CommunicationSettings,
     DataSettings,
+    FineTuningSettings,
     LearningRateSettings,
     LossSettings,
     OffloadSettings,
@@ -36,12 +38,14 @@ from megatron_deepseek.training import schedules, timeline
 SILENT_SECONDS = 10.0
 
 
-def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
+def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None,
+          parser: Callable[[], argparse.ArgumentParser] = build_parser) -> Settings:
     """Return the settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node.
 
-    Raise ValueError, of one line, for a user's mistake. --help prints and raises SystemExit(0), as argparse does.
+    `parser` makes the parser of a task. Raise ValueError, of one line, for a user's mistake. --help prints and raises
+    SystemExit(0), as argparse does.
     """
-    return build_settings(build_parser().parse_args(list(argv)), world_size, local_world_size)
+    return build_settings(parser().parse_args(list(argv)), world_size, local_world_size)
 
 
 def build_settings(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> Settings:
@@ -62,18 +66,20 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=run,
+        fine_tuning=_fine_tuning(request) if request.fine_tunes else None,
         notes=(*describe_architecture(args), *notices(request)))
 
 
-def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str],
+                  parser: Callable[[], argparse.ArgumentParser] = build_parser) -> Settings:
     """Parse for an entry point: rank 0 alone prints what is wrong, and every rank leaves with status 2."""
     first = environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):  # --help, once
         try:
             world_size = int(environ.get("WORLD_SIZE", "1"))
-            return parse(argv, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
+            return parse(argv, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size)), parser)
         except ValueError as error:
-            line = f"pretrain_deepseek.py: error: {error}"
+            line = f"{program()}: error: {error}"
             if first:
                 print(line, file=sys.stderr, flush=True)
             else:
@@ -94,7 +100,7 @@ def _begins(request: Request) -> bool:
     The length of a resumed run depends on the batches that it had, and rank 0 decides whether a run resumes
     (runtime/decision.py): parsing looks at no checkpoint.
     """
-    return request.args.load is None and request.args.save is None
+    return request.args.load is None and request.args.save is None and getattr(request.args, "epochs", None) is None
 
 
 def _fill(kind: type, args, **given):
@@ -119,12 +125,17 @@ def _learning_rate(request: Request) -> LearningRateSettings:
 
 def _loss(request: Request) -> LossSettings:
     args = request.args
-    has_bias = request.model.n_routed_experts > 0 and request.model.topk_method == "noaux_tc"
     rate = args.moe_router_bias_update_rate
     kind, coefficient = request.balance
     return _fill(LossSettings, args, balance_type=kind, moe_aux_loss_coeff=coefficient,
                  moe_token_drop_policy=args.moe_token_drop_policy or "probs",
-                 moe_router_bias_update_rate=(1e-3 if has_bias else 0.0) if rate is None else rate)
+                 moe_router_bias_update_rate=_usual_bias_rate(request) if rate is None else rate)
+
+
+def _usual_bias_rate(request: Request) -> float:
+    """Return V3's rate in pre-training. Fine-tuning leaves the routers' biases, as the end of V3's pre-training did."""
+    has_bias = request.model.n_routed_experts > 0 and request.model.topk_method == "noaux_tc"
+    return 1e-3 if has_bias and not request.fine_tunes else 0.0
 
 
 def _recompute(request: Request) -> RecomputeSettings:
@@ -135,17 +146,30 @@ def _recompute(request: Request) -> RecomputeSettings:
 
 
 def _data(request: Request) -> DataSettings:
-    data_path, split_data_paths = data_paths(request.args)
+    data_path, split_data_paths = ((), None) if request.fine_tunes else data_paths(request.args)
     return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths,
-                 data_arguments=data_arguments(request.args))
+                 data_arguments=() if request.fine_tunes else data_arguments(request.args))
+
+
+def _fine_tuning(request: Request) -> FineTuningSettings:
+    args = request.args
+    return _fill(FineTuningSettings, args, dataset=tuple(args.dataset), eval_dataset=tuple(args.eval_dataset or ()))
 
 
 def _run(request: Request) -> RunSettings:
     args = request.args
     eval_iters = args.eval_iters or 0
+    evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else bool(eval_iters)
     run = _fill(RunSettings, args, eval_iters=eval_iters,
-                eval_interval=(args.eval_interval or 1000) if eval_iters else None,
+                eval_interval=(args.eval_interval or 1000) if evaluates else None,
+                finetune=args.finetune or _begins_from_weights(request), train_iters=args.train_iters or 0,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 freeze_parameters=tuple(args.freeze_parameters or ()),
                 sharding=args.data_parallel_sharding_strategy, model_file=config_file(args.model))
     return replace(run, train_iters=timeline.last_iteration(run, request.batch))
+
+
+def _begins_from_weights(request: Request) -> bool:
+    """Return whether the first start of a fine-tuning takes weights alone; a --load that is --save is its own run."""
+    load, save = request.args.load, request.args.save
+    return request.fine_tunes and load is not None and (save is None or load.resolve() != save.resolve())

@@ -5,6 +5,7 @@ strings over a Request `r`.
 """
 
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
@@ -40,8 +41,9 @@ def _moment_decay(option: str, beta: str) -> Rule:
 
 
 def _data_error(r: Request) -> bool:
-    """Return False, or raise the ValueError of the reader of data arguments."""
-    data_paths(r.args)
+    """Return False, or raise the ValueError of the reader of pre-training's data arguments."""
+    if not r.fine_tunes:
+        data_paths(r.args)
     return False
 
 
@@ -72,7 +74,7 @@ _LAYOUT = (
     Rule("the sizes ask for several ranks, but one process was started",
          lambda r: r.world_size == 1 and r.fewest_ranks > 1,
          "{r.dividing_sizes} needs {r.fewest_ranks} processes or a multiple, and this is one alone; start them by: "
-         "python tools/launch.py --nproc_per_node {r.fewest_ranks} pretrain_deepseek.py ..."),
+         "python tools/launch.py --nproc_per_node {r.fewest_ranks} {r.entry} ..."),
     Rule("the tensor- and pipeline-parallel sizes do not divide the number of ranks",
          lambda r: r.world_size % (r.tp * r.pp) != 0,
          f"{TP} x {PP} does not divide the {{r.world_size}} ranks of the job"),
@@ -234,11 +236,12 @@ _RUN = (
          "need --recompute-granularity full, not {r.args.recompute_granularity}"),
     Rule("recomputing several layers as one is not supported", lambda r: r.args.recompute_num_layers not in (None, 1),
          "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
-    Rule("evaluation needs validation data", lambda r: bool(r.args.eval_iters) and r.validation_weight == 0,
+    Rule("evaluation needs validation data",
+         lambda r: not r.fine_tunes and bool(r.args.eval_iters) and r.validation_weight == 0,
          "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0, or "
          "--valid-data-path is missing"),
     Rule("an interval of evaluations needs evaluations",
-         lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
+         lambda r: not r.fine_tunes and r.args.eval_interval is not None and r.args.eval_iters is None,
          "--eval-interval {r.args.eval_interval} needs --eval-iters"),
     Rule("positions by document need attention by document",
          lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
@@ -281,7 +284,7 @@ _RUN = (
          "{r.args.profile_step_end}"),
 )
 
-RULES = _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
+RULES = _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN + FINE_TUNING
 
 
 def check(request: Request) -> None:

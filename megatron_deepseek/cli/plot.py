@@ -40,7 +40,7 @@ def read_curves(path: Path, label: str) -> Curves:
     """Read a metrics.jsonl; raise ValueError if it has no step, or a value that is no number."""
     records = list(read_metrics(path))
     steps = [record for record in records if "lm_loss" in record]
-    validations = [record for record in records if "validation_lm_loss" in record]
+    validations = [*_held_out(records), *(record for record in records if "validation_lm_loss" in record)]
     if not steps:
         raise ValueError(f"{path} holds no training step")
     try:
@@ -50,6 +50,14 @@ def read_curves(path: Path, label: str) -> Curves:
             _column(validations, "validation_lm_loss"), _table(validations, "validation_mtp_loss"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a value that is no number: {error}") from error
+
+
+def _held_out(records: list[dict]) -> list[dict]:
+    """Return the evaluations of the first set that fine-tuning holds out, as those of a validation."""
+    found = [record for record in records if "eval_loss" in record]
+    return [{"iteration": record["iteration"], "validation_lm_loss": record["eval_loss"],
+             "validation_mtp_loss": record.get("eval_mtp_loss")} for record in found
+            if record["eval_set"] == found[0]["eval_set"]]
 
 
 def _column(records: list[dict], name: str) -> np.ndarray:

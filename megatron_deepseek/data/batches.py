@@ -32,7 +32,8 @@ class Sampler:
     """Reads global batches of a dataset by the number of consumed samples. It holds no position: the caller counts.
 
     The error about a token id outside `vocab_size` names the dataset: the blend's name for it, or `data_path` where
-    there is no blend. `eod`, if given, ends documents that don't attend to each other.
+    there is no blend. `eod`, if given, ends documents that don't attend to each other; a dataset whose samples have
+    `documents`, and `real` for what is no padding, says itself which these are.
     """
 
     def __init__(self, dataset, vocab_size: int, data_path: str, eod: int | None = None):
@@ -51,11 +52,13 @@ class Sampler:
                 for sample, ids_S in zip(samples, ids_BS):
                     check_token_ids(ids_S, self.vocab_size, self._name(sample))
         weights_BS = torch.stack([sample["loss_mask"] for sample in samples]).float()
-        documents_BS = None if self.eod is None else number_documents(tokens_BS, self.eod)
+        documents_BS = _stacked(samples, "documents")
+        if documents_BS is None and self.eod is not None:
+            documents_BS = number_documents(tokens_BS, self.eod)
         sources = torch.tensor([sample["source"] for sample in samples])
         sources_BK = F.one_hot(sources, len(self.source_names)).bool() if self.source_names else None
         return Batch(tokens_BS=tokens_BS, labels_BS=labels_BS, weights_BS=weights_BS, documents_BS=documents_BS,
-                     sources_BK=sources_BK)
+                     sources_BK=sources_BK, real_BS=_stacked(samples, "real"))
 
     def _name(self, sample: dict) -> str:
         return self.source_names[sample["source"]] if self.source_names else self.data_path
@@ -65,6 +68,11 @@ class Sampler:
         """Yield `eval_iters` batches, the same ones every time: the first samples of the dataset."""
         for step in range(eval_iters):
             yield self.batch(step * global_batch_size, global_batch_size, micro_batch_size, dp_rank, dp_size)
+
+
+def _stacked(samples: list[dict], name: str) -> torch.Tensor | None:
+    """Return what each sample has under `name`, None where the dataset has no such thing."""
+    return torch.stack([sample[name] for sample in samples]) if name in samples[0] else None
 
 
 def number_documents(tokens_BS: torch.Tensor, eod: int) -> torch.Tensor:

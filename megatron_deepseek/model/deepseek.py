@@ -70,7 +70,8 @@ class DeepseekStage(nn.Module):
             self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.gemm, loss_chunk_size)
         elif stage.loss:
             self.head = OutputHead(self.tp, self.model.embed_tokens.local_weight, chunk_size=loss_chunk_size)
-        self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device, wide), dim=1)
 
     def forward(self, x: torch.Tensor, micro_batch: MicroBatch, step: StepContext) -> torch.Tensor:
         if not self.stage.holds_anything:
@@ -89,7 +90,7 @@ class DeepseekStage(nn.Module):
         There are as many MTP depths as the micro-batch has labels for.
         """
         labels_BMS = micro_batch.rows.labels_BMS
-        x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
+        x = self._embed(x, micro_batch) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
         positions = Positions(self.rope_2SD, micro_batch.mask)
         routed = [None] * labels_BMS.shape[1] if micro_batch.routed_BMS is None else micro_batch.routed_BMS.unbind(1)
@@ -104,6 +105,13 @@ class DeepseekStage(nn.Module):
                 index = self.config.num_hidden_layers + depth
                 states.append(self._layer(index, step, positions, routed[depth + 1], states[-1], embedding))
         return states
+
+    def _embed(self, tokens_BS: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """Return the embeddings of the main model's input. MTP modules get theirs of the next tokens without noise."""
+        x = self.model.embed_tokens(tokens_BS)
+        if micro_batch.noise is None:
+            return x
+        return micro_batch.noise.add_to(x, self.tp.rank * x.shape[1] if self.tp.sequence_parallel else 0)
 
     def mtp_layers(self, from_depth: int) -> list[nn.Module]:
         """Return this stage's MTP modules of the depths from `from_depth` on, counted from 0."""

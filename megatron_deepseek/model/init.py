@@ -28,7 +28,7 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def split_mix(counter: torch.Tensor, key: int) -> torch.Tensor:
+def split_mix(counter: torch.Tensor, key: int | torch.Tensor) -> torch.Tensor:
     """Return 64 well-mixed bits for each int64 counter."""
     z = counter * _signed(0x9E3779B97F4A7C15) + key
     z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -36,10 +36,19 @@ def split_mix(counter: torch.Tensor, key: int) -> torch.Tensor:
     return z ^ _shift_right(z, 31)
 
 
+def stream_key(name: str) -> int:
+    """Return the key of the stream of random numbers that is called `name`, a signed 64-bit integer."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def uniform(index: torch.Tensor, key: int | torch.Tensor) -> torch.Tensor:
+    """Return a float64 in [0, 1), a multiple of 2**-53, for each int64 `index` of the stream `key`."""
+    return _shift_right(split_mix(index, key), 11).double() / (1 << 53)
+
+
 def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
     """Return a standard normal float64 for each int64 `index` of the parameter `name`."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    bits = split_mix(index, int.from_bytes(digest, "little", signed=True))
+    bits = split_mix(index, stream_key(f"{seed}:{name}"))
     uniform_1 = (_shift_right(bits, 32).double() + 0.5) / (1 << 32)
     uniform_2 = ((bits & 0xFFFFFFFF).double() + 0.5) / (1 << 32)
     return (-2 * uniform_1.log()).sqrt() * (2 * math.pi * uniform_2).cos()

@@ -55,10 +55,14 @@ def inverse_frequencies(config: ModelConfig, seq_length: int) -> torch.Tensor:
     return frequencies / scaling.factor if scaling is not None and scaling.kind == "linear" else frequencies
 
 
-def rope_table(config: ModelConfig, seq_length: int, device: torch.device) -> torch.Tensor:
-    """Return cos and sin of every position and pair, [2, S, D/2] float32, times YaRN's ratio of mscales."""
+def rope_table(config: ModelConfig, seq_length: int, device: torch.device, dtype: torch.dtype = torch.float32
+               ) -> torch.Tensor:
+    """Return cos and sin of every position and pair, [2, S, D/2] of `dtype`, times YaRN's ratio of mscales.
+
+    In float32 the angle between two positions depends on where they are, by rounding; in float64 on their distance.
+    """
     with torch.device("cpu"):  # has values even while a model is being built on the meta device
-        angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), inverse_frequencies(config, seq_length))
+        angles = torch.outer(torch.arange(seq_length, dtype=dtype), inverse_frequencies(config, seq_length).to(dtype))
         table = torch.stack([angles.cos(), angles.sin()])
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "yarn":

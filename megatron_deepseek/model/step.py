@@ -11,6 +11,7 @@ import torch
 
 from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.moe import RouterStats
+from megatron_deepseek.model.noise import EmbeddingNoise
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.parallel.sequence_sums import SequenceSums
 
@@ -54,12 +55,13 @@ class MicroBatch:
     """One micro-batch on this context rank.
 
     `routed_BMS`: which positions go to routed experts (`shifts.routed_tokens`), None for all. `mask`: what each token
-    sees, the same for every layer.
+    sees, the same for every layer. `noise`: what is added to the embeddings, None for nothing.
     """
 
     rows: Rows
     routed_BMS: torch.Tensor | None = None
     mask: CausalMask = CausalMask()
+    noise: EmbeddingNoise | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 
 from megatron_deepseek.parallel.collectives import sum_alike
 from megatron_deepseek.parallel.tensor import TensorParallel
@@ -34,6 +35,28 @@ class VocabularyLogits:
     def log_normalizer_T(self) -> torch.Tensor:
         """Return the log of the sum of exp(logit) over the vocabulary."""
         return log_normalizer(self.wide_Tv, self.tp)
+
+    def are_likeliest(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Return whether no id has a larger logit than that of `ids_T`, bool [T]; an equal one may have."""
+        local_T, mine_T = local_ids(ids_T, self.local_Tv.shape[-1], self.tp)
+        wide_Tv = self.wide_Tv.detach()
+        logit_T = wide_Tv.gather(-1, local_T.unsqueeze(-1)).squeeze(-1).where(mine_T, -torch.inf)
+        largest_2T = torch.stack([wide_Tv.amax(-1), logit_T])
+        if self.tp.size > 1:
+            dist.all_reduce(largest_2T, op=dist.ReduceOp.MAX, group=self.tp.group)
+        return largest_2T[1] >= largest_2T[0]
+
+    def likeliest(self) -> torch.Tensor:
+        """Return the id with the largest logit, int64 [T]; of equal ones the lowest."""
+        largest_T, local_T = self.wide_Tv.detach().max(-1)
+        ids_T = local_T + self.tp.rank * self.local_Tv.shape[-1]
+        if self.tp.size == 1:
+            return ids_T
+        all_T = largest_T.clone()
+        dist.all_reduce(all_T, op=dist.ReduceOp.MAX, group=self.tp.group)
+        ids_T = ids_T.where(largest_T == all_T, torch.iinfo(torch.int64).max)
+        dist.all_reduce(ids_T, op=dist.ReduceOp.MIN, group=self.tp.group)
+        return ids_T
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
         """Return log p of the vocabulary's ids [T] or [T, K], in their shape."""

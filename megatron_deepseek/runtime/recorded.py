@@ -16,13 +16,16 @@ from megatron_deepseek.settings import Settings
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "overwrite", "save_hf",
                    "exit_interval", "exit_duration_in_mins", "log_interval", "tensorboard_dir", "profile",
                    "profile_step_start", "profile_step_end", "distributed_timeout_minutes"},
-           "data": {"data_cache_path", "seed"}}
+           "data": {"data_cache_path", "seed"},
+           "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run", "generate_every",
+                           "generate_prompts", "generate_tokens"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
-          "loss": None, "data": None, "files": None, "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
+          "loss": None, "data": None, "files": None, "fine_tuning": None,
+          "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
              "run": {"sharding", "fp8_param_gather"}}
-_LENGTHS = ("train_iters", "train_samples")
+_LENGTHS = ("train_iters", "train_samples", "epochs")
 _OPTIONS = {"layout": {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
                        "cp": "--context-parallel-size", "ep": "--expert-model-parallel-size",
                        "etp": "--expert-tensor-parallel-size", "dp": "data-parallel ranks"},
@@ -72,10 +75,14 @@ class RecordedArguments:
         return {"settings": self.settings, "origin": self.origin, "job": asdict(self.job), "files": self.files}
 
 
-def record(settings: Settings, origin: str | None, job: Job) -> RecordedArguments:
-    """Return what this run records of itself; looks at the sizes of its data files and reads its tokenizer."""
+def record(settings: Settings, origin: str | None, job: Job, files: Mapping[str, Any] | None = None
+           ) -> RecordedArguments:
+    """Return what this run records of itself; looks at the sizes of its data files and reads its tokenizer.
+
+    `files`: what its task records of other files.
+    """
     concerns = {name: _json(value) for name, value in asdict(settings).items() if isinstance(value, dict)}
-    return RecordedArguments(concerns, origin, job, _files(settings))
+    return RecordedArguments(concerns, origin, job, _files(settings) | _json(files or {}))
 
 
 def read_recorded(directory: Path) -> RecordedArguments | None:

@@ -8,10 +8,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -29,6 +29,8 @@ class Listener(Protocol):
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None: ...
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -53,6 +55,11 @@ class Report:
         """
         for listener in self._listeners:
             listener.validation(iteration, lm_loss, tuple(mtp_loss), source_loss)
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        """Report the evaluation of a set that fine-tuning holds out; like `validation` before the checkpoint."""
+        for listener in self._listeners:
+            listener.held_out(iteration, name, results)
 
     def message(self, text: str) -> None:
         for listener in self._listeners:
@@ -123,6 +130,10 @@ class MetricsLog:
         self._file.append({"iteration": iteration, "validation_lm_loss": lm_loss, "validation_mtp_loss": mtp_loss,
                            **by_source})
 
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self._file.append({"iteration": iteration, "eval_set": name,
+                           **{f"eval_{key}": value for key, value in results.items()}})
+
     def message(self, text: str) -> None:
         pass
 
@@ -145,6 +156,9 @@ class ProgressBar:
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None:
         self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self.message(_held_out_line(iteration, name, results))
 
     def message(self, text: str) -> None:
         self._bar.write(text, file=self._stream)
@@ -179,6 +193,9 @@ class ProgressLines:
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
                    source_loss: dict[str, float] | None) -> None:
         self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self.message(_held_out_line(iteration, name, results))
 
     def message(self, text: str) -> None:
         """Print a line. A reader that has gone (a closed terminal, `| head`) ends the printing, not the training."""
@@ -227,6 +244,9 @@ class TensorBoard:
                    source_loss: dict[str, float] | None) -> None:
         self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss})
 
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self._scalars(f"held out/{name}", iteration, results)
+
     def _scalars(self, group: str, iteration: int, values: dict) -> None:
         for name, value in values.items():
             if isinstance(value, tuple):
@@ -256,6 +276,16 @@ def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]
     return " | ".join(fields)
 
 
+def _held_out_line(iteration: int, name: str, results: dict[str, Any]) -> str:
+    """Return the results that are there, in the order of `_HELD_OUT`."""
+    shown = [form(results[key]) for key, form in _HELD_OUT.items() if results.get(key) not in (None, ())]
+    return " | ".join([f"{name} at iteration {iteration}", *shown])
+
+
+_HELD_OUT: Mapping[str, Callable[[Any], str]] = {
+    "loss": "loss {:.4f}".format, "perplexity": "perplexity {:.3f}".format,
+    "token_accuracy": "token accuracy {:.1%}".format, "exact_match": "exact match {:.1%}".format,
+    "answers": "of {} answers".format, "mtp_loss": lambda losses: f"mtp loss {_losses(losses)}"}
 _SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
 
 

@@ -12,7 +12,6 @@ from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.publishing import check_writable
 from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
-from megatron_deepseek.data.pretraining import check_data
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
 from megatron_deepseek.parallel.restarts import job_name
@@ -22,6 +21,7 @@ from megatron_deepseek.runtime.decision import Start, decide
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differences, explain_marks
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.save_lock import SaveLock
+from megatron_deepseek.runtime.task import Task
 from megatron_deepseek.runtime.user_errors import end_on_user_error, end_taken_over
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.schedules import schedule_of
@@ -42,17 +42,17 @@ def save_lock(settings: Settings, job: Job) -> SaveLock | None:
                     lambda holder: end_taken_over(settings.run.save, holder))
 
 
-def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None) -> Start | None:
+def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: Task) -> Start | None:
     """Check the files of the run and decide what it begins from, on rank 0 before anything is built.
 
     A user's mistake ends the job with one line. Return None on other ranks.
     """
     if not _is_first_rank():
         return None
-    run = settings.run
     with end_on_user_error(lock=lock):
         choose_device()
-        check_data(settings.data, settings.model.vocab_size, num_samples(settings))
+        settings = task.check(settings)
+        run = settings.run
         if run.chat_template is not None:
             tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
             check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
@@ -111,8 +111,9 @@ def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
     return replace(settings, run=run), state
 
 
-def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
-    """Report what this job is, what it continues, and what a killed one left behind."""
+def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState,
+             notes: tuple[str, ...] = ()) -> None:
+    """Report what this job is, its task's `notes`, what it continues, and what a killed one left behind."""
     layout, run = settings.layout, settings.run
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
     schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
@@ -121,7 +122,7 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
     reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
     frozen = [describe_frozen(settings.model, run.freeze_parameters)] if run.freeze_parameters else []
-    for line in (*frozen, *settings.notes, *reach):
+    for line in (*frozen, *settings.notes, *notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):

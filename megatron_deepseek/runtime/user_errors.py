@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_deepseek.launch.agent import tell_agent
+from megatron_deepseek.launch.program import program
 from megatron_deepseek.parallel.restarts import agent_store
 from megatron_deepseek.runtime.failure import FailureClaim
 from megatron_deepseek.runtime.lock_holder import Holder
@@ -35,7 +36,7 @@ def end_with_error(line: str) -> None:
     """End this rank with status 2. The first rank to claim the job's failure says `line`."""
     if int(os.environ.get("RANK", "0")):
         time.sleep(FIRST_RANK_SECONDS)
-    line = f"pretrain_deepseek.py: error: {line}"
+    line = f"{program()}: error: {line}"
     if FailureClaim(agent_store()).is_first():
         print(line, file=sys.stderr, flush=True)
     else:

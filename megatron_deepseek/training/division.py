@@ -9,6 +9,7 @@ import torch
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.attention.mask import CausalMask
+from megatron_deepseek.model.noise import EmbeddingNoise
 from megatron_deepseek.model.shifts import routed_tokens, shifted_labels
 from megatron_deepseek.model.step import MicroBatch, Rows
 from megatron_deepseek.ops.documents import Documents
@@ -88,4 +89,4 @@ def _micro_batch(rows: Rows, routed_BMS: torch.Tensor | None, documents: Documen
         sources_BK=None if rows.sources_BK is None else rows.sources_BK[chosen])
     seq_length = rows.labels_BMS.shape[2] * cp.size
     mask = CausalMask.on_rank(cp, seq_length, own_documents)
-    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], mask)
+    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], mask, EmbeddingNoise.of(own.inputs))

@@ -75,7 +75,7 @@ class NextToken(Objective):
             loss = (loss_BS * rows.weights_BMS[:, depth]).sum() / (counts[f"weight_{depth}"] or 1.0)
             reports["lm_loss" if depth == 0 else f"mtp_loss_{depth}"] = loss
             if depth == 0:
-                reports |= self._by_source(loss_BS.detach(), rows)
+                reports |= self.source_sums(loss_BS.detach(), rows)
             total = total + (loss if depth == 0 else loss * self.mtp_scale / predictions.num_depths)
         return Contribution(total, reports)
 
@@ -88,7 +88,7 @@ class NextToken(Objective):
                ) -> NextTokenLosses:
         return NextTokenLosses(reports, balance_loss, counts)
 
-    def _by_source(self, loss_BS: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
+    def source_sums(self, loss_BS: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
         """Return the sum of main token losses of each dataset; not the mean, since a dataset may have no label."""
         if rows.sources_BK is None:
             return {}

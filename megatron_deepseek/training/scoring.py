@@ -3,7 +3,7 @@
 Shapes: B rows of this data rank, S tokens of a whole sequence, K experts of a token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from megatron_deepseek.model.step import Contribution, Rows
 from megatron_deepseek.parallel.collectives import all_gather
 from megatron_deepseek.parallel.context import zigzag
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
 from megatron_deepseek.training.objective import Objective
 
 
@@ -29,22 +30,30 @@ class Scores:
     experts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class KeepLogProbabilities(Objective):
-    """An objective without a loss, which keeps the log-probabilities of each micro-batch in `kept`, in their order."""
+class Keep(Objective):
+    """An objective without a loss, which keeps what `read` takes of each micro-batch in `kept`, in their order."""
 
-    def __init__(self):
-        self.kept: list[torch.Tensor] = []
+    def __init__(self, read: Callable[[Predictions], torch.Tensor]):
+        self.read, self.kept = read, []
 
     def counts(self, rows: Rows) -> Mapping[str, float]:
         return {}
 
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
-        log_probabilities_BS = predictions.log_probabilities()
-        self.kept.append(log_probabilities_BS)
-        return Contribution(log_probabilities_BS.new_zeros(()))
+        read_BS = self.read(predictions)
+        self.kept.append(read_BS)
+        return Contribution(read_BS.new_zeros(()))
 
     def reported(self, rows: Rows) -> tuple[str, ...]:
         return ()
+
+
+def log_probabilities(predictions: Predictions) -> torch.Tensor:
+    return predictions.log_probabilities()
+
+
+def likeliest(predictions: Predictions) -> torch.Tensor:
+    return predictions.for_chunks(VocabularyLogits.likeliest)
 
 
 def whole_sequences(own: torch.Tensor, meshes: Meshes) -> torch.Tensor:

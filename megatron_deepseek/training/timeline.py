@@ -110,8 +110,12 @@ def last_iteration(run: RunSettings, batch: BatchSettings, state: TrainState = T
     """Return the iteration after which a run that is at `state` ends; that of `state` if it is past its end.
 
     --train-iters counts iterations, whatever their size. --train-samples is the number of samples that all batches
-    together may take, those before `state` included.
+    together may take, those before `state` included. --epochs takes all samples, in a last batch that is not full if
+    need be.
     """
     if run.train_samples is None:
         return run.train_iters
-    return max(timeline(batch, state).iterations(run.train_samples), state.iteration)
+    line = timeline(batch, state)
+    whole = line.iterations(run.train_samples)
+    partial = run.epochs is not None and line.samples(whole) < run.train_samples
+    return max(whole + partial, state.iteration)

@@ -21,6 +21,7 @@ from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, build_stages
 from megatron_deepseek.model.frozen import trained_parameters
+from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import StepContext, StepStatistics
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import gather_once
@@ -42,7 +43,15 @@ from megatron_deepseek.training.optimizer import (
     gradient_norm,
     set_learning_rate,
 )
-from megatron_deepseek.training.scoring import KeepLogProbabilities, Scores, chosen_experts, from_stage, whole_sequences
+from megatron_deepseek.training.scoring import (
+    Keep,
+    Scores,
+    chosen_experts,
+    from_stage,
+    likeliest,
+    log_probabilities,
+    whole_sequences,
+)
 
 
 @dataclass(frozen=True)
@@ -128,14 +137,14 @@ class Trainer:
 
         `stop_flags` is asked when the ranks add up their losses, and travels with them.
         """
-        divided, counts, step = self._begin(batch)
+        divided, counts, step = self._begin(batch, self.objective)
         self.optimizer.zero_grad()
         self.counter.take()  # what an evaluation sent
         self.pipeline.train(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
         for shared in self.shared:
             shared.sum_gradients()
         norm = gradient_norm(self.parameters, self.meshes.device)
-        losses, agreed = self._reduce(step.statistics, divided, counts, stop_flags())
+        losses, agreed = self._reduce(self.objective, step.statistics, divided, counts, stop_flags())
         healthy = losses.finite() and math.isfinite(norm.item())
         if healthy:
             self._update(norm, learning_rate)
@@ -149,41 +158,54 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
 
-    def evaluate(self, batch: Batch) -> Losses:
-        """Return the losses of a batch without training on it."""
-        divided, counts, step = self._begin(batch)
-        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
-        return self._reduce(step.statistics, divided, counts, StopFlags())[0]
+    def evaluate(self, batch: Batch, objective: Objective | None = None) -> Losses:
+        """Return the losses of a batch without training on it: those of `objective`, or else of what is trained for."""
+        objective = objective or self.objective
+        divided, counts, step = self._begin(batch, objective)
+        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + objective.num_depths)
+        return self._reduce(objective, step.statistics, divided, counts, StopFlags())[0]
 
     def score(self, batch: Batch, experts: bool = False) -> Scores:
         """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose.
 
         Nothing is trained. Every rank of the job calls it, with the same number of rows.
         """
-        objective = KeepLogProbabilities()
-        divided = self._divide(batch, objective)
         statistics = StepStatistics(chosen={} if experts else None)
-        step = StepContext(1, partial(objective.contribution, counts={}), statistics)
-        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
-        own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
         wide = torch.promote_types(self.spec.build.precision.activations, torch.float32)
-        like = batch.tokens_BS.new_empty(batch.tokens_BS.shape, dtype=wide)
-        scores = from_stage(own, like, self.holders[-1], self.meshes)
+        scores = self._read(batch, log_probabilities, wide, statistics)
         if not experts:
             return Scores(scores)
         like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.spec.model.num_experts_per_tok or 0)
-        return Scores(scores, chosen_experts(step.statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
+        return Scores(scores, chosen_experts(statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
+
+    def likeliest(self, batch: Batch) -> torch.Tensor:
+        """Return the id that is the likeliest after each token, [B, S], on every rank that has the rows.
+
+        Labels of the batch do not matter. Every rank of the job calls it, with the same number of rows.
+        """
+        return self._read(batch, likeliest, torch.int64, StepStatistics())
+
+    def _read(self, batch: Batch, read: Callable[[Predictions], torch.Tensor], dtype: torch.dtype,
+              statistics: StepStatistics) -> torch.Tensor:
+        """Return what `read` takes of the main prediction of each token, [B, S] of `dtype`, on every rank."""
+        objective = Keep(read)
+        divided = self._divide(batch, objective)
+        step = StepContext(1, partial(objective.contribution, counts={}), statistics)
+        self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
+        own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
+        like = batch.tokens_BS.new_empty(batch.tokens_BS.shape, dtype=dtype)
+        return from_stage(own, like, self.holders[-1], self.meshes)
 
     def _moe_holders(self) -> dict[str, int]:
         """Return the pipeline rank of each layer of the main model that has routed experts."""
         return {f"model.layers.{index}.mlp": holder for stage, holder in zip(self.spec.stages, self.holders)
                 for index in stage.layers if self.spec.model.is_moe_layer(index)}
 
-    def _begin(self, batch: Batch) -> tuple[Division, dict[str, float], StepContext]:
+    def _begin(self, batch: Batch, objective: Objective) -> tuple[Division, dict[str, float], StepContext]:
         """Return the divided batch, what its losses are divided by, and the context of the step."""
-        divided = self._divide(batch, self.objective)
-        counts, num_sequences = self.global_counts(divided, self.objective)
-        return divided, counts, StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
+        divided = self._divide(batch, objective)
+        counts, num_sequences = self.global_counts(divided, objective)
+        return divided, counts, StepContext(num_sequences, partial(objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
         return divide(batch, objective, self.cp, self.spec.micro_batch_size, self.spec.model.n_routed_experts > 0)
@@ -201,13 +223,13 @@ class Trainer:
         *counts, num_sequences = together.tolist()
         return dict(zip(own, counts)), int(num_sequences)
 
-    def _reduce(self, statistics: StepStatistics, divided: Division, counts: Mapping[str, float], stop_flags: StopFlags
-                ) -> tuple[Losses, StopFlags]:
+    def _reduce(self, objective: Objective, statistics: StepStatistics, divided: Division, counts: Mapping[str, float],
+                stop_flags: StopFlags) -> tuple[Losses, StopFlags]:
         """Sum the reports, the balance loss and the requests over the ranks.
 
         Reports are the same on all TP ranks, of which the first one counts; each has a share of the balance loss.
         """
-        names, first_tp = self.objective.reported(divided.rows), self.meshes.rank("tp") == 0
+        names, first_tp = objective.reported(divided.rows), self.meshes.rank("tp") == 0
         if statistics.reports:
             assert statistics.reports.keys() == set(names), (names, [*statistics.reports])
         values = [statistics.reports.get(name, 0.0) if first_tp else 0.0 for name in names]
@@ -216,7 +238,7 @@ class Trainer:
                                 for value in values])
         dist.all_reduce(together)
         *reports, balance_loss, save, leave = together.tolist()
-        losses = self.objective.losses(dict(zip(names, reports)), balance_loss, counts)
+        losses = objective.losses(dict(zip(names, reports)), balance_loss, counts)
         return losses, StopFlags(save > 0, leave > 0)
 
     def _traffic(self, statistics: StepStatistics) -> tuple[Traffic, float, float]:

@@ -49,7 +49,7 @@ def reference_step(reference: ReferenceModel, tokens, labels, mask) -> tuple[tor
 
 
 def reference_of(model) -> ReferenceModel:
-    return ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, SEQ_LENGTH, torch.device("cpu")),
+    return ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, SEQ_LENGTH, torch.device("cpu"), torch.float64),
                           CONFIG.qk_head_dim**-0.5)
 
 

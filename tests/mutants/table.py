@@ -10,6 +10,7 @@ agreed.py has those that a comparison of layouts cannot see.
 """
 
 from agreed import AGREED
+from finetuned import FINE_TUNED
 from frozen import FROZEN
 from mutant import of
 from parameters import PARAMETERS
@@ -271,7 +272,7 @@ STEP_MUTANTS = of(
      "        dist.all_reduce(together, group=self.meshes.stage.get_group())\n        *reports"),
     ("Trainer.__init__", "for layer in stage.mtp_layers(self.objective.num_depths)):",
      "for layer in stage.mtp_layers(9)):"),
-    ("Trainer.score", "self.holders[-1], self.meshes)", "0, self.meshes)"),
+    ("Trainer._read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
     ("Trainer.train_step",
      "        for shared in self.shared:\n            shared.sum_gradients()\n"
      "        norm = gradient_norm(self.parameters, self.meshes.device)",
@@ -288,8 +289,8 @@ STEP_MUTANTS = of(
     ("_embedding_holders", "stage.embedding or stage.mtp or (stage.loss and tied)]",
      "stage.embedding or (stage.loss and tied)]"),
     ("Trainer.train_step", "healthy = losses.finite() and math.isfinite(norm.item())", "healthy = True"),
-    ("Trainer.train_step", "self._reduce(step.statistics, divided, counts, stop_flags())",
-     "self._reduce(step.statistics, divided, counts, StopFlags())"),
+    ("Trainer.train_step", "self._reduce(self.objective, step.statistics, divided, counts, stop_flags())",
+     "self._reduce(self.objective, step.statistics, divided, counts, StopFlags())"),
     ("Trainer._traffic", "        dist.all_reduce(sums)\n", ""),
 ) + of(
     LAYOUTS,
@@ -395,8 +396,9 @@ MOE = of(
 
 DEEPSEEK = of(
     MODEL,
-    ("DeepseekStage.__init__", "self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device), dim=1)",
-     "self.rope_2SD = rope_table(self.config, seq_length, device)[:, :seq_length // blueprint.cp.size]"),
+    ("DeepseekStage.__init__",
+     "self.rope_2SD = blueprint.cp.own(rope_table(self.config, seq_length, device, wide), dim=1)",
+     "self.rope_2SD = rope_table(self.config, seq_length, device, wide)[:, :seq_length // blueprint.cp.size]"),
     ("DeepseekStage.states", "embedding = self.model.embed_tokens(labels_BMS[:, depth])",
      "embedding = self.model.embed_tokens(labels_BMS[:, depth + 1])"),
     ("DeepseekStage.states", "embedding = self.model.embed_tokens(labels_BMS[:, depth])",
@@ -489,4 +491,4 @@ MUTANTS = (
     *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES,
     *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
     *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
-    *SAMPLES, *AGREED, *FROZEN, *PARAMETERS)
+    *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED)

@@ -13,6 +13,8 @@ import pytest
 from test_examples import DATA, bash, released, settings_of, words_of  # noqa: F401 (a fixture)
 
 from megatron_deepseek.arguments import parse_or_exit
+from megatron_deepseek.arguments.finetuning import build_finetuning_parser
+from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.model.architecture.presets import V3
 from megatron_deepseek.planning.state_bytes import fullest_states
 
@@ -32,6 +34,7 @@ COMMANDS = {
     "tools/plot_metrics.py": "megatron_deepseek.cli.plot",
     "megatron_deepseek.cli.plot": "megatron_deepseek.cli.plot",
     "tools/make_corpus.py": "megatron_deepseek.cli.make_corpus",
+    "tools/make_conversations.py": "megatron_deepseek.cli.make_conversations",
     "tools/run_tiny.py": "tools.run_tiny"}
 FROM_HERE = ("quickstart_cluster.md", "r1.md")  # whose commands are tried whole
 
@@ -54,7 +57,7 @@ def commands(page: Path):
     for line in lines_of_code(page):
         words = words_of_line(line)
         for place, word in enumerate(words):
-            if word in COMMANDS or word.endswith("pretrain_deepseek.py"):
+            if word in COMMANDS or word.endswith(("pretrain_deepseek.py", "finetune_deepseek.py")):
                 yield word, words[place + 1:]
                 break
 
@@ -69,8 +72,9 @@ def test_options_in_the_pages_exist(page, capsys, monkeypatch):
         if name in COMMANDS:
             assert importlib.import_module(COMMANDS[name]).main([*arguments, NO_OPTION]) == 2
         else:
+            parser = build_finetuning_parser if name.endswith("finetune_deepseek.py") else build_parser
             with pytest.raises(SystemExit):
-                parse_or_exit([*arguments, NO_OPTION], {})
+                parse_or_exit([*arguments, NO_OPTION], {}, parser)
         error = capsys.readouterr().err.splitlines()[-1]
         assert re.findall(r"(--\S+) is no option", error) == [NO_OPTION], (page.name, name, arguments, error)
 
@@ -147,7 +151,7 @@ def test_sizes_of_v3_are_those_of_its_shapes():
 def literals() -> list[str]:
     """All texts of the source, values in them as \0: strings, f-strings, the messages of rules, lines of scripts."""
     found = []
-    for path in [ROOT / "pretrain_deepseek.py", *ROOT.glob("tools/*.py"), *ROOT.glob("megatron_deepseek/**/*.py")]:
+    for path in [*ROOT.glob("*_deepseek.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("megatron_deepseek/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             text = _text(node)
             if text:

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 from megatron_deepseek.arguments import parse
+from megatron_deepseek.arguments.finetuning import build_finetuning_parser
+from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.model.architecture.presets import V3
 from megatron_deepseek.planning.pipeline_balance import resolve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATH = os.environ["PATH"]
 DATA = {"DATA_PATH": "0.7 /data/web 0.3 /data/code", "TOKENIZER": "/data/tokenizer.json", "MASTER_ADDR": "host0",
-        "NODE_RANK": "0"}
+        "NODE_RANK": "0", "DATASET": "0.7 chats.jsonl 0.3 code.jsonl"}
 NODES = (1, 2, 3, 8, 16, 20, 32, 48, 64, 128, 256, 512, 1000)
 
 
@@ -48,9 +50,10 @@ def value(words: list[str], option: str) -> str | None:
 
 def settings_of(words: list[str]):
     assert words[0].endswith("launch.py") or words[1].endswith("/tools/launch.py")
-    entry = next(i for i, word in enumerate(words) if word.endswith("/pretrain_deepseek.py"))
+    entry = next(i for i, word in enumerate(words) if word.endswith("_deepseek.py"))
     ranks = int(value(words, "--nproc_per_node")) * int(value(words, "--nnodes") or 1)
-    return parse(words[entry + 1:], ranks)
+    parser = build_finetuning_parser if words[entry].endswith("/finetune_deepseek.py") else build_parser
+    return parse(words[entry + 1:], ranks, None, parser)
 
 
 def run_script(name: str, *arguments: str, **environ: str):

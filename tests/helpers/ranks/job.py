@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
-from objectives import inputs_of, objective_of
+from objectives import held_out_of, inputs_of, objective_of
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.data.batch import Batch
@@ -132,6 +132,7 @@ def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_
     """`batch_sizes`: sequences of the first step's global batch, and of every other's."""
     meshes = build_meshes(layout, torch.device("cpu"))
     trainer = Trainer(spec, meshes, objective_of(objective, spec.model.num_nextn_predict_layers))
+    held_out = held_out_of(objective, spec.model.num_nextn_predict_layers)
     record = Record()
     withhold(trainer)
     bias_rate = BIAS_RATE if spec.model.topk_method == "noaux_tc" else 0.0
@@ -148,13 +149,13 @@ def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_
 
     for step in range(num_steps):
         if 0 < step == num_steps - 1:  # an evaluation before it must not show in a step
-            record.evaluation = trainer.evaluate(inputs(num_steps))
+            record.evaluation = trainer.evaluate(inputs(num_steps), held_out)
         result = trainer.train_step(inputs(step), learning_rate=LEARNING_RATE, bias_rate=bias_rate)
         gradients = {key: whole(parameter.grad) for key, parameter in named(trainer, "named_parameters")}
         record.steps.append(Step(result.losses, result.grad_norm, result.expert_counts, result.dropped, gradients))
     record.weights = {key: whole(value) for how in ("named_parameters", "named_buffers")
                       for key, value in named(trainer, how)}
-    record.evaluation = record.evaluation or trainer.evaluate(inputs(num_steps))
+    record.evaluation = record.evaluation or trainer.evaluate(inputs(num_steps), held_out)
     scored = inputs(num_steps)
     record.scores = trainer.score(scored, experts=True)
     record.rows = slice(meshes.rank("dp") * scored.num_rows, (meshes.rank("dp") + 1) * scored.num_rows)

@@ -1,4 +1,5 @@
-"""Objectives beside the next token: two that are nonlinear in sums along rows or documents, and one that reads logits.
+"""Objectives beside the next token: fine-tuning's mean over samples and DPO's, nonlinear in sums along rows or
+documents, and one that reads logits.
 """
 
 from collections.abc import Mapping
@@ -6,6 +7,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.finetuning.objectives import HeldOut, SampleMean
+from megatron_deepseek.model.noise import BOUNDS, KEYS
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Contribution, Rows
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
@@ -15,33 +18,6 @@ REFERENCE = "reference_log_probabilities"
 TEACHER_IDS, TEACHER_LOG_PROBABILITIES = "teacher_ids", "teacher_log_probabilities"
 BETA = 0.7
 ENTROPY_SCALE = 0.2
-
-
-class MeanOverSamples(Objective):
-    """The mean over samples (documents, or rows) of the weighted mean over their tokens, of the main prediction and
-    half of that of each MTP depth. A sample without a label does not count.
-    """
-
-    def __init__(self, num_depths: int = 0):
-        self.num_depths = num_depths
-
-    def counts(self, rows: Rows) -> Mapping[str, torch.Tensor]:
-        return {f"samples_{depth}": (rows.per_document(rows.weights_BMS[:, depth]) > 0).sum()
-                for depth in range(1 + self.num_depths)}
-
-    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
-        reports = {}
-        for depth in range(1 + predictions.num_depths):
-            weights_BS = rows.weights_BMS[:, depth]
-            loss_BD = rows.per_document(-predictions.log_probabilities(depth) * weights_BS)
-            weight_BD = rows.per_document(weights_BS)
-            mean_BD = loss_BD / weight_BD.where(weight_BD > 0, 1.0)
-            reports[f"sample_loss_{depth}"] = rows.share(mean_BD) / (counts[f"samples_{depth}"] or 1.0)
-        main, *ahead = reports.values()
-        return Contribution(main + 0.5 * sum(ahead), reports)
-
-    def reported(self, rows: Rows) -> tuple[str, ...]:
-        return tuple(f"sample_loss_{depth}" for depth in range(1 + self.num_depths))
 
 
 class PairedSigmoid(Objective):
@@ -80,8 +56,13 @@ class PairedSigmoid(Objective):
 
 def objective_of(kind: str, mtp_depth: int) -> Objective | None:
     """None for pre-training's own."""
-    return {"next_token": lambda: None, "samples": lambda: MeanOverSamples(mtp_depth), "pairs": PairedSigmoid,
-            "distillation": Distillation}[kind]()
+    return {"next_token": lambda: None, "samples": lambda: SampleMean(mtp_depth, 0.5 * mtp_depth),
+            "pairs": PairedSigmoid, "distillation": Distillation}[kind]()
+
+
+def held_out_of(kind: str, mtp_depth: int) -> Objective | None:
+    """What an evaluation reports; None for the losses that are trained on."""
+    return HeldOut(mtp_depth) if kind == "samples" else None
 
 
 def reference_log_probabilities(size: int, step: int, length: int) -> torch.Tensor:
@@ -121,6 +102,10 @@ def inputs_of(kind: str, size: int, step: int, length: int, vocab_size: int) -> 
     """What an objective's batch has of each token beyond the others, made of the step alone."""
     if kind == "pairs":
         return {REFERENCE: reference_log_probabilities(size, step, length)}
+    if kind == "samples":  # NEFTune's noise, of some tokens
+        generator = torch.Generator().manual_seed(500 + step)
+        keys_BS = torch.randint(-2**63, 2**63 - 1, (size, length), generator=generator)
+        return {KEYS: keys_BS, BOUNDS: torch.rand(size, length, generator=generator).double().round(decimals=1)}
     if kind == "distillation":
         generator = torch.Generator().manual_seed(400 + step)
         logits_BSV = 2 * torch.randn(size, length, vocab_size, dtype=torch.float64, generator=generator)

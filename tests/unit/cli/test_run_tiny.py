@@ -62,7 +62,8 @@ def test_a_failed_step_is_not_valid(tool, copy_step, tmp_path):
 
 
 def training(tool, tmp_path, command="true"):
-    return tool.Step("training", ("bash", "-c", command), (), (tmp_path / "in",), (tmp_path / "checkpoints/metrics",))
+    return tool.Step("training", ("bash", "-c", command), (), (tmp_path / "in",), (tmp_path / "checkpoints/metrics",),
+                     tmp_path / "checkpoints", tool.RUN)
 
 
 def test_interrupted_training_goes_on_unless_its_inputs_changed(tool, tmp_path):

@@ -1,8 +1,8 @@
 """Packed documents: each gets the loss and the gradients that it would have had alone.
 
 Alone is not ours: a plain float64 model (reference_model.py) or transformers' is given one document after the other.
-The rotary table is float32, so that the same distance at another place differs by its rounding: CLOSE. A score too many
-changes results by more than 1e-3.
+transformers' rotary table is float32, so that the same distance at another place differs by its rounding: CLOSE. A
+score too many changes results by more than 1e-3.
 """
 
 from collections import Counter
@@ -193,8 +193,8 @@ def test_packed_documents_train_as_if_alone(packing, lengths, seed, all_labels, 
                                               documents_BS=numbers_of(lengths, padding_is_own)), 0.0)
 
     model = packing.stages[0]
-    reference = ReferenceModel(CONFIG, weights_of(model), rope_table(CONFIG, LENGTH, torch.device("cpu")),
-                               CONFIG.qk_head_dim**-0.5)
+    table_2SD = rope_table(CONFIG, LENGTH, torch.device("cpu"), torch.float64)
+    reference = ReferenceModel(CONFIG, weights_of(model), table_2SD, CONFIG.qk_head_dim**-0.5)
     alone = one_by_one(reference, documents_of(ids_BL, mask_BS, lengths), len(lengths))
     assert [found.losses.lm_loss, *found.losses.mtp_loss] == pytest.approx([x.item() for x in alone.losses], rel=CLOSE)
     assert found.losses.balance_loss == pytest.approx(alone.balance.item(), rel=CLOSE)

@@ -49,7 +49,8 @@ def reference_of(model) -> ReferenceModel:
     config, scale = model.config, model.config.qk_head_dim**-0.5
     if config.rope_scaling is not None:
         scale *= (1 + 0.1 * 0.9 * torch.tensor(16.0, dtype=torch.float64).log().item()) ** 2  # YARN's, by hand
-    return ReferenceModel(config, weights_of(model), rope_table(config, SEQ_LENGTH, torch.device("cpu")), scale)
+    table_2SD = rope_table(config, SEQ_LENGTH, torch.device("cpu"), torch.float64)
+    return ReferenceModel(config, weights_of(model), table_2SD, scale)
 
 
 @pytest.mark.parametrize("name", CASES)

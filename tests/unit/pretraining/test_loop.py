@@ -17,8 +17,10 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
-from megatron_deepseek.pretraining.loop import Run, training_spec
+from megatron_deepseek.pretraining.loop import Pretraining
 from megatron_deepseek.runtime.decision import Start
+from megatron_deepseek.runtime.job import training_spec
+from megatron_deepseek.runtime.loop import Run
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import go_on, num_samples, check_and_decide
@@ -94,7 +96,7 @@ class Listener:
 def run(settings: Settings, meshes, state: TrainState = TrainState(), skipped: tuple[int, ...] = ()
         ) -> tuple[Run, RecordingTrainer, Listener]:
     trainer, told = RecordingTrainer(settings, meshes, skipped), Listener()
-    made = Run(settings, trainer, Report(told), Start(), state, 0.0, Job("job"))
+    made = Run(Pretraining().prepare(settings), settings, trainer, Report(told), Start(), state, 0.0, Job("job"))
     made.train()
     return made, trainer, told
 
@@ -130,7 +132,7 @@ def test_a_resumed_run_goes_on_where_it_was(meshes, corpus):
     """A step that updates nothing counts as an iteration and its samples as read, but not as an optimizer's step."""
     settings = settings_of(corpus, "--nan-policy skip")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_deepseek.pretraining.loop.find_origin", lambda *args: "somewhere")
+        patch.setattr("megatron_deepseek.runtime.loop.find_origin", lambda *args: "somewhere")
         ended, trainer, told = run(settings, meshes, TrainState(2, 4, 1, ((2, 2),)), skipped=(2,))
     assert ended.state == TrainState(5, 20, 3, ((2, 2), (1, 4), (2, 6)))
     assert [given["batch"].num_rows for given in trainer.steps] == SIZES[2:]
@@ -176,11 +178,11 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
     monkeypatch.setattr("megatron_deepseek.runtime.resume.end_on_user_error", lambda lock: nullcontext())
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start())
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
-        check_and_decide(parse(f"{command} 90".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 90".split(), 1), None, None, Pretraining())
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start(load=directory))
-    assert check_and_decide(parse(f"{command} 90".split(), 1), None, None).load == directory
+    assert check_and_decide(parse(f"{command} 90".split(), 1), None, None, Pretraining()).load == directory
     with pytest.raises(ValueError, match="--lr-warmup-samples 100 .* --train-iters 20 .100 samples"):
-        check_and_decide(parse(f"{command} 100".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 100".split(), 1), None, None, Pretraining())
     with pytest.raises(ValueError, match="--min-lr"):
         parse(f"{command} 90 --min-lr 1".split(), 1)
 

@@ -16,6 +16,7 @@ from megatron_deepseek.model.architecture.presets import TINY
 from megatron_deepseek.runtime import decision
 from megatron_deepseek.runtime.decision import Start, decide, overwrite, share
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments
+from megatron_deepseek.pretraining.loop import Pretraining
 from megatron_deepseek.runtime.resume import check_and_decide, save_lock
 from megatron_deepseek.runtime.save_lock import LOCK, Holder, SaveLock, read_holder
 from megatron_deepseek.settings import RunSettings
@@ -199,10 +200,10 @@ def test_what_is_there_is_looked_at_under_the_lock(tmp_path, raising, monkeypatc
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda run, model, job, token: Start(
         lock=token, notes=((tmp_path / "run" / LOCK).read_text(),)))
     first = save_lock(settings, JOB)
-    start = check_and_decide(settings, JOB, first)
+    start = check_and_decide(settings, JOB, first, Pretraining())
     assert start.lock == first.me.token and first.me.token in start.notes[0]
     with pytest.raises(ValueError, match=f"--save {tmp_path}/run is in use by process"):
-        check_and_decide(settings, ANOTHER, save_lock(settings, ANOTHER))
+        check_and_decide(settings, ANOTHER, save_lock(settings, ANOTHER), Pretraining())
     assert read_holder(tmp_path / "run" / LOCK) == first.me
     first.release()
 
@@ -211,7 +212,7 @@ def test_a_refused_start_leaves_nothing(tmp_path, raising):
     """Neither a lock nor a directory; other ranks, and runs without --save, have no lock."""
     settings = settings_of(tmp_path, f"--save {tmp_path}/run --load {tmp_path}/nowhere")
     with pytest.raises(ValueError, match="--load .*nowhere: there is no such directory"):
-        check_and_decide(settings, JOB, save_lock(settings, JOB))
+        check_and_decide(settings, JOB, save_lock(settings, JOB), Pretraining())
     assert not (tmp_path / "run").exists()
     assert save_lock(settings_of(tmp_path, ""), JOB) is None
 
@@ -220,7 +221,7 @@ def test_a_directory_for_tensorboard_that_cannot_be_written(tmp_path, raising):
     (tmp_path / "file").write_text("")
     settings = settings_of(tmp_path, f"--tensorboard-dir {tmp_path}/file/events")
     with pytest.raises(ValueError, match="--tensorboard-dir .*: nothing can be written to .*: Not a directory"):
-        check_and_decide(settings, JOB, None)
+        check_and_decide(settings, JOB, None, Pretraining())
 
 
 # What changes the forward without changing a shape, its value in TINY, another, and how the difference is told.

@@ -24,6 +24,7 @@ from small_models import (
 )
 
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.finetuning.objectives import HeldOut, SampleMean
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.model.step import Contribution
@@ -39,7 +40,6 @@ from objectives import (
     TEACHER_IDS,
     TEACHER_LOG_PROBABILITIES,
     Distillation,
-    MeanOverSamples,
     PairedSigmoid,
     inputs_of,
 )
@@ -59,8 +59,8 @@ def trainer(meshes, objective: Objective | None, micro_batch_size: int = 2, chun
 
 
 def reference_of(made: Trainer) -> ReferenceModel:
-    return ReferenceModel(CONFIG, weights_of(made.stages[0]), rope_table(CONFIG, LENGTH, torch.device("cpu")),
-                          CONFIG.qk_head_dim**-0.5)
+    table_2SD = rope_table(CONFIG, LENGTH, torch.device("cpu"), torch.float64)
+    return ReferenceModel(CONFIG, weights_of(made.stages[0]), table_2SD, CONFIG.qk_head_dim**-0.5)
 
 
 def token_losses(reference: ReferenceModel, batch: Batch) -> list[torch.Tensor]:
@@ -103,7 +103,7 @@ def test_weights_of_labels_may_be_fractions(meshes, micro_batch_size):
 @pytest.mark.parametrize("depths", [0, DEPTHS])
 def test_mean_over_samples(meshes, depths):
     """Rows as samples, one of them without labels; MTP modules that are not asked get no gradient."""
-    made, batch = trainer(meshes, MeanOverSamples(depths)), fractional()
+    made, batch = trainer(meshes, SampleMean(depths, 0.5 * depths)), fractional()
     batch.weights_BS[2] = 0
     result, reference = made.train_step(batch, learning_rate=0.0), reference_of(made)
     expected = []
@@ -118,14 +118,32 @@ def test_mean_over_samples(meshes, depths):
                                                  for name in unused)
 
 
+def test_held_out_losses_count_the_labels_that_are_likeliest(meshes):
+    """By definition; each token's likeliest next one is that of the logits, and nothing is trained."""
+    made, batch = trainer(meshes, SampleMean(DEPTHS, 0.3), chunk_size=3), fractional()
+    found, reference = made.evaluate(batch, HeldOut(DEPTHS)), reference_of(made)
+    losses = [(loss * batch.weights_BS[:, depth:]).sum() / batch.weights_BS[:, depth:].sum()
+              for depth, loss in enumerate(token_losses(reference, batch))]
+    whole = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], 1)
+    best_BS = reference.logits(whole, LENGTH)[0].argmax(-1)
+    labelled = torch.where(torch.arange(LENGTH) % 2 == 0, best_BS, batch.labels_BS)
+    assert found.lm_loss == pytest.approx(losses[0].item(), rel=EXACT)
+    assert found.mtp_loss == pytest.approx([loss.item() for loss in losses[1:]], rel=EXACT)
+    assert found.correct == int(((best_BS == batch.labels_BS) & (batch.weights_BS > 0)).sum())
+    assert torch.equal(made.likeliest(batch), best_BS)
+    right = made.evaluate(replace(batch, labels_BS=labelled), HeldOut())
+    assert right.correct == int(((best_BS == labelled) & (batch.weights_BS > 0)).sum()) > found.correct
+    assert all(parameter.grad is None for parameter in made.stages[0].parameters())
+
+
 def test_the_example_of_the_docs(meshes):
     page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if block.startswith("class"))
     names = {"Objective": Objective, "Contribution": Contribution}
     exec(code, names)
     found, expected = (trainer(meshes, objective).train_step(fractional(), learning_rate=0.0)
-                       for objective in (names["MeanOverSamples"](), MeanOverSamples()))
-    assert found.losses.reports == {"sample_loss": expected.losses.reports["sample_loss_0"]}
+                       for objective in (names["MeanOverSamples"](), SampleMean()))
+    assert found.losses.reports == {"sample_loss": expected.losses.lm_loss}
     assert found.grad_norm == expected.grad_norm
 
 
@@ -186,9 +204,9 @@ def test_what_a_batch_lacks_is_named(meshes):
 
 def test_an_objective_reports_what_it_says(meshes):
     """A name that is not announced would be lost where another rank holds the head."""
-    class Careless(MeanOverSamples):
+    class Careless(SampleMean):
         def reported(self, rows):
             return ("loss",)
 
-    with pytest.raises(AssertionError, match="sample_loss_0"):
+    with pytest.raises(AssertionError, match="lm_loss"):
         trainer(meshes, Careless()).train_step(fractional(), learning_rate=0.0)

@@ -1,0 +1,101 @@
+"""Fine-tuning: rows of conversations, and the mean over their tokens or samples of what the assistant says.
+
+The job and its loop are pre-training's (runtime/job.py, runtime/loop.py).
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch.distributed as dist
+
+from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.data.batches import Sampler
+from megatron_deepseek.finetuning.answers import Answers
+from megatron_deepseek.finetuning.data import (
+    Conversations,
+    name_of,
+    num_batches,
+    prepare_all,
+    with_length,
+    with_tokenizer,
+)
+from megatron_deepseek.finetuning.held_out import Evaluation, EvaluationSet
+from megatron_deepseek.finetuning.noise import NoisySampler
+from megatron_deepseek.finetuning.objectives import objective_of
+from megatron_deepseek.finetuning.prompts import held_out_prompts
+from megatron_deepseek.finetuning.rows import Rows
+from megatron_deepseek.finetuning.start_notes import start_notes
+from megatron_deepseek.parallel.restarts import agent_store
+from megatron_deepseek.runtime.job import run_job
+from megatron_deepseek.runtime.task import Periodic, Prepared, RunData, Task
+from megatron_deepseek.settings import Settings
+
+_CHECKED = "conversations are prepared"  # a key of the agent's store
+_POLL_SECONDS = 0.1
+
+
+def finetune(settings: Settings) -> None:
+    """Run the job of `settings` on this rank. A user's mistake in data or checkpoint ends it with status 2."""
+    run_job(FineTuning(), settings)
+
+
+class FineTuning(Task):
+    """The task of fine-tuning. Rank 0 tokenises before the job is joined, since that may take hours."""
+
+    def __init__(self):
+        self._conversations: Conversations | None = None  # on rank 0, from its check to its preparation
+
+    def check(self, settings: Settings) -> Settings:
+        settings = with_tokenizer(settings)
+        self._conversations = prepare_all(settings, partial(print, flush=True))
+        store = agent_store()
+        if store is not None:
+            store.set(_CHECKED, "1")
+        return with_length(settings, self._conversations.rows_per_epoch)
+
+    def wait(self) -> None:
+        """Wait without end for rank 0, which torchrun ends all ranks without. Joining waits for a limited time."""
+        store = agent_store()
+        while store is not None and not store.check([_CHECKED]):
+            time.sleep(_POLL_SECONDS)
+
+    def prepare(self, settings: Settings) -> Prepared:
+        """Return what rank 0 has prepared, on all ranks, which read the same files."""
+        told = [self._conversations]
+        dist.broadcast_object_list(told)
+        (conversations,) = told
+        settings = with_length(with_tokenizer(settings), conversations.rows_per_epoch)
+        depths, scale = settings.model.num_nextn_predict_layers, settings.loss.mtp_loss_scaling_factor
+        return Prepared(
+            settings, partial(_open_conversations, conversations),
+            objective_of(settings.fine_tuning.loss_average, depths, scale),
+            {prefix: [counts.samples, counts.tokens] for prefix, counts
+             in zip(conversations.train.prefixes, conversations.train.counts)},
+            tuple(start_notes(settings, conversations)))
+
+
+def _open_conversations(conversations: Conversations, settings: Settings, state: TrainState,
+                        say: Callable[[str], None]) -> RunData:
+    rows = Rows(conversations.train, settings.run.epochs)
+    vocab_size, tuning = settings.model.vocab_size, settings.fine_tuning
+    train = Sampler(rows, vocab_size, f"--dataset {' '.join(tuning.dataset)}")
+    if tuning.neftune_alpha:
+        train = NoisySampler(train, rows, tuning.neftune_alpha, settings.model.hidden_size, settings.run.seed)
+    sets = []
+    for each in conversations.held_out if settings.run.eval_interval else ():
+        held_out = Rows(each, epochs=1, shuffle=False)
+        sampler = Sampler(held_out, vocab_size, f"--eval-dataset {' '.join(each.settings.dataset)}")
+        sets.append(EvaluationSet(name_of(each), sampler, num_batches(settings, held_out.rows_per_epoch)))
+    return RunData(train, Evaluation(settings, sets) if sets else None, _periodic_answers(conversations, settings))
+
+
+def _periodic_answers(conversations: Conversations, settings: Settings) -> Periodic | None:
+    tuning = settings.fine_tuning
+    if tuning.generate_every is None:
+        return None
+    told = [None]
+    if dist.get_rank() == 0:
+        told = [held_out_prompts(conversations.held_out[0].settings, tuning.generate_prompts)]
+    dist.broadcast_object_list(told)
+    return Periodic(tuning.generate_every, Answers(settings, name_of(conversations.held_out[0]), told[0]))

@@ -1,0 +1,71 @@
+"""The rows of an epoch: the samples of each dataset, packed apart, so that a row has one source.
+
+Without weights every sample is there once. With weights (w of --dataset) each dataset is there so often that its number
+of samples follows its weight, and none is left out: the one that needs it least is there once, others are repeated.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megatron_deepseek.data.indexed import open_indexed
+from megatron_deepseek.finetuning.packing import pack
+from megatron_deepseek.finetuning.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Rows of an epoch in the order of the datasets. Row r holds samples[starts[r]:starts[r + 1]] of sources[r].
+
+    `lengths` has the tokens of the samples of each dataset.
+    """
+
+    samples: np.ndarray
+    starts: np.ndarray
+    sources: np.ndarray
+    lengths: tuple[np.ndarray, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sources)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Return the positions of an epoch that are no padding: a sample of n tokens has n - 1 with a label."""
+        bounds = np.searchsorted(self.sources, np.arange(len(self.lengths) + 1))
+        ends = self.starts[bounds]
+        return sum(int(lengths[self.samples[begin:end]].sum(dtype=np.int64)) - int(end - begin)
+                   for lengths, begin, end in zip(self.lengths, ends[:-1], ends[1:]))
+
+
+def plan_epoch(prepared: Prepared) -> EpochPlan:
+    """Return the rows of an epoch."""
+    lengths = tuple(np.asarray(open_indexed(prefix, prepared.settings.option).lengths) for prefix in prepared.prefixes)
+    samples, starts, sources, held = [], [0], [], 0
+    for source, drawn in enumerate(_drawn(lengths, prepared)):
+        own = lengths[source][drawn] - 1
+        if prepared.settings.packing:
+            order, ends = pack(own, prepared.settings.seq_length, prepared.settings.seed)
+        else:
+            order, ends = slice(None), np.arange(len(own) + 1)
+        samples.append(drawn[order].astype(np.uint32, copy=False))
+        starts.append(held + ends[1:])
+        sources.append(np.full(len(ends) - 1, source, np.uint16))
+        held += len(own)
+    return EpochPlan(np.concatenate(samples), np.concatenate([np.atleast_1d(each) for each in starts]),
+                     np.concatenate(sources), lengths)
+
+
+def _drawn(lengths: tuple[np.ndarray, ...], prepared: Prepared) -> list[np.ndarray]:
+    """Return the samples of each dataset in an epoch, some of them more than once where there are weights."""
+    sizes = [len(each) for each in lengths]
+    if prepared.weights is None:
+        return [np.arange(size, dtype=np.uint32) for size in sizes]
+    most = max(size / weight for size, weight in zip(sizes, prepared.weights))
+    drawn = []
+    for source, (size, weight) in enumerate(zip(sizes, prepared.weights)):
+        whole, rest = divmod(max(size, round(most * weight)), size)
+        chosen = np.random.default_rng((prepared.settings.seed, source)).permutation(size)[:rest]
+        drawn.append(np.concatenate([np.tile(np.arange(size), whole), np.sort(chosen)]))
+    return drawn

@@ -1,0 +1,77 @@
+"""What a fine-tuning says at its start: template and mask, MTP, balance of the experts, learning rate, rows."""
+
+import math
+from collections.abc import Iterator
+
+from megatron_deepseek.finetuning.data import Conversations
+from megatron_deepseek.model.architecture.freezing import is_frozen, parameter_shapes
+from megatron_deepseek.settings import LearningRateSettings, Settings
+
+
+def start_notes(settings: Settings, data: Conversations) -> Iterator[str]:
+    """Yield the lines."""
+    tuning = settings.fine_tuning
+    yield f"template {data.train.template}: {data.train.mask_rule}"
+    yield from _rows(settings, data)
+    noise = f", NEFTune alpha {tuning.neftune_alpha:g}" if tuning.neftune_alpha else ""
+    yield f"loss: the mean over {tuning.loss_average}s{noise}"
+    yield f"MTP: {_mtp(settings)}"
+    yield f"experts: {_balance(settings)}"
+    yield f"learning rate: {_rates(settings.learning_rate)}; {_adam(settings)} (--recipe {tuning.recipe})"
+
+
+def _rows(settings: Settings, data: Conversations) -> Iterator[str]:
+    for name, counts in zip(data.train.names, data.train.counts):
+        dropped = "".join(f", {number:,} dropped: {reason}" for reason, number in counts.dropped.items())
+        yield (f"{name}: {counts.samples:,} samples of {counts.rows:,} rows, {counts.trained:,} of {counts.tokens:,} "
+               f"tokens with loss{dropped}")
+        yield from counts.bad
+    steps = data.rows_per_epoch / settings.batch.global_batch_size
+    packed = "packed" if settings.fine_tuning.packing else "not packed"
+    epochs = f", --epochs {settings.run.epochs}: {math.ceil(settings.run.epochs * steps):,} steps" \
+        if settings.run.epochs is not None else ""
+    yield (f"an epoch: {data.num_samples:,} samples, {packed}, in {data.rows_per_epoch:,} rows of "
+           f"{settings.data.seq_length:,} tokens, {steps:,.1f} steps{epochs}")
+
+
+def _mtp(settings: Settings) -> str:
+    depths, model = settings.model.num_nextn_predict_layers, settings.model
+    if not depths:
+        return "none: the model has no such module"
+    first = model.num_hidden_layers
+    prefixes = tuple(f"model.layers.{first + depth}." for depth in range(depths))
+    own = [name for name in parameter_shapes(model) if name.startswith(prefixes)]
+    if all(is_frozen(name, settings.run.freeze_parameters) for name in own):
+        return f"{depths} frozen module{'s' * (depths > 1)}, whose loss still trains the rest"
+    return (f"{depths} module{'s' * (depths > 1)} trained, --mtp-loss-scaling-factor "
+            f"{settings.loss.mtp_loss_scaling_factor:g}, on the same mask, never across the end of a conversation")
+
+
+def _balance(settings: Settings) -> str:
+    loss, model = settings.loss, settings.model
+    if not model.n_routed_experts:
+        return "none"
+    rate = loss.moe_router_bias_update_rate
+    bias = "" if model.topk_method != "noaux_tc" else (
+        f"routers' biases are updated by {rate:g} a step" if rate else
+        "routers' biases stay as they are (--moe-router-bias-update-rate)")
+    balance = f"balance loss {loss.balance_type}, --moe-aux-loss-coeff {loss.moe_aux_loss_coeff:g}" \
+        if loss.balance_type != "none" else "no balance loss"
+    return "; ".join(filter(None, (bias, balance)))
+
+
+def _rates(rates: LearningRateSettings) -> str:
+    if rates.lr_decay_style == "constant":
+        shape = f"constant {rates.lr:g}"
+    else:
+        shape = f"{rates.lr_decay_style} from {rates.lr:g} to {rates.min_lr:g}"
+    lengths = ((rates.lr_warmup_iters, "iterations"), (rates.lr_warmup_samples, "rows"),
+               (rates.lr_warmup_fraction, "of the decay"))
+    warmup = next((f"{number:g} {unit}" for number, unit in lengths if number), None)
+    return shape + (f", after a warm-up of {warmup} from {rates.lr_warmup_init:g}" if warmup else "")
+
+
+def _adam(settings: Settings) -> str:
+    adam = settings.optimizer
+    return (f"AdamW {adam.adam_beta1:g}, {adam.adam_beta2:g}, weight decay {adam.weight_decay:g}, "
+            f"clip {adam.clip_grad:g}")

@@ -1,0 +1,239 @@
+"""Rows to an indexed dataset with its loss weights: by workers, in parts, so that a killed run goes on where it was.
+
+A part is whole once its summary exists, which is written last. When all are there they are put together, in the order
+of the input; the bytes depend on the input and the settings alone, not on the number of workers. Memory is that of a
+part in each worker, and 16 bytes for each sample at the end.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_deepseek.data.indexed import IndexedWriter, open_indexed, written_whole
+from megatron_deepseek.data.preprocess.files import write_json
+from megatron_deepseek.data.preprocess.inputs import InputFile
+from megatron_deepseek.data.preprocess.part import id_dtype
+from megatron_deepseek.data.preprocess.progress import Progress
+from megatron_deepseek.data.preprocess.workers import Counters, run_tasks
+from megatron_deepseek.finetuning.conversation import BadRow, Conversation
+from megatron_deepseek.finetuning.encode import Encoded, Encoder
+from megatron_deepseek.finetuning.loss_weights import LossWeights, WeightsWriter, write_weights
+from megatron_deepseek.finetuning.reading import Part, parse_line, parts_of, read_rows
+from megatron_deepseek.finetuning.summary import MOST_MESSAGES, Counts, Summary, read_summary
+
+ROWS_PER_BATCH = 256
+SAMPLED = 200  # conversations on which two libraries are compared
+NO_LOSS = "nothing with loss"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tokenise and where: `overlong` and `longest` say what becomes of longer conversations.
+
+    `convert` turns a row of the file of that number into a conversation.
+    """
+
+    files: tuple[InputFile, ...]
+    convert: Callable[[object, int], Conversation]
+    encoder: Encoder
+    tokenizer_model: str | None
+    longest: int
+    overlong: str
+    max_bad_rows: int
+    workers: int
+    folder: Path
+
+    @property
+    def prefix(self) -> str:
+        return str(self.folder / "conversations")
+
+
+def tokenise(job: Job, say: Callable[[str], None]) -> Counts:
+    """Return what became of the rows; make the dataset unless it is there, whole."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(job.folder / "lock", say):
+        done = finished(job)
+        if done is None:
+            done = _put_together(job, make_parts(job, say))
+            shutil.rmtree(job.folder / "parts", ignore_errors=True)
+    refuse_bad_rows(done, job.max_bad_rows)
+    return done
+
+
+@contextmanager
+def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a folder while the block runs; wait for another process that has it."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"waiting for another process that is tokenising into {path.parent}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def finished(job: Job) -> Counts | None:
+    """Return the counts of the dataset that exists, None where there is none or its files are not whole."""
+    try:
+        written = json.loads((job.folder / "done.json").read_text())
+        sizes = {suffix: os.path.getsize(job.prefix + suffix) for suffix in written["sizes"]}
+        return Counts.of(written["counts"]) if sizes == written["sizes"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def refuse_bad_rows(counts: Counts, most: int):
+    """Raise ValueError where more rows are bad than --max-bad-rows allows, with the first of them."""
+    if counts.bad_rows > most:
+        raise ValueError(f"{counts.bad[0]} ({counts.bad_rows} bad row{'s' * (counts.bad_rows > 1)} so far; "
+                         f"--max-bad-rows {most} are skipped)")
+
+
+def make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
+    folder, summaries = job.folder / "parts", {}
+    folder.mkdir(exist_ok=True)
+    progress = Progress(Counters(), sum(file.size for file in job.files), 1000, say)
+    job = replace(job, encoder=job.encoder.faster(_first_conversations(job), job.workers, job.tokenizer_model, say))
+
+    def work(part: Part) -> Summary:
+        summary = read_summary(_base(folder, part.number) + ".json")
+        if summary is None:
+            summary = PartMaker(job, folder, part).make()
+        progress.counters.add(_stored(job, part), summary.counts.samples, summary.counts.tokens)
+        return summary
+
+    bad = Counts()
+    try:
+        for summary in run_tasks(parts_of(list(job.files)), work, job.workers, progress.tick):
+            summaries[summary.part] = summary
+            bad = bad + summary.counts
+            refuse_bad_rows(bad, job.max_bad_rows)
+    finally:
+        progress.close()
+    return [summaries[number] for number in sorted(summaries)]
+
+
+def _first_conversations(job: Job) -> Iterator[Conversation]:
+    """Yield conversations from the beginning of the first part."""
+    for part in itertools.islice(parts_of(list(job.files)), 1):
+        for _, content in itertools.islice(read_rows(part, job.files[part.file]), SAMPLED):
+            with suppress(BadRow):
+                yield job.convert(parse_line(content), part.file)
+
+
+def _stored(job: Job, part: Part) -> int:
+    """Return the bytes of a part as they lie in its file; of a compressed one that is a guess."""
+    file = job.files[part.file]
+    return part.size if file.compression is None and part.group is None else min(part.size // 4, file.size)
+
+
+def _base(folder: Path, number: int) -> str:
+    return str(folder / f"{number:06d}")
+
+
+class PartMaker:
+    """Makes the files of one part."""
+
+    def __init__(self, job: Job, folder: Path, part: Part):
+        self.job, self.part, self.base = job, part, _base(folder, part.number)
+        self.rows = self.trained = 0
+        self.dropped, self.left_out, self.bad = Counter(), Counter(), []
+        self.weights = WeightsWriter()
+
+    def make(self) -> Summary:
+        dtype = id_dtype(self.job.encoder.tokenizer.vocab_size)
+        file = self.job.files[self.part.file]
+        with written_whole([self.base], dtype) as (self.writer,):
+            batch = []
+            for line, content in read_rows(self.part, file):
+                self.rows += 1
+                try:
+                    batch.append((line, self.job.convert(parse_line(content), self.part.file)))
+                except BadRow as error:
+                    self._refuse(line, error)
+                if len(batch) == ROWS_PER_BATCH:
+                    self._add(batch)
+                    batch = []
+            self._add(batch)
+            tokens = self.writer.num_tokens
+        self.weights.write(self.base + ".weights")
+        counts = Counts(self.rows, len(self.weights.counts), tokens, self.trained, dict(self.dropped),
+                        tuple(self.bad[:MOST_MESSAGES]), len(self.bad), dict(self.left_out))
+        summary = Summary(self.part.number, counts, {suffix: os.path.getsize(self.base + suffix)
+                                                     for suffix in (".bin", ".idx", ".weights")})
+        write_json(self.base + ".json", asdict(summary))
+        return summary
+
+    def _refuse(self, line: int, error: BadRow):
+        file = self.job.files[self.part.file]
+        place = "row" if self.part.group is not None else "line"
+        self.bad.append(f"{file.path} {place} {line}: {error}")
+        self.dropped[error.reason] += 1
+
+    def _add(self, batch: list[tuple[int, Conversation]]):
+        for (line, conversation), encoded in zip(batch, self.job.encoder.encode([each for _, each in batch])):
+            if isinstance(encoded, BadRow):
+                self._refuse(line, encoded)
+                continue
+            if len(encoded.ids) > self.job.longest:
+                encoded = self._shorten(line, conversation, len(encoded.ids))
+                if encoded is None:
+                    continue
+            if not encoded.trained:
+                self.dropped[NO_LOSS] += 1
+                continue
+            self.trained += encoded.trained
+            self.left_out.update(self.job.encoder.template.left_out(conversation, self.job.encoder.rules))
+            self.writer.add(np.array(encoded.ids), [[len(encoded.ids)]])
+            self.weights.add(encoded.runs)
+
+    def _shorten(self, line: int, conversation: Conversation, length: int) -> Encoded | None:
+        """Return what is left of an over-long conversation: its first turns, whole, or where not even these fit its
+        first tokens; None if it is dropped.
+        """
+        longest = self.job.longest
+        if self.job.overlong == "error":
+            raise ValueError(f"{self.job.files[self.part.file].path} line {line}: the conversation has {length} "
+                             f"tokens, more than --max-length {longest}; raise it, or give --overlong drop or truncate")
+        if self.job.overlong == "drop":
+            self.dropped[f"longer than --max-length {longest}"] += 1
+            return None
+        users = [index for index, turn in enumerate(conversation.turns) if turn.role == "user"]
+        for end in reversed(users[1:]):
+            shorter = Conversation(conversation.turns[:end], conversation.tools)
+            (encoded,) = self.job.encoder.encode([shorter])
+            if isinstance(encoded, Encoded) and len(encoded.ids) <= longest and encoded.trained:
+                return encoded
+        (encoded,) = self.job.encoder.encode([conversation])
+        return encoded.cut(longest)
+
+
+def _put_together(job: Job, summaries: list[Summary]) -> Counts:
+    """Write the dataset of all parts, its loss weights, and last of all done.json."""
+    (job.folder / "done.json").unlink(missing_ok=True)
+    total = sum((summary.counts for summary in summaries), Counts())
+    bases = [_base(job.folder / "parts", summary.part) for summary in summaries if summary.counts.samples]
+    with written_whole([job.prefix], id_dtype(job.encoder.tokenizer.vocab_size)) as (writer,):
+        for base in bases:
+            _append(writer, base)
+    counts = [LossWeights(base + ".weights").counts for base in bases]
+    write_weights(job.prefix + ".weights", np.concatenate(counts or [np.empty(0, np.uint32)]),
+                  (LossWeights(base + ".weights").runs for base in bases))
+    sizes = {suffix: os.path.getsize(job.prefix + suffix) for suffix in (".bin", ".idx", ".weights")}
+    write_json(str(job.folder / "done.json"), {"counts": asdict(total), "sizes": sizes})
+    return total
+
+
+def _append(writer: IndexedWriter, base: str):
+    part = open_indexed(base, "part")
+    writer.extend(np.asarray(part.ids))
+    writer.end_documents([length] for length in part.lengths.tolist())

@@ -1,0 +1,143 @@
+"""finetune_deepseek.py as a user runs it: from released weights, in any layout, resumed in mid-epoch, and back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from workshop import CONFIG, REPOSITORY, Job
+
+CHATS = {"train": range(24), "held_out": range(100, 106)}
+
+
+def chat(number: int) -> dict:
+    """Of very different lengths; every third one has two turns."""
+    turns = [("user", f"{number}?"), ("assistant", "x" * (number % 7) + str(number))]
+    turns += [("user", "and?"), ("assistant", "yes")] * (number % 3 == 0)
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+class Bench:
+    """Conversations, a model's files, and the command."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        for name, numbers in CHATS.items():
+            (directory / f"{name}.jsonl").write_text("".join(json.dumps(chat(n)) + "\n" for n in numbers))
+        (directory / "config.json").write_text(json.dumps(CONFIG))
+
+    def run(self, num_ranks: int, save: str | None, *more: str) -> Job:
+        given = ["--model", self.directory / "config.json", "--dataset", self.directory / "train.jsonl",
+                 "--tokenizer-type", "ByteTokenizer", "--template", "deepseek-v3", "--seq-length", "32",
+                 "--micro-batch-size", "1", "--global-batch-size", "4", "--lr", "1e-3", "--lr-decay-style", "constant",
+                 "--neftune-alpha", "5", "--loss-average", "sample", "--data-cache-path", self.directory / "cache",
+                 "--num-workers", "1", *(("--save", self.directory / save) if save else ()), *more]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+        command = [sys.executable, *(torchrun if num_ranks > 1 else []), str(REPOSITORY / "finetune_deepseek.py"),
+                   *map(str, given)]
+        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=240)
+        return Job(done.returncode, done.stdout)
+
+    def train(self, num_ranks: int, save: str, *more: str) -> list[dict]:
+        job = self.run(num_ranks, save, *more)
+        assert job.status == 0, job.output
+        return [json.loads(line) for line in (self.directory / save / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(scope="module")
+def alone(bench) -> list[dict]:
+    """Two epochs on one rank, from random weights, whose first save is what others begin from."""
+    bench.train(1, "start", "--train-iters", "1", "--lr", "0", "--save-hf", str(bench.directory / "released"))
+    return bench.train(1, "alone", *from_weights(bench, "released"), *evaluated(bench))
+
+
+def from_weights(bench: Bench, name: str) -> tuple[str, ...]:
+    return "--load", str(bench.directory / name), "--epochs", "2"
+
+
+def evaluated(bench: Bench) -> tuple[str, ...]:
+    return "--eval-dataset", str(bench.directory / "held_out.jsonl"), "--eval-interval", "3"
+
+
+def steps(metrics: list[dict]) -> list[dict]:
+    return [record for record in metrics if "lm_loss" in record]
+
+
+def assert_same(metrics: list[dict], reference: list[dict]) -> None:
+    """Float32 in another order of additions."""
+    assert [record["iteration"] for record in steps(metrics)] == [record["iteration"] for record in steps(reference)]
+    for ours, theirs in zip(steps(metrics), steps(reference)):
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-4)
+        assert ours["mtp_loss"] == pytest.approx(theirs["mtp_loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    found, wanted = ([record for record in each if "eval_loss" in record] for each in (metrics, reference))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours["iteration"], ours["eval_tokens"]) == (theirs["iteration"], theirs["eval_tokens"])
+        assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+
+
+def test_learns_from_released_weights_and_reports_what_is_held_out(bench, alone):
+    """Also as a Hugging Face model in the end, with the MTP module."""
+    assert steps(alone)[-1]["lm_loss"] < steps(alone)[0]["lm_loss"] - 0.05
+    held_out = [record for record in alone if "eval_loss" in record]
+    assert [record["iteration"] for record in held_out][:2] == [0, 3]
+    assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"] and held_out[-1]["eval_set"] == "held_out.jsonl"
+    assert held_out[-1]["eval_perplexity"] == pytest.approx(2.718281828459045 ** held_out[-1]["eval_loss"])
+    assert 0 <= held_out[-1]["eval_token_accuracy"] <= 1
+    assert any("model.layers.4." in name for name in json.loads(
+        (bench.directory / "released" / "model.safetensors.index.json").read_text())["weight_map"])
+
+
+def test_resumes_in_mid_epoch_in_another_layout(bench, alone):
+    """Three steps on two context ranks, the rest on two tensor ranks: the numbers of one rank, noise included."""
+    first = bench.train(2, "moved", *from_weights(bench, "released"), *evaluated(bench), "--exit-interval", "3",
+                        "--context-parallel-size", "2")
+    assert [record["iteration"] for record in steps(first)] == [1, 2, 3]
+    assert_same(bench.train(2, "moved", *from_weights(bench, "released"), *evaluated(bench),
+                            "--tensor-model-parallel-size", "2", "--sequence-parallel"), alone)
+
+
+def test_answers_are_written_whatever_the_layout(bench, alone):
+    """Two pipeline ranks write what one rank does."""
+    more = (*from_weights(bench, "alone"), *evaluated(bench), "--train-iters", "1", "--generate-every", "1",
+            "--generate-prompts", "3", "--generate-tokens", "4", "--eval-iters", "0", "--lr", "0")
+    more = tuple(word for place, word in enumerate(more) if "--epochs" not in more[max(place - 1, 0):place + 1])
+    one = bench.train(1, "answered", *more)
+    two = bench.train(2, "answered2", *more, "--pipeline-model-parallel-size", "2")
+    texts = [(bench.directory / save / "answers" / "iter_0000000.jsonl").read_text() for save in
+             ("answered", "answered2")]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 3
+    assert [record["iteration"] for record in one if "eval_exact_match" in record] == [0, 1]
+    assert [record["eval_exact_match"] for record in one if "eval_exact_match" in record] == [
+        record["eval_exact_match"] for record in two if "eval_exact_match" in record]
+
+
+def test_a_dry_run_shows_what_is_trained_on_and_builds_nothing(bench):
+    job = bench.run(1, None, "--dry-run")
+    assert job.status == 0, job.output
+    assert "⟦0<｜end▁of▁sentence｜>⟧" in job.output and "24 samples" in job.output and "steps per epoch" in job.output
+
+
+@pytest.mark.parametrize("more, named", [
+    (("--dataset", "nowhere.jsonl"), "--dataset nowhere.jsonl"),
+    (("--load", "TRAIN"), "--load"),
+    (("--max-length", "3", "--overlong", "error"), "train.jsonl"),
+    (("--eval-dataset", "TRAIN"), "the same"),
+])
+def test_refuses_bad_input_in_one_line(bench, more, named):
+    more = [str(bench.directory / "train.jsonl") if word == "TRAIN" else word for word in more]
+    job = bench.run(1, "refused", *more)
+    lines = [line for line in job.output.splitlines() if "error" in line]
+    assert job.status == 2 and len(lines) == 1, job.output
+    assert lines[0].startswith("finetune_deepseek.py: error: ") and named in lines[0]
+    assert not (bench.directory / "refused").exists()
