@@ -19,7 +19,10 @@ from megatron_deepseek.planning.engines import ENGINES
 from megatron_deepseek.planning.gpus import Gpu, find_gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import OOM
+from megatron_deepseek.planning.page import page
 from megatron_deepseek.planning.report import as_json, lines, plan_memory
+from megatron_deepseek.planning.tasks import NAMES, Task
+from megatron_deepseek.settings import Settings
 
 PROGRAM = "plan.py"
 _LENGTH = ("--train-iters", "--train-samples")
@@ -36,6 +39,15 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=str, choices=tuple(ENGINES), default="ours",
         help="whose bytes: this project's, Megatron-LM's distributed optimizer's, or ZeRO-3's (ours)")
     add("--memory-limit", type=values.size, metavar="SIZE", help="of a GPU's memory, as 70GB or 60GiB (all of it)")
+    add("--task", type=str, choices=NAMES, default="pretrain", help="what the job is for (pretrain)")
+    add("--lora-rank", type=values.positive_int, default=Task.lora_rank, help="of adapters, for lora and qlora (16)")
+    add("--users", type=values.positive_int, default=Task.users,
+        help="conversations in the cache: of all ranks (serve), or of each rollout engine (grpo) (1)")
+    add("--context", type=values.positive_int, metavar="TOKENS", help="of each conversation (--seq-length)")
+    add("--rollout-ranks", type=values.positive_int, default=Task.rollout_ranks,
+        help="ranks that share a rollout engine's weights (1)")
+    add("--serve-weight-bytes", type=values.positive, default=Task.weight_bytes, help="of a weight that serves: 1 for "
+        "FP8 (2)")
     add("--json", type=values.path, metavar="FILE", help="also write every rank there")
     add("--picture", type=values.path, metavar="PNG", help="also draw the ranks' memory")
 
@@ -67,15 +79,22 @@ def job_of(args: argparse.Namespace) -> tuple[Job, Gpu]:
     return Job(settings, ENGINES[args.engine]), gpu
 
 
+def task_of(args: argparse.Namespace) -> Task:
+    """Return what the job is for."""
+    return Task(args.task, args.lora_rank, args.users, args.context or args.seq_length, args.rollout_ranks,
+                args.serve_weight_bytes)
+
+
 def memory(argv: Sequence[str]) -> int:
     """Run `plan.py memory`."""
     parser = plan_parser("memory", "What every rank of a run holds at its peak, and whether it fits.")
     args = parser.parse_args(completed(argv))
     job, gpu = job_of(args)
-    plan = plan_memory(job, gpu, args.memory_limit)
+    task = task_of(args)
+    plan = plan_memory(job, gpu, args.memory_limit, task)
     print("\n".join(lines(plan)))
     if plan.verdict == OOM:
-        print("to fit:", *changes(job, gpu, plan.limit), sep="\n")
+        print("to fit:", *changes(job, gpu, plan.limit, task), sep="\n")
     if args.json is not None:
         write(args.json, json.dumps(as_json(plan)))
     if args.picture is not None:
@@ -93,8 +112,22 @@ def write(path: Path, text: str) -> None:
         raise ValueError(f"{path}: {error.strerror}") from error
 
 
+def settings_of(arguments: str, world_size: int) -> Settings:
+    """Return the settings of a run whose arguments are `arguments`."""
+    return build_settings(build_parser().parse_args(completed(arguments.split())), world_size)
+
+
+def table(argv: Sequence[str]) -> int:
+    """Run `plan.py table`."""
+    parser = OneLineParser(prog=f"{PROGRAM} table", description="docs/planning.md: what fits where, for all models.")
+    parser.parse_args(argv)
+    print(page(settings_of), end="")
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "memory": (memory, "memory of every rank of a run, and whether it fits")}
+    "memory": (memory, "memory of every rank of a run, and whether it fits"),
+    "table": (table, "docs/planning.md")}
 
 
 def run(argv: Sequence[str]) -> int:

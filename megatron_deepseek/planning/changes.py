@@ -6,6 +6,7 @@ from dataclasses import replace
 from megatron_deepseek.planning.gpus import Gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import OOM, all_ranks, verdict, worst
+from megatron_deepseek.planning.tasks import Task
 from megatron_deepseek.settings import RecomputeSettings, Settings
 
 _GIB = 2**30
@@ -28,10 +29,10 @@ def changed_settings(settings: Settings) -> Iterator[tuple[str, Settings]]:
            replace(full, offload=offload, run=sharded))
 
 
-def changes(job: Job, gpu: Gpu, limit: float) -> Iterator[str]:
+def changes(job: Job, gpu: Gpu, limit: float, task: Task) -> Iterator[str]:
     """Yield lines: what each change leaves, until one of them fits."""
-    for words, settings in changed_settings(job.settings):
-        ranks = all_ranks(replace(job, settings=settings))
+    for words, settings in changed_settings(job.settings) if task.trains else ():
+        ranks = all_ranks(replace(job, settings=settings), 1.0, task)
         found = verdict(ranks, gpu, limit)
         yield f"  {words}: {worst(ranks).low / _GIB:.1f} to {worst(ranks).high / _GIB:.1f} GiB, {found}"
         if found != OOM:

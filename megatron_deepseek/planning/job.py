@@ -21,13 +21,14 @@ from megatron_deepseek.settings import Settings
 
 SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV", DUAL_PIPE)  # parallel/pipeline.py's ZERO_BUBBLE
 _actions = lru_cache(512)(actions)
+_resolve = lru_cache(512)(resolve)
 
 
 @dataclass(frozen=True)
 class Job:
     """`schedule`: another one than the settings', for those that only plans have (DualPipe). `cut`: stages, None for
     those of the settings. `layer_modes`: for each stage the mode of each of its layers, None for the settings'.
-    `cuda`: the device's kernels, or those of CPU.
+    `cuda`: the device's kernels, or those of CPU. `frozen_base`: adapters alone are trained.
     """
 
     settings: Settings
@@ -37,6 +38,7 @@ class Job:
     layer_modes: tuple[tuple[LayerMode, ...], ...] | None = None
     imbalance: float = 1.0
     cuda: bool = True
+    frozen_base: bool = False
 
     @property
     def model(self) -> ModelConfig:
@@ -60,7 +62,7 @@ class Job:
             return self.cut
         pipeline, length = self.settings.pipeline, self.settings.data.seq_length
         if pipeline.layout is not None or self.schedule_name is None:
-            return resolve(self.model, pipeline, self.layout.pp, length)
+            return _resolve(self.model, pipeline, self.layout.pp, length)
         return stages(self.model, num_stages(self.schedule, self.layout.pp, 1), length)
 
     @property

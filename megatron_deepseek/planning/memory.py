@@ -17,8 +17,10 @@ from megatron_deepseek.planning.overheads import Range, overheads
 from megatron_deepseek.planning.replay import Peak, replay
 from megatron_deepseek.planning.stage_bytes import receive_buffers, stage_bytes, terms_of_stage
 from megatron_deepseek.planning.state_bytes import StateParts, state_parts
+from megatron_deepseek.planning.tasks import Task, extra_bytes, states_of_task, working_bytes
 
 IMBALANCES = (1.0, 1.25, 2.0)  # rows of the fullest expert rank over the mean
+PRETRAIN = Task()
 FITS, TIGHT, OOM = "fits", "tight", "oom"
 
 
@@ -55,22 +57,27 @@ class RankMemory:
         return self.peak_bytes + self.beyond.high
 
 
-def rank_memory(job: Job, pp_rank: int, imbalance: float = 1.0, extra: Mapping[str, float] | None = None
-                ) -> RankMemory:
+def rank_memory(job: Job, pp_rank: int, imbalance: float = 1.0, task: Task = PRETRAIN) -> RankMemory:
     """Return the memory of the ranks of one pipeline rank."""
+    extra = extra_bytes(job, task, pp_rank)
+    states = states_of_task(job, task, pp_rank, state_parts(job, pp_rank))
+    if not task.trains:
+        working = working_bytes(job, imbalance)
+        beyond = overheads(job, states.device + working + sum(extra.values()))
+        return RankMemory(pp_rank, states, 0.0, working, Peak(round(working), running=round(working)), beyond,
+                          states.host, extra)
     shapes, held = job.shapes(imbalance), job.held(pp_rank)
     stages = {stage: stage_bytes(job, stage, shapes) for stage in held}
     peak = replay(job.actions(pp_rank), {stage: each.replayed for stage, each in stages.items()})
-    states = state_parts(job, pp_rank)
     receive = receive_buffers(job, held, shapes)
-    allocated = states.device + receive + peak.bytes + sum((extra or {}).values())
+    allocated = states.device + receive + peak.bytes + sum(extra.values())
     host = states.host + sum(stages[stage].host * count for stage, count in peak.in_flight.items())
-    return RankMemory(pp_rank, states, receive, peak.bytes, peak, overheads(job, allocated), host, dict(extra or {}))
+    return RankMemory(pp_rank, states, receive, peak.bytes, peak, overheads(job, allocated), host, extra)
 
 
-def all_ranks(job: Job, imbalance: float = 1.0, extra: Mapping[str, float] | None = None) -> list[RankMemory]:
+def all_ranks(job: Job, imbalance: float = 1.0, task: Task = PRETRAIN) -> list[RankMemory]:
     """Return the memory of each pipeline rank's ranks, in order."""
-    return [rank_memory(job, pp_rank, imbalance, extra) for pp_rank in range(job.layout.pp)]
+    return [rank_memory(job, pp_rank, imbalance, task) for pp_rank in range(job.layout.pp)]
 
 
 def worst(ranks: list[RankMemory]) -> RankMemory:

@@ -43,13 +43,14 @@ def draw_memory(plan: MemoryPlan, path: Path) -> None:
              label="and perhaps")
     limit = plan.limit / GIB
     axes.axhline(limit, color="black", linewidth=1)
-    axes.text(places[-1] + 0.45, limit, f"{plan.gpu.name}: {limit:.1f} GiB", ha="right", va="bottom", fontsize=8)
+    axes.set_xlim(places[0] - 1.6, places[-1] + 0.6)
+    axes.text(places[0] - 1.5, limit, f"{plan.gpu.name}\n{limit:.1f} GiB", ha="left", va="bottom", fontsize=8)
     axes.set_ylim(0, 1.3 * max(limit, max(memory.high / GIB for memory in plan.ranks)))
     axes.set_xticks(places)
     axes.set_xlabel("pipeline rank")
     axes.set_ylabel("GiB on each GPU")
-    axes.set_title(f"{plan.job.layout.world_size} x {plan.gpu.name}, engine {plan.job.engine.name}: {plan.verdict}",
-                   fontsize=10)
+    axes.set_title(f"{plan.job.layout.world_size} x {plan.gpu.name}, {plan.task.name}, engine {plan.job.engine.name}: "
+                   f"{plan.verdict}", fontsize=10)
     axes.legend(ncols=3, fontsize=7, frameon=False, loc="upper left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

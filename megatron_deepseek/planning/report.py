@@ -1,7 +1,7 @@
 """The memory of a job in words, as a table of equal ranks, and as JSON."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from megatron_deepseek.planning.gpus import Gpu
@@ -10,6 +10,7 @@ from megatron_deepseek.planning.memory import (
     FITS,
     IMBALANCES,
     OOM,
+    PRETRAIN,
     RankMemory,
     all_ranks,
     largest_terms,
@@ -17,6 +18,7 @@ from megatron_deepseek.planning.memory import (
     worst,
 )
 from megatron_deepseek.planning.state_bytes import StateParts
+from megatron_deepseek.planning.tasks import Task
 from megatron_deepseek.planning.words import aligned, in_short, parts_of_stage
 
 GIB = 2**30
@@ -33,6 +35,7 @@ class MemoryPlan:
     limit: float
     ranks: list[RankMemory]
     uneven: dict[float, list[RankMemory]]
+    task: Task = PRETRAIN
 
     @property
     def worst(self) -> RankMemory:
@@ -52,16 +55,17 @@ class MemoryPlan:
         return self.worst.pp_rank * ranks_each(self.job)
 
 
-def plan_memory(job: Job, gpu: Gpu, limit: float | None = None, extra=None) -> MemoryPlan:
+def plan_memory(job: Job, gpu: Gpu, limit: float | None = None, task: Task = PRETRAIN) -> MemoryPlan:
     """Return the memory of every rank of `job` on `gpu`s, of which `limit` bytes may be used (all).
 
     Experts' rows are uneven only where a dropless router sends them to several ranks.
     """
+    job = replace(job, frozen_base=task.name in ("lora", "qlora"))
     dropless = job.layout.ep > 1 and job.model.n_routed_experts and not (
         job.settings.loss.moe_router_force_load_balancing)
     factors = [factor for factor in IMBALANCES if factor != 1.0] if dropless else []
-    return MemoryPlan(job, gpu, gpu.memory_bytes if limit is None else limit, all_ranks(job, 1.0, extra),
-                      {factor: all_ranks(job, factor, extra) for factor in factors})
+    return MemoryPlan(job, gpu, gpu.memory_bytes if limit is None else limit, all_ranks(job, 1.0, task),
+                      {factor: all_ranks(job, factor, task) for factor in factors}, task)
 
 
 def ranks_each(job: Job) -> int:
@@ -75,8 +79,8 @@ def lines(plan: MemoryPlan) -> Iterator[str]:
     layout = job.layout
     yield (f"{layout.world_size} x {gpu.name} of {gpu.memory_bytes / GIB:.1f} GiB"
            + (f" ({plan.limit / GIB:.1f} GiB may be used)" if plan.limit != gpu.memory_bytes else "")
-           + f", engine {job.engine.name}: pp {layout.pp} x dp {layout.dp} x cp {layout.cp} x tp {layout.tp}, experts "
-           f"edp {layout.edp} x ep {layout.ep} x etp {layout.etp}"
+           + f", {plan.task.name}, engine {job.engine.name}: pp {layout.pp} x dp {layout.dp} x cp {layout.cp} x tp "
+           f"{layout.tp}, experts edp {layout.edp} x ep {layout.ep} x etp {layout.etp}"
            + (f", {job.schedule}" if layout.pp > 1 else "") + f", {job.micro_batches} micro-batches")
     yield ""
     yield from table(plan)
@@ -125,6 +129,10 @@ def _holds(job: Job, alike: Sequence[RankMemory]) -> str:
 def worst_lines(plan: MemoryPlan) -> Iterator[str]:
     """Yield which rank needs most, at which moment, and its largest terms."""
     job, most = plan.job, plan.worst
+    if not plan.task.trains:
+        yield f"worst: rank {plan.worst_rank} (pipeline rank {most.pp_rank}), {most.peak_bytes / GIB:.1f} GiB allocated"
+        yield from _terms(plan)
+        return
     acts = job.actions(most.pp_rank)
     act = acts[most.peak.act]
     doing = " beside ".join(f"{_KINDS[run.kind]} of micro-batch {run.micro_batch} on stage {run.stage}" for run in act)
@@ -132,10 +140,14 @@ def worst_lines(plan: MemoryPlan) -> Iterator[str]:
     yield (f"worst: rank {plan.worst_rank} (pipeline rank {most.pp_rank}), {most.peak_bytes / GIB:.1f} GiB allocated "
            f"in act {most.peak.act + 1} of {len(acts)}: {doing}")
     yield f"  forwards that wait for their backward there: {flying or 'none'}"
-    for name, size in list(largest_terms(job, most))[:_SHOWN_TERMS]:
-        yield f"  {size / GIB:8.1f} GiB  {name}"
+    yield from _terms(plan)
     if most.host:
         yield f"  {most.host / GIB:8.1f} GiB of the host's memory for each rank"
+
+
+def _terms(plan: MemoryPlan) -> Iterator[str]:
+    for name, size in list(largest_terms(plan.job, plan.worst))[:_SHOWN_TERMS]:
+        yield f"  {size / GIB:8.1f} GiB  {name}"
 
 
 def imbalance_lines(plan: MemoryPlan) -> Iterator[str]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.activations import LayerShapes, norm, total
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
@@ -107,13 +109,13 @@ def kind_of(job: Job, index: int) -> str:
 
 def _weight_gradient(job: Job, index: int) -> float:
     """Return the bytes of a layer's weight gradients before they are added to the sums of all micro-batches."""
-    return job.numbers.element * _parameters(job, index) if job.engine.gradient_apart else 0.0
+    apart = job.engine.gradient_apart and not job.frozen_base
+    return job.numbers.element * _parameters(job.model, job.layout, index) if apart else 0.0
 
 
 @lru_cache(256)
-def _parameters(job: Job, index: int) -> int:
-    model = job.model
+def _parameters(model: ModelConfig, layout: Layout, index: int) -> int:
     depth = index - model.num_hidden_layers
     part = Stage(False, (), (depth,), False) if depth >= 0 else Stage(False, (index,), (), False)
-    held = held_parameters(model, job.layout, [part])
+    held = held_parameters(model, layout, [part])
     return held.experts or held.dense

@@ -92,7 +92,7 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
     optimizer = settings.optimizer
     moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     whole = settings.run.sharding == "optim_grads"
-    gathered = _of(held, element, element) if whole else _units(job, pp_rank, element, 2)
+    gathered = _of(held, element, element) if whole else largest_unit(job, pp_rank, element, 2)
     sums = engine.gradient if job.micro_batches > 1 else 0
     return StateParts(
         weights=_of(held, engine.master / dense, engine.master / experts),
@@ -109,7 +109,7 @@ def _others(job: Job, held: Held, pp_rank: int) -> StateParts:
         return _of(held, size / (dense if divides else 1), size / (experts if divides else 1))
 
     on_host = engine.host or job.settings.offload.optimizer_cpu_offload
-    gathered = Divided() if engine.gathers is None else _units(
+    gathered = Divided() if engine.gathers is None else largest_unit(
         job, pp_rank, engine.weight, 1 if on_host else engine.gathers)
     return StateParts(
         weights=part(engine.weight, engine.divides_weights), gathered=gathered,
@@ -118,7 +118,7 @@ def _others(job: Job, held: Held, pp_rank: int) -> StateParts:
         on_host=on_host, gradients_on_host=on_host and engine.divides_gradients)
 
 
-def _units(job: Job, pp_rank: int, size: float, count: int) -> Divided:
+def largest_unit(job: Job, pp_rank: int, size: float, count: int) -> Divided:
     """Return the bytes of the largest unit that is gathered at once, `count` times: one in use, the next on its way."""
     units = [held_parameters(job.model, job.layout, [part]) for part in units_of(job, pp_rank)]
     most = max(units, key=lambda unit: unit.dense + unit.experts)

@@ -25,6 +25,7 @@ COMMANDS = {
     "tools/preprocess_data.py": "megatron_deepseek.cli.preprocess_data",
     "tools/indexed_dataset.py": "megatron_deepseek.cli.indexed_dataset",
     "tools/generate.py": "megatron_deepseek.cli.generate",
+    "tools/plan.py": "megatron_deepseek.cli.plan",
     "megatron_deepseek.cli.plot": "megatron_deepseek.cli.plot",
     **{f"tools/{name}.py": f"tools.{name}" for name in (
         "build_data_cache", "make_corpus", "train_tokenizer", "trace_overlap", "run_tiny")}}

@@ -32,6 +32,7 @@ COMMANDS = {
     "overlap": ("tools.trace_overlap", ["--halp"], "--help"),
     "corpus": ("tools.make_corpus", ["--max-byte", "3"], "--max-bytes"),
     "tokenizer": ("tools.train_tokenizer", ["--vocab_size", "3"], "--vocab-size"),
+    "plan": ("megatron_deepseek.cli.plan", ["memory", "--world_size", "8"], "--world-size"),
     "tiny": ("tools.run_tiny", ["--step", "3"], "--steps")}
 
 OPTIONS = [option for option in build_parser()._option_string_actions if option.startswith("--")]

@@ -1,0 +1,93 @@
+"""The words of docs/planning.md around its tables (page.py)."""
+
+TEXT = """# Planning: does it fit, and where is the peak
+
+Made by `python tools/plan.py table > docs/planning.md`; `tests/unit/planning/test_page.py` makes it again and compares.
+`tools/plan.py` needs no GPU, no data, no tokenizer and no torch:
+```
+python tools/plan.py memory --model deepseek-v3 --world-size 2048 --gpu h800 --bf16 --fp8-format e4m3 \\
+    --pipeline-model-parallel-size 16 --pipeline-schedule DualPipeV --expert-model-parallel-size 64 \\
+    --global-batch-size 15360 --recompute-granularity full --json plan.json --picture plan.png
+```
+It takes the arguments of `pretrain_deepseek.py`, and the plan's own: `--world-size`, `--gpu` (a name in
+`megatron_deepseek/planning/gpus.json`; `--gpu-file` adds others), `--engine ours|megatron|zero3`, `--memory-limit`,
+`--task pretrain|finetune|lora|qlora|grpo|serve` with `--lora-rank`, `--users`, `--context`, `--rollout-ranks`,
+`--serve-weight-bytes`. It prints a table of equal ranks, the worst rank with the moment of its peak and the three
+largest terms, what uneven experts would add, a verdict (`fits`, `tight`, `oom`) and, where it does not fit, what
+would have to change.
+
+## What is counted
+* **States**, of dense parameters and routed experts by themselves, since dp x cp ranks divide the ones and edp the
+  others. Ours: float32 shards (4 + 4 reduced gradient + 8 moments a parameter, divided), 2 gathered and 4 for the
+  sums of several micro-batches' gradients, whole. Megatron's distributed optimizer: 2 + 4 whole, 12 divided. ZeRO-3:
+  18 divided, two layers gathered at a time. The table of parameters
+  (`megatron_deepseek/model/architecture/parameters.py`) says what a rank holds.
+* **Activations**: `planning/activations.py` counts what each module keeps, tensor by tensor.
+  `tests/unit/planning/test_activations.py` compares it with what saved-tensor hooks see in runs on CPU: equal to the
+  byte, for every kind of recomputation and offloading, chunked losses, FP8, packed documents. How many micro-batches
+  wait, and when, is found by replaying the schedule's own list of actions (`planning/actions.py`, equal to torch's).
+* **While a layer runs**: what is recomputed, gradients in flight, rows on their way to experts. These are sums over
+  shapes, not counted by hooks. Weight gradients that a zero-bubble schedule leaves for later wait with their inputs.
+* **Receive buffers**: torch's pipeline stages have one for every micro-batch of a step, of activations and of
+  gradients, and keep them: with many micro-batches they are among the largest terms.
+* **Experts** are balanced, or the fullest rank gets 1.25 or 2 times the mean; without a capacity nothing bounds it.
+* **Beyond the allocator**: CUDA's context, NCCL's buffers, fragments (2 to 10 %), as a range from "at least" to
+  "perhaps"; a job fits where the upper end does, and is `tight` in between.
+
+Not counted: the optimizer's temporary tensors, checkpoints being copied for `--async-save`, workspaces of libraries,
+and all that others run on the GPU.
+
+## Against published numbers
+Each for the engine that it is of; GiB.
+
+| source | what | published | calculated | |
+|---|---|---|---|---|
+{anchors}
+
+ScienceOne fine-tuned the 671B model at 32,768 tokens under ZeRO-3 on H100 of 80 GB. Offloaded are states, parameters
+and the inputs of layers. What was seen does not grow with a GPU's tokens, so only verdicts are compared.
+
+| GPUs | ranks a sequence | sequences | offloaded | seen | verdict | needs, GB |
+|---|---|---|---|---|---|---|
+{science}
+
+## V3 on 2,048 GPUs in its report's layout
+PP16 DualPipeV, EP64, 4,096 tokens, MTP, 15,360 sequences (120 micro-batches), GiB on the fullest rank; "uneven" is
+with 1.25 times the rows. DeepSeek's own engine recomputes and shares more than ours does, and has no such receive
+buffers.
+
+| | states | receive buffers | activations | peak | uneven | needs |
+|---|---|---|---|---|---|---|
+{ladder}
+
+## The fewest GPUs
+Layers wholly recomputed, 4,096 tokens, one sequence at a time, 1F1B, experts over up to 64 ranks; of 1, 2, 4 ...
+2,048 GPUs the first that holds all ranks at the upper end of the range. GRPO has a reference policy and an engine on
+up to 32 ranks beside it on the same GPUs; it and serving cache {users} conversations of {context} tokens (V3: 70 kB a
+token), in bf16.
+
+| model | task | H100 | H200 | B200 |
+|---|---|---|---|---|
+{fewest}
+
+The models distilled from R1 are Qwen2.5 and Llama 3, which this project does not train yet: ZeRO-3 on H100, {users}
+conversations of {context} tokens when serving.
+
+| model | 1e9 parameters | full fine-tuning | LoRA | QLoRA | serving | cache, kB a token |
+|---|---|---|---|---|---|---|
+{distilled}
+
+## From 1 to 2,048 H100
+GiB that the fullest rank may need in the layout that needs least; `?` is tight, `✗` does not fit.
+
+| model | GPUs | pre-training, full fine-tuning | LoRA | QLoRA | GRPO | serving |
+|---|---|---|---|---|---|---|
+{counts}
+
+## GPUs
+Dense peaks, links in GB/s in one direction; sources are named in `megatron_deepseek/planning/gpus.json`.
+
+| GPU | TFLOPS BF16 / FP8 | GiB | TB/s | scale-up | network | sources |
+|---|---|---|---|---|---|---|
+{gpus}
+"""
