@@ -83,6 +83,19 @@ class StepTime:
         busy = sum(self.durations.act(act) for each in acts for act in each)
         return 1 - sum(still.act(act) for each in acts for act in each) / busy
 
+    def busy(self, pp_rank: int) -> tuple[float, float]:
+        """Return the seconds that a pipeline rank computes in a step, and those in which it sends and receives."""
+        computes = travels = 0.0
+        for act in self.job.actions(pp_rank):
+            for run in act:
+                each = self.durations.stages[run.stage]
+                if run.kind == "F":
+                    computes, travels = computes + each.forward, travels + each.sent + each.apart_forward
+                    continue
+                computes += each.inputs * (run.kind != "W") + each.weights * (run.kind != "I")
+                travels += (each.returned + each.apart_backward) * (run.kind != "W")
+        return computes, travels
+
     @property
     def mfu(self) -> float:
         """Return Model FLOPs Utilisation (flops.py) of the dense BF16 peak."""
