@@ -100,16 +100,24 @@ class Durations:
             return sum(self.of_stage[run.stage][run.kind] for run in act)
         return self._pair(act)
 
-    def _pair(self, act: Act) -> float:
-        compute, travel, apart = 0.0, 0.0, 0.0
+    def computes(self, act: Act) -> float:
+        """Return the seconds that the runs of an act compute."""
+        found = 0.0
         for run in act:
             each = self.stages[run.stage]
-            forward = run.kind == "F"
-            compute += each.forward if forward else each.inputs + each.weights * (run.kind == "B")
-            travel += each.sent if forward else each.returned
-            apart += each.apart_forward if forward else each.apart_backward
-        compute *= self.scales.computing
-        travel *= self.scales.travelling * SLOWER_LINKS
+            found += each.forward if run.kind == "F" else (
+                each.inputs * (run.kind != "W") + each.weights * (run.kind != "I"))
+        return found * self.scales.computing
+
+    def travels(self, act: Act) -> float:
+        """Return the seconds in which tokens of the runs of a pair travel, while the GPU computes too."""
+        found = sum(self.stages[run.stage].sent if run.kind == "F" else self.stages[run.stage].returned for run in act)
+        return found * self.scales.travelling * SLOWER_LINKS
+
+    def _pair(self, act: Act) -> float:
+        apart = sum(self.stages[run.stage].apart_forward if run.kind == "F" else self.stages[run.stage].apart_backward
+                    for run in act)
+        compute, travel = self.computes(act), self.travels(act)
         return max(compute, travel) + NOT_HIDDEN * min(compute, travel) + apart * self.scales.travelling
 
 
