@@ -63,6 +63,14 @@ _UNBUILT = (
             "--hidden-dropout {r.args.hidden_dropout} is not supported: DeepSeek trains without"),
 )
 
+AUTO_LAYOUT = (
+    Rule("a layout beside --auto-layout", lambda r: r.args.auto_layout is not None and bool(r.given_beside_auto_layout),
+            "--auto-layout {r.args.auto_layout} chooses {r.given_beside_auto_layout} itself; leave it out, or search by "
+            "tools/plan.py search, which keeps what is given"),
+    Rule("--auto-layout without a batch", lambda r: r.args.auto_layout is not None and r.args.global_batch_size is None,
+            "--auto-layout {r.args.auto_layout} needs --global-batch-size: which layouts are good depends on it"),
+)
+
 _LAYOUT = (
     Rule("several ranks in one process", lambda r: r.world_size == 1 and r.fewest_ranks > 1,
             "{r.dividing_sizes} needs {r.fewest_ranks} processes or a multiple, and this is one alone; start them by: "
@@ -270,7 +278,14 @@ _RUN = (
             "{r.args.profile_step_end}"),
 )
 
-RULES = _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
+RULES = AUTO_LAYOUT + _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
+
+
+def refuse_beside_auto_layout(request: Request) -> None:
+    """Raise ValueError for what --auto-layout does not go with: the layout that it chooses is not there yet."""
+    for refusal in AUTO_LAYOUT:
+        if refusal.when(request):
+            raise ValueError(refusal.message.format(r=request))
 
 
 def refuse(request: Request) -> None:

@@ -2,6 +2,7 @@
 
     tools/plan.py memory --model deepseek-v3 --world-size 2048 --gpu h800 ARGUMENTS OF pretrain_deepseek.py
     tools/plan.py time   --model deepseek-v3 --world-size 2048 --gpu h800 ARGUMENTS OF pretrain_deepseek.py
+    tools/plan.py search --model deepseek-v3 --world-size 2048 --gpu h800 --global-batch-size 15360 ARGUMENTS
 """
 
 import argparse
@@ -133,9 +134,17 @@ def time(argv: Sequence[str]) -> int:
     return plan_time(argv)
 
 
+def search(argv: Sequence[str]) -> int:
+    """Run `plan.py search`."""
+    from megatron_deepseek.cli.plan_search import plan_search
+
+    return plan_search(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "memory": (memory, "memory of every rank of a run, and whether it fits"),
     "time": (time, "seconds of a step, tokens a second, GPU hours; a trace and a picture of the schedule"),
+    "search": (search, "the layout that trains fastest on so many GPUs, and its arguments"),
     "table": (table, "docs/planning.md")}
 
 

@@ -17,8 +17,10 @@ from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 DISPATCHERS = ("alltoall", "grouped", "allgather")
 SHARDINGS = ("optim_grads", "optim_grads_params")
-TENSOR, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4)
-PIPELINE_MOST, LOOPS = 64, (2, 3, 4, 6, 8)
+TENSOR, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 2, 4), (1, 2, 4)
+FEWEST_TOKENS = 2048  # of a sequence on one context rank: with fewer it only waits for the others
+PIPELINE_MOST, LOOPS = 32, (2, 3, 4)
+SAME_BUT_FULLER = {"GPipe": "1F1B", "LoopedBFS": "Interleaved1F1B"}  # as long, and all micro-batches wait
 _OFFLOAD_STEPS = 8  # numbers of offloaded layers that are tried between none and all of a stage
 
 
@@ -63,7 +65,7 @@ def lanes(model: ModelConfig, world_size: int, seq_length: int) -> Iterator[Lane
     experts = model.n_routed_experts
     for tp in _dividing(TENSOR, world_size):
         for cp in CONTEXT:
-            if world_size % (tp * cp) or (cp > 1 and seq_length % (2 * cp)):
+            if world_size % (tp * cp) or (cp > 1 and (seq_length % (2 * cp) or seq_length // cp < FEWEST_TOKENS)):
                 continue
             for ep in [size for size in range(1, experts + 1) if experts % size == 0] or [1]:
                 for etp in EXPERT_TENSOR if experts else (1,):
@@ -90,6 +92,9 @@ def pipelines(model: ModelConfig, lane: Lane, world_size: int, batch: int) -> It
             yield 1, 1, "1F1B"
             continue
         for schedule, least in schedule_rules.VIRTUAL_STAGES.items():
+            if schedule_rules.takes_microbatches(SAME_BUT_FULLER.get(schedule, ""), pp, batch // rows) and \
+                    schedule in SAME_BUT_FULLER:
+                continue
             counts = (1,) if least == 1 else LOOPS
             for virtual in counts:
                 if (pp * virtual <= model.num_hidden_layers and schedule_rules.takes_virtual_stages(schedule, virtual)

@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
-from megatron_deepseek.parallel import schedule_rules
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.candidates import Choice, Lane, options
 from megatron_deepseek.planning.gpus import Gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
+from megatron_deepseek.planning.layer_time import layer_seconds
 from megatron_deepseek.planning.overheads import overheads
-from megatron_deepseek.planning.rank_costs import RankCosts, worst_moments
-from megatron_deepseek.planning.stage_time import Scales, machine_of
+from megatron_deepseek.planning.rank_costs import NOTHING, enough_micro_batches, worst_moments
+from megatron_deepseek.planning.stage_bytes import receive_buffers
+from megatron_deepseek.planning.stage_time import Durations, Scales, head_seconds, machine_of
 from megatron_deepseek.planning.state_bytes import state_parts
-from megatron_deepseek.settings import OffloadSettings, PipelineSettings, RecomputeSettings, Settings
+from megatron_deepseek.settings import PipelineSettings, Settings
 
 # Of a stage's forward and backward, what the first and last micro-batch cost a rank beside its own work at least.
 _FILLS = {"GPipe": 1.0, "1F1B": 1.0, "LoopedBFS": 1.0, "Interleaved1F1B": 1.0, "InterleavedZeroBubble": 0.3}
@@ -29,14 +30,14 @@ _FILLS = {"GPipe": 1.0, "1F1B": 1.0, "LoopedBFS": 1.0, "Interleaved1F1B": 1.0, "
 class Priced:
     """Of one micro-batch with nothing else on the machine: `alone`, seconds of each part of the model; `paired`, the
     same where forwards and backwards hide each other's tokens. `kept`: bytes of a layer with experts (of a dense one in
-    models without), `waiting` of its weight gradients, `offloaded` what of it is left on the device, `host_seconds` what
+    models without), `running` while its backward runs, `offloaded` what of it is left on the device, `host_seconds` what
     its way to the host and back takes.
     """
 
     alone: tuple[float, ...]
     paired: tuple[float, ...]
     kept: float
-    waiting: float
+    running: float
     offloaded: float
     host_seconds: float
 
@@ -58,12 +59,16 @@ def settings_of(base: Settings, choice: Choice, world_size: int, ranks_per_node:
 
 @lru_cache(8192)
 def waiting_micro_batches(schedule: str, pp: int, virtual: int, micro_batches: int) -> tuple[int, ...]:
-    """Return for each pipeline rank of how many micro-batches it keeps a layer at its peak, at least."""
+    """Return for each pipeline rank of how many micro-batches it keeps a layer at its peak, at least: it grows or falls
+    along the ranks, so three of them are looked at.
+    """
     if pp == 1:
         return (1,)
-    return tuple(max(min(moment.kept) for moment in worst_moments(schedule, pp, virtual, micro_batches, rank))
-                 if virtual < 3 else max(min(moment.kept) for moment in worst_moments(
-                     schedule, pp, virtual, micro_batches, rank)) for rank in range(pp))
+    looked = sorted({0, pp // 2, pp - 1})
+    found = {rank: max(min(moment.kept) for moment in worst_moments(schedule, pp, virtual, micro_batches, rank))
+             for rank in looked}
+    return tuple(min(found[max(each for each in looked if each <= rank)],
+                     found[min(each for each in looked if each >= rank)]) for rank in range(pp))
 
 
 class Outlook:
@@ -77,6 +82,7 @@ class Outlook:
         self.count = sum(map(self.model.is_moe_layer, range(self.model.num_hidden_layers))) \
             if self.model.n_routed_experts else self.model.num_hidden_layers
         self._priced: dict[tuple, Priced] = {}
+        self._buffers: dict[tuple, float] = {}
         self._states: dict[tuple, tuple[float, float]] = {}
 
     def job_of(self, choice: Choice) -> Job:
@@ -99,22 +105,31 @@ class Outlook:
 
     def _price(self, choice: Choice) -> Priced:
         job = self.job_of(choice)
-        machine = machine_of(job, self.gpu)
-        costs = RankCosts(job, machine, self.limit, 1, self.scales)
-        pairs = replace(job.settings.communication, overlap_moe_expert_parallel_comm=choice.lane.ep > 1,
-                        moe_shared_expert_overlap=False)
-        paired = RankCosts(replace(job, settings=replace(job.settings, communication=pairs)), machine, self.limit, 2,
-                           self.scales)
-        mode = job.modes_of(0)[0]
-        here, there = (layer_bytes(job.shapes(), self.widest, replace(mode, offloaded=each)) for each in (False, True))
-        return Priced(costs.part_seconds, paired.part_seconds, here.kept, here.waiting, there.kept,
-                      2 * machine.rates.host(there.host))
+        machine, shapes, mode = machine_of(job, self.gpu), job.shapes(), job.modes_of(0)[0]
+        model, travels = self.model, choice.lane.ep > 1
+        kinds = {kind: next((index for index in range(model.num_hidden_layers)
+                             if model.is_moe_layer(index) == kind), None) for kind in (False, True)}
+        each = {kind: layer_seconds(machine, shapes, index, mode) for kind, index in kinds.items() if index is not None}
+        parts = [each[model.is_moe_layer(index)] for index in range(model.num_hidden_layers)]
+        parts += [layer_seconds(machine, shapes, model.num_hidden_layers + depth, mode)
+                  for depth in range(model.num_nextn_predict_layers)]
+        stages = (*parts, head_seconds(job, machine))
+        overlap = job.settings.communication.moe_shared_expert_overlap
+        alone = Durations(stages, self.scales, overlap, False)
+        here, there = (layer_bytes(shapes, self.widest, replace(mode, offloaded=each)) for each in (False, True))
+        return Priced(alone.of_parts(), Durations(stages, self.scales, False, True).of_parts() if travels else (),
+                      here.kept, here.backward, there.kept, 2 * machine.rates.host(there.host))
 
     def lane_bound(self, lane: Lane) -> float:
         """Return the least seconds of a step on a lane, whatever the pipeline."""
         priced = self.priced(lane, "", ())
         share = self.job.settings.batch.global_batch_size * lane.tp * lane.cp / (lane.micro_batch * self.world_size)
-        return share * min(sum(priced.alone), sum(priced.paired) if lane.ep > 1 else float("inf"))
+        return share * min(sum(priced.alone), sum(priced.paired) if priced.paired else float("inf"))
+
+    def is_easy(self, choice: Choice) -> bool:
+        """Return whether room makes no rank take more than its share of layers."""
+        priced = self.priced(choice.lane, choice.granularity, choice.modules)
+        return self._most_layers(choice, priced) == ceil(self.count / choice.pp)
 
     def bound(self, choice: Choice) -> float | None:
         """Return the least seconds of a step, None where not all layers find room."""
@@ -133,10 +148,12 @@ class Outlook:
     def _most_layers(self, choice: Choice, priced: Priced) -> int | None:
         """Return how many layers the fullest rank has at least, if no rank takes more than it has room for."""
         allocated, states = self._room(choice)
+        allocated -= priced.running + self._received(choice)
         pp, depth = choice.pp, max(1.0, self.count / (choice.pp * choice.virtual))
         part = min(1.0, choice.offloaded / depth)
         kept = priced.kept * (1 - part) + priced.offloaded * part
-        flying = waiting_micro_batches(choice.schedule, pp, choice.virtual, self.micro_batches(choice))
+        flying = waiting_micro_batches(choice.schedule, pp, choice.virtual,
+                                       enough_micro_batches(pp, self.micro_batches(choice)))
         room = sorted(int(allocated // (states + count * kept)) for count in flying)
         if sum(room) < self.count:
             return None
@@ -144,6 +161,16 @@ class Outlook:
         while sum(min(each, least) for each in room) < self.count:
             least += 1
         return least
+
+    def _received(self, choice: Choice) -> float:
+        """Return the bytes of the receive buffers of a rank between the ends of the pipeline."""
+        if choice.pp < 3:
+            return 0.0
+        key = choice.lane, choice.pp, choice.virtual
+        if key not in self._buffers:
+            job = replace(self.job_of(choice), cut=(NOTHING,) * (choice.pp * choice.virtual))
+            self._buffers[key] = receive_buffers(job, job.held(1), job.shapes())
+        return self._buffers[key]
 
     def _room(self, choice: Choice) -> tuple[float, float]:
         """Return the bytes that a rank can allocate, and those of one layer's states."""
@@ -157,8 +184,3 @@ class Outlook:
             free = (self.limit - nothing) / (1 + (much - nothing) / 1e9) - gathered
             self._states[key] = free, (parts.device - gathered) / choice.virtual
         return self._states[key]
-
-    def with_recompute(self, choice: Choice, settings: RecomputeSettings, offload: OffloadSettings) -> Choice:
-        """Return `choice` with other layers recomputed and offloaded."""
-        return replace(choice, granularity=settings.granularity or "", modules=settings.modules,
-                       offloaded=offload.cpu_offloading_num_layers)

@@ -22,9 +22,8 @@ from itertools import accumulate
 from megatron_deepseek.parallel.schedule_rules import V_SHAPED
 
 Bounds = tuple[int, int]  # a stage's parts [first, end)
-INFINITE = float("inf")
 _ROUNDING = 1 + 1e-9
-_ABOVE = (1.0001, 1.04, 1.12, 1.3, 1.7, 3.0, INFINITE)  # times the bound that ranks may take: narrow programs first
+_ABOVE = (1.0001, 1.05, 1.15, 1.4)  # times the bound that ranks may take: narrow programs first
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Pipeline:
 
     `seconds(rank, bounds)` is a rank's time for a micro-batch on the stages `bounds`, `fits(rank, bounds)` whether it
     has room for them. `part_seconds`: of each part a lower bound of what it adds to that time; `least`: of the busiest
-    rank's time.
+    rank's time, which must not be above `most`. `usual`: which parts are the layers that most are, and `room`: how many
+    of those each rank can hold, if that is known.
     """
 
     part_seconds: tuple[float, ...]
@@ -43,6 +43,9 @@ class Pipeline:
     seconds: Callable[[int, tuple[Bounds, ...]], float]
     fits: Callable[[int, tuple[Bounds, ...]], bool]
     least: float
+    most: float = float("inf")
+    usual: tuple[bool, ...] = ()
+    room: tuple[int, ...] = ()
 
     @property
     def parts(self) -> int:
@@ -54,13 +57,33 @@ class Pipeline:
         """Return for each number of parts the lower bound of their seconds together."""
         return (0.0, *accumulate(self.part_seconds))
 
+    @cached_property
+    def usual_until(self) -> tuple[int, ...]:
+        """Return for each number of parts how many usual ones are among them."""
+        return (0, *accumulate(self.usual or (0,) * self.parts))
+
+    def room_behind(self, cap: float) -> tuple[float, ...]:
+        """Return for each rank how many usual parts those behind it can hold and do within `cap`; the last entry is of
+        all ranks.
+        """
+        if not self.room:
+            return (float("inf"),) * (self.pp + 1)
+        seconds = next(each for each, usual in zip(self.part_seconds, self.usual) if usual)
+        each = [min(room, int(cap * _ROUNDING / seconds)) for room in self.room]
+        return (*(sum(each[rank + 1:]) for rank in range(self.pp)), sum(each))
+
 
 def partition(pipeline: Pipeline) -> tuple[Bounds, ...] | None:
-    """Return the bounds of all stages in their order, None where no cut fits."""
+    """Return the bounds of all stages in their order, None where no cut fits whose busiest rank is within `most` and
+    1.4 times `least`: to compute all layers again costs a third.
+    """
     solve = _one if pipeline.virtual == 1 else _stages_alone if pipeline.virtual > 2 else (
         _v_shape if pipeline.schedule in V_SHAPED else _loop)
-    for above in _ABOVE:
-        found = solve(pipeline, pipeline.least * above)
+    caps = sorted({min(pipeline.least * above, pipeline.most) for above in _ABOVE})
+    for cap in caps:
+        if pipeline.usual_until[-1] > pipeline.room_behind(cap)[-1]:
+            continue
+        found = solve(pipeline, cap)
         if found is not None:
             best, _ = found
             return solve(pipeline, best[0] * _ROUNDING, squares=True)[1]
@@ -80,6 +103,7 @@ def _value(pipeline: Pipeline, before: Value, seconds: float, squares: bool, eac
 def _one(pipeline: Pipeline, cap: float, squares: bool = False) -> Found | None:
     """Return the best cut with one stage on a rank, of those whose ranks take at most `cap`."""
     table: dict[int, tuple[Value, tuple]] = {0: ((0.0, 0.0), ())}
+    usual, room = pipeline.usual_until, pipeline.room_behind(cap)
     for rank in range(pipeline.pp):
         longer: dict[int, tuple[Value, tuple]] = {}
         left = pipeline.pp - 1 - rank
@@ -87,7 +111,8 @@ def _one(pipeline: Pipeline, cap: float, squares: bool = False) -> Found | None:
             for end in (range(first + 1, pipeline.parts - left + 1) if left else (pipeline.parts,)):
                 if pipeline.until[end] - pipeline.until[first] > cap:
                     break
-                _extend(pipeline, rank, cap, squares, longer, end, value, chain, ((first, end),))
+                if usual[-1] - usual[end] <= room[rank]:
+                    _extend(pipeline, rank, cap, squares, longer, end, value, chain, ((first, end),))
         table = longer
     return _read(table.get(pipeline.parts))
 
@@ -95,7 +120,7 @@ def _one(pipeline: Pipeline, cap: float, squares: bool = False) -> Found | None:
 def _v_shape(pipeline: Pipeline, cap: float, squares: bool = False) -> Found | None:
     """Return the best cut with stages r and 2 pp - 1 - r on rank r."""
     table: dict[Bounds, tuple[Value, tuple]] = {(0, pipeline.parts): ((0.0, 0.0), ())}
-    until = pipeline.until
+    until, usual, room = pipeline.until, pipeline.usual_until, pipeline.room_behind(cap)
     for rank in range(pipeline.pp):
         longer: dict[Bounds, tuple[Value, tuple]] = {}
         left = pipeline.pp - 1 - rank
@@ -107,7 +132,7 @@ def _v_shape(pipeline: Pipeline, cap: float, squares: bool = False) -> Found | N
                     least = until[one] - until[front] + until[back] - until[two]
                     if least > cap:
                         break
-                    if until[two] - until[one] <= left * cap * _ROUNDING:
+                    if until[two] - until[one] <= left * cap * _ROUNDING and usual[two] - usual[one] <= room[rank]:
                         each = (front, one), (two, back)
                         _extend(pipeline, rank, cap, squares, longer, (one, two), value, chain, each)
         table = longer
@@ -133,6 +158,7 @@ def _loop(pipeline: Pipeline, cap: float, squares: bool = False) -> Found | None
 def _halves(pipeline: Pipeline, cap: float, squares: bool, half: int) -> Found | None:
     """Return the best cut whose second row of stages begins with part `half`."""
     until, parts, pp = pipeline.until, pipeline.parts, pipeline.pp
+    usual, room = pipeline.usual_until, pipeline.room_behind(cap)
     table: dict[Bounds, tuple[Value, tuple]] = {(0, half): ((0.0, 0.0), ())}
     for rank in range(pp):
         longer: dict[Bounds, tuple[Value, tuple]] = {}
@@ -144,7 +170,9 @@ def _halves(pipeline: Pipeline, cap: float, squares: bool, half: int) -> Found |
                 for two in (range(second + 1, parts - left + 1) if left else (parts,)):
                     if until[one] - until[first] + until[two] - until[second] > cap:
                         break
-                    if until[half] - until[one] + until[parts] - until[two] <= left * cap * _ROUNDING:
+                    usual_left = usual[half] - usual[one] + usual[parts] - usual[two]
+                    if until[half] - until[one] + until[parts] - until[two] <= left * cap * _ROUNDING and \
+                            usual_left <= room[rank]:
                         each = (first, one), (second, two)
                         _extend(pipeline, rank, cap, squares, longer, (one, two), value, chain, each)
         table = longer

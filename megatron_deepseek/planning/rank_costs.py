@@ -3,8 +3,10 @@
 All of it is what memory.py and stage_time.py say of a Job with that cut; stages that hold the same are asked for once.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from math import ceil
 
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.actions import Run, actions, held_stages
@@ -31,7 +33,7 @@ def enough_micro_batches(pp: int, micro_batches: int, rounds: int = _LONG) -> in
 def worst_moments(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int) -> tuple[Moment, ...]:
     """Return the moments of a rank that can be its peak: those that no other one is above in every count."""
     held = held_stages(schedule, pp, virtual, rank)
-    acts = actions(schedule, pp, virtual, enough_micro_batches(pp, micro_batches), rank)
+    acts = actions(schedule, pp, virtual, micro_batches, rank)
     distinct = {(each.forwards, each.backwards, each.kept, each.waiting): each for each in moments(acts, held)}
     best: dict[tuple, list[Moment]] = {}
     for each in sorted(distinct.values(), key=lambda moment: -sum(moment.kept + moment.waiting)):
@@ -111,7 +113,8 @@ class RankCosts:
     def peak(self, rank: int, bounds: tuple[Bounds, ...]) -> float:
         """Return the most that a rank allocates."""
         sizes = [self.stage(each)[1] for each in bounds]
-        found = worst_moments(self.job.schedule, self.pp, self.virtual, self.job.micro_batches, rank)
+        found = worst_moments(self.job.schedule, self.pp, self.virtual,
+                              enough_micro_batches(self.pp, self.job.micro_batches), rank)
         return self.standing(rank, bounds) + max(sum(moment.bytes(sizes)) for moment in found)
 
     def needed(self, allocated: float) -> float:
@@ -147,15 +150,31 @@ class RankCosts:
     @cached_property
     def part_seconds(self) -> tuple[float, ...]:
         """Return for each part of the model the least that it adds to its rank's seconds."""
-        every = [self.stage((part, part + 1))[0] for part in range(self.parts)]
-        made = replace(self._rules, stages=tuple(every))
-        if not (made.pairs_overlap and self.virtual == 2):
-            return tuple(each["F"] + each["B"] for each in made.of_stage)
-        computing = [self.scales.computing * (each.forward + each.inputs + each.weights) for each in every]
-        travelling = [made.travels((Run("F", at, 0), Run("B", at, 0))) for at in range(self.parts)]
-        return tuple(max(computing, travelling, key=sum))
+        every = tuple(self.stage((part, part + 1))[0] for part in range(self.parts))
+        return replace(self._rules, stages=every, pairs_overlap=self._rules.pairs_overlap and self.virtual == 2).of_parts()
 
-    def pipeline(self) -> Pipeline:
-        """Return what `partition` cuts."""
-        least = max(sum(self.part_seconds) / self.pp, max(self.part_seconds))
-        return Pipeline(self.part_seconds, self.pp, self.virtual, self.job.schedule, self.seconds, self.fits, least)
+    def pipeline(self, most: float = float("inf")) -> Pipeline:
+        """Return what `partition` cuts, if no rank may take more than `most` seconds for a micro-batch. Of equal layers
+        one rank has at least its share, rounded up.
+        """
+        parts, layers = self.part_seconds, self.model.num_hidden_layers
+        usual = Counter(parts[:layers]).most_common(1)[0]
+        least = max(sum(parts) / self.pp, max(parts), ceil(usual[1] / self.pp) * usual[0])
+        flags = tuple(part == usual[0] and at < layers for at, part in enumerate(parts))
+        most_layers = int(min(most, 1.4 * least) / usual[0]) + 1
+        room = tuple(self._room(rank, flags, most_layers) for rank in range(self.pp)) if self.virtual < 3 else ()
+        return Pipeline(parts, self.pp, self.virtual, self.job.schedule, self.seconds, self.fits, least, most, flags,
+                        room)
+
+    def _room(self, rank: int, usual: tuple[bool, ...], most: int) -> int:
+        """Return how many usual layers a rank has room for, `most` at most. They are taken from inside the model."""
+        first = usual.index(True) + (self.pp > 1)
+        count = 1
+        while count < most and first + count < sum(usual):
+            more = count + 1
+            ways = [((first, first + more),)] if self.virtual == 1 else [
+                ((first, first + one), (first + one, first + more)) for one in range(1, more)]
+            if not any(self.fits(rank, each) for each in ways):
+                break
+            count = more
+        return count

@@ -2,7 +2,8 @@
 
 Best first: every lane and every choice has a bound that it cannot be faster than (outlook.py), and the one with the
 least bound is looked at next. Looking at a choice means to cut its stages by the exact program of partition.py, so that
-all ranks fit, and to simulate the step. The search ends when no bound is below the tenth best step. What recomputes or
+all ranks fit, and to simulate the step. The search ends when there are ten and no bound is below the best step, or 150
+more were looked at and none was better. What recomputes or
 offloads more comes up only where less does not fit, so stages, recomputation and offloading are decided together. Last,
 the cuts of the best are moved by single layers for as long as the simulation gets faster.
 
@@ -37,9 +38,11 @@ from megatron_deepseek.planning.step_time import StepTime, step_time
 from megatron_deepseek.settings import Settings
 
 Accept = Callable[[Mapping[str, Any]], Settings]  # values of arguments; raises ValueError for what is refused
-BEST = 10
+BEST, PATIENCE = 10, 150
 _MOVED = 3  # of the best, whose cuts are moved at last
-_SIMULATED = 6  # rounds of micro-batches that are simulated of a long step, and two more for the pace
+_SIMULATED = 3  # rounds of micro-batches that are simulated of a long step, and one more for its pace
+_OF_MEMORY = ("cpu_offloading_num_layers", "recompute_granularity", "recompute_modules",
+              "data_parallel_sharding_strategy")
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,24 @@ class Draft:
 
 class Search:
     """`job` says what stays: model, batch, numbers, engine. `accept` makes settings of arguments or refuses them;
-    `keep(values)` says whether the user's own arguments leave a choice open.
+    `fixed` has values that the user gave. `per_node`: ranks that fast links join.
     """
 
     def __init__(self, job: Job, gpu: Gpu, limit: float, world_size: int, accept: Accept,
-                 fixed: Mapping[str, Any] | None = None, scales: Scales = Scales()):
+                 fixed: Mapping[str, Any] | None = None, scales: Scales = Scales(), per_node: int | None = None):
         self.job, self.gpu, self.limit, self.accept, self.scales = job, gpu, limit, accept, scales
         self.world_size, self.fixed = world_size, dict(fixed or {})
-        self.per_node = min(gpu.scale_up_gpus, world_size)
+        self.per_node = per_node or min(gpu.scale_up_gpus, world_size)
         self.outlook = Outlook(job, gpu, limit, world_size, self.per_node, scales)
         self.model, self.batch = job.model, job.settings.batch.global_batch_size
-        self.looked_at = 0
+        self.ways = sorted(((*each, sharding) for each in recomputes(self.model) for sharding in SHARDINGS),
+                           key=self._cost_of_way)
+        self.looked_at, self.refused, self.best = 0, False, float("inf")
+
+    def _cost_of_way(self, way: tuple[str, tuple[str, ...], str]) -> tuple:
+        """Return by what ways to make room are ordered: the seconds of a step without a pipeline, then sharding."""
+        granularity, modules, sharding = way
+        return sum(self.outlook.priced(Lane(), granularity, modules).alone), SHARDINGS.index(sharding)
 
     def run(self) -> Found:
         """Return the best layouts."""
@@ -102,7 +112,8 @@ class Search:
                 continue
         heapq.heapify(heap)
         best: list[Draft] = []
-        while heap and (len(best) < BEST or heap[0][0] < best[BEST - 1].seconds):
+        patient = PATIENCE
+        while heap and (len(best) < BEST or (heap[0][0] < best[0].seconds and self.looked_at < patient)):
             _, _, item = heapq.heappop(heap)
             if isinstance(item, Lane):
                 for bound, choice in self._choices(item):
@@ -111,8 +122,11 @@ class Search:
             draft = self.look_at(item)
             if draft is not None:
                 best = sorted([*best, draft])[:BEST]
-            elif (more := self._more_offloaded(item)) is not None:
-                heapq.heappush(heap, (more[0], 1, more[1]))
+                patient = self.looked_at + PATIENCE if best[0] is draft else patient
+                self.best = best[-1].seconds if len(best) == BEST else self.best
+            elif not self.refused:
+                for bound, choice in self._more_room(item):
+                    heapq.heappush(heap, (bound, 1, choice))
         best = sorted(map(self.moved, best[:_MOVED])) + best[_MOVED:]
         plans = sorted(map(self.plan, best), key=lambda plan: plan.step.step_seconds)
         return Found(plans, lanes_, self.looked_at, None if plans else self._closest())
@@ -125,16 +139,25 @@ class Search:
         return all(values[name] == value for name, value in self.fixed.items() if name in values and name not in without)
 
     def _choices(self, lane: Lane) -> Iterator[tuple[float, Choice]]:
-        """Yield (bound, choice) of a lane's pipelines, with every way to recompute and the least offloading that fits.
-        """
+        """Yield (bound, choice) of a lane's pipelines, each with the least that makes room, and what is between."""
         for pp, virtual, schedule in pipelines(self.model, lane, self.world_size, self.batch):
-            for sharding in SHARDINGS:
-                for granularity, modules in recomputes(self.model):
-                    choice = Choice(lane, pp, virtual, schedule, sharding, granularity, modules)
-                    if self._is_open(choice, ("cpu_offloading_num_layers",)):
-                        found = self._least_offloaded(choice, -1)
-                        if found is not None:
-                            yield found
+            if self._is_open(Choice(lane, pp, virtual, schedule), _OF_MEMORY):
+                yield from self._making_room(Choice(lane, pp, virtual, schedule), -1)
+
+    def _making_room(self, choice: Choice, after: int) -> Iterator[tuple[float, Choice]]:
+        """Yield (bound, choice) of the ways to make room behind number `after`, by what they cost, up to the first with
+        which room does not matter any more.
+        """
+        for way in range(after + 1, len(self.ways)):
+            granularity, modules, sharding = self.ways[way]
+            each = replace(choice, granularity=granularity, modules=modules, sharding=sharding, offloaded=0)
+            if not self._is_open(each, ("cpu_offloading_num_layers",)):
+                continue
+            found = self._least_offloaded(each, -1)
+            if found is not None:
+                yield found
+                if found[1].offloaded == 0 and self.outlook.is_easy(each):
+                    return
 
     def _least_offloaded(self, choice: Choice, above: int) -> tuple[float, Choice] | None:
         layers = -(-self.model.num_hidden_layers // (choice.pp * choice.virtual))
@@ -146,21 +169,28 @@ class Search:
                     return bound, each
         return None
 
-    def _more_offloaded(self, choice: Choice) -> tuple[float, Choice] | None:
-        return self._least_offloaded(choice, choice.offloaded)
+    def _more_room(self, choice: Choice) -> Iterator[tuple[float, Choice]]:
+        """Yield what comes up where a choice did not fit: one more layer offloaded, and the ways that cost more."""
+        found = self._least_offloaded(choice, choice.offloaded)
+        if found is not None:
+            yield found
+        if choice.offloaded == 0 and self.outlook.is_easy(choice):
+            way = self.ways.index((choice.granularity, choice.modules, choice.sharding))
+            yield from self._making_room(choice, way)
 
     def look_at(self, choice: Choice) -> Draft | None:
         """Return a choice's best cut and its seconds, None where it is refused or nothing fits."""
-        self.looked_at += 1
+        self.looked_at, self.refused = self.looked_at + 1, False
         try:
             settings = self.accept(options(choice, self.model, self.per_node))
         except ValueError:
+            self.refused = True
             return None
         job = replace(self.job, settings=settings, cut=None, layer_modes=None, schedule_name=None)
         costs = RankCosts(job, machine_of(job, self.gpu), self.limit, choice.virtual, self.scales)
         if costs.parts < choice.pp * choice.virtual:
             return None
-        bounds = partition(costs.pipeline())
+        bounds = partition(costs.pipeline(self.best / job.micro_batches))
         return None if bounds is None else self._draft(choice, job, bounds)
 
     def _draft(self, choice: Choice, job: Job, bounds: tuple[Bounds, ...]) -> Draft:
@@ -174,8 +204,8 @@ class Search:
         if few == count:
             return step_time(job, self.gpu, self.scales).step_seconds
         one, two = (step_time(_with_micro_batches(job, each), self.gpu, self.scales).step_seconds
-                    for each in (few, few + 2 * pp))
-        return two + (count - few - 2 * pp) * (two - one) / (2 * pp)
+                    for each in (few, few + pp))
+        return two + (count - few - pp) * (two - one) / pp
 
     def moved(self, draft: Draft) -> Draft:
         """Return a draft whose step gets no faster if one part moves to a neighbouring stage."""
