@@ -57,10 +57,14 @@ def chosen(args: argparse.Namespace, world_size: int, local_world_size: int | No
     from megatron_deepseek.planning.search import Search
     from megatron_deepseek.planning.search_report import nothing_fits
 
-    gpu = find_gpu(args.auto_layout)
+    try:
+        gpu = find_gpu(args.auto_layout)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--gpu ", "--auto-layout ", 1).removesuffix("; --gpu-file adds others")) from error
     local = local_world_size or min(world_size, gpu.scale_up_gpus)
+    alone = accept_for(args, 1, 1)({})  # without a layout: what stays the same in all of them
     accept = accept_for(args, world_size, local)
-    found = Search(Job(accept({})), gpu, gpu.memory_bytes, world_size, accept, per_node=local).run()
+    found = Search(Job(alone), gpu, gpu.memory_bytes, world_size, accept, per_node=local).run()
     if not found.plans:
         raise ValueError(f"--auto-layout {args.auto_layout}: " + " ".join(
             nothing_fits(found, gpu, gpu.memory_bytes, world_size)))

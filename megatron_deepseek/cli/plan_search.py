@@ -25,9 +25,9 @@ def plan_search(argv: Sequence[str]) -> int:
         raise ValueError("plan.py search needs --global-batch-size: which layouts are good depends on how many "
                          "micro-batches a step has")
     given = _given(args, argv)
-    plain = argparse.Namespace(**{**vars(args), **defaults(given)})
+    plain = argparse.Namespace(**{**vars(args), **defaults(), "world_size": 1})
     job, gpu = job_of(plain)
-    scales, calibration = scales_of(args, job, gpu)
+    scales, calibration = scales_of(args, job, gpu, planned=False)
     limit = gpu.memory_bytes if args.memory_limit is None else args.memory_limit
     accept = accept_for(plain, args.world_size, min(args.world_size, gpu.scale_up_gpus))
     found = Search(job, gpu, limit, args.world_size, accept, given, scales).run()

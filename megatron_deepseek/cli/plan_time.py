@@ -46,6 +46,8 @@ def plan_time(argv: Sequence[str]) -> int:
     return 0
 
 
-def scales_of(args: argparse.Namespace, job: Job, gpu: Gpu) -> tuple[Scales, str | None]:
-    """Return the scales of --calibrate and a line on them, or those of a plan that was not calibrated."""
-    return (Scales(), None) if args.calibrate is None else calibrated(job, gpu, args.calibrate)
+def scales_of(args: argparse.Namespace, job: Job, gpu: Gpu, planned: bool = True) -> tuple[Scales, str | None]:
+    """Return the scales of --calibrate and a line on them, or those of a plan that was not calibrated. `planned`: a run
+    that does not say what it was can be taken to be `job`.
+    """
+    return (Scales(), None) if args.calibrate is None else calibrated(job, gpu, args.calibrate, planned)

@@ -41,19 +41,20 @@ class Measured:
     rank: int = 0
 
 
-def calibrated(job: Job, gpu: Gpu, run: Path) -> tuple[Scales, str]:
+def calibrated(job: Job, gpu: Gpu, run: Path, planned: bool = True) -> tuple[Scales, str]:
     """Return the scales of `run`, and a line on what they are from. Raise ValueError for a run that says nothing of
-    `job`'s model.
+    `job`'s model, or of what ran unless that can be what is `planned`.
     """
     found = measured(run)
     recorded = _recorded(run)
+    if recorded is None and not planned:
+        raise ValueError(f"--calibrate {run} has no checkpoint whose {ARGUMENTS} says what ran")
     ran = job if recorded is None else _job_of(job, recorded, run)
     if found.tokens is not None and found.tokens != ran.settings.batch.global_batch_size * ran.settings.data.seq_length:
         raise ValueError(f"--calibrate {run}: its steps have {found.tokens} tokens, "
                          f"{'what is planned' if recorded is None else ARGUMENTS} has "
                          f"{ran.settings.batch.global_batch_size} x {ran.settings.data.seq_length}")
-    planned = step_time(ran, gpu)
-    scales = _scales(found, planned, str(run))
+    scales = _scales(found, step_time(ran, gpu), str(run))
     words = ", taken to be what is planned" if recorded is None else ""
     return scales, (f"calibrated by {run} ({ran.layout.world_size} ranks{words}): computing x {scales.computing:.3g}, "
                     f"travelling x {scales.travelling:.3g}")

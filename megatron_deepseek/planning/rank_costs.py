@@ -168,13 +168,13 @@ class RankCosts:
 
     def _room(self, rank: int, usual: tuple[bool, ...], most: int) -> int:
         """Return how many usual layers a rank has room for, `most` at most. They are taken from inside the model."""
+        inside = sum(usual) - 1
         first = usual.index(True) + (self.pp > 1)
-        count = 1
-        while count < most and first + count < sum(usual):
-            more = count + 1
-            ways = [((first, first + more),)] if self.virtual == 1 else [
-                ((first, first + one), (first + one, first + more)) for one in range(1, more)]
+        for count in range(2, most + 1):
+            if count > inside:
+                return most
+            ways = [((first, first + count),)] if self.virtual == 1 else [
+                ((first, first + one), (first + one, first + count)) for one in range(1, count)]
             if not any(self.fits(rank, each) for each in ways):
-                break
-            count = more
-        return count
+                return count - 1
+        return most

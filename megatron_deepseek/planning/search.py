@@ -141,7 +141,9 @@ class Search:
     def _choices(self, lane: Lane) -> Iterator[tuple[float, Choice]]:
         """Yield (bound, choice) of a lane's pipelines, each with the least that makes room, and what is between."""
         for pp, virtual, schedule in pipelines(self.model, lane, self.world_size, self.batch):
-            if self._is_open(Choice(lane, pp, virtual, schedule), _OF_MEMORY):
+            most = Choice(lane, pp, virtual, schedule, SHARDINGS[1], "full",
+                          offloaded=-(-self.model.num_hidden_layers // (pp * virtual)))
+            if self._is_open(Choice(lane, pp, virtual, schedule), _OF_MEMORY) and self.outlook.bound(most) is not None:
                 yield from self._making_room(Choice(lane, pp, virtual, schedule), -1)
 
     def _making_room(self, choice: Choice, after: int) -> Iterator[tuple[float, Choice]]:
@@ -160,14 +162,24 @@ class Search:
                     return
 
     def _least_offloaded(self, choice: Choice, above: int) -> tuple[float, Choice] | None:
+        """Return the bound with the fewest offloaded layers, more than `above`, that make room, by halving."""
         layers = -(-self.model.num_hidden_layers // (choice.pp * choice.virtual))
-        for count in offloads(layers):
-            if count > above and self.fixed.get("cpu_offloading_num_layers", count) == count:
-                each = replace(choice, offloaded=count)
-                bound = self.outlook.bound(each)
-                if bound is not None:
-                    return bound, each
-        return None
+        counts = [count for count in offloads(layers)
+                  if count > above and self.fixed.get("cpu_offloading_num_layers", count) == count]
+        if not counts:
+            return None
+        low, high = 0, len(counts) - 1
+        found = self.outlook.bound(replace(choice, offloaded=counts[high]))
+        if found is None:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            bound = self.outlook.bound(replace(choice, offloaded=counts[middle]))
+            if bound is None:
+                low = middle + 1
+            else:
+                high, found = middle, bound
+        return found, replace(choice, offloaded=counts[high])
 
     def _more_room(self, choice: Choice) -> Iterator[tuple[float, Choice]]:
         """Yield what comes up where a choice did not fit: one more layer offloaded, and the ways that cost more."""
