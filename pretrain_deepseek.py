@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train a DeepSeek model: torchrun --nproc_per_node N pretrain_deepseek.py --model NAME --data-path PREFIX ...
 
-Everything that a user can get wrong on the command line is refused before torch is imported.
+Mistakes in the command line are reported before torch is imported.
 """
 
 from megatron_deepseek.launch.agent import end_with_agent

@@ -24,7 +24,7 @@ VOCABULARY, SEQ_LENGTH, SAMPLES_READ = 8000, 1024, 64
 
 
 def write_datasets(folder: Path, datasets: int, documents: int):
-    """Lengths are log-normal, about 400 tokens on average."""
+    """Write the datasets of the blend. Lengths of documents are log-normal, about 400 tokens on average."""
     import numpy as np
 
     from megatron_deepseek.data.indexed import IndexedWriter
@@ -48,7 +48,7 @@ def start_ours(prefixes, weights, num_samples: int, cache: str):
 
 
 def start_megatron(prefixes, weights, num_samples: int, cache: str):
-    """As many epochs as are asked for, shuffled together; one thread, as Megatron-LM's default is."""
+    """Start by megatron-core: all epochs of the run shuffled together, in one thread, as Megatron-LM's default is."""
     import torch.distributed as dist
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -64,7 +64,7 @@ def start_megatron(prefixes, weights, num_samples: int, cache: str):
 
 
 def measure(which: str, folder: str, num_samples: int, cache: str):
-    """In a process of its own: one line of JSON."""
+    """Measure a start in a process of its own, whose answer is one line of JSON."""
     import torch  # noqa: F401
     begin, cpu = time.perf_counter(), time.process_time()
     prefixes = sorted(str(path.with_suffix("")) for path in Path(folder).glob("*.idx"))

@@ -28,7 +28,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from reshard import measure_rounds  # noqa: E402
 
-from megatron_deepseek.checkpoint.job import distributed as checkpoint# noqa: E402
+from megatron_deepseek.checkpoint.job import distributed as checkpoint  # noqa: E402
 from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
 from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
 from megatron_deepseek.checkpoint.train_state import TrainState  # noqa: E402
@@ -38,13 +38,13 @@ from megatron_deepseek.parallel.mesh import build_meshes  # noqa: E402
 from megatron_deepseek.parallel.start import keep_freed_memory  # noqa: E402
 from megatron_deepseek.planning.pipeline_balance import resolve  # noqa: E402
 from megatron_deepseek.settings import PipelineSettings  # noqa: E402
-from megatron_deepseek.training.trainer import TrainingSpec, Trainer  # noqa: E402
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec  # noqa: E402
 
 WIDTH, EXPERTS, SEQ_LENGTH = 1024, 8, 16
 
 
 def config(gigabytes: float) -> ModelConfig:
-    """As many layers as there are gigabytes of weights and moments, 12 bytes a parameter."""
+    """Return a model with as many layers as fill the gigabytes of weights and moments, 12 bytes a parameter."""
     base = dict(vocab_size=4096, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=8,
                 kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, q_lora_rank=256,
                 moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, n_shared_experts=1, num_experts_per_tok=2,
@@ -55,7 +55,7 @@ def config(gigabytes: float) -> ModelConfig:
 
 
 class Rank:
-    """One rank's trainer and what it measured, seconds by kind."""
+    """One rank's trainer and its measurements, seconds by kind."""
 
     def __init__(self, rank: int, args: argparse.Namespace, port: int, root: Path):
         torch.set_num_threads(1)
@@ -71,7 +71,7 @@ class Rank:
                 tensor.to_local().normal_()
 
     def timed(self, kind: str, work):
-        """`work`'s result; its time from when all ranks begin to when the last ends."""
+        """Return the result of `work` and note its seconds, from when all ranks begin to when the last ends."""
         dist.barrier()
         begin = time.perf_counter()
         result = work()
@@ -94,7 +94,7 @@ class Rank:
         assert iteration_directory(self.root, state.iteration).is_dir()
 
     def copy(self, kind: str, directory: Path, synced: bool) -> None:
-        """By rank 0, the others wait."""
+        """Copy on rank 0, while the others wait."""
         goal = self.root / "copy"
 
         def work():

@@ -3,8 +3,9 @@
 
 The model has V3's shapes (all 128 heads, experts of 7168 x 2048) in two layers, the first dense, or below 2.5 GB in one
 layer with experts; it has as many experts as --gigabytes ask for. Every command runs in its own process. Bytes are
-those of the model, once: what is read, or what is written. --help is the tool's start-up, which is in its other times.
-Disks that have been written to a lot stall; --rounds repeats everything and the best of each is printed beside all.
+those of the model, counted once: the bytes read or the bytes written. The time of --help is the tool's start-up, which
+is part of its other times. Disks stall after a lot of writing; --rounds repeats everything, and the best of each is
+printed with all.
 """
 
 import argparse
@@ -37,7 +38,7 @@ FILE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Measured:
-    """`cpu_seconds`: in the program and in the kernel on its behalf; `error`: what the command said on stderr."""
+    """One command. `cpu_seconds` are its user and system time, `error` its stderr."""
 
     seconds: float
     cpu_seconds: float
@@ -46,9 +47,9 @@ class Measured:
 
 
 def generate(directory: Path, gigabytes: float) -> int:
-    """The model's files, of about 1 GB; the size in bytes.
+    """Write the model's files, of about 1 GB each, and return their size in bytes.
 
-    In a process of its own: the peak memory of a command begins at that of the process that starts it.
+    Run it in a process of its own: the peak memory of a command begins at that of the process that starts it.
     """
     import torch
     from safetensors.torch import save_file
@@ -78,7 +79,7 @@ def _config(experts: int, layers: int):
 
 
 def measure(command: list[str]) -> Measured:
-    """Run a command to its end: wall time, and the most memory that it had resident."""
+    """Run a command to its end and return its times and its peak of resident memory."""
     os.sync()
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -92,7 +93,7 @@ def measure(command: list[str]) -> Measured:
 
 
 def one_round(directory: Path, workers: int) -> dict[str, list[Measured]]:
-    """Each command once, a `cp` of the model before each, and the tool's start-up alone."""
+    """Run each command once, with a `cp` of the model before each, and the tool's start-up alone."""
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), "--workers", str(workers)]
     hf, native, back = (str(directory / name) for name in ("hf", "native", "back"))
     commands = {
@@ -113,7 +114,7 @@ def one_round(directory: Path, workers: int) -> dict[str, list[Measured]]:
 
 
 def fp8_round(directory: Path, workers: int) -> dict[str, list[Measured]]:
-    """To FP8 and from it, each command once."""
+    """Convert to FP8 and from it, each once."""
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), "--workers", str(workers)]
     hf, fp8, native, back = (str(directory / name) for name in ("hf", "fp8", "native", "back"))
     commands = {

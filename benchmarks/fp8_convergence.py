@@ -2,13 +2,12 @@
 
     python benchmarks/fp8_convergence.py --corpus prose.jsonl.gz [--steps 600] [--run-dir runs/fp8] [--only fp8]
 
-The three runs start from the same weights and read the same batches; they differ in the numbers of their products
-alone. On CPU FP8 is emulated (ops/fp8/encoding.py), which costs time but changes nothing. Every run goes on from its
-last checkpoint when it was interrupted, and is left alone when it is complete, so the command may be repeated until
-all are.
+The three runs start from the same weights and read the same batches; they differ only in the precision of their GEMMs.
+On CPU FP8 is emulated (ops/fp8/encoding.py), which costs time but changes nothing. An interrupted run continues from
+its last checkpoint, and a complete one is not repeated, so the command may be given again until all are complete.
 
-Written, also before all are complete: RUN_DIR/comparison.json and comparison.png, with the losses over each other and
-their relative difference.
+RUN_DIR/comparison.json and comparison.png, with the losses over each other and their relative difference, are written
+also before all runs are complete.
 """
 
 import argparse
@@ -45,7 +44,7 @@ def main() -> None:
 
 
 def report(run_dir: Path) -> None:
-    """Compares the runs as far as all three have come, on the way or at the end."""
+    """Compare the runs up to the step that all three have reached."""
     files = {name: run_dir / name / "metrics.jsonl" for name in PRECISIONS}
     missing = [name for name, path in files.items() if not path.exists()]
     if missing:
@@ -60,7 +59,7 @@ def report(run_dir: Path) -> None:
 
 
 def cut(run: Curves, steps: int) -> Curves:
-    """The first steps of a run and its validations among them."""
+    """Return the first steps of a run and its validations among them."""
     seen = run.validation_iteration <= steps
     return replace(run, iteration=run.iteration[:steps], lm_loss=run.lm_loss[:steps],
                    validation_iteration=run.validation_iteration[seen], validation_lm_loss=run.validation_lm_loss[seen])
@@ -76,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(corpus: Path, directory: Path) -> tuple[Path, Path]:
-    """Prefix of the dataset and its tokenizer, made once."""
+    """Return the prefix of the dataset and its tokenizer, which are made once."""
     directory.mkdir(parents=True, exist_ok=True)
     prefix, tokenizer = directory / "corpus", directory / "tokenizer.json"
     if not tokenizer.exists():
@@ -98,7 +97,7 @@ def train(name: str, directory: Path, steps: int, prefix: Path, tokenizer: Path)
 
 
 def call(script: str, *arguments) -> None:
-    """One process. torchrun would start another, and wait for it."""
+    """Run a command as a single process. torchrun would start another one, and wait for it."""
     environ = {"PYTHONPATH": str(REPOSITORY), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"} | os.environ
     result = subprocess.run([sys.executable, str(REPOSITORY / script), *map(str, arguments)], env=environ)
     if result.returncode:
@@ -106,7 +105,7 @@ def call(script: str, *arguments) -> None:
 
 
 def difference(run: Curves, reference: Curves) -> np.ndarray:
-    """Relative difference of the losses, means over WINDOW steps, in percent."""
+    """Return the relative difference of the losses, means over WINDOW steps, in percent."""
     return 100 * (smooth(run.lm_loss, WINDOW) / smooth(reference.lm_loss, WINDOW) - 1)
 
 

@@ -1,10 +1,10 @@
-"""What the kernels, a DeepSeek-V3 layer and training steps take on this GPU, beside torch's and transformers' own.
+"""Times of the kernels, a DeepSeek-V3 layer and training steps on this GPU, beside torch's and transformers' own.
 
     python benchmarks/gpu.py [--only quantize products] [--output benchmarks/results/NAME.json]
 
-One table, and the same as JSON with device, versions and date. Every piece runs in a process of its own: one that
-crashes, hangs or runs out of memory is a line in the table, and the others go on. Shares are of this device's own
-ceilings, measured first: a large copy, and a BF16 product of 8,192 cubed on random numbers.
+The output is a table, and the same as JSON with device, versions and date. Every piece runs in a process of its own:
+one that crashes, hangs or runs out of memory is a line in the table, and the others go on. Shares are of this device's
+own ceilings, measured first: a large copy, and a BF16 GEMM of 8,192 cubed on random numbers.
 
 Without a GPU, `--device cpu --small` tries the script itself at toy sizes, `--emulated` also the kernels' code; such
 times mean nothing.
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
 
 
 def load_kernels(args: argparse.Namespace) -> None:
-    """Those of the GPU are the registry's affair."""
+    """Let the registry load the kernels of a GPU; build and load the emulated ones if asked to."""
     if args.device == "cuda":
         choices()
     elif args.emulated:
@@ -66,7 +66,7 @@ def load_kernels(args: argparse.Namespace) -> None:
 
 
 def run_piece(args: argparse.Namespace) -> None:
-    """This process's piece; rows go to --output as they come, so that a crash loses only what it hits."""
+    """Run this process's piece. Rows go to --output as they come, so that a crash loses only the row that it hits."""
     torch.manual_seed(0)
     load_kernels(args)
     bench = Bench(args.piece, torch.device(args.device), args.small, Ceilings(*args.ceilings))

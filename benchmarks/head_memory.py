@@ -4,9 +4,9 @@
     python benchmarks/head_memory.py             peak memory at V3's size, by the allocations of meta tensors
     python benchmarks/head_memory.py --real      resident memory and processor time of real tensors at a smaller size
 
-The first runs the code as a GPU does on bfloat16 tensors that have shapes and no memory, and adds up what is alive.
-`csrc` are the kernels of csrc/ by what they allocate: statistics of [T], and a gradient in the place of the logits. The
-second has a process of its own for each row, float32 on the CPU.
+The first runs the code of a GPU on bfloat16 tensors that have shapes and no memory, and adds up the storages that are
+alive. `csrc` stands for the kernels of csrc/ by their allocations: statistics of [T], and a gradient in the place of
+the logits. The second has a process of its own for each row, float32 on the CPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TOKENS, V3, SMALL = 4096, (7168, 129280), (512, 8080)  # hidden size and ids; th
 
 
 class OneRank:
-    """What the head asks of its tensor-parallel group, where there is none."""
+    """A tensor-parallel group of one rank, with the methods that the head calls."""
 
     size, rank = 1, 0
 
@@ -43,7 +43,7 @@ class OneRank:
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operators have made and that are still there; `peak` is the most there ever were."""
+    """Counts the bytes of the storages that operators have made and that still exist; `peak` is the most at a time."""
 
     def __init__(self, *before: torch.Tensor):
         super().__init__()
@@ -76,9 +76,10 @@ def _gradient_of_csrc(logits_Tv, labels_T, first_id, max_T, sum_T, grad_T):
 
 
 def as_on_a_gpu(csrc: bool) -> ExitStack:
-    """Inside, the loss is computed as of CUDA tensors, with csrc/'s allocations or the references'."""
+    """Compute losses in the block as those of CUDA tensors, with the allocations of csrc/ or of the references."""
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(heads, "vocab_parallel_cross_entropy", vocabulary._CrossEntropy.apply))
+    stack.enter_context(mock.patch.object(heads, "vocab_parallel_cross_entropy",
+                                          vocabulary.VocabParallelCrossEntropy.apply))
     if csrc:
         stack.enter_context(mock.patch.object(vocabulary, "cross_entropy_statistics", _statistics_of_csrc))
         for module in (vocabulary, vocabulary_chunks):
@@ -88,10 +89,10 @@ def as_on_a_gpu(csrc: bool) -> ExitStack:
 
 def train(chunk_size: int | None, state: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor,
           predictions: int = 1) -> None:
-    """Forward and backward of the mean losses of so many predictions of each token, as MTP makes several.
+    """Run forward and backward of the mean losses of `predictions` predictions of each token, as MTP makes several.
 
-    Each has a leaf of its own of the one weight: autograd adds up gradients of one leaf in place, but not inside a mode
-    that looks at its operators.
+    Each has a leaf of its own that shares the one weight: autograd adds up the gradients of one leaf in place, but not
+    inside a mode that sees its operators.
     """
     losses = []
     for leaf in [weight.detach().requires_grad_(weight.requires_grad) for _ in range(predictions)]:
@@ -102,7 +103,10 @@ def train(chunk_size: int | None, state: torch.Tensor, labels: torch.Tensor, wei
 
 def peak_bytes(chunk_size: int | None, hidden: int, rows: int, csrc: bool, trained: bool = True, predictions: int = 1
                ) -> int:
-    """Of TOKENS in bfloat16, beside the state and the weight; gradients count, the weight's only if it is `trained`."""
+    """Return the peak bytes for TOKENS in bfloat16, without the state and the weight.
+
+    Gradients count, but that of the weight only if it is `trained`.
+    """
     with torch.device("meta"), as_on_a_gpu(csrc):
         state = torch.empty(1, TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(rows, hidden, dtype=torch.bfloat16, requires_grad=trained)
@@ -113,7 +117,7 @@ def peak_bytes(chunk_size: int | None, hidden: int, rows: int, csrc: bool, train
 
 
 def real(chunk_size: int, repeats: int = 2) -> None:
-    """Prints the MB that this process grew by, and the least seconds of processor time of a few repetitions."""
+    """Print the MB that this process grew by, and the least seconds of processor time of a few repetitions."""
     hidden, rows = SMALL
     state, weight = torch.randn(1, TOKENS, hidden).requires_grad_(), torch.randn(rows, hidden) * hidden**-0.5
     weight.requires_grad_()

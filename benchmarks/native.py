@@ -14,7 +14,7 @@ from megatron_deepseek.checkpoint.dcp.item_file import ItemRegion, split, write_
 from megatron_deepseek.checkpoint.dcp.metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.job.state import MOMENTS
-from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, readers
+from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, find_holders
 from megatron_deepseek.checkpoint.tracker import TRACKER, iteration_directory
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -28,7 +28,10 @@ _BLOCK = 1 << 18
 
 
 def model_of(gigabytes: float) -> ModelConfig:
-    """Two layers, the second with as many experts as make weights and moments in float32 so large; eight at least."""
+    """Return a model of two layers, the second with as many experts as make weights and moments in float32 so large.
+
+    There are at least eight experts.
+    """
     width = 2048 if gigabytes >= 1.7 else 512
     base = replace(V3, num_hidden_layers=2, first_k_dense_replace=1, hidden_size=width, intermediate_size=2 * width,
                    moe_intermediate_size=width // 2, num_attention_heads=16, n_group=1, topk_group=1,
@@ -39,7 +42,7 @@ def model_of(gigabytes: float) -> ModelConfig:
 
 
 def tensors_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what training saves, of routers' biases the moments too, which does no harm."""
+    """Return names and shapes of the tensors that training saves; those of routers' biases get moments, too."""
     shapes = {place.whole: place.whole_shape for place in native_places(config)}
     prefixes = ("model.", *(f"optimizer.{moment}." for moment in MOMENTS))
     return {prefix + name: shape for prefix in prefixes for name, shape in shapes.items()}
@@ -50,12 +53,12 @@ def _nbytes(config: ModelConfig) -> int:
 
 
 def write_checkpoint(root: Path, gigabytes: float) -> int:
-    """SAVE with one iteration, a file for each of the WRITER's ranks; its size in bytes."""
+    """Write a SAVE with one iteration, a file for each of the WRITER's ranks, and return its size in bytes."""
     config = model_of(gigabytes)
     directory = iteration_directory(root, ITERATION)
     directory.mkdir(parents=True)
     parts: dict[int, list[ItemRegion]] = {}
-    for name, boxes in readers(ModelDivision(config, WRITER, stages(config, 1), "1F1B")).items():
+    for name, boxes in find_holders(ModelDivision(config, WRITER, stages(config, 1), "1F1B")).items():
         for box, ranks in boxes.items():
             parts.setdefault(min(ranks), []).extend(split(ItemRegion(name, box, torch.float32)))
     items = []
@@ -71,7 +74,7 @@ def write_checkpoint(root: Path, gigabytes: float) -> int:
 
 
 def _noise(part: ItemRegion):
-    """Bytes that differ from block to block; making real numbers would take longer than all the rest."""
+    """Return bytes that differ from block to block; drawing real numbers would take longer than all the rest."""
     noise = bytearray(os.urandom(_BLOCK))
     for begin in range(0, part.nbytes, _BLOCK):
         noise[:16] = hashlib.md5(f"{part}{begin}".encode()).digest()

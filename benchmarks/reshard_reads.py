@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What each rank of a real job opens and reads of a checkpoint, before and after resharding it for that job.
+"""The files and bytes that each rank of a real job reads of a checkpoint, before and after resharding for that job.
 
-A job of gloo ranks builds the model, then loads weights and moments. Counted in each rank: the data files that it opens
+A job of gloo ranks builds the model, then loads weights and moments. Each rank counts the data files that it opens
 (Python's audit hook) and the bytes that it reads (`rchar` of /proc/self/io, which is all reads, a few kilobytes of
-which are sockets). "own" is what the rank's shards hold. Two readers: this project's, and DCP's own FileSystemReader.
+which are sockets). "own" are the bytes of the rank's shards. There are two readers: this project's, and DCP's own
+FileSystemReader.
 """
 
 import argparse
@@ -39,7 +40,7 @@ LAYOUTS = (Layout(dp=2, tp=2, ep=4), Layout(dp=8, ep=8), Layout(dp=2, tp=2, pp=2
 
 @dataclass(frozen=True)
 class Reads:
-    """Of one rank: data files opened, bytes read, bytes of its own shards, seconds of the load."""
+    """The counts of one rank: data files opened, bytes read, bytes of its own shards, seconds of the load."""
 
     files: int
     read: int
@@ -68,9 +69,9 @@ def rank_main(rank: int, layout: Layout, root: Path, stock: bool, store: Path, a
     own = sum((each.to_local() if hasattr(each, "to_local") else each).nbytes for each in state.values())
     answers.put((rank, Reads(sum(name.endswith(".distcp") for name in opened), read, own, seconds)))
     answers.close()
-    answers.join_thread()  # which sends the answer
+    answers.join_thread()  # waits until the answer is sent
     dist.barrier()
-    os._exit(0)  # interpreters are slow to leave
+    os._exit(0)  # an interpreter takes long to end
 
 
 def _rchar() -> int:
@@ -78,7 +79,7 @@ def _rchar() -> int:
 
 
 def job(layout: Layout, root: Path, stock: bool) -> list[Reads]:
-    """The ranks are forked from here, where everything is imported."""
+    """Run a job whose ranks are forked from this process, where everything is imported."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as scratch:

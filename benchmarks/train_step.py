@@ -4,8 +4,8 @@
 
 Both run in this process with the same threads and take turns, so a noisy machine slows both. A step is forward,
 backward, gradient clipping and fused AdamW. transformers gets its fastest experts implementation, found by a trial of
-each. Printed: tokens/s of both (median), their ratio, the losses of every step, which must agree, and the share of
-the measured GEMM rate that the model's multiply-adds come to.
+each. The output is the tokens/s of both (median), their ratio, the losses of every step, which must agree, and the
+share of the measured GEMM rate that the model's multiply-adds reach.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import join_job
 from megatron_deepseek.planning.flops import model_flops_per_token
 from megatron_deepseek.settings import OptimizerSettings
-from megatron_deepseek.training.trainer import TrainingSpec, Trainer
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 LEARNING_RATE = 1e-3
 OPTIMIZER = OptimizerSettings()
@@ -104,7 +104,7 @@ def timed(step, *args) -> tuple[float, float]:
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a square product, best of five."""
+    """Return the FLOP/s of a square GEMM, best of five."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     a @ b
     return 2 * size**3 / min(timed(torch.mm, a, b)[0] for _ in range(5))

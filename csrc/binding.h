@@ -1,6 +1,6 @@
-// What every *_binding.cpp shares. They register the kernels as torch.ops.megatron_deepseek.*, by the LibTorch stable
-// ABI: one build serves every torch from the one it names on, and every Python. There tensors are checked, results
-// allocated, and the functions of kernels.h called on the current stream; derivatives and shapes without data are in
+// Shared by every *_binding.cpp. They register the kernels as torch.ops.megatron_deepseek.*, by LibTorch's stable ABI:
+// one build serves every torch from the one it names on, and every Python. The bindings check tensors, allocate results
+// and call the functions of kernels.h on the current stream; derivatives and the shapes of results are in
 // megatron_deepseek/ops/backends/kernels.py.
 #pragma once
 
@@ -15,8 +15,8 @@
 
 #include "kernels.h"
 
-// OPERATORS(m) { m.def("name(Tensor x) -> Tensor"); }    what they are called and take
-// KERNELS(m) { KERNEL(m, name); }                        the functions of this file that they are
+// OPERATORS(m) { m.def("name(Tensor x) -> Tensor"); }    declares operators with their arguments
+// KERNELS(m) { KERNEL(m, name); }                        binds them to the functions of this file
 #define OPERATORS(m) STABLE_TORCH_LIBRARY_FRAGMENT(megatron_deepseek, m)
 #ifdef MEGATRON_DEEPSEEK_EMULATED
 #define KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(megatron_deepseek, CPU, m)
@@ -60,7 +60,7 @@ T* pointer(const Tensor& x) {
 
 inline const float* floats(const std::optional<Tensor>& x) { return x ? pointer<float>(*x) : nullptr; }
 
-// Whole numbers are read one by one, all others 16 bytes at a time.
+// Integer tensors are read one number at a time, all others 16 bytes at a time.
 inline void check_dense(const Tensor& x, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has another dtype than the kernel takes");
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");

@@ -1,4 +1,4 @@
-"""Compiles csrc/: for GPUs by nvcc, or for the CPU with every thread emulated (tests/emulation). No torch is imported.
+"""Compile csrc/: for GPUs by nvcc, or for the CPU with every thread emulated (tests/emulation). No torch is imported.
 
     python csrc/build.py [--if-useful | --emulated] [--output PATH] [--jobs N]
 
@@ -23,19 +23,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = Path(__file__).resolve().parent
 EMULATION = ROOT / "tests" / "emulation"
 CACHE = ROOT / "build" / "csrc"
-LIBRARY = ROOT / "megatron_deepseek" / "ops" / "libmegatron_deepseek.so"  # where ops/backends/kernels.py looks for it
-FORCE = "MEGATRON_DEEPSEEK_CUDA"  # of the environment: 0 never builds, 1 builds or fails
-OLDEST_TORCH = "0x020b000000000000"  # 2.11: the stable ABI that the library asks for
+LIBRARY = ROOT / "megatron_deepseek" / "ops" / "libmegatron_deepseek.so"  # ops/backends/kernels.py loads it from there
+FORCE = "MEGATRON_DEEPSEEK_CUDA"  # an environment variable: 0 never builds, 1 builds or fails
+OLDEST_TORCH = "0x020b000000000000"  # 2.11, whose stable ABI the library uses
 KERNELS = ("rope.cu", "cross_entropy.cu", "route.cu", "permute.cu", "quantize.cu", "gemm_fp8.cu")
 BINDINGS = sorted(SOURCES.glob("*_binding.cpp"))
-HOPPER_ONLY = ("gemm_fp8.cu",)  # wgmma and TMA; elsewhere FP8 products take torch's road
+HOPPER_ONLY = ("gemm_fp8.cu",)  # wgmma and TMA; other GPUs use torch's FP8 GEMMs
 PORTABLE = ("80", "90a")
-NUMERICS = ["-std=c++17", "-fmad=false"]  # fused multiply-adds would round otherwise than the references
+NUMERICS = ["-std=c++17", "-fmad=false"]  # fused multiply-adds would round differently from the references
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ptxas says of one kernel."""
+    """What ptxas reports of one kernel."""
 
     kernel: str
     architecture: str
@@ -45,7 +45,7 @@ class Report:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of $CUDA_HOME, of the PATH, or of the usual place."""
+    """Return the nvcc of $CUDA_HOME, of the PATH, or of /usr/local/cuda; None if there is none."""
     home = os.environ.get("CUDA_HOME")
     candidates = ([f"{home}/bin/nvcc"] if home else []) + ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next(filter(None, map(shutil.which, candidates)), None)
@@ -59,7 +59,8 @@ def torch_directory() -> Path:
 
 
 def why_not() -> str | None:
-    """Why a build would be of no use here, None where it would. Raises RuntimeError where it is forced and impossible.
+    """Return why a build would be of no use here, None where it would. Raise RuntimeError where it is forced and
+    impossible.
 
     Without CUDA in torch the library could be compiled and never loaded.
     """
@@ -84,8 +85,8 @@ def architectures(kernel: str) -> tuple[str, ...]:
     return ("90a",) if kernel in HOPPER_ONLY else PORTABLE
 
 
-def _run(command: list[str]) -> str:
-    """What the command wrote. Raises RuntimeError with it when it fails."""
+def run_command(command: list[str]) -> str:
+    """Return what the command wrote. Raise RuntimeError with that if it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
@@ -93,7 +94,7 @@ def _run(command: list[str]) -> str:
 
 
 def _cached(command: list[str], source: Path, suffix: str) -> tuple[Path, str]:
-    """The object that `command` makes of `source`, and what the compiler wrote when it was made."""
+    """Return the object that `command` makes of `source`, and what the compiler wrote when it was made."""
     digest = hashlib.sha256(" ".join(command).encode())
     for path in sorted([*SOURCES.glob("*"), *EMULATION.glob("*.h")]):
         if path == source or path.suffix in (".cuh", ".h"):
@@ -103,7 +104,7 @@ def _cached(command: list[str], source: Path, suffix: str) -> tuple[Path, str]:
     if not (made.exists() and log.exists()):
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = made.with_suffix(f".{os.getpid()}.partial.o")
-        log.write_text(_run([*command, str(source), "-o", str(partial)]))
+        log.write_text(run_command([*command, str(source), "-o", str(partial)]))
         partial.rename(made)
     return made, log.read_text()
 
@@ -116,12 +117,13 @@ def _all(calls: list, jobs: int) -> list:
 def kernel_command(nvcc: str, kernel: str) -> list[str]:
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures(kernel)]
     if kernel not in HOPPER_ONLY:
-        codes.append("-gencode=arch=compute_90,code=compute_90")  # for GPUs to come
+        codes.append("-gencode=arch=compute_90,code=compute_90")  # for later GPUs
     return [nvcc, *NUMERICS, "-O3", *codes, "-Xptxas", "-v", "-Xcompiler", "-fPIC", "--threads", "2", "-c"]
 
 
 def compile_kernels(jobs: int = 2) -> tuple[list[Path], list[Report]]:
-    """Objects of all kernels for all their architectures, and ptxas' reports. Raises RuntimeError without nvcc."""
+    """Return objects of all kernels for all their architectures, and ptxas' reports. Raise RuntimeError without nvcc.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found: neither in CUDA_HOME, on the PATH nor in /usr/local/cuda")
@@ -130,7 +132,7 @@ def compile_kernels(jobs: int = 2) -> tuple[list[Path], list[Report]]:
 
 
 def read_reports(log: str) -> list[Report]:
-    """Every entry function of a log of `-Xptxas -v`."""
+    """Return the report of every entry function in a log of `-Xptxas -v`."""
     reports = []
     for part in log.split("Compiling entry function '")[1:]:
         name, architecture = re.match(r"(\S+)' for '(\w+)'", part).groups()
@@ -142,7 +144,7 @@ def read_reports(log: str) -> list[Report]:
 
 
 def _bind(emulated: bool, jobs: int) -> list[Path]:
-    """Objects of every file that registers operators."""
+    """Return the objects of every file that registers operators."""
     command = _binding_command(emulated)
     return [path for path, _ in _all([lambda s=s: _cached(command, s, ".o") for s in BINDINGS], jobs)]
 
@@ -154,19 +156,21 @@ def _binding_command(emulated: bool) -> list[str]:
 
 
 def build_library(output: Path, jobs: int = 2) -> Path:
-    """The library of the GPU's kernels. It asks for libtorch.so by name alone, which is there once torch is imported;
-    through that it finds libtorch_cuda, which a torch without CUDA, as it may be compiled beside, does not have.
+    """Build the library of the GPU's kernels.
+
+    It asks for libtorch.so by name alone, which is loaded once torch is imported, and finds libtorch_cuda through that:
+    a torch without CUDA, beside which it may be compiled, does not have libtorch_cuda.
     """
     objects, _ = compile_kernels(jobs)
     objects += _bind(False, jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), *map(str, objects),
+    run_command([find_nvcc(), "-shared", "-cudart", "static", "-o", str(output), *map(str, objects),
           f"-L{torch_directory() / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"])
     return output
 
 
 def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) -> Path:
-    """The same operators for CPU tensors, every GPU thread a fiber. `extra`: flags, such as a sanitizer's."""
+    """Build the same operators for CPU tensors, every GPU thread a fiber. `extra` are flags, such as a sanitizer's."""
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
                "-DMEGATRON_DEEPSEEK_EMULATED", f"-I{EMULATION}", *extra, "-x", "c++", "-c"]
@@ -174,7 +178,7 @@ def build_emulation(output: Path, jobs: int = 2, extra: tuple[str, ...] = ()) ->
     objects = [path for path, _ in _all(calls, jobs)] + _bind(True, jobs)
     libraries = torch_directory() / "lib"
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([compiler, "-shared", "-o", str(output), *map(str, objects), *extra,
+    run_command([compiler, "-shared", "-o", str(output), *map(str, objects), *extra,
           f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"])
     return output
 

@@ -1,8 +1,8 @@
 // Softmax cross-entropy over this rank's part of the vocabulary, without ever keeping a float32 logit.
 //
 // Forward: one pass over the bfloat16 logits gives each row's maximum, sum of exponentials and label logit; the ranks
-// then join those three numbers (parallel/vocabulary.py). Backward: one pass turns the logits into their gradient in
-// place. Reading the logits twice and writing them once is all the memory traffic there is.
+// then combine those three numbers (parallel/vocabulary.py). Backward: one pass turns the logits into their gradient in
+// place. The logits are read twice and written once, and there is no other memory traffic.
 //
 // The running sum is online (arXiv 1805.02867): a thread rescales what it has when it meets a larger logit.
 // A block has one row; v = V / tp columns.
@@ -18,7 +18,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr float kMinusInfinity = -INFINITY;
 
-// sum = total of exp(x - max) over what was seen; nothing seen, or -inf alone: (-inf, 0).
+// sum is the total of exp(x - max) so far; (-inf, 0) before the first number and while all of them are -inf.
 struct Online {
   float max = kMinusInfinity;
   float sum = 0;
@@ -36,7 +36,7 @@ __device__ __forceinline__ Online join(Online a, Online b) {
   return {max, a.sum + b.sum};
 }
 
-// Five instructions a number: with more, a GPU computes longer than it reads.
+// Five instructions for each number: with more, the arithmetic would take longer than reading the logits.
 template <int Count>
 __device__ __forceinline__ void add(Online& online, const float (&x)[Count]) {
   float max = online.max;
@@ -61,7 +61,7 @@ struct Shared {
   Online warp[kWarps];
 };
 
-// Width: numbers read at once, 8 where rows are 16-byte aligned, else 1.
+// Width is how many numbers are read at once: 8 where rows are 16-byte aligned, else 1.
 template <int Width>
 __device__ __forceinline__ void load(const bf16* address, float (&x)[Width]) {
   if constexpr (Width == kVector)

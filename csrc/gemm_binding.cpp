@@ -1,4 +1,4 @@
-// Block-scaled products (gemm_fp8.cu).
+// Block-scaled GEMMs (gemm_fp8.cu).
 #include "binding.h"
 
 namespace {

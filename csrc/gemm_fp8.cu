@@ -1,14 +1,14 @@
-// Block-scaled FP8 products on Hopper (sm_90a), the arithmetic of ops/fp8/gemm.py:
+// Block-scaled FP8 GEMMs on Hopper (sm_90a), with the arithmetic of ops/fp8/gemm.py:
 //
 //   out[m, n] = sum over blocks j of 128 of K:  (sum over k in j of a[m, k] b[n, k]) * (scale_a[m, j] * scale_b[n, j])
 //
-// The inner sums are wgmma's, the outer one is float32 in registers: Hopper's tensor cores keep about 14 bits of a sum,
-// so every 128 of K their result is taken out and promoted (DeepSeek-V3 report, section 3.3.2; DeepGEMM).
+// wgmma computes the inner sums; the outer one is float32 in registers. Hopper's tensor cores keep about 14 bits of a
+// sum, so their result is promoted after every 128 of K (DeepSeek-V3 report, section 3.3.2; DeepGEMM).
 //
-// A block is one producer warpgroup and two that multiply. The producer's first thread has the copy engine fill a ring
+// A block has one producer warpgroup and two consumers. The producer's first thread has the copy engine fill a ring
 // of stages, a [TileM, 128] and b [128, 128] codes each; `full` and `empty` barriers pass them back and forth. A
 // consumer has 64 rows of a and all of b (twice, with TileM = 256: `Waves`). Blocks are persistent: block i takes tiles
-// i, i + grid, ..., and its producer is ahead in the next tile while the result of the last is written.
+// i, i + grid, ..., and its producer already loads the next tile while the result of the last is written.
 #include <algorithm>
 
 #include "gemm_schedule.cuh"
@@ -46,7 +46,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared<1>) <= 227 * 1024 && sizeof(Shared<2>) <= 227 * 1024, "shared memory of one block");
 
-// The place in the ring: which stage, and the parity of the round through all of them.
+// The place in the ring: the stage, and the parity of the round through all stages.
 template <int Stages>
 struct Ring {
   int stage = 0;
@@ -77,8 +77,8 @@ __device__ __forceinline__ void produce(Shared<Waves>& shared, const TensorMap* 
   }
 }
 
-// The scales that a thread's accumulators need of one block of K: of its rows, and either one of the whole b tile or,
-// shared with its warpgroup, one of each column.
+// The scales of one block of K that a thread's accumulators need: those of its rows, and of b either one for the whole
+// tile or, shared with its warpgroup, one for each column.
 template <int Waves>
 struct Scales {
   float row[Waves][2];
@@ -113,7 +113,7 @@ struct ScaleReader {
   }
 };
 
-// 64 x 128 x 128: four products on 32 of K each; a step along K is 2 in the descriptor's units of 16 bytes.
+// Multiplies 64 x 128 x 128 as four wgmmas of 32 along K; such a step is 2 in the descriptor's units of 16 bytes.
 __device__ __forceinline__ void multiply(float (&sum)[kAccumulators], const e4m3* a, const e4m3* b) {
   const uint64_t from_a = hopper::descriptor(hopper::shared_address(a));
   const uint64_t from_b = hopper::descriptor(hopper::shared_address(b));
@@ -140,7 +140,7 @@ __device__ __forceinline__ void promote(float (&total)[kAccumulators], const flo
   }
 }
 
-// Four words of each of four neighbouring lanes, transposed: word w of lane l becomes word l of lane w.
+// Transposes four words of each of four neighbouring lanes: word w of lane l becomes word l of lane w.
 __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
   const bool odd = lane_id() & 1, high = lane_id() & 2;
 #pragma unroll
@@ -155,7 +155,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
   }
 }
 
-// A lane has pairs of neighbouring columns; among four lanes they become 8 columns, 16 bytes, of each.
+// A lane has pairs of neighbouring columns; four lanes exchange them so that each has 8 columns, 16 bytes.
 __device__ __forceinline__ void store(bf16* row, int columns, bool aligned, bool exists, const float* total,
                                       int thread) {
 #pragma unroll
@@ -176,7 +176,7 @@ __device__ __forceinline__ void store(bf16* row, int columns, bool aligned, bool
   }
 }
 
-// Four lanes' pairs are 32 bytes of a row: a whole sector.
+// The pairs of four lanes are 32 bytes of a row, a whole sector of memory.
 __device__ __forceinline__ void store(float* row, int columns, bool, bool exists, const float* total, int thread) {
 #pragma unroll
   for (int group = 0; group < kTileN / 8; ++group)
@@ -204,8 +204,8 @@ __device__ __forceinline__ void consume(Shared<Waves>& shared, const Gemm& produ
       if (k + 1 < work.k_tiles) next = reader.read(work.k + k + 1);  // on its way while the tensor cores work
       float* column_scales = shared.scale_b[consumer][buffer];
       if (!BlocksB) {
-        // Two buffers and one barrier each: who writes this one again has met the others at the other's barrier, and
-        // they came there only when they were done with this one.
+        // There are two buffers, with a barrier each. A thread that writes this buffer again has passed the other's
+        // barrier, which the other threads reach only after they have read this one.
         buffer ^= 1;
         column_scales[thread] = scales.column;
         hopper::warpgroup_barrier(1 + consumer);
@@ -286,7 +286,7 @@ Gemm product_of(const ScaledOperand& a, const ScaledOperand& b, int tile_m) {
   return p;
 }
 
-// Tall tiles halve how often b is read; below two tiles for each multiprocessor short ones keep more of them busy.
+// Tall tiles read b half as often; below two tiles for each multiprocessor, short ones keep more of them busy.
 bool tall(const ScaledOperand& a, const ScaledOperand& b) {
   return ceil_div<int64_t>(a.rows, Shape<2>::kTileM) * ceil_div<int64_t>(b.rows, kTileN) >= 2 * multiprocessors();
 }

@@ -1,5 +1,5 @@
-// Which tile of which product a block computes next. Plain arithmetic, the same for the warps that load and those that
-// multiply.
+// The order of tiles: which tile of which GEMM a block computes next. It is plain arithmetic, the same for the warps
+// that load and those that multiply.
 #pragma once
 
 #include "kernels.h"
@@ -38,7 +38,7 @@ struct Place {
   int m, n;
 };
 
-// Tiles in the order that keeps kRowsTogether tiles of M and all of N's walk together.
+// Orders tiles so that kRowsTogether tiles of M are computed together for all tiles of N.
 constexpr __host__ __device__ Place place_of(int64_t tile, int m_tiles, int n_tiles) {
   const int64_t band = tile / (int64_t(kRowsTogether) * n_tiles), in_band = tile % (int64_t(kRowsTogether) * n_tiles);
   const int first = int(band) * kRowsTogether;

@@ -1,5 +1,5 @@
-// Hopper's asynchronous machinery as named functions: mbarriers, the copy engine (TMA) and warpgroup products (wgmma).
-// One PTX instruction each; the PTX ISA's sections are named where the operands are not obvious.
+// Hopper's asynchronous instructions as named functions: mbarriers, the copy engine (TMA) and warpgroup GEMMs (wgmma).
+// Each is one PTX instruction; the PTX ISA's sections are named where the operands are not obvious.
 //
 // tests/emulation/hopper_emulation.h has the same functions for the CPU, written from the same sections.
 #pragma once
@@ -13,8 +13,8 @@
 
 namespace mds::hopper {
 
-// A tile's row is 128 bytes: what the 128-byte swizzle wants. Of every 8 rows (1,024 bytes) the 16-byte chunk c of row
-// r lies at chunk c ^ r, so that neither the copy engine nor wgmma meets a bank twice.
+// A tile's row is 128 bytes, as the 128-byte swizzle requires. In every 8 rows (1,024 bytes) the 16-byte chunk c of row
+// r is stored at chunk c ^ r, so that neither the copy engine nor wgmma has bank conflicts.
 constexpr int kSwizzleRow = 128;
 constexpr int kSwizzleAtom = 1024;
 
@@ -31,8 +31,8 @@ constexpr __host__ __device__ uint64_t descriptor(uint32_t shared_address) {
 constexpr int kProductM = 64, kProductN = 128, kProductK = 32;  // of one wgmma on E4M3
 constexpr int kAccumulators = kProductM * kProductN / 128;      // of each thread
 
-// Which element of the 64 x 128 result a thread's accumulator i is ("wgmma.mma_async", register fragment D): warp w has
-// rows 16w .. 16w+15, lane l rows l/4 and l/4 + 8, and of every 8 columns the two at 2(l % 4).
+// The element of the 64 x 128 result that a thread's accumulator i is ("wgmma.mma_async", register fragment D): warp w
+// has rows 16w .. 16w+15, lane l rows l/4 and l/4 + 8, and of every 8 columns the two at 2(l % 4).
 constexpr __host__ __device__ int accumulator_row(int thread, int i) {
   return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }
@@ -64,7 +64,7 @@ __device__ __forceinline__ void barrier_arrive_expecting(Barrier* barrier, uint3
                : "memory");
 }
 
-// Until the phase of this parity is over. Of a new barrier the phase before the first (parity 1) is.
+// Waits until the phase of this parity is over. On a new barrier the phase before the first (parity 1) is over already.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
@@ -83,7 +83,7 @@ __device__ __forceinline__ void prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// A box of the tensor from (row, column) on; what lies outside the tensor arrives as zeros and counts as bytes too.
+// Copies a box of the tensor from (row, column) on; outside of it zeros arrive, which count as bytes too.
 __device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, int column, int row, Barrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -132,12 +132,12 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// Among the 128 threads of a warpgroup; `id` 1..15.
+// Synchronises the 128 threads of a warpgroup; `id` is 1..15.
 __device__ __forceinline__ void warpgroup_barrier(int id) {
   asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
 
-// The driver's encoder, found without linking to the driver.
+// Returns the driver's encoder of tensor maps, found without linking to the driver.
 inline auto tensor_map_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
@@ -152,7 +152,7 @@ inline auto tensor_map_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
-// Bytes [rows, columns], `pitch` bytes from row to row (a multiple of 16), copied in boxes of `box_rows` x 128.
+// Describes bytes [rows, columns], `pitch` bytes from row to row (a multiple of 16), for boxes of `box_rows` x 128.
 inline TensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t pitch, int box_rows) {
   TensorMap map;
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(pitch)};

@@ -1,5 +1,5 @@
-// The kernels as plain C++ functions: pointers to device memory, sizes, a stream. The *_binding.cpp call them, and check
-// what they pass; each function's kernel file says what it computes. None of them synchronises.
+// The kernels as plain C++ functions of pointers to device memory, sizes and a stream. The *_binding.cpp call them and
+// check their arguments; each function's kernel file says what it computes. None of them synchronises.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ constexpr int kTile = 128;  // of FP8 scales, along K and for weights along both
 
 // rope.cu -------------------------------------------------------------------------------------------------------------
 
-// Rows of [B, S, N, .] whose last dimension is contiguous; strides in numbers.
+// A tensor [B, S, N, .] whose last dimension is contiguous; strides count numbers.
 struct StridedHeads {
   const bf16* data;
   int64_t batch_stride, position_stride, head_stride;
@@ -65,19 +65,19 @@ void combine_backward(const bf16* grad, const bf16* y, const int* copy_of_slot, 
 
 // quantize.cu ---------------------------------------------------------------------------------------------------------
 
-// E4M3 codes and their scales, where to write them; none if null.
+// Where to write E4M3 codes and their scales; null to write none.
 struct Codes {
   e4m3* q = nullptr;
   float* scales = nullptr;
 };
 
-// Which rows share a tile of 128x1: `table` [count, 2] has each tile's first row and rows; null: one after the other.
+// The rows of each tile of 128x1: `table` [count, 2] has a tile's first row and rows; null if tiles have no gaps.
 struct RowTiles {
   const int* table;
   int count;
 };
 
-// bfloat16 or float32, rows `pitch` numbers apart.
+// A matrix in bfloat16 or float32 with rows `pitch` numbers apart.
 struct Numbers {
   const void* data;
   bool is_float;
@@ -130,14 +130,14 @@ struct GemmOutput {
   bool is_float;
 };
 
-// Tiles of M of the M-grouped product, and groups of K of the K-grouped one; int32 on the device.
+// Tiles of M of the M-grouped GEMM, and groups of K of the K-grouped one; int32 on the device.
 struct Groups {
   const int* table;  // M: [count, 3] matrix of b, first row, rows; K: [count, 2] first tile of K, tiles
   int count;
 };
 
 void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, void* stream);
-// `tall`: tiles have up to 256 rows, else up to 128.
+// Tiles have up to 256 rows if `tall`, else up to 128.
 void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, void* stream);
 void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, void* stream);
 

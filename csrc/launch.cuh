@@ -1,4 +1,4 @@
-// Launching a kernel: checked, with as much shared memory as it asks for, on a caller's stream.
+// Launches a kernel on a caller's stream, with as much shared memory as it asks for, and checks for errors.
 #pragma once
 
 #include <stdexcept>

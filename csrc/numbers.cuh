@@ -48,7 +48,7 @@ __host__ __device__ __forceinline__ bf16 to_bf16(float x) {
 #endif
 }
 
-// What a float becomes when it is kept as bfloat16: fused kernels round where the separate ones would have stored.
+// Rounds a float as if it were stored in bfloat16: fused kernels do so where separate ones would have stored it.
 __host__ __device__ __forceinline__ float round_to_bf16(float x) { return to_float(to_bf16(x)); }
 
 // Saturating conversion, in integer arithmetic: |x| beyond 448 becomes 448 (infinities too), NaN stays NaN.
@@ -69,7 +69,7 @@ __host__ __device__ __forceinline__ e4m3 to_e4m3_portable(float x) {
   return e4m3(sign | (code > 0x7e ? 0x7e : code));
 }
 
-// Two at once, the first in the low byte: one instruction from sm_89 on.
+// Converts two at once, the first into the low byte: one instruction from sm_89 on.
 __host__ __device__ __forceinline__ uint16_t to_e4m3x2(float first, float second) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   uint16_t packed;
@@ -80,7 +80,7 @@ __host__ __device__ __forceinline__ uint16_t to_e4m3x2(float first, float second
 #endif
 }
 
-// The value of a code, exact.
+// Returns the value of a code, exactly.
 __host__ __device__ __forceinline__ float from_e4m3(e4m3 code) {
   const uint32_t magnitude = code & 0x7f, sign = uint32_t(code & 0x80) << 24;
   if (magnitude == 0x7f) return bits_float(0x7fffffff);
@@ -88,11 +88,11 @@ __host__ __device__ __forceinline__ float from_e4m3(e4m3 code) {
   return bits_float(float_bits(bits_float(magnitude << 20) * bits_float((127 + 120) << 23)) | sign);
 }
 
-// |x| as an integer: integer order is the order of magnitudes, with infinity and then NaN above everything finite, so
-// that a maximum cannot lose a NaN.
+// Returns |x| as an integer. Integers have the order of magnitudes, with infinity and then NaN above everything finite,
+// so that a maximum cannot lose a NaN.
 __host__ __device__ __forceinline__ uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffff; }
 
-// The scale of a tile with this largest magnitude, by the rules of ops/fp8.py.
+// Returns the scale of a tile with this largest magnitude, by the rules of ops/fp8/encoding.py.
 __host__ __device__ __forceinline__ float tile_scale(uint32_t magnitude, bool power_of_two) {
   if (magnitude == 0) return 1.0f;
   if (magnitude >= 0x7f800000) return bits_float(0x7fffffff);  // the tile is lost
@@ -154,10 +154,10 @@ struct alignas(8) Words2 {
   uint32_t word[2];
 };
 
-// x / scale, rounded as IEEE's division rounds it, for many x: from the reciprocal, corrected twice by what is left
-// over (Markstein 1990), in 7 operations where a division of its own takes about 12 and a branch.
+// Divides many x by one scale, rounded as IEEE's division: from the reciprocal, corrected twice by the remainder
+// (Markstein 1990), in 7 operations where a division takes about 12 and a branch.
 //
-// What is left over is exact unless it underflows, which takes a quotient below 2^-12, a code of 0 either way, or a
+// The remainder is exact unless it underflows, which takes a quotient below 2^-12, a code of 0 either way, or a
 // scale below 2^-80: then x and scale are both multiplied by 2^80 first, exactly. A NaN or an infinity stays a NaN or
 // is a tile whose scale is NaN already.
 struct Divider {
@@ -176,7 +176,7 @@ struct Divider {
   }
 };
 
-// Eight codes of x / scale.
+// Returns the eight codes of x / scale.
 __device__ __forceinline__ Words2 encode8(const float (&x)[kVector], const Divider& divide) {
   Words2 v;
 #pragma unroll

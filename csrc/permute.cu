@@ -1,4 +1,4 @@
-// Token copies to their slots and back (route.cu says which slot), 16 bytes at a time, every pass a gather.
+// Moves token copies to their slots and back (route.cu assigns the slots), 16 bytes at a time; every pass is a gather.
 //
 //   gather_rows      out[s] = x[copy_of_slot[s] / K], zero for padding            permute forward; its bytes may be FP8
 //   combine_rows     out[t] = sum over k of weight[t, k] * y[slot_of_copy[t, k]]  unpermute forward; permute backward
@@ -18,7 +18,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kUnroll = 4;  // independent 16-byte loads of a thread in flight
 
-// `Threads` share a row: a block where rows are long, a warp where they are short, as scales of codes are.
+// `Threads` share a row: a block where rows are long, a warp where they are short, as rows of FP8 scales are.
 template <int Threads>
 __global__ void __launch_bounds__(kThreads)
     gather_rows_kernel(const Words4* x, const int* copy_of_slot, int copies_of_token, Words4* out, int64_t slots,
@@ -49,7 +49,7 @@ void launch_gather(const void* x, const int* copy_of_slot, int copies_of_token, 
          row_bytes / 16);
 }
 
-// A block has one token; its slots and weights are read once by every thread, from the first-level cache.
+// A block has one token; every thread reads its slots and weights once, from the L1 cache.
 __global__ void __launch_bounds__(kThreads)
     combine_rows_kernel(const bf16* y, const int* slot_of_copy, const float* weights, int choices, bf16* out,
                         int width) {

@@ -1,4 +1,4 @@
-// What the quantising kernels quantise: each producer gives 8 neighbouring numbers of a row, as float32 values of the
+// The inputs of the quantising kernels: each producer gives 8 neighbouring numbers of a row, as float32 values of the
 // bfloat16 (or float32) numbers that a separate kernel would have stored. Before a row's first `load` tile kernels call
 // `enter_row`, and row kernels `enter_row_alone`, which may use the whole block.
 #pragma once
@@ -30,7 +30,7 @@ struct Plain {
   }
 };
 
-// E4M3 codes with 1x128 scales, on their way to tiles of another shape; float32, not rounded in between.
+// E4M3 codes with 1x128 scales, to be converted to tiles of another shape by way of float32, without rounding.
 struct Scaled {
   using Element = float;
   const e4m3* q;
@@ -47,7 +47,7 @@ struct Scaled {
 };
 
 // silu(gate) * up, rounded after silu and after the product as ops/swiglu.py rounds. Rows of gate and up may be `pitch`
-// numbers apart, as halves of one product are.
+// numbers apart, as halves of one GEMM's output are.
 struct SwiGLU {
   using Element = bf16;
   const bf16* gate;
@@ -66,7 +66,7 @@ struct SwiGLU {
   }
 };
 
-// The gradients of gate and up side by side, from that of the activation [M, columns / 2].
+// The gradients of gate and up side by side, from the gradient of the activation [M, columns / 2].
 struct SwiGLUBackward {
   using Element = bf16;
   const bf16* grad;
@@ -97,7 +97,7 @@ struct SwiGLUBackward {
   }
 };
 
-// x * rstd, rounded, times the weight. For row kernels, which compute rstd and leave it.
+// x * rstd, rounded, times the weight. For row kernels, which compute rstd and write it.
 struct RMSNorm {
   using Element = bf16;
   const bf16* x;
@@ -127,7 +127,7 @@ struct RMSNorm {
   }
 };
 
-// The gradient of RMSNorm's input: (g w - n mean(g w n)) rstd with n = x rstd. Row kernels leave the mean too.
+// The gradient of RMSNorm's input: (g w - n mean(g w n)) rstd with n = x rstd. Row kernels write the mean too.
 struct RMSNormBackward {
   using Element = bf16;
   const bf16* grad;

@@ -1,12 +1,12 @@
-// Block-scaled FP8 by the rules of ops/fp8/encoding.py, fused with what makes the numbers (producers.cuh).
+// Block-scaled FP8 by the rules of ops/fp8/encoding.py, fused with the producers of the numbers (producers.cuh).
 //
 //   rows_kernel   1x128 tiles along K; a block has one row, so that it can also reduce over it (RMSNorm)
 //   tile_kernel   a block has 128 x 128 numbers: tiles of 128x1, stored transposed (wgrad), optionally 1x128 tiles of
 //                 the same numbers in the same pass, or one 128x128 tile, optionally with its transpose (weights)
 //
 // Memory: every number is read once (rows_kernel with a reduction reads a row again from the cache), every code written
-// once, 16 and 8 bytes at a time. Results with a transpose have rows of whole tiles, T * 128 codes, zero behind the
-// edge of a group: what TMA can address and wgrad can sum without a mask.
+// once, 16 and 8 bytes at a time. Transposed results have rows of whole tiles, T * 128 codes, with zeros behind the
+// edge of a group, so that TMA can address them and wgrad can sum over them without a mask.
 // Shapes: M rows, K columns (multiples of 8), k = ceil(K / 128), T tiles of rows.
 #include "kernels.h"
 #include "launch.cuh"
@@ -18,7 +18,7 @@ namespace {
 constexpr int kThreads = kQuantizeThreads;
 constexpr int kLanes = kTile / kVector;  // that share a row of a tile
 
-// `kept`, if any, gets the producer's bfloat16 numbers.
+// `kept`, unless null, receives the producer's bfloat16 numbers.
 template <typename Producer>
 __global__ void __launch_bounds__(kThreads)
     rows_kernel(Producer producer, e4m3* q, float* scales, bf16* kept, bool power_of_two) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x;
   const int columns = producer.columns, tiles = ceil_div(columns, kTile);
   producer.enter_row_alone(row, scratch);
-  // Whole warps: lanes behind the edge take part in the exchange with zeros.
+  // Whole warps run: lanes behind the edge take part in the exchange with zeros.
   const int end = round_up(columns, kWarp * kVector);
   for (int column = int(threadIdx.x) * kVector; column < end; column += kThreads * kVector) {
     const bool inside = column < columns;
@@ -76,8 +76,8 @@ __device__ __forceinline__ TileRows rows_of(const TileOutputs& out) {
   return {matrix, tile, matrix * out.rows + first, int(left < kTile ? left : kTile)};
 }
 
-// The tile's numbers to shared memory, zero outside; 16 lanes share a row. With kRowsAndColumns their 1x128 tiles go
-// out at once. Returns this thread's largest magnitude.
+// Loads the tile's numbers into shared memory, zero outside; 16 lanes share a row. With kRowsAndColumns it writes their
+// 1x128 tiles as well. Returns this thread's largest magnitude.
 template <Tiling kind, typename Producer>
 __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typename Producer::Element>& shared,
                                               const TileOutputs& out, TileRows rows, bool power_of_two) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typ
   return largest;
 }
 
-// Codes of 64 numbers of one column, transposed in shared memory.
+// Writes the codes of 64 numbers of one column to shared memory, transposed.
 template <typename Element>
 __device__ __forceinline__ void encode_half_column(TileShared<Element>& shared, int column, int half, float scale) {
   const Divider divide(scale);
@@ -126,7 +126,7 @@ __device__ __forceinline__ void encode_half_column(TileShared<Element>& shared, 
   }
 }
 
-// A column's scale, of two threads that have half of it each. All threads must call.
+// Returns a column's scale; two threads have half of the column each. All threads must call it.
 template <typename Element>
 __device__ __forceinline__ float column_scale(TileShared<Element>& shared, int column, int half, bool power_of_two) {
   uint32_t largest = 0;
@@ -138,7 +138,7 @@ __device__ __forceinline__ float column_scale(TileShared<Element>& shared, int c
   return tile_scale(Max{}(shared.magnitude[0][column], shared.magnitude[1][column]), power_of_two);
 }
 
-// The scale of the whole tile. All threads must call.
+// Returns the scale of the whole tile. All threads must call it.
 template <typename Element>
 __device__ __forceinline__ float block_scale(TileShared<Element>& shared, uint32_t largest, bool power_of_two) {
   largest = group_reduce<kWarp>(largest, Max{});
@@ -162,7 +162,7 @@ __device__ __forceinline__ void write_rows(const TileShared<Element>& shared, co
   }
 }
 
-// 128 columns of 128 codes, each a whole line of the transposed result.
+// Writes 128 columns of 128 codes, each a whole line of the transposed result.
 template <typename Element>
 __device__ __forceinline__ void write_columns(const TileShared<Element>& shared, const TileOutputs& out, TileRows rows,
                                               int columns) {
@@ -218,7 +218,7 @@ void launch_tiles(const Producer& producer, int64_t rows, Codes by_row, Codes by
   launch(tile_kernel<kind, Producer>, grid, stream, producer, out, power_of_two);
 }
 
-// grad_weight of RMSNorm, in parts: [parts, K] sums of g x rstd over the rows of each part.
+// Computes grad_weight of RMSNorm in parts: sums [parts, K] of g x rstd over the rows of each part.
 __global__ void __launch_bounds__(kThreads)
     norm_weight_kernel(const bf16* grad, const bf16* x, const float* rstd, float* partial, int64_t rows, int columns,
                        int rows_of_part) {

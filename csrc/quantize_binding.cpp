@@ -1,4 +1,4 @@
-// FP8 quantisation, alone and behind norm and SwiGLU (quantize.cu).
+// FP8 quantisation, alone and fused with norm and SwiGLU (quantize.cu).
 #include "binding.h"
 
 namespace {
@@ -48,7 +48,7 @@ mds::Numbers numbers(const Tensor& x, int64_t pitch) {
   return {x.data_ptr(), x.scalar_type() == ScalarType::Float, pitch};
 }
 
-// Rows may be further apart than their numbers, as halves of a product are.
+// Rows may be further apart than their width, as halves of a GEMM's output are.
 Matrix check_rows(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == bf16_or_float(x), name, " must be a bfloat16 or float32 matrix");
   check_vectors(x.size(1), "the columns of a quantised matrix");
@@ -84,7 +84,7 @@ Tensors4 quantize_both(const Tensor& x, const std::optional<Tensor>& tiles, bool
   return {by_row.q, by_row.scales, by_column.q, by_column.scales};
 }
 
-// w [M, K] or [E, M, K] -> codes and scales, and those of the transpose, [E, K, tiles of M * 128], or nothing of it.
+// Returns codes and scales of w [M, K] or [E, M, K], and those of its transpose [E, K, tiles of M * 128] if asked for.
 Tensors4 quantize_blocks(const Tensor& w, bool transpose, bool power_of_two) {
   check_dense(w, bf16_or_float(w), "w");
   STD_TORCH_CHECK(w.dim() == 2 || w.dim() == 3, "w must be a matrix or a stack of them");
@@ -145,7 +145,7 @@ Tensors2 swiglu_quantize_columns(const Tensor& gate, const Tensor& up, const std
   return {out.q, out.scales};
 }
 
-// Of the gradients of gate and up side by side, [M, 2 I].
+// Returns the tiles of the gradients of gate and up side by side, [M, 2 I].
 Tensors4 swiglu_backward_quantize(const Tensor& grad, const Tensor& gate, const Tensor& up,
                                   const std::optional<Tensor>& tiles, bool power_of_two) {
   const auto x = gate_up(gate, up);
@@ -165,7 +165,7 @@ void check_norm(const Tensor& weight, int columns) {
   STD_TORCH_CHECK(weight.numel() == columns, "weight must have a number for each column");
 }
 
-// codes, scales, rstd [M], and the normalised rows themselves if `keep`, else none.
+// Returns codes, scales, rstd [M], and the normalised rows themselves if `keep`, else none.
 Tensors4 norm_quantize_rows(const Tensor& x, const Tensor& weight, double eps, bool keep, bool power_of_two) {
   const auto [rows, columns] = check_matrix(x, ScalarType::BFloat16, "x");
   check_norm(weight, columns);
@@ -178,7 +178,7 @@ Tensors4 norm_quantize_rows(const Tensor& x, const Tensor& weight, double eps, b
   return {out.q, out.scales, rstd, kept};
 }
 
-// The gradient of a norm's input, codes and scales by row and by column; and the weight's gradient.
+// Returns codes and scales by row and by column of the gradient of a norm's input, and the weight's gradient.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_quantize(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::optional<Tensor>& tiles,
     bool power_of_two) {

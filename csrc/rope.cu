@@ -1,8 +1,8 @@
 // RoPE for MLA's decoupled dimensions, fused with the split before it and the concatenation after it.
 //
-// A head's last R of its D dimensions are turned, the others only travel: one pass instead of split, turn (in float32),
-// concatenate. The numbers are those of ops/rope.py: pairs stay interleaved, float32 arithmetic without fused
-// multiply-adds, one rounding to bfloat16.
+// The last R of a head's D dimensions are rotated, the others copied: one pass instead of a split, a rotation (in
+// float32) and a concatenation. The numbers are those of ops/rope.py: pairs stay interleaved, float32 arithmetic
+// without fused multiply-adds, one rounding to bfloat16.
 //
 // Shapes: T tokens = B*S, N heads, D = nope + R, V value width. A block has one token.
 #include "kernels.h"
@@ -20,7 +20,7 @@ struct Shared {
   alignas(16) bf16 turned[kMaxRope];
 };
 
-// cos and sin of a position: table [2, S, R/2].
+// Reads cos and sin of a position from the table [2, S, R/2].
 struct Angles {
   const float* cos;
   const float* sin;
@@ -31,7 +31,7 @@ __device__ __forceinline__ Angles angles_of(const float* table, int positions, i
   return {table + row, table + int64_t(positions) * (rope / 2) + row};
 }
 
-// Four pairs, the first of them number `pair`. The way back (`inverse`) is the transpose: the opposite angle.
+// Rotates four pairs, the first of which is number `pair`. The backward (`inverse`) rotates by the opposite angle.
 __device__ __forceinline__ void turn(float (&x)[kVector], const Angles& angles, int pair, bool inverse) {
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ const bf16* at(const StridedHeads& x, int64_t token, 
          head * x.head_stride;
 }
 
-// out [T, N, D] contiguous.
+// `out` [T, N, D] is contiguous.
 __global__ void __launch_bounds__(kThreads)
     rope_tail_kernel(StridedHeads x, const float* table, bf16* out, RopeShape shape, bool inverse) {
   const int64_t token = blockIdx.x;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// kv [T, N, nope + V] and k_rope [T, R], turned here if there is a table -> k [T, N, nope + R] and v [T, N, V].
+// Makes k [T, N, nope + R] and v [T, N, V] of kv [T, N, nope + V] and k_rope [T, R]; rotates k_rope if given a table.
 __global__ void __launch_bounds__(kThreads)
     keys_values_kernel(const bf16* kv, const bf16* k_rope, const float* table, bf16* k, bf16* v, RopeShape shape) {
   Shared& shared = block_shared<Shared>();
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The gradient of k_rope sums over the heads in float32: a warp takes every 8th head, then the warps are added up.
+// The gradient of k_rope is a sum over the heads in float32: each warp sums every 8th head, then the warps are summed.
 __global__ void __launch_bounds__(kThreads) keys_values_backward_kernel(StridedHeads grad_k, StridedHeads grad_v,
                                                                         const float* table, bf16* grad_kv,
                                                                         bf16* grad_k_rope, RopeShape shape) {

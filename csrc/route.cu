@@ -1,5 +1,4 @@
-// From the experts that tokens chose to the order their copies are computed in: histogram, offsets and a stable
-// counting sort in one launch.
+// Sorts token copies by the experts that tokens chose: histogram, offsets and a stable counting sort in one launch.
 //
 // Copy c = t*K + k of token t goes to expert experts[c]. Slots are expert by expert, within an expert in the order of
 // the copies (stable: the result is argsort(stable=True) of the choices), and each expert's slots are rounded up to a
@@ -7,11 +6,11 @@
 // 0..E-1 has no slot.
 //
 //   1. every block counts its part of the copies, each warp for itself          counts[block][warp][expert]
-//   2. all blocks meet; then each adds up, for every expert, all that lies before its warps
-//   3. every warp walks its part again, 32 copies at a time, and gives out slots
+//   2. all blocks synchronise; then each sums up, for every expert, the copies that come before its warps'
+//   3. every warp goes through its part again, 32 copies at a time, and assigns slots
 //
-// Blocks wait for each other, so the grid must fit the GPU at once: no more blocks than multiprocessors, and as many
-// copies for each warp as that leaves it.
+// Blocks wait for each other, so all of them must be resident at once: there are no more blocks than multiprocessors,
+// and each warp takes its share of the copies.
 #include <algorithm>
 
 #include "kernels.h"
@@ -49,7 +48,7 @@ __device__ __forceinline__ int expert_of(const int64_t* experts, int64_t copy, i
   return expert >= 0 && expert < num_experts ? int(expert) : -1;
 }
 
-// shared.start: from the experts' counts to the exclusive sum of the counts rounded up. A thread has 4 experts.
+// Replaces the experts' counts in shared.start by the exclusive sum of the rounded counts. A thread has 4 experts.
 __device__ __forceinline__ void scan_starts(Shared& shared, RouteShape shape) {
   constexpr int kEach = kMaxExperts / kThreads;
   int own[kEach], sum = 0;
@@ -70,7 +69,7 @@ __device__ __forceinline__ void scan_starts(Shared& shared, RouteShape shape) {
   __syncthreads();
 }
 
-// shared.next becomes the copies of each expert that come before each warp of this block, shared.start their number.
+// Sets shared.next to the copies of each expert that come before each warp of this block, shared.start to their number.
 __device__ __forceinline__ void count_before(Shared& shared, const int* counts, int num_warps, RouteShape shape) {
   for (int e = int(threadIdx.x); e < shape.experts; e += kThreads) {
     int before = 0;

@@ -1,4 +1,4 @@
-// Places of token copies sorted by expert (route.cu), and rows moved there and back (permute.cu).
+// The slots of token copies sorted by expert (route.cu), and moving rows there and back (permute.cu).
 #include "binding.h"
 
 namespace {

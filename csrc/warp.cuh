@@ -1,4 +1,4 @@
-// Reductions over the lanes of a warp and the warps of a block, in an order that depends on nothing but the indices.
+// Reductions over the lanes of a warp and the warps of a block, in an order that depends on the indices alone.
 #pragma once
 
 #include "platform.cuh"
@@ -27,7 +27,7 @@ struct Max {
   __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
 };
 
-// Every thread of the block gets the sum; `scratch` has a place for each warp. All threads must call.
+// Every thread of the block gets the sum; `scratch` has a place for each warp. All threads must call it.
 template <int Warps>
 __device__ __forceinline__ float block_sum(float x, float (&scratch)[Warps]) {
   x = group_reduce<kWarp>(x, Sum{});
@@ -40,7 +40,7 @@ __device__ __forceinline__ float block_sum(float x, float (&scratch)[Warps]) {
   return total;
 }
 
-// exp to 2^-21, in two instructions: where a kernel would otherwise wait for arithmetic instead of memory.
+// Computes exp to 2^-21 in two instructions, for kernels that would otherwise wait for arithmetic instead of memory.
 __device__ __forceinline__ float fast_exp(float x) {
 #ifdef MEGATRON_DEEPSEEK_EMULATED
   return expf(x);
@@ -49,7 +49,7 @@ __device__ __forceinline__ float fast_exp(float x) {
 #endif
 }
 
-// Inclusive sum over the lanes of a warp.
+// Returns the inclusive sum over the lanes of a warp.
 __device__ __forceinline__ int warp_inclusive_sum(int x) {
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {

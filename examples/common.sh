@@ -18,7 +18,7 @@ refuse() {
 
 [ "${BASH_SOURCE[0]}" != "$0" ] || refuse "this file is read by the scripts beside it; start one of those"
 
-# The comments at the top of a file.
+# Prints the comments at the top of a file.
 about() {
     sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"
 }
@@ -30,17 +30,17 @@ if [[ ${1:-} =~ ^(-h|--help)$ ]]; then
     exit 0
 fi
 
-# require NAME WHAT: the environment variable NAME, which the user sets, or a line that says what it is.
+# require NAME WHAT: refuses, with a line that says what it is, if the user has not set the variable NAME.
 require() {
     [ -n "${!1:-}" ] || refuse "$1 is not set: $2"
 }
 
-# count NAME: the variable NAME is a number of nodes, ranks or GPUs.
+# count NAME: refuses a variable NAME that is not a number of nodes, ranks or GPUs.
 count() {
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || refuse "$1=${!1} is not a whole number of at least 1"
 }
 
-# no_layout RANKS...: this number of GPUs has none in the script; those that do are named, by nodes as users count.
+# no_layout RANKS...: refuses this number of GPUs, for which the script has no layout, and names those that have one.
 no_layout() {
     local ranks nodes=()
     for ranks in "$@"; do
@@ -50,7 +50,7 @@ no_layout() {
         "${nodes[*]:-none with so many GPUs}"
 }
 
-# PARALLEL_ARGS for DeepSeek-V3's architecture on this number of GPUs of 80 GB: PP16 and, as far as there are GPUs, EP64.
+# Sets PARALLEL_ARGS for DeepSeek-V3's architecture on GPUs of 80 GB: PP16, and EP64 or as many GPUs as a stage has.
 # Every size of V3's batch ramp divides among the data ranks: a sixteenth of the GPUs, which divides 1536.
 # docs/quickstart_cluster.md has the memory; RECOMPUTE=selective, as in the report, is for GPUs with more.
 deepseek_v3_layout() {
@@ -79,7 +79,7 @@ find_python() {
     fi
 }
 
-# Lines about data that this machine does not see: no error, as DRY_RUN=1 may run where the data is not.
+# Prints lines on data that this machine does not see. It is no error, as DRY_RUN=1 may run where the data is not.
 tell_absent() {
     local word
     for word in ${DATA_PATH:-}; do

@@ -2,7 +2,7 @@
 # Continued pre-training of DeepSeek-V3, V3-0324, V3.1 or R1 from their released files (MODEL=, FP8 or BF16) on NNODES=16
 # nodes of 8 GPUs with 80 GB, or on 32, 64, 128 ...: docs/quickstart_cluster.md.
 #
-# The same command goes on from the last checkpoint in SAVE once there is one. Learning rate and schedule are those of
+# The same command continues from the last checkpoint in SAVE once there is one. Learning rate and schedule are those of
 # V3's own extension (report, section 4.3): constant, 7.3e-6. OUT= also writes the result as a Hugging Face model.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -25,7 +25,7 @@ MODEL_ARGS=(
     --mtp-loss-scaling-factor 0.1
 )
 
-deepseek_v3_layout  # PARALLEL_ARGS, by the number of GPUs
+deepseek_v3_layout  # sets PARALLEL_ARGS by the number of GPUs
 
 DATA_RANKS=$((NNODES * GPUS_PER_NODE / 16))
 TRAINING_ARGS=(

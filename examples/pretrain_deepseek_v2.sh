@@ -1,7 +1,7 @@
 #!/bin/bash
 # DeepSeek-V2 (236B, 21B active) on NNODES=16 nodes of 8 GPUs or more: PP16 with a zero-bubble schedule, EP8. On 8 nodes
-# PP8. What does not fit in 80 GB (docs/quickstart_cluster.md) is computed again or goes to the hosts' memory. Recipe:
-# DeepSeek-V2 report, section 3.1.
+# PP8. What does not fit in 80 GB (docs/quickstart_cluster.md) is recomputed or moved to the hosts' memory. The recipe is
+# that of the DeepSeek-V2 report, section 3.1.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}

@@ -1,7 +1,7 @@
 #!/bin/bash
 # DeepSeek-V2-Lite (15.7B, 2.4B active) on one node of 8 GPUs with 80 GB, or NNODES=2, 4, ... 64: experts over 8 GPUs,
-# everything sharded.
-# Recipe: DeepSeek-V2 report, appendix B; there with a batch of 4608 sequences over 5.7T tokens, here of 512.
+# everything sharded. The recipe is that of the DeepSeek-V2 report, appendix B (5.7T tokens), with batches of 512
+# sequences in place of its 4608.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
@@ -22,7 +22,7 @@ MODEL_ARGS=(
 )
 
 case $((NNODES * GPUS_PER_NODE)) in
-    8|16|32|64|128|256|512) ;;  # what divides the batch into sequences
+    8|16|32|64|128|256|512) ;;  # numbers of GPUs that divide the batch
     *) no_layout 8 16 32 64 128 256 512 ;;
 esac
 

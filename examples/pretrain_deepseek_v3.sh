@@ -1,10 +1,10 @@
 #!/bin/bash
 # DeepSeek-V3 (671B, 37B active) on NNODES=128 nodes of 8 GPUs or more: PP16, EP64, no tensor parallelism, as its report
-# has it. On 64, 32 and 16 nodes the experts spread over the GPUs of a stage that there are. What does not fit in 80 GB
-# goes to the hosts' memory or is computed again: docs/quickstart_cluster.md has the sums.
-# Recipe: DeepSeek-V3 report, section 4.2. By hand at 10T tokens: --mtp-loss-scaling-factor 0.1.
+# has it. On 64, 32 and 16 nodes the experts spread over as many GPUs as a stage has. What does not fit in 80 GB is moved
+# to the hosts' memory or recomputed: docs/quickstart_cluster.md has the sums.
+# The recipe is that of the DeepSeek-V3 report, section 4.2. At 10T tokens give --mtp-loss-scaling-factor 0.1 by hand.
 #
-# The report's precision: FP8=1, FP8 products and moments in BF16 (docs/fp8.md); without it, BF16 and float32 moments.
+# FP8=1 is the report's precision: FP8 GEMMs and moments in BF16 (docs/fp8.md). Without it: BF16 and float32 moments.
 #
 # The first batches of 3072 sequences are 48 micro-batches for each of the 64 data ranks. From 256 nodes on they are 24
 # or fewer, less than the 32 stages of DualPipeV: the schedule is ZBVZeroBubble there. SCHEDULE= chooses another.
@@ -31,7 +31,7 @@ MODEL_ARGS=(
     --mtp-loss-scaling-factor 0.3
 )
 
-deepseek_v3_layout  # PARALLEL_ARGS, by the number of GPUs
+deepseek_v3_layout  # sets PARALLEL_ARGS by the number of GPUs
 
 TRAINING_ARGS=(
     --bf16

@@ -1,6 +1,6 @@
 #!/bin/bash
-# A DeepSeek-V3 of 4.2 million parameters, CPU or GPU: `make pretrain` runs this after making its data. On NNODES= nodes,
-# which share RUN_DIR, it tries out a cluster: every node adds 16 sequences to the batch.
+# A DeepSeek-V3 of 4.2 million parameters on CPU or GPU: `make pretrain` runs this after making its data. With NNODES=
+# nodes, which share RUN_DIR, it tries out a cluster: every node adds 16 sequences to the batch.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 NNODES=${NNODES:-1}

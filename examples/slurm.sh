@@ -7,12 +7,12 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
-# One task a node, each of which is torchrun's agent there:
+# Starts one task on each node, which is torchrun's agent there:
 #   DATA_PATH=... TOKENIZER=... sbatch --nodes=16 examples/slurm.sh examples/pretrain_deepseek_v2.sh [arguments]
 #
-# Five minutes before its time is over the job saves and leaves, and puts itself back into the queue under its number; a
-# preempted one is put back by Slurm (--requeue). It goes on from its last checkpoint: --save and --load of the scripts.
-# REQUEUE=0 leaves it at that. A job that fails or has finished is not started again.
+# Five minutes before its time is over the job saves, ends, and puts itself back into the queue under its number; Slurm
+# puts a preempted one back (--requeue). It continues from its last checkpoint: --save and --load of the scripts.
+# With REQUEUE=0 it does not put itself back. A job that fails or has finished is not started again.
 #
 # SAVE_ARGS= are the arguments of saving, with those below as default; --async-save copies weights and moments to the
 # host's memory (docs/checkpoints.md). DRY_RUN=1 checks and prints the command of each node and starts nothing; without
@@ -36,7 +36,7 @@ given=("$@")
 read -ra save_args <<< "${SAVE_ARGS---save-every-seconds 1800 --async-save}"
 set -- "$1" "${save_args[@]}" "${@:2}"  # the user's come last and win
 
-# What the script or its arguments have wrong is told once, here, and not by every node.
+# Mistakes in the script's arguments are reported once, here, and not by every node.
 checked=$(DRY_RUN=1 NODE_RANK=0 MASTER_ADDR=${MASTER_ADDR:-HOST_OF_NODE_0} bash "$@") || exit 2
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "$checked"
@@ -54,7 +54,7 @@ echo
 status=0
 "${command[@]}" || status=$?
 
-readonly TIME_IS_UP=138  # 128 + SIGUSR1: what the agents end with once their ranks have saved and left
+readonly TIME_IS_UP=138  # 128 + SIGUSR1: the agents' status after their ranks have saved and ended
 if [ "$status" -eq "$TIME_IS_UP" ] && [ "${REQUEUE:-1}" = 1 ]; then
     echo "slurm.sh: job $SLURM_JOB_ID has saved and left before its time limit; it goes back into the queue, to go on"
     scontrol requeue "$SLURM_JOB_ID" && exit 0

@@ -1,7 +1,7 @@
 """Megatron-style training of DeepSeek models on PyTorch's distributed engine.
 
-Every command imports this first, so what none of them can do without is asked for here, in a line. Python 3.8 can
-read this file.
+Every command imports this first, so the Python version and the packages that all of them need are checked here, with a
+message of one line. Python 3.8 can read this file.
 """
 
 import importlib
@@ -23,7 +23,7 @@ for _name in ("torch", "numpy", "tokenizers", "tqdm", "xxhash"):
         _refuse("%s, which %s does not have: `make venv` and `source .venv/bin/activate`, or pip install -e ."
                 % (_name, sys.executable))
 
-# What is meant to be imported, and the module that has it: loaded when first asked for, since torch takes a while.
+# The public names and their modules, which are loaded when a name is first used: importing torch takes a while.
 _EXPORTS = {
     "Batch": "data.batch", "BuildOptions": "model.build", "Contribution": "model.step", "Layout": "parallel.layout",
     "ModelConfig": "model.architecture.config", "NextToken": "training.next_token",

@@ -1,9 +1,9 @@
-"""JSON that others wrote, or that a disk has damaged: read within bounds, every fault a line that names the file.
+"""A careful reader of JSON that others wrote, or that a disk has damaged: each fault is one line, with the file's name.
 
 Python's reader takes a file of any size, goes as deep as it can (100,000 brackets end it in a RecursionError), keeps
-the last of two equal keys, accepts NaN, and leaves types to whoever uses the values. Here a file is read only if its
-size is plausible, nests at most `DEEPEST` levels, has each key once and only numbers that JSON knows; `JsonObject`
-hands out values of the type that is asked for. Everything wrong is a ValueError of one line.
+the last of two equal keys, accepts NaN, and leaves the check of types to its callers. Here a file is read only if its
+size is plausible, it nests at most `DEEPEST` levels, has each key once and only numbers that JSON knows; `JsonObject`
+returns values of the type that is asked for. Every fault is a ValueError of one line.
 """
 
 import json
@@ -28,7 +28,7 @@ _REQUIRED: Any = object()
 
 
 def read_json(path: str | os.PathLike, largest: int = LARGEST) -> Any:
-    """The value in a JSON file. ValueError, with the path: unreadable, more than `largest` bytes, or no JSON."""
+    """Return the value in a JSON file. Raise ValueError if it is unreadable, larger than `largest` or malformed."""
     try:
         with open(path, "rb") as file:
             content, size = bytearray(), os.fstat(file.fileno()).st_size
@@ -43,7 +43,7 @@ def read_json(path: str | os.PathLike, largest: int = LARGEST) -> Any:
 
 
 def parse_json(content: bytes, where: object) -> Any:
-    """What `content` says. ValueError, which begins with `where`, unless it is JSON in UTF-8 as described above."""
+    """Return the value of `content`. Raise ValueError, begun by `where`, unless it is JSON as described above."""
     if _is_too_deep(content):
         raise ValueError(f"{where} is malformed JSON: nested more than {DEEPEST} deep")
     try:
@@ -57,10 +57,10 @@ def parse_json(content: bytes, where: object) -> Any:
 
 
 def _is_too_deep(content: bytes) -> bool:
-    """Whether brackets nest deeper than `DEEPEST`, found without recursion and in time that grows with the length.
+    """Return whether brackets nest deeper than `DEEPEST`, without recursion and in time linear in the length.
 
-    Without strings and everything else that is no bracket, removing all innermost pairs takes a level away. What half
-    the levels leave is nested as deep as it has opening brackets, at most.
+    Strings and all else that is no bracket are removed. Then each removal of all innermost pairs takes a level away,
+    for half the levels; the rest is nested at most as deep as it has opening brackets.
     """
     rest = content.replace(rb"\\", b"").replace(rb"\"", b"")
     rest = _STRING.sub(b"", rest).translate(_ALIKE, _NO_BRACKETS)
@@ -92,7 +92,7 @@ def _finite(text: str) -> float:
 
 
 def _short(value: Any) -> str:
-    """As JSON, one line, cut where it is long."""
+    """Return `value` as JSON in one line, cut where it is long."""
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, (dict, list)) else \
         f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     return text if len(text) <= 60 else f"{text[:60]}..."
@@ -100,10 +100,10 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class JsonObject:
-    """A JSON object of a file, or inside another one. `where` names the place, and begins every refusal.
+    """A JSON object of a file, or inside another one. `where` names the place, and begins every message.
 
-    The readers of one value take a `default` for a key that is absent, without which it is required. A null is refused
-    unless it is the default.
+    The methods that return one value take a `default` for a key that is absent; without it the key is required. A null
+    is refused unless it is the default.
     """
 
     fields: Mapping[str, Any]
@@ -111,29 +111,29 @@ class JsonObject:
 
     @classmethod
     def of(cls, value: Any, where: object) -> "JsonObject":
-        """ValueError unless `value` is an object."""
+        """Return `value` as a JsonObject. Raise ValueError unless it is an object."""
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} holds {_short(value)}, not an object")
         return cls(value, str(where))
 
     def integer(self, key: str, least: int = 0, most: int = LARGEST_INTEGER, default: Any = _REQUIRED) -> Any:
-        """An integer from `least` to `most`. 2.0 is none."""
+        """Return an integer from `least` to `most`. 2.0 is refused."""
         value = self._value(key, default)
         if value is default:
             return value
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.refusal(key, "not an integer")
+            raise self.fault(key, "not an integer")
         return self._within(key, value, least, most)
 
     def number(self, key: str, least: float = -math.inf, most: float = math.inf, default: Any = _REQUIRED) -> Any:
-        """A number from `least` to `most`, as a float."""
+        """Return a number from `least` to `most`, as a float."""
         value = self._value(key, default)
         if value is default:
             return value
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise self.refusal(key, "not a number")
+            raise self.fault(key, "not a number")
         if abs(value) > 1e308:  # an integer can be larger than any float
-            raise self.refusal(key, "too large a number")
+            raise self.fault(key, "too large a number")
         return float(self._within(key, value, least, most))
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -146,7 +146,7 @@ class JsonObject:
         return self._typed(key, list, "a list", default)
 
     def integers(self, key: str, least: int = 0, most: int = LARGEST_INTEGER) -> tuple[int, ...]:
-        """A list of integers, each from `least` to `most`."""
+        """Return a list of integers, each from `least` to `most`."""
         values = self.list(key)
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -155,18 +155,18 @@ class JsonObject:
         return tuple(values)
 
     def object(self, key: str, default: Any = _REQUIRED) -> Any:
-        """An object as a JsonObject; its refusals name the keys that lead to it."""
+        """Return an object as a JsonObject; its messages name the keys that lead to it."""
         value = self._typed(key, dict, "an object", default)
         return value if value is default else JsonObject(value, f"{self.where}: in {_short(key)}")
 
     def only(self, *known: str) -> None:
-        """ValueError if there is any other key."""
+        """Raise ValueError if there is any other key."""
         unknown = sorted(set(self.fields) - set(known))
         if unknown:
             raise ValueError(f"{self.where} has {_short(unknown[0])}, which is not one of {', '.join(known)}")
 
-    def refusal(self, key: str, reason: str) -> ValueError:
-        """FILE: "key" is VALUE, `reason`."""
+    def fault(self, key: str, reason: str) -> ValueError:
+        """Return the error for a value: FILE: "key" is VALUE, `reason`."""
         return ValueError(f"{self.where}: {_short(key)} is {_short(self.fields[key])}, {reason}")
 
     def _value(self, key: str, default: Any) -> Any:
@@ -179,17 +179,17 @@ class JsonObject:
     def _typed(self, key: str, kind: type, name: str, default: Any) -> Any:
         value = self._value(key, default)
         if value is not default and not isinstance(value, kind):
-            raise self.refusal(key, f"not {name}")
+            raise self.fault(key, f"not {name}")
         return value
 
     def _within(self, key: str, value: Any, least: float, most: float) -> Any:
         if value < least:
-            raise self.refusal(key, f"less than {least}")
+            raise self.fault(key, f"less than {least}")
         if value > most:
-            raise self.refusal(key, f"more than {most}")
+            raise self.fault(key, f"more than {most}")
         return value
 
 
 def read_object(path: str | os.PathLike, largest: int = LARGEST) -> JsonObject:
-    """`read_json` of a file that holds an object."""
+    """Return the object in a JSON file; raise ValueError as `read_json` does, or where it is no object."""
     return JsonObject.of(read_json(path, largest), path)

@@ -1,7 +1,7 @@
-"""What a run is told: frozen settings, one dataclass per concern, filled by arguments/settings.py.
+"""The settings of a run: frozen dataclasses, one per concern, which arguments/settings.py fills.
 
 Field names are Megatron-LM's argument names wherever Megatron has one. Sizes are in samples (sequences) unless the
-name says tokens or iterations; lengths stay in the unit that they were given in.
+name says tokens or iterations; a length keeps the unit that it was given in.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_deepseek.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv 1711.05101). Norm weights and other vectors take no weight decay, as in Megatron.
+    """The settings of AdamW (arXiv 1711.05101). Norm weights and other vectors have no weight decay, as in Megatron.
 
     `exp_avg_dtype`, `exp_avg_sq_dtype`: fp32 (the master weights' dtype) or bf16, in which moments are kept between
     steps; the update is computed in the master weights' dtype.
@@ -30,13 +30,16 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class LearningRateSettings:
-    """`lr_decay_style`: constant, linear, cosine, inverse-square-root, WSD or deepseek-v3 (V3 report, section 4.2).
+    """The learning rate and its schedule.
 
-    The rate rises linearly from lr_warmup_init to lr for lr_warmup_iters, _samples or that _fraction of the decay's
-    length (none: no rise); the decay ends after lr_decay_iters or _samples (neither: with the run). WSD holds lr until
-    the last lr_wsd_decay_iters or _samples before that, which follow lr_wsd_decay_style. deepseek-v3 holds lr for
-    lr_constant_fraction of the decay's length, falls by a cosine to min_lr over lr_cosine_fraction, holds min_lr, and
-    ends at lr_final for the last lr_final_fraction. training/schedules.py turns all of them into samples.
+    `lr_decay_style`: constant, linear, cosine, inverse-square-root, WSD or deepseek-v3 (V3 report, section 4.2).
+
+    The rate rises linearly from lr_warmup_init to lr over lr_warmup_iters, lr_warmup_samples or lr_warmup_fraction of
+    the decay's length (none of them: no rise). The decay ends after lr_decay_iters or lr_decay_samples (neither: with
+    the run). WSD holds lr until the last lr_wsd_decay_iters or lr_wsd_decay_samples before that end, over which it
+    falls in lr_wsd_decay_style. deepseek-v3 holds lr for lr_constant_fraction of the decay's length, falls by a cosine
+    to min_lr over lr_cosine_fraction, holds min_lr, and ends at lr_final for the last lr_final_fraction.
+    training/schedules.py turns all lengths into samples.
     """
 
     lr: float = 2.2e-4
@@ -59,7 +62,7 @@ class LearningRateSettings:
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """`rampup_batch_size`: (start, increment, samples over which to reach global_batch_size), or None."""
+    """Batch sizes. `rampup_batch_size`: (start, increment, samples over which to reach global_batch_size), or None."""
 
     micro_batch_size: int
     global_batch_size: int
@@ -68,11 +71,11 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the losses beside cross-entropy. `balance_type`: none, seq_aux_loss or aux_loss (per micro-batch).
+    """The weights of the losses beside cross-entropy. `balance_type`: none, seq_aux_loss or aux_loss (per micro-batch).
 
-    `moe_router_force_load_balancing` chooses experts by position, for benchmarks. `moe_expert_capacity_factor`: how
-    many times its even share of a sequence's tokens an expert takes, None for all; `moe_token_drop_policy` is probs or
-    position. `loss_chunk_size`: tokens whose logits are made at once, None for what model/head.py takes.
+    `moe_router_force_load_balancing` chooses experts by position, for benchmarks. `moe_expert_capacity_factor`: an
+    expert takes at most so many times its even share of a sequence's tokens, None for no limit; `moe_token_drop_policy`
+    is probs or position. `loss_chunk_size`: tokens whose logits exist at once, None for the default of model/head.py.
     """
 
     mtp_loss_scaling_factor: float = 0.3
@@ -91,7 +94,9 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class RecomputeSettings:
-    """`granularity`: None, full (whole layers) or selective (`modules` of layernorm, mla_up_proj, moe_act)."""
+    """What is recomputed. `granularity`: None, full (whole layers) or selective (`modules` of layernorm, mla_up_proj,
+    moe_act).
+    """
 
     granularity: str | None = None
     modules: tuple[str, ...] = ()
@@ -109,10 +114,12 @@ class OffloadSettings:
 
 @dataclass(frozen=True)
 class CommunicationSettings:
-    """How tensors travel: `cp_comm_type` ring or allgather between the ranks that share a sequence;
-    `moe_token_dispatcher_type` allgather, alltoall or grouped between expert ranks, and `moe_ranks_per_node` where
-    grouped divides them (None: all ranks of the job are on one node). `moe_shared_expert_overlap`: on CUDA the shared
-    experts compute while tokens travel. `overlap_moe_expert_parallel_comm`: so do the other half of DualPipeV's pairs.
+    """How tensors travel between ranks.
+
+    `cp_comm_type`: ring or allgather, between the ranks that share a sequence. `moe_token_dispatcher_type`: allgather,
+    alltoall or grouped, between expert ranks. `moe_ranks_per_node`: the size of a node for grouped (None: all ranks of
+    the job are on one node). `moe_shared_expert_overlap`: on CUDA the shared experts compute while tokens travel.
+    `overlap_moe_expert_parallel_comm`: the other half of DualPipeV's pairs computes while tokens travel.
     """
 
     cp_comm_type: str = "ring"
@@ -124,7 +131,10 @@ class CommunicationSettings:
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """`schedule`: a name of torch.distributed.pipelining; `layout`: Megatron's string, or None to balance by cost."""
+    """The pipeline. `schedule`: a name of torch.distributed.pipelining.
+
+    `layout`: Megatron's string, None to balance by cost.
+    """
 
     schedule: str = "1F1B"
     layout: str | None = None
@@ -133,10 +143,10 @@ class PipelineSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`data_path`: prefixes, or alternating weights and prefixes; `split`: three weights for train, valid, test.
+    """The data. `data_path`: prefixes, or weights and prefixes in turn. `split`: weights of train, valid and test.
 
-    `split_data_paths` instead gives each of train, valid and test a path of its own, or None. `data_arguments` is how
-    refusals name where train, valid and test were given, if not by --data-path or --train-data-path and its kin.
+    `split_data_paths` instead gives each of train, valid and test a path of its own, or None. `data_arguments`: how
+    messages name the files that gave train, valid and test; empty if --data-path, --train-data-path and the like did.
     """
 
     data_path: tuple[str, ...]
@@ -154,10 +164,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The loop: how long, how often it evaluates, saves and reports; the numbers that it computes in.
+    """The loop: how long it runs, how often it evaluates, saves and reports, and in which dtypes it computes.
 
-    `train_iters`: after how many iterations it ends. Where `train_samples` says it in samples instead, these are the
-    iterations of a run from its start, and are counted again from a checkpoint that it continues.
+    `train_iters`: the iteration at which it ends. With `train_samples` it is computed for a run from its start, and
+    again from a checkpoint that is resumed.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
     `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
@@ -202,7 +212,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a pre-training run is told. `notes`: lines for its start, on what follows that may not be expected."""
+    """All settings of a pre-training run. `notes`: lines for its start, on consequences that may not be expected."""
 
     model: ModelConfig
     layout: Layout

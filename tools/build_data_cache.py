@@ -1,81 +1,12 @@
 #!/usr/bin/env python3
-"""Build the indices of a training run ahead of time, with the data arguments of pretrain_deepseek.py: docs/data.md."""
+"""Build the indices of a training run ahead of time, from its data arguments: docs/blends.md."""
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_deepseek.arguments import values
-from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
-from megatron_deepseek.arguments.parser import add_data
-from megatron_deepseek.launch.command_line import OneLineParser
-from megatron_deepseek.data.cache import remove_unfinished
-from megatron_deepseek.data.pretraining import DataPlan, check_data, make_plan
-from megatron_deepseek.data.table import describe_split
-from megatron_deepseek.launch.ending import exit_status
-from megatron_deepseek.settings import DataSettings
-from tqdm import tqdm  # behind the package, which says what is missing
-
-
-def parse_arguments(argv: list[str]):
-    parser = OneLineParser(prog="build_data_cache.py", description="Build the indices that pretrain_deepseek.py reads "
-                           "its samples by, on all cores of this machine. A run with the same data arguments, "
-                           "--seq-length and --seed finds them, and builds nothing; a shorter run does, too.")
-    add_data(parser)
-    group = parser.add_argument_group("the run")
-    add = group.add_argument
-    add("--seq-length", type=values.positive_int, default=4096, help="tokens of a training sequence (4096)")
-    add("--seed", type=values.count, default=1234, help="of the order of samples (1234)")
-    length = group.add_mutually_exclusive_group(required=True)
-    length.add_argument("--train-samples", type=values.positive_int, help="sequences to train on")
-    length.add_argument("--train-iters", type=values.positive_int, help="iterations of --global-batch-size")
-    add("--global-batch-size", type=values.positive_int, help="sequences in an update, for counts of iterations")
-    add("--eval-iters", type=values.count, default=0, help="batches of an evaluation (0: none)")
-    add("--vocab-size", type=values.positive_int, help="also look for ids outside it")
-    add("--workers", type=values.positive_int, help="processes (one on each core)")
-    args = parser.parse_args(argv)
-    if args.global_batch_size is None and (args.train_iters or args.eval_iters):
-        raise ValueError("--train-iters and --eval-iters need --global-batch-size")
-    return args
-
-
-def settings_of(args) -> DataSettings:
-    data_path, split_data_paths = data_paths(args)
-    names = ("seq_length", "split", "data_cache_path", "tokenizer_type", "tokenizer_model", "eod_mask_loss",
-             "reset_attention_mask", "seed")
-    return DataSettings(data_path, split_data_paths=split_data_paths, data_arguments=data_arguments(args),
-                        **{name: getattr(args, name) for name in names})
-
-
-def build(plan: DataPlan, workers: int | None) -> int:
-    remove_unfinished(plan.folder)
-    missing = plan.missing(say=lambda line: print(line, file=sys.stderr))
-    total = sum(source.end - source.first for source in missing.samples)
-    with tqdm(total=total, unit="seq", unit_scale=True, desc=f"{len(missing.samples)} indices", disable=None) as bar:
-        plan.build(missing, workers, lambda source: bar.update(source.end - source.first))
-    return len(missing.samples)
-
-
-def run(argv: list[str]) -> int:
-    args, begin = parse_arguments(argv), time.perf_counter()
-    settings = settings_of(args)
-    samples = args.train_samples or args.train_iters * args.global_batch_size
-    num_samples = (samples, args.eval_iters * (args.global_batch_size or 0), 0)
-    check_data(settings, args.vocab_size, num_samples)
-    plan = make_plan(settings, num_samples)
-    built = build(plan, args.workers)
-    for name, split in zip(("train", "valid"), plan.splits):
-        if split is not None:
-            print("\n".join(describe_split(name, split, most_rows=sys.maxsize)))
-    print(f"{built} indices built in {plan.folder}, {time.perf_counter() - begin:.1f} s")
-    return 0
-
-
-def main(argv: list[str]) -> int:
-    return exit_status("build_data_cache.py", lambda: run(argv), "interrupted; indices that were finished stay")
-
+from megatron_deepseek.cli.build_data_cache import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Start an entry as torchrun does, with torchrun's arguments and one line when it fails: docs/training.md."""
+"""Start an entry as torchrun does, with torchrun's arguments and one line when it fails: docs/launching.md.
+
+The body is megatron_deepseek/launch/torchrun.py, not a module of cli/: it must start before torch is imported, and
+entries import launch/ too.
+"""
 
 import sys
 from pathlib import Path

@@ -1,124 +1,12 @@
 #!/usr/bin/env python3
-"""Make a JSONL corpus without a download: the documentation and sources of the running Python's standard library.
+"""Make a JSONL corpus without a download, of the running Python's standard library: docs/data.md."""
 
-Every machine with CPython >= 3.10 has some 10 MB of them. One document a line, {"text", "source"}: each topic of
-Python's reference manual that `pydoc` shows, and each .py file, docstrings and all. A document appears once, so that
-text held out for validation was not seen in training; and in an order fixed by a hash of its name, so that a corpus
-split by position (as --split does) holds documents of every kind in each part. The same Python gives the same bytes.
-"""
-
-import hashlib
-import importlib
-import json
-import os
 import sys
-import sysconfig
-import time
-import tokenize
-from fnmatch import fnmatch
 from pathlib import Path
-
-if sys.version_info < (3, 10):
-    sys.stderr.write("make_corpus.py: error: needs Python 3.10 or newer, and %s is %s\n"
-                     % (sys.executable, sys.version.split()[0]))
-    raise SystemExit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_deepseek.arguments import values
-from megatron_deepseek.launch.command_line import OneLineParser
-from megatron_deepseek.data.preprocess.files import refuse_directory, written_aside
-from megatron_deepseek.launch.ending import exit_status
-
-# Installed packages and tests are not the library; the rest is tables (code pages, the manual as string literals,
-# build variables with this machine's paths) that would teach a model nothing but numbers.
-EXCLUDED = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "*_test", "lib-dynload",
-            "config-*", "encodings", "pydoc_data", "_sysconfigdata*", "_sysconfig_vars*", "*.bundle")
-FEWEST_BYTES = 1_000_000
-
-
-def manual_documents():
-    """(source, text) of each topic of the manual that CPython carries for `pydoc`; none where it is absent."""
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        return
-    for name, text in topics.items():
-        yield f"manual/{name}", text
-
-
-def is_excluded(relative: Path, patterns) -> bool:
-    return any(fnmatch(part, pattern) for part in relative.parts for pattern in patterns)
-
-
-def source_documents(library: Path, excluded):
-    """(source, text) of each .py file under `library`; a file that its declared encoding cannot decode is left out."""
-    for folder, folders, files in os.walk(library):
-        here = Path(folder).relative_to(library)
-        folders[:] = [name for name in folders if not is_excluded(here / name, excluded)]
-        for name in files:
-            if not name.endswith(".py") or is_excluded(here / name, excluded):
-                continue
-            try:
-                with tokenize.open(Path(folder) / name) as file:
-                    yield f"lib/{(here / name).as_posix()}", file.read()
-            except (SyntaxError, UnicodeDecodeError):
-                continue
-
-
-def choose(documents, max_bytes: int):
-    """The non-empty documents in the order of their names' hashes, up to `max_bytes` of UTF-8 text."""
-    def by_hash(document):
-        return hashlib.sha256(document[0].encode()).digest()
-
-    chosen, size = [], 0
-    for source, text in sorted(documents, key=by_hash):
-        length = len(text.encode("utf-8", "replace"))
-        if text.strip() and size + length <= max_bytes:
-            chosen.append((source, text))
-            size += length
-    return chosen, size
-
-
-def write_corpus(documents, output: Path):
-    """Written aside and renamed, so that a killed run leaves no half corpus behind."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(output) as file:
-        for source, text in documents:
-            file.write(json.dumps({"text": text, "source": source}) + "\n")
-
-
-def parse_arguments(argv: list[str]):
-    parser = OneLineParser(prog="make_corpus.py",
-                           description="Make a JSONL corpus of the running Python's standard library.")
-    parser.add_argument("--output", type=values.path, required=True, help="the .jsonl file to write")
-    parser.add_argument("--max-bytes", type=values.positive_int, default=16_000_000,
-                        help="most bytes of text (default: %(default)s)")
-    parser.add_argument("--exclude", nargs="*", default=EXCLUDED, metavar="PATTERN",
-                        help="names of files and folders to leave out, in place of the default: %(default)s")
-    return parser.parse_args(argv)
-
-
-def run(argv: list[str]) -> int:
-    arguments = parse_arguments(argv)
-    refuse_directory("--output", arguments.output)
-    start = time.perf_counter()
-    library = Path(sysconfig.get_paths()["stdlib"])
-    found = [*manual_documents(), *source_documents(library, arguments.exclude)]
-    documents, size = choose(found, arguments.max_bytes)
-    if size < min(FEWEST_BYTES, arguments.max_bytes // 2):
-        raise ValueError(f"only {size} bytes of text under {library}, the standard library of {sys.executable}; "
-                         f"use a Python that comes with its sources")
-    write_corpus(documents, arguments.output)
-    manual = sum(source.startswith("manual/") for source, _ in documents)
-    print(f"{arguments.output}: {len(documents)} documents ({manual} of Python {sys.version.split()[0]}'s manual, "
-          f"{len(documents) - manual} sources), {size / 1e6:.1f} MB of text in {time.perf_counter() - start:.1f} s")
-    return 0
-
-
-def main(argv: list[str]) -> int:
-    return exit_status("make_corpus.py", lambda: run(argv))
-
+from megatron_deepseek.cli.make_corpus import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -3,8 +3,11 @@
 
 `make pretrain` runs this. A step is not repeated while it is valid: its stamp holds a fingerprint of the command, of
 the code behind it and of the files that it reads, and one of the files that it made. Training that was interrupted
-goes on from its last checkpoint as long as its fingerprint is the same. What another run has saved is removed only with
---overwrite.
+continues from its last checkpoint as long as its fingerprint is the same. What another run has saved is removed only
+with --overwrite.
+
+This is a script over the other tools and examples/, not a command of the package, so its body is here and not in
+megatron_deepseek/cli/.
 """
 
 import argparse
@@ -18,11 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import megatron_deepseek  # noqa: F401  for what it asks of this Python
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_deepseek.arguments import values
@@ -37,7 +36,7 @@ RUN = ("STEPS", "NPROC")  # variables of the example that make its training anot
 
 @dataclass(frozen=True)
 class Step:
-    """A command with what it reads, what it makes and the code (files or directories) that it depends on."""
+    """A command, the files that it reads and makes, and the code (files or directories) that it depends on."""
 
     name: str
     command: tuple[str, ...]
@@ -71,7 +70,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def default_processes() -> int:
-    """Four that share the cores, or as many as there are GPUs, of the numbers that the example has a layout for."""
+    """Return 4, which share the cores, or with GPUs one process for each, of the numbers that the example can run."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -79,7 +78,7 @@ def default_processes() -> int:
 
 
 def environment(run_dir: Path, args: argparse.Namespace) -> dict[str, str]:
-    """What the example script reads, so that nothing that the user has exported for another script reaches it."""
+    """Return the environment with all that the example script reads, so that no exports for another script reach it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     own = {"PATH": path, "PYTHON": sys.executable, "RUN_DIR": str(run_dir), "STEPS": str(args.steps),
            "NPROC": str(args.nproc), "NNODES": "1", "DATA_PATH": "", "TOKENIZER": "", "DRY_RUN": ""}
@@ -98,32 +97,30 @@ def plan(run_dir: Path, args: argparse.Namespace) -> list[Step]:
     def tool(name: str, *arguments) -> tuple[str, ...]:
         return python, str(REPOSITORY / "tools" / name), *map(str, arguments)
 
-    def module(name: str, *arguments) -> tuple[str, ...]:
-        return python, "-m", f"megatron_deepseek.{name}", *map(str, arguments)
-
-    tools, example = REPOSITORY / "tools", REPOSITORY / "examples"
+    example = REPOSITORY / "examples"
     return [
-        Step("corpus", tool("make_corpus.py", "--output", corpus), (tools / "make_corpus.py",), (), (corpus,)),
+        Step("corpus", tool("make_corpus.py", "--output", corpus),
+             (PACKAGE / "cli" / "make_corpus.py",), (), (corpus,)),
         Step("tokenizer", tool("train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", 8192,
                                 "--isolate-punctuation"),
-             (tools / "train_tokenizer.py",), (corpus,), (tokenizer,)),
+             (PACKAGE / "cli" / "train_tokenizer.py", PACKAGE / "data"), (corpus,), (tokenizer,)),
         Step("dataset", tool("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer-type",
                              "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2,
                              "--overwrite"),
-             (tools / "preprocess_data.py", PACKAGE / "data"), (corpus, tokenizer), dataset),
+             (PACKAGE / "cli" / "preprocess_data.py", PACKAGE / "data"), (corpus, tokenizer), dataset),
         Step("training", ("bash", str(example / "pretrain_tiny.sh")),
              (PACKAGE, REPOSITORY / "pretrain_deepseek.py", example / "pretrain_tiny.sh", example / "common.sh"),
              (*dataset, tokenizer), (metrics, marker, last)),
-        Step("loss curve", module("training.plot", metrics, "--output", plot),
-             (PACKAGE / "training",), (metrics,), (plot,)),
-        Step("sample", module("inference.command", "--load", checkpoints, "--tokenizer-model", tokenizer,
-                              "--prompt", PROMPT, "--max-new-tokens", 64),
+        Step("loss curve", tool("plot_metrics.py", metrics, "--output", plot),
+             (PACKAGE / "cli" / "plot.py", PACKAGE / "runtime"), (metrics,), (plot,)),
+        Step("sample", tool("generate.py", "--load", checkpoints, "--tokenizer-model", tokenizer,
+                            "--prompt", PROMPT, "--max-new-tokens", 64),
              (PACKAGE,), (metrics, last, tokenizer), (sample,)),
     ]
 
 
 def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str], overwrite: bool = False) -> None:
-    """Runs `step`, or says that what it made before is still valid."""
+    """Run `step`, or print that the files it made before are still valid."""
     stamp = run_dir / "stamps" / f"{step.name.replace(' ', '_')}.json"
     wanted = fingerprint(step, environ)
     found = json.loads(stamp.read_text()) if stamp.exists() else {}
@@ -146,7 +143,7 @@ def run_step(step: Step, label: str, run_dir: Path, environ: dict[str, str], ove
 
 
 def execute(step: Step, environ: dict[str, str]) -> None:
-    """The sample is what its command prints, and is kept; every other command writes its files itself."""
+    """Run the command of a step. That of the sample prints it, and it is written here; the others write their files."""
     capture = step.name == "sample"
     process = subprocess.Popen(step.command, env=environ, cwd=REPOSITORY, text=True,
                                stdout=subprocess.PIPE if capture else None)
@@ -158,7 +155,7 @@ def execute(step: Step, environ: dict[str, str]) -> None:
 
 
 def finish(process: subprocess.Popen) -> str | None:
-    """What `process` prints. After Ctrl-C, which the terminal sends to it too, KeyboardInterrupt once it has ended.
+    """Wait for `process` and return its output. After Ctrl-C, which reaches it too, raise KeyboardInterrupt at its end.
 
     Training saves then; subprocess.run would kill it after a quarter of a second.
     """
@@ -176,9 +173,10 @@ def finish(process: subprocess.Popen) -> str | None:
 
 
 def discard_checkpoints(checkpoints: Path, told: str | None, now: str, overwrite: bool) -> None:
-    """Remove what another run left in `checkpoints`; one that has saved a checkpoint only with `overwrite`.
+    """Remove the files of another run in `checkpoints`; a run that has saved a checkpoint only with `overwrite`.
 
-    `told`: the variables that it was given, None if no stamp says that this script started it.
+    `told` are the variables that it was given, None if no stamp says that this script started it. Raise ValueError
+    where the files have to stay.
     """
     if not checkpoints.exists():
         return
@@ -204,12 +202,12 @@ def digest(parts: list) -> str:
 
 
 def digest_files(paths: tuple[Path, ...]) -> list:
-    """Names and digests, comparable with what a stamp has kept as JSON."""
+    """Return names and digests as lists, comparable with those that a stamp has kept as JSON."""
     return [[path.name, digest_path(path)] for path in paths]
 
 
 def digest_path(path: Path) -> str | list | None:
-    """Of a file its content, of a directory (a checkpoint, which may be large) the names and sizes of its files."""
+    """Return a digest of a file's content; of a directory, as a checkpoint may be large, its files' names and sizes."""
     if path.is_dir():
         return sorted([file.name, file.stat().st_size] for file in path.rglob("*") if file.is_file())
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

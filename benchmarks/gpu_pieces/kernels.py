@@ -26,12 +26,12 @@ def _random(bench: Bench, *shape: int) -> torch.Tensor:
 
 
 def beside_torch(ours: Callable, reference: Callable) -> dict[str, Callable]:
-    """Ours, the reference in torch, and torch.compile's form of the reference."""
+    """Return this project's kernel, the reference in torch, and torch.compile's form of the reference, by name."""
     return {"torch": reference, "csrc": ours, "torch.compile": torch.compile(reference, dynamic=False)}
 
 
 def ceilings(bench: Bench) -> tuple[Ceilings, list[Row]]:
-    """A copy many times the cache, and a product whose operands are random: on zeros it would run faster."""
+    """Measure a copy of many times the cache, and a GEMM of random operands, as on zeros it would run faster."""
     numbers, size = (2**20, 256) if bench.small else (2**31, 8192)
     source, a, b = torch.empty(numbers, dtype=torch.int16, device=bench.device).random_(), *(
         _random(bench, size, size) for _ in range(2))
@@ -154,7 +154,7 @@ def cross_entropy(bench: Bench) -> Iterator[Row]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """Dense, at DeepGEMM's shapes; operations over the time of the product alone, quantised before."""
+    """Measure dense FP8 GEMMs at DeepGEMM's shapes, of operands that are quantised before the time begins."""
     shapes = [(128, 256, 384)] if bench.small else [
         (4096, 7168, 16384), (4096, 7168, 2048), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 32768, 512)]
     for m, n, k in shapes:
@@ -168,7 +168,7 @@ def products(bench: Bench) -> Iterator[Row]:
 
 
 def grouped_products(bench: Bench) -> Iterator[Row]:
-    """8 local experts of V3: 4,096 rows each, then as many in all but unevenly, one expert with none."""
+    """Measure 8 local experts of V3, with 4,096 rows each, then with as many in all but unevenly, one with none."""
     experts, even, width, inner = (2, 128, 256, 256) if bench.small else (8, 4096, 7168, 4096)
     uneven = [0, 2 * even] if bench.small else [0, 100, 8000, 3000, 5000, 4096, 7000, 5572]
     for name, counts in (("even", [even] * experts), ("uneven", uneven)):
@@ -192,7 +192,7 @@ def grouped_products(bench: Bench) -> Iterator[Row]:
 
 
 def references_agree(bench: Bench) -> Iterator[Row]:
-    """What FP8 itself costs in accuracy, so that the errors above can be read: the reference beside bfloat16."""
+    """Compare the FP8 reference with bfloat16: this error of FP8 itself puts the errors above into proportion."""
     x, w = _random(bench, 256, 512), _random(bench, 384, 512)
     operands = *encoding.quantize_1x128.reference(x), *encoding.quantize_128x128.reference(w)
     yield from bench.rows(Case("256 x 384 x 512", {

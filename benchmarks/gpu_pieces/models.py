@@ -22,7 +22,7 @@ from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
-from megatron_deepseek.training.trainer import TrainingSpec, Trainer
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 # One of 32 ranks that share 256 experts has 8, and gets as many rows as it has tokens times 8: here every token goes to
 # all of them, which is the same work.
@@ -43,7 +43,7 @@ def one_rank():
 
 
 def layer_flops(config: ModelConfig, length: int) -> float:
-    """Forward and backward of the layer alone, without head: by model_flops_per_token's rules."""
+    """Return the FLOPs of forward and backward of the layer without head, by the rules of model_flops_per_token."""
     head = 6.0 * config.hidden_size * config.vocab_size
     return length * (model_flops_per_token(config, length) - head)
 
@@ -65,7 +65,7 @@ def our_layer(config: ModelConfig, length: int, bench: Bench, fp8: bool) -> Call
 
 
 def hold_in_fp8(part: nn.Module) -> None:
-    """Weights as FSDP gathers them: quantised before, which a step does once for all its micro-batches."""
+    """Hold weights as FSDP gathers them: already quantised, which a step does once for all its micro-batches."""
     for module in part.modules():
         for name in getattr(module, "weight_gemms", {}):
             weight = getattr(module, name).detach()
@@ -82,7 +82,7 @@ def their_layer(config: ModelConfig, length: int, bench: Bench) -> Callable[[tor
 
 
 def layer(bench: Bench) -> Iterator[Row]:
-    """Forward and backward at sequence 4096; peak memory is what the step adds to weights and gradients."""
+    """Measure forward and backward at sequence 4096; peak memory is that beyond weights and gradients."""
     config, length = (SMALL_LAYER, 64) if bench.small else (V3_LAYER, 4096)
     case = Case(f"hidden {config.hidden_size}, sequence {length}", {}, flops=layer_flops(config, length))
     makers = {"transformers, bf16": lambda: their_layer(config, length, bench),
@@ -120,7 +120,7 @@ def _layer_row(bench: Bench, case: Case, name: str, run, width: int, length: int
 
 
 def training(bench: Bench) -> Iterator[Row]:
-    """Steps of the trainer itself on one device: forward, backward, clipping, AdamW; tokens/s of the median step."""
+    """Measure steps of the trainer on one device: forward, backward, clipping, AdamW; tokens/s of the median step."""
     tiny = TINY if not bench.small else replace(TINY, num_hidden_layers=2)
     sizes = [("tiny", tiny, 512, 4)] if bench.small else [
         ("tiny", tiny, 2048, 8), ("V2-Lite, 6 layers", V2_LITE_CUT, 4096, 4)]

@@ -1,4 +1,4 @@
-"""Time of one call, and the table's rows.
+"""The time of one call, and the rows of the table.
 
 On CUDA: events around each call, after a write of more than the L2 cache holds, so that inputs come from memory and the
 launch is hidden behind that write; the median of many. On a CPU only the script itself is tried: the best of two.
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured on this device: bytes read and written by a copy a second, operations of a BF16 product a second."""
+    """This device's measured rates a second: bytes read and written by a copy, operations of a BF16 GEMM."""
 
     copy_bytes: float
     bf16_flops: float
@@ -43,7 +43,10 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Case:
-    """`calls`: implementations by name, the first is what the others are compared with. Count bytes or flops."""
+    """One operation. `calls` are its implementations by name; the others are compared with the first.
+
+    Either its bytes or its flops are counted.
+    """
 
     name: str
     calls: dict[str, Callable]
@@ -53,13 +56,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Bench:
+    """Measures one piece of the benchmark on a device; `ceilings` are known once they are measured."""
+
     piece: str
     device: torch.device
     small: bool
     ceilings: Ceilings | None = None
 
     def seconds(self, call: Callable, repeats: int = 50) -> float:
-        """Median of `repeats` on CUDA after ten calls to warm up."""
+        """Return the seconds of a call: on CUDA the median of `repeats` after ten calls to warm up."""
         if self.device.type != "cuda":
             return min(_wall(call) for _ in range(2))
         flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
@@ -75,7 +80,7 @@ class Bench:
         return statistics.median(begin.elapsed_time(end) for begin, end in spans) / 1e3
 
     def rows(self, case: Case) -> Iterator[Row]:
-        """One for each implementation; a failing one says so and leaves the others."""
+        """Yield a row for each implementation. One that fails gets a row with its error, and the others go on."""
         reference = None
         for backend, call in case.calls.items():
             try:
@@ -105,7 +110,7 @@ def _tensors(result) -> list[torch.Tensor]:
 
 
 def _distance(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float | None:
-    """Of the first result, if both have one of the same shape; codes of E4M3 as numbers."""
+    """Return the distance of the first results, None unless their shapes agree; codes of E4M3 count as numbers."""
     if not got or not expected or got[0].shape != expected[0].shape:
         return None
     a, b = got[0].double(), expected[0].double()

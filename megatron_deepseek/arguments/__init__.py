@@ -1,6 +1,6 @@
 """The command line of pre-training, from Megatron-named arguments to the settings that everything else is given.
 
-Nothing here imports torch: --help and a refusal take no time.
+Nothing here imports torch, so that --help and the message of a mistake take no time.
 """
 
 from megatron_deepseek.arguments.settings import parse, parse_or_exit

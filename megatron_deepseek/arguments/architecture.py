@@ -1,4 +1,4 @@
-"""From --model and the architecture arguments to a ModelConfig: what was given on the command line overrides."""
+"""Makes a ModelConfig of --model and the architecture arguments, which override it."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from megatron_deepseek.model.architecture.presets import describe_model, load_co
 
 
 def build_model(args: Namespace) -> ModelConfig:
-    """The architecture that `args` describes. Raises ValueError, naming arguments, where it contradicts itself."""
+    """Return the architecture that `args` describe. Raise ValueError, naming arguments, where it contradicts itself."""
     try:
         base = load_config(args.model)
     except ValueError as error:
@@ -31,7 +31,10 @@ def build_model(args: Namespace) -> ModelConfig:
 
 
 def describe_architecture(args: Namespace) -> tuple[str, ...]:
-    """Lines on what --model's config.json leaves to defaults, command line considered, and what of it is not used."""
+    """Return lines on what --model's config.json leaves to defaults, and on what of it is not used.
+
+    What the command line gives counts as given.
+    """
     given = {field for _, field, _, _ in ARCHITECTURE if getattr(args, field) is not None}
     others = {"scoring_func": args.scoring_func, "topk_method": args.moe_router_enable_expert_bias or None,
               "moe_layer_freq": args.moe_layer_freq, "aux_loss_alpha": args.moe_aux_loss_coeff,
@@ -40,7 +43,7 @@ def describe_architecture(args: Namespace) -> tuple[str, ...]:
 
 
 def _router(args: Namespace, base: ModelConfig, given: dict) -> dict:
-    """How experts are chosen; Megatron has no name for it, but the expert bias or groups imply it."""
+    """Return the fields of how experts are chosen: Megatron has no name for it; the expert bias or groups imply it."""
     result = {} if args.scoring_func is None else {"scoring_func": args.scoring_func}
     if args.moe_router_enable_expert_bias:
         result["topk_method"] = "noaux_tc"
@@ -90,7 +93,7 @@ def _first_rope_option(args: Namespace, given: dict) -> str:
 
 
 def _name_arguments(message: str, given: dict) -> str:
-    """`message` with the fields that the command line set under their argument names."""
+    """Return `message` with the fields that the command line set under their argument names."""
     for option, field, _, _ in ARCHITECTURE:
         if field in given:
             message = re.sub(rf"\b{field}\b", option, message)

@@ -1,4 +1,4 @@
-"""Where the data is: on the command line or in a file, for all splits together or for each its own."""
+"""The paths of the data: on the command line or in a file, for all splits together or for each its own."""
 
 import itertools
 from argparse import Namespace
@@ -11,9 +11,9 @@ Path = tuple[str, ...]
 
 
 def data_paths(args: Namespace) -> tuple[Path, tuple[Path | None, ...] | None]:
-    """(path of all splits, None), or ((), paths of train, valid and test), of entries as `--data-path` takes them.
+    """Return (path of all splits, None), or ((), paths of train, valid and test); entries are as in `--data-path`.
 
-    Raises ValueError where none or several of the arguments for them are given, or a file cannot be read.
+    Raise ValueError where none or several of the arguments for them are given, or a file cannot be read.
     """
     own = {name: getattr(args, f"{name}_data_path") for name in SPLITS}
     given = {"--data-path": args.data_path, "--data-args-path": args.data_args_path,
@@ -37,7 +37,7 @@ def data_paths(args: Namespace) -> tuple[Path, tuple[Path | None, ...] | None]:
 
 
 def data_arguments(args: Namespace) -> tuple[str, ...]:
-    """How refusals name what `data_paths` found for train, valid and test in a file; empty where there is none."""
+    """Return how messages name what `data_paths` found for train, valid and test in a file; empty without a file."""
     if args.data_args_path is not None:
         return (f"--data-args-path {args.data_args_path}:",) * 3
     if args.per_split_data_args_path is not None:
@@ -51,8 +51,9 @@ def _short(value) -> str:
 
 
 def _read_entries(path) -> Path:
-    """Megatron-LM's file: entries divided by blanks or new lines. Here a # that begins one makes the rest of its line a
-    comment, which Megatron-LM would take for prefixes.
+    """Read Megatron-LM's file of entries that blanks or new lines divide.
+
+    Here a # that begins an entry makes the rest of its line a comment, which Megatron-LM would take for prefixes.
     """
     option = "--data-args-path"
     try:
@@ -69,23 +70,23 @@ def _read_entries(path) -> Path:
 
 
 def _read_splits(path) -> dict[str, Path | None]:
-    """Megatron-LM's file: {"train": [...], "valid": [...], "test": [...]}, lists or texts with blanks."""
+    """Read Megatron-LM's file {"train": [...], "valid": [...], "test": [...]} of lists or texts with blanks."""
     option = "--per-split-data-args-path"
 
-    def refuse(why: str):
+    def error_that(why: str) -> ValueError:
         return ValueError(f'{option} {path} {why}; it holds {{"train": [WEIGHT, PREFIX, ...], "valid": [...], ...}}')
 
     try:
         given = read_json(path)
     except ValueError as error:
-        raise refuse(str(error).removeprefix(f"{path} ")) from error
+        raise error_that(str(error).removeprefix(f"{path} ")) from error
     if not isinstance(given, dict) or not set(given) <= set(SPLITS):
-        raise refuse("has other keys than train, valid and test")
+        raise error_that("has other keys than train, valid and test")
     own = dict.fromkeys(SPLITS)
     for name, value in given.items():
         entries = value.split() if isinstance(value, str) else value
         if entries is not None and not (isinstance(entries, list)
                                         and all(isinstance(entry, (str, int, float)) for entry in entries)):
-            raise refuse(f"has {value!r} for {name}")
+            raise error_that(f"has {value!r} for {name}")
         own[name] = tuple(map(str, entries)) if entries else None
     return own

@@ -1,4 +1,4 @@
-"""What a layout is, in words: which rank holds what, and the table of what goes with what; rendered into docs too.
+"""--explain-layout: which rank holds what, and the table of what goes with what, which docs/compatibility.md has too.
 
 `python -m megatron_deepseek.arguments.explain > docs/compatibility.md` writes the page.
 """
@@ -20,7 +20,10 @@ from megatron_deepseek.settings import Settings
 
 
 def explain(settings: Settings, every: bool = False) -> Iterator[str]:
-    """Lines: the sizes, the stages, and who holds what; `every` rank by itself, or equal ones together."""
+    """Yield lines that explain a layout: its sizes, its stages, and which rank holds what.
+
+    `every`: each rank has a line of its own; otherwise equal ranks share one.
+    """
     layout, model = settings.layout, settings.model
     yield (f"{layout.world_size} ranks: dense mesh pp {layout.pp} x dp {layout.dp} x cp {layout.cp} x tp {layout.tp}, "
            f"expert mesh pp {layout.pp} x edp {layout.edp} x ep {layout.ep} x etp {layout.etp}")
@@ -36,14 +39,14 @@ def explain(settings: Settings, every: bool = False) -> Iterator[str]:
 
 
 def explain_layout(argv: Sequence[str]) -> None:
-    """For an entry point: with --explain-layout RANKS in `argv`, print what it asks for and leave."""
+    """Print the layout and leave where `argv` has --explain-layout RANKS; otherwise return."""
     asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     asked.add_argument("--explain-layout", nargs="?", const="")
     asked.add_argument("--all", action="store_true")
     options = asked.parse_known_args(argv)[0]
     if options.explain_layout is None:
         return
-    ranks = options.explain_layout if options.explain_layout.isdecimal() else "1"  # what else it is, the parser says
+    ranks = options.explain_layout if options.explain_layout.isdecimal() else "1"  # the parser refuses anything else
     settings = parse_or_exit(argv, {"WORLD_SIZE": ranks})
 
     def body() -> int:
@@ -54,7 +57,7 @@ def explain_layout(argv: Sequence[str]) -> None:
 
 
 def goes_with_what(settings: Settings) -> Iterator[str]:
-    """Lines: the table of features, those of this run marked."""
+    """Yield the lines of the table of features, those of this run marked."""
     used = frozenset(feature.name for feature in FEATURES if feature.used(settings))
     yield "what goes with what (* in this run; docs/compatibility.md has the arguments and the reasons)"
     yield from table(used)
@@ -77,23 +80,22 @@ that is refused for that reason. Float64 tests compare losses, gradients, norms,
 |---|---|---|
 {features}
 
-## Refusals
-Every combination of arguments below is refused before anything is built, with the reason and the values; read from top
-to bottom, the first that applies speaks.
+## Validation rules
+Every combination of arguments below is refused before anything is built, with the reason and the values. The rules are
+read from top to bottom, and the first that applies is reported.
 
-| | name | refused, and why |
+| | rule | message |
 |---|---|---|
-{refusals}
+{rules}
 """
 
 
 def compatibility() -> str:
-    """docs/compatibility.md: the table of features, and that of refusals with their values left out."""
+    """Return docs/compatibility.md: the tables of features and of validation rules, values of messages left out."""
     features = [f"| {n} | {feature.name} | {_code(feature.arguments) or 'ranks that no other argument takes'} |"
                 for n, feature in enumerate(FEATURES, 1)]
-    refusals = [f"| {n} | {refusal.name} | {_without_values(refusal.message)} |"
-                for n, refusal in enumerate(RULES, 1)]
-    return _PAGE.format(table="\n".join(table()), features="\n".join(features), refusals="\n".join(refusals))
+    rules = [f"| {n} | {rule.name} | {_without_values(rule.message)} |" for n, rule in enumerate(RULES, 1)]
+    return _PAGE.format(table="\n".join(table()), features="\n".join(features), rules="\n".join(rules))
 
 
 def _code(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Which rank holds what, for --explain-layout: a table of pipeline ranks, and one of the places inside each of them.
+"""The tables of --explain-layout: one of pipeline ranks, and one of the places inside each of them.
 
 Ranks that compute with the same weights stand in one line, so that a layout over thousands of ranks fits on a page.
 """
@@ -17,7 +17,7 @@ _MOST_LINES = 16  # of the table of places; --all lists every rank
 
 
 def places(rank: int, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
-    """Coordinates of `rank` on the dense mesh (pp, dp, cp, tp) and the expert mesh (pp, edp, ep, etp)."""
+    """Return the coordinates of `rank` on the dense mesh (pp, dp, cp, tp) and the expert mesh (pp, edp, ep, etp)."""
     result = []
     for axes in (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp")):
         rest, coordinates = rank, {}
@@ -28,7 +28,7 @@ def places(rank: int, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def pipeline_ranks(settings: Settings) -> Iterator[str]:
-    """A line for each pipeline rank: its ranks, its stages with their part of the work, and what they hold."""
+    """Yield a line for each pipeline rank: its ranks, its stages with their part of the work, and what they hold."""
     layout, model, schedule = settings.layout, settings.model, settings.pipeline.schedule
     stages = resolve(model, settings.pipeline, layout.pp, settings.data.seq_length)
     each = layout.world_size // layout.pp
@@ -43,7 +43,7 @@ def pipeline_ranks(settings: Settings) -> Iterator[str]:
 
 
 def places_of_pipeline_rank(settings: Settings) -> Iterator[str]:
-    """A line for the ranks of a pipeline rank that share a place: the slices, chunks and experts of that place."""
+    """Yield a line for each place inside a pipeline rank: the ranks there, and their slices, chunks and experts."""
     layout, model = settings.layout, settings.model
     together: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world_size // layout.pp):
@@ -61,7 +61,7 @@ def places_of_pipeline_rank(settings: Settings) -> Iterator[str]:
 
 
 def every_rank(settings: Settings) -> Iterator[str]:
-    """A line for each rank, with its place on both meshes."""
+    """Yield a line for each rank, with its place on both meshes."""
     layout, model, schedule = settings.layout, settings.model, settings.pipeline.schedule
     stages = resolve(model, settings.pipeline, layout.pp, settings.data.seq_length)
     rows = [("rank", "pp", "dp", "cp", "tp", "edp", "ep", "etp", "stages", "experts", "chunks of a sequence")]
@@ -77,7 +77,7 @@ def every_rank(settings: Settings) -> Iterator[str]:
 
 
 def _layers(model: ModelConfig, stages: Sequence[Stage]) -> list[int]:
-    """Numbers of all layers, those of MTP modules among them."""
+    """Return the numbers of all layers of `stages`, those of MTP modules included."""
     return [index for stage in stages for index in
             (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
 
@@ -91,7 +91,7 @@ def _chunks(place: int, size: int) -> str:
 
 
 def _experts(model: ModelConfig, layout: Layout, ep: int, etp: int) -> str:
-    """Which a rank holds of each layer that has any, and which part of each."""
+    """Say which experts a rank holds of each layer that has any, and which part of each."""
     if not model.n_routed_experts:
         return "none"
     each = model.n_routed_experts // layout.ep

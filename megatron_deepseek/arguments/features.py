@@ -1,7 +1,7 @@
-"""What a run can switch on, and which two of those go together: the one table of what goes with what.
+"""The features that a run can switch on, and which two of them go together: the one table of what goes with what.
 
-A feature is one entry of FEATURES. Two features are alternatives if they are of one kind, refused if an entry of
-RULES says so (`excludes`), and otherwise tested together: tests/parallel/test_compatibility.py asks each tested case
+A feature is one entry of FEATURES. Two features are alternatives if they are of one kind, refused if a validation
+rule says so (`excludes`), and otherwise tested together: tests/parallel/test_compatibility.py asks each tested case
 which features it uses, and fails for a pair that no case has.
 """
 
@@ -11,7 +11,7 @@ from string import ascii_letters
 
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
-from megatron_deepseek.arguments.validation import IN_TURNS, RULES
+from megatron_deepseek.arguments.validation import OVERLAPPED_DISPATCH, RULES
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import Settings
@@ -21,7 +21,9 @@ TESTED, ALTERNATIVE = ".", "/"
 
 @dataclass(frozen=True)
 class Feature:
-    """`used` tells whether a run has it; `arguments` switch it on for the model `tiny` on 8 ranks.
+    """Something that a run can switch on.
+
+    `used` tells whether a run has it; `arguments` switch it on for the model `tiny` on 8 ranks.
 
     Features of one `kind` exclude each other, since one argument takes one value.
     """
@@ -44,7 +46,10 @@ def _placement(name: str, layout: str, where: str) -> Feature:
 
 
 def mtp_placement(s: Settings) -> str | None:
-    """Where a pipeline has its MTP modules: split over stages, on the last one, or on one before it."""
+    """Return where a pipeline has its MTP modules: "split" over stages, on the "last" one, or on its "own" before it.
+
+    None without a pipeline or without MTP modules.
+    """
     if s.layout.pp == 1 or not s.model.num_nextn_predict_layers:
         return None
     stages = resolve(s.model, s.pipeline, s.layout.pp, s.data.seq_length)
@@ -84,20 +89,21 @@ def _recomputed(module: str) -> Feature:
 
 FEATURES = (
     Feature("data parallel", "", lambda s: s.layout.dp > 1),
-    Feature("weights sharded too", "--data-parallel-sharding-strategy optim_grads_params",
+    Feature("sharded weights", "--data-parallel-sharding-strategy optim_grads_params",
             lambda s: s.run.sharding == "optim_grads_params"),
     Feature("tensor parallel", "--tensor-model-parallel-size 2", lambda s: s.layout.tp > 1),
     Feature("sequence parallel", "--tensor-model-parallel-size 2 --sequence-parallel",
             lambda s: s.layout.sequence_parallel),
     _context("ring"), _context("allgather"),
     _dispatcher("alltoall"), _dispatcher("allgather"), _dispatcher("grouped"),
-    Feature("slices of experts", "--expert-tensor-parallel-size 2", lambda s: s.layout.etp > 1),
+    Feature("expert tensor parallel", "--expert-tensor-parallel-size 2", lambda s: s.layout.etp > 1),
     *(_schedule(name) for name in VIRTUAL_STAGES),
-    Feature(IN_TURNS, "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2 "
+    Feature(OVERLAPPED_DISPATCH,
+            "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2 "
             "--overlap-moe-expert-parallel-comm", lambda s: s.communication.overlap_moe_expert_parallel_comm),
     Feature("several micro-batches", "--global-batch-size 64",
             lambda s: s.batch.global_batch_size > s.batch.micro_batch_size * s.layout.dp),
-    Feature("micro-batches of several", "--micro-batch-size 2", lambda s: s.batch.micro_batch_size > 1),
+    Feature("several rows in a micro-batch", "--micro-batch-size 2", lambda s: s.batch.micro_batch_size > 1),
     Feature("packed documents", "--reset-attention-mask", lambda s: s.data.reset_attention_mask),
     Feature("no experts", "--num-experts 0", lambda s: not s.model.n_routed_experts, "router"),
     _router("router greedy", "--model deepseek-v2-lite", "greedy"),
@@ -108,7 +114,7 @@ FEATURES = (
     *(_capacity(policy) for policy in DROP_POLICIES),
     Feature("shared experts", "--moe-shared-expert-intermediate-size 128",
             lambda s: bool(s.model.n_routed_experts and s.model.n_shared_experts)),
-    Feature("shared experts beside dispatch", "--moe-shared-expert-overlap",
+    Feature("shared experts overlapped", "--moe-shared-expert-overlap",
             lambda s: s.communication.moe_shared_expert_overlap),
     Feature("MTP", "--mtp-num-layers 1", lambda s: s.model.num_nextn_predict_layers > 0),
     Feature("MTP, several depths", "--mtp-num-layers 2", lambda s: s.model.num_nextn_predict_layers > 1),
@@ -134,17 +140,17 @@ FEATURES = (
 
 
 def cell(one: Feature, other: Feature) -> str | int:
-    """TESTED, ALTERNATIVE, or the number of the refusal, counted from 1."""
+    """Return TESTED, ALTERNATIVE, or the number of the validation rule that refuses the pair, counted from 1."""
     if one.kind is not None and one.kind == other.kind:
         return ALTERNATIVE
-    for number, refusal in enumerate(RULES, 1):
-        if any({one.name, other.name} == set(pair) for pair in refusal.excludes):
+    for number, rule in enumerate(RULES, 1):
+        if any({one.name, other.name} == set(pair) for pair in rule.excludes):
             return number
     return TESTED
 
 
 def table(marked: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Lines of the triangle of all pairs; features whose names are `marked` have a star."""
+    """Yield the lines of the triangle of all pairs; features whose names are `marked` have a star."""
     width = max(len(feature.name) for feature in FEATURES)
     numbers = range(1, len(FEATURES) + 1)
     letters: dict[int, str] = {}

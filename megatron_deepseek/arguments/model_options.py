@@ -1,4 +1,4 @@
-"""The options that say what is trained: the architecture, its experts and their losses, the context's extension.
+"""The command-line options of the model: its architecture, its experts and their losses, the context's extension.
 
 Every architecture argument defaults to None and is stored under the field of ModelConfig that it overrides, so that
 only what was given overrides the preset.

@@ -1,4 +1,4 @@
-"""What follows from arguments and config that the user may not expect, said in a line at the start of a run."""
+"""Notices: what follows from arguments and config that a user may not expect, one line each at the start of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from megatron_deepseek.model.architecture.presets import load_config
 
 @dataclass(frozen=True)
 class Notice:
-    """`message`, a format string over a Request `r`, is said where `when` is true of it."""
+    """A line for the user: `message`, a format string over a Request `r`, is shown where `when` is true of it."""
 
     when: Callable[[Request], bool]
     message: str
@@ -45,5 +45,5 @@ NOTICES = (
 
 
 def notices(request: Request) -> tuple[str, ...]:
-    """The lines of this request, in the order of the table."""
+    """Return the lines that apply to `request`, in the order of the table."""
     return tuple(notice.message.format(r=request) for notice in NOTICES if notice.when(request))

@@ -1,4 +1,4 @@
-"""The command line of pre-training: Megatron-LM's argument names, in groups. Says nothing about what fits together."""
+"""The command line of pre-training: Megatron-LM's argument names, in groups; validation.py says what fits together."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""What a command line asks for, with the quantities that decide whether it fits together."""
+"""A command line's request: its arguments, with the quantities that decide whether they fit together."""
 
 import math
 from argparse import Namespace
@@ -18,7 +18,7 @@ from megatron_deepseek.training import timeline
 class Request:
     """Parsed arguments, the architecture that they give and the number of ranks.
 
-    The properties are meaningful in the order of the table of refusals: each relies on what was checked before it.
+    The properties are meaningful in the order of the validation rules: each relies on what was checked before it.
     """
 
     args: Namespace
@@ -48,12 +48,12 @@ class Request:
 
     @property
     def fewest_ranks(self) -> int:
-        """The least number of ranks that the sizes of the layout divide."""
+        """Return the least number of ranks that the sizes of the layout divide."""
         return self.pp * math.lcm(self.tp * self.cp, self.ep * self.etp)
 
     @property
     def dividing_sizes(self) -> str:
-        """The arguments that ask for more ranks than one, as they were typed."""
+        """Return the arguments that ask for more ranks than one, as they were typed."""
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
                  "expert_model_parallel_size", "expert_tensor_parallel_size")
         return " ".join(f"--{name.replace('_', '-')} {getattr(self.args, name)}" for name in names
@@ -65,7 +65,7 @@ class Request:
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks that share one pipeline stage; the experts spread over them."""
+        """Return the number of ranks that share one pipeline stage; the experts spread over them."""
         return self.world_size // self.pp
 
     @property
@@ -74,7 +74,7 @@ class Request:
 
     @property
     def nodes_divide_expert_groups(self) -> bool:
-        """Whether an expert group lies on one node, or on whole nodes."""
+        """Return whether an expert group lies on one node, or on whole nodes."""
         return nodes_divide(self.ep, self.etp, self.ranks_per_node)
 
     @property
@@ -83,7 +83,7 @@ class Request:
 
     @property
     def stage_count(self) -> int:
-        """Pipeline stages of all ranks together."""
+        """Return the number of pipeline stages of all ranks together."""
         if self.args.pipeline_model_parallel_layout is not None:
             return layout_string.count_stages(self.args.pipeline_model_parallel_layout)
         if self.args.num_layers_per_virtual_pipeline_stage is not None:
@@ -102,7 +102,7 @@ class Request:
 
     @property
     def layout(self) -> str | None:
-        """The layout string that was given, or that of stages whose numbers of layers were."""
+        """Return the layout string that was given, or that of given numbers of layers; None for neither."""
         layers = self._layers_of_stages
         if layers is None:
             return self.args.pipeline_model_parallel_layout
@@ -122,7 +122,7 @@ class Request:
 
     @property
     def _layers_of_ranks(self) -> list[int]:
-        """Of the pipeline ranks at the ends as many as was asked for; the others share the rest."""
+        """Return the layers of each pipeline rank: at the ends as many as was asked for, between them equal parts."""
         first, last = self.args.decoder_first_pipeline_num_layers, self.args.decoder_last_pipeline_num_layers
         given = [number for number in (first, last) if number is not None]
         each = (self.model.num_hidden_layers - sum(given)) // max(self.pp - len(given), 1)
@@ -130,14 +130,14 @@ class Request:
 
     @property
     def pipeline_ends(self) -> str:
-        """The arguments that give numbers of layers to the ends of the pipeline, as they were typed."""
+        """Return the arguments that give numbers of layers to the ends of the pipeline, as they were typed."""
         numbers = {end: getattr(self.args, f"decoder_{end}_pipeline_num_layers") for end in ("first", "last")}
         return " ".join(f"--decoder-{end}-pipeline-num-layers {number}"
                         for end, number in numbers.items() if number is not None)
 
     @property
     def ends_divide(self) -> bool:
-        """Whether every layer is some rank's, and every rank's layers are as many on each of its stages."""
+        """Return whether every layer has a rank, and every rank has as many layers on each of its stages."""
         layers = self._layers_of_ranks
         return sum(layers) == self.model.num_hidden_layers and min(layers) > 0 and not any(
             number % self.virtual_stages for number in layers)
@@ -154,22 +154,22 @@ class Request:
 
     @property
     def uneven_batch(self) -> str | None:
-        """A global batch size, of the ramp too, that does not divide among micro-batches and data ranks."""
+        """Return a global batch size, the ramp's included, that micro-batches and data ranks do not divide, or None."""
         return next((self._named(size) for size in self.batch_sizes if size % self._row), None)
 
     @property
     def refused_microbatches(self) -> tuple[int, str] | None:
-        """A number of micro-batches that the schedule does not run with, and the global batch size that has it."""
+        """Return a number of micro-batches that the schedule does not take, and its global batch size; None if none."""
         return next(((size // self._row, self._named(size)) for size in self.batch_sizes
                      if not schedule_rules.takes_microbatches(self.schedule, self.pp, size // self._row)), None)
 
     @property
     def _row(self) -> int:
-        """Sequences of one micro-batch on all data ranks."""
+        """Return the sequences of one micro-batch on all data ranks."""
         return self.args.micro_batch_size * self.dp
 
     def _named(self, batch_size: int) -> str:
-        """A global batch size, and the ramp if it is only on the way."""
+        """Return a global batch size as text, with the ramp if it is a size on the way."""
         if batch_size == self.batch.global_batch_size:
             return str(batch_size)
         return f"{batch_size} (of --rampup-batch-size {' '.join(map(str, self.args.rampup_batch_size))})"
@@ -180,12 +180,12 @@ class Request:
 
     @property
     def given_beside_auto_layout(self) -> str:
-        """The options that --auto-layout decides and that were given all the same, as they are typed."""
+        """Return the options that --auto-layout decides and that were given all the same, as they are typed."""
         return given_beside(self.args)
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Patterns of parameters that are not to be trained."""
+        """Return the patterns of parameters that are not to be trained."""
         return tuple(self.args.freeze_parameters or ())
 
     @property
@@ -194,7 +194,7 @@ class Request:
 
     @property
     def balance(self) -> tuple[str, float]:
-        """Type and coefficient of the balance loss: the arguments', else those of the config's aux_loss_alpha."""
+        """Return the type and coefficient of the balance loss: the arguments', else those of aux_loss_alpha."""
         coefficient = self.args.moe_aux_loss_coeff
         kind = self.args.moe_router_load_balancing_type
         if kind == "none" or not self.model.n_routed_experts:

@@ -1,4 +1,4 @@
-"""One entry of the table of refusals, and how its messages name the sizes of a layout."""
+"""One validation rule of the command line, and how its message names the sizes of a layout."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ ETP = "--expert-tensor-parallel-size {r.etp}"
 
 @dataclass(frozen=True)
 class Rule:
-    """`name` tells the entries apart in tests; `when` is true of a Request that `message` refuses.
+    """A combination of arguments that is refused.
 
-    `excludes`: pairs of features (features.py) that it refuses whatever the sizes.
+    `name`: a phrase that says the problem; --explain-layout and docs/compatibility.md show it. `when`: true of a
+    Request with that problem. `message`: what the user reads, a format string over the Request `r`. `excludes`: pairs
+    of features (features.py) that the rule refuses whatever the sizes.
     """
 
     name: str

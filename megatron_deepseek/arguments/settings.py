@@ -1,4 +1,4 @@
-"""Arguments that fit together become frozen settings, one dataclass for each concern."""
+"""Turns arguments that fit together into frozen settings, one dataclass for each concern."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.arguments.validation import refuse, refuse_beside_auto_layout
+from megatron_deepseek.arguments.validation import check, check_auto_layout
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.model.architecture.presets import config_file
 from megatron_deepseek.parallel.layout import Layout
@@ -33,30 +33,30 @@ from megatron_deepseek.settings import (
 )
 from megatron_deepseek.training import schedules, timeline
 
-# torchrun stops all ranks of a node as soon as one exits: those that say nothing wait for the one that speaks.
-_SILENT_SECONDS = 10.0
+# torchrun stops all ranks of a node as soon as one exits, so the silent ones wait while rank 0 prints.
+SILENT_SECONDS = 10.0
 
 
 def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = None) -> Settings:
-    """Settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node.
+    """Return the settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node.
 
-    Raises ValueError, of one line, for a user's mistake.
-
-    --help prints and raises SystemExit(0), as argparse does.
+    Raise ValueError, of one line, for a user's mistake. --help prints and raises SystemExit(0), as argparse does.
     """
     return build_settings(build_parser().parse_args(list(argv)), world_size, local_world_size)
 
 
 def build_settings(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> Settings:
-    """What parsed arguments ask for, if it fits together. With --auto-layout the layout is the planner's."""
+    """Return the settings that parsed arguments ask for; with --auto-layout the layout is the planner's. Raise
+    ValueError if they do not fit together.
+    """
     if args.auto_layout is not None:
-        refuse_beside_auto_layout(Request(args, build_model(args), world_size, local_world_size))
+        check_auto_layout(Request(args, build_model(args), world_size, local_world_size))
         values = auto_layout.chosen(args, world_size, local_world_size)
         found = auto_layout.accept_for(args, world_size, local_world_size)(values)
         return replace(found, notes=(*found.notes, auto_layout.describe(args, values)))
     try:
         request = Request(args, build_model(args), world_size, local_world_size)
-        refuse(request)
+        check(request)
         run = _run(request)
         learning_rate = _learning_rate(request)
         schedules.check_learning_rate(learning_rate)
@@ -74,7 +74,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """`parse` for an entry point: rank 0 alone prints what is wrong, and every rank leaves with status 2."""
+    """Parse for an entry point: rank 0 alone prints what is wrong, and every rank leaves with status 2."""
     first = environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):  # --help, once
         try:
@@ -85,26 +85,28 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             if first:
                 print(line, file=sys.stderr, flush=True)
             else:
-                time.sleep(_SILENT_SECONDS)
+                time.sleep(SILENT_SECONDS)
             tell_agent(line)
     raise SystemExit(2)
 
 
 def _with_options(message: str) -> str:
-    """`message` of a check that knows settings, not arguments, with its field names as options."""
+    """Return `message`, of a check that knows settings and not arguments, with options in place of field names."""
     return re.sub(r"(?<![\w-])(lr(?:_\w+)?|min_lr|rampup_batch_size|global_batch_size)\b",
                   lambda name: "--" + name.group().replace("_", "-"), message)
 
 
 def _begins(request: Request) -> bool:
-    """Whether this is a first start for sure. How long a run is that goes on depends on the batches that it had, and
-    whether it goes on is rank 0's to decide (runtime/decision.py): parsing looks at no checkpoint.
+    """Return whether this is a first start for sure, so that the lengths of its schedule can be checked now.
+
+    The length of a resumed run depends on the batches that it had, and rank 0 decides whether a run resumes
+    (runtime/decision.py): parsing looks at no checkpoint.
     """
     return request.args.load is None and request.args.save is None
 
 
 def _fill(kind: type, args, **given):
-    """A `kind` of settings from the arguments of the same names."""
+    """Make settings of class `kind` from the arguments of the same names."""
     names = [name for name in kind.__dataclass_fields__ if name not in given and hasattr(args, name)]
     return kind(**{name: getattr(args, name) for name in names}, **given)
 

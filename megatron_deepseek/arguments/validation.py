@@ -1,6 +1,7 @@
-"""Every combination of arguments that is refused, in one table, read from top to bottom before anything is built.
+"""The validation rules: every combination of arguments that is refused, in one table.
 
-An entry may rely on those above it. Messages are format strings over a Request `r`.
+The table is read from top to bottom before anything is built, so a rule may rely on those above it. Messages are format
+strings over a Request `r`.
 """
 
 from megatron_deepseek.arguments.data_paths import data_paths
@@ -12,7 +13,7 @@ from megatron_deepseek.arguments.rule import CP, EP, ETP, PP, TP, Rule
 from megatron_deepseek.model.architecture.freezing import trains_nothing
 from megatron_deepseek.parallel import schedule_rules
 
-IN_TURNS = "overlapped dispatch"  # a name in features.py
+OVERLAPPED_DISPATCH = "overlapped dispatch"  # a name in features.py
 
 
 def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
@@ -21,22 +22,25 @@ def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
 
 def _moment_type(option: str) -> Rule:
     dest = option[2:].replace("-", "_")
-    return Rule(f"{option} of an unsupported type", lambda r: getattr(r.args, dest) in ("fp16", "fp8"),
-                   f"{option} {{r.args.{dest}}} is not supported, only fp32 and bf16: moments of fewer than bfloat16's "
-                   "exponent bits vanish unless each tensor is scaled")
+    return Rule(f"{option} is of an unsupported type", lambda r: getattr(r.args, dest) in ("fp16", "fp8"),
+                f"{option} {{r.args.{dest}}} is not supported, only fp32 and bf16: moments of fewer than bfloat16's "
+                "exponent bits vanish unless each tensor is scaled")
 
 
 def _moment_decay(option: str, beta: str) -> Rule:
-    """bfloat16 has 8 significant bits: a factor above 1 - 2**-8 rounds some moments back to what they were."""
+    """Return the rule against bfloat16 moments with a `beta` under which they would never decay.
+
+    bfloat16 has 8 significant bits: a factor above 1 - 2**-8 rounds some moments back to what they were.
+    """
     dest, beta_dest = option[2:].replace("-", "_"), beta[2:].replace("-", "_")
-    return Rule(f"{option} bf16 beside a large {beta}",
-                   lambda r: getattr(r.args, dest) == "bf16" and getattr(r.args, beta_dest) > 1 - 2**-8,
-                   f"{option} {{r.args.{dest}}} conflicts with {beta} {{r.args.{beta_dest}}}: a bfloat16 moment times "
-                   "a factor above 0.996 rounds back to itself and would never decay")
+    return Rule(f"{option} bf16 conflicts with a large {beta}",
+                lambda r: getattr(r.args, dest) == "bf16" and getattr(r.args, beta_dest) > 1 - 2**-8,
+                f"{option} {{r.args.{dest}}} conflicts with {beta} {{r.args.{beta_dest}}}: a bfloat16 moment times "
+                "a factor above 0.996 rounds back to itself and would never decay")
 
 
 def _data_error(r: Request) -> bool:
-    """False, or the reader's own ValueError."""
+    """Return False, or raise the ValueError of the reader of data arguments."""
     data_paths(r.args)
     return False
 
@@ -47,158 +51,167 @@ def _loads_save(r: Request) -> bool:
 
 def _without_save(option: str, value: str = "") -> Rule:
     dest = option[2:].replace("-", "_")
-    return Rule(f"{option} without --save",
-                   lambda r: r.args.save is None and getattr(r.args, dest) not in (None, False),
-                   f"{option}{value} needs --save")
+    return Rule(f"{option} needs --save",
+                lambda r: r.args.save is None and getattr(r.args, dest) not in (None, False),
+                f"{option}{value} needs --save")
 
 
 _UNBUILT = (
-    Rule("padding to the capacity of experts", lambda r: r.args.moe_pad_expert_input_to_capacity,
-            "--moe-pad-expert-input-to-capacity is not supported: the grouped products take any number of rows, so "
-            "padding would only multiply zeros"),
-    Rule("dropout in attention", lambda r: r.model.attention_dropout > 0,
-            "--attention-dropout {r.model.attention_dropout} is not supported: DeepSeek trains without, and with it "
-            "results would depend on the layout"),
-    Rule("dropout of hidden states", lambda r: bool(r.args.hidden_dropout),
-            "--hidden-dropout {r.args.hidden_dropout} is not supported: DeepSeek trains without"),
+    Rule("padding the experts' input to their capacity is not supported",
+         lambda r: r.args.moe_pad_expert_input_to_capacity,
+         "--moe-pad-expert-input-to-capacity is not supported: the grouped GEMM takes any number of rows, so "
+         "padding would only multiply zeros"),
+    Rule("dropout in attention is not supported", lambda r: r.model.attention_dropout > 0,
+         "--attention-dropout {r.model.attention_dropout} is not supported: DeepSeek trains without, and with it "
+         "results would depend on the layout"),
+    Rule("dropout of hidden states is not supported", lambda r: bool(r.args.hidden_dropout),
+         "--hidden-dropout {r.args.hidden_dropout} is not supported: DeepSeek trains without"),
 )
 
 AUTO_LAYOUT = (
-    Rule("a layout beside --auto-layout", lambda r: r.args.auto_layout is not None and bool(r.given_beside_auto_layout),
-            "--auto-layout {r.args.auto_layout} chooses {r.given_beside_auto_layout} itself; leave it out, or search by "
-            "tools/plan.py search, which keeps what is given"),
-    Rule("--auto-layout without a batch", lambda r: r.args.auto_layout is not None and r.args.global_batch_size is None,
-            "--auto-layout {r.args.auto_layout} needs --global-batch-size: which layouts are good depends on it"),
+    Rule("--auto-layout chooses the layout itself",
+         lambda r: r.args.auto_layout is not None and bool(r.given_beside_auto_layout),
+         "--auto-layout {r.args.auto_layout} chooses {r.given_beside_auto_layout} itself; leave it out, or search by "
+         "tools/plan.py search, which keeps what is given"),
+    Rule("--auto-layout needs --global-batch-size",
+         lambda r: r.args.auto_layout is not None and r.args.global_batch_size is None,
+         "--auto-layout {r.args.auto_layout} needs --global-batch-size: which layouts are good depends on it"),
 )
 
 _LAYOUT = (
-    Rule("several ranks in one process", lambda r: r.world_size == 1 and r.fewest_ranks > 1,
-            "{r.dividing_sizes} needs {r.fewest_ranks} processes or a multiple, and this is one alone; start them by: "
-            "python tools/launch.py --nproc_per_node {r.fewest_ranks} pretrain_deepseek.py ..."),
-    Rule("ranks that the tensor and pipeline sizes do not divide", lambda r: r.world_size % (r.tp * r.pp) != 0,
-            f"{TP} x {PP} does not divide the {{r.world_size}} ranks of the job"),
-    Rule("ranks of a stage that the tensor and context sizes do not divide",
-            lambda r: r.stage_ranks % (r.tp * r.cp) != 0,
-            f"{TP} x {CP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
-            f"{PP})"),
-    Rule("sequences that context ranks do not divide", lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
-            f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
-    Rule("expert parallelism without experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
-            f"{EP} conflicts with --num-experts 0: there are no experts to spread",
-            _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped",
-                             IN_TURNS)),
-    Rule("ranks of a stage that the expert size does not divide", lambda r: r.stage_ranks % r.ep != 0,
-            f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
-    Rule("slices of experts without experts", lambda r: r.etp > 1 and not r.model.n_routed_experts,
-            f"{ETP} conflicts with --num-experts 0: there are no experts to divide",
-            _without_experts("slices of experts")),
-    Rule("ranks of a stage that groups of expert slices do not divide",
-            lambda r: r.stage_ranks % (r.ep * r.etp) != 0,
-            f"{EP} x {ETP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
-            f"{PP})"),
-    Rule("width of experts that slices do not divide",
-            lambda r: r.model.n_routed_experts > 0 and r.model.moe_intermediate_size % r.etp != 0,
-            f"{ETP} does not divide --moe-ffn-hidden-size {{r.model.moe_intermediate_size}}"),
-    Rule("experts that the expert size does not divide", lambda r: r.model.n_routed_experts % r.ep != 0,
-            f"{EP} does not divide --num-experts {{r.model.n_routed_experts}}"),
-    Rule("dispatch by nodes that do not divide expert groups",
-            lambda r: r.args.moe_token_dispatcher_type == "grouped" and not r.nodes_divide_expert_groups,
-            "--moe-token-dispatcher-type grouped needs nodes that divide expert groups evenly: "
-            f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}, {ETP}"),
-    Rule("attention heads that the tensor size does not divide", lambda r: r.model.num_attention_heads % r.tp != 0,
-            f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
-    Rule("vocabulary that the tensor size does not divide", lambda r: r.model.vocab_size % r.tp != 0,
-            f"{TP} does not divide --vocab-size {{r.model.vocab_size}}"),
-    Rule("width of the dense layers that the tensor size does not divide",
-            lambda r: r.model.intermediate_size % r.tp != 0,
-            f"{TP} does not divide --ffn-hidden-size {{r.model.intermediate_size}}"),
-    Rule("width of shared experts that the tensor size does not divide",
-            lambda r: r.model.n_routed_experts > 0 and r.shared_width % r.tp != 0,
-            f"{TP} does not divide --moe-shared-expert-intermediate-size {{r.shared_width}}"),
-    Rule("sequences that tensor ranks do not divide",
-            lambda r: (r.args.sequence_parallel or r.model.n_routed_experts > 0) and r.args.seq_length % (r.tp * r.cp),
-            f"{TP} x {CP} does not divide --seq-length {{r.args.seq_length}}, which it must with --sequence-parallel "
-            "and with experts"),
+    Rule("the sizes ask for several ranks, but one process was started",
+         lambda r: r.world_size == 1 and r.fewest_ranks > 1,
+         "{r.dividing_sizes} needs {r.fewest_ranks} processes or a multiple, and this is one alone; start them by: "
+         "python tools/launch.py --nproc_per_node {r.fewest_ranks} pretrain_deepseek.py ..."),
+    Rule("the tensor- and pipeline-parallel sizes do not divide the number of ranks",
+         lambda r: r.world_size % (r.tp * r.pp) != 0,
+         f"{TP} x {PP} does not divide the {{r.world_size}} ranks of the job"),
+    Rule("the tensor- and context-parallel sizes do not divide the ranks of a stage",
+         lambda r: r.stage_ranks % (r.tp * r.cp) != 0,
+         f"{TP} x {CP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
+         f"{PP})"),
+    Rule("twice the context-parallel size does not divide the sequence length",
+         lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
+         f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
+    Rule("expert parallelism needs experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
+         f"{EP} conflicts with --num-experts 0: there are no experts to spread",
+         _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped",
+                          OVERLAPPED_DISPATCH)),
+    Rule("the expert-parallel size does not divide the ranks of a stage", lambda r: r.stage_ranks % r.ep != 0,
+         f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
+    Rule("expert tensor parallelism needs experts", lambda r: r.etp > 1 and not r.model.n_routed_experts,
+         f"{ETP} conflicts with --num-experts 0: there are no experts to divide",
+         _without_experts("expert tensor parallel")),
+    Rule("the expert- and expert-tensor-parallel sizes do not divide the ranks of a stage",
+         lambda r: r.stage_ranks % (r.ep * r.etp) != 0,
+         f"{EP} x {ETP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
+         f"{PP})"),
+    Rule("the expert-tensor-parallel size does not divide the width of an expert",
+         lambda r: r.model.n_routed_experts > 0 and r.model.moe_intermediate_size % r.etp != 0,
+         f"{ETP} does not divide --moe-ffn-hidden-size {{r.model.moe_intermediate_size}}"),
+    Rule("the expert-parallel size does not divide the number of experts",
+         lambda r: r.model.n_routed_experts % r.ep != 0,
+         f"{EP} does not divide --num-experts {{r.model.n_routed_experts}}"),
+    Rule("grouped dispatch needs nodes that divide expert groups evenly",
+         lambda r: r.args.moe_token_dispatcher_type == "grouped" and not r.nodes_divide_expert_groups,
+         "--moe-token-dispatcher-type grouped needs nodes that divide expert groups evenly: "
+         f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}, {ETP}"),
+    Rule("the tensor-parallel size does not divide the number of attention heads",
+         lambda r: r.model.num_attention_heads % r.tp != 0,
+         f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
+    Rule("the tensor-parallel size does not divide the size of the vocabulary",
+         lambda r: r.model.vocab_size % r.tp != 0,
+         f"{TP} does not divide --vocab-size {{r.model.vocab_size}}"),
+    Rule("the tensor-parallel size does not divide the width of the dense layers",
+         lambda r: r.model.intermediate_size % r.tp != 0,
+         f"{TP} does not divide --ffn-hidden-size {{r.model.intermediate_size}}"),
+    Rule("the tensor-parallel size does not divide the width of the shared experts",
+         lambda r: r.model.n_routed_experts > 0 and r.shared_width % r.tp != 0,
+         f"{TP} does not divide --moe-shared-expert-intermediate-size {{r.shared_width}}"),
+    Rule("the tensor- and context-parallel sizes do not divide the sequence length",
+         lambda r: (r.args.sequence_parallel or r.model.n_routed_experts > 0) and r.args.seq_length % (r.tp * r.cp),
+         f"{TP} x {CP} does not divide --seq-length {{r.args.seq_length}}, which it must with --sequence-parallel "
+         "and with experts"),
 )
 
 _BATCH = (
-    Rule("sequences longer than the model's positions",
-            lambda r: r.args.seq_length > r.model.max_position_embeddings,
-            "--seq-length {r.args.seq_length} is longer than --max-position-embeddings "
-            "{r.model.max_position_embeddings}"),
-    Rule("batch that data ranks do not divide", lambda r: r.uneven_batch is not None,
-            "--global-batch-size {r.uneven_batch} is not a multiple of --micro-batch-size {r.args.micro_batch_size} x "
-            "{r.dp} data-parallel ranks"),
-    Rule("fewer samples than one batch",
-            lambda r: r.args.train_samples is not None and r.args.train_samples < r.batch_sizes[0],
-            "--train-samples {r.args.train_samples} is less than one batch of {r.batch_sizes[0]}"),
+    Rule("the sequence length exceeds the model's positions",
+         lambda r: r.args.seq_length > r.model.max_position_embeddings,
+         "--seq-length {r.args.seq_length} is longer than --max-position-embeddings "
+         "{r.model.max_position_embeddings}"),
+    Rule("the micro-batches of the data ranks do not divide the global batch", lambda r: r.uneven_batch is not None,
+         "--global-batch-size {r.uneven_batch} is not a multiple of --micro-batch-size {r.args.micro_batch_size} x "
+         "{r.dp} data-parallel ranks"),
+    Rule("the samples do not fill one batch",
+         lambda r: r.args.train_samples is not None and r.args.train_samples < r.batch_sizes[0],
+         "--train-samples {r.args.train_samples} is less than one batch of {r.batch_sizes[0]}"),
 )
 
 _EXPERTS = (
-    Rule("capacity of experts without experts",
-            lambda r: r.args.moe_expert_capacity_factor and not r.model.n_routed_experts,
-            "--moe-expert-capacity-factor {r.args.moe_expert_capacity_factor} conflicts with --num-experts 0",
-            _without_experts(*(f"capacity, {policy}" for policy in DROP_POLICIES))),
-    Rule("drop policy without a capacity",
-            lambda r: r.args.moe_token_drop_policy is not None and r.args.moe_expert_capacity_factor is None,
-            "--moe-token-drop-policy {r.args.moe_token_drop_policy} needs --moe-expert-capacity-factor: without it no "
-            "token is dropped"),
-    Rule("overlapped dispatch without DualPipeV",
-            lambda r: r.args.overlap_moe_expert_parallel_comm and (r.pp == 1 or r.schedule != "DualPipeV"),
-            "--overlap-moe-expert-parallel-comm needs the forward and backward pairs of --pipeline-schedule DualPipeV "
-            f"on several pipeline ranks: {PP}, {{r.schedule}}",
-            tuple((IN_TURNS, name) for name in schedule_rules.SCHEDULES if name != "DualPipeV")),
-    Rule("overlapped dispatch without an all-to-all",
-            lambda r: r.args.overlap_moe_expert_parallel_comm
-            and (r.ep == 1 or r.args.moe_token_dispatcher_type == "allgather"),
-            f"--overlap-moe-expert-parallel-comm needs tokens that travel by all-to-all: {EP}, "
-            "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type}",
-            ((IN_TURNS, "expert parallel, allgather"),)),
-    Rule("overlap of shared experts without shared experts",
-            lambda r: r.args.moe_shared_expert_overlap and not (r.model.n_routed_experts and r.model.n_shared_experts),
-            "--moe-shared-expert-overlap needs shared experts: --num-experts {r.model.n_routed_experts}, "
-            "--moe-shared-expert-intermediate-size {r.shared_width}",
-            _without_experts("shared experts beside dispatch")),
-    Rule("forced balance without experts",
-            lambda r: r.args.moe_router_force_load_balancing and not r.model.n_routed_experts,
-            "--moe-router-force-load-balancing conflicts with --num-experts 0", _without_experts("forced balance")),
-    Rule("shared experts without routed experts",
-            lambda r: bool(r.args.moe_shared_expert_intermediate_size) and not r.model.n_routed_experts,
-            "--moe-shared-expert-intermediate-size {r.args.moe_shared_expert_intermediate_size} conflicts with "
-            "--num-experts 0", _without_experts("shared experts")),
-    Rule("speed of the router's bias without a bias",
-            lambda r: bool(r.args.moe_router_bias_update_rate) and r.model.topk_method != "noaux_tc",
-            "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --moe-router-enable-expert-bias; "
-            "topk_method is {r.model.topk_method}"),
-    Rule("balance loss without experts", lambda r: bool(r.args.moe_aux_loss_coeff) and not r.model.n_routed_experts,
-            "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --num-experts 0"),
-    Rule("weight of a balance loss that is switched off",
-            lambda r: bool(r.args.moe_aux_loss_coeff) and r.balance[0] == "none",
-            "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --moe-router-load-balancing-type none"),
-    Rule("balance loss without a weight",
-            lambda r: r.balance[0] != "none" and r.args.moe_aux_loss_coeff is None and not r.balance[1],
-            "--moe-router-load-balancing-type {r.balance[0]} needs --moe-aux-loss-coeff: aux_loss_alpha is 0"),
-    Rule("balance over devices without groups of experts",
-            lambda r: r.args.moe_device_aux_loss_coeff > 0 and r.model.n_group == 1,
-            "--moe-device-aux-loss-coeff {r.args.moe_device_aux_loss_coeff} needs groups of experts; "
-            "--moe-router-num-groups is 1"),
-    Rule("balance of communication without groups of experts",
-            lambda r: r.args.moe_communication_aux_loss_coeff > 0 and r.model.n_group == 1,
-            "--moe-communication-aux-loss-coeff {r.args.moe_communication_aux_loss_coeff} needs groups of experts; "
-            "--moe-router-num-groups is 1"),
+    Rule("a capacity of experts needs experts",
+         lambda r: r.args.moe_expert_capacity_factor and not r.model.n_routed_experts,
+         "--moe-expert-capacity-factor {r.args.moe_expert_capacity_factor} conflicts with --num-experts 0",
+         _without_experts(*(f"capacity, {policy}" for policy in DROP_POLICIES))),
+    Rule("a drop policy needs a capacity of experts",
+         lambda r: r.args.moe_token_drop_policy is not None and r.args.moe_expert_capacity_factor is None,
+         "--moe-token-drop-policy {r.args.moe_token_drop_policy} needs --moe-expert-capacity-factor: without it no "
+         "token is dropped"),
+    Rule("overlapped dispatch needs DualPipeV on several pipeline ranks",
+         lambda r: r.args.overlap_moe_expert_parallel_comm and (r.pp == 1 or r.schedule != "DualPipeV"),
+         "--overlap-moe-expert-parallel-comm needs the forward and backward pairs of --pipeline-schedule DualPipeV "
+         f"on several pipeline ranks: {PP}, {{r.schedule}}",
+         tuple((OVERLAPPED_DISPATCH, name) for name in schedule_rules.SCHEDULES if name != "DualPipeV")),
+    Rule("overlapped dispatch needs an all-to-all",
+         lambda r: r.args.overlap_moe_expert_parallel_comm
+         and (r.ep == 1 or r.args.moe_token_dispatcher_type == "allgather"),
+         f"--overlap-moe-expert-parallel-comm needs tokens that travel by all-to-all: {EP}, "
+         "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type}",
+         ((OVERLAPPED_DISPATCH, "expert parallel, allgather"),)),
+    Rule("overlap of shared experts needs shared experts",
+         lambda r: r.args.moe_shared_expert_overlap and not (r.model.n_routed_experts and r.model.n_shared_experts),
+         "--moe-shared-expert-overlap needs shared experts: --num-experts {r.model.n_routed_experts}, "
+         "--moe-shared-expert-intermediate-size {r.shared_width}",
+         _without_experts("shared experts overlapped")),
+    Rule("forced load balancing needs experts",
+         lambda r: r.args.moe_router_force_load_balancing and not r.model.n_routed_experts,
+         "--moe-router-force-load-balancing conflicts with --num-experts 0", _without_experts("forced balance")),
+    Rule("shared experts need routed experts",
+         lambda r: bool(r.args.moe_shared_expert_intermediate_size) and not r.model.n_routed_experts,
+         "--moe-shared-expert-intermediate-size {r.args.moe_shared_expert_intermediate_size} conflicts with "
+         "--num-experts 0", _without_experts("shared experts")),
+    Rule("an update rate of the router's bias needs that bias",
+         lambda r: bool(r.args.moe_router_bias_update_rate) and r.model.topk_method != "noaux_tc",
+         "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --moe-router-enable-expert-bias; "
+         "topk_method is {r.model.topk_method}"),
+    Rule("a balance loss needs experts", lambda r: bool(r.args.moe_aux_loss_coeff) and not r.model.n_routed_experts,
+         "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --num-experts 0"),
+    Rule("a balance loss is given a weight, but switched off",
+         lambda r: bool(r.args.moe_aux_loss_coeff) and r.balance[0] == "none",
+         "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --moe-router-load-balancing-type none"),
+    Rule("a balance loss needs a weight",
+         lambda r: r.balance[0] != "none" and r.args.moe_aux_loss_coeff is None and not r.balance[1],
+         "--moe-router-load-balancing-type {r.balance[0]} needs --moe-aux-loss-coeff: aux_loss_alpha is 0"),
+    Rule("the device balance loss needs groups of experts",
+         lambda r: r.args.moe_device_aux_loss_coeff > 0 and r.model.n_group == 1,
+         "--moe-device-aux-loss-coeff {r.args.moe_device_aux_loss_coeff} needs groups of experts; "
+         "--moe-router-num-groups is 1"),
+    Rule("the communication balance loss needs groups of experts",
+         lambda r: r.args.moe_communication_aux_loss_coeff > 0 and r.model.n_group == 1,
+         "--moe-communication-aux-loss-coeff {r.args.moe_communication_aux_loss_coeff} needs groups of experts; "
+         "--moe-router-num-groups is 1"),
 )
 
 _FP8 = (
-    Rule("FP8 recipe without FP8", lambda r: r.args.fp8_recipe is not None and r.args.fp8_format is None,
-            "--fp8-recipe {r.args.fp8_recipe} needs --fp8-format e4m3"),
-    Rule("FP8 weights gathered without FP8", lambda r: r.args.fp8_param_gather and r.args.fp8_format is None,
-            "--fp8-param-gather needs --fp8-format e4m3"),
-    Rule("FP8 format other than e4m3", lambda r: r.args.fp8_format == "hybrid",
-            "--fp8-format hybrid is not supported: with a scale for each tile E4M3 has the range for gradients too, "
-            "and more precision than E5M2; use e4m3"),
-    Rule("FP8 recipe other than blockwise", lambda r: r.args.fp8_recipe not in (None, "blockwise"),
-            "--fp8-recipe {r.args.fp8_recipe} is not supported, only blockwise: DeepSeek-V3's scales, 1x128 and "
-            "128x128"),
+    Rule("an FP8 recipe needs an FP8 format", lambda r: r.args.fp8_recipe is not None and r.args.fp8_format is None,
+         "--fp8-recipe {r.args.fp8_recipe} needs --fp8-format e4m3"),
+    Rule("gathering FP8 weights needs an FP8 format", lambda r: r.args.fp8_param_gather and r.args.fp8_format is None,
+         "--fp8-param-gather needs --fp8-format e4m3"),
+    Rule("the FP8 format is not e4m3", lambda r: r.args.fp8_format == "hybrid",
+         "--fp8-format hybrid is not supported: with a scale for each tile E4M3 has the range for gradients too, "
+         "and more precision than E5M2; use e4m3"),
+    Rule("the FP8 recipe is not blockwise", lambda r: r.args.fp8_recipe not in (None, "blockwise"),
+         "--fp8-recipe {r.args.fp8_recipe} is not supported, only blockwise: DeepSeek-V3's scales, 1x128 and "
+         "128x128"),
 )
 
 _OPTIMIZER = (
@@ -206,90 +219,92 @@ _OPTIMIZER = (
     _moment_type("--exp-avg-sq-dtype"),
     _moment_decay("--exp-avg-dtype", "--adam-beta1"),
     _moment_decay("--exp-avg-sq-dtype", "--adam-beta2"),
-    Rule("frozen parameters that the model lacks", lambda r: r.unknown_frozen is not None,
-            "--freeze-parameters {r.unknown_frozen}"),
-    Rule("nothing left to train",
-            lambda r: bool(r.frozen) and trains_nothing(r.model, r.frozen),
-            "--freeze-parameters {r.args.freeze_parameters} leaves no parameter to train"),
+    Rule("the model has none of the frozen parameters", lambda r: r.unknown_frozen is not None,
+         "--freeze-parameters {r.unknown_frozen}"),
+    Rule("the frozen parameters leave nothing to train",
+         lambda r: bool(r.frozen) and trains_nothing(r.model, r.frozen),
+         "--freeze-parameters {r.args.freeze_parameters} leaves no parameter to train"),
 )
 
 _RUN = (
-    Rule("data given not at all, twice or unreadably",
-            _data_error, "(the reader of data arguments says what is wrong: none, several, unreadable)"),
-    Rule("recomputation of experts without experts",
-            lambda r: "moe_act" in (r.args.recompute_modules or ()) and not r.model.n_routed_experts,
-            "--recompute-modules moe_act conflicts with --num-experts 0", _without_experts("recompute moe_act")),
-    Rule("modules to recompute without selective recomputation",
-            lambda r: r.args.recompute_modules is not None and r.args.recompute_granularity != "selective",
-            "--recompute-modules {r.args.recompute_modules} needs --recompute-granularity selective, not "
-            "{r.args.recompute_granularity}",
-            tuple(("recompute layers", f"recompute {module}") for module in RECOMPUTE_MODULES)),
-    Rule("method of recomputation without full recomputation",
-            lambda r: (r.args.recompute_method or r.args.recompute_num_layers) is not None
-            and r.args.recompute_granularity != "full",
-            "--recompute-method {r.args.recompute_method} and --recompute-num-layers {r.args.recompute_num_layers} "
-            "need --recompute-granularity full, not {r.args.recompute_granularity}"),
-    Rule("several layers recomputed as one", lambda r: r.args.recompute_num_layers not in (None, 1),
-            "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
-    Rule("evaluation without validation data", lambda r: bool(r.args.eval_iters) and r.validation_weight == 0,
-            "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0, or "
-            "--valid-data-path is missing"),
-    Rule("interval of evaluations without evaluations",
-            lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
-            "--eval-interval {r.args.eval_interval} needs --eval-iters"),
-    Rule("positions by document without attention by document",
-            lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
-            "--reset-position-ids needs --reset-attention-mask: without it tokens attend across documents, where "
-            "positions that begin anew have no meaning"),
+    Rule("the data is not given, given twice or unreadable",
+         _data_error, "(the reader of data arguments says what is wrong: none, several, unreadable)"),
+    Rule("recomputing the experts' activation needs experts",
+         lambda r: "moe_act" in (r.args.recompute_modules or ()) and not r.model.n_routed_experts,
+         "--recompute-modules moe_act conflicts with --num-experts 0", _without_experts("recompute moe_act")),
+    Rule("modules to recompute need selective recomputation",
+         lambda r: r.args.recompute_modules is not None and r.args.recompute_granularity != "selective",
+         "--recompute-modules {r.args.recompute_modules} needs --recompute-granularity selective, not "
+         "{r.args.recompute_granularity}",
+         tuple(("recompute layers", f"recompute {module}") for module in RECOMPUTE_MODULES)),
+    Rule("a method of recomputation needs full recomputation",
+         lambda r: (r.args.recompute_method or r.args.recompute_num_layers) is not None
+         and r.args.recompute_granularity != "full",
+         "--recompute-method {r.args.recompute_method} and --recompute-num-layers {r.args.recompute_num_layers} "
+         "need --recompute-granularity full, not {r.args.recompute_granularity}"),
+    Rule("recomputing several layers as one is not supported", lambda r: r.args.recompute_num_layers not in (None, 1),
+         "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
+    Rule("evaluation needs validation data", lambda r: bool(r.args.eval_iters) and r.validation_weight == 0,
+         "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0, or "
+         "--valid-data-path is missing"),
+    Rule("an interval of evaluations needs evaluations",
+         lambda r: r.args.eval_interval is not None and r.args.eval_iters is None,
+         "--eval-interval {r.args.eval_interval} needs --eval-iters"),
+    Rule("positions by document need attention by document",
+         lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
+         "--reset-position-ids needs --reset-attention-mask: without it tokens attend across documents, where "
+         "positions that begin anew have no meaning"),
     _without_save("--save-interval", " {r.args.save_interval}"),
     _without_save("--save-every-seconds", " {r.args.save_every_seconds}"),
     _without_save("--keep-last", " {r.args.keep_last}"),
     _without_save("--async-save"),
     _without_save("--no-save-optim"),
     _without_save("--chat-template", " {r.args.chat_template}"),
-    Rule("export without --save", lambda r: r.args.save_hf is not None and r.args.save is None,
-            "--save-hf {r.args.save_hf} needs --save: it is made from the last checkpoint"),
-    Rule("export into --save",
-            lambda r: None not in (r.args.save_hf, r.args.save) and r.args.save_hf.resolve() == r.args.save.resolve(),
-            "--save-hf {r.args.save_hf} and --save {r.args.save} are one directory; an export needs its own"),
-    Rule("--init-mtp without --load", lambda r: r.args.init_mtp and r.args.load is None,
-            "--init-mtp needs --load: without it all weights are new"),
-    Rule("--init-mtp without MTP modules", lambda r: r.args.init_mtp and not r.model.num_nextn_predict_layers,
-            "--init-mtp needs MTP modules: --mtp-num-layers is 0"),
-    Rule("--all without --explain-layout", lambda r: r.args.all and r.args.explain_layout is None,
-            "--all needs --explain-layout, whose ranks it lists one by one"),
-    Rule("--ckpt-step without --load", lambda r: r.args.ckpt_step is not None and r.args.load is None,
-            "--ckpt-step {r.args.ckpt_step} needs --load"),
-    Rule("--finetune without --load", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
-    Rule("--finetune that --save comes from", lambda r: r.args.finetune and _loads_save(r),
-            "--finetune begins at iteration 0, and would remove the run that it comes from: --load {r.args.load} needs "
-            "another directory for --save"),
+    Rule("an export needs --save", lambda r: r.args.save_hf is not None and r.args.save is None,
+         "--save-hf {r.args.save_hf} needs --save: it is made from the last checkpoint"),
+    Rule("an export needs a directory other than --save",
+         lambda r: None not in (r.args.save_hf, r.args.save) and r.args.save_hf.resolve() == r.args.save.resolve(),
+         "--save-hf {r.args.save_hf} and --save {r.args.save} are one directory; an export needs its own"),
+    Rule("--init-mtp needs --load", lambda r: r.args.init_mtp and r.args.load is None,
+         "--init-mtp needs --load: without it all weights are new"),
+    Rule("--init-mtp needs MTP modules", lambda r: r.args.init_mtp and not r.model.num_nextn_predict_layers,
+         "--init-mtp needs MTP modules: --mtp-num-layers is 0"),
+    Rule("--all needs --explain-layout", lambda r: r.args.all and r.args.explain_layout is None,
+         "--all needs --explain-layout, whose ranks it lists one by one"),
+    Rule("--ckpt-step needs --load", lambda r: r.args.ckpt_step is not None and r.args.load is None,
+         "--ckpt-step {r.args.ckpt_step} needs --load"),
+    Rule("--finetune needs --load", lambda r: r.args.finetune and r.args.load is None, "--finetune needs --load"),
+    Rule("--finetune would remove the run that it loads", lambda r: r.args.finetune and _loads_save(r),
+         "--finetune begins at iteration 0, and would remove the run that it comes from: --load {r.args.load} needs "
+         "another directory for --save"),
     _without_save("--overwrite"),
-    Rule("--overwrite of the directory that is loaded", lambda r: r.args.overwrite and _loads_save(r),
-            "--overwrite conflicts with --load {r.args.load}, the --save directory: it would remove what is loaded"),
-    Rule("--no-load-optim without --load", lambda r: r.args.no_load_optim and r.args.load is None,
-            "--no-load-optim needs --load"),
-    Rule("limit of skipped steps without skipping",
-            lambda r: r.args.max_skipped_steps is not None and r.args.nan_policy != "skip",
-            "--max-skipped-steps {r.args.max_skipped_steps} needs --nan-policy skip, not {r.args.nan_policy}"),
-    Rule("profile that ends before it begins",
-            lambda r: r.args.profile and r.args.profile_step_start >= r.args.profile_step_end,
-            "--profile-step-start {r.args.profile_step_start} is not below --profile-step-end "
-            "{r.args.profile_step_end}"),
+    Rule("--overwrite would remove the directory that is loaded", lambda r: r.args.overwrite and _loads_save(r),
+         "--overwrite conflicts with --load {r.args.load}, the --save directory: it would remove what is loaded"),
+    Rule("--no-load-optim needs --load", lambda r: r.args.no_load_optim and r.args.load is None,
+         "--no-load-optim needs --load"),
+    Rule("a limit of skipped steps needs --nan-policy skip",
+         lambda r: r.args.max_skipped_steps is not None and r.args.nan_policy != "skip",
+         "--max-skipped-steps {r.args.max_skipped_steps} needs --nan-policy skip, not {r.args.nan_policy}"),
+    Rule("the profile ends before it begins",
+         lambda r: r.args.profile and r.args.profile_step_start >= r.args.profile_step_end,
+         "--profile-step-start {r.args.profile_step_start} is not below --profile-step-end "
+         "{r.args.profile_step_end}"),
 )
 
 RULES = AUTO_LAYOUT + _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN
 
 
-def refuse_beside_auto_layout(request: Request) -> None:
+def check_auto_layout(request: Request) -> None:
     """Raise ValueError for what --auto-layout does not go with: the layout that it chooses is not there yet."""
-    for refusal in AUTO_LAYOUT:
-        if refusal.when(request):
-            raise ValueError(refusal.message.format(r=request))
+    _check(request, AUTO_LAYOUT)
 
 
-def refuse(request: Request) -> None:
-    """Raises ValueError for the first entry of the table that applies."""
-    for refusal in RULES:
-        if refusal.when(request):
-            raise ValueError(refusal.message.format(r=request))
+def check(request: Request) -> None:
+    """Raise ValueError with the message of the first rule of the table that applies."""
+    _check(request, RULES)
+
+
+def _check(request: Request, rules: tuple[Rule, ...]) -> None:
+    for rule in rules:
+        if rule.when(request):
+            raise ValueError(rule.message.format(r=request))

@@ -34,7 +34,7 @@ beta = _checked(float, lambda v: 0 <= v < 1, "number", "is not from 0 up to, but
 
 
 def path_text(text: str) -> str:
-    """A path as it was typed. What an unset variable of a shell or of Python leaves there is no path."""
+    """Return a path as it was typed. Refuse what an unset variable of a shell or of Python leaves in its place."""
     if text.strip() in ("", "None", "null"):
         raise ArgumentTypeError(f"{text!r} is no path; without one, leave the argument out")
     return text
@@ -45,7 +45,7 @@ def path(text: str) -> Path:
 
 
 def split(text: str) -> str:
-    """Megatron's --split: up to three weights with commas, completed to three: "9,1" is "9,1,0"."""
+    """Parse Megatron's --split: up to three weights with commas, completed to three ("9,1" is "9,1,0")."""
     parts = text.split(",")
     weights = [non_negative(part.strip()) for part in parts]
     if len(weights) > 3 or not sum(weights) > 0:
@@ -54,7 +54,7 @@ def split(text: str) -> str:
 
 
 def layer_pattern(text: str) -> int | tuple[int, ...]:
-    """Megatron's --moe-layer-freq: N, or a list expression of 0 (dense) and 1 (experts) such as ([0]*3+[1]*58)."""
+    """Parse Megatron's --moe-layer-freq: N, or a list expression of 0 (dense) and 1 (experts): ([0]*3+[1]*58)."""
     if "[" not in text:
         return positive_int(text)
     try:
@@ -80,7 +80,10 @@ def _evaluate(node: ast.expr):
 
 
 def dense_and_frequency(pattern: int | tuple[int, ...], num_layers: int) -> tuple[int, int]:
-    """(first_k_dense_replace, moe_layer_freq) that put experts where `pattern` does."""
+    """Return (first_k_dense_replace, moe_layer_freq) that put experts where `pattern` does.
+
+    Raise ValueError where none do.
+    """
     if isinstance(pattern, int):
         return 0, pattern
     if len(pattern) != num_layers:
@@ -94,7 +97,7 @@ def dense_and_frequency(pattern: int | tuple[int, ...], num_layers: int) -> tupl
 
 
 def size(text: str) -> int:
-    """Bytes of 5GB, 500MB, 1GiB or a plain number."""
+    """Return the bytes of "5GB", "500MB", "1GiB" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 1GiB")

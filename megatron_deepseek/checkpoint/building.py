@@ -1,8 +1,8 @@
-"""Making a directory of large files: shared among threads and processes, resumable after a kill, whole by one rename.
+"""Build a directory of large files: shared among threads and processes, resumable after a kill, whole by one rename.
 
-What the files are, and how one is written, is the caller's (conversion.py, reshard.py). The files are divided among
-the ranks of a torchrun job, if there is one, and the threads of each rank: reading, casting, checksums and writing all
-release Python's lock.
+The caller (conversion.py, reshard.py) says what the files are and how one is written. The files are divided among the
+ranks of a torchrun job, if there is one, and the threads of each rank. Threads are enough within a rank, because
+reading, casting, checksums and writing all release Python's lock.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ Advance = Callable[[int], None]
 
 
 class PlannedFile(Protocol):
-    """A file to write and the bytes that it will have, headers left out."""
+    """A file to write. `nbytes` is what it will have without headers."""
 
     name: str
 
@@ -33,13 +33,13 @@ class PlannedFile(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DirectoryBuild:
-    """A directory to make. `destination` is made by one rename of the finished files' directory.
+    """A directory to build. `destination` gets its name by one rename, once all of its files are finished.
 
-    `what` names the work in messages. `inputs` are read; if one of them changes, or `contents` (anything that JSON
-    takes: what goes into which file), finished files of an earlier run are worth nothing.
-    `write(path, file, advance)` writes a file; `complete(directory, fingerprints)` adds what makes the files a
-    checkpoint; `publish()` runs after the rename. `checks` come before the writing, on the first rank; they read
-    `check_bytes`.
+    `what` names the work in messages. `inputs` are the files that are read, and `contents` says which tensors go into
+    which file (any value that JSON takes): if either changes, the finished files of an earlier run are dropped.
+    `write(path, file, advance)` writes a file and returns its fingerprint. `complete(directory, fingerprints)` adds
+    what makes the files a checkpoint. `publish()` runs after the rename. `checks` come first on the threads of rank 0;
+    together they read `check_bytes`.
     """
 
     what: str
@@ -55,13 +55,16 @@ class DirectoryBuild:
 
     @property
     def nbytes(self) -> int:
-        """To be written."""
+        """Return how many bytes are to be written, headers left out."""
         return sum(file.nbytes for file in self.files)
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of the work. `run`: the same on all ranks, and never the same in another start of the job."""
+    """This process's share of the work: `workers` threads on `rank` of `world_size`.
+
+    `run` is the same on all ranks, and never the same in another start of the job.
+    """
 
     workers: int = 1
     rank: int = 0
@@ -70,10 +73,14 @@ class Share:
 
 
 def build_directory(build: DirectoryBuild, share: Share, advance: Advance, say: Callable[[str], None]) -> None:
-    """Make `build`. ValueError, and no `build.destination`, where anything is wrong."""
+    """Build this share of the directory `build`; rank 0 publishes it once every rank is done.
+
+    Raise ValueError, without making `build.destination`, if anything is wrong. `advance` is told the bytes that were
+    handled; `say` prints a line for the user.
+    """
     workspace = Workspace(build.destination.with_name(build.destination.name + ".incomplete"))
     plan = _plan(build)
-    published = workspace.published(plan, build.destination)  # killed just after the rename
+    published = workspace.published(plan, build.destination)  # an earlier run was killed just after the rename
     if not published:
         if share.rank == 0:
             _check_destination(build, workspace)
@@ -85,7 +92,7 @@ def build_directory(build: DirectoryBuild, share: Share, advance: Advance, say: 
         _work(build, workspace, share, _locked(advance))
     workspace.leave(share.rank, share.run)
     if share.rank == 0:
-        workspace.wait(share.world_size, share.run)  # a rank that comes to a workspace that is gone waits for ever
+        workspace.wait(share.world_size, share.run)  # a late rank would wait for ever if the workspace were gone
         if not published:
             _complete(build, workspace)
         build.publish()
@@ -107,7 +114,7 @@ def _check_destination(build: DirectoryBuild, workspace: Workspace) -> None:
 
 
 def _check_space(build: DirectoryBuild, workspace: Workspace) -> None:
-    """Refuse at once what cannot fit; files that are finished already count as written."""
+    """Raise ValueError at once if the files cannot fit; those that are finished already count as written."""
     free = shutil.disk_usage(workspace.output).free
     needed = sum(file.nbytes for file in build.files if workspace.fingerprint(file.name) is None)
     if needed > free:
@@ -115,14 +122,14 @@ def _check_space(build: DirectoryBuild, workspace: Workspace) -> None:
 
 
 def _plan(build: DirectoryBuild) -> dict:
-    """What a later run must have in common with this one for its finished files to be kept."""
+    """Return what a later run must have in common with this one for the finished files to be kept."""
     read = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in build.inputs]
     digest = hashlib.sha256(json.dumps([read, build.contents]).encode()).hexdigest()
     return {"what": build.what, "digest": digest}
 
 
 def _work(build: DirectoryBuild, workspace: Workspace, share: Share, advance: Advance) -> None:
-    """This share's files on its threads. The first error stops the others at their next block."""
+    """Write this share's files on its threads. The first error stops the other threads at their next block."""
     stop = Event()
 
     def step(nbytes: int) -> None:
@@ -132,11 +139,11 @@ def _work(build: DirectoryBuild, workspace: Workspace, share: Share, advance: Ad
 
     with ThreadPoolExecutor(share.workers, "worker") as pool:
         jobs = [pool.submit(check, step) for check in build.checks] if share.rank == 0 else []
-        jobs += [pool.submit(_make, file, build, workspace, step)
+        jobs += [pool.submit(_write_unless_finished, file, build, workspace, step)
                  for file in build.files[share.rank::share.world_size]]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
-        finally:  # nothing is left to stop where all went well
+        finally:  # this stops nothing if all went well
             stop.set()
             pool.shutdown(cancel_futures=True)
     errors = [job.exception() for job in jobs if not job.cancelled() and job.exception() is not None]
@@ -144,7 +151,7 @@ def _work(build: DirectoryBuild, workspace: Workspace, share: Share, advance: Ad
         raise error
 
 
-def _make(file: PlannedFile, build: DirectoryBuild, workspace: Workspace, advance: Advance) -> None:
+def _write_unless_finished(file: PlannedFile, build: DirectoryBuild, workspace: Workspace, advance: Advance) -> None:
     if workspace.finished(file.name) is not None:
         advance(file.nbytes)
         return

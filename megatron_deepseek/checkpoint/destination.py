@@ -1,6 +1,6 @@
 """Where a checkpoint may be made: not in a directory that is a model already, least of all in its own source.
 
-Files of two kinds in one directory are worse than an error: `--load` of it takes one of the two models.
+If one directory held the files of two models, `--load` of it would silently take one of them. So that is an error.
 """
 
 from pathlib import Path
@@ -10,9 +10,10 @@ from megatron_deepseek.checkpoint.tracker import TRACKER, is_huggingface, iterat
 
 
 def new_iteration(save: Path, iteration: int) -> Path:
-    """The directory to make under --save, which holds no other checkpoint. ValueError where it does.
+    """Return the directory to make under --save for `iteration`; raise ValueError if --save holds another checkpoint.
 
-    One that an earlier start of the same command has finished is no other: `produce` knows.
+    The same iteration may be there already: an earlier start of this command may have finished it, which
+    `build_directory` finds out.
     """
     if is_huggingface(save):
         raise ValueError(f"--save {save} is a Hugging Face model, whose directory takes no checkpoint beside it")
@@ -24,7 +25,7 @@ def new_iteration(save: Path, iteration: int) -> Path:
 
 
 def stay_outside(save: Path) -> None:
-    """ValueError if --save is, or lies in, one iteration of a checkpoint."""
+    """Raise ValueError if --save is, or lies in, the directory of one iteration."""
     inside = next((path for path in (save, *save.absolute().parents) if (path / METADATA).is_file()), None)
     if inside is not None:
         raise ValueError(f"--save {save} lies in a checkpoint, {inside}, which must stay as its checksums are")

@@ -1,4 +1,4 @@
-"""What a finished file is known by, so that after a kill it can be kept or written again."""
+"""Fingerprints of finished files: after a kill they tell which files can be kept and which must be written again."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -17,39 +17,42 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Size and XXH3 digests of regions [offset, length, digest], which together are the file; the DCP items in it."""
+    """A finished file: its size in bytes, the XXH3 digests of its byte ranges, and the DCP items in it.
+
+    Each of `ranges` is (offset, length, digest); together they are the whole file. workspace.py keeps fingerprints as
+    JSON, where `ranges` has the key "regions".
+    """
 
     size: int
-    regions: list[tuple[int, int, str]]
+    ranges: list[tuple[int, int, str]]
     items: list[Item] = field(default_factory=list)
 
     @property
     def checksum(self) -> Checksum | None:
-        """Of the whole file, where it was written from its beginning to its end."""
-        return Checksum(self.size, self.regions[0][2]) if len(self.regions) == 1 else None
+        """Return the checksum of the whole file, None unless it was written from its beginning to its end."""
+        return Checksum(self.size, self.ranges[0][2]) if len(self.ranges) == 1 else None
 
     def to_json(self) -> dict:
         items = [asdict(item) | {"dtype": str(item.dtype).removeprefix("torch.")} for item in self.items]
-        return {"size": self.size, "regions": self.regions, "items": items}
+        return {"size": self.size, "regions": self.ranges, "items": items}
 
     @classmethod
     def from_json(cls, fields: dict) -> "Fingerprint":
-        shared = cache(lambda *numbers: numbers)  # layers are alike: what is equal is kept once
+        shared = cache(lambda *numbers: numbers)  # layers are alike: equal tuples are kept once
         items = [Item(intern(item["name"]), shared(*item["place"]), shared(*item["shape"]),
                       getattr(torch, item["dtype"]), intern(item["file"]), item["offset"], item["length"])
                  for item in fields["items"]]
-        return cls(fields["size"], [tuple(region) for region in fields["regions"]], items)
+        return cls(fields["size"], [tuple(each) for each in fields["regions"]], items)
 
 
 def verify(path: Path, fingerprint: Fingerprint) -> bool:
-    """Whether the file still is what `fingerprint` says, every byte of it."""
+    """Return whether the file still is what `fingerprint` says; every byte of it is read."""
     buffer = memoryview(bytearray(_READ_BYTES))
     try:
         with open(path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != fingerprint.size:
                 return False
-            return all(_digest(file, offset, length, buffer) == digest
-                       for offset, length, digest in fingerprint.regions)
+            return all(_digest(file, offset, length, buffer) == digest for offset, length, digest in fingerprint.ranges)
     except OSError:
         return False
 

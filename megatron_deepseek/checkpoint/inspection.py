@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for a user who looks at it: as JSON, and as lines of text."""
+"""What a checkpoint holds and which of its files are damaged, told to a user: as JSON, and as lines of text."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,7 +16,7 @@ _SHOWN = 3
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything that `lines` shows, and the files of every tensor in full."""
+    """Return everything that `lines` shows, with the files of every tensor in full, as a dictionary for JSON."""
     stored = checkpoint.stored
     tensors = [{"name": name, "shape": list(stored.shapes[name]),
                 "dtype": str(stored.dtypes[name]).removeprefix("torch."),
@@ -34,13 +34,13 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
-    """Numbers of all weights, MTP modules included, routers' biases not."""
+    """Count the numbers of all weights, MTP modules included, routers' biases left out."""
     return sum(prod(shape) for name, shape in checkpoint.stored.shapes.items()
                if name.startswith(WEIGHTS) and not name.endswith(BIAS))
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
-    """A summary, then a row for each tensor."""
+    """Yield the lines of a summary of `found` (from `describe`), then a row for each tensor."""
     architecture, state = found["architecture"], found["state"]
     yield found["directory"]
     yield (f"  {architecture['model_type']}, {found['parameters']:,} parameters, "
@@ -71,6 +71,7 @@ def _layout(layout: dict[str, Any] | None) -> str:
 
 
 def bytes_to_verify(directory: Path) -> int:
+    """Return how many bytes `verify` reads; raise ValueError for a checkpoint without checksums."""
     listing = read_checksums(directory)
     if listing is None:
         raise ValueError(f"{directory} has no {CHECKSUMS}: it was written before there were any, and nothing can be "
@@ -79,26 +80,29 @@ def bytes_to_verify(directory: Path) -> int:
 
 
 def verify(directory: Path, workers: int, advance: Advance) -> list[str]:
-    """A line for each damaged file of a checkpoint that has checksums, with the tensors that it holds."""
+    """Return a line for each damaged file of a checkpoint that has checksums, with the tensors that it holds."""
     damage = verify_directory(directory, workers, advance)
     assert damage is not None, "bytes_to_verify comes first"
-    return named(directory, damage)
+    return _damage_lines(directory, damage)
 
 
-def checks_of(directory: Path) -> list[Callable[[Advance], None]]:
-    """For `DirectoryBuild.checks`: one for each file that has a checksum. ValueError if the file is not what it was."""
+def checksum_checks(directory: Path) -> list[Callable[[Advance], None]]:
+    """Return `DirectoryBuild.checks`, one for each file that has a checksum.
+
+    Each raises ValueError if its file has changed since the checksum was taken.
+    """
     listing = read_checksums(directory) or {}
 
     def check(name: str, advance: Advance) -> None:
         damage = verify_files(directory, listing, [name], 1, advance)
         if damage:
-            raise ValueError(f"{directory}/{named(directory, damage)[0]}")
+            raise ValueError(f"{directory}/{_damage_lines(directory, damage)[0]}")
 
     return [partial(check, name) for name in sorted(listing)]
 
 
-def named(directory: Path, damage: Sequence[Damage]) -> list[str]:
-    """Damage with the tensors that the files hold, as far as .metadata, which may be damaged too, says so."""
+def _damage_lines(directory: Path, damage: Sequence[Damage]) -> list[str]:
+    """Return a line for each damaged file that names the tensors in it, unless .metadata is damaged too."""
     try:
         items = DcpDirectory(directory).items
     except ValueError:

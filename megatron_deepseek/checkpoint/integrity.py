@@ -1,4 +1,4 @@
-"""checksums.json: what every file of a checkpoint directory was when it was written, and whether it still is.
+"""Checksums of a checkpoint: checksums.json says what every file was when it was written; `verify_*` if it still is.
 
     {"algorithm": "xxh3_128", "files": {"__0_0.distcp": {"bytes": 1048576, "digest": "9f..."}, ...}}
 
@@ -33,7 +33,10 @@ class Checksum:
 
 @dataclass(frozen=True)
 class Damage:
-    """`kind`: missing, truncated, longer, changed, unlisted or unreadable; `detail` is a sentence for the user."""
+    """What is wrong with a file, by its name relative to the directory.
+
+    `kind` is missing, truncated, longer, changed, unlisted or unreadable. `detail` goes on in words after the name.
+    """
 
     file: str
     kind: str
@@ -58,7 +61,10 @@ class RunningChecksum:
 
 
 def checksum_file(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> Checksum:
-    """Of a file on disk, read once in pieces of 4 MiB; `advance` is told the bytes of each. Releases Python's lock."""
+    """Return the checksum of a file on disk, which is read once in blocks of 4 MiB.
+
+    `advance` is told the bytes of each block. Python's lock is released, so threads work at the same time.
+    """
     running, buffer = RunningChecksum(), memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -68,13 +74,13 @@ def checksum_file(path: Path, advance: Callable[[int], None] = lambda nbytes: No
 
 
 def listed_files(directory: Path) -> list[str]:
-    """Names, relative to `directory`, of all files below it but checksums.json, sorted."""
+    """Return the sorted names, relative to `directory`, of all files below it but checksums.json."""
     found = (Path(root, name).relative_to(directory) for root, _, names in os.walk(directory) for name in names)
     return sorted(path.as_posix() for path in found if path.as_posix() != CHECKSUMS)
 
 
 def write_checksums(directory: Path, files: Mapping[str, Checksum]) -> None:
-    """checksums.json, whole under its name and on the disk when this returns."""
+    """Write checksums.json: it is whole from the moment it has its name, and on the disk when this returns."""
     listing = {"algorithm": ALGORITHM, "files": {name: asdict(files[name]) for name in sorted(files)}}
     aside = directory / f"{CHECKSUMS}.tmp"
     with open(aside, "w", encoding="utf-8") as file:
@@ -85,24 +91,24 @@ def write_checksums(directory: Path, files: Mapping[str, Checksum]) -> None:
 
 
 def checksum_directory(directory: Path, known: Mapping[str, Checksum] | None = None) -> None:
-    """Write checksums.json of a finished directory; files in `known` are listed as they are there, not read again."""
+    """Write checksums.json of a finished directory; the checksums in `known` are taken, their files not read again."""
     others = set(listed_files(directory)) - set(known or {})
     write_checksums(directory, {**(known or {}), **{name: checksum_file(directory / name) for name in others}})
 
 
 def read_checksums(directory: Path) -> dict[str, Checksum] | None:
-    """The listing of checksums.json, or None for a checkpoint that has none. ValueError if it is damaged itself."""
+    """Return the listing of checksums.json, None if there is none; raise ValueError if it is damaged itself."""
     path = directory / CHECKSUMS
     if not os.path.lexists(path):
         return None
     listing = read_object(path, LARGEST_LIST)
     if listing.text("algorithm") != ALGORITHM:
-        raise listing.refusal("algorithm", f"not {ALGORITHM}")
+        raise listing.fault("algorithm", f"not {ALGORITHM}")
     return {name: _listed(listing.object("files"), name) for name in listing.object("files").fields}
 
 
 def _listed(files: JsonObject, name: str) -> Checksum:
-    """The entry of a file, which must be one of the directory's, under a name that can be printed."""
+    """Return a file's entry; raise ValueError unless its name is printable and leads into the directory."""
     if not is_inside(name):
         raise ValueError(f"{files.where}: {name!r} is not the name of a file in the directory")
     entry = files.object(name)
@@ -110,19 +116,19 @@ def _listed(files: JsonObject, name: str) -> Checksum:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name that somebody wrote down for a file leads to one below the directory, and fits in a line."""
+    """Return whether the name of a file, read from JSON or a pickle, leads below the directory and fits in a line."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()
 
 
 def check_sizes(directory: Path, listing: Mapping[str, Checksum]) -> list[Damage]:
-    """What sizes alone tell: missing, truncated and longer files. Reads no data."""
+    """Find missing, truncated and longer files by their sizes, without reading any data."""
     return [damage for name in listing if (damage := _check_size(directory, name, listing[name])) is not None]
 
 
 def verify_files(directory: Path, listing: Mapping[str, Checksum], names: Iterable[str], workers: int = 1,
                  advance: Callable[[int], None] = lambda nbytes: None) -> list[Damage]:
-    """Damage of the files `names` of `listing`, every byte read, by `workers` threads."""
+    """Read every byte of the files `names` of `listing` on `workers` threads and return their damage."""
     with ThreadPoolExecutor(workers, "verify") as pool:
         results = pool.map(partial(_verify_file, directory, listing, advance), names)
         return [damage for damage in results if damage is not None]
@@ -130,9 +136,9 @@ def verify_files(directory: Path, listing: Mapping[str, Checksum], names: Iterab
 
 def verify_directory(directory: Path, workers: int = 1,
                      advance: Callable[[int], None] = lambda nbytes: None) -> list[Damage] | None:
-    """All damage of a checkpoint directory, by name; None if it has no checksums.json and nothing can be said.
+    """Return all damage of a checkpoint directory in the order of names, None if it has no checksums.json.
 
-    ValueError if checksums.json itself is damaged.
+    Raise ValueError if checksums.json itself is damaged.
     """
     listing = read_checksums(directory)
     if listing is None:

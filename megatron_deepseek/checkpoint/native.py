@@ -1,4 +1,4 @@
-"""A native checkpoint on disk, opened without a job."""
+"""A native checkpoint (one that training writes), opened by tools and tests without a job of ranks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,10 @@ WEIGHTS, OPTIMIZER = "model.", "optimizer."
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """`layout`: layout.json, what the writing job looked like, or None where nobody noted it."""
+    """One iteration on disk: its architecture, training state and stored tensors.
+
+    `layout` is layout.json, the layout of the job that wrote it, None if there is no such file.
+    """
 
     directory: Path
     config: ModelConfig
@@ -42,13 +45,16 @@ class Checkpoint:
         return any(name.startswith(OPTIMIZER) for name in self.stored.shapes)
 
     def inputs(self) -> list[Path]:
-        """Every file that reading it depends on."""
+        """Return every file that is read to get the tensors and the state."""
         names = {item.file for items in self.stored.items.values() for item in items}
         return [self.directory / name for name in (CONFIG, STATE, METADATA, *sorted(names))]
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The directory of one iteration: `path` itself, or of the checkpoints under it that of `step`, or the last."""
+    """Return one iteration's directory: `path` itself, or among the checkpoints under it that of `step` or the last.
+
+    Raise ValueError if there is none, saying why.
+    """
     if path.suffix in (SAVING, REMOVING):
         raise ValueError(f"{path} is a save that was never finished")
     if step is None and ((path / METADATA).exists() or path.name.startswith("iter_")):
@@ -64,7 +70,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """ValueError, with the file's name, where something is missing, truncated or damaged."""
+    """Open a checkpoint; raise ValueError, naming the file, if something is missing, truncated or damaged."""
     directory = find_checkpoint(path, step)
     state = read_state(directory)
     layout = _read_layout(directory / LAYOUT) if (directory / LAYOUT).exists() else None
@@ -74,7 +80,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
 
 
 def layout_note(layout: Layout, stages: tuple[Stage, ...], schedule: str, seq_length: int) -> dict[str, Any]:
-    """layout.json: a job's layout in the words of its arguments."""
+    """Return the content of layout.json: a job's layout, named as its arguments are."""
     sizes = {"world_size": layout.world_size, "data_parallel_size": layout.dp,
              "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
              "context_parallel_size": layout.cp, "expert_model_parallel_size": layout.ep,
@@ -84,7 +90,7 @@ def layout_note(layout: Layout, stages: tuple[Stage, ...], schedule: str, seq_le
 
 
 def _read_layout(path: Path) -> dict[str, Any]:
-    """Words for people, but for the one number that resharding goes by."""
+    """Read layout.json; only seq_length is checked, for resharding uses it. The rest is shown to people."""
     found = read_object(path)
     found.integer("seq_length", 1, default=None)
     return dict(found.fields)

@@ -1,12 +1,12 @@
-"""How a directory of files becomes the last checkpoint, and older ones go: each step leaves a loadable state behind.
+"""How a directory of files becomes the last checkpoint and older ones are removed; a kill costs no checkpoint.
 
-What a kill finds at any moment:
-  1. files are written to iter_N.saving: the tracker names the previous checkpoint
-  2. the tracker's next content is written and on the disk, under another name
-  3. an iter_N that exists already (a run that went back) is renamed to iter_N.replaced, which loading takes for iter_N
-  4. iter_N.saving is renamed to iter_N: it is whole, the tracker still names the previous one
-  5. the tracker is replaced
-  6. what is no longer needed is renamed to *.removing, then removed
+The steps, each of which leaves a state that can be loaded:
+  1. Files are written to iter_N.saving; the tracker names the previous checkpoint.
+  2. The tracker's next content is written, and synced, under another name.
+  3. An iter_N that exists already (a run that went back) is renamed to iter_N.replaced, which loading takes for iter_N.
+  4. iter_N.saving is renamed to iter_N: it is whole, the tracker still names the previous one.
+  5. The tracker is replaced.
+  6. What is no longer needed is renamed to *.removing, then removed.
 """
 
 import os
@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_deepseek.checkpoint.tracker import (
-    TRACKER,
     REMOVING,
     REPLACED,
     SAVING,
+    TRACKER,
     find_iteration,
     iteration_directory,
     iterations,
@@ -29,12 +29,15 @@ from megatron_deepseek.checkpoint.tracker import (
 )
 
 
-class Unnamed(OSError):
-    """A checkpoint is whole and has its name, but the tracker could not be replaced: loading may take another one."""
+class TrackerNotReplaced(OSError):
+    """A new checkpoint is whole, but the tracker still names another one, which loading may take."""
 
 
 def check_writable(option: str, path: Path) -> Path:
-    """What exists of `path`, if files can be made there. ValueError if not, long before the first is to be written."""
+    """Return `path` or the nearest parent that exists; raise ValueError if no file can be made there.
+
+    It is called at the start of a run, long before the first file is written.
+    """
     there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryDirectory(dir=there):
@@ -45,6 +48,7 @@ def check_writable(option: str, path: Path) -> Path:
 
 
 def saving_directory(root: Path, iteration: int) -> Path:
+    """Return the directory that iteration `iteration` is written to until it is whole."""
     directory = iteration_directory(root, iteration)
     return directory.with_name(directory.name + SAVING)
 
@@ -61,7 +65,8 @@ def begin(root: Path, iteration: int) -> Path:
 def settle(root: Path) -> None:
     """Finish what a kill interrupted: remove torn directories, give a replaced one its name back.
 
-    What cannot be removed (NFS keeps what somebody has open) costs no checkpoint: it stays, and `leftover_notes` tell.
+    A directory that cannot be removed (NFS keeps files that are open) stays, and `leftover_notes` names it. It costs
+    no checkpoint.
     """
     for path in leftovers(root):
         with suppress(OSError):
@@ -72,7 +77,10 @@ def settle(root: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """The name under which a directory is removed: half of a replaced one must never be taken for a checkpoint."""
+    """Return the name under which a directory is removed.
+
+    A replaced one is renamed to it first, so that half of it is never taken for a checkpoint.
+    """
     if path.suffix != REPLACED:
         return path
     aside = path.with_suffix(REMOVING)
@@ -81,9 +89,9 @@ def _set_aside(path: Path) -> Path:
 
 
 def publish(root: Path, iteration: int, keep_last: int | None = None) -> Path:
-    """Make the files of `saving_directory`, which are on the disk, the last checkpoint; returns its directory.
+    """Make the files in `saving_directory`, already synced, the last checkpoint, and return its directory.
 
-    With `keep_last`, all but so many of the newest finished checkpoints are removed.
+    With `keep_last`, only that many of the newest finished checkpoints stay.
     """
     directory, saving = iteration_directory(root, iteration), saving_directory(root, iteration)
     sync_directory(saving)
@@ -93,22 +101,22 @@ def publish(root: Path, iteration: int, keep_last: int | None = None) -> Path:
         shutil.rmtree(older, ignore_errors=True)
         os.rename(directory, older)
     os.rename(saving, directory)
-    _mark(root, directory)
-    with suppress(OSError):  # what cannot be looked for now is removed by the next save
+    _replace_tracker(root, directory)
+    with suppress(OSError):  # the next save removes what this one cannot
         if keep_last is not None:
             _keep_newest(root, keep_last)
         settle(root)
     return directory
 
 
-def _mark(root: Path, directory: Path) -> None:
-    """Let the tracker name `directory`. Raise Unnamed, which says what loading takes, if the file system refuses."""
+def _replace_tracker(root: Path, directory: Path) -> None:
+    """Let the tracker name `directory`; raise TrackerNotReplaced, saying what loading takes, if that fails."""
     try:
         sync_directory(root)
         os.replace(next_tracker(root), root / TRACKER)
     except OSError as error:
-        raise Unnamed(error.errno, f"{error.strerror}; {directory} is whole, {_what_loading_takes(root, directory)}",
-                      str(root / TRACKER)) from error
+        message = f"{error.strerror}; {directory} is whole, {_what_loading_takes(root, directory)}"
+        raise TrackerNotReplaced(error.errno, message, str(root / TRACKER)) from error
     with suppress(OSError):
         sync_directory(root)
 
@@ -122,17 +130,20 @@ def _what_loading_takes(root: Path, newest: Path) -> str:
 
 
 def _keep_newest(root: Path, count: int) -> None:
-    """The one that the tracker names stays in any case: after going back it may not be among the newest."""
+    """Mark all but the newest `count` checkpoints for removal.
+
+    The one that the tracker names stays in any case: after a run went back it may not be among the newest.
+    """
     named = last_iteration(root)
     for iteration in iterations(root)[:-count]:
         if iteration != named:
             directory = iteration_directory(root, iteration)
-            with suppress(OSError):  # the remains of an earlier one of that iteration are in the way
+            with suppress(OSError):  # an earlier *.removing of that iteration is in the way
                 os.rename(directory, directory.with_name(directory.name + REMOVING))
 
 
 def sync_directory(path: Path) -> None:
-    """Put the names in a directory on the disk, where the system can (some network file systems can't)."""
+    """Sync the names in a directory to the disk, if the file system can; some network file systems cannot."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,7 +154,7 @@ def sync_directory(path: Path) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """A small file whose content is on the disk when this returns. An OSError names it."""
+    """Write a small file whose content is on the disk when this returns; an OSError names the file."""
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)

@@ -1,7 +1,7 @@
-"""Bytes that keep their type on the way from file to file: read in blocks, never looked at.
+"""Copying tensors' bytes from file to file where their type stays the same: they are read in blocks, as they are.
 
-A block is as large as stays in a core's cache until it has been counted in a checksum and written. Smaller ones cost
-more calls and make the kernel take the memory of its page cache in smaller pieces (docs/benchmarks.md).
+A block stays in a core's cache until it has been counted in a checksum and written. Smaller blocks cost more calls and
+make the kernel allocate its page cache in smaller pieces (docs/benchmarks.md).
 """
 
 import os
@@ -11,9 +11,9 @@ BLOCK_BYTES = 1 << 20
 
 
 def blocks(descriptor: int, position: int, nbytes: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
-    """Bytes position..position + nbytes of an open file, in order; each block is overwritten by the next.
+    """Yield bytes position..position + nbytes of an open file in order; each block is overwritten by the next.
 
-    `buffer` holds a block, if there is one already. OSError or EOFError where they cannot be read.
+    `buffer` is memory for a block, made here if None. Raise OSError or EOFError if the bytes cannot be read.
     """
     if buffer is None:
         buffer = memoryview(bytearray(min(BLOCK_BYTES, nbytes)))
@@ -26,7 +26,7 @@ def blocks(descriptor: int, position: int, nbytes: int, buffer: memoryview | Non
 
 
 def fill(descriptor: int, buffer: memoryview, position: int) -> None:
-    """Read from `position` on until `buffer` is full; a single read stops at 2 GiB."""
+    """Read from `position` on until `buffer` is full, in several calls, for a single one stops at 2 GiB."""
     while len(buffer):
         count = os.preadv(descriptor, [buffer], position)
         if not count:

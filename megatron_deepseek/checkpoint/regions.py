@@ -1,7 +1,7 @@
-"""Parts of tensors, and how one is put together from others: the geometry of resharding, without any file.
+"""Regions of tensors, and how one is put together from others: the geometry of resharding, without any file.
 
-A region is a block of indices; a rank's shard is one, and so is each part that a checkpoint stores. Copying is fast
-where numbers that follow each other in the source also do in the target: `segments` finds those runs.
+A region is a rectangular block of indices. A rank's shard is one, and so is each item that a checkpoint stores. Copying
+is fast where numbers that are contiguous in the source are contiguous in the target too, which `segments` finds out.
 """
 
 from bisect import bisect_left, bisect_right
@@ -34,44 +34,44 @@ class Region:
         return Region(low, tuple(b - a for a, b in zip(low, high))) if all(a < b for a, b in zip(low, high)) else None
 
     def slices(self, inner: "Region") -> tuple[slice, ...]:
-        """Where `inner` lies in an array that holds this region."""
+        """Return the slices that select `inner` from an array that holds this region."""
         return tuple(slice(a - p, a - p + n) for a, n, p in zip(inner.place, inner.shape, self.place))
 
-    def is_run(self, inner: "Region") -> bool:
-        """Whether the numbers of `inner` follow each other in the row-major order of this region."""
+    def is_contiguous(self, inner: "Region") -> bool:
+        """Return whether the numbers of `inner` are contiguous in the row-major order of this region."""
         first = next((dim for dim, size in enumerate(inner.shape) if size > 1), len(inner.shape))
         return inner.shape[first + 1:] == self.shape[first + 1:]
 
     def position(self, index: tuple[int, ...]) -> int:
-        """How many numbers of this region come before the one at `index`, in row-major order."""
+        """Count the numbers of this region that come before the one at `index` in row-major order."""
         position = 0
         for i, p, n in zip(index, self.place, self.shape):
             position = position * n + i - p
         return position
 
     def cut(self, axis: int, edges: Sequence[int]) -> list["Region"]:
-        """The regions between increasing `edges` (inside this region) along `axis`."""
+        """Return the regions between increasing `edges` (inside this region) along `axis`."""
         bounds = [self.place[axis], *edges, self.end[axis]]
         return [Region((*self.place[:axis], low, *self.place[axis + 1:]),
-                    (*self.shape[:axis], high - low, *self.shape[axis + 1:]))
+                       (*self.shape[:axis], high - low, *self.shape[axis + 1:]))
                 for low, high in zip(bounds, bounds[1:])]
 
-    def runs(self, largest: int) -> Iterator["Region"]:
-        """Runs of this region of at most `largest` numbers, in order; it is cut along leading dimensions."""
+    def contiguous_parts(self, largest: int) -> Iterator["Region"]:
+        """Yield contiguous parts of at most `largest` numbers in row-major order, cut along leading dimensions."""
         axis = next((dim for dim, size in enumerate(self.shape) if size > 1), None)
         if self.numel <= largest or axis is None:
             yield self
             return
         step = max(1, largest // (self.numel // self.shape[axis]))
         for part in self.cut(axis, range(self.place[axis] + step, self.end[axis], step)):
-            yield from part.runs(largest)
+            yield from part.contiguous_parts(largest)
 
 
 def fill_once(whole: Region, parts: Iterable[Region]) -> bool:
-    """Whether every index of `whole` is in exactly one of `parts`, and no other index in any.
+    """Return whether every index of `whole` is in exactly one of `parts`, and no other index in any.
 
-    How often each index is covered is a sum of steps, up where a part begins and down where it ends, so two coverings
-    are the same if their steps at all corners are.
+    How often each index is covered is a sum of steps, up where a part begins and down where it ends. So two coverings
+    are the same if their steps are the same at all corners.
     """
     parts = list(parts)
     if parts == [whole]:
@@ -98,18 +98,23 @@ T = TypeVar("T", bound=HasRegion)
 
 @dataclass(frozen=True)
 class Segment(Generic[T]):
-    """A run of the target and what holds its numbers. `is_run`: they are a run in the one source, too."""
+    """A region that is contiguous in the target, and the `sources` that hold its numbers.
+
+    `is_contiguous` says that there is one source, in which the numbers are contiguous too.
+    """
 
     region: Region
     sources: tuple[T, ...]
-    is_run: bool
+    is_contiguous: bool
 
 
 def segments(target: Region, sources: Sequence[T], largest: int) -> Iterator[Segment[T]]:
-    """The target in row-major order: runs of a source of any length, and what must be gathered in segments of at most
-    `largest` numbers. The sources cover the target and don't overlap.
+    """Yield segments that make up the target in row-major order; the sources cover it and do not overlap.
+
+    A segment that is contiguous in a source has any length. What must be gathered from several places is cut into
+    segments of at most `largest` numbers.
     """
-    if len(sources) == 1 and sources[0].region.is_run(target):
+    if len(sources) == 1 and sources[0].region.is_contiguous(target):
         yield Segment(target, tuple(sources), True)
         return
     axis = next((dim for dim, size in enumerate(target.shape) if size > 1), None)
@@ -129,7 +134,7 @@ def segments(target: Region, sources: Sequence[T], largest: int) -> Iterator[Seg
 
 
 def _divide(sources: Sequence[T], axis: int, starts: list[int]) -> list[list[T]]:
-    """For each part that begins at `starts` along `axis`, cut at every source's edges: the sources that cover it."""
+    """Return the sources that cover each part; parts begin at `starts` along `axis`, cut at every source's edges."""
     holding: list[list[T]] = [[] for _ in starts]
     for source in sources:
         first = max(bisect_right(starts, source.region.place[axis]) - 1, 0)

@@ -1,8 +1,9 @@
 """Safetensors files, read and written a few rows at a time.
 
-The library maps whole files into memory (`ulimit -v` below a shard's size then fails) and writes from a dictionary that
-holds every tensor of the file. Conversion wants neither, and the format is a length, a JSON header and the bytes
-(github.com/huggingface/safetensors, README, "Format"). Everything that the library refuses is refused here as well.
+The library maps whole files into memory, which fails if `ulimit -v` is below a file's size, and writes from a
+dictionary that holds every tensor of the file. Conversion wants neither, and the format is simple: a length, a JSON
+header and the bytes (github.com/huggingface/safetensors, README, "Format"). Everything that the library refuses is
+refused here as well.
 """
 
 import json
@@ -27,7 +28,7 @@ _LARGEST_HEADER = 100_000_000  # bytes, the library's own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor's bytes are: `offset` counts from the beginning of `file`."""
+    """A tensor in a safetensors file: its bytes begin at `offset`, counted from the beginning of `file`."""
 
     name: str
     dtype: torch.dtype
@@ -45,7 +46,10 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name. ValueError, naming file and tensor, unless its bytes are exactly theirs."""
+    """Return the tensors of a file by name.
+
+    Raise ValueError, naming file and tensor, unless the tensors' bytes fill the file without gap or overlap.
+    """
     try:
         header, begin, size = _raw_header(path)
     except struct.error as error:
@@ -68,7 +72,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _raw_header(path: Path) -> tuple[JsonObject, int, int]:
-    """The parsed header, where the data begins, and the file's size."""
+    """Return the parsed header, the byte at which the data begins, and the file's size."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         (length,) = struct.unpack("<Q", file.read(8))
@@ -82,7 +86,7 @@ def _raw_header(path: Path) -> tuple[JsonObject, int, int]:
 
 
 def _span(path: Path, name: str, header: JsonObject) -> tuple[int, int]:
-    """Begin and end of a tensor in the data, checked against its type and shape."""
+    """Return where a tensor begins and ends in the data; raise ValueError unless its type and shape agree."""
     if not name.isprintable():
         raise ValueError(f"{header.where} has a tensor {name!r}, which is no name")
     entry = header.object(name)
@@ -90,7 +94,7 @@ def _span(path: Path, name: str, header: JsonObject) -> tuple[int, int]:
     if dtype not in DTYPES:
         raise ValueError(f"{path}: {name} is of type {dtype!r}, which is not one of {', '.join(DTYPES)}")
     if len(offsets) != 2:
-        raise entry.refusal("data_offsets", "not the two of begin and end")
+        raise entry.fault("data_offsets", "not the two of begin and end")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise ValueError(f"{path}: {name} has {offsets[1] - offsets[0]} bytes, its shape {list(shape)} of {dtype} "
@@ -99,7 +103,7 @@ def _span(path: Path, name: str, header: JsonObject) -> tuple[int, int]:
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    """Rows start..stop of the first dimension; the whole tensor where it has none."""
+    """Read rows start..stop of the first dimension; a scalar is read whole."""
     shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
     out = torch.empty(shape, dtype=tensor.dtype)
     with _reading(tensor) as descriptor:
@@ -108,7 +112,7 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
 
 
 def stream_rows(tensor: StoredTensor, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes of rows start..stop, as raw_bytes.py gives them; all of the tensor's where it has no rows."""
+    """Yield the bytes of rows start..stop in blocks, each overwritten by the next; a scalar's bytes are all read."""
     with _reading(tensor) as descriptor:
         yield from raw_bytes.blocks(descriptor, tensor.offset + start * tensor.row_bytes,
                                     (stop - start) * tensor.row_bytes)
@@ -116,7 +120,7 @@ def stream_rows(tensor: StoredTensor, start: int, stop: int) -> Iterator[memoryv
 
 @contextmanager
 def _reading(tensor: StoredTensor) -> Iterator[int]:
-    """The tensor's file, open; an error says which tensor of which file could not be read."""
+    """Open the tensor's file; raise ValueError, naming tensor and file, if it cannot be read."""
     try:
         with open(tensor.file, "rb", buffering=0) as file:
             yield file.fileno()
@@ -125,12 +129,12 @@ def _reading(tensor: StoredTensor) -> Iterator[int]:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory, whatever its type; NumPy knows neither bfloat16 nor float8."""
+    """Return a contiguous tensor's memory as bytes, since NumPy knows neither bfloat16 nor float8."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> tuple[bytes, list[StoredTensor]]:
-    """The header of a new file, and where each tensor goes. Wide types come first, so that all are aligned."""
+    """Return the header of a new file and where each tensor goes. Wide types come first, so that all are aligned."""
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     header: dict = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0

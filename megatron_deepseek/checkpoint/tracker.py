@@ -1,4 +1,4 @@
-"""Which checkpoint of a directory is the last finished one, and which were never finished.
+"""The tracker file and the directories beside it: which checkpoint is the last finished one, which never were.
 
     SAVE/iter_0000100/              whole: it got this name by one rename
          iter_0000100.saving/       being written, or torn by a kill; never loaded
@@ -6,7 +6,7 @@
          iter_0000100.removing/     being removed (--keep-last)
          latest_checkpointed_iteration.txt
 
-This module only looks; `publish` makes the changes.
+This module only looks; publishing.py makes the changes.
 """
 
 import re
@@ -19,32 +19,32 @@ _DIRECTORY = re.compile(r"iter_(\d{7,})(\.saving|\.replaced|\.removing)?")
 
 
 def iteration_directory(root: Path, iteration: int) -> Path:
-    """The name of a checkpoint, whether it exists or not."""
+    """Return the path of a checkpoint, whether it exists or not."""
     return root / f"iter_{iteration:07d}"
 
 
 def next_tracker(root: Path) -> Path:
-    """The tracker's next content, complete before the directory that it names gets its name."""
+    """Return the file of the tracker's next content, written before the directory that it names gets its name."""
     return root / f"{TRACKER}.tmp"
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a directory looks like a Hugging Face model, by its files' names."""
+    """Return whether a directory looks like a Hugging Face model, by its files' names."""
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
 def find_iteration(root: Path, iteration: int) -> Path | None:
-    """Where the finished checkpoint of `iteration` is, or None."""
+    """Return the directory of the finished checkpoint of `iteration`, None if there is none."""
     directory = iteration_directory(root, iteration)
     older = directory.with_name(directory.name + REPLACED)
     return next((path for path in (directory, older) if path.is_dir()), None)
 
 
 def last_iteration(root: Path) -> int | None:
-    """The iteration of the last finished checkpoint under `root`, or None.
+    """Return the iteration of the last finished checkpoint under `root`, None if there is none.
 
-    None also where the tracker is not a number or names a directory that is not there. Without a tracker, one that was
-    about to be written counts: a run was killed between the renames of its first checkpoint and of its tracker.
+    None also if the tracker is not a number or names a directory that is not there. If there is no tracker, its next
+    content counts: a run was killed between the renames of its first checkpoint and of its tracker.
     """
     tracker = root / TRACKER
     try:
@@ -55,13 +55,13 @@ def last_iteration(root: Path) -> int | None:
 
 
 def iterations(root: Path) -> list[int]:
-    """Finished checkpoints under `root`, oldest first, whatever the tracker says."""
+    """List the iterations of finished checkpoints under `root`, oldest first, whatever the tracker says."""
     found = {int(match[1]) for match, _ in _entries(root) if match[2] in (None, REPLACED)}
     return sorted(iteration for iteration in found if find_iteration(root, iteration) is not None)
 
 
 def leftovers(root: Path) -> list[Path]:
-    """Directories that a killed run left: torn checkpoints, and those it was removing."""
+    """List the directories that a killed run left: torn checkpoints, and those that it was removing."""
     return sorted(path for match, path in _entries(root)
                   if match[2] in (SAVING, REMOVING) or (match[2] == REPLACED and (root / path.stem).is_dir()))
 
@@ -74,14 +74,14 @@ def _entries(root: Path) -> list[tuple[re.Match, Path]]:
 
 
 def begins_anew(root: Path) -> bool:
-    """Whether nothing under `root` was ever finished, so that a run may start there from nothing."""
+    """Return whether nothing under `root` was ever finished, so that a run may start there from nothing."""
     return not (root / TRACKER).exists() and not iterations(root)
 
 
 def problem(root: Path, step: int | None = None) -> str | None:
-    """Why no checkpoint of `root` can be loaded (that of iteration `step`, if given), and what to do; None if one can.
+    """Return why no checkpoint of `root` can be loaded, and what to do; None if one can.
 
-    Looks at names only.
+    With `step`, that of iteration `step` is meant. Only names are looked at.
     """
     if step is None and (is_huggingface(root) or last_iteration(root) is not None):
         return None
@@ -95,7 +95,7 @@ def problem(root: Path, step: int | None = None) -> str | None:
     listing = f"it has iteration{'s' * (len(there) > 1)} {', '.join(map(str, there))}" if there else ""
     if step is not None:
         return f"it has no finished checkpoint of iteration {step}" + (f"; {listing}" if there else "")
-    wrong = _marker_problem(root / TRACKER)
+    wrong = _tracker_problem(root / TRACKER)
     if not there and (root / "config.json").is_file():
         return "it has a config.json, but neither *.safetensors nor a finished checkpoint"
     if not there:
@@ -103,7 +103,7 @@ def problem(root: Path, step: int | None = None) -> str | None:
     return f"{wrong}; {listing}: --ckpt-step {there[-1]} loads one, and the next save sets the file right"
 
 
-def _marker_problem(tracker: Path) -> str:
+def _tracker_problem(tracker: Path) -> str:
     try:
         text = tracker.read_text(errors="replace").strip()
     except FileNotFoundError:
@@ -116,6 +116,6 @@ def _marker_problem(tracker: Path) -> str:
 
 
 def leftover_notes(root: Path) -> list[str]:
-    """A line for each directory that a killed run left behind, for the start of the next."""
+    """Return a line for each directory that a killed run left behind, printed at the next start."""
     reasons = {SAVING: "a save that was never finished", REMOVING: "half removed", REPLACED: "replaced by a newer save"}
     return [f"{path} is {reasons[path.suffix]}: not loaded, removed at the next save" for path in leftovers(root)]

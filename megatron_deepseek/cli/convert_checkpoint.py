@@ -1,4 +1,8 @@
-"""The command line of tools/convert_checkpoint.py, without torch until there is something to convert."""
+"""The command line of tools/convert_checkpoint.py.
+
+It must not import torch, so that --help and mistakes in options answer at once. The work is in
+convert_checkpoint_run.py.
+"""
 
 import argparse
 import os
@@ -12,12 +16,12 @@ from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "convert_checkpoint.py"
-FORMATS = ("hf", "megatron", "native")  # of formats.OPEN
-TYPES = ("bf16", "fp16", "fp32", "fp8")  # of conversion.DTYPES
+FORMATS = ("hf", "megatron", "native")  # the keys of formats.OPEN, which needs torch
+TYPES = ("bf16", "fp16", "fp32", "fp8")  # the keys of conversion.DTYPES, which needs torch
 
 
 def layers(text: str) -> frozenset[int]:
-    """Layer numbers of 0,3-5."""
+    """Parse a list of layers such as 0,3-5; raise ArgumentTypeError if it is none."""
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
@@ -50,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
-    """The exit status: 2 for what a user can mend, with one line that says what."""
+    """Run the command and return its exit status: 2 for a user's mistake, with one line that says which."""
 
     def convert_checkpoint() -> int:
         args = build_parser().parse_args(argv)

@@ -1,4 +1,7 @@
-"""What tools/convert_checkpoint.py does with its arguments (command.py)."""
+"""What tools/convert_checkpoint.py does with its arguments.
+
+It is apart from convert_checkpoint.py, which parses them, because that file must not import torch.
+"""
 
 import argparse
 from collections.abc import Mapping
@@ -8,37 +11,38 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek.checkpoint.convert.assets import Assets
-from megatron_deepseek.checkpoint.convert.conversion import DTYPES, OutputFormat, conversion
-from megatron_deepseek.checkpoint.convert.formats import OPEN, hf_target, megatron_target, native_target
+from megatron_deepseek.checkpoint.convert.conversion import DTYPES, OutputFormat, conversion_build
+from megatron_deepseek.checkpoint.convert.formats import OPEN, hf_output, megatron_output, native_output
 from megatron_deepseek.checkpoint.convert.names import layer_of
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.convert.tokenizer_files import JSON, check_template, read_token_ids, tokenizer_in
 from megatron_deepseek.checkpoint.dcp.metadata import METADATA
 from megatron_deepseek.checkpoint.tracker import TRACKER
-from megatron_deepseek.cli.checkpoint_options import produce_visibly, share_of
+from megatron_deepseek.cli.checkpoint_options import build_with_progress, share_of
 from megatron_deepseek.model.architecture import hf_config
 
 
-def make_target(args: argparse.Namespace, source: TensorSource, assets: Assets) -> OutputFormat:
+def plan_output(args: argparse.Namespace, source: TensorSource, assets: Assets) -> OutputFormat:
+    """Return what --to, --save, --dtype and --max-shard-size ask to write."""
     dtype = DTYPES[args.dtype] if args.dtype else None
     save = args.save or Path("output")
     if args.to == "hf":
-        return hf_target(source, assets, save, dtype, args.max_shard_size)
-    return (native_target if args.to == "native" else megatron_target)(source, assets, save, dtype)
+        return hf_output(source, assets, save, dtype, args.max_shard_size)
+    return (native_output if args.to == "native" else megatron_output)(source, assets, save, dtype)
 
 
-def describe(source: TensorSource, target: OutputFormat, chosen: frozenset[int] | None) -> None:
-    """Every tensor of the chosen layers (all of them) with its types and file; then what is dropped; then totals."""
-    for shard in target.shards:
-        for output in shard.outputs:
-            if chosen is None or layer_of(output.name) in chosen:
-                print(f"{output.name} {list(output.shape)} {_name(source.dtypes[output.original])} -> "
-                      f"{_name(output.dtype)} {shard.name}")
+def describe(source: TensorSource, output: OutputFormat, chosen: frozenset[int] | None) -> None:
+    """Print every tensor of the `chosen` layers (None: all) with dtypes and file, then what is dropped, then totals."""
+    for file in output.files:
+        for tensor in file.tensors:
+            if chosen is None or layer_of(tensor.name) in chosen:
+                print(f"{tensor.name} {list(tensor.shape)} {_name(source.dtypes[tensor.original])} -> "
+                      f"{_name(tensor.dtype)} {file.name}")
     for name, reason in sorted(source.dropped.items()):
         if chosen is None or layer_of(name) in chosen:
             print(f"{name} dropped: {reason}")
-    tensors = sum(len(shard.outputs) for shard in target.shards)
-    print(f"{tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files; {len(source.dropped)} dropped, "
+    tensors = sum(len(file.tensors) for file in output.files)
+    print(f"{tensors} tensors, {output.nbytes:,} bytes in {len(output.files)} files; {len(source.dropped)} dropped, "
           f"{len(source.copies)} copies of others")
 
 
@@ -47,13 +51,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _open(args: argparse.Namespace) -> tuple[TensorSource, Assets]:
-    """Megatron's files do not say the architecture, so --assets must."""
+    """Open --load; of Megatron's files, which do not say the architecture, --assets must."""
     more = (args.assets,) if args.origin == "megatron" else ()
     return OPEN[args.origin](args.load, args.no_mtp, *more)
 
 
 def _refuse_other_format(origin: str, load: Path) -> None:
-    """ValueError where names of files show that `load` is of another format than --from says."""
+    """Raise ValueError if the names of files show that `load` is of another format than --from says."""
     released = any(load.glob("*.safetensors"))
     checkpoints = (load / TRACKER).exists() or (load / METADATA).exists()
     if origin == "hf" and checkpoints and not released:
@@ -63,7 +67,7 @@ def _refuse_other_format(origin: str, load: Path) -> None:
 
 
 def convert(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
-    """What the command's arguments ask for, or this rank's share of it. ValueError for what a user can mend."""
+    """Do what the arguments ask for, or this rank's share of it; raise ValueError for a user's mistake."""
     share = share_of(environ, args.workers)
     if args.origin == args.to != "hf":
         raise ValueError(f"--from {args.origin} --to {args.to} changes nothing; checkpoints are read in any layout")
@@ -84,18 +88,19 @@ def convert(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     if args.chat_template is not None:
         beside = assets.directory or args.load
         assets = replace(assets, chat_template=check_template(args.chat_template, tokenizer_in(beside), beside))
-    target = make_target(args, source, assets)
+    output = plan_output(args, source, assets)
     if looking:
-        describe(source, target, args.layers)
+        describe(source, output, args.layers)
         return
-    produce_visibly(conversion(source, target), share)
+    build_with_progress(conversion_build(source, output), share)
     if share.rank == 0:
-        report(source, target)
+        report(source, output)
 
 
-def report(source: TensorSource, target: OutputFormat) -> None:
-    tensors = sum(len(shard.outputs) for shard in target.shards)
-    print(f"{target.destination}: {tensors} tensors, {target.nbytes:,} bytes in {len(target.shards)} files")
+def report(source: TensorSource, output: OutputFormat) -> None:
+    """Print what was written, dropped and checked."""
+    tensors = sum(len(file.tensors) for file in output.files)
+    print(f"{output.destination}: {tensors} tensors, {output.nbytes:,} bytes in {len(output.files)} files")
     reasons = sorted(set(source.dropped.values()))
     for reason in reasons:
         names = sorted(name for name, why in source.dropped.items() if why == reason)
@@ -103,7 +108,7 @@ def report(source: TensorSource, target: OutputFormat) -> None:
     if source.absent_mtp:
         print(f"without MTP: {source.path} holds none of the modules that its config.json announces "
               f"(num_nextn_predict_layers {source.absent_mtp}); what was written announces none")
-    if target.kind == "hf" and not (target.destination / JSON).is_file():
+    if output.name == "hf" and not (output.destination / JSON).is_file():
         print(f"without a tokenizer, which servers need: {source.path} has none with it, --assets DIR brings one")
     if source.copies:
         print(f"checked {len(source.copies)} copies against their originals: {', '.join(source.copies)}")

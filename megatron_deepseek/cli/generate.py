@@ -1,4 +1,7 @@
-"""The command line of tools/generate.py, without torch until there is a text to continue."""
+"""The command line of tools/generate.py.
+
+It imports torch only once the arguments are right, so that --help and mistakes in options answer at once.
+"""
 
 import argparse
 import sys
@@ -13,7 +16,7 @@ from megatron_deepseek.model.architecture.presets import describe_model
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "generate.py"
-SEQ_LENGTH = 256  # of a model that can see as much
+SEQ_LENGTH = 256  # default, for models that can see as much
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -37,12 +40,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the prompt and what the model makes of it."""
+    """Print the prompt and the model's continuation; return the exit status."""
     with quick_imports():
         import torch.distributed as dist
 
-        from megatron_deepseek.inference.generate import continuation, generate, load_model, look_at
-    request = look_at(args)
+        from megatron_deepseek.inference.generate import continuation, generate, load_model, check_request
+    request = check_request(args)
     if is_huggingface(request.directory):
         for line in describe_model(str(request.directory)):
             print(line, file=sys.stderr)
@@ -59,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 2 for what a user can mend, with one line that says what."""
-
+    """Run the command and return its exit status: 2 for a user's mistake, with one line that says which."""
     return exit_status(PROGRAM, lambda: run(parse_arguments(argv)))
 
 

@@ -1,4 +1,4 @@
-"""tools/indexed_dataset.py: inspect, verify, merge, split and head for indexed datasets."""
+"""The command line of tools/indexed_dataset.py: inspect, verify, merge, split and head for indexed datasets."""
 
 import dataclasses
 import json
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.index_file import IndexFile, check_output_prefix, open_index
 from megatron_deepseek.data.inspection import describe, measure, read_documents, verify
 from megatron_deepseek.data.merge import merge_datasets, part_prefixes, split_dataset
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 
 
 def main(argv: list[str]) -> int:
-    """0, or 2 where a dataset is damaged or an argument wrong; for the rest see launch/ending.py."""
+    """Run a command; return 0, or 2 for a damaged dataset or a wrong argument (other statuses: launch/ending.py)."""
     named = [word for word in argv[:1] if not word.startswith("-")]
 
     def run() -> int:
@@ -89,7 +89,7 @@ def _add_head(commands):
 
 
 def expand(names: list[str]) -> list[str]:
-    """Prefixes: of the datasets in a directory by name, of an .idx, or as they are."""
+    """Return the prefixes of datasets that are named by prefix, by .idx, or by the directory that holds them."""
     prefixes = []
     for name in names:
         found = sorted(str(path) for path in Path(name).glob("*.idx")) if Path(name).is_dir() else [name]
@@ -136,7 +136,7 @@ def _verify_one(index: IndexFile, arguments) -> tuple[str, ...]:
 
 
 def refuse_existing(outputs: list[str], overwrite: bool):
-    """ValueError where one of the datasets is there, before it is replaced unasked."""
+    """Raise ValueError if one of the output datasets is there and --overwrite is not given."""
     there = [prefix + suffix for prefix in outputs for suffix in (".idx", ".bin") if os.path.exists(prefix + suffix)]
     if there and not overwrite:
         raise ValueError(f"--output-prefix: {there[0]} exists already; --overwrite replaces it")

@@ -1,4 +1,4 @@
-"""Draw metrics.jsonl: python -m megatron_deepseek.cli.plot METRICS.jsonl [more] [--output PNG] [--labels ...]
+"""The command line of tools/plot_metrics.py, which draws the curves of metrics.jsonl files.
 
 The upper panel has the losses: each step light, their running mean strong, MTP dashed, validation as points. Two small
 panels below have the learning rate and the gradient norm. Several files are drawn over each other to compare runs.
@@ -16,13 +16,14 @@ from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.runtime.metrics import read_metrics
 
-# Okabe and Ito's colours, told apart by readers who see fewer of them.
+PROGRAM = "plot_metrics.py"
+# Okabe and Ito's colours, which readers with colour blindness can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A run as arrays; what was null is NaN. `mtp_loss` and `validation_mtp_loss` are [points, depths]."""
+    """The metrics of a run as arrays; a null is NaN. `mtp_loss` and `validation_mtp_loss` are [points, depths]."""
 
     label: str
     iteration: np.ndarray
@@ -36,6 +37,7 @@ class Curves:
 
 
 def read_curves(path: Path, label: str) -> Curves:
+    """Read a metrics.jsonl; raise ValueError if it has no step, or a value that is no number."""
     records = list(read_metrics(path))
     steps = [record for record in records if "lm_loss" in record]
     validations = [record for record in records if "validation_lm_loss" in record]
@@ -61,9 +63,10 @@ def _table(records: list[dict], name: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` values about each, fewer at the ends; centred, for a trailing mean shows a falling loss late.
+    """Return the mean over `window` values about each, fewer at the ends.
 
-    Values that are not finite are left out, so that one bad step does not cut a hole as wide as the window.
+    The window is centred, since a trailing mean shows a falling loss late. Values that are not finite are left out, so
+    that one bad step does not cut a hole as wide as the window.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -75,6 +78,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(runs: list[Curves], output: Path) -> None:
+    """Draw the runs over each other to the PNG `output`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +111,7 @@ def draw(runs: list[Curves], output: Path) -> None:
 
 
 def _draw_losses(axes, run: Curves, color: str, prefix: str, one_run: bool) -> None:
-    """With one run MTP has a colour of its own; with several, the colour says which run."""
+    """Draw a run's losses. With one run each MTP depth has its own colour; with several, the colour says which run."""
     window = max(1, len(run.iteration) // 50)
     mean = f", mean of {window} steps" if window > 1 else ""
     if window > 1:
@@ -132,7 +136,7 @@ def _frame_losses(axes, runs: list[Curves]) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    parser = OneLineParser(prog="python -m megatron_deepseek.cli.plot",
+    parser = OneLineParser(prog=PROGRAM,
                            description="Draw the loss curves of metrics.jsonl files to a PNG.")
     parser.add_argument("metrics", nargs="+", type=values.path, metavar="METRICS.jsonl", help="or the --save of a run")
     parser.add_argument("--output", type=values.path, metavar="PNG", help="default: loss.png beside the first file")
@@ -154,7 +158,7 @@ def run(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    return exit_status("plot", lambda: run(arguments))
+    return exit_status(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""The arguments of tools/preprocess_data.py; those of Megatron-LM's tool of this name keep their meaning."""
+"""The command line of tools/preprocess_data.py; arguments of Megatron-LM's tool of this name keep their meaning."""
 
 import argparse
 import dataclasses
 import os
 import sys
 
-from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.data.preprocess.report import Report
 from megatron_deepseek.data.preprocess.run import preprocess
 from megatron_deepseek.data.preprocess.settings import (
-    BACKENDS, INPUT_FORMATS, TEXT_UNITS, Content, Execution, PreprocessSettings, Selection)
+    BACKENDS,
+    INPUT_FORMATS,
+    TEXT_UNITS,
+    Content,
+    Execution,
+    PreprocessSettings,
+    Selection,
+)
+from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 
 PROGRAM = "preprocess_data.py"
@@ -112,7 +119,7 @@ def _add_execution(group):
 
 
 def settings_from(arguments: argparse.Namespace) -> PreprocessSettings:
-    """ValueError for values that cannot be."""
+    """Build the settings; raise ValueError for values that are impossible."""
     values = vars(arguments)
     if arguments.partitions < 1 or arguments.workers % arguments.partitions:
         raise ValueError(f"--partitions {arguments.partitions} does not divide --workers {arguments.workers}")
@@ -136,7 +143,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> int:
-    """`preprocess_data.py inspect ...` is `indexed_dataset.py inspect ...`, and so are its other commands."""
+    """Run preprocessing, or a command of indexed_dataset.py if its name (`inspect`, `verify`, ...) comes first."""
     if arguments and arguments[0] in DATASET_COMMANDS:
         from megatron_deepseek.cli import indexed_dataset
         return indexed_dataset.main(arguments)

@@ -1,4 +1,8 @@
-"""The command line of tools/reshard_checkpoint.py, without torch until there is something to do."""
+"""The command line of tools/reshard_checkpoint.py.
+
+It must not import torch, so that --help and mistakes in options answer at once. The work is in
+reshard_checkpoint_run.py.
+"""
 
 import argparse
 import os
@@ -11,7 +15,7 @@ from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "reshard_checkpoint.py"
-# Arguments of training that decide who holds what; they are taken from its parser, with their help and their checks.
+# Arguments of training that decide which rank holds what. Its parser gives them, with their help and their checks.
 LAYOUT_OPTIONS = (
     "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size",
     "--expert-model-parallel-size", "--expert-tensor-parallel-size", "--pipeline-schedule",
@@ -56,7 +60,7 @@ def _add_output(parser, required: bool = True) -> None:
 
 
 def _add_inspect(commands) -> None:
-    parser = _command(commands, "inspect", "architecture, layout, step, sizes and a table of the tensors")
+    parser = _command(commands, "inspect", "show architecture, layout, step, sizes and a table of the tensors")
     _add_directory(parser, "directory")
     _add_step(parser)
     parser.add_argument("--json", action="store_true", help="everything, for programs")
@@ -64,14 +68,14 @@ def _add_inspect(commands) -> None:
 
 def _add_verify(commands) -> None:
     parser = _command(commands, "verify", "read every byte and compare it with the checksums; exit status 2 "
-                                                  "where a file is damaged, with the tensors in it")
+                                          "where a file is damaged, with the tensors in it")
     _add_directory(parser, "directory")
     _add_step(parser)
     _add_workers(parser)
 
 
 def _add_reshard(commands) -> None:
-    parser = _command(commands, "reshard", "files from which each rank of a layout reads only its own")
+    parser = _command(commands, "reshard", "write files of which each rank of a layout reads only its own")
     _add_directory(parser, "--load", required=True)
     _add_step(parser)
     _add_output(parser, required=False)
@@ -86,13 +90,14 @@ def _add_reshard(commands) -> None:
     options = training_parser()._option_string_actions
     for option in LAYOUT_OPTIONS:
         group._add_action(options[option])
+    parser.set_defaults(layout_arguments=[option[2:].replace("-", "_") for option in LAYOUT_OPTIONS])
     group.add_argument("--seq-length", type=values.positive_int,
                        help="tokens of a training sequence, which weighs in when layers are "
                             "balanced over stages (the writing job's, or 4096)")
 
 
 def _add_merge(commands) -> None:
-    parser = _command(commands, "merge", "one file of all shards")
+    parser = _command(commands, "merge", "write everything to one file")
     _add_directory(parser, "--load", required=True)
     _add_step(parser)
     _add_output(parser)
@@ -103,8 +108,8 @@ def _add_merge(commands) -> None:
 
 
 def _add_average(commands) -> None:
-    parser = _command(commands, "average", "the mean of the weights of several checkpoints, as an iteration 0 "
-                                                    "without optimizer state")
+    parser = _command(commands, "average", "write the mean of the weights of several checkpoints, as an iteration 0 "
+                                           "without optimizer state")
     _add_directory(parser, "directories", nargs="+")
     _add_output(parser)
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each checkpoint (all the same)")
@@ -112,7 +117,7 @@ def _add_average(commands) -> None:
 
 
 def _add_diff(commands) -> None:
-    parser = _command(commands, "diff", "largest differences of each tensor; exit status 1 if there are any")
+    parser = _command(commands, "diff", "show the largest differences of each tensor; exit status 1 if there are any")
     _add_directory(parser, "a")
     _add_directory(parser, "b")
     parser.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")
@@ -122,7 +127,10 @@ def _add_diff(commands) -> None:
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
-    """The exit status: 2 for what a user can mend, with one line that says what; 1 if diff finds a difference."""
+    """Run a command and return its exit status.
+
+    It is 2 for a user's mistake, with one line that says which, and 1 if diff finds a difference.
+    """
 
     def run() -> int:
         args = build_parser().parse_args(argv)

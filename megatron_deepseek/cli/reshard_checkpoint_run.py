@@ -1,4 +1,7 @@
-"""What the commands of tools/reshard_checkpoint.py do with their arguments (reshard_command.py)."""
+"""What the commands of tools/reshard_checkpoint.py do with their arguments; each returns the exit status.
+
+It is apart from reshard_checkpoint.py, which parses them, because that file must not import torch.
+"""
 
 import argparse
 import json
@@ -11,10 +14,15 @@ from megatron_deepseek.checkpoint.building import DirectoryBuild, Share
 from megatron_deepseek.checkpoint.convert.conversion import DTYPES
 from megatron_deepseek.checkpoint.native import WEIGHTS, find_checkpoint, open_checkpoint
 from megatron_deepseek.checkpoint.reshard.comparison import Difference, compare
-from megatron_deepseek.checkpoint.reshard.reshard import averaged, files_of_ranks, files_of_size, resharded, wanted
+from megatron_deepseek.checkpoint.reshard.reshard import (
+    average_build,
+    files_of_ranks,
+    files_of_size,
+    reshard_build,
+    tensors_to_write,
+)
 from megatron_deepseek.checkpoint.train_state import TrainState
-from megatron_deepseek.cli.checkpoint_options import produce_visibly, progress
-from megatron_deepseek.cli.reshard_checkpoint import LAYOUT_OPTIONS
+from megatron_deepseek.cli.checkpoint_options import build_with_progress, progress
 
 if TYPE_CHECKING:
     from megatron_deepseek.checkpoint.reshard.rank_shards import Reads
@@ -41,26 +49,27 @@ def verify(args: argparse.Namespace, share: Share) -> int:
 
 
 def reshard(args: argparse.Namespace, share: Share) -> int:
-    from megatron_deepseek.checkpoint.reshard.rank_shards import readers, reads_of_ranks  # the model: seconds that
-    from megatron_deepseek.cli.target_layout import target_of  # the other commands do without
+    # They import the model, which takes seconds; the other commands do without.
+    from megatron_deepseek.checkpoint.reshard.rank_shards import find_holders, reads_of_ranks
+    from megatron_deepseek.cli.target_layout import resolve_target_layout
 
     checkpoint = open_checkpoint(args.load, args.ckpt_step)
-    given = {name: value for name, value in vars(args).items() if f"--{name.replace('_', '-')}" in LAYOUT_OPTIONS}
-    target = target_of(args, given, checkpoint)
-    tensors = wanted(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
-    found = readers(target.division)
-    files = files_of_ranks(found, tensors, checkpoint)
+    given = {name: value for name, value in vars(args).items() if name in args.layout_arguments}
+    target = resolve_target_layout(args, given, checkpoint)
+    tensors = tensors_to_write(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
+    holders = find_holders(target.division)
+    files = files_of_ranks(holders, tensors, checkpoint)
     if args.dry_run:
-        _print_reads(reads_of_ranks(found, tensors, checkpoint.stored), len(files))
+        _print_reads(reads_of_ranks(holders, tensors, checkpoint.stored), len(files))
         return 0
     if args.save is None:
         raise ValueError("--save is required, unless --dry-run only looks")
-    return _make(resharded(checkpoint, files, args.save, target.note, not args.drop_optimizer,
-                           not args.no_verify), share)
+    return _build(reshard_build(checkpoint, files, args.save, target.note, not args.drop_optimizer,
+                                not args.no_verify), share)
 
 
 def _print_reads(reads: "dict[int, Reads]", new_files: int) -> None:
-    """What ranks read of the files as they are; after resharding a rank reads what is its own, and nothing else."""
+    """Print what ranks read of the files as they are; after resharding each reads its own shards, and nothing else."""
     opened = [len(each.files) for each in reads.values()]
     print(f"{len(reads)} ranks, {new_files} files after resharding")
     print(f"files that a rank opens now: {max(opened)} at most, {sum(opened) / len(opened):.1f} on average")
@@ -70,10 +79,10 @@ def _print_reads(reads: "dict[int, Reads]", new_files: int) -> None:
 
 def merge(args: argparse.Namespace, share: Share) -> int:
     checkpoint = open_checkpoint(args.load, args.ckpt_step)
-    tensors = wanted(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
+    tensors = tensors_to_write(checkpoint, DTYPES.get(args.dtype), not args.drop_optimizer)
     files = files_of_size(tensors, checkpoint, args.max_file_size)
-    return _make(resharded(checkpoint, files, args.save, None, not args.drop_optimizer,
-                           not args.no_verify), share)
+    return _build(reshard_build(checkpoint, files, args.save, None, not args.drop_optimizer,
+                                not args.no_verify), share)
 
 
 def average(args: argparse.Namespace, share: Share) -> int:
@@ -83,12 +92,13 @@ def average(args: argparse.Namespace, share: Share) -> int:
         raise ValueError(f"--weights has {len(weights)} numbers for {len(checkpoints)} checkpoints")
     if not sum(weights) > 0:
         raise ValueError(f"--weights {' '.join(map(str, weights))} add up to {sum(weights):g}, not to more than 0")
-    files = files_of_size(wanted(checkpoints[0], DTYPES.get(args.dtype), False), checkpoints[0], _AVERAGE_FILE_BYTES)
-    return _make(averaged(checkpoints, weights, files, args.save, TrainState(), not args.no_verify), share)
+    tensors = tensors_to_write(checkpoints[0], DTYPES.get(args.dtype), False)
+    files = files_of_size(tensors, checkpoints[0], _AVERAGE_FILE_BYTES)
+    return _build(average_build(checkpoints, weights, files, args.save, TrainState(), not args.no_verify), share)
 
 
-def _make(build: DirectoryBuild, share: Share) -> int:
-    produce_visibly(build, share)
+def _build(build: DirectoryBuild, share: Share) -> int:
+    build_with_progress(build, share)
     if share.rank == 0:
         print(f"{build.destination}: {build.nbytes:,} bytes in {len(build.files)} files")
     return 0

@@ -1,4 +1,4 @@
-"""The layout that `reshard_checkpoint.py reshard` is asked for, taken as training takes it."""
+"""The layout that `reshard_checkpoint.py reshard` is asked for, resolved and checked as training does it."""
 
 import argparse
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from megatron_deepseek.checkpoint.native import CONFIG, Checkpoint, layout_note
 from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision
 from megatron_deepseek.planning.pipeline_balance import resolve
 
-_USUAL_LENGTH = 4096  # tokens of training's sequences
+_USUAL_LENGTH = 4096  # tokens of a sequence, if neither --seq-length nor layout.json says it
 
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """The layout of reshard's arguments; its rank's parts, and how layout.json tells it."""
+    """The layout to reshard for: `division` decides which rank holds what, `note` becomes layout.json."""
 
     division: ModelDivision
     note: dict
 
 
-def target_of(args: argparse.Namespace, given: dict[str, Any], checkpoint: Checkpoint) -> TargetLayout:
-    """Of the arguments `given` for the layout, and those for its ranks in `args`.
+def resolve_target_layout(args: argparse.Namespace, given: dict[str, Any], checkpoint: Checkpoint) -> TargetLayout:
+    """Resolve the layout of the options `given`, with the number of ranks and --seq-length from `args`.
 
-    ValueError where training would refuse the layout for this model.
+    Raise ValueError if training would refuse the layout for this model.
     """
     others = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size is not None and args.world_size % others:
@@ -33,7 +33,7 @@ def target_of(args: argparse.Namespace, given: dict[str, Any], checkpoint: Check
                          f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
                          f"--context-parallel-size {args.context_parallel_size}")
     data_ranks = args.world_size // others if args.world_size is not None else args.data_parallel_size or 1
-    any_batch = 4 * data_ranks * args.pipeline_model_parallel_size  # one that every schedule takes
+    any_batch = 4 * data_ranks * args.pipeline_model_parallel_size  # every schedule accepts it
     training = training_parser().parse_args(["--model", str(checkpoint.directory / CONFIG), "--data-path", "none",
                                              "--train-iters", "1", "--global-batch-size", str(any_batch)])
     length = args.seq_length or (checkpoint.layout or {}).get("seq_length") or \
@@ -42,4 +42,4 @@ def target_of(args: argparse.Namespace, given: dict[str, Any], checkpoint: Check
                               data_ranks * others)
     stages = resolve(checkpoint.config, settings.pipeline, settings.layout.pp, length)
     return TargetLayout(ModelDivision(checkpoint.config, settings.layout, stages, settings.pipeline.schedule),
-                  layout_note(settings.layout, stages, settings.pipeline.schedule, length))
+                        layout_note(settings.layout, stages, settings.pipeline.schedule, length))

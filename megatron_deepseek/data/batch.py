@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from megatron_deepseek.device import is_accelerator
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """Whole sequences: whatever looks along a sequence is made of these before context ranks divide them.
+    """Rows of whole sequences. Whatever looks along a sequence is made of these before context ranks divide them.
 
     tokens_BS and labels_BS int64: labels_BS[:, s] is the token after tokens_BS[:, s].
-    weights_BS floating point: what a label counts for in the loss; 0 for one that is not trained on.
+    weights_BS floating point: the factor of a label in the loss; 0 for a label that is not trained on.
     documents_BS int64, always on the host: each token's document within its row; None where a row is one document.
-    sources_BK bool, with one True in each row: which dataset of a blend it is from; None for a single dataset.
+    sources_BK bool, with one True in each row: the dataset of a blend that the row is from; None for a single dataset.
     real_BS bool: False for padding behind a row's tokens, which no expert gets; None where rows are full.
     per_token [B, S, ...] and per_row [B, ...]: what an objective asks for beyond these, by its names for them.
     """
@@ -48,19 +50,21 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What an objective finds beyond tokens, labels and weights."""
+        """Return what an objective finds beyond tokens, labels and weights, by its names for them."""
         return {**self.per_token, **self.per_row}
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`, documents excepted. From pinned memory, which for a CUDA device all of it is
-        copied to unless it lies there, the host does not wait for the copies.
+        """Return the batch on `device`; documents stay on the host.
+
+        For a CUDA device the tensors are first copied to pinned memory, unless they lie there: the host does not wait
+        for copies from pinned memory.
         """
-        there = self.pinned() if device.type == "cuda" else self
+        there = self.pinned() if is_accelerator(device) else self
         moved = there._map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, documents_BS=self.documents_BS)
 
     def pinned(self) -> "Batch":
-        """Return the batch in pinned host memory: best made by the thread that reads ahead."""
+        """Return the batch in pinned host memory. The thread that reads ahead should call this: pinning takes time."""
         return self._map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def rows(self, chosen: slice) -> "Batch":

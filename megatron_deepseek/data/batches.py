@@ -1,8 +1,8 @@
-"""Which samples a data rank reads at which step: a function of the number of consumed samples, and nothing else.
+"""The samples that a data rank reads at each step: they depend on the number of consumed samples and nothing else.
 
-A global batch is the samples [consumed, consumed + global_batch_size). Its micro-batch m is a run of
-micro_batch_size * dp_size of them, and data rank r takes its r-th micro_batch_size: so any number of data ranks and any
-micro-batch size read the same global batch.
+A global batch is the samples [consumed, consumed + global_batch_size). Each micro-batch is a run of
+micro_batch_size * dp_size of them, of which data rank r takes the r-th run of micro_batch_size. So any number of data
+ranks and any micro-batch size read the same global batch.
 
 Shapes: B rows = num_micro_batches * micro_batch_size, S = seq_length.
 """
@@ -18,7 +18,7 @@ from megatron_deepseek.data.pretraining import check_token_ids
 
 def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_size: int,
                    dp_rank: int, dp_size: int) -> list[int]:
-    """The B samples of one data rank, in the order of its micro-batches."""
+    """Return the numbers of the B samples that one data rank reads, in the order of its micro-batches."""
     stride = micro_batch_size * dp_size
     if global_batch_size < 1 or global_batch_size % stride:
         raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size "
@@ -29,10 +29,10 @@ def sample_indices(consumed_samples: int, global_batch_size: int, micro_batch_si
 
 
 class Sampler:
-    """Global batches of a dataset by the number of consumed samples. Holds no position: the caller counts.
+    """Reads global batches of a dataset by the number of consumed samples. It holds no position: the caller counts.
 
-    `data_path` is what a token id outside `vocab_size` is blamed on where there is no blend to name the dataset; `eod`,
-    if given, ends documents whose attention is their own.
+    The error about a token id outside `vocab_size` names the dataset: the blend's name for it, or `data_path` where
+    there is no blend. `eod`, if given, ends documents that don't attend to each other.
     """
 
     def __init__(self, dataset, vocab_size: int, data_path: str, eod: int | None = None):
@@ -62,22 +62,22 @@ class Sampler:
 
     def evaluation(self, eval_iters: int, global_batch_size: int, micro_batch_size: int,
                    dp_rank: int = 0, dp_size: int = 1):
-        """The same `eval_iters` batches every time: the first samples of the dataset."""
+        """Yield `eval_iters` batches, the same ones every time: the first samples of the dataset."""
         for step in range(eval_iters):
             yield self.batch(step * global_batch_size, global_batch_size, micro_batch_size, dp_rank, dp_size)
 
 
 def number_documents(tokens_BS: torch.Tensor, eod: int) -> torch.Tensor:
-    """The document of each token within its row, counted from 0; an `eod` is the last token of its document."""
+    """Return the document of each token within its row, counted from 0; an `eod` is the last token of its document."""
     ends_BS = (tokens_BS == eod).long()
     return ends_BS.cumsum(1) - ends_BS
 
 
 def read_ahead(read, requests):
-    """`read(*request)` for each of `requests`, the next one read in a thread while the caller works on this one.
+    """Yield `read(*request)` for each of `requests`; a thread reads the next one while the caller works on this one.
 
-    The order is that of `requests`, which is asked one element early; an error appears in its turn. The thread ends
-    with the generator.
+    The order is that of `requests`, which is asked for one element ahead. An error of `read` is raised where its result
+    would have been yielded. The thread ends with the generator.
     """
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         current = None

@@ -1,4 +1,4 @@
-"""Which datasets train, valid and test come from, and in what proportion: `--data-path`, `--split` and their kin."""
+"""The datasets of train, valid and test and their proportions, as `--data-path`, `--split` and others name them."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ MOST_DATASETS = 32767  # int16 in the index of a blend
 
 @dataclass(frozen=True)
 class Blend:
-    """Prefixes and their weights; `weights` None: in proportion to their tokens."""
+    """The prefixes of datasets and their weights. Without weights each counts by the number of its tokens."""
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...] | None
@@ -21,7 +21,10 @@ class Blend:
 
 @dataclass(frozen=True)
 class SplitBlend:
-    """One split: the same `share` of every dataset, as fractions by position, and the arguments that say so."""
+    """One split of a blend: of every dataset the sequences between the two fractions of `share`.
+
+    `argument` and `share_argument` are the options that said so, for messages.
+    """
 
     name: str
     blend: Blend
@@ -30,13 +33,13 @@ class SplitBlend:
     share_argument: str
 
     def bounds(self, num_sequences: int) -> tuple[int, int]:
-        """First and end sequence of a dataset, rounded as megatron-core does."""
+        """Return the first sequence of a dataset and the end (exclusive), rounded as megatron-core does."""
         first, end = self.share
         return round(first * num_sequences), round(end * num_sequences)
 
 
 def split_blends(settings: DataSettings) -> tuple[SplitBlend | None, ...]:
-    """(train, valid, test). ValueError names the argument that cannot be understood."""
+    """Return the blends of (train, valid, test). Raise ValueError for an argument that cannot be understood."""
     own = settings.split_data_paths is not None
     options = settings.data_arguments or tuple(f"--{name}-data-path" if own else "--data-path" for name in SPLITS)
     if own:
@@ -50,7 +53,7 @@ def split_blends(settings: DataSettings) -> tuple[SplitBlend | None, ...]:
 
 
 def parse_blend(data_path, argument: str = "--data-path") -> Blend:
-    """Prefixes alone, or weights and prefixes in turn. One number among them asks for the latter."""
+    """Return the blend of a list of prefixes, or of weights and prefixes in turn, as one number among them tells."""
     shown = " ".join(data_path if len(data_path) <= 8 else [*data_path[:8], "..."])
 
     def refuse(why: str):
@@ -75,7 +78,7 @@ def parse_blend(data_path, argument: str = "--data-path") -> Blend:
 
 
 def parse_split(split: str) -> tuple[float, ...]:
-    """`--split`: up to three weights, for train, valid and test, as shares that add up to 1."""
+    """Return `--split`'s up to three weights, for train, valid and test, as shares that add up to 1."""
     entries = split.split(",")
     if len(entries) > 3 or not all(map(_is_number, entries)):
         raise ValueError(f"--split {split}: it takes up to three numbers, for train, valid and test: 969,30,1")
@@ -86,7 +89,7 @@ def parse_split(split: str) -> tuple[float, ...]:
 
 
 def short_names(prefixes) -> tuple[str, ...]:
-    """Each prefix without the folders that all of them begin with; a prefix that comes again gets its number."""
+    """Return each prefix without the folders that all of them begin with; a prefix that comes again gets a number."""
     common = os.path.commonprefix([os.path.dirname(prefix) + "/" for prefix in prefixes])
     begin = common.rfind("/") + 1 if all(map(os.path.dirname, prefixes)) else 0
     names, seen = [], {}

@@ -1,8 +1,8 @@
-"""Which dataset of a blend each sample comes from: at every moment the dataset that is furthest behind its weight.
+"""The index of a blend: which dataset each sample comes from, always the one that is furthest behind its weight.
 
 The rule and the compiled loop are those of megatron-core's BlendedDataset. An index is a file of int64[size] sample
-numbers within their datasets, then int16[size] datasets, and a seal (cache.py). A longer one begins with a shorter one,
-so that it serves a shorter run too.
+numbers within their datasets, then int16[size] datasets, and a seal (cache.py). A longer index begins with the shorter
+one, so that it serves a shorter run too.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from megatron_deepseek.data.index_file import mapped
 
 @dataclass(frozen=True)
 class BlendIndex:
-    """Of `size` samples or more; `weights` add up to 1."""
+    """An index of `size` samples or more of datasets with `weights`, which add up to 1."""
 
     weights: tuple[float, ...]
     size: int
@@ -30,7 +30,7 @@ class BlendIndex:
         return hashlib.blake2b(json.dumps(self.weights).encode(), digest_size=16).hexdigest()
 
     def find(self, folder: Path) -> tuple[Path, int] | None:
-        """The smallest index in `folder` that is large enough, and its size."""
+        """Return the smallest index in `folder` that is large enough, and its size; None where there is none."""
         found = []
         for path in folder.glob(f"{self.name}-*.blend"):
             size = path.stem.rpartition("-")[2]
@@ -39,7 +39,7 @@ class BlendIndex:
         return min(found)[::-1] if found else None
 
     def build(self, folder: Path):
-        """Write it, of just `size` samples."""
+        """Write the index of exactly `size` samples."""
         datasets, numbers = np.zeros(self.size, np.int16), np.zeros(self.size, np.int64)
         weights = np.array(self.weights) / np.sum(self.weights)  # once more, as megatron-core does
         _helpers().build_blending_indices(datasets, numbers, weights, len(weights), self.size, False)
@@ -48,13 +48,13 @@ class BlendIndex:
             file.write(datasets.astype("<i2", copy=False).data)
 
     def map(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        """(datasets, sample numbers), mapped."""
+        """Return (datasets, sample numbers), int16 and int64 [size or more], mapped from the file."""
         path, size = self.find(folder)
         return mapped(path, "<i2", 8 * size, size), mapped(path, "<i8", 0, size)
 
 
 def _helpers():
-    """megatron-core's compiled helpers by themselves: importing megatron.core takes 3 to 7 s on every rank."""
+    """Return megatron-core's compiled helpers, loaded alone: importing megatron.core takes 3 to 7 s on every rank."""
     megatron = importlib.util.find_spec("megatron")
     for place in megatron.submodule_search_locations if megatron else ():
         for suffix in EXTENSION_SUFFIXES:

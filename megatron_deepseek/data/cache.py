@@ -2,11 +2,11 @@
 
     content, then 24 bytes: "XXH3_128" and the digest of the file's name and of the digests of its blocks of 64 MiB
 
-The seal tells a file that a disk, a copy or a hand has changed, and one that lies under another's name; it is no
-protection against somebody who wants it to look unchanged. Threads read the blocks: about 7 GB/s a core (measured), so
-that the 12 GB of a billion samples cost a start two seconds of one core, and their reading.
+The seal reveals a file that a disk, a copy or a person has changed, and one that lies under another's name. It does not
+protect against somebody who wants a changed file to look unchanged. Threads read the blocks: about 7 GB/s a core
+(measured), so that the 12 GB of a billion samples cost a start two seconds of one core, besides the time of reading.
 
-A file that is being written is locked. One that is not and still has the name of such a file was left by a kill.
+A file that is being written has a temporary name and is locked. One with such a name and no lock was left by a kill.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ UNFINISHED = re.compile(r".*\.(samples|blend|survey\.json)\.[0-9a-f]{16}\.tmp")
 
 
 class Stamp(NamedTuple):
-    """What tells whether two processes see the same file, without reading it."""
+    """The inode, size and time of change (ns) of a file: two processes that find the same ones see the same file."""
 
     inode: int
     size: int
@@ -39,7 +39,7 @@ class Stamp(NamedTuple):
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """None where there is no such file."""
+    """Return the stamp of a file, None where there is no such file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -49,8 +49,9 @@ def stamp_of(path: Path) -> Stamp | None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `path` once the block has succeeded, and vanishes if it fails. ValueError where it
-    cannot be written.
+    """Yield a file that gets the name `path` once the block has succeeded, and vanishes if it fails.
+
+    Raise ValueError where it cannot be written.
     """
     temporary = None
     try:
@@ -68,7 +69,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _create(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `path`, locked before anybody could take it for one that a kill has left."""
+    """Return a new file beside `path`, locked before anybody could take it for one that a kill has left."""
     while True:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
         file = open(temporary, "xb")
@@ -88,7 +89,7 @@ def _free(folder: Path) -> str:
 
 
 def remove_unfinished(folder: Path):
-    """Remove what kills have left in `folder`, where one may."""
+    """Remove the unfinished files that killed processes have left in `folder`, where this process may."""
     for path in folder.glob("*.tmp"):
         if UNFINISHED.fullmatch(path.name):
             with contextlib.suppress(OSError), open(path, "r+b") as file:
@@ -97,14 +98,14 @@ def remove_unfinished(folder: Path):
 
 
 class SealedFile:
-    """Writes content to a file, and the seal behind it."""
+    """Writes content to a file, and its seal at the end."""
 
     def __init__(self, file: BinaryIO, name: str):
         self._file = file
         self._whole, self._block, self._left = xxhash.xxh3_128(name.encode()), xxhash.xxh3_128(), BLOCK_BYTES
 
     def write(self, content):
-        """Bytes, or an array that lies in one piece."""
+        """Write bytes or a contiguous array."""
         data = memoryview(content).cast("B") if memoryview(content).nbytes else memoryview(b"")
         self._file.write(data)
         while data:
@@ -126,7 +127,7 @@ class SealedFile:
 
 @contextlib.contextmanager
 def sealing(path: Path) -> Iterator[SealedFile]:
-    """`replacing`, of a file that is sealed at the end of the block."""
+    """Yield a file as `replacing` does, and write its seal at the end of the block."""
     with replacing(path) as file:
         sealed = SealedFile(file, path.name)
         yield sealed
@@ -134,11 +135,11 @@ def sealing(path: Path) -> Iterator[SealedFile]:
 
 
 def sound_files(folder: Path, sizes: Mapping[str, int]) -> set[str]:
-    """Those of the files `sizes`, by name with the bytes of their content, that are as they were written."""
+    """Return the names of the files that are as they were written; `sizes` has the bytes of content by name."""
     sizes = {name: size for name, size in sizes.items()
              if (stamp := stamp_of(folder / name)) is not None and stamp.size == size + SEAL_BYTES}
     with ThreadPoolExecutor(THREADS, "seal") as pool:
-        blocks = {name: [pool.submit(_digest, folder / name, begin, min(BLOCK_BYTES, size - begin))
+        blocks = {name: [pool.submit(block_digest, folder / name, begin, min(BLOCK_BYTES, size - begin))
                          for begin in range(0, size, BLOCK_BYTES)] for name, size in sizes.items()}
         return {name for name, futures in blocks.items()
                 if _has_seal(folder / name, sizes[name], [future.result() for future in futures])}
@@ -156,8 +157,8 @@ def _has_seal(path: Path, size: int, digests: list[bytes | None]) -> bool:
         return False
 
 
-def _digest(path: Path, begin: int, size: int) -> bytes | None:
-    """Of a block; None where it cannot be read to its end."""
+def block_digest(path: Path, begin: int, size: int) -> bytes | None:
+    """Return the digest of a block, None where it cannot be read to its end."""
     running, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(size, READ_BYTES)))
     try:
         with open(path, "rb", buffering=0) as file:

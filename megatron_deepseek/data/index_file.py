@@ -4,7 +4,7 @@ Little-endian: magic (9 bytes), uint64 version 1, uint8 dtype code, uint64 S seq
 index; then int32[S] sequence lengths, int64[S] byte offsets into the .bin ("pointers"), int64[D] first sequence of each
 document and the end, and, only in multimodal datasets, int8[S] modes.
 
-A header is believed only as far as the size of the file bears it out, and no section is ever read whole.
+A header is believed only where it fits the size of the file, and no section is ever read whole.
 """
 
 import os
@@ -23,7 +23,7 @@ ENTRIES_PER_CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class Section:
-    """An array within the file: `count` entries of `dtype` from byte `offset`."""
+    """An array within the file: `count` entries of `dtype` from byte `offset` on."""
 
     dtype: np.dtype
     offset: int
@@ -32,7 +32,7 @@ class Section:
 
 @dataclass(frozen=True)
 class IndexFile:
-    """The header of `{prefix}.idx`, which fits the size of that file. What the sections say is not yet checked."""
+    """The header of `{prefix}.idx`, which fits the size of that file. The sections are not checked yet."""
 
     prefix: str
     token_dtype: np.dtype
@@ -62,13 +62,13 @@ class IndexFile:
         return Section(np.dtype("i1"), after_documents, self.num_sequences if self.has_modes else 0)
 
     def map(self, section: Section) -> np.ndarray:
-        """The section as an array of that many entries, mapped and not read."""
+        """Return the section as an array, mapped and not read."""
         if not section.count:
             return np.empty(0, section.dtype)
         return mapped(self.path, section.dtype, section.offset, section.count)
 
     def read(self, section: Section, first: int = 0, end: int | None = None) -> Iterator[np.ndarray]:
-        """Entries [first, end) of the section, by default all, in chunks of ENTRIES_PER_CHUNK."""
+        """Yield the entries [first, end) of the section, by default all, in chunks of ENTRIES_PER_CHUNK."""
         end = section.count if end is None else end
         assert 0 <= first <= end <= section.count, (first, end, section)
         with open(self.path, "rb") as file:
@@ -81,19 +81,19 @@ class IndexFile:
                 yield chunk
 
     def at(self, section: Section, place: int) -> int:
-        """One entry."""
+        """Return one entry."""
         return int(next(self.read(section, place, place + 1))[0])
 
 
 def mapped(path, dtype, offset: int, count: int) -> np.ndarray:
-    """A plain array over the file: indexing one costs half of indexing a np.memmap."""
+    """Return a plain array over the file: indexing it costs half of indexing a np.memmap."""
     return np.memmap(path, dtype, "r", offset, count).view(np.ndarray)
 
 
 def open_index(prefix: str, argument: str) -> IndexFile:
-    """The header of a pair of files that exist, checked against the size of the .idx.
+    """Return the header of a dataset whose two files exist, checked against the size of the .idx.
 
-    ValueError begins with `argument` and the prefix, and names the file and what is wrong with it.
+    Raise ValueError otherwise: it begins with `argument` and the prefix, and names the file and what is wrong with it.
     """
     def refuse(why: str):
         return ValueError(f"{argument} {prefix}: {why}")
@@ -130,8 +130,10 @@ def open_index(prefix: str, argument: str) -> IndexFile:
 
 
 def check_output_prefix(prefix: str):
-    """ValueError where `prefix` can only be a directory. One that is also the name of a directory is none: `data/web`
-    beside `data/web/` gives `data/web_text_document.bin`.
+    """Raise ValueError where `prefix` can only be a directory, such as `data/`.
+
+    A prefix that is also the name of a directory is allowed: `data/web` beside `data/web/` gives
+    `data/web_text_document.bin`.
     """
     if os.path.basename(prefix) in ("", ".", ".."):
         raise ValueError(f"--output-prefix {prefix}: that is a directory; give the beginning of the files' names too, "
@@ -139,7 +141,7 @@ def check_output_prefix(prefix: str):
 
 
 def _hint(prefix: str) -> str:
-    """What is often meant instead."""
+    """Return what was probably meant by a prefix without files, as the end of a message; "" if unknown."""
     if Path(prefix).is_dir():
         found = sorted(path.stem for path in Path(prefix).glob("*.idx"))
         which = (f"the datasets in it are {', '.join(os.path.join(prefix, name) for name in found[:5])}"
@@ -153,10 +155,10 @@ def _hint(prefix: str) -> str:
 
 
 def index_damage(index: IndexFile, scanned=lambda num_bytes: None) -> Iterator[str]:
-    """Everything wrong with the sections, each by file and position; nothing of a sound dataset.
+    """Yield everything that is wrong with the sections, each fault by file and position.
 
-    Sound is what Megatron-LM writes: sequences end to end that fill the .bin, documents in order from the first
-    sequence to the end. `scanned` is told of the bytes of every chunk of the .idx.
+    A dataset is sound as Megatron-LM writes it: its sequences fill the .bin end to end, its documents are in order from
+    the first sequence to the last. `scanned` is called with the bytes of every chunk of the .idx.
     """
     yield from _sequence_damage(index, os.path.getsize(index.prefix + ".bin"), scanned)
     yield from _document_damage(index, scanned)
@@ -203,7 +205,7 @@ def _document_damage(index: IndexFile, scanned) -> Iterator[str]:
 
 
 def _numbered(chunks: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Each with the number of its first entry."""
+    """Yield each chunk with the number of its first entry."""
     first = 0
     for chunk in chunks:
         yield first, chunk

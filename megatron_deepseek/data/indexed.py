@@ -1,7 +1,7 @@
 """Megatron's indexed datasets: a .bin of token ids and an .idx (index_file.py) that says where each sequence lies.
 
-In training megatron-core reads them. Here is what it leaves out: saying what is wrong with a file instead of failing
-in numpy or reading rubbish, and writing so that a kill leaves no half file that looks whole.
+The format is megatron-core's. This file adds what its reader and writer leave out: a message that says what is wrong
+with a file, where it fails in numpy or reads rubbish; and a writer that, killed, leaves no half file that looks whole.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class IndexedFile:
 
 
 def open_indexed(prefix: str, argument: str) -> IndexedFile:
-    """Check both files against the header and each other; ValueError says what is wrong, after `argument`."""
+    """Open both files and check them against each other. Raise ValueError, begun by `argument`, for a fault."""
     index = open_index(prefix, argument)
     try:
         _check_bounds(index)
@@ -41,7 +41,10 @@ def open_indexed(prefix: str, argument: str) -> IndexedFile:
 
 
 def _check_bounds(index: IndexFile):
-    """Nothing that is read in training lies outside the .bin. `index_damage` looks closer, and at every entry."""
+    """Raise ValueError where something that training reads lies outside the .bin.
+
+    `index_damage` looks at every entry, and closer.
+    """
     size, itemsize, end = os.path.getsize(index.prefix + ".bin"), index.token_dtype.itemsize, 0
     if index.num_sequences == 0:
         raise ValueError("it holds no sequences")
@@ -60,7 +63,10 @@ def _check_bounds(index: IndexFile):
 
 
 def token_range(file: IndexedFile, most_tokens: int = MOST_TOKENS_SCANNED) -> tuple[int, int]:
-    """The least and the greatest id, by chunks; past `most_tokens` of chunks spread evenly over the file."""
+    """Return the least and the greatest id, read in chunks.
+
+    In a file of more than `most_tokens` only as many are read, in chunks that are spread evenly over it.
+    """
     chunks = -(-len(file.ids) // TOKENS_PER_CHUNK)
     scanned = min(chunks, -(-most_tokens // TOKENS_PER_CHUNK))
     least, greatest = [], []
@@ -72,7 +78,7 @@ def token_range(file: IndexedFile, most_tokens: int = MOST_TOKENS_SCANNED) -> tu
 
 
 class IndexedWriter:
-    """Writes `{prefix}.bin.tmp` as documents come, then `{prefix}.idx.tmp`; `publish` gives both their names.
+    """Writes `{prefix}.bin.tmp` as documents come, then `{prefix}.idx.tmp`; `publish` renames both.
 
     The bytes are those of megatron-core's IndexedDatasetBuilder (a test compares them), without its 3 to 7 s import.
     """
@@ -88,12 +94,12 @@ class IndexedWriter:
         return self.file.tell() // self.dtype.itemsize
 
     def add(self, ids: np.ndarray, sequence_lengths):
-        """Documents end to end: their ids, and for each the lengths of its sequences (none in an empty document)."""
+        """Write documents: all their ids, and for each the lengths of its sequences (none in an empty document)."""
         self.extend(ids)
         self.end_documents(sequence_lengths)
 
     def extend(self, ids: np.ndarray):
-        """Ids of a document that is not complete yet: `end_documents` or `rewind` follows."""
+        """Write ids of a document that is not complete yet: `end_documents` or `rewind` must follow."""
         with naming(self.file.name):
             self.file.write(ids.astype(self.dtype, copy=False).data)
 
@@ -127,14 +133,15 @@ class IndexedWriter:
         publish(self.prefix)
 
     def discard(self):
-        with contextlib.suppress(OSError):  # it writes what is left: a full disk has been told already
+        with contextlib.suppress(OSError):  # closing writes what is left; a full disk has been reported already
             self.file.close()
         discard(self.prefix)
 
 
 def publish(prefix: str):
-    """Name `{prefix}.bin.tmp` and `.idx.tmp`. A dataset is whole only with its .idx: an older one goes first and the
-    new one comes last.
+    """Rename `{prefix}.bin.tmp` and `.idx.tmp` to .bin and .idx.
+
+    A dataset is whole only with its .idx, so an older .idx is removed first and the new one comes last.
     """
     Path(prefix + ".idx").unlink(missing_ok=True)
     os.replace(prefix + ".bin.tmp", prefix + ".bin")
@@ -149,7 +156,7 @@ def discard(prefix: str):
 
 @contextlib.contextmanager
 def written_whole(prefixes, dtype):
-    """An `IndexedWriter` for each of `prefixes`, whose files appear only if the block succeeds.
+    """Yield an `IndexedWriter` for each of `prefixes`; their files appear only if the block succeeds.
 
     A kill at any moment leaves the old dataset, one without its .idx, or the new one, never a mixture taken for whole.
     """

@@ -1,4 +1,4 @@
-"""Looking into indexed datasets, streaming: their statistics, every id against a vocabulary, documents by number."""
+"""Inspection of indexed datasets in bounded memory: statistics, ids outside a vocabulary, documents by number."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ BAR_WIDTH = 30  # characters
 
 @dataclass(frozen=True)
 class LengthBin:
-    """Documents of `shortest` to `longest` tokens, 2^k to 2^(k+1) - 1, and how many tokens they hold together."""
+    """The number of `documents` of `shortest` to `longest` tokens (2^k to 2^(k+1) - 1) and their tokens in all."""
 
     shortest: int
     longest: int
@@ -26,7 +26,7 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Lengths in tokens; `histogram` from the first bin that holds a document to the last."""
+    """The counts of a dataset. Lengths are in tokens; `histogram` goes from the first bin in use to the last."""
 
     prefix: str
     dtype: str
@@ -44,7 +44,7 @@ class Statistics:
 
 
 def measure(index: IndexFile) -> Statistics:
-    """Reads the .idx only. ValueError where it is damaged."""
+    """Return the statistics of a dataset, read from the .idx alone. Raise ValueError where it is damaged."""
     damage = next(index_damage(index), None)
     if damage is not None:
         raise ValueError(f"{damage}; 'verify' lists all that is wrong")
@@ -65,7 +65,7 @@ def measure(index: IndexFile) -> Statistics:
 
 
 def _document_lengths(index: IndexFile) -> Iterator[np.ndarray]:
-    """Tokens of each document, by chunks: where its last sequence ends less where its first begins."""
+    """Yield the tokens of each document, in chunks: the end of its last sequence minus the begin of its first."""
     pointers, end = index.map(index.pointers), os.path.getsize(index.prefix + ".bin")
     before = 0
     for entries in index.read(index.documents, 1):
@@ -78,7 +78,10 @@ def _document_lengths(index: IndexFile) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found: `damage`, at most as much as asked for, and the range of the ids where it was none."""
+    """The result of `verify`: `damage`, at most as many faults as asked for, and the least and greatest id.
+
+    Where the .idx is damaged no id is read, and both are 0.
+    """
 
     damage: tuple[str, ...]
     least: int
@@ -86,9 +89,10 @@ class Verdict:
 
 
 def verify(index: IndexFile, vocab_size: int | None, most: int, scanned=lambda num_bytes: None) -> Verdict:
-    """Look at every entry of the .idx and every id of the .bin, until `most` things are found to be wrong.
+    """Check every entry of the .idx and every id of the .bin, until `most` faults are found.
 
-    Without `vocab_size` an id is wrong if it is negative. `scanned` is told of the bytes of both files.
+    Without `vocab_size` an id is wrong if it is negative. `scanned` is called with the bytes of each chunk of both
+    files.
     """
     damage = tuple(itertools.islice(index_damage(index, scanned), most))
     if damage:
@@ -99,7 +103,7 @@ def verify(index: IndexFile, vocab_size: int | None, most: int, scanned=lambda n
 
 
 def _id_damage(index: IndexFile, vocab_size: int | None, seen: list[tuple[int, int]], scanned) -> Iterator[str]:
-    """Ids outside the vocabulary; `seen` gets the least and greatest id of each chunk."""
+    """Yield a line for each id outside the vocabulary; `seen` gets the least and greatest id of each chunk."""
     path = index.prefix + ".bin"
     limit = np.iinfo(index.token_dtype).max + 1 if vocab_size is None else vocab_size
     asked = "is negative" if vocab_size is None else f"is outside --vocab-size {vocab_size}"
@@ -116,7 +120,7 @@ def _id_damage(index: IndexFile, vocab_size: int | None, seen: list[tuple[int, i
 
 
 def _whereabouts(index: IndexFile, token: int) -> str:
-    """The document and its token, counted from 0, in a sound dataset."""
+    """Return the document of a token of the .bin and the place in it, both counted from 0, for a sound dataset."""
     pointers, documents = index.map(index.pointers), index.map(index.documents)
     sequence = int(np.searchsorted(pointers, token * index.token_dtype.itemsize, "right")) - 1
     document = int(np.searchsorted(documents, sequence, "right")) - 1
@@ -126,7 +130,7 @@ def _whereabouts(index: IndexFile, token: int) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """`ids` are the first of its `length` tokens, as many as were asked for."""
+    """A document of a dataset. `ids` are the first of its `length` tokens, as many as were asked for."""
 
     number: int
     num_sequences: int
@@ -135,7 +139,7 @@ class Document:
 
 
 def read_documents(index: IndexFile, first: int, count: int, most_tokens: int) -> Iterator[Document]:
-    """Documents [first, first + count), as far as there are. ValueError where the .idx is damaged at one of them."""
+    """Yield the documents [first, first + count) that exist. Raise ValueError where the .idx is damaged at one."""
     end = min(first + count, index.num_document_entries - 1)
     bin_size, itemsize = os.path.getsize(index.prefix + ".bin"), index.token_dtype.itemsize
     for number in range(first, end):
@@ -164,8 +168,8 @@ def describe(statistics: Statistics) -> str:
         most = max(entry.documents for entry in s.histogram)
         lines.append(f"  {'tokens':>23} {'documents':>13} {'of tokens':>9}")
         for entry in s.histogram:
-            span = f"{entry.shortest:,} to {entry.longest:,}"
+            lengths = f"{entry.shortest:,} to {entry.longest:,}"
             share = entry.tokens / s.tokens if s.tokens else 0
             bar = "#" * -(-BAR_WIDTH * entry.documents // most)
-            lines.append(f"  {span:>23} {entry.documents:>13,} {share:>9.1%} {bar}")
+            lines.append(f"  {lengths:>23} {entry.documents:>13,} {share:>9.1%} {bar}")
     return "\n".join(lines)

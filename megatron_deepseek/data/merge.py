@@ -1,7 +1,7 @@
 """Joining and cutting indexed datasets without reading a token: .bin files are copied by the kernel, .idx by chunks.
 
 A joined dataset has the bytes of megatron-core's IndexedDatasetBuilder.add_index, which holds every length in Python
-lists and copies in one thread. Memory here is 8 MB for each worker, whatever the sizes.
+lists and copies in one thread. This module takes 8 MB of memory for each worker, whatever the sizes.
 """
 
 import itertools
@@ -24,9 +24,9 @@ BYTES_PER_BLOCK = 1 << 23
 def merge_datasets(prefixes, output_prefix: str, workers: int = 1, copied=lambda num_bytes: None) -> IndexFile:
     """Join the datasets of `prefixes`, in order, into `{output_prefix}.bin` and `.idx`; a prefix may come twice.
 
-    `workers` threads copy; `copied` is told of the bytes, from any of them. The output appears whole or not at all.
-    ValueError: a dataset that is missing or damaged, dtypes that differ, modes in some datasets only, or an input that
-    is the output.
+    `workers` threads copy, and call `copied` with the bytes. The output appears whole or not at all. Raise ValueError
+    for a dataset that is missing or damaged, dtypes that differ, modes in some datasets only, or an input that is the
+    output.
     """
     if not prefixes:
         raise ValueError(f"nothing to merge into {output_prefix}: no datasets are given")
@@ -44,10 +44,10 @@ def merge_datasets(prefixes, output_prefix: str, workers: int = 1, copied=lambda
 
 def split_dataset(prefix: str, output_prefix: str, weights, workers: int = 1,
                   copied=lambda num_bytes: None) -> list[IndexFile]:
-    """Cut a dataset into runs of documents, as many in each as its weight says: `{output_prefix}_0` and so on.
+    """Cut a dataset into runs of documents, in proportion to `weights`: `{output_prefix}_0` and so on.
 
-    The numbers in the names have as many digits as the last. ValueError as `merge_datasets`, and for weights that are
-    not positive or leave a part without documents.
+    The numbers in the names have as many digits as the last. Raise ValueError as `merge_datasets` does, and for weights
+    that are not positive or leave a part without documents.
     """
     if not weights or not min(weights) > 0 or not sum(weights) < float("inf"):
         raise ValueError(f"weights {' '.join(f'{weight:g}' for weight in weights)}: all must be greater than 0")
@@ -79,7 +79,7 @@ def _open_input(prefix: str, outputs: list[str]) -> IndexFile:
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive documents of a sound dataset: half-open ranges of documents, of their sequences, of bytes."""
+    """Consecutive documents of a sound dataset, as half-open ranges of documents, of their sequences and of bytes."""
 
     index: IndexFile
     documents: tuple[int, int]
@@ -98,7 +98,7 @@ def cut(index: IndexFile, first_document: int, end_document: int) -> Slice:
 
 
 def _write(outputs: dict[str, list[Slice]], workers: int, copied):
-    """Each output's slices, end to end; all outputs get their names once all are written."""
+    """Write the slices of each output end to end; all outputs get their names once all are written."""
     for output in outputs:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -115,7 +115,7 @@ def _write(outputs: dict[str, list[Slice]], workers: int, copied):
 
 
 @dataclass(frozen=True)
-class _ByteRange:
+class ByteRange:
     """Bytes [begin, begin + size) of `source`, to be copied to byte `target` of the output."""
 
     source: str
@@ -126,7 +126,7 @@ class _ByteRange:
 
 def _write_bin(path: str, slices: list[Slice], workers: int, copied):
     with open(path, "wb") as output, ThreadPoolExecutor(max(1, workers), "merge") as pool:
-        pending = [pool.submit(_copy, span, output.fileno(), copied) for span in _byte_ranges(slices)]
+        pending = [pool.submit(_copy, byte_range, output.fileno(), copied) for byte_range in byte_ranges(slices)]
         try:
             for future in pending:
                 future.result()
@@ -134,49 +134,53 @@ def _write_bin(path: str, slices: list[Slice], workers: int, copied):
             pool.shutdown(cancel_futures=True)
 
 
-def _byte_ranges(slices: list[Slice]) -> Iterator[_ByteRange]:
+def byte_ranges(slices: list[Slice]) -> Iterator[ByteRange]:
     target = 0
     for part in slices:
         first, end = part.bytes
         for begin in range(first, end, BYTES_PER_TASK):
             size = min(BYTES_PER_TASK, end - begin)
-            yield _ByteRange(part.index.prefix + ".bin", begin, target, size)
+            yield ByteRange(part.index.prefix + ".bin", begin, target, size)
             target += size
 
 
-def _copy(span: _ByteRange, output: int, copied):
-    """By copy_file_range, which shares blocks where the file system can; where it refuses, by reading and writing."""
+def _copy(byte_range: ByteRange, output: int, copied):
+    """Copy by copy_file_range, which shares blocks where the file system can, or else by reading and writing.
+
+    Raise ValueError where the input ends before the range does.
+    """
     done = 0
-    with open(span.source, "rb") as file:
-        while done < span.size:
-            count = (_copy_in_kernel(file.fileno(), output, span, done)
-                     or _copy_block(file.fileno(), output, span, done))
+    with open(byte_range.source, "rb") as file:
+        while done < byte_range.size:
+            count = (_copy_in_kernel(file.fileno(), output, byte_range, done)
+                     or _copy_block(file.fileno(), output, byte_range, done))
             if not count:
-                raise ValueError(f"{span.source} was cut while it was copied: it ends at byte {span.begin + done}")
+                raise ValueError(f"{byte_range.source} was cut while it was copied: it ends at byte "
+                                 f"{byte_range.begin + done}")
             done += count
             copied(count)
 
 
-def _copy_in_kernel(source: int, output: int, span: _ByteRange, done: int) -> int:
-    """Bytes copied; 0 at the end of the source, and on systems and file systems that cannot."""
+def _copy_in_kernel(source: int, output: int, byte_range: ByteRange, done: int) -> int:
+    """Return the bytes copied; 0 at the end of the source, and on systems and file systems that cannot."""
     try:
-        return os.copy_file_range(source, output, min(span.size - done, BYTES_PER_BLOCK),
-                                  span.begin + done, span.target + done)
-    except (AttributeError, OSError):  # a full disk too: then the write that follows says so
+        return os.copy_file_range(source, output, min(byte_range.size - done, BYTES_PER_BLOCK),
+                                  byte_range.begin + done, byte_range.target + done)
+    except (AttributeError, OSError):  # also of a full disk, which the write that follows reports
         return 0
 
 
-def _copy_block(source: int, output: int, span: _ByteRange, done: int) -> int:
-    with naming(span.source):
-        block = os.pread(source, min(span.size - done, BYTES_PER_BLOCK), span.begin + done)
+def _copy_block(source: int, output: int, byte_range: ByteRange, done: int) -> int:
+    with naming(byte_range.source):
+        block = os.pread(source, min(byte_range.size - done, BYTES_PER_BLOCK), byte_range.begin + done)
     written = 0
     while written < len(block):
-        written += os.pwrite(output, block[written:], span.target + done + written)
+        written += os.pwrite(output, block[written:], byte_range.target + done + written)
     return len(block)
 
 
 def _write_index(path: str, slices: list[Slice]):
-    """In a sound dataset shifted pointers and document entries are those of the new one."""
+    """Write the .idx of `slices` end to end: pointers and document entries of sound datasets, shifted."""
     num_sequences = [end - first for first, end in (part.sequences for part in slices)]
     num_bytes = [end - first for first, end in (part.bytes for part in slices)]
     num_documents = sum(end - first for first, end in (part.documents for part in slices))

@@ -1,4 +1,4 @@
-"""Which file an error of the operating system is about: a write that finds no room does not say."""
+"""Errors of the operating system that name their file: by itself a write that finds no room doesn't."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError of the block that names no file is raised as one about `path`."""
+    """Raise an OSError of the block that names no file again, as one about `path`."""
     try:
         yield
     except OSError as error:

@@ -5,8 +5,8 @@ the epochs of a run together, so that a run resumed with more iterations would s
 on. Here a dataset is one epoch of Megatron's, repeated in an order that is drawn anew for each epoch: the order depends
 on the seed and the number of consumed samples alone. Within one epoch it is Megatron's.
 
-Rank 0 looks at the files (survey.py), checks what is in the cache (cache.py) and builds what it lacks (sample_index.py,
-blend_index.py); the other ranks are told the plan and open files as they read from them.
+Rank 0 surveys the files (survey.py), checks what is in the cache (cache.py) and builds what it lacks (sample_index.py,
+blend_index.py). The other ranks receive the plan, and open files as they read from them.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from megatron_deepseek.data.survey import Survey, survey_all
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.settings import DataSettings
 
-MUCH_TO_READ = 1 << 30  # bytes, worth a line on the screen
+MUCH_TO_READ = 1 << 30  # bytes; reading more is worth a line on the screen
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What one split is read from: a source for each dataset of its blend, with weights that add up to 1.
+    """The `sources` of one split, one for each dataset of its blend, with weights that add up to 1.
 
-    `left_out`: prefixes whose share of a split that is not trained on is less than a sample.
+    `left_out` are prefixes whose share is less than a sample, of a split that is not trained on.
     """
 
     sources: tuple[PackedSplit, ...]
@@ -45,13 +45,13 @@ class SplitPlan:
 
     @property
     def index(self) -> BlendIndex | None:
-        """None for a single dataset, whose samples come in its own order."""
+        """Return the index of the blend, None for a single dataset: its samples come in its own order."""
         return BlendIndex(self.weights, self.num_samples) if len(self.sources) > 1 else None
 
 
 @dataclass(frozen=True)
 class Missing:
-    """What a folder lacks, or holds damaged: indices of samples, each once, and of blends."""
+    """The indices that a folder lacks or holds damaged: of samples, each once, and of blends."""
 
     samples: tuple[PackedSplit, ...]
     blends: tuple[BlendIndex, ...]
@@ -59,7 +59,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Plans of (train, valid, test), None where no samples are needed, and the folder of the indices.
+    """The plans of (train, valid, test), None where no samples are needed, and the folder of the indices.
 
     `stamps` are those of the files that have been found sound, by name.
     """
@@ -69,7 +69,11 @@ class DataPlan:
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     def missing(self, look_inside: bool = True, say=lambda line: None) -> Missing:
-        """What is to be built. Files of the known stamps are sound; of the others every byte is read, if asked to."""
+        """Return the indices that are to be built.
+
+        Files with the known stamps are sound. Of the others every byte is read if `look_inside`, else only the size
+        is compared.
+        """
         samples = {source.file_name: source for split in self._needed() for source in split.sources}
         found = {split.index: split.index.find(self.folder) for split in self._needed() if split.index is not None}
         sizes = {name: source.file_size for name, source in samples.items()}
@@ -92,7 +96,7 @@ class DataPlan:
         return there - wrong
 
     def build(self, missing: Missing, workers: int | None = None, built=lambda split: None) -> "DataPlan":
-        """Build what `missing` found; `built` is told of each index of samples. The plan with the stamps of all."""
+        """Build what is missing and return the plan with the stamps of all files; `built` gets each sample index."""
         build_all(list(missing.samples), self.folder, workers, built)
         made = set()
         for index in sorted(missing.blends, key=lambda index: -index.size):  # a longer one serves the next, too
@@ -108,11 +112,11 @@ class DataPlan:
 
 
 def check_data(settings: DataSettings, model_vocab_size: int | None, num_samples=(1, 0, 0)):
-    """Refuse data that training would trip over, by a ValueError that names the argument, its value and the conflict.
+    """Raise ValueError, with the argument, its value and the conflict, for data that training would trip over.
 
-    To be called once, before anything is built. `num_samples` of (train, valid, test): splits with 0 are not needed.
-    Of the token ids, 2^28 are looked at, spread evenly over the datasets: `check_token_ids` then looks at each batch.
-    `model_vocab_size` None: ids are not compared.
+    Call it once, before anything is built. `num_samples` are those of (train, valid, test); a split with 0 is not
+    needed. 2^28 token ids, spread evenly over the datasets, are compared with `model_vocab_size`, or none if that is
+    None; `check_token_ids` later looks at each batch.
     """
     tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
     if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
@@ -122,7 +126,7 @@ def check_data(settings: DataSettings, model_vocab_size: int | None, num_samples
 
 
 def make_plan(settings: DataSettings, num_samples) -> DataPlan:
-    """What `build_datasets` builds, and nothing built; ValueError for data that cannot be used."""
+    """Return the plan of `build_datasets` without building it. Raise ValueError for data that cannot be used."""
     return _plan(settings, num_samples, None)
 
 
@@ -143,7 +147,10 @@ def _plan(settings: DataSettings, num_samples, vocab_size: int | None) -> DataPl
 
 
 def _plan_split(settings: DataSettings, blend: SplitBlend, surveys: list[Survey], num_samples) -> SplitPlan:
-    """ValueError where a dataset to train on, or every dataset of another split, holds no sample."""
+    """Return the plan of one split.
+
+    Raise ValueError where a dataset to train on, or every dataset of another split, holds no sample.
+    """
     packed = [_pack(settings, blend, survey) for survey in surveys]
     small = [place for place, split in enumerate(packed) if not split.num_samples]
     if small and (blend.name == "train" or len(small) == len(packed)):
@@ -160,16 +167,16 @@ def _plan_split(settings: DataSettings, blend: SplitBlend, surveys: list[Survey]
 
 
 def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
-    """Datasets of (train, valid, test), each with at least its `num_samples`; None where that is 0. See samples.py.
+    """Return datasets of (train, valid, test), each with at least its `num_samples`, None where that is 0: samples.py.
 
-    To be called by every rank, with the default process group initialised, or in a single process without one. Rank 0
-    builds the indices; on other nodes that do not see its folder the first rank builds them again.
+    Every rank must call it, with the default process group initialised; a single process needs none. Rank 0 builds the
+    indices; on other nodes that do not see its folder the first rank builds them again.
     """
     return open_datasets(settings, shared_plan(settings, num_samples))
 
 
 def open_datasets(settings: DataSettings, plan: DataPlan):
-    """The datasets of a plan that is built."""
+    """Return the datasets of a plan whose indices are built."""
     from megatron_deepseek.data.samples import BlendedSamples, PackedSamples
     eod = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model).eod
     masked = eod if settings.eod_mask_loss else None
@@ -183,23 +190,26 @@ def open_datasets(settings: DataSettings, plan: DataPlan):
 
 
 def shared_plan(settings: DataSettings, num_samples, say=lambda line: None) -> DataPlan:
-    """The plan, once everything that it needs is built where this rank will look for it. Every rank calls this."""
+    """Return the plan, after everything that it needs is built where this rank will look for it.
+
+    Every rank must call it. Raise ValueError on all of them where one fails.
+    """
     import torch.distributed as dist
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    plan, refusal = None, None
+    plan, error = None, None
     if alone or dist.get_rank() == 0:
-        plan, refusal = _caught(lambda: _built(make_plan(settings, num_samples), say))
+        plan, error = _caught(lambda: _built(make_plan(settings, num_samples), say))
     if not alone:
-        told = [(plan, refusal)]
+        told = [(plan, error)]
         dist.broadcast_object_list(told)
-        plan, refusal = told[0]
-        if refusal is None and _first_of_its_node() and dist.get_rank() != 0:
-            _, refusal = _caught(lambda: _built(plan))  # where the folder is shared, all stamps are known
-        refusals = [None] * dist.get_world_size()
-        dist.all_gather_object(refusals, refusal)
-        refusal = next(filter(None, refusals), None)
-    if refusal is not None:
-        raise ValueError(refusal)
+        plan, error = told[0]
+        if error is None and _first_of_its_node() and dist.get_rank() != 0:
+            _, error = _caught(lambda: _built(plan))  # where the folder is shared, all stamps are known
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next(filter(None, errors), None)
+    if error is not None:
+        raise ValueError(error)
     return plan
 
 
@@ -215,7 +225,7 @@ def _built(plan: DataPlan, say=lambda line: None) -> DataPlan:
 
 
 def _caught(work: Callable[[], DataPlan]) -> tuple[DataPlan | None, str | None]:
-    """What `work` returns, or why it cannot: other ranks wait to be told."""
+    """Return the result of `work` and None, or None and the message of its error: other ranks wait to be told."""
     try:
         return work(), None
     except (ValueError, OSError) as error:
@@ -223,13 +233,16 @@ def _caught(work: Callable[[], DataPlan]) -> tuple[DataPlan | None, str | None]:
 
 
 def _first_of_its_node() -> bool:
-    """True of every rank where the launcher does not say: to build side by side is slow, not wrong."""
+    """Return whether this rank is the first of its node.
+
+    Without word from the launcher every rank is: that several of them build the same files is slow, not wrong.
+    """
     names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _needed(settings: DataSettings, num_samples) -> list[SplitBlend]:
-    """The splits that samples are needed of; ValueError where nothing says what they are made of."""
+    """Return the splits that samples are needed of. Raise ValueError where no argument names their data."""
     if settings.seq_length < 1:
         raise ValueError(f"--seq-length {settings.seq_length}: it must be at least 1")
     blends = split_blends(settings)
@@ -240,14 +253,14 @@ def _needed(settings: DataSettings, num_samples) -> list[SplitBlend]:
 
 
 def _survey(settings: DataSettings, blends: list[SplitBlend]) -> list[list[Survey]]:
-    """Of each dataset of each blend."""
+    """Return the survey of each dataset of each blend."""
     for blend in blends:
         for prefix in blend.blend.prefixes:
-            open_index(prefix, blend.argument)  # what is missing is said before the folder for the cache is made
+            open_index(prefix, blend.argument)  # refuses a missing dataset before the folder for the cache is made
     folder = cache_folder(settings)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.glob("*.samples")):  # else it may be complete, and need not be writable
+    if not any(folder.glob("*.samples")):  # with some the cache may be complete, and need not be writable
         check_writable(settings, folder)
     known = {}
     for blend in blends:
@@ -263,7 +276,7 @@ def _pack(settings: DataSettings, blend: SplitBlend, survey: Survey) -> PackedSp
 
 
 def check_writable(settings: DataSettings, folder: Path):
-    """ValueError where indices have to be written to `folder` and cannot be."""
+    """Raise ValueError where no file can be written to `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -277,7 +290,10 @@ def check_writable(settings: DataSettings, folder: Path):
 
 
 def check_token_ids(tokens, vocab_size: int, prefix: str):
-    """Cheap enough for each batch: an id outside the embedding would otherwise be a crash deep in a kernel, or none."""
+    """Raise ValueError for an id outside the vocabulary, which a kernel would meet by a crash or in silence.
+
+    It is cheap enough for each batch.
+    """
     least, greatest = int(tokens.min()), int(tokens.max())
     if least < 0 or greatest >= vocab_size:
         raise ValueError(f"--data-path {prefix}: token ids from {least} to {greatest} in a batch, outside the model's "
@@ -285,6 +301,6 @@ def check_token_ids(tokens, vocab_size: int, prefix: str):
 
 
 def cache_folder(settings: DataSettings) -> Path:
-    """`--data-cache-path`, else `cache/` beside the first dataset."""
+    """Return the folder of the index cache: `--data-cache-path`, or `cache/` beside the first dataset."""
     first = next(blend for blend in split_blends(settings) if blend is not None).blend.prefixes[0]
     return Path(settings.data_cache_path or Path(first).parent / "cache")

@@ -1,4 +1,4 @@
-"""The samples of one dataset: its documents shuffled and laid end to end, cut every seq_length tokens, shuffled again.
+"""The index of one dataset's samples: documents shuffled and laid end to end, cut every seq_length tokens, shuffled.
 
 That is an epoch of Megatron's GPTDataset, to the sample (a test compares them). An index is a file of four arrays, one
 behind the other, named after all that decides its content; it gets that name when it is whole. N samples, D sequences:
@@ -33,7 +33,10 @@ FEW_SEQUENCES = 4_000_000  # indexed in about a second: not worth starting proce
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """What an index is of: `tokens` in the sequences [first, end) of a dataset, whose lengths have the `digest`."""
+    """The content of an index: the `tokens` tokens in the sequences [first, end) of a dataset.
+
+    `digest` is that of the lengths of all its sequences.
+    """
 
     prefix: str
     digest: str
@@ -45,7 +48,7 @@ class PackedSplit:
 
     @property
     def num_samples(self) -> int:
-        """A sample is seq_length tokens and one more, which the next sample begins with."""
+        """Return the number of samples: each is seq_length tokens and one more, which the next sample begins with."""
         return max(0, self.tokens - 1) // self.seq_length
 
     @property
@@ -55,7 +58,7 @@ class PackedSplit:
 
     @property
     def sections(self) -> tuple[tuple[np.dtype, int], ...]:
-        """(dtype, entries) of order, documents, starts and offsets."""
+        """Return (dtype, number of entries) of order, documents, starts and offsets."""
         samples, sequences = self.num_samples, self.end - self.first
         place = np.dtype("<u4") if samples < 2**32 else np.dtype("<u8")
         sequence = np.dtype("<i4") if self.end < 2**31 else np.dtype("<i8")
@@ -66,7 +69,7 @@ class PackedSplit:
         return sum(dtype.itemsize * count for dtype, count in self.sections)
 
     def map(self, folder: Path) -> tuple[np.ndarray, ...]:
-        """The four arrays, mapped."""
+        """Return the four arrays, mapped from the file."""
         offset, arrays = 0, []
         for dtype, count in self.sections:
             arrays.append(mapped(folder / self.file_name, dtype, offset, count))
@@ -94,9 +97,9 @@ def build(split: PackedSplit, folder: Path):
 
 
 def build_all(missing: list[PackedSplit], folder: Path, workers: int | None = None, built=lambda split: None):
-    """Build the indices of `missing` in `folder`, by processes if they are large; `built` is told of each.
+    """Build the indices of `missing` in `folder`, by processes if they are large, and call `built` with each.
 
-    `workers` None: one on each core of this process. The processes are of this module alone and import no torch.
+    Without `workers` there is one process for each core of this one. They run this module alone and import no torch.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers or cores, len(missing))
@@ -109,7 +112,7 @@ def build_all(missing: list[PackedSplit], folder: Path, workers: int | None = No
 
 
 def _build_by_processes(splits: list[PackedSplit], folder: Path, workers: int, built):
-    """Each process gets a share of like size, and answers with a line for each index that it wrote."""
+    """Start the processes, each with a share of similar size; each answers with a line for each index it wrote."""
     shares: list[list[PackedSplit]] = [[] for _ in range(workers)]
     for split in sorted(splits, key=lambda split: split.first - split.end):
         min(shares, key=lambda share: sum(split.end - split.first for split in share)).append(split)
@@ -138,7 +141,7 @@ def _build_by_processes(splits: list[PackedSplit], folder: Path, workers: int, b
 
 
 def main():
-    """Answers with a line of JSON for each index: its file's name or, as the last, {"error": what went wrong}."""
+    """Answer with a line of JSON for each index: its file's name or, as the last, {"error": what went wrong}."""
     asked = json.load(sys.stdin)
     try:
         for fields in asked["splits"]:

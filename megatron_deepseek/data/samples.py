@@ -1,4 +1,4 @@
-"""Datasets of samples: of one indexed dataset, epoch after epoch, and of a blend of several.
+"""Datasets of samples, from one indexed dataset, epoch after epoch, or from a blend of several.
 
 An item is a dict: tokens and labels, int64 [seq_length], labels[s] being the token after tokens[s]; loss_mask, bool
 [seq_length]; source, the number of the dataset in its blend. Files are opened and mapped when a sample is first read
@@ -19,7 +19,7 @@ from megatron_deepseek.data.sample_index import PackedSplit
 
 
 class PackedSamples:
-    """Samples k, counted on without end: epoch k // samples_per_epoch, in an order of its own for each epoch.
+    """The samples of one dataset without end: sample k belongs to epoch k // samples_per_epoch.
 
     Documents are packed into samples once. An epoch after the first takes the same samples in the order of a
     permutation drawn from (seed, epoch). `masked` is the token after which no loss is taken, or None.
@@ -31,7 +31,7 @@ class PackedSamples:
         self._order = (0, None)
 
     def __len__(self) -> int:
-        """Whole epochs, at least `num_samples`; items beyond exist all the same."""
+        """Return the samples of as many whole epochs as `num_samples` take; items beyond them exist all the same."""
         return -(-(self.num_samples or 1) // self.samples_per_epoch) * self.samples_per_epoch
 
     def __getitem__(self, number: int) -> dict:
@@ -43,7 +43,7 @@ class PackedSamples:
         return {"tokens": tokens, "labels": labels, "loss_mask": mask, "source": 0}
 
     def read(self, place: int) -> np.ndarray:
-        """int64 [seq_length + 1]: the sample at a place of the stream."""
+        """Return the sample at a place of the stream of packed documents, int64 [seq_length + 1]."""
         _, documents, starts, offsets = self._index
         (first, last), (begin, end) = starts[place:place + 2].tolist(), offsets[place:place + 2].tolist()
         parts = [self._sequence(int(documents[number])) for number in range(first, last + 1)]
@@ -61,7 +61,7 @@ class PackedSamples:
 
     @cached_property
     def _files(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pointers and lengths of the sequences, bytes of the .bin; all mapped."""
+        """Return the pointers and lengths of the sequences and the bytes of the .bin, all mapped."""
         index = self._index_file
         data = mapped(index.prefix + ".bin", np.uint8, 0, os.path.getsize(index.prefix + ".bin"))
         return index.map(index.pointers), index.map(index.lengths), data
@@ -71,7 +71,7 @@ class PackedSamples:
         return self.split.map(self.folder)
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        """Kept for the epoch last asked for: they are read in order."""
+        """Return the permutation of an epoch. Only the last one is kept, as epochs are read in order."""
         if self._order[0] != epoch:
             generator = np.random.default_rng((self.split.seed, epoch))
             self._order = (epoch, generator.permutation(self.samples_per_epoch).astype(np.uint32))
@@ -79,7 +79,7 @@ class PackedSamples:
 
 
 class BlendedSamples:
-    """`size` samples of several datasets, in the order of a blend's index."""
+    """The samples of several datasets, in the order of a blend's index."""
 
     def __init__(self, datasets: list[PackedSamples], index: BlendIndex, folder: Path):
         self.datasets, self.index, self.folder = datasets, index, folder

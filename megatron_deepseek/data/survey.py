@@ -1,8 +1,8 @@
-"""What there is to know of a dataset before it is indexed, found by reading it once and remembered in the cache.
+"""A survey of a dataset before it is indexed: its counts, checked by reading it once and remembered in the cache.
 
 A survey reads the whole .idx and up to MOST_TOKENS_SCANNED ids of a blend. Its record holds sizes and times of change
 of both files: as long as they stay, the next start reads the record and nothing else. A digest of the record and its
-name says whether it is what was written.
+name reveals whether the record is as it was written.
 """
 
 import contextlib
@@ -28,9 +28,10 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Survey:
-    """`contiguous`: sequences lie end to end; `least` and `greatest` of the `scanned` ids, spread over the file.
+    """The counts of a dataset. It is `contiguous` where its sequences lie end to end.
 
-    `digest` is of the lengths, on which the indices rest: data made anew under an old name has other indices.
+    `least` and `greatest` are the extremes of the `scanned` ids, which are spread over the file. `digest` is that of
+    the lengths, on which the indices depend: data made anew under an old name has other indices.
     """
 
     prefix: str
@@ -44,7 +45,7 @@ class Survey:
     scanned: int
 
     def tokens_between(self, first: int, end: int) -> int:
-        """Tokens of the sequences [first, end)."""
+        """Return the number of tokens in the sequences [first, end)."""
         index = open_index(self.prefix, "dataset")
         if not self.contiguous:
             return sum(int(chunk.sum(dtype=np.int64)) for chunk in index.read(index.lengths, first, end))
@@ -55,9 +56,9 @@ class Survey:
 
 
 def survey_all(prefixes, argument: str, folder: Path) -> list[Survey]:
-    """A survey of each prefix, by threads, from its record in `folder` where that is still true.
+    """Return a survey of each prefix, made by threads or taken from its record in `folder` where that still holds.
 
-    ValueError of `open_indexed`, for the first prefix that has one.
+    Raise the ValueError of `open_indexed` for the first prefix that has one.
     """
     most_tokens = max(TOKENS_PER_CHUNK, MOST_TOKENS_SCANNED // len(prefixes))
     with ThreadPoolExecutor(min(THREADS, len(prefixes)), "survey") as pool:
@@ -76,7 +77,7 @@ def _survey(prefix: str, argument: str, folder: Path, most_tokens: int) -> Surve
         return dataclasses.replace(known, prefix=prefix)
     survey = _look(prefix, argument, most_tokens)
     written = {"version": VERSION, "stamps": stamps, "survey": dataclasses.asdict(survey)}
-    with contextlib.suppress(ValueError), replacing(record) as file:  # to save time: a cache may be read-only
+    with contextlib.suppress(ValueError), replacing(record) as file:  # it only saves time: a cache may be read-only
         file.write(json.dumps(written | {"digest": _digest(record.name, written)}).encode())
     return survey
 
@@ -86,7 +87,7 @@ def _digest(name: str, written: dict) -> str:
 
 
 def _stamps(prefix: str) -> list[list[int]] | None:
-    """Size and time of change of both files; None where one is missing, which `open_indexed` will say."""
+    """Return size and time of change (ns) of both files, None where one is missing."""
     try:
         stats = [os.stat(prefix + suffix) for suffix in (".idx", ".bin")]
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run reads of each dataset, as lines to print before it starts: weights, samples, epochs."""
+"""The table that a run prints of its datasets before it starts: weights, samples, epochs."""
 
 from megatron_deepseek.data.blend import short_names
 from megatron_deepseek.data.pretraining import SplitPlan
@@ -7,9 +7,10 @@ MOST_ROWS = 40
 
 
 def describe_split(name: str, plan: SplitPlan, most_rows: int = MOST_ROWS) -> list[str]:
-    """A line on the whole split, and for a blend a row for each dataset, the heaviest first beyond `most_rows`.
+    """Return a line on the whole split, and for a blend a row for each dataset.
 
-    Samples are those of the whole run: weight x samples, which the blend keeps to within one.
+    Of more than `most_rows` datasets only the heaviest are shown. Samples are those of the whole run, weight x samples,
+    from which the blend departs by one at most.
     """
     sources, seq_length = plan.sources, plan.sources[0].seq_length
     tokens = sum(source.tokens for source in sources)

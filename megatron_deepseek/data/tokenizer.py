@@ -18,7 +18,7 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 SPECIAL_TOKENS = (BOS, EOD, USER, ASSISTANT)
 
-# What the released tokenizers of other families call theirs, looked for in this order after DeepSeek's own.
+# The names that the released tokenizers of other families have for them, looked for in this order after DeepSeek's.
 OTHER_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eod>", "<eos>", "<|im_end|>", "[EOS]")
 OTHER_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 
@@ -33,10 +33,11 @@ class IdOutsideVocabulary(ValueError):
 
 
 class Tokenizer(Protocol):
-    """`vocab_size` is the highest id + 1; `eod` ends a document; `bos` is None where there is no such token.
+    """Turns text into ids and back. `vocab_size` is the highest id + 1.
 
-    `fim` are the ids of FIM_TOKENS' begin, hole and end, or None. `adds_bos`: whether a prompt is to begin with `bos`,
-    as transformers lets it; `encode` does not.
+    `eod` ends a document; `bos` begins one, and is None where there is no such token. `fim` are the ids of FIM_TOKENS'
+    begin, hole and end, or None. `adds_bos` says whether a prompt is to begin with `bos`, as transformers lets it;
+    `encode` never adds it.
     """
 
     vocab_size: int
@@ -50,15 +51,15 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, special tokens shown as they are written; ids without an entry give nothing."""
+        """Return the text of `ids`, special tokens as they are written; an id without an entry gives nothing."""
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json. eod and bos are those of the tokenizer_config.json beside it, else well-known names.
+    """The tokenizer of a tokenizer.json. eod and bos are those of the tokenizer_config.json beside it, or well-known.
 
-    Ids are those of Megatron-LM's tokenizer of this name: no special tokens added, and one written out in a text is
-    read as that special token. Truncation and padding that tokenizer.json may ask for are off: they are for models
-    that read sentences, and would silently cut documents.
+    Ids are those of Megatron-LM's tokenizer of this name: no special tokens are added, and one that is written out in
+    a text is read as that special token. Truncation and padding that tokenizer.json may ask for are off: they are for
+    models that read sentences, and would silently cut documents.
     """
 
     def __init__(self, path: Path):
@@ -83,7 +84,10 @@ class HuggingFaceTokenizer:
                              f"tokenizer_config.json, and none is called {', '.join((EOD, *OTHER_EOD))}")
 
     def _find(self, role: str, names) -> int | None:
-        """The id of the token that tokenizer_config.json gives this role, else of the first of `names` there is."""
+        """Return the id of tokenizer_config.json's token for this role, or of the first of `names` that exists.
+
+        Return None where neither does, and raise ValueError where the token is not in the vocabulary.
+        """
         declared = _declared(self.path.with_name("tokenizer_config.json"), role)
         if declared is not None:
             identity = self.backend.token_to_id(declared)
@@ -105,7 +109,7 @@ class HuggingFaceTokenizer:
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes of UTF-8; then begin, end, User and Assistant. Special tokens in a text stay bytes."""
+    """Ids 0 to 255 are the bytes of UTF-8; then come begin, end, User and Assistant, which in a text stay bytes."""
 
     def __init__(self):
         self.vocab_size = 256 + len(SPECIAL_TOKENS)
@@ -125,7 +129,7 @@ class ByteTokenizer:
 
 
 class NullTokenizer:
-    """Text that is already ids. As in Megatron-LM, eod is the id after the `num_ids` given: vocab_size is one more."""
+    """Reads text that is already ids. As in Megatron-LM, eod is `num_ids` itself, so vocab_size is one more."""
 
     def __init__(self, num_ids: int):
         self.vocab_size = num_ids + 1
@@ -148,7 +152,7 @@ class NullTokenizer:
 
 
 def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> Tokenizer:
-    """The tokenizer of `--tokenizer-type` and `--tokenizer-model` (for NullTokenizer the number of ids)."""
+    """Return the tokenizer of `--tokenizer-type` and `--tokenizer-model` (for NullTokenizer the number of ids)."""
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(find_tokenizer_json(tokenizer_model))
     if tokenizer_type == "ByteTokenizer":
@@ -172,7 +176,7 @@ def find_tokenizer_json(tokenizer_model: str | None) -> Path:
 
 
 def _declared(path: Path, role: str) -> str | None:
-    """The token that a tokenizer_config.json gives a role, as a text or an object with its content; None without."""
+    """Return the token that a tokenizer_config.json gives a role (a text, or an object with its content), else None."""
     if not path.is_file():
         return None
     config = read_object(path)

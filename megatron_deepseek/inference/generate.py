@@ -1,7 +1,7 @@
-"""Text from a checkpoint or a Hugging Face directory: tools/generate.py --load DIR --prompt "..."
+"""Generates text from a checkpoint or a Hugging Face directory: tools/generate.py --load DIR --prompt "...".
 
-One process, the whole sequence again for every token: enough to hear what a model has learned. A cache of latents and
-a server are not here yet.
+One process computes the whole sequence again for every token: enough to see what a model has learned. A cache of
+latents and a server are not here yet.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from megatron_deepseek.parallel.start import choose_device, join_job
 @torch.no_grad()
 def generate(model: DeepseekStage, prompt: list[int], num_tokens: int, temperature: float, top_p: float,
              seed: int, eod: int | None) -> Iterator[int]:
-    """Sample up to `num_tokens` ids after `prompt`, each from the nucleus of probability `top_p`; stops at `eod`.
+    """Sample up to `num_tokens` ids after `prompt`, each from the nucleus of probability `top_p`; stop at `eod`.
 
     A temperature of 0 takes the most likely token.
     """
@@ -48,16 +48,16 @@ def generate(model: DeepseekStage, prompt: list[int], num_tokens: int, temperatu
 
 
 def next_token_logits(model: DeepseekStage, tokens_1S: torch.Tensor) -> torch.Tensor:
-    """Logits [V] after the last of `tokens_1S`; rows past the sequence do not change a causal model's answer."""
+    """Return the logits [V] after the last of `tokens_1S`. Padding after it does not change a causal model's answer."""
     length, limit = tokens_1S.shape[1], model.rope_2SD.shape[1]
     padded = torch.nn.functional.pad(tokens_1S, (0, limit - length))
-    labels = padded.unsqueeze(1)  # nobody reads them: they say that the main prediction alone is wanted
+    labels = padded.unsqueeze(1)  # nobody reads them; their shape asks for the main prediction alone
     state, *_ = model.states(padded, MicroBatch(Rows(labels, torch.zeros_like(labels))), StepContext(1))
     return model.logits(state[:, length - 1:length])[0, 0]
 
 
 def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """An id from the smallest set of tokens whose probabilities reach `top_p` (arXiv 1904.09751)."""
+    """Return an id from the smallest set of tokens whose probabilities reach `top_p` (arXiv 1904.09751)."""
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities, ids = (logits_V / temperature).softmax(-1).sort(descending=True)
@@ -68,7 +68,7 @@ def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, looked at before anything is built. `prompt` are ids; a model sees the last `seq_length`."""
+    """A checked request for text. `prompt` are ids, of which the model sees the last `seq_length`."""
 
     directory: Path
     config: ModelConfig
@@ -77,8 +77,11 @@ class Request:
     seq_length: int
 
 
-def look_at(args: argparse.Namespace) -> Request:
-    """ValueError, of one line, for whatever in `args` and the files that they name cannot work."""
+def check_request(args: argparse.Namespace) -> Request:
+    """Return the request that `args` make, checked before anything is built.
+
+    Raise ValueError, of one line, for anything in `args` and the files that they name that cannot work.
+    """
     _check_text(args.prompt)
     directory = checkpoint_directory(args.load, args.ckpt_step)
     config = _architecture(directory)
@@ -95,7 +98,7 @@ def look_at(args: argparse.Namespace) -> Request:
 
 
 def _architecture(directory: Path) -> ModelConfig:
-    """Without MTP modules, which a sample of text has no use for; of a Hugging Face directory every tensor is there."""
+    """Return the architecture in `directory` without MTP modules, which text does not need. Check the files."""
     if is_huggingface(directory):
         return open_huggingface(directory, without_mtp=True).config
     refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
@@ -103,7 +106,7 @@ def _architecture(directory: Path) -> ModelConfig:
 
 
 def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
-    """What was given, or else the tokenizer that came with the weights."""
+    """Return the --tokenizer-model that was given, or else the tokenizer that came with the weights."""
     if args.tokenizer_model is not None or args.tokenizer_type != "HuggingFaceTokenizer":
         return args.tokenizer_model
     kept = directory if is_huggingface(directory) else directory.parent / DIRECTORY
@@ -113,7 +116,7 @@ def _tokenizer_model(args: argparse.Namespace, directory: Path) -> str | None:
 
 
 def _check_text(text: str) -> None:
-    """What the shell passes on need not be text: Python has half a surrogate pair for each byte that is none."""
+    """Raise ValueError if `text` is not UTF-8: Python makes a lone surrogate of each byte that is no text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -121,9 +124,9 @@ def _check_text(text: str) -> None:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of `text`, behind the token that begins a document where the tokenizer asks for it.
+    """Return the ids of `text`, after the token that begins a document where the tokenizer asks for it.
 
-    An empty text begins a document too; where nothing else begins one, the end of the one before does.
+    An empty text begins a document too: with that token, or else with the end of a document before it.
     """
     ids = tokenizer.encode(text)
     if tokenizer.adds_bos and ids[:1] != [tokenizer.bos]:
@@ -132,17 +135,17 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
-    """The text that `tokens` add to that of `prompt`.
+    """Return the text that `tokens` add to that of `prompt`.
 
-    Decoded by themselves they would lose the blank before their first word: tokenizers in the manner of SentencePiece
-    leave it out at the beginning of a text, and the NullTokenizer writes it between ids.
+    Decoded by themselves, `tokens` would lose the blank before their first word: tokenizers in the manner of
+    SentencePiece leave it out at the beginning of a text, and the NullTokenizer writes it between ids.
     """
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
     return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(tokens)
 
 
 def load_model(request: Request) -> DeepseekStage:
-    """The main model, whole, on this process."""
+    """Build the whole main model on this process and load its weights."""
     config = request.config
     whole = Stage(embedding=True, layers=tuple(range(config.num_hidden_layers)), mtp=(), loss=True)
     device = choose_device()

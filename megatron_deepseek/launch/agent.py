@@ -17,12 +17,12 @@ def started_by_agent() -> bool:
 
 
 def end_with_agent() -> None:
-    """Under torchrun: this process ends when its agent does, from now on and whatever it is doing.
+    """Let this process end when its agent does, from now on and whatever it is doing. Do nothing without torchrun.
 
-    An agent that is started again starts all its ranks again, and two of a rank must not train. The kernel kills
-    (SIGKILL) a rank whose agent's main thread is gone; one whose agent was gone before leaves here with status 1.
-    Elsewhere than on Linux this does nothing, and the watch of runtime/failure.py ends the rank a second later.
-    Ctrl-C while a rank starts is torchrun's to report: the rank ends at once and in silence.
+    An agent that is started again starts all its ranks again, and no rank may train twice at once. The kernel kills
+    (SIGKILL) a rank whose agent's main thread is gone; a rank whose agent was gone before ends here with status 1.
+    Elsewhere than on Linux the kernel does not, and the watch of runtime/failure.py ends the rank a second later.
+    Torchrun reports Ctrl-C while a rank starts: the rank itself ends at once and in silence.
     """
     if not started_by_agent():
         return
@@ -31,16 +31,16 @@ def end_with_agent() -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent or _is_orphan(parent):
+    if os.getppid() != parent or is_orphan(parent):
         os._exit(1)
 
 
-def _is_orphan(parent: int) -> bool:
-    """Whether the agent that started this process is gone, so that `parent` only adopted it.
+def is_orphan(parent: int) -> bool:
+    """Return whether the agent that started this process is gone, so that `parent` only adopted it.
 
     torchrun starts each rank in a session of its own: the leader of a session is the agent's own child (and not a
-    wrapper's), and an agent has torch loaded. The memory map of a process of another user, such as init, is not to be
-    read; there its command line decides: an agent's names Python. In doubt `parent` is the agent.
+    wrapper's), and an agent has torch loaded. Where the memory map cannot be read, as that of another user's process
+    such as init, the command line decides: an agent's names Python. In doubt `parent` is the agent.
     """
     if os.getsid(0) != os.getpid() or parent == 0:
         return False
@@ -56,7 +56,7 @@ def _is_orphan(parent: int) -> bool:
 
 
 def tell_agent(line: str) -> None:
-    """Fill the place that torchrun's summary keeps for this rank's traceback. Without torchrun, nothing."""
+    """Write `line` where torchrun's summary looks for this rank's traceback. Do nothing without torchrun."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}

@@ -1,4 +1,4 @@
-"""What the parsers of all commands have in common: one line for a mistake, which names the option that was meant."""
+"""The parser of all commands: it answers a mistake with one line, which names the option that was probably meant."""
 
 import argparse
 import re
@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from megatron_deepseek.launch.ending import BROKEN_PIPE, silence
-
 from megatron_deepseek.near_names import near_names
 
-_NEAR = 0.75  # of difflib's similarity: --train-iter is near --train-iters, --tokenizer is near nothing
+_NEAR = 0.75  # least similarity (difflib): --train-iter is near --train-iters, --tokenizer is near nothing
 _MOST_PROPOSED = 3
-# Names of other programs for what is asked here under a name that nobody would find by its letters.
+# Other programs' names of options whose names here are spelt too differently to be found by their letters.
 OTHER_NAMES = {
     "--tp": "--tensor-model-parallel-size", "--pp": "--pipeline-model-parallel-size",
     "--ep": "--expert-model-parallel-size", "--cp": "--context-parallel-size",
@@ -25,7 +24,7 @@ OTHER_NAMES = {
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ValueErrors of one line, without the usage, and which takes no abbreviations.
 
-    An option that it does not know is told before anything that is missing, since the one is often the other misspelt.
+    It reports an unknown option before a missing one, since the former is often the latter, misspelt.
     """
 
     def __init__(self, *args, allow_abbrev: bool = False, **more):
@@ -37,7 +36,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
     def print_help(self, file: TextIO | None = None):
-        """As argparse does, but for a reader that has gone (`| head`): Python would tell of it at its end."""
+        """Print the help. If its reader has gone (`| head`), exit in silence: Python would end with an error."""
         file = file or sys.stdout
         try:
             file.write(self.format_help())
@@ -58,7 +57,7 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
-        """Of `args`, what argparse too would take for an option: it begins with --, and has no blank."""
+        """Refuse the unknown options in `args`: words that begin with -- and have no blank, as for argparse."""
         end = list(args).index("--") if "--" in args else len(args)
         names = dict.fromkeys(arg.split("=")[0] for arg in args[:end] if arg.startswith("--") and " " not in arg)
         unknown = [name for name in names if name not in self._option_string_actions]
@@ -75,7 +74,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def proposals(name: str, options: Sequence[str]) -> list[str]:
-    """Those of `options` that a user who typed `name` may have meant, the likeliest first, a few at the most."""
+    """Return those of `options` that a user who typed `name` may have meant, the likeliest first, three at most."""
     name = "--" + re.sub(r"[_-]+", "-", name.lower()).strip("-")
     if name in options:
         return [name]

@@ -1,4 +1,4 @@
-"""How the commands end: one line for what a user can mend, and the statuses that shells expect."""
+"""The end of a command: one line for a mistake that a user can mend, and the exit statuses that shells expect."""
 
 import os
 import sys
@@ -9,10 +9,10 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
 
 def exit_status(program: str, body: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """What `body` returns; 2 after ValueError or OSError, 130 after Ctrl-C, with one line on stderr.
+    """Return the status of `body()`; 2 after ValueError or OSError, 130 after Ctrl-C, with one line on stderr.
 
-    141 where nobody reads the output any more (`| head`): what was not printed was not said, so it is no success.
-    What is still in the buffer is written here, or Python would meet the same error once more at its end, and print it.
+    Return 141 where nobody reads the output any more (`| head`): the command has not printed all, so it is no success.
+    The buffer is written here: otherwise Python would meet the same error once more at its end, and print it.
     """
     try:
         status = _outcome(program, body, interrupted)
@@ -39,14 +39,14 @@ def _outcome(program: str, body: Callable[[], int], interrupted: str) -> int:
 
 
 def _words(error: Exception) -> str:
-    """Of an OSError the file and what is wrong with it, without the number."""
+    """Return the message of an error, of an OSError the file and what is wrong with it, without the number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def silence(stream: TextIO) -> None:
-    """Sends what is written to `stream` from now on nowhere, since its reader has gone."""
+    """Send what is written to `stream` from now on to the null device, since its reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

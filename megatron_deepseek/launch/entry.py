@@ -1,6 +1,6 @@
-"""How an entry ends: Ctrl-C is told in a line, and no thread is left in C++ when the interpreter goes away.
+"""The end of an entry: a line for Ctrl-C, and no thread that is still in C++ when the interpreter is gone.
 
-Standard library only.
+It imports the standard library only.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from megatron_deepseek.launch.ending import INTERRUPTED
 
 
 def run(program: str, main: Callable[[], None]) -> NoReturn:
-    """`main`, and the end of this process with its status."""
+    """Run `main` and end this process with its status."""
     try:
         main()
         status = 0
@@ -33,7 +33,7 @@ def run(program: str, main: Callable[[], None]) -> NoReturn:
 def leave(status: int) -> NoReturn:
     """End this process as Python does, except that daemon threads which are still there do not see it.
 
-    Such a thread (the watch of failures, which waits for an agent that does not answer) comes back from C++ into an
+    Such a thread (the watch of failures, which waits for an agent that does not answer) returns from C++ into an
     interpreter that is gone, and Python up to 3.13 ends it by an exception that C++ turns into an abort.
     """
     if any(thread.daemon for thread in threading.enumerate()):
@@ -46,7 +46,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _status(left: SystemExit) -> int:
-    """The status that Python would end with: None is success; what is no number is printed, and is failure."""
+    """Return the status that Python would end with: 0 for None; 1 for what is no number, which is printed."""
     if left.code is None or isinstance(left.code, int):
         return left.code or 0
     print(left.code, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Signals for a thread: Python runs its handlers in the main thread alone, which may sit in C for minutes."""
+"""Signals for a thread: Python runs its handlers in the main thread alone, which may be in C code for minutes."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def numbers_read(read: Callable[[int], None]) -> Iterator[None]:
-    """`read(file)` in a thread, where every signal that Python handles puts its number, a byte, into `file`."""
+    """Run `read(file)` in a thread; each signal that Python handles puts its number, a byte, into `file`."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)

@@ -1,9 +1,8 @@
-"""torchrun for the entries of this repository, with one line as its last word: tools/launch.py.
+"""torchrun for the entries of this repository, which ends with a single line: tools/launch.py.
 
 torchrun answers a rank's failure with its own traceback of 20 lines and a table, and Ctrl-C with another traceback; no
-rank can prevent either. Here the command line is checked once, before torch is imported and any rank is started, and
-torchrun runs in this process, so that every end of it is told in a line, and the status is that of the rank that
-failed.
+rank can prevent either. Here the command line is checked once, before torch is imported and any rank is started. Then
+torchrun runs in this process, so that one line tells how it ended, and the status is that of the rank that failed.
 """
 
 import argparse
@@ -29,10 +28,10 @@ torchrun (whose arguments it takes: torchrun --help), with the checks before it 
 --dry-run     check the arguments as the ranks would, print the command, and start nothing
 --relaunch N  start torchrun again, N times at most, when it has lost the other nodes"""
 _COUNTED_BY_TORCHRUN = ("auto", "gpu", "cpu", "xpu")
-_SHUTDOWN_SECONDS = "600"  # for the step and the save that a signal asks of the ranks; torchrun's own is 30
-_LAST_SECONDS = 2.0  # for what the ranks say after a second Ctrl-C
-_PRINT_ANYWAY = ("--help", "-h", "--explain-layout")  # what the entry answers without ranks
-_LATER_NODE_SECONDS = 5.0  # srun --kill-on-bad-exit ends the other nodes meanwhile, whose words would be the same
+_SHUTDOWN_SECONDS = "600"  # for the step and the save of the ranks after a signal; torchrun's default is 30
+_LAST_SECONDS = 2.0  # for the last lines of the ranks after a second Ctrl-C
+_PRINT_ANYWAY = ("--help", "-h", "--explain-layout")  # the entry answers these without ranks
+_LATER_NODE_SECONDS = 5.0  # meanwhile srun --kill-on-bad-exit ends the other nodes, which would say the same
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _problem(own: argparse.Namespace, options: Sequence[str], entry: str) -> str | None:
-    """A mistake in the command line that torchrun or Python would report in many lines; None if there is none."""
+    """Return a mistake in the command line that torchrun or Python would report in many lines, None without one."""
     if not own.relaunch.isdecimal():
         return f"--relaunch {own.relaunch} is not a whole number of times"
     local = value(options, "nproc-per-node", "1")
@@ -79,7 +78,7 @@ def _problem(own: argparse.Namespace, options: Sequence[str], entry: str) -> str
 
 
 def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """The launcher's own options, torchrun's, and the entry with its own. No value of torchrun's ends in .py."""
+    """Return the launcher's own options, torchrun's, and the entry (the first word that ends in .py) with its own."""
     place = next((i for i, word in enumerate(argv) if word.endswith(".py")), len(argv))
     parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true")
@@ -89,7 +88,7 @@ def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
 
 
 def check(options: Sequence[str], entry: Sequence[str]) -> int:
-    """The status of the entry's own --check-only on as many ranks as `options` say; 0 where only torchrun knows."""
+    """Return the status of the entry's --check-only on the ranks of `options`; 0 where only torchrun can count them."""
     local, nodes = value(options, "nproc-per-node", "1"), value(options, "nnodes", "1")
     if not (local.isdecimal() and nodes.isdecimal()):  # gpu, auto, 2:4
         return 0
@@ -103,7 +102,7 @@ def check(options: Sequence[str], entry: Sequence[str]) -> int:
 
 
 def value(options: Sequence[str], name: str, default: str) -> str:
-    """What torchrun's `options`, or its environment variables, say of --`name`; it may be written with _ for -."""
+    """Return --`name` in torchrun's `options`, in which _ may stand for -, or in its environment variables."""
     found = os.environ.get("PET_" + name.replace("-", "_").upper(), default)
     for option, following in zip(options, [*options[1:], ""]):
         key, equals, given = option.partition("=")
@@ -113,9 +112,9 @@ def value(options: Sequence[str], name: str, default: str) -> str:
 
 
 def launch(argv: Sequence[str]) -> int | None:
-    """Run torchrun here. Returns the status of the job; None if torchrun lost the other nodes, which may go on."""
+    """Run torchrun here and return the status of the job, None if torchrun lost the other nodes, which may go on."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store is worth 30 lines of addresses to it each time
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # 30 lines of addresses for each lost store
     try:
         from torch.distributed import run as torchrun
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -124,7 +123,7 @@ def launch(argv: Sequence[str]) -> int | None:
     except KeyboardInterrupt:
         return _interrupted("SIGINT", INTERRUPTED)
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # said below, in a line
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # reported below, in a line
     minutes = value(split(argv)[2], "distributed-timeout-minutes", "10")
     try:
         with numbers_read(_leave_on_second_interrupt), silence_limited(60 * float(minutes)):
@@ -146,8 +145,9 @@ def launch(argv: Sequence[str]) -> int | None:
 
 
 def _leave_on_second_interrupt(file: int) -> None:
-    """In a thread. torchrun waits as long for ranks that do not end as it did the first time; they end with this
-    process (agent.py), even those that hang.
+    """Read signal numbers in a thread, and end this process after the second Ctrl-C.
+
+    torchrun would wait once more for ranks that do not end. With this process they do (agent.py), even those that hang.
     """
     interrupts = 0
     while numbers := os.read(file, 64):
@@ -163,7 +163,7 @@ def _interrupted(name: str, status: int) -> int:
 
 
 def failed(failures: dict) -> int:
-    """Say in a line which rank failed first and how, unless it said so in a line itself; its status, as a shell's.
+    """Print which rank failed first and how, unless it did so in a line itself, and return its status, as a shell's.
 
     Ranks that ended by SIGTERM were stopped by torchrun because of another one.
     """
@@ -179,7 +179,7 @@ def _is_refusal(exitcode: int, line: str) -> bool:
 
 
 def _words(message) -> str:
-    """Of an error file's entry, which is a dict, or of the sentence that torch makes where there is none."""
+    """Return the words for an error file's entry, a dict, or for torch's own sentence where there is none."""
     if isinstance(message, dict):
         return f"failed: {message['extraInfo']['py_callstack']}"
     if message.startswith("Signal"):

@@ -5,9 +5,9 @@
   communication level  f counts the tokens that a group receives (V2 eq. 29-31)
 
 f counts choices made from the un-biased scores under the same group limit; it carries no gradient. A sequence's tokens
-may lie on several ranks: its counts are summed over them, its P is not, so each rank returns its share of the loss and
-the shares add up to it. The mean over sequences is over the global batch.
-Tokens that are not routed (padding, MTP positions without a label) are not among a sequence's tokens.
+may lie on several ranks: its counts are summed over them, its P is not, so each rank returns its share of the loss, and
+the shares add up to the whole. The mean over sequences is over the global batch. Tokens that are not routed (padding,
+MTP positions without a label) are not among a sequence's tokens.
 
 Shapes: B sequences, S tokens of each on this rank, E experts, K top-k, G groups.
 """
@@ -37,10 +37,11 @@ class BalanceWeights:
 
 def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weights: BalanceWeights,
                  sequence_group: dist.ProcessGroup | None, routed_BS: torch.Tensor | None = None) -> torch.Tensor:
-    """This rank's share, a scalar: the sum over its B = `num_sequences` sequences; the caller divides by the batch's.
+    """Return this rank's share of the loss, a scalar: the sum over its B = `num_sequences` sequences.
 
-    `sequence_group`: the ranks among which a sequence's tokens are divided, None if this rank has them all;
-    `routed_BS`: which of this rank's tokens are routed, None for all.
+    The caller divides it by the number of the global batch's sequences. `sequence_group`: the ranks among which a
+    sequence's tokens are divided, None if this rank has them all; `routed_BS`: which of this rank's tokens are routed,
+    None for all.
     """
     num_groups = config.n_group
     scores_BSE = routing.scores_TE.unflatten(0, (num_sequences, -1))
@@ -75,7 +76,7 @@ def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weig
 
 @torch.no_grad()
 def _choices(routing: Routing, config: ModelConfig) -> torch.Tensor:
-    """Which experts each token would choose without the bias, [T, E] bool."""
+    """Return which experts each token would choose without the bias, [T, E] bool."""
     experts_TK = choose_experts(routing.scores_TE, None, config) if config.topk_method == "noaux_tc" \
         else routing.experts_TK
     return torch.zeros_like(routing.scores_TE, dtype=torch.bool).scatter_(-1, experts_TK, True)
@@ -93,8 +94,8 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """x unchanged; when its gradient arrives, `loss` (a term of the global loss) is back-propagated too.
+    """Return x unchanged; when its gradient arrives, back-propagate `loss` (a term of the global loss) as well.
 
-    So a loss made in the middle of the pipeline needs no road to the last stage.
+    So a loss computed in the middle of the pipeline need not be sent to the last stage.
     """
     return _AttachLoss.apply(x, loss)

@@ -1,4 +1,4 @@
-"""What layers are built from, the same for every layer of a model."""
+"""What every layer of a model is built from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +21,10 @@ from megatron_deepseek.parallel.tensor import TensorParallel
 class Blueprint:
     """What every layer of a model is built from.
 
-    `sequence_group` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all;
-    `recomputed` holds names of RecomputeSettings.modules; `recipe` are the products of attention, MLP and experts;
-    `side_stream` runs the shared experts beside dispatch; `overlap` lets two paired chunks compute while the other's
-    tokens travel.
+    `sequence_group` are the ranks that share a sequence's tokens, over TP and CP, or None where one rank has them all.
+    `recomputed` holds names of RecomputeSettings.modules. `recipe` has the GEMMs of attention, MLP and experts.
+    `side_stream` runs the shared experts during dispatch. `overlap` lets one of two paired chunks compute while the
+    other's tokens are on their way.
     """
 
     config: ModelConfig

@@ -1,4 +1,4 @@
-"""From an architecture and a layout to this rank's stages: made on the meta device, sharded, then initialised.
+"""Build this rank's stages from an architecture and a layout: on the meta device, then sharded, then initialised.
 
 No rank ever holds more of a parameter than its own shard.
 """
@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatron_deepseek.device import is_accelerator, make_stream
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.blueprint import Blueprint
@@ -40,10 +41,11 @@ from megatron_deepseek.settings import CommunicationSettings, LossSettings, Offl
 
 @dataclass(frozen=True)
 class Precision:
-    """`master`: dtype of weights, gradients and moments; `compute`: what layers run in, None for the master's.
+    """The dtypes that a model is trained in.
 
-    `fp8`: the large products of attention, MLP and experts by the FP8 recipe (ops/fp8/recipe.py); `fp8_gather`: their
-    weights are gathered over data ranks as FP8.
+    `master`: of weights, gradients and moments; `compute`: what layers run in, None for the master's. `fp8`: compute
+    the GEMMs of attention, MLP and experts by the FP8 recipe (ops/fp8/recipe.py); `fp8_gather`: gather their weights
+    over data ranks as FP8.
     """
 
     master: torch.dtype = torch.float32
@@ -58,7 +60,7 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How the stages of a model are made, beside the architecture, the layout and the sequence length.
+    """How the stages of a model are built, apart from the architecture, the layout and the sequence length.
 
     `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py).
     """
@@ -87,7 +89,7 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
 
 
 def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, options: BuildOptions = BuildOptions()) -> None:
-    """Shard stages over the data ranks too, where they are: on the meta device that takes no memory."""
+    """Shard stages over the data ranks too, on the device where they are: on the meta device that takes no memory."""
     for stage in stages:
         shard_over_data(units(stage, meshes, options.precision), options.reshard_after_forward,
                         options.offload.optimizer_cpu_offload)
@@ -95,8 +97,7 @@ def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, options: Build
 
 def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
-    """Return the stages on the meta device, sharded over TP and EP but not over data ranks: for inference and planning.
-    """
+    """Return the stages on the meta device, sharded over TP and EP but not data ranks: for inference and planning."""
     blueprint = make_blueprint(config, meshes, options)
     run_of = partial(choose_run, options.recompute, options.offload)
     with torch.device("meta"), default_dtype(options.precision.master):
@@ -105,7 +106,7 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = BuildOptions()) -> Blueprint:
-    """Return what every layer is built from; it holds the groups and streams that the layers share."""
+    """Return what every layer is built from, with the groups and streams that the layers share."""
     loss, recompute, communication = options.loss, options.recompute, options.communication
     recipe = make_precision_recipe(options.precision, recompute, meshes.layout.tp)
     overlap = MicroBatchOverlap()
@@ -142,9 +143,10 @@ def recomputed_modules(recompute: RecomputeSettings) -> frozenset[str]:
 
 
 def make_precision_recipe(precision: Precision, recompute: RecomputeSettings, tp: int) -> PrecisionRecipe:
-    """The FP8 recipe never keeps SwiGLU's output; otherwise the experts' is kept unless `moe_act` is recomputed.
+    """Return the GEMMs of a model.
 
-    Where norms are recomputed so are the FP8 tiles made of them, unless TP has gathered what they are made of.
+    The FP8 recipe never saves SwiGLU's output; otherwise that of the experts is saved unless `moe_act` is recomputed.
+    Where norms are recomputed, so are the FP8 tiles of their output, unless TP has gathered the norm's output.
     """
     again = recomputed_modules(recompute)
     if precision.fp8:
@@ -158,9 +160,9 @@ def make_capacity(config: ModelConfig, loss: LossSettings) -> Capacity | None:
 
 
 def make_side_stream(communication: CommunicationSettings, device: torch.device) -> Callable[[], RunInLine]:
-    """One stream for all layers: its work is in order, and each layer waits for its own."""
-    if communication.moe_shared_expert_overlap and device.type == "cuda":
-        return partial(RunOnSideStream, torch.cuda.Stream(device))
+    """Return what makes a layer's side stream: one stream for all, in order; each layer waits for its own work."""
+    if communication.moe_shared_expert_overlap and is_accelerator(device):
+        return partial(RunOnSideStream, make_stream(device))
     return RunInLine
 
 
@@ -177,7 +179,7 @@ def make_dispatcher(num_experts: int, meshes: Meshes, kind: str, overlap: MicroB
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:
-    """FSDP units of a stage, inner before outer: experts on their own mesh, routers in full precision, layers."""
+    """Yield the FSDP units of a stage, inner before outer: experts on their mesh, routers in full precision, layers."""
     for layer in stage.model.layers.values():
         if isinstance(layer.mlp, MoE):
             yield Unit(layer.mlp.experts, meshes.expert_fsdp, precision.compute)
@@ -188,7 +190,7 @@ def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterato
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Buffers take part in the forward as they are, wherever FSDP keeps the shards of parameters."""
+    """Move buffers to `device`: the forward uses them as they are, wherever FSDP keeps the shards of parameters."""
     for each in module.modules():
         for name, buffer in each.named_buffers(recurse=False):
             setattr(each, name, buffer.to(device))
@@ -196,7 +198,7 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype):
-    """Parameters made inside are of `dtype`."""
+    """Make `dtype` the dtype of parameters created in a `with` block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,9 +1,9 @@
-"""Expert capacity: how many tokens of one sequence an expert takes. What is above it is dropped: the token goes on with
-its other experts, the shared ones and the residual stream.
+"""Expert capacity: how many tokens of one sequence an expert takes. Tokens above it are dropped by that expert: they go
+on with their other experts, the shared ones and the residual stream.
 
 Capacity is counted in each sequence by itself, over all the ranks that share it. So what is dropped depends on the
 sequence alone, not on how the batch was divided: micro-batches, data, tensor, context and expert ranks give the same
-gradient. (Megatron-LM counts the tokens that happen to be on one rank: there another layout drops other tokens.)
+gradient. (Megatron-LM counts the tokens that happen to be on one rank, where another layout drops other tokens.)
 
 Shapes: B sequences, S tokens of each on this rank, K top-k, N = S*K copies of the whole sequence.
 """
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.parallel.collectives import all_gather
 from megatron_deepseek.parallel.expert import DROPPED
-from megatron_deepseek.parallel.tensor import all_gather
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """`factor` times an even share of the sequence's copies: ceil(factor * routed tokens * K / num_experts).
+    """Limits an expert to ceil(factor * routed tokens * K / num_experts), `factor` times an even share of the copies.
 
-    `policy`: whose copies an expert keeps. probs: those with the largest weights, of equal ones (to 11 bits) the first;
-    position: the first of the sequence, so that what is kept of a token does not depend on later ones.
+    `policy` says which copies an expert keeps. "probs": those with the largest weights, the first of equal ones (to 11
+    bits). "position": the first of the sequence, so that what is kept of a token does not depend on later ones.
     """
 
     factor: float
@@ -32,10 +32,10 @@ class Capacity:
     @torch.no_grad()
     def keep(self, experts_BSK: torch.Tensor, weights_BSK: torch.Tensor, positions_S: torch.Tensor,
              sequence_group: dist.ProcessGroup | None) -> torch.Tensor:
-        """`experts_BSK` with DROPPED in place of what is dropped.
+        """Return `experts_BSK` with DROPPED in place of the choices above the capacity.
 
-        `positions_S`: where this rank's tokens stand; `sequence_group`: the ranks that share each sequence, None if
-        this rank has all of it.
+        `positions_S`: the positions of this rank's tokens; `sequence_group`: the ranks that share each sequence, None
+        if this rank has all of it.
         """
         own, rank, size = experts_BSK, 0, 1
         if sequence_group is not None:
@@ -50,8 +50,10 @@ class Capacity:
         return own.where(kept_BSK.chunk(size, 1)[rank], DROPPED)
 
     def _order(self, weights_BSK: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-        """Copies of each sequence from the one to be kept first. Weights are compared to 11 bits: equal tokens, which
-        are common in packed documents, get weights that differ by rounding alone, and otherwise in each layout.
+        """Return the copies of each sequence from the one to be kept first.
+
+        Weights are compared to 11 bits: equal tokens, which are common in packed documents, get weights that differ by
+        rounding alone, and differently in each layout.
         """
         num_copies = weights_BSK.shape[2]
         order_BN = positions_S.repeat_interleave(num_copies).argsort(stable=True).repeat(len(weights_BSK), 1)
@@ -62,7 +64,7 @@ class Capacity:
 
 
 def place_in_expert(experts_BN: torch.Tensor, order_BN: torch.Tensor) -> torch.Tensor:
-    """How many copies of the same expert come before each one, when they are taken in `order_BN`."""
+    """Return how many copies of the same expert come before each one, when they are taken in `order_BN`."""
     order_BN = order_BN.gather(1, experts_BN.gather(1, order_BN).argsort(dim=1, stable=True))
     sorted_BN = experts_BN.gather(1, order_BN)
     first_BN = torch.searchsorted(sorted_BN, sorted_BN)

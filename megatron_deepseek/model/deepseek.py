@@ -1,11 +1,11 @@
 """A DeepSeek model, or the part of one that a pipeline stage holds.
 
-Parameter names are Hugging Face's whatever the stage: model.embed_tokens, model.layers.N, model.norm, lm_head; MTP
-module k is layer num_hidden_layers + k - 1, as in the released V3 weights.
+Parameter names are Hugging Face's on every stage: model.embed_tokens, model.layers.N, model.norm, lm_head; MTP module k
+is layer num_hidden_layers + k - 1, as in the released V3 weights.
 
-What travels between stages is a stack of hidden states along the batch: the main model's, and after it the state of
-every MTP depth already computed. What they are for (an objective, training/objective.py) is decided where the head is,
-and comes out as one scalar: this micro-batch's contribution to the loss of the global batch.
+Stages send each other a stack of hidden states along the batch: the main model's, and after it the state of every MTP
+depth already computed. The stage with the head calls the step's objective (training/objective.py), which turns them
+into one scalar: this micro-batch's contribution to the loss of the global batch.
 
 Shapes: B batch, S sequence, H hidden, M = 1 + MTP depth predictions of each token, v local vocabulary.
 """
@@ -29,7 +29,7 @@ from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding
 
 
 class Trunk(nn.Module):
-    """The `model.` part: embedding, layers, final norm; each only where the stage has it."""
+    """The `model.` part of the names: embedding, layers, final norm; each only where the stage has it."""
 
     def __init__(self, stage: Stage, blueprint: Blueprint):
         super().__init__()
@@ -49,15 +49,16 @@ class Trunk(nn.Module):
 class DeepseekStage(nn.Module):
     """One pipeline stage; the whole model if `stage` holds everything.
 
-    forward(x, micro_batch, step): x is token ids [B, S] on the first stage and stacked states elsewhere. The result is
-    stacked states, or on the last stage what the step's objective makes of them: the micro-batch's contribution to the
-    loss.
+    forward(x, micro_batch, step): x is token ids [B, S] on the first stage and stacked states elsewhere. It returns
+    stacked states, or on the last stage the step's objective of them: the micro-batch's contribution to the loss.
     """
 
     def __init__(self, stage: Stage, blueprint: Blueprint, seq_length: int, device: torch.device,
                  run_of: Callable[[int], Callable] = lambda position: run_layer, loss_chunk_size: int | None = None):
-        """`run_of`: how the layer at each position of this stage is run (layer.choose_run). `loss_chunk_size`: tokens
-        whose logits exist at once (head.OutputHead).
+        """Build the stage's modules on the default device.
+
+        `run_of` says how the layer at each position of this stage is run (layer.choose_run). `loss_chunk_size`: the
+        number of tokens whose logits exist at once (head.OutputHead).
         """
         super().__init__()
         self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
@@ -73,7 +74,7 @@ class DeepseekStage(nn.Module):
 
     def forward(self, x: torch.Tensor, micro_batch: MicroBatch, step: StepContext) -> torch.Tensor:
         if not self.stage.holds_anything:
-            return received(x).clone()  # what came is the pipeline's own buffer
+            return received(x).clone()  # x is the pipeline's own receive buffer
         states = self.states(x, micro_batch, step)
         if not self.stage.loss:
             return torch.cat(states) if len(states) > 1 else states[0].contiguous()
@@ -85,12 +86,12 @@ class DeepseekStage(nn.Module):
     def states(self, x: torch.Tensor, micro_batch: MicroBatch, step: StepContext) -> list[torch.Tensor]:
         """Return the main state and those of the MTP depths up to and with this stage, [B, S, H] each.
 
-        Of MTP depths as many as the micro-batch has labels for.
+        There are as many MTP depths as the micro-batch has labels for.
         """
         labels_BMS = micro_batch.rows.labels_BMS
         x = self.model.embed_tokens(x) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
-        positions = Positions(self.rope_2SD, micro_batch.documents, micro_batch.block_mask)
+        positions = Positions(self.rope_2SD, micro_batch.mask)
         routed = [None] * labels_BMS.shape[1] if micro_batch.routed_BMS is None else micro_batch.routed_BMS.unbind(1)
         for index in self.stage.layers:
             current = self._layer(index, step, positions, routed[0], current)
@@ -117,5 +118,5 @@ class DeepseekStage(nn.Module):
         return out
 
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the vocabulary, [B, S, v], of the whole sequence."""
+        """Return the logits of this rank's part of the vocabulary, [B, S, v], for the whole sequence."""
         return self.head.logits(state_BSH)

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def freeze(stages: Iterable["nn.Module"], patterns: Sequence[str]) -> None:
-    """Let the parameters that `patterns` name get no gradient. Call it before FSDP takes them, which keeps to it.
+    """Turn off the gradients of parameters that `patterns` name, before FSDP takes them over and keeps them so.
 
-    Names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
+    Only names decide, and they are the same in every layout, so the ranks and stages that share a parameter agree.
     """
     for stage in stages:
         for name, parameter in stage.named_parameters():

@@ -1,7 +1,7 @@
 """The output head: from final states to what objectives need of their logits, without ever gathering a vocabulary.
 
-Logits are the largest tensors of a model: of V3 at 4,096 tokens 1 GiB in bfloat16, for each prediction, and a backward
-needs several times that. So where they are many they are made by chunks of tokens, and again in the backward
+Logits are the largest tensors of a model: 1 GiB in bfloat16 for V3 at 4,096 tokens, for each prediction, and a backward
+needs several times that. So where they are many they are computed by chunks of tokens, and again in the backward
 (parallel/vocabulary_chunks.py).
 
 Shapes: B batch, S sequence, H hidden, T = B*S tokens, V vocabulary, v = V/tp this rank's part of it.
@@ -17,62 +17,62 @@ from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary import vocab_parallel_cross_entropy
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
 
-# Of a rank's logits of one chunk, if nobody says how many tokens it has. Chunks cost one product of the head more,
-# however many there are, so the bound can be low; but the head's products want a thousand tokens to run at full rate,
-# and V3's 129,280 ids leave 1,038 of them in bfloat16.
+# The size of a rank's logits of one chunk, unless the number of tokens is given. Chunks cost one more GEMM of the head,
+# however many there are, so the bound can be low. But the head's GEMMs need a thousand tokens to run at full rate: with
+# V3's 129,280 ids there are 1,038 of them in bfloat16.
 LOGITS_BYTES = 256 * 2**20
 
 
 def default_chunk_size(rows: int, dtype: torch.dtype) -> int:
-    """Tokens whose logits of `rows` ids fill LOGITS_BYTES, in multiples of 128 where they are that many."""
+    """Return how many tokens' logits of `rows` ids fill LOGITS_BYTES, a multiple of 128 if there are that many."""
     most = max(1, LOGITS_BYTES // (rows * dtype.itemsize))
     return most // 128 * 128 or most
 
 
 class OutputHead:
-    """What a stage's objective asks about the next token's distribution at each position.
+    """The next token's distribution at each position, for a stage's objective.
 
-    A state is the stream between regions, [B, S, H] or this rank's slice of S under sequence parallelism; what is
-    given and comes back for each token is of the whole local sequence, the same on all TP ranks. Everything is
-    differentiable in the state and the head's weight.
+    A state is the stream between TP regions, [B, S, H] or this rank's slice of S under sequence parallelism. Arguments
+    and results by token are for the whole local sequence, the same on all TP ranks. Everything is differentiable in the
+    state and the head's weight.
     """
 
-    def __init__(self, tp: TensorParallel, weight: Callable[[], torch.Tensor], product: Callable[[], Linear] = Linear,
+    def __init__(self, tp: TensorParallel, weight: Callable[[], torch.Tensor], gemm: Callable[[], Linear] = Linear,
                  chunk_size: int | None = None):
-        """`weight` gives this rank's rows [v, H] as they are during a forward, `product` what multiplies by them.
+        """Take `weight`, which gives this rank's rows [v, H] during a forward, and `gemm`, which gives their GEMM.
 
-        `chunk_size`: of how many tokens logits are made at once; None for as many as `default_chunk_size` says.
+        `chunk_size`: the number of tokens whose logits are computed at once; None for `default_chunk_size`.
         """
-        self.tp, self.chunk_size, self._weight, self._product = tp, chunk_size, weight, product
+        self.tp, self.chunk_size, self._weight, self._gemm = tp, chunk_size, weight, gemm
 
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the vocabulary, [B, S, v]."""
-        return self._product()(self.tp.enter(state_BSH), self._weight())
+        """Return the logits of this rank's part of the vocabulary, [B, S, v]."""
+        return self._gemm()(self.tp.enter(state_BSH), self._weight())
 
     def log_probabilities(self, state_BSH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """log p(label | state) of each token [B, S], in at least float32. Labels are ids of the whole vocabulary."""
+        """Return log p(label | state) of each token [B, S], in at least float32; labels are global ids."""
         x_TH, weight_vH, chunk_size = self._chunks(state_BSH)
         if chunk_size is None:
-            logits_Tv = self._product()(x_TH, weight_vH)
+            logits_Tv = self._gemm()(x_TH, weight_vH)
             return -vocab_parallel_cross_entropy(logits_Tv, labels_BS.flatten(), self.tp).view_as(labels_BS)
         return vocabulary_chunks.log_probabilities(x_TH, weight_vH, labels_BS.flatten(), chunk_size, self.tp,
-                                                   self._product().defer).view_as(labels_BS)
+                                                   self._gemm().defer).view_as(labels_BS)
 
     def entropy(self, state_BSH: torch.Tensor) -> torch.Tensor:
-        """Of each token's distribution, in nats, [B, S], in at least float32."""
+        """Return the entropy of each token's distribution, in nats, [B, S], in at least float32."""
         return self.for_chunks(state_BSH, VocabularyLogits.entropy)
 
     def for_chunks(self, state_BSH: torch.Tensor, function: Callable, *per_token: torch.Tensor):
-        """`function(logits, *per_token)` of all tokens, chunk by chunk: a tensor [B, S, ...], or a tuple of them.
+        """Return `function(logits, *per_token)` for all tokens, by chunks: a tensor [B, S, ...], or a tuple of them.
 
         The function gets VocabularyLogits of T tokens and the same tokens of each of `per_token` [B, S, ...], and
-        gives one or several tensors [T, ...] that are the same on all TP ranks. What it gives for a token may depend
-        on that token alone. `per_token` are constants: no gradient goes there.
+        returns one or several tensors [T, ...] that are the same on all TP ranks. Its result for a token may depend on
+        that token alone. `per_token` are constants: they get no gradient.
         """
         x_TH, weight_vH, chunk_size = self._chunks(state_BSH)
         per_token = tuple(each.flatten(0, 1) for each in per_token)
         if chunk_size is None:
-            given = function(VocabularyLogits(self._product()(x_TH, weight_vH), self.tp), *per_token)
+            given = function(VocabularyLogits(self._gemm()(x_TH, weight_vH), self.tp), *per_token)
         else:
             given = vocabulary_chunks.map_chunks(x_TH, weight_vH, chunk_size, self.tp, function, per_token)
         shape = len(state_BSH), -1
@@ -80,7 +80,7 @@ class OutputHead:
             each.unflatten(0, shape) for each in given)
 
     def _chunks(self, state_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None]:
-        """The head's input [T, H] of the whole sequence, its weight, and the size of chunks, None if one has all."""
+        """Return the head's input [T, H] of the whole sequence, its weight, and the chunk size, None for one chunk."""
         x_TH, weight_vH = self.tp.enter(state_BSH).flatten(0, 1), self._weight()
         chunk_size = self.chunk_size or default_chunk_size(len(weight_vH), x_TH.dtype)
         return x_TH, weight_vH, chunk_size if chunk_size < len(x_TH) else None

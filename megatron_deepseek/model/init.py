@@ -1,8 +1,8 @@
 """Initial weights as a function of (seed, parameter name, global index) alone.
 
-Every element is drawn by hashing its place in the whole parameter, so any layout starts from the same weights, a
-device fills just the shard it holds, and copies of a parameter on several stages are equal without communication.
-The generator is SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based one, and Region-Muller.
+Every element is drawn by hashing its place in the whole parameter, so any layout starts from the same weights, a device
+fills just the shard it holds, and copies of a parameter on several stages are equal without communication. The
+generator is SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based one, followed by the Box-Muller transform.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.parallel.shards import shard_regions
 
-_BLOCK = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
+ELEMENTS_AT_A_TIME = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
 
 
 def _signed(value: int) -> int:
-    """A 64-bit constant as the int64 that torch computes with."""
+    """Return a 64-bit constant as the int64 that torch computes with."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift of int64, whose own shift copies the sign."""
+    """Shift int64 to the right logically; torch's own shift copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _split_mix(counter: torch.Tensor, key: int) -> torch.Tensor:
-    """64 well-mixed bits for each int64 counter."""
+def split_mix(counter: torch.Tensor, key: int) -> torch.Tensor:
+    """Return 64 well-mixed bits for each int64 counter."""
     z = counter * _signed(0x9E3779B97F4A7C15) + key
     z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
@@ -37,9 +37,9 @@ def _split_mix(counter: torch.Tensor, key: int) -> torch.Tensor:
 
 
 def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
-    """Standard normal float64 for each int64 `index` of the parameter `name`."""
+    """Return a standard normal float64 for each int64 `index` of the parameter `name`."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    bits = _split_mix(index, int.from_bytes(digest, "little", signed=True))
+    bits = split_mix(index, int.from_bytes(digest, "little", signed=True))
     uniform_1 = (_shift_right(bits, 32).double() + 0.5) / (1 << 32)
     uniform_2 = ((bits & 0xFFFFFFFF).double() + 0.5) / (1 << 32)
     return (-2 * uniform_1.log()).sqrt() * (2 * math.pi * uniform_2).cos()
@@ -47,7 +47,7 @@ def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
 
 def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Size, offset: tuple[int, ...],
                  device: torch.device) -> torch.Tensor:
-    """Place in the flattened parameter of `shape` of elements start..stop of a flattened region at `offset`."""
+    """Return the places in a parameter of `shape` of elements start..stop of a flattened region at `offset`."""
     rest = torch.arange(start, stop, device=device)
     index, stride = torch.zeros_like(rest), 1
     for dim in reversed(range(len(shape))):
@@ -63,15 +63,15 @@ def fill_normal(parameter: DTensor, std: float, seed: int, name: str) -> None:
     for region in shard_regions(parameter):
         for part in region.contiguous():
             flat = part.local.view(-1)
-            for start in range(0, flat.numel(), _BLOCK):
-                stop = min(start + _BLOCK, flat.numel())
+            for start in range(0, flat.numel(), ELEMENTS_AT_A_TIME):
+                stop = min(start + ELEMENTS_AT_A_TIME, flat.numel())
                 index = global_index(start, stop, parameter.shape, part.local.shape, part.offset, flat.device)
                 flat[start:stop] = normal(index, seed, name) * std
 
 
 @torch.no_grad()
 def initialize(stages: Iterable[nn.Module], std: float, seed: int) -> None:
-    """Norm weights one, biases zero, all else normal(0, std), as DeepSeek-V3 (report, section 4.2)."""
+    """Set norm weights to one, biases to zero, all else to normal(0, std), as DeepSeek-V3 (report, section 4.2)."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
             if name.endswith("norm.weight"):

@@ -1,4 +1,4 @@
-"""One transformer layer, and the MTP module that wraps one.
+"""One transformer layer, the MTP module that wraps one, and the ways to run a layer for less memory.
 
 Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden, D rotary dimensions.
 """
@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.blueprint import Blueprint
-from megatron_deepseek.model.mla import MLA
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
 from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.ops.norm import rms_norm
@@ -23,7 +23,7 @@ from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then + MLP or MoE(norm(.)). Layer ids follow Hugging Face."""
+    """One layer: h = x + attention(norm(x)), then h + MLP(norm(h)) or h + MoE(norm(h)). `index` is Hugging Face's."""
 
     def __init__(self, index: int, blueprint: Blueprint):
         super().__init__()
@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
         only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
                                        recipe.norm if only_products else recipe.norm_for_all)
-        self.self_attn = MLA(config, tp, blueprint.cp, "mla_up_proj" in blueprint.recomputed, recipe)
+        self.self_attn = MLA(blueprint)
         before_router = recipe.norm_for_all if config.n_shared_experts else rms_norm
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
                                                 before_router if self.is_moe else recipe.norm)
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """The norm before the output head that an MTP module shares with the main model."""
+    """The norm before the output head; an MTP module has its own, while the head is the main model's."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
@@ -66,8 +66,8 @@ class MTPLayer(DecoderLayer):
     """Multi-Token Prediction, one depth (arXiv 2412.19437, section 2.2).
 
     At position i depth k joins the previous depth's state with the embedding of token i + k. `eh_proj` takes the
-    embedding first: the order of the released weights, not the paper's. States are passed on after their norm, as the
-    main model's is.
+    embedding first, which is the order of the released weights, not the paper's. The next depth gets the state after
+    its norm, as the first depth gets the main model's.
     """
 
     def __init__(self, index: int, blueprint: Blueprint):
@@ -87,17 +87,17 @@ class MTPLayer(DecoderLayer):
 
 
 def run_layer(layer: nn.Module, *args):
-    """Keep what the backward needs."""
+    """Run the layer and keep what its backward needs."""
     return layer(*args)
 
 
 def run_checkpointed(layer: nn.Module, *args):
-    """Keep the layer's inputs only and run it again in the backward (full recomputation)."""
+    """Run the layer, keep only its inputs, and run it again in the backward (full recomputation)."""
     return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_offloaded(layer: nn.Module, *args):
-    """Keep what the backward needs in the host's memory, but for the weights."""
+    """Run the layer and keep what its backward needs, except the weights, in the host's memory."""
     if not _has_backward(layer, args):
         return layer(*args)
     with saved_on_host(partial(_is_weight, layer)):
@@ -105,13 +105,13 @@ def run_offloaded(layer: nn.Module, *args):
 
 
 def run_checkpointed_offloaded(layer: nn.Module, *args):
-    """Keep the layer's inputs only, those in the host's memory, and run it again in the backward."""
+    """Run the layer, keep only its inputs, in the host's memory, and run it again in the backward."""
     if not _has_backward(layer, args):
         return layer(*args)
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     with saved_on_host(lambda tensor: False):
         fetch = keep(tuple(tensors))
-    given = [args]  # checkpoint would hold on to arguments; the first run takes them from here
+    given = [args]  # the first run takes the arguments from here, since `checkpoint` would keep its own alive
 
     def run():
         if given:
@@ -124,18 +124,18 @@ def run_checkpointed_offloaded(layer: nn.Module, *args):
 
 
 def _has_backward(layer: nn.Module, args: tuple) -> bool:
-    """Not where the layer and all before it are frozen."""
+    """Return whether there will be a backward; there is none where the layer and all before it are frozen."""
     return any(getattr(each, "requires_grad", False) for each in (*args, *layer.parameters()))
 
 
 def _is_weight(layer: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether `tensor` lies in what the layer's parameters are at this moment: FSDP's gathered weights."""
+    """Return whether `tensor` is in the memory of one of the layer's parameters as they are now, gathered by FSDP."""
     own = tensor.untyped_storage()._cdata
     return any(own == getattr(p, "_local_tensor", p).untyped_storage()._cdata for p in layer.parameters())
 
 
 def choose_run(recompute: RecomputeSettings, offload: OffloadSettings, position: int) -> Callable:
-    """How the layer at `position` of its stage is run."""
+    """Return the function that runs the layer at `position` of its stage, one of the four above."""
     plain, offloaded = (run_checkpointed, run_checkpointed_offloaded) if recompute.granularity == "full" else (
         run_layer, run_offloaded)
     return offloaded if position < offload.cpu_offloading_num_layers else plain

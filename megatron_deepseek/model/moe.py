@@ -18,13 +18,7 @@ from megatron_deepseek.ops.precision_recipe import Gemm, Linear, PrecisionRecipe
 from megatron_deepseek.parallel.expert import DROPPED
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.shards import stacked_shard
-from megatron_deepseek.parallel.tensor import (
-    TensorParallel,
-    column_linear,
-    local_weight,
-    row_linear,
-    sharded_parameter,
-)
+from megatron_deepseek.parallel.tensor import TensorParallel, column_linear, local_weight, row_linear, sharded_parameter
 
 # Placements of stacked experts on the mesh (ep, etp), and of their gradients.
 COLUMN_PARALLEL = Shard(0), stacked_shard(1, matrices=2)
@@ -33,9 +27,11 @@ ROW_PARALLEL = Shard(0), Shard(2)
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Of one layer and micro-batch on this rank: tokens that chose each expert [E] int64, how many of these copies were
-    dropped, its share of the balance loss, how often a token was sent to another node, and which experts each of its
-    tokens chose, int64 [B, S, K] with DROPPED for those that are not routed.
+    """Statistics of one layer and micro-batch on this rank.
+
+    counts_E: tokens that chose each expert, int64. `dropped`: how many of these copies were dropped. `balance_loss`:
+    this rank's share of it. `cross_node_sends`: how often a token was sent to another node. experts_BSK: the experts
+    that each of its tokens chose, int64, with DROPPED for tokens that are not routed.
     """
 
     counts_E: torch.Tensor
@@ -46,7 +42,7 @@ class RouterStats:
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward block; column- then row-parallel over TP."""
+    """The SwiGLU feed-forward block, column- then row-parallel over TP."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, tp: TensorParallel, gemm: Gemm = Linear()):
         super().__init__()
@@ -73,12 +69,12 @@ class Experts(nn.Module):
         self.etp = etp
         self.gate_up_proj = sharded_parameter((num, 2 * width, hidden), etp.mesh, *COLUMN_PARALLEL)
         self.down_proj = sharded_parameter((num, hidden, width), etp.mesh, *ROW_PARALLEL)
-        self.up_product, self.down_product = recipe.experts_up, recipe.experts_down
+        self.up_gemm, self.down_gemm = recipe.experts_up, recipe.experts_down
 
     @property
     def weight_gemms(self) -> dict[str, Gemm]:
-        """Who alone reads a weight, by the weight's name (parallel/data.py)."""
-        return {"gate_up_proj": self.up_product, "down_proj": self.down_product}
+        """Return the GEMM that alone reads a weight, by the weight's name (parallel/data.py)."""
+        return {"gate_up_proj": self.up_gemm, "down_proj": self.down_gemm}
 
     def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         return self.etp(rows_RH, counts, self._mlp)
@@ -86,7 +82,7 @@ class Experts(nn.Module):
     def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up = local_weight(self.gate_up_proj, *COLUMN_PARALLEL)
         down = local_weight(self.down_proj, *ROW_PARALLEL)
-        return self.down_product.after_swiglu((self.up_product(rows_RH, gate_up, counts),), down, counts)
+        return self.down_gemm.after_swiglu((self.up_gemm(rows_RH, gate_up, counts),), down, counts)
 
 
 class MoE(nn.Module):
@@ -106,10 +102,12 @@ class MoE(nn.Module):
 
     def forward(self, x_BSH: torch.Tensor, global_sequences: int, routed_BS: torch.Tensor | None = None
                 ) -> tuple[torch.Tensor, RouterStats]:
-        """`routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and
-        count for their balance; None for all.
+        """Return what the experts make of x, and the router's statistics.
+
+        `routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and count
+        for their balance; None for all.
         """
-        # 1. Shared experts see every token, beside all that follows.
+        # 1. Shared experts see every token. With a side stream they run while the routed ones are dispatched.
         shared = self.side_stream()
         if self.config.n_shared_experts:
             shared.start(self.shared_experts, x_BSH)
@@ -124,13 +122,13 @@ class MoE(nn.Module):
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
 
         # 3. Tokens travel to their experts and back: y_t = sum_i g_i,t FFN_i(x_t).
-        rows_TH = self.experts.up_product.rows(x_TH)
+        rows_TH = self.experts.up_gemm.rows(x_TH)
         y_TH, cross_node_sends = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
 
-        # 4. The balance loss is attached to what the backward passes through in any case.
+        # 4. The balance loss is attached to y, through which the backward passes in any case.
         y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)
 
-        # 5. Back to the stream, with what the shared experts made.
+        # 5. Return to the stream between regions, and add the shared experts' output.
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
@@ -152,7 +150,7 @@ class MoE(nn.Module):
         return attach_loss(y_TH, loss), loss.detach()
 
     def _positions(self, own_BSH: torch.Tensor) -> torch.Tensor:
-        """Where this rank's S tokens of each sequence stand in it."""
+        """Return the positions in its sequence of this rank's S tokens of each."""
         length = own_BSH.shape[1]
         positions_S = self.cp.positions(length * self.tp.size * self.cp.size)
         return positions_S[self.tp.rank * length:][:length].to(own_BSH.device)

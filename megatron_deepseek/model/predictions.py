@@ -1,4 +1,4 @@
-"""What an objective gets to see of a model: the predictions of a micro-batch's tokens, logits being made on the way.
+"""What an objective sees of a model: predictions for a micro-batch's tokens, with logits computed on request.
 
 Shapes: B rows, S tokens of each on this context rank, M = 1 + MTP depth predictions of each token.
 """
@@ -13,9 +13,10 @@ from megatron_deepseek.model.head import OutputHead
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """`states`: what the head makes the main prediction and each MTP depth's of; depth 0 is the main one.
+    """The final states of the main prediction, which is depth 0, and each MTP depth, with the head to read them.
 
-    All tensor-parallel ranks get the same numbers of all this context rank's tokens, and make the same of them.
+    All tensor-parallel ranks get the same numbers for all of this context rank's tokens, and must compute the same from
+    them.
     """
 
     states: list[torch.Tensor]
@@ -24,7 +25,7 @@ class Predictions:
 
     @property
     def num_depths(self) -> int:
-        """How many MTP predictions there are beside the main one."""
+        """Return how many MTP predictions there are besides the main one."""
         return len(self.states) - 1
 
     def log_probabilities(self, depth: int = 0) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""How fast each rotary pair turns: `rope_scaling` none, linear, dynamic NTK or YaRN (arXiv 2309.00071).
+"""The angular speeds of rotary pairs: `rope_scaling` none, linear, dynamic NTK or YaRN (arXiv 2309.00071).
 
-As in DeepSeek's modeling_deepseek.py. Shapes: S positions, D rotary dimensions.
+They are those of DeepSeek's modeling_deepseek.py.
+
+Shapes: S positions, D rotary dimensions.
 """
 
 import math
@@ -11,12 +13,12 @@ from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's temperature: 0.1 mscale ln(factor) + 1, and 1 without stretching."""
+    """Return YaRN's temperature: 0.1 mscale ln(factor) + 1, and 1 without stretching."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """1/sqrt(qk_head_dim), times YaRN's mscale_all_dim squared (queries and keys carry one factor each)."""
+    """Return 1/sqrt(qk_head_dim), times YaRN's mscale_all_dim squared (queries and keys carry one factor each)."""
     scale = config.qk_head_dim**-0.5
     scaling = config.rope_scaling
     if scaling is not None and scaling.mscale_all_dim:
@@ -25,7 +27,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def _yarn_frequencies(base: float, dim: int, scaling: RopeScaling) -> torch.Tensor:
-    """Fast dimensions keep their frequency, slow ones are divided by `factor`, a linear ramp between."""
+    """Return frequencies of which fast ones are kept, slow ones divided by `factor`, with a linear ramp between."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     extrapolated = 1.0 / base**exponents
     interpolated = 1.0 / (scaling.factor * base**exponents)
@@ -42,7 +44,7 @@ def _yarn_frequencies(base: float, dim: int, scaling: RopeScaling) -> torch.Tens
 
 
 def inverse_frequencies(config: ModelConfig, seq_length: int) -> torch.Tensor:
-    """Angular speed of each pair, [D/2] float32. Only the dynamic kind depends on `seq_length`."""
+    """Return the angular speed of each pair, [D/2] float32. Only the dynamic kind depends on `seq_length`."""
     base, dim, scaling = config.rope_theta, config.qk_rope_head_dim, config.rope_scaling
     if scaling is not None and scaling.kind == "yarn":
         return _yarn_frequencies(base, dim, scaling)
@@ -54,8 +56,8 @@ def inverse_frequencies(config: ModelConfig, seq_length: int) -> torch.Tensor:
 
 
 def rope_table(config: ModelConfig, seq_length: int, device: torch.device) -> torch.Tensor:
-    """cos and sin of every position and pair, [2, S, D/2] float32, times YaRN's ratio of mscales."""
-    with torch.device("cpu"):  # real numbers also while a model is being made on the meta device
+    """Return cos and sin of every position and pair, [2, S, D/2] float32, times YaRN's ratio of mscales."""
+    with torch.device("cpu"):  # has values even while a model is being built on the meta device
         angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), inverse_frequencies(config, seq_length))
         table = torch.stack([angles.cos(), angles.sin()])
     scaling = config.rope_scaling

@@ -3,7 +3,7 @@
   V2  softmax scores, greedy or limited to the best groups by each group's best expert (arXiv 2405.04434, 2.1.2)
   V3  sigmoid scores; a bias steers the choice but not the weights; groups by their best two (arXiv 2412.19437, 2.1.2)
 
-Shapes: B batch, S sequence, T = B*S tokens, H hidden, E experts, K top-k, G groups of E/G experts.
+Shapes: B batch, S sequence, T = B*S tokens, H hidden, E experts, K top-k, G groups of e = E/G experts.
 """
 
 from typing import NamedTuple
@@ -18,9 +18,10 @@ from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, shar
 
 
 class Routing(NamedTuple):
-    """What the router decided. `scores_TE` are un-biased, for the balance losses.
+    """The router's choice. `scores_TE` are un-biased, for the balance losses.
 
-    A tuple, since FSDP looks for tensors in a module's output there: their gradients have it gather the weight again.
+    It is a tuple because FSDP looks for tensors in a module's output there: their gradients make it gather the weight
+    again.
     """
 
     experts_TK: torch.Tensor
@@ -29,7 +30,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """weight [E, H], and for noaux_tc the bias [E] that training/balance.py moves after each step.
+    """weight [E, H], and for noaux_tc the bias [E] that training/balance.py updates after each step.
 
     Logits, scores and bias are kept in at least float32. Under TP each rank routes its own slice of the sequence, so
     the weight's local gradient is partial.
@@ -44,7 +45,7 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x_TH: torch.Tensor, positions_T: torch.Tensor | None = None) -> Routing:
-        """`positions_T`, places in their sequences, are looked at only where the balance is forced."""
+        """Route tokens. `positions_T`, their places in their sequences, are read only where the balance is forced."""
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         weight_EH = local_weight(self.weight, self.weight_grad)
         logits_TE = F.linear(x_TH.to(wide), weight_EH.to(wide))
@@ -57,7 +58,7 @@ class Router(nn.Module):
 
 @torch.no_grad()
 def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor | None, config: ModelConfig) -> torch.Tensor:
-    """Indices [T, K] of the chosen experts, of no particular order."""
+    """Return the indices [T, K] of the chosen experts, in no particular order."""
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if config.topk_method != "greedy":
         choice_TE = limit_to_groups(choice_TE, config)
@@ -65,7 +66,7 @@ def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor | None, config:
 
 
 def balanced_choice(positions_T: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """[T, K] experts by position alone, within `topk_group` groups: any E consecutive positions use each K times."""
+    """Return experts [T, K] by position, in `topk_group` groups: E consecutive positions use each K times."""
     k = torch.arange(config.num_experts_per_tok, device=positions_T.device)
     groups, each = config.n_group, config.n_routed_experts // config.n_group
     position_T1 = positions_T.unsqueeze(1)
@@ -74,9 +75,9 @@ def balanced_choice(positions_T: torch.Tensor, config: ModelConfig) -> torch.Ten
 
 
 def limit_to_groups(choice_TE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Scores with every expert outside the token's best `topk_group` groups at -inf.
+    """Return the scores with every expert outside the token's best `topk_group` groups at -inf.
 
-    A group counts by its best expert (group_limited_greedy) or by the sum of its best two (noaux_tc).
+    A group is rated by its best expert (group_limited_greedy) or by the sum of its best two (noaux_tc).
     """
     if config.topk_group == config.n_group:
         return choice_TE
@@ -89,7 +90,7 @@ def limit_to_groups(choice_TE: torch.Tensor, config: ModelConfig) -> torch.Tenso
 
 
 def expert_weights(scores_TE: torch.Tensor, experts_TK: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Weights [T, K] from the un-biased scores: normalised where asked, then scaled, as Hugging Face does both.
+    """Return weights [T, K] from the un-biased scores: normalised where asked, then scaled, as Hugging Face does both.
 
     A single expert's weight is not normalised, as in DeepSeek's own code: it would be a constant without gradient.
     """

@@ -1,4 +1,4 @@
-"""What is made of whole sequences before any of them is divided over ranks: MTP's labels, and who goes to experts.
+"""What is computed from whole sequences before they are divided: MTP's labels, and which tokens go to experts.
 
 Shapes: B rows, S tokens of a sequence, M = 1 + MTP depth predictions of each token.
 """
@@ -12,8 +12,8 @@ def shifted_labels(labels_BS: torch.Tensor, weights_BS: torch.Tensor, mtp_depth:
     """Return labels and their weights for the main prediction and each MTP depth, [B, M, S] each.
 
     Depth k predicts the label k places further on; the last k positions have none. The input token of depth k at
-    position i is the label of depth k - 1 there; where it is of another document than token i (`documents_BS` given),
-    the depth has no label.
+    position i is the label of depth k - 1 there; if it belongs to another document than token i (`documents_BS` given),
+    that depth has no label.
     """
     labels, weights, shifted_BS = [labels_BS], [weights_BS], weights_BS
     for depth in range(1, mtp_depth + 1):
@@ -27,9 +27,10 @@ def shifted_labels(labels_BS: torch.Tensor, weights_BS: torch.Tensor, mtp_depth:
 def routed_tokens(real_BS: torch.Tensor, mtp_depth: int, documents_BS: torch.Tensor | None = None) -> torch.Tensor:
     """Return which positions go to routed experts and count for their balance, [B, M, S] bool.
 
-    Of the main model every token that is `real_BS`, no padding, whether its label counts or not. Of depth k those whose
-    input, the token k places further on, is there, real, and of the same document: so not the last k positions.
-    What is left out has no label, and comes after everything in its document that has one.
+    For the main model these are all tokens that are `real_BS`, no padding, whether their label counts or not. For depth
+    k they are those whose input, the token k places further on, exists, is real, and belongs to the same document: so
+    not the last k positions. A token that is left out has no label, and comes after every token of its document that
+    has one.
     """
     routed = [real_BS]
     for depth in range(1, mtp_depth + 1):
@@ -40,5 +41,5 @@ def routed_tokens(real_BS: torch.Tensor, mtp_depth: int, documents_BS: torch.Ten
 
 
 def _stays(documents_BS: torch.Tensor, depth: int) -> torch.Tensor:
-    """Return whether the token `depth` places further on is of the same document; documents are known to the host."""
+    """Return whether the token `depth` places further on is in the same document; documents are known to the host."""
     return documents_BS == F.pad(documents_BS[:, depth:], (0, min(depth, documents_BS.shape[1])), value=-1)

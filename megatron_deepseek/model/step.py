@@ -1,4 +1,4 @@
-"""What the stages of a model are given in a step: a micro-batch each time, and what all micro-batches have in common.
+"""What the stages of a model are given in a step: a micro-batch for each forward, and what all micro-batches share.
 
 Shapes: B rows, S tokens of each on this context rank, M = 1 + MTP depth predictions of each token, K datasets, E
 experts.
@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.predictions import Predictions
-from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.parallel.context import BlockMask
 from megatron_deepseek.parallel.sequence_sums import SequenceSums
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What an objective sees of some rows: all of a data rank's, undivided, when it counts, and a micro-batch's part on
-    this context rank when it makes its contribution.
+    """The rows that an objective sees: when it counts, all rows of a data rank, undivided; when it computes its
+    contribution, a micro-batch's part on this context rank.
 
-    labels_BMS and weights_BMS: of the main prediction and each MTP depth. `inputs`: what the objective asked for,
-    [B, S, ...] of each token or [B, ...] of each row. sources_BK: which dataset a row is from, None for a single one.
+    labels_BMS and weights_BMS are for the main prediction and each MTP depth. `inputs` are those that the objective
+    asked for, [B, S, ...] by token or [B, ...] by row. sources_BK says which dataset a row is from, None for a single
+    one.
     """
 
     labels_BMS: torch.Tensor
@@ -33,11 +33,11 @@ class Rows:
 
     @property
     def weights_BS(self) -> torch.Tensor:
-        """What each label of the main prediction counts for."""
+        """Return the weight of each label of the main prediction."""
         return self.weights_BMS[:, 0]
 
     def per_row(self, x_BS: torch.Tensor) -> torch.Tensor:
-        """Return the sum of each row over all its tokens, [B], wherever they are."""
+        """Return the sum of each row over all its tokens, [B], on whichever ranks they are."""
         return self.sums.per_row(x_BS)
 
     def per_document(self, x_BS: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Rows:
         return self.sums.per_document(x_BS)
 
     def share(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the sum of terms [B] or [B, D] that were made of sums along the rows."""
+        """Return this rank's part of the sum of terms [B] or [B, D] that were computed from sums along the rows."""
         return self.sums.share(x)
 
 
@@ -53,21 +53,20 @@ class Rows:
 class MicroBatch:
     """One micro-batch on this context rank.
 
-    routed_BMS: which positions go to routed experts (`shifts.routed_tokens`), None for all. `documents` are those of
-    the whole sequences; `block_mask` is what this rank sees of its context group's blocks, None where it has
-    all of them.
+    `routed_BMS`: which positions go to routed experts (`shifts.routed_tokens`), None for all. `mask`: what each token
+    sees, the same for every layer.
     """
 
     rows: Rows
     routed_BMS: torch.Tensor | None = None
-    documents: Documents | None = None
-    block_mask: BlockMask | None = None
+    mask: CausalMask = CausalMask()
 
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one micro-batch adds on this rank: to the loss that is back-propagated, a scalar, and to what is reported, a
-    scalar for each name. Sums of these over micro-batches and ranks are the numbers of the global batch.
+    """What one micro-batch adds on this rank to the loss, and to the reports: a scalar, and a scalar for each name.
+
+    The sums of these over micro-batches and ranks are the numbers of the global batch.
     """
 
     loss: torch.Tensor
@@ -76,11 +75,11 @@ class Contribution:
 
 @dataclass
 class StepStatistics:
-    """What a step's forwards leave behind on this rank, added up over its micro-batches.
+    """What a step's forwards report on this rank, added up over its micro-batches.
 
-    `reports`: an objective's, by name; `expert_counts`: by layer name; `dropped`: token copies above experts'
-    capacity; `cross_node_sends`: how often a token was sent to another node; `chosen`: if asked for, the experts that
-    each micro-batch's tokens chose [B, own S, K], by layer name.
+    `reports`: an objective's, by name; `expert_counts`: by layer name; `dropped`: token copies above experts' capacity;
+    `cross_node_sends`: how often a token was sent to another node; `chosen`: if asked for, the experts that each
+    micro-batch's tokens chose [B, own S, K], by layer name.
     """
 
     reports: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -107,10 +106,10 @@ class StepStatistics:
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
-    """What every micro-batch of a step shares. `num_sequences`: of the global batch, which balance losses divide by.
+    """What every micro-batch of a step shares.
 
-    `contribution` makes of a micro-batch's predictions and rows what it adds to the loss; None where only states are
-    asked for.
+    `num_sequences` is that of the global batch, by which balance losses are divided. `contribution` computes what a
+    micro-batch's predictions and rows add to the loss; None where only states are asked for.
     """
 
     num_sequences: int

@@ -1,4 +1,4 @@
-"""python -m megatron_deepseek.ops: what each operator runs on here, why, and what else there would be."""
+"""python -m megatron_deepseek.ops: which backend each operator runs on here, why, and which others there are."""
 
 import sys
 
@@ -10,7 +10,7 @@ PROGRAM = "python -m megatron_deepseek.ops"
 
 
 def table() -> list[tuple[str, str, str, str]]:
-    """operator, backend, why, other candidates with what keeps them away."""
+    """Return rows of operator, backend, the reason for it, and the other candidates with what rules them out."""
     rows = [("operator", "backend", "why", "others")]
     for operator, choice in choices().items():
         others = [(candidate.name, candidate.why_not()) for candidate in CANDIDATES[operator]

@@ -1,8 +1,9 @@
-"""Softmax attention over a part of the keys, with what is needed to join parts exactly: the rows' log-sum-exp.
+"""Kernels of softmax attention: over whole sequences, and over parts of the keys that are merged exactly.
 
-Over parts j of the keys, with (o_j, l_j) the output and log-sum-exp of each, l = log sum_j exp(l_j) and
-o = sum_j exp(l_j - l) o_j is attention over all of them. Backwards, a part needs the joint o and l alone: they give its
-probabilities exp(s - l) and the softmax's row term sum(do * o) (FlashAttention, arXiv 2205.14135).
+A part comes with the log-sum-exp of its rows. Let (o_j, l_j) be output and log-sum-exp of part j of the keys. Then with
+l = log sum_j exp(l_j), o = sum_j exp(l_j - l) o_j is attention over all of them. The backward of a part needs only the
+merged o and l: they give its probabilities exp(s - l) and the softmax's row term sum(do * o) (FlashAttention, arXiv
+2205.14135).
 
 Shapes: B batch, N heads, S queries, K keys, D query and key width, V value width.
 """
@@ -15,12 +16,12 @@ import torch.nn.functional as F
 from megatron_deepseek.ops.backends.registry import with_backends
 from megatron_deepseek.ops.documents import Documents
 
-_aten = torch.ops.aten
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Which scores count: q k^T * scale, all of them or, of a square, those of the lower triangle."""
+    """Scores are q k^T * `scale`. All of them count or, if `causal`, those of a square's lower triangle."""
 
     scale: float
     causal: bool = False
@@ -28,10 +29,10 @@ class Scores:
 
 def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: torch.Tensor,
                             documents: Documents, scale: float) -> torch.Tensor:
-    """Causal softmax attention of each token over its own document, [B, N, S, V].
+    """Return causal softmax attention of each token over its own document, [B, N, S, V].
 
-    Document by document, without a mask: the fused kernels see plain causal squares, nothing of size S x S is ever
-    made, and no score across documents is computed.
+    It goes document by document, without a mask: the fused kernels see plain causal squares, nothing of size S x S is
+    ever made, and no score across documents is computed.
     """
     rows = []
     for q_NSD, k_NSD, v_NSV, places in zip(q_BNSD, k_BNSD, v_BNSV, documents.rows, strict=True):
@@ -42,21 +43,27 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
 
 
 class Output:
-    """What becomes of attention's output, [B, S, N * V]: here it is given on, and kept for the backward, as it is."""
+    """The form in which attention's output [B, S, N * V] goes to the next layer and is kept for the backward.
+
+    This one keeps the output itself. The FP8 recipe has another (ops/fp8/attention.py).
+    """
 
     def give(self, y_BSV: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """What the next layer gets, and what is kept."""
+        """Return what the next layer gets, and what is kept."""
         return y_BSV, (y_BSV,)
 
     def restore(self, kept: tuple[torch.Tensor, ...], like_BSV: torch.Tensor) -> torch.Tensor:
-        """The output from what was kept, in shape and dtype as `like_BSV`."""
+        """Return the output from what was kept, in the shape and dtype of `like_BSV`."""
         return kept[0]
 
 
 @with_backends("attention")
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents: Documents | None,
               scale: float, width: int) -> torch.Tensor:
-    """Causal, within documents where given: [B, S, N * width], of V its first `width` columns (the rest is 0)."""
+    """Return causal softmax attention, within documents where they are given: [B, S, N * width].
+
+    Of the values only the first `width` columns count; the rest is padding.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
     if documents is None:
         y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -67,29 +74,29 @@ def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, 
 
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores
            ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, N, S, V] and log-sum-exp [B, N, S]."""
-    forward, _ = _kernel(q_BNSD)
+    """Return the output [B, N, S, V] and log-sum-exp [B, N, S] of attention over these keys."""
+    forward, _ = kernel_for(q_BNSD)
     return forward(q_BNSD, k_BNKD, v_BNKV, scores)
 
 
 def attend_backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores: Scores
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; `out_BNSV` and `lse_BNS` are the joint ones over all parts of the keys."""
-    _, backward = _kernel(q_BNSD)
+    """Return the gradients of q, k and v; `out_BNSV` and `lse_BNS` are merged over all parts of the keys."""
+    _, backward = kernel_for(q_BNSD)
     return backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores)
 
 
-def _kernel(q: torch.Tensor):
-    """(forward, backward): fused where there is a kernel. CUDA's flash kernel takes no wide dtypes."""
+def kernel_for(q: torch.Tensor):
+    """Return (forward, backward), fused where there is a kernel. CUDA's flash kernel takes 16-bit dtypes only."""
     if q.device.type == "cpu":
         return _cpu_forward, _cpu_backward
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _cuda_forward, _cuda_backward
+        return cuda_forward, cuda_backward
     return plain_forward, plain_backward
 
 
 def plain_forward(q, k, v, scores: Scores):
-    """The definition, in at least float32; keeps S x K scores while it runs."""
+    """Return output and log-sum-exp by the definition, in at least float32; S x K scores exist while it runs."""
     logits = _logits(q, k, scores)
     lse = logits.logsumexp(-1)
     probabilities = (logits - lse.unsqueeze(-1)).exp()
@@ -97,6 +104,7 @@ def plain_forward(q, k, v, scores: Scores):
 
 
 def plain_backward(grad, q, k, v, out, lse, scores: Scores):
+    """Return the gradients of q, k and v by the definition; S x K scores exist while it runs."""
     logits = _logits(q, k, scores)
     wide = logits.dtype
     probabilities = (logits - lse.unsqueeze(-1)).exp()
@@ -117,59 +125,63 @@ def _logits(q, k, scores: Scores) -> torch.Tensor:
 
 
 def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Zeros up to `width`: the fused kernels want values as wide as keys."""
+    """Return x with zeros up to `width`: the fused kernels need values as wide as keys."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _cpu_forward(q, k, v, scores: Scores):
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, _pad(v, q.shape[-1]), 0.0, scores.causal, scale=scores.scale)
     return out[..., :v.shape[-1]], lse
 
 
 def _cpu_backward(grad, q, k, v, out, lse, scores: Scores):
     width = q.shape[-1]
-    grad_q, grad_k, grad_v = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _pad(grad, width), q, k, _pad(v, width), _pad(out, width), lse, 0.0, scores.causal, scale=scores.scale)
     return grad_q, grad_k, grad_v[..., :v.shape[-1]]
 
 
-def _cuda_forward(q, k, v, scores: Scores):
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+def cuda_forward(q, k, v, scores: Scores):
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
         *_as_wide(q, k, v), 0.0, scores.causal, False, scale=scores.scale)
     return out[..., :v.shape[-1]], lse
 
 
-def _cuda_backward(grad, q, k, v, out, lse, scores: Scores):
-    """The kernel makes `grad` and `out` contiguous where they are not, but reads `lse` as if it were."""
+def cuda_backward(grad, q, k, v, out, lse, scores: Scores):
+    """Return the gradients of q, k and v.
+
+    The kernel makes `grad` and `out` contiguous if they are not, but reads `lse` as if it were contiguous.
+    """
     no_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    grads = _aten._scaled_dot_product_flash_attention_backward(
+    grads = aten._scaled_dot_product_flash_attention_backward(
         *_as_wide(grad, q, k, v, out), lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, scores.causal,
         no_state, no_state[:0], scale=scores.scale)
     return tuple(grad[..., :x.shape[-1]] for grad, x in zip(grads, (q, k, v), strict=True))
 
 
 def _as_wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """All as wide as the widest, in multiples of 8, which CUDA's flash kernel asks for."""
+    """Return all tensors as wide as the widest, rounded up to a multiple of 8, which CUDA's flash kernel needs."""
     width = -(-max(x.shape[-1] for x in tensors) // 8) * 8
     return [_pad(x, width) for x in tensors]
 
 
 @dataclass(eq=False)
 class LogSumExpMerge:
-    """Attention over the parts seen so far, of some rows of the queries each; sums in at least float32."""
+    """Attention over the parts of the keys that were added so far: output and log-sum-exp in at least float32."""
 
     out_BNSV: torch.Tensor
     lse_BNS: torch.Tensor
 
     @classmethod
     def empty(cls, q_BNSD: torch.Tensor, v_width: int) -> "LogSumExpMerge":
+        """Return attention of these queries over no keys."""
         wide = torch.promote_types(q_BNSD.dtype, torch.float32)
         out = q_BNSD.new_zeros(*q_BNSD.shape[:-1], v_width, dtype=wide)
         return cls(out, out.new_full(out.shape[:-1], float("-inf")))
 
     def add(self, queries: tuple[slice, ...], out_BNRV: torch.Tensor, lse_BNR: torch.Tensor) -> None:
-        """Join a part that some `queries` saw; they index [B, N, S]."""
+        """Merge a part that only some queries saw; `queries` is their index in [B, N, S]."""
         before = self.lse_BNS[queries]
         joint = torch.logaddexp(before, lse_BNR)
         keep, new = (torch.where(joint.isfinite(), (lse - joint).exp(), 0).unsqueeze(-1) for lse in (before, lse_BNR))

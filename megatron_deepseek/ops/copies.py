@@ -1,7 +1,8 @@
-"""Copies of rows for their choices, sorted by what was chosen, and their weighted sum: gathers both ways.
+"""Copy each row once for each of its choices, sort the copies by choice, and sum them by weight: gathers both ways.
 
-A row has K copies where all its choices are served: then the copies are a permutation, and permute.py has what moves
-them. It has fewer where a rank serves only some of the experts, or where copies were dropped.
+The choices are the experts, ranks or nodes (bins) that a row goes to. Where every choice has a copy, the copies are a
+permutation, and permute.py moves them. There are fewer where a rank serves only some of the experts, or where copies
+were dropped.
 
 Shapes: Q rows, K choices of each, R <= Q*K copies, H hidden.
 """
@@ -16,9 +17,11 @@ from megatron_deepseek.ops.permute import copy_and_permute, sort_by_expert, weig
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """`order_R`: of which row and choice each copy is, row * K + choice; `place_QK`: where it lies, R if there is none.
+    """The copies of some rows, sorted by bin.
 
-    `counts`: copies of each bin, which lie one bin after the other.
+    `order_R` says which row and choice each copy is of, as row * K + choice; `place_QK` says at which of the R places
+    the copy of a choice is, R if it has none. `counts` are the number of copies in each bin; bins lie one after the
+    other.
     """
 
     order_R: torch.Tensor
@@ -35,12 +38,12 @@ class Copies:
 
     @property
     def complete(self) -> bool:
-        """Whether there are copies, one of every choice: then they are a permutation (permute.py)."""
+        """Return whether there are copies, and one of every choice: then they are a permutation (permute.py)."""
         return 0 < len(self.order_R) == self.place_QK.numel()
 
 
 def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
-    """Copies by bin, within a bin by row. A choice outside 0..num_bins-1 has none."""
+    """Return the copies sorted by bin, within a bin by row. A choice outside 0..num_bins-1 has none."""
     bins_QK = bins_QK.where((bins_QK >= 0) & (bins_QK < num_bins), num_bins)
     order, inverse, counts = sort_by_expert(bins_QK, num_bins + 1)
     counts = counts[:num_bins].tolist()
@@ -49,7 +52,7 @@ def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
 
 
 def _gather(x_RH: torch.Tensor, place_QK: torch.Tensor) -> torch.Tensor:
-    """[Q, K, H]: the copies of each row, zero where there is none."""
+    """Return the copies of each row, [Q, K, H], zero where there is none."""
     return F.pad(x_RH, (0, 0, 0, 1)).index_select(0, place_QK.flatten()).unflatten(0, place_QK.shape)
 
 
@@ -82,14 +85,14 @@ class _Sum(torch.autograd.Function):
 
 
 def copy_rows(x_QH: torch.Tensor, copies: Copies) -> torch.Tensor:
-    """[R, H] in the order of `copies`."""
+    """Return the rows' copies [R, H] in the order of `copies`."""
     if copies.complete:
         return copy_and_permute(x_QH, copies.order_R, copies.place_QK.flatten())
     return _Copy.apply(x_QH, copies.row_R, copies.place_QK)
 
 
 def sum_copies(y_RH: torch.Tensor, weights_QK: torch.Tensor, copies: Copies) -> torch.Tensor:
-    """[Q, H]: each row's copies times its weights, in y's dtype."""
+    """Return the sum of each row's copies times its weights, [Q, H] in y's dtype."""
     if copies.complete:
         return weighted_sum(y_RH, weights_QK, copies.order_R, copies.place_QK.flatten())
     return _Sum.apply(y_RH, weights_QK, copies.row_R, copies.choice_R, copies.place_QK)

@@ -1,8 +1,10 @@
-"""Softmax cross-entropy over a part of the vocabulary: what each part contributes, and the gradient from the whole.
+"""Softmax cross-entropy over a part of the vocabulary: the statistics of each part, and the gradient from their totals.
 
     loss = log(sum) - (label_logit - max),  sum and label_logit summed over the parts, max their maximum
 
-parallel/vocabulary.py joins the parts of several ranks. Shapes: T tokens, v columns of this part.
+parallel/vocabulary.py combines the parts of several ranks.
+
+Shapes: T tokens, v columns of this part.
 """
 
 import torch
@@ -13,10 +15,10 @@ from megatron_deepseek.ops.backends.registry import with_backends
 @with_backends("cross_entropy_statistics")
 def cross_entropy_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, first_id: int
                              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Maximum, sum of exp(logit - maximum) and the label's logit of each row, [T] each, in at least float32.
+    """Return the maximum, sum of exp(logit - maximum) and the label's logit of each row, [T] each, in at least float32.
 
-    This part's columns are ids first_id, first_id + 1, ...; a label that is none of them counts as 0. A row of nothing
-    but -inf has the sum 0.
+    This part's columns are ids first_id, first_id + 1, ...; the label's logit is 0 where the label is not among them.
+    The sum is 0 in a row of nothing but -inf.
     """
     wide = torch.promote_types(logits_Tv.dtype, torch.float32)
     max_T = logits_Tv.amax(-1).to(wide)
@@ -30,9 +32,9 @@ def cross_entropy_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, fi
 @with_backends("cross_entropy_gradient")
 def cross_entropy_gradient(logits_Tv: torch.Tensor, labels_T: torch.Tensor, first_id: int, max_T: torch.Tensor,
                            sum_T: torch.Tensor, grad_T: torch.Tensor) -> torch.Tensor:
-    """(softmax - one-hot label) * grad [T, v] in the logits' dtype, from the maximum and the sum over all parts.
+    """Return (softmax - one-hot label) * grad [T, v] in the logits' dtype, from the maximum and sum over all parts.
 
-    The CUDA form turns contiguous bfloat16 logits into their gradient in place.
+    The CUDA kernel overwrites contiguous bfloat16 logits with their gradient.
     """
     grad_Tv = (logits_Tv.to(max_T.dtype) - max_T.unsqueeze(-1)).exp_() * (grad_T / sum_T).unsqueeze(-1)
     local_T, mine_T = _columns(labels_T, logits_Tv.shape[-1], first_id)
@@ -41,7 +43,7 @@ def cross_entropy_gradient(logits_Tv: torch.Tensor, labels_T: torch.Tensor, firs
 
 
 def _columns(labels_T: torch.Tensor, columns: int, first_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each label (0 where another part has it), and whether this part has it."""
+    """Return the column of each label (0 where another part has it), and whether this part has it."""
     local_T = labels_T - first_id
     mine_T = (local_T >= 0) & (local_T < columns)
     return local_T.where(mine_T, 0), mine_T

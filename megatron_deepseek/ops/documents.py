@@ -1,6 +1,6 @@
-"""Where the documents of packed rows lie: found once for a batch, on the host, and read by every layer.
+"""Where the documents of packed rows begin and end: found once for a batch, on the host, and read by every layer.
 
-Attention is started document by document, so their places decide which kernels run and have to be known to the host.
+Attention runs document by document, so the host has to know their places to decide which kernels to launch.
 
 Shapes: B rows, S tokens of a whole sequence.
 """
@@ -12,9 +12,9 @@ import torch
 
 
 def documents_of(row_S: torch.Tensor) -> dict[int, slice]:
-    """Return where each document lies in a row that numbers every token's, in the order of the row.
+    """Return the slice of each document, by its number, in the order of the row; `row_S` has every token's number.
 
-    Raise ValueError if a document lies in two places.
+    Raise ValueError if a document is not contiguous.
     """
     numbers, counts = row_S.unique_consecutive(return_counts=True)
     stops = counts.cumsum(0).tolist()
@@ -27,13 +27,13 @@ def documents_of(row_S: torch.Tensor) -> dict[int, slice]:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of some rows: for each row the places, in order and without gaps."""
+    """The documents of some rows: for each row their slices, in order and without gaps."""
 
     rows: tuple[tuple[slice, ...], ...]
 
     @classmethod
     def find(cls, numbers_BS: torch.Tensor) -> "Documents":
-        """Walk rows that number each token's document; a number stands for one document of its row."""
+        """Return the documents of rows that number each token's document; numbers are compared within a row only."""
         return cls(tuple(tuple(documents_of(row_S).values()) for row_S in numbers_BS.cpu()))
 
     def __getitem__(self, rows: slice) -> "Documents":
@@ -42,11 +42,11 @@ class Documents:
 
     @property
     def most(self) -> int:
-        """The largest number of documents in a row."""
+        """Return the largest number of documents in a row."""
         return max(map(len, self.rows), default=0)
 
     @cached_property
     def places_BS(self) -> torch.Tensor:
-        """Each token's document, counted from 0 within its row: int64 [B, S] on the host."""
+        """Return each token's document, counted from 0 within its row: int64 [B, S] on the host."""
         return torch.stack([torch.repeat_interleave(torch.tensor([place.stop - place.start for place in row]))
                             for row in self.rows])

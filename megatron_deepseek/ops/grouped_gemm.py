@@ -1,10 +1,10 @@
-"""One matrix product per expert over rows sorted by expert: forward, input gradient (dgrad), weight gradient (wgrad).
+"""Grouped GEMM, one for each expert over rows sorted by expert: forward, input gradient, weight gradient.
 
-CUDA in bfloat16 runs `torch.nn.functional.grouped_mm`. Everywhere else each group is a plain product written straight
+CUDA in bfloat16 runs `torch.nn.functional.grouped_mm`. Everywhere else each group is an ordinary GEMM written straight
 into the result: on CPU grouped_mm in bfloat16 was measured 7x slower than that loop, and it has no float64.
 
 In bfloat16 on CPU the number of rows of each group is rounded up: oneDNN compiles a kernel for every new shape, which
-was measured to take 0.9 ms, four times as long as the product itself.
+was measured to take 0.9 ms, four times as long as the GEMM itself.
 
 Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers that sum to R.
 """
@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 
 
-ROW_MULTIPLE = 64  # of a group's rows in bfloat16 on CPU
+ROW_MULTIPLE = 64  # a group's rows are padded to a multiple of it in bfloat16 on CPU
 
 
 def _round_up(x: torch.Tensor) -> torch.Tensor:
-    """x with zero rows behind it where kernels are compiled for each shape; x itself elsewhere."""
+    """Return x with zero rows appended where kernels are compiled for each shape, x itself elsewhere."""
     if x.dtype != torch.bfloat16 or x.is_cuda:
         return x
     return F.pad(x, (0, 0, 0, -x.shape[0] % ROW_MULTIPLE))
 
 
 def _mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out = x @ weight, row by row of x."""
+    """Write x @ weight into `out`."""
     rounded = _round_up(x)
     if rounded.shape == x.shape:
         torch.mm(x, weight, out=out)
@@ -32,8 +32,8 @@ def _mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_((rounded @ weight)[:x.shape[0]])
 
 
-def _native(x: torch.Tensor, *widths: int) -> bool:
-    """Whether grouped_mm takes it: rows of all operands must begin at multiples of 16 bytes."""
+def has_native_kernel(x: torch.Tensor, *widths: int) -> bool:
+    """Return whether grouped_mm takes x: rows of all operands must begin at multiples of 16 bytes."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and not any(width % 8 for width in widths)
 
 
@@ -42,8 +42,8 @@ def _offsets(counts_E: list[int], device: torch.device) -> torch.Tensor:
 
 
 def grouped_forward(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
-    """y [R, O]: each expert's rows times its weight transposed."""
-    if _native(x_RI, *weight_EOI.shape[1:]):
+    """Return y [R, O]: each expert's rows times its weight transposed."""
+    if has_native_kernel(x_RI, *weight_EOI.shape[1:]):
         return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=_offsets(counts_E, x_RI.device))
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
     for x, weight, y in zip(x_RI.split(counts_E), weight_EOI.unbind(), y_RO.split(counts_E)):
@@ -52,8 +52,8 @@ def grouped_forward(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list
 
 
 def grouped_dgrad(grad_RO: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
-    """Gradient of x [R, I]: each expert's rows times its weight."""
-    if _native(grad_RO, *weight_EOI.shape[1:]):
+    """Return the gradient of x [R, I]: each expert's output gradients times its weight."""
+    if has_native_kernel(grad_RO, *weight_EOI.shape[1:]):
         return F.grouped_mm(grad_RO, weight_EOI, offs=_offsets(counts_E, grad_RO.device))
     grad_RI = grad_RO.new_empty(grad_RO.shape[0], weight_EOI.shape[2])
     for grad, weight, out in zip(grad_RO.split(counts_E), weight_EOI.unbind(), grad_RI.split(counts_E)):
@@ -62,12 +62,12 @@ def grouped_dgrad(grad_RO: torch.Tensor, weight_EOI: torch.Tensor, counts_E: lis
 
 
 def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
-    """Gradient of the weights [E, O, I]; zero for an expert without rows."""
-    if _native(x_RI, grad_RO.shape[1], x_RI.shape[1]):
+    """Return the gradient of the weights [E, O, I], zero for an expert without rows."""
+    if has_native_kernel(x_RI, grad_RO.shape[1], x_RI.shape[1]):
         grad_EOI = F.grouped_mm(grad_RO.t(), x_RI, offs=_offsets(counts_E, x_RI.device))
         for grad, count in zip(grad_EOI, counts_E, strict=True):
             if not count:
-                grad.zero_()  # left as it was found on compute capability 10.0 (pytorch issue 172439)
+                grad.zero_()  # not written on compute capability 10.0 (pytorch issue 172439)
         return grad_EOI
     grad_EOI = x_RI.new_empty(len(counts_E), grad_RO.shape[1], x_RI.shape[1])
     for grad, x, out in zip(grad_RO.split(counts_E), x_RI.split(counts_E), grad_EOI.unbind()):
@@ -78,7 +78,7 @@ def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_EOI, counts_E):
-        x_needed, weight_needed = ctx.needs_input_grad[1::-1]  # each for the other's gradient
+        x_needed, weight_needed = ctx.needs_input_grad[1::-1]  # each is needed for the gradient of the other
         ctx.save_for_backward(x_RI if x_needed else None, weight_EOI if weight_needed else None)
         ctx.counts_E = counts_E
         return grouped_forward(x_RI, weight_EOI, counts_E)
@@ -93,6 +93,6 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def grouped_gemm(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
-    """y [R, O]: rows of expert e, `counts_E[e]` of them in order of e, times that expert's weight transposed."""
+    """Return y [R, O]: the `counts_E[e]` rows of each expert e, in order of e, times its weight transposed."""
     assert sum(counts_E) == x_RI.shape[0] and len(counts_E) == weight_EOI.shape[0], (x_RI.shape, counts_E)
     return _GroupedGemm.apply(x_RI, weight_EOI, counts_E)

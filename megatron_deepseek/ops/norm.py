@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467) that keeps only its input and one number a row for the backward."""
+"""RMSNorm (arXiv 1910.07467) that saves only its input and one number for each row for the backward."""
 
 import torch
 
@@ -6,7 +6,7 @@ from megatron_deepseek.ops.backends.registry import with_backends
 
 
 def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [..., H] in x's dtype, and 1 / root mean square [..., 1] in at least float32. No gradient."""
+    """Return y [..., H] in x's dtype and 1 / root mean square [..., 1] in at least float32, without a gradient."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide = x.to(wide)
     norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
@@ -17,7 +17,7 @@ def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[tor
 @with_backends("norm_backward")
 def norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
                   ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and of the weight."""
+    """Return the gradients of x and of the weight."""
     normed = x.to(rstd.dtype) * rstd
     grad = grad.to(rstd.dtype)
     grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
@@ -40,5 +40,5 @@ class _RMSNorm(torch.autograd.Function):
 
 @with_backends("rms_norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., H], weight [H] -> [..., H] in x's dtype; statistics in at least float32."""
+    """Return x [..., H] / sqrt(mean(x^2) + eps) * weight [H] in x's dtype; statistics are in at least float32."""
     return _RMSNorm.apply(x, weight, eps)

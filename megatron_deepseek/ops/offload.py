@@ -1,9 +1,9 @@
 """Keep in the host's memory what the backward needs, instead of on the device.
 
-torch.autograd.graph.save_on_cpu does so for each saved tensor alone: it copies weights, too, copies memory that several
-tensors share once for each of them, and gives back contiguous tensors. Here shared memory is copied once, the caller
-says what stays on the device (`stays`), and tensors come back with the strides that they had, so that the backward runs
-the same kernels on the same numbers.
+torch.autograd.graph.save_on_cpu handles each saved tensor by itself: it copies weights, too, copies memory that several
+tensors share once for each of them, and returns contiguous tensors. Here shared memory is copied once, the caller says
+what stays on the device (`stays`), and tensors come back with the strides that they had, so that the backward runs the
+same kernels on the same numbers.
 
 Copies use pinned memory and are queued on the stream of the computation: the program does not wait for them, but the
 device computes nothing while it copies.
@@ -17,25 +17,25 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_deepseek.ops.recompute import RecomputeHandle
 
-_INDICES = (torch.bool, torch.int32, torch.int64)  # small; bytes are codes of narrow floating-point numbers
+_INDICES = (torch.bool, torch.int32, torch.int64)  # small, so they stay; uint8 is not here: FP8 codes are bytes
 
 
 class saved_on_host(torch.autograd.graph.saved_tensors_hooks):
-    """Inside, tensors that are saved for the backward are copied to the host, but for indices and what `stays`."""
+    """Copies tensors saved for the backward to the host, except for indices and those of which `stays` is true."""
 
     def __init__(self, stays: Callable[[torch.Tensor], bool]):
-        # A storage's address may be used again once it is free, unless somebody holds a weak reference to it.
-        travelled: dict[tuple, tuple[StorageWeakRef, RecomputeHandle]] = {}
+        # The weak references keep addresses of freed storages from being used again while they are keys here.
+        copied: dict[tuple, tuple[StorageWeakRef, RecomputeHandle]] = {}
 
         def pack(tensor: torch.Tensor):
             if tensor.dtype in _INDICES or stays(tensor):
                 return tensor
             storage = StorageWeakRef(tensor.untyped_storage())
             key = storage.cdata, tensor._version, tensor.dtype
-            if key not in travelled:
-                travelled[key] = storage, _to_host(tensor)
-            notes = travelled[key][1]
-            return notes, notes.note(0, tensor)
+            if key not in copied:
+                copied[key] = storage, to_host(tensor)
+            handle = copied[key][1]
+            return handle, handle.note(0, tensor)
 
         super().__init__(pack, _read)
 
@@ -43,12 +43,12 @@ class saved_on_host(torch.autograd.graph.saved_tensors_hooks):
 def _read(packed) -> torch.Tensor:
     if isinstance(packed, torch.Tensor):
         return packed
-    notes, note = packed
-    return notes.read(note)
+    handle, note = packed
+    return handle.read(note)
 
 
-def _to_host(tensor: torch.Tensor) -> RecomputeHandle:
-    """The whole storage of `tensor`, on its way to the host."""
+def to_host(tensor: torch.Tensor) -> RecomputeHandle:
+    """Start copying the whole storage of `tensor` to the host; return the handle that brings it back."""
     storage = tensor.untyped_storage()
     whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
     host = torch.empty_like(whole, device="cpu", pin_memory=tensor.is_cuda)

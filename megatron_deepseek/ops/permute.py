@@ -1,9 +1,9 @@
 """Sort token copies by expert and bring them back, with gathers in both directions.
 
-Plain indexing would scatter-add in its backward, which is slow and, on CUDA, not deterministic; a permutation's
-transpose is the inverse permutation, so here every pass is a gather.
+Plain indexing would scatter-add in its backward, which is slow and, on CUDA, not deterministic. The transpose of a
+permutation is its inverse, so here every forward and backward is a gather.
 
-Shapes: T tokens, K copies of each (top-k), R = T*K rows, H hidden.
+Shapes: T tokens, K copies of each (top-k), R = T*K rows, H hidden, W bytes of a row, Q rows gathered.
 """
 
 import torch
@@ -13,7 +13,7 @@ from megatron_deepseek.ops.backends.registry import with_backends
 
 @with_backends("gather_rows")
 def gather_rows(x_RW: torch.Tensor, index_Q: torch.Tensor) -> torch.Tensor:
-    """Row index_Q[i] of x as row i; no gradient. For rows of bytes: FP8 codes and their scales."""
+    """Return rows index_Q of x, without a gradient. Used for FP8 codes and their scales, which are rows of bytes."""
     return x_RW.index_select(0, index_Q)
 
 
@@ -43,7 +43,7 @@ class _CopyAndPermute(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Sum of a token's K expert outputs by weight, straight from the sorted rows."""
+    """The weighted sum of a token's K expert outputs, taken straight from the sorted rows."""
 
     @staticmethod
     def forward(ctx, y_RH, weights_TK, order_R, inverse_R):
@@ -61,7 +61,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def invert(order_R: torch.Tensor) -> torch.Tensor:
-    """The permutation that undoes `order_R`."""
+    """Return the permutation that undoes `order_R`."""
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.shape[0], device=order_R.device)
     return inverse_R
@@ -69,26 +69,26 @@ def invert(order_R: torch.Tensor) -> torch.Tensor:
 
 @with_backends("sort_by_expert")
 def sort_by_expert(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Order of the copies by expert, within an expert by token, its inverse, and how many each expert has [E] int64."""
+    """Return the order of the copies by expert, then token; its inverse; and how many each expert has, int64 [E]."""
     order_R = experts_TK.flatten().argsort(stable=True)
     return order_R, invert(order_R), experts_TK.flatten().bincount(minlength=num_experts)
 
 
 @with_backends("permute")
 def permute(x_RH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
-    """Row i of the result is row order_R[i] of x."""
+    """Return rows order_R of x: row i of the result is row order_R[i]."""
     return _Permute.apply(x_RH, order_R, inverse_R)
 
 
 @with_backends("copy_and_permute")
 def copy_and_permute(x_TH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
-    """Row i of the result is token order_R[i] // K of x."""
-    num_copies = order_R.shape[0] // x_TH.shape[0] if x_TH.shape[0] else 1  # a rank that received no token
+    """Return the copies of tokens in sorted order: row i of the result is token order_R[i] // K of x."""
+    num_copies = order_R.shape[0] // x_TH.shape[0] if x_TH.shape[0] else 1  # 1: this rank received no token
     return _CopyAndPermute.apply(x_TH, order_R, inverse_R, num_copies)
 
 
 @with_backends("weighted_sum")
 def weighted_sum(y_RH: torch.Tensor, weights_TK: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor
                  ) -> torch.Tensor:
-    """Undo `copy_and_permute` and add each token's copies times its weights: [T, H] in y's dtype."""
+    """Undo `copy_and_permute` and return the sum of each token's copies times its weights, [T, H] in y's dtype."""
     return _WeightedSum.apply(y_RH, weights_TK, order_R, inverse_R)

@@ -1,8 +1,8 @@
-"""The large products of the layers as objects, chosen once when a model is built (model/build.py).
+"""The GEMMs of the layers as objects, chosen once when a model is built (model/build.py).
 
-A layer says which of its products it means; the object says in which numbers it is computed, what of its inputs is
-kept for the backward and when its weight gradient is made. `Linear` and `Grouped` compute in the layer's own dtype,
-fp8/recipe.py has the ones of the FP8 recipe.
+A layer names the GEMM it means. The object decides its precision, what of its inputs is saved for the backward and when
+its weight gradient is computed. `Linear` and `Grouped` compute in the layer's own dtype; fp8/recipe.py has those of the
+FP8 recipe.
 
 Shapes: R rows, E experts, I inputs, O outputs.
 """
@@ -24,56 +24,60 @@ from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 
 
 class Deferred(Protocol):
-    """Where zero-bubble schedules collect weight gradients (parallel/zero_bubble.py)."""
+    """Collects weight gradients for zero-bubble schedules (parallel/zero_bubble.py)."""
 
     def defer(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
-        """Call `gradient` later, and back-propagate what it gives into `weight`."""
+        """Call `gradient` later, and back-propagate its result into `weight`."""
 
     def defer_reading(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> None:
-        """The same of a `gradient` that reads the weights of the stage itself, outside of its layers."""
+        """Call `gradient` later, which itself reads weights of the stage that belong to none of its layers."""
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """F.linear that defers."""
+        """Return F.linear(x, weight), deferring the weight's gradient."""
 
     def grouped_gemm(self, x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
-        """ops/grouped_gemm.py's that defers."""
+        """Return ops/grouped_gemm.py's result, deferring the weights' gradient."""
 
 
 GateUp = tuple[torch.Tensor, ...]  # gate and up, or one tensor with gate's columns before up's
 
 
 class Gemm(ABC):
-    """x [..., I] times weight [O, I] transposed; or, with `counts`, each expert's rows times its own of [E, O, I].
+    """x [..., I] times weight [O, I] transposed; with `counts`, each expert's rows times its weight of [E, O, I].
 
-    `gathered`: what FSDP2 gathers in place of a shard of the weight (parallel/data.py), None for the shard itself.
+    `gathered` makes what FSDP2 gathers of a shard of the weight (parallel/data.py); None to gather the shard itself.
     """
 
     gathered: Callable[[torch.Tensor], Any] | None = None
 
     @abstractmethod
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, *counts: list[int]) -> torch.Tensor:
-        """[..., O] in x's dtype."""
+        """Return y [..., O] in x's dtype."""
 
     @abstractmethod
     def after_swiglu(self, gate_up: GateUp, weight: torch.Tensor, *counts: list[int]) -> torch.Tensor:
-        """The product of silu(gate) * up."""
+        """Return the GEMM of silu(gate) * up."""
 
     @abstractmethod
     def deferring(self, deferred: Deferred) -> "Gemm":
-        """The same product, whose weight gradient is left to `deferred`."""
+        """Return the same GEMM with its weight gradient left to `deferred`."""
 
     def shared(self, x: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
-        """Give a `with` block x as several products take it: what would be done to it for each is done once."""
+        """Yield x in the form that several GEMMs take, so that it is quantised once and not by each."""
         return nullcontext(x)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x as it travels to where the product is."""
+        """Return x in the form in which it is dispatched to the rank of this GEMM."""
         return x
 
 
 @dataclass(frozen=True)
 class Linear(Gemm):
-    """F.linear. `defer` is where those leave the weight's gradient who multiply by the weight themselves."""
+    """F.linear in the layer's own dtype.
+
+    `activate` is `recomputed` where SwiGLU's output is not saved. `defer` takes the weight gradient of callers that
+    multiply by the weight themselves (parallel/vocabulary_chunks.py).
+    """
 
     multiply: Callable = F.linear
     activate: Callable[..., AbstractContextManager] = kept
@@ -92,7 +96,7 @@ class Linear(Gemm):
 
 @dataclass(frozen=True)
 class Grouped(Linear):
-    """grouped_gemm. `activate` is `recomputed` where SwiGLU's output is not kept."""
+    """The grouped GEMM of experts in the layer's own dtype."""
 
     multiply: Callable = grouped_gemm
 
@@ -106,14 +110,14 @@ def _unchanged(x: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class PrecisionRecipe:
-    """The products of a model. What has no place here (embedding, head, router, norms) is never FP8.
+    """The GEMM, norm and attention that each place of a layer takes. FP8 is never in embedding, head, router or norms.
 
-    `to_experts` makes what travels of the gradients that go to the experts in the backward. `attention` is ops/
-    attention.py's or a form of it that keeps its output otherwise, and `attention_output_form` how context-parallel
-    ranks do.
+    `to_experts` converts the gradients that travel to the experts in the backward. `attention` is that of
+    ops/attention.py, or one that saves its output in another format; `attention_output_form` is the same for
+    context-parallel ranks.
 
-    `norm` is of norms whose output only `linear` reads, `norm_of_product` of those that get their input from it too,
-    straight; `norm_for_all` of norms that others read as well.
+    `norm` is for norms whose output only `linear` reads, `norm_of_product` for those whose input is also a GEMM's
+    output, with nothing between; `norm_for_all` is for norms whose output others read as well.
     """
 
     linear: Gemm = Linear()

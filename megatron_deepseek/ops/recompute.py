@@ -1,11 +1,11 @@
-"""Recompute what a cheap producer made instead of keeping it for its consumer's backward.
+"""Recompute what a cheap producer made instead of saving it for its consumer's backward.
 
     with recomputed(producer, x) as hidden:
         y = consumer(hidden)
 
-Autograd would keep `hidden` for the consumer's backward. Here the consumer's saved references to it are replaced by a
-note, and the backward runs the producer again from x. Megatron-LM frees such outputs by hand
-(CheckpointWithoutOutput); saved-tensor hooks do the same without touching storages.
+Autograd would save `hidden` for the consumer's backward. Here a note is saved in its place, and the backward runs the
+producer again from x. Megatron-LM frees such outputs by hand (CheckpointWithoutOutput); saved-tensor hooks do the same
+without touching storages.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,12 @@ Producer = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 @contextmanager
 def kept(producer: Producer, *inputs: torch.Tensor) -> Iterator:
-    """Give producer(*inputs) to a `with` block, everything kept: what `recomputed` is where memory is no matter."""
+    """Yield producer(*inputs), with everything saved as usual: the counterpart of `recomputed` that saves no memory."""
     yield producer(*inputs)
 
 
 class _Keep(torch.autograd.Function):
-    """Saves its inputs as any operator does, so that an outer `recompute` may keep a note in their place."""
+    """Saves its inputs as any operator does, so that an outer `recomputed` may save a note in their place."""
 
     @staticmethod
     def forward(ctx, anchor, *inputs):
@@ -41,15 +41,16 @@ class _Keep(torch.autograd.Function):
 
 
 def keep(inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """How to get `inputs` back in the backward; hooks for saved tensors apply to their parts as to an operator's.
+    """Save `inputs` and return a function that gives them back in the backward.
 
-    Also inputs that need no gradient: the producer's and the consumer's weights may.
+    Hooks for saved tensors apply to their parts as to an operator's. Inputs that need no gradient are saved as well:
+    weights of the producer or the consumer may still need one.
     """
     if not torch.is_grad_enabled():
         return lambda: inputs
     parts, together = zip(*map(apart, inputs))
     anchor = torch.empty(0, requires_grad=True)
-    kept = _Keep.apply(anchor, *chain.from_iterable(parts))  # torch 2.11 frees what a node saved when its output goes
+    kept = _Keep.apply(anchor, *chain.from_iterable(parts))  # held: torch 2.11 frees what a node saved with its output
     return partial(_fetch, kept, together, [len(each) for each in parts])
 
 
@@ -59,18 +60,21 @@ def _fetch(kept: torch.Tensor, together: tuple[Callable, ...], sizes: list[int])
 
 
 def _hooks_around() -> tuple[Callable, Callable]:
-    """The hooks for saved tensors that this code runs under; torch applies only the innermost of several."""
+    """Return the hooks for saved tensors that this code runs under; torch applies only the innermost of several."""
     return _top_saved_tensors_default_hooks(True) or (lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The ordinary tensors of a producer's outputs."""
+    """Return the ordinary tensors of which a producer's outputs are made."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return tuple(part for output in outputs for part in parts_of(output))
 
 
 class RecomputeHandle:
-    """RecomputeHandle in the place of tensors that `make` makes again: at the first reading, kept until the last."""
+    """What autograd saves in place of tensors that `make` can make again.
+
+    They are made at the first reading, and freed at the last: after as many readings as there are notes.
+    """
 
     def __init__(self, make: Callable[[], tuple[torch.Tensor, ...]]):
         self.make = make
@@ -78,11 +82,12 @@ class RecomputeHandle:
         self.made: tuple[torch.Tensor, ...] = ()
 
     def note(self, index: int, tensor: torch.Tensor):
-        """Of `tensor`, a view of the storage that number `index` of what is made will have."""
+        """Return a note of `tensor`, which is a view of the storage of output number `index` of `make`."""
         self.num_notes += 1
         return index, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def read(self, note) -> torch.Tensor:
+        """Return the tensor of a note, making the outputs again unless they are there."""
         if not self.made:
             self.made = self.make()
         index, size, stride, offset = note
@@ -100,26 +105,26 @@ def _made_by(producer: Producer, inputs: Callable[[], tuple[torch.Tensor, ...]])
 
 @contextmanager
 def recomputed(producer: Producer, *inputs: torch.Tensor) -> Iterator:
-    """Give producer(*inputs) to a `with` block. What operators inside the block save of it for their backward is
-    replaced by a note, and the backward runs the producer again.
+    """Yield producer(*inputs); run the producer again in the backward instead of saving its outputs.
 
-    The producer must be deterministic and free of collectives; its outputs' storages must be its own.
+    What operators inside the block would save of the outputs is replaced by a note. The producer must be deterministic
+    and free of collectives, and must own the storages of its outputs.
     """
     outputs = producer(*inputs)
     if not torch.is_grad_enabled():
         yield outputs
         return
-    again = RecomputeHandle(partial(_made_by, producer, keep(inputs)))
+    handle = RecomputeHandle(partial(_made_by, producer, keep(inputs)))
     index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
     pack_other, unpack_other = _hooks_around()
 
     def pack(tensor):
         index = index_of_storage.get(tensor.untyped_storage().data_ptr())
-        return (None, pack_other(tensor)) if index is None else (again, again.note(index, tensor))
+        return (None, pack_other(tensor)) if index is None else (handle, handle.note(index, tensor))
 
     def unpack(packed):
-        notes, what = packed
-        return unpack_other(what) if notes is None else notes.read(what)
+        its_handle, saved = packed
+        return unpack_other(saved) if its_handle is None else its_handle.read(saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield outputs

@@ -1,6 +1,7 @@
-"""Rotary position embedding (arXiv 2104.09864) on interleaved pairs, as DeepSeek applies it.
+"""Rotary position embedding, RoPE (arXiv 2104.09864), on interleaved pairs, as DeepSeek applies it.
 
-Shapes: B batch, S positions, N heads, D rotary dimensions, V value width.
+Shapes: B batch, S positions, N heads, X = nope + rotary (or value) dimensions of a head, D rotary dimensions, V value
+width.
 """
 
 import torch
@@ -9,10 +10,10 @@ from megatron_deepseek.ops.backends.registry import with_backends
 
 
 def apply_rope(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x0, x1), (x2, x3), ... of x [B, S, heads, D] by their position's angle.
+    """Rotate the pairs (x0, x1), (x2, x3), ... of x [B, S, heads, D] by their position's angle.
 
-    The pairs stay interleaved. transformers moves even dimensions before odd ones; queries and keys alike, so scores
-    do not change. Computed in at least float32, returned in x's dtype.
+    The pairs stay interleaved. transformers moves even dimensions before odd ones, in queries and keys alike, so scores
+    are the same. Computed in at least float32, returned in x's dtype.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = table_2SD.to(wide).unsqueeze(2)
@@ -22,18 +23,19 @@ def apply_rope(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
 
 @with_backends("rope_queries")
 def rope_queries(x_BSNX: torch.Tensor, table_2SD: torch.Tensor, nope: int) -> torch.Tensor:
-    """Heads whose dimensions from `nope` on are turned, as MLA's decoupled queries are."""
+    """Apply RoPE to the dimensions of each head from `nope` on, MLA's decoupled queries; return all dimensions."""
     return torch.cat([x_BSNX[..., :nope], apply_rope(x_BSNX[..., nope:], table_2SD)], -1)
 
 
 @with_backends("assemble_keys")
 def assemble_keys(kv_BSNX: torch.Tensor, k_pe_BSD: torch.Tensor, table_2SD: torch.Tensor | None, nope: int
               ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [B, S, N, nope + D] and values [B, S, N, V] from heads [.., nope + V] and the part that all heads share.
+    """Return keys [B, S, N, nope + D], with the rotary part that all heads share, and values [B, S, N, V].
 
-    That part is turned here, or has been where no table is given.
+    They come from `kv_BSNX`, whose heads have nope + V dimensions, and `k_pe_BSD`. RoPE is applied to the latter here,
+    unless no table is given: then it has been applied already.
     """
     k_nope, v = kv_BSNX[..., :nope], kv_BSNX[..., nope:]
     k_pe_BS1D = k_pe_BSD.unsqueeze(2)
-    turned = k_pe_BS1D if table_2SD is None else apply_rope(k_pe_BS1D, table_2SD)
-    return torch.cat([k_nope, turned.expand(-1, -1, kv_BSNX.shape[2], -1)], -1), v
+    rotated = k_pe_BS1D if table_2SD is None else apply_rope(k_pe_BS1D, table_2SD)
+    return torch.cat([k_nope, rotated.expand(-1, -1, kv_BSNX.shape[2], -1)], -1), v

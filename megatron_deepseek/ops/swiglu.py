@@ -1,21 +1,21 @@
-"""SwiGLU, silu(gate) * up (arXiv 2002.05202), keeping only its inputs for the backward."""
+"""SwiGLU, silu(gate) * up (arXiv 2002.05202), which saves only its inputs for the backward."""
 
 import torch
 import torch.nn.functional as F
 
 
 def gate_and_up(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one tensor with gate's columns before up's, or of both."""
+    """Return gate and up, given as two tensors or as one with gate's columns before up's."""
     return parts[0].chunk(2, -1) if len(parts) == 1 else parts
 
 
 def swiglu_forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, without a gradient."""
+    """Return silu(gate) * up, without a gradient."""
     return F.silu(gate).mul_(up)
 
 
 def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up."""
+    """Return the gradients of gate and up."""
     grad_up = F.silu(gate).mul_(grad)
     return torch.ops.aten.silu_backward(grad * up, gate), grad_up
 
@@ -32,5 +32,5 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Element-wise silu(gate) * up."""
+    """Return silu(gate) * up, element by element."""
     return _SwiGLU.apply(gate, up)

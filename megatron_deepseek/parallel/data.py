@@ -1,7 +1,7 @@
 """Data parallelism by FSDP2: shards of weights, gradients and optimizer state; every gradient is a SUM.
 
-The losses are already divided by global counts, so nothing here divides: no factor of the number of ranks. Dense
-parameters are reduced over dp x cp, routed experts over edp.
+The losses are already divided by global counts, so nothing here divides by the number of ranks. Dense parameters are
+reduced over dp x cp, routed experts over edp.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from megatron_deepseek.device import ACCELERATOR
 from megatron_deepseek.torch_private import FSDPParam, fsdp_parameter_group
 
 
@@ -30,22 +31,23 @@ class Unit:
 
 
 def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_on_cpu: bool = False) -> None:
-    """Wrap each unit. `reshard_after_forward` frees gathered weights between forward and backward (ZeRO-3).
+    """Shard each unit. `reshard_after_forward` frees gathered weights between forward and backward (ZeRO-3).
 
-    With `shards_on_cpu` master weights, reduced gradients and with them the optimizer are on the CPU; weights travel to
-    the device in the master dtype to be gathered.
+    With `shards_on_cpu` master weights, reduced gradients and with them the optimizer are on the CPU; weights are sent
+    to the device in the master dtype to be gathered.
 
-    Under a lower `compute_dtype` the shards stay in the parameters' own dtype as master weights, and gradients
+    With a lower `compute_dtype` the shards stay in the parameters' own dtype as master weights, and gradients
     accumulate and are reduced in it.
     """
     for unit in units:
         master = next((parameter.dtype for parameter in unit.module.parameters()), None)  # a stage may be empty
         policy = MixedPrecisionPolicy(param_dtype=unit.compute_dtype, reduce_dtype=master,
                                       cast_forward_inputs=False)
-        offload = CPUOffloadPolicy(pin_memory=unit.mesh.device_type == "cuda") if shards_on_cpu else OffloadPolicy()
+        pinned = unit.mesh.device_type == ACCELERATOR
+        offload = CPUOffloadPolicy(pin_memory=pinned) if shards_on_cpu else OffloadPolicy()
         fully_shard(unit.module, mesh=unit.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy,
                     offload_policy=offload)
-        if unit.mesh.size() > 1:  # with one rank nothing is divided anyway, and a factor of 1 costs a pass
+        if unit.mesh.size() > 1:  # one rank divides nothing anyway, and a factor of 1 costs a pass
             unit.module.set_gradient_divide_factor(1.0)
         unit.module.set_force_sum_reduction_for_comms(True)
         for parameter in _parameters_of(unit.module):
@@ -56,10 +58,10 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
 
 
 class _GatheredInAForm(FSDPParam):
-    """A parameter whose shard goes through `form` when it is gathered, and is an ordinary tensor for everyone else.
+    """A parameter whose shard is converted by `form` when it is gathered, and an ordinary tensor for everything else.
 
-    FSDP2 asks the local tensor for fsdp_pre_all_gather and fsdp_post_all_gather. A tensor subclass that has them would
-    be what optimizer, checkpoints and initialisation see as well; here FSDP alone sees it.
+    FSDP2 asks the local tensor for fsdp_pre_all_gather and fsdp_post_all_gather. The usual way is a tensor subclass
+    with these methods, which optimizer, checkpoints and initialisation would see as well; here FSDP alone sees it.
     """
 
     form: Callable[[torch.Tensor], Any]
@@ -75,7 +77,7 @@ class _GatheredInAForm(FSDPParam):
 
 
 def _parameters_of(module: nn.Module) -> Iterator[FSDPParam]:
-    """FSDP's own of one unit."""
+    """Yield FSDP's own records of the parameters of one unit."""
     group = fsdp_parameter_group(module)
     yield from group.fsdp_params if group else ()
 
@@ -89,7 +91,7 @@ def reshard(module: nn.Module) -> None:
 
 @contextmanager
 def gathered(unit: nn.Module) -> Iterator[None]:
-    """Inside, the weights of `unit` itself, not of units in it, are whole; afterwards they are as they were."""
+    """Gather the weights of `unit` itself, not of units in it, for a `with` block; afterwards they are as they were."""
     group = fsdp_parameter_group(unit)
     if group is None or not group.is_sharded:
         yield
@@ -100,9 +102,9 @@ def gathered(unit: nn.Module) -> Iterator[None]:
 
 
 def gather_once(module: nn.Module) -> None:
-    """Gather every unit of `module`, which no forward is going to run, and free it again.
+    """Gather every unit of `module` whose forward is not going to run, and free it again.
 
-    After backwards that only accumulate, FSDP asks all units for the gradients of their gathered parameters, those too
+    After backwards that only accumulate, FSDP asks all units for the gradients of their gathered parameters, even those
     that were never gathered, and fails on these (seen in torch 2.13).
     """
     for each in module.modules():
@@ -112,9 +114,9 @@ def gather_once(module: nn.Module) -> None:
 
 
 def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over the data ranks or only accumulates them.
+    """Choose whether the next backward reduces gradients over the data ranks or only accumulates them.
 
-    Where it only does, gathered weights stay for the next forward, unless a forward already frees them.
+    If it only accumulates, gathered weights stay for the next forward, unless a forward already frees them.
     """
     freed = any(parameter.post_forward_mesh_info for each in module.modules() for parameter in _parameters_of(each))
     module.set_requires_gradient_sync(enabled)
@@ -124,8 +126,8 @@ def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
 def accumulate_gradients(module: nn.Module) -> None:
     """Add the gradients that parameters in the compute dtype hold now to the sums in the master dtype.
 
-    FSDP does so at the end of a module's backward. Weight gradients that come later, in a step of their own, would
-    otherwise add up in the compute dtype until the next backward ends.
+    FSDP does so at the end of a module's backward. Weight gradients that come later, in a W step, would otherwise add
+    up in the compute dtype until the next backward ends.
     """
     for each in module.modules():
         for parameter in _parameters_of(each):

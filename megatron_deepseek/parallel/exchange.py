@@ -1,10 +1,10 @@
-"""How every rank of a group comes to see every rank's block, and how the blocks' gradients come home.
+"""How every rank of a context group gets every rank's block, and how the blocks' gradients return to their owners.
 
     Ring    cp - 1 steps; while the caller works on one block the next one travels (arXiv 2310.01889). Gradients travel
             the same way, each rank adding its own, and arrive at the owner after cp steps.
     Gather  one all-gather before the work, one reduce-scatter after it.
 
-Both hand the blocks out in the same order, this rank's first. Gradients are summed in at least float32.
+Both yield the blocks in the same order, this rank's own first. Gradients are summed in at least float32.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,40 +13,44 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.tensor import all_gather, reduce_scatter
+from megatron_deepseek.parallel.collectives import all_gather, reduce_scatter
 
 Blocks = Iterator[tuple[int, torch.Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    """Point to point: each rank sends to the next and receives from the one before."""
+    """Point-to-point transfers: each rank sends to the next one and receives from the one before."""
 
     group: dist.ProcessGroup
 
     def blocks(self, own: torch.Tensor) -> Blocks:
-        """(owner, its block) for every rank of the group."""
+        """Yield (owner, its block) for every rank of the group, while the next block is on its way."""
         size, block = self.group.size(), own.contiguous()
         for step in range(size):
-            arriving = _Transfer(block, self.group) if step < size - 1 else None
+            arriving = Transfer(block, self.group) if step < size - 1 else None
             yield (self.group.rank() - step) % size, block
             if arriving is not None:
                 block = arriving.wait()
 
     def return_gradients(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The sum over the ranks of the gradient of this rank's own block; `gradients` is in the order of `blocks`."""
+        """Return the gradient of this rank's own block, summed over the ranks.
+
+        `gradients` are those of all blocks, in the order of `blocks`. Each is made only when it is needed, while the
+        sum before it travels.
+        """
         arriving, dtype = None, None
         for gradient in gradients:  # made while the sum for the same owner is still on its way
             dtype = gradient.dtype
             total = gradient.to(torch.promote_types(dtype, torch.float32))
             if arriving is not None:
                 total = total + arriving.wait()
-            arriving = _Transfer(total.contiguous(), self.group)
+            arriving = Transfer(total.contiguous(), self.group)
         return arriving.wait().to(dtype)
 
 
-class _Transfer:
-    """A block on its way to the next rank, and the one that comes from the rank before."""
+class Transfer:
+    """A block that travels to the next rank, and the one that comes from the rank before."""
 
     def __init__(self, block: torch.Tensor, group: dist.ProcessGroup):
         size, rank = group.size(), group.rank()
@@ -56,6 +60,7 @@ class _Transfer:
             dist.P2POp(dist.irecv, self.received, group=group, group_peer=(rank - 1) % size)])
 
     def wait(self) -> torch.Tensor:
+        """Return the block that came, when both transfers are done."""
         for work in self.works:
             work.wait()
         return self.received
@@ -63,15 +68,17 @@ class _Transfer:
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """Collectives: every block at once."""
+    """Collectives: all blocks at once."""
 
     group: dist.ProcessGroup
 
     def blocks(self, own: torch.Tensor) -> Blocks:
+        """Yield (owner, its block) for every rank of the group, all of which are gathered first."""
         gathered = all_gather(own, 0, self.group).chunk(self.group.size())
         yield from ((owner, gathered[owner]) for owner in self._order())
 
     def return_gradients(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Return the gradient of this rank's own block, summed over the ranks; `gradients` as in `Ring`."""
         by_owner = dict(zip(self._order(), gradients, strict=True))
         dtype = by_owner[0].dtype
         stacked = torch.cat([by_owner[owner] for owner in range(len(by_owner))])

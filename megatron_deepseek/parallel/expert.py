@@ -3,13 +3,14 @@
     tokens x [T, H], chosen experts [T, K]
       sort copies by expert            rows are grouped by destination rank, since rank r holds experts r*e .. r*e+e-1
       exchange counts, all-to-all      rows arrive grouped by source rank, within it by local expert
-      regroup by local expert          what the grouped GEMM wants
+      regroup by local expert          the order that the grouped GEMM reads
       experts
       regroup, all-to-all, weigh and add copies
 
-Gradients run the same road backwards: all-to-all is its own transpose with the split sizes exchanged. expert_gather.py
-and expert_grouped.py take other roads to the same sums.
-Shapes: T tokens, K top-k, R = T*K rows sent, Q rows received, E experts, e = E/ep local experts, H hidden.
+The backward takes the same steps in reverse: all-to-all is its own transpose with the split sizes exchanged.
+expert_gather.py and expert_grouped.py compute the same sums with other collectives.
+
+Shapes: T tokens, K top-k, R = T*K rows sent, Q rows received, E experts, e = E/ep local experts, r ranks, H hidden.
 """
 
 from collections.abc import Callable
@@ -32,10 +33,11 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Dispatcher(Protocol):
-    """`mesh` is that of the expert ranks, over which the experts' weights are sharded.
+    """Carries tokens to the ranks of their experts and the results back.
 
-    `to_experts` makes what travels of the gradients of the experts' results. What tokens travel as is what they come
-    as: block-scaled ones (ops/fp8/block_scaled.py) as FP8. `counter` is told what is sent.
+    `mesh` is that of the expert ranks, over which the experts' weights are sharded. `to_experts` converts the gradients
+    of the experts' results before they are sent. Tokens are sent in the format in which they come: block-scaled ones
+    (ops/fp8/block_scaled.py) as FP8. `counter` counts what is sent.
     """
 
     mesh: DeviceMesh
@@ -43,8 +45,9 @@ class Dispatcher(Protocol):
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
-        """[T, H]: sum over k of weights_TK times expert experts_TK of each token, in x's dtype, and how often this rank
-        sent a token, or a copy of one, to another node for it. A choice of DROPPED has no part in it.
+        """Return each token's sum over k of weights_TK times expert experts_TK, [T, H] in x's dtype, and the cross-node
+        sends: how often this rank sent a token, or a copy of one, to another node for it. A choice of DROPPED adds
+        nothing.
 
         `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
         """
@@ -56,7 +59,7 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """All-to-all of rows over `group`. While rows travel whoever has the next of `overlap` computes."""
+    """All-to-all of rows over `group`. While rows are on their way the other micro-batch of `overlap` computes."""
 
     group: dist.ProcessGroup
     overlap: MicroBatchOverlap
@@ -64,22 +67,22 @@ class Exchange:
 
     def __call__(self, x: torch.Tensor, sent: list[int], received: list[int], encode: Encode = unchanged
                  ) -> torch.Tensor:
-        """`sent[r]` rows of x to rank r, `received[r]` rows from it; gradients travel back, as what `encode` makes."""
-        return x if self.group.size() == 1 else _AllToAll.apply(x, sent, received, self, encode)
+        """Send `sent[r]` rows of x to rank r, return `received[r]` rows from it; gradients go back by `encode`."""
+        return x if self.group.size() == 1 else AllToAllRows.apply(x, sent, received, self, encode)
 
     def send(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        """One way, of every part of x if it is block-scaled."""
+        """Send rows without a gradient: every part of x if it is block-scaled."""
         def exchange(part):
             out = part.new_empty(sum(received), *part.shape[1:])
             self.overlap.wait(dist.all_to_all_single(out, part.contiguous(), received, sent, group=self.group,
-                                                   async_op=True))
+                                                     async_op=True))
             return out
 
         self.counter.rows(self.group, sent, x)
         return map_rows(x, exchange)
 
     def counts(self, counts_E: torch.Tensor) -> torch.Tensor:
-        """[ranks, E/ranks]: how many rows for each of this rank's bins come from each rank; `counts_E` go out."""
+        """Send `counts_E`, rows for each bin; return [ranks, E/ranks], the rows to come for this rank's bins."""
         incoming_E = torch.empty_like(counts_E)
         if self.group.size() == 1:
             incoming_E.copy_(counts_E)
@@ -88,12 +91,12 @@ class Exchange:
         return incoming_E.view(self.group.size(), -1)
 
     def cross_node_sends(self, sent: list[int]) -> int:
-        """How many of the rows sent go to other nodes."""
+        """Return how many of the rows sent go to other nodes."""
         return self.counter.divide(self.group, sent).across_nodes
 
 
-class _AllToAll(torch.autograd.Function):
-    """Its own transpose: the gradient of a row goes back to where the row came from."""
+class AllToAllRows(torch.autograd.Function):
+    """All-to-all, which is its own transpose: the gradient of a row goes back to where the row came from."""
 
     @staticmethod
     def forward(ctx, x, sent, received, exchange, encode):
@@ -107,8 +110,8 @@ class _AllToAll(torch.autograd.Function):
 
 def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, exchange: Exchange,
                 to_experts: Encode = unchanged) -> tuple[torch.Tensor, int]:
-    """Rows sorted by expert of the group, `counts` of each, to their experts' ranks and back in the same order; and how
-    many of them crossed to other nodes.
+    """Send rows, sorted by the group's experts with `counts` of each, to their experts' ranks and return the results in
+    the same order, and how many of the rows were sent to other nodes.
     """
     counts_E = torch.tensor(counts, device=rows_RH.device)
     incoming_re = exchange.counts(counts_E)
@@ -123,7 +126,7 @@ def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, exch
 
 @dataclass(frozen=True, eq=False)
 class AllToAllDispatcher:
-    """Every copy travels straight to its expert's rank (GShard, arXiv 2006.16668)."""
+    """Sends every copy straight to its expert's rank (GShard, arXiv 2006.16668)."""
 
     mesh: DeviceMesh
     num_experts: int
@@ -144,7 +147,7 @@ class AllToAllDispatcher:
 
 
 def _group_by_expert(counts_re: torch.Tensor) -> torch.Tensor:
-    """Order that turns rows grouped by (source rank r, expert e) into rows grouped by (e, r)."""
+    """Return the order that turns rows grouped by (source rank r, expert e) into rows grouped by (e, r)."""
     num_ranks, num_experts = counts_re.shape
     expert_of_row = torch.arange(num_experts, device=counts_re.device).repeat(num_ranks)
     return expert_of_row.repeat_interleave(counts_re.flatten()).argsort(stable=True)

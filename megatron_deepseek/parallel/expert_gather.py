@@ -1,7 +1,8 @@
 """The `allgather` dispatcher: every expert rank gets every token, and serves the copies of its own experts.
 
-One all-gather and one reduce-scatter of whole tokens, no sizes to agree on beforehand. A token travels to ep - 1 ranks
-instead of at most K: for small expert groups, or where K is close to ep.
+It is one all-gather and one reduce-scatter of whole tokens, with no sizes to agree on beforehand. A token is sent to ep
+- 1 ranks instead of at most K: for small expert groups, or where K is close to ep.
+
 Shapes: T tokens of this rank, G = ep*T of the group, K top-k, H hidden.
 """
 
@@ -11,19 +12,19 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.expert import Encode, Experts, unchanged
 from megatron_deepseek.parallel.nodes import CommunicationCounter
-from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
 
 @dataclass(frozen=True, eq=False)
 class AllGatherDispatcher:
-    """Each rank's tokens are as many: micro-batches and slices of sequences are equal."""
+    """All-gathers tokens over the expert ranks. All have as many: micro-batches and sequence slices are equal."""
 
     mesh: DeviceMesh
     num_experts: int
     counter: CommunicationCounter
-    to_experts: Encode = unchanged  # its gradients travel before they are weighed, as whole tokens: not as FP8
+    to_experts: Encode = unchanged  # not used: gradients are sent as whole tokens, before they are weighed, not as FP8
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
@@ -38,6 +39,6 @@ class AllGatherDispatcher:
         return scatter_sum(y_GH, 0, group, sent), self.counter.divide(group, [len(x_TH)] * size).across_nodes
 
     def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int) -> torch.Tensor:
-        """The part of each token's sum that experts 0..num_bins-1 make."""
+        """Return the part of each token's sum that experts 0..num_bins-1 make."""
         copies = sort_copies(experts_GK, num_bins)
         return sum_copies(experts(copy_rows(x_GH, copies), copies.counts), weights_GK, copies)

@@ -1,12 +1,13 @@
-"""The `grouped` dispatcher: a two-level all-to-all that crosses between nodes once for each destination node.
+"""The `grouped` dispatcher: a two-level all-to-all that sends a token once to each destination node.
 
-    across   a token goes to every node that holds one of its experts, once, to the rank with its own place there;
+    across   a token goes once to every node that has one of its experts, to the rank with its own place on that node;
              with it go the experts it chose on that node, and their weights
-    within   that rank fans copies out to the experts of its node, and adds up their weighted results
+    within   that rank sends copies to the experts of its node, and adds up their weighted results
     across   one partial sum for each node comes back; the token's rank adds them up
 
-With node-limited routing to M nodes (arXiv 2412.19437, section 2.1.2) a token crosses at most M times, not K; experts
-are numbered so that a routing group lies on one node where the number of groups is a multiple of the nodes'.
+With node-limited routing to M nodes (arXiv 2412.19437, section 2.1.2) a token is sent to at most M nodes, instead of K
+times; experts are numbered so that a routing group lies on one node where the number of groups is a multiple of the
+nodes'.
 
 Shapes: T tokens, K top-k, N nodes, R rows sent (token, node), Q rows received, E experts, n = E/N of a node, H hidden.
 """
@@ -24,7 +25,7 @@ from megatron_deepseek.parallel.nodes import CommunicationCounter, TwoLevels
 
 @dataclass(frozen=True, eq=False)
 class GroupedDispatcher:
-    """`levels` divides the ranks of `mesh`, the expert ranks, into nodes."""
+    """Dispatches over nodes first: `levels` divides the ranks of `mesh`, the expert ranks, into nodes."""
 
     mesh: DeviceMesh
     num_experts: int
@@ -45,7 +46,7 @@ class GroupedDispatcher:
         return sum_copies(y_RH, ones, copies), across.cross_node_sends(copies.counts)
 
     def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:
-        """A copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
+        """Return a copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
         num_nodes = self.levels.across.size()
         node_TK = (experts_TK // (self.num_experts // num_nodes)).where(experts_TK != DROPPED, num_nodes)
         needed_TN = torch.zeros(len(experts_TK), num_nodes + 1, dtype=torch.bool, device=experts_TK.device)
@@ -54,7 +55,7 @@ class GroupedDispatcher:
         return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], DROPPED), num_nodes)
 
     def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> torch.Tensor:
-        """The part of each row's sum that this node's experts make."""
+        """Return the part of each row's sum that this node's experts make."""
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
         within = Exchange(self.levels.within.get_group(), self.overlap, self.counter)

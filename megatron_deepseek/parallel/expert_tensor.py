@@ -1,14 +1,15 @@
 """Expert tensor parallelism: the ranks of an etp group hold slices of the same experts.
 
-Each of them was sent rows of its own. All compute on everyone's rows and make a partial sum over their slice of the
-experts' width; the sums return to where the rows came from:
+Each rank was sent rows of its own. All ranks compute on everyone's rows and make a partial sum over their slice of the
+experts' width; the sums return to the ranks that the rows came from:
 
     rows of each rank, padded to the longest   all-gather       / backward reduce-scatter
     sorted by expert, the slices of gate, up and down
     partial sums                               reduce-scatter   / backward all-gather
 
-It happens around the experts, not around dispatch, so that between expert ranks nothing travels twice.
-Shapes: R rows of this rank, M of the longest, G = etp*M gathered, e local experts, H hidden.
+The collectives are around the experts, not around dispatch, so that between expert ranks nothing is sent twice.
+
+Shapes: R rows of this rank, M of the longest, G = etp*M gathered, r ranks of the group, e local experts, H hidden.
 """
 
 from collections.abc import Callable
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.nodes import CommunicationCounter
-from megatron_deepseek.parallel.tensor import all_gather, gather_sum, scatter_sum
 
-# rows sorted by expert and how many of each, to rows of the same shape
+# Maps rows sorted by expert, with the number of rows of each, to rows of the same shape.
 ExpertMLP = Callable[[torch.Tensor, list[int]], torch.Tensor]
 
 
@@ -34,7 +35,7 @@ class ExpertTensorParallel:
     counter: CommunicationCounter
 
     def __call__(self, rows_RH: torch.Tensor, counts: list[int], mlp: ExpertMLP) -> torch.Tensor:
-        """[R, H]: what the whole experts make of `rows_RH`.
+        """Return what the whole experts make of `rows_RH`, [R, H].
 
         `mlp` uses this rank's slices of the experts; its result is a partial sum.
         """
@@ -51,7 +52,7 @@ class ExpertTensorParallel:
 
 
 def _expert_of_row(counts_re: torch.Tensor, longest: int) -> torch.Tensor:
-    """[G, 1] the local expert of each gathered row; of padding, the number behind the last expert."""
+    """Return the local expert of each gathered row, [G, 1]; for padding, the number behind the last expert."""
     positions_M = torch.arange(longest, device=counts_re.device)
     ends_re = counts_re.cumsum(1)
     return torch.searchsorted(ends_re, positions_M.repeat(len(counts_re), 1), right=True).flatten().unsqueeze(1)

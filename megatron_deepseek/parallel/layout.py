@@ -1,14 +1,13 @@
-"""How many ranks each kind of parallelism takes. Pure arithmetic without torch: arguments are checked in no time."""
+"""The number of ranks on each axis of parallelism: arithmetic without torch, so that arguments are checked at once."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks each kind of parallelism takes.
+    """The number of ranks on each axis: dp data, pp pipeline, tp tensor, cp context, ep expert, etp expert-tensor.
 
-    dp data, pp pipeline, tp tensor, cp context, ep expert, etp expert-tensor. `sequence_parallel` shards the
-    activations between tensor-parallel regions along the sequence (arXiv 2205.05198).
+    `sequence_parallel` shards the activations between tensor-parallel regions along the sequence (arXiv 2205.05198).
     """
 
     dp: int = 1
@@ -37,6 +36,6 @@ class Layout:
 
 
 def nodes_divide(ep: int, etp: int, ranks_per_node: int) -> bool:
-    """Whether a group of ep x etp expert ranks lies on one node, or on whole nodes that keep etp ranks together."""
+    """Return whether ep x etp expert ranks are on one node, or on whole nodes that keep etp ranks together."""
     block = ep * etp
     return ranks_per_node % block == 0 or block % ranks_per_node == 0 and ranks_per_node % etp == 0

@@ -1,16 +1,16 @@
 """Megatron's pipeline layout strings: which parts of a model each stage holds.
 
-`E` is the embedding, `t` a decoder layer, `m` an MTP module, `L` the output head with the loss, `|` ends a stage,
-`x*3` and `(tt|)*3` repeat, commas and blanks are for the eye: "Ettt|(tt|)*29,m|L" is DeepSeek-V3 over 32 stages.
-A stage with nothing in it, as in "E|tt||ttL", passes on what it gets: Megatron's way to give a rank less to do.
-The grammar is that of megatron.core's PipelineParallelLayerLayout (importing that costs seconds); beyond it,
-repetitions may nest and MTP modules may sit on several stages.
+`E` is the embedding, `t` a decoder layer, `m` an MTP module, `L` the output head with the loss, `|` ends a stage, `x*3`
+and `(tt|)*3` repeat, commas and blanks are ignored: "Ettt|(tt|)*29,m|L" is DeepSeek-V3 over 32 stages. A stage with
+nothing in it, as in "E|tt||ttL", passes on what it receives: Megatron's way to give a rank less to do. The grammar is
+that of megatron.core's PipelineParallelLayerLayout (importing that costs seconds); beyond it, repetitions may nest and
+MTP modules may sit on several stages.
 """
 
 import re
 from dataclasses import dataclass
 
-_LONGEST = 100_000  # characters of an expanded string: a slip like t*999999999 must not fill the memory
+_LONGEST = 100_000  # characters of an expanded string: a typo like t*999999999 must not fill the memory
 _GROUP = re.compile(r"\(([^()]*)\)\*(\d+)")
 _LETTER = re.compile(r"([EtmL|])\*(\d+)(?!\*)")
 
@@ -19,7 +19,7 @@ _LETTER = re.compile(r"([EtmL|])\*(\d+)(?!\*)")
 class Stage:
     """What one pipeline stage holds, in the order of the forward pass.
 
-    `layers` are decoder layer ids, `mtp` are depths counted from 0, `loss` stands for the output head and all losses.
+    `layers` are decoder layer ids, `mtp` are depths counted from 0, `loss` is the output head with all losses.
     """
 
     embedding: bool
@@ -29,14 +29,15 @@ class Stage:
 
     @property
     def holds_anything(self) -> bool:
-        """False of a stage that passes on what it gets, and has no parameters."""
+        """Return False for a stage that passes on what it receives, and has no parameters."""
         return bool(self.embedding or self.layers or self.mtp or self.loss)
 
 
 def parse(text: str, num_layers: int, mtp_layers: int = 0) -> tuple[Stage, ...]:
-    """The stages that `text` describes, checked against the model: every part once, in the order of the model.
+    """Return the stages that `text` describes, after checking that it has every part of the model once and in order.
 
-    The first stage, which gets token ids, has the embedding, and the last one, which makes the loss, the head.
+    The first stage, which receives token ids, must have the embedding; the last one, which computes the loss, the head.
+    Raise ValueError otherwise.
     """
     stages = expand(text).split("|")
     parts = "".join(stages)
@@ -56,7 +57,7 @@ def count_stages(text: str) -> int:
 
 
 def expand(text: str) -> str:
-    """`text` without repetitions, commas and blanks: "E(t|)*2L" is "Et|t|L"."""
+    """Return `text` without repetitions, commas and blanks: "E(t|)*2L" is "Et|t|L"."""
     result, before = re.sub(r"[,\s]", "", text), None
     while result != before:
         before = result
@@ -72,7 +73,7 @@ def expand(text: str) -> str:
 
 
 def to_string(stages: tuple[Stage, ...]) -> str:
-    """The layout string of `stages`, without repetitions."""
+    """Return the layout string of `stages`, without repetitions."""
     return "|".join("E" * s.embedding + "t" * len(s.layers) + "m" * len(s.mtp) + "L" * s.loss for s in stages)
 
 

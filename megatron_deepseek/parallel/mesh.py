@@ -1,4 +1,4 @@
-"""The layout of a job and its process groups: one immutable object that is passed to whoever communicates.
+"""The layout of a job and its process groups: one immutable object that is passed to whatever communicates.
 
 Two meshes cover the same ranks (parallel folding, arXiv 2504.14960):
 
@@ -19,14 +19,14 @@ from megatron_deepseek.parallel.layout import Layout
 
 @dataclass(frozen=True, eq=False)
 class Meshes:
-    """The process groups of a layout on this rank. Build one with `build_meshes`.
+    """The process groups of a layout on this rank. Build them with `build_meshes`.
 
-    `dense` is (pp, dp, cp, tp), `expert` is (pp, edp, ep, etp). What sums go over which ranks:
+    `dense` is (pp, dp, cp, tp), `expert` is (pp, edp, ep, etp). The groups below sum over these axes:
 
       dense_fsdp   dp x cp       gradients of dense parameters (FSDP)
       expert_fsdp  edp           gradients of routed experts (FSDP)
-      sequence     cp x tp       what is counted of one sequence, whose tokens these ranks share
-      stage        dp x cp x tp  what is counted of all tokens by one stage's routers
+      sequence     cp x tp       counts of one sequence, whose tokens these ranks share
+      stage        dp x cp x tp  counts of all tokens by one stage's routers
       tp, ep, etp                partial sums inside a layer (tensor.py, expert.py, expert_tensor.py)
     """
 
@@ -52,7 +52,7 @@ class Meshes:
 
     @property
     def experts(self) -> DeviceMesh:
-        """(ep, etp): the ranks that share one copy of a stage's experts."""
+        """Return the mesh (ep, etp) of the ranks that share one copy of a stage's experts."""
         return self.expert["ep", "etp"]
 
     @property
@@ -60,7 +60,7 @@ class Meshes:
         return self.expert["edp"]
 
     def rank(self, axis: str) -> int:
-        """This rank's coordinate on `axis` of the dense mesh, or of the expert mesh for edp, ep and etp."""
+        """Return this rank's coordinate on `axis` of the dense mesh, or of the expert mesh for edp, ep and etp."""
         mesh = self.expert if axis in ("edp", "ep", "etp") else self.dense
         return mesh.get_local_rank(axis)
 
@@ -72,7 +72,7 @@ class Meshes:
 def build_meshes(layout: Layout, device: torch.device) -> Meshes:
     """Create every process group of `layout`. All ranks call it, in the same order of layouts.
 
-    Raises ValueError if the job's world size is not the layout's.
+    Raise ValueError if the job's world size is not the layout's.
     """
     if dist.get_world_size() != layout.world_size:
         raise ValueError(f"the layout needs {layout.world_size} ranks, the job has {dist.get_world_size()}")

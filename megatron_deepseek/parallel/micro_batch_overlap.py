@@ -1,39 +1,41 @@
-"""Two runs in turn: while one waits for the network, the other computes.
+"""Micro-batch overlap: two runs take turns, so that while one waits for the network the other computes.
 
 DualPipeV pairs the forward of one micro-batch with the backward of another (arXiv 2412.19437, section 3.2.1). Both send
-tokens to experts and back many times. Here a run that has begun an exchange lets the other compute until that begins
-one too, and only then waits for its own:
+tokens to experts and back many times. A run that has begun an exchange lets the other compute until that one begins an
+exchange too. Only then does it wait for its own:
 
     forward    attention  send |                      | wait, experts  send |
     backward                   | dgrad of experts send |                    | wait, attention ...
 
-Only one of them runs at a time, so the order of everything, collectives included, is the same on every rank, and so are
-the numbers. On CUDA what is queued while a run waits stands before its wait on the one compute stream.
+Only one of them runs at a time, so the order of all operations, collectives included, is the same on every rank, and
+the numbers are the same as without overlap. On an accelerator both queue their work on one compute stream: what the
+other run queues comes before this run's wait.
 """
 
 import threading
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
+
+from megatron_deepseek.device import current_stream, is_accelerator_in_use, on_device, on_stream
 
 _HERE, _THERE = 0, 1
 
 
 class MicroBatchOverlap:
-    """Whoever exchanges tokens calls `wait`; without a pair that runs, that is all it does."""
+    """The turns of two runs. Code that exchanges tokens calls `wait`; outside of `run` that only waits."""
 
     def __init__(self):
         self._pair: _Pair | None = None
 
     def wait(self, work: dist.Work) -> None:
-        """Until the exchange `work` that was just begun is done; the other run goes on meanwhile."""
+        """Wait until the exchange `work`, which was just begun, is done; the other run computes meanwhile."""
         if self._pair is not None:
             self._pair.pass_on()
         work.wait()
 
     def run(self, here: Callable[[], None], there: Callable[[], None]) -> None:
-        """Both, `here` first and in this thread. Raises what either raised, this thread's own first."""
+        """Run both, `here` first and in this thread. Raise what either raised, this thread's own first."""
         self._pair = _Pair()
         thread = threading.Thread(target=self._pair.run_there, args=(_on_same_device(there),), name="paired backward")
         thread.start()
@@ -48,7 +50,7 @@ class MicroBatchOverlap:
 
 
 class _Pair:
-    """Whose turn it is, and who has come to an end."""
+    """Two runs that take turns: the one whose turn it is, and which of them have ended."""
 
     def __init__(self):
         self.failure: BaseException | None = None
@@ -57,7 +59,10 @@ class _Pair:
         self._turn, self._finished = _HERE, [False, False]
 
     def pass_on(self) -> None:
-        """On CUDA autograd calls from a thread of its own, so: whoever is not the one here."""
+        """Give the turn to the other run, and wait until it comes back.
+
+        On CUDA autograd calls this from a thread of its own, so the run there is any thread but the one here.
+        """
         me = _HERE if threading.current_thread() is self._here else _THERE
         with self._condition:
             if not self._finished[1 - me]:
@@ -66,6 +71,7 @@ class _Pair:
             self._condition.wait_for(lambda: self._turn == me)
 
     def run_there(self, there: Callable[[], None]) -> None:
+        """Run `there` when its turn comes, and keep what it raises as `failure`."""
         with self._condition:
             self._condition.wait_for(lambda: self._turn == _THERE)
         try:
@@ -75,19 +81,20 @@ class _Pair:
         self.finish(_THERE)
 
     def finish(self, me: int) -> None:
+        """Give the turn to the other run for good."""
         with self._condition:
             self._finished[me], self._turn = True, 1 - me
             self._condition.notify_all()
 
 
 def _on_same_device(function: Callable[[], None]) -> Callable[[], None]:
-    """A thread begins on device 0 and its default stream."""
-    if not torch.cuda.is_initialized():
+    """Return `function` as a new thread must run it, which would begin on device 0 and its default stream."""
+    if not is_accelerator_in_use():
         return function
-    stream = torch.cuda.current_stream()
+    stream = current_stream()
 
     def run():
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        with on_device(stream.device), on_stream(stream):
             function()
 
     return run

@@ -1,4 +1,4 @@
-"""Which ranks share a node, and the bytes that travel inside nodes and between them.
+"""Nodes: the ranks that share one, and the bytes that are sent inside nodes and between them.
 
 Rank r is on node r // ranks_per_node, as torchrun numbers them.
 """
@@ -17,12 +17,12 @@ Sent = Callable[[dist.ProcessGroup, torch.Tensor], None]
 
 
 def uncounted(group: dist.ProcessGroup, x: torch.Tensor) -> None:
-    """Nobody counts the bytes (in place of `CommunicationCounter.everyone`)."""
+    """Count nothing (in place of `CommunicationCounter.everyone`)."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sent to other ranks of its node, and to other nodes: bytes, unless it says otherwise."""
+    """What one rank sent to other ranks of its node, and to other nodes: bytes, unless stated otherwise."""
 
     within_node: int = 0
     across_nodes: int = 0
@@ -32,28 +32,28 @@ class Traffic:
 
 
 class CommunicationCounter:
-    """Adds up what this rank sends: told of every send where it is made, forwards, backwards and when recomputing."""
+    """Adds up the bytes that this rank sends. Every send reports to it: forward, backward and recomputed."""
 
     def __init__(self, ranks_per_node: int):
         self.ranks_per_node = ranks_per_node
         self._total = Traffic()
 
     def take(self) -> Traffic:
-        """What was sent since the last time."""
+        """Return what was sent since the last call."""
         total, self._total = self._total, Traffic()
         return total
 
     def rows(self, group: dist.ProcessGroup, rows_to_rank: list[int], x: torch.Tensor) -> None:
-        """`rows_to_rank` rows of x go to each rank of `group`."""
+        """Count `rows_to_rank` rows of x sent to each rank of `group`."""
         row = bytes_of_row(x)
         self._total += self.divide(group, [number * row for number in rows_to_rank])
 
     def everyone(self, group: dist.ProcessGroup, x: torch.Tensor) -> None:
-        """x goes to every other rank of `group`, or as much as x to each of them."""
+        """Count x, or as much as x, sent to every other rank of `group`."""
         self.rows(group, [len(x)] * group.size(), x)
 
     def divide(self, group: dist.ProcessGroup, amounts: list[int]) -> Traffic:
-        """Amounts for each rank of `group`, by where it is; what a rank keeps is not sent."""
+        """Return the sums of the amounts for each rank of `group`, by its node; what a rank keeps is not sent."""
         here, node = dist.get_rank(), dist.get_rank() // self.ranks_per_node
         sent = [(rank, number) for rank, number in zip(dist.get_process_group_ranks(group), amounts, strict=True)
                 if rank != here]
@@ -63,16 +63,16 @@ class CommunicationCounter:
 
 @dataclass(frozen=True, eq=False)
 class TwoLevels:
-    """The expert ranks of a stage as nodes x places: `across` links the same place on all nodes, `within` is a node."""
+    """The expert ranks of a stage as nodes x places: `across` links equal places of all nodes, `within` is one node."""
 
     across: DeviceMesh
     within: DeviceMesh
 
 
 def places_per_node(layout: Layout, ranks_per_node: int) -> int:
-    """Ranks of an expert group that share a node.
+    """Return how many ranks of an expert group share a node.
 
-    Raises ValueError where expert groups straddle nodes unevenly.
+    Raise ValueError where expert groups straddle nodes unevenly.
     """
     if not nodes_divide(layout.ep, layout.etp, ranks_per_node):
         raise ValueError(f"nodes of {ranks_per_node} ranks do not divide expert groups of {layout.ep * layout.etp} "
@@ -81,7 +81,7 @@ def places_per_node(layout: Layout, ranks_per_node: int) -> int:
 
 
 def build_levels(layout: Layout, device: torch.device, ranks_per_node: int) -> TwoLevels:
-    """All ranks call it: it creates process groups."""
+    """Create the process groups of both levels. All ranks call it."""
     places = places_per_node(layout, ranks_per_node)
     mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep // places, places, layout.etp),
                             mesh_dim_names=("pp", "edp", "ep_across", "ep_within", "etp"))

@@ -1,16 +1,15 @@
-"""DualPipeV's paired chunks, a forward and a backward of two micro-batches, run in turns (micro_batch_overlap.py).
+"""DualPipeV's paired chunks: overlap the forward of one micro-batch with the backward of another.
 
 PyTorch's runtime knows such pairs (OVERLAP_F_B) and runs one half after the other, unless it is given a function that
-runs them another way. This is that function; what it does for each half is what the runtime does.
+runs them another way. This file has that function; for each half it does what the runtime does.
 """
-
 
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.torch_private import _Action, _ComputationType, _PipelineContext, _wait_batch_p2p
 
 
 def overlap_pairs(schedule, overlap: MicroBatchOverlap) -> None:
-    """Make `schedule`, a runtime of torch.distributed.pipelining, run its pairs so."""
+    """Make `schedule`, a runtime of torch.distributed.pipelining, overlap the halves of its pairs."""
     schedule.register_custom_function(_ComputationType.OVERLAP_F_B,
                                       lambda action, context: _run(action, context, overlap))
 
@@ -32,7 +31,7 @@ def _forward(schedule, stages: dict, action: _Action, context: _PipelineContext)
     output = stage.forward_one_chunk(number, context.arg_mbs[number], context.kwarg_mbs[number],
                                      save_forward_output=False)
     schedule._maybe_compute_loss(stage, output, context.target_mbs, number)
-    if action.stage_index + 1 in stages:  # the turn of the V
+    if action.stage_index + 1 in stages:  # the bottom of the V: the next stage is on this rank
         stages[action.stage_index + 1].set_local_fwd_input(output, number)
 
 

@@ -3,8 +3,8 @@
     loop       rank r holds stages r, r + PP, ...            GPipe, 1F1B (one stage), Interleaved1F1B, -ZeroBubble
     V-shaped   rank r holds stages r and 2 PP - 1 - r        ZBVZeroBubble, DualPipeV (first and last on one rank)
 
-Shapes of what travels are known beforehand, so no forward is spent on finding them. A step without stages to pass on
-to (PP = 1) is a plain loop over micro-batches that accumulates gradients and reduces them in the last backward.
+The shapes of what is sent are known beforehand, so no forward is spent on finding them. With PP = 1 a step is a plain
+loop over micro-batches that accumulates gradients and reduces them in the last backward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
 class ForwardOnly(_PipelineScheduleRuntime):
-    """Every micro-batch through every stage, no backward: evaluation under any placement of stages."""
+    """A schedule of forwards alone, under any placement of stages, for evaluation."""
 
     def __init__(self, stages: list[PipelineStage], n_microbatches: int, loss_fn,
                  ranks: Sequence[int]):
@@ -53,17 +53,17 @@ class ForwardOnly(_PipelineScheduleRuntime):
 
 
 def _loss_is_output(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The last stage makes the loss itself, since MTP and the head's weight are there."""
+    """Return the last stage's output: it computes the loss itself, since MTP and the head's weight are there."""
     return output
 
 
 @dataclass(frozen=True)
 class Travel:
-    """What travels between stages: hidden states [B, S, H] of one micro-batch, stacked along the batch where several
-    predictions are made of each token.
+    """The shapes of what is sent between stages: hidden states [B, S, H] of one micro-batch, stacked along the batch
+    where several predictions are made of each token.
 
-    `states_after`: how many predictions' states there are behind each stage if all are made. `tokens_shape`: of the
-    token ids that the first stage gets. `first_trained`: the stage behind which what travels has a gradient.
+    `states_after`: the number of predictions that have a state behind each stage, if all are made. `tokens_shape`: that
+    of the token ids which the first stage receives. `first_trained`: the first stage whose output has a gradient.
     """
 
     tokens_shape: tuple[int, int]
@@ -77,13 +77,13 @@ class Travel:
         return len(self.states_after)
 
     def received(self, index: int, num_predictions: int) -> torch.Tensor:
-        """What stage `index` gets, on the meta device."""
+        """Return what stage `index` receives, on the meta device."""
         if index == 0:
             return torch.empty(self.tokens_shape, dtype=torch.int64, device="meta")
         return self.passed_on(index - 1, num_predictions)
 
     def passed_on(self, index: int, num_predictions: int) -> torch.Tensor:
-        """What stage `index` gives to the next, or the last one's loss, on the meta device."""
+        """Return what stage `index` sends to the next, or the last one's loss, on the meta device."""
         if index == self.num_stages - 1:
             wide = torch.promote_types(self.hidden_dtype, torch.float32)
             return torch.empty((), dtype=wide, device="meta", requires_grad=True)
@@ -97,9 +97,9 @@ class Pipeline:
     """Runs steps over this rank's `modules`, which are the stages `indices`.
 
     A module is called as module(x, micro_batch=, step=); x is int64 [B, S] on stage 0, and the last stage returns the
-    scalar contribution of the micro-batch to the global loss. Schedules are built at the first step with a given number
-    of micro-batches and of predictions, and kept. With `overlap`, paired chunks compute while the other's tokens
-    travel.
+    micro-batch's scalar contribution to the global loss. Schedules are built at the first step with a given number of
+    micro-batches and of predictions, and reused. With `overlap`, one half of a paired chunk computes while the other's
+    tokens are on their way.
     """
 
     def __init__(self, modules: list[nn.Module], indices: list[int], travel: Travel, schedule: str, meshes: Meshes,
@@ -113,9 +113,9 @@ class Pipeline:
         self._schedules = {}
 
     def train(self, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any, num_predictions: int) -> None:
-        """Forward and backward of `micro_batches`, equal parts of the rows; gradients are summed over data ranks.
+        """Run forward and backward of `micro_batches`, equal parts of the rows; gradients are summed over data ranks.
 
-        `num_predictions` are made of each token: the main one and those of MTP depths.
+        `num_predictions` counts the predictions of each token: the main one and those of MTP depths.
         """
         for module in self.modules:
             module.train()
@@ -129,7 +129,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any, num_predictions: int) -> None:
-        """Forward only; what it makes is left in `step`."""
+        """Run the forward only; its results are left in `step`."""
         for module in self.modules:
             module.eval()
         if self.meshes.layout.pp > 1:
@@ -174,9 +174,9 @@ class Pipeline:
 
 
 def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages: int, meshes: Meshes) -> int:
-    """The first of all stages with a parameter that is trained, `num_stages` if none has one; the same on every rank.
+    """Return the first of all stages with a trained parameter, `num_stages` if none has one; the same on all ranks.
 
-    No stage before it, nor what it receives, needs a gradient, so none is computed or sent there.
+    No stage before it, nor its input, needs a gradient, so none is computed or sent there.
     """
     trained = torch.zeros(num_stages, device=meshes.device)
     for index, module in zip(indices, modules, strict=True):
@@ -186,7 +186,7 @@ def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """Identity whose gradient is laid out as a send needs it."""
+    """The identity, whose gradient is contiguous, as sends require."""
 
     @staticmethod
     def forward(ctx, x):
@@ -198,10 +198,10 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def received(x: torch.Tensor) -> torch.Tensor:
-    """Hidden states as a stage's first act takes them, so that their gradient can be sent back as it is."""
+    """Return hidden states as a stage must take them first, so that their gradient can be sent back."""
     return _ContiguousGradient.apply(x) if x.requires_grad else x
 
 
 def _with_tokens(tokens_BS: torch.Tensor, micro_batches: MicroBatches) -> Iterator[tuple[torch.Tensor, Any]]:
-    """The tokens of each micro-batch, as torch.distributed.pipelining divides them, and the rest of it."""
+    """Return the tokens of each micro-batch, divided as torch.distributed.pipelining does, with its other inputs."""
     return zip(tokens_BS.tensor_split(len(micro_batches.items)), micro_batches.items, strict=True)

@@ -1,9 +1,9 @@
 """Restarts by torchrun (--max-restarts): after every start the ranks use keys of their own in the agent's store.
 
 torchrun's agent keeps its key-value store when it restarts the ranks (torch 2.13; a comment there says otherwise), so a
-rank that asks for the address of a peer may be told that of a dead process. The number of restarts cannot tell old keys
+rank that asks for the address of a peer may get that of a dead process. The number of restarts cannot tell old keys
 from new ones: TORCHELASTIC_RESTART_COUNT counts on every node the restarts which that node caused. So at every start
-the ranks agree on a new random name and put it before all their keys. A life lasts from one start to its end.
+the ranks agree on a new random name and prefix all their keys with it. A life is the time from one start to its end.
 """
 
 import functools
@@ -19,22 +19,22 @@ _MEETING = timedelta(minutes=10)  # for the slowest rank's imports
 
 
 def agent_store() -> dist.Store | None:
-    """A new connection to the store of torchrun's agent, for this life alone; None without an agent's store.
+    """Return a new connection to the store of torchrun's agent, for this life's keys; None without an agent's store.
 
     The agent outlives every rank, and so does its store.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return dist.PrefixStore(_life(), _connect())
+    return dist.PrefixStore(_start_name(), _connect())
 
 
-def life_name() -> str | None:
-    """A name of this start that all of its ranks have in common, and no other start; None without an agent's store."""
-    return _life() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+def start_name() -> str | None:
+    """Return a name that all ranks of this start share and no other start has; None without an agent's store."""
+    return _start_name() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
 
 
 def job_name() -> str:
-    """A name that all lives of this job have in common, kept in the store of torchrun's agent, and no other job has."""
+    """Return a name that all starts of this job share and no other job has, kept in the store of torchrun's agent."""
     name = uuid.uuid4().hex
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return name
@@ -42,22 +42,22 @@ def job_name() -> str:
 
 
 def _connect() -> dist.Store:
-    # A store whose host died refuses at once; the time-out is for one that is only slow, which is no failure.
+    # A store on a dead host refuses the connection at once; the time-out is for one that is only slow.
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                          timeout=timedelta(minutes=5), wait_for_workers=False)
 
 
 @functools.cache
-def _life() -> str:
-    """The name of this process's life."""
+def _start_name() -> str:
+    """Return the name of this start of the job."""
     return meet(_connect(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _MEETING)
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that only the ranks that call this now know, whatever earlier lives left in `store`.
+    """Return a name that only the ranks that call this now know, whatever earlier starts left in `store`.
 
-    Rank 0 proposes a name; the others sign with a word of their own; rank 0 publishes who signed. A rank that read an
-    old proposal does not find its word there, and looks for another one. Raises TimeoutError.
+    Rank 0 proposes a name; the others sign it with a random word of their own; rank 0 publishes who signed. A rank that
+    read an old proposal does not find its word there, and waits for another one. Raise TimeoutError.
     """
     word, wait = uuid.uuid4().hex, _Waiting(timeout)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""Where schedules of torch.distributed.pipelining place stages and what they ask for, known without importing torch.
+"""Where torch.distributed.pipelining's schedules place stages, and how many micro-batches they take, without torch.
 
 A test holds these rules against torch's own constructors.
 """
@@ -11,26 +11,26 @@ V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 
 
 def rank_of_stage(stage: int, num_stages: int, pp: int, schedule: str) -> int:
-    """The pipeline rank that holds `stage`."""
+    """Return the pipeline rank that holds `stage`."""
     if schedule in V_SHAPED and num_stages == 2 * pp:
         return min(stage, num_stages - 1 - stage)
     return stage % pp
 
 
 def stages_of_rank(rank: int, num_stages: int, pp: int, schedule: str) -> list[int]:
-    """The stages that pipeline rank `rank` holds, in increasing order."""
+    """Return the stages that pipeline rank `rank` holds, in increasing order."""
     return [s for s in range(num_stages) if rank_of_stage(s, num_stages, pp, schedule) == rank]
 
 
 def takes_virtual_stages(schedule: str, virtual_stages: int) -> bool:
-    """Whether a rank may hold that many stages; loops over several stages take any number from two."""
+    """Return whether a rank may hold that many stages; loops over several stages take any number from two."""
     least = VIRTUAL_STAGES[schedule]
     loops = least > 1 and schedule not in V_SHAPED
     return virtual_stages >= least if loops else virtual_stages == least
 
 
 def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:
-    """Whether `schedule` runs over `pp` ranks with that many micro-batches for each data rank."""
+    """Return whether `schedule` runs over `pp` ranks with that many micro-batches for each data rank."""
     if schedule == "1F1B":
         return microbatches >= pp
     if schedule == "DualPipeV":
@@ -41,7 +41,7 @@ def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:
 
 
 def microbatch_rule(schedule: str, pp: int) -> str:
-    """The rule that `takes_microbatches` applies, in words."""
+    """Return in words the rule that `takes_microbatches` applies."""
     if schedule in ("1F1B", "DualPipeV"):
         return f"at least one for each of its {pp * VIRTUAL_STAGES[schedule]} stages"
     return f"fewer than {pp}, or a number that divides into equal rounds of at least {pp}"

@@ -1,9 +1,9 @@
 """Sums along sequences whose tokens lie on several ranks, with their gradients.
 
-The loss of the whole job is the sum of what every context rank contributes. A term that is made of single tokens is on
-the rank that holds them. A term that is made of a sum over a row (a sum of log-probabilities, say) needs all the ranks
-that share the row: each is given the whole sum and makes the whole term, and `share` then takes an equal part of it
-from each. Gradients follow: that of a sum is the sum of what every rank made of it.
+The loss of the whole job is the sum of what every context rank contributes. A term made of single tokens is on the rank
+that holds them. A term made of a sum over a row (a sum of log-probabilities, say) needs all the ranks that share the
+row: each gets the whole sum and computes the whole term, and `share` then takes an equal part of it from each. So the
+gradient of a sum is the sum of the gradients on all these ranks.
 
 Shapes: B rows, S tokens of each on this rank, D documents of the row that has most.
 """
@@ -14,27 +14,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.parallel.tensor import all_reduce
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce of this rank's part; every rank uses the sum, so that the gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_reduce(grad, ctx.group), None
+from megatron_deepseek.parallel.collectives import sum_alike, sum_gradients
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceSums:
-    """`positions_S` says where this rank's tokens stand in the whole sequences, which the ranks of `group` share.
+    """Sums over whole rows and documents.
 
-    None and None where this rank has whole sequences. Without `documents` each row is one.
+    `positions_S` are the positions of this rank's tokens in the whole sequences, which the ranks of `group` share; both
+    are None where this rank has whole sequences. Without `documents` each row is one.
     """
 
     documents: Documents | None = None
@@ -43,7 +31,7 @@ class SequenceSums:
 
     def per_row(self, x_BS: torch.Tensor) -> torch.Tensor:
         """Return the sum of each row over all its tokens, [B], whole on every rank that shares the rows."""
-        return self._whole(x_BS.sum(1))
+        return self.over_ranks(x_BS.sum(1))
 
     def per_document(self, x_BS: torch.Tensor) -> torch.Tensor:
         """Return the sum of each document over all its tokens, [B, D]; 0 behind a row's last document."""
@@ -52,11 +40,12 @@ class SequenceSums:
         places_BS = self.documents.places_BS
         own_BS = places_BS if self.positions_S is None else places_BS[:, self.positions_S]
         sums_BD = x_BS.new_zeros(x_BS.shape[0], self.documents.most)
-        return self._whole(sums_BD.scatter_add(1, own_BS.to(x_BS.device), x_BS))
+        return self.over_ranks(sums_BD.scatter_add(1, own_BS.to(x_BS.device), x_BS))
 
     def share(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of the sum of `x`, a scalar, where every rank that shares the rows made the same."""
         return x.sum() / (1 if self.group is None else self.group.size())
 
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.group is None else _SumOverRanks.apply(x, self.group)
+    def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum x over the ranks that share the rows; each computes with the sum, so the gradients are summed as well."""
+        return x if self.group is None else sum_gradients(sum_alike(x, self.group), self.group)

@@ -1,8 +1,8 @@
-"""Which parts of a whole parameter a rank's shard is made of.
+"""The regions of a whole parameter that a rank's shard is made of.
 
-A shard is a region of the whole, except where several matrices are stacked in one dimension and each is divided:
-half of the experts' gate rows and half of their up rows are two regions of `gate_up_proj` [E, 2I, H]. `stacked_shard`
-is the placement of such a shard; DTensor computes with it, but what works by global offsets (initial weights,
+A shard is one region of the whole, except where several matrices are stacked in one dimension and each is divided: half
+of the experts' gate rows and half of their up rows are two regions of `gate_up_proj` [E, 2I, H]. `stacked_shard` is the
+placement of such a shard; DTensor computes with it, but code that works by global offsets (initial weights,
 checkpoints) must take it region by region.
 """
 
@@ -24,9 +24,9 @@ from megatron_deepseek.torch_private import (
 
 
 def stacked_shard(dim: int, matrices: int) -> _StridedShard:
-    """Each rank has its part of each of `matrices` equal matrices that are stacked along `dim`, in their order.
+    """Return the placement that gives each rank its part of each of `matrices` matrices, stacked along `dim`.
 
-    `dim` is not 0: there FSDP uses the same kind of placement for shards of shards, which are regions.
+    `dim` is not 0: there FSDP uses the same kind of placement for shards of shards, which are single regions.
     """
     assert dim > 0, dim
     return _StridedShard(dim, split_factor=matrices)
@@ -40,7 +40,7 @@ class ShardRegion:
     local: torch.Tensor
 
     def contiguous(self) -> "list[ShardRegion]":
-        """The same region as parts that are contiguous in memory: itself, or its slices along dimension 0."""
+        """Return the region in parts that are contiguous in memory: itself, or its slices along dimension 0."""
         if self.local.is_contiguous():
             return [self]
         first, *rest = self.offset
@@ -48,7 +48,7 @@ class ShardRegion:
 
 
 def regions(shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
-          ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+            ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return (offset, shape) of each region of the whole that the rank at `coordinate` of a mesh holds, in order."""
     local, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, list(coordinate), placements)
     stacked = next((placement for size, placement in zip(mesh_shape, placements)
@@ -62,7 +62,7 @@ def regions(shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequenc
 
 
 def shard_regions(tensor: DTensor) -> list[ShardRegion]:
-    """The regions of this rank's shard."""
+    """Return the regions of this rank's shard."""
     local, mesh = tensor.to_local(), tensor.device_mesh
     found = regions(tensor.shape, mesh.shape, mesh.get_coordinate(), tensor.placements)
     if len(found) == 1:
@@ -75,9 +75,9 @@ def shard_regions(tensor: DTensor) -> list[ShardRegion]:
 
 
 def whole(tensor: DTensor) -> torch.Tensor:
-    """Return the whole, gathered from every rank.
+    """Return the whole tensor, gathered from every rank.
 
-    Stacked shards go region by region: DTensor fails to gather them together with FSDP's.
+    Stacked shards are gathered region by region: DTensor fails to gather them together with FSDP's.
     """
     if _stacked_axis(tensor) is None:
         return tensor.full_tensor()
@@ -93,7 +93,7 @@ def whole(tensor: DTensor) -> torch.Tensor:
 
 
 def for_checkpoint(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, sharing its memory, as torch.distributed.checkpoint can write and read it."""
+    """Return `tensor`, sharing its memory, in a form that torch.distributed.checkpoint can write and read."""
     if not isinstance(tensor, DTensor) or _stacked_axis(tensor) is None:
         return tensor
     every = shard_regions(tensor)
@@ -110,5 +110,5 @@ def _is_stacked(placement: Placement) -> bool:
 
 
 def _stacked_axis(tensor: DTensor) -> int | None:
-    """The mesh axis, of any size, over which stacked matrices are divided."""
+    """Return the mesh axis, of any size, over which stacked matrices are divided."""
     return next((axis for axis, placement in enumerate(tensor.placements) if _is_stacked(placement)), None)

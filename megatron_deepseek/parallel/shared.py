@@ -1,6 +1,7 @@
-"""Parameters that more than one pipeline stage uses: the embedding on the first stage and at the MTP modules, or tied
-to the head. Each such stage holds a copy; copies start equal (initial weights depend on the name alone), their
-gradients are summed before the optimizer steps, and one copy is counted and saved.
+"""Parameters of more than one pipeline stage: the embedding, at the MTP modules or tied to the head.
+
+Each such stage holds a copy. Copies start equal (initial weights depend on the name alone), their gradients are summed
+before the optimizer steps, and one copy is counted and saved.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ from megatron_deepseek.parallel.mesh import Meshes
 
 @dataclass(frozen=True, eq=False)
 class SharedParameter:
-    """Copies of one parameter on this rank, in stage order, and the group of the pipeline ranks that hold any."""
+    """The copies of one parameter on this rank, in stage order, and the group of the pipeline ranks that hold any.
+
+    `counted_here`: this rank's first copy is the one that norms and counts include.
+    """
 
     name: str
     copies: tuple[nn.Parameter, ...]
@@ -25,8 +29,9 @@ class SharedParameter:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Give every copy the sum of all copies' gradients; a copy that got none counts as zero. A frozen parameter is
-        so in every copy, and has nothing to sum.
+        """Give every copy the sum of all copies' gradients; a copy that got none counts as zero.
+
+        A frozen parameter is frozen in every copy, and has nothing to sum.
         """
         if not self.copies or not self.copies[0].requires_grad:
             return
@@ -48,9 +53,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def find_shared(holders: dict[str, Sequence[int]], rank_of_stage: Sequence[int], stages: dict[int, nn.Module],
                 meshes: Meshes) -> list[SharedParameter]:
-    """`holders`: parameter name -> all stages that hold it; `stages`: this rank's. Every rank of the job calls it.
+    """Return the parameters with several holders, in the order of `holders`. Every rank of the job calls it.
 
-    Only parameters with several holders are returned, in the order of `holders`.
+    `holders` maps a parameter's name to all stages that hold it; `stages` are this rank's.
     """
     shared = []
     for name, holding in holders.items():
@@ -64,7 +69,7 @@ def find_shared(holders: dict[str, Sequence[int]], rank_of_stage: Sequence[int],
 
 
 def _subgroup(pp_ranks: list[int], meshes: Meshes) -> dist.ProcessGroup | None:
-    """This rank's group among the ranks with its own dp, cp and tp place and a pipeline rank in `pp_ranks`."""
+    """Return this rank's group among the ranks with its own dp, cp and tp place and a pipeline rank in `pp_ranks`."""
     if len(pp_ranks) < 2:
         return None
     lines = meshes.dense.mesh[pp_ranks].flatten(1).t().tolist()

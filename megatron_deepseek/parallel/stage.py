@@ -1,9 +1,9 @@
 """A pipeline stage whose last backward reduces gradients over the data ranks layer by layer, as it would without a
-pipeline: while layers before are still at work.
+pipeline: while earlier layers are still computing.
 
-PyTorch's own stage keeps FSDP from reducing in any backward, and reduces all layers when the last one has ended
-(REDUCE_GRAD). Where weight gradients are deferred that is as early as it can be, for they are made after the backward;
-so such stages are left to it.
+PyTorch's own stage keeps FSDP from reducing in any backward, and reduces all layers when the last backward has ended
+(REDUCE_GRAD). Where weight gradients are deferred nothing earlier is possible, since they are computed after the
+backward; so such stages are left to PyTorch.
 """
 
 from collections.abc import Sequence
@@ -19,25 +19,29 @@ from megatron_deepseek.torch_private import stage_backward
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches:
-    """What the forward of each micro-batch gets beside hidden states. An object, not a list, so that schedules, which
-    cut tensors and look into lists, hand it on as it is.
+    """What the forward of each micro-batch receives besides hidden states.
+
+    It is an object, not a list, because schedules divide tensors and look into lists, and pass other objects on
+    unchanged.
     """
 
     items: Sequence[Any]
 
 
 class ReducingStage(PipelineStage):
-    """Read in torch 2.13: every schedule says which backward of a stage is its last, of all micro-batches. Gradients
-    are sums, so there is no factor to scale them by.
+    """A stage of torch.distributed.pipelining that reduces in its last backward.
 
-    A stage that ends before the first trained parameter has no backward; the schedule's are nothing but an end to its
+    It relies on what torch 2.13 does: every schedule says which backward of a stage is its last, of all micro-batches.
+    Gradients are sums, so there is no factor to scale them by.
+
+    A stage that ends before the first trained parameter has no backward; the schedule's last one only frees its
     gathered weights.
     """
 
     submod: FSDPModule
 
     def forward_one_chunk(self, fwd_chunk_id: int, args: tuple, kwargs: dict, save_forward_output: bool = True):
-        """The schedule hands the same `micro_batches` to every forward; this picks the one whose turn it is."""
+        """Run the forward with its own micro-batch: the schedule passes the same `micro_batches` to every forward."""
         chosen = {**kwargs, "micro_batch": kwargs["micro_batches"].items[fwd_chunk_id]}
         del chosen["micro_batches"]
         return super().forward_one_chunk(fwd_chunk_id, args, chosen, save_forward_output)
@@ -60,5 +64,8 @@ class ReducingStage(PipelineStage):
             super().perform_reduce_grad(grad_scale_factor)
 
     def _get_init_p2p_neighbors_ops(self) -> list:
-        """Of torch 2.11, which under V-shaped schedules sends to the rank itself; gloo has no such connection."""
+        """Return the first connections without those to the rank itself, for torch 2.11.
+
+        It makes such connections under V-shaped schedules; gloo has none.
+        """
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]

@@ -1,4 +1,4 @@
-"""Joining the job: which device this rank computes on, and the default process group."""
+"""A rank joins its job: which device it computes on, and the default process group."""
 
 import ctypes
 import os
@@ -7,29 +7,37 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.device import (
+    COLLECTIVES,
+    accelerator_of_rank,
+    bind_process,
+    count_accelerators,
+    has_accelerator,
+    is_accelerator,
+)
 from megatron_deepseek.parallel.restarts import agent_store
 from megatron_deepseek.torch_private import _set_pg_timeout, _world
 
 
 def choose_device() -> torch.device:
-    """This rank's CUDA GPU where the machine has GPUs, else the CPU.
+    """Return this rank's GPU where the machine has GPUs, else the CPU.
 
-    Raises ValueError if the node starts more ranks than it has GPUs.
+    Raise ValueError if the node starts more ranks than it has GPUs.
     """
-    if not torch.cuda.is_available():
+    if not has_accelerator():
         return torch.device("cpu")
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if local_size > torch.cuda.device_count():
-        raise ValueError(f"--nproc_per_node {local_size} ranks on a node with {torch.cuda.device_count()} GPUs; "
+    if local_size > count_accelerators():
+        raise ValueError(f"--nproc_per_node {local_size} ranks on a node with {count_accelerators()} GPUs; "
                          "set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU")
-    return torch.device("cuda", local_rank)
+    return accelerator_of_rank(local_rank)
 
 
 def keep_freed_memory() -> None:
     """Let glibc reuse the activations of the last step instead of returning them to the kernel.
 
-    Its default maps and unmaps every tensor above 128 KiB to 32 MiB anew, and each page is zeroed at its first touch.
-    Elsewhere than on glibc this does nothing.
+    By default glibc maps and unmaps memory for every tensor above a threshold of 128 KiB to 32 MiB, and the kernel
+    zeroes each page at its first touch. With another C library this does nothing.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -41,18 +49,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def join_job(device: torch.device, timeout_minutes: float) -> None:
-    """The default process group: NCCL beside gloo on CUDA, gloo on CPU. Without a launcher, a group of one."""
+    """Make the default process group: NCCL and gloo on GPUs, gloo on CPUs. Without a launcher it has one rank."""
     backend = "gloo"
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    if is_accelerator(device):
+        bind_process(device)
+        backend = COLLECTIVES
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **_rendezvous())
 
 
 def _rendezvous() -> dict:
-    """Where the ranks find each other: a store of their own life under torchrun, else what the environment says."""
+    """Return where the ranks find each other: under torchrun a store for this restart alone, else what the environment
+    says.
+    """
     if "RANK" not in os.environ:
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     store = agent_store()
@@ -62,7 +72,7 @@ def _rendezvous() -> dict:
 
 
 def limit_waiting(timeout_minutes: float) -> None:
-    """Give every process group the time-out of the default one; torch gives those made without one its own."""
+    """Give every process group the time-out of the default one, in place of torch's own for groups made without one."""
     for group in list(_world.pg_map):
         if group != dist.GroupMember.NON_GROUP_MEMBER:
             _set_pg_timeout(timedelta(minutes=timeout_minutes), group)

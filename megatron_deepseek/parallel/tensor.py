@@ -7,8 +7,8 @@ A region of tensor-parallel weights is entered once and left once (arXiv 1909.08
   sequence parallel     all-gather S  / backward reduce-scatter reduce-scatter / backward all-gather
 
 Weights are DTensors on the TP mesh and compute on their local shards. `to_local(grad_placements=...)` states what the
-local gradient is: a slice of a sharded weight's gradient is complete; a replicated weight that saw only this rank's
-slice of the sequence has a partial one, and FSDP sums it over TP when it reduces.
+local gradient is: complete for a slice of a sharded weight; partial for a replicated weight that saw only this rank's
+slice of the sequence, and then FSDP sums it over TP when it reduces.
 
 Shapes: B batch, S sequence (local slice under sequence parallelism), H hidden.
 """
@@ -22,146 +22,23 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from megatron_deepseek.ops.fp8.block_scaled import map_rows
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.precision_recipe import Gemm, Linear
-from megatron_deepseek.parallel.nodes import Sent, uncounted
+from megatron_deepseek.parallel.collectives import (
+    CopyToTensorRanks,
+    JoinTokens,
+    SplitTokens,
+    SumOverTensorRanks,
+    gather_sum,
+    scatter_sum,
+)
 
 SEQUENCE_DIM = 1
-
-# Their names from torch 2.13 on, which warns of the old ones.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Concatenate every rank's equally shaped `x` along `dim`, in rank order."""
-    x_first = x.movedim(dim, 0).contiguous()
-    out = x_first.new_empty(group.size() * x_first.shape[0], *x_first.shape[1:])
-    _all_gather_single(out, x_first, group=group)
-    return out.movedim(0, dim).contiguous()
-
-
-def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum `x` over the ranks and keep this rank's equal slice along `dim`."""
-    x_first = x.movedim(dim, 0).contiguous()
-    assert x_first.shape[0] % group.size() == 0, (x.shape, dim, group.size())
-    out = x_first.new_empty(x_first.shape[0] // group.size(), *x_first.shape[1:])
-    _reduce_scatter_single(out, x_first, group=group)
-    return out.movedim(0, dim).contiguous()
-
-
-def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum of every rank's `x`, in a new tensor."""
-    x = x.contiguous().clone()
-    dist.all_reduce(x, group=group)
-    return x
-
-
-class _GatherSum(torch.autograd.Function):
-    """All-gather; every rank uses the whole result, so the gradients are summed and scattered."""
-
-    @staticmethod
-    def forward(ctx, x, dim, group, sent):
-        ctx.dim, ctx.group, ctx.sent = dim, group, sent
-        sent(group, x)
-        return map_rows(x, lambda part: all_gather(part, dim, group))
-
-    @staticmethod
-    def backward(ctx, grad):
-        own = reduce_scatter(grad, ctx.dim, ctx.group)
-        ctx.sent(ctx.group, own)
-        return own, None, None, None
-
-
-class _ScatterSum(torch.autograd.Function):
-    """Reduce-scatter of partial sums; each rank owns a slice, so the gradients are gathered."""
-
-    @staticmethod
-    def forward(ctx, x, dim, group, sent):
-        ctx.dim, ctx.group, ctx.sent = dim, group, sent
-        own = reduce_scatter(x, dim, group)
-        sent(group, own)
-        return own
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.sent(ctx.group, grad)
-        return all_gather(grad, ctx.dim, ctx.group), None, None, None
-
-
-def gather_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = uncounted) -> torch.Tensor:
-    """`all_gather` whose gradients are summed and scattered: every rank makes its own use of the whole.
-
-    `sent` is told, both ways, what this rank gives each of the others.
-    """
-    return _GatherSum.apply(x, dim, group, sent)
-
-
-def scatter_sum(x: torch.Tensor, dim: int, group: dist.ProcessGroup, sent: Sent = uncounted) -> torch.Tensor:
-    """`reduce_scatter` of partial sums, whose gradients are gathered."""
-    return _ScatterSum.apply(x, dim, group, sent)
-
-
-class _Copy(torch.autograd.Function):
-    """Identity into a sharded region; each rank's gradient is a partial sum."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_reduce(grad, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """All-reduce of partial sums; the result is replicated, and so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def sum_alike(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum of every rank's `x`; as all ranks go on alike with it, its gradient is each one's own."""
-    return _Sum.apply(x, group)
-
-
-class _Split(torch.autograd.Function):
-    """This rank's slice of a replicated tensor; the whole gradient is gathered from the slices'."""
-
-    @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
-        return x.chunk(group.size(), dim)[group.rank()].contiguous()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_gather(grad, ctx.dim, ctx.group), None, None
-
-
-class _Join(torch.autograd.Function):
-    """Gather slices into a replicated tensor; the gradient is replicated, so each rank takes its own slice."""
-
-    @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()].contiguous(), None, None
 
 
 @dataclass(frozen=True, eq=False)
 class TensorParallel:
-    """The TP mesh of this rank and whether activations between regions are sharded along the sequence."""
+    """The TP mesh of this rank and whether activations between regions (the stream) are sharded along the sequence."""
 
     mesh: DeviceMesh
     sequence_parallel: bool
@@ -180,41 +57,41 @@ class TensorParallel:
 
     @property
     def activation_grad(self) -> Placement:
-        """What the local gradient of a replicated weight is when its input is the stream between regions."""
+        """Return what the local gradient of a replicated weight is whose input is the stream between regions."""
         return Partial() if self.sequence_parallel and self.size > 1 else Replicate()
 
     def enter(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """From the stream between regions to the whole sequence, as input of column-parallel weights."""
+        """Bring the stream between regions to the whole sequence, the input of column-parallel weights."""
         if self.size == 1:
             return x_BSH
-        return gather_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Copy.apply(
+        return gather_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else CopyToTensorRanks.apply(
             x_BSH, self.group)
 
     def leave(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """From the partial sums of row-parallel weights back to the stream between regions."""
+        """Bring partial sums of row-parallel weights back to the stream between regions."""
         if self.size == 1:
             return x_BSH
-        return scatter_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else _Sum.apply(
+        return scatter_sum(x_BSH, SEQUENCE_DIM, self.group) if self.sequence_parallel else SumOverTensorRanks.apply(
             x_BSH, self.group)
 
     def own_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of the sequence: the stream itself under sequence parallelism, a split of it without."""
+        """Return this rank's slice of the sequence, which under sequence parallelism is the stream itself."""
         if self.size == 1 or self.sequence_parallel:
             return x_BSH
-        return _Split.apply(x_BSH, SEQUENCE_DIM, self.group)
+        return SplitTokens.apply(x_BSH, SEQUENCE_DIM, self.group)
 
     def all_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """The inverse of `own_tokens`."""
+        """Undo `own_tokens`."""
         if self.size == 1 or self.sequence_parallel:
             return x_BSH
-        return _Join.apply(x_BSH, SEQUENCE_DIM, self.group)
+        return JoinTokens.apply(x_BSH, SEQUENCE_DIM, self.group)
 
 
 def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, *placements: Placement) -> nn.Parameter:
-    """An uninitialised parameter of global `shape`, on the default device, as this rank's shard of a DTensor.
+    """Return an uninitialised parameter of global `shape`, on the default device, as this rank's shard of a DTensor.
 
-    On a mesh of one rank it is an ordinary parameter: DTensor's dispatch was 7 % of a small model's step on CPU.
-    Raises ValueError if a sharded dimension is not a multiple of the mesh axis's size.
+    On a mesh of one rank it is an ordinary parameter: DTensor's dispatch was 7 % of a small model's step on CPU. Raise
+    ValueError if a sharded dimension is not a multiple of the mesh axis's size.
     """
     local, stride = list(shape), torch.empty(shape, device="meta").stride()
     for axis, placement in enumerate(placements):
@@ -231,14 +108,15 @@ def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, *placements: Pla
 
 
 def local_weight(parameter: nn.Parameter, *gradient: Placement) -> torch.Tensor:
-    """The shard that this rank computes with; `gradient` states what its local gradient is of the whole."""
+    """Return the shard that this rank computes with; `gradient` states what its local gradient is of the whole."""
     return parameter.to_local(grad_placements=gradient) if isinstance(parameter, DTensor) else parameter
 
 
 class ParallelLinear(nn.Module):
-    """y = x W^T (+ b) on the local shard of W [out, in]. `weight_grad` is what the local gradient means.
+    """y = x W^T (+ b) on the local shard of W [out, in].
 
-    `gemm` says in which numbers it is computed, and when the weight's gradient is (ops/precision_recipe.py).
+    `weight_grad` states what the weight's local gradient is of the whole. `gemm` decides the precision, and when the
+    weight's gradient is computed (ops/precision_recipe.py).
 
     A bias is added to a complete output only: with row-parallel weights call `add_bias` after leaving the region.
     """
@@ -253,7 +131,7 @@ class ParallelLinear(nn.Module):
         self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
 
     def local_weight(self) -> torch.Tensor:
-        """This rank's shard."""
+        """Return this rank's shard."""
         return local_weight(self.weight, self.weight_grad)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -261,11 +139,11 @@ class ParallelLinear(nn.Module):
 
     @property
     def weight_gemms(self) -> dict[str, Gemm]:
-        """Who alone reads a weight, by the weight's name (parallel/data.py)."""
+        """Return the GEMM that alone reads a weight, by the weight's name (parallel/data.py)."""
         return {"weight": self.gemm}
 
     def after_swiglu(self, *gate_up: torch.Tensor) -> torch.Tensor:
-        """Of silu(gate) * up."""
+        """Return the layer's output for the input silu(gate) * up."""
         return self.gemm.after_swiglu(gate_up, self.local_weight())
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
@@ -274,26 +152,26 @@ class ParallelLinear(nn.Module):
 
 def column_linear(in_features: int, out_features: int, tp: TensorParallel, gemm: Gemm = Linear()
                   ) -> ParallelLinear:
-    """Output features sharded over TP; the input is the whole sequence (`TensorParallel.enter`)."""
+    """Return a linear layer whose outputs are sharded over TP; its input is the whole sequence (`enter`)."""
     return ParallelLinear(in_features, out_features, tp, Shard(0), Shard(0), gemm=gemm)
 
 
 def row_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False,
                gemm: Gemm = Linear()) -> ParallelLinear:
-    """Input features sharded over TP; the output is a partial sum (`TensorParallel.leave`)."""
+    """Return a linear layer whose inputs are sharded over TP; its output is a partial sum (`leave`)."""
     return ParallelLinear(in_features, out_features, tp, Shard(1), Shard(1), bias, gemm)
 
 
 def replicated_linear(in_features: int, out_features: int, tp: TensorParallel, bias: bool = False,
                       gemm: Gemm = Linear()) -> ParallelLinear:
-    """The same weight on every TP rank, applied to the stream between regions."""
+    """Return a linear layer with the same weight on every TP rank, applied to the stream between regions."""
     return ParallelLinear(in_features, out_features, tp, Replicate(), tp.activation_grad, bias, gemm)
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, computed in at least float32 (arXiv 1910.07467), weight replicated.
 
-    `form`: what y is given as (ops/precision_recipe.py).
+    `form` computes it: plain, or with y in FP8 tiles (ops/precision_recipe.py).
     """
 
     def __init__(self, size: int, eps: float, tp: TensorParallel, form: Callable[..., torch.Tensor] = rms_norm):

@@ -14,7 +14,7 @@ from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, shar
 
 
 class VocabParallelEmbedding(nn.Module):
-    """weight [V, H] sharded by rows. Ids outside this rank's rows contribute zero to the sum over TP."""
+    """The embedding [V, H], sharded by rows. Ids outside this rank's rows contribute zero to the sum over TP."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel):
         super().__init__()
@@ -22,11 +22,11 @@ class VocabParallelEmbedding(nn.Module):
         self.tp = tp
 
     def local_weight(self) -> torch.Tensor:
-        """This rank's rows [v, H]; with tied embeddings the output head uses them too."""
+        """Return this rank's rows [v, H]; with tied embeddings the output head uses them too."""
         return local_weight(self.weight, Shard(0))
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """-> [B, S, H], or this rank's slice of S under sequence parallelism."""
+        """Return the tokens' embeddings [B, S, H], or this rank's slice of S under sequence parallelism."""
         weight_vH = self.local_weight()
         if self.tp.size == 1:
             return F.embedding(tokens_BS, weight_vH)
@@ -35,7 +35,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def local_ids(ids: torch.Tensor, rows: int, tp: TensorParallel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row of each id on this rank (0 where another rank holds it), and whether this rank holds it."""
+    """Return the row of each id on this rank (0 where another rank holds it), and whether this rank holds it."""
     local = ids - tp.rank * rows
     mine = (local >= 0) & (local < rows)
     return local.where(mine, 0), mine
@@ -43,11 +43,9 @@ def local_ids(ids: torch.Tensor, rows: int, tp: TensorParallel) -> tuple[torch.T
 
 def joint_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel
                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `cross_entropy_statistics` says of the whole vocabulary: all-reduces of [T] over TP instead of a gather of
-    [T, V].
+    """Return `cross_entropy_statistics` of the whole vocabulary: maximum, sum of exponentials, label's logit.
 
-    They are the maximum of all logits, then the sum of exponentials and the label's logit, which one rank has and the
-    others give as zero.
+    All-reduces of [T] over TP replace a gather of [T, V]. One rank has the label's logit, the others add zero.
     """
     own_max_T, sum_T, label_logit_T = cross_entropy_statistics(logits_Tv, labels_T, tp.rank * logits_Tv.shape[-1])
     max_T = own_max_T.clone()
@@ -59,11 +57,11 @@ def joint_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: Tensor
     return max_T, sum_T, label_logit_T
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Softmax cross-entropy over a sharded vocabulary. The backward needs no collective: a rank's logits and the joint
-    statistics are all that its gradient is made of.
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Softmax cross-entropy over a sharded vocabulary.
 
-    What is kept are the logits as they are; their exponentials are made again in the backward.
+    The backward needs no collective: a rank's gradient depends on its own logits and the joint statistics only. The
+    logits are saved as they are; their exponentials are computed again in the backward.
     """
 
     @staticmethod
@@ -80,14 +78,14 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """Loss of each token [T], in at least float32, from this rank's logits. Labels are ids of the whole vocabulary."""
+    """Return each token's loss [T], in at least float32, from this rank's logits and labels of the whole vocabulary."""
     if tp.size == 1 and not logits_Tv.is_cuda:
         wide = torch.promote_types(logits_Tv.dtype, torch.float32)
         return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
-    return _CrossEntropy.apply(logits_Tv, labels_T, tp)
+    return VocabParallelCrossEntropy.apply(logits_Tv, labels_T, tp)
 
 
 def log_normalizer(logits_Tv: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """log of the sum of exp(logit) over the whole vocabulary [T], from this rank's logits in at least float32."""
-    nobody = torch.full_like(logits_Tv[:, 0], -1, dtype=torch.int64)  # the loss of a label that no rank has
-    return _CrossEntropy.apply(logits_Tv, nobody, tp)
+    """Return the log of the sum of exp(logit) over the whole vocabulary, [T], from this rank's wide logits."""
+    no_label_T = torch.full_like(logits_Tv[:, 0], -1, dtype=torch.int64)  # no rank has it, so its logit counts as 0
+    return VocabParallelCrossEntropy.apply(logits_Tv, no_label_T, tp)

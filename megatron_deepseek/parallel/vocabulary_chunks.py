@@ -1,14 +1,14 @@
-"""The output head's product and what is made of its logits, by chunks of tokens: no more than chunk x v logits exist.
+"""The output head by chunks of tokens: no more than chunk x v logits exist at a time.
 
-Logits are made again in the backward, one product more than the three of a linear layer. What is kept for it is the
-head's input, and two numbers a token.
+Logits are computed again in the backward, one GEMM more than the three of a linear layer. What is saved is the head's
+input, and two numbers for each token.
 
-The weight's gradient [v, H] is the larger thing by far, and a sum over chunks of it kept in bfloat16 would be rounded
-at each. So `log_probabilities` goes through the vocabulary in the backward, in blocks of so many rows that all tokens'
-logits of a block are as many as a chunk's: a block of the gradient is one product over all tokens, rounded once, as
-without chunks, and no sum of it is kept. That can be done because of its logits no more is needed than the statistics
-that the forward has found. `map_chunks`, whose function may need all logits of a token at once, adds up chunks in
-float32.
+The weight's gradient [v, H] is by far the largest tensor, and a sum over chunks kept in bfloat16 would be rounded at
+each of them. So the backward of `log_probabilities` goes through the vocabulary instead, in blocks of rows that have as
+many logits for all tokens as a chunk has for all rows. A block of the gradient is then one GEMM over all tokens,
+rounded once, as without chunks, and no running sum is kept. That is possible because its gradient needs nothing of the
+other logits but the statistics that the forward has found. `map_chunks`, whose function may need all logits of a token
+at once, sums over chunks in float32.
 
 Shapes: T tokens, H hidden, v this rank's part of the vocabulary.
 """
@@ -25,19 +25,20 @@ from megatron_deepseek.parallel.vocabulary import joint_statistics
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
 
 Defer = Callable[[torch.Tensor, Callable[[], torch.Tensor]], None]
-_ROWS = 128  # blocks of rows are multiples of it, where they are that large: tiles of the products are
-_SUMMED_ROWS = 8192  # rows of a chunk's weight gradient that exist before they are added to the others'
+_ROWS = 128  # larger blocks of rows are multiples of it, as tiles of GEMMs are
+_SUMMED_ROWS = 8192  # rows of a chunk's weight gradient that are computed before they are added to the sum
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    """`total` things in parts of `size`; the last may be smaller."""
+    """Yield slices of `size` that cover `total` things; the last may be smaller."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
 
 def rows_of_a_block(tokens: int, rows: int, chunk_size: int) -> int:
-    """How many of the weight's rows all tokens may have logits of, for no more logits than `chunk_size` of them have
-    of all rows; at least one.
+    """Return how many of the weight's rows a block has, at least one.
+
+    All tokens then have no more logits in a block than `chunk_size` tokens have of all rows.
     """
     most = max(1, rows * chunk_size // tokens)
     return most // _ROWS * _ROWS or most
@@ -45,20 +46,20 @@ def rows_of_a_block(tokens: int, rows: int, chunk_size: int) -> int:
 
 def log_probabilities(x_TH: torch.Tensor, weight_vH: torch.Tensor, labels_T: torch.Tensor, chunk_size: int,
                       tp: TensorParallel, defer: Defer | None = None) -> torch.Tensor:
-    """log p(label) of each token [T], in at least float32, of logits x W^T.
+    """Return log p(label) of each token [T], in at least float32, of logits x W^T.
 
-    `defer`: who makes the weight's gradient later, None to make it in the backward.
+    `defer` takes the weight's gradient, to be computed later; with None the backward computes it.
     """
     wants_x = torch.is_grad_enabled() and x_TH.requires_grad
     return _LogProbabilities.apply(x_TH, weight_vH, labels_T, chunk_size, tp, defer, wants_x)
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """The derivative of a token's result by its input, W^T (one-hot label - p), is known as soon as its logits are, so
-    the forward makes it too, where it is wanted, and the backward scales it: the input's gradient waits for no product,
-    and without a gradient of the weight no logits are made again.
+    """The log-probabilities of labels. Their derivative by the input is W^T (one-hot label - p), known with the logits.
 
-    The weight is kept and not saved, as by zero_bubble.py's products.
+    So the forward computes that too, if it is wanted, and the backward scales it: the input's gradient waits for no
+    GEMM, and without a gradient of the weight no logits are computed again. The node holds the weight and does not save
+    it, as in zero_bubble.py.
     """
 
     @staticmethod
@@ -88,7 +89,7 @@ class _LogProbabilities(torch.autograd.Function):
 
 
 def _statistics(x_TH, weight_vH, labels_T, tp, slope_TH: torch.Tensor | None) -> torch.Tensor:
-    """joint_statistics [3, T] of one chunk; `slope_TH` is filled with the derivatives of its results by its inputs."""
+    """Return joint_statistics [3, T] of one chunk; fill `slope_TH` with the derivatives of log p by the input."""
     logits_Tv = F.linear(x_TH, weight_vH)
     max_T, sum_T, label_T = joint_statistics(logits_Tv, labels_T, tp)
     if slope_TH is not None:
@@ -98,7 +99,7 @@ def _statistics(x_TH, weight_vH, labels_T, tp, slope_TH: torch.Tensor | None) ->
 
 
 def _weight_gradient(x_TH, weight_vH, labels_T, first_id, max_T, sum_T, grad_T, chunk_size) -> torch.Tensor:
-    """Of the cross-entropy, [v, H], block by block of rows."""
+    """Return the cross-entropy's gradient of the weight, [v, H], block by block of rows."""
     gradient_vH = torch.empty_like(weight_vH)
 
     def fill(rows: slice) -> None:
@@ -113,15 +114,15 @@ def _weight_gradient(x_TH, weight_vH, labels_T, first_id, max_T, sum_T, grad_T, 
 
 def map_chunks(x_TH: torch.Tensor, weight_vH: torch.Tensor, chunk_size: int, tp: TensorParallel, function: Callable,
                per_token: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """What function(VocabularyLogits, *per_token) gives, of logits x W^T: a tensor [T, ...] or a tuple of them."""
+    """Return function(VocabularyLogits, *per_token) of logits x W^T: a tensor [T, ...] or a tuple of them."""
     return _MapChunks.apply(x_TH, weight_vH, chunk_size, tp, function, per_token)
 
 
 class _MapChunks(torch.autograd.Function):
-    """The backward runs the function again on each chunk's logits, its collectives included.
+    """A function of logits by chunks. The backward runs it again on each chunk's logits, its collectives included.
 
-    The weight's gradient is not deferred: it is a sum over chunks of what exists for one at a time, the gradient of its
-    logits, which the input's gradient needs first.
+    The weight's gradient is not deferred: each chunk's part of it needs the gradient of the chunk's logits, which
+    exists only while the input's gradient is computed.
     """
 
     @staticmethod
@@ -150,7 +151,7 @@ class _MapChunks(torch.autograd.Function):
                 torch.mm(grad_logits, weight_vH, out=grad_x[part])
             if wants_weight:
                 _add_product(grad_weight, grad_logits, x_TH[part])
-            del grad_logits  # before the next chunk's logits
+            del grad_logits  # frees them before the next chunk's are computed
         return grad_x, None if grad_weight is None else grad_weight.to(weight_vH.dtype), None, None, None, None
 
 
@@ -160,7 +161,7 @@ def _several(given: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tens
 
 def _grad_logits(logits_Tv: torch.Tensor, tp: TensorParallel, function: Callable, per_token: list[torch.Tensor],
                  grads: list[torch.Tensor | None]) -> torch.Tensor:
-    """The gradient of one chunk's logits from those of what `function` makes of them."""
+    """Return the gradient of one chunk's logits from the gradients of what `function` makes of them."""
     logits_Tv.requires_grad_()
     with torch.enable_grad():
         results = _several(function(VocabularyLogits(logits_Tv, tp), *per_token))

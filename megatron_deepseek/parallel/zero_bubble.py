@@ -1,14 +1,14 @@
-"""Zero-bubble schedules split a backward in two: B, which the previous stage waits for, and W, weight gradients that
-fill the bubbles (arXiv 2401.10241).
+"""Zero-bubble schedules (arXiv 2401.10241) split a backward in two steps, B and W, for input and weight gradients.
 
-Here B is an ordinary backward in which the large products leave their weight gradients as closures; W runs them.
-PyTorch can also cut the autograd graph itself, but that was seen to fail where a stage uses a parameter twice (a head
-or embedding shared with MTP modules), and with recomputed layers it runs their forward and collectives twice.
+The previous stage waits for B only; W fills the bubbles. Here B is an ordinary backward in which the GEMMs leave their
+weight gradients as closures; W runs them. PyTorch can also cut the autograd graph itself, but that was seen to fail
+where a stage uses a parameter twice (a head or embedding shared with MTP modules), and with recomputed layers it runs
+their forward and collectives twice.
 
-Contexts keep the weight itself and do not save it: what checkpointing's hooks hand back for a saved leaf is a copy that
-holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost.
+Autograd nodes hold the weight itself and do not save it: what checkpointing's hooks return for a saved leaf is a copy
+that holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost.
 
-A frozen weight leaves nothing, and its input is not kept.
+A frozen weight defers nothing, and its input is not saved.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ from megatron_deepseek.parallel.data import accumulate_gradients, gathered
 class DeferredGradients:
     """The weight gradients that one stage's last backward left behind.
 
-    `weight` in the closures is the local tensor that the forward used, kept on the node and not among its saved
-    tensors, which a recomputed forward replaces by detached ones; back-propagating into it goes on to the parameter as
-    any backward would. `finish` is called at the end of each W step. `gathered` has the weights of the stage that are
-    in none of its layers: between B and W another forward may have freed them.
+    `weight` in the closures is the local tensor that the forward used, held by the node and not among its saved
+    tensors, which a recomputed forward replaces by detached ones; back-propagating into it reaches the parameter as any
+    backward would. `finish` is called at the end of each W step. `gathered` gathers the stage's weights that are in
+    none of its layers: between B and W another forward may have freed them.
     """
 
     def __init__(self, finish: Callable[[], None] = lambda: None,
@@ -48,7 +48,7 @@ class DeferredGradients:
         self.defer(weight, make)
 
     def take(self) -> Callable[[], None]:
-        """The W step of the backward that just ended (`PipelineStage`'s dw_builder)."""
+        """Return the W step of the backward that just ended (`PipelineStage`'s dw_builder)."""
         pending, self._pending = self._pending, []
 
         def run():
@@ -62,13 +62,13 @@ class DeferredGradients:
         return run
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _Linear.apply(x, weight, self)
+        return DeferringLinear.apply(x, weight, self)
 
     def grouped_gemm(self, x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
         return _GroupedGemm.apply(x_RI, weight_EOI, counts_E, self)
 
 
-class _Linear(torch.autograd.Function):
+class DeferringLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, deferred):
         ctx.save_for_backward(*(x,) * ctx.needs_input_grad[1])
@@ -102,7 +102,7 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def defer_weight_gradients(stage: nn.Module) -> DeferredGradients:
-    """Make every product that a module of `stage` holds leave its weight gradient."""
+    """Make every GEMM that a module of `stage` holds defer its weight gradient."""
     deferred = DeferredGradients(partial(accumulate_gradients, stage), partial(gathered, stage))
     for module in stage.modules():
         for name, gemm in [*vars(module).items()]:

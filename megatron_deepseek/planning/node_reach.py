@@ -1,4 +1,4 @@
-"""To how many nodes a token's copies go, and whether limited routing keeps them together as it is meant to.
+"""The number of nodes that a token's copies go to, and whether limited routing keeps them together as it is meant to.
 
 Experts are divided over the nodes of an expert group in their order, and in the same order into routing groups, of
 which a token reaches only some (arXiv 2412.19437, section 2.1.2). The limit on groups is one on nodes if each group

@@ -107,7 +107,9 @@ class Durations:
         if not self.pairs_overlap:
             return tuple(each["F"] + each["B"] for each in self.of_stage)
         acts = [(Run("F", at, 0), Run("B", at, 0)) for at in range(len(self.stages))]
-        return max(tuple(map(self.computes, acts)), tuple(map(self.travels, acts)), key=sum)
+        computes, travels = tuple(map(self.computes, acts)), tuple(map(self.travels, acts))
+        more, less = (computes, travels) if sum(computes) >= sum(travels) else (travels, computes)
+        return tuple(much + NOT_HIDDEN * little + self._apart(act) for much, little, act in zip(more, less, acts))
 
     def computes(self, act: Act) -> float:
         """Return the seconds that the runs of an act compute."""
@@ -123,11 +125,14 @@ class Durations:
         found = sum(self.stages[run.stage].sent if run.kind == "F" else self.stages[run.stage].returned for run in act)
         return found * self.scales.travelling * SLOWER_LINKS
 
+    def _apart(self, act: Act) -> float:
+        return self.scales.travelling * sum(
+            self.stages[run.stage].apart_forward if run.kind == "F" else self.stages[run.stage].apart_backward
+            for run in act)
+
     def _pair(self, act: Act) -> float:
-        apart = sum(self.stages[run.stage].apart_forward if run.kind == "F" else self.stages[run.stage].apart_backward
-                    for run in act)
         compute, travel = self.computes(act), self.travels(act)
-        return max(compute, travel) + NOT_HIDDEN * min(compute, travel) + apart * self.scales.travelling
+        return max(compute, travel) + NOT_HIDDEN * min(compute, travel) + self._apart(act)
 
 
 def pairs_neighbours(job: Job) -> bool:

@@ -1,4 +1,4 @@
-"""Pre-training from settings to a trained checkpoint."""
+"""Pre-training: the loop of steps, validations and saves, from settings to a trained checkpoint."""
 
 import time
 from collections.abc import Iterator
@@ -6,14 +6,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.checkpoint.job.export import (
-    export_hf,
-    is_exported,
-    keep_assets,
-    keep_model_file,
-    keep_tokenizer,
-)
-from megatron_deepseek.checkpoint.tracker import find_iteration
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.data.batches import Sampler, read_ahead
@@ -21,11 +13,13 @@ from megatron_deepseek.data.blend import SPLITS
 from megatron_deepseek.data.pretraining import open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.device import is_accelerator, max_memory, product_name
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.pretraining.export import export, keep_beside
 from megatron_deepseek.runtime.decision import Start, overwrite, share
 from megatron_deepseek.runtime.failure import guarded
 from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
@@ -39,18 +33,18 @@ from megatron_deepseek.runtime.resume import (
     describe_changes,
     go_on,
     num_samples,
-    refuse_bad_input,
+    check_and_decide,
     resume,
     save_lock,
     this_job,
 )
 from megatron_deepseek.runtime.saving import Saver, what_stays
-from megatron_deepseek.runtime.user_errors import refusing
+from megatron_deepseek.runtime.user_errors import end_on_user_error
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.next_token import SourceSum, by_source
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size
-from megatron_deepseek.training.trainer import TrainingSpec, StepResult, StopFlags, Trainer
+from megatron_deepseek.training.trainer import StepResult, StopFlags, Trainer, TrainingSpec
 
 
 def pretrain(settings: Settings) -> None:
@@ -61,23 +55,23 @@ def pretrain(settings: Settings) -> None:
 def _pretrain(settings: Settings, begun: float) -> None:
     job = this_job()
     lock = save_lock(settings, job)
-    start = refuse_bad_input(settings, job, lock)
+    start = check_and_decide(settings, job, lock)
     device = choose_device()
     join_job(device, settings.run.distributed_timeout_minutes)
-    with refusing(lock=lock):
+    with end_on_user_error(lock=lock):
         start = share(start, settings.run.save)
     meshes = build_meshes(settings.layout, device)
-    trainer = Trainer(make_plan(settings), meshes)
+    trainer = Trainer(training_spec(settings), meshes)
     limit_waiting(settings.run.distributed_timeout_minutes)
     settings, state = go_on(settings, resume(start, trainer))
     with _open_report(settings, start, state) as report:
         if dist.get_rank() == 0:
-            with refusing():
+            with end_on_user_error():
                 describe(report, settings, trainer, start, state)
         run = Run(settings, trainer, report, start, state, begun, job)
         run.train()
-        run.export()
-        with refusing():
+        export(settings.run, run.state.iteration, report)
+        with end_on_user_error():
             report.close()
     dist.barrier()
     if lock is not None:
@@ -86,10 +80,13 @@ def _pretrain(settings: Settings, begun: float) -> None:
 
 
 def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
-    """What --overwrite removes goes now: all that could be refused has been looked at."""
+    """Open the report on rank 0; the others' says nothing.
+
+    What --overwrite removes is removed now, after all checks of the user's input.
+    """
     if dist.get_rank() != 0:
         return Report()
-    with refusing():
+    with end_on_user_error():
         removed = overwrite(settings.run.save) if start.overwrite else None
         report = open_report(settings.run, state.iteration)
     if removed is not None:
@@ -97,8 +94,8 @@ def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
     return report
 
 
-def make_plan(settings: Settings) -> TrainingSpec:
-    """What this job builds. BF16 keeps float32 master weights and gradients."""
+def training_spec(settings: Settings) -> TrainingSpec:
+    """Return what this job builds. With --bf16 master weights and gradients stay float32."""
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, settings.data.seq_length)
     return TrainingSpec(
         model=settings.model, stages=stages, schedule=settings.pipeline.schedule,
@@ -119,7 +116,7 @@ class Run:
     def __init__(self, settings: Settings, trainer: Trainer, report: Report, start: Start, state: TrainState,
                  begun: float, job: Job):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
-        with refusing():
+        with end_on_user_error():
             plan = shared_plan(settings.data, num_samples(settings, state), report.message)
         train, valid, _ = open_datasets(settings.data, plan)
         for split, each in zip(SPLITS, plan.splits):
@@ -135,7 +132,7 @@ class Run:
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)
         self.saver = Saver(settings.run, settings.model, trainer, report, state.iteration if start.is_saved else None,
-                           recorded, lambda: _keep_beside(settings, start), start.lock)
+                           recorded, lambda: keep_beside(settings, start), start.lock)
         self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
@@ -150,11 +147,11 @@ class Run:
             try:
                 self._steps()
             except FloatingPointError:
-                self.saver.finish()  # a save on its way is of a healthy step
+                self.saver.finish()  # a save on its way is that of a healthy step
                 raise
             self.saver.save(self.state)
             save = self.settings.run.save
-            with refusing(f"; it was the last of this run: {what_stays(save)}" if save is not None else ""):
+            with end_on_user_error(f"; it was the last of this run: {what_stays(save)}" if save is not None else ""):
                 self.saver.close()
 
     def _steps(self) -> None:
@@ -166,12 +163,12 @@ class Run:
                     break
 
     def _read(self, *request) -> Batch:
-        """A batch, ready to go to the device; in a thread while the step before is made."""
+        """Read a batch, ready to be copied to the device. A thread calls it while the step before is made."""
         batch = self.train_data.batch(*request)
-        return batch.pinned() if self.trainer.meshes.device.type == "cuda" else batch
+        return batch.pinned() if is_accelerator(self.trainer.meshes.device) else batch
 
     def _between_steps(self, stop_flags: StopFlags) -> bool:
-        """Validation and checkpoints that are due; True if the run leaves here."""
+        """Make the validation and the checkpoint that are due. Return whether the run leaves here."""
         run, done = self.settings.run, self.state.iteration
         leave = stop_flags.leave or (run.exit_interval is not None and done % run.exit_interval == 0)
         if run.eval_interval and (done % run.eval_interval == 0 or done == run.train_iters):
@@ -185,7 +182,7 @@ class Run:
         return leave
 
     def _requests(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """Arguments of `Sampler.batch` for each remaining step."""
+        """Yield the arguments of `Sampler.batch` for each remaining step."""
         consumed, batch = self.state.consumed_samples, self.settings.batch
         for _ in range(self.state.iteration, self.settings.run.train_iters):
             size = global_batch_size(batch, consumed)
@@ -208,7 +205,7 @@ class Run:
         return result.stop_flags
 
     def _check_health(self, result: StepResult, batch: Batch) -> None:
-        """FloatingPointError where a step that is not finite ends the run."""
+        """Report what is wrong with a step. Raise FloatingPointError where a step that is not finite ends the run."""
         iteration = self.state.iteration + 1
         skipped = self.not_finite.check(iteration, result, lambda: find_origin(self.trainer, batch))
         unlabelled = self.labels.see(iteration, result.losses.num_labels)
@@ -220,10 +217,10 @@ class Run:
     def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float) -> StepMetrics:
         losses, mfu, peak_memory = result.losses, None, None
         device = self.trainer.meshes.device
-        if device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(device))
+        if is_accelerator(device):
+            peak = peak_flops(product_name(device))
             mfu = tokens / seconds * self.flops_per_token / (peak * dist.get_world_size()) if peak else None
-            memory = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+            memory = torch.tensor(max_memory(device), device=device)
             dist.all_reduce(memory, dist.ReduceOp.MAX)
             peak_memory = memory.item()
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None
@@ -251,7 +248,7 @@ class Run:
             moe_crossings_per_token=result.cross_node_sends or None)
 
     def _validate(self) -> None:
-        """Mean losses of the same eval_iters batches every time."""
+        """Report the mean losses of eval_iters batches, the same ones every time."""
         run, batch = self.settings.run, self.settings.batch
         if self.valid_data is None or not run.eval_iters:
             return
@@ -264,44 +261,6 @@ class Run:
         self.report.validation(self.state.iteration, _mean([each.lm_loss for each in losses]),
                                tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))),
                                by_source(self.valid_data.source_names, sums)[0])
-
-    def export(self) -> None:
-        """--save-hf: the last checkpoint as released models are, each rank writing its part of the files.
-
-        A run that leaves before its end exports nothing: whoever stopped it may not wait, and its next start could not
-        write where this one's export is.
-        """
-        run, done = self.settings.run, self.state.iteration
-        if run.save_hf is None:
-            return
-        by_hand = f"tools/convert_checkpoint.py --from native --to hf --load {run.save} --save DIR exports it"
-        if done < run.train_iters:
-            self.report.message(f"{run.save_hf} is not written after {done} of {run.train_iters} iterations, but after "
-                                f"the last one. Until then {by_hand}")
-            return
-        with refusing(f"; the training itself is saved: {by_hand}"):
-            if self._is_exported():
-                self.report.message(f"{run.save_hf} is the export of iteration {self.state.iteration} already")
-                return
-            export_hf(run, dist.get_rank(), dist.get_world_size())
-        self.report.message(f"exported {run.save_hf}")
-
-    def _is_exported(self) -> bool:
-        """As rank 0 sees it: an earlier start of this run may have got to its end."""
-        run, answer = self.settings.run, [False]
-        if dist.get_rank() == 0:
-            saved = find_iteration(run.save, self.state.iteration)
-            answer = [saved is not None and is_exported(run.save_hf, saved, run.bf16)]
-        dist.broadcast_object_list(answer)
-        return answer[0]
-
-
-def _keep_beside(settings: Settings, start: Start) -> None:
-    """What an export will need stays with the checkpoints: the files of what the run began from, and the tokenizer."""
-    if settings.run.save is not None:
-        keep_assets(start.load, settings.run.save)
-        keep_model_file(settings.run.save, settings.run.model_file, settings.model)
-        keep_tokenizer(settings.run.save, settings.data, settings.run.chat_template)
 
 
 def _mean(values: list[float]) -> float:

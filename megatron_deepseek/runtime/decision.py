@@ -1,5 +1,7 @@
-"""What a run begins from. Rank 0 alone looks at what is there, and tells the others: ranks that each looked for
-themselves could disagree, where a directory is not shared or a file system is slow to show what another node wrote.
+"""Decides what a run begins from: nothing, a checkpoint of --save, or what --load names.
+
+Rank 0 alone looks at what is there, and tells the others: ranks that each looked for themselves could disagree, where a
+directory is not shared or a file system is slow to show what another node wrote.
 
     --save holds      --load is                           the run
     no checkpoint     not given, or the same directory    begins anew
@@ -10,8 +12,8 @@ themselves could disagree, where a directory is not shared or a file system is s
                                                           were --finetune, --ckpt-step and --no-load-optim
     a checkpoint      not given, or another directory     is refused; --overwrite begins anew and removes what is there
 
-A checkpoint that this very job wrote before it was restarted goes before everything: whatever the arguments ask for,
-they did it in the first life.
+A checkpoint that this very job wrote before it was restarted takes precedence over everything: what the arguments ask
+for was done at the job's first start.
 """
 
 import os
@@ -42,18 +44,19 @@ from megatron_deepseek.runtime.metrics import FILE_NAME
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, read_recorded
 from megatron_deepseek.settings import RunSettings
 
-SHARED_SECONDS = 30.0  # for a network file system to show another node's new file: its clients keep directories so long
+SHARED_SECONDS = 30.0  # a network file system shows another node's new file so late: its clients cache directories
 
 
 @dataclass(frozen=True)
 class Start:
-    """`load`: the checkpoint or released weights to load, None for fresh weights; `is_saved`: it is --save's last.
+    """The decision: what a run begins from.
 
-    `weights_only`: without moments; `finetune`: counting from iteration 0 as well. `new_modules`: beginnings of the
-    names of the MTP modules that --init-mtp begins, those that the checkpoint lacks. `origin`: the --load of the run's
-    first start, None if it began from nothing. `overwrite`: what --save holds is removed before the first step.
-    `lock`: the token of --save's lock. `before`: what the run that wrote the checkpoint was told, where it is the same
-    run and known. `notes`: lines for the user.
+    `load`: the checkpoint or released weights to load, None for fresh weights. `is_saved`: `load` is --save's last
+    checkpoint. `weights_only`: load no moments. `finetune`: load no moments, and count from iteration 0. `new_modules`:
+    prefixes of the names of the MTP modules that --init-mtp initialises, those that the checkpoint lacks. `origin`: the
+    --load of the run's first start, None if it began from nothing. `overwrite`: what --save holds is removed before the
+    first step. `lock`: the token of --save's lock. `before`: the arguments that the checkpoint records, where it is of
+    the same run and has a record. `notes`: lines for the user.
     """
 
     load: Path | None = None
@@ -69,7 +72,10 @@ class Start:
 
 
 def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "") -> Start:
-    """On rank 0, while it holds the lock `lock` of --save. ValueError for what is refused or cannot be loaded."""
+    """Decide what the run begins from, on rank 0 while it holds the lock of --save, whose token is `lock`.
+
+    Raise ValueError for what is refused or cannot be loaded.
+    """
     start = replace(_decide(run, job), lock=lock)
     if start.load is None:
         return start
@@ -86,7 +92,7 @@ def _decide(run: RunSettings, job: Job) -> Start:
     if run.save is None or begins_anew(run.save):
         return _first_start(run)
     last = _recorded_last(run.save)
-    if last is not None and last.job.is_earlier_life_of(job):
+    if last is not None and last.job.is_earlier_start_of(job):
         return _continued(run, last, None)
     if run.overwrite:
         return replace(_first_start(run), overwrite=True)
@@ -96,14 +102,17 @@ def _decide(run: RunSettings, job: Job) -> Start:
     if wrong is not None:
         raise ValueError(f"--save {run.save}: {wrong}; or --overwrite begins anew")
     if run.load is None or (last is not None and last.origin != _full(run.load)):
-        raise ValueError(_refusal(run, last))
+        raise ValueError(_other_run(run, last))
     note = (f"--save {run.save} holds a checkpoint of iteration {last_iteration(run.save)}, with which this run goes "
             f"on: --load {run.load} was for its first start")
     return replace(_continued(run, last, None), notes=(note,))
 
 
 def _recorded_last(save: Path) -> RecordedArguments | None:
-    """What the last checkpoint there records of its run; None where there is nothing, or damage: loading says so."""
+    """Return what the last checkpoint of `save` records of its run.
+
+    None where there is nothing, or damage, which loading reports.
+    """
     try:
         return read_recorded(checkpoint_directory(save))
     except ValueError:
@@ -127,7 +136,8 @@ def _continued(run: RunSettings, last: RecordedArguments | None, step: int | Non
                  origin=last.origin if last is not None else None)
 
 
-def _refusal(run: RunSettings, last: RecordedArguments | None) -> str:
+def _other_run(run: RunSettings, last: RecordedArguments | None) -> str:
+    """Write the message about a --save that holds a run which the arguments do not continue."""
     there = f"--save {run.save} holds a run of iteration {last_iteration(run.save)}"
     if run.load is not None:
         began = "nothing" if last.origin is None else f"--load {last.origin}"
@@ -144,13 +154,15 @@ def _full(path: Path) -> str:
 
 
 def _has_weights_alone(directory: Path) -> bool:
-    """Whether these are released weights, converted or not: nobody trained them here, so nothing of theirs is lost."""
+    """Return whether these are released weights, converted or not: they never had moments, so none are missing."""
     return is_huggingface(directory) or (directory.name == "iter_0000000" and not has_optimizer(directory))
 
 
 def share(start: Start | None, save: Path | None, seconds: float = SHARED_SECONDS) -> Start:
-    """Rank 0's decision on every rank; all ranks call this. ValueError on every rank if one does not see the lock
-    that rank 0 made in `save`: its checkpoints would be lost piece by piece.
+    """Return rank 0's decision on every rank; all ranks call this.
+
+    Raise ValueError on every rank if one does not see, within `seconds`, the lock that rank 0 made in `save`: the
+    shards that such a rank saves would be missing from every checkpoint.
     """
     told = [start, socket.gethostname()]
     dist.broadcast_object_list(told)
@@ -182,7 +194,7 @@ def _sees(lock: Path, token: str, seconds: float) -> bool:
 
 
 def overwrite(root: Path) -> str:
-    """Remove the checkpoints and records of an older run, for --overwrite; what was done, in a line.
+    """Remove the checkpoints and records of an older run, for --overwrite. Return a line that says what was removed.
 
     The tracker goes first: a kill on the way leaves checkpoints that ask for --ckpt-step, or for --overwrite again.
     """

@@ -1,16 +1,18 @@
-"""One rank fails: the job ends within seconds, and the user reads that rank's traceback and no other.
+"""When one rank fails, the job ends within seconds, and the user reads that rank's traceback and no other.
 
 The failing rank claims the failure by an atomic add in the store that torchrun's agent keeps, prints its traceback
 with its rank before every line, and leaves at once by `os._exit`: unwinding into process groups whose peers still
-wait in a collective can block. torchrun then stops the other ranks of the node. The ranks that notice first find the
-claim taken and leave without a word, whatever their own error was. Ranks of other nodes, which no agent stops and
-which may sit in a collective until its time-out, watch the store from a thread. A rank that is killed claims nothing:
-its neighbours (neighbours.py) do it. All of it begins before the first process group.
+wait in a collective can block. torchrun then stops the other ranks of the node. Those that notice the failure before
+that find the claim taken and leave silently, whatever their own error was. Ranks of other nodes, which no agent stops
+and which may sit in a collective until its time-out, watch the store from a thread. A rank that is killed claims
+nothing: its neighbours (neighbours.py) claim the failure for it. All of this works before the first process group
+exists.
 
-The store may be at the other end of a cut link, where it neither answers nor refuses: no rank waits for it but so long.
+The store may be at the other end of a cut link, where it neither answers nor refuses, so every question to it has a
+time-out.
 
-What this cannot do: a `finally` in `main` that waits for peers runs before any of it, so a guarded main must not
-destroy process groups or meet a barrier there.
+The limit: a `finally` in `main` that waits for peers runs before any of this, so a guarded main must not destroy
+process groups or meet a barrier there.
 """
 
 import functools
@@ -45,7 +47,7 @@ PEER_LOSS = ("Connection closed by peer", "Connection reset by peer", "Connectio
 
 
 def guarded(main: Callable, patience: float = 600.0) -> Callable:
-    """The entry of a rank: `main`, with its failure reported by one rank only. Without a launcher, `main` as it is.
+    """Wrap `main`, the entry of a rank, so that one rank only reports a failure. Without a launcher it runs as it is.
 
     `patience`: seconds that a collective may take, after which a silent link between two ranks counts as cut.
     """
@@ -68,11 +70,11 @@ def guarded(main: Callable, patience: float = 600.0) -> Callable:
 
 
 class FailureClaim:
-    """The question that all ranks answer alike: whose failure came first?
+    """The claim to the job's first failure, which one rank makes and all ranks see.
 
     `store` is the agent's, or None where a launcher without one (srun, mpirun) started the ranks; then rank 0's store
-    is used once there is a process group. With no store that answers, a lost peer's failure came first and one's
-    own did too.
+    is used once there is a process group. If no store answers,
+    a rank takes a lost peer's failure for the first, and its own failure too.
     """
 
     KEY = "megatron_deepseek/failures"
@@ -84,7 +86,7 @@ class FailureClaim:
         return _answer(lambda: self._reachable_store().add(self.KEY, 1) == 1, otherwise=True)
 
     def is_taken(self) -> bool:
-        """True also when the store is gone: its host was stopped."""
+        """Return whether a rank has claimed the failure; also True when the store is gone, as its host was stopped."""
         try:
             return self._reachable_store().check([self.KEY])
         except Exception:
@@ -101,7 +103,7 @@ class FailureClaim:
     @contextmanager
     def watched(self, patience: float) -> Iterator[None]:
         """End this process when another rank's failure is claimed, a neighbour is gone without a word, or torchrun's
-        agent has died, even if the main thread waits in a collective. `patience` as of `guarded`.
+        agent has died, even if the main thread waits in a collective. `patience` is that of `guarded`.
         """
         if self.store is None:
             yield
@@ -142,7 +144,7 @@ class FailureClaim:
         _leave(1)
 
     def tell_location(self) -> None:
-        """Leave word of where this rank's training stands, for the rank whose failure came first."""
+        """Store where this rank's training stands, for the rank whose failure came first."""
         try:
             place = "" if self.failed_here else location()
             self._reachable_store().set(f"{self.KEY}/where/{os.environ['RANK']}", place)
@@ -150,7 +152,7 @@ class FailureClaim:
             pass
 
     def locations(self, ranks: Sequence[int], seconds: float) -> dict[int, str | None]:
-        """What `ranks` left word of within `seconds`; None for one that did not."""
+        """Return the locations that `ranks` stored within `seconds`; None for a rank that stored none."""
         deadline, found = time.monotonic() + seconds, dict.fromkeys(ranks)
         while None in found.values() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -164,7 +166,7 @@ class FailureClaim:
 
 
 class OneTraceback(ErrorHandler):
-    """Torch's error handler, which prints the traceback itself and gives torchrun's summary one line in its place."""
+    """A torch error handler that prints the traceback itself and gives torchrun's summary one line in its place."""
 
     def __init__(self, claim: FailureClaim):
         self.claim = claim
@@ -182,7 +184,7 @@ class OneTraceback(ErrorHandler):
         tell_agent(f"{type(e).__name__}: {e} (traceback above, after [rank{os.environ['RANK']}])")
 
     def _hang(self, error: BaseException) -> str:
-        """Of which group a collective timed out here, and which of its ranks were elsewhere."""
+        """Say in which group a collective timed out here, and which of its ranks were elsewhere."""
         group = group_of(error)
         others = [] if group is None else [rank for rank in dist.get_process_group_ranks(group)
                                            if rank != dist.get_rank()]
@@ -192,7 +194,7 @@ class OneTraceback(ErrorHandler):
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether `error`, or one that it was raised from, says that the other end of a connection is gone."""
+    """Return whether `error`, or one that it was raised from, says that the other end of a connection is gone."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -205,7 +207,7 @@ def lost_a_peer(error: BaseException) -> bool:
 
 
 def _answer(ask: Callable, otherwise):
-    """What `ask` of the store returns; `otherwise` where the store is gone, or does not answer in time."""
+    """Return what `ask` learns from the store; `otherwise` where the store is gone or does not answer in time."""
     answers = queue.SimpleQueue()
 
     def asking():
@@ -222,7 +224,7 @@ def _answer(ask: Callable, otherwise):
 
 
 def _print_with_rank(text: str) -> None:
-    """In one write, so that lines of other ranks do not fall between."""
+    """Print `text` by one write, so that lines of other ranks do not fall between its lines."""
     prefix = f"[rank{os.environ['RANK']}]: "
     sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
 

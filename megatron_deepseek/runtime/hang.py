@@ -1,4 +1,4 @@
-"""What a rank knows of a collective that timed out: of which group it was, and where the ranks of that group are.
+"""Describes a collective that timed out: which group it was of, and where the ranks of that group are.
 
 The rank that waited is rarely the one that hung. Each rank has a thread beside the training that can say where its
 training stands (`location`), so the report can name the ranks that are in no collective at all.
@@ -22,13 +22,13 @@ _MOST_NAMED = 16
 
 
 def timed_out(error: BaseException) -> bool:
-    """Whether a collective of `error`'s rank took longer than its group allows. A slow store is another case."""
+    """Return whether `error` says that a collective took longer than its group allows. A slow store is another case."""
     return isinstance(error, RuntimeError) and not isinstance(error, dist.DistStoreError) and any(
         words in str(error) for words in _TIMED_OUT)
 
 
 def group_of(error: BaseException) -> dist.ProcessGroup | None:
-    """The group that the innermost frames of `error` know of; None where none of them knows one."""
+    """Return the process group that the innermost frame of `error` with one refers to; None if no frame does."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):
         found = next(_groups(frame.f_locals.values(), depth=2), None)
@@ -38,7 +38,7 @@ def group_of(error: BaseException) -> dist.ProcessGroup | None:
 
 
 def _groups(values, depth: int) -> Iterator[dist.ProcessGroup]:
-    """Process groups among `values`, then in the attributes of those; nearer ones first."""
+    """Yield the process groups among `values`, then those in the attributes of `values`; nearer ones first."""
     values = list(values)
     for value in values:
         if isinstance(value, dist.ProcessGroup):
@@ -53,7 +53,7 @@ def _groups(values, depth: int) -> Iterator[dist.ProcessGroup]:
 
 
 def describe_group(group: dist.ProcessGroup | None) -> str:
-    """Its name and its ranks."""
+    """Return the name of a group and its ranks, as text."""
     if group is None:
         return "a group that the traceback does not tell"
     ranks = dist.get_process_group_ranks(group)
@@ -67,7 +67,7 @@ def _listed(ranks: list[int]) -> str:
 
 
 def location() -> str:
-    """Where the main thread of this process is: the innermost frame outside libraries; "" if in a collective."""
+    """Return where the main thread of this process is: the innermost frame outside libraries; "" in a collective."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         if frame.f_code.co_filename.startswith(_DISTRIBUTED):
@@ -82,7 +82,7 @@ def _place(frame: FrameType | None) -> str:
 
 
 def missing_ranks(answers: dict[int, str | None]) -> str:
-    """What the ranks of a group answered to where they are, as a sentence; None is no answer, "" in a collective."""
+    """Say in a sentence where the ranks of a group are. In `answers` None is no answer, "" is in a collective."""
     lines = [f"rank {rank} gives no sign of life" if place is None else f"rank {rank} is in no collective but {place}"
              for rank, place in sorted(answers.items()) if place != ""]
     if not lines:

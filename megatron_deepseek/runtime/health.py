@@ -1,8 +1,8 @@
-"""A run that goes wrong says where: losses and gradients that are not finite, and losses that jump.
+"""Watches over the health of a run: losses and gradients that are not finite, masked labels, and losses that jump.
 
-What is not finite spoils everything it is added to, so after a step every gradient may be NaN on every rank. The
-origin is found by going back: a weight that is not finite, else the first module of a second forward whose output is
-not, else the gradient that is not while those the backward made before it are.
+A NaN spreads to everything that it is added to, so after a step every gradient may be NaN on every rank. The origin is
+found by looking at the causes in order: a weight that is not finite; else, in a second forward, the first module whose
+output is not; else the first gradient of the backward that is not.
 """
 
 import math
@@ -24,7 +24,11 @@ from megatron_deepseek.training.trainer import StepResult, Trainer
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """`order`: 0 for a weight, 1 for an output, 2 for a gradient; then the stage. Findings of the least come first."""
+    """Something that is not finite. `order`: 0 for a weight, 1 for an output, 2 for a gradient.
+
+    Findings sort by `order`, then by the stage; the least is the origin. Stages of gradients are negative, since the
+    backward begins at the last stage.
+    """
 
     order: int
     stage: int
@@ -33,7 +37,7 @@ class Finding:
 
 
 class NotFinite:
-    """What happens after a step that was not: `policy` stop or skip, and after `most` skips in a row stop.
+    """The policy for steps that are not finite: "stop" the run, or "skip" the step and stop after `most` in a row.
 
     Every rank sees the same steps, so all decide alike.
     """
@@ -42,7 +46,7 @@ class NotFinite:
         self.policy, self.most, self.skipped = policy, most, 0
 
     def check(self, iteration: int, result: StepResult, origin: Callable[[], str]) -> str | None:
-        """None for a healthy step, a line for one that was skipped. FloatingPointError where the run must stop."""
+        """Return None for a healthy step, a line for a skipped one. Raise FloatingPointError if the run must stop."""
         if result.updated:
             self.skipped = 0
             return None
@@ -62,9 +66,9 @@ class NotFinite:
 
 
 def find_origin(trainer: Trainer, batch: Batch) -> str:
-    """Where what is not finite began in the step on `batch`, with the rank. Every rank calls it, right after the step.
+    """Say where, and on which rank, the step on `batch` was first not finite.
 
-    It runs the forward again. Gradients are still those of the step.
+    Every rank calls it right after the step, whose gradients it looks at. It runs the forward again.
     """
     outputs: list[str] = []
     with ExitStack() as stack:
@@ -94,7 +98,7 @@ def _bad_weights(trainer: Trainer) -> Iterator[tuple[int, str]]:
 
 
 def _bad_gradients(trainer: Trainer) -> Iterator[tuple[int, str]]:
-    """Of each stage the last parameter in the order of the forward: the backward came to it first."""
+    """Yield each stage's last bad parameter in the order of the forward: the backward came to it first."""
     for index, stage in zip(trainer.indices, trainer.stages):
         bad = [name for name, parameter in stage.named_parameters()
                if parameter.grad is not None and not _finite(parameter.grad)]
@@ -104,7 +108,7 @@ def _bad_gradients(trainer: Trainer) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _watched(index: int, stage: nn.Module, found: list) -> Iterator[None]:
-    """Collects (stage, module name) in `found` as modules put out what is not finite, innermost first."""
+    """Collect in `found` the (stage, module name) of outputs that are not finite, innermost modules first."""
 
     def watch(name: str) -> Callable:
         return lambda module, args, output: None if _all_finite(output) else found.append((index, name))
@@ -128,13 +132,13 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 class LabelWatch:
-    """Tells of batches all of whose labels are masked: their loss of 0 looks like a success, and nothing is learned."""
+    """A watch for batches whose labels are all masked: a loss of 0 looks like a success, and nothing is learned."""
 
     def __init__(self):
         self.first: int | None = None
 
     def see(self, iteration: int, num_labels: int) -> str | None:
-        """A line at the first of a stretch of such batches, and one when it is over."""
+        """Return a line at the first of a stretch of such batches, and one when it is over; else None."""
         if num_labels:
             first, self.first = self.first, None
             return None if first is None else \
@@ -147,7 +151,7 @@ class LabelWatch:
 
 
 class SpikeWatch:
-    """Tells a loss that jumps from one that wanders: far above the median of the last steps, measured by their spread.
+    """A watch for losses that jump: far above the median of the last steps, measured by their spread.
 
     A spike is more than `factor` standard deviations above the median of the last `window` losses, where the deviation
     is 1.4826 times the median distance from the median (so that the spikes themselves do not widen it), and at least
@@ -159,7 +163,7 @@ class SpikeWatch:
         self.fewest, self.factor = fewest, factor
 
     def see(self, iteration: int, loss: float) -> str | None:
-        """A line if `loss` is a spike; what is not finite is another matter."""
+        """Return a line if `loss` is a spike, else None. A loss that is not finite is left to `NotFinite`."""
         if not math.isfinite(loss):
             return None
         line = self._line(iteration, loss) if len(self.losses) >= self.fewest else None

@@ -1,8 +1,8 @@
-"""What asks a run to save or to leave before its time: signals to any rank, and the clock of the first.
+"""Interruptions: signals to any rank, and the clock of the first, ask a run to save or to leave before its end.
 
-Python hands a signal over between two bytecodes, so the handler only takes a note; the ranks agree in the collective
-that adds up their losses, and act after that step. Who presses Ctrl-C a second time wants an end now, even if the main
-thread waits in a collective: a thread reads the numbers of signals that Python's own handler in C writes down.
+Python runs a signal's handler between two bytecodes, so the handler only stores the signal; the ranks agree in the
+collective that adds up their losses, and act after that step. A second Ctrl-C asks for an end now, even if the main
+thread waits in a collective: a thread reads the signal numbers that Python's own handler in C writes to a file.
 """
 
 import os
@@ -22,7 +22,7 @@ _AGAIN = (signal.SIGINT, signal.SIGTERM)  # torchrun passes a second Ctrl-C on a
 
 
 class Interruptions:
-    """`stop_flags()` is what this rank asks for now. `begun`: when the job began, by time.monotonic()."""
+    """The requests of this rank: `stop_flags()` are those of now. `begun`: when the job began, by time.monotonic()."""
 
     def __init__(self, run: RunSettings, first_rank: bool, begun: float):
         minutes, seconds = run.exit_duration_in_mins, run.save_every_seconds
@@ -41,7 +41,7 @@ class Interruptions:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def saved(self) -> None:
-        """A checkpoint was begun: the next period starts."""
+        """Start the next period of --save-every-seconds: a checkpoint was begun."""
         self.saved_at = time.monotonic()
 
     def reason(self) -> str:
@@ -51,9 +51,9 @@ class Interruptions:
 
     @contextmanager
     def handling(self) -> Iterator[None]:
-        """Take a note of SIGTERM, SIGUSR1 and SIGINT instead of dying of them, and leave at once on a second SIGINT.
+        """Store SIGTERM, SIGUSR1 and SIGINT instead of dying of them, and leave at once on a second SIGINT.
 
-        Elsewhere than in the main thread this does nothing. SIGINT that is ignored stays so (a background process).
+        Outside the main thread this does nothing. A signal that is ignored stays so (SIGINT of a background process).
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -74,7 +74,7 @@ class Interruptions:
         self.signal = signal.Signals(number)
 
     def _read(self, file: int) -> None:
-        """Numbers of signals from `file`, as they come; in a thread."""
+        """Read numbers of signals from `file` as they come, in a thread, and end the process at a second Ctrl-C."""
         interrupted = False
         while numbers := os.read(file, 64):
             for number in numbers:
@@ -87,7 +87,7 @@ class Interruptions:
 
 
 def _say(line: str) -> None:
-    """Once on each node, by one write: the main thread may be in the middle of its own."""
+    """Print `line` once on each node, by one write: the main thread may be in the middle of its own."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, f"{line}\n".encode())
 

@@ -1,4 +1,4 @@
-"""Who holds the lock of a --save directory (save_lock.py): what the file says, and whether that process lives."""
+"""The holder of the lock of a --save directory (save_lock.py): what the file says, and whether its process lives."""
 
 import os
 import socket
@@ -14,9 +14,11 @@ LOCK = "run.lock"
 
 @dataclass(frozen=True)
 class Holder:
-    """`place`: what must be the same for a process number to mean the same process; `started`: when it did, in ticks.
+    """The process that holds a lock.
 
-    `since`: when the lock was made, by the clock of `host`. `job`: the same in all lives of one torchrun job.
+    `place`: the boot and the namespace in which `pid` means this process. `started`: when the process started, in clock
+    ticks since that boot. `since`: when the lock was made, by the clock of `host`. `job`: the same in all restarts of
+    one torchrun job.
     """
 
     token: str
@@ -30,19 +32,19 @@ class Holder:
     @classmethod
     def here(cls, job: str) -> "Holder":
         since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _place(), os.getpid(), _process(os.getpid()) or "", since,
-                   job)
+        return cls(uuid.uuid4().hex, socket.gethostname(), _place(), os.getpid(), process_start(os.getpid()) or "",
+                   since, job)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
 
     def process_is_gone(self) -> bool:
-        """Whether the process of a holder in this place has ended."""
-        return _process(self.pid) != self.started
+        """Return whether the process of a holder in this place has ended."""
+        return process_start(self.pid) != self.started
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who a lock names; a Holder without a token if the file is damaged, None if there is no file."""
+    """Return the holder that a lock names; one without a token if the file is damaged, None if there is no file."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -56,24 +58,27 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def other_holder(root: Path, token: str) -> Holder | None:
-    """Who has the lock of `root` instead of the one with `token`; None too if nobody has: the next beat makes it again.
+    """Return the holder of the lock of `root` if it is another than the one with `token`, else None.
 
-    OSError if that cannot be read.
+    None also if the lock is gone: the next beat makes it again. Raise OSError if the lock cannot be read.
     """
     holder = read_holder(root / LOCK)
     return holder if holder is not None and holder.token not in ("", token) else None
 
 
 def _place() -> str:
-    """This boot of this host and this namespace of process numbers: containers of one host have each their own."""
+    """Return this boot of this host and this namespace of process numbers; each container of a host has its own."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
 
 
-def _process(pid: int) -> str | None:
-    """When a process of this place started; None if there is none, or only its exit status is left."""
+def process_start(pid: int) -> str | None:
+    """Return when a process of this place started, in clock ticks since the boot.
+
+    None if there is no such process, or only its exit status is left; "" if it lives and its start cannot be told.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]

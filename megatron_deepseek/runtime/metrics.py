@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, the record of a run that plots, comparisons and tests read.
+"""metrics.jsonl: the record of a run, one JSON object a line, which plots, comparisons and tests read.
 
 A training step has the keys of `StepMetrics.record`; a validation has iteration, validation_lm_loss and
 validation_mtp_loss, in a blend validation_source_loss too, and no lm_loss. A number that is not finite is written as
@@ -23,7 +23,7 @@ OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_acro
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One update. `iteration` counts from 1: after that many updates. Losses in nats a token, tokens of this step.
+    """The record of one update. `iteration` counts from 1. Losses are in nats a token, `tokens` those of this step.
 
     mtp_loss has an entry for each depth; balance_loss is None where no such loss is trained on. mfu (0 to 1) and
     peak_memory_bytes, the largest of all ranks, are None on a CPU and then not written. moe_bytes_* are what expert
@@ -67,12 +67,12 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """Appends records, each written at once, so that a killed run has lost at most the line it was writing."""
+    """The file, to which each record is written at once: a killed run loses at most the line that it was writing."""
 
     def __init__(self, path: Path, resumed_iteration: int, tell: Callable[[str], None]):
-        """Goes on after `resumed_iteration`, 0 for a new run; later lines belong to a stretch that was undone.
+        """Continue after `resumed_iteration`, 0 for a new run; later lines are removed: a resume repeats their steps.
 
-        `tell` is told what becomes of writes that fail: see AppendedFile.
+        `tell` gets a line when writes fail and when they succeed again: see AppendedFile.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.removed = cut_after(path, resumed_iteration)
@@ -82,12 +82,12 @@ class MetricsFile:
         self._file.write((json.dumps(_finite(record), allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
-        """OSError if the last records could not be written."""
+        """Close the file. Raise OSError if the last records could not be written."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict]:
-    """The records of a file, an unfinished last line left out. ValueError names the line that is no record."""
+    """Yield the records of a file, without an unfinished last line. Raise ValueError for a line that is no record."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
@@ -111,14 +111,14 @@ def cut_after(path: Path, iteration: int) -> int:
     records = [(line, record["iteration"]) for line in lines if (record := _parse(line)) is not None]
     lines = [line for line, at in records if 0 < iteration >= at]
     kept = "".join(lines).encode()
-    if content.startswith(kept):  # as it is unless something is damaged; a full disk has room for it
+    if content.startswith(kept):  # true unless something is damaged; truncating needs no room on a full disk
         os.truncate(path, len(kept))
     else:
-        _replace(path, kept)
+        replace_content(path, kept)
     return len(records) - len(lines)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_content(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""A ring of connections between the ranks, by which each notices at once that a neighbour's process is gone.
+"""A ring of connections between the ranks: each rank notices at once that a neighbour's process is gone.
 
 The kernel closes the connections of a process that dies, whatever it was doing and whatever the others wait for: a
 collective, a store's key while groups are built, a save. A link that is cut closes nothing; there the kernel's
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_deepseek.launch.links import limit_silence
 
 _KEY = "megatron_deepseek/neighbours"
-_BYE = b"."  # what a rank that ends well sends last
+_BYE = b"."  # the last byte that a rank sends when it ends well
 _HELLO_SECONDS, _POLL_SECONDS = 5.0, 0.2
 
 
@@ -34,7 +34,7 @@ class Ring:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, patience: float, lost: Callable[[int], None]):
         self.store, self.rank, self.world_size, self.patience, self.lost = store, rank, world_size, patience, lost
-        self.token = uuid.uuid4().hex.encode()  # by which a neighbour is told from whoever else finds the port
+        self.token = uuid.uuid4().hex.encode()  # tells a neighbour from anybody else who finds the port
         self.wake, self.woken = socket.socketpair()
         self.thread = threading.Thread(target=self._run, daemon=True, name="neighbours")
 
@@ -81,7 +81,7 @@ class Ring:
                 if key.fileobj is self.woken:
                     return
                 if key.fileobj is listener:
-                    self._accept(listener, selector)
+                    self.accept_connection(listener, selector)
                 else:
                     self._hear(key.fileobj, key.data, selector)
 
@@ -106,7 +106,7 @@ class Ring:
         self._register(connection, rank, selector)
         return True
 
-    def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    def accept_connection(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
         connection, _ = listener.accept()
         connection.settimeout(_HELLO_SECONDS)
         if _receive(connection, len(self.token)) == self.token:
@@ -128,9 +128,9 @@ class Ring:
 
 
 def _address_towards_master() -> tuple[int, str]:
-    """The family and the address of the interface by which this machine reaches the host of the store.
+    """Return the family and the address of the interface by which this machine reaches the host of the store.
 
-    A loopback address says that this is that host.
+    A loopback address means that this machine is that host.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                                                             type=socket.SOCK_DGRAM)[0]
@@ -143,11 +143,11 @@ def _send(connection: socket.socket, data: bytes) -> None:
     try:
         connection.sendall(data)
     except OSError:
-        pass  # reading tells of it
+        pass  # the next read reports it
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
-    """`count` bytes, or what came until the other end was gone."""
+    """Return `count` bytes, or those that came until the other end was gone."""
     data = b""
     try:
         while len(data) < count and (more := connection.recv(count - len(data))):

@@ -24,7 +24,7 @@ class NoProfiler:
 
 @contextmanager
 def profiler(run: RunSettings, rank: int) -> Iterator[Profiler]:
-    """Traces steps [profile_step_start, profile_step_end), counted from 0, if `run.profile`; else does nothing."""
+    """Trace the steps [profile_step_start, profile_step_end), counted from 0, if `run.profile`; else do nothing."""
     if not run.profile:
         yield NoProfiler()
         return
@@ -41,8 +41,9 @@ def profiler(run: RunSettings, rank: int) -> Iterator[Profiler]:
 
 
 def all_threads():
-    """For torch.profiler, which would leave out the thread of its own that paired chunks run in
-    (parallel/micro_batch_overlap.py).
+    """Return the setting by which torch.profiler traces all threads.
+
+    Without it, it would leave out the second thread that paired chunks run in (parallel/micro_batch_overlap.py).
     """
     from megatron_deepseek.torch_private import _ExperimentalConfig
 

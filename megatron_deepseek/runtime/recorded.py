@@ -12,12 +12,12 @@ from megatron_deepseek.checkpoint.native import ARGUMENTS
 from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 from megatron_deepseek.settings import Settings
 
-# What does not decide what is computed, or is for one start alone: never told.
+# Settings that do not decide what is computed, or are for one start alone: a change of these is never reported.
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "overwrite", "save_hf",
                    "exit_interval", "exit_duration_in_mins", "log_interval", "tensorboard_dir", "profile",
                    "profile_step_start", "profile_step_end", "distributed_timeout_minutes"},
            "data": {"data_cache_path", "seed"}}
-# Fields and whole sections whose change makes another run of it, or the same one but for rounding.
+# Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
           "loss": None, "data": None, "files": None, "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
@@ -36,9 +36,9 @@ _LONGEST = 200  # characters of a value
 
 @dataclass(frozen=True)
 class Job:
-    """A start by a user, with all its restarts. `name` is the same in all lives under one torchrun.
+    """A start by a user, with all its restarts. `name` is the same in all restarts under one torchrun.
 
-    Slurm gives a job that it requeues the number that it had, and counts.
+    Slurm gives a job that it requeues its old number (`slurm_id`), and counts the requeues (`slurm_restarts`).
     """
 
     name: str
@@ -50,15 +50,17 @@ class Job:
         restarts = environ.get("SLURM_RESTART_COUNT", "0")
         return cls(name, environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdecimal() else 0)
 
-    def is_earlier_life_of(self, other: "Job") -> bool:
+    def is_earlier_start_of(self, other: "Job") -> bool:
         requeued = self.slurm_id == other.slurm_id != "" and self.slurm_restarts < other.slurm_restarts
         return self.name == other.name or requeued
 
 
 @dataclass(frozen=True)
 class RecordedArguments:
-    """`settings`: of each concern (settings.py), as JSON has them; `origin`: the --load of the run's first start, None
-    if it began from nothing; `files`: of data and tokenizer by path, sizes in bytes or digests.
+    """The content of arguments.json.
+
+    `settings`: those of each concern (settings.py), as JSON has them. `origin`: the --load of the run's first start,
+    None if it began from nothing. `files`: the files of data and tokenizer by path, with sizes in bytes or digests.
     """
 
     settings: Mapping[str, Mapping[str, Any]]
@@ -71,15 +73,15 @@ class RecordedArguments:
 
 
 def record(settings: Settings, origin: str | None, job: Job) -> RecordedArguments:
-    """What this run records of itself; looks at the sizes of its data files and reads its tokenizer."""
+    """Return what this run records of itself; looks at the sizes of its data files and reads its tokenizer."""
     concerns = {name: _json(value) for name, value in asdict(settings).items() if isinstance(value, dict)}
     return RecordedArguments(concerns, origin, job, _files(settings))
 
 
 def read_recorded(directory: Path) -> RecordedArguments | None:
-    """What a checkpoint records; None if it records nothing, as an older version's or released weights.
+    """Return what a checkpoint records; None if it records nothing, as an older version's or released weights.
 
-    ValueError if the record is damaged.
+    Raise ValueError if the record is damaged.
     """
     path = directory / ARGUMENTS
     if not path.exists():
@@ -88,13 +90,15 @@ def read_recorded(directory: Path) -> RecordedArguments | None:
     settings = {name: fields.object("settings").object(name).fields for name in fields.object("settings").fields}
     job = fields.object("job")
     return RecordedArguments(settings, fields.text("origin", default=None),
-                    Job(job.text("name"), job.text("slurm_id"), job.integer("slurm_restarts")),
-                    fields.object("files").fields)
+                             Job(job.text("name"), job.text("slurm_id"), job.integer("slurm_restarts")),
+                             fields.object("files").fields)
 
 
 def differences(there: RecordedArguments, here: RecordedArguments) -> list[str]:
-    """A line for each setting that is not what it was. "*" marks what makes the run another one than it would have
-    been, "~" what changes it by rounding alone. What only one of the two knows is left out: versions differ.
+    """Return a line for each setting that has changed.
+
+    "*" marks a change that makes the run another one than it would have been, "~" one that changes it by rounding
+    alone. Settings that only one of the two records are left out: versions differ.
     """
     ours = {**here.settings, "files": here.files}
     theirs = {**there.settings, "files": there.files}
@@ -102,7 +106,7 @@ def differences(there: RecordedArguments, here: RecordedArguments) -> list[str]:
 
 
 def explain_marks(lines: list[str]) -> list[str]:
-    """What the marks in `lines` mean, a line for each that is there."""
+    """Return a line that explains each mark in `lines`."""
     meanings = {"*": "from here on this is not the run that it would have been",
                 "~": "the same run but for rounding"}
     return [f"  ({mark}: {meaning})" for mark, meaning in meanings.items()
@@ -128,7 +132,7 @@ _UNKNOWN = object()
 
 
 def _rate_follows_length(rate: Mapping[str, Any]) -> bool:
-    """Whether the learning rate decays over the run, whatever its length."""
+    """Return whether the learning rate decays over the run, whatever its length."""
     return rate["lr_decay_style"] != "constant" and rate["lr_decay_iters"] is None and rate["lr_decay_samples"] is None
 
 
@@ -143,7 +147,7 @@ def _option(section: str, name: str) -> str:
 
 
 def _shown(value: Any, beside: Any) -> str:
-    """`value` as text; of a long list only what follows the beginning that `beside` has, too."""
+    """Return `value` as text; a long list without the beginning that it shares with `beside`."""
     if not isinstance(value, list):
         return "none" if value is None else _short(str(value))
     same = len(os.path.commonprefix([value, beside])) if isinstance(beside, list) else 0
@@ -158,7 +162,7 @@ def _short(text: str) -> str:
 
 
 def _json(value: Any) -> Any:
-    """The value as it comes back from a JSON file: lists for tuples, text for paths."""
+    """Return `value` as it comes back from a JSON file: lists for tuples, text for paths."""
     if isinstance(value, Mapping):
         return {str(name): _json(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):

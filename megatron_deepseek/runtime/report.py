@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, progress on the terminal, TensorBoard.
+"""The report of a run while it runs: metrics.jsonl, progress on the terminal, TensorBoard.
 
 A `Report` passes each event on to its listeners. Rank 0 has `open_report(...)`; every other rank has `Report()`, which
 has no listeners and says nothing, so the loop never asks which rank it is on.
@@ -23,7 +23,7 @@ from megatron_deepseek.settings import RunSettings
 
 
 class Listener(Protocol):
-    """What a report passes on; iterations count finished updates."""
+    """A receiver of the events of a run; iterations count finished updates."""
 
     def step(self, metrics: StepMetrics) -> None: ...
 
@@ -36,7 +36,7 @@ class Listener(Protocol):
 
 
 class Report:
-    """Tells every listener, in order. As a context manager it closes them when the run fails."""
+    """Passes events on to every listener, in order. As a context manager it closes them when the run fails."""
 
     def __init__(self, *listeners: Listener):
         self._listeners = listeners
@@ -47,7 +47,10 @@ class Report:
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...] = (),
                    source_loss: dict[str, float] | None = None) -> None:
-        """Call before the checkpoint of the same iteration is written: a run resumed there does not validate again."""
+        """Report a validation.
+
+        Call it before the checkpoint of the same iteration is written: a run resumed there does not validate again.
+        """
         for listener in self._listeners:
             listener.validation(iteration, lm_loss, tuple(mtp_loss), source_loss)
 
@@ -56,7 +59,7 @@ class Report:
             listener.message(text)
 
     def close(self) -> None:
-        """Close all listeners, once. OSError, the first one's, if what was told could not be kept."""
+        """Close all listeners, once. Raise the first OSError of one that could not keep what it was given."""
         listeners, self._listeners, errors = self._listeners, (), []
         for listener in listeners:
             try:
@@ -78,15 +81,15 @@ class Report:
 
 
 def _has_room_for_a_bar(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal with a width: in one of 0 columns, as some launchers open, no bar is seen."""
+    """Return whether `stream` is a terminal with a width: in one of 0 columns, as of some launchers, no bar is seen."""
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:
-        return True  # a terminal that does not tell
+        return True  # a terminal that does not tell its width
 
 
 def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | None = None) -> Report:
-    """The report of the one rank that speaks. `stream`, standard output by default, gets a bar if it is a terminal."""
+    """Return the report of rank 0. `stream`, standard output by default, gets a bar if it is a terminal."""
     stream = stream or sys.stdout
     progress = (ProgressBar if _has_room_for_a_bar(stream) else ProgressLines)(run, resumed_iteration, stream)
     listeners: list[Listener] = []
@@ -169,7 +172,7 @@ class ProgressLines:
         self.message(" | ".join([*fields, f"{self._time_left(done)} left"]))
 
     def _time_left(self, done: int) -> timedelta:
-        """From the pace of this process so far, validation and saving included."""
+        """Estimate the time left from the pace of this process so far, validation and saving included."""
         pace = (time.monotonic() - self._begun_at) / (done - self._begun)
         return timedelta(seconds=round(pace * (self._run.train_iters - done)))
 
@@ -178,7 +181,7 @@ class ProgressLines:
         self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
 
     def message(self, text: str) -> None:
-        """A reader that has gone (a closed terminal, `| head`) ends what is printed, and not the training."""
+        """Print a line. A reader that has gone (a closed terminal, `| head`) ends the printing, not the training."""
         for stream, said in ((self._stream, text), (sys.stderr, "nobody reads the output any more; training goes on")):
             try:
                 print(said, file=stream, flush=True)
@@ -191,9 +194,10 @@ class ProgressLines:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; events of an undone stretch are hidden by its own mark of a restart.
+    """A listener that writes scalars for TensorBoard.
 
-    The events are TensorBoard's, the file is ours: its own writer loses what a full disk refuses, and the run with it.
+    A resume writes a SessionLog.START event, by which TensorBoard hides older events of the repeated steps. The events
+    are TensorBoard's, the file is ours: its own writer loses what a full disk refuses, and ends the run.
     """
 
     def __init__(self, directory: Path, resumed_iteration: int, tell: Callable[[str], None]):

@@ -1,4 +1,4 @@
-"""Before the first step: bad input is refused in a line, and a checkpoint is loaded, or the run starts anew."""
+"""The time before the first step: files are checked, and a checkpoint is loaded or the run starts anew."""
 
 import os
 from dataclasses import replace
@@ -22,7 +22,7 @@ from megatron_deepseek.runtime.decision import Start, decide
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differences, explain_marks
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.save_lock import SaveLock
-from megatron_deepseek.runtime.user_errors import refuse_taken_over, refusing
+from megatron_deepseek.runtime.user_errors import end_on_user_error, end_taken_over
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.schedules import schedule_of
 from megatron_deepseek.training.timeline import last_iteration, timeline, with_past
@@ -30,27 +30,27 @@ from megatron_deepseek.training.trainer import Trainer
 
 
 def this_job() -> Job:
-    """On rank 0; the others need no name, and do not ask the agent's store for one."""
+    """Return this job; its name is empty on other ranks than 0, which do not ask the agent's store for it."""
     return Job.here(job_name() if _is_first_rank() else "")
 
 
 def save_lock(settings: Settings, job: Job) -> SaveLock | None:
-    """Rank 0's, not yet acquired; None on other ranks, and without --save."""
+    """Return rank 0's lock of --save, not yet acquired; None on other ranks, and without --save."""
     if settings.run.save is None or not _is_first_rank():
         return None
-
     return SaveLock(settings.run.save, job.name, lambda line: print(line, flush=True),
-                    lambda holder: refuse_taken_over(settings.run.save, holder))
+                    lambda holder: end_taken_over(settings.run.save, holder))
 
 
-def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Start | None:
-    """Rank 0 looks at files before anything is built, says in one line what is wrong with them, and decides what the
-    run begins from. None on other ranks.
+def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None) -> Start | None:
+    """Check the files of the run and decide what it begins from, on rank 0 before anything is built.
+
+    A user's mistake ends the job with one line. Return None on other ranks.
     """
     if not _is_first_rank():
         return None
     run = settings.run
-    with refusing(lock=lock):
+    with end_on_user_error(lock=lock):
         choose_device()
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
         if run.chat_template is not None:
@@ -69,13 +69,13 @@ def refuse_bad_input(settings: Settings, job: Job, lock: SaveLock | None) -> Sta
 
 
 def _is_finished(settings: Settings, start: Start) -> bool:
-    """Whether --save holds the last checkpoint that this run would make."""
+    """Return whether --save holds the last checkpoint that this run would make."""
     state = _begins_at(start)
     return start.is_saved and last_iteration(settings.run, settings.batch, state) <= state.iteration
 
 
 def _begins_at(start: Start) -> TrainState:
-    """Where the run will be once `start` is loaded."""
+    """Return the state of the run once `start` is loaded."""
     if start.load is None or start.finetune or is_huggingface(start.load):
         return TrainState()
     return read_state(start.load)
@@ -86,16 +86,16 @@ def _is_first_rank() -> bool:
 
 
 def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[int, int, int]:
-    """Samples of the train, valid and test split that a run at `state` has read in the end."""
+    """Return how many samples of the train, valid and test split a run at `state` has read at its end."""
     train = timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))
     return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
 
 
 def resume(start: Start, trainer: Trainer) -> TrainState:
-    """Load what was decided on. Every byte of it is checked first, each rank its share of the files."""
+    """Load what was decided on. Every byte is checked first, by each rank in its share of the files."""
     if start.load is None:
         return TrainState()
-    with refusing():
+    with end_on_user_error():
         refuse_damage(start.load, checkpoint.verify(start.load) or [])
         state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer,
                                 start.new_modules)
@@ -105,14 +105,14 @@ def resume(start: Start, trainer: Trainer) -> TrainState:
 
 
 def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
-    """The settings of a run that goes on from `state`, with the iteration that it ends at; the state with its past."""
+    """Return the settings of a run that goes on from `state`, with its last iteration, and `state` with its past."""
     state = with_past(state, settings.batch)
     run = replace(settings.run, train_iters=last_iteration(settings.run, settings.batch, state))
     return replace(settings, run=run), state
 
 
 def describe(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
-    """What this job is, what it continues, and what a killed one left behind."""
+    """Report what this job is, what it continues, and what a killed one left behind."""
     layout, run = settings.layout, settings.run
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("dp", "pp", "tp", "cp", "ep", "etp"))
     schedule = f", {settings.pipeline.schedule}" if layout.pp > 1 else ""
@@ -133,7 +133,7 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
 
 
 def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start: Start, state: TrainState) -> None:
-    """Where the run is, or that it is at its end."""
+    """Report where the run is, or that it is at its end."""
     directory, last = start.load, settings.run.train_iters
     if state.iteration == last:
         report.message(f"loaded {directory}: this run is finished, iteration {last} of {last}; nothing is left to do")
@@ -156,7 +156,7 @@ def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start
 
 
 def _describe_moments(directory: Path, settings: Settings, trainer: Trainer, steps: int) -> list[str]:
-    """What a run that goes on does otherwise: dtypes of moments, parameters newly trained and newly frozen."""
+    """Return lines on what a resumed run changes: dtypes of moments, parameters newly trained or newly frozen."""
     trained = {name for name in parameter_shapes(settings.model)
                if not is_frozen(name, settings.run.freeze_parameters)}
     return [*checkpoint.converted_moments(directory, trainer.optimizer),
@@ -181,7 +181,7 @@ def _some(names: list[str]) -> str:
 
 
 def describe_changes(report: Report, start: Start, here: RecordedArguments) -> None:
-    """Of a run that goes on: what it is told otherwise than when the checkpoint was saved."""
+    """Report which settings of a resumed run have changed since the checkpoint was saved."""
     lines = differences(start.before, here) if start.before is not None else []
     if lines:
         report.message(f"since {start.load} was saved, the run was changed:")

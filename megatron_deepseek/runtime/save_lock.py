@@ -1,19 +1,20 @@
-"""One job at a time writes to a --save directory: run.lock says which one, and a dead one's lock is taken over.
+"""The lock of a --save directory: one job at a time writes there, and the lock of a dead job is taken over.
 
-The lock is a file that gets its name by link, which is atomic on network file systems too, where flock may mean
-nothing. Who holds it is dead if
+The lock, run.lock, is a file that gets its name by link, which is atomic on network file systems too, where flock may
+mean nothing. Its holder is dead if
 
     its process was on this host       and is gone, or its number belongs to a process that started at another time
-    it was an earlier life of this job  torchrun starts ranks anew once all of them have ended
+    it was this job before a restart   since torchrun starts ranks anew once all of them have ended
     it was elsewhere                   and the lock's time of change, which the holder renews every BEAT_SECONDS, stays
                                        the same for SILENCE_SECONDS. It is compared with itself alone, so the clocks of
                                        two machines need not agree
 
-Several may find the same one dead. Only who holds the right to its place, a file named after the dead one and
-got like the lock itself, puts its own name there, by one rename: so the lock of a holder that lives is never moved, and
-at no moment does it name nobody. A holder that ends gives its lock up under the same right.
+Several jobs may find the same holder dead. To take over, a job first gets a second lock, the right to the dead holder's
+place: a file named after the dead holder. Only the job with that right puts its own name into the lock, by one rename.
+So the lock of a living holder is never moved, and the lock names a holder at every moment. A holder that ends gives its
+lock up under the same right.
 
-A holder that finds another one's name in its lock (it was suspended, or cut off) must stop at once: two would write.
+A holder that finds another name in its lock (it was suspended, or cut off) must stop at once: two jobs would write.
 """
 
 import errno
@@ -34,9 +35,10 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 class SaveLock:
-    """Held from `acquire` to `release`. `lost` is called, in a thread, with the new holder if it becomes another's.
+    """A lock that is held from `acquire` to `release`.
 
-    Neither kills nor exceptions release it: what still writes in the background ends with the process.
+    `lost` is called, in a thread, with the new holder if the lock becomes another's. Neither a kill nor an exception
+    releases it: a save in the background may still write, and ends with the process.
     """
 
     def __init__(self, root: Path, job: str, say: Callable[[str], None], lost: Callable[[Holder], None],
@@ -44,10 +46,13 @@ class SaveLock:
                  leaving_seconds: float = LEAVING_SECONDS):
         self.root, self.path, self.me, self.say, self.lost = root, root / LOCK, Holder.here(job), say, lost
         self.beat_seconds, self.silence_seconds, self.leaving_seconds = beat_seconds, silence_seconds, leaving_seconds
-        self._made_root, self._done, self._thread = False, threading.Event(), None
+        self._made_root, self.released, self.keeper = False, threading.Event(), None
 
     def acquire(self) -> None:
-        """ValueError, which names the holder, if there is one that lives. Can take `silence_seconds`."""
+        """Take the lock. Raise ValueError, which names the holder, if there is one that lives.
+
+        This can take `silence_seconds`.
+        """
         self._made_root = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         holder = self._get(self.path)
@@ -55,16 +60,16 @@ class SaveLock:
             raise ValueError(f"--save {self.root} is in use by {holder}: two runs cannot share it; stop that one, "
                              "or save elsewhere")
         for leftover in self.root.glob(f"{LOCK}.*"):
-            if self.me.token not in leftover.name:  # who takes this one's place needs the right to it
+            if self.me.token not in leftover.name:  # such a file is the right of a job that takes over from this one
                 leftover.unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._keep, daemon=True, name="save-lock")
-        self._thread.start()
+        self.keeper = threading.Thread(target=self.keep_beating, daemon=True, name="save-lock")
+        self.keeper.start()
 
     def release(self) -> None:
-        """Also removes the directory if `acquire` made it and nothing else is in it."""
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join(self.beat_seconds)
+        """Give the lock up, and remove the directory if `acquire` made it and nothing else is in it."""
+        self.released.set()
+        if self.keeper is not None:
+            self.keeper.join(self.beat_seconds)
         right = self._right(self.path, self.me)
         try:
             if self._is_mine(self.path) and self._make(right):
@@ -73,16 +78,16 @@ class SaveLock:
             if self._made_root:
                 self.root.rmdir()
         except OSError:
-            pass  # what is left is a dead process's lock
+            pass  # a lock that stays behind is that of a dead process
 
     def _get(self, path: Path) -> Holder | None:
-        """Make the file at `path` this one's. Returns the holder that is in its way, if there is one that lives."""
+        """Make the file at `path` this holder's, or return the living holder that is in its way."""
         while not self._make(path):
             holder = read_holder(path)
             if holder == self.me:
                 break
             if holder is None:
-                self.root.mkdir(parents=True, exist_ok=True)  # the one that made it may have ended
+                self.root.mkdir(parents=True, exist_ok=True)  # the job that made it may have ended and removed it
                 continue
             if self._is_dead(path, holder):
                 in_the_way = self._take_over(path, holder)
@@ -93,9 +98,9 @@ class SaveLock:
         return None
 
     def _take_over(self, path: Path, dead: Holder) -> Holder | None:
-        """Put this one's name in the place of the dead holder's, unless its place is another's by now.
+        """Put this holder's name in place of the dead one's, unless another has that place by now.
 
-        Returns who holds the right to that place and lives.
+        Return the living holder that has the right to that place, None if there is none.
         """
         right = self._right(path, dead)
         in_the_way = self._get(right)
@@ -103,14 +108,14 @@ class SaveLock:
             return in_the_way
         try:
             if read_holder(path) == dead:
-                self._put_in_place(path)
+                self.put_in_place(path)
         finally:
             self._drop(right)
         return None
 
     @staticmethod
     def _right(path: Path, holder: Holder) -> Path:
-        """Who holds this file may end what `holder` has at `path`."""
+        """Return the file whose holder may end the hold that `holder` has on `path`."""
         return path.with_name(f"{path.name}.{holder.token or 'damaged'}.taken")
 
     def _is_mine(self, path: Path) -> bool:
@@ -122,16 +127,16 @@ class SaveLock:
             path.unlink(missing_ok=True)
 
     def _make(self, path: Path) -> bool:
-        """Whether the file at `path`, which was not there, is now this one's."""
+        """Make the file at `path` if there is none. Return whether it was made, and is this holder's."""
         aside = self._aside()
         try:
             write_synced(aside, self._content())
             os.link(aside, path)
             return True
         except FileExistsError:
-            return _links(aside) == 2  # NFS asks twice if the first answer was lost
+            return _links(aside) == 2  # made all the same: NFS asks twice if the first answer was lost
         except FileNotFoundError:
-            return False  # somebody else's `acquire` swept it
+            return False  # another job's `acquire` removed `aside`
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -147,8 +152,8 @@ class SaveLock:
             return False
         return True
 
-    def _put_in_place(self, path: Path) -> None:
-        """This one's file instead of the one at `path`; not if somebody else got the lock, and swept this one aside."""
+    def put_in_place(self, path: Path) -> None:
+        """Replace the file at `path` by this holder's, unless another job got the lock and removed `aside`."""
         aside = self._aside()
         try:
             write_synced(aside, self._content())
@@ -165,20 +170,24 @@ class SaveLock:
         return json.dumps(asdict(self.me)) + "\n"
 
     def _is_dead(self, path: Path, holder: Holder) -> bool:
-        """Of the holder that the file at `path` names. False as soon as it names another, or nobody."""
+        """Return whether `holder`, which the file at `path` names, is dead.
+
+        False as soon as the file names another, or nobody.
+        """
         if holder.job and holder.job == self.me.job:
             return True
         if holder.place and holder.place == self.me.place:
-            _within(self.leaving_seconds, lambda: holder.process_is_gone() or _has_left(path, holder))
+            becomes_true(self.leaving_seconds, lambda: holder.process_is_gone() or _has_left(path, holder))
             return holder.process_is_gone()
         self.say(f"{path} is held by {holder}, which may be dead: waiting {self.silence_seconds:g} s for a sign "
                  "of life")
         seen = _beat(path)
-        return not _within(self.silence_seconds, lambda: _beat(path) not in (seen, None) or _has_left(path, holder))
+        return not becomes_true(self.silence_seconds,
+                                lambda: _beat(path) not in (seen, None) or _has_left(path, holder))
 
-    def _keep(self) -> None:
+    def keep_beating(self) -> None:
         """Renew the lock every `beat_seconds`. A beat that the disk refuses is tried again."""
-        while not self._done.wait(self.beat_seconds):
+        while not self.released.wait(self.beat_seconds):
             try:
                 other = self._renew()
             except OSError:
@@ -188,7 +197,10 @@ class SaveLock:
                 return
 
     def _renew(self) -> Holder | None:
-        """A sign of life, also if the directory was removed or the lock damaged. The holder if it is another."""
+        """Give a sign of life, also if the directory was removed or the lock damaged.
+
+        Return the holder if it is another, else None.
+        """
         holder = read_holder(self.path)
         if holder is None:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -204,7 +216,7 @@ class SaveLock:
 
 
 def _has_left(path: Path, holder: Holder) -> bool:
-    """Whether the file names another, or nobody, or is gone."""
+    """Return whether the file names another holder, or nobody, or is gone."""
     try:
         return read_holder(path) != holder
     except OSError:
@@ -212,7 +224,7 @@ def _has_left(path: Path, holder: Holder) -> bool:
 
 
 def _beat(path: Path) -> int | None:
-    """A lock's time of change in ns; None where it cannot be read. Opening asks an NFS server anew."""
+    """Return a lock's time of change in ns; None where it cannot be read. Opening it asks an NFS server anew."""
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
@@ -221,15 +233,15 @@ def _beat(path: Path) -> int | None:
 
 
 def _links(path: Path) -> int:
-    """0 for a file that is not there: somebody else's `acquire` swept it."""
+    """Return the number of links of a file; 0 if it is not there, since another job's `acquire` removed it."""
     try:
         return path.stat().st_nlink
     except FileNotFoundError:
         return 0
 
 
-def _within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Whether `condition` becomes true within `seconds`."""
+def becomes_true(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Return whether `condition` becomes true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: in the foreground, or with --async-save in a thread while training goes on.
 
 A save that the file system refuses (no space, no permission, a directory that is gone, an I/O error) leaves the
-checkpoints before it as they were, is told, and tried again at the next occasion: hours of training are worth more than
-their last minutes. It ends the run only when there is no next occasion. Any other failure ends the run at once.
+checkpoints before it as they were. It is reported, and the next save tries again: hours of training are worth more than
+their last minutes. It ends the run only when there is no next save. Any other failure ends the run at once.
 """
 
 import shutil
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
-from megatron_deepseek.checkpoint.publishing import Unnamed, saving_directory
+from megatron_deepseek.checkpoint.publishing import TrackerNotReplaced, saving_directory
 from megatron_deepseek.checkpoint.tracker import (
     find_iteration,
     iteration_directory,
@@ -30,13 +30,13 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.runtime.lock_holder import other_holder
 from megatron_deepseek.runtime.recorded import RecordedArguments
 from megatron_deepseek.runtime.report import Report
-from megatron_deepseek.runtime.user_errors import refuse_taken_over
+from megatron_deepseek.runtime.user_errors import end_taken_over
 from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.trainer import Trainer
 
 
 class TakenOver(Exception):
-    """Nothing may be written to --save any more."""
+    """The error after which nothing may be written to --save any more: another run has its lock."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class _Pending:
 
 
 class Saver:
-    """Every rank has one, and calls `save` after the same steps. `begun`: the iteration that was saved last.
+    """The saver of this rank. Every rank has one, and calls `save` after the same steps.
 
-    On rank 0 `recorded` goes into every checkpoint as arguments.json, and `keep` makes what is to be beside them,
-    unless it is there. `lock`: the token of --save's lock, without which nothing is written there; "" for no lock.
+    `begun`: the iteration that was saved last. On rank 0 `recorded` goes into every checkpoint as arguments.json, and
+    `keep` writes the files that belong beside the checkpoints, where they are missing. `lock`: the token of --save's
+    lock, without which nothing is written there; "" for no lock.
     """
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
@@ -72,9 +73,9 @@ class Saver:
         self._stall: float | None = None
 
     def save(self, state: TrainState) -> None:
-        """Save, or begin to; a save that is still on its way is waited for. Nothing if `state` is saved already.
+        """Save `state`, or begin to, unless it is saved already. A save that is still on its way is waited for.
 
-        That is known only once the save on its way has ended, and ranks hear of its end at different times.
+        Only its end tells whether `state` is saved already, and ranks learn of that end at different times.
         """
         begin = time.perf_counter()
         self.finish()
@@ -94,9 +95,9 @@ class Saver:
         self._stall = (self._stall or 0.0) + stall
 
     def keep_assets(self) -> None:
-        """At the start, and with every save, for a disk that was full before or a directory that was removed.
+        """Keep config.json and tokenizer beside the checkpoints, at the start and again with every save.
 
-        What is there may be damaged, too (ValueError), and ends no training.
+        The disk may have been full before, or the directory removed. Damaged files (ValueError) end no training either.
         """
         if dist.get_rank() != 0:
             return
@@ -107,12 +108,13 @@ class Saver:
                                 "next save tries again")
 
     def _still_mine(self) -> None:
-        """End this rank, as the watch over the lock does a moment later, if --save has become another run's while this
-        one was suspended or cut off. On every rank: each writes there.
+        """End this rank if --save has become another run's while this one was suspended or cut off.
+
+        The watch over the lock would do it a moment later. Every rank asks, since each writes there.
         """
         other = other_holder(self.run.save, self.lock) if self.lock else None
         if other is not None:
-            refuse_taken_over(self.run.save, other)
+            end_taken_over(self.run.save, other)
             raise TakenOver(f"{self.run.save} is of {other}")
 
     def _save_now(self, state: TrainState, begin: float) -> None:
@@ -126,12 +128,12 @@ class Saver:
             self._tell_leftovers()
 
     def poll(self) -> None:
-        """Take note of a background save that has ended, without waiting. Raises its error."""
+        """Finish a background save that has ended, without waiting. Raise its error."""
         if self.pending is not None and self.pending.future.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in the background, if there is one. Raises its error."""
+        """Wait for the save in the background, if there is one. Raise its error."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -145,7 +147,7 @@ class Saver:
         self._tell_leftovers()
 
     def _tell_leftovers(self) -> None:
-        """What could not be removed fills the disk."""
+        """Report old checkpoints that could not be removed: they fill the disk."""
         for note in leftover_notes(self.run.save) if dist.get_rank() == 0 else ():
             self.report.message(note)
 
@@ -157,7 +159,7 @@ class Saver:
         if dist.get_rank() == 0:
             self._remove_remains(iteration)
         where = f"{error.filename}: " if error.filename else ""
-        if isinstance(error, Unnamed):
+        if isinstance(error, TrackerNotReplaced):
             self.report.message(f"iteration {iteration} is saved, but not named as the last one: {where}"
                                 f"{error.strerror}. The next save tries again")
             return
@@ -165,7 +167,7 @@ class Saver:
                             f"{what_stays(self.run.save)}. The next save tries again")
 
     def _remove_remains(self, iteration: int) -> None:
-        """What was written of a save that failed, unless it cannot be told whose it is."""
+        """Remove what a failed save has written, unless it may be another run's."""
         try:
             self._still_mine()
         except OSError:
@@ -173,12 +175,12 @@ class Saver:
         shutil.rmtree(saving_directory(self.run.save, iteration), ignore_errors=True)
 
     def take_stall(self) -> float | None:
-        """Seconds that training stood still for saves since the last call, None if there was no save."""
+        """Return the seconds that training stood still for saves since the last call, None if there was no save."""
         stall, self._stall = self._stall, None
         return stall
 
     def close(self) -> None:
-        """Wait for what is on its way. OSError if the last save of the run was refused."""
+        """Wait for the save on its way. Raise OSError if the file system refused the last save of the run."""
         self.finish()
         if self.background is not None:
             self.background.close()
@@ -187,14 +189,14 @@ class Saver:
 
 
 def what_stays(save: Path) -> str:
-    """In words, the checkpoint that loading takes although one after it could not be made."""
+    """Say which checkpoint loading takes although one after it could not be made."""
     try:
         named, there = last_iteration(save), iterations(save)
-    except OSError:  # of a directory that can't even be listed
+    except OSError:  # a directory that can't even be listed
         named, there = None, []
     if named is None and not there:
         return "there is no checkpoint before it"
     return f"{find_iteration(save, there[-1] if named is None else named)} is as it was"
 
 
-_LONGEST_MINUTES = 60.0  # that the fastest rank waits for the slowest one's file
+_LONGEST_MINUTES = 60.0  # the fastest rank waits so long for the slowest one's file

@@ -1,4 +1,4 @@
-"""How much of its communication a rank hid behind computation, read from the CUDA kernels of a trace (`--profile`).
+"""Measures how much communication a rank hid behind computation, from the CUDA kernels of a trace (`--profile`).
 
 A collective is hidden while any other kernel of the same device runs; two collectives side by side hide nothing.
 Kernels are told apart by name: NCCL's begin with "nccl". PyTorch notes beside each which collective it is, and of which
@@ -19,7 +19,7 @@ Interval = tuple[float, float]  # begin and end, in microseconds
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of all kernels of one kind on a device: how many, how long they ran, how much of that others ran beside them."""
+    """The overlap of one kind of communication: how many kernels, how long they ran, how much of that was hidden."""
 
     kind: str
     count: int
@@ -32,7 +32,7 @@ class Overlap:
 
 
 def overlaps(trace: dict) -> list[Overlap]:
-    """Of each kind of communication, the longest first. ValueError for a trace without CUDA kernels."""
+    """Return the overlap of each kind of communication, longest first. Raise ValueError without CUDA kernels."""
     computing, kinds = defaultdict(list), defaultdict(list)
     for event in trace.get("traceEvents", ()):
         if event.get("ph") != "X" or event.get("cat") != "kernel":
@@ -58,7 +58,7 @@ def total(found: Iterable[Overlap]) -> Overlap:
 
 
 def read_trace(path: Path) -> dict:
-    """Raises ValueError naming a file that is no trace. The profiler's JSON is large and not always strict."""
+    """Read a trace. Raise ValueError naming a file that is none: the profiler's JSON is large and not always strict."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             trace = json.load(file)
@@ -71,7 +71,7 @@ def read_trace(path: Path) -> dict:
 
 
 def _kind(event: dict) -> str:
-    """The collective and the group's name where PyTorch notes them, else the kernel's name."""
+    """Return the collective and the group's name where PyTorch notes them, else the kernel's name."""
     name, group = event["args"].get("Collective name"), event["args"].get("Process Group Description")
     if not name:
         return event["name"].split("(")[0]
@@ -79,7 +79,7 @@ def _kind(event: dict) -> str:
 
 
 def _union(intervals: Iterable[Interval]) -> Iterator[Interval]:
-    """The same time as intervals that don't touch, in order."""
+    """Yield the union of `intervals` as intervals that don't touch, in order."""
     begin = end = None
     for start, stop in sorted(intervals):
         if end is None or start > end:
@@ -92,7 +92,7 @@ def _union(intervals: Iterable[Interval]) -> Iterator[Interval]:
 
 
 def _hidden(own: list[tuple[int, Interval]], busy: dict[int, list[Interval]]) -> float:
-    """How long the intervals `own` of devices lie within what is `busy` there; both are walked once, in order."""
+    """Return how long the intervals `own` of devices lie within the `busy` ones there; one pass over both, in order."""
     hidden = 0.0
     for device in {device for device, _ in own}:
         others, at = busy.get(device, []), 0

@@ -15,10 +15,10 @@ from megatron_deepseek.model.moe import MoE
 @torch.no_grad()
 def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tensor], rate: float,
                        group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
-    """Sum `counts` (int64 [E] by layer, of this rank's tokens) over `group` and move every bias; the sums are returned.
+    """Sum `counts` (int64 [E] by layer, of this rank's tokens) over `group` and move every bias. Return the sums.
 
-    `group` is every rank of a pipeline stage: counts are exact integers, whoever routed the token. The bias of a router
-    whose weight is frozen stays as it is, so that a frozen router goes on choosing as it did.
+    `group` has every rank of a pipeline stage. Counts are integers, so their sum is exact in every layout. The bias
+    of a router whose weight is frozen stays as it is, so that a frozen router goes on choosing as it did.
     """
     total = {}
     for stage in stages:

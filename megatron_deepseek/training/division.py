@@ -1,4 +1,4 @@
-"""From a batch of whole sequences to the micro-batches of one context rank.
+"""The division of a batch: from whole sequences to the micro-batches of one context rank.
 
 Shapes: B rows, S tokens of a sequence, M predictions of each token.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.shifts import routed_tokens, shifted_labels
 from megatron_deepseek.model.step import MicroBatch, Rows
 from megatron_deepseek.ops.documents import Documents
@@ -19,8 +20,8 @@ from megatron_deepseek.training.objective import Objective
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """A batch made ready: `rows` are whole, for an objective to count; `tokens_BS` and `micro_batches` are this context
-    rank's part, for the stages. Documents have been found once, for all layers.
+    """A divided batch. `rows` are whole, for an objective to count; `tokens_BS` and `micro_batches` are this context
+    rank's part, for the stages. The boundaries of documents have been found once, for all layers.
     """
 
     rows: Rows
@@ -35,10 +36,10 @@ class Division:
 def divide(batch: Batch, objective: Objective, cp: ContextParallel, micro_batch_size: int, routes: bool) -> Division:
     """Return `batch` as the stages take it. `routes`: whether the model has routed experts.
 
-    Raise ValueError for a batch that lacks what the objective reads, for a micro-batch that would separate rows which
-    belong together, and for a document in two pieces, of which a context rank might see but one.
+    Raise ValueError for a batch that lacks what the objective reads, for a micro-batch that would separate rows
+    that belong together, and for a document that stands in two places of a row, of which a context rank might see one.
     """
-    _refuse(batch, objective, micro_batch_size)
+    _check(batch, objective, micro_batch_size)
     labels_BMS, weights_BMS = shifted_labels(batch.labels_BS, batch.weights_BS, objective.num_depths,
                                              batch.documents_BS)
     documents = None if batch.documents_BS is None else Documents.find(batch.documents_BS)
@@ -47,7 +48,7 @@ def divide(batch: Batch, objective: Objective, cp: ContextParallel, micro_batch_
     if routes and (objective.num_depths or batch.real_BS is not None):
         real_BS = torch.ones_like(batch.labels_BS, dtype=torch.bool) if batch.real_BS is None else batch.real_BS
         routed_BMS = routed_tokens(real_BS, objective.num_depths, batch.documents_BS)
-    own = _own_part(rows, batch, cp)
+    own = own_part(rows, batch, cp)
     own_routed_BMS = None if routed_BMS is None else cp.own(routed_BMS)
     starts = range(0, batch.num_rows, micro_batch_size)
     items = [_micro_batch(own, own_routed_BMS, documents, cp, slice(start, start + micro_batch_size))
@@ -55,7 +56,7 @@ def divide(batch: Batch, objective: Objective, cp: ContextParallel, micro_batch_
     return Division(rows, cp.own(batch.tokens_BS), MicroBatches(items))
 
 
-def _refuse(batch: Batch, objective: Objective, micro_batch_size: int) -> None:
+def _check(batch: Batch, objective: Objective, micro_batch_size: int) -> None:
     missing = [name for name in objective.inputs if name not in batch.inputs]
     if missing:
         raise ValueError(f"{type(objective).__name__} reads {', '.join(missing)}, which the batch does not have; it "
@@ -66,8 +67,8 @@ def _refuse(batch: Batch, objective: Objective, micro_batch_size: int) -> None:
     assert batch.num_rows % micro_batch_size == 0, (batch.num_rows, micro_batch_size)
 
 
-def _own_part(rows: Rows, batch: Batch, cp: ContextParallel) -> Rows:
-    """Return all rows, of their tokens those of this context rank."""
+def own_part(rows: Rows, batch: Batch, cp: ContextParallel) -> Rows:
+    """Return `rows` with those of their tokens that this context rank has."""
     if cp.size == 1:
         return rows
     inputs = {name: cp.own(tensor, dim=1) for name, tensor in batch.per_token.items()}
@@ -86,5 +87,5 @@ def _micro_batch(rows: Rows, routed_BMS: torch.Tensor | None, documents: Documen
         inputs={name: tensor[chosen] for name, tensor in rows.inputs.items()},
         sources_BK=None if rows.sources_BK is None else rows.sources_BK[chosen])
     seq_length = rows.labels_BMS.shape[2] * cp.size
-    block_mask = cp.block_mask(seq_length, own_documents) if cp.size > 1 else None
-    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], own_documents, block_mask)
+    mask = CausalMask.on_rank(cp, seq_length, own_documents)
+    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], mask)

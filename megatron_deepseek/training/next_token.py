@@ -17,9 +17,7 @@ from megatron_deepseek.training.objective import Losses, Objective
 
 
 class SourceSum(NamedTuple):
-    """Of one dataset of a blend: the weighted sum of its main token losses, the sum of the weights, and how many labels
-    have one.
-    """
+    """The sums of one dataset of a blend: its weighted main losses, the weights, and how many labels have a weight."""
 
     loss: float
     weight: float
@@ -28,7 +26,7 @@ class SourceSum(NamedTuple):
 
 @dataclass(frozen=True)
 class NextTokenLosses(Losses):
-    """Means over the global batch, by the names that metrics.jsonl has. Without any label they are 0."""
+    """The mean losses of a global batch, by the names that metrics.jsonl has. Without any label they are 0."""
 
     @property
     def lm_loss(self) -> float:
@@ -36,25 +34,25 @@ class NextTokenLosses(Losses):
 
     @property
     def mtp_loss(self) -> tuple[float, ...]:
-        """One for each depth."""
+        """Return the loss of each MTP depth."""
         depths = sum(name.startswith("mtp_loss_") for name in self.reports)
         return tuple(self.reports[f"mtp_loss_{depth}"] for depth in range(1, depths + 1))
 
     @property
     def num_labels(self) -> int:
-        """How many labels of the main prediction count."""
+        """Return how many labels of the main prediction have a weight."""
         return round(self.counts["labels"])
 
     @property
     def sources(self) -> tuple[SourceSum, ...]:
-        """One for each dataset of a blend."""
+        """Return the sums of each dataset of a blend."""
         number = sum(name.startswith("source_loss_") for name in self.reports)
         return tuple(SourceSum(self.reports[f"source_loss_{k}"], self.counts[f"source_weight_{k}"],
                                round(self.counts[f"source_labels_{k}"])) for k in range(number))
 
 
 class NextToken(Objective):
-    """`mtp_scale` is the report's lambda; `num_depths` its D."""
+    """The objective of pre-training. `mtp_scale` is the report's lambda; `num_depths` its D."""
 
     def __init__(self, num_depths: int = 0, mtp_scale: float = 0.0):
         self.num_depths, self.mtp_scale = num_depths, mtp_scale
@@ -91,7 +89,7 @@ class NextToken(Objective):
         return NextTokenLosses(reports, balance_loss, counts)
 
     def _by_source(self, loss_BS: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
-        """Return the sum of main token losses of each dataset: sums, since a dataset may have no label."""
+        """Return the sum of main token losses of each dataset; not the mean, since a dataset may have no label."""
         if rows.sources_BK is None:
             return {}
         sums_K = rows.sources_BK.double().T @ (loss_BS * rows.weights_BS).double().sum(1)

@@ -1,4 +1,4 @@
-"""What a model is trained for: the one place that a task adds, whatever the layout.
+"""The objective that a model is trained for: the one place where a task adds its loss, whatever the layout.
 
 A step asks an objective twice. `counts` is asked once, before the first forward, on this data rank's whole rows: what
 it counts is summed over all data ranks, so that every loss is a sum divided by numbers of the global batch.
@@ -20,9 +20,9 @@ from megatron_deepseek.model.step import Contribution, Rows
 
 @dataclass(frozen=True)
 class Losses:
-    """What an objective reports of a global batch, by its names, and the numbers that it counted.
+    """The losses that an objective reports of a global batch, by name, and the numbers that it counted.
 
-    `balance_loss` is the model's own, already weighted; it is not a part of any other.
+    `balance_loss` is the model's own, already weighted; no other loss includes it.
     """
 
     reports: Mapping[str, float] = field(default_factory=dict)
@@ -30,14 +30,16 @@ class Losses:
     counts: Mapping[str, float] = field(default_factory=dict)
 
     def finite(self) -> bool:
-        """Return whether every number is; a step is left out where one is not."""
+        """Return whether every loss is finite; a step with one that is not makes no update."""
         return all(map(math.isfinite, (*self.reports.values(), self.balance_loss)))
 
 
 class Objective(ABC):
-    """`inputs` names what it reads of `Rows.inputs` and a batch must bring. `rows_together`: so many rows in succession
-    belong together (2 for pairs), and micro-batches are a multiple of that. `num_depths`: how many MTP depths are to
-    predict; modules behind those are neither run nor trained.
+    """A task's loss, as counts and contributions.
+
+    `inputs` names the entries of `Rows.inputs` that it reads, which a batch must have. `rows_together`: so many
+    successive rows belong together (2 for pairs), and micro-batches are a multiple of that. `num_depths`: how many MTP
+    depths predict; MTP modules after those are neither run nor trained.
     """
 
     inputs: tuple[str, ...] = ()
@@ -50,7 +52,7 @@ class Objective(ABC):
 
     @abstractmethod
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
-        """Return what this micro-batch adds on this rank. `counts` are sums over the global batch.
+        """Return what this micro-batch adds to the loss on this rank. `counts` are sums over the global batch.
 
         Terms of single tokens [B, S] are summed as they are. Terms made of a sum along rows (`rows.per_row`,
         `rows.per_document`) are the same on all context ranks, and `rows.share` takes this one's part of their sum.
@@ -61,5 +63,5 @@ class Objective(ABC):
         """Return the names that `contribution` reports, the same for every micro-batch and rank."""
 
     def losses(self, reports: Mapping[str, float], balance_loss: float, counts: Mapping[str, float]) -> Losses:
-        """Return what a step says of its losses: `reports`, summed over the global batch."""
+        """Return the losses that a step reports, of `reports` summed over the global batch."""
         return Losses(reports, balance_loss, counts)

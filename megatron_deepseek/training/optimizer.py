@@ -19,13 +19,13 @@ from megatron_deepseek.settings import OptimizerSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: as the master weights, which are float32 outside tests
 
-_STRETCH = 1 << 22  # elements that are widened at a time: 16 MB for each moment
+STRETCH_ELEMENTS = 1 << 22  # elements that are widened at a time: 16 MB for each moment
 _VECTOR = 16  # elements: a cache line of float32, in multiples of which the fused CPU kernel divides its work
 
 
 @dataclass(frozen=True, eq=False)
 class NamedParameter:
-    """`counted` is false for the further copies of a parameter that several stages hold."""
+    """A parameter and its name. `counted` is false for further copies of a parameter that several stages hold."""
 
     name: str
     parameter: nn.Parameter
@@ -38,8 +38,8 @@ class ShardedAdamW(torch.optim.AdamW):
     The update is elementwise, so no rank needs more than its shards. Given DTensors, the first step spent most of its
     time working out how to shard the update: 0.2 s of processor time a rank for a model of 4 layers.
 
-    Moments are there from the start, so that a checkpoint can be filled or written before the first step.
-    `moment_dtypes`: of exp_avg and exp_avg_sq, None for the parameter's own.
+    Moments exist from the start, so that a checkpoint can be loaded or saved before the first step. `moment_dtypes` are
+    those of exp_avg and exp_avg_sq, None for the parameter's own.
     """
 
     def __init__(self, groups: list[dict], moment_dtypes: tuple[torch.dtype | None, torch.dtype | None], **options):
@@ -58,11 +58,11 @@ class ShardedAdamW(torch.optim.AdamW):
 
 
 class NarrowMomentsAdamW(ShardedAdamW):
-    """Moments are kept in fewer bits than the weights, as DeepSeek-V3's (report, section 3.3.2).
+    """AdamW with moments in fewer bits than the weights, as DeepSeek-V3 was trained (report, section 3.3.2).
 
     Each step widens them to the weights' dtype, updates by the fused kernel, and rounds to nearest, ties to even: a
-    function of each element alone, so a layout changes no bit. That is done in batches of stretches, so that the wide
-    copies take little memory.
+    function of each element alone, so a layout changes no bit. The update goes through the shards in batches of
+    stretches, so that the widened copies take little memory.
     """
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class NarrowMomentsAdamW(ShardedAdamW):
 
 @dataclass(frozen=True, eq=False)
 class _Stretch:
-    """A stretch of one parameter's local shard: views, one-dimensional; `step` is of the whole parameter."""
+    """A stretch of one parameter's local shard, as one-dimensional views; `step` is that of the whole parameter."""
 
     param: torch.Tensor
     grad: torch.Tensor
@@ -90,17 +90,19 @@ class _Stretch:
     step: torch.Tensor
 
     def widened(self) -> tuple[torch.Tensor, ...]:
-        """Parameter, gradient and moments in the parameter's dtype; what needs neither widening nor padding is itself.
+        """Return parameter, gradient and moments in the parameter's dtype, padded to whole vectors.
+
+        A tensor that needs neither is returned itself.
 
         The fused kernel rounds the last elements of a tensor, those that fill no vector, otherwise than the rest (with
-        one multiplication and addition fused). Padded, no element's bits depend on where a layout cuts.
+        one multiplication and addition fused). With padding no element's bits depend on where a layout cuts.
         """
         wide = (self.param, self.grad, *(m.to(self.param.dtype) for m in (self.exp_avg, self.exp_avg_sq)))
         missing = -self.param.numel() % _VECTOR
         return tuple(F.pad(t, (0, missing)) for t in wide) if missing else wide
 
     def store(self, param: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
-        """Take back what `widened` gave, rounding to this stretch's own dtypes."""
+        """Store the updated copies of `widened`, rounded to this stretch's own dtypes."""
         for own, new in ((self.param, param), (self.exp_avg, exp_avg), (self.exp_avg_sq, exp_avg_sq)):
             if new is not own:
                 own.copy_(new[:own.numel()])
@@ -108,18 +110,18 @@ class _Stretch:
 
 def _stretches(*shard: torch.Tensor) -> Iterator[_Stretch]:
     *tensors, step = shard
-    for parts in zip(*(t.view(-1).split(_STRETCH) for t in tensors), strict=True):
+    for parts in zip(*(t.view(-1).split(STRETCH_ELEMENTS) for t in tensors), strict=True):
         if parts[0].numel():
             yield _Stretch(*parts, step)
 
 
 def _batches(stretches: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
-    """Lists of stretches of at most 2 * _STRETCH elements together."""
+    """Yield lists of stretches, of at most 2 * STRETCH_ELEMENTS elements together."""
     batch, size = [], 0
     for stretch in stretches:
         batch.append(stretch)
         size += stretch.param.numel()
-        if size >= _STRETCH:
+        if size >= STRETCH_ELEMENTS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -137,7 +139,10 @@ def _update(batch: list[_Stretch], group: dict) -> None:
 
 
 def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSettings) -> ShardedAdamW:
-    """Matrices decay, vectors (norm weights, biases) do not, as in Megatron-LM. A rank may have no parameters."""
+    """Build AdamW in which matrices decay and vectors (norm weights, biases) do not, as in Megatron-LM.
+
+    A rank may have no parameters.
+    """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for item in parameters:
         decays = optimizer_group(item.parameter.shape) == MATRIX
@@ -150,8 +155,8 @@ def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSet
         moment_dtypes, lr=0.0, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=True)
 
 
-def _counts_here(item: NamedParameter) -> bool:
-    """Whether this rank's shard belongs to the norm: of TP replicas the first counts, of stage copies the first."""
+def counts_in_norm(item: NamedParameter) -> bool:
+    """Return whether this rank's shard counts in the norm: of TP replicas and of stage copies only the first does."""
     gradient = item.parameter.grad
     if not item.counted or gradient is None:
         return False
@@ -161,10 +166,11 @@ def _counts_here(item: NamedParameter) -> bool:
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[NamedParameter], device: torch.device) -> torch.Tensor:
-    """Euclidean norm of the gradient of the whole model, float64: squares summed over all ranks of the job, of shards
-    that no other rank counts, so that each logical parameter counts once.
+    """Return the Euclidean norm of the gradient of the whole model, in float64.
+
+    Squares are summed over all ranks of the job; of replicas one rank counts, so each parameter counts once.
     """
-    shards = [item.parameter.grad.to_local() for item in parameters if _counts_here(item)]
+    shards = [item.parameter.grad.to_local() for item in parameters if counts_in_norm(item)]
     shards = [shard for shard in shards if shard.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if shards:

@@ -1,6 +1,6 @@
-"""The learning rate and the speed of the routers' bias during a run, as pure functions of the samples consumed.
+"""The learning rate and the update rate of the routers' bias, as pure functions of the samples consumed.
 
-Nothing here keeps state, so a resumed run asks the same questions and gets the same answers. The meaning of every
+Nothing here keeps state, so a resumed run computes the same rates. The meaning of every
 style but deepseek-v3 is that of Megatron-LM (`megatron.core.optimizer_param_scheduler`), which counts samples too.
 """
 
@@ -17,8 +17,10 @@ WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate settings of one run, with their lengths in samples: `decay` is where the decay ends, `wsd_decay`
-    the length of WSD's fall, which ends there. `warmup` may be a fraction, as in Megatron.
+    """The learning-rate settings of one run, with their lengths in samples.
+
+    `decay` is where the decay ends, `wsd_decay` the length of WSD's fall, which ends there too. `warmup` may be a
+    fraction of a sample, as in Megatron.
     """
 
     rates: LearningRateSettings
@@ -28,11 +30,11 @@ class Schedule:
 
 
 def learning_rate(schedule: Schedule, consumed_samples: int) -> float:
-    """The rate of the update that `consumed_samples` came before: the first update of a run asks for 0.
+    """Return the rate of the update before which `consumed_samples` were consumed, 0 for the first update of a run.
 
-    Megatron-LM advances its scheduler after each update by the samples of its batch, so an update runs at the rate of
-    what was consumed before it; so does this one, and the first update of a warm-up runs at lr_warmup_init.
-    (Megatron's log shows the rate after the advance, that of the next update.)
+    Megatron-LM advances its scheduler after each update by the samples of the batch. Here too an update has the rate of
+    the samples before it, and the first update of a warm-up has lr_warmup_init. (Megatron's log shows the rate after
+    the advance, that of the next update.)
     """
     settings, warmup, decay = schedule.rates, schedule.warmup, schedule.decay
     if warmup > 0 and consumed_samples <= warmup:
@@ -55,7 +57,7 @@ def learning_rate(schedule: Schedule, consumed_samples: int) -> float:
 
 
 def _fall(style: str, progress: float) -> float:
-    """How much of `lr - min_lr` is left after `progress` (0 to 1) of a decay."""
+    """Return the part of `lr - min_lr` that is left after `progress` (0 to 1) of a decay."""
     if style == "linear":
         return 1.0 - progress
     if style == "cosine":
@@ -67,10 +69,10 @@ def _fall(style: str, progress: float) -> float:
 
 
 def _deepseek_v3(settings: LearningRateSettings, consumed_samples: int, total: int) -> float:
-    """Constant, cosine to min_lr, min_lr, then lr_final (V3 report, section 4.2); phases are whole samples.
+    """Return V3's rate: constant, cosine to min_lr, min_lr, then lr_final (V3 report, section 4.2).
 
-    The last phase is measured from the end of `total` samples, so that it has its full length whatever the others'
-    rounding leaves to the phase before it.
+    Phases are whole samples. The last one is measured from the end of `total` samples, so that it has its full length;
+    what rounding leaves over goes to the phase before it.
     """
     constant = round(settings.lr_constant_fraction * total)
     cosine = round(settings.lr_cosine_fraction * total)
@@ -85,9 +87,9 @@ def _deepseek_v3(settings: LearningRateSettings, consumed_samples: int, total: i
 
 
 def bias_rate(loss: LossSettings, state: TrainState, size: int) -> float:
-    """By which the routers' bias moves in the update after `state`, whose batch has `size` sequences.
+    """Return the step of the routers' bias in the update after `state`, whose batch has `size` sequences.
 
-    It stops after moe_router_bias_update_until iterations, or with the last whole batch of
+    The bias stops after moe_router_bias_update_until iterations, or with the last whole batch of
     moe_router_bias_update_samples.
     """
     until, samples = loss.moe_router_bias_update_until, loss.moe_router_bias_update_samples
@@ -98,13 +100,13 @@ def bias_rate(loss: LossSettings, state: TrainState, size: int) -> float:
 
 def schedule_of(rates: LearningRateSettings, run: RunSettings, batch: BatchSettings,
                 state: TrainState = TrainState()) -> Schedule:
-    """What `rates` says of a run that is at `state`, in samples.
+    """Return the schedule of a run that is at `state`, with all lengths in samples.
 
-    Lengths in iterations are samples of the run's own batches: a warm-up those of the first, WSD's fall those of the
-    last before the decay ends, which is where the run ends unless something else is said. (Megatron-LM takes every
+    A length in iterations is the samples of the run's own batches: for the warm-up of its first ones, for WSD's fall of
+    the last ones before the decay ends. The decay ends with the run unless its end is given. (Megatron-LM takes every
     iteration for one of global_batch_size, and refuses a ramp together with lengths in iterations.)
 
-    ValueError, which names arguments and values, for a schedule that contradicts itself.
+    Raise ValueError, which names arguments and values, for a schedule that contradicts itself.
     """
     check_learning_rate(rates)
     line = timeline(batch, state)
@@ -115,8 +117,9 @@ def schedule_of(rates: LearningRateSettings, run: RunSettings, batch: BatchSetti
 
 
 def _decay_end(rates: LearningRateSettings, run: RunSettings, line: Timeline) -> int:
-    """Of the run, if nothing else is said; a run told in samples decays over all of them, though its last batch may
-    not fit.
+    """Return the sample at which the decay ends: as given, else at the end of the run.
+
+    With --train-samples the decay is over all of them, also where the last batch does not fit.
     """
     if rates.lr_decay_samples is not None:
         return rates.lr_decay_samples
@@ -145,7 +148,7 @@ def _wsd_decay(rates: LearningRateSettings, run: RunSettings, line: Timeline, de
 
 
 def check_learning_rate(settings: LearningRateSettings) -> None:
-    """ValueError for rates that contradict each other."""
+    """Raise ValueError for rates that contradict each other."""
     if settings.lr_decay_style not in DECAY_STYLES:
         raise ValueError(f"lr_decay_style {settings.lr_decay_style!r} is not one of {', '.join(DECAY_STYLES)}")
     if not 0 <= settings.min_lr <= settings.lr:
@@ -190,6 +193,6 @@ def _decay_named(rates: LearningRateSettings, run: RunSettings) -> str:
 
 
 def _named(settings: LearningRateSettings | RunSettings, name: str, units=("iters", "samples", "fraction")) -> str:
-    """A length as it was typed; nothing if it was not."""
+    """Return a length as it was typed; "" if it was not given."""
     given = ((f"{name}_{unit}", getattr(settings, f"{name}_{unit}", None)) for unit in units)
     return next((f"--{field.replace('_', '-')} {value}" for field, value in given if value is not None), "")

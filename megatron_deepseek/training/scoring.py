@@ -1,4 +1,4 @@
-"""Scores of given tokens, forward only: what training's losses are made of, in the order of the batch.
+"""Scores of given tokens, forward only: the log-probabilities of training's losses, in the order of the batch.
 
 Shapes: B rows of this data rank, S tokens of a whole sequence, K experts of a token.
 """
@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Contribution, Rows
+from megatron_deepseek.parallel.collectives import all_gather
 from megatron_deepseek.parallel.context import zigzag
 from megatron_deepseek.parallel.mesh import Meshes
-from megatron_deepseek.parallel.tensor import all_gather
 from megatron_deepseek.training.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The same on every rank that has these rows, whatever pipeline stage it holds.
+    """The scores of a batch, the same on every rank that has these rows, whatever pipeline stage it holds.
 
     log_probabilities_BS: log p(label) of each token, at least float32. `experts`, where they were asked for: by layer
     ("model.layers.3.mlp") which experts each token chose, int64 [B, S, K] in no particular order, -1 for padding.
@@ -30,7 +30,7 @@ class Scores:
 
 
 class KeepLogProbabilities(Objective):
-    """An objective without a loss: log-probabilities of each micro-batch are left in `kept`, in their order."""
+    """An objective without a loss, which keeps the log-probabilities of each micro-batch in `kept`, in their order."""
 
     def __init__(self):
         self.kept: list[torch.Tensor] = []
@@ -48,7 +48,7 @@ class KeepLogProbabilities(Objective):
 
 
 def whole_sequences(own: torch.Tensor, meshes: Meshes) -> torch.Tensor:
-    """Return all positions, [B, S, ...], of which this context rank has its own along dimension 1."""
+    """Gather all positions, [B, S, ...], of which each context rank has its own along dimension 1."""
     size = meshes.layout.cp
     if size == 1:
         return own
@@ -58,7 +58,7 @@ def whole_sequences(own: torch.Tensor, meshes: Meshes) -> torch.Tensor:
 
 
 def from_stage(own: torch.Tensor | None, like: torch.Tensor, holder: int, meshes: Meshes) -> torch.Tensor:
-    """Return what pipeline rank `holder` has, on all pipeline ranks; `like` has its shape, dtype and device."""
+    """Broadcast the tensor of pipeline rank `holder` to all; `like` has its shape, dtype and device."""
     if meshes.layout.pp == 1:
         return own
     result = torch.empty_like(like) if own is None else own.contiguous()
@@ -71,8 +71,8 @@ def chosen_experts(chosen: Mapping[str, Sequence[torch.Tensor]], like_BSK: torch
                    meshes: Meshes) -> dict[str, torch.Tensor]:
     """Return which experts the tokens chose in every layer, on every rank.
 
-    `chosen`: of this rank's layers, what each micro-batch's tokens of this tensor-parallel rank chose. `holders`: the
-    pipeline rank of each layer of the model, in the same order on all ranks.
+    `chosen`: by layer of this rank, the choices of each micro-batch's tokens on this tensor-parallel rank. `holders`:
+    the pipeline rank of each layer of the model, in the same order on all ranks.
     """
     found = {}
     for layer, holder in holders.items():

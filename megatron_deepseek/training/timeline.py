@@ -1,8 +1,8 @@
 """Converts between iterations and samples of one run.
 
-Everything that changes during a run follows the samples that it consumed, as in Megatron-LM; an iteration is another
-number of samples at each size of a batch-size ramp, and after a resume with another --global-batch-size. A run knows
-the sizes of its past (TrainState.batches) and, from its arguments, those of its future.
+Everything that changes during a run follows the samples that it consumed, as in Megatron-LM. Iterations differ in their
+samples: under a batch-size ramp, and after a resume with another --global-batch-size. A run knows the sizes of its past
+(TrainState.batches) and, from its arguments, those of its future.
 """
 
 from bisect import bisect_right
@@ -13,10 +13,10 @@ from megatron_deepseek.settings import BatchSettings, RunSettings
 
 
 def global_batch_size(settings: BatchSettings, consumed_samples: int) -> int:
-    """Sequences in the batch of the next update, when `consumed_samples` came before it.
+    """Return the number of sequences in the batch of the next update, after `consumed_samples`.
 
     The ramp takes equal numbers of samples to each size below the last. The division is Megatron's, in floating
-    point, so that a run moved over from it changes size at the same sample.
+    point, so that a run that began there changes size at the same sample.
     """
     final = settings.global_batch_size
     start, increment, samples = settings.rampup_batch_size or (final, 1, 0)
@@ -27,7 +27,7 @@ def global_batch_size(settings: BatchSettings, consumed_samples: int) -> int:
 
 
 def batch_sizes(settings: BatchSettings) -> tuple[int, ...]:
-    """Every global batch size of the run, ascending: each must divide among micro-batches and data ranks."""
+    """Return every global batch size of the run, ascending: each must divide among micro-batches and data ranks."""
     if settings.rampup_batch_size is None:
         return (settings.global_batch_size,)
     start, increment, samples = settings.rampup_batch_size
@@ -43,13 +43,13 @@ def batch_sizes(settings: BatchSettings) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A run from its first batch on: `batches`, (updates, sequences in each), then batches of `final` without end."""
+    """A run from its first batch on: `batches`, as (updates, sequences in each), then endless batches of `final`."""
 
     batches: tuple[tuple[int, int], ...]
     final: int
 
     def samples(self, iterations: int) -> int:
-        """Consumed by the first `iterations` updates."""
+        """Return the number of samples that the first `iterations` updates consume."""
         samples = 0
         for updates, size in self.batches:
             taken = min(updates, iterations)
@@ -57,7 +57,7 @@ class Timeline:
         return samples + iterations * self.final
 
     def iterations(self, samples: int) -> int:
-        """How many whole batches the first `samples` are; a last partial batch is left out, as Megatron does."""
+        """Return how many whole batches the first `samples` are; a last partial batch is left out, as Megatron does."""
         iterations = 0
         for updates, size in self.batches:
             if samples < updates * size:
@@ -67,7 +67,7 @@ class Timeline:
 
 
 def timeline(batch: BatchSettings, state: TrainState = TrainState()) -> Timeline:
-    """The Timeline of a run that is at `state` and goes on with `batch`."""
+    """Return the timeline of a run that is at `state` and goes on with `batch`."""
     batches, consumed = list(with_past(state, batch).batches), state.consumed_samples
     ramp_samples = batch.rampup_batch_size[2] if batch.rampup_batch_size else -1
     while consumed <= ramp_samples:
@@ -80,10 +80,10 @@ def timeline(batch: BatchSettings, state: TrainState = TrainState()) -> Timeline
 
 
 def with_past(state: TrainState, batch: BatchSettings) -> TrainState:
-    """`state` with a record of its batches, which a checkpoint of an older version lacks.
+    """Return `state` with a record of its batches, which a checkpoint of an older version lacks.
 
-    Then the run is taken to have had `batch` from its start if that comes to as many samples, else batches as even as
-    they can be.
+    Where it is missing, the run is taken to have had `batch` from its start if that comes to as many samples, else
+    batches of sizes as equal as possible.
     """
     if sum(updates for updates, _ in state.batches) == state.iteration:
         return state
@@ -97,7 +97,7 @@ def with_past(state: TrainState, batch: BatchSettings) -> TrainState:
 
 
 def _first(past: Timeline, iterations: int) -> list[tuple[int, int]]:
-    """The batches of the first `iterations` updates."""
+    """Return the batches of the first `iterations` updates, as (updates, sequences in each)."""
     batches = []
     for updates, size in (*past.batches, (iterations, past.final)):
         taken = min(updates, iterations)
@@ -107,10 +107,10 @@ def _first(past: Timeline, iterations: int) -> list[tuple[int, int]]:
 
 
 def last_iteration(run: RunSettings, batch: BatchSettings, state: TrainState = TrainState()) -> int:
-    """The iteration after which a run that is at `state` ends; the one that it is at if it has ended before.
+    """Return the iteration after which a run that is at `state` ends; that of `state` if it is past its end.
 
     --train-iters counts iterations, whatever their size. --train-samples is the number of samples that all batches
-    together may take, those of before `state` included.
+    together may take, those before `state` included.
     """
     if run.train_samples is None:
         return run.train_iters

@@ -1,7 +1,7 @@
 """One rank's share of a training job: its stages, the pipeline that runs them, the optimizer, and the step.
 
 A step, whatever the layout and the objective:
-  1. count what the losses are divided by, over the global batch; then cut sequences
+  1. cut sequences over context ranks; count what the losses are divided by, over the global batch
   2. forward and backward of all micro-batches; FSDP sums gradients over the data ranks
   3. sum the gradients of parameters that several stages hold
   4. norm of the whole gradient, clip
@@ -47,7 +47,10 @@ from megatron_deepseek.training.scoring import KeepLogProbabilities, Scores, cho
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What to train: the architecture, its division over pipeline ranks, and how it is built. See settings.py."""
+    """The specification of a training: the architecture, its division over pipeline ranks, and how it is built.
+
+    settings.py explains the fields.
+    """
 
     model: ModelConfig
     stages: tuple[Stage, ...]
@@ -60,7 +63,7 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class StopFlags:
-    """What a rank asks for between steps: a checkpoint, an end of the run. What one asks for, all do."""
+    """The requests of a rank between steps, to save or to leave the run. What one rank requests, all ranks do."""
 
     save: bool = False
     leave: bool = False
@@ -68,11 +71,13 @@ class StopFlags:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`traffic`: bytes that the expert dispatch of all ranks sent in the step, recomputed forwards included.
+    """The result of a step, the same on every rank of a pipeline stage.
 
+    `expert_counts`: tokens of each expert, int64 [E] by layer of this stage. `traffic`: bytes that the expert dispatch
+    of all ranks sent in the step, recomputed forwards included. `dropped`: the part of all token copies that was above
+    experts' capacity. `cross_node_sends`: to how many other nodes a token went for a layer's experts, on average.
     `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
-    `stop_flags`: of all ranks together, the same everywhere. `dropped`: the part of all token copies that was above
-    experts' capacity; `cross_node_sends`: to how many other nodes a token went for a layer's experts, on average.
+    `stop_flags`: the requests of all ranks together.
     """
 
     losses: Losses
@@ -86,7 +91,10 @@ class StepResult:
 
 
 class Trainer:
-    """Build it on every rank of the job, in the same order of calls. It pre-trains, unless given another objective."""
+    """A rank's trainer. Every rank of the job builds one and calls it in the same order.
+
+    Without `objective` it trains to predict the next token.
+    """
 
     def __init__(self, spec: TrainingSpec, meshes: Meshes, objective: Objective | None = None):
         self.spec, self.meshes, self.cp = spec, meshes, ContextParallel(meshes.cp)
@@ -99,16 +107,16 @@ class Trainer:
                                    spec.build)
         for unused in (layer for stage in self.stages for layer in stage.mtp_layers(self.objective.num_depths)):
             gather_once(unused)
-        self.counter = self.stages[0].counter  # one for all stages
+        self.counter = self.stages[0].counter  # one counter for all stages
         self.shared = find_shared(_embedding_holders(spec), self.holders, dict(zip(self.indices, self.stages)), meshes)
-        self.parameters = self._named_parameters()
+        self.parameters = self.named_parameters()
         self.optimizer = build_optimizer(self.parameters, spec.optimizer)
-        in_turns = spec.build.communication.overlap_moe_expert_parallel_comm
-        self.pipeline = Pipeline(self.stages, self.indices, _travel(spec, meshes), spec.schedule, meshes,
-                                 self.stages[0].overlap if in_turns else None)
+        overlapped = spec.build.communication.overlap_moe_expert_parallel_comm
+        self.pipeline = Pipeline(self.stages, self.indices, travel_between_stages(spec, meshes), spec.schedule, meshes,
+                                 self.stages[0].overlap if overlapped else None)
 
-    def _named_parameters(self) -> list[NamedParameter]:
-        """Every trained parameter of this rank; of copies on several stages only the first holder's first counts."""
+    def named_parameters(self) -> list[NamedParameter]:
+        """Return every trained parameter of this rank; of copies on several stages the first holder's first counts."""
         counted = {shared.name: shared.copies[0] if shared.counted_here and shared.copies else None
                    for shared in self.shared}
         return [NamedParameter(name, parameter, counted.get(name, parameter) is parameter)
@@ -142,7 +150,7 @@ class Trainer:
         self.optimizer.step()
 
     def evaluate(self, batch: Batch) -> Losses:
-        """Return the losses of a batch, weights untouched."""
+        """Return the losses of a batch without training on it."""
         divided, counts, step = self._begin(batch)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
         return self._reduce(step.statistics, divided, counts, StopFlags())[0]
@@ -150,7 +158,7 @@ class Trainer:
     def score(self, batch: Batch, experts: bool = False) -> Scores:
         """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose.
 
-        Weights stay untouched. Every rank of the job calls it, with the same number of rows.
+        Nothing is trained. Every rank of the job calls it, with the same number of rows.
         """
         objective = KeepLogProbabilities()
         divided = self._divide(batch, objective)
@@ -172,18 +180,18 @@ class Trainer:
                 for index in stage.layers if self.spec.model.is_moe_layer(index)}
 
     def _begin(self, batch: Batch) -> tuple[Division, dict[str, float], StepContext]:
-        """Return the batch as the stages take it, what its losses are divided by, and the step's context."""
+        """Return the divided batch, what its losses are divided by, and the context of the step."""
         divided = self._divide(batch, self.objective)
-        counts, num_sequences = self._count(divided, self.objective)
+        counts, num_sequences = self.global_counts(divided, self.objective)
         return divided, counts, StepContext(num_sequences, partial(self.objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
         return divide(batch, objective, self.cp, self.spec.micro_batch_size, self.spec.model.n_routed_experts > 0)
 
-    def _count(self, divided: Division, objective: Objective) -> tuple[dict[str, float], int]:
+    def global_counts(self, divided: Division, objective: Objective) -> tuple[dict[str, float], int]:
         """Return what the objective counts, and the number of sequences, of the global batch.
 
-        Context and tensor ranks were given the same rows, so that only data ranks add up.
+        Context and tensor ranks were given the same rows, so the sum is over data ranks only.
         """
         own = dict(objective.counts(divided.rows))
         numbers = [torch.as_tensor(number, dtype=torch.float64, device=self.meshes.device)
@@ -195,7 +203,9 @@ class Trainer:
 
     def _reduce(self, statistics: StepStatistics, divided: Division, counts: Mapping[str, float], stop_flags: StopFlags
                 ) -> tuple[Losses, StopFlags]:
-        """Sum the ranks' contributions. What is reported is the same on all TP ranks, shares of the balance loss not.
+        """Sum the reports, the balance loss and the requests over the ranks.
+
+        Reports are the same on all TP ranks, of which the first one counts; each has a share of the balance loss.
         """
         names, first_tp = self.objective.reported(divided.rows), self.meshes.rank("tp") == 0
         if statistics.reports:
@@ -210,7 +220,7 @@ class Trainer:
         return losses, StopFlags(save > 0, leave > 0)
 
     def _traffic(self, statistics: StepStatistics) -> tuple[Traffic, float, float]:
-        """`traffic`, `dropped` and `cross_node_sends` of a StepResult."""
+        """Return `traffic`, `dropped` and `cross_node_sends` of a StepResult."""
         copies = sum(int(counts_E.sum()) for counts_E in statistics.expert_counts.values())
         sent = self.counter.take()
         counted = [sent.within_node, sent.across_nodes, statistics.cross_node_sends, int(statistics.dropped), copies]
@@ -222,14 +232,16 @@ class Trainer:
 
 
 def _embedding_holders(spec: TrainingSpec) -> dict[str, list[int]]:
-    """Stages that use the embedding: the first, those with MTP modules, and with tied weights the head's."""
+    """Return the stages that use the embedding: the first, those with MTP modules, and with tied weights the head's."""
     tied = spec.model.tie_word_embeddings
     holding = [i for i, stage in enumerate(spec.stages) if stage.embedding or stage.mtp or (stage.loss and tied)]
     return {"model.embed_tokens.weight": holding}
 
 
-def _travel(spec: TrainingSpec, meshes: Meshes) -> Travel:
-    """Hidden states stacked along the batch: the main model's, then one for each MTP depth already computed.
+def travel_between_stages(spec: TrainingSpec, meshes: Meshes) -> Travel:
+    """Return the shapes that travel between stages: hidden states of the main model and of each MTP depth so far.
+
+    They are stacked along the batch, those of the main model first.
 
     Raise ValueError for a sequence that the ranks cannot share evenly.
     """

@@ -138,8 +138,8 @@ def test_a_parent_that_may_not_be_looked_into_is_known_by_its_command(monkeypatc
         return command[0]
 
     monkeypatch.setattr(agent.Path, "read_bytes", read)
-    assert agent._is_orphan(1)
+    assert agent.is_orphan(1)
     command[0] = b"/opt/conda/bin/python\0-m\0accelerate.commands.launch\0"
-    assert not agent._is_orphan(1)
+    assert not agent.is_orphan(1)
     command[0] = b""  # a kernel's thread, or gone
-    assert not agent._is_orphan(1)
+    assert not agent.is_orphan(1)

@@ -8,8 +8,6 @@ from megatron_deepseek.ops import permute, rope
 from megatron_deepseek.ops.backends import cuda
 from megatron_deepseek.ops.backends.registry import Choice
 from megatron_deepseek.ops.fp8 import encoding, norm as fp8_norm
-from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
-from megatron_deepseek.ops.fp8.recipe import swiglu_backward_tiles
 from megatron_deepseek.ops.fp8.encoding import (
     dequantize_1x128,
     dequantize_128x128,
@@ -17,6 +15,8 @@ from megatron_deepseek.ops.fp8.encoding import (
     quantize_128x1,
     quantize_128x128,
 )
+from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
+from megatron_deepseek.ops.fp8.recipe import swiglu_backward_tiles
 
 BF16 = {"rtol": 2**-7, "atol": 2**-7}  # each side rounds sums of a few numbers of the order of one
 

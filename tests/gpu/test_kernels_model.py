@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
@@ -113,7 +114,7 @@ REFERENCES = {name: value.reference for module in (
 
 
 def leaves(result) -> list[torch.Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    return [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
 def agree(operator: str, got: torch.Tensor, expected: torch.Tensor) -> None:

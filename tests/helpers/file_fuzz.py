@@ -29,8 +29,8 @@ from pickle_damage import Bomb
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.loadable import check_checkpoint, refuse_damage
+from megatron_deepseek.cli import generate as generate_command
 from megatron_deepseek.cli import plot
-from megatron_deepseek.cli.generate import parse_arguments
 from megatron_deepseek.data.tokenizer import EOD
 from megatron_deepseek.inference import generate
 from megatron_deepseek.launch.ending import exit_status
@@ -65,9 +65,9 @@ def _meshes() -> Meshes:
 def say(root: Path, *more: str) -> int:
     _meshes()
     arguments = ["--load", str(root), "--prompt", "a", "--max-new-tokens", "1", *more]
-    stays = argparse.Namespace(destroy_process_group=lambda: None)
-    with patch.multiple(generate, join_job=lambda *args, **kwargs: None, dist=stays):  # it is joined already
-        return generate.run(parse_arguments(arguments))
+    joined = patch.object(generate, "join_job", lambda *args, **kwargs: None)  # `_meshes` has joined it already
+    with joined, patch.object(dist, "destroy_process_group", lambda: None):
+        return generate_command.run(generate_command.parse_arguments(arguments))
 
 
 def divide(root: Path) -> int:

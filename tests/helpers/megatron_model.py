@@ -36,7 +36,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig  #
 
 latent_attention.HAVE_TE, moe_utils.te_general_gemm = False, None
 filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)  # threads instead of processes
-filesystem_async._process_memory = lambda: 0  # which asks for psutil
+filesystem_async._process_memory = lambda: 0  # noqa: SLF001 (Megatron's own, which asks for psutil)
 tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
 
 

@@ -1,7 +1,7 @@
 """Plants the mistakes of table.py and agreed.py in a copy of the source, one at a time, and says which no test sees.
 
     python tests/mutants/run.py                      all of them (hours), or those that --only names
-    python tests/mutants/run.py --only context.py --log survivors.txt
+    python tests/mutants/run.py --only blockwise_attention.py TensorParallel.enter --log survivors.txt
     python tests/mutants/run.py --check              only that each mistake can be planted
 
 Exit status 1 if a mistake survived.
@@ -25,17 +25,11 @@ PACKAGE = "megatron_deepseek"
 COPIED = (PACKAGE, "tests", "tools", "csrc", "pretrain_deepseek.py", "pyproject.toml")
 
 
-def problem(mutant: Mutant) -> str | None:
-    """Why the mistake cannot be planted."""
-    found = (REPOSITORY / PACKAGE / mutant.file).read_text().count(mutant.old)
-    return None if found == 1 else f"stands {found} times in {mutant.file}: {mutant.old!r}"
-
-
 def run(mutant: Mutant, tree: Path, timeout: float) -> str:
-    """The name of the first test that fails, "time-out" or "SURVIVED"."""
-    path = tree / PACKAGE / mutant.file
+    """Return the name of the first test that fails, "time-out" or "SURVIVED"."""
+    path = tree / PACKAGE / mutant.place.file
     right = path.read_text()
-    path.write_text(right.replace(mutant.old, mutant.new))
+    path.write_text(mutant.planted_in(right))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider",
                *mutant.tests]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -61,24 +55,29 @@ def outcomes(mutants: list[Mutant], timeout: float) -> Iterator[tuple[Mutant, st
             yield mutant, run(mutant, tree, timeout), time.monotonic() - begun
 
 
+def chosen_by(parts: list[str]) -> list[Mutant]:
+    """Return those with one of `parts` in their definition's name or file, and all that cannot be planted."""
+    return [mutant for mutant in MUTANTS
+            if mutant.problem or any(part in text for part in parts for text in (mutant.name, mutant.place.file))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of files")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of files or definitions")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first of them")
     parser.add_argument("--every", type=int, nargs=2, default=(0, 1), metavar=("FIRST", "STEP"), help="a share of them")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds of one mistake's tests")
     parser.add_argument("--log", type=Path, help="also written here")
     parser.add_argument("--check", action="store_true", help="do not run tests")
     args = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if any(part in mutant.file for part in args.only)]
-    chosen = chosen[args.skip:][args.every[0]::args.every[1]]
-    problems = [found for mutant in chosen if (found := problem(mutant))]
+    chosen = chosen_by(args.only)[args.skip:][args.every[0]::args.every[1]]
+    problems = [mutant.problem for mutant in chosen if mutant.problem]
     print("\n".join(problems) or f"{len(chosen)} mistakes can be planted", flush=True)
     if args.check or problems:
         return bool(problems)
     survived = 0
     for mutant, outcome, seconds in outcomes(chosen, args.timeout):
-        line = f"{outcome} ({seconds:.0f} s): {mutant.file}: {mutant.old.strip()!r} -> {mutant.new.strip()!r}"
+        line = f"{outcome} ({seconds:.0f} s): {mutant.name}: {mutant.old.strip()!r} -> {mutant.new.strip()!r}"
         print(line, flush=True)
         if args.log:
             with args.log.open("a") as file:

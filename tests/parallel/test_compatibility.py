@@ -1,6 +1,4 @@
-"""The table of what goes with what, held against the tests that stand behind its dots and the refusals behind its
-letters.
-"""
+"""The table of what goes with what: a test compares for each dot, and a validation rule refuses for each letter."""
 
 from itertools import combinations
 
@@ -68,21 +66,21 @@ def test_arguments_of_a_feature_switch_it_on(feature):
 
 
 @pytest.mark.parametrize("one, other", REFUSED, ids=lambda feature: feature.name)
-def test_every_letter_is_a_refusal(one, other):
+def test_every_letter_is_a_rule(one, other):
     """In one order of the arguments at least: where both give one option, the later one counts."""
-    refusal, outcomes = RULES[PAIRS[one, other] - 1], []
+    rule, outcomes = RULES[PAIRS[one, other] - 1], []
     for first, second in ((one, other), (other, one)):
         try:
             settings = parse([*BASE.split(), *first.arguments.split(), *second.arguments.split()], RANKS)
             assert not (first.used(settings) and second.used(settings))
         except ValueError as error:
             outcomes.append(str(error))
-    beginning = refusal.message.split("{")[0]
-    assert outcomes and all(beginning in outcome for outcome in outcomes), (refusal.name, outcomes)
+    beginning = rule.message.split("{")[0]
+    assert outcomes and all(beginning in outcome for outcome in outcomes), (rule.name, outcomes)
 
 
 def test_names_in_the_table():
     names = [feature.name for feature in FEATURES]
     assert len(set(names)) == len(names)
-    assert {name for refusal in RULES for pair in refusal.excludes for name in pair} <= set(names)
+    assert {name for rule in RULES for pair in rule.excludes for name in pair} <= set(names)
     assert {ALTERNATIVE, TESTED} <= set(PAIRS.values())

@@ -1,11 +1,12 @@
 """Any layout, schedule and mix of features against one process, in float64."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
-from cases import CONSTRAINTS, OPTIONS, SMALLER, WIDE_CASES, Case, covering_cases
+from cases import OPTIONS, SPACE, STORED, WIDE_CASES, Case, covering_cases
 from compare import differences
 from covering import Space, covering_array, pairs_of
 from job import NEVER_CHOSEN, batch, run_case, run_reference
@@ -50,10 +51,14 @@ def test_the_reference_has_the_cases_that_tests_forget(reference):
     assert len(set(labels[0])) > 2
 
 
+def test_stored_cases_are_of_these_options_and_constraints():
+    assert json.loads(STORED.read_text())["space"] == SPACE.fingerprint(), "run python tests/helpers/ranks/cases.py"
+
+
 def test_array_covers_every_valid_pair():
     """By another road than the generator's: every pair of every case of a second, random array is in the first."""
     covered = set().union(*({*pairs_of(vars(case))} for case in CASES))
-    other = covering_array(Space(OPTIONS, CONSTRAINTS + SMALLER), seed=1, cost=lambda case: 1.0)
+    other = covering_array(SPACE, seed=1, cost=lambda case: 1.0, candidates=1)
     assert set().union(*map(pairs_of, other)) <= covered
     for name, values in OPTIONS.items():
         assert Counter(getattr(case, name) for case in CASES).keys() == set(values), name

@@ -22,7 +22,7 @@ from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.shards import shard_regions
 from megatron_deepseek.planning.pipeline_balance import stages
-from megatron_deepseek.training.trainer import TrainingSpec, _travel
+from megatron_deepseek.training.trainer import TrainingSpec, travel_between_stages
 
 LAYOUTS = (
     Layout(dp=2, pp=2, tp=2, ep=4),
@@ -202,7 +202,7 @@ def context_ranks(layout: Layout, line: int) -> list[ContextRank]:
         send, receive = transfers.pop()
         assert (send.op, receive.op) == (dist.isend, dist.irecv)
         spec = TrainingSpec(V3, stages(V3, layout.pp), "1F1B", LONG, micro_batch_size=1)
-        shape = tuple(_travel(spec, meshes).passed_on(0, 1).shape)
+        shape = tuple(travel_between_stages(spec, meshes).passed_on(0, 1).shape)
         pairs = [sum(map(pairs_of_part, cp.block_mask(LONG, documents).of(owner)[1]))
                  for documents in (None, Documents.find(packed_row())) for owner in range(cp.size)]
         found.append(ContextRank(dist.get_rank(), cp.positions(LONG), send.peer, receive.peer, sum(pairs[:cp.size]),

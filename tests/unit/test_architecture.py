@@ -32,7 +32,7 @@ def floor_of(file: Path) -> str:
         return "entries"
     inside = file.relative_to(PACKAGE)
     if len(inside.parts) == 1:
-        return inside.stem if inside.stem in ("library", "settings", "torch_private") else "common"
+        return inside.stem if inside.stem in ("device", "library", "settings", "torch_private") else "common"
     if inside.parts[:2] == ("model", "architecture"):
         return "architecture"
     return "layout" if inside.parts[0] == "parallel" and inside.stem in WITHOUT_TORCH else inside.parts[0]
@@ -108,7 +108,8 @@ def test_arrows_go_down():
 def test_every_folder_is_in_the_picture():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and [*path.rglob("*.py")]}
     assert {floor for arrow in arrows_of_the_picture() for floor in arrow} == folders | {
-        "architecture", "common", "entries", "layout", "library", "settings", "torch_private"}
+        "architecture", "common", "entries", "device", "layout", "library", "settings",
+        "torch_private"}
 
 
 # Files and functions --------------------------------------------------------------------------------------------------

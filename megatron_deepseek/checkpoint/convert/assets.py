@@ -1,8 +1,8 @@
-"""What travels beside the weights: config.json in the dialect of its source, tokenizer, generation settings.
+"""What goes with the weights between formats: config.json in its source's dialect, tokenizer, generation settings.
 
-A native checkpoint keeps them in `huggingface/`, at the root of the iterations, so that an export after training finds
-them; `conversion.json` there says what a config.json does not: whether the MTP modules' copies of embedding and head
-were in the files, and the ids of the tokenizer if it is not the one that the source came with.
+Checkpoints of training keep them in `huggingface/`, beside the iterations, so that an export after training finds them.
+`conversion.json` there says what a config.json does not: whether the MTP modules' copies of embedding and head were in
+the files, and the ids of the tokenizer if it is not the one that the source came with.
 """
 
 import json
@@ -28,10 +28,11 @@ _IDS = ("bos_token_id", "eos_token_id")
 
 @dataclass(frozen=True)
 class Assets:
-    """`fields`: the source's config.json, or None for a model that was never in this form.
+    """What to write beside the weights.
 
-    `tokens`: the ids of a tokenizer that `fields` know nothing of, and which are to be written; None where they are the
-    source's. `chat_template`: to be written in place of the source's.
+    `directory` holds the files to copy. `fields` is the source's config.json, None for a model that never had one from
+    Hugging Face. `mtp_copies` says whether to write the MTP modules' copies of embedding and head. `tokens` are the ids
+    of a tokenizer that is not the one of `fields`, None if it is. `chat_template` replaces the source's.
     """
 
     directory: Path | None = None
@@ -41,7 +42,7 @@ class Assets:
     chat_template: str | None = None
 
     def files(self) -> list[Path]:
-        """Tokenizer, generation_config.json, the model's own code: everything small that is carried as it is."""
+        """List the files that are copied as they are: tokenizer, generation_config.json, the model's own code."""
         if self.directory is None:
             return []
         found = {path for pattern in _CARRIED for path in self.directory.glob(pattern) if path.is_file()}
@@ -49,7 +50,7 @@ class Assets:
 
 
 def read_assets(directory: Path) -> Assets:
-    """Of a Hugging Face directory, or of one that `write_native_assets` made; empty where there is none."""
+    """Read a Hugging Face directory, or one that `write_native_assets` made; return empty assets if there is none."""
     if not directory.is_dir():
         return Assets()
     config, notes = directory / "config.json", directory / _NOTES
@@ -62,7 +63,10 @@ def read_assets(directory: Path) -> Assets:
 
 
 def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) -> None:
-    """Beside weights of the architecture `config`, which config.json then says, in the dialect of its source."""
+    """Write the directory that goes with native checkpoints; its config.json says the architecture `config`.
+
+    config.json keeps the dialect of its source.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     carry(assets, directory)
     _write_json(directory / "config.json", fields_of(config, assets))
@@ -70,10 +74,12 @@ def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) ->
 
 
 def note_tokens(directory: Path, mtp_copies: bool, tokens: TokenIds | None) -> None:
+    """Write conversion.json."""
     _write_json(directory / _NOTES, {"mtp_copies": mtp_copies} | ({"tokens": tokens.as_fields()} if tokens else {}))
 
 
 def carry(assets: Assets, directory: Path) -> None:
+    """Copy the files of `assets` to `directory`, with its chat template if it has one."""
     for path in assets.files():
         shutil.copyfile(path, directory / path.name)
     if assets.chat_template is not None:
@@ -82,15 +88,15 @@ def carry(assets: Assets, directory: Path) -> None:
 
 def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: dict[torch.dtype, int],
                  new_scales: bool = False) -> None:
-    """config.json of an export whose tensors have `dtypes`, bytes of each.
+    """Write config.json of an export; `dtypes` maps the dtypes of its tensors to their bytes.
 
-    With `new_scales`, FP8 weights were quantised here, by scales of any value: V3.1's `scale_fmt` "ue8m0", powers of
-    two, which servers rely on, holds for the released scales alone.
+    `new_scales` says that FP8 weights were quantised here, by scales of any value. Then `scale_fmt` is left out: V3.1's
+    "ue8m0" promises powers of two, which servers rely on and which holds for the released scales alone.
     """
     quantized = torch.float8_e4m3fn in dtypes
     widest = max((dtype for dtype in dtypes if dtype != torch.float8_e4m3fn), key=dtypes.get)
     given = fields_of(config, assets)
-    given.setdefault("architectures", config.to_hf_dict()["architectures"])  # servers choose their code by it
+    given.setdefault("architectures", config.to_hf_dict()["architectures"])  # servers choose the model's code by it
     key = "dtype" if "dtype" in given and "torch_dtype" not in given else "torch_dtype"
     given[key] = str(widest).removeprefix("torch.")
     if not quantized:
@@ -104,9 +110,9 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
 
 
 def write_generation_config(directory: Path, config: ModelConfig, assets: Assets) -> None:
-    """generation_config.json of an export: what was carried there, with the ids that belong to the tokenizer.
+    """Write generation_config.json of an export: the one that was copied, with the ids of the tokenizer.
 
-    Where nothing was, ids and the sampling that V3 and R1 are released with, for models of their kind.
+    If none was copied, it has the ids and, for models of V3's kind, the sampling that V3 and R1 are released with.
     """
     path = directory / "generation_config.json"
     if path.is_file():
@@ -119,27 +125,27 @@ def write_generation_config(directory: Path, config: ModelConfig, assets: Assets
 
 
 def fields_of(config: ModelConfig, assets: Assets) -> dict:
-    """config.json for `config`: the source's, with what is different now."""
+    """Return the fields of config.json for `config`: the source's, with what is different now."""
     given = config.to_hf_dict() if assets.fields is None else assets.fields | _changes(assets.fields, config)
     tokens = assets.tokens
     if tokens is not None:
         given |= {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
-        if "pad_token_id" in given or tokens.pad_token_id != tokens.eos_token_id:  # an embedding of padding is frozen
+        if "pad_token_id" in given or tokens.pad_token_id != tokens.eos_token_id:  # transformers freezes its embedding
             given["pad_token_id"] = tokens.pad_token_id
-    elif assets.fields is None:  # the preset's ids are of a vocabulary that this model may not have
+    elif assets.fields is None:  # a preset's ids may be outside of this vocabulary
         given |= {name: None for name in _IDS if (given[name] or 0) >= config.vocab_size}
     return given
 
 
 def _changes(given: dict, config: ModelConfig) -> dict:
-    """What training or conversion changed since `given` was read, in its own dialect."""
+    """Return the fields that training or conversion changed since `given` was read, in its dialect."""
     theirs, changes = ModelConfig.from_hf_dict(given), {}
     released = config.to_hf_dict()
     names = [field.name for field in fields(config) if getattr(theirs, field.name) != getattr(config, field.name)]
     for name in names:
         if name not in ("rope_theta", "rope_scaling"):
             changes[hf_config.spelling(given, name)] = released[name]
-    if given.get("topk_method") == hf_config.MISSPELT_GREEDY:  # which neither DeepSeek's code nor transformers runs
+    if given.get("topk_method") == hf_config.MISSPELT_GREEDY:  # neither DeepSeek's code nor transformers runs it
         changes["topk_method"] = config.topk_method
     if {"rope_theta", "rope_scaling"} & set(names):
         changes |= hf_rope.write_rope(config, given)

@@ -1,11 +1,11 @@
-"""The released models' FP8: float8_e4m3fn weights with one float32 scale for each block of 128 x 128.
+"""The FP8 format of the released models: float8_e4m3fn weights with one float32 scale for each block of 128 x 128.
 
     weight = fp8 * weight_scale_inv[row // 128, column // 128]
 
 Training quantises its weights by the same code (ops/fp8/encoding.py): the scale is the block's largest magnitude / 448,
 in float32, and fp8 = weight / scale rounded to nearest even, as DeepSeek's inference/kernel.py does for activations
-(github.com/deepseek-ai/DeepSeek-V3); README_WEIGHTS.md there describes the format. What is kept in higher precision:
-embedding, head, norms, routers, biases and the MTP's eh_proj.
+(github.com/deepseek-ai/DeepSeek-V3); README_WEIGHTS.md there describes the format. Embedding, head, norms, routers,
+biases and the MTP's eh_proj are kept in higher precision.
 """
 
 import torch
@@ -21,17 +21,20 @@ _NOT_QUANTIZED = ("embed_tokens.weight", "lm_head.weight", "norm.weight", "mlp.g
 
 
 def is_quantized(name: str) -> bool:
-    """Whether the release format holds the weight `name` in FP8."""
+    """Return whether the release format holds the weight `name` in FP8."""
     return name.endswith(".weight") and not name.endswith(_NOT_QUANTIZED)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Of [out, in]: [ceil(out / 128), ceil(in / 128)]."""
+    """Return the shape of the scales of a weight [out, in]: [ceil(out / 128), ceil(in / 128)]."""
     return encoding.num_tiles(shape[0]), encoding.num_tiles(shape[1])
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8 weight and float32 scales of rows that begin at a multiple of 128. ValueError if any is not finite."""
+    """Quantize rows that begin at a multiple of 128 to a float8 weight and its float32 scales.
+
+    Raise ValueError if a value is not finite.
+    """
     quantized, scale = encoding.quantize_128x128(weight)
     if scale.isnan().any():
         raise ValueError("it has values that are not finite, which FP8 cannot hold")
@@ -39,5 +42,5 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 values of rows that begin at a multiple of 128, with the scales of their blocks."""
+    """Return the float32 values of float8 rows that begin at a multiple of 128, with the scales of their blocks."""
     return encoding.dequantize_128x128(weight, scale.float())

@@ -1,4 +1,4 @@
-"""Rows of tensors on their way from a source to a target: read, cast, checked."""
+"""Blocks of rows on their way from a source to an output file: read, cast to the output's dtype, checked."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 
 FP8 = torch.float8_e4m3fn
-BLOCK_BYTES = 1 << 20  # of a block's numbers in float32: it stays in a core's cache until it is written
+BLOCK_BYTES = 1 << 20  # a block's size in float32, small enough to stay in a core's cache until it is written
 
 
 @dataclass(frozen=True)
-class Output:
-    """A tensor to write: its Hugging Face name, the source's tensor that it is made from, and its type."""
+class OutputTensor:
+    """A tensor to write, under its Hugging Face name: made from the source's tensor `original`, stored as `dtype`."""
 
     name: str
     original: str
@@ -25,16 +25,16 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        """In the target, scales included."""
+        """Return how many bytes are written, scales included."""
         scales = 4 * prod(block_fp8.scale_shape(self.shape)) if self.dtype == FP8 else 0
         return prod(self.shape) * self.dtype.itemsize + scales
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Rows start..stop of an output; `scales` with float8 numbers."""
+    """Rows start..stop of an OutputTensor, with the `scales` of their blocks of 128 x 128 if they are float8."""
 
-    output: Output
+    tensor: OutputTensor
     start: int
     stop: int
     rows: torch.Tensor
@@ -42,56 +42,58 @@ class Block:
 
 
 def row_ranges(shape: tuple[int, ...], start: int, stop: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Rows start..stop in steps of about BLOCK_BYTES and of a `multiple` of rows."""
+    """Yield the ranges that divide rows start..stop into steps of about BLOCK_BYTES and a `multiple` of rows."""
     fitting = BLOCK_BYTES // (4 * prod(shape[1:])) if shape else 1
     step = max(fitting // multiple, 1) * multiple
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
 
 
-def cast_rows(source: TensorSource, output: Output, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-    """Rows start..stop of `output` (all of them) in order; of float8 no block of 128 x 128 is cut.
+def cast_rows(source: TensorSource, tensor: OutputTensor, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+    """Yield rows start..stop of `tensor` (by default all) in order; float8 rows in multiples of 128.
 
-    ValueError names the tensor.
+    Raise ValueError, naming the tensor, for a value that its dtype cannot hold.
     """
-    stop = (output.shape[0] if output.shape else 1) if stop is None else stop
-    multiple = block_fp8.BLOCK if FP8 in (output.dtype, source.dtypes[output.original]) else 1
-    for first, last in row_ranges(output.shape, start, stop, multiple):
-        yield _cast(output, first, last, *_read(source, output, first, last))
+    stop = (tensor.shape[0] if tensor.shape else 1) if stop is None else stop
+    multiple = block_fp8.BLOCK if FP8 in (tensor.dtype, source.dtypes[tensor.original]) else 1
+    for first, last in row_ranges(tensor.shape, start, stop, multiple):
+        yield _cast(tensor, first, last, *_read(source, tensor, first, last))
 
 
-def row_bytes(source: TensorSource, output: Output, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-    """The bytes of rows start..stop of `output`, which is not float8, in order; each block is used up at once.
+def stream_bytes(source: TensorSource, tensor: OutputTensor, start: int = 0, stop: int | None = None
+                 ) -> Iterator[memoryview]:
+    """Yield the bytes of rows start..stop of `tensor`, which is not float8; each block may overwrite the one before.
 
-    Those of the source as they are, unless the type changes.
+    They are the source's stored bytes as they are, unless the dtype changes.
     """
-    stop = (output.shape[0] if output.shape else 1) if stop is None else stop
-    if output.dtype == source.dtypes[output.original]:
-        yield from source.stream(output.original, start, stop)
+    stop = (tensor.shape[0] if tensor.shape else 1) if stop is None else stop
+    if tensor.dtype == source.dtypes[tensor.original]:
+        yield from source.stream(tensor.original, start, stop)
     else:
-        for block in cast_rows(source, output, start, stop):
+        for block in cast_rows(source, tensor, start, stop):
             yield as_bytes(block.rows.contiguous())
 
 
-def _read(source: TensorSource, output: Output, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if output.dtype == FP8 and source.dtypes[output.original] == FP8:
-        return source.read_fp8(output.original, start, stop)
-    return source.read(output.original, start, stop), None
+def _read(source: TensorSource, tensor: OutputTensor, start: int, stop: int
+          ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if tensor.dtype == FP8 and source.dtypes[tensor.original] == FP8:
+        return source.read_fp8(tensor.original, start, stop)
+    return source.read(tensor.original, start, stop), None
 
 
-def _cast(output: Output, start: int, stop: int, rows: torch.Tensor, scales: torch.Tensor | None) -> Block:
-    if output.dtype != FP8:
-        return Block(output, start, stop, cast(output.name, rows, output.dtype))
+def _cast(tensor: OutputTensor, start: int, stop: int, rows: torch.Tensor, scales: torch.Tensor | None) -> Block:
+    if tensor.dtype != FP8:
+        return Block(tensor, start, stop, cast(tensor.name, rows, tensor.dtype))
     if scales is None:
         try:
             rows, scales = block_fp8.quantize(rows)
         except ValueError as error:
-            raise ValueError(f"{output.name}: {error}") from error
-    return Block(output, start, stop, rows, scales)
+            raise ValueError(f"{tensor.name}: {error}") from error
+    return Block(tensor, start, stop, rows, scales)
 
 
 def cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`rows` of the tensor `name` in another type. What it cannot hold is an error, never an infinity."""
+    """Cast `rows` of the tensor `name`; raise ValueError for a value that would become infinite."""
     result = rows.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(rows.dtype).max
     if narrower and (result.isinf() & ~rows.isinf()).any():
@@ -101,7 +103,7 @@ def cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_copies(source: TensorSource, advance: Callable[[int], None]) -> None:
-    """ValueError unless each copy (a tied head, an MTP module's embedding) equals its original in every number."""
+    """Raise ValueError unless each copy (a tied head, an MTP module's embedding) equals its original exactly."""
     for name, original in source.copies.items():
         shape = source.shapes[original]
         for start, stop in row_ranges(shape, 0, shape[0], block_fp8.BLOCK):

@@ -1,7 +1,7 @@
-"""Chat templates by name, for exports: what DeepSeek's models are asked with, without their forms for tools.
+"""The chat templates of DeepSeek's released models by name, without their forms for tools, for exports.
 
-Each renders the released template's strings for system, user and assistant messages: tests compare. A model knows a
-template only if it was trained with it; nothing here can tell.
+Tests compare what each renders for system, user and assistant messages with the released template. A model knows a
+template only if it was trained with it, which cannot be seen from here.
 """
 
 from pathlib import Path
@@ -33,7 +33,11 @@ _END = """{{ 'ASSISTANT' + PREFIX + answer + eos_token }}
 
 
 def _template(answer: str, prefix: str, prompt: str) -> str:
-    """`answer` changes what an assistant's message holds; `prefix` and `prompt` are expressions behind its token."""
+    """Build a template.
+
+    `answer` is Jinja code that may change an assistant's message. `prefix` and `prompt` are Jinja expressions that
+    follow the assistant's token: before a message, and at the end, where the model is to answer.
+    """
     return _BEGIN + answer + _END.replace("PREFIX", prefix).replace("PROMPT", prompt)
 
 
@@ -52,7 +56,7 @@ def template_names() -> tuple[str, ...]:
 
 
 def read_template(name: str) -> str:
-    """The template of that name, or what the file `name` holds. ValueError if it is neither."""
+    """Return the template of that name, or the text of the file `name`; raise ValueError if it is neither."""
     if name in _TEMPLATES:
         return _TEMPLATES[name]
     try:
@@ -63,5 +67,5 @@ def read_template(name: str) -> str:
 
 
 def needed_tokens(name: str) -> tuple[str, ...]:
-    """Tokens that a named template writes, each of which must be one for the model; of a file nobody knows."""
+    """Return the texts that a named template writes and that must be single tokens; none are known of a file."""
     return (USER, ASSISTANT, *_TOKENS.get(name, ())) if name in _TEMPLATES else ()

@@ -22,7 +22,10 @@ _FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceSource:
-    """See source.TensorSource. `stored`: every tensor of the files; `fields`: config.json as it is."""
+    """A Hugging Face directory as a source.TensorSource.
+
+    `stored` has every tensor of the files by name, scales included. `fields` is config.json as it was read.
+    """
 
     path: Path
     config: ModelConfig
@@ -53,7 +56,10 @@ class HuggingFaceSource:
 
 
 def open_huggingface(path: Path, without_mtp: bool = False) -> HuggingFaceSource:
-    """ValueError naming tensor and file where anything is damaged, missing, unknown, double or of a wrong shape."""
+    """Open a Hugging Face directory.
+
+    Raise ValueError, naming tensor and file, for a tensor that is damaged, missing, unknown, double or wrongly shaped.
+    """
     config = ModelConfig.from_file(path / "config.json")
     fields = dict(read_object(path / "config.json").fields)
     stored = _all_tensors(path)
@@ -74,7 +80,7 @@ def open_huggingface(path: Path, without_mtp: bool = False) -> HuggingFaceSource
 
 
 def _all_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of every safetensors file there; the same name in two files is an error."""
+    """Return the tensors of every safetensors file there; raise ValueError if two files have the same one."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path} has no *.safetensors file")
@@ -116,7 +122,7 @@ def _check_quantization(path: Path, fields: dict) -> None:
 
 def _without_absent_mtp(config: ModelConfig, stored: dict, without_mtp: bool
                         ) -> tuple[ModelConfig, int, dict[str, str]]:
-    """The architecture to read, how many announced modules are absent, and the tensors that are left out."""
+    """Return the architecture to read, how many announced modules are absent, and the tensors left out with why."""
     modules = tuple(module_prefixes(config))
     in_files = any((layer_of(name) or 0) >= config.num_hidden_layers for name in stored)
     read, absent = as_stored(config, in_files, without_mtp)

@@ -1,10 +1,10 @@
 """Multi-Token Prediction modules that a config.json announces and the files lack: one rule for every format.
 
 transformers, and most of those who convert V3 to BF16, write `num_nextn_predict_layers: 1` and not one tensor of such a
-module. A model is what its files hold: it is read without, and whatever is written from it says so. A part of a module
-is another matter: what else is missing was lost, and is an error.
+module. What the files hold counts: the model is read without modules, and the config.json that is written announces
+none. If a part of a module is there, the rest was lost, which is an error.
 
-A run whose model has more modules than its checkpoint says which it wants: fewer, or new ones (--init-mtp).
+A run whose model has more modules than its checkpoint must say which it wants: fewer, or new ones (--init-mtp).
 """
 
 from dataclasses import replace
@@ -12,13 +12,13 @@ from dataclasses import replace
 from megatron_deepseek.model.architecture.config import ModelConfig
 
 LEFT_OUT = "part of an MTP module"
-INCOMPLETE = "of an MTP module a part is there: tools/convert_checkpoint.py --no-mtp makes a copy without"
+INCOMPLETE = "only a part of an MTP module is there: tools/convert_checkpoint.py --no-mtp makes a copy without"
 
 
 def as_stored(config: ModelConfig, any_stored: bool, without_mtp: bool) -> tuple[ModelConfig, int]:
-    """The architecture to read, and how many modules `config` announces of which nothing is there.
+    """Return the architecture to read, and how many modules `config` announces while nothing of any is stored.
 
-    `any_stored`: whether the files hold a tensor of any module. `without_mtp`: read none, whatever there is.
+    `any_stored` says whether the files hold a tensor of any module. `without_mtp` asks to read none in any case.
     """
     announced = config.num_nextn_predict_layers
     if announced and (without_mtp or not any_stored):
@@ -27,13 +27,13 @@ def as_stored(config: ModelConfig, any_stored: bool, without_mtp: bool) -> tuple
 
 
 def module_prefixes(config: ModelConfig, stored: int = 0) -> list[str]:
-    """Beginnings of the tensors' Hugging Face names, one for each module behind the first `stored`."""
+    """Return the beginnings of the tensors' Hugging Face names, one for each module after the first `stored`."""
     first = config.num_hidden_layers
     return [f"model.layers.{first + depth}." for depth in range(stored, config.num_nextn_predict_layers)]
 
 
 def difference(there: int, here: int) -> str:
-    """What to do about a checkpoint with `there` modules for a model with `here`, another number."""
+    """Say what to do about a checkpoint with `there` modules for a model with `here`, another number."""
     holds = f"it holds {there or 'no'} Multi-Token Prediction module{'s' * (there > 1)}, the model has {here}"
     if there < here:
         return f"{holds}: --mtp-num-layers {there} goes on with what there is, --init-mtp adds {here - there} new"

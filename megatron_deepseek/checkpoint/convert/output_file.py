@@ -1,14 +1,15 @@
-"""One file of a conversion's output, written from blocks of rows."""
+"""Writing one file of a conversion's output, safetensors or DCP items, from blocks of rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import xxhash
 
 from megatron_deepseek.checkpoint.convert.block_fp8 import BLOCK, SCALE_SUFFIX, scale_shape
-from megatron_deepseek.checkpoint.convert.blocks import Output, cast_rows, row_bytes
+from megatron_deepseek.checkpoint.convert.blocks import OutputTensor, cast_rows, stream_bytes
 from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.dcp.item_file import FileWriter, ItemRegion, split, write_items
@@ -16,85 +17,94 @@ from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes, lay_out
 
+T = TypeVar("T", OutputTensor, ItemRegion)
+
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write and the tensors in it, in the order of their writing."""
+    """A file to write and the tensors in it, in order."""
 
     name: str
-    outputs: tuple[Output, ...]
+    tensors: tuple[OutputTensor, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(output.nbytes for output in self.outputs)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def write_safetensors(path: Path, shard: OutputFile, source: TensorSource, advance: Callable[[int], None]
+def write_safetensors(path: Path, file: OutputFile, source: TensorSource, advance: Callable[[int], None]
                       ) -> Fingerprint:
-    """Blocks go straight to their places, float8 weights and their scales apart."""
-    tensors: dict = {}
-    for output in shard.outputs:
-        tensors[output.name] = output.dtype, output.shape
-        if output.dtype == torch.float8_e4m3fn:
-            tensors[output.name + SCALE_SUFFIX] = torch.float32, scale_shape(output.shape)
-    header, placed = lay_out(path, tensors)
-    places, digests = {tensor.name: tensor for tensor in placed}, {name: xxhash.xxh3_128() for name in tensors}
-    with FileWriter(path) as file:
-        file.write(header)
-        for output in sorted(shard.outputs, key=lambda output: places[output.name].offset):
-            file.tensor = output.name
-            for name, begin, data in _pieces(source, output):
-                file.write_at(places[name].offset + begin, data)
+    """Write a safetensors file to `path` and return its fingerprint.
+
+    Each block goes straight to its position, float8 weights and their scales to different ones; so every tensor has a
+    byte range and a digest of its own.
+    """
+    types: dict = {}
+    for tensor in file.tensors:
+        types[tensor.name] = tensor.dtype, tensor.shape
+        if tensor.dtype == torch.float8_e4m3fn:
+            types[tensor.name + SCALE_SUFFIX] = torch.float32, scale_shape(tensor.shape)
+    header, stored = lay_out(path, types)
+    offsets, digests = {each.name: each.offset for each in stored}, {name: xxhash.xxh3_128() for name in types}
+    with FileWriter(path) as writer:
+        writer.write(header)
+        for tensor in sorted(file.tensors, key=lambda tensor: offsets[tensor.name]):
+            writer.tensor = tensor.name
+            for name, begin, data in _stored_bytes(source, tensor):
+                writer.write_at(offsets[name] + begin, data)
                 digests[name].update(data)
                 advance(len(data))
-    regions = [(0, len(header), file.checksum.result().digest)]
-    regions += [(tensor.offset, tensor.nbytes, digests[tensor.name].hexdigest()) for tensor in placed]
-    return Fingerprint(placed[-1].offset + placed[-1].nbytes, regions)
+    ranges = [(0, len(header), writer.checksum.result().digest)]
+    ranges += [(each.offset, each.nbytes, digests[each.name].hexdigest()) for each in stored]
+    return Fingerprint(stored[-1].offset + stored[-1].nbytes, ranges)
 
 
-def _pieces(source: TensorSource, output: Output) -> Iterator[tuple[str, int, memoryview]]:
-    """Tensor, byte in it, and bytes: of float8 the rows and the scales of their blocks in turn."""
-    if output.dtype != torch.float8_e4m3fn:
+def _stored_bytes(source: TensorSource, tensor: OutputTensor) -> Iterator[tuple[str, int, memoryview]]:
+    """Yield (stored tensor, byte in it, bytes); for float8, rows and the scales of their blocks in turn."""
+    if tensor.dtype != torch.float8_e4m3fn:
         begin = 0
-        for data in row_bytes(source, output):
-            yield output.name, begin, data
+        for data in stream_bytes(source, tensor):
+            yield tensor.name, begin, data
             begin += len(data)
         return
-    columns, blocks = output.shape[1], scale_shape(output.shape)[1]
-    for block in cast_rows(source, output):
-        yield output.name, block.start * columns, as_bytes(block.rows.contiguous())
-        yield (output.name + SCALE_SUFFIX, block.start // BLOCK * blocks * 4,
+    columns, scales_of_row = tensor.shape[1], scale_shape(tensor.shape)[1]
+    for block in cast_rows(source, tensor):
+        yield tensor.name, block.start * columns, as_bytes(block.rows.contiguous())
+        yield (tensor.name + SCALE_SUFFIX, block.start // BLOCK * scales_of_row * 4,
                as_bytes(block.scales.contiguous()))
 
 
-def write_dcp(path: Path, shard: OutputFile, source: TensorSource, advance: Callable[[int], None],
+def write_dcp(path: Path, file: OutputFile, source: TensorSource, advance: Callable[[int], None],
               places: dict[str, Place], prefix: str) -> Fingerprint:
-    """Each tensor becomes items of its stacked parameter, so that nothing is ever stacked in memory."""
-    origins: dict[ItemRegion, Output] = {}
-    for output in shard.outputs:
-        place = places[output.name]
-        whole = ItemRegion(prefix + place.whole, Region(place.offset, place.extent), output.dtype)
-        origins |= dict.fromkeys(split(whole), output)
+    """Write a file of DCP items to `path` and return its fingerprint.
 
-    def numbers(part: ItemRegion) -> Iterator[memoryview]:
-        output = origins[part]
-        return row_bytes(source, output, *places[output.name].rows_of(part.region))
-
-    return write_items(path, shard.name, origins, numbers, advance)
-
-
-def divide(outputs: Sequence[Output], largest: int) -> list[tuple[Output, ...]]:
-    """`outputs` in order, in groups of at most `largest` bytes or one tensor, of about the same size.
-
-    At least four groups once there is a gigabyte, so that several workers have something to do.
+    Each tensor becomes items of its stacked parameter, so nothing is ever stacked in memory.
     """
-    total = sum(output.nbytes for output in outputs)
+    tensor_of: dict[ItemRegion, OutputTensor] = {}
+    for tensor in file.tensors:
+        place = places[tensor.name]
+        whole = ItemRegion(prefix + place.whole, Region(place.offset, place.extent), tensor.dtype)
+        tensor_of |= dict.fromkeys(split(whole), tensor)
+
+    def numbers(item: ItemRegion) -> Iterator[memoryview]:
+        tensor = tensor_of[item]
+        return stream_bytes(source, tensor, *places[tensor.name].rows_of(item.region))
+
+    return write_items(path, file.name, tensor_of, numbers, advance)
+
+
+def divide(tensors: Sequence[T], largest: int) -> list[tuple[T, ...]]:
+    """Divide `tensors`, or items, in order into groups of about the same size, of at most `largest` bytes or one.
+
+    There are at least four groups once there is a gigabyte, so that several workers have something to do.
+    """
+    total = sum(tensor.nbytes for tensor in tensors)
     count = max(-(-total // largest), min(4, total // (1 << 28)), 1)
     groups, size = [[]], 0
-    for output in outputs:
-        if groups[-1] and (size + output.nbytes > largest or size >= total / count):
+    for tensor in tensors:
+        if groups[-1] and (size + tensor.nbytes > largest or size >= total / count):
             groups.append([])
             size = 0
-        groups[-1].append(output)
-        size += output.nbytes
+        groups[-1].append(tensor)
+        size += tensor.nbytes
     return [tuple(group) for group in groups]

@@ -1,4 +1,4 @@
-"""What a conversion reads from: the tensors of a model under Hugging Face's names, wherever they are stored."""
+"""What a conversion reads from: a model's tensors under Hugging Face's names, in whatever format they are stored."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
-from megatron_deepseek.checkpoint.dcp.item_reader import Reader, read
+from megatron_deepseek.checkpoint.dcp.item_reader import ItemReader, read
 from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 
@@ -19,9 +19,10 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class TensorSource(Protocol):
     """A model on disk.
 
-    `shapes`, `dtypes`: of every tensor under its Hugging Face name; float8 means that `read_fp8` gives its parts.
-    `copies`: further tensors that must equal another one, by name. `dropped`: what is stored and left out, and why.
-    `absent_mtp`: MTP modules that were announced, of which no tensor is there (mtp.py).
+    `shapes` and `dtypes` are those of every tensor, under its Hugging Face name; `read_fp8` reads the float8 ones with
+    their scales. `copies` maps further stored tensors to the one that each must equal. `dropped` maps what is stored
+    and left out to the reason. `absent_mtp` is the number of MTP modules that config.json announces while no tensor of
+    any is stored (mtp.py).
     """
 
     path: Path
@@ -33,21 +34,24 @@ class TensorSource(Protocol):
     absent_mtp: int
 
     def files(self) -> list[Path]:
-        """Everything that the tensors are read from."""
+        """Return every file that the tensors are read from."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop, in the stored dtype; float8 weights as float32 values."""
+        """Read rows start..stop in the stored dtype; float8 weights as float32 values."""
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
-        """The same rows as the bytes that are stored, in order; each block is overwritten by the next."""
+        """Yield the stored bytes of rows start..stop in order; each block is overwritten by the next."""
 
     def read_fp8(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of a float8 weight, and the scales of their blocks."""
+        """Read rows start..stop of a float8 weight, and the scales of their blocks of 128 x 128."""
 
 
 @dataclass(frozen=True, eq=False)
 class StackedSource:
-    """A DCP directory whose parameters are the `places`' wholes, each under `prefix` and its name."""
+    """A DCP directory of stacked parameters, `prefix` before their names, as a TensorSource.
+
+    `places` says by Hugging Face's name which part of which stacked parameter a tensor is.
+    """
 
     path: Path
     config: ModelConfig
@@ -69,11 +73,11 @@ class StackedSource:
         return rows.view((stop - start, *self.places[name].shape[1:]))
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
-        with Reader(self.directory) as reader:
+        with ItemReader(self.directory) as reader:
             yield from reader.numbers(*self._part(name, start, stop))
 
     def _part(self, name: str, start: int, stop: int) -> tuple[str, Region]:
-        """The stored tensor that has rows start..stop of `name`, and where."""
+        """Return the name of the stored tensor that holds rows start..stop of `name`, and their region in it."""
         place = self.places[name]
         return self.prefix + place.whole, Region(*place.rows(start, stop)) if place.shape else Region(place.offset,
                                                                                                 place.extent)
@@ -84,9 +88,10 @@ class StackedSource:
 
 def open_stacked(path: Path, config: ModelConfig, directory: DcpDirectory, places: list[Place], prefix: str,
                  dropped: dict[str, str], padded: tuple[str, ...] = (), absent_mtp: int = 0) -> StackedSource:
-    """ValueError where the directory lacks a tensor, has another one, or one of another shape.
+    """Open a DCP directory of stacked parameters as a source.
 
-    `dropped`: beginnings of the names that are left out, and why. `padded`: tensors that may have further rows.
+    Raise ValueError if it lacks a tensor, has an unknown one, or one of another shape. `dropped` maps beginnings of
+    names that are left out to the reason. Tensors named in `padded` may have further rows.
     """
     wholes = {prefix + place.whole: place.whole_shape for place in places}
     left_out = {name: reason for name in directory.shapes for start, reason in dropped.items()

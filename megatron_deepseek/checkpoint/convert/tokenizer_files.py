@@ -1,7 +1,7 @@
-"""The tokenizer that weights belong to: its files beside them, and the ids that configs take from it.
+"""The tokenizer that belongs to the weights: the files kept beside them, and the ids that config.json takes from it.
 
 A tokenizer.json that has no tokenizer_config.json beside it (Megatron-LM asks for none) gets one, so that transformers
-reads the ids that training had; the ByteTokenizer is written as the byte-level BPE without merges that it is.
+reads the ids that training had. The ByteTokenizer is written as what it is, a byte-level BPE without merges.
 """
 
 import json
@@ -28,7 +28,10 @@ _FILES = (JSON, CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json"
 
 @dataclass(frozen=True)
 class TokenIds:
-    """As config.json and generation_config.json name them. Without a token for padding it is the end's, as released."""
+    """The ids of special tokens, named as in config.json and generation_config.json.
+
+    A tokenizer without a padding token pads with the end's, as the released models do.
+    """
 
     bos_token_id: int | None
     eos_token_id: int
@@ -44,7 +47,7 @@ class TokenIds:
 
 
 def read_token_ids(directory: Path) -> TokenIds | None:
-    """Of the tokenizer.json in `directory`; None where there is none, or one that does not say which token ends."""
+    """Read the ids of the tokenizer.json in `directory`; None without one, or if it does not say which token ends."""
     try:
         tokenizer = tokenizer_in(directory)
     except ValueError:
@@ -53,9 +56,10 @@ def read_token_ids(directory: Path) -> TokenIds | None:
 
 
 def tokenizer_to_keep(tokenizer_type: str, tokenizer_model: str | None) -> tuple[dict[str, bytes], TokenIds | None]:
-    """The files of --tokenizer-type and --tokenizer-model by name, and its ids; no ids where no tokenizer is known.
+    """Return the files, by name, and the ids of the tokenizer of --tokenizer-type and --tokenizer-model.
 
-    The NullTokenizer has ids, but no files. Raises ValueError for what cannot be read.
+    The NullTokenizer has ids, but no files. The ids are None if no tokenizer is given. Raise ValueError if it cannot be
+    read.
     """
     if tokenizer_type == "HuggingFaceTokenizer":
         return ({}, None) if tokenizer_model is None else _files_of(find_tokenizer_json(tokenizer_model))
@@ -65,7 +69,7 @@ def tokenizer_to_keep(tokenizer_type: str, tokenizer_model: str | None) -> tuple
 
 
 def replace_tokenizer(directory: Path, files: dict[str, bytes]) -> None:
-    """Put `files` in the place of another tokenizer's. tokenizer.json comes last: once it is there, all are."""
+    """Replace another tokenizer's files by `files`. tokenizer.json is written last: once it is there, all are."""
     for name in _FILES:
         (directory / name).unlink(missing_ok=True)
     for name in sorted(files, key=lambda name: name == JSON):
@@ -73,7 +77,7 @@ def replace_tokenizer(directory: Path, files: dict[str, bytes]) -> None:
 
 
 def holds_tokenizer(directory: Path) -> bool:
-    """Whether a tokenizer of texts is there, in a form that anything reads."""
+    """Return whether a tokenizer that encodes texts is there, in any of the usual forms."""
     return any((directory / name).is_file() for name in (JSON, "vocab.json", "tokenizer.model"))
 
 
@@ -88,7 +92,7 @@ def _files_of(file: Path) -> tuple[dict[str, bytes], TokenIds]:
 
 
 def write_template(directory: Path, template: str) -> None:
-    """chat_template.jinja, and no other template in tokenizer_config.json, where older programs look."""
+    """Write chat_template.jinja, and remove the template in tokenizer_config.json, which older programs would take."""
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     if (directory / CONFIG).is_file():
         fields = dict(read_object(directory / CONFIG).fields)
@@ -97,7 +101,10 @@ def write_template(directory: Path, template: str) -> None:
 
 
 def check_template(name: str, tokenizer: Tokenizer | None, where: object) -> str:
-    """The text of the template `name`. ValueError if the tokenizer, which is `where`, lacks a token that it writes."""
+    """Return the text of the template `name`.
+
+    Raise ValueError if `tokenizer`, found at `where`, lacks a token that the template writes.
+    """
     template, needed = read_template(name), needed_tokens(name)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         missing = [token for token in needed if tokenizer.backend.token_to_id(token) is None]
@@ -129,7 +136,7 @@ def _json(fields: dict) -> str:
 
 
 def _bytes_as_bpe() -> bytes:
-    """tokenizer.json of the ByteTokenizer. GPT-2 writes each byte as a printable character."""
+    """Return the ByteTokenizer as a tokenizer.json, in which each byte is a printable character, as GPT-2 has it."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -1,7 +1,8 @@
-"""What is where in a torch.distributed.checkpoint (DCP) directory.
+"""What is where in a torch.distributed.checkpoint (DCP) directory, as its .metadata says and as it was checked.
 
-Tensors are stored in items, each a part of a tensor and a zip file of torch.save inside a larger file. item_reader.py
-reads any part of them, item_file.py writes files of them, and metadata_writer.py makes those DCP's own.
+Tensors are stored in items. An item holds a region of one tensor, as the zip file that torch.save writes, inside a
+larger file. item_reader.py reads any region from items, item_file.py writes files of items, and metadata_writer.py
+writes the .metadata by which DCP finds them.
 """
 
 from bisect import bisect_left, bisect_right
@@ -28,15 +29,16 @@ from megatron_deepseek.checkpoint.integrity import is_inside, read_checksums, ve
 from megatron_deepseek.checkpoint.regions import Region, fill_once
 
 _MOST_DIMENSIONS = 8
-_LARGEST = 1 << 62  # of a size or a place in a file
-_FEW_PARTS = 1 << 18  # gone through in a second
+_LARGEST = 1 << 62  # the largest size, or position in a file, that is believed
+_FEW_CHUNKS = 1 << 18  # so many are checked in a second
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A part of the tensor `name`, saved by torch.save at bytes offset..offset + length of `file`.
+    """A region of the tensor `name`, saved by torch.save at bytes offset..offset + length of `file`.
 
-    There are hundreds of thousands: `items_of` and `fingerprints.py` let them share what is equal.
+    `place` and `shape` are the region's. There are hundreds of thousands of items, so `DcpDirectory` and
+    fingerprints.py let them share equal tuples and texts.
     """
 
     name: str
@@ -53,10 +55,10 @@ class Item:
 
 
 class DcpDirectory:
-    """What .metadata says: `shapes`, `dtypes` and `items` of tensors by name, the items in order of their place.
+    """What .metadata says: `shapes`, `dtypes` and `items` of the tensors by name, items in the order of their place.
 
-    `others`: names of what is stored and no tensor. `begins`: where the numbers of items begin, by file and offset, as
-    item_reader.py remembers it.
+    `others` are the names of stored values that are no tensors. `begins` is the memory of item_reader.py: the byte at
+    which an item's numbers begin, by file and offset. Raise ValueError if .metadata is damaged or contradicts itself.
     """
 
     def __init__(self, directory: Path):
@@ -67,7 +69,7 @@ class DcpDirectory:
                    if isinstance(entry, TensorEntry)}
         self.others = frozenset(metadata.state_dict_metadata) - frozenset(tensors)
         self._check_number(tensors, len(metadata.storage_data))
-        fills = cache(_fills)  # layers are alike
+        fills = cache(_fills)  # layers are alike, so the same shapes and chunks come again and again
         for name, entry in tensors.items():
             self._check(name, entry, fills)
         self.shapes = {name: entry.size for name, entry in tensors.items()}
@@ -81,38 +83,41 @@ class DcpDirectory:
                          for name, items in self.items.items()}
 
     def _check_checksum(self) -> None:
-        """ValueError if .metadata is not what it was, before anything in it is believed."""
+        """Raise ValueError if .metadata has changed since its checksum was taken, before anything in it is believed."""
         listing = read_checksums(self.directory) or {}
         for damage in verify_files(self.directory, listing, [METADATA] if METADATA in listing else []):
             raise ValueError(f"{self.directory}/{damage}")
 
-    def _check_number(self, tensors: dict[Any, TensorEntry], places: int) -> None:
-        """ValueError for more parts than there are places to read them from. A pickle can name one list of parts for
-        all of its tensors, and going through them would take the square of its length.
+    def _check_number(self, tensors: dict[Any, TensorEntry], stored: int) -> None:
+        """Raise ValueError for more chunks than there are items `stored`.
+
+        A pickle can name one list of chunks for all of its tensors, and checking them would then take the square of
+        its length.
         """
-        parts = sum(len(entry.chunks) for entry in tensors.values() if isinstance(entry.chunks, list))
-        if parts > max(places, _FEW_PARTS):
-            raise ValueError(f"{self.directory / METADATA} says of {places:,} parts of tensors where they are, not of "
-                             f"all {parts:,}")
+        chunks = sum(len(entry.chunks) for entry in tensors.values() if isinstance(entry.chunks, list))
+        if chunks > max(stored, _FEW_CHUNKS):
+            raise ValueError(f"{self.directory / METADATA} has {chunks:,} chunks of tensors, but says of "
+                             f"{stored:,} only where they are")
 
     def _check(self, name: Any, entry: TensorEntry, fills: Callable[..., bool]) -> None:
-        """ValueError unless an entry is of the types that it should be, and its chunks are the whole tensor, once."""
+        """Raise ValueError unless an entry has the right types, and its chunks hold each number of the tensor once."""
         path = self.directory / METADATA
         if not isinstance(name, str) or not name.isprintable():
             raise ValueError(f"{path} has a tensor {name!r:.60}, which is no name")
         if not isinstance(entry.properties, Properties) or not isinstance(entry.properties.dtype, torch.dtype):
-            raise ValueError(f"{path} does not say of which type {name} is")
+            raise ValueError(f"{path} does not say the type of {name}")
         if not _is_size(entry.size) or not isinstance(entry.chunks, list) or not all(
                 isinstance(chunk, Chunk) and _is_size(chunk.offsets) and _is_size(chunk.sizes)
                 and len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks):
-            raise ValueError(f"{path} does not say of which shape {name} and its parts are")
+            raise ValueError(f"{path} does not say the shapes of {name} and of its chunks")
         if not fills(entry.size, tuple([(chunk.offsets, chunk.sizes) for chunk in entry.chunks])):
-            raise ValueError(f"{path}: the parts of {name} are not all numbers of its shape {entry.size}, each once")
+            raise ValueError(f"{path}: the chunks of {name} do not hold each number of its shape {entry.size} once")
 
     def _items(self, tensors: dict[str, TensorEntry],
                storage: dict[tuple[str, tuple[int, ...]], StoredAt]) -> dict[str, list[Item]]:
-        """Each tensor's items in the order of their first dimension. Equal places, of which there are many in a model
-        of equal layers, share their memory.
+        """Return each tensor's items in the order of their place.
+
+        Equal places and shapes, of which a model of equal layers has many, share their memory.
         """
         items, shared, inside = defaultdict(list), cache(tuple), cache(is_inside)
         for name, entry in tensors.items():
@@ -135,7 +140,7 @@ class DcpDirectory:
         return items
 
     def check_files(self) -> None:
-        """ValueError unless every file that an item needs is there, and long enough."""
+        """Raise ValueError unless every file that an item is in is there, and long enough."""
         last: dict[str, Item] = {}
         for item in (item for items in self.items.values() for item in items):
             if item.file not in last or item.offset > last[item.file].offset:
@@ -149,7 +154,7 @@ class DcpDirectory:
                                  f"the file at {path.stat().st_size}")
 
     def covering(self, name: str, region: Region) -> list[Item]:
-        """The items that hold numbers of `region`. ValueError unless they hold all of them."""
+        """Return the items that hold numbers of `region`; raise ValueError unless they hold all of them."""
         items = [item for item in self._near(name, region) if item.region.overlap(region)]
         found = sum(item.region.overlap(region).numel for item in items)
         if found != region.numel:
@@ -158,7 +163,7 @@ class DcpDirectory:
         return items
 
     def _near(self, name: str, region: Region) -> list[Item]:
-        """Items that begin before the end of the part along the first dimension, without those long before it."""
+        """Return the items that begin before the end of `region` along the first dimension, but not long before it."""
         items = self.items[name]
         if not region.place:
             return items
@@ -167,6 +172,7 @@ class DcpDirectory:
 
 
 def _is_size(value: Any) -> bool:
+    """Return whether `value` is a tuple of a few integers that can be a shape, a place or positions in a file."""
     return (type(value) is tuple and len(value) <= _MOST_DIMENSIONS and set(map(type, value)) <= {int}
             and (not value or min(value) >= 0 and max(value) <= _LARGEST))
 
@@ -180,7 +186,7 @@ def _row(item: Item) -> int:
 
 
 def open_dcp(directory: Path) -> DcpDirectory:
-    """ValueError, with the file and a tensor in it, where something is missing or truncated."""
+    """Open a DCP directory; raise ValueError, naming a file and a tensor in it, if one is missing or truncated."""
     refuse_legacy(directory)
     opened = DcpDirectory(directory)
     opened.check_files()
@@ -188,7 +194,7 @@ def open_dcp(directory: Path) -> DcpDirectory:
 
 
 def refuse_megatron(directory: Path) -> None:
-    """ValueError for an iteration of Megatron-LM where one of this project's is wanted, whose config.json is there."""
+    """Raise ValueError for an iteration of Megatron-LM, known by its lack of a config.json."""
     refuse_legacy(directory)
     if (directory / METADATA).exists() and not (directory / "config.json").exists():
         raise ValueError(f"{directory} has no config.json, as checkpoints of Megatron-LM have none: "
@@ -196,7 +202,7 @@ def refuse_megatron(directory: Path) -> None:
 
 
 def refuse_legacy(directory: Path) -> None:
-    """ValueError where Megatron-LM has written each rank's weights to a file of its own, by `torch.save`."""
+    """Raise ValueError for Megatron-LM's legacy format: each rank's weights in a file of its own, by torch.save."""
     if not (directory / METADATA).exists() and any(directory.glob("mp_rank_*")):
         raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX); only "
                          f"torch_dist is read. Megatron-LM converts it: the command that trained it, with "

@@ -1,25 +1,31 @@
-"""A file of DCP items, written from its beginning to its end with its checksum, never more than a block in memory."""
+"""Files of DCP items, written from beginning to end with a checksum, never more than a block of numbers in memory.
+
+torch.save wants the whole tensor in memory, and computes a CRC-32 of it that torch.load never looks at. Here only what
+torch.save writes around a tensor's numbers is kept (`frame`), and the numbers are streamed in between from anywhere.
+"""
 
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import torch
+from torch.serialization import skip_data
 
 from megatron_deepseek.checkpoint.dcp.files import Item
-from megatron_deepseek.checkpoint.dcp.item_frame import frame
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.integrity import RunningChecksum
 from megatron_deepseek.checkpoint.regions import Region
 
-ITEM_BYTES = 1 << 28  # of an item; DCP's reader holds one in memory
+ITEM_BYTES = 1 << 28  # at most in an item, which DCP's own reader holds in memory
 _REPORT_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class ItemRegion:
-    """The part `region` of the tensor `name`, to be stored as `dtype`."""
+    """The region of the tensor `name` that becomes an item (or several, see `split`), stored as `dtype`."""
 
     name: str
     region: Region
@@ -32,18 +38,66 @@ class ItemRegion:
 
 @dataclass(frozen=True)
 class ItemFile:
-    """A file to write and what is in it."""
+    """A file to write: its name and the items in it, in order."""
 
     name: str
-    parts: tuple[ItemRegion, ...]
+    items: tuple[ItemRegion, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return sum(item.nbytes for item in self.items)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What torch.save writes around a tensor: the bytes before and after its numbers."""
+
+    head: bytes
+    tail: bytes
+
+
+class _Gap:
+    """A file for torch.save that keeps what is written, and notes where the numbers are left out by a seek.
+
+    `skipped`: how many writes came before the seek, and the bytes that it leaves out.
+    """
+
+    def __init__(self):
+        self.written: list[bytes] = []
+        self.skipped: tuple[int, int] | None = None
+
+    def write(self, data) -> int:
+        self.written.append(bytes(data))
+        return len(self.written[-1])
+
+    def seek(self, offset: int, whence: int) -> None:
+        assert whence == 1 and self.skipped is None, (offset, whence)
+        self.skipped = len(self.written), offset
+
+    def flush(self) -> None:
+        """Do nothing: torch.save calls it, and nothing is buffered."""
+
+
+@lru_cache(maxsize=4096)
+def frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
+    """Return the frame of a contiguous tensor with at least one number.
+
+    torch.save runs under `skip_data`, so the tensor's memory is reserved for a moment and never touched. The CRC in the
+    zip's directory is then 0, as torch.serialization.set_crc32_options(False) has it.
+    """
+    file = _Gap()
+    with skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), file)
+    assert file.skipped is not None and file.skipped[1] == prod(shape) * dtype.itemsize, (shape, file.skipped)
+    middle = file.skipped[0]
+    return Frame(b"".join(file.written[:middle]), b"".join(file.written[middle:]))
 
 
 class FileWriter:
-    """A file that is being written; an error names it and the tensor that was being written."""
+    """A file that is being written. Errors name it and `tensor`, which the caller sets to what is being written.
+
+    `checksum` counts what `write` has written, not `write_at`.
+    """
 
     def __init__(self, path: Path):
         self.path, self.tensor, self.position = path, "the header", 0
@@ -57,7 +111,7 @@ class FileWriter:
         self.file.close()
 
     def write(self, data) -> None:
-        """At the current position, counted in the checksum."""
+        """Write at the current position, and count the bytes in the checksum."""
         self.write_at(self.position, data)
         self.checksum.update(data)
         self.position += len(data)
@@ -72,37 +126,38 @@ class FileWriter:
             raise ValueError(f"{self.path}: {self.tensor} cannot be written: {error.strerror}") from error
 
 
-def split(part: ItemRegion) -> list[ItemRegion]:
-    """As items of at most ITEM_BYTES, cut along the leading dimensions."""
-    return [ItemRegion(part.name, region, part.dtype) for region in part.region.runs(ITEM_BYTES // part.dtype.itemsize)]
+def split(item: ItemRegion) -> list[ItemRegion]:
+    """Cut an item along its leading dimensions into items of at most ITEM_BYTES."""
+    largest = ITEM_BYTES // item.dtype.itemsize
+    return [ItemRegion(item.name, region, item.dtype) for region in item.region.contiguous_parts(largest)]
 
 
-def write_items(path: Path, name: str, parts: Iterable[ItemRegion],
+def write_items(path: Path, name: str, items: Iterable[ItemRegion],
                 numbers: Callable[[ItemRegion], Iterable[memoryview]], advance: Callable[[int], None]) -> Fingerprint:
-    """Write `parts`, each an item, in order as the file that will be called `name`.
+    """Write `items` in order to `path`, a file that will be called `name`, and return its fingerprint.
 
-    `numbers(part)` gives the bytes of a part in row-major order, in blocks that are used up at once.
+    `numbers(item)` yields an item's bytes in row-major order, in blocks that are written before the next is asked for.
     """
-    items = []
+    stored = []
     with FileWriter(path) as file:
-        for part in parts:
-            begin, file.tensor = file.position, part.name
-            around = frame(part.region.shape, part.dtype)
+        for item in items:
+            begin, file.tensor = file.position, item.name
+            around = frame(item.region.shape, item.dtype)
             file.write(around.head)
-            _write_numbers(file, part, numbers, advance)
+            _write_numbers(file, item, numbers, advance)
             file.write(around.tail)
-            items.append(Item(part.name, part.region.place, part.region.shape, part.dtype, name, begin,
-                              file.position - begin))
-    return Fingerprint(file.position, [(0, file.position, file.checksum.result().digest)], items)
+            stored.append(Item(item.name, item.region.place, item.region.shape, item.dtype, name, begin,
+                               file.position - begin))
+    return Fingerprint(file.position, [(0, file.position, file.checksum.result().digest)], stored)
 
 
-def _write_numbers(file: FileWriter, part: ItemRegion, numbers: Callable[[ItemRegion], Iterable[memoryview]],
+def _write_numbers(file: FileWriter, item: ItemRegion, numbers: Callable[[ItemRegion], Iterable[memoryview]],
                    advance: Callable[[int], None]) -> None:
     begin = reported = file.position
-    for block in numbers(part):
+    for block in numbers(item):
         file.write(block)
         if file.position - reported >= _REPORT_BYTES:
             advance(file.position - reported)
             reported = file.position
     advance(file.position - reported)
-    assert file.position - begin == part.nbytes, part
+    assert file.position - begin == item.nbytes, item

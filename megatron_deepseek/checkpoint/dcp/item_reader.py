@@ -1,7 +1,8 @@
-"""The numbers of a DCP directory's items, read into whatever shape is wanted, by one thread.
+"""Reading any region of a tensor from the items of a DCP directory, without reading more than it needs.
 
 DCP's own reader loads a saved item whole (a rank's share of a layer's stacked experts: up to 15 GB for V3) for any
-part of it. Where an item's numbers begin, torch.load says without reading them (`map_location="meta"`).
+part of it. Here torch.load with `map_location="meta"` finds where an item's numbers begin, without reading them, and
+the wanted bytes are read from there.
 """
 
 import io
@@ -16,16 +17,16 @@ from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, Item
 from megatron_deepseek.checkpoint.regions import Region, segments
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 
-_MOST_OPEN = 32
-_WASTE = 4  # rows are read whole and cut, unless that reads so many times what is wanted
-_CUT_BYTES = 1 << 22  # read at a time where rows are cut
-_MOST_BEGINS = 1 << 16  # remembered
-_ZIP = b"PK\x03\x04"
-_GATHER_BYTES = 1 << 20  # put together at a time
+_MOST_OPEN = 32  # files that a reader keeps open
+_WASTE = 4  # whole rows are read and cut, unless that reads more than so many times what is wanted
+_CUT_BYTES = 1 << 22  # so many are read at a time where rows are cut
+_MOST_BEGINS = 1 << 16  # so many beginnings of items are remembered
+_ZIP = b"PK\x03\x04"  # the first bytes of what torch.save writes
+_GATHER_BYTES = 1 << 20  # so many are put together at a time
 
 
 class Section(io.RawIOBase):
-    """Bytes offset..offset + length of a file descriptor, as a file: what torch.load wants to see of an item."""
+    """Bytes offset..offset + length of an open file, as a file of their own, from which torch.load reads an item."""
 
     def __init__(self, descriptor: int, offset: int, length: int):
         self.descriptor, self.offset, self.length, self.position = descriptor, offset, length, 0
@@ -50,42 +51,48 @@ class Section(io.RawIOBase):
         return count
 
 
-class Reader:
-    """Reads items of `directory`; keeps its files open, so that the kernel reads ahead. Not shared between threads."""
+class ItemReader:
+    """Reads items of `directory` on one thread. It keeps files open, so that the kernel reads ahead."""
 
     def __init__(self, directory: DcpDirectory):
         self.directory = directory
         self._open: dict[str, int] = {}
         self._block: memoryview | None = None
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> "ItemReader":
         return self
 
     def __exit__(self, *_) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def stream(self, item: Item, run: Region) -> Iterator[memoryview]:
-        """The bytes of a run of `item`, a block at a time; a block is overwritten by the next."""
+    def stream(self, item: Item, part: Region) -> Iterator[memoryview]:
+        """Yield the bytes of a contiguous part of `item`, a block at a time; each is overwritten by the next."""
         if self._block is None:
             self._block = memoryview(bytearray(raw_bytes.BLOCK_BYTES))
         with self._reading(item) as descriptor:
-            position = self._begin(item, descriptor) + item.region.position(run.place) * item.dtype.itemsize
-            yield from raw_bytes.blocks(descriptor, position, run.numel * item.dtype.itemsize, self._block)
+            position = self._begin(item, descriptor) + item.region.position(part.place) * item.dtype.itemsize
+            yield from raw_bytes.blocks(descriptor, position, part.numel * item.dtype.itemsize, self._block)
 
     def numbers(self, name: str, region: Region) -> Iterator[memoryview]:
-        """The bytes of a part of the tensor `name` in row-major order; a block is overwritten by the next."""
+        """Yield a region's bytes of the tensor `name` in row-major order; each block is overwritten by the next."""
         size = self.directory.dtypes[name].itemsize
         for segment in segments(region, self.directory.covering(name, region), _GATHER_BYTES // size):
-            if segment.is_run:
+            if segment.is_contiguous:
                 yield from self.stream(segment.sources[0], segment.region)
             else:
                 out = torch.empty(segment.region.shape, dtype=self.directory.dtypes[name])
                 self.gather(segment.region, segment.sources, out)
                 yield as_bytes(out)
 
+    def read(self, name: str, region: Region) -> torch.Tensor:
+        """Read a region of the tensor `name`, in the dtype that it is stored in."""
+        out = torch.empty(region.shape, dtype=self.directory.dtypes[name])
+        self.gather(region, self.directory.covering(name, region), out)
+        return out
+
     def gather(self, region: Region, sources: Sequence[Item], out: torch.Tensor) -> None:
-        """Fill `out`, of the region's shape and the items' type, from those that cover the region."""
+        """Fill `out`, of the region's shape and the items' dtype, from the items `sources` that cover the region."""
         for item in sources:
             part = region.overlap(item.region)
             if part is None:
@@ -95,7 +102,7 @@ class Reader:
 
     @contextmanager
     def _reading(self, item: Item) -> Iterator[int]:
-        """The item's file; an error says which tensor of which file could not be read."""
+        """Open the item's file, if it is not; turn errors into a ValueError that names tensor and file."""
         try:
             yield self._descriptor(item.file)
         except (OSError, EOFError, RuntimeError) as error:
@@ -109,7 +116,7 @@ class Reader:
         return self._open[file]
 
     def _begin(self, item: Item, descriptor: int) -> int:
-        """The byte at which an item's numbers begin, looked up once for all the parts that are read from it."""
+        """Return the byte at which an item's numbers begin, which is found once for all reads from it."""
         known = self.directory.begins
         begin = known.get((item.file, item.offset))
         if begin is None:
@@ -121,30 +128,32 @@ class Reader:
 
 
 def read_part(descriptor: int, item: Item, part: Region, target: torch.Tensor) -> None:
-    """`part`, a region in the tensor, of an item in an open file into `target`: a view, of any type and device.
+    """Read `part`, a region of the tensor within an item in an open file, into `target`.
 
-    RuntimeError, EOFError or OSError if the file is not what the item says.
+    `target` is a view of the part's shape, of any dtype and device. Raise RuntimeError, EOFError or OSError if the file
+    is not what the item says.
     """
     _copy(descriptor, _numbers_begin(descriptor, item), item, part, target)
 
 
 def read(directory: DcpDirectory, name: str, region: Region) -> torch.Tensor:
-    """A part of the tensor `name`, in its own type."""
-    out = torch.empty(region.shape, dtype=directory.dtypes[name])
-    with Reader(directory) as reader:
-        reader.gather(region, directory.covering(name, region), out)
-    return out
+    """Read one region, as `ItemReader.read` does."""
+    with ItemReader(directory) as reader:
+        return reader.read(name, region)
 
 
 def _numbers_begin(descriptor: int, item: Item) -> int:
-    """They must be contiguous, which torch.save does not promise."""
-    if os.pread(descriptor, len(_ZIP), item.offset) != _ZIP:  # nor the forms that torch.load knows from before
+    """Find the byte at which an item's numbers begin; raise RuntimeError unless they are contiguous.
+
+    torch.save does not promise that they are.
+    """
+    if os.pread(descriptor, len(_ZIP), item.offset) != _ZIP:  # refuse the older formats of torch.load, too
         raise RuntimeError(f"what torch.save wrote at byte {item.offset} is damaged")
     try:
         tensor = torch.load(Section(descriptor, item.offset, item.length), map_location="meta", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # damaged bytes raise anything, in many lines
+    except Exception as error:  # damaged bytes raise all kinds of errors, in many lines
         raise RuntimeError(f"what torch.save wrote at byte {item.offset} is damaged") from error
     if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype or not tensor.is_contiguous():
         raise RuntimeError(f"it is saved as {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
@@ -154,14 +163,15 @@ def _numbers_begin(descriptor: int, item: Item) -> int:
 
 
 def _copy(descriptor: int, begin: int, item: Item, part: Region, target: torch.Tensor) -> None:
-    """Read `part` of an item, whose numbers lie at `begin`, into `target`: a view, of any type and device.
+    """Read `part` of an item, whose numbers begin at byte `begin`, into `target`, a view of any dtype and device.
 
-    What is no run, or not right for the target's memory, is read a few rows at a time and copied from there.
+    If the part is contiguous in the item, and the target's memory is on the CPU, contiguous and of the same dtype, the
+    bytes are read straight into it. Otherwise a few rows are read at a time and copied from there.
     """
     axis = next((dim for dim, size in enumerate(part.shape) if size > 1), None)
-    is_run, size = item.region.is_run(part), item.dtype.itemsize
-    source = part if is_run else None
-    if is_run and target.device.type == "cpu" and target.dtype == item.dtype and target.is_contiguous():
+    contiguous, size = item.region.is_contiguous(part), item.dtype.itemsize
+    source = part if contiguous else None
+    if contiguous and target.device.type == "cpu" and target.dtype == item.dtype and target.is_contiguous():
         return raw_bytes.fill(descriptor, as_bytes(target), begin + item.region.position(part.place) * size)
     if axis == len(part.shape) - 2 and part.shape[-1] * _WASTE >= item.shape[-1]:
         source = Region((*part.place[:-1], item.place[-1]), (*part.shape[:-1], item.shape[-1]))

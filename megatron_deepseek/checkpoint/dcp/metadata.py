@@ -1,8 +1,9 @@
-"""Reads .metadata of a torch.distributed.checkpoint directory, without the code that it names and in little memory.
+"""Reading .metadata of a torch.distributed.checkpoint (DCP) directory safely, and in little memory.
 
-The file is a pickle of DCP's classes. Unpickled by DCP an item takes a kilobyte, of which V3 with moments on 2,048
-ranks has 350,000; importing DCP takes half a second; and a pickle may name any function to be called. Here every class
-is one of the plain records below, and what is none of them and no plain value is read past (pickle_values.py).
+The file is a pickle of DCP's classes. DCP's own unpickling takes a kilobyte for each item, of which V3 with moments on
+2,048 ranks has 350,000. Importing DCP takes half a second, and a pickle may name any function to be called. Here each
+of DCP's classes becomes one of the plain classes below; everything else that is no plain value is read past
+(pickle_values.py).
 """
 
 from pathlib import Path
@@ -13,37 +14,43 @@ import torch
 from megatron_deepseek.checkpoint.dcp.pickle_values import OTHER, KnownInstance, read_pickle
 
 METADATA = ".metadata"
-_LARGEST = 1 << 30  # bytes: V3 with moments on 2,048 ranks has a tenth of that
+_LARGEST = 1 << 30  # bytes; V3 with moments on 2,048 ranks has a tenth of that
 
 
 class Metadata(KnownInstance):
-    """`state_dict_metadata`: by name, a TensorEntry or something else that is no tensor; `storage_data`: StoredAt by
-    Index.
+    """The whole file: `state_dict_metadata` maps names to TensorEntry (or, for what is no tensor, anything else),
+    `storage_data` maps Index to StoredAt.
     """
 
     __slots__ = ("state_dict_metadata", "storage_data")
 
 
 class TensorEntry(KnownInstance):
+    """DCP's TensorStorageMetadata: a tensor's Properties, its shape and its list of Chunk."""
+
     __slots__ = ("properties", "size", "chunks")
 
 
 class Chunk(KnownInstance):
+    """DCP's ChunkStorageMetadata: the region of a tensor in one item, by its place (`offsets`) and shape (`sizes`)."""
+
     __slots__ = ("offsets", "sizes")
 
 
 class Index(KnownInstance):
-    """A chunk of the tensor `fqn` by its place; two of one place are two, other than DCP's."""
+    """DCP's MetadataIndex: a chunk of the tensor `fqn` by its place. Unlike DCP's, no two instances are equal."""
 
     __slots__ = ("fqn", "offset")
 
 
 class StoredAt(KnownInstance):
+    """DCP's _StorageInfo: the bytes offset..offset + length of a file in which a chunk is stored."""
+
     __slots__ = ("relative_path", "offset", "length", "transform_descriptors")
 
 
 class Properties(KnownInstance):
-    """Of a tensor: its type, which DCP writes first."""
+    """DCP's TensorProperties, of which only the dtype is kept; DCP writes it first."""
 
     __slots__ = ("dtype",)
 
@@ -58,9 +65,9 @@ _CLASSES = {"Metadata": Metadata, "TensorStorageMetadata": TensorEntry, "ChunkSt
 
 
 def _known(module: str, name: str) -> Any:
-    """See read_pickle."""
+    """Return what a global of the pickle stands for; see `known` of read_pickle."""
     if module == "torch":
-        value = vars(torch).get(name)  # not getattr, which imports what is not there yet
+        value = vars(torch).get(name)  # not getattr, which imports submodules
         return tuple if name == "Size" else value if isinstance(value, torch.dtype) else OTHER
     if (module, name) == ("collections", "OrderedDict"):
         return dict
@@ -68,7 +75,7 @@ def _known(module: str, name: str) -> Any:
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """ValueError, with the file's name, unless it is a pickle of DCP's Metadata."""
+    """Read .metadata; raise ValueError, naming the file, unless it is a pickle of DCP's Metadata."""
     path = directory / METADATA
     try:
         size = path.stat().st_size

@@ -1,8 +1,8 @@
-"""Writes .metadata of a torch.distributed.checkpoint directory: the pickle of DCP's Metadata, an entry at a time.
+"""Writing .metadata of a torch.distributed.checkpoint (DCP) directory: a pickle of its Metadata, an entry at a time.
 
 DCP's objects, and what pickle remembers of them, take 1.4 KB for each item, half a gigabyte for V3 with moments on
-2,048 ranks, and importing DCP takes half a second. Here texts, sizes and chunks that come again are written once; all
-else goes to the file and is forgotten. Unpickled the two are equal.
+2,048 ranks, and importing DCP takes half a second. Here texts, sizes and chunks that occur again are written once and
+remembered; everything else is written and forgotten. Unpickled, the result equals DCP's own.
 """
 
 import pickle
@@ -23,18 +23,18 @@ _VERSION = "1.0.0"
 
 
 def write_metadata(directory: Path, shapes: dict[str, tuple[int, ...]], items: Sequence[Item]) -> None:
-    """Make the files of `items` a checkpoint: the file that DCP looks for first, tensors in the order of `shapes`."""
-    parts = defaultdict(list)
+    """Write .metadata, which makes files of `items` a DCP checkpoint; tensors come in the order of `shapes`."""
+    items_of = defaultdict(list)
     for item in items:
-        parts[item.name].append(item)
+        items_of[item.name].append(item)
     with open(directory / METADATA, "wb") as file:
         to = _Pickle(file)
         to.instance(_METADATA_MODULE, "Metadata", {
-            "state_dict_metadata": lambda: to.mapping((name, lambda: _tensor(to, shape, parts[name]))
-                                                      for name, shape in shapes.items() if name in parts),
+            "state_dict_metadata": lambda: to.mapping((name, lambda: _tensor(to, shape, items_of[name]))
+                                                      for name, shape in shapes.items() if name in items_of),
             "planner_data": None,
             "storage_data": lambda: to.mapping((lambda: _index(to, item, number), lambda: _stored(to, item))
-                                               for stored in parts.values() for number, item in enumerate(stored)),
+                                               for stored in items_of.values() for number, item in enumerate(stored)),
             "storage_meta": lambda: to.instance(_METADATA_MODULE, "StorageMeta", dict.fromkeys(
                 ("checkpoint_id", "save_id", "load_id")) | {"modules": lambda: to.listing(())}),
             "version": _VERSION})
@@ -49,7 +49,7 @@ def _tensor(to: "_Pickle", shape: tuple[int, ...], items: list[Item]) -> None:
 
 
 def _properties(to: "_Pickle", dtype: torch.dtype) -> None:
-    """TensorProperties have a state of their own: type, layout, gradient wanted, memory format, pinned."""
+    """Write a TensorProperties, whose state is a tuple: dtype, layout, requires_grad, memory format, pin_memory."""
     to.new(_METADATA_MODULE, "TensorProperties")
     to.write(pickle.MARK)
     to.type("torch", str(dtype).removeprefix("torch."))
@@ -74,8 +74,9 @@ def _stored(to: "_Pickle", item: Item) -> None:
 
 
 class _Pickle:
-    """A pickle of protocol 4, written value by value. A value is None, a text, a number, a size (a tuple of numbers)
-    or a function that writes it.
+    """A pickle of protocol 4, written value by value.
+
+    A value is None, a text, a number, a torch.Size (given as a tuple of numbers), or a function that writes it.
     """
 
     def __init__(self, file: BinaryIO):
@@ -84,7 +85,7 @@ class _Pickle:
         self.write(pickle.PROTO + bytes([4]))
 
     def shared(self, key: Hashable, write: Callable[[], None]) -> None:
-        """What `write` writes, or a reference to it if `key` was written before."""
+        """Call `write`, or write a reference to what it wrote if `key` was written before."""
         if key in self._known:
             self.write(pickle.LONG_BINGET + pack("<I", self._known[key]))
             return
@@ -108,21 +109,23 @@ class _Pickle:
             self.write(pickle.LONG1 + bytes([len(digits)]) + digits)
 
     def type(self, module: str, name: str) -> None:
-        """A class or function of a module."""
+        """Write a class or function of a module."""
         self.shared(("type", module, name), lambda: (self.value(module), self.value(name),
                                                      self.write(pickle.STACK_GLOBAL)))
 
     def call(self, module: str, name: str, argument: Any) -> None:
+        """Write the result of calling a function of a module, or a class, with one argument."""
         self.type(module, name)
         self.value(argument)
         self.write(pickle.TUPLE1 + pickle.REDUCE)
 
     def new(self, module: str, name: str) -> None:
-        """An instance without a state yet."""
+        """Write an instance of a class, without its state yet."""
         self.type(module, name)
         self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
 
     def instance(self, module: str, name: str, attributes: dict[str, Any]) -> None:
+        """Write an instance of a class with its attributes."""
         self.new(module, name)
         self.mapping(attributes.items())
         self.write(pickle.BUILD)

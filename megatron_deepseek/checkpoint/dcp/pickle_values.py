@@ -1,10 +1,10 @@
-"""The values of a pickle, without the code that it names, in time and memory that grow with its length alone.
+"""Reading the values of a pickle without running the code that it names, in time and memory bounded by its length.
 
 Python's own reader, even with every class replaced, believes what it reads: one flipped bit in a memo's index makes it
-fill gigabytes, a tuple of tuples of tuples as a key takes for ever to hash. Here a pickle is a list of plain values
-and of records: texts, numbers, tuples, lists and dictionaries; instances of the classes that the caller knows; and
-OTHER for all else, whose content is read past. The operations are those of protocols 2 to 5 (pickletools.py of
-Python's library describes each); what a pickle of plain data does not need is refused.
+fill gigabytes, and a tuple of tuples of tuples as a key takes for ever to hash. Here a pickle holds three kinds of
+values: plain ones (texts, numbers, tuples, lists and dictionaries), instances of the classes that the caller knows, and
+OTHER for everything else, whose content is read past. The operations are those of protocols 2 to 5 (pickletools.py of
+Python's library describes each); an operation that plain data does not need is refused.
 """
 
 import pickle
@@ -13,7 +13,7 @@ from struct import unpack_from
 from typing import Any
 
 _LONGEST_TEXT = 1 << 16  # bytes
-_MOST_WAITING = 1 << 20  # values that belong to no other yet; pickle makes batches of 1,000
+_MOST_WAITING = 1 << 20  # values on the stack, not yet put into another; pickle writes batches of 1,000
 _STOP = pickle.STOP[0]
 _LONGEST_NUMBER = 9  # bytes: 64 bits and a sign
 
@@ -28,7 +28,7 @@ class KnownInstance:
             setattr(self, name, None)
 
     def fill(self, state: Any) -> None:
-        """Set the attributes that have slots; others are left out."""
+        """Set the attributes that have slots from `state`; leave the others out."""
         if not isinstance(state, dict):
             raise ValueError(f"the state of a {type(self).__name__} is no dictionary")
         for name in self.__slots__:
@@ -36,7 +36,7 @@ class KnownInstance:
 
 
 class _Other:
-    """Whatever is neither plain nor known. There is one of it."""
+    """A value that is neither plain nor of a known class. OTHER is the one instance."""
 
     __slots__ = ()
 
@@ -45,11 +45,11 @@ OTHER = _Other()
 
 
 def read_pickle(data: bytes, known: Callable[[str, str], Any]) -> Any:
-    """The value that is pickled in `data`.
+    """Return the value that is pickled in `data`.
 
-    `known(module, name)` says what a global is: a subclass of KnownInstance for a class, `tuple` or `dict` for one
-    that is made of those, any other value for a constant, OTHER for what is to be read past. ValueError, with the
-    byte, where the pickle is damaged, cut off, or holds what no pickle of plain data holds.
+    `known(module, name)` says what a global stands for: a subclass of KnownInstance for a class, `tuple` or `dict` for
+    a class that is made like one, any other value for a constant, OTHER for what is to be read past. Raise ValueError,
+    naming the byte, if the pickle is damaged, cut off, or holds what no pickle of plain data holds.
     """
     reader = _Reader(data, known)
     try:
@@ -63,6 +63,8 @@ def read_pickle(data: bytes, known: Callable[[str, str], Any]) -> Any:
 
 
 class _Reader:
+    """The state of reading: the position `at` in `data`, and pickle's stack, marks and memo."""
+
     def __init__(self, data: bytes, known: Callable[[str, str], Any]):
         self.data, self.known, self.at = data, known, 0
         self.stack: list[Any] = []
@@ -83,7 +85,7 @@ class _Reader:
             if len(stack) > _MOST_WAITING:
                 raise ValueError(f"more than {_MOST_WAITING} values that belong to nothing")
 
-    # What an operation carries after its byte.
+    # Operations whose argument follows their byte.
 
     def take(self, count: int) -> bytes:
         begin, self.at = self.at, self.at + count
@@ -116,15 +118,15 @@ class _Reader:
         self.stack.append(int.from_bytes(self.take(count), "little", signed=True))
 
     def skip(self, count: int) -> None:
-        """Read past a byte string: no plain value is stored as one."""
+        """Skip a byte string, since no plain value is stored as one."""
         self.take(count)
         self.stack.append(OTHER)
 
     def frame(self) -> None:
-        """Read past a frame's length, which says how much to read at once: everything is read already."""
+        """Skip a frame's length, which says how much to read at once: everything is in memory already."""
         self.at += 8
 
-    # Values made of others.
+    # Operations that make values of others.
 
     def mark(self) -> None:
         self.marks.append(len(self.stack))
@@ -164,7 +166,10 @@ class _Reader:
         self.set_in(self.stack[-1], values)
 
     def set_in(self, target: Any, values: list[Any]) -> None:
-        """Set an entry. A key that is no text, number or record is left out: hashing it can take for ever."""
+        """Set entries of a dictionary, without keys that are no text, number or known instance.
+
+        Hashing such a key can take for ever.
+        """
         if target is OTHER:
             return
         if type(target) is not dict or len(values) % 2:
@@ -173,7 +178,7 @@ class _Reader:
             if isinstance(key, (str, int, KnownInstance)):
                 target[key] = value
 
-    # Instances.
+    # Operations that make instances.
 
     def global_lines(self) -> None:
         begin = self.at
@@ -198,7 +203,7 @@ class _Reader:
         self.new()
 
     def call(self) -> None:
-        """Make a value without calling anything: a tuple is its argument, a dictionary begins empty."""
+        """Make the value of a call without calling anything: a tuple is its argument, a dictionary begins empty."""
         arguments, what = self.stack.pop(), self.stack.pop()
         if what is tuple:
             (value,) = arguments
@@ -214,7 +219,7 @@ class _Reader:
         if isinstance(target, KnownInstance):
             target.fill(state)
             if type(state) is dict:
-                state.clear()  # the memo keeps it, and nobody asks for it again
+                state.clear()  # the memo still holds it, and nothing refers to it again
         elif target is not OTHER and type(target) is not dict:
             raise ValueError(f"a state for a {type(target).__name__}")
 

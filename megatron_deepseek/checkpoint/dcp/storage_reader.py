@@ -1,7 +1,7 @@
-"""The storage side of a load: DCP's plan, each part read from its bytes of a file straight to where it belongs.
+"""DCP's StorageReader for loading into a job: what the plan asks for is read straight into the tensors' memory.
 
-DCP's own reader unpickles .metadata, which may name any code to be run, makes a tensor of the whole saved item first,
-then copies the wanted part.
+DCP's own reader unpickles .metadata, which may name any code to be run, and for any part of a saved item it loads the
+whole item first.
 """
 
 import os
@@ -27,21 +27,21 @@ from megatron_deepseek.checkpoint.regions import Region
 
 
 class CheckpointReader(dcp.StorageReader):
-    """Reads what `CheckpointWriter`, the converter or DCP itself wrote; of what is stored, the tensors."""
+    """Reads the tensors of a directory that `CheckpointWriter`, the converter or DCP itself wrote."""
 
     def __init__(self, stored: DcpDirectory):
         self.stored = stored
         self._items = {name: {item.place: item for item in items} for name, items in stored.items.items()}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        """Which directory is read is said once, in the constructor; DCP asks again."""
+        """Do nothing: DCP names the directory here, which the constructor was given already."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return Path(checkpoint_id).is_dir()
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
-        """What DCP's planner wants to know, in its own classes."""
+        """Return the tensors' shapes, dtypes and chunks in DCP's own classes, for its planner."""
         tensors = {}
         for name, shape in self.stored.shapes.items():
             chunks = [ChunkStorageMetadata(torch.Size(item.place), torch.Size(item.shape))
@@ -51,7 +51,7 @@ class CheckpointReader(dcp.StorageReader):
         return Metadata(tensors, storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args, **kwargs) -> None:
-        """Everything was read in the constructor."""
+        """Do nothing: the constructor was given everything."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -60,15 +60,18 @@ class CheckpointReader(dcp.StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Files one after another, each from its beginning to its end. ValueError names the file and the tensor."""
+        """Read files one after another, each from its beginning to its end.
+
+        Raise ValueError, naming file and tensor, if something cannot be read.
+        """
         requests: dict[str, list[tuple[Item, ReadItem]]] = defaultdict(list)
         for request in plan.items:
             index = request.storage_index
             item = self._items[index.fqn][tuple(index.offset)]
             requests[item.file].append((item, request))
-        for name, of_file in requests.items():
+        for name, requests_of_file in requests.items():
             with open(self.stored.directory / name, "rb", buffering=0) as file:
-                for item, request in sorted(of_file, key=lambda pair: pair[0].offset):
+                for item, request in sorted(requests_of_file, key=lambda pair: pair[0].offset):
                     self._read(file, item, request, planner)
         done: Future[None] = Future()
         done.set_result(None)

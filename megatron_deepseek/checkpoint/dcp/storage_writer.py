@@ -1,11 +1,11 @@
-"""The storage side of a save: DCP's files written aside, with checksums taken on the way, then published at once.
+"""DCP's StorageWriter for saving from a job: files go to iter_N.saving with checksums, then are published at once.
 
 Everything that makes a checkpoint whole happens inside DCP's own protocol, so that it is the same for a synchronous
 save and for one in a background thread, and an error on any rank reaches every rank:
 
-    plans meet on the coordinator    is there room on the disk? then the directory aside is made
-    each rank writes its file        checksummed while it is written, then fsynced
-    results meet on the coordinator  .metadata, config.json, state.json, checksums.json; sizes checked; published
+    prepare_global_plan, rank 0    makes iter_N.saving, checks that the disk has room
+    write_data, every rank         writes its file, takes the checksum meanwhile, fsyncs
+    finish, rank 0                 adds .metadata, config.json, state.json and checksums.json, checks sizes, publishes
 """
 
 import errno
@@ -40,15 +40,15 @@ from megatron_deepseek.checkpoint.publishing import begin, publish, saving_direc
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.config import ModelConfig
 
-_SHARED_SECONDS = 60.0  # that NFS may remember what a directory was like
-_HEADER_BYTES = 2048  # about, around each tensor: torch.save's zip
+_SHARED_SECONDS = 60.0  # for so long NFS may show an old listing of a directory
+_HEADER_BYTES = 2048  # about what torch.save writes around each tensor
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
-    """Writes iteration `state.iteration` under `root` and makes it the last one; every rank has its own.
+    """Writes iteration `state.iteration` under `root` and makes it the last one. Every rank has its own writer.
 
-    `notes`: further JSON files by name, of which the coordinator's count. `still_mine` raises, or ends the process, if
-    `root` has become another run's: called before anything there is made, removed or renamed.
+    `notes` are further JSON files by name; those of rank 0 are written. `still_mine` raises, or ends the process, if
+    another run has taken over `root`; it is called before anything there is made, removed or renamed.
     """
 
     def __init__(self, root: Path, state: TrainState, config: ModelConfig, keep_last: int | None = None,
@@ -59,13 +59,14 @@ class CheckpointWriter(dcp.FileSystemWriter):
         self.fs = _ChecksummedFiles()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        """Where to write is said once, in the constructor; DCP asks again."""
+        """Do nothing: DCP names the directory here, which the constructor was given already."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Without DCP's mkdir: the coordinator makes the directory, once there is nothing old in it."""
+        """Return the plan without DCP's mkdir: rank 0 makes the directory, once what was there is removed."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the directory on rank 0; raise OSError with errno ENOSPC if the disk has no room for the files."""
         self.still_mine()
         begin(self.root, self.state.iteration)
         needed = bytes_of(plans)
@@ -75,11 +76,11 @@ class CheckpointWriter(dcp.FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """This rank's file; its checksum travels to the coordinator as one more result."""
+        """Write this rank's file; its checksum goes to rank 0 as one more result."""
         self.still_mine()
-        self.path.mkdir(exist_ok=True)  # for a network file system that has not seen the coordinator's yet
+        self.path.mkdir(exist_ok=True)  # a network file system may not show rank 0's yet
         try:
-            with serialization.patch("save.compute_crc32", False):  # of this thread; XXH3 is ten times as fast
+            with serialization.patch("save.compute_crc32", False):  # for this thread; XXH3 is ten times as fast
                 results = super().write_data(plan, planner).value()
         except (OSError, RuntimeError) as error:  # torch.save hides an OSError of its file behind a RuntimeError
             raise self.fs.failure or error from None
@@ -89,6 +90,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Add on rank 0 the files that make a checkpoint whole, check all sizes, and publish it."""
         ranks = [Written(*of_rank.pop().storage_data) for of_rank in results]
         await_files(self.path, ranks)
         self.still_mine()
@@ -107,15 +109,17 @@ class CheckpointWriter(dcp.FileSystemWriter):
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank says of its files, by name."""
+    """What a rank tells rank 0: its host, and the checksums of its files by name."""
 
     host: str
     files: dict[str, Checksum]
 
 
 def await_files(directory: Path, ranks: Sequence[Written], seconds: float = _SHARED_SECONDS) -> None:
-    """Until this host sees every file that the ranks wrote; network file systems may show it late. OSError if it does
-    not: what other hosts wrote to their own disks under the same name would be lost, in a checkpoint called whole.
+    """Wait until this host sees every file that the ranks wrote, which network file systems may show late.
+
+    Raise OSError if it does not see them in time. Other hosts may have written to disks of their own under the same
+    name, and a checkpoint without those files must not be called whole.
     """
     deadline = time.monotonic() + seconds
     while absent := _absent(directory, ranks):
@@ -128,13 +132,13 @@ def await_files(directory: Path, ranks: Sequence[Written], seconds: float = _SHA
 
 
 def _absent(directory: Path, ranks: Sequence[Written]) -> list[tuple[int, str]]:
-    """Ranks and their files that are not in the directory."""
+    """List the files that are not in the directory, as pairs of rank and name."""
     there = set(os.listdir(directory))
     return [(rank, name) for rank, of_rank in enumerate(ranks) for name in of_rank.files if name not in there]
 
 
 def bytes_of(plans: list[SavePlan]) -> int:
-    """What all ranks together write: of each tensor the chunks, which DCP has given to one rank each by now."""
+    """Return about how many bytes all ranks write together; DCP has given each chunk to one rank by now."""
     chunks = [item.tensor_data for plan in plans for item in plan.items if item.type != WriteItemType.BYTE_IO]
     return sum(prod(data.chunk.sizes) * data.properties.dtype.itemsize + _HEADER_BYTES for data in chunks)
 
@@ -151,9 +155,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 class _ChecksummedFiles(FileSystem):
-    """Files whose bytes go straight from the tensor to the kernel and through a checksum, without a buffer between.
+    """DCP's file system, with bytes going from the tensor's memory through a checksum straight to the kernel.
 
-    `written`: the checksums of finished files by name. `failure`: the first error of a write.
+    `written` has the checksums of finished files by name, `failure` the first error of a write.
     """
 
     def __init__(self):
@@ -161,13 +165,13 @@ class _ChecksummedFiles(FileSystem):
         self.failure: OSError | None = None
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["_ChecksummedFile"]:
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["ChecksummedFile"]:
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
         with open(path, "wb", buffering=0) as raw:
-            stream = _ChecksummedFile(raw)
+            stream = ChecksummedFile(raw)
             try:
                 yield stream
             except BaseException:
@@ -176,8 +180,8 @@ class _ChecksummedFiles(FileSystem):
         self.written[Path(path).name] = stream.checksum.result()
 
 
-class _ChecksummedFile:
-    """What DCP and torch.save need of a file that is written from its beginning to its end."""
+class ChecksummedFile:
+    """A file written from beginning to end, with the methods that DCP and torch.save call."""
 
     def __init__(self, raw):
         self._raw, self.checksum, self.failure = raw, RunningChecksum(), None
@@ -201,10 +205,10 @@ class _ChecksummedFile:
         return self._position
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing, since nothing is buffered."""
 
     def fileno(self) -> int:
         return self._raw.fileno()
 
     def close(self) -> None:
-        """The file is closed where it was opened."""
+        """Leave the file open: `create_stream` closes it."""

@@ -1,10 +1,12 @@
-"""Checkpoints that any layout can read: a torch.distributed.checkpoint (DCP) directory for each saved iteration.
+"""Saving and loading checkpoints in a job: any layout can load what any other has saved.
+
+Each saved iteration is a torch.distributed.checkpoint (DCP) directory.
 
     SAVE/iter_0000100/            DCP files: model.NAME, optimizer.exp_avg.NAME, optimizer.exp_avg_sq.NAME
                      /config.json   the architecture, in Hugging Face's form
                      /state.json    iteration, consumed samples, optimizer steps, sizes of past batches
                      /layout.json   the layout that wrote it, for people and the resharding tool
-                     /arguments.json   what the run was told, for the next start to say what has changed
+                     /arguments.json   the run's settings, so that the next start can say what has changed
                      /checksums.json   size and digest of every other file
     SAVE/latest_checkpointed_iteration.txt    names the last finished one
 
@@ -34,22 +36,25 @@ from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checks
 from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.job.state import MOMENTS, fill_copies, model_state, state_to_save
 from megatron_deepseek.checkpoint.job.subset import Subset, late_parameters, set_steps
+from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
 from megatron_deepseek.checkpoint.tracker import is_huggingface, iteration_directory
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
+from megatron_deepseek.device import has_accelerator, synchronize
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.torch_private import StateDictStager
 
 T = TypeVar("T")
 
+
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
          group: dist.ProcessGroup | None = None, notes: Mapping[str, Any] | None = None,
          still_mine: Callable[[], None] = lambda: None) -> Path:
-    """Write a checkpoint of `state.iteration` and make it the latest. Every rank calls it.
+    """Write a checkpoint of `state.iteration`, make it the last one, and return its directory. Every rank calls it.
 
-    Raises on every rank what any rank raised, an OSError with errno ENOSPC where the disk is full; the checkpoints that
-    were there are then as before. `group`: a gloo group of all ranks (the default group). `notes`: further JSON
-    files by name, as rank 0 has them. `still_mine`: as of CheckpointWriter.
+    `group` is a gloo group of all ranks, by default the default group. `notes` and `still_mine` are as for
+    CheckpointWriter. Raise on every rank what any rank raised, an OSError with errno ENOSPC if the disk is full; the
+    checkpoints that were there are then as before.
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
@@ -60,18 +65,18 @@ def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Mod
 
 
 class _KeptCopy(AsyncStager):
-    """DCP's copier, with its memory kept for the next save. torch 2.11's DefaultStager can be used only once."""
+    """DCP's copier to memory, which keeps that memory for the next save. torch 2.11's DefaultStager works only once."""
 
     should_synchronize_after_execute = False
 
     def __init__(self):
-        self._cuda = torch.cuda.is_available()
+        self._cuda = has_accelerator()
         self._copier = StateDictStager(pin_memory=self._cuda, share_memory=False)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         copy = self._copier.stage(state_dict, non_blocking=self._cuda)
         if self._cuda:
-            torch.cuda.synchronize()
+            synchronize()
         return copy
 
     def close(self) -> None:
@@ -79,10 +84,10 @@ class _KeptCopy(AsyncStager):
 
 
 class BackgroundSaver:
-    """Saves that stop training for a copy to memory alone: DCP's asynchronous path, in a thread.
+    """Saves in a thread (DCP's async_save), so that training stops only while tensors are copied to memory.
 
-    The copy goes to memory that is kept between saves, pinned where there is CUDA. `group` must be a gloo group that
-    nothing else uses: the thread's collectives run while the job's own go on.
+    The memory is kept between saves, and pinned if there is CUDA. `group` must be a gloo group that nothing else uses,
+    since the thread's collectives run while the job's own go on.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -92,9 +97,9 @@ class BackgroundSaver:
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
               optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
               notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None) -> Future:
-        """Like `save`; returns once everything is copied. Wait for the future before the next call.
+        """Start a save with the arguments of `save`, and return its future once everything is copied.
 
-        The future's error is DCP's CheckpointException: see `first_failure`.
+        Wait for the future before the next call. Its error is DCP's CheckpointException: see `first_failure`.
         """
         return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
                               storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine))
@@ -104,7 +109,10 @@ class BackgroundSaver:
 
 
 def first_failure(error: BaseException) -> BaseException:
-    """The cause of a CheckpointException, a BaseException that no `except Exception` sees; the lowest rank's."""
+    """Return the error of the lowest rank in a CheckpointException, or `error` itself if it is another one.
+
+    DCP's CheckpointException is a BaseException, which no `except Exception` catches.
+    """
     if not isinstance(error, CheckpointException) or not error.failures:
         return error
     rank = min(error.failures)
@@ -114,23 +122,23 @@ def first_failure(error: BaseException) -> BaseException:
 
 
 def has_optimizer(directory: Path) -> bool:
-    """Whether a checkpoint has the optimizer's state. Released weights, and what is converted from them, have none."""
+    """Return whether a checkpoint has optimizer state; released weights, and those converted from them, have none."""
     if is_huggingface(directory):
         return False
-    return any(name.startswith("optimizer.") for name in DcpDirectory(directory).shapes)
+    return any(name.startswith(OPTIMIZER) for name in DcpDirectory(directory).shapes)
 
 
 def with_moments(directory: Path) -> set[str]:
-    """The parameters that a checkpoint has moments of."""
-    beginning = f"optimizer.{MOMENTS[0]}."
-    return {name.removeprefix(beginning) for name in DcpDirectory(directory).shapes if name.startswith(beginning)}
+    """Return the names of the parameters that a checkpoint has moments of."""
+    prefix = f"{OPTIMIZER}{MOMENTS[0]}."
+    return {name.removeprefix(prefix) for name in DcpDirectory(directory).shapes if name.startswith(prefix)}
 
 
 def verify(directory: Path) -> list[Damage] | None:
-    """Damage of a checkpoint's files, every byte read once, each rank its share; every rank gets all of it.
+    """Return on every rank all damage of a checkpoint's files, None for a directory without checksums.
 
-    None for a directory without checksums. What is to be there is what rank 0 has read: ranks that each looked for
-    themselves could see different listings, and wait for each other.
+    Every byte is read once, by one of the ranks. Rank 0 reads checksums.json and sends it to the others: if each rank
+    read it, they could see different listings, and wait for each other.
     """
     listing = _listing_of_first_rank(directory)
     if listing is None:
@@ -143,7 +151,7 @@ def verify(directory: Path) -> list[Damage] | None:
 
 
 def _listing_of_first_rank(directory: Path) -> dict[str, Checksum] | None:
-    """ValueError on every rank if checksums.json is damaged."""
+    """Return what rank 0 reads of checksums.json; raise ValueError on every rank if it is damaged."""
     found: list = [None]
     if dist.get_rank() == 0:
         try:
@@ -157,14 +165,14 @@ def _listing_of_first_rank(directory: Path) -> dict[str, Checksum] | None:
 
 
 def converted_moments(directory: Path, optimizer: torch.optim.Optimizer) -> list[str]:
-    """In words, the moments that a checkpoint has in another dtype than `optimizer` keeps them in.
+    """Say which moments a checkpoint has in another dtype than `optimizer` keeps them in, a line for each.
 
-    Loading widens exactly and narrows by rounding to nearest, ties to even.
+    Loading widens exactly, and narrows by rounding to nearest, ties to even.
     """
     saved, own = DcpDirectory(directory).dtypes, next(iter(optimizer.state.values()), None)
     if own is None:  # the stages of this rank are empty
         return []
-    dtypes = {moment: {dtype for name, dtype in saved.items() if name.startswith(f"optimizer.{moment}.")}
+    dtypes = {moment: {dtype for name, dtype in saved.items() if name.startswith(f"{OPTIMIZER}{moment}.")}
               for moment in MOMENTS}
     return [f"{moment} was saved in {_names(dtypes[moment])} and is kept in {_names({own[moment].dtype})} from here on"
             for moment in MOMENTS if dtypes[moment] - {own[moment].dtype}]
@@ -178,22 +186,23 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
          new: Sequence[str] = ()) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
 
-    Tensors saved in another dtype are converted (`converted_moments` says which). `new`: beginnings of the names of
-    parameters that the checkpoint lacks; they keep the weights that they have, and there must be no optimizer.
+    Tensors saved in another dtype are converted (`converted_moments` says which). `new` has beginnings of the names of
+    parameters that the checkpoint lacks; they keep the weights that they have, and `optimizer` must be None.
 
-    Which parameters are frozen may have changed. One that was has no moments there: they stay zero, and its steps are
-    counted from here on (`TrainState.late`). Moments of one that is frozen now are left there.
+    Which parameters are frozen may have changed since the save. A parameter that was frozen has no moments in the
+    checkpoint: they stay zero, and its steps are counted from here on (`TrainState.late`). Moments of a parameter that
+    is frozen now are not loaded.
 
-    Raises ValueError if a tensor is missing, unknown or of another shape: nothing else is loaded or dropped in silence.
-    What any rank raises, all raise.
+    Raise ValueError if a tensor is missing, unknown or of another shape, so that nothing is dropped in silence. What
+    any rank raises, all raise.
     """
     assert not new or optimizer is None
-    beginnings = tuple(f"model.{beginning}" for beginning in new)
+    new_prefixes = tuple(WEIGHTS + beginning for beginning in new)
     reader, train_state = _together(lambda: _open(directory))
     saved = reader.read_metadata().state_dict_metadata
     subset = Subset.of(stages, saved) if optimizer is not None else None
     state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
-             if not name.startswith(beginnings) and not (subset and name in subset.absent)}
+             if not name.startswith(new_prefixes) and not (subset and name in subset.absent)}
     everyone = _check_tensors(directory, reader, state, subset)
     _load(state, reader)
     fill_copies(stages, optimizer)
@@ -204,7 +213,7 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
-    """Fill what the stages have, and leave the rest of the checkpoint be: inference needs no MTP module."""
+    """Fill the stages' tensors and ignore the rest of the checkpoint: inference needs no MTP module."""
     state, reader = model_state(stages), CheckpointReader(open_dcp(directory)) if not is_huggingface(directory) else \
         HuggingFaceReader(open_huggingface(directory, without_mtp=True))
     mismatch = _mismatch(directory, reader.read_metadata().state_dict_metadata, state)
@@ -221,8 +230,10 @@ def _open(directory: Path) -> tuple[dcp.StorageReader, TrainState]:
 
 
 def _together(work: Callable[[], T]) -> T:
-    """What `work` returns on this rank. Where it raises ValueError or OSError on any rank, all raise the lowest's, so
-    that none waits for one that has left; what one rank alone has seen says whose it is.
+    """Return what `work` returns on this rank; raise ValueError on every rank if it failed on any.
+
+    So no rank waits in a collective for one that has left. The message is the lowest failing rank's ValueError or
+    OSError, and names that rank unless all failed.
     """
     found, error = None, None
     try:
@@ -247,8 +258,10 @@ def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
 
 def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
                    subset: Subset | None) -> list[Subset | None]:
-    """The `subset` of every rank, None where the optimizer is not loaded. ValueError on every rank if on any rank a
-    tensor of `state` is not in the checkpoint as it should be.
+    """Return the `subset` of every rank, None if the optimizer is not loaded.
+
+    Raise ValueError on every rank if on any rank a tensor of `state` is missing or of another shape in the checkpoint,
+    or if the checkpoint has a tensor that no rank knows.
     """
     saved = reader.read_metadata().state_dict_metadata
     others = reader.stored.others if isinstance(reader, CheckpointReader) else frozenset()
@@ -259,7 +272,7 @@ def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, 
             raise ValueError(mismatch)
     unknown = (set(saved) | others) - {name for names, _, _ in everyone for name in names}
     if subset is None:
-        unknown = {name for name in unknown if not name.startswith("optimizer.")}
+        unknown = {name for name in unknown if not name.startswith(OPTIMIZER)}
     else:
         unknown -= {name for _, _, of_rank in everyone for name in of_rank.left}
     if unknown:
@@ -269,7 +282,7 @@ def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, 
 
 def _mismatch(directory: Path, saved: dict, state: dict[str, torch.Tensor]) -> str | None:
     missing = sorted(set(state) - set(saved))
-    if missing and all(name.startswith("optimizer.") for name in missing):
+    if missing and all(name.startswith(OPTIMIZER) for name in missing):
         return (f"{directory} lacks {len(missing)} tensors of the optimizer, first {missing[0]}; --no-load-optim "
                 "begins with fresh moments")
     if missing:

@@ -1,4 +1,8 @@
-"""From training to Hugging Face's form: what came with loaded weights is kept, and goes out with the trained ones."""
+"""Exports of training (--save-hf), and keeping what they need beside the checkpoints.
+
+Tokenizer, chat template and config.json that came with the loaded weights, or that the run was given, are kept in
+`huggingface/` under --save, and go out with the trained weights.
+"""
 
 import hashlib
 import json
@@ -17,7 +21,7 @@ from megatron_deepseek.checkpoint.building import Share
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
 from megatron_deepseek.checkpoint.convert.chat_templates import read_template
 from megatron_deepseek.checkpoint.convert.conversion import convert
-from megatron_deepseek.checkpoint.convert.formats import hf_target, open_hf, open_native
+from megatron_deepseek.checkpoint.convert.formats import hf_output, open_hf, open_native
 from megatron_deepseek.checkpoint.convert.huggingface import INDEX
 from megatron_deepseek.checkpoint.convert.names import hf_shapes
 from megatron_deepseek.checkpoint.convert.tokenizer_files import (
@@ -36,13 +40,13 @@ from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.settings import DataSettings, RunSettings
 
-_SHARD_BYTES = 5 * 10**9
+_FILE_BYTES = 5 * 10**9
 
 
 def keep_assets(loaded: Path | None, save: Path) -> None:
-    """config.json, tokenizer and the like of what a run began from stay with the checkpoints of --save.
+    """Copy config.json, tokenizer and the like of what a run began from to `huggingface/` under --save.
 
-    `loaded`: a Hugging Face directory, or one iteration's. The directory is whole from the moment that it has its name.
+    `loaded` is a Hugging Face directory or one iteration's. The copy is whole from the moment it has its name.
     """
     if loaded is None or (save / DIRECTORY).exists():
         return
@@ -59,9 +63,9 @@ def keep_assets(loaded: Path | None, save: Path) -> None:
 
 
 def keep_model_file(save: Path, model_file: Path | None, config: ModelConfig) -> None:
-    """After `keep_assets`: of a run that began from no released weights the config.json that its --model named.
+    """Keep the config.json that --model named, for a run that began from no released weights; after `keep_assets`.
 
-    Its dialect, and what has no meaning here, go out with exports.
+    Exports are then written in its dialect, with the fields that have no meaning here.
     """
     if model_file is None or (save / DIRECTORY / "config.json").exists():
         return
@@ -70,10 +74,10 @@ def keep_model_file(save: Path, model_file: Path | None, config: ModelConfig) ->
 
 
 def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = None) -> None:
-    """After `keep_assets`: the tokenizer of the data stays with the checkpoints of --save, and --chat-template.
+    """Keep the tokenizer of the data, and --chat-template, with the checkpoints of --save; after `keep_assets`.
 
-    Nothing where it is there already: the files that came with loaded weights stay as they came. So they do with the
-    NullTokenizer, which says where documents end in data that is ids already, and nothing of what made them.
+    A tokenizer that is there already stays as it is, with the files that came with the loaded weights. It stays with
+    the NullTokenizer too, which says where documents end in data that is ids already, but not what made the ids.
     """
     directory = save / DIRECTORY
     if not _is_kept(directory, data):
@@ -89,7 +93,7 @@ def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = N
 
 
 def _is_kept(directory: Path, data: DataSettings) -> bool:
-    """Whether a tokenizer is there, found without parsing it: every save asks."""
+    """Return whether the tokenizer is there, without parsing it, since every save asks."""
     if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is not None:
         return _holds(directory / JSON, find_tokenizer_json(data.tokenizer_model).read_bytes())
     if data.tokenizer_type == "ByteTokenizer":
@@ -102,9 +106,9 @@ def _holds(file: Path, content: bytes) -> bool:
 
 
 def check_export(save_hf: Path, config: ModelConfig, bf16: bool, finished: Path | None = None) -> None:
-    """ValueError where an export to `save_hf` could not be written now: long before it is, at a run's end.
+    """Raise ValueError if an export to `save_hf` could not be written now; called at the start of a run.
 
-    `finished`: the checkpoint to export where nothing is left to train; its export may be there already.
+    `finished` is the checkpoint to export if nothing is left to train; its export may be there already.
     """
     if save_hf.exists() and (not save_hf.is_dir() or any(save_hf.iterdir())):
         if finished is not None and is_exported(save_hf, finished, bf16):
@@ -118,7 +122,10 @@ def check_export(save_hf: Path, config: ModelConfig, bf16: bool, finished: Path 
 
 
 def is_exported(save_hf: Path, checkpoint: Path, bf16: bool) -> bool:
-    """Whether `save_hf` is a finished export of that very checkpoint: exports get their name once they are whole."""
+    """Return whether `save_hf` is a finished export of that very checkpoint.
+
+    Exports get their name once they are whole, so one that is there is finished.
+    """
     try:
         wanted = _origin(checkpoint, bf16)
         found = read_object(save_hf / INDEX, LARGEST_LIST).object("metadata").fields.get("exported")
@@ -130,19 +137,23 @@ def is_exported(save_hf: Path, checkpoint: Path, bf16: bool) -> bool:
 def export_hf(run: RunSettings, rank: int, world_size: int) -> None:
     """Write --save-hf from the last checkpoint of --save. Every rank calls it and writes its share of the files.
 
-    Ranks of an earlier start, which was killed, may have left word that they are done: they are not this one's.
+    Each start has a name of its own (`Share.run`): ranks of an earlier start, which was killed, may have written that
+    they have finished, and must not be taken for ranks of this one.
     """
     start = [uuid4().hex]
     if world_size > 1:
         dist.broadcast_object_list(start)
     source, assets = open_native(run.save, without_mtp=False)
     origin = {"exported": _origin(source.path, run.bf16)}
-    target = hf_target(source, assets, run.save_hf, torch.bfloat16 if run.bf16 else None, _SHARD_BYTES, origin)
-    convert(source, target, Share(1, rank, world_size, start[0]), lambda nbytes: None, lambda text: None)
+    output = hf_output(source, assets, run.save_hf, torch.bfloat16 if run.bf16 else None, _FILE_BYTES, origin)
+    convert(source, output, Share(1, rank, world_size, start[0]), lambda nbytes: None, lambda text: None)
 
 
 def _origin(checkpoint: Path, bf16: bool) -> dict[str, Any]:
-    """What an export is known by: what it is made from. Checkpoints of older versions have no checksums."""
+    """Return what an export is made from, by which it is recognised; `digest` is None without checksums.json.
+
+    Checkpoints of older versions have no checksums.json.
+    """
     listing = read_checksums(checkpoint) or {}
     weights = [[name, listing[name].digest] for name in sorted(listing) if name.endswith(".distcp")]
     beside = [[path.name, checksum_file(path).digest] for path in read_assets(checkpoint.parent / DIRECTORY).files()]

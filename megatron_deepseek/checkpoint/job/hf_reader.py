@@ -1,8 +1,9 @@
-"""Weights for training straight from a Hugging Face directory: each rank reads the rows that its shards need.
+"""DCP's StorageReader for a Hugging Face directory, from which a job loads released weights directly.
 
-torch.distributed.checkpoint asks a StorageReader what is stored, works out which parts of it each shard overlaps, and
-asks for those. Its own Hugging Face readers know neither stacked experts nor this project's checks, so this one
-presents the directory as the parameters of training, every expert's projection as a chunk of its stack.
+torch.distributed.checkpoint (DCP) asks a StorageReader what is stored, works out which parts of it each shard overlaps,
+and asks for those, so each rank reads only the rows that its shards need. DCP's own Hugging Face readers know neither
+stacked experts nor this project's checks; this one presents the directory as the parameters of training, with every
+expert's projection as a chunk of its stack.
 """
 
 import os
@@ -25,28 +26,28 @@ from torch.futures import Future
 from megatron_deepseek.checkpoint.convert.block_fp8 import BLOCK
 from megatron_deepseek.checkpoint.convert.names import Place, native_places
 from megatron_deepseek.checkpoint.convert.source import TensorSource
-
-PREFIX = "model."
+from megatron_deepseek.checkpoint.native import WEIGHTS
 
 
 class HuggingFaceReader(StorageReader):
-    """`source` as a DCP checkpoint of `model.NAME`. FP8 weights are read as their values."""
+    """Presents `source` as a DCP checkpoint of tensors `model.NAME`; FP8 weights are read as float32 values."""
 
     def __init__(self, source: TensorSource):
         self.source = source
         self.places: dict[MetadataIndex, Place] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        """Nothing is kept between loads."""
+        """Do nothing, since nothing is kept between loads."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return Path(checkpoint_id).is_dir()
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
+        """Return the stacked parameters' shapes and chunks in DCP's classes, for its planner."""
         chunks, shapes = defaultdict(list), {}
         for place in native_places(self.source.config):
-            name, offset = PREFIX + place.whole, torch.Size(place.offset)
+            name, offset = WEIGHTS + place.whole, torch.Size(place.offset)
             self.places[MetadataIndex(name, offset)] = place
             shapes[name] = torch.Size(place.whole_shape)
             chunks[name].append(ChunkStorageMetadata(offset, torch.Size(place.extent)))
@@ -55,7 +56,7 @@ class HuggingFaceReader(StorageReader):
         return Metadata(tensors, storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args, **kwargs) -> None:
-        """On every rank; only the first was asked for the metadata."""
+        """Compute the chunks' places on every rank; DCP asks only the first for the metadata."""
         if not self.places:
             self.read_metadata()
 
@@ -75,7 +76,7 @@ class HuggingFaceReader(StorageReader):
         return done
 
     def _fill(self, item: ReadItem, target: torch.Tensor) -> None:
-        """Whole rows are read, from the beginning of their block of 128, and cut to the asked part."""
+        """Read whole rows, from the beginning of their block of 128, and copy the part that was asked for."""
         place = self.places[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
         axis = len(place.whole_shape) - len(place.shape)
         start, count = item.storage_offsets[axis], item.lengths[axis]

@@ -1,42 +1,51 @@
-"""What of a run is saved and loaded: weights, biases and moments of this rank by name."""
+"""The tensors that a rank saves and loads, by their names in a checkpoint: weights, router biases and moments."""
 
 import torch
 from torch import nn
 
+from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
 from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.parallel.shards import for_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def moment_name(moment: str, parameter: str) -> str:
+    """Return the name of a parameter's moment in a checkpoint."""
+    return f"{OPTIMIZER}{moment}.{parameter}"
+
+
 def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
-    """Weights and router biases of this rank by name; of a parameter with copies on several stages the first."""
+    """Return weights and router biases of this rank by name.
+
+    If several stages of the rank have a copy of a parameter, the first one is taken.
+    """
     state = {}
     for stage in stages:
         for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
-            state.setdefault(f"model.{name}", for_checkpoint(tensor.detach()))
+            state.setdefault(WEIGHTS + name, for_checkpoint(tensor.detach()))
     return state
 
 
 def optimizer_state(stages: list[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Moments of this rank by parameter name, each in the dtype that the optimizer keeps it in. None of frozen ones."""
+    """Return the moments of this rank's trained parameters by name, in the dtype that the optimizer keeps them in."""
     state, updated = {}, {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for stage in stages:
         for name, parameter in trained_parameters(stage):
             assert parameter in updated, f"{name} is not the shard that the optimizer updates"
             for moment in MOMENTS:
-                state.setdefault(f"optimizer.{moment}.{name}", for_checkpoint(optimizer.state[parameter][moment]))
+                state.setdefault(moment_name(moment, name), for_checkpoint(optimizer.state[parameter][moment]))
     return state
 
 
 def state_to_save(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Weights and biases of this rank, and the optimizer's moments unless None."""
+    """Return weights and router biases of this rank, and the moments of `optimizer` unless it is None."""
     return model_state(stages) | (optimizer_state(stages, optimizer) if optimizer is not None else {})
 
 
 @torch.no_grad()
 def fill_copies(stages: list[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
-    """Further copies of a parameter on this rank, which `model_state` left out, become equal to the first."""
+    """Copy a parameter and its moments to its further copies on this rank, which `model_state` left out."""
     first: dict[str, nn.Parameter] = {}
     for stage in stages:
         for name, parameter in stage.named_parameters():

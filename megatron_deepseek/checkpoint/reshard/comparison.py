@@ -1,4 +1,4 @@
-"""Two checkpoints compared, number by number, in memory that does not grow with them."""
+"""Comparing two checkpoints number by number, in memory that does not grow with them."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ from math import inf
 import torch
 
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
-from megatron_deepseek.checkpoint.dcp.item_reader import Reader
+from megatron_deepseek.checkpoint.dcp.item_reader import ItemReader
 from megatron_deepseek.checkpoint.native import Checkpoint
 from megatron_deepseek.checkpoint.regions import Region
 
@@ -17,11 +17,11 @@ _BLOCK_NUMBERS = 1 << 18
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of two checkpoints.
+    """How one tensor differs between checkpoints A and B.
 
-    `reason`: None where it is bit for bit the same, else missing in A, missing in B, shape, dtype or numbers.
-    `different`: how many numbers have other bits. `largest`: the largest |a - b|; `relative`: the largest
-    |a - b| / max(|a|, |b|). Both are infinite where one side is infinite or no number and the other is something else.
+    `reason` is None if it is bit for bit the same, else "missing in A", "missing in B", "shape", "dtype" or "numbers".
+    `different` counts the numbers with other bits. `largest` is the largest |a - b|, `relative` the largest
+    |a - b| / max(|a|, |b|). Both are infinite if one side is infinite or NaN where the other is something else.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Difference:
 
 def compare(a: Checkpoint, b: Checkpoint, names: Sequence[str], workers: int,
             advance: Callable[[int], None]) -> list[Difference]:
-    """Of the tensors `names`, each in at least one of the two. `advance` is told the bytes of a that were read."""
+    """Compare the tensors `names`, each in at least one of the two; `advance` is told the bytes read of `a`."""
     with ThreadPoolExecutor(workers, "compare") as pool:
         return list(pool.map(lambda name: _compare(a.stored, b.stored, name, advance), names))
 
@@ -45,9 +45,9 @@ def _compare(a: DcpDirectory, b: DcpDirectory, name: str, advance: Callable[[int
     if a.shapes[name] != b.shapes[name]:
         return Difference(name, "shape", f"{list(a.shapes[name])} in A, {list(b.shapes[name])} in B")
     different, largest, relative = 0, 0.0, 0.0
-    with Reader(a) as reader_a, Reader(b) as reader_b:
-        for region in Region((0,) * len(a.shapes[name]), a.shapes[name]).runs(_BLOCK_NUMBERS):
-            x, y = _numbers(reader_a, name, region), _numbers(reader_b, name, region)
+    with ItemReader(a) as reader_a, ItemReader(b) as reader_b:
+        for region in Region((0,) * len(a.shapes[name]), a.shapes[name]).contiguous_parts(_BLOCK_NUMBERS):
+            x, y = reader_a.read(name, region), reader_b.read(name, region)
             advance(x.nbytes)
             if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):
                 continue
@@ -60,19 +60,13 @@ def _compare(a: DcpDirectory, b: DcpDirectory, name: str, advance: Callable[[int
     return Difference(name, "numbers" if different else None, "", different, largest, relative)
 
 
-def _numbers(reader: Reader, name: str, region: Region) -> torch.Tensor:
-    out = torch.empty(region.shape, dtype=reader.directory.dtypes[name])
-    reader.gather(region, reader.directory.covering(name, region), out)
-    return out
-
-
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    """Integers of the same width: not-a-numbers are equal where their bits are, and zeros differ by their sign."""
+    """Return the bits as integers of the same width: NaNs are equal if their bits are, and zeros differ by sign."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
 def _distance(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    """Largest absolute and relative difference of two float64 tensors."""
+    """Return the largest absolute and the largest relative difference of two float64 tensors."""
     same = (x == y) | (x.isnan() & y.isnan())
     absolute = (x - y).abs().nan_to_num(inf, inf).masked_fill(same, 0.0)
     relative = (absolute / torch.maximum(x.abs(), y.abs())).nan_to_num(inf, inf).masked_fill(same, 0.0)

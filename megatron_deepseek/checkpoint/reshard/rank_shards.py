@@ -1,8 +1,8 @@
-"""Which part of every tensor each rank of a layout reads: found by sharding the model as training does.
+"""The regions of every tensor that each rank of a layout holds, found by sharding the model as training does.
 
 The stages are built on the meta device in a job of torch's `fake` ranks, so there is no second description of the
 shards that could drift from the first. One rank's build says what all ranks of its meshes hold, since a DTensor's
-placements depend on the coordinates alone; so a few builds for each pipeline rank are enough.
+local shard depends on the rank's coordinates alone. So a few builds for each pipeline rank are enough.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.job.state import MOMENTS, model_state, optimizer_state
+from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
 from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import shape_stages, shard_stages
@@ -29,14 +30,14 @@ from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.parallel.shards import regions
 from megatron_deepseek.torch_private import FakeStore
 
-Holders = dict[Region, tuple[int, ...]]  # parts of a tensor and the ranks that hold each, in order
-Readers = dict[str, Holders]
-_SHORT = 64  # tokens of a sequence, which decide nothing about weights
+Holders = dict[Region, tuple[int, ...]]  # the regions of a tensor, and the ranks that hold each, in order
+HoldersByTensor = dict[str, Holders]
+_SEQ_LENGTH = 64  # any will do: it decides nothing about weights
 
 
 @dataclass(frozen=True)
 class ModelDivision:
-    """A job as far as it decides who holds what: its layout, and the stages that its schedule places."""
+    """A model divided over ranks: its layout, and the stages that its schedule places, decide which rank holds what."""
 
     model: ModelConfig
     layout: Layout
@@ -44,47 +45,51 @@ class ModelDivision:
     schedule: str
 
 
-def readers(division: ModelDivision) -> Readers:
-    """By name of a saved tensor: the parts that ranks hold, and the ranks that hold each. The model comes first.
+def find_holders(division: ModelDivision) -> HoldersByTensor:
+    """Return the holders of every saved tensor by its name, weights first, then moments.
 
-    Tensors that are divided alike, as those of equal layers are, share one dictionary: there are hundreds of thousands
-    of parts.
+    Tensors that are divided alike, as those of equal layers are, share one dictionary, for there are hundreds of
+    thousands of regions.
     """
     found: dict[str, tuple[_Held, ...]] = {}
     for pp_rank in range(division.layout.pp):
-        of_stage = division.layout.world_size // division.layout.pp
-        waiting = list(range(pp_rank * of_stage, (pp_rank + 1) * of_stage))
-        while waiting:
-            placed = _placed(division, waiting[0])
-            if not placed:
+        ranks_of_stage = division.layout.world_size // division.layout.pp
+        unknown = list(range(pp_rank * ranks_of_stage, (pp_rank + 1) * ranks_of_stage))
+        while unknown:
+            built = _build_rank(division, unknown[0])
+            if not built:
                 break  # a pipeline rank whose stages are empty
-            for name, held in placed.items():
+            for name, held in built.items():
                 found[name] = (*found.get(name, ()), held)
-            known = set.intersection(*(set(held.regions) for held in set(placed.values())))
-            waiting = [rank for rank in waiting if rank not in known]
-    holders, kinds = cache(_holders), ("model.", "optimizer.")
-    return {name: holders(held) for kind in kinds for name, held in found.items() if name.startswith(kind)}
+            known = set.intersection(*(set(held.regions) for held in set(built.values())))
+            unknown = [rank for rank in unknown if rank not in known]
+    holders = cache(_holders)
+    return {name: holders(held) for kind in (WEIGHTS, OPTIMIZER) for name, held in found.items()
+            if name.startswith(kind)}
 
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """The parts that ranks hold of any tensor that is divided so; known by its identity."""
+    """The regions that each rank holds of the tensors that are divided so. Compared by identity, to be shared."""
 
     regions: dict[int, list[Region]]
 
 
-def _holders(together: tuple[_Held, ...]) -> Holders:
+def _holders(of_stages: tuple[_Held, ...]) -> Holders:
+    """Put together what the ranks of several builds hold of a tensor."""
     found: dict[Region, set[int]] = {}
-    for held in together:
+    for held in of_stages:
         for rank, region in ((rank, region) for rank, own in held.regions.items() for region in own):
-            if region.numel:  # few rows over many ranks leave some without
+            if region.numel:  # a rank may hold nothing of a tensor with few rows
                 found.setdefault(region, set()).add(rank)
     return {region: tuple(sorted(ranks)) for region, ranks in found.items()}
 
 
 @dataclass
 class Reads:
-    """What one rank reads of a checkpoint: from how many files, the bytes of its shards, and of the items that hold
+    """What one rank reads of a checkpoint.
+
+    `files` are those that it opens, `own` the bytes of its shards, `items` the bytes of the stored items that hold
     them, which DCP's own reader reads whole.
     """
 
@@ -93,8 +98,8 @@ class Reads:
     items: int = 0
 
 
-def reads_of_ranks(found: Readers, names: Iterable[str], stored: DcpDirectory) -> dict[int, Reads]:
-    """By rank, for the tensors `names` as they are stored now."""
+def reads_of_ranks(found: HoldersByTensor, names: Iterable[str], stored: DcpDirectory) -> dict[int, Reads]:
+    """Return what each rank reads of the tensors `names` as they are stored now."""
     reads: dict[int, Reads] = {}
     for name in names:
         for region, ranks in found[name].items():
@@ -106,11 +111,11 @@ def reads_of_ranks(found: Readers, names: Iterable[str], stored: DcpDirectory) -
     return reads
 
 
-def _placed(division: ModelDivision, rank: int) -> dict[str, _Held]:
-    """The parts of `rank`'s tensors that the ranks of their meshes hold."""
+def _build_rank(division: ModelDivision, rank: int) -> dict[str, _Held]:
+    """Build `rank`'s stages; return for each of its tensors what the ranks of the tensor's mesh hold."""
     with _fake_job(division.layout, rank) as meshes:
         mine = stages_of_rank(meshes.rank("pp"), len(division.stages), division.layout.pp, division.schedule)
-        stages = shape_stages(division.model, [division.stages[index] for index in mine], meshes, _SHORT)
+        stages = shape_stages(division.model, [division.stages[index] for index in mine], meshes, _SEQ_LENGTH)
         shard_stages(stages, meshes)
         optimizer = torch.optim.AdamW([{"params": [each for stage in stages for each in stage.parameters()]}])
         for parameter in optimizer.param_groups[0]["params"]:
@@ -125,7 +130,7 @@ def _placed(division: ModelDivision, rank: int) -> dict[str, _Held]:
 
 def _held(everyone: list[int], shape: tuple[int, ...], mesh: DeviceMesh | None,
           placements: tuple[Placement, ...]) -> _Held:
-    """Of a tensor on a mesh, or, without one, of a buffer that every rank of the stage holds whole."""
+    """Return what ranks hold of a tensor on `mesh`, or of a buffer without one, which every rank holds whole."""
     if mesh is None:
         return _Held(dict.fromkeys(everyone, [Region((0,) * len(shape), shape)]))
     coordinates = product(*map(range, mesh.shape))
@@ -135,7 +140,7 @@ def _held(everyone: list[int], shape: tuple[int, ...], mesh: DeviceMesh | None,
 
 @contextmanager
 def _fake_job(layout: Layout, rank: int) -> Iterator[Meshes]:
-    assert not dist.is_initialized(), "the parts of a layout are worked out outside of jobs"
+    assert not dist.is_initialized(), "shards of a layout are worked out outside of jobs"
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:
         yield build_meshes(layout, torch.device("cpu"))

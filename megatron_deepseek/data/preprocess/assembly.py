@@ -1,4 +1,4 @@
-"""From finished parts to the final datasets: duplicates out, the limit, the order, and one file of all, or a blend.
+"""Assembly of the final datasets from finished parts: without duplicates, limited, ordered, as one file or a blend.
 
 The parts themselves stay as they are, so that a run killed here begins its assembly again.
 """
@@ -30,7 +30,7 @@ BYTES_PER_WRITE = 1 << 22
 
 @dataclass(frozen=True)
 class Assembled:
-    """`prefixes` by key, in the order of the keys: one when merged, several in a blend."""
+    """The result: the `prefixes` of each key, one if merged, several in a blend, and the documents left out."""
 
     prefixes: dict[str, list[str]]
     duplicates: int
@@ -39,7 +39,7 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Parts:
-    """The finished parts and the folder for what the assembly writes; `limits` is how many each may still give."""
+    """The finished parts with their numbers of documents, how many each may give, and the assembly's folder."""
 
     settings: PreprocessSettings
     bases: list[str]
@@ -51,14 +51,14 @@ class Parts:
         return os.path.join(self.directory, f"drops-{part:08d}")
 
     def taken(self, part: int) -> np.ndarray:
-        """The documents of a part that are neither duplicates nor beyond the limit, ascending."""
+        """Return the documents of a part that are neither duplicates nor beyond the limit, ascending."""
         keep = np.ones(self.documents[part], bool)
         keep[selection.read_drops(self.drops_path(part))] = False
         return np.flatnonzero(keep)[:self.limits[part]]
 
 
 def assemble(settings: PreprocessSettings, summaries: list[Summary], dtype, tick: Callable[[], None]) -> Assembled:
-    """`summaries` of all parts in order. ValueError; OSError where there is no room."""
+    """Make the final datasets; `summaries` are those of all parts in order. Raise OSError where there is no room."""
     directory = os.path.join(settings.parts_directory, "assembly")
     shutil.rmtree(directory, ignore_errors=True)
     os.makedirs(directory)
@@ -70,13 +70,13 @@ def assemble(settings: PreprocessSettings, summaries: list[Summary], dtype, tick
     parts = _with_limits(parts)
     taken = sum(parts.limits)
     if settings.selection.shuffle_seed is not None:
-        sources = _shuffle(parts, dtype, run, taken)
+        ordered = _shuffle(parts, dtype, run, taken)
     else:
-        sources = _trim(parts, dtype, run)
+        ordered = _trim(parts, dtype, run)
     duplicates = sum(os.path.getsize(path) // 4 for path in map(parts.drops_path, range(len(bases)))
                      if os.path.exists(path))
     finish = _merge if settings.execution.merge else _name_blend
-    prefixes = {key: finish(settings, key, [f"{source}_{key}" for source in sources])
+    prefixes = {key: finish(settings, key, [f"{base}_{key}" for base in ordered])
                 for key in settings.content.json_keys}
     return Assembled(prefixes, duplicates, sum(parts.documents) - duplicates - taken)
 
@@ -87,7 +87,7 @@ def _run_all(tasks, work, workers, tick):
 
 
 def _drop_duplicates(parts: Parts, run):
-    """All but the first of the documents with equal hashes go on the lists of their parts."""
+    """Put all but the first of the documents with equal hashes on the lists of dropped documents of their parts."""
     groups = selection.count_groups(sum(parts.documents), parts.settings.execution.workers)
     scatter = Scatter(os.path.join(parts.directory, "hashes"), groups)
 
@@ -114,7 +114,7 @@ def _with_limits(parts: Parts) -> Parts:
 
 
 def _trim(parts: Parts, dtype, run) -> list[str]:
-    """The parts in order, those of which something is left out in a copy without it."""
+    """Return the parts in order; one of which documents are left out is replaced by a copy without them."""
     whole = [limit == documents for limit, documents in zip(parts.limits, parts.documents)]
 
     def copy_taken(part: int):
@@ -127,7 +127,7 @@ def _trim(parts: Parts, dtype, run) -> list[str]:
 
 
 def _shuffle(parts: Parts, dtype, run, taken: int) -> list[str]:
-    """Groups of documents by random keys, each in the order of its keys: together a random order of all."""
+    """Return groups of documents by random keys, each in the order of its keys: together a random order of all."""
     groups = selection.count_groups(taken, parts.settings.execution.workers)
     scatter = Scatter(os.path.join(parts.directory, "order"), groups)
 
@@ -149,7 +149,7 @@ def _assembled(parts: Parts, number: int) -> str:
 
 
 def gather(parts: Parts, base: str, dtype, part_numbers: np.ndarray, documents: np.ndarray):
-    """A dataset of each key, at `{base}_{key}`, of document documents[i] of part part_numbers[i] in turn."""
+    """Write a dataset of each key, at `{base}_{key}`: in turn document documents[i] of part part_numbers[i]."""
     keys = parts.settings.content.json_keys
     with written_whole([f"{base}_{key}" for key in keys], dtype) as writers:
         for key, writer in zip(keys, writers):
@@ -166,20 +166,20 @@ def _copy_documents(writer: IndexedWriter, documents: Iterator[tuple[bytes, list
             contents.append(content)
             lengths.append(own)
             size += len(content)
-        if size >= BYTES_PER_WRITE or own is None:  # join does not copy what is alone
+        if size >= BYTES_PER_WRITE or own is None:  # joining a single piece doesn't copy it
             writer.add(np.frombuffer(b"".join(contents), writer.dtype), lengths)
             contents, lengths, size = [], [], 0
 
 
 class _Readers:
-    """Documents of many datasets, MOST_OPEN_PARTS of them open at a time."""
+    """Reads documents of many datasets, of which at most MOST_OPEN_PARTS are open at a time."""
 
     def __init__(self, prefixes: list[str]):
         self.prefixes = prefixes
         self.open: OrderedDict[int, tuple] = OrderedDict()
 
     def read(self, number: int, document: int) -> tuple[bytes, list[int]]:
-        """The bytes of its ids, and the lengths of its sequences."""
+        """Return the bytes of a document's ids, and the lengths of its sequences."""
         file, index, lengths, pointers, documents = self._opened(number)
         first, end = int(documents[document]), int(documents[document + 1])
         if first == end:
@@ -207,23 +207,23 @@ class _Readers:
             opened[0].close()
 
 
-def _merge(settings: PreprocessSettings, key: str, sources: list[str]) -> list[str]:
+def _merge(settings: PreprocessSettings, key: str, prefixes: list[str]) -> list[str]:
     prefix = settings.prefix_of(key)
-    merge_datasets(sources, prefix, settings.execution.workers)
+    merge_datasets(prefixes, prefix, settings.execution.workers)
     return [prefix]
 
 
-def _name_blend(settings: PreprocessSettings, key: str, sources: list[str]) -> list[str]:
-    """Each source under a name of its own, and a file of "tokens prefix" lines that names them all."""
+def _name_blend(settings: PreprocessSettings, key: str, prefixes: list[str]) -> list[str]:
+    """Give each of `prefixes` a name of its own, and write a file of "tokens prefix" lines that names them all."""
     named, lines = [], []
-    for source in sources:
-        index = open_index(source, "part")
+    for made in prefixes:
+        index = open_index(made, "part")
         if not index.num_sequences:
             continue
         prefix = f"{settings.prefix_of(key)}_{len(named):05d}"
         for suffix in (".bin", ".idx"):
             Path(prefix + suffix).unlink(missing_ok=True)
-            os.link(source + suffix, prefix + suffix)
+            os.link(made + suffix, prefix + suffix)
         named.append(prefix)
         lines.append(f"{os.path.getsize(prefix + '.bin') // index.token_dtype.itemsize} {prefix}\n")
     with written_aside(settings.prefix_of(key) + ".blend") as file:

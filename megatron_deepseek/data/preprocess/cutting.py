@@ -1,7 +1,7 @@
-"""Encoding texts of any length in bounded memory: in pieces, cut where the tokenizer itself shows that it may be done.
+"""Encoding of texts of any length in bounded memory: in pieces that have the same ids as the whole.
 
 A library holds tens to hundreds of bytes for each character that it encodes at once. Between two words that no merge
-joins, the ids of both sides are those of the whole; which places these are is the tokenizer's affair, so each place is
+joins, the ids of both sides are those of the whole. Which places these are depends on the tokenizer, so each place is
 tried: the text around it must have the same ids in one piece and in two.
 """
 
@@ -19,12 +19,12 @@ CONTEXT_CHARS = 256
 SEARCHED_CHARS = 1 << 16
 MOST_TRIED = 64
 
-# A line's beginning, a blank between words, the end of a clause in Chinese or Japanese.
+# Likely places: the beginning of a line, a blank between words, the end of a clause in Chinese or Japanese.
 LIKELY = re.compile(r"(?<=\n)(?=\S)|(?<=\w)(?= \w)|(?<=[，。！？；：、])(?=\w)")
 
 
 def encode_pieces(encoder: Encoder, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-    """The ids of the text that `pieces` join to, in runs. BadDocument where it cannot be cut for too long."""
+    """Yield the ids of the text that `pieces` join to. Raise BadDocument where it cannot be cut for too long."""
     held = ""
     for piece in pieces:
         held += piece
@@ -45,7 +45,7 @@ def slices(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
 
 
 def find_cut(encoder: Encoder, text: str, near: int) -> int | None:
-    """A place in the SEARCHED_CHARS before `near` at which encoding may be cut."""
+    """Return the last place in the SEARCHED_CHARS before `near` where the text may be cut, None without one."""
     places = [match.start() for match in LIKELY.finditer(text, max(1, near - SEARCHED_CHARS), near)]
     return next((place for place in reversed(places[-MOST_TRIED:]) if _may_cut(encoder, text, place)), None)
 

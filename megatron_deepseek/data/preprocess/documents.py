@@ -1,4 +1,4 @@
-"""Texts of documents to ids: sentences, fill-in-the-middle, begin and end tokens."""
+"""The texts of documents to ids: sentences, fill-in-the-middle, begin and end tokens."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,18 +16,18 @@ MOST_TOKENS = np.iinfo(np.int32).max
 
 
 class DocumentEncoder:
-    """`split` turns a text into sentences, or is None."""
+    """Encodes documents as `content` asks. `split` turns a text into sentences, or is None."""
 
     def __init__(self, content: Content, encoder: Encoder, split: Callable[[str], list[str]] | None):
         self.content, self.encoder, self.split = content, encoder, split
         self.special = encoder.special
 
-    def encode(self, texts: list[Text], source: int, places: list[int]) -> tuple[np.ndarray, list[list[int]]]:
-        """The ids of all sequences end to end, and each document's sequence lengths: none in an empty document.
+    def encode(self, texts: list[Text], file_number: int, places: list[int]) -> tuple[np.ndarray, list[list[int]]]:
+        """Return the ids of all sequences end to end, and each document's sequence lengths: none in an empty document.
 
-        ValueError where one of the texts cannot be encoded; which, it does not say.
+        Raise ValueError where one of the texts cannot be encoded; the message doesn't say which.
         """
-        arrangements = [self._arrangement(text, source, place) for text, place in zip(texts, places, strict=True)]
+        arrangements = [self._arrangement(text, file_number, place) for text, place in zip(texts, places, strict=True)]
         sequences = [self._sequences_of(text, each) for text, each in zip(texts, arrangements)]
         encoded = iter(self.encoder.encode_batch([sequence for document in sequences for sequence in document]))
         arrays, lengths = [], []
@@ -42,11 +42,11 @@ class DocumentEncoder:
         check_ids(ids, self.special.vocab_size)
         return ids, lengths
 
-    def _arrangement(self, text: Text, source: int, place: int) -> Rearrangement | None:
+    def _arrangement(self, text: Text, file_number: int, place: int) -> Rearrangement | None:
         content = self.content
         if not content.fim_rate or not isinstance(text, str) or not text:
             return None
-        return draw_rearrangement(content.seed, content.fim_rate, content.fim_spm_rate, source, place)
+        return draw_rearrangement(content.seed, content.fim_rate, content.fim_spm_rate, file_number, place)
 
     def _sequences_of(self, text: Text, arrangement: Rearrangement | None) -> list[str]:
         if arrangement is not None:
@@ -56,7 +56,7 @@ class DocumentEncoder:
         return [text] if self.split is None else self.split(text)
 
     def _with_ends(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
-        """BOS before the first and EOD after the last, in a document that has any."""
+        """Add BOS before the first and EOD after the last, in a document that has sequences."""
         if sequences and self.content.append_bos:
             sequences[0] = np.concatenate([[self.special.bos], sequences[0]])
         if sequences and self.content.append_eod:
@@ -64,9 +64,9 @@ class DocumentEncoder:
         return sequences
 
     def encode_long(self, text: Text, write: Callable[[np.ndarray], None]) -> list[int]:
-        """One document of any length: its ids go to `write` as they come. The lengths of its sequences.
+        """Encode one document of any length, call `write` with its ids as they come, and return its sequence lengths.
 
-        ValueError at any moment; what was written before is then void.
+        Raise ValueError at any moment; what was written of the document must then be discarded.
         """
         lengths, begun = [], not self.content.append_bos
         for sequence in self._long_sequences(text):
@@ -86,7 +86,7 @@ class DocumentEncoder:
         return lengths
 
     def _long_sequences(self, text: Text) -> Iterator[Iterable[str]]:
-        """Each sequence of the document in pieces. Sentences are split in the pieces that Megatron-LM makes."""
+        """Yield each sequence of the document in pieces. Sentences are split in the pieces that Megatron-LM makes."""
         if isinstance(text, list):
             return (slices(sentence) for sentence in text)
         if self.split is None:

@@ -1,7 +1,7 @@
-"""Text to arrays of ids, by the library that is fastest among those that give the right ids.
+"""Text to arrays of ids, by the fastest library that gives the right ids.
 
-`tokenizers` defines what is right, as in Megatron-LM. gigatoken (MIT, Rust) is 20 to 100 times faster and is meant to
-give the same ids; `auto` believes it only after both have encoded a sample of the very input and some hard cases.
+`tokenizers` defines the right ids, as in Megatron-LM. gigatoken (MIT, Rust) is 20 to 100 times faster and is meant to
+give the same ids; `auto` uses it only if both give the same ids for a sample of the input and for some hard cases.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ LEAST_CACHE, MOST_CACHE = 1 << 26, 1 << 28
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """What of a `Tokenizer` is needed besides encoding."""
+    """The size and the special ids of a `Tokenizer`, whose encoding may be another library's."""
 
     vocab_size: int
     eod: int
@@ -42,11 +42,13 @@ class SpecialIds:
 
 
 class Encoder(Protocol):
+    """Turns texts into arrays of ids. `backend` is the name of the library, for the report."""
+
     backend: str
     special: SpecialIds
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text; ValueError where one cannot be encoded."""
+        """Return the ids of each text. Raise ValueError where one cannot be encoded."""
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
@@ -54,7 +56,7 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 
 class TokenizerEncoder:
-    """Any `Tokenizer` of tokenizer.py."""
+    """Encodes by any `Tokenizer` of tokenizer.py."""
 
     def __init__(self, tokenizer: Tokenizer, backend: str):
         self.backend, self.special = backend, special_ids(tokenizer)
@@ -66,12 +68,14 @@ class TokenizerEncoder:
 
 
 class GigatokenEncoder:
-    """gigatoken, one thread. It keeps the ids of every word that it has met, without bound: past `cache_bytes` of
-    growth it is loaded anew (0.5 s, and seconds of text until the usual words are known again).
+    """Encodes by gigatoken, in one thread.
+
+    The library keeps the ids of every word that it has met, without bound. Once the process has grown by `cache_bytes`
+    it is loaded anew, which takes 0.5 s, and seconds until it knows the usual words again.
     """
 
     def __init__(self, path: Path, cache_bytes: int):
-        """ValueError where gigatoken cannot use the file. `special` is set by `choose_encoder`."""
+        """Load the file. Raise ValueError where gigatoken cannot use it. `choose_encoder` sets `special`."""
         self.backend = "gigatoken"
         self.special: SpecialIds | None = None
         self._path, self._cache_bytes = path, cache_bytes
@@ -80,19 +84,19 @@ class GigatokenEncoder:
     def _load(self):
         from gigatoken.gigatoken_rs import load_hf_json
         self._tokenizer = None
-        _return_freed_memory()
+        return_freed_memory()
         self._tokenizer = _without_panic("gigatoken", lambda: load_hf_json(self._path.read_bytes()))
-        self._limit = _own_memory() + self._cache_bytes
+        self._limit = resident_bytes() + self._cache_bytes
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        if _own_memory() > self._limit:
+        if resident_bytes() > self._limit:
             self._load()
         encode = self._tokenizer.encode
         return _without_panic("gigatoken", lambda: [encode(text) for text in texts])
 
 
 def _without_panic(library: str, call: Callable):
-    """Rust's panics do not derive from Exception: make them, and what else a library raises, a ValueError."""
+    """Return `call()`. Raise ValueError for Rust's panics, which are no Exceptions, and other errors of a library."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, MemoryError, ValueError):
@@ -101,8 +105,8 @@ def _without_panic(library: str, call: Callable):
         raise ValueError(f"{library}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _own_memory() -> int:
-    """Bytes of this process that are no mapped files; 0 where the system does not tell."""
+def resident_bytes() -> int:
+    """Return the bytes of this process's memory that are no mapped files; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
             fields = file.read().split()
@@ -111,15 +115,18 @@ def _own_memory() -> int:
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _return_freed_memory():
-    """What glibc keeps of freed small blocks counts against the limit as well."""
+def return_freed_memory():
+    """Give freed small blocks back to the system: what glibc keeps of them would count against the limit."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def choose_encoder(content: Content, backend: str, workers: int, sample: Callable[[], list[str]], say) -> Encoder:
-    """The encoder of `--tokenizer-backend`; `sample` gives texts of the input. ValueError if it cannot be had."""
+    """Return the encoder of `--tokenizer-backend`. `sample` gives texts of the input, on which `auto` compares.
+
+    Raise ValueError if the backend that was asked for cannot be used.
+    """
     if content.tokenizer_type != "HuggingFaceTokenizer":
         if backend == "gigatoken":
             raise ValueError(f"--tokenizer-backend gigatoken is for HuggingFaceTokenizer only, "
@@ -143,9 +150,9 @@ def choose_encoder(content: Content, backend: str, workers: int, sample: Callabl
 
 
 def _checked_gigatoken(path: Path, cache_bytes: int, texts: list[str]) -> tuple[GigatokenEncoder | None, str]:
-    """gigatoken's encoder if it gives the ids of tokenizers for `texts`, or why not.
+    """Return gigatoken's encoder and "" if it gives the ids of tokenizers for `texts`, or None and why it doesn't.
 
-    tokenizers works in a process of its own meanwhile: neither its time nor its memory comes on top.
+    tokenizers works in a process of its own at the same time, so that its time is hidden and its memory is freed.
     """
     texts = [*PROBES, *texts] if texts else []
     fork = multiprocessing.get_context("fork")

@@ -11,7 +11,7 @@ from megatron_deepseek.data.naming import naming
 
 
 def checksum_of(path: str) -> int:
-    """CRC-32."""
+    """Return the CRC-32 of a file."""
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -20,7 +20,7 @@ def checksum_of(path: str) -> int:
 
 
 def count_lines(path: str, end: int) -> int:
-    """Line ends before byte `end`."""
+    """Return the number of line ends before byte `end`."""
     count = 0
     with open(path, "rb") as file:
         while end > 0 and (block := file.read(min(end, 1 << 20))):
@@ -29,15 +29,16 @@ def count_lines(path: str, end: int) -> int:
 
 
 def write_json(path: str, value):
-    """Whole or not at all."""
+    """Write `value` as JSON, whole or not at all."""
     with written_aside(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
 
 
 @contextlib.contextmanager
 def written_aside(path: str | os.PathLike) -> Iterator[TextIO]:
-    """A text file that gets the name `path` once the block has succeeded. Where it fails (OSError tells the name),
-    nothing stays.
+    """Yield a text file that gets the name `path` once the block has succeeded.
+
+    Where the block fails, nothing stays; an OSError names the file.
     """
     aside = f"{os.fspath(path)}.tmp"
     try:
@@ -51,6 +52,6 @@ def written_aside(path: str | os.PathLike) -> Iterator[TextIO]:
 
 
 def refuse_directory(option: str, path: str | os.PathLike):
-    """ValueError where the file to write is a directory, before work is spent on it."""
+    """Raise ValueError where the file to write is a directory, before work is spent on it."""
     if os.path.isdir(path):
         raise ValueError(f"{option} {path} is a directory; give the name of a file in it")

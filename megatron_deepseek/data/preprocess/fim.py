@@ -17,14 +17,14 @@ DRAWS = 1 << 64
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """`first` and `second` are draws in [0, 2^64) for the two places."""
+    """How one document is rearranged: SPM or PSM; `first` and `second` are draws in [0, 2^64) for the two places."""
 
     spm: bool
     first: int
     second: int
 
     def cut(self, text: str) -> list[str]:
-        """Prefix, middle and suffix, each possibly empty."""
+        """Return prefix, middle and suffix, each possibly empty."""
         low, high = sorted((self.first % (len(text) + 1), self.second % (len(text) + 1)))
         return [text[:low], text[low:high], text[high:]]
 
@@ -36,8 +36,11 @@ class Rearrangement:
         return np.concatenate([begin, prefix, hole, suffix, end, middle])
 
 
-def draw_rearrangement(seed: int, rate: float, spm_rate: float, source: int, place: int) -> Rearrangement | None:
-    """The same for a document wherever and by whomever it is processed; None for 1 - `rate` of them."""
-    digest = blake2b(struct.pack("<qqq", seed, source, place), digest_size=32, person=b"fim").digest()
+def draw_rearrangement(seed: int, rate: float, spm_rate: float, file_number: int, place: int) -> Rearrangement | None:
+    """Return the rearrangement of the document that begins at `place` of an input file, None for 1 - `rate` of all.
+
+    It depends on the arguments alone, not on which process or part the document is in.
+    """
+    digest = blake2b(struct.pack("<qqq", seed, file_number, place), digest_size=32, person=b"fim").digest()
     chosen, spm, first, second = struct.unpack("<4Q", digest)
     return Rearrangement(spm < spm_rate * DRAWS, first, second) if chosen < rate * DRAWS else None

@@ -1,4 +1,4 @@
-"""Whether the dataset under a prefix is finished already: the very one that is asked for, or another to be kept."""
+"""Datasets that exist under the output prefix already: the ones that are asked for, or others, which are kept."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
 
 def digest_of(settings: PreprocessSettings, described: dict) -> str:
-    """A digest of what decides the output's bytes and number of files; `described` is the ledger's."""
+    """Return a digest of what decides the output's bytes and number of files; `described` is the ledger's."""
     asked = [described, asdict(settings.selection), settings.execution.merge, settings.prefixes]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def is_finished(settings: PreprocessSettings, described: dict) -> bool:
-    """Whether there is nothing to do. ValueError where files of something else are there, but for --overwrite."""
+    """Return whether there is nothing to do. Without --overwrite, raise ValueError where files of another run exist."""
     endings = (".idx", ".bin", ".blend")
     there = [prefix + ending for prefix in settings.prefixes for ending in endings if os.path.exists(prefix + ending)]
     if not there or settings.execution.overwrite:
@@ -44,7 +44,7 @@ def report_path(settings: PreprocessSettings) -> str:
 
 
 def _read_report(path: str) -> dict:
-    """What a report says of the input, of its faults and of the datasets; empty if it lacks one of them."""
+    """Return the parts of a report on the input, its faults and the datasets; {} if it lacks one of them."""
     try:
         report = read_object(path, LARGEST_LIST)
         datasets = report.object("datasets")

@@ -1,4 +1,4 @@
-"""Finding the input: files, globs, directories and standard input, each with its format and compression."""
+"""The input files that the user names: files, globs, directories, standard input; their formats and compression."""
 
 import glob
 import os
@@ -15,7 +15,7 @@ BEGINNINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00":
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input. `index` is its place among them; `size` in bytes as stored; `modified` in ns."""
+    """One file of the input. `index` is its place among them, `size` in bytes as stored, `modified` in ns."""
 
     index: int
     path: str
@@ -25,19 +25,20 @@ class InputFile:
     modified: int
 
     def is_splittable(self, text_unit: str) -> bool:
-        """Whether reading may begin at any byte, because a line end is found from there."""
+        """Return whether reading may begin at any byte, because a line end can be found from there."""
         return self.compression is None and (self.format == "jsonl" or self.format == "text" and text_unit == "line")
 
 
-def find_sources(patterns: Iterable[str], input_format: str = "auto", without: Iterable[str] = ()) -> list[InputFile]:
-    """The inputs that `patterns` name, in order; those of one glob or directory sorted.
+def find_inputs(patterns: Iterable[str], input_format: str = "auto", without: Iterable[str] = ()) -> list[InputFile]:
+    """Return the input files that `patterns` name, in order; those of one glob or directory are sorted.
 
-    ValueError where a pattern names none. Of directories, at any depth, the files with a known ending are taken, hidden
-    ones not. Files and folders `without` are left out: what the run itself writes, perhaps beside its input.
+    Of a directory, at any depth, the files with a known ending are taken, but no hidden ones. The files and folders
+    `without` are left out: the run's own output, which may lie beside its input. Raise ValueError where a pattern names
+    no file.
     """
     own = tuple(map(os.path.realpath, without))
     paths = [path for path in find_paths(patterns) if not _is_within(path, own)]
-    return [_source_of(index, path, input_format) for index, path in enumerate(paths)]
+    return [_describe_file(index, path, input_format) for index, path in enumerate(paths)]
 
 
 def _is_within(path: str, own: tuple[str, ...]) -> bool:
@@ -73,15 +74,18 @@ def _files_below(directory: str) -> list[str]:
 
 
 def _format_by_name(name: str) -> tuple[str | None, str | None]:
-    """(format, compression), each None where the ending does not tell."""
+    """Return (format, compression) by the endings of a name, each None where they don't tell."""
     path = Path(name)
     compression = COMPRESSIONS.get(path.suffix.lower())
     inner = Path(path.stem).suffix if compression else path.suffix
     return FORMATS.get(inner.lower()), compression
 
 
-def _source_of(index: int, path: str, input_format: str) -> InputFile:
-    """An ending that says nothing means JSONL. How a file is compressed its first bytes tell, else its ending."""
+def _describe_file(index: int, path: str, input_format: str) -> InputFile:
+    """Return the input file at `path`.
+
+    An unknown ending means JSONL. The compression is told by the first bytes, or else by the ending.
+    """
     if path == STANDARD_INPUT:
         return InputFile(index, path, "jsonl" if input_format == "auto" else input_format, None, 0, 0)
     by_name, compression = _format_by_name(path)

@@ -1,7 +1,7 @@
-"""The folder of a run's parts, and what may be continued in it.
+"""The folder of a run's parts, from which the same command continues.
 
-`plan.json` says of which input, by which settings and in what cuts the parts there are. It is written once, by whoever
-comes first; a run with another plan is refused and told the difference. Each part has its summary; see part.py.
+`plan.json` holds the input, the settings and the size of the parts. It is written once, by the rank that comes first; a
+run with another plan is refused and told the difference. Each part has its summary; see part.py.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ VERSION = 2
 SECONDS_FOR_ORPHANS = 3.0
 
 
-def describe(settings: PreprocessSettings, sources: list[InputFile]) -> dict:
-    """All that decides the bytes of the parts, but for how they are cut and by what they are tokenised."""
+def describe(settings: PreprocessSettings, input_files: list[InputFile]) -> dict:
+    """Return all that decides the bytes of the parts, except where they are cut and which library tokenises."""
     content = asdict(settings.content)
     for path in ("tokenizer_model", "nltk_data_dir"):
         content.pop(path)
-    inputs = [[source.path, source.size, source.modified] for source in sources]
+    inputs = [[input_file.path, input_file.size, input_file.modified] for input_file in input_files]
     records = {"dedup": settings.selection.dedup, "records": settings.selection.needs_records}
     described = {"version": VERSION, **content, **records, "tokenizer": _tokenizer_digest(settings), "inputs": inputs}
     return json.loads(json.dumps(described))
@@ -50,7 +50,7 @@ def _tokenizer_digest(settings: PreprocessSettings) -> str:
 
 
 class Ledger:
-    """The parts of `settings.parts_directory`. Use within `opened`."""
+    """The parts in `settings.parts_directory`. Use it within `opened`."""
 
     def __init__(self, settings: PreprocessSettings):
         self.settings = settings
@@ -58,12 +58,12 @@ class Ledger:
 
     @property
     def has_plan(self) -> bool:
-        """Whether there is a run to be continued."""
+        """Return whether there is a run to be continued."""
         return not self.settings.execution.discard_parts and (self.directory / "plan.json").exists()
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["Ledger"]:
-        """For this rank alone, until left. ValueError if another process has it."""
+        """Lock the folder for this rank while the block runs. Raise ValueError if another process has it."""
         if self.settings.execution.discard_parts:
             shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -83,17 +83,17 @@ class Ledger:
 
     @contextlib.contextmanager
     def assembling(self):
-        """Yields whether this process may assemble: not while another rank does, nor after one has."""
+        """Yield whether this process may assemble: not while another rank does, nor after one has."""
         try:
             file = open(self.directory / "assembly.lock", "w")
-        except FileNotFoundError:  # the folder is gone: it has been done
+        except FileNotFoundError:  # the folder is gone: another rank has assembled
             yield False
             return
         with file:
             yield _try_lock(file) and (self.directory / "plan.json").exists()
 
     def read_plan(self, described: dict) -> dict | None:
-        """The plan that is there, or None. ValueError where it is for something else than `described`."""
+        """Return the plan that was written, or None. Raise ValueError where it is not for `described`."""
         path = self.directory / "plan.json"
         if not path.exists():
             return None
@@ -109,7 +109,7 @@ class Ledger:
         return dict(plan.fields)
 
     def write_plan(self, plan: dict) -> dict:
-        """The plan that holds: this one, or that of a rank that was faster."""
+        """Write the plan unless another rank was faster, and return the one that was written."""
         aside = self.directory / f"plan.json.{self.settings.execution.rank}"
         with naming(aside):
             aside.write_text(json.dumps(plan))
@@ -133,7 +133,7 @@ class Ledger:
         return read_summary(self.summary_path(part))
 
     def finished(self, part: Part, maker: PartMaker) -> Summary | None:
-        """The summary of a part that is there and sound. ValueError if its input has changed since."""
+        """Return the summary of a part that is whole, else None. Raise ValueError if its input has changed."""
         try:
             summary = self.summary(part.number)
             base = str(self.directory / part.name)
@@ -143,7 +143,7 @@ class Ledger:
         if not sound:
             return None
         if summary.input_checksum != part.checksum:
-            raise ValueError(f"--input {part.segments[0].source.path}: part {part.number} of it is not what it was "
+            raise ValueError(f"--input {part.segments[0].input_file.path}: part {part.number} of it is not what it was "
                              f"when the parts in {self.directory} were made: --discard-parts starts over")
         return summary
 

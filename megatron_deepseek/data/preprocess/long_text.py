@@ -1,6 +1,6 @@
 """Documents too long to hold whole: a JSON line of 200 MB would need up to five times that as a string.
 
-Such a line lies in a file that is mapped. Its long strings are replaced by short markers, what is left is parsed as
+Such a line is put into a file that is mapped. Its long strings are replaced by short markers, the rest is parsed as
 usual, and each marker becomes a `LongText` that decodes its bytes piece by piece whenever it is read.
 """
 
@@ -25,14 +25,14 @@ class BadDocument(ValueError):
 
 
 class LongText:
-    """Bytes [start, end) of `data` as text. Reading raises BadDocument where they are no text."""
+    """The text in the bytes [start, end) of `data`. Reading it raises BadDocument where they are no text."""
 
     def __init__(self, data: mmap.mmap, start: int, end: int, cut: Callable, decode: Callable[[bytes], str]):
         self.data, self.start, self.end = data, start, end
         self._cut, self._decode = cut, decode
 
     def pieces(self) -> Iterator[str]:
-        """Strings of at most PIECE_BYTES characters that join to the text."""
+        """Yield strings of at most PIECE_BYTES characters that join to the text."""
         start = self.start
         while start < self.end:
             stop = start + PIECE_BYTES
@@ -66,11 +66,11 @@ def _decode_json_string(content: bytes) -> str:
 
 
 def _cut_between_characters(data, start: int, stop: int) -> int:
-    """The last place in (start, stop] where a character of UTF-8 begins."""
+    """Return the last place in (start, stop] where a character of UTF-8 begins."""
     for place in range(stop, max(start, stop - 4), -1):
         if data[place] & 0xC0 != 0x80:
             return place
-    return stop  # no UTF-8, which decoding will say
+    return stop  # no UTF-8, which decoding will report
 
 
 def _cut_between_escapes(data, start: int, stop: int) -> int:
@@ -85,7 +85,7 @@ def _cut_between_escapes(data, start: int, stop: int) -> int:
 
 
 def _begins_escape(data, slash: int) -> bool:
-    """Whether the backslash there is not itself escaped: whether an even number comes before it."""
+    """Return whether the backslash at `slash` is not escaped itself: an even number of them comes before it."""
     return _slashes_before(data, slash) % 2 == 0
 
 
@@ -97,7 +97,10 @@ def _slashes_before(data, place: int) -> int:
 
 
 def parse_long_line(data: mmap.mmap):
-    """What json.loads would return, with a `LongText` for every string value longer than LONG_STRING_BYTES."""
+    """Return what json.loads would, but a `LongText` for every string value longer than LONG_STRING_BYTES.
+
+    Raise BadDocument for malformed JSON and for a line with too many bytes outside of long strings.
+    """
     skeleton, texts, position = bytearray(), {}, 0
     while position < len(data):
         quote = data.find(b'"', position)
@@ -120,7 +123,7 @@ def parse_long_line(data: mmap.mmap):
 
 
 def _string_end(data: mmap.mmap, place: int) -> int:
-    """The quote that ends the string whose inside begins at `place`."""
+    """Return the place of the quote that ends the string whose inside begins at `place`."""
     while True:
         place = data.find(b'"', place)
         if place < 0:
@@ -139,7 +142,7 @@ def _with_texts(value, texts: dict[str, LongText]):
 
 
 def parse_json(content: bytes):
-    """json.loads, of UTF-8 only; a byte order mark before the value is let pass."""
+    """Return json.loads of UTF-8 bytes, without the byte order mark that may come first; raise BadDocument."""
     try:
         return json.loads(decode_utf8(content).removeprefix("\ufeff"))
     except BadDocument:

@@ -1,7 +1,7 @@
-"""One part, from its segments to datasets of its own: read, filter, tokenise, write, and a summary that comes last.
+"""One part of the input to datasets of its own: read, filter, tokenise, write, and a summary that comes last.
 
-A part is whole once `{number}.json` is there, which holds the checksums of the other files. Memory is a batch of about
-a million characters, whatever the documents' size.
+A part is whole once `{number}.json` exists, which holds the checksums of the other files. It takes the memory of a
+batch of about a million characters, whatever the size of the documents.
 """
 
 import json
@@ -28,24 +28,26 @@ from megatron_deepseek.foreign_json import LARGEST_LIST, read_object
 
 DOCUMENTS_PER_BATCH = 1024
 CHARS_PER_BATCH = 1 << 19
-RECORDS = np.dtype([("source", "<u4"), ("place", "<u8"), ("hash", "<u8", 2)])
+RECORDS = np.dtype([("file", "<u4"), ("place", "<u8"), ("hash", "<u8", 2)])
 
 Progress = Callable[[int, int, int], None]
 
 
 class TooManyErrors(ValueError):
-    """More documents cannot be used than --max-errors, or any under --on-error fail."""
+    """Raised where more documents than --max-errors cannot be used, or one under --on-error fail."""
 
 
 class UnreadableInput(ValueError):
-    """A file cannot be read to its end, and --allow-damaged-files is 0."""
+    """Raised where a file cannot be read to its end, and --allow-damaged-files is 0."""
 
 
 @dataclass
 class Summary:
-    """What became of a part. `errors` are (segment, line in it, reason, detail), and so, without a reason, is the
-    `damage` of files that cannot be read to their end; `lines` are those of each segment, `taken` its documents that
-    were used; `checksums` the CRC-32 of the part's files by their endings.
+    """The counts and faults of a finished part.
+
+    `errors` are (segment, line in it, reason, detail) of documents that cannot be used; `damage` has (segment, line,
+    detail) of files that cannot be read to their end. `lines` are the lines of each segment, `taken` its documents that
+    were used. `checksums` has the CRC-32 of the part's files by their endings.
     """
 
     part: int
@@ -63,7 +65,7 @@ class Summary:
 
 
 def read_summary(path: Path) -> Summary:
-    """ValueError where the file is not what was written."""
+    """Return the summary in a file. Raise ValueError where it is not as it was written."""
     written = dict(read_object(path, LARGEST_LIST).fields)
     if written.pop("digest", None) != _digest(written):
         raise ValueError(f"{path} is damaged")
@@ -75,7 +77,7 @@ def _digest(summary: dict) -> int:
 
 
 def id_dtype(vocab_size: int) -> type:
-    """Megatron's rule (DType.optimal_dtype)."""
+    """Return the type of ids by Megatron's rule (DType.optimal_dtype)."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
@@ -87,7 +89,10 @@ class PartMaker:
         self.dtype = id_dtype(encoder.special.vocab_size)
 
     def make(self, part: Part, progress: Progress) -> Summary:
-        """Write the part, and tell `progress` of stored bytes, documents and tokens. TooManyErrors; OSError."""
+        """Write the part and return its summary; `progress` is called with stored bytes, documents and tokens.
+
+        Raise TooManyErrors, UnreadableInput, or OSError where there is no room.
+        """
         summary = Summary(part.number, input_checksum=part.checksum)
         base = os.path.join(self.settings.parts_directory, part.name)
         with written_whole([f"{base}_{key}" for key in self.settings.content.json_keys], self.dtype) as writers:
@@ -102,14 +107,14 @@ class PartMaker:
         return summary
 
     def endings(self) -> list[str]:
-        """Of the files that make up a part."""
+        """Return the endings of the files that make up a part."""
         keys = self.settings.content.json_keys
         records = [".records"] if self.settings.selection.needs_records else []
         return [f"_{key}{suffix}" for key in keys for suffix in (".bin", ".idx")] + records
 
 
 class _PartInMaking:
-    """The documents gathered for the next batch, and where they go."""
+    """A part while it is made: the documents gathered for the next batch, and the writers that take them."""
 
     def __init__(self, maker: PartMaker, writers: list[IndexedWriter], summary: Summary, progress: Progress):
         self.settings, self.encoder = maker.settings, maker.encoder
@@ -146,7 +151,7 @@ class _PartInMaking:
                 self._flush()
 
     def _is_unwanted(self, chars: int) -> bool:
-        """Whether the length is out of bounds, which is counted."""
+        """Return whether the length is out of bounds, and count it if so."""
         content, skipped = self.settings.content, self.summary.skipped
         if chars < content.min_chars:
             why = f"shorter than --min-chars {content.min_chars}"
@@ -165,10 +170,10 @@ class _PartInMaking:
             self._report(self._stored_bytes(records[-1].place))
 
     def _write(self, records: list[Record]):
-        """All at once; where that fails, one by one, to name those at fault."""
-        places, source = [record.place for record in records], self.segment.source.index
+        """Encode and write all records at once or, where that fails, one by one, to find those at fault."""
+        places, file_number = [record.place for record in records], self.segment.input_file.index
         try:
-            encoded = [self.encoder.encode(list(texts), source, places)
+            encoded = [self.encoder.encode(list(texts), file_number, places)
                        for texts in zip(*(record.texts for record in records), strict=True)]
         except ValueError as error:
             if len(records) > 1:
@@ -183,7 +188,7 @@ class _PartInMaking:
                     sum(chars_held(text) for record in records for text in record.texts))
 
     def _add_long(self, record: Record):
-        """A document whose ids are written as they come, and taken back where it turns out to be unfit."""
+        """Write a document's ids as they come, and take them back where it turns out that it cannot be used."""
         marks = [writer.num_tokens for writer in self.writers]
         try:
             chars = sum(len(piece) for text in record.texts for piece in pieces(text))
@@ -216,9 +221,9 @@ class _PartInMaking:
         self.progress(0, len(records), tokens)
 
     def _records_of(self, records: list[Record]) -> np.ndarray:
-        """What the selection wants to know of each document."""
+        """Return the rows that the selection needs, one for each document: its place and its hash."""
         rows = np.zeros(len(records), RECORDS)
-        rows["source"], rows["place"] = self.segment.source.index, [record.place for record in records]
+        rows["file"], rows["place"] = self.segment.input_file.index, [record.place for record in records]
         if self.settings.selection.dedup is not None:
             rows["hash"] = [hash_of(record.texts) for record in records]
         return rows
@@ -250,15 +255,15 @@ class _PartInMaking:
                                 f"them is {where(self.segment, fault.line)}: {fault.detail}")
 
     def _fault_of_long(self, record: Record, error: ValueError) -> Fault:
-        """Of plain text that is decoded only as it is tokenised, a cut shows only then."""
-        if self.segment.source.format == "text" and isinstance(error, BadDocument) and is_cut(error, "text"):
+        """Return the fault of a long document. Plain text, decoded while it is tokenised, shows a cut only then."""
+        if self.segment.input_file.format == "text" and isinstance(error, BadDocument) and is_cut(error, "text"):
             return Fault(record.place, record.line, DAMAGED, f"the file breaks off within its last line: {error}")
         return _fault_of(record, error)
 
     def _stored_bytes(self, place: int) -> int:
-        """Estimated from the place of the last record, where places are bytes and the segment's end is known."""
+        """Return an estimate of the stored bytes up to a record; 0 where its place is no byte or the end is unknown."""
         segment = self.segment
-        if segment.end is None or segment.source.format == "parquet":
+        if segment.end is None or segment.input_file.format == "parquet":
             return 0
         return segment.size * (place - segment.start) // max(1, segment.end - segment.start)
 

@@ -1,8 +1,8 @@
-"""The input as parts: runs of it that are read, tokenised and kept each by itself.
+"""The plan of the work: the input cut into parts, each of which is read, tokenised and kept by itself.
 
 A plain JSONL file is cut at any byte, as a line belongs to the part in which it begins. Many small files make one
 part. A compressed file larger than a part, and standard input, cannot be entered in the middle: such a stream is
-decompressed once, here, and its parts are spooled to disk, as many as are being worked on.
+decompressed once, here, and only the parts that are being worked on are spooled to disk.
 """
 
 import os
@@ -23,13 +23,13 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Segment:
-    """The records of `source` that begin in [start, end): bytes after decompression, row groups of parquet.
+    """The records of `input_file` that begin in [start, end): bytes after decompression, row groups of parquet.
 
-    `end` None is the end of the file. `size` counts stored bytes, for the progress. A `spool` holds exactly these
-    bytes. `lines_before` is None where nobody has counted. `damage` says why a stream ends here before its time.
+    `end` None is the end of the file. `size` counts stored bytes, for the progress. A `spool` is a file of exactly
+    these bytes. `lines_before` is None where nobody has counted. `damage` says why a damaged stream ends here.
     """
 
-    source: InputFile
+    input_file: InputFile
     start: int = 0
     end: int | None = None
     size: int = 0
@@ -40,7 +40,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Part:
-    """`checksum` is the CRC-32 of a spool: of what cannot be recognised by its file's time and size."""
+    """A piece of the work. `checksum` is the CRC-32 of a spool, which has no file with a time and size to compare."""
 
     number: int
     segments: tuple[Segment, ...]
@@ -55,26 +55,32 @@ class Part:
         return f"{self.number:08d}"
 
 
-def default_part_bytes(sources: list[InputFile], workers: int) -> int:
-    """Several parts for each of all `workers`, so that they finish together, but neither tiny nor huge ones."""
-    wanted = sum(source.size for source in sources) // (workers * PARTS_PER_WORKER)
+def default_part_bytes(input_files: list[InputFile], workers: int) -> int:
+    """Return a part size that gives each of all `workers` several parts, so that they finish together.
+
+    No part is smaller than LEAST_PART_BYTES or larger than MOST_PART_BYTES.
+    """
+    wanted = sum(input_file.size for input_file in input_files) // (workers * PARTS_PER_WORKER)
     return min(max(wanted, LEAST_PART_BYTES), MOST_PART_BYTES)
 
 
-def plan_parts(sources: list[InputFile], part_bytes: int, text_unit: str, spool_path: Callable[[int], str | None],
+def plan_parts(input_files: list[InputFile], part_bytes: int, text_unit: str, spool_path: Callable[[int], str | None],
                ) -> Iterator[Part]:
-    """The same parts each time. `spool_path` gives where a part's spool goes; None: this part is not made here."""
+    """Yield the parts, the same ones each time.
+
+    `spool_path` gives the file for the spool of a part, None for a part that is not made here.
+    """
     number, gathered = 0, []
-    for source in sources:
-        if _is_stream(source, part_bytes):
+    for input_file in input_files:
+        if _is_stream(input_file, part_bytes):
             if gathered:
                 yield Part(number, tuple(gathered))
                 number, gathered = number + 1, []
-            for part in _stream_parts(source, part_bytes, number, spool_path):
+            for part in _stream_parts(input_file, part_bytes, number, spool_path):
                 yield part
                 number = part.number + 1
             continue
-        for segment in _segments(source, part_bytes, text_unit):
+        for segment in _segments(input_file, part_bytes, text_unit):
             gathered.append(segment)
             if sum(each.size for each in gathered) >= part_bytes or len(gathered) == MOST_FILES_PER_PART:
                 yield Part(number, tuple(gathered))
@@ -83,43 +89,43 @@ def plan_parts(sources: list[InputFile], part_bytes: int, text_unit: str, spool_
         yield Part(number, tuple(gathered))
 
 
-def _is_stream(source: InputFile, part_bytes: int) -> bool:
-    """A text file that is one document is no stream: there is nothing to cut."""
-    return source.path == STANDARD_INPUT or (source.compression is not None and source.size > part_bytes
-                                             and source.format == "jsonl")
+def _is_stream(input_file: InputFile, part_bytes: int) -> bool:
+    """Return whether the file can only be read from its begin. A text file that is one document has nothing to cut."""
+    return input_file.path == STANDARD_INPUT or (input_file.compression is not None and input_file.size > part_bytes
+                                                 and input_file.format == "jsonl")
 
 
-def _segments(source: InputFile, part_bytes: int, text_unit: str) -> Iterator[Segment]:
-    if source.size > part_bytes and source.format == "parquet":
-        yield from _row_group_segments(source, part_bytes)
-    elif source.size > part_bytes and source.is_splittable(text_unit):
-        for start in range(0, source.size, part_bytes):
-            end = min(start + part_bytes, source.size)
-            yield Segment(source, start, end, end - start, lines_before=None if start else 0)
+def _segments(input_file: InputFile, part_bytes: int, text_unit: str) -> Iterator[Segment]:
+    if input_file.size > part_bytes and input_file.format == "parquet":
+        yield from _row_group_segments(input_file, part_bytes)
+    elif input_file.size > part_bytes and input_file.is_splittable(text_unit):
+        for start in range(0, input_file.size, part_bytes):
+            end = min(start + part_bytes, input_file.size)
+            yield Segment(input_file, start, end, end - start, lines_before=None if start else 0)
     else:
-        yield Segment(source, size=source.size)
+        yield Segment(input_file, size=input_file.size)
 
 
-def _row_group_segments(source: InputFile, part_bytes: int) -> Iterator[Segment]:
-    """A file that pyarrow cannot read stays whole: whoever reads it reports the damage."""
+def _row_group_segments(input_file: InputFile, part_bytes: int) -> Iterator[Segment]:
+    """Yield runs of row groups. A file that pyarrow cannot read stays whole: its reader reports the damage."""
     import pyarrow
     import pyarrow.parquet
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
+        with pyarrow.parquet.ParquetFile(input_file.path) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
     except (pyarrow.ArrowException, OSError):
-        yield Segment(source, size=source.size)
+        yield Segment(input_file, size=input_file.size)
         return
-    first, scale = 0, source.size / max(1, sum(sizes))  # total_byte_size is before compression
+    first, scale = 0, input_file.size / max(1, sum(sizes))  # total_byte_size is before compression
     for group in range(len(sizes)):
         size = int(sum(sizes[first:group + 1]) * scale)
         if size >= part_bytes or group == len(sizes) - 1:
-            yield Segment(source, first, group + 1, size)
+            yield Segment(input_file, first, group + 1, size)
             first = group + 1
 
 
-def _stream_parts(source: InputFile, part_bytes: int, number: int, spool_path) -> Iterator[Part]:
-    spooler = _Spooler(source, part_bytes)
+def _stream_parts(input_file: InputFile, part_bytes: int, number: int, spool_path) -> Iterator[Part]:
+    spooler = _Spooler(input_file, part_bytes)
     while True:
         part = spooler.next_part(number, spool_path(number))
         if part is None:
@@ -131,9 +137,9 @@ def _stream_parts(source: InputFile, part_bytes: int, number: int, spool_path) -
 class _Spooler:
     """Cuts one stream at line ends, at least `part_bytes` apart."""
 
-    def __init__(self, source: InputFile, part_bytes: int):
-        self.source, self.part_bytes = source, part_bytes
-        self.stream = (open_stream(source.path, source.compression) if source.path != STANDARD_INPUT
+    def __init__(self, input_file: InputFile, part_bytes: int):
+        self.input_file, self.part_bytes = input_file, part_bytes
+        self.stream = (open_stream(input_file.path, input_file.compression) if input_file.path != STANDARD_INPUT
                        else open(0, "rb", buffering=BLOCK_BYTES, closefd=False))
         self.carried = b""
         self.position = self.lines = self.stored = 0
@@ -141,7 +147,7 @@ class _Spooler:
         self.at_end = False
 
     def next_part(self, number: int, path: str | None) -> Part | None:
-        """None once there is nothing left. The bytes go to `path`, where one is given."""
+        """Return the next part, None at the end of the stream. Its bytes go to `path` if one is given."""
         if self.at_end and not self.carried:
             return None
         size = checksum = lines = 0
@@ -150,14 +156,14 @@ class _Spooler:
                 spool.write(block)
                 checksum, size, lines = zlib.crc32(block, checksum), size + len(block), lines + block.count(b"\n")
         stored = self._stored_bytes(size)
-        segment = Segment(self.source, self.position, self.position + size, stored - self.stored, path, self.lines)
+        segment = Segment(self.input_file, self.position, self.position + size, stored - self.stored, path, self.lines)
         self.position, self.lines, self.stored = self.position + size, self.lines + lines, stored
         if self.at_end and not self.carried and self.damage is not None:
             segment = replace(segment, damage=self.damage)
         return Part(number, (segment,), checksum) if size or segment.damage else None
 
     def _blocks(self) -> Iterator[bytes]:
-        """Blocks up to the first line end at or after `part_bytes`; what follows it is carried over."""
+        """Yield blocks up to the first line end at or after `part_bytes`; the rest is carried to the next part."""
         size = 0
         while True:
             block, self.carried = self.carried or self._read(), b""
@@ -182,6 +188,6 @@ class _Spooler:
         return block
 
     def _stored_bytes(self, size: int) -> int:
-        if self.source.path == STANDARD_INPUT:
+        if self.input_file.path == STANDARD_INPUT:
             return self.position + size
         return os.lseek(self.stream.raw.fileno(), 0, os.SEEK_CUR)

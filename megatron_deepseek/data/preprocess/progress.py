@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, now and then a line elsewhere."""
+"""The progress of a run: a bar on a terminal, elsewhere a line now and then."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """`tick` looks at the counters and shows them; `total` in bytes as stored, 0 if unknown."""
+    """Shows the counters at every `tick`. `total` is in bytes as stored, 0 if unknown."""
 
     def __init__(self, counters: Counters, total: int, interval: int, say):
         self.counters, self.total, self.interval, self.say = counters, total, interval, say
@@ -45,5 +45,5 @@ class Progress:
 
 def _bar(total: int):
     from tqdm import tqdm
-    tqdm.monitor_interval = 0  # its thread would be there when workers are forked
+    tqdm.monitor_interval = 0  # its thread must not run when workers are forked
     return tqdm(total=total or None, unit="B", unit_scale=True, dynamic_ncols=True)

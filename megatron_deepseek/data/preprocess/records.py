@@ -1,4 +1,4 @@
-"""Records of a segment of the input: what each holds under the keys, or why it cannot be used.
+"""The records of a segment of the input: the texts that each holds under the keys, or why it cannot be used.
 
 A text under a key is a string, a `LongText`, or a list of strings where a document comes already split into sentences.
 """
@@ -25,7 +25,11 @@ MOST_NAMES = 20
 
 
 class Record(NamedTuple):
-    """`place`: byte (after decompression) or row where it begins. `line`: from 1 in the segment. `texts`: by key."""
+    """One document of the input.
+
+    `place` is the byte (after decompression) or the row where it begins, `line` counts from 1 in the segment, `texts`
+    are in the order of the keys.
+    """
 
     place: int
     line: int
@@ -33,7 +37,7 @@ class Record(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A document that is lost, or (`reason` DAMAGED) all that would have followed."""
+    """A document that cannot be used or, with the `reason` DAMAGED, all that would have followed in the file."""
 
     place: int
     line: int
@@ -42,7 +46,7 @@ class Fault(NamedTuple):
 
 
 class SegmentReader:
-    """Iterates over the `Record`s and `Fault`s of a segment; `lines` counts all lines, or rows, met so far.
+    """Iterates over the `Record`s and `Fault`s of a segment; `lines` counts the lines, or rows, read so far.
 
     `directory` is for lines too long to hold, which are written to files without a name.
     """
@@ -54,11 +58,11 @@ class SegmentReader:
         self.place = segment.start
 
     def __iter__(self) -> Iterator[Record | Fault]:
-        source = self.segment.source
+        input_file = self.segment.input_file
         try:
-            if source.format == "parquet":
+            if input_file.format == "parquet":
                 yield from self._rows()
-            elif source.format == "text" and self.text_unit == "file" and self.segment.spool is None:
+            elif input_file.format == "text" and self.text_unit == "file" and self.segment.spool is None:
                 yield from self._whole_file()
             else:
                 yield from self._lines()
@@ -83,7 +87,7 @@ class SegmentReader:
                 yield self._record(content)
 
     def _contents(self, file) -> Iterator[bytes | mmap.mmap]:
-        """The lines that begin in the segment, with their ends. After each is taken, `place` is where it began."""
+        """Yield the lines that begin in the segment, with their line ends; `place` is set to where each begins."""
         segment = self.segment
         position = segment.start if segment.spool is None else 0
         shift = segment.start - position
@@ -103,14 +107,14 @@ class SegmentReader:
 
     def _record(self, content: bytes | mmap.mmap) -> Record | Fault:
         try:
-            if self.segment.source.format == "text":
+            if self.segment.input_file.format == "text":
                 return Record(self.place, self.lines, self._line_texts(content))
             document = parse_json(content) if isinstance(content, bytes) else parse_long_line(content)
             if not isinstance(document, dict):
                 raise BadDocument("not an object", f"a JSON object is needed, this is a {type(document).__name__}")
             return Record(self.place, self.lines, texts_of(document, self.keys))
         except BadDocument as error:
-            if not _has_line_end(content) and is_cut(error, self.segment.source.format):
+            if not _has_line_end(content) and is_cut(error, self.segment.input_file.format):
                 return self._cut(error)
             return Fault(self.place, self.lines, error.reason, str(error))
 
@@ -125,7 +129,7 @@ class SegmentReader:
 
     def _whole_file(self) -> Iterator[Record | Fault]:
         self.lines = 1
-        with open_stream(self.segment.source.path, self.segment.source.compression) as file:
+        with open_stream(self.segment.input_file.path, self.segment.input_file.compression) as file:
             content = file.read(LONG_LINE_BYTES)
             if len(content) == LONG_LINE_BYTES:
                 content = _to_file(file, content, self.directory, whole=True)
@@ -145,7 +149,7 @@ class SegmentReader:
 
     def _batches_of_rows(self) -> Iterator[Record | Fault]:
         from pyarrow.parquet import ParquetFile
-        with ParquetFile(self.segment.source.path, pre_buffer=False, page_checksum_verification=True) as file:
+        with ParquetFile(self.segment.input_file.path, pre_buffer=False, page_checksum_verification=True) as file:
             sizes = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
             if sum(size.num_rows for size in sizes) != file.metadata.num_rows:
                 raise DamagedStream(f"its row groups have {sum(size.num_rows for size in sizes)} rows, where the file "
@@ -181,7 +185,7 @@ class SegmentReader:
 def _open(segment: Segment):
     if segment.spool is not None:
         return open(segment.spool, "rb", buffering=BYTES_PER_READ)
-    return open_stream(segment.source.path, segment.source.compression)
+    return open_stream(segment.input_file.path, segment.input_file.compression)
 
 
 def _has_line_end(content: bytes | mmap.mmap) -> bool:
@@ -189,16 +193,16 @@ def _has_line_end(content: bytes | mmap.mmap) -> bool:
 
 
 def is_cut(error: BadDocument, form: str) -> bool:
-    """Whether the last line of a file, which has no line end, is what a cut leaves: no whole JSON, half a character.
+    """Return whether the last line of a file, without a line end, was cut: no whole JSON, or half a character.
 
-    A last line that is whole but for its end is a document as any other, and so is any last line of plain text.
+    A whole last line without a line end is a document like any other, and so is any last line of plain text.
     """
     return (error.reason in UNPARSED if form == "jsonl" else
             isinstance(error.__cause__, UnicodeDecodeError) and error.__cause__.reason == "unexpected end of data")
 
 
 def _skip_line(file) -> int:
-    """Bytes up to the next line's beginning."""
+    """Read to the beginning of the next line and return the bytes up to it."""
     skipped = 0
     while True:
         content = file.readline(BYTES_PER_READ)
@@ -208,7 +212,7 @@ def _skip_line(file) -> int:
 
 
 def _to_file(file, beginning: bytes, directory: str, whole: bool = False) -> mmap.mmap:
-    """`beginning` and the rest of its line (or of the file, if `whole`), mapped from a file that nobody else sees."""
+    """Return `beginning` and the rest of its line (or of the file, if `whole`), mapped from a file without a name."""
     with tempfile.TemporaryFile(dir=directory) as spool:
         content = beginning
         while content:
@@ -220,7 +224,7 @@ def _to_file(file, beginning: bytes, directory: str, whole: bool = False) -> mma
 
 
 def _write(spool, content: bytes):
-    """ValueError where there is no room: an OSError would be taken for damage of the input."""
+    """Write to a spool. Raise ValueError where there is no room: an OSError would be taken for damage of the input."""
     try:
         spool.write(content)
         spool.flush()
@@ -229,9 +233,9 @@ def _write(spool, content: bytes):
 
 
 def texts_of(document: dict, keys: tuple[str, ...], names: list[str] | None = None) -> tuple:
-    """The text of each key. A key with dots that is not there as such is a path: `meta.text` is text within meta.
+    """Return the text of each key. A key with dots that the document lacks is a path: `meta.text` is text within meta.
 
-    `names` are those to tell where one is missing, by default the document's own.
+    Raise BadDocument where one is missing or no text; the message lists `names`, by default the document's own keys.
     """
     return tuple(_text_of(document, key, names) for key in keys)
 
@@ -259,7 +263,7 @@ def _follow(document: dict, key: str, names: list[str] | None):
 
 
 def _missing(key: str, path: list[str], there) -> str:
-    """`there` is what has been found at `path`: names or, where it is neither a list nor a dict, some other value."""
+    """Return the message for a missing key; `there` is the value at `path`: a dict, a list of names, or another."""
     owner = repr(".".join(path)) if path else "it"
     if not isinstance(there, (list, dict)):
         return f"no key {key!r} (--json-keys); {owner} is no object but a {type(there).__name__}"
@@ -276,19 +280,19 @@ def _check_surrogates(text: str, key: str):
 
 
 def where(segment: Segment, line: int, lines_before: int | None = None) -> str:
-    """The file and the line (from 1) or row of a record. Lines before the segment are counted if nobody has."""
-    path = segment.source.path
-    if segment.source.format == "parquet":
+    """Return the file and the line (from 1) or row of a record. Count the lines before the segment if nobody has."""
+    path = segment.input_file.path
+    if segment.input_file.format == "parquet":
         return f"{path} row {line}" + (f" from row group {segment.start}" if segment.start else "")
     before = segment.lines_before if lines_before is None else lines_before
     return f"{path} line {line + (count_lines(path, segment.start) if before is None else before)}"
 
 
-def texts_of_source(source: InputFile, key: str) -> Iterator[str]:
-    """Every text of one input, long ones in pieces; ValueError, by file and line, for what cannot be used."""
-    directory = os.path.dirname(os.path.abspath(source.path))
-    for record in SegmentReader(Segment(source), (key,), "file", directory):
+def texts_of_file(input_file: InputFile, key: str) -> Iterator[str]:
+    """Yield every text of a file, long ones in pieces. Raise ValueError, with file and line, for a fault."""
+    directory = os.path.dirname(os.path.abspath(input_file.path))
+    for record in SegmentReader(Segment(input_file), (key,), "file", directory):
         if isinstance(record, Fault):
-            raise ValueError(f"{where(Segment(source), record.line)}: {record.detail}")
+            raise ValueError(f"{where(Segment(input_file), record.line)}: {record.detail}")
         value, = record.texts
         yield from value.pieces() if isinstance(value, LongText) else [value] if isinstance(value, str) else value

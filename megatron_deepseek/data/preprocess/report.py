@@ -1,4 +1,4 @@
-"""What a run did: for the screen and, in full, as JSON."""
+"""The report of a run: in short for the screen and, in full, as JSON."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,12 @@ DATASETS_ON_SCREEN = 1
 
 @dataclass(frozen=True)
 class Report:
-    """`datasets` by JSON key, several in a blend; `skipped` and `notes` count documents by reason, with each of
-    `errors` as "file line n: why". `damaged` has a sentence for each file that could not be read to its end, and
-    `made_from` the digest of what was asked for; see finished.py."""
+    """The counts, faults and datasets of a finished run.
+
+    `datasets` are by JSON key, several for each in a blend. `skipped` and `notes` count documents by reason; `errors`
+    has a line "file line n: why" for each document that cannot be used, `damaged` a sentence for each file that could
+    not be read to its end. `made_from` is the digest of the input and the settings; see finished.py.
+    """
 
     datasets: dict[str, list[Statistics]]
     documents: int
@@ -57,32 +60,32 @@ def _head(lines: list[str]) -> list[str]:
 
 
 def describe_errors(parts: list[Part], summaries: list[Summary]) -> list[str]:
-    """Each error by file and line."""
+    """Return a line for each error, with its file and line."""
     return [f"{where(part.segments[segment], line, before[segment])}: {detail}"
             for part, summary, before in _with_lines_before(parts, summaries)
             for segment, line, _, detail in summary.errors]
 
 
 def describe_damage(parts: list[Part], summaries: list[Summary]) -> list[str]:
-    """Each file that could not be read to its end, by the first place where, and what was taken of it all the same."""
+    """Return a line for each file that could not be read to its end: where that began, and what was taken of it."""
     found, taken = {}, {}
     for part, summary, before in _with_lines_before(parts, summaries):
         for segment, documents in zip(part.segments, summary.taken, strict=True):
-            taken[segment.source.index] = taken.get(segment.source.index, 0) + documents
+            taken[segment.input_file.index] = taken.get(segment.input_file.index, 0) + documents
         for segment, line, detail in summary.damage:
             place = where(part.segments[segment], line, before[segment])
-            found.setdefault(part.segments[segment].source.index, f"{place}: {detail}")
-    return [f"{detail}; {taken[source]} of its documents were taken" for source, detail in found.items()]
+            found.setdefault(part.segments[segment].input_file.index, f"{place}: {detail}")
+    return [f"{detail}; {taken[file_number]} of its documents were taken" for file_number, detail in found.items()]
 
 
 def _with_lines_before(parts: list[Part], summaries: list[Summary]) -> Iterator[tuple[Part, Summary, list[int | None]]]:
-    """Each part with the lines before its segments in their files: None where a part before it is not among these."""
+    """Yield each part with the lines before each segment in its file, None where an earlier part is not given."""
     counted: dict[int, tuple[int | None, int | None]] = {}
     for part, summary in zip(parts, summaries, strict=True):
         before = []
         for segment, lines in zip(part.segments, summary.lines, strict=True):
-            end, known = counted.get(segment.source.index, (0, 0))
+            end, known = counted.get(segment.input_file.index, (0, 0))
             before.append(segment.lines_before if segment.lines_before is not None else
                           known if end == segment.start else None)
-            counted[segment.source.index] = segment.end, None if before[-1] is None else before[-1] + lines
+            counted[segment.input_file.index] = segment.end, None if before[-1] is None else before[-1] + lines
         yield part, summary, before

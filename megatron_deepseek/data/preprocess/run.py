@@ -1,4 +1,4 @@
-"""The whole of preprocessing: plan, parts, assembly, report.
+"""A whole run of preprocessing: plan, parts, assembly, report.
 
 The bytes of the output depend on the input and on `Content` and `Selection` alone: not on the number of workers or
 ranks, the size of the parts, or whether the run was killed and continued on the way.
@@ -18,7 +18,7 @@ from megatron_deepseek.data.preprocess.documents import DocumentEncoder
 from megatron_deepseek.data.preprocess.encoders import Encoder, choose_encoder
 from megatron_deepseek.data.preprocess.files import write_json
 from megatron_deepseek.data.preprocess.finished import digest_of, is_finished, report_path
-from megatron_deepseek.data.preprocess.inputs import STANDARD_INPUT, InputFile, find_sources
+from megatron_deepseek.data.preprocess.inputs import STANDARD_INPUT, InputFile, find_inputs
 from megatron_deepseek.data.preprocess.ledger import Ledger, describe
 from megatron_deepseek.data.preprocess.part import PartMaker, Summary
 from megatron_deepseek.data.preprocess.plan import Part, Segment, default_part_bytes, plan_parts
@@ -35,7 +35,7 @@ PACKAGES = {"parquet": "pyarrow", "zstd": "zstandard"}
 
 @dataclass(frozen=True)
 class Made:
-    """The parts of all ranks, in order; the summaries of those that are this rank's or, at the end, of all."""
+    """The parts of all ranks, in order, and the summaries of this rank's by number; `reused` were made before."""
 
     parts: list[Part]
     summaries: dict[int, Summary]
@@ -43,48 +43,48 @@ class Made:
 
 
 def preprocess(settings: PreprocessSettings, say=functools.partial(print, file=sys.stderr)) -> Report | None:
-    """Write the dataset of each key. None where it is there already, made by the same command, and where parts of other
-    ranks are still missing: the last rank assembles.
+    """Write the dataset of each key and return the report.
 
-    ValueError, in one line, for whatever is wrong with the input or the output.
+    Return None where the dataset exists already, made by the same command, and where parts of other ranks are still
+    missing: the last rank assembles. Raise ValueError, in one line, for whatever is wrong with the input or the output.
     """
     start = time.perf_counter()
-    sources = find_sources(settings.input, settings.content.input_format,
-                           without=(settings.parts_directory, report_path(settings)))
-    if not sources:
+    input_files = find_inputs(settings.input, settings.content.input_format,
+                              without=(settings.parts_directory, report_path(settings)))
+    if not input_files:
         raise ValueError(f"--input {' '.join(settings.input)}: nothing but what this command writes itself")
-    _check_packages(sources)
+    _check_packages(input_files)
     ledger = Ledger(settings)
-    if not ledger.has_plan and is_finished(settings, describe(settings, sources)):
+    if not ledger.has_plan and is_finished(settings, describe(settings, input_files)):
         say(f"--output-prefix {settings.output_prefix}: finished before, by this very command: nothing is left to do")
-        ledger.remove()  # of which a kill may have left a part
+        ledger.remove()  # a kill may have left some of the folder
         return None
     try:
         with ledger.opened():
-            return _preprocess(settings, sources, ledger, say, start)
+            return _preprocess(settings, input_files, ledger, say, start)
     except OSError as error:
         raise ValueError(f"--output-prefix {settings.output_prefix}: cannot write there: {error}") from error
 
 
-def _check_packages(sources: list[InputFile]):
-    for source in sources:
-        package = PACKAGES.get(source.format) or PACKAGES.get(source.compression)
+def _check_packages(input_files: list[InputFile]):
+    for input_file in input_files:
+        package = PACKAGES.get(input_file.format) or PACKAGES.get(input_file.compression)
         if package is not None and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--input {source.path}: reading it needs the package {package}: "
+            raise ValueError(f"--input {input_file.path}: reading it needs the package {package}: "
                              f"{how_to_install(package)}")
-        if source.format == "parquet" and (source.compression is not None or source.path == STANDARD_INPUT):
-            raise ValueError(f"--input {source.path}: parquet is read from plain files only")
+        if input_file.format == "parquet" and (input_file.compression is not None or input_file.path == STANDARD_INPUT):
+            raise ValueError(f"--input {input_file.path}: parquet is read from plain files only")
 
 
-def _preprocess(settings: PreprocessSettings, sources: list[InputFile], ledger: Ledger, say, start: float):
-    described = describe(settings, sources)
+def _preprocess(settings: PreprocessSettings, input_files: list[InputFile], ledger: Ledger, say, start: float):
+    described = describe(settings, input_files)
     plan = ledger.read_plan(described)
     execution = settings.execution
     part_bytes = plan["part_bytes"] if plan else execution.part_bytes or default_part_bytes(
-        sources, execution.workers * execution.world_size)
-    spool_path = functools.partial(_spool_path, ledger, execution, sources)
-    parts = plan_parts(sources, part_bytes, settings.content.text_unit, spool_path)
-    sampled = _segments_to_sample(sources, parts)
+        input_files, execution.workers * execution.world_size)
+    spool_path = functools.partial(_spool_path, ledger, execution, input_files)
+    parts = plan_parts(input_files, part_bytes, settings.content.text_unit, spool_path)
+    sampled = _segments_to_sample(input_files, parts)
     parts = itertools.chain(sampled.taken, parts)
     encoder = _choose_encoder(settings, plan, sampled.segments, say)
     if plan is None:
@@ -93,7 +93,7 @@ def _preprocess(settings: PreprocessSettings, sources: list[InputFile], ledger: 
     split = (sentence_splitter(settings.content, lambda: sample_texts(sampled.segments, settings, whole=True), say)
              if settings.content.split_sentences else None)
     maker = PartMaker(settings, DocumentEncoder(settings.content, encoder, split))
-    progress = Progress(Counters(), sum(source.size for source in sources), execution.log_interval, say)
+    progress = Progress(Counters(), sum(input_file.size for input_file in input_files), execution.log_interval, say)
     try:
         made = _make_parts(settings, parts, maker, ledger, progress)
     finally:
@@ -107,18 +107,21 @@ class _Sampled:
     taken: list[Part]
 
 
-def _segments_to_sample(sources: list[InputFile], parts: Iterator[Part]) -> _Sampled:
-    """Of standard input its first part, which has to be taken from `parts`; of files, any."""
-    if sources[0].path != STANDARD_INPUT:
-        return _Sampled([Segment(source, size=source.size) for source in sources], [])
+def _segments_to_sample(input_files: list[InputFile], parts: Iterator[Part]) -> _Sampled:
+    """Return the segments to sample: all files, or the first part of standard input, taken from `parts`."""
+    if input_files[0].path != STANDARD_INPUT:
+        return _Sampled([Segment(input_file, size=input_file.size) for input_file in input_files], [])
     taken = list(itertools.islice(parts, 1))
     return _Sampled([segment for part in taken for segment in part.segments], taken)
 
 
-def _spool_path(ledger: Ledger, execution, sources: list[InputFile], part: int) -> str | None:
-    """Nowhere for the parts of other ranks and those that are there; but the head of standard input is looked at."""
+def _spool_path(ledger: Ledger, execution, input_files: list[InputFile], part: int) -> str | None:
+    """Return the file for the spool of a part, None for a part of another rank or one that is made already.
+
+    The first part of standard input always gets one, as sample texts are taken from it.
+    """
     ours = part % execution.world_size == execution.rank and not ledger.has(part)
-    return ledger.spool_path(part) if ours or part == 0 and sources[0].path == STANDARD_INPUT else None
+    return ledger.spool_path(part) if ours or part == 0 and input_files[0].path == STANDARD_INPUT else None
 
 
 def _choose_encoder(settings: PreprocessSettings, plan: dict | None, segments: list[Segment], say) -> Encoder:
@@ -173,12 +176,12 @@ def _make_parts(settings: PreprocessSettings, parts: Iterator[Part], maker: Part
     for summary, was_there in run_tasks(own_parts(), work, execution.workers, progress.tick):
         made.summaries[summary.part] = summary
         reused += was_there
-        _check_errors(settings, *_known(made))
+        check_errors(settings, *_known(made))
     return Made(made.parts, made.summaries, reused)
 
 
 def _check_spools(part: Part, ledger: Ledger):
-    """A part was taken for finished, so its spool was not kept, but its files turned out to be damaged."""
+    """Raise ValueError for a damaged part whose spool was not kept, because the part had a summary; remove that."""
     if part.checksum is not None and part.segments[0].spool is None:
         ledger.summary_path(part.number).unlink(missing_ok=True)
         raise ValueError(f"{ledger.directory}: part {part.number} was damaged and is removed; "
@@ -186,7 +189,7 @@ def _check_spools(part: Part, ledger: Ledger):
 
 
 def _has_enough(settings: PreprocessSettings, made: Made) -> bool:
-    """Whether --max-documents are there already, from the first part on without a gap."""
+    """Return whether the parts made so far hold --max-documents, from the first part on without a gap."""
     limit = settings.selection.max_documents
     if limit is None or settings.selection.dedup is not None or settings.execution.world_size > 1:
         return False
@@ -195,12 +198,12 @@ def _has_enough(settings: PreprocessSettings, made: Made) -> bool:
 
 
 def _known(made: Made) -> tuple[list[Part], list[Summary]]:
-    """The parts whose summaries are there, and these."""
+    """Return the parts whose summaries are known, and these."""
     parts = [part for part in made.parts if part.number in made.summaries]
     return parts, [made.summaries[part.number] for part in parts]
 
 
-def _check_errors(settings: PreprocessSettings, parts: list[Part], summaries: list[Summary]):
+def check_errors(settings: PreprocessSettings, parts: list[Part], summaries: list[Summary]):
     count, limit = sum(len(summary.errors) for summary in summaries), settings.execution.max_errors
     if count > limit:
         raise ValueError(f"--max-errors {limit}: {count} documents cannot be used so far, such as "
@@ -222,9 +225,9 @@ def _finish(settings: PreprocessSettings, described: dict, made: Made, maker: Pa
             say(f"rank {settings.execution.rank}: its parts are done; {why}")
             return None
         summaries = [made.summaries.get(part.number) or ledger.summary(part.number) for part in made.parts]
-        _check_errors(settings, made.parts, summaries)  # of all ranks together
+        check_errors(settings, made.parts, summaries)  # of all ranks together
         if not sum(summary.documents for summary in summaries):
-            ledger.remove()  # nothing to continue from: the command with another key need not discard it
+            ledger.remove()  # nothing to continue: the command with another key need not discard it
             raise ValueError(_nothing_there(settings, made.parts, summaries))
         assembled = assemble(settings, summaries, maker.dtype, lambda: None)
         made_from = digest_of(settings, described)

@@ -1,4 +1,4 @@
-"""Texts from the head of several inputs: to compare tokenizer backends on, and to learn sentence ends from."""
+"""Sample texts of the input, to compare tokenizer backends on and to learn sentence ends from."""
 
 import numpy as np
 
@@ -13,9 +13,9 @@ MOST_RECORDS = 10_000
 
 
 def sample_texts(segments: list[Segment], settings: PreprocessSettings, whole: bool = False) -> list[str]:
-    """Up to SAMPLE_CHARS of text, from segments spread evenly over all and from three places of each large plain file.
+    """Return up to SAMPLE_CHARS of text, from segments spread evenly over all and three places of each plain file.
 
-    `whole` takes instead up to HEAD_CHARS from the head of the input, and no other place.
+    With `whole`, return instead up to HEAD_CHARS from the head of the input alone.
     """
     if whole:
         return _head(segments, settings, HEAD_CHARS)
@@ -28,11 +28,11 @@ def sample_texts(segments: list[Segment], settings: PreprocessSettings, whole: b
 
 
 def _places(segment: Segment, text_unit: str) -> list[Segment]:
-    if segment.spool is not None or not segment.source.is_splittable(text_unit):
+    if segment.spool is not None or not segment.input_file.is_splittable(text_unit):
         return [segment]
-    size = segment.source.size
+    size = segment.input_file.size
     starts = sorted({0, size // 3, size * 2 // 3})
-    return [Segment(segment.source, start, size, lines_before=None if start else 0) for start in starts]
+    return [Segment(segment.input_file, start, size, lines_before=None if start else 0) for start in starts]
 
 
 def _head(segments: list[Segment], settings: PreprocessSettings, chars: int) -> list[str]:
@@ -50,7 +50,7 @@ def _head(segments: list[Segment], settings: PreprocessSettings, chars: int) -> 
 
 
 def _texts(record: Record):
-    """Of a long text its first piece."""
+    """Yield the texts of a record, of a long text its first piece."""
     for value in record.texts:
         yield from ([value] if isinstance(value, str) else value if isinstance(value, list)
                     else [next(value.pieces(), "")])

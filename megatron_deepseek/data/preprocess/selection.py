@@ -1,4 +1,4 @@
-"""Which documents of the parts are taken and in which order, in memory that does not grow with their number.
+"""The choice of documents from the parts and their order, in memory that does not grow with their number.
 
 Whatever needs documents of all parts side by side (equal ones, a random order) is done by scattering rows of 24 bytes
 over files by the high bits of a key, so that each file fits in memory and rows that belong together share one.
@@ -18,13 +18,13 @@ MOST_GROUPS = 1 << 14
 
 
 def count_groups(documents: int, workers: int) -> int:
-    """Files to scatter over: each small, and some for every worker. The outcome does not depend on their number."""
+    """Return the number of files to scatter over: small ones, some for every worker. It does not change the outcome."""
     return min(max(-(-documents // ROWS_PER_GROUP), 2 * workers), MOST_GROUPS)
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Files of rows, by the high bits of their keys."""
+    """Rows scattered over files by the high bits of their keys."""
 
     stem: str
     groups: int
@@ -33,12 +33,12 @@ class Scatter:
         return f"{self.stem}-{group:05d}"
 
     def add(self, rows: np.ndarray):
-        """Safe from several processes: each append is one write."""
+        """Append rows; several processes may at once, as each append is one write."""
         group = ((rows["key"] >> np.uint64(32)) * np.uint64(self.groups)) >> np.uint64(32)
         append_by(group.astype(np.int64), rows, self.path)
 
     def read(self, group: int) -> np.ndarray:
-        """Its rows by key, then by their place in the input."""
+        """Return the rows of a file, sorted by their keys, then by their place in the input."""
         rows = np.fromfile(self.path(group), ROWS) if os.path.exists(self.path(group)) else np.empty(0, ROWS)
         return rows[np.lexsort((rows["document"], rows["part"], rows["key2"], rows["key"]))]
 
@@ -51,7 +51,7 @@ def append_by(group: np.ndarray, rows: np.ndarray, path_of):
     for start, end in zip(starts, [*starts[1:], len(group)]):
         with open(path_of(group[start]), "ab", buffering=0) as file:
             content = rows[start:end].tobytes()
-            if file.write(content) < len(content):  # unbuffered, a full disk takes a part without a word
+            if file.write(content) < len(content):  # unbuffered: a full disk takes a part in silence
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
@@ -60,9 +60,9 @@ def hash_rows(part: int, records: np.ndarray) -> np.ndarray:
 
 
 def order_rows(part: int, records: np.ndarray, taken: np.ndarray, seed: int) -> np.ndarray:
-    """Keys drawn from the seed and each document's place in the input: a place in the order, whatever the parts."""
+    """Return rows with keys drawn from the seed and each document's place in the input, whatever the parts."""
     key = np.full(len(taken), seed, np.uint64)
-    for field in ("source", "place"):
+    for field in ("file", "place"):
         key = _mix(key + records[field][taken].astype(np.uint64))
     return _rows(part, taken, key, 0)
 
@@ -74,7 +74,7 @@ def _rows(part: int, documents: np.ndarray, key, key2) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """splitmix64's step (Steele, Lea and Flood 2014): nearby numbers to independent ones."""
+    """Apply splitmix64's step (Steele, Lea and Flood 2014), which turns nearby numbers into independent ones."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -82,7 +82,7 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 def repeated_rows(rows: np.ndarray) -> np.ndarray:
-    """Of sorted rows, those with the same keys as the one before: all but the first of equal documents."""
+    """Return, of sorted rows, those with the same keys as the one before: all but the first of equal documents."""
     same = (rows["key"][1:] == rows["key"][:-1]) & (rows["key2"][1:] == rows["key2"][:-1])
     return rows[1:][same]
 

@@ -9,11 +9,11 @@ CHARACTERS_AT_ONCE = 1_000_000
 
 
 def sentence_splitter(content: Content, head: Callable[[], list[str]], say) -> Callable[[str], list[str]]:
-    """A function from a text to its sentences; --keep-newlines leaves the blanks after a sentence in it.
+    """Return a function from a text to its sentences; --keep-newlines leaves the blanks after a sentence in it.
 
     Where NLTK's model of the language is not installed (nothing is downloaded unasked), Punkt learns abbreviations and
-    sentence starters from the texts of `head`, and says so. Long texts are cut every million characters first, as in
-    Megatron-LM. ValueError where NLTK itself is missing.
+    sentence starters from the texts of `head`, and `say` is told. Long texts are cut every million characters first, as
+    in Megatron-LM. Raise ValueError where NLTK itself is missing.
     """
     try:
         import nltk
@@ -50,7 +50,7 @@ def _trained_on(texts: list[str], content: Content, say):
 
 
 def _keep_newlines():
-    r"""Punkt's variables, but blanks belong to the sentence before them: `\s*` moves out of the lookahead."""
+    r"""Return Punkt's variables, but with blanks in the sentence before them: `\s*` moves out of the lookahead."""
     from nltk.tokenize.punkt import PunktLanguageVars
 
     class KeepNewlines(PunktLanguageVars):

@@ -1,7 +1,8 @@
-"""What tools/preprocess_data.py was asked for. Field names are its arguments; those of Megatron-LM's tool keep theirs.
+"""The settings of tools/preprocess_data.py. Fields are named like its arguments, and these as in Megatron-LM's tool.
 
-Three objects by what a change of them means: `Content` decides the bytes of every part, so parts of another content are
-never used; `Selection` only which documents of the parts are taken, and in which order; `Execution` changes no byte.
+There are three objects, by what a change of them means: `Content` decides the bytes of every part, so parts of another
+content are never used; `Selection` decides only which documents of the parts are taken, and in which order; `Execution`
+changes no byte.
 """
 
 import os
@@ -32,10 +33,10 @@ def _check_choice(settings, name: str, choices):
 
 @dataclass(frozen=True)
 class Content:
-    """What becomes of each document by itself.
+    """The treatment of each document by itself.
 
-    Of a document that is rearranged (FIM), the choice and the places are drawn from `seed` and from where the document
-    begins: its file's place in the input and its byte (or row) there. No count of documents before it enters.
+    Whether a document is rearranged (FIM), and where it is cut, is drawn from `seed` and from where it begins:
+    its file's place in the input and its byte (or row) there. It does not depend on the number of documents before it.
     """
 
     json_keys: tuple[str, ...] = ("text",)
@@ -80,7 +81,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Selection:
-    """Of the documents that are fit, those to keep: the first of equal ones, then the first so many, then shuffled."""
+    """The documents to keep: the first of equal ones, then the first `max_documents` of these, then shuffled."""
 
     dedup: str | None = None
     max_documents: int | None = None
@@ -126,6 +127,8 @@ class Execution:
 
 @dataclass(frozen=True)
 class PreprocessSettings:
+    """All settings of a run. `input` are the patterns of its files."""
+
     input: tuple[str, ...]
     output_prefix: str
     content: Content = Content()
@@ -139,7 +142,7 @@ class PreprocessSettings:
                              f"(--world-size {self.execution.world_size})")
 
     def prefix_of(self, key: str) -> str:
-        """What `--data-path` takes afterwards."""
+        """Return the prefix of a key's dataset, which `--data-path` takes afterwards."""
         return f"{self.output_prefix}_{key}_{self.content.level}"
 
     @property

@@ -1,7 +1,7 @@
-"""Decompressed bytes of a file as a buffered stream, in bounded memory, with damage told from its end.
+"""The decompressed bytes of a file as a buffered stream, in bounded memory, which tells damage from the file's end.
 
 The readers of the libraries are not used: python-zstandard's takes a cut-off file for a whole one, and the standard
-library's for gzip keeps back what it has already decompressed when it comes upon damage.
+library's for gzip loses what it has already decompressed when it meets damage.
 
 A decompressor needs the window that the file was written with: 8 MiB for `zstd -19`, 64 MiB for `xz -9`, 2 GiB for
 `zstd --long=31`, 4 GiB at most for xz. It is reserved at once, but filled only as far as the text goes.
@@ -20,12 +20,15 @@ MOST_ZSTD_WINDOW = 1 << 31  # of `zstd --long=31 --ultra`; no decoder takes more
 
 
 class DamagedStream(ValueError):
-    """The bytes end, or stop making sense, before the end that the format has."""
+    """Raised where the bytes end, or are no longer valid, before the end that the format has."""
 
 
 @dataclass(frozen=True)
 class _Format:
-    """`new` makes a decompressor with `eof` and `unused_data`; `fed_at_once` bytes may swell to 70 MB at most."""
+    """A compression. `new` makes a decompressor with `eof` and `unused_data`.
+
+    `fed_at_once` bytes of input become 70 MB of output at most.
+    """
 
     name: str
     new: Callable
@@ -33,14 +36,14 @@ class _Format:
 
 
 def open_stream(path: str, compression: str | None) -> io.BufferedIOBase:
-    """ValueError in one line where a package is missing; DamagedStream when reading comes upon damage."""
+    """Open a file for reading. Raise ValueError where a package is missing; reading raises DamagedStream."""
     if compression is None:
         return open(path, "rb", buffering=BUFFER_BYTES)
     return io.BufferedReader(_Frames(open(path, "rb", buffering=BUFFER_BYTES), _FORMATS[compression]()), BUFFER_BYTES)
 
 
 class _Frames(io.RawIOBase):
-    """Frame after frame (gzip's members, xz's streams), each by a decompressor of its own."""
+    """Reads frame after frame (gzip's members, xz's streams), each with a decompressor of its own."""
 
     def __init__(self, file, form: _Format):
         self._file, self._format = file, form
@@ -87,7 +90,7 @@ class _Frames(io.RawIOBase):
             self._rest = self._decompressor.unused_data
 
     def _refusal(self, error: Exception) -> ValueError:
-        """Too little memory is no fault of the file's."""
+        """Return the error to raise. Too little memory is a ValueError, but no damage of the file."""
         name, place = self._format.name, self._file.tell()
         if isinstance(error, MemoryError) or "not enough memory" in str(error):
             return ValueError(f"--input {self._file.name}: no memory for the window of this {name} file (up to 2 GiB "

@@ -10,26 +10,26 @@ Text = str | list[str] | LongText
 
 
 def chars_held(text: Text) -> int:
-    """Its characters; of a `LongText`, which would have to be read, more than any batch takes."""
+    """Return the number of characters. For a `LongText`, which is not read, it is more than any batch takes."""
     if isinstance(text, LongText):
         return PIECE_CHARS + 1
     return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def strings(text: Text) -> list[str]:
-    """What of it is in memory."""
+    """Return the strings that are in memory: none of a `LongText`."""
     return [text] if isinstance(text, str) else text if isinstance(text, list) else []
 
 
 def pieces(text: Text) -> Iterator[str]:
-    """All of it as strings of bounded size."""
+    """Return all of the text as strings of bounded size."""
     if isinstance(text, LongText):
         return text.pieces()
     return (piece for string in strings(text) for piece in slices(string))
 
 
 def rejoined(parts: Iterator[str], size: int) -> Iterator[str]:
-    """The same text in pieces of exactly `size` characters and a last one."""
+    """Yield the same text in pieces of exactly `size` characters and a last one."""
     held = ""
     for part in parts:
         held += part
@@ -40,7 +40,7 @@ def rejoined(parts: Iterator[str], size: int) -> Iterator[str]:
 
 
 def hash_of(texts: tuple[Text, ...]) -> tuple[int, int]:
-    """128 bits of a document's texts with the borders between them, in halves."""
+    """Return a hash of 128 bits, in halves, of a document's texts and the borders between them."""
     digest = blake2b(digest_size=16)
     for text in texts:
         for string in text if isinstance(text, list) else [text]:

@@ -1,7 +1,7 @@
 """Processes that work through a stream of tasks.
 
-They are forked, so that what was built before (a tokenizer of 100 MB, say) is there at once and shared, and whatever
-they return must be small: the data goes through files. A worker dies with the process that forked it.
+They are forked, so that what was built before (a tokenizer of 100 MB, say) is shared and need not be sent. What they
+return must be small: the data goes through files. A worker dies with the process that forked it.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ COUNTERS = 3
 
 
 class Counters:
-    """Bytes, documents and tokens done, added to by all workers."""
+    """Bytes, documents and tokens done, in memory that all workers share."""
 
     def __init__(self):
         self._values = multiprocessing.get_context("fork").Array("q", COUNTERS)
@@ -35,6 +35,8 @@ class Counters:
 
 
 class _Worker:
+    """A forked process and the connection to it."""
+
     def __init__(self, work: Callable, one_thread: bool):
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
@@ -44,7 +46,7 @@ class _Worker:
         theirs.close()
 
     def receive(self):
-        """The result of its task. What the work raised is raised here."""
+        """Return the result of the worker's task. Raise what the work raised, or ValueError where the worker died."""
         try:
             result, error = self.connection.recv()
         except (EOFError, ConnectionError) as broken:
@@ -64,9 +66,10 @@ class _Worker:
 
 
 def run_tasks(tasks: Iterable, work: Callable, workers: int, tick: Callable[[], None] = lambda: None) -> Iterator:
-    """`work(task)` of each, in the order in which they are done; `tick` is called now and then.
+    """Yield `work(task)` of each task, in the order in which they are done; `tick` is called now and then.
 
-    Tasks are taken from the iterator at most `workers` ahead. What a task raises (ValueError, OSError) ends it all.
+    Tasks are taken from the iterator at most `workers` ahead. An error of a task (ValueError, OSError) is raised here
+    and ends all workers.
     """
     tasks, waiting = iter(tasks), deque()
     pool = [_Worker(work, one_thread=workers > 1) for _ in range(workers)]
@@ -94,9 +97,9 @@ def run_tasks(tasks: Iterable, work: Callable, workers: int, tick: Callable[[], 
 
 
 def _serve(connection, parents_end, work: Callable, one_thread: bool, parent: int):
-    gc.freeze()  # what the parent has dropped may wait, as it is destroyed, for threads that are not in here
+    gc.freeze()  # else objects that the parent dropped may, when destroyed, wait for threads that a fork lacks
     parents_end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and says what becomes of us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with(parent)
     if one_thread:
@@ -115,7 +118,7 @@ def _serve(connection, parents_end, work: Callable, one_thread: bool, parent: in
 
 
 def die_with(parent: int):
-    """Be killed when `parent`, which forked this process, ends. Only on Linux."""
+    """Let the kernel kill this process when `parent`, which forked it, ends. Does nothing elsewhere than on Linux."""
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""Which parameters --freeze-parameters names, and what it leaves to train: known from the architecture alone.
+"""The parameters that --freeze-parameters names, and what is left to train: known from the architecture alone.
 
 A pattern is a wildcard over names: Hugging Face's, with experts stacked.
 """
@@ -17,7 +17,7 @@ _LAYER = re.compile(r"(?<=^model\.layers\.)\d+")
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether one of `patterns` is all of `name`, where `*` stands for any text, dots included."""
+    """Return whether one of `patterns` matches all of `name`; `*` stands for any text, dots included."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -1,7 +1,7 @@
-"""Operators of torch, apex and transformer-engine with the references' arguments, for CUDA tensors (registry.py).
+"""Operators of torch, apex and transformer-engine for CUDA tensors, with the references' arguments (registry.py).
 
-None has run here yet: their libraries need a GPU. Tests hold them to the signatures and layouts that their sources
-have (tests/unit/ops/backends/test_alternatives.py). NotImplemented: the reference must do it.
+None has run here yet: their libraries need a GPU. Tests hold them to the signatures and layouts in their sources
+(tests/unit/ops/backends/test_alternatives.py). They return NotImplemented for what the reference must do.
 """
 
 import functools
@@ -29,7 +29,7 @@ def apex_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):
 
 
 @functools.cache
-def _attention_module(heads: int, key_width: int, value_width: int, scale: float):
+def attention_module(heads: int, key_width: int, value_width: int, scale: float):
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(heads, (key_width, value_width), attention_dropout=0.0, qkv_format="bshd",
@@ -38,15 +38,15 @@ def _attention_module(heads: int, key_width: int, value_width: int, scale: float
 
 def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor,
                                  documents: Documents | None, scale: float, width: int):
-    """16 bits, whole sequences, and values of their own width alone."""
+    """Return attention of whole sequences in 16 bits; NotImplemented for documents or padded values."""
     if documents is not None or width != v_BSNV.shape[-1] or q_BSND.dtype not in (torch.bfloat16, torch.float16):
         return NotImplemented
-    attend = _attention_module(q_BSND.shape[2], q_BSND.shape[3], width, scale)
+    attend = attention_module(q_BSND.shape[2], q_BSND.shape[3], width, scale)
     return attend(q_BSND, k_BSND, v_BSNV)
 
 
 def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
-    """torch.nn.functional.scaled_mm. Scales go in by columns, those of 128x128 padded to a multiple of 4 along K."""
+    """Call torch's scaled_mm, which takes scales by columns; those of 128x128 padded to a multiple of 4 along K."""
     from torch.nn.functional import ScalingType
 
     if a_q.shape[1] % 16 or b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):
@@ -61,17 +61,17 @@ def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
 
 
 def transformer_engine_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
-    """The product of transformer-engine's blockwise recipe: its `te.Linear`'s general_gemm on our codes and scales.
+    """Call the GEMM of transformer-engine's blockwise recipe: its `te.Linear`'s general_gemm on our codes and scales.
 
-    Not te.Linear itself, which would quantise weights by itself at each use and own them, their gradients and their
-    communication. As there the weight is A and the input is B. For wgrad both have 1x128 scales.
+    te.Linear itself would quantise weights at each use and own them, their gradients and their communication. As there,
+    the weight is A and the input is B. For wgrad both have 1x128 scales.
     """
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     if a_q.shape[1] % 16 or b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):
         return NotImplemented
     operands = _transformer_engine_tensor(b_q, b_s), _transformer_engine_tensor(a_q, a_s)
-    if "workspace" in inspect.signature(general_gemm).parameters:  # of older releases
+    if "workspace" in inspect.signature(general_gemm).parameters:  # older releases have it
         from transformer_engine.pytorch.module.base import get_workspace
 
         return general_gemm(*operands, get_workspace(), out_dtype, layout="TN", use_split_accumulator=True)[0]
@@ -79,8 +79,10 @@ def transformer_engine_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
 
 
 def _transformer_engine_tensor(q: torch.Tensor, scale: torch.Tensor):
-    """A Float8BlockwiseQTensor [M, K] that is read by rows. Scales of 1x128 tiles lie transposed there, [k, M], those
-    of 128x128 blocks as here; the last dimension is padded to a multiple of 4.
+    """Return a Float8BlockwiseQTensor [M, K] that is read by rows.
+
+    It has the scales of 1x128 tiles transposed, [k, M], and those of 128x128 blocks as here; their last dimension is
+    padded to a multiple of 4.
     """
     import transformer_engine_torch
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer, Float8BlockwiseQTensor

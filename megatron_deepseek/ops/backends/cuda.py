@@ -1,7 +1,8 @@
-"""The operators of csrc/ with the references' arguments, for CUDA tensors. NotImplemented: the reference must do it.
+"""The operators of csrc/ for CUDA tensors, with the references' arguments; NotImplemented to leave it to the reference.
 
-What a kernel does not take: dtypes other than its own, widths that are no multiples of 16 bytes. Its results may lie in
-memory otherwise than the reference's (codes of 128x1 tiles padded to whole tiles), which only other kernels see.
+Kernels do not take dtypes other than their own, or widths that are no multiples of 16 bytes. Their results may have
+another memory layout than the reference's (codes of 128x1 tiles are padded to whole tiles), which only other kernels
+see.
 """
 
 from collections.abc import Sequence
@@ -30,13 +31,13 @@ def assemble_keys(kv: torch.Tensor, k_rope: torch.Tensor, table_2SD: torch.Tenso
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous from a multiple of 16 bytes on."""
+    """Return x contiguous, from an address that is a multiple of 16 bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous rows that start at multiples of 16 bytes."""
+    """Return x with contiguous rows that start at multiples of 16 bytes."""
     unit = 16 // x.element_size()
     fits = x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if fits else _dense(x)
@@ -64,7 +65,7 @@ def _gather(x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, cop
 def gather_rows(x_RW: torch.Tensor, index_Q: torch.Tensor):
     if not _rows_fit(x_RW) or not x_RW.is_contiguous():
         return NotImplemented
-    unread = index_Q.new_empty(len(x_RW), 1, dtype=torch.int32)  # where rows go: for a derivative
+    unread = index_Q.new_empty(len(x_RW), 1, dtype=torch.int32)  # only the derivative would read it
     return operator("gather_rows")(x_RW, index_Q.int(), unread)
 
 
@@ -92,17 +93,17 @@ def cross_entropy_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, fi
 
 
 def cross_entropy_gradient(logits_Tv, labels_T, first_id, max_T, sum_T, grad_T):
-    """MicroBatchOverlap contiguous logits into their gradient in place."""
+    """Overwrite contiguous logits with their gradient and return them."""
     if logits_Tv.dtype != _BF16:
         return NotImplemented
     logits_Tv = _dense(logits_Tv)
     operator("cross_entropy_gradient_")(logits_Tv, labels_T.contiguous(), first_id, max_T, sum_T,
                                         grad_T.float().contiguous())
-    torch.autograd.graph.increment_version(logits_Tv)  # a second backward through them is an error, not a wrong result
+    torch.autograd.graph.increment_version(logits_Tv)  # makes a second backward an error, not a wrong result
     return logits_Tv
 
 
-# FP8 (fp8/encoding.py, fp8/gemm.py) ----------------------------------------------------------------------------------
+# FP8 tiles (fp8/encoding.py, fp8/recipe.py) ---------------------------------------------------------------------------
 
 def _takes(x: torch.Tensor) -> bool:
     return x.dtype in (_BF16, torch.float32) and x.shape[-1] % 8 == 0 and x.numel() > 0
@@ -116,7 +117,7 @@ def quantize_1x128(x: torch.Tensor, power_of_two: bool = False):
 
 
 def tile_rows(counts: Sequence[int], height: int = TILE) -> list[tuple[int, int, int]]:
-    """(group, first row, rows) of every tile of `height` rows, where a group starts a new one."""
+    """Return (group, first row, rows) of every tile of `height` rows; each group starts a new tile."""
     tiles, first = [], 0
     for group, count in enumerate(counts):
         tiles += [(group, first + i, min(height, count - i)) for i in range(0, count, height)]
@@ -133,13 +134,13 @@ def _row_tiles(counts: Sequence[int] | None, device: torch.device) -> torch.Tens
 
 
 def _columns(x: torch.Tensor, counts: Sequence[int] | None, quantized: tuple[torch.Tensor, torch.Tensor]):
-    """Codes of 128x1 tiles. With `counts` every tile has 128 places, also where it has fewer rows: zero codes."""
+    """Return codes of 128x1 tiles. With `counts` every tile is padded to 128 places with zero codes."""
     q, scale = quantized
     return (q[:, :x.shape[0]] if counts is None else q), scale
 
 
 def _no_columns(counts: Sequence[int] | None) -> bool:
-    """Padded tiles are for this module's grouped_scaled_mm_wgrad alone: where it is not in use neither are they."""
+    """Return whether groups' 128x1 tiles are left to the reference: only csrc's wgrad reads padded ones."""
     return counts is not None and choices()["grouped_scaled_mm_wgrad"].backend != "csrc"
 
 
@@ -164,7 +165,7 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
 
 
 def quantize_both_ways(weight: torch.Tensor):
-    """Rows of the transpose's codes are padded to whole tiles, which the view that is given does not show."""
+    """Return views of the codes: rows of the transpose's are padded to whole tiles, which the view does not show."""
     if not _takes(weight) or weight.ndim not in (2, 3):
         return NotImplemented
     q, scale, q_t, scale_t = operator("quantize_blocks")(_dense(weight), True, False)
@@ -179,7 +180,7 @@ def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, count
 
 
 def _gate_and_up(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor] | None:
-    """Both as matrices with rows equally far apart; None if the kernels don't take them."""
+    """Return both as matrices with equal distances between rows; None if the kernels don't take them."""
     if gate.dtype != _BF16 or gate.shape[-1] % 8 or not gate.numel():
         return None
     rows = [_aligned(x.flatten(0, -2)) for x in (gate, up)]
@@ -205,7 +206,10 @@ def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: 
 
 def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
                           counts: Sequence[int] | None = None):
-    """The kernel tiles both gradients side by side; those of each are halves of it where its tiles end between them."""
+    """Return tiles of both gradients, which the kernel makes side by side.
+
+    Those of each are halves of the result, so a tile must end between them.
+    """
     rows, width = _gate_and_up(gate, up), gate.shape[-1]
     if rows is None or grad.dtype != _BF16 or _no_columns(counts) or not joint and width % TILE:
         return NotImplemented
@@ -218,7 +222,7 @@ def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tens
     return tuple(zip(*both))
 
 
-# RMSNorm with what follows it (fp8/norm.py) ---------------------------------------------------------------------------
+# RMSNorm with quantisation (fp8/norm.py) ------------------------------------------------------------------------------
 
 def norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool):
     if x.dtype != _BF16 or not _takes(x):
@@ -238,10 +242,10 @@ def norm_backward_quantize(grad: torch.Tensor, x: torch.Tensor, weight: torch.Te
     return tiles, _columns(x_RH, None, columns), grad_weight.to(weight.dtype)
 
 
-# Products (fp8/gemm.py) -----------------------------------------------------------------------------------------------
+# GEMMs (fp8/gemm.py) --------------------------------------------------------------------------------------------------
 
 def _operand(q: torch.Tensor, columns: int) -> torch.Tensor:
-    """q [.., N, K] as the copy engine reads it: K last, rows from multiples of 16 bytes on."""
+    """Return q [.., N, K] as the copy engine (TMA) reads it: K last, rows from multiples of 16 bytes on."""
     fits = q.stride(-1) == 1 and q.stride(-2) % 16 == 0 and q.data_ptr() % 16 == 0 and (
         q.ndim == 2 or q.stride(0) == q.shape[1] * q.stride(1))
     if fits:
@@ -251,20 +255,20 @@ def _operand(q: torch.Tensor, columns: int) -> torch.Tensor:
     return padded.view(q.dtype)[..., :columns]
 
 
-def _fits_product(a_q: torch.Tensor, out_dtype: torch.dtype) -> bool:
+def _fits_gemm(a_q: torch.Tensor, out_dtype: torch.dtype) -> bool:
     return out_dtype in (_BF16, torch.float32) and a_q.shape[1] > 0 and a_q.shape[0] > 0
 
 
 def scaled_mm(a_q, a_s, b_q, b_s, out_dtype=_BF16):
-    if not _fits_product(a_q, out_dtype):
+    if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[1]), b_s.contiguous()
     return operator("scaled_mm")(*operands, out_dtype == torch.float32)
 
 
 def grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
-    """Tiles of 256 rows, which read b half as often, where no more than a tenth of them would be empty."""
-    if not _fits_product(a_q, out_dtype):
+    """Use tiles of 256 rows, which read b half as often, if no more than a tenth of their rows would be empty."""
+    if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[2]), b_s.contiguous()
     tiles = tile_rows(counts, 2 * TILE)
@@ -274,9 +278,9 @@ def grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
 
 
 def grouped_scaled_mm_wgrad(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
-    """Operands as this module's quantize_128x1 makes them; others go to the reference."""
+    """Take operands as this module's quantize_128x1 makes them; leave others to the reference."""
     tiles = [-(-count // TILE) for count in counts]
-    if not _fits_product(a_q, out_dtype) or a_q.shape[1] != sum(tiles) * TILE:
+    if not _fits_gemm(a_q, out_dtype) or a_q.shape[1] != sum(tiles) * TILE:
         return NotImplemented
     groups = [(sum(tiles[:i]), count) for i, count in enumerate(tiles)]
     return operator("grouped_scaled_mm_wgrad")(a_q, a_s, b_q, b_s, _table(groups, 2, a_q.device),

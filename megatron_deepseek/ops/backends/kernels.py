@@ -1,7 +1,7 @@
-"""The operators of csrc/, torch.ops.megatron_deepseek.*: their library, their shapes without data, their derivatives.
+"""The operators of csrc/, torch.ops.megatron_deepseek.*: their library, their results' shapes, their derivatives.
 
-`load` makes them exist. Which of them are used is for registry.py to say; csrc/*.cu say what each computes.
-Operators that only serve a backward, or whose results are codes, have no derivative of their own.
+`load` registers them. registry.py decides which of them are used; csrc/*.cu say what each computes. Operators that only
+serve a backward, or whose results are codes, have no derivative of their own.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ TILE = 128
 
 
 def load(path: Path = LIBRARY) -> None:
-    """Raises OSError if the library does not fit this torch, RuntimeError if it is loaded already."""
+    """Register the operators. Raise OSError if they do not fit this torch, RuntimeError if they are loaded already."""
     if is_loaded():
         raise RuntimeError(f"the operators of {NAMESPACE} are loaded already, {path} would define them again")
     torch.ops.load_library(str(path))
@@ -32,7 +32,7 @@ def operator(name: str):
     return getattr(torch.ops.megatron_deepseek, name)
 
 
-# Shapes without data --------------------------------------------------------------------------------------------------
+# Shapes of results ----------------------------------------------------------------------------------------------------
 
 def _tiles(size: int) -> int:
     return -(-size // TILE)
@@ -84,7 +84,7 @@ def _norm_backward(grad, x, weight, rstd, tiles, power_of_two):
     return *_rows(x, *x.shape), *_columns(x, x.shape[1], tiles), torch.empty_like(weight)
 
 
-def _product(a_q, *shape, fp32):
+def _gemm_output(a_q, *shape, fp32):
     return a_q.new_empty(shape, dtype=torch.float32 if fp32 else torch.bfloat16)
 
 
@@ -109,10 +109,10 @@ FAKES = {
         *_rows(gate, gate.shape[0], 2 * gate.shape[1]), *_columns(gate, 2 * gate.shape[1], tiles)),
     "norm_quantize_rows": _norm_rows,
     "norm_backward_quantize": _norm_backward,
-    "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32: _product(a_q, a_q.shape[0], b_q.shape[0], fp32=fp32),
-    "grouped_scaled_mm": lambda a_q, a_s, b_q, b_s, tiles, tall, fp32: _product(
+    "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32: _gemm_output(a_q, a_q.shape[0], b_q.shape[0], fp32=fp32),
+    "grouped_scaled_mm": lambda a_q, a_s, b_q, b_s, tiles, tall, fp32: _gemm_output(
         a_q, a_q.shape[0], b_q.shape[-2], fp32=fp32),
-    "grouped_scaled_mm_wgrad": lambda a_q, a_s, b_q, b_s, groups, fp32: _product(
+    "grouped_scaled_mm_wgrad": lambda a_q, a_s, b_q, b_s, groups, fp32: _gemm_output(
         a_q, groups.shape[0], a_q.shape[0], b_q.shape[0], fp32=fp32),
 }
 
@@ -140,7 +140,7 @@ def _keys_values_derivative(ctx, grad_k, grad_v):
 
 
 def _rows_aligned(x: torch.Tensor) -> torch.Tensor:
-    """x as the kernels take heads: any strides of multiples of 16 bytes, but contiguous rows."""
+    """Return x as the kernels take heads: contiguous rows, other strides multiples of 16 bytes."""
     aligned = x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if aligned else x.contiguous()
 

@@ -1,12 +1,12 @@
-"""Which implementation each operator takes on a GPU, chosen once for the process; on CPU tensors it is the reference.
+"""The implementation that each operator uses on a GPU, chosen once a process; CPU tensors always use the reference.
 
     @with_backends("rms_norm")
     def rms_norm(x, weight, eps): ...          the reference, in torch
 
 The first candidate that can be used here is taken, or the one that the environment names:
 MEGATRON_DEEPSEEK_OPS=rms_norm=apex,attention=torch, where `all=torch` means every operator that has such a candidate.
-`python -m megatron_deepseek.ops` prints the choice and the reasons. An implementation may answer NotImplemented to what
-it does not take (a dtype, a width); the reference does that then.
+`python -m megatron_deepseek.ops` prints the choice and the reasons. An implementation may return NotImplemented for
+arguments that it does not take (a dtype, a width); the reference is called then.
 """
 
 import functools
@@ -19,14 +19,18 @@ from types import MappingProxyType
 
 import torch
 
+from megatron_deepseek.device import compute_capability, has_accelerator
+
 ENVIRONMENT = "MEGATRON_DEEPSEEK_OPS"
 REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`function`: module:name of the implementation in this folder, None for the reference itself; `why_not` is None
-    where it runs.
+    """A backend that an operator may use.
+
+    `function` is module:name of the implementation in this folder, None for the reference itself. `why_not` returns
+    None where the candidate can be used, else the reason why it cannot.
     """
 
     name: str
@@ -42,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What CUDA tensors take; `function` is None for the reference."""
+    """The backend that an operator uses for CUDA tensors; `function` is None for the reference."""
 
     operator: str
     backend: str
@@ -56,12 +60,12 @@ def _always() -> None:
 
 @functools.cache
 def _no_library() -> str | None:
-    """Why the operators of csrc/ cannot be used; loads them where there is a GPU to use them on."""
+    """Return why the operators of csrc/ cannot be used; load them where there is a GPU to use them on."""
     from megatron_deepseek.ops.backends import kernels
 
     if not kernels.LIBRARY.exists():
         return "csrc/ is not built (docs/kernels.md)"
-    if torch.cuda.is_available() and not kernels.is_loaded():
+    if has_accelerator() and not kernels.is_loaded():
         try:
             kernels.load()
         except OSError as error:
@@ -70,9 +74,9 @@ def _no_library() -> str | None:
 
 
 def _not_hopper() -> str | None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
+    if not has_accelerator() or compute_capability()[0] == 9:
         return None
-    return f"products with such scales need compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+    return f"products with such scales need compute capability 9.0, this GPU has {compute_capability()}"
 
 
 def _no_hopper() -> str | None:
@@ -80,12 +84,12 @@ def _no_hopper() -> str | None:
 
 
 def _no_module(name: str, library: str) -> str | None:
-    """By looking for it: importing compiled modules without their GPU fails in ways of their own."""
+    """Return why a module cannot be used, without importing it: that fails in odd ways where it has no GPU."""
     return None if importlib.util.find_spec(name) else f"{library} is not installed"
 
 
 def _no_apex() -> str | None:
-    """NVIDIA's, by its compiled module: PyPI's package of the name is something else."""
+    """Return why NVIDIA's apex cannot be used, by its compiled module: PyPI's `apex` is something else."""
     return _no_module("fused_layer_norm_cuda", "apex")
 
 
@@ -93,8 +97,8 @@ def _no_transformer_engine() -> str | None:
     return _no_module("transformer_engine", "transformer-engine")
 
 
-def _no_blockwise_product() -> str | None:
-    """torch's own: cuBLASLt has 128-element scales for Hopper alone, from CUDA 12.9 on."""
+def _no_blockwise_gemm() -> str | None:
+    """Return why torch's GEMM cannot be used: cuBLASLt has such scales for Hopper alone, from CUDA 12.9 on."""
     version = torch.version.cuda
     if version is None:
         return "this torch has no CUDA"
@@ -102,7 +106,7 @@ def _no_blockwise_product() -> str | None:
     return f"needs CUDA 12.9, this torch has {version}" if old else _not_hopper()
 
 
-def _no_transformer_engine_product() -> str | None:
+def _no_transformer_engine_gemm() -> str | None:
     return _no_transformer_engine() or _not_hopper()
 
 
@@ -139,9 +143,9 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "quantize_swiglu_columns": _ours("quantize_swiglu_columns"),
     "swiglu_backward_tiles": _ours("swiglu_backward_tiles"),
     "scaled_mm": (Candidate("csrc", "cuda:scaled_mm", _no_hopper),
-                  Candidate("torch", "alternatives:torch_scaled_mm", _no_blockwise_product),
+                  Candidate("torch", "alternatives:torch_scaled_mm", _no_blockwise_gemm),
                   Candidate("transformer_engine", "alternatives:transformer_engine_scaled_mm",
-                            _no_transformer_engine_product),
+                            _no_transformer_engine_gemm),
                   Candidate(REFERENCE, None, _always)),
     "grouped_scaled_mm": (Candidate("csrc", "cuda:grouped_scaled_mm", _no_hopper),
                           Candidate(REFERENCE, None, _always)),
@@ -151,7 +155,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
 
 
 def parse_wishes(text: str) -> Mapping[str, str]:
-    """Operator -> backend from ENVIRONMENT's value. Raises ValueError for names that don't exist."""
+    """Return operator -> backend from ENVIRONMENT's value. Raise ValueError for names that don't exist."""
     wishes: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         operator, _, backend = part.partition("=")
@@ -168,8 +172,8 @@ def parse_wishes(text: str) -> Mapping[str, str]:
 
 
 def choose(operator: str, wish: str | None) -> Choice:
-    """Raises ValueError if the wish cannot be had."""
-    if not torch.cuda.is_available():
+    """Return the backend of `operator`. Raise ValueError if the one that is wished for cannot be used."""
+    if not has_accelerator():
         return Choice(operator, REFERENCE, "no GPU")
     passed_over = []
     for candidate in CANDIDATES[operator]:
@@ -187,7 +191,7 @@ def choose(operator: str, wish: str | None) -> Choice:
 
 @functools.cache
 def choices() -> Mapping[str, Choice]:
-    """The choice of this process, made at its first use."""
+    """Return the choices of this process, made at the first call."""
     wishes = parse_wishes(os.environ.get(ENVIRONMENT, ""))
     return MappingProxyType({operator: choose(operator, wishes.get(operator)) for operator in CANDIDATES})
 
@@ -197,7 +201,7 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 
 def with_backends(operator: str):
-    """The decorated function is the reference; its first argument's device says whether a choice is made at all."""
+    """Make the decorated function the reference of `operator`, used unless its first argument is on a GPU."""
     def decorate(reference):
         @functools.wraps(reference)
         def call(x, *args, **kwargs):

@@ -1,7 +1,7 @@
 """Attention of the FP8 recipe: computed in the layer's dtype, its output kept once, as E5M6, for two backwards.
 
-Attention's own backward reads the output (for the softmax's row term sum(do * o)), and so does the weight gradient of
-the linear after it. Both read the same E5M6 here; what the linear computes with are E4M3 tiles of the exact output.
+The output is read by attention's own backward (for the softmax's row term sum(do * o)) and by the weight gradient of
+the linear after it. Both read the same E5M6 tensors. The linear's forward multiplies E4M3 tiles of the exact output.
 
 Shapes: B batch, S queries and keys, N heads, D query and key width, V value width.
 """
@@ -17,13 +17,15 @@ from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
 
 
 class E5M6Output(Output):
-    """Given on as E4M3 tiles with what is kept beside them, so that the linear that follows keeps the same tensors."""
+    """The next layer gets E4M3 tiles. The kept E5M6 goes with them, so that the linear keeps the same tensors."""
 
     def give(self, y_BSV: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return E4M3 tiles of the output, which carry its E5M6 form, and that form."""
         kept = quantize_e5m6(y_BSV.flatten(0, 1))
         return BlockScaled(*encoding.quantize_1x128(y_BSV, power_of_two=True), y_BSV.dtype, kept), kept
 
     def restore(self, kept: tuple[torch.Tensor, ...], like_BSV: torch.Tensor) -> torch.Tensor:
+        """Return the output as E5M6 has it, in the shape and dtype of `like_BSV`."""
         return dequantize_e5m6(*kept, like_BSV.shape[-1], like_BSV.dtype).view_as(like_BSV)
 
 
@@ -58,14 +60,14 @@ def _empty_results(q_BNSD: torch.Tensor, v_BNSV: torch.Tensor) -> tuple[torch.Te
 
 
 def _heads(x: torch.Tensor, v_BSNV: torch.Tensor) -> torch.Tensor:
-    """[B, N, S, V] of x [B, S, N * width], with zeros where v is wider."""
+    """Return x [B, S, N * width] as [B, N, S, V], with zeros where v is wider."""
     x_BSNW = x.reshape(*v_BSNV.shape[:3], -1)
     return F.pad(x_BSNW, (0, v_BSNV.shape[-1] - x_BSNW.shape[-1])).transpose(1, 2)
 
 
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents: Documents | None,
               scale: float, width: int) -> torch.Tensor:
-    """As ops/attention.py's, [B, S, N * width], but block-scaled with powers of two."""
+    """Return what ops/attention.py's `attention` returns, [B, S, N * width], as E4M3 tiles with power-of-two scales."""
     squares = [...] if documents is None else [
         (slice(row, row + 1), slice(None), place) for row, places in enumerate(documents.rows) for place in places]
     return _Attention.apply(q_BSND, k_BSND, v_BSNV, squares, Scores(scale, causal=True), width)

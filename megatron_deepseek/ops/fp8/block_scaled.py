@@ -1,9 +1,9 @@
-"""A tensor that is held and sent as FP8: E4M3 values with one scale for each 1x128 tile (encoding.py).
+"""A tensor that is held and sent as FP8: E4M3 codes with one scale for each 1x128 tile (encoding.py).
 
-`BlockScaled` looks like a tensor of its `dtype`, so that autograd and dispatchers take it where rows are taken. FP8
-products read its parts; gathers of rows and collectives move its parts; any other operator sees the tensor that was
-quantised if it is at hand (`whole`), else the dequantised one. With powers of two as scales that is harmless:
-quantising the dequantised tensor again gives the same values.
+`BlockScaled` looks like a tensor of its `dtype`, so that autograd and dispatchers accept it as rows. FP8 GEMMs read its
+parts; gathers of rows and collectives move its parts. Any other operator sees the tensor before quantisation if it is
+held too (`whole`), else the dequantised one. With powers of two as scales that is harmless: quantising the dequantised
+tensor again gives the same values.
 """
 
 import math
@@ -20,11 +20,11 @@ _UNCHANGED = (_aten.detach.default, _aten.alias.default)
 
 
 class BlockScaled(torch.Tensor):
-    """`q` [..., K] float8_e4m3fn, `scale` [..., ceil(K / 128)] float32; `dtype` is what it stands for.
+    """`q` [..., K] float8_e4m3fn and `scale` [..., ceil(K / 128)] float32 that stand for a tensor of `dtype`.
 
-    `kept`: the same rows as the backward is to have them, if not as these tiles: E5M6 after attention.
-    `whole`: the rows themselves, before they were quantised, for those who do not read tiles.
-    `columns`: of a gradient, its 128x1 tiles (encoding.py), made with the others.
+    `kept`: the same rows in the format that is saved for the backward, if not these tiles: E5M6 after attention.
+    `whole`: the rows themselves, before quantisation, for operators that do not read tiles. `columns`: of a gradient,
+    its 128x1 tiles (encoding.py), made with the others.
     """
 
     @staticmethod
@@ -35,16 +35,16 @@ class BlockScaled(torch.Tensor):
         return self
 
     def again(self) -> "BlockScaled":
-        """Another tensor of the same parts, as views are for autograd."""
+        """Return another tensor of the same parts, as autograd wants of a view."""
         return BlockScaled(self.q, self.scale, self.dtype, self.kept, self.whole, self.columns)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "BlockScaled":
-        """`function`, of rows, on the codes (as bytes, which every collective takes) and on the scales."""
+        """Apply `function`, of rows, to the codes (as bytes, which every collective takes) and to the scales."""
         codes = function(self.q.view(torch.uint8)).view(encoding.E4M3)
         return BlockScaled(codes, function(self.scale), self.dtype)
 
     def plain(self) -> torch.Tensor:
-        """What operators see that know no tiles."""
+        """Return the ordinary tensor that operators see which know no tiles."""
         return encoding.dequantize_1x128(self.q, self.scale, self.dtype) if self.whole is None else self.whole
 
     def __repr__(self) -> str:
@@ -61,24 +61,24 @@ class BlockScaled(torch.Tensor):
 
 
 def quantize(x: torch.Tensor, power_of_two: bool = False) -> BlockScaled:
-    """x [..., K] in 1x128 tiles, with no gradient; what is block-scaled already stays as it is."""
+    """Return x [..., K] in 1x128 tiles, without a gradient; x itself if it is block-scaled already."""
     return x if isinstance(x, BlockScaled) else BlockScaled(*encoding.quantize_1x128(x, power_of_two), x.dtype)
 
 
 def map_rows(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """`function` on x, or on each part that a block-scaled x is made of."""
+    """Apply `function` to x, or to codes and scales if x is block-scaled."""
     return x.map(function) if isinstance(x, BlockScaled) else function(x)
 
 
 def parts_of(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The ordinary tensors that activations x are made of."""
+    """Return the ordinary tensors of which activations x are made."""
     if not isinstance(x, BlockScaled):
         return (x,)
     return (x.q, x.scale, *x.kept, *(() if x.whole is None else (x.whole,)))
 
 
 def apart(x: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
-    """`parts_of` activations x, and what makes x of such parts again; that holds none of them."""
+    """Return `parts_of` activations x, and a function that makes x of such parts again and holds none of them."""
     if not isinstance(x, BlockScaled):
         return (x,), lambda part: part
     return parts_of(x), partial(_together, x.dtype, len(x.kept))
@@ -90,7 +90,7 @@ def _together(dtype: torch.dtype, num_kept: int, q: torch.Tensor, scale: torch.T
 
 
 def bytes_of_row(x: torch.Tensor) -> int:
-    """What one of the rows x[i] takes to hold or send."""
+    """Return how many bytes one of the rows x[i] takes to hold or send."""
     return sum(math.prod(part.shape[1:]) * part.element_size() for part in parts_of(x))
 
 
@@ -105,7 +105,7 @@ class _Share(torch.autograd.Function):
 
 
 def share(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
-    """x as several FP8 products take it, quantised once; the gradient passes as if nothing had happened."""
+    """Return x quantised once for several FP8 GEMMs; the gradient passes unchanged."""
     return x if isinstance(x, BlockScaled) else _Share.apply(x, power_of_two)
 
 
@@ -120,5 +120,5 @@ class _Whole(torch.autograd.Function):
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
-    """x as one who reads no tiles takes it: an ordinary tensor, with x's gradient."""
+    """Return x as an ordinary tensor, with x's gradient, for operators that read no tiles."""
     return _Whole.apply(x) if isinstance(x, BlockScaled) and x.whole is not None else x

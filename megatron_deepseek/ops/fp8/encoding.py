@@ -4,7 +4,7 @@
 
     1x128    along the last dimension: activations for the forward, output gradients for dgrad
     128x128  weights, and DeepSeek's released files (checkpoint/convert/block_fp8.py)
-    128x1    along the rows, stored transposed: both operands of wgrad, whose products run over the rows
+    128x1    along the rows, stored transposed: both operands of wgrad, which sums over the rows
 
 The rules, in order, for a tile of any floating dtype:
   1. its values and all arithmetic are float32, division IEEE (no reciprocal), subnormals kept;
@@ -12,8 +12,8 @@ The rules, in order, for a tile of any floating dtype:
      a tile of zeros has scale 1;
   3. q = x / scale, clamped to +-448, rounded to nearest even with E4M3's subnormals (steps of 2^-9);
   4. a tile with an infinity or a NaN is lost as a whole, so that it can't go unnoticed: scale and all q are NaN (0x7f).
-Tiles at the edges are smaller: nothing is padded that a caller sees, and padding never enters an amax.
-Tensors with a dimension of 0 have results with one.
+Tiles at the edges are smaller: callers see no padding, and padding never enters an amax. Tensors with a dimension of 0
+have results with one.
 
 Shapes: M rows, K columns, k = ceil(K / 128).
 """
@@ -38,7 +38,7 @@ def num_tiles(size: int) -> int:
 
 
 def tile_scales(amax: torch.Tensor, power_of_two: bool = False, largest: float = LARGEST) -> torch.Tensor:
-    """Rule 2 and 4: float32 scales of tiles whose largest magnitudes are `amax`, float32 of any shape."""
+    """Return float32 scales (rules 2 and 4) of tiles whose largest magnitudes are `amax`, float32 of any shape."""
     scale = (amax / largest).clamp(min=SMALLEST_SCALE)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
@@ -47,7 +47,7 @@ def tile_scales(amax: torch.Tensor, power_of_two: bool = False, largest: float =
 
 
 def _encode(tiles: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Rule 3 and 4; `scale` broadcasts over `tiles`, which is overwritten."""
+    """Return the codes of `tiles` (rules 3 and 4), overwriting `tiles`; `scale` broadcasts over them."""
     q = tiles.div_(scale).clamp_(-LARGEST, LARGEST).to(E4M3)
     lost = scale.isnan()
     if lost.any():
@@ -57,7 +57,7 @@ def _encode(tiles: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @with_backends("quantize_1x128")
 def quantize_1x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K] -> q [..., K] float8_e4m3fn, scales [..., k] float32."""
+    """Quantise x [..., K] into q [..., K] float8_e4m3fn and scales [..., k] float32."""
     size = x.shape[-1]
     tiles = _padded_copy(x, -size % TILE).unflatten(-1, (num_tiles(size), TILE))
     scale = tile_scales(_amax(tiles, (-1,)), power_of_two)
@@ -66,7 +66,7 @@ def quantize_1x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.T
 
 @with_backends("quantize_128x128")
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., M, K] -> q [..., M, K], scales [..., ceil(M / 128), k]."""
+    """Quantise x [..., M, K] into q [..., M, K] and scales [..., ceil(M / 128), k]."""
     rows, columns = x.shape[-2:]
     tiles = _padded_copy(x, -columns % TILE, -rows % TILE)
     tiles = tiles.unflatten(-1, (num_tiles(columns), TILE)).unflatten(-3, (num_tiles(rows), TILE))
@@ -77,7 +77,7 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch
 
 @with_backends("quantize_both_ways")
 def quantize_both_ways(x: torch.Tensor) -> tuple[Tiles, Tiles]:
-    """`quantize_128x128` of a weight and of the transpose of its last two dimensions: the same numbers, for dgrad."""
+    """Apply `quantize_128x128` to a weight and to its transpose, which dgrad reads: the same numbers."""
     q, scale = quantize_128x128(x)
     return (q, scale), (q.mT, scale.mT)
 
@@ -85,10 +85,10 @@ def quantize_both_ways(x: torch.Tensor) -> tuple[Tiles, Tiles]:
 @with_backends("quantize_128x1")
 def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None
                    ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] -> q [K, M], scales [K, tiles of rows]: the transpose, in tiles of 128 along M.
+    """Quantise x [M, K] into q [K, M] and scales [K, tiles of rows]: its transpose, in tiles of 128 along M.
 
-    With `counts` (they sum to M) tiles begin anew at each group of rows, so there are sum(ceil(count / 128)) of them;
-    a group of no rows has none.
+    With `counts` (they sum to M) tiles begin anew at each group of rows, so there are sum(ceil(count / 128)) of them; a
+    group of no rows has none.
     """
     groups = x.split(list(counts)) if counts is not None else (x,)
     parts = [quantize_1x128(group.t(), power_of_two) for group in groups]
@@ -99,12 +99,15 @@ def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence
 @with_backends("quantize_rows_and_columns")
 def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None
                               ) -> tuple[Tiles, Tiles]:
-    """x [M, K] as `quantize_1x128` and as `quantize_128x1` give it: an output gradient for dgrad and for wgrad."""
+    """Apply `quantize_1x128` and `quantize_128x1` to x [M, K]: an output gradient, for dgrad and for wgrad."""
     return quantize_1x128(x, power_of_two), quantize_128x1(x, power_of_two, counts)
 
 
 def dequantize_1x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """q [..., K], scales [..., k] -> q * scale [..., K]: one rounding, of the product to float32, then to `dtype`."""
+    """Return q [..., K] times its scales [..., k].
+
+    The product is rounded once, to float32, and then converted to `dtype`.
+    """
     size = q.shape[-1]
     if size % TILE == 0:
         return decode(q).unflatten(-1, (-1, TILE)).mul_(scale.unsqueeze(-1)).flatten(-2).to(dtype)
@@ -112,7 +115,7 @@ def dequantize_1x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = 
 
 
 def dequantize_128x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """q [..., M, K], scales [..., ceil(M / 128), k] -> q * scale [..., M, K], rounded as `dequantize_1x128`."""
+    """Return q [..., M, K] times scales [..., ceil(M / 128), k], rounded as by `dequantize_1x128`."""
     rows, columns = q.shape[-2:]
     spread = scale.repeat_interleave(TILE, -2)[..., :rows, :].repeat_interleave(TILE, -1)[..., :columns]
     return decode(q).mul_(spread).to(dtype)
@@ -121,16 +124,16 @@ def dequantize_128x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype 
 @with_backends("retile_128x1")
 def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
                  counts: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """From 1x128 tiles, q [M, K] and scales [M, k], to the 128x1 ones of `quantize_128x1`, by way of float32.
+    """Convert 1x128 tiles, q [M, K] and scales [M, k], by way of float32 to the 128x1 tiles of `quantize_128x1`.
 
     Where all scales are powers of two the only new error is that of elements much smaller than their new tile's
-    largest, which is why the recipe asks for them where values are kept for wgrad.
+    largest, which is why the recipe asks for them where values are saved for wgrad.
     """
     return quantize_128x1(dequantize_1x128(q, scale), power_of_two, counts)
 
 
 def decode(q: torch.Tensor) -> torch.Tensor:
-    """float32 values of E4M3 codes. On CPU by a table: the conversion was measured to take 15 times as long."""
+    """Return float32 values of E4M3 codes, on CPU by a table: the conversion was measured to take 15 times as long."""
     if q.is_cuda:
         return q.float()
     table = torch.arange(256, dtype=torch.uint8, device=q.device).view(E4M3).float()
@@ -138,7 +141,7 @@ def decode(q: torch.Tensor) -> torch.Tensor:
 
 
 def _padded_copy(x: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:
-    """A contiguous float32 copy with zeros behind the edges, which change no amax."""
+    """Return a contiguous float32 copy with zeros appended to columns and rows, which change no amax."""
     if columns or rows:
         return F.pad(x.float(), (0, columns, 0, rows) if rows else (0, columns)).contiguous()
     return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(x)

@@ -1,14 +1,14 @@
-"""Products of block-scaled FP8 operands, in the order of arithmetic that the recipe asks of the tensor cores.
+"""GEMMs of block-scaled FP8 operands, in the order of arithmetic that the recipe asks of the tensor cores.
 
     y[m, n] = sum over blocks j of 128 of K:  (sum over k in j of a_q[m, k] * b_q[n, k]) * (a_s[m, j] * b_s[n, j])
 
-Products of E4M3 are exact in float32. The inner sum may be of any order, in at least the tensor core's precision; the
-outer sum, over j in order, is float32 (Hopper's accumulators keep about 14 bits: 2 % error at K = 4096 without this
-promotion). So two backends agree to rounding, not bit for bit; what they are given is bit-identical (encoding.py).
-With `out_dtype` float64 everything is float64: for tests that compare layouts exactly.
+Products of two E4M3 numbers are exact in float32. The inner sum may be in any order, in at least the tensor core's
+precision; the outer sum, over j in order, is float32 (Hopper's accumulators keep about 14 bits: 2 % error at K = 4096
+without this promotion). So two backends agree to rounding, not bit for bit, though their inputs are bit-identical
+(encoding.py). With `out_dtype` float64 everything is float64: for tests that compare layouts exactly.
 
-Both operands have K last: as tensor cores read them. For dgrad pass a weight's transpose, for wgrad 128x1 tiles.
-A NaN scale makes NaN of every product that it enters.
+Both operands have K last, as tensor cores read them. For dgrad pass a weight's transpose, for wgrad 128x1 tiles. A NaN
+scale makes every result NaN that it enters.
 
 Shapes: M rows, N columns of the result, K summed over, k = ceil(K / 128), R rows of all E groups, T their tiles.
 """
@@ -24,7 +24,9 @@ from megatron_deepseek.ops.fp8.encoding import TILE, decode, num_tiles
 @with_backends("scaled_mm")
 def scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
               out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """[M, N] of a [M, K] with scales [M, k] and b [N, K] with scales [N, k] (1x128) or [ceil(N / 128), k] (128x128).
+    """Return [M, N] = a b^T of block-scaled a and b.
+
+    a is [M, K] with scales [M, k]; b is [N, K] with scales [N, k] (1x128) or [ceil(N / 128), k] (128x128).
 
     K = 0 gives zeros.
     """
@@ -40,7 +42,7 @@ def scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torc
 
 
 def _for_each_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
-    """Scales [rows, k] of 1x128 tiles, from those or from [ceil(rows / 128), k] of 128x128 blocks."""
+    """Return scales [rows, k] of 1x128 tiles, given those or [ceil(rows / 128), k] of 128x128 blocks."""
     if scale.shape[0] == rows:
         return scale
     assert scale.shape[0] == num_tiles(rows), (scale.shape, rows)
@@ -50,9 +52,9 @@ def _for_each_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
 @with_backends("grouped_scaled_mm")
 def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                       counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """M-grouped, for forward and dgrad: [R, N], the first counts[0] rows of a times b[0], the next times b[1], ...
+    """Return the M-grouped GEMM [R, N], for forward and dgrad: each group of counts[i] rows of a times b[i].
 
-    a [R, K] with scales [R, k]; b [E, N, K] with scales [E, ceil(N / 128), k]; the counts sum to R, any may be 0.
+    a is [R, K] with scales [R, k]; b is [E, N, K] with scales [E, ceil(N / 128), k]. The counts sum to R; any may be 0.
     """
     result = torch.empty(a_q.shape[0], b_q.shape[1], dtype=out_dtype, device=a_q.device)
     parts = zip(a_q.split(list(counts)), a_s.split(list(counts)), b_q, b_s, result.split(list(counts)), strict=True)
@@ -64,9 +66,9 @@ def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b
 @with_backends("grouped_scaled_mm_wgrad")
 def grouped_scaled_mm_wgrad(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b_s: torch.Tensor,
                             counts: Sequence[int], out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """K-grouped: [E, M, N], for each group of columns of a [M, R] and b [N, R] their product over that group.
+    """Return the K-grouped GEMM [E, M, N]: a [M, R] times b [N, R], summed over each group of columns.
 
-    Scales [M, T] and [N, T] of `quantize_128x1` with the same counts. Zero for a group of no rows.
+    Scales are [M, T] and [N, T], as `quantize_128x1` makes them with the same counts. A group of no rows has zeros.
     """
     tiles = [num_tiles(count) for count in counts]
     result = torch.empty(len(counts), a_q.shape[0], b_q.shape[0], dtype=out_dtype, device=a_q.device)

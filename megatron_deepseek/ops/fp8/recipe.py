@@ -1,16 +1,18 @@
-"""Products of the FP8 recipe as autograd functions: E4M3 forward, dgrad and wgrad (encoding.py has the formats).
+"""The GEMMs of the FP8 recipe as autograd functions: E4M3 forward, dgrad and wgrad (encoding.py has the formats).
 
     forward  x in 1x128 tiles       x  weight in 128x128 blocks
     dgrad    gradient in 1x128      x  the same blocks, transposed
-    wgrad    gradient in 128x1      x  the kept x, re-tiled to 128x1
+    wgrad    gradient in 128x1      x  the saved x, re-tiled to 128x1
 
-What is kept of x is FP8 and nothing else: the forward's own tiles, or E5M6 after attention. Before a `down_proj` it is
-SwiGLU's inputs, in FP8, and the backward makes SwiGLU's output again from them. Output and gradients have the layer's
-dtype. The weight is quantised when FSDP gathers it (weight.py).
+Of x only FP8 is saved: the forward's own tiles, or E5M6 after attention. Before a `down_proj` SwiGLU's inputs are saved
+in FP8, and the backward computes SwiGLU's output again from them. Output and gradients have the layer's dtype. The
+weight is quantised when FSDP gathers it (weight.py).
 
 A gradient that was made by an operator of this recipe comes with both kinds of tiles (block_scaled.py).
 
-The weight itself is held by the node and not saved, for the reason that zero_bubble.py gives.
+The autograd node holds the weight itself and does not save it, for the reason that zero_bubble.py gives.
+
+Shapes: R or M rows, I = K inputs of the weight or width of SwiGLU.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +39,16 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Fp8Gemm(Gemm):
-    """`input_power_of_two`: scales of the input's tiles are powers of two, not any float32.
+    """A GEMM in FP8.
+
+    `input_power_of_two`: the scales of the input's tiles are rounded up to powers of two; otherwise they are any
+    float32.
 
     `dispatched_gradient`: so are those of the output's gradient, which may have come from its tokens' ranks as FP8.
     Wgrad then takes it from those 1x128 tiles wherever they were made, so that all layouts compute the same.
 
-    `cache_e5m6`: keep the input for wgrad as E5M6 instead of the forward's E4M3. `sharing` (ops/recompute.py) says
-    whether an input that several products share is kept, or quantised again in the backward.
+    `cache_e5m6`: save the input for wgrad as E5M6 instead of the forward's E4M3. `sharing` (ops/recompute.py) is `kept`
+    or `recomputed`: whether an input that several GEMMs share is saved, or quantised again in the backward.
 
     `gather_fp8`: FSDP gathers the weight as FP8.
     """
@@ -75,7 +80,7 @@ class Fp8Gemm(Gemm):
 
     def gradient_tiles(self, grad: torch.Tensor, weight: torch.Tensor, *counts: Sequence[int]
                        ) -> tuple[BlockScaled, encoding.Tiles | None]:
-        """The output's gradient for dgrad, and for wgrad unless the weight is frozen."""
+        """Return the output gradient's tiles for dgrad, and those for wgrad, None if the weight is frozen."""
         if self.dispatched_gradient:
             grad = quantize(grad, power_of_two=True)
         if not weight.requires_grad:
@@ -87,31 +92,32 @@ class Fp8Gemm(Gemm):
         return _as_gradient((rows, columns), grad), columns
 
     def keep(self, x: torch.Tensor, tiles: BlockScaled) -> Tensors:
-        """What wgrad will need of x; `columns` makes its tiles of it."""
+        """Return what is to be saved of x for wgrad; `columns` makes wgrad's tiles of it."""
         if not self.cache_e5m6:
             return tiles.q, tiles.scale
         return (isinstance(x, BlockScaled) and x.kept) or quantize_e5m6(x.flatten(0, -2))
 
     def columns(self, kept: Tensors, size: int, *counts: Sequence[int]) -> Tensors:
+        """Return the 128x1 tiles of x from what `keep` returned; `size` is x's width."""
         if self.cache_e5m6:
             return encoding.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
         return encoding.retile_128x1(*kept, self.input_power_of_two, *counts)
 
     def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """Now, or None now and later what `gradient` gives; None for a frozen weight."""
+        """Return `gradient()`, or None after deferring it; None for a frozen weight."""
         if not weight.requires_grad:
             return None
         return gradient() if self.deferred is None else self.deferred.defer(weight, gradient)
 
 
 def recipe(sharing: Callable[..., AbstractContextManager] = kept, gather_fp8: bool = False) -> PrecisionRecipe:
-    """Which product takes what (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
-    product = partial(Fp8Gemm, gather_fp8=gather_fp8)
+    """Return which GEMM takes which precision (DeepSeek-V3 report, sections 3.3.2 and 3.3.3)."""
+    gemm = partial(Fp8Gemm, gather_fp8=gather_fp8)
     return PrecisionRecipe(
-        linear=product(sharing=sharing),
-        attention_output=product(input_power_of_two=True, cache_e5m6=True),
-        experts_up=product(input_power_of_two=True),
-        experts_down=product(dispatched_gradient=True),
+        linear=gemm(sharing=sharing),
+        attention_output=gemm(input_power_of_two=True, cache_e5m6=True),
+        experts_up=gemm(input_power_of_two=True),
+        experts_down=gemm(dispatched_gradient=True),
         to_experts=partial(quantize, power_of_two=True),
         norm=tiles_of_norm, norm_of_product=tiles_between, norm_for_all=tiles_and_norm,
         attention=attention, attention_output_form=E5M6Output())
@@ -119,41 +125,45 @@ def recipe(sharing: Callable[..., AbstractContextManager] = kept, gather_fp8: bo
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, product: Fp8Gemm, *counts):
-        ctx.weight, ctx.gemm, ctx.counts = weight, product, counts
-        tiles = _rows(quantize(x, product.input_power_of_two))
-        ctx.save_for_backward(*(product.keep(x, tiles) if weight.requires_grad else ()))
+    def forward(ctx, x, weight, gemm: Fp8Gemm, *counts):
+        ctx.weight, ctx.gemm, ctx.counts = weight, gemm, counts
+        tiles = _rows(quantize(x, gemm.input_power_of_two))
+        ctx.save_for_backward(*(gemm.keep(x, tiles) if weight.requires_grad else ()))
         return _with_rows_of(x, _forward(tiles, weight, *counts))
 
     @staticmethod
     def backward(ctx, grad):
-        product, weight, counts, size = ctx.gemm, ctx.weight, ctx.counts, ctx.weight.shape[-1]
-        rows, columns = product.gradient_tiles(grad, weight, *counts)
+        gemm, weight, counts, size = ctx.gemm, ctx.weight, ctx.counts, ctx.weight.shape[-1]
+        rows, columns = gemm.gradient_tiles(grad, weight, *counts)
         grad_x = _dgrad(rows, weight, *counts) if ctx.needs_input_grad[0] else None
         kept = ctx.saved_tensors
 
         def wgrad():
-            return _wgrad(columns, product.columns(kept, size, *counts), grad.dtype, *counts)
+            return _wgrad(columns, gemm.columns(kept, size, *counts), grad.dtype, *counts)
 
-        return grad_x, product.weight_gradient(weight, wgrad), None, *(None for _ in counts)
+        return grad_x, gemm.weight_gradient(weight, wgrad), None, *(None for _ in counts)
 
 
 class _MultiplySwiGLU(torch.autograd.Function):
-    """`gate_up`: gate and up, or both side by side, which then have one gradient in tiles that begin at gate."""
+    """The GEMM of silu(gate) * up.
+
+    `gate_up` is gate and up, or one tensor with both side by side, which then has one gradient in tiles that begin at
+    gate.
+    """
 
     @staticmethod
-    def forward(ctx, product: Fp8Gemm, counts, weight, *gate_up):
-        ctx.weight, ctx.gemm, ctx.counts, ctx.joint = weight, product, counts, len(gate_up) == 1
+    def forward(ctx, gemm: Fp8Gemm, counts, weight, *gate_up):
+        ctx.weight, ctx.gemm, ctx.counts, ctx.joint = weight, gemm, counts, len(gate_up) == 1
         gate, up = gate_and_up(*gate_up)
         ctx.save_for_backward(*encoding.quantize_1x128(gate.flatten(0, -2)),
                               *encoding.quantize_1x128(up.flatten(0, -2)))
-        tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, product.input_power_of_two), gate.dtype))
+        tiles = _rows(BlockScaled(*quantize_swiglu(gate, up, gemm.input_power_of_two), gate.dtype))
         return _with_rows_of(gate, _forward(tiles, weight, *counts))
 
     @staticmethod
     def backward(ctx, grad):
-        product, weight, counts = ctx.gemm, ctx.weight, ctx.counts
-        rows, columns = product.gradient_tiles(grad, weight, *counts)
+        gemm, weight, counts = ctx.gemm, ctx.weight, ctx.counts
+        rows, columns = gemm.gradient_tiles(grad, weight, *counts)
         gate_q, gate_s, up_q, up_s = ctx.saved_tensors
         gate, up = (encoding.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
         gradients, grad_weight = (None,) * len(ctx.needs_input_grad[3:]), None
@@ -162,47 +172,47 @@ class _MultiplySwiGLU(torch.autograd.Function):
             tiles = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
             gradients = tuple(_as_gradient(each, grad) for each in tiles)
         if weight.requires_grad:
-            hidden = quantize_swiglu_columns(gate, up, product.input_power_of_two, *counts)
-            grad_weight = product.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
+            hidden = quantize_swiglu_columns(gate, up, gemm.input_power_of_two, *counts)
+            grad_weight = gemm.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
         return None, None, grad_weight, *gradients
 
 
 @with_backends("quantize_swiglu")
 def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> encoding.Tiles:
-    """silu(gate) * up in 1x128 tiles."""
+    """Return silu(gate) * up in 1x128 tiles."""
     return encoding.quantize_1x128(swiglu_forward(gate, up), power_of_two)
 
 
 @with_backends("quantize_swiglu_columns")
 def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
                             ) -> encoding.Tiles:
-    """silu(gate) * up, [R, I] each, in 128x1 tiles of rows."""
+    """Return silu(gate) * up, [R, I] each, in 128x1 tiles of rows."""
     return encoding.quantize_128x1(swiglu_forward(gate, up), power_of_two, *counts)
 
 
 @with_backends("swiglu_backward_tiles")
 def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
                           *counts: Sequence[int]) -> tuple[tuple[encoding.Tiles, encoding.Tiles], ...]:
-    """Gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles: of each, or of both side by side [R, 2I]."""
+    """Return the gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles; one pair [R, 2I] if `joint`."""
     gradients = swiglu_backward(grad, gate, up)
     parts = (torch.cat(gradients, -1),) if joint else gradients
     return tuple(encoding.quantize_rows_and_columns(part, False, *counts) for part in parts)
 
 
 def _as_gradient(tiles: tuple[encoding.Tiles, encoding.Tiles], like: torch.Tensor) -> BlockScaled:
-    """[..., K] of tiles of [R, K], with the rows of `like`."""
+    """Return [..., K] made of 1x128 and 128x1 tiles of [R, K], with the leading dimensions of `like`."""
     (q, scale), columns = tiles
     rows = like.shape[:-1]
     return BlockScaled(q.view(*rows, q.shape[-1]), scale.view(*rows, scale.shape[-1]), like.dtype, columns=columns)
 
 
 def _rows(tiles: BlockScaled) -> BlockScaled:
-    """[..., K] as [M, K]."""
+    """Return [..., K] as [M, K]."""
     return tiles if tiles.ndim == 2 else tiles.map(lambda part: part.flatten(0, -2))
 
 
 def _with_rows_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """y [M, K] as [..., K]; never a view of what is whole already, which FSDP takes for a danger."""
+    """Return y [M, K] as [..., K] with x's leading dimensions; y itself if x is a matrix: FSDP objects to views."""
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -212,7 +222,7 @@ def _forward(x: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> to
 
 
 def _dgrad(grad: BlockScaled, weight: torch.Tensor, *counts: Sequence[int]) -> torch.Tensor:
-    """[..., I]"""
+    """Return the gradient of x [..., I]."""
     multiply = grouped_scaled_mm if counts else scaled_mm
     tiles = _rows(grad)
     return _with_rows_of(grad, multiply(tiles.q, tiles.scale, *transposed_of(weight), *counts, out_dtype=grad.dtype))

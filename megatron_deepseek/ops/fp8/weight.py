@@ -1,16 +1,18 @@
-"""Weights of FP8 products, quantised once for each time that FSDP gathers them, both ways round.
+"""Weights of FP8 GEMMs, quantised once for each time that FSDP gathers them, together with their transpose.
 
-A weight is the same for all micro-batches between two gatherings, for its forward, its dgrad and whatever is
+A weight is the same for all micro-batches between two gatherings: for its forward, its dgrad and whatever is
 recomputed. So it is quantised where it is gathered, held as E4M3 alone (as many bytes as in bfloat16: codes for the
-forward, codes of the transpose for dgrad), and freed with it. There is nothing to invalidate: the optimizer's step is
-followed by another gathering.
+forward, codes of the transpose for dgrad), and freed with it. There is no cache to invalidate: after the optimizer's
+step weights are gathered again.
 
-Optionally shards are quantised before they are gathered: half the bytes. The numbers are the same where every block of
-128x128 lies in one shard: stacked experts always, as FSDP cuts between them, other weights where each rank has the same
-multiple of 128 rows. Other weights are gathered in the compute dtype, and quantised after.
+Optionally shards are quantised before they are gathered, which halves the bytes. The numbers are the same where every
+block of 128x128 lies in one shard: always for stacked experts, as FSDP cuts between them; for other weights where each
+rank has the same multiple of 128 rows. Weights that do not fit are gathered in the compute dtype, and quantised after.
 
-`Fp8Shard` is what FSDP2 asks of a shard that is gathered otherwise than as it is (fsdp_pre_all_gather and
-fsdp_post_all_gather, as torchao's float8 uses them). Shapes: N output features, K inputs, E experts.
+`Fp8Shard` has the two methods by which FSDP2 lets a shard choose what is gathered of it (fsdp_pre_all_gather and
+fsdp_post_all_gather, as torchao's float8 uses them).
+
+Shapes: N output features, K inputs, E experts.
 """
 
 from collections.abc import Iterable
@@ -29,7 +31,7 @@ _UNCHANGED = (_aten.detach.default, _aten.alias.default, _aten.view.default, _at
 
 
 class Fp8Weight(torch.Tensor):
-    """A gathered weight [..., N, K] of `dtype`: its `blocks`, and `transposed`, those of [..., K, N]."""
+    """A gathered weight [..., N, K]: `blocks` are its codes and scales, `transposed` those of [..., K, N]."""
 
     @staticmethod
     def __new__(cls, blocks: Blocks, transposed: Blocks, dtype: torch.dtype):
@@ -42,7 +44,7 @@ class Fp8Weight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """Other views of the whole, for autograd and DTensor; what needs its numbers has come to the wrong place."""
+        """Return views of the whole, for autograd and DTensor; raise NotImplementedError where values are needed."""
         if function in _UNCHANGED and (len(args) == 1 or tuple(args[1]) == tuple(args[0].shape)):
             return Fp8Weight(args[0].blocks, args[0].transposed, args[0].dtype)
         if function is _aten.is_same_size.default:
@@ -51,20 +53,20 @@ class Fp8Weight(torch.Tensor):
 
 
 def blocks_of(weight: torch.Tensor) -> Blocks:
-    """For the forward; quantised now if the weight was not gathered as FP8 (inference, single products)."""
+    """Return the forward's codes and scales, quantised now if the weight was not gathered as FP8 (inference)."""
     return weight.blocks if isinstance(weight, Fp8Weight) else encoding.quantize_128x128(weight)
 
 
 def transposed_of(weight: torch.Tensor) -> Blocks:
-    """For dgrad."""
+    """Return dgrad's codes and scales, quantised now if the weight was not gathered as FP8."""
     return weight.transposed if isinstance(weight, Fp8Weight) else encoding.quantize_both_ways(weight)[1]
 
 
 @dataclass(frozen=True, eq=False)
 class Fp8Shard:
-    """This rank's shard of a weight, [n, K] or [e, N, K], padded to what every rank has, as FSDP gathers it.
+    """This rank's shard of a weight, [n, K] or [e, N, K], padded to the size that every rank has, as FSDP gathers it.
 
-    `in_fp8`: quantised before, where no block is cut.
+    `in_fp8`: quantise it before the gathering, unless a block of 128x128 is cut.
     """
 
     shard: torch.Tensor
@@ -77,12 +79,12 @@ class Fp8Shard:
         return Fp8Shard(self.shard.to(*args, **kwargs), self.in_fp8)
 
     def whole_blocks(self, ranks: int, whole: torch.Size) -> bool:
-        """Whether every block of the weight, of shape `whole`, lies in one of the shards."""
+        """Return whether every block of the weight, of shape `whole`, lies in one of the shards."""
         even = whole[0] == ranks * self.shard.shape[0]
         return even and (self.shard.ndim > 2 or self.shard.shape[0] % encoding.TILE == 0)
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy) -> tuple[tuple, Any]:
-        """What is gathered, and a note for after."""
+        """Return the tensors to gather, and for `fsdp_post_all_gather` the weight's size, None if they are FP8."""
         shard = self.shard.to(mp_policy.param_dtype or self.shard.dtype)
         if not (self.in_fp8 and mesh.size() > 1 and self.whole_blocks(mesh.size(), outer_size)):
             return (shard,), outer_size
@@ -91,7 +93,7 @@ class Fp8Shard:
 
     def fsdp_post_all_gather(self, gathered: tuple[torch.Tensor, ...], size: torch.Size | None, dtype: torch.dtype, *,
                              out: torch.Tensor | None = None):
-        """The weight and what FSDP is to free with it and allocate again; with `out`, those filled anew."""
+        """Return the weight, and the storages that FSDP frees and allocates with it; refill those of `out`."""
         if size is None:
             blocks = gathered[0].view(encoding.E4M3), gathered[1]
             transposed = tuple(part.mT.contiguous() if part.is_cuda else part.mT for part in blocks)
@@ -107,7 +109,7 @@ class Fp8Shard:
 
 
 def _storages(tensors: Iterable[torch.Tensor], besides: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The bytes under `tensors`, each storage once, and none that is FSDP's already."""
+    """Return the bytes under `tensors`, each storage once, without those of `besides`, which FSDP has already."""
     seen = {tensor.untyped_storage()._cdata for tensor in besides}
     found = []
     for tensor in tensors:

@@ -26,7 +26,7 @@ from megatron_deepseek.checkpoint.tracker import TRACKER, SAVING
 from megatron_deepseek.pretraining.loop import pretrain
 from megatron_deepseek.training.trainer import Trainer
 
-WHAT = {"step": (Trainer, "train_step"), "write": (writer._ChecksummedFile, "write"), "fsync": (os, "fsync"),
+WHAT = {"step": (Trainer, "train_step"), "write": (writer.ChecksummedFile, "write"), "fsync": (os, "fsync"),
         "rename": (os, "rename"), "replace": (os, "replace"), "rmtree": (shutil, "rmtree"),
         # of all renames, the one that gives a checkpoint its name, and the one that makes it the last
         "publish": (os, "rename", lambda source, target: str(source).endswith(SAVING)),

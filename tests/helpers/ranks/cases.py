@@ -1,8 +1,14 @@
-"""Which layouts and mixes of features are tested: their options, what goes with what, and what each stands for."""
+"""Which layouts and mixes of features are tested: their options, what goes with what, and what each stands for.
 
+The cases of the covering array are stored in covering_cases.json, because drawing them takes 16 s.
+`python tests/helpers/ranks/cases.py` draws them again, for other options or constraints.
+"""
+
+import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 
 from covering import Space, cheaper_array, covering_array
 from cuts import random_cut
@@ -329,8 +335,23 @@ def cost(case: dict) -> float:
     return (0.8 + steps) * (1.5 if case["frozen"] else 1.0)
 
 
+SPACE = Space(OPTIONS, CONSTRAINTS + SMALLER)
+STORED = Path(__file__).with_name("covering_cases.json")
+
+
+def draw_covering_cases(seed: int = 0) -> list[dict]:
+    """Return cases that hold every valid pair of OPTIONS, each of less than ten seconds of two cores."""
+    return cheaper_array(SPACE, covering_array(SPACE, seed, cost), seed, cost)
+
+
 @cache
-def covering_cases(seed: int = 0) -> tuple[Case, ...]:
-    """Every valid pair of OPTIONS, for less than ten seconds of two cores each."""
-    space = Space(OPTIONS, CONSTRAINTS + SMALLER)
-    return tuple(Case(**case) for case in cheaper_array(space, covering_array(space, seed, cost), seed, cost))
+def covering_cases() -> tuple[Case, ...]:
+    """Return the stored cases, or draw them if the options or what the constraints say have changed since."""
+    stored = json.loads(STORED.read_text())
+    cases = stored["cases"] if stored["space"] == SPACE.fingerprint() else draw_covering_cases()
+    return tuple(Case(**case) for case in cases)
+
+
+if __name__ == "__main__":
+    rows = ",\n".join(json.dumps(case) for case in draw_covering_cases())
+    STORED.write_text(f'{{"space": "{SPACE.fingerprint()}", "cases": [\n{rows}\n]}}\n')

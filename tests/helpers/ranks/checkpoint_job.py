@@ -185,8 +185,8 @@ def _fill_disk_after(nbytes: int) -> None:
         def fileno(self):
             return self.raw.fileno()
 
-    checksummed = writer._ChecksummedFile
-    writer._ChecksummedFile = lambda raw: checksummed(Full(raw))
+    checksummed = writer.ChecksummedFile
+    writer.ChecksummedFile = lambda raw: checksummed(Full(raw))
 
 
 def load_damaged(case: Case, root: Path) -> list[str]:

@@ -4,11 +4,12 @@ A space is options with their values and the constraints among them. A pair is v
 constraint has it; that is decided by search, not by sampling, so no valid pair is missed.
 """
 
+import hashlib
 import inspect
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 Case = dict[str, Any]
@@ -20,11 +21,19 @@ class Space:
 
     def __init__(self, options: Mapping[str, tuple], constraints: tuple[Callable[..., bool], ...]):
         self.options = options
+        self._constraints = [(tuple(inspect.signature(each).parameters), each) for each in constraints]
         self._relating = {name: [] for name in options}
-        for predicate in constraints:
-            names = tuple(inspect.signature(predicate).parameters)
+        for names, predicate in self._constraints:
             for name in names:
                 self._relating[name].append((set(names), names, predicate))
+
+    def fingerprint(self) -> str:
+        """Return a digest of the options and of what each constraint says of every combination of its options."""
+        digest = hashlib.blake2b(repr(dict(self.options)).encode(), digest_size=16)
+        for names, predicate in self._constraints:
+            allowed = [bool(predicate(*values)) for values in product(*(self.options[name] for name in names))]
+            digest.update(repr((names, allowed)).encode())
+        return digest.hexdigest()
 
     def allows(self, case: Case, name: str) -> bool:
         """Whether the partial `case` meets every constraint on `name` whose other options are known too."""

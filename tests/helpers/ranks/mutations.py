@@ -18,6 +18,9 @@ from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops import attention, documents
 from megatron_deepseek.ops import copies as copies_
 from megatron_deepseek.parallel import (
+    block_mask,
+    blockwise_attention,
+    collectives,
     context,
     exchange,
     expert,
@@ -67,6 +70,7 @@ class Mutation:
 
 
 def _replace(owner, name: str, value) -> Callable[[], None]:
+    assert hasattr(owner, name), f"{owner} has no {name} to replace"
     return partial(setattr, owner, name, value)
 
 
@@ -92,7 +96,7 @@ def _only_own_part(x: torch.Tensor, dim: int, group) -> torch.Tensor:
 
 def _sum_forward(ctx, x, group):
     ctx.group = group
-    return tensor.all_reduce(x, group)
+    return collectives.all_reduce(x, group)
 
 
 def _scatter_without_sum(ctx, x, dim, group, sent):
@@ -236,7 +240,7 @@ class _GatherOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, group, sent):
         ctx.dim, ctx.group = dim, group
-        return tensor.all_gather(x, dim, group)
+        return collectives.all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -257,49 +261,51 @@ def _padding_too(real_BS, mtp_depth, documents_BS=None):
 
 MUTATIONS = {
     "TP: gradient of a copied input not summed": Mutation(
-        TP, _method(tensor._Copy, "backward", lambda ctx, grad: (grad, None))),
-    "TP: partial sums not summed": Mutation(TP, _method(tensor._Sum, "forward", lambda ctx, x, group: x.clone())),
+        TP, _method(collectives.CopyToTensorRanks, "backward", lambda ctx, grad: (grad, None))),
+    "TP: partial sums not summed": Mutation(
+        TP, _method(collectives.SumOverTensorRanks, "forward", lambda ctx, x, group: x.clone())),
     "TP: gradient of a replicated sum summed again": Mutation(
-        TP, _method(tensor._Sum, "forward", _sum_forward),
-        _method(tensor._Sum, "backward", lambda ctx, grad: (tensor.all_reduce(grad, ctx.group), None))),
+        TP, _method(collectives.SumOverTensorRanks, "forward", _sum_forward),
+        _method(collectives.SumOverTensorRanks, "backward",
+                lambda ctx, grad: (collectives.all_reduce(grad, ctx.group), None))),
     "TP: tokens split, their gradients not gathered": Mutation(
-        TP, _method(tensor._Split, "backward",
+        TP, _method(collectives.SplitTokens, "backward",
                     lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None))),
     "TP: tokens joined, their gradients summed": Mutation(
-        TP, _method(tensor._Join, "backward",
-                    lambda ctx, grad: (tensor.reduce_scatter(grad, ctx.dim, ctx.group), None, None))),
+        TP, _method(collectives.JoinTokens, "backward",
+                    lambda ctx, grad: (collectives.reduce_scatter(grad, ctx.dim, ctx.group), None, None))),
     "TP: cross-entropy of this rank's vocabulary": Mutation(TP, _no_all_reduce(vocabulary)),
     "TP: a replicated weight counts on every rank in the norm": Mutation(
-        TP, _replace(optimizer, "_counts_here", lambda item: item.counted)),
+        TP, _replace(optimizer, "counts_in_norm", lambda item: item.counted)),
     "TP: the router's gradient taken for whole": Mutation(
         TP, _replace(Router, "__init__", _with_whole_gradient(Router.__init__))),
     "SP: gathered, gradients not summed": Mutation(
-        SP, _method(tensor._GatherSum, "backward",
+        SP, _method(collectives.GatherSum, "backward",
                     lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "SP: scattered, partial sums not summed": Mutation(
-        SP, _method(tensor._ScatterSum, "forward", _scatter_without_sum)),
+        SP, _method(collectives.ScatterSum, "forward", _scatter_without_sum)),
     "SP: scattered, gradients not gathered": Mutation(
-        SP, _method(tensor._ScatterSum, "backward",
+        SP, _method(collectives.ScatterSum, "backward",
                     lambda ctx, grad: (_only_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "SP: a norm's gradient taken for whole": Mutation(
         SP, _replace(tensor.TensorParallel, "activation_grad", property(lambda self: Replicate()))),
     "TP: balance loss of this rank's counts": Mutation(SOFTMAX_TP, _no_all_reduce(balance_loss)),
     "DP: gradients divided by the data ranks": Mutation(DP, _replace(build, "shard_over_data", _divide_gradients(2.0))),
     "DP: labels counted on each rank": Mutation(
-        DP, _replace(trainer.Trainer, "_count", _counts_of_this_rank(trainer.Trainer._count))),
+        DP, _replace(trainer.Trainer, "global_counts", _counts_of_this_rank(trainer.Trainer.global_counts))),
     "DP: experts counted on each rank": Mutation(DP, _no_all_reduce(balance)),
     "DP: gradients reduced before the last micro-batch only": Mutation(
         DP, _replace(pipeline, "synchronize_gradients", lambda module, enabled: module.set_requires_gradient_sync(
             not enabled))),
     "EP: gradients stay with the experts' ranks": Mutation(
-        EP, _method(expert._AllToAll, "backward",
+        EP, _method(expert.AllToAllRows, "backward",
                     lambda ctx, grad: (grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), *[None] * 4))),
     "PP: copies of the embedding not summed": Mutation(
         PP_MTP, _replace(SharedParameter, "sum_gradients", lambda self: None)),
     "PP: copies on one rank not summed": Mutation(
         V_TIED, _replace(SharedParameter, "sum_gradients", lambda self: None)),
     "PP: every copy counts in the norm": Mutation(
-        PP_MTP, _replace(trainer.Trainer, "_named_parameters", _all_counted(trainer.Trainer._named_parameters))),
+        PP_MTP, _replace(trainer.Trainer, "named_parameters", _all_counted(trainer.Trainer.named_parameters))),
     "PP: gradients divided by the micro-batches": Mutation(
         V_TIED, _replace(pipeline, "get_schedule_class", _scaled_schedules(pipeline.get_schedule_class))),
     "PP: a stage's gradients are not reduced": Mutation(PP_DP, _replace(
@@ -307,8 +313,8 @@ MUTATIONS = {
     "ZB: a weight gradient is forgotten": Mutation(
         V_TIED, _replace(DeferredGradients, "take", _forget_last_weight_gradient(DeferredGradients.take))),
     "ZB: the weight of a recomputed layer is saved, not kept": Mutation(
-        DROPPED_LEAF, _method(zero_bubble._Linear, "forward", _save_weight),
-        _method(zero_bubble._Linear, "backward", _saved_weight)),
+        DROPPED_LEAF, _method(zero_bubble.DeferringLinear, "forward", _save_weight),
+        _method(zero_bubble.DeferringLinear, "backward", _saved_weight)),
     "CP: every rank takes the first positions": Mutation(
         CP, _replace(context.ContextParallel, "positions", lambda self, length: context.zigzag(length, 0, self.size))),
     "CP: MTP labels shifted after the cut": Mutation(CP, _replace(division, "shifted_labels", _shift_own_part)),
@@ -318,12 +324,12 @@ MUTATIONS = {
     "CP: gathered latents' gradients not summed": Mutation(
         CP_GATHER, _replace(exchange, "reduce_scatter", _own_part)),
     "CP: one block's gradient comes twice": Mutation(
-        CP, _replace(context, "_gradient_of_block", _twice(context._gradient_of_block))),
+        CP, _replace(blockwise_attention, "gradient_of_block", _twice(blockwise_attention.gradient_of_block))),
     "CP: balance loss of this rank's counts": Mutation(CP_BALANCE, _no_all_reduce(balance_loss)),
-    "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "_count", _counts_times_cp(
-        trainer.Trainer._count))),
+    "CP: losses divided by cp": Mutation(CP, _replace(trainer.Trainer, "global_counts", _counts_times_cp(
+        trainer.Trainer.global_counts))),
     "EP: tokens gathered, their gradients not summed": Mutation(
-        GATHER, _method(tensor._GatherSum, "backward",
+        GATHER, _method(collectives.GatherSum, "backward",
                         lambda ctx, grad: (_own_part(grad, ctx.dim, ctx.group), None, None, None))),
     "ETP: partial sums of the slices not summed": Mutation(SLICED, _replace(expert_tensor, "scatter_sum", _own_part)),
     "ETP: gradients of gathered rows not summed": Mutation(
@@ -348,22 +354,22 @@ MUTATIONS = {
     "CP: attention across documents": Mutation(PACKED, _replace(
         documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "CP: documents of other ranks' chunks not seen": Mutation(PACKED, _replace(
-        context.BlockMask, "of", _own_block_only(context.BlockMask.of))),
+        block_mask.BlockMask, "of", _own_block_only(block_mask.BlockMask.of))),
     "attention across documents": Mutation(PACKED_DP, _replace(
         documents, "documents_of", lambda row: {0: slice(0, len(row))})),
     "attention: every micro-batch has the first one's documents": Mutation(PACKED_DP, _replace(
         documents.Documents, "__getitem__", lambda self, rows: documents.Documents(
             self.rows[:rows.stop - rows.start]))),
     "CP: a row's sum is of this rank's tokens": Mutation(
-        CP_SAMPLES, _replace(sequence_sums.SequenceSums, "_whole", lambda self, x: x)),
+        CP_SAMPLES, _replace(sequence_sums.SequenceSums, "over_ranks", lambda self, x: x)),
     "CP: gradients of a row's sum stay with the rank that used it": Mutation(
-        CP_SAMPLES, _method(sequence_sums._SumOverRanks, "backward", lambda ctx, grad: (grad, None))),
+        CP_SAMPLES, _replace(sequence_sums, "sum_gradients", lambda x, group: x)),
     "CP: every rank gives the whole term of a row": Mutation(
         CP_PAIRS, _replace(sequence_sums.SequenceSums, "share", lambda self, x: x.sum())),
     "CP: an objective's own inputs are not cut": Mutation(CP_PAIRS, _replace(
-        division, "_own_part", _first_inputs(division._own_part))),
+        division, "own_part", _first_inputs(division.own_part))),
     "CP: scores in the order of the ranks": Mutation(CP, _replace(
-        trainer, "whole_sequences", lambda own, meshes: own if meshes.layout.cp == 1 else tensor.all_gather(
+        trainer, "whole_sequences", lambda own, meshes: own if meshes.layout.cp == 1 else collectives.all_gather(
             own, 1, meshes.group("cp")))),
     "TP: log-probabilities of this rank's ids alone": Mutation(
         TP_DISTILLED, _replace(vocabulary_logits, "sum_alike", lambda x, group: x)),

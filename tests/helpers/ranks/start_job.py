@@ -12,7 +12,7 @@ from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.runtime import user_errors
 from megatron_deepseek.runtime.decision import Start, share
 from megatron_deepseek.runtime.save_lock import SaveLock
-from megatron_deepseek.runtime.user_errors import refusing
+from megatron_deepseek.runtime.user_errors import end_on_user_error
 
 
 def share_a_directory(root: Path, same: bool) -> tuple[str, str]:
@@ -32,10 +32,10 @@ def share_a_directory(root: Path, same: bool) -> tuple[str, str]:
 
 def refused(failing: tuple[int, ...]) -> tuple[str, int]:
     """What this rank prints and its exit status, where ranks of `failing` meet an error."""
-    user_errors._FIRST_RANK_SECONDS, user_errors._SILENT_SECONDS = 0.5, 0.0
+    user_errors.FIRST_RANK_SECONDS, user_errors.SILENT_SECONDS = 0.5, 0.0
     status, printed = [], io.StringIO()
     real, os._exit = os._exit, status.append
-    with contextlib.redirect_stderr(printed), refusing():
+    with contextlib.redirect_stderr(printed), end_on_user_error():
         if dist.get_rank() in failing:
             raise OSError(5, "Input/output error", f"/file of rank {dist.get_rank()}")
     os._exit = real

@@ -22,182 +22,197 @@ ENTRY = Path(__file__).parents[3] / "pretrain_deepseek.py"
 BASE = "--model tiny --data-path corpus --train-iters 10 --seq-length 256"
 PP2 = "--pipeline-model-parallel-size 2"
 
-# name of the entry in the table: (ranks, arguments, fragments of the message)
+# name of the rule: (ranks, arguments, fragments of the message)
 REFUSED = {
-    "--exp-avg-dtype of an unsupported type": (1, "--exp-avg-dtype fp8", ["--exp-avg-dtype fp8", "only fp32 and bf16"]),
-    "--exp-avg-sq-dtype of an unsupported type":
+    "--exp-avg-dtype is of an unsupported type":
+        (1, "--exp-avg-dtype fp8", ["--exp-avg-dtype fp8", "only fp32 and bf16"]),
+    "--exp-avg-sq-dtype is of an unsupported type":
         (1, "--exp-avg-sq-dtype fp16", ["--exp-avg-sq-dtype fp16", "only fp32 and bf16"]),
-    "--exp-avg-dtype bf16 beside a large --adam-beta1": (1, "--exp-avg-dtype bf16 --adam-beta1 0.999",
+    "--exp-avg-dtype bf16 conflicts with a large --adam-beta1": (1, "--exp-avg-dtype bf16 --adam-beta1 0.999",
                                          ["--exp-avg-dtype bf16", "--adam-beta1 0.999"]),
-    "--exp-avg-sq-dtype bf16 beside a large --adam-beta2": (1, "--exp-avg-sq-dtype bf16 --adam-beta2 0.999",
+    "--exp-avg-sq-dtype bf16 conflicts with a large --adam-beta2": (1, "--exp-avg-sq-dtype bf16 --adam-beta2 0.999",
                                             ["--exp-avg-sq-dtype bf16", "--adam-beta2 0.999"]),
-    "frozen parameters that the model lacks":
+    "the model has none of the frozen parameters":
         (1, "--freeze-parameters model.norm.weight model.layers.*.mlp.expert.* --optimizer-cpu-offload",
          ["--freeze-parameters model.layers.*.mlp.expert.* matches no", "model.layers.*.mlp.experts.down_proj"]),
-    "nothing left to train":
+    "the frozen parameters leave nothing to train":
         (1, "--freeze-parameters model.* lm_head.weight", ["--freeze-parameters ['model.*', 'lm_head.weight']",
                                                           "no parameter to train"]),
-    "padding to the capacity of experts":
+    "padding the experts' input to their capacity is not supported":
         (1, "--moe-pad-expert-input-to-capacity", ["--moe-pad-expert-input-to-capacity"]),
-    "dropout in attention": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
-    "dropout of hidden states": (1, "--hidden-dropout 0.1", ["--hidden-dropout 0.1"]),
-    "several ranks in one process": (1, "--tensor-model-parallel-size 2 --expert-model-parallel-size 4",
+    "dropout in attention is not supported": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
+    "dropout of hidden states is not supported": (1, "--hidden-dropout 0.1", ["--hidden-dropout 0.1"]),
+    "the sizes ask for several ranks, but one process was started":
+        (1, "--tensor-model-parallel-size 2 --expert-model-parallel-size 4",
                                      ["--tensor-model-parallel-size 2 --expert-model-parallel-size 4 needs 4 processes",
                                       "tools/launch.py --nproc_per_node 4"]),
-    "ranks that the tensor and pipeline sizes do not divide":
+    "the tensor- and pipeline-parallel sizes do not divide the number of ranks":
         (4, "--tensor-model-parallel-size 3", ["--tensor-model-parallel-size 3", "4 ranks"]),
-    "ranks of a stage that the tensor and context sizes do not divide":
+    "the tensor- and context-parallel sizes do not divide the ranks of a stage":
         (4, "--context-parallel-size 3", ["--context-parallel-size 3", "4 ranks"]),
-    "sequences that context ranks do not divide": (2, "--context-parallel-size 2 --seq-length 250",
+    "twice the context-parallel size does not divide the sequence length":
+        (2, "--context-parallel-size 2 --seq-length 250",
                         ["--seq-length 250", "2 x --context-parallel-size 2"]),
-    "expert parallelism without experts": (2, "--expert-model-parallel-size 2 --num-experts 0",
+    "expert parallelism needs experts": (2, "--expert-model-parallel-size 2 --num-experts 0",
                            ["--expert-model-parallel-size 2", "--num-experts 0"]),
-    "forced balance without experts": (1, "--num-experts 0 --moe-router-force-load-balancing",
+    "forced load balancing needs experts": (1, "--num-experts 0 --moe-router-force-load-balancing",
                                        ["--moe-router-force-load-balancing", "--num-experts 0"]),
-    "shared experts without routed experts": (1, "--num-experts 0 --moe-shared-expert-intermediate-size 256",
+    "shared experts need routed experts": (1, "--num-experts 0 --moe-shared-expert-intermediate-size 256",
                                        ["--moe-shared-expert-intermediate-size 256", "--num-experts 0"]),
-    "recomputation of experts without experts":
+    "recomputing the experts' activation needs experts":
         (1, "--num-experts 0 --recompute-granularity selective --recompute-modules moe_act",
                           ["--recompute-modules moe_act", "--num-experts 0"]),
-    "ranks of a stage that the expert size does not divide":
+    "the expert-parallel size does not divide the ranks of a stage":
         (2, "--expert-model-parallel-size 4", ["--expert-model-parallel-size 4", "2 ranks"]),
-    "experts that the expert size does not divide": (8, "--expert-model-parallel-size 8 --num-experts 12",
+    "the expert-parallel size does not divide the number of experts":
+        (8, "--expert-model-parallel-size 8 --num-experts 12",
                        ["--expert-model-parallel-size 8", "--num-experts 12"]),
-    "slices of experts without experts": (2, "--expert-tensor-parallel-size 2 --num-experts 0",
+    "expert tensor parallelism needs experts": (2, "--expert-tensor-parallel-size 2 --num-experts 0",
                             ["--expert-tensor-parallel-size 2", "--num-experts 0"]),
-    "ranks of a stage that groups of expert slices do not divide":
+    "the expert- and expert-tensor-parallel sizes do not divide the ranks of a stage":
         (4, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 4",
                       ["--expert-model-parallel-size 2 x --expert-tensor-parallel-size 4", "4 ranks"]),
-    "width of experts that slices do not divide": (4, "--expert-tensor-parallel-size 4 --moe-ffn-hidden-size 66",
+    "the expert-tensor-parallel size does not divide the width of an expert":
+        (4, "--expert-tensor-parallel-size 4 --moe-ffn-hidden-size 66",
                       ["--expert-tensor-parallel-size 4", "--moe-ffn-hidden-size 66"]),
-    "capacity of experts without experts": (1, "--moe-expert-capacity-factor 1.5 --num-experts 0",
+    "a capacity of experts needs experts": (1, "--moe-expert-capacity-factor 1.5 --num-experts 0",
                                  ["--moe-expert-capacity-factor 1.5", "--num-experts 0"]),
-    "drop policy without a capacity": (1, "--moe-token-drop-policy position",
+    "a drop policy needs a capacity of experts": (1, "--moe-token-drop-policy position",
                                      ["--moe-token-drop-policy position", "--moe-expert-capacity-factor"]),
-    "overlapped dispatch without DualPipeV":
+    "overlapped dispatch needs DualPipeV on several pipeline ranks":
         (2, f"{PP2} --overlap-moe-expert-parallel-comm --global-batch-size 8",
                       ["--overlap-moe-expert-parallel-comm", "--pipeline-schedule DualPipeV", "1F1B"]),
-    "overlapped dispatch without an all-to-all":
+    "overlapped dispatch needs an all-to-all":
         (2, f"{PP2} --pipeline-schedule DualPipeV --overlap-moe-expert-parallel-comm "
                                "--global-batch-size 8", ["--overlap-moe-expert-parallel-comm",
                                                          "--expert-model-parallel-size 1"]),
-    "overlap of shared experts without shared experts":
+    "overlap of shared experts needs shared experts":
         (1, "--moe-shared-expert-overlap --moe-shared-expert-intermediate-size 0",
                         ["--moe-shared-expert-overlap", "--moe-shared-expert-intermediate-size 0"]),
-    "dispatch by nodes that do not divide expert groups":
+    "grouped dispatch needs nodes that divide expert groups evenly":
         (4, "--expert-model-parallel-size 4 --moe-token-dispatcher-type grouped "
                           "--moe-ranks-per-node 3", ["--moe-ranks-per-node 3", "--expert-model-parallel-size 4"]),
-    "attention heads that the tensor size does not divide": (3, "--tensor-model-parallel-size 3",
+    "the tensor-parallel size does not divide the number of attention heads": (3, "--tensor-model-parallel-size 3",
                      ["--tensor-model-parallel-size 3", "--num-attention-heads 4"]),
-    "vocabulary that the tensor size does not divide": (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
+    "the tensor-parallel size does not divide the size of the vocabulary":
+        (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
                           ["--tensor-model-parallel-size 2", "--vocab-size 8191"]),
-    "width of the dense layers that the tensor size does not divide":
+    "the tensor-parallel size does not divide the width of the dense layers":
         (2, "--tensor-model-parallel-size 2 --ffn-hidden-size 511",
                            ["--tensor-model-parallel-size 2", "--ffn-hidden-size 511"]),
-    "width of shared experts that the tensor size does not divide":
+    "the tensor-parallel size does not divide the width of the shared experts":
         (2, "--tensor-model-parallel-size 2 --moe-ffn-hidden-size 129",
                             ["--tensor-model-parallel-size 2", "--moe-shared-expert-intermediate-size 129"]),
-    "sequences that tensor ranks do not divide": (2, "--tensor-model-parallel-size 2 --seq-length 255",
+    "the tensor- and context-parallel sizes do not divide the sequence length":
+        (2, "--tensor-model-parallel-size 2 --seq-length 255",
                         ["--tensor-model-parallel-size 2", "--seq-length 255"]),
-    "sequences longer than the model's positions":
+    "the sequence length exceeds the model's positions":
         (1, "--seq-length 4097", ["--seq-length 4097", "--max-position-embeddings 4096"]),
-    "batch that data ranks do not divide": (4, "--rampup-batch-size 8 6 100 --global-batch-size 32",
+    "the micro-batches of the data ranks do not divide the global batch":
+        (4, "--rampup-batch-size 8 6 100 --global-batch-size 32",
                      ["--global-batch-size 14 (of --rampup-batch-size 8 6 100)", "--micro-batch-size 1 x 4"]),
-    "layers that stages of equal size do not divide": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4",
+    "the stages of equal size do not divide the layers": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4",
                               ["--num-layers-per-virtual-pipeline-stage 4", "--num-layers 4"]),
-    "stages of a layout that pipeline ranks do not divide": (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
+    "the pipeline-parallel size does not divide the stages of the layout":
+        (2, f"{PP2} --pipeline-model-parallel-layout Ett|t|tmL",
                          ["--pipeline-model-parallel-layout 'Ett|t|tmL' has 3 stages",
                           "--pipeline-model-parallel-size 2"]),
-    "layers of the ends with one pipeline rank": (1, "--decoder-first-pipeline-num-layers 3",
+    "layers for the ends of the pipeline need several pipeline ranks": (1, "--decoder-first-pipeline-num-layers 3",
                          ["--decoder-first-pipeline-num-layers 3", "--pipeline-model-parallel-size 1"]),
-    "layers of the ends beside those of every stage":
+    "the layers of the ends are given beside those of every stage":
         (2, f"{PP2} --decoder-last-pipeline-num-layers 3 --pipeline-model-parallel-layout Ett|ttmL",
                         ["--decoder-last-pipeline-num-layers 3", "--pipeline-model-parallel-layout"]),
-    "layers that the ranks between the ends do not divide":
+    "the ranks between the ends do not divide the layers left to them":
         (4, "--pipeline-model-parallel-size 4 --num-layers 8 --decoder-first-pipeline-num-layers 3",
                     ["--decoder-first-pipeline-num-layers 3 of --num-layers 8", "--pipeline-model-parallel-size 4"]),
-    "several stages on one pipeline rank":
+    "one pipeline rank does not hold several stages":
         (1, "--num-virtual-stages-per-pipeline-rank 2", ["--pipeline-model-parallel-size 1", "2"]),
-    "schedule with a wrong number of stages on a rank":
+    "the schedule does not run with so many stages on a rank":
         (2, f"{PP2} --pipeline-schedule DualPipeV --pipeline-model-parallel-layout Ett|ttmL",
                             ["--pipeline-schedule DualPipeV", "1 stages on a rank"]),
-    "more stages than layers": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 3", ["--num-layers 4", "6 stages"]),
-    "layout that is not the model's": (2, f"{PP2} --pipeline-model-parallel-layout Ett|tmL",
+    "the stages are more than the layers":
+        (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 3", ["--num-layers 4", "6 stages"]),
+    "the layout string does not fit the model": (2, f"{PP2} --pipeline-model-parallel-layout Ett|tmL",
                          ["--pipeline-model-parallel-layout 'Ett|tmL'", "3 t", "--num-layers is 4"]),
-    "schedule with a wrong number of micro-batches": (2, f"{PP2} --global-batch-size 3 --pipeline-schedule DualPipeV",
+    "the schedule does not run with so many micro-batches":
+        (2, f"{PP2} --global-batch-size 3 --pipeline-schedule DualPipeV",
                                    ["--pipeline-schedule DualPipeV", "3 micro-batches", "--global-batch-size 3",
                                     "4 stages"]),
-    "speed of the router's bias without a bias": (1, "--model deepseek-v2-lite --moe-router-bias-update-rate 0.001",
+    "an update rate of the router's bias needs that bias":
+        (1, "--model deepseek-v2-lite --moe-router-bias-update-rate 0.001",
                             ["--moe-router-bias-update-rate 0.001", "greedy"]),
-    "balance loss without experts": (1, "--num-experts 0 --moe-aux-loss-coeff 0.1",
+    "a balance loss needs experts": (1, "--num-experts 0 --moe-aux-loss-coeff 0.1",
                                 ["--moe-aux-loss-coeff 0.1", "--num-experts 0"]),
-    "weight of a balance loss that is switched off":
+    "a balance loss is given a weight, but switched off":
         (1, "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
                              ["--moe-aux-loss-coeff 0.1", "--moe-router-load-balancing-type none"]),
-    "balance over devices without groups of experts": (1, "--model deepseek-v2-lite --moe-device-aux-loss-coeff 0.1",
+    "the device balance loss needs groups of experts": (1, "--model deepseek-v2-lite --moe-device-aux-loss-coeff 0.1",
                        ["--moe-device-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
-    "balance of communication without groups of experts":
+    "the communication balance loss needs groups of experts":
         (1, "--model deepseek-v2-lite --moe-communication-aux-loss-coeff 0.1",
                               ["--moe-communication-aux-loss-coeff 0.1", "--moe-router-num-groups is 1"]),
-    "FP8 recipe without FP8": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "--fp8-format"]),
-    "FP8 weights gathered without FP8": (1, "--fp8-param-gather", ["--fp8-param-gather", "--fp8-format e4m3"]),
-    "FP8 format other than e4m3": (1, "--fp8-format hybrid", ["--fp8-format hybrid", "e4m3"]),
-    "FP8 recipe other than blockwise": (1, "--fp8-format e4m3 --fp8-recipe mxfp8", ["--fp8-recipe mxfp8", "blockwise"]),
-    "modules to recompute without selective recomputation":
+    "an FP8 recipe needs an FP8 format": (1, "--fp8-recipe blockwise", ["--fp8-recipe blockwise", "--fp8-format"]),
+    "gathering FP8 weights needs an FP8 format": (1, "--fp8-param-gather", ["--fp8-param-gather", "--fp8-format e4m3"]),
+    "the FP8 format is not e4m3": (1, "--fp8-format hybrid", ["--fp8-format hybrid", "e4m3"]),
+    "the FP8 recipe is not blockwise": (1, "--fp8-format e4m3 --fp8-recipe mxfp8", ["--fp8-recipe mxfp8", "blockwise"]),
+    "modules to recompute need selective recomputation":
         (1, "--recompute-granularity full --recompute-modules moe_act",
                           ["--recompute-modules", "moe_act", "selective"]),
-    "method of recomputation without full recomputation":
+    "a method of recomputation needs full recomputation":
         (1, "--recompute-granularity selective --recompute-method uniform",
                          ["--recompute-method uniform", "selective"]),
-    "several layers recomputed as one":
+    "recomputing several layers as one is not supported":
         (1, "--recompute-granularity full --recompute-num-layers 2", ["--recompute-num-layers 2"]),
-    "data given not at all, twice or unreadably":
+    "the data is not given, given twice or unreadable":
         (1, "--data-args-path corpus.txt", ["--data-path corpus", "--data-args-path corpus.txt conflict"]),
-    "evaluation without validation data": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
-    "interval of evaluations without evaluations": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
-    "positions by document without attention by document":
+    "evaluation needs validation data": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
+    "an interval of evaluations needs evaluations": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
+    "positions by document need attention by document":
         (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
-    "--save-interval without --save": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
-    "export without --save": (1, "--save-hf out", ["--save-hf out", "--save"]),
-    "export into --save": (1, "--save-hf run/../out --save ./out", ["--save-hf run/../out", "--save out"]),
-    "--save-every-seconds without --save": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
-    "--keep-last without --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
-    "--async-save without --save": (1, "--async-save", ["--async-save", "--save"]),
-    "--no-save-optim without --save": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
-    "--chat-template without --save": (1, "--chat-template deepseek-v3", ["--chat-template deepseek-v3 needs --save"]),
-    "--all without --explain-layout": (1, "--all", ["--all needs --explain-layout"]),
-    "--ckpt-step without --load": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
-    "limit of skipped steps without skipping":
+    "--save-interval needs --save": (1, "--save-interval 5", ["--save-interval 5", "--save"]),
+    "an export needs --save": (1, "--save-hf out", ["--save-hf out", "--save"]),
+    "an export needs a directory other than --save":
+        (1, "--save-hf run/../out --save ./out", ["--save-hf run/../out", "--save out"]),
+    "--save-every-seconds needs --save": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
+    "--keep-last needs --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
+    "--async-save needs --save": (1, "--async-save", ["--async-save", "--save"]),
+    "--no-save-optim needs --save": (1, "--no-save-optim", ["--no-save-optim", "--save"]),
+    "--chat-template needs --save": (1, "--chat-template deepseek-v3", ["--chat-template deepseek-v3 needs --save"]),
+    "--all needs --explain-layout": (1, "--all", ["--all needs --explain-layout"]),
+    "--ckpt-step needs --load": (1, "--ckpt-step 5", ["--ckpt-step 5", "--load"]),
+    "a limit of skipped steps needs --nan-policy skip":
         (1, "--max-skipped-steps 5", ["--max-skipped-steps 5", "--nan-policy skip", "stop"]),
-    "--finetune without --load": (1, "--finetune", ["--finetune", "--load"]),
-    "--finetune that --save comes from":
+    "--finetune needs --load": (1, "--finetune", ["--finetune", "--load"]),
+    "--finetune would remove the run that it loads":
         (1, "--finetune --load runs/a --save runs/../runs/a",
          ["--finetune begins at iteration 0", "--load runs/a needs another directory for --save"]),
-    "--overwrite without --save": (1, "--overwrite", ["--overwrite needs --save"]),
-    "--overwrite of the directory that is loaded":
+    "--overwrite needs --save": (1, "--overwrite", ["--overwrite needs --save"]),
+    "--overwrite would remove the directory that is loaded":
         (1, "--overwrite --load a --save a", ["--overwrite conflicts with --load a"]),
-    "--no-load-optim without --load": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
-    "--init-mtp without --load": (1, "--init-mtp", ["--init-mtp needs --load"]),
-    "--init-mtp without MTP modules":
+    "--no-load-optim needs --load": (1, "--no-load-optim", ["--no-load-optim", "--load"]),
+    "--init-mtp needs --load": (1, "--init-mtp", ["--init-mtp needs --load"]),
+    "--init-mtp needs MTP modules":
         (1, "--init-mtp --load /nowhere --mtp-num-layers 0", ["--init-mtp", "--mtp-num-layers is 0"]),
-    "profile that ends before it begins": (1, "--profile --profile-step-start 5 --profile-step-end 5",
+    "the profile ends before it begins": (1, "--profile --profile-step-start 5 --profile-step-end 5",
                 ["--profile-step-start 5", "--profile-step-end 5"]),
 }
-# Further reasons of entries that have several: (ranks, arguments, name of the entry)
+# Further reasons of rules that have several: (ranks, arguments, name of the rule)
 OTHER_REASONS = [
-    (4, "--pipeline-model-parallel-size 3", "ranks that the tensor and pipeline sizes do not divide"),
+    (4, "--pipeline-model-parallel-size 3",
+     "the tensor- and pipeline-parallel sizes do not divide the number of ranks"),
     (4, "--tensor-model-parallel-size 2 --context-parallel-size 4",
-     "ranks of a stage that the tensor and context sizes do not divide"),
+     "the tensor- and context-parallel sizes do not divide the ranks of a stage"),
     (8, "--tensor-model-parallel-size 4 --context-parallel-size 2 --seq-length 252",
-     "sequences that tensor ranks do not divide"),
+     "the tensor- and context-parallel sizes do not divide the sequence length"),
     (2, "--tensor-model-parallel-size 2 --sequence-parallel --num-experts 0 --seq-length 255",
-     "sequences that tensor ranks do not divide"),
-    (4, "--rampup-batch-size 6 6 100 --global-batch-size 12", "batch that data ranks do not divide"),
-    (4, "--global-batch-size 14", "batch that data ranks do not divide"),
+     "the tensor- and context-parallel sizes do not divide the sequence length"),
+    (4, "--rampup-batch-size 6 6 100 --global-batch-size 12",
+     "the micro-batches of the data ranks do not divide the global batch"),
+    (4, "--global-batch-size 14", "the micro-batches of the data ranks do not divide the global batch"),
     (2, f"{PP2} --pipeline-schedule DualPipeV --rampup-batch-size 2 2 100 --global-batch-size 4",
-     "schedule with a wrong number of micro-batches"),
+     "the schedule does not run with so many micro-batches"),
     (1, "--overlap-moe-expert-parallel-comm --pipeline-schedule DualPipeV",
-     "overlapped dispatch without DualPipeV"),
+     "overlapped dispatch needs DualPipeV on several pipeline ranks"),
 ]
 # Refused by the parser, by the architecture or by the checks of settings: (whole command line, fragments)
 REFUSED_ELSEWHERE = [
@@ -246,35 +261,37 @@ def test_table_refuses(name):
     text = message(f"{BASE} {arguments}", ranks)
     assert "\n" not in text
     assert all(fragment in text for fragment in fragments), text
-    assert name == first_refusal(ranks, arguments), "another entry of the table answered"
+    assert name == first_rule(ranks, arguments), "another rule applied"
 
 
 @pytest.mark.parametrize("ranks, arguments, name", OTHER_REASONS)
 def test_table_refuses_for_each_reason(ranks, arguments, name):
-    assert first_refusal(ranks, arguments) == name
+    assert first_rule(ranks, arguments) == name
 
 
-def first_refusal(ranks: int, arguments: str) -> str | None:
+def first_rule(ranks: int, arguments: str) -> str | None:
     args = build_parser().parse_args(f"{BASE} {arguments}".split())
     request = Request(args, build_model(args), ranks)
-    for refusal in RULES:
+    for rule in RULES:
         try:
-            if refusal.when(request):
-                return refusal.name
+            if rule.when(request):
+                return rule.name
         except ValueError:
-            return refusal.name
+            return rule.name
     return None
 
 
-def test_every_refusal_is_tested():
-    untested = {refusal.name for refusal in RULES} - set(REFUSED)
-    assert untested == {"fewer samples than one batch", "balance loss without a weight"}  # below, by other commands
+def test_every_rule_is_tested():
+    untested = {rule.name for rule in RULES} - set(REFUSED)
+    tested_below = {"the samples do not fill one batch", "a balance loss needs a weight"}
+    assert untested == tested_below
 
 
-def test_names_of_refusals_say_what_is_refused():
-    """docs/compatibility.md and --explain-layout show them to users: phrases, no riddles and no axes of a mesh."""
-    for name in (refusal.name for refusal in RULES):
-        assert len(name.split()) > 1 and not re.search(r"\bwhat\b|\b(tp|pp|ep|etp|cp|dp)\b", name), name
+def test_names_of_rules_say_the_problem():
+    """docs/compatibility.md and --explain-layout show them to users: phrases with a verb, without axes of a mesh."""
+    for name in (rule.name for rule in RULES):
+        assert re.search(r" (is|are|do|does|has|need|needs|ask|ends|exceeds|leave|would|conflicts) ", name), name
+        assert not re.search(r"\bwhat\b|\b(tp|pp|ep|etp|cp|dp)\b", name), name
 
 
 def test_what_just_fits_is_accepted():

@@ -171,7 +171,7 @@ def test_a_marker_that_cannot_be_replaced(tmp_path, monkeypatch, there, words):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(publish.Unnamed) as failed:
+        with pytest.raises(publish.TrackerNotReplaced) as failed:
             save(tmp_path, 200, "new")
     assert failed.value.strerror == (f"No space left on device; {tmp_path}/iter_0000200 is whole, "
                                      + words.format(root=tmp_path))
@@ -186,7 +186,7 @@ def test_a_marker_that_was_damaged_and_cannot_be_replaced(tmp_path, monkeypatch)
     save(tmp_path, 100, "old")
     (tmp_path / TRACKER).write_text("?")
     monkeypatch.setattr(os, "replace", lambda *_: os.rename(tmp_path / "nothing", tmp_path / "something"))
-    with pytest.raises(publish.Unnamed, match="iter_0000200 is whole, but --ckpt-step must say so"):
+    with pytest.raises(publish.TrackerNotReplaced, match="iter_0000200 is whole, but --ckpt-step must say so"):
         save(tmp_path, 200, "new")
     assert problem(tmp_path) is not None and problem(tmp_path, 200) is None
 

@@ -65,7 +65,7 @@ def test_segments_are_the_target_in_order(shape):
 
 
 def numbers(segment, whole) -> list[int]:
-    if segment.is_run:
+    if segment.is_contiguous:
         (source,) = segment.sources
         begin = source.region.position(segment.region.place)
         return source.numbers[begin:begin + segment.region.numel].tolist()
@@ -83,15 +83,15 @@ def test_whole_rows_are_one_run():
     whole = np.zeros((12, 5))
     sources = [Stored(Region((0, 0), (8, 5)), whole), Stored(Region((8, 0), (4, 5)), whole)]
     found = list(segments(Region((4, 0), (8, 5)), sources, largest=1))
-    assert [(segment.region, segment.is_run) for segment in found] == [
+    assert [(segment.region, segment.is_contiguous) for segment in found] == [
         (Region((4, 0), (4, 5)), True), (Region((8, 0), (4, 5)), True)]
 
 
 @pytest.mark.parametrize("shape, largest", [((10, 4), 9), ((3, 5, 4), 20), ((3, 5, 4), 8), ((7,), 3), ((), 1)])
 def test_pieces_are_runs_in_order(shape, largest):
     whole = Region((0,) * len(shape), shape)
-    pieces = list(whole.runs(largest))
+    pieces = list(whole.contiguous_parts(largest))
     starts = [whole.position(piece.place) for piece in pieces]
     assert starts == [sum(piece.numel for piece in pieces[:i]) for i in range(len(pieces))]
     assert sum(piece.numel for piece in pieces) == whole.numel
-    assert all(piece.numel <= largest and whole.is_run(piece) for piece in pieces)
+    assert all(piece.numel <= largest and whole.is_contiguous(piece) for piece in pieces)

@@ -28,14 +28,14 @@ COMMANDS = {
     "generate": ("megatron_deepseek.cli.generate", ["--max-tokens", "3"], "--max-new-tokens"),
     "plot": ("megatron_deepseek.cli.plot", ["--out", "x"], "--output"),
     "operators": ("megatron_deepseek.ops.__main__", ["--hlep"], "--help"),
-    "cache": ("tools.build_data_cache", ["--datapath", "x"], "--data-path"),
-    "overlap": ("tools.trace_overlap", ["--halp"], "--help"),
-    "corpus": ("tools.make_corpus", ["--max-byte", "3"], "--max-bytes"),
-    "tokenizer": ("tools.train_tokenizer", ["--vocab_size", "3"], "--vocab-size"),
+    "cache": ("megatron_deepseek.cli.build_data_cache", ["--datapath", "x"], "--data-path"),
+    "overlap": ("megatron_deepseek.cli.trace_overlap", ["--halp"], "--help"),
+    "corpus": ("megatron_deepseek.cli.make_corpus", ["--max-byte", "3"], "--max-bytes"),
+    "tokenizer": ("megatron_deepseek.cli.train_tokenizer", ["--vocab_size", "3"], "--vocab-size"),
     "plan": ("megatron_deepseek.cli.plan", ["memory", "--world_size", "8"], "--world-size"),
     "tiny": ("tools.run_tiny", ["--step", "3"], "--steps")}
 
-OPTIONS = [option for option in build_parser()._option_string_actions if option.startswith("--")]
+OPTIONS = [option for option in build_parser()._option_string_actions if option.startswith("--")]  # noqa: SLF001 (of argparse)
 
 
 @pytest.mark.parametrize("typed, meant", [

@@ -106,8 +106,8 @@ def test_a_sound_cache_is_left_as_it_is_and_read_once(blend, monkeypatch):
     """By the first rank of each node only where it sees other files than rank 0 has found sound."""
     read(blend)
     looked = []
-    original = cache._digest
-    monkeypatch.setattr(cache, "_digest", lambda *given: looked.append(given[0].name) or original(*given))
+    original = cache.block_digest
+    monkeypatch.setattr(cache, "block_digest", lambda *given: looked.append(given[0].name) or original(*given))
     before = {path: path.stat().st_mtime_ns for path in Path(blend.data_cache_path).iterdir()}
     said = []
     plan = shared_plan(blend, NUM_SAMPLES, said.append)

@@ -103,7 +103,8 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path, three):
 
 
 def test_a_source_cut_while_it_is_copied(tmp_path, three, monkeypatch):
-    monkeypatch.setattr(merge, "_byte_ranges", lambda slices: [merge._ByteRange(slices[0].index.prefix + ".bin", 0, 0, 1000)])
+    monkeypatch.setattr(merge, "byte_ranges", lambda slices: [
+        merge.ByteRange(slices[0].index.prefix + ".bin", 0, 0, 1000)])
     with pytest.raises(ValueError, match="a.bin was cut while it was copied: it ends at byte 102"):
         merge_datasets(three, str(tmp_path / "out"))
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]

@@ -78,7 +78,7 @@ def test_a_refusal_reaches_torchruns_summary(tmp_path, monkeypatch):
     """On a rank that prints nothing itself, too: another node's table may be all that is read."""
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    monkeypatch.setattr("megatron_deepseek.arguments.settings._SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_deepseek.arguments.settings.SILENT_SECONDS", 0.0)
     with pytest.raises(SystemExit) as left:
         parse_or_exit([*ARGUMENTS, "--seq-length", "0"], {"RANK": "3", "WORLD_SIZE": "4"})
     assert left.value.code == 2

@@ -13,7 +13,7 @@ from megatron_deepseek.launch import links
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's options are Linux's")
 def test_every_connection_of_the_process(monkeypatch):
     """Opened before and meanwhile; a listener and others are left alone, and nothing is closed."""
-    monkeypatch.setattr(links, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(links, "LOOK_SECONDS", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener, links.silence_limited(100.0):
         with socket.create_connection(listener.getsockname()) as connection:
             deadline = time.monotonic() + 20

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import weights_of
-from test_trainer import BF16, CONFIG, EXACT, LOSS, batch_of, reference_of, step_of_both, trainer
+from small_trainers import BF16, CONFIG, EXACT, LOSS, batch_of, reference_of, step_of_both, trainer
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.state import MOMENTS, state_to_save

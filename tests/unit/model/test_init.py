@@ -8,7 +8,7 @@ import torch
 from small_models import V3_SMALL, weights_of, whole_model, whole_stage
 
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
-from megatron_deepseek.model.init import _split_mix, global_index, normal
+from megatron_deepseek.model.init import split_mix, global_index, normal
 from megatron_deepseek.parallel.layout_string import Stage
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, attention_bias=True)
     (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B])])
 def test_split_mix_known_numbers(seed, expected):
     """The published outputs of SplitMix64, whose n-th number is that of counter n."""
-    bits = _split_mix(torch.arange(1, 6), seed)
+    bits = split_mix(torch.arange(1, 6), seed)
     assert [int(b) % 2**64 for b in bits] == expected
 
 
@@ -105,7 +105,7 @@ def test_precision_rounds_the_same_draws(meshes):
 def test_blocks_do_not_show(meshes, monkeypatch):
     """Drawing a few elements at a time changes nothing."""
     whole = weights_of(whole_model(CONFIG, meshes, 4))
-    monkeypatch.setattr("megatron_deepseek.model.init._BLOCK", 7)
+    monkeypatch.setattr("megatron_deepseek.model.init.ELEMENTS_AT_A_TIME", 7)
     for name, weight in weights_of(whole_model(CONFIG, meshes, 4)).items():
         assert torch.equal(weight, whole[name]), name
 

@@ -21,7 +21,8 @@ from megatron_deepseek.ops.attention import (
     plain_forward,
 )
 from megatron_deepseek.ops.documents import Documents, documents_of
-from megatron_deepseek.parallel.context import BlockMask, visible, zigzag
+from megatron_deepseek.parallel.block_mask import BlockMask, visible
+from megatron_deepseek.parallel.context import zigzag
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 B, N, S, K, D, V = 2, 3, 5, 8, 6, 4
@@ -120,8 +121,8 @@ class _FlashOfCuda:
 
 def test_cudas_kernel_is_given_what_it_asks_for(monkeypatch):
     """A slice of the rows has a log-sum-exp that is not contiguous; widths here are no multiples of 8."""
-    monkeypatch.setattr(attention, "_aten", _FlashOfCuda())
-    monkeypatch.setattr(attention, "_kernel", lambda q: (attention._cuda_forward, attention._cuda_backward))
+    monkeypatch.setattr(attention, "aten", _FlashOfCuda())
+    monkeypatch.setattr(attention, "kernel_for", lambda q: (attention.cuda_forward, attention.cuda_backward))
     test_parts_join_exactly_forwards_and_backwards()
 
 

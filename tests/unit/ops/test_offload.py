@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kept_memory import Watch
 from small_models import (V3_SMALL, enliven, forward, gradients_of, random_batch, training_batch, weights_of,
                           whole_model, whole_stage)
-from test_recompute import Watch
 
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.ops import offload as offload_module
 from megatron_deepseek.ops.offload import saved_on_host
 from megatron_deepseek.settings import OffloadSettings, OptimizerSettings, RecomputeSettings
+from megatron_deepseek.torch_private import fsdp_parameter_group
 from megatron_deepseek.training.trainer import TrainingSpec, Trainer
 
 CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1)
@@ -28,14 +29,14 @@ RECOMPUTED = {"kept": RecomputeSettings(), "full": RecomputeSettings("full"),
 @pytest.fixture
 def travelled(monkeypatch) -> list[torch.Tensor]:
     """Copies on the host, in the order in which they were made."""
-    hosts, to_host = [], offload_module._to_host
+    hosts, to_host = [], offload_module.to_host
 
     def spy(tensor):
         notes = to_host(tensor)
         hosts.append(notes.make.args[0])
         return notes
 
-    monkeypatch.setattr(offload_module, "_to_host", spy)
+    monkeypatch.setattr(offload_module, "to_host", spy)
     return hosts
 
 
@@ -183,8 +184,8 @@ def test_optimizer_on_the_cpu_changes_no_bit(meshes, precision):
     tensors = [t for state in made.optimizer.state.values() for t in state.values()]
     tensors += [t for p in made.stages[0].parameters() for t in (p, p.grad)]
     assert {t.device.type for t in tensors} == {"cpu"}
-    policies = {type(m._get_fsdp_state()._fsdp_param_group.offload_policy).__name__ for m in made.stages[0].modules()
-                if hasattr(m, "_get_fsdp_state") and m._get_fsdp_state()._fsdp_param_group}
+    groups = [group for module in made.stages[0].modules() if (group := fsdp_parameter_group(module))]
+    policies = {type(group.offload_policy).__name__ for group in groups}
     assert policies == {"CPUOffloadPolicy"}
 
 

@@ -8,10 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kept_memory import Watch, kept_by
 from small_models import V2_SMALL, V3_SMALL, enliven, forward, gradients_of, random_batch, whole_model
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.ops.recompute import kept, recomputed
@@ -19,32 +17,6 @@ from megatron_deepseek.settings import RecomputeSettings
 
 MODULES = ("layernorm", "mla_up_proj", "moe_act")
 SEQ_LENGTH = 16
-
-
-class Watch(TorchDispatchMode):
-    """Weak references to the storages of all tensors that operators return."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if type(tensor) is torch.Tensor:
-                storage = tensor.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def kept_bytes(self) -> int:
-        return sum(size for reference, size in self.made.values() if not reference.expired())
-
-
-def kept_by(function) -> tuple[torch.Tensor, int]:
-    """The result of `function`, and the bytes that it keeps alive."""
-    with Watch() as watch:
-        result = function()
-    return result, watch.kept_bytes()
 
 
 def joined(run, producer, inputs: tuple[torch.Tensor, ...], consumer):

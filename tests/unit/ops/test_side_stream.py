@@ -70,7 +70,7 @@ def test_without_streams_it_is_a_call():
 
 
 class Noted(RunInLine):
-    """RecomputeHandle when work is begun and when its result is used."""
+    """Records when work is begun and when its result is used."""
 
     def __init__(self, log: list[str]):
         self.log = log

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from megatron_deepseek.ops.attention import LogSumExpMerge, Output
+from megatron_deepseek.ops.attention import LogSumExpMerge
 from megatron_deepseek.ops.documents import Documents
-from megatron_deepseek.parallel import context, exchange
-from megatron_deepseek.parallel.context import BlockMask, Project
+from megatron_deepseek.parallel import blockwise_attention, exchange
+from megatron_deepseek.parallel.block_mask import BlockMask
+from megatron_deepseek.parallel.blockwise_attention import KeyValueProjection
 from megatron_deepseek.parallel.exchange import Gather, Ring
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
@@ -50,7 +51,7 @@ class Network:
 @pytest.fixture
 def network(monkeypatch) -> Network:
     made = Network()
-    monkeypatch.setattr(exchange, "_Transfer", made.transfer)
+    monkeypatch.setattr(exchange, "Transfer", made.transfer)
     return made
 
 
@@ -106,7 +107,7 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     q, *blocks = (torch.randn(shape, generator=generator).to(BF16).requires_grad_() for shape in (
         (1, length, heads, width), *[(1, length, heads * 2 * width)] * size))
-    parts, backward = [], context.attend_backward
+    parts, backward = [], blockwise_attention.attend_backward
 
     def noted(*args):
         gradients = backward(*args)
@@ -116,10 +117,9 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
     def project(block):
         return block.unflatten(-1, (heads, 2 * width)).split(width, -1)
 
-    monkeypatch.setattr(context, "attend_backward", noted)
-    without_weights = Project(project, ())
-    y = context._BlockwiseAttention.apply(q, blocks[rank], without_weights.anchor(q.device), without_weights, 0.3,
-                                          BlockMask(rank, size, length, None), Played(rank, blocks), Output())
+    monkeypatch.setattr(blockwise_attention, "attend_backward", noted)
+    y = blockwise_attention.blockwise_attention(q, blocks[rank], KeyValueProjection(project, ()), 0.3,
+                                                BlockMask(rank, size, length, None), Played(rank, blocks))
     y.backward(torch.randn(y.shape, generator=generator).to(BF16))
     assert len(parts) == size
     total = sum(torch.nn.functional.pad(part.float(), (0, 0, length - rows, 0)) for rows, part in parts)
@@ -141,8 +141,7 @@ def test_keys_are_made_of_what_is_seen_alone():
 
         q, *blocks = (torch.randn(shape, requires_grad=True) for shape in ((1, 4, 1, 4), (1, 4, 8), (1, 4, 8)))
         block_mask = BlockMask(1, 2, 4, Documents.find(torch.tensor([documents])))
-        without_weights = Project(project, ())
-        y = context._BlockwiseAttention.apply(q, blocks[1], without_weights.anchor(q.device), without_weights, 0.3,
-                                              block_mask, Played(1, blocks), Output())
+        y = blockwise_attention.blockwise_attention(q, blocks[1], KeyValueProjection(project, ()), 0.3, block_mask,
+                                                    Played(1, blocks))
         y.sum().backward()
         assert made == lengths * 2  # forwards, and again backwards

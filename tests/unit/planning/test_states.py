@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, readers
+from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, find_holders
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
@@ -29,7 +29,7 @@ def test_parameters_are_those_of_the_shards(model, layout, schedule, stages_on_r
     which no rank divides, are counted apart.
     """
     cut = stages(model, layout.pp * stages_on_rank, 64)
-    held = readers(ModelDivision(model, layout, cut, schedule))
+    held = find_holders(ModelDivision(model, layout, cut, schedule))
     ranks = layout.world_size // layout.pp
     for pp_rank in range(layout.pp):
         own = [cut[index] for index in stages_of_rank(pp_rank, len(cut), layout.pp, schedule)]

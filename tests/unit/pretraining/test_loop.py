@@ -17,11 +17,11 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
-from megatron_deepseek.pretraining.loop import Run, make_plan
+from megatron_deepseek.pretraining.loop import Run, training_spec
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
-from megatron_deepseek.runtime.resume import go_on, num_samples, refuse_bad_input
+from megatron_deepseek.runtime.resume import go_on, num_samples, check_and_decide
 from megatron_deepseek.training.next_token import NextTokenLosses
 from megatron_deepseek.training.trainer import StepResult
 
@@ -41,11 +41,11 @@ def settings_of(corpus, more: str = "") -> Settings:
                  f"--seq-length {SEQ} --train-iters 5 {RAMP} --lr 1e-2 --lr-decay-style linear {more}".split(), 1)
 
 
-class RecomputeHandle:
-    """In the place of a Trainer: every step and batch is noted, and has losses that tell it from others."""
+class RecordingTrainer:
+    """A stand-in for a Trainer that records every step and batch, and gives each losses that tell it from others."""
 
     def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
-        self.plan, self.meshes, self.skipped = make_plan(settings), meshes, skipped
+        self.spec, self.meshes, self.skipped = training_spec(settings), meshes, skipped
         self.stages, self.optimizer = [], None
         self.steps, self.evaluations = [], []
 
@@ -92,8 +92,8 @@ class Listener:
 
 
 def run(settings: Settings, meshes, state: TrainState = TrainState(), skipped: tuple[int, ...] = ()
-        ) -> tuple[Run, RecomputeHandle, Listener]:
-    trainer, told = RecomputeHandle(settings, meshes, skipped), Listener()
+        ) -> tuple[Run, RecordingTrainer, Listener]:
+    trainer, told = RecordingTrainer(settings, meshes, skipped), Listener()
     made = Run(settings, trainer, Report(told), Start(), state, 0.0, Job("job"))
     made.train()
     return made, trainer, told
@@ -173,14 +173,14 @@ def test_a_schedule_is_checked_with_the_batches_that_a_run_had(corpus, tmp_path,
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
         parse(f"{command} 90".split(), 1)
     command = command.replace("--lr-warmup", f"--save {tmp_path / 'save'} --lr-warmup")
-    monkeypatch.setattr("megatron_deepseek.runtime.resume.refusing", lambda lock: nullcontext())
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.end_on_user_error", lambda lock: nullcontext())
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start())
     with pytest.raises(ValueError, match="--lr-warmup-samples 90 .* --train-iters 20 .40 samples"):
-        refuse_bad_input(parse(f"{command} 90".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 90".split(), 1), None, None)
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda *args: Start(load=directory))
-    assert refuse_bad_input(parse(f"{command} 90".split(), 1), None, None).load == directory
+    assert check_and_decide(parse(f"{command} 90".split(), 1), None, None).load == directory
     with pytest.raises(ValueError, match="--lr-warmup-samples 100 .* --train-iters 20 .100 samples"):
-        refuse_bad_input(parse(f"{command} 100".split(), 1), None, None)
+        check_and_decide(parse(f"{command} 100".split(), 1), None, None)
     with pytest.raises(ValueError, match="--min-lr"):
         parse(f"{command} 90 --min-lr 1".split(), 1)
 
@@ -252,20 +252,20 @@ OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-l
     --pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble --fp8-format e4m3"""
 
 
-def test_a_plan_has_everything_that_was_asked_for(corpus):
-    plain = make_plan(settings_of(corpus))
+def test_a_training_spec_has_everything_that_was_asked_for(corpus):
+    plain = training_spec(settings_of(corpus))
     assert plain.build.precision == Precision() and not plain.build.reshard_after_forward and plain.build.seed == 1234
     settings = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 {OPTIONS} "
                      "--global-batch-size 16".split(), 2)
-    plan = make_plan(settings)
-    assert plan.build.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
-    assert (plan.model, plan.schedule, plan.seq_length) == (settings.model, "ZBVZeroBubble", 64)
-    assert plan.micro_batch_size == 2
-    assert len(plan.stages) == 4 and plan.build.reshard_after_forward and plan.build.seed == 7
-    assert plan.build.loss.mtp_loss_scaling_factor == 0.7
-    assert (plan.optimizer.adam_eps, plan.optimizer.clip_grad) == (1e-6, 0.5)
-    assert plan.build.recompute.granularity == "full" and plan.build.offload.cpu_offloading_num_layers == 1
-    assert plan.build.communication.cp_comm_type == "allgather"
+    spec = training_spec(settings)
+    assert spec.build.precision == Precision(torch.float32, torch.bfloat16, fp8=True)
+    assert (spec.model, spec.schedule, spec.seq_length) == (settings.model, "ZBVZeroBubble", 64)
+    assert spec.micro_batch_size == 2
+    assert len(spec.stages) == 4 and spec.build.reshard_after_forward and spec.build.seed == 7
+    assert spec.build.loss.mtp_loss_scaling_factor == 0.7
+    assert (spec.optimizer.adam_eps, spec.optimizer.clip_grad) == (1e-6, 0.5)
+    assert spec.build.recompute.granularity == "full" and spec.build.offload.cpu_offloading_num_layers == 1
+    assert spec.build.communication.cp_comm_type == "allgather"
     gathered = parse(f"--model tiny --data-path {corpus} --train-iters 1 --seq-length 64 --fp8-format e4m3 "
                      "--fp8-param-gather".split(), 1)
-    assert make_plan(gathered).build.precision == Precision(fp8=True, fp8_gather=True)
+    assert training_spec(gathered).build.precision == Precision(fp8=True, fp8_gather=True)

@@ -16,7 +16,7 @@ from megatron_deepseek.model.architecture.presets import TINY
 from megatron_deepseek.runtime import decision
 from megatron_deepseek.runtime.decision import Start, decide, overwrite, share
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments
-from megatron_deepseek.runtime.resume import refuse_bad_input, save_lock
+from megatron_deepseek.runtime.resume import check_and_decide, save_lock
 from megatron_deepseek.runtime.save_lock import LOCK, Holder, SaveLock, read_holder
 from megatron_deepseek.settings import RunSettings
 
@@ -139,9 +139,9 @@ def test_what_this_job_saved_before_a_restart_goes_before_everything(tmp_path):
 def test_lives_of_a_job():
     """Under one torchrun, or requeued by Slurm, which then counts; two runs of one allocation are two jobs."""
     slurm = Job("a", "77", 1)
-    assert Job("a").is_earlier_life_of(Job("a")) and not Job("a").is_earlier_life_of(Job("b"))
-    assert slurm.is_earlier_life_of(Job("b", "77", 2)) and not slurm.is_earlier_life_of(Job("b", "77", 1))
-    assert not slurm.is_earlier_life_of(Job("b", "78", 2))
+    assert Job("a").is_earlier_start_of(Job("a")) and not Job("a").is_earlier_start_of(Job("b"))
+    assert slurm.is_earlier_start_of(Job("b", "77", 2)) and not slurm.is_earlier_start_of(Job("b", "77", 1))
+    assert not slurm.is_earlier_start_of(Job("b", "78", 2))
     assert Job.here("a", {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}) == slurm and Job.here("a", {}) == Job("a")
 
 
@@ -185,11 +185,11 @@ def settings_of(tmp_path: Path, more: str):
 
 @pytest.fixture
 def raising(monkeypatch):
-    """A refusal raises instead of ending the process, after it has given up the lock."""
+    """Raise a mistake instead of ending the process, after it has given up the lock."""
     def refused(line: str):
         raise ValueError(line)
 
-    monkeypatch.setattr("megatron_deepseek.runtime.user_errors.refuse", refused)
+    monkeypatch.setattr("megatron_deepseek.runtime.user_errors.end_with_error", refused)
     monkeypatch.setattr("megatron_deepseek.runtime.resume.SaveLock", partial(SaveLock, leaving_seconds=0.05))
 
 
@@ -199,10 +199,10 @@ def test_what_is_there_is_looked_at_under_the_lock(tmp_path, raising, monkeypatc
     monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda run, model, job, token: Start(
         lock=token, notes=((tmp_path / "run" / LOCK).read_text(),)))
     first = save_lock(settings, JOB)
-    start = refuse_bad_input(settings, JOB, first)
+    start = check_and_decide(settings, JOB, first)
     assert start.lock == first.me.token and first.me.token in start.notes[0]
     with pytest.raises(ValueError, match=f"--save {tmp_path}/run is in use by process"):
-        refuse_bad_input(settings, ANOTHER, save_lock(settings, ANOTHER))
+        check_and_decide(settings, ANOTHER, save_lock(settings, ANOTHER))
     assert read_holder(tmp_path / "run" / LOCK) == first.me
     first.release()
 
@@ -211,7 +211,7 @@ def test_a_refused_start_leaves_nothing(tmp_path, raising):
     """Neither a lock nor a directory; other ranks, and runs without --save, have no lock."""
     settings = settings_of(tmp_path, f"--save {tmp_path}/run --load {tmp_path}/nowhere")
     with pytest.raises(ValueError, match="--load .*nowhere: there is no such directory"):
-        refuse_bad_input(settings, JOB, save_lock(settings, JOB))
+        check_and_decide(settings, JOB, save_lock(settings, JOB))
     assert not (tmp_path / "run").exists()
     assert save_lock(settings_of(tmp_path, ""), JOB) is None
 
@@ -220,7 +220,7 @@ def test_a_directory_for_tensorboard_that_cannot_be_written(tmp_path, raising):
     (tmp_path / "file").write_text("")
     settings = settings_of(tmp_path, f"--tensorboard-dir {tmp_path}/file/events")
     with pytest.raises(ValueError, match="--tensorboard-dir .*: nothing can be written to .*: Not a directory"):
-        refuse_bad_input(settings, JOB, None)
+        check_and_decide(settings, JOB, None)
 
 
 # What changes the forward without changing a shape, its value in TINY, another, and how the difference is told.

@@ -81,6 +81,7 @@ from pathlib import Path
 from megatron_deepseek.runtime.interruptions import Interruptions
 from megatron_deepseek.settings import RunSettings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 with Interruptions(RunSettings(10, save=Path("x")), True, 0.0).handling():
     print("ready", flush=True)
     ctypes.CDLL(None).pause()   # each signal ends one; Python's handlers do not run in between

@@ -134,7 +134,7 @@ def contend(monkeypatch, root: Path, seed: int, deaths: int) -> list[Contender]:
             late.acquire()
         late.release()
     for each in contenders:
-        each.lock._done.set()
+        each.lock.released.set()
     return contenders
 
 
@@ -154,7 +154,7 @@ def test_an_earlier_life_gives_up_while_the_next_takes_over(tmp_path):
     earlier, following, another = (SaveLock(tmp_path, job, print, print, beat_seconds=600, leaving_seconds=0)
                                    for job in ("job", "job", "another"))
     earlier.acquire()
-    put_in_place, had = following._put_in_place, []
+    put_in_place, had = following.put_in_place, []
 
     def late(path):
         earlier.release()
@@ -166,7 +166,7 @@ def test_an_earlier_life_gives_up_while_the_next_takes_over(tmp_path):
         put_in_place(path)
         had.append(following)
 
-    following._put_in_place = late
+    following.put_in_place = late
     following.acquire()
     assert had == [following] and read_holder(tmp_path / LOCK) == following.me
     for lock in (following, another):

@@ -96,7 +96,7 @@ def test_a_fault_of_the_watch_is_a_goodbye(ring, monkeypatch, capfd):
     with socket.create_connection(neighbour.address) as stranger:
         stranger.sendall(32 * b"?")
         assert stranger.recv(1) == b""  # thrown out, so the neighbour before it was let in
-    monkeypatch.setattr(Ring, "_accept", lambda *_: 1 / 0)
+    monkeypatch.setattr(Ring, "accept_connection", lambda *_: 1 / 0)
     with socket.create_connection(neighbour.address):
         assert neighbour.incoming.recv(1) == b"."
         assert neighbour.outgoing.recv(1) == b"."

@@ -99,7 +99,7 @@ def test_a_cut_needs_no_room(tmp_path, monkeypatch):
     """On a full disk a restarted run must still be able to go on."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iter')
-    monkeypatch.setattr("megatron_deepseek.runtime.metrics._replace", pytest.fail)
+    monkeypatch.setattr("megatron_deepseek.runtime.metrics.replace_content", pytest.fail)
     assert cut_after(path, 2) == 0 and path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
     assert cut_after(path, 1) == 1 and path.read_text() == '{"iteration": 1}\n'
 

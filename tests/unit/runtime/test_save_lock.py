@@ -90,7 +90,7 @@ def test_a_dead_process_of_this_host_holds_nothing(lock, tmp_path):
     """Killed, and a zombie until its parent asks; or gone, its number another process's."""
     program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     holder = leave(tmp_path / "run", pid=program.pid)
-    alive = replace(holder, started=lock_holder._process(program.pid))
+    alive = replace(holder, started=lock_holder.process_start(program.pid))
     (tmp_path / "run" / LOCK).write_text(json.dumps(asdict(alive)))
     with pytest.raises(ValueError, match=f"process {program.pid} on"):
         lock().acquire()
@@ -108,7 +108,7 @@ def test_a_dead_process_of_this_host_holds_nothing(lock, tmp_path):
 def test_one_that_is_about_to_leave_is_waited_for(lock, tmp_path):
     program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     leave(tmp_path / "run", pid=program.pid)
-    holder = replace(read_holder(tmp_path / "run" / LOCK), started=lock_holder._process(program.pid))
+    holder = replace(read_holder(tmp_path / "run" / LOCK), started=lock_holder.process_start(program.pid))
     (tmp_path / "run" / LOCK).write_text(json.dumps(asdict(holder)))
     threading.Timer(0.2, program.kill).start()
     lock(leaving_seconds=20).acquire()
@@ -122,7 +122,7 @@ def test_another_life_of_the_same_job_gets_it_at_once(lock):
     first.acquire()
     second = lock("same", silence_seconds=600, leaving_seconds=600)
     second.acquire()
-    first._thread.join(10)
+    first.keeper.join(10)
     assert lost == [second.me] and read_holder(second.path) == second.me
 
 
@@ -168,7 +168,7 @@ def test_a_removed_directory_is_locked_again(lock, tmp_path):
     held.acquire()
     held.path.unlink()
     (tmp_path / "run").rmdir()
-    assert save_lock._within(20, lambda: (read_holder(held.path) or Holder("")).token == held.me.token)
+    assert save_lock.becomes_true(20, lambda: (read_holder(held.path) or Holder("")).token == held.me.token)
 
 
 def test_a_lock_that_was_damaged_is_written_again(lock, tmp_path):
@@ -190,7 +190,7 @@ def test_a_damaged_lock_shows_life_on_a_full_disk(lock, monkeypatch):
     held.path.write_text("")
     monkeypatch.setattr(save_lock, "write_synced", full)
     os.utime(held.path, (1e9, 1e9))
-    assert save_lock._within(20, lambda: held.path.stat().st_mtime > 2e9 - 1e9 + 1)
+    assert save_lock.becomes_true(20, lambda: held.path.stat().st_mtime > 2e9 - 1e9 + 1)
     monkeypatch.undo()
 
 

@@ -208,7 +208,7 @@ def test_a_directory_that_became_anothers_meanwhile(trainer, tmp_path, monkeypat
     saver.lock, ended = lock.me.token, []
     saver.save(TrainState(1, 0, 0))
     saver.finish()
-    monkeypatch.setattr(saving, "refuse_taken_over", lambda *whose: ended.append(whose))
+    monkeypatch.setattr(saving, "end_taken_over", lambda *whose: ended.append(whose))
     other, theirs = Holder.here("another"), tmp_path / "iter_0000002.saving"
 
     def suspended(*_):

@@ -64,10 +64,10 @@ def test_rounding_of_the_reference():
 
 
 @pytest.mark.parametrize("exp_avg, exp_avg_sq", MIXES)
-@pytest.mark.parametrize("piece", [16, 1 << 22])
-def test_update_of_each_element(mesh, monkeypatch, exp_avg, exp_avg_sq, piece):
+@pytest.mark.parametrize("elements", [16, 1 << 22])
+def test_update_of_each_element(mesh, monkeypatch, exp_avg, exp_avg_sq, elements):
     """Four steps; the weight sees this step's moments before they are rounded for the next."""
-    monkeypatch.setattr(optimizer_module, "_PIECE", piece)
+    monkeypatch.setattr(optimizer_module, "STRETCH_ELEMENTS", elements)
     settings = OptimizerSettings(exp_avg_dtype=exp_avg, exp_avg_sq_dtype=exp_avg_sq, weight_decay=0.1)
     parameter = sharded(mesh, gradient(99, (5, 7)))
     adam = built([parameter], settings)
@@ -104,7 +104,7 @@ def test_pieces_and_places_change_no_bit(mesh, monkeypatch, exp_avg, exp_avg_sq)
     """float32 weights in one tensor, or cut anywhere into several: the same bits of weights and moments."""
     outcomes = []
     for cuts in ([1000], [1, 16, 17, 100, 866], [333] * 3 + [1]):
-        monkeypatch.setattr(optimizer_module, "_PIECE", 16 * len(cuts))
+        monkeypatch.setattr(optimizer_module, "STRETCH_ELEMENTS", 16 * len(cuts))
         parameters = [sharded(mesh, part) for part in gradient(7, (1000,)).float().split(cuts)]
         adam = built(parameters, OptimizerSettings(exp_avg_dtype=exp_avg, exp_avg_sq_dtype=exp_avg_sq))
         for step in range(5):

@@ -118,7 +118,7 @@ def test_damage_is_refused_in_one_line(tmp_path, capsys, kind):
     if kind == "part of an MTP module":
         rewrite_all(hf, lambda name: "enorm" in name)
         named = ["model.layers.2.enorm.weight", "lacks 1 tensor",
-                 "of an MTP module a part is there: tools/convert_checkpoint.py --no-mtp"]
+                 "only a part of an MTP module is there: tools/convert_checkpoint.py --no-mtp"]
     status = convert("hf", "native", hf, tmp_path / "out", "--dtype", "fp16")
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert status == 2 and len(lines) == 1, lines

@@ -96,14 +96,14 @@ def stored(metadata, **changes) -> None:
 
 
 WRONG = {
-    "no shape": (lambda all, tensor: setattr(tensor, "size", 5), "does not say of which shape model.weight"),
-    "negative shape": (lambda all, tensor: setattr(tensor, "size", (-6, -5)), "of which shape model.weight"),
-    "no type": (lambda all, tensor: setattr(tensor, "properties", None), "does not say of which type model.weight"),
-    "no parts": (lambda all, tensor: setattr(tensor, "chunks", None), "does not say of which shape model.weight"),
-    "a part less": (lambda all, tensor: tensor.chunks.pop(), "model.weight are not all numbers of its shape"),
-    "a part twice": (lambda all, tensor: tensor.chunks.append(tensor.chunks[0]), "model.weight are not all numbers"),
-    "a part of two dimensions less": (lambda all, tensor: setattr(tensor.chunks[0], "sizes", ()), "of which shape"),
-    "larger than anything": (lambda all, tensor: setattr(tensor, "size", (2**40, 2**40)), "are not all numbers"),
+    "no shape": (lambda all, tensor: setattr(tensor, "size", 5), "does not say the shapes of model.weight"),
+    "negative shape": (lambda all, tensor: setattr(tensor, "size", (-6, -5)), "the shapes of model.weight"),
+    "no type": (lambda all, tensor: setattr(tensor, "properties", None), "does not say the type of model.weight"),
+    "no parts": (lambda all, tensor: setattr(tensor, "chunks", None), "does not say the shapes of model.weight"),
+    "a part less": (lambda all, tensor: tensor.chunks.pop(), "model.weight do not hold each number of its shape"),
+    "a part twice": (lambda all, tensor: tensor.chunks.append(tensor.chunks[0]), "model.weight do not hold each"),
+    "a part of two dimensions less": (lambda all, tensor: setattr(tensor.chunks[0], "sizes", ()), "not say the shapes"),
+    "larger than anything": (lambda all, tensor: setattr(tensor, "size", (2**40, 2**40)), "do not hold each number"),
     "nowhere": (lambda all, tensor: all.storage_data.clear(), "does not say where model.scalar at"),
     "in another directory": (lambda all, tensor: stored(all, relative_path="../a.distcp"), "cannot be where it says"),
     "in a device": (lambda all, tensor: stored(all, relative_path="/dev/zero"), "cannot be where it says"),
@@ -157,7 +157,7 @@ def test_one_list_of_parts_for_many_tensors_is_not_gone_through_for_each(tmp_pat
         metadata.state_dict_metadata.update({f"t{number}": tensor for number in range(1000)})
 
     (tmp_path / ".metadata").write_bytes(damaged(share))
-    with pytest.raises(ValueError, match="says of 5 parts of tensors where they are, not of all 1,001,003$"):
+    with pytest.raises(ValueError, match="has 1,001,003 chunks of tensors, but says of 5 only where they are$"):
         DcpDirectory(tmp_path)
 
 

@@ -10,7 +10,7 @@ import torch
 from native_checkpoints import MODEL, random_state, read_native, tool, write_native
 from small_checkpoints import assert_identical
 
-from megatron_deepseek.checkpoint.dcp.item_frame import frame
+from megatron_deepseek.checkpoint.dcp.item_file import frame
 from megatron_deepseek.checkpoint.native import open_checkpoint
 
 LAYOUT = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",

@@ -28,8 +28,8 @@ def text_of(generator, words: int) -> str:
 def tokenizer_json(tmp_path_factory):
     """Byte-level BPE with DeepSeek-V3's pre-tokenization and fill-in-the-middle tokens, 700 entries."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    sys.path.insert(0, str(part.__file__).partition("/megatron_deepseek/")[0] + "/tools")
-    import train_tokenizer
+
+    from megatron_deepseek.cli import train_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in train_tokenizer.SPLITS]
@@ -106,9 +106,11 @@ def test_without_gigatoken(tmp_path, tokenizer_json, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("gigatoken") is None, reason="gigatoken is not installed")
 def test_gigatokens_cache_is_bounded(tokenizer_json, monkeypatch):
     encoder = encoders.GigatokenEncoder(tokenizer_json, 1 << 30)
-    before, loaded = encoder._tokenizer, encoder.encode_batch(["a b"])
-    monkeypatch.setattr(encoders, "_own_memory", lambda: encoder._limit + 1)
-    assert np.array_equal(encoder.encode_batch(["a b"])[0], loaded[0]) and encoder._tokenizer is not before
+    loaded, returned = encoder.encode_batch(["a b"]), []
+    monkeypatch.setattr(encoders, "return_freed_memory", lambda: returned.append("memory"))
+    assert np.array_equal(encoder.encode_batch(["a b"])[0], loaded[0]) and not returned
+    monkeypatch.setattr(encoders, "resident_bytes", lambda: 1 << 40)
+    assert np.array_equal(encoder.encode_batch(["a b"])[0], loaded[0]) and returned == ["memory"]
 
 
 @pytest.fixture

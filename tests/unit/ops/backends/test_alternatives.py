@@ -120,13 +120,13 @@ def test_what_transformer_engine_does_not_take(transformer_engine):
 
 
 def test_transformer_engine_attention(transformer_engine):
-    alternatives._attention_module.cache_clear()
+    alternatives.attention_module.cache_clear()
     q, k, v = (randn(2, 5, 3, width).bfloat16() for width in (24, 24, 16))
     got = alternatives.transformer_engine_attention(q, k, v, None, 0.2, 16)
     torch.testing.assert_close(got, attention(q, k, v, None, 0.2, 16), rtol=2**-6, atol=2**-6)
     assert alternatives.transformer_engine_attention(q, k, v, torch.zeros(2, 5), 0.2, 16) is NotImplemented
     assert alternatives.transformer_engine_attention(q, k, F.pad(v, (0, 8)), None, 0.2, 16) is NotImplemented
-    alternatives._attention_module.cache_clear()
+    alternatives.attention_module.cache_clear()
 
 
 def test_apex_norm(monkeypatch):

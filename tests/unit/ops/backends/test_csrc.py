@@ -61,9 +61,10 @@ def test_the_library_links(compiled, tmp_path):
     library = build.build_library(tmp_path / "kernels.so")
     if shutil.which("nm") is None or shutil.which("readelf") is None:
         pytest.skip("no nm and readelf")
-    needed = build._run(["readelf", "-d", str(library)])
+    needed = build.run_command(["readelf", "-d", str(library)])
     assert "[libtorch.so]" in needed and "cudart" not in needed and "python" not in needed
-    undefined = [line.split()[-1] for line in build._run(["nm", "-D", "--undefined-only", str(library)]).splitlines()]
+    listed = build.run_command(["nm", "-D", "--undefined-only", str(library)])
+    undefined = [line.split()[-1] for line in listed.splitlines()]
     torch_names = [name for name in undefined if "torch" in name.lower() or "c10" in name.lower()]
     assert torch_names and not [name for name in torch_names if name.startswith("_Z")], torch_names
 
@@ -90,7 +91,8 @@ def test_the_library_loads(compiled, tmp_path):
         pytest.skip("tests/gpu loads it")
     lacking = tmp_path / "lacking.cpp"
     lacking.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
-    build._run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", str(lacking), "-o", str(tmp_path / "lacking.so")])
+    build.run_command([os.environ.get("CXX", "g++"), "-shared", "-fPIC", str(lacking), "-o",
+                       str(tmp_path / "lacking.so")])
     library = build.build_library(tmp_path / "kernels.so")
     done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True,
                           env=os.environ | {"LD_PRELOAD": str(tmp_path / "lacking.so")})

@@ -26,11 +26,11 @@ def printed(tmp_path_factory) -> dict[str, list[tuple[int, ...]]]:
     if compiler is None:
         pytest.skip("no g++")
     program = tmp_path_factory.mktemp("checks") / "checks"
-    build._run([compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas",
+    build.run_command([compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas",
                 "-DMEGATRON_DEEPSEEK_EMULATED", f"-I{build.EMULATION}", f"-I{build.SOURCES}",
                 str(build.EMULATION / "checks.cpp"), "-o", str(program)])
     lines = defaultdict(list)
-    for line in build._run([str(program)]).splitlines():
+    for line in build.run_command([str(program)]).splitlines():
         name, *numbers = line.split()
         lines[name].append(tuple(map(int, numbers)))
     return lines

@@ -8,8 +8,8 @@ import torch
 
 from megatron_deepseek.ops import __main__ as table
 from megatron_deepseek.ops.backends import registry
-from megatron_deepseek.ops.backends.registry import CANDIDATES, Candidate, choose, parse_wishes, with_backends
 from megatron_deepseek.ops.backends.alternatives import torch_rms_norm
+from megatron_deepseek.ops.backends.registry import CANDIDATES, Candidate, choose, parse_wishes, with_backends
 
 
 def test_wishes():

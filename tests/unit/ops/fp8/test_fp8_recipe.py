@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from kept_memory import Watch, kept_by
 from small_models import enliven, forward, gradients_of, random_batch, whole_model
-from test_recompute import Watch, kept_by
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import Precision

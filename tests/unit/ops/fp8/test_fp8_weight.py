@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from megatron_deepseek.ops.fp8 import encoding, recipe as fp8_recipe, weight as fp8_weight
 from megatron_deepseek.ops.fp8.weight import Fp8Shard, Fp8Weight
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
+from megatron_deepseek.torch_private import fsdp_parameter_group
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -90,8 +91,8 @@ def test_codes_alone_are_held_and_freed(meshes):
     with torch.no_grad():
         forward(model, *random_batch(MODEL, 1, 128))
     held = weights_of(model)
-    gathered = [p for module in model.modules() if hasattr(module, "_get_fsdp_state")
-                for p in module._get_fsdp_state()._fsdp_param_group.fsdp_params if type(p).__name__ != "FSDPParam"]
+    groups = [group for module in model.modules() if (group := fsdp_parameter_group(module))]
+    gathered = [p for group in groups for p in group.fsdp_params if type(p).__name__ != "FSDPParam"]
     assert len(gathered) == len(held) and held
     assert all(p.all_gather_outputs[0].untyped_storage().nbytes() == 0 for p in gathered)
     sizes = [weight.blocks[0].untyped_storage().nbytes() for weight in held.values()]

@@ -1,0 +1,130 @@
+"""The core of attention, softmax(q k^T * scale) v within what a token may see: one protocol, one class for each kind.
+
+    WholeSequenceAttention     this rank has whole sequences, dense or packed (ops/attention.py, ops/fp8/attention.py)
+    ContextParallelAttention   ranks share each sequence; blocks travel by a ring or an all-gather
+                               (parallel/blockwise_attention.py)
+
+A layer of attention has the projections of its paper alone. It hands the core its latents, and `Heads`, which says how
+queries, keys and values are made of them. The core decides where and when that is done, because that is what the kinds
+differ in: one makes all of them at once and has them recomputed in the backward, the other makes keys and values block
+by block, of other ranks' tokens too, and never keeps them. Every kind gets what may be seen as the same `CausalMask`
+(mask.py). `make_core` chooses; no layer knows which kind it has.
+
+Where other attentions will stand:
+
+* Grouped-query and multi-head attention (Qwen2, Llama) are a layer beside mla.py, with `Heads` of its own: its latents
+  are its projected keys and values (no up-projection, so `weights` is empty), a block is both side by side, and
+  `keys_and_values_of` splits it. Fewer heads of keys than of queries are for the kernels of ops/attention.py. A sliding
+  window of some layers narrows the rectangles of the mask: an argument of the core, since the mask is every layer's.
+* A sparse indexer (DeepSeek-V3.2) is a core: it scores the latents, chooses keys for each query within the mask, and
+  attends to those; its own projections are one more member of `Heads`.
+
+Shapes: B batch, S tokens of a sequence on this rank, T any number of tokens, N heads on this rank, D query and key
+width, V value width, C width of a latent.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from megatron_deepseek.model.attention.mask import CausalMask
+from megatron_deepseek.model.blueprint import Blueprint
+from megatron_deepseek.ops.attention import Output
+from megatron_deepseek.ops.recompute import kept, recomputed
+from megatron_deepseek.parallel.blockwise_attention import KeyValueProjection, blockwise_attention
+from megatron_deepseek.parallel.context import ContextParallel
+
+
+class Heads(Protocol):
+    """How a layer makes this rank's heads of its latents. `c_kv` are whatever tensors it makes keys and values of."""
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Return the weights that `keys_and_values_of` uses, which may be frozen."""
+
+    def queries(self, c_q: torch.Tensor) -> torch.Tensor:
+        """Return queries [B, S, N, D] of this rank's tokens."""
+
+    def keys_and_values(self, *c_kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys [B, S, N, D] and values [B, S, N, V] of this rank's tokens."""
+
+    def block(self, *c_kv: torch.Tensor) -> torch.Tensor:
+        """Return [B, S, C], of which any rank can make keys and values: this rank's positions are already in it."""
+
+    def keys_and_values_of(self, block_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys [B, T, N, D] and values [B, T, N, V] of some tokens of any rank's block."""
+
+
+class CoreAttention(ABC):
+    """One kind of softmax attention, the same object for every micro-batch."""
+
+    projects_at_once: bool
+    """Whether latents go straight into the up-projections, so that they may come as FP8 tiles; else they travel."""
+
+    @abstractmethod
+    def __call__(self, heads: Heads, c_q: torch.Tensor, c_kv: tuple[torch.Tensor, ...], mask: CausalMask
+                 ) -> torch.Tensor:
+        """Return the output of this rank's queries and heads, [B, S, N * V]."""
+
+
+@dataclass(frozen=True)
+class WholeSequenceAttention(CoreAttention):
+    """Attention over sequences that this rank has whole, document by document where they are packed.
+
+    `attention` is ops/attention.py's or the FP8 recipe's. `projected` keeps queries, keys and values for the backward
+    (`kept`) or has them made again there (`recomputed`).
+    """
+
+    attention: Callable[..., torch.Tensor]
+    projected: Callable[..., AbstractContextManager]
+    scale: float
+    value_width: int
+    projects_at_once = True
+
+    def __call__(self, heads, c_q, c_kv, mask):
+        def project(c_q, *c_kv):
+            return _equally_wide_on_cpu(heads.queries(c_q), *heads.keys_and_values(*c_kv))
+
+        with self.projected(project, c_q, *c_kv) as (q, k, v):
+            return self.attention(q, k, v, mask.documents, self.scale, self.value_width)
+
+
+@dataclass(frozen=True)
+class ContextParallelAttention(CoreAttention):
+    """Attention over sequences that the ranks of `cp` share. The narrow blocks travel, not the keys and values.
+
+    `projected` is for the queries alone: keys and values are always made again. `output` says in which form attention's
+    output is handed on and kept.
+    """
+
+    cp: ContextParallel
+    output: Output
+    projected: Callable[..., AbstractContextManager]
+    scale: float
+    projects_at_once = False
+
+    def __call__(self, heads, c_q, c_kv, mask):
+        with self.projected(heads.queries, c_q) as q:
+            keys_and_values = KeyValueProjection(heads.keys_and_values_of, heads.weights)
+            return blockwise_attention(q, heads.block(*c_kv), keys_and_values, self.scale, mask.blocks,
+                                       self.cp.make_exchange(), self.output)
+
+
+def make_core(blueprint: Blueprint, scale: float, value_width: int) -> CoreAttention:
+    """Return the kind of attention that this layout takes, for values of `value_width` numbers a head."""
+    projected = recomputed if "mla_up_proj" in blueprint.recomputed else kept
+    recipe, cp = blueprint.recipe, blueprint.cp
+    if cp.size > 1:
+        return ContextParallelAttention(cp, recipe.attention_output_form, projected, scale)
+    return WholeSequenceAttention(recipe.attention, projected, scale, value_width)
+
+
+def _equally_wide_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return q, k and v; on the CPU with zeros behind v, whose fused attention kernel needs values as wide as keys."""
+    return q, k, v if v.is_cuda else F.pad(v, (0, q.shape[-1] - v.shape[-1]))
