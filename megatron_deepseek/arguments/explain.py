@@ -15,7 +15,7 @@ from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.parallel.layout_string import to_string
 from megatron_deepseek.planning.node_reach import describe_reach
 from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.planning.states import describe_states
+from megatron_deepseek.planning.state_bytes import describe_states
 from megatron_deepseek.settings import Settings
 
 

@@ -16,6 +16,7 @@ from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.settings import build_settings
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.planning.actions import DUAL_PIPE
 from megatron_deepseek.planning.changes import changes
 from megatron_deepseek.planning.engines import ENGINES
 from megatron_deepseek.planning.gpus import Gpu, find_gpu
@@ -40,6 +41,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu-file", type=values.path, metavar="FILE", help="further GPUs, in that file's form")
     add("--engine", type=str, choices=tuple(ENGINES), default="ours",
         help="whose bytes: this project's, Megatron-LM's distributed optimizer's, or ZeRO-3's (ours)")
+    add("--plan-schedule", type=str, choices=(DUAL_PIPE,),
+        help="a schedule that only plans have: the paper's, with two copies of the model (--pipeline-schedule)")
     add("--memory-limit", type=values.size, metavar="SIZE", help="of a GPU's memory, as 70GB or 60GiB (all of it)")
     add("--task", type=str, choices=NAMES, default="pretrain", help="what the job is for (pretrain)")
     add("--lora-rank", type=values.positive_int, default=Task.lora_rank, help="of adapters, for lora and qlora (16)")
@@ -78,7 +81,24 @@ def job_of(args: argparse.Namespace) -> tuple[Job, Gpu]:
     """Return the job that parsed arguments ask for, and the GPU."""
     gpu = find_gpu(args.gpu, args.gpu_file)
     settings = build_settings(args, args.world_size, min(args.world_size, gpu.scale_up_gpus))
-    return Job(settings, ENGINES[args.engine]), gpu
+    job = Job(settings, ENGINES[args.engine], args.plan_schedule)
+    if args.plan_schedule == DUAL_PIPE:
+        refuse_dual_pipe(job)
+    return job, gpu
+
+
+def refuse_dual_pipe(job: Job) -> None:
+    """Raise ValueError where DualPipe cannot run: micro-batches enter at both ends, and stages meet in the middle."""
+    pp, count = job.layout.pp, job.micro_batches
+    if pp % 2 or pp < 2:
+        raise ValueError(f"--plan-schedule DualPipe needs an even number of pipeline ranks; "
+                         f"--pipeline-model-parallel-size is {pp}")
+    if count % 2 or count < 2 * pp:
+        raise ValueError(f"--plan-schedule DualPipe needs an even number of micro-batches, at least {2 * pp} for {pp} "
+                         f"pipeline ranks; --global-batch-size gives {count}")
+    if len(job.stages) != pp:
+        raise ValueError(f"--plan-schedule DualPipe cuts the model in as many stages as there are pipeline ranks, "
+                         f"{pp}; --pipeline-model-parallel-layout has {len(job.stages)}")
 
 
 def task_of(args: argparse.Namespace) -> Task:

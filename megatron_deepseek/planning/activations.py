@@ -20,23 +20,26 @@ LAYERNORM, UP_PROJECTION, EXPERT_ACTIVATION = "layernorm", "mla_up_proj", "moe_a
 @dataclass(frozen=True)
 class Kept:
     """A tensor that waits for the backward. `again`: the module of --recompute-modules that makes it again instead;
-    `stays`: offloading leaves it on the device, as it is an index.
+    `for_again`: the one for which alone it is kept, to make others from. `stays`: offloading leaves it on the device,
+    as it is an index.
     """
 
     name: str
     bytes: float
     again: str | None = None
     stays: bool = False
+    for_again: str | None = None
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """How tokens reach their experts. `dispatcher`: alltoall, allgather or grouped; `nodes`: on how many nodes a token
-    has experts, on average; `imbalance`: rows of the fullest rank over the mean.
+    """How tokens reach their experts. `dispatcher`: alltoall, allgather or grouped; `nodes`: on how many of `all_nodes`
+    a token has experts, on average; `imbalance`: rows of the fullest rank over the mean.
     """
 
     dispatcher: str = "alltoall"
     nodes: float = 1.0
+    all_nodes: int = 1
     imbalance: float = 1.0
 
 
@@ -76,6 +79,11 @@ class LayerShapes:
         return self.whole // self.layout.tp
 
     @property
+    def gathers(self) -> bool:
+        """Return whether what enters a tensor-parallel region is gathered, and no tensor of the stream."""
+        return self.layout.tp > 1 and self.layout.sequence_parallel
+
+    @property
     def heads(self) -> int:
         """Return the attention heads of a rank."""
         return self.model.num_attention_heads // self.layout.tp
@@ -101,13 +109,21 @@ def layer(shapes: LayerShapes, index: int, dropped: float = 0) -> Iterator[Kept]
 def mtp(shapes: LayerShapes, depth: int) -> Iterator[Kept]:
     """Yield what MTP module `depth` (from 0) keeps, but for the state that it begins with, which is the last one's."""
     model, numbers = shapes.model, shapes.numbers
+    yield from embedding(shapes)
     yield Kept("MTP's embedding", numbers.plain(shapes.stream, model.hidden_size))
     for name in ("embedding's norm", "state's norm", "last norm"):
         yield from norm(f"MTP: {name}", shapes.stream, numbers)
     yield Kept("MTP's joined input", numbers.plain(shapes.stream, 2 * model.hidden_size))
     yield from layer(shapes, model.num_hidden_layers + depth, (depth + 1) * shapes.own / shapes.length)
     yield Kept("input of MTP's last norm", numbers.plain(shapes.stream, model.hidden_size))
-    yield Kept("MTP's output", numbers.plain(shapes.stream, model.hidden_size))
+    if not shapes.gathers or depth + 1 < model.num_nextn_predict_layers:
+        yield Kept("MTP's output", numbers.plain(shapes.stream, model.hidden_size))
+
+
+def embedding(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield what looking tokens up keeps beside their ids: with a divided vocabulary the rows, and whose they are."""
+    if shapes.layout.tp > 1:
+        yield Kept("rows of the vocabulary", shapes.whole * (INDEX + 1), stays=True)
 
 
 def norm(name: str, rows: float, numbers: Numbers) -> Iterator[Kept]:
@@ -143,9 +159,13 @@ def up_projection_inputs(shapes: LayerShapes, latent: int) -> Iterator[Kept]:
     """Yield the inputs of the products by heads: normed latents, gathered over TP at once in the layers' dtype."""
     model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
     query = model.q_lora_rank or model.hidden_size
-    if layout.tp > 1 and not numbers.fp8:
-        yield Kept("gathered latents", numbers.plain(shapes.whole, query + latent))
-        return
+    if layout.tp > 1:
+        gathered = numbers.plain(shapes.whole, query + latent)
+        yield Kept("gathered latents", gathered, for_again=UP_PROJECTION if numbers.fp8 else None)
+        if not numbers.fp8:
+            return
+    elif layout.cp > 1 and model.q_lora_rank and numbers.fp8:
+        yield Kept("query latent to be projected", numbers.plain(shapes.whole, query), for_again=UP_PROJECTION)
     if model.q_lora_rank or layout.tp > 1:
         yield Kept("normed query latent", numbers.product_input(shapes.whole, query))
     if layout.cp == 1:
@@ -168,9 +188,8 @@ def attention_output(shapes: LayerShapes) -> Iterator[Kept]:
 
 def entered(shapes: LayerShapes) -> Iterator[Kept]:
     """Yield the input that the products of an MLP share. Where TP gathered it, it is no norm's output."""
-    gathered = shapes.layout.tp > 1 and shapes.layout.sequence_parallel
     yield Kept("MLP's input", shapes.numbers.product_input(shapes.whole, shapes.model.hidden_size),
-               None if gathered else LAYERNORM)
+               None if shapes.gathers else LAYERNORM)
 
 
 def mlp(shapes: LayerShapes, width: int) -> Iterator[Kept]:
@@ -212,7 +231,6 @@ def router(shapes: LayerShapes) -> Iterator[Kept]:
         yield Kept("router's input", numbers.plain(own, model.hidden_size), LAYERNORM)
     yield Kept("router's scores", own * model.n_routed_experts * numbers.wide)
     yield Kept("chosen experts", own * model.num_experts_per_tok * INDEX, stays=True)
-    yield Kept("routing weights", own * model.num_experts_per_tok * numbers.wide)
     if model.norm_topk_prob and model.num_experts_per_tok > 1:
         yield Kept("routing weights before they are normalised", own * (model.num_experts_per_tok + 1) * numbers.wide)
     if shapes.balance:
@@ -231,40 +249,60 @@ def balance_loss(shapes: LayerShapes) -> Iterator[Kept]:
 
 
 def dispatch(shapes: LayerShapes, copies: float, complete: bool) -> Iterator[Kept]:
-    """Yield indices of where copies of tokens went (ops/copies.py, parallel/expert*.py), and the rows that the levels
-    of the grouped dispatcher keep.
-    """
-    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
+    """Yield routing weights and indices of where copies of tokens went (ops/copies.py, parallel/expert*.py)."""
+    numbers, layout, own, chosen = shapes.numbers, shapes.layout, shapes.own, shapes.model.num_experts_per_tok
+    kind = shapes.traffic.dispatcher if layout.ep > 1 else "alltoall"
     if shapes.weighs_before:  # Megatron-LM's: one index for each copy
+        yield Kept("routing weights", own * chosen * numbers.wide)
         yield Kept("places of copies", copies * INDEX, stays=True)
         return
-    places, index = shapes.own * model.num_experts_per_tok, numbers.index
-    grouped = shapes.traffic.dispatcher == "grouped" and layout.ep > 1
-    if grouped:
-        across = shapes.own * shapes.traffic.nodes
-        yield Kept("rows of nodes", numbers.plain(across, model.hidden_size) + across * numbers.element)
-        yield Kept("places of nodes", 3 * across * INDEX + across * model.num_experts_per_tok * (INDEX + numbers.wide),
-                   stays=True)
-    if complete and not grouped:
-        yield Kept("places of copies", (places + copies) * index, stays=True)
+    if kind == "grouped":
+        yield from across_nodes(shapes)
+    tokens = own * layout.ep if kind == "allgather" else own
+    if kind != "grouped":
+        yield Kept("routing weights", tokens * chosen * numbers.wide)
+    if complete and kind == "alltoall":
+        yield Kept("places of copies", (own * chosen + copies) * numbers.index, stays=True)
     else:
-        yield Kept("places of copies", places * INDEX + 2 * copies * INDEX, stays=True)
-    if layout.ep > 1:
-        received = copies * shapes.traffic.imbalance
-        yield Kept("order of received rows", 2 * received * index, stays=True)
+        places = 0 if kind == "grouped" else tokens * chosen
+        yield Kept("places of copies", (places + 2 * copies) * INDEX, stays=True)
+    if layout.ep > 1 and kind != "allgather":
+        yield Kept("order of received rows", 2 * copies * shapes.traffic.imbalance * numbers.index, stays=True)
     if layout.etp > 1:
-        rows = copies * layout.etp * shapes.traffic.imbalance
-        yield Kept("results of the experts' slices", numbers.plain(rows, model.hidden_size) + rows * numbers.element)
-        yield Kept("order of gathered rows", 3 * rows * INDEX, stays=True)
+        yield from gathered_slices(shapes, copies)
+
+
+def across_nodes(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield what the level between nodes of the grouped dispatcher keeps: partial sums of each token and node, the
+    weights that travelled with tokens, and where they went.
+    """
+    numbers, own, chosen = shapes.numbers, shapes.own, shapes.model.num_experts_per_tok
+    across, nodes = own * shapes.traffic.nodes, shapes.traffic.all_nodes
+    yield Kept("partial sums of nodes", numbers.plain(across, shapes.model.hidden_size) + own * nodes * numbers.element)
+    yield Kept("routing weights", across * chosen * numbers.wide)
+    yield Kept("places of nodes", (3 * across + own * nodes + across * chosen) * INDEX, stays=True)
+
+
+def gathered_slices(shapes: LayerShapes, copies: float) -> Iterator[Kept]:
+    """Yield what expert-tensor parallelism keeps: the results of this rank's slices for everyone's rows."""
+    rows = copies * shapes.layout.etp * shapes.traffic.imbalance
+    results = shapes.numbers.plain(rows, shapes.model.hidden_size) + rows * shapes.numbers.element
+    yield Kept("results of the experts' slices", results)
+    indices = 2 if shapes.traffic.imbalance == 1 else 3  # without padding the rows are a permutation
+    yield Kept("order of gathered rows", indices * rows * INDEX, stays=True)
+
+
+def remaining(kept: Iterable[Kept], again: Iterable[str]) -> Iterator[Kept]:
+    """Yield what is kept where the modules `again` are recomputed."""
+    names = frozenset(again)
+    return (each for each in kept if each.again not in names and each.for_again in (None, *names))
 
 
 def total(kept: Iterable[Kept], again: Iterable[str] = ()) -> float:
-    """Sum the bytes of what is kept, less what the modules `again` make again."""
-    names = frozenset(again)
-    return sum(each.bytes for each in kept if each.again not in names)
+    """Sum the bytes of what is kept where the modules `again` are recomputed."""
+    return sum(each.bytes for each in remaining(kept, again))
 
 
 def staying(kept: Iterable[Kept], again: Iterable[str] = ()) -> float:
     """Sum the bytes of what offloading leaves on the device."""
-    names = frozenset(again)
-    return sum(each.bytes for each in kept if each.stays and each.again not in names)
+    return sum(each.bytes for each in remaining(kept, again) if each.stays)

@@ -30,7 +30,7 @@ def head(shapes: LayerShapes, chunk: int | None, predictions: int) -> Iterator[K
     """Yield what one prediction's head keeps; `chunk` is `chunk_of`'s, `predictions` how many the model makes."""
     model, numbers, layout, tokens = shapes.model, shapes.numbers, shapes.layout, shapes.whole
     vocabulary = model.vocab_size // layout.tp
-    if layout.tp > 1 and layout.sequence_parallel:
+    if shapes.gathers:
         yield Kept("head's gathered input", numbers.plain(tokens, model.hidden_size))
     if predictions > 1 and shapes.sequences > 1:
         yield Kept("labels", tokens * INDEX, stays=True)
@@ -41,7 +41,7 @@ def head(shapes: LayerShapes, chunk: int | None, predictions: int) -> Iterator[K
         yield Kept("log-probabilities", tokens * vocabulary * numbers.wide + numbers.wide)
     else:
         yield Kept("logits", numbers.plain(tokens, vocabulary))
-        yield Kept("statistics of logits", 2 * tokens * numbers.wide)
+        yield Kept("statistics of logits", (3 if layout.tp > 1 else 2) * tokens * numbers.wide)
 
 
 def head_forward(shapes: LayerShapes, chunk: int | None) -> float:

@@ -14,7 +14,7 @@ from megatron_deepseek.planning.actions import DUAL_PIPE, Act, actions, held_sta
 from megatron_deepseek.planning.activations import LayerShapes, Traffic
 from megatron_deepseek.planning.engines import OURS, Engine
 from megatron_deepseek.planning.layer_bytes import LayerMode, modes
-from megatron_deepseek.planning.node_reach import expected_nodes
+from megatron_deepseek.planning.node_reach import expected_nodes, nodes_of_experts
 from megatron_deepseek.planning.numbers import Numbers
 from megatron_deepseek.planning.pipeline_balance import resolve, stages
 from megatron_deepseek.settings import Settings
@@ -96,12 +96,17 @@ class Job:
         return Numbers(2 if run.bf16 else 4, run.fp8_format is not None, self.cuda)
 
     def shapes(self, imbalance: float | None = None) -> LayerShapes:
-        """Return one micro-batch as a layer sees it; `imbalance`: rows of the fullest expert rank over the mean."""
+        """Return one micro-batch as a layer sees it; `imbalance`: rows of the fullest expert rank over the mean, which
+        forced balance and experts' capacity bound.
+        """
         settings, loss, communication = self.settings, self.settings.loss, self.settings.communication
-        even = loss.moe_router_force_load_balancing
-        nodes = expected_nodes(self.model, self.layout, communication.moe_ranks_per_node or self.layout.world_size)
-        traffic = Traffic(communication.moe_token_dispatcher_type, nodes,
-                          1.0 if even else self.imbalance if imbalance is None else imbalance)
+        even, capacity = loss.moe_router_force_load_balancing, loss.moe_expert_capacity_factor
+        factor = self.imbalance if imbalance is None else imbalance
+        factor = 1.0 if even else factor if capacity is None else min(factor, max(1.0, capacity))
+        node = communication.moe_ranks_per_node or self.layout.world_size
+        traffic = Traffic(communication.moe_token_dispatcher_type,
+                          expected_nodes(self.model, self.layout, node, even), nodes_of_experts(self.layout, node),
+                          factor)
         return LayerShapes(self.model, self.layout, settings.batch.micro_batch_size, settings.data.seq_length,
                            self.numbers, traffic, loss.balance_type != "none", loss.balance_type == "seq_aux_loss",
                            settings.data.reset_attention_mask, self.engine.weighs_before,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_deepseek.planning.activations import Kept, LayerShapes, layer, mtp, staying, total
+from megatron_deepseek.planning.activations import Kept, LayerShapes, layer, mtp, remaining, staying, total
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -65,7 +65,7 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode) -> LayerBytes:
     depth = index - model.num_hidden_layers
     whole = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
     transient = gradients_in_flight(shapes, index)
-    waiting = deferred_inputs(whole) + deferred_gradients(shapes, index)
+    waiting = deferred_inputs(remaining(whole, ())) + deferred_gradients(shapes, index)
     if mode.full:
         kept = total(inputs(shapes, whole))
         again = total(whole) - kept
@@ -110,20 +110,28 @@ def deferred_inputs(whole: Iterable[Kept]) -> float:
 
 
 def deferred_gradients(shapes: LayerShapes, index: int) -> float:
-    """Sum the gradients of those products' outputs, which wait with their inputs."""
-    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
-    form = numbers.product_input
-    attention = form(shapes.stream, (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim)
-    heads = model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim
-    attention += form(shapes.whole, shapes.heads * heads + model.hidden_size)
-    hidden = model.hidden_size * (2 if index >= model.num_hidden_layers else 1)  # eh_proj's
-    width = model.intermediate_size if not model.is_moe_layer(index) else \
-        model.n_shared_experts * model.moe_intermediate_size
-    dense = form(shapes.whole, 2 * width // layout.tp + hidden) if width else 0.0
-    routed = 0.0
-    if model.is_moe_layer(index):
-        routed = form(expert_rows(shapes), 2 * model.moe_intermediate_size // layout.etp + model.hidden_size)
-    return attention + dense + routed
+    """Sum the gradients of those products' outputs, which wait with their inputs; in FP8 also the inputs of
+    down-projections, SwiGLU's outputs, which are kept in another form until then.
+    """
+    model, numbers, layout, form = shapes.model, shapes.numbers, shapes.layout, shapes.numbers.waiting_gradient
+    found = form(shapes.stream, model.kv_lora_rank + model.qk_rope_head_dim)
+    if model.q_lora_rank:
+        found += form(shapes.stream, model.q_lora_rank)
+    found += form(shapes.whole, shapes.heads * model.qk_head_dim) + form(shapes.whole, model.hidden_size)
+    if layout.cp == 1:
+        found += form(shapes.whole, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim))
+    if index >= model.num_hidden_layers:
+        found += numbers.plain(shapes.stream, model.hidden_size)  # eh_proj's
+    parts = 3 if numbers.fp8 else 2  # gate, up, and in FP8 the down-projection's input
+    moe = model.is_moe_layer(index)
+    width = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
+    if width:
+        found += parts * form(shapes.whole, width // layout.tp) + form(shapes.whole, model.hidden_size)
+    if moe:
+        groups, rows = model.n_routed_experts // layout.ep, expert_rows(shapes)
+        found += parts * form(rows, model.moe_intermediate_size // layout.etp, groups)
+        found += form(rows, model.hidden_size, groups)
+    return found
 
 
 def expert_rows(shapes: LayerShapes) -> float:

@@ -28,7 +28,7 @@ class NodeReach:
 
 def node_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> NodeReach:
     """Return the reach of a model's tokens; where nodes divide expert groups unevenly, `most` is an upper bound."""
-    num_nodes = max(1, -(-layout.ep * layout.etp // ranks_per_node))
+    num_nodes = nodes_of_experts(layout, ranks_per_node)
     groups = model.n_group
     first = [group * num_nodes // groups for group in range(groups)]
     behind = [-(-(group + 1) * num_nodes // groups) for group in range(groups)]
@@ -38,25 +38,38 @@ def node_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> NodeR
     return NodeReach(num_nodes, min(num_nodes, model.num_experts_per_tok, sum(spans[:kept])), aligned)
 
 
-def expected_nodes(model: ModelConfig, layout: Layout, ranks_per_node: int) -> float:
+def nodes_of_experts(layout: Layout, ranks_per_node: int) -> int:
+    """Return over how many nodes an expert group is spread."""
+    return max(1, -(-layout.ep * layout.etp // ranks_per_node))
+
+
+def expected_nodes(model: ModelConfig, layout: Layout, ranks_per_node: int, by_position: bool = False) -> float:
     """Return on how many nodes a token's experts are on average, if all experts are as likely and groups lie on whole
-    nodes: of V3 on 8 nodes 4 (1 - C(96, 8) / C(128, 8)) = 3.63 of the 4 groups that it reaches.
+    nodes: of V3 on 8 nodes 4 (1 - C(96, 8) / C(128, 8)) = 3.63 of the 4 groups that it reaches. `by_position`: experts
+    are chosen by forced balance (model/router.py), groups that follow each other.
     """
-    if not model.n_routed_experts:
+    nodes = nodes_of_experts(layout, ranks_per_node)
+    if not model.n_routed_experts or nodes == 1:
         return 1.0
-    nodes = max(1, -(-layout.ep * layout.etp // ranks_per_node))
-    kept = model.n_group if model.topk_method == "greedy" else model.topk_group
-    reached, chosen = model.n_routed_experts // model.n_group * kept, model.num_experts_per_tok
-    if nodes <= model.n_group:
-        own = model.n_group // nodes  # groups on a node
-        parts = ((own, comb(own, j) * comb(model.n_group - own, kept - j) / comb(model.n_group, kept), j)
-                 for j in range(0, min(own, kept) + 1))
-        missed = sum(chance * comb(max(0, reached - j * (model.n_routed_experts // model.n_group)), chosen)
-                     / comb(reached, chosen) for _, chance, j in parts)
-        return nodes * (1 - missed)
-    share = max(1, model.n_routed_experts // nodes)
-    spans = reached // share
-    return spans * (1 - comb(max(0, reached - share), chosen) / comb(reached, chosen))
+    groups, chosen = model.n_group, model.num_experts_per_tok
+    kept = groups if model.topk_method == "greedy" else model.topk_group
+    if by_position and nodes <= groups:
+        reached = [{(first + k) % groups * nodes // groups for k in range(min(model.topk_group, chosen))}
+                   for first in range(groups)]
+        return sum(map(len, reached)) / groups
+    each = model.n_routed_experts // groups
+    if nodes > groups:  # a group lies on several nodes
+        share = max(1, model.n_routed_experts // nodes)
+        return kept * each // share * (1 - _none_of(kept * each, share, chosen))
+    own = groups // nodes  # groups of a node, of which some are among those that a token keeps
+    missed = sum(comb(own, kept_here) * comb(groups - own, kept - kept_here) / comb(groups, kept)
+                 * _none_of(kept * each, kept_here * each, chosen) for kept_here in range(min(own, kept) + 1))
+    return nodes * (1 - missed)
+
+
+def _none_of(total: int, part: int, chosen: int) -> float:
+    """Return how likely it is that none of `chosen` different ones of `total` is among `part` of them."""
+    return comb(max(0, total - part), chosen) / comb(total, chosen)
 
 
 def describe_reach(model: ModelConfig, layout: Layout, ranks_per_node: int) -> Iterator[str]:

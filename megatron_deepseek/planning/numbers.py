@@ -42,6 +42,17 @@ class Numbers:
         """Return the bytes of what a large product keeps of its input."""
         return self.tiles(rows, width) if self.fp8 else self.plain(rows, width)
 
+    def columns(self, rows: float, width: int, groups: int = 1) -> float:
+        """Return the bytes of [rows, width] in 128x1 tiles, those of each of `groups` of rows by themselves, which are
+        as large; kernels have whole tiles.
+        """
+        tiles = groups * -(-rows // groups // TILE)
+        return width * (tiles * (TILE if self.cuda else 0) + (0 if self.cuda else rows) + 4 * tiles)
+
+    def waiting_gradient(self, rows: float, width: int, groups: int = 1) -> float:
+        """Return the bytes of a product's output gradient as it waits for the weight's to be made."""
+        return self.columns(rows, width, groups) if self.fp8 else self.plain(rows, width)
+
     def e5m6(self, rows: float, width: int) -> float:
         """Return the bytes of [rows, width] as packed E5M6 in 1x128 tiles."""
         return rows * (3 * -(-width // 2) + 4 * -(-width // TILE))

@@ -27,15 +27,17 @@ would have to change.
   byte, for every kind of recomputation and offloading, chunked losses, FP8, packed documents. How many micro-batches
   wait, and when, is found by replaying the schedule's own list of actions (`planning/actions.py`, equal to torch's).
 * **While a layer runs**: what is recomputed, gradients in flight, rows on their way to experts. These are sums over
-  shapes, not counted by hooks. Weight gradients that a zero-bubble schedule leaves for later wait with their inputs.
+  shapes, not counted by hooks.
+* **Waiting weight gradients**: those that a zero-bubble schedule leaves for later wait with their inputs, recomputed
+  or not, and with their outputs' gradients; `tests/parallel/test_planned_memory.py` counts them, too.
 * **Receive buffers**: torch's pipeline stages have one for every micro-batch of a step, of activations and of
   gradients, and keep them: with many micro-batches they are among the largest terms.
 * **Experts** are balanced, or the fullest rank gets 1.25 or 2 times the mean; without a capacity nothing bounds it.
 * **Beyond the allocator**: CUDA's context, NCCL's buffers, fragments (2 to 10 %), as a range from "at least" to
   "perhaps"; a job fits where the upper end does, and is `tight` in between.
 
-Not counted: the optimizer's temporary tensors, checkpoints being copied for `--async-save`, workspaces of libraries,
-and all that others run on the GPU.
+Not counted: what frozen parameters save of activations (of states it is), the optimizer's temporary tensors,
+checkpoints being copied for `--async-save`, workspaces of libraries, and all that others run on the GPU.
 
 ## Against published numbers
 Each for the engine that it is of; GiB.
@@ -53,8 +55,8 @@ and the inputs of layers. What was seen does not grow with a GPU's tokens, so on
 
 ## V3 on 2,048 GPUs in its report's layout
 PP16 DualPipeV, EP64, 4,096 tokens, MTP, 15,360 sequences (120 micro-batches), GiB on the fullest rank; "uneven" is
-with 1.25 times the rows. DeepSeek's own engine recomputes and shares more than ours does, and has no such receive
-buffers.
+with 1.25 times the rows. With whole layers recomputed the fullest rank is the last, whose weight gradients wait; with
+1F1B instead they would not.
 
 | | states | receive buffers | activations | peak | uneven | needs |
 |---|---|---|---|---|---|---|

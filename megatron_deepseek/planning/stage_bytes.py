@@ -13,12 +13,13 @@ from functools import lru_cache
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.activations import LayerShapes, norm, total
+from megatron_deepseek.planning.actions import DUAL_PIPE
+from megatron_deepseek.planning.activations import LayerShapes, embedding, norm, total
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
 from megatron_deepseek.planning.replay import StageBytes
-from megatron_deepseek.planning.states import held_parameters
+from megatron_deepseek.planning.held_parameters import held_parameters
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     if job.stages[stage].loss and job.engine.logit_bytes is None:
         chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
         forward, backward = head_forward(shapes, chunk), head_backward(shapes, chunk)
-    waiting = 0.0
+    waiting = head_waiting(job, stage, shapes)
     for index, each in zip(reversed(indices), reversed(layers)):
         forward = max(forward, each.forward - behind)
         backward = max(backward, each.backward + _weight_gradient(job, index) - behind + waiting)
@@ -62,9 +63,12 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
     """Yield (name, bytes) of what a stage keeps outside of its layers."""
     part, model, numbers = job.stages[stage], job.model, shapes.numbers
     hidden = numbers.plain(shapes.stream, model.hidden_size)
+    if part.embedding:
+        yield "rows of the vocabulary", total(embedding(shapes))
     if model.num_hidden_layers - 1 in part.layers:
         yield "input of the last norm", hidden + total(norm("", shapes.stream, numbers))
-        yield "last state", hidden
+        if not shapes.gathers or model.num_nextn_predict_layers or not part.loss:
+            yield "last state", hidden
     if part.loss:
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers
         each = total(head(shapes, chunk, predictions)) if job.engine.logit_bytes is None else \
@@ -77,6 +81,16 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
             yield "output of the stage", states_after(job, stage) * hidden
 
 
+def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
+    """Return what the head's weight gradient waits with: its inputs, and without chunks the gradients of all logits."""
+    if not (job.stages[stage].loss and job.splits_backwards):
+        return 0.0
+    width = job.model.hidden_size
+    if chunk_of(shapes, job.settings.loss.loss_chunk_size) is None:
+        width += job.model.vocab_size // job.layout.tp
+    return (1 + job.model.num_nextn_predict_layers) * shapes.numbers.plain(shapes.whole, width)
+
+
 def receive_buffers(job: Job, held: list[int], shapes: LayerShapes) -> float:
     """Return the bytes of the buffers that all micro-batches of a step arrive in: activations and gradients. Other
     engines have one of each kind for a stage.
@@ -85,6 +99,7 @@ def receive_buffers(job: Job, held: list[int], shapes: LayerShapes) -> float:
         return 0.0
     state = shapes.numbers.plain(shapes.stream, job.model.hidden_size)
     last, count = len(job.stages) - 1, job.micro_batches if job.engine.receives_apart else 1
+    count = count // 2 if job.schedule == DUAL_PIPE and count > 1 else count  # half enter at each end
     into = sum(states_after(job, stage - 1) for stage in held if stage)
     back = sum(states_after(job, stage) for stage in held if stage < last)
     return count * state * (into + back)

@@ -1,13 +1,20 @@
 """Weights, gradients and moments of a rank, by part, for an engine; dense parameters and routed experts by themselves,
 since different numbers of ranks divide them.
+
+Ours: a parameter takes 4 bytes for its master weight, 4 for its reduced gradient and 8 for AdamW's two moments (4 with
+moments in bfloat16). FSDP divides these among the data ranks; with --optimizer-cpu-offload they lie in the host's
+memory. Not divided are 2 bytes for the gathered bfloat16 weight (4 without --bf16; FP8 takes two codes) and, where an
+update has several micro-batches, 4 for the sum of their gradients, since they are reduced once. With
+optim_grads_params weights are gathered for two units at a time: the one in use and the next.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.held_parameters import Held, held_parameters
 from megatron_deepseek.planning.job import Job
-from megatron_deepseek.planning.states import Held, held_parameters
+from megatron_deepseek.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,31 @@ class StateParts:
             yield f"{name}: experts", part.experts
 
 
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on each rank of the pipeline rank `pp_rank`, on the device and in the host's memory."""
+
+    pp_rank: int
+    device: float
+    host: float
+
+
+def fullest_states(settings: Settings) -> StateBytes:
+    """Return the states of the pipeline rank with the most on its device, in this project's engine."""
+    job = Job(settings)
+    of_ranks = ((pp_rank, state_parts(job, pp_rank)) for pp_rank in range(job.layout.pp))
+    return max((StateBytes(pp_rank, parts.device, parts.host) for pp_rank, parts in of_ranks),
+               key=lambda each: each.device)
+
+
+def describe_states(settings: Settings) -> str:
+    """Return a line on what the fullest GPU holds."""
+    most = fullest_states(settings)
+    host = f", {most.host / 2**30:.1f} GiB of the host's memory for each rank" if most.host else ""
+    return (f"weights, gradients and moments (calculated, docs/quickstart_cluster.md): at most "
+            f"{most.device / 2**30:.1f} GiB on a GPU, of pipeline rank {most.pp_rank}{host}")
+
+
 def state_parts(job: Job, pp_rank: int) -> StateParts:
     """Return the states of each rank of a pipeline rank."""
     held = held_parameters(job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)])
@@ -94,11 +126,14 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
     whole = settings.run.sharding == "optim_grads"
     gathered = _of(held, element, element) if whole else largest_unit(job, pp_rank, element, 2)
     sums = engine.gradient if job.micro_batches > 1 else 0
+    frozen = settings.run.freeze_parameters
+    trained = held if not frozen else held_parameters(
+        job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)], frozen)
     return StateParts(
         weights=_of(held, engine.master / dense, engine.master / experts),
-        gathered=gathered, gradients=_of(held, sums, sums),
-        reduced=_of(held, engine.reduced / dense, engine.reduced / experts),
-        optimizer=_of(held, moments / dense, moments / experts),
+        gathered=gathered, gradients=_of(trained, sums, sums),
+        reduced=_of(trained, engine.reduced / dense, engine.reduced / experts),
+        optimizer=_of(trained, moments / dense, moments / experts),
         on_host=settings.offload.optimizer_cpu_offload)
 
 

@@ -17,7 +17,7 @@ from megatron_deepseek.model.architecture.placements import EP, ETP, TP
 from megatron_deepseek.planning.activations import layer, total
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.state_bytes import Divided, StateParts, data_ranks, largest_unit
-from megatron_deepseek.planning.states import held_parameters
+from megatron_deepseek.planning.held_parameters import held_parameters
 
 NAMES = ("pretrain", "finetune", "lora", "qlora", "grpo", "serve")
 NF4 = 0.5 + 0.127 / 8  # bytes of a weight with its share of doubly quantised scales

@@ -8,7 +8,7 @@ from megatron_deepseek.parallel.layout_string import Stage
 
 
 def in_short(numbers: Sequence[int]) -> str:
-    """Increasing numbers: "0-7", "0, 2, 4, 6", "0, 64, ... 960 (16 ranks)", "0-3, 8-11"."""
+    """Write increasing numbers in short: "0-7", "0, 2, 4, 6", "0, 64, ... 960 (16 ranks)", "0-3, 8-11"."""
     if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}-{numbers[-1]}"
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
@@ -19,7 +19,7 @@ def in_short(numbers: Sequence[int]) -> str:
 
 
 def parts_of_stage(model: ModelConfig, stage: Stage) -> str:
-    """What a stage holds, in words: "embedding, dense layers 0-2"."""
+    """Return what a stage holds, in words: "embedding, dense layers 0-2"."""
     parts = ["embedding"] * stage.embedding
     for has_experts, run in groupby(stage.layers, model.is_moe_layer):
         kind = "layers" if has_experts or not model.n_routed_experts else "dense layers"
@@ -30,7 +30,7 @@ def parts_of_stage(model: ModelConfig, stage: Stage) -> str:
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of a table whose columns begin below each other."""
+    """Yield the lines of a table whose columns begin below each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         yield "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()

@@ -14,7 +14,7 @@ from test_examples import DATA, bash, released, settings_of, words_of  # noqa: F
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.model.architecture.presets import V3
-from megatron_deepseek.planning.states import state_bytes
+from megatron_deepseek.planning.state_bytes import fullest_states
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -121,7 +121,7 @@ def test_memory_in_the_quick_start_is_what_the_layouts_give():
         done = bash(str(ROOT / "examples/pretrain_deepseek_v3.sh"), **environ, NNODES=nodes, PYTHON="echo")
         settings = settings_of(words_of(done))
         assert settings.recompute.granularity == recompute
-        calculated = state_bytes(settings)
+        calculated = fullest_states(settings)
         assert calculated.device / 2**30 == pytest.approx(float(device), abs=0.051)
         host = re.search(r"host, ([\d.]+)", where)
         assert calculated.host / 2**30 == pytest.approx(float(host[1]) if host else 0, abs=0.051)

@@ -136,10 +136,10 @@ class _Multiply(torch.autograd.Function):
         gemm, weight, counts, size = ctx.gemm, ctx.weight, ctx.counts, ctx.weight.shape[-1]
         rows, columns = gemm.gradient_tiles(grad, weight, *counts)
         grad_x = _dgrad(rows, weight, *counts) if ctx.needs_input_grad[0] else None
-        kept = ctx.saved_tensors
+        kept, dtype = ctx.saved_tensors, grad.dtype  # no more of the gradient: wgrad may wait for long
 
         def wgrad():
-            return _wgrad(columns, gemm.columns(kept, size, *counts), grad.dtype, *counts)
+            return _wgrad(columns, gemm.columns(kept, size, *counts), dtype, *counts)
 
         return grad_x, gemm.weight_gradient(weight, wgrad), None, *(None for _ in counts)
 
@@ -172,8 +172,8 @@ class _MultiplySwiGLU(torch.autograd.Function):
             tiles = swiglu_backward_tiles(grad_hidden, gate, up, ctx.joint, *counts)
             gradients = tuple(_as_gradient(each, grad) for each in tiles)
         if weight.requires_grad:
-            hidden = quantize_swiglu_columns(gate, up, gemm.input_power_of_two, *counts)
-            grad_weight = gemm.weight_gradient(weight, lambda: _wgrad(columns, hidden, grad.dtype, *counts))
+            hidden, dtype = quantize_swiglu_columns(gate, up, gemm.input_power_of_two, *counts), grad.dtype
+            grad_weight = gemm.weight_gradient(weight, lambda: _wgrad(columns, hidden, dtype, *counts))
         return None, None, grad_weight, *gradients
 
 

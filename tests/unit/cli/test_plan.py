@@ -61,6 +61,26 @@ def test_mistakes_are_told_in_a_line(arguments, message, capsys):
     assert line.startswith("plan.py: error: ") and message in line
 
 
+def test_the_papers_schedule(capsys, tmp_path):
+    """Every rank has two stages of two copies of the model: 17 forwards wait everywhere, and nothing meets in a V."""
+    report = tmp_path / "plan.json"
+    arguments = [*V3[:4], *V3[4:6], *V3[8:], "--world-size", "2048", "--gpu", "h200", "--plan-schedule", "DualPipe"]
+    assert main([*arguments, "--json", str(report)]) == 0
+    assert ", DualPipe, 120 micro-batches" in capsys.readouterr().out
+    ranks = json.loads(report.read_text())["ranks"]
+    assert ranks[5 * 128]["peak_bytes"] == ranks[10 * 128]["peak_bytes"]  # pipeline ranks r and p - 1 - r hold the same
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--pipeline-model-parallel-size 1", "needs an even number of pipeline ranks; --pipeline-model-parallel-size is 1"),
+    ("--pipeline-model-parallel-size 2 --global-batch-size 12", "at least 4 for 2 pipeline ranks"),
+    ("--pipeline-model-parallel-size 2 --global-batch-size 32 --pipeline-model-parallel-layout Et|t|t|tmL",
+     "--pipeline-model-parallel-layout has 4")])
+def test_where_the_papers_schedule_does_not_run(arguments, message, capsys):
+    assert main(f"memory --model tiny --world-size 8 --gpu h200 --plan-schedule DualPipe {arguments}".split()) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_those_that_there_are(capsys):
     assert main(["memori"]) == 2
     assert "memory" in capsys.readouterr().err

@@ -16,9 +16,10 @@ UNITS = {"F": 1, "B": 2, "I": 1, "W": 1}
 def test_the_lists_are_torchs(schedule):
     """Every action of every rank, in its order, for each number of stages on a rank that the schedule takes."""
     tried = 0
-    for pp in (2, 3, 4, 5, 8):
+    for pp in (2, 3, 4, 8):
         for virtual_stages in (each for each in range(1, 5) if takes_virtual_stages(schedule, each)):
-            for micro_batches in (each for each in range(1, 18) if takes_microbatches(schedule, pp, each)):
+            numbers = (*range(1, 10), 12, 16, 17)
+            for micro_batches in (each for each in numbers if takes_microbatches(schedule, pp, each)):
                 for rank, acts in enumerate(torch_acts(schedule, pp, micro_batches, virtual_stages)):
                     made = actions(schedule, pp, virtual_stages, micro_batches, rank)
                     assert made == acts, (pp, virtual_stages, micro_batches, rank)

@@ -13,7 +13,6 @@ from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import FITS, OOM, all_ranks, largest_terms, rank_memory, verdict, worst
 from megatron_deepseek.planning.report import plan_memory
 from megatron_deepseek.planning.state_bytes import state_parts
-from megatron_deepseek.planning.states import state_bytes
 from megatron_deepseek.planning.tasks import Task, cache_bytes_of_token
 from megatron_deepseek.settings import Settings
 
@@ -54,14 +53,11 @@ V3 = ("--pipeline-model-parallel-size 16 --pipeline-schedule DualPipeV --expert-
       "--global-batch-size 15360")
 
 
-@pytest.mark.parametrize("arguments, ranks", [
-    (V3, 2048), (f"{V3} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16", 1024), (f"{V3} --optimizer-cpu-offload", 2048),
-    ("--tensor-model-parallel-size 4 --expert-model-parallel-size 8", 64)])
-def test_states_are_those_of_explain_layout(arguments, ranks):
-    """Two ways to the same numbers; in planning/states.py they serve --explain-layout."""
-    planned, said = job(arguments, ranks), state_bytes(settings(arguments, ranks))
-    parts = state_parts(planned, said.pp_rank)
-    assert (parts.device, parts.host) == pytest.approx((said.device, said.host), rel=1e-6)
+def test_weights_that_are_gathered_by_the_layer():
+    """Two units at a time instead of all, and sums of gradients still whole."""
+    once, by_layer = (state_parts(job(f"{V3} {more}", 2048), 5) for more in (
+        "", "--data-parallel-sharding-strategy optim_grads_params"))
+    assert by_layer.gathered.all == once.gathered.all / 2 and by_layer.gradients == once.gradients
 
 
 def test_every_part_is_in_the_largest_terms():
@@ -94,6 +90,8 @@ def test_imbalance_adds_rows_of_experts_alone():
     assert [*plan.uneven] == [1.25, 2.0]
     peaks = [worst(ranks).peak_bytes for ranks in (plan.ranks, *plan.uneven.values())]
     assert peaks == sorted(peaks) and peaks[2] - peaks[0] == pytest.approx(4 * (peaks[1] - peaks[0]), rel=0.05)
+    bounded = plan_memory(job(f"{V3} --moe-expert-capacity-factor 1.5", 2048), find_gpu("h800")).uneven
+    assert peaks[1] == worst(bounded[1.25]).peak_bytes < worst(bounded[2.0]).peak_bytes < peaks[2]
     forced = plan_memory(job(f"{V3} --moe-router-force-load-balancing", 2048), find_gpu("h800"))
     assert not forced.uneven and not plan_memory(job("", 1, model="tiny"), find_gpu("h20")).uneven
 

@@ -6,11 +6,13 @@ import pytest
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, find_holders
+from megatron_deepseek.model.architecture.parameters import parameters
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.pipeline_balance import stages
-from megatron_deepseek.planning.states import describe_states, held_parameters, state_bytes
+from megatron_deepseek.planning.held_parameters import held_parameters
+from megatron_deepseek.planning.state_bytes import describe_states, fullest_states
 
 SMALL_LITE = dataclasses.replace(
     V2_LITE, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=32,
@@ -51,11 +53,19 @@ def settings(arguments: str, ranks: int):
 def test_one_process_by_hand():
     """4 + 4 + 8 + 2 bytes a parameter; an update of several micro-batches adds 4."""
     parameters = TINY.num_parameters()
-    assert state_bytes(settings("--model tiny", 1)).device == pytest.approx(18 * parameters, rel=1e-3)
-    assert state_bytes(settings("--model tiny --global-batch-size 4", 1)).device == pytest.approx(
+    assert fullest_states(settings("--model tiny", 1)).device == pytest.approx(18 * parameters, rel=1e-3)
+    assert fullest_states(settings("--model tiny --global-batch-size 4", 1)).device == pytest.approx(
         22 * parameters, rel=1e-3)
-    offloaded = state_bytes(settings("--model tiny --optimizer-cpu-offload --exp-avg-dtype bf16", 1))
+    offloaded = fullest_states(settings("--model tiny --optimizer-cpu-offload --exp-avg-dtype bf16", 1))
     assert (offloaded.device, offloaded.host) == pytest.approx((2 * parameters, 14 * parameters), rel=1e-3)
+
+
+def test_frozen_parameters_have_no_gradient_and_no_moments():
+    """Of 4 + 4 + 8 + 2 + 4 bytes a frozen one keeps its master and the gathered weight."""
+    experts = sum(row.size for row in parameters(TINY) if row.mesh == "expert")
+    whole, frozen = (fullest_states(settings(f"--model tiny --global-batch-size 4 {more}", 1)).device for more in (
+        "", "--freeze-parameters model.layers.*.mlp.experts.*"))
+    assert whole - frozen == (4 + 4 + 8) * experts
 
 
 def test_v3_as_its_report_has_it():
@@ -67,5 +77,5 @@ def test_v3_as_its_report_has_it():
     total = V3.num_parameters() + V3.vocab_size * V3.hidden_size
     assert sum(each.dense + 64 * each.experts for each in held) == total
     most = max(6 * (each.dense + each.experts) + 16 * each.dense // 64 + 16 * each.experts for each in held)
-    assert state_bytes(report).device == pytest.approx(most, rel=1e-6)
+    assert fullest_states(report).device == pytest.approx(most, rel=1e-6)
     assert f"at most {most / 2**30:.1f} GiB on a GPU, of pipeline rank" in describe_states(report)
