@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_deepseek.model.architecture.presets import load_config
-from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.candidates import Choice, Lane, options, words
 from megatron_deepseek.settings import Settings
 
@@ -60,7 +59,8 @@ def chosen(args: argparse.Namespace, world_size: int, local_world_size: int | No
     try:
         gpu = find_gpu(args.auto_layout)
     except ValueError as error:
-        raise ValueError(str(error).replace("--gpu ", "--auto-layout ", 1).removesuffix("; --gpu-file adds others")) from error
+        words_ = str(error).replace("--gpu ", "--auto-layout ", 1).removesuffix("; --gpu-file adds others")
+        raise ValueError(words_) from error
     local = local_world_size or min(world_size, gpu.scale_up_gpus)
     alone = accept_for(args, 1, 1)({})  # without a layout: what stays the same in all of them
     accept = accept_for(args, world_size, local)

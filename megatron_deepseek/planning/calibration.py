@@ -2,8 +2,8 @@
 
 metrics.jsonl gives the whole step, so computing and travelling are scaled alike. A profile (runtime/profile.py) gives
 both by themselves where it has a GPU's kernels: those of NCCL are what travels, and its waits for other ranks with it.
-What ran is in arguments.json of the run's last checkpoint; without one it is taken to be what is planned. It must be the
-planned model but for the numbers of its layers and words, so a few layers on a few GPUs can stand for all of it.
+What ran is in arguments.json of the run's last checkpoint; without one it is taken to be what is planned. It must be
+the planned model but for the numbers of its layers and words, so a few layers on a few GPUs can stand for all of it.
 """
 
 import gzip
@@ -147,5 +147,5 @@ def _scales(found: Measured, planned: StepTime, source: str) -> Scales:
         return Scales(ratio, ratio, source)
     each = planned.job.layout.world_size // planned.job.layout.pp
     computing, travelling = planned.busy(min(found.rank // each, planned.job.layout.pp - 1))
-    return Scales(found.computing / computing, found.travelling / travelling if travelling and found.travelling else 1.0,
-                  source)
+    known = travelling and found.travelling
+    return Scales(found.computing / computing, found.travelling / travelling if known else 1.0, source)

@@ -6,8 +6,8 @@ B200 (MooreThreads/SimuMax configs/system/b200_bf16_ceperm.json, read in 2026-11
 by the smallest of the three dimensions. Of a grouped product that of one group counts.
 
 Attention and what moves memory are H800's in the trace of deepseek-ai/profile-data: flash attention ran at 556 TFLOPS
-forwards and 404 backwards (of 989); of 124.3 ms of computing in a pair of forward and backward of 4 MoE layers 75.6 were
-products and 22 attention, so the rest takes as long as so many passes over what a layer keeps.
+forwards and 404 backwards (of 989). Of 124.3 ms of computing in a pair of forward and backward of 4 MoE layers 75.6
+were products and 22 attention, so the rest takes as long as so many passes over what a layer keeps.
 """
 
 from bisect import bisect_right

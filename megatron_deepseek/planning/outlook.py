@@ -30,8 +30,8 @@ _FILLS = {"GPipe": 1.0, "1F1B": 1.0, "LoopedBFS": 1.0, "Interleaved1F1B": 1.0, "
 class Priced:
     """Of one micro-batch with nothing else on the machine: `alone`, seconds of each part of the model; `paired`, the
     same where forwards and backwards hide each other's tokens. `kept`: bytes of a layer with experts (of a dense one in
-    models without), `running` while its backward runs, `offloaded` what of it is left on the device, `host_seconds` what
-    its way to the host and back takes.
+    models without), `running` while its backward runs, `offloaded` what of it is left on the device, `host_seconds`
+    what its way to the host and back takes.
     """
 
     alone: tuple[float, ...]
@@ -45,8 +45,8 @@ class Priced:
 def settings_of(base: Settings, choice: Choice, world_size: int, ranks_per_node: int) -> Settings:
     """Return the settings of a choice, as arguments/settings.py would make them, with stages left to be balanced."""
     lane, given = choice.lane, options(choice, base.model, ranks_per_node)
-    layout = replace(base.layout, dp=world_size // (choice.pp * lane.tp * lane.cp), pp=choice.pp, tp=lane.tp, cp=lane.cp,
-                     ep=lane.ep, etp=lane.etp, sequence_parallel=lane.tp > 1)
+    layout = replace(base.layout, dp=world_size // (choice.pp * lane.tp * lane.cp), pp=choice.pp, tp=lane.tp,
+                     cp=lane.cp, ep=lane.ep, etp=lane.etp, sequence_parallel=lane.tp > 1)
     communication = replace(base.communication, moe_token_dispatcher_type=lane.dispatcher,
                             moe_ranks_per_node=ranks_per_node,
                             overlap_moe_expert_parallel_comm=given["overlap_moe_expert_parallel_comm"],

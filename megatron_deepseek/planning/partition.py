@@ -2,9 +2,9 @@
 
 A pipeline runs at the pace of its busiest rank. Of all cuts into consecutive stages whose ranks all fit, `partition`
 finds the one whose busiest rank has least to do for a micro-batch, and among those the one with the evenest stages: the
-least sum of their squares. Time and room of a rank are asked of the caller, so they can be of any kind: with layers recomputed or
-offloaded, for one stage on a rank, two in a V, or two in a loop. It is exact for these, since the state of the program
-is all that later ranks depend on: how many parts the ranks so far took from each row of stages.
+least sum of their squares. Time and room of a rank are asked of the caller, so they can be of any kind: with layers
+recomputed or offloaded, for one stage on a rank, two in a V, or two in a loop. It is exact for these, since the state
+of the program is all that later ranks depend on: how many parts the ranks so far took from each row of stages.
 
     one stage     rank r takes the next parts                        state: parts taken
     V             rank r takes from both ends, inwards               state: parts taken from the front and the back

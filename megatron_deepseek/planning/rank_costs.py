@@ -151,7 +151,8 @@ class RankCosts:
     def part_seconds(self) -> tuple[float, ...]:
         """Return for each part of the model the least that it adds to its rank's seconds."""
         every = tuple(self.stage((part, part + 1))[0] for part in range(self.parts))
-        return replace(self._rules, stages=every, pairs_overlap=self._rules.pairs_overlap and self.virtual == 2).of_parts()
+        pairs = self._rules.pairs_overlap and self.virtual == 2
+        return replace(self._rules, stages=every, pairs_overlap=pairs).of_parts()
 
     def pipeline(self, most: float = float("inf")) -> Pipeline:
         """Return what `partition` cuts, if no rank may take more than `most` seconds for a micro-batch. Of equal layers

@@ -136,7 +136,8 @@ class Search:
         if not self.fixed:
             return True
         values = options(choice, self.model, self.per_node)
-        return all(values[name] == value for name, value in self.fixed.items() if name in values and name not in without)
+        return all(values[name] == value for name, value in self.fixed.items()
+                   if name in values and name not in without)
 
     def _choices(self, lane: Lane) -> Iterator[tuple[float, Choice]]:
         """Yield (bound, choice) of a lane's pipelines, each with the least that makes room, and what is between."""

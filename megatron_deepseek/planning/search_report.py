@@ -17,15 +17,17 @@ GIB = 2**30
 def search_lines(found: Found, job: Job, gpu: Gpu, limit: float, world_size: int, said: Sequence[str],
                  calibration: str | None) -> Iterator[str]:
     """Yield the report; `said` has the arguments of each plan."""
-    yield (f"{world_size} x {gpu.name}, {limit / GIB:.1f} GiB each, {job.settings.batch.global_batch_size} sequences of "
-           f"{job.settings.data.seq_length} tokens a step: {found.looked_at} layouts cut and simulated of "
+    settings = job.settings
+    yield (f"{world_size} x {gpu.name}, {limit / GIB:.1f} GiB each, {settings.batch.global_batch_size} sequences of "
+           f"{settings.data.seq_length} tokens a step: {found.looked_at} layouts cut and simulated of "
            f"{found.lanes} x schedules x recomputation x offloading")
     yield ""
     if not found.plans:
         yield from nothing_fits(found, gpu, limit, world_size)
         return
-    yield from aligned([("", "step s", "tokens/s/GPU", "idle", "GiB", "tp", "pp", "cp", "ep", "etp", "schedule", "tokens by",
-                         "micro", "again", "offload", "sharding"), *map(_row, enumerate(found.plans, 1))])
+    head = ("", "step s", "tokens/s/GPU", "idle", "GiB", "tp", "pp", "cp", "ep", "etp", "schedule", "tokens by",
+            "micro", "again", "offload", "sharding")
+    yield from aligned([head, *map(_row, enumerate(found.plans, 1))])
     yield ""
     yield "the first one's arguments:"
     yield f"  {said[0]}"
@@ -58,9 +60,9 @@ def nothing_fits(found: Found, gpu: Gpu, limit: float, world_size: int) -> Itera
         return
     choice, job, needs = found.closest
     lane = choice.lane
-    yield (f"nothing fits on {world_size} x {gpu.name} with {limit / GIB:.1f} GiB: the closest needs {needs.high / GIB:.1f} "
-           f"GiB on pipeline rank {needs.pp_rank} (tp {lane.tp}, pp {choice.pp}, cp {lane.cp}, ep {lane.ep}, "
-           f"{choice.schedule}, {again(choice)} recomputed, {choice.offloaded} layers of a stage offloaded, "
+    yield (f"nothing fits on {world_size} x {gpu.name} with {limit / GIB:.1f} GiB: the closest needs "
+           f"{needs.high / GIB:.1f} GiB on pipeline rank {needs.pp_rank} (tp {lane.tp}, pp {choice.pp}, cp {lane.cp}, "
+           f"ep {lane.ep}, {choice.schedule}, {again(choice)} recomputed, {choice.offloaded} layers of a stage offloaded, "
            f"{choice.sharding}); to fit:")
     yield from changes(job, gpu, limit, Task())
 

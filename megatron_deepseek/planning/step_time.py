@@ -26,7 +26,7 @@ from megatron_deepseek.planning.stage_time import (
     without_travel,
 )
 from megatron_deepseek.planning.state_bytes import data_ranks
-from megatron_deepseek.planning.states import held_parameters
+from megatron_deepseek.planning.held_parameters import held_parameters
 
 HOST_UPDATE_BYTES = 100e9  # a second, of the host's memory for each rank while it updates
 
@@ -114,7 +114,6 @@ def step_time(job: Job, gpu: Gpu, scales: Scales = Scales(), imbalance: float | 
 
 def simulated(job: Job, machine: Machine, found: Durations) -> list[list[Span]]:
     """Return the spans of every pipeline rank's acts."""
-    layout = job.layout
     acts = acts_of(job)
     lasting: dict[tuple, float] = {}
 

@@ -117,11 +117,12 @@ def _seconds(search, place):
 
 @pytest.mark.parametrize("pp, virtual, schedule", [(1, 1, "1F1B"), (4, 1, "1F1B"), (4, 2, "DualPipeV"),
                                                    (4, 2, "ZBVZeroBubble"), (2, 3, "Interleaved1F1B")])
-def test_costs_of_ranks_are_those_of_the_plan(search, pp, virtual, schedule):
-    """What the search asks thousands of times is what memory.py says of the whole job, to the byte."""
+def test_costs_of_ranks_are_those_of_the_plan(pp, virtual, schedule):
+    """What the search asks thousands of times is what memory.py says of the whole job."""
+    search = search_of("--model deepseek-v2-lite --bf16 --data-path any --train-iters 10 --global-batch-size 64", 8)
     for way in (dict(), dict(granularity="full"), dict(granularity="selective", modules=("layernorm",), offloaded=1)):
         choice = Choice(Lane(ep=2), pp, virtual, schedule, **way)
-        job = Job(search.accept(options(choice, search.model, RANKS)))
+        job = Job(search.accept(options(choice, search.model, 8)))
         costs = RankCosts(job, machine_of(job, GPU), GPU.memory_bytes, virtual)
         bounds = bounds_of(job, costs.parts)
         for rank in range(pp):
@@ -132,10 +133,10 @@ def test_costs_of_ranks_are_those_of_the_plan(search, pp, virtual, schedule):
 
 
 def test_less_memory_is_made_by_recomputing_offloading_and_sharding():
-    tight = search_of(LITE, limit=32e9).run()
+    tight = search_of(LITE, limit=1.2e9).run()
     roomy = search_of(LITE).run()
     assert tight.plans and tight.plans[0].step.step_seconds >= roomy.plans[0].step.step_seconds
-    assert all(max(rank.high for rank in plan.memory) <= 32e9 for plan in tight.plans)
+    assert all(max(rank.high for rank in plan.memory) <= 1.2e9 for plan in tight.plans)
 
 
 def test_given_arguments_stay():
@@ -144,10 +145,10 @@ def test_given_arguments_stay():
 
 
 def test_where_nothing_fits_the_closest_is_told():
-    found = search_of(LITE, ranks=1, limit=20e9).run()
+    found = search_of(LITE, ranks=1, limit=0.4e9).run()
     assert not found.plans
     choice, _, needs = found.closest
-    assert choice.granularity == "full" and needs.high > 20e9
+    assert choice.granularity == "full" and needs.high > 0.4e9
 
 
 def test_auto_layout_is_the_first_of_the_search(found):
@@ -176,6 +177,6 @@ def test_auto_layout_of_an_unknown_gpu_or_too_few_is_one_line():
 def test_layout_strings_in_short():
     settings = parse((LITE + " --pipeline-model-parallel-size 4").split(), RANKS, RANKS)
     stages = Job(settings).stages
-    again = parse((LITE + f" --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout {short(stages)}").split(),
-                  RANKS, RANKS)
+    given = f" --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout {short(stages)}"
+    again = parse((LITE + given).split(), RANKS, RANKS)
     assert Job(again).stages == stages

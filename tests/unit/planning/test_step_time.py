@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.planning.actions import actions
 from megatron_deepseek.planning.engines import MEGATRON, OURS
 from megatron_deepseek.planning.gpus import find_gpu
 from megatron_deepseek.planning.job import Job
@@ -68,8 +67,9 @@ def test_an_operation_that_takes_longer_makes_the_step_longer():
     gpu = find_gpu("h100")
     plain = step_time(job, gpu)
     assert step_time(job, gpu, Scales(2.0, 2.0)).pipeline_seconds == pytest.approx(2 * plain.pipeline_seconds)
-    full = job_of(TINY + "--pipeline-model-parallel-size 2 --global-batch-size 32 --recompute-granularity full", 4)
-    offloaded = job_of(TINY + "--pipeline-model-parallel-size 2 --global-batch-size 32 --cpu-offloading-num-layers 1", 4)
+    base = TINY + "--pipeline-model-parallel-size 2 --global-batch-size 32 "
+    full = job_of(base + "--recompute-granularity full", 4)
+    offloaded = job_of(base + "--cpu-offloading-num-layers 1", 4)
     assert step_time(full, gpu).step_seconds > plain.step_seconds
     assert step_time(offloaded, gpu).step_seconds > plain.step_seconds
 
@@ -100,7 +100,7 @@ def test_trace_is_chromes(schedule):
     whole = [each for each in events if each["ph"] == "X"]
     assert all(isinstance(each["name"], str) and each["ts"] >= 0 and each["dur"] >= 0 for each in whole)
     runs = [each for each in whole if each["cat"] in "FBIW"]
-    acts = [act for rank in range(2) for act in actions(schedule, 2, step.job.virtual_stages, step.job.micro_batches, rank)]
+    acts = [act for rank in range(2) for act in step.job.actions(rank)]
     assert len(runs) == sum(map(len, acts))
     assert max(each["ts"] + each["dur"] for each in whole) == pytest.approx(1e6 * step.step_seconds)
     memory = [each["args"]["GiB"] for each in events if each["ph"] == "C" and each["pid"] == 0]
