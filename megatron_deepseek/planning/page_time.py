@@ -35,8 +35,10 @@ OPTIMIZER, STEP = 0.29, 19.926
 def rows(parse: Parse) -> Iterator[str]:
     """Yield a row for each published run."""
     for gpus, name, published, schedule, arguments in PUBLISHED:
-        settings = parse("--model deepseek-v3 --bf16 --moe-router-force-load-balancing " + arguments, gpus)
-        planned = step_time(Job(settings, MEGATRON, schedule), find_gpu(name)).tokens_per_second_per_gpu
+        gpu = find_gpu(name)
+        settings = parse(f"--model deepseek-v3 --bf16 --moe-router-force-load-balancing --moe-ranks-per-node "
+                         f"{gpu.scale_up_gpus} {arguments}", gpus)
+        planned = step_time(Job(settings, MEGATRON, schedule), gpu).tokens_per_second_per_gpu
         layout = settings.layout
         words = (f"{'FP8' if settings.run.fp8_format else 'BF16'}, PP{layout.pp} {schedule or settings.pipeline.schedule}"
                  f", EP{layout.ep}, {settings.batch.global_batch_size:,} sequences")

@@ -38,7 +38,7 @@ class Scales:
 def machine_of(job: Job, gpu: Gpu) -> Machine:
     """Return the machine of a job's ranks on nodes of `gpu`s."""
     communication = job.settings.communication
-    network = Network(gpu, communication.moe_ranks_per_node or gpu.scale_up_gpus)
+    network = Network(gpu, min(communication.moe_ranks_per_node or gpu.scale_up_gpus, gpu.scale_up_gpus))
     return Machine(Rates(gpu), network, communication.cp_comm_type == "ring", job.engine.name != "ours")
 
 
