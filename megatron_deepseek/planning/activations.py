@@ -1,8 +1,8 @@
 """What a layer keeps for its backward, tensor by tensor, from the shapes that the model's code has.
 
-Each function reads like the module that it counts (model/mla.py, model/moe.py, model/layer.py, model/head.py): a tensor
-that two operators keep is counted once, views are not counted, weights never. tests/unit/planning/test_activations.py
-holds the sums, to the byte, against what saved-tensor hooks see in runs on CPU.
+Each function reads like the module that it counts (model/attention/mla.py, model/moe.py, model/layer.py): a tensor that
+two operators keep is counted once, views are not counted, weights never. tests/unit/planning/test_activations.py and
+tests/parallel/test_planned_memory.py hold the sums, to the byte, against what saved-tensor hooks see on CPU.
 
 Rows are float: with experts over several ranks they are averages, or those of the fullest rank.
 """
@@ -132,7 +132,7 @@ def norm(name: str, rows: float, numbers: Numbers) -> Iterator[Kept]:
 
 
 def attention(shapes: LayerShapes) -> Iterator[Kept]:
-    """Yield what MLA keeps (model/mla.py), its normed input included."""
+    """Yield what MLA keeps (model/attention/mla.py), its normed input included."""
     model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
     stream, whole, latent = shapes.stream, shapes.whole, model.kv_lora_rank + model.qk_rope_head_dim
     yield Kept("attention's input", numbers.product_input(stream, model.hidden_size), LAYERNORM)

@@ -21,12 +21,29 @@ def changed_settings(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield "--recompute-granularity selective", replace(settings, recompute=RecomputeSettings("selective", modules))
     if settings.recompute.granularity != "full":
         yield "--recompute-granularity full", full
+    yield from changed_pipeline(full)
     yield "--recompute-granularity full, moments in bf16", replace(full, optimizer=bf16)
     offload = replace(settings.offload, optimizer_cpu_offload=True)
     yield "--recompute-granularity full --optimizer-cpu-offload", replace(full, offload=offload)
     sharded = replace(settings.run, sharding="optim_grads_params")
     yield ("--recompute-granularity full --optimizer-cpu-offload --data-parallel-sharding-strategy optim_grads_params",
            replace(full, offload=offload, run=sharded))
+
+
+def changed_pipeline(full: Settings) -> Iterator[tuple[str, Settings]]:
+    """Yield changes of a pipeline's schedule, for what waits for weight gradients, and of its micro-batches, for their
+    receive buffers.
+    """
+    pp, batch = full.layout.pp, full.batch
+    if pp == 1:
+        return
+    if full.pipeline.schedule != "1F1B" and full.pipeline.layout is None:
+        simple = replace(full, pipeline=replace(full.pipeline, schedule="1F1B", num_virtual_stages=1))
+        yield "--recompute-granularity full --pipeline-schedule 1F1B", simple
+    fewest = 2 * pp * batch.micro_batch_size * full.layout.dp
+    if batch.global_batch_size > fewest:
+        smaller = replace(full, batch=replace(batch, global_batch_size=fewest, rampup_batch_size=None))
+        yield f"--recompute-granularity full --global-batch-size {fewest}", smaller
 
 
 def changes(job: Job, gpu: Gpu, limit: float, task: Task) -> Iterator[str]:

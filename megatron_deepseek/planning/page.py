@@ -78,7 +78,9 @@ LADDER = (
     ("FP8, whole layers recomputed", "--fp8-format e4m3 --recompute-granularity full"),
     ("the same, 32 micro-batches", "--fp8-format e4m3 --recompute-granularity full --global-batch-size 4096"),
     ("the same, moments in bf16", "--fp8-format e4m3 --recompute-granularity full --global-batch-size 4096 "
-     "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"))
+     "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"),
+    ("FP8, whole layers recomputed, 1F1B", "--fp8-format e4m3 --recompute-granularity full --pipeline-schedule 1F1B"),
+    ("bf16, modules recomputed, 1F1B", "--recompute-granularity selective --pipeline-schedule 1F1B"))
 
 
 def ladder(parse: Parse) -> Iterator[str]:

@@ -61,6 +61,13 @@ def test_mistakes_are_told_in_a_line(arguments, message, capsys):
     assert line.startswith("plan.py: error: ") and message in line
 
 
+def test_changes_of_the_pipeline_are_tried_too(capsys):
+    """Full recomputation does not shorten what waits for weight gradients, nor receive buffers."""
+    assert main(f"{' '.join(V3[:-2])} --recompute-granularity full --world-size 2048 --gpu h800".split()) == 0
+    out = capsys.readouterr().out.partition("to fit:")[2]
+    assert "--recompute-granularity full --pipeline-schedule 1F1B: " in out
+
+
 def test_the_papers_schedule(capsys, tmp_path):
     """Every rank has two stages of two copies of the model: 17 forwards wait everywhere, and nothing meets in a V."""
     report = tmp_path / "plan.json"
