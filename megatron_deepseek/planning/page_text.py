@@ -76,8 +76,8 @@ V3, tokens a second and GPU, nothing calibrated, for `--engine megatron`:
 |---|---|---|---|---|
 {times}
 
-Table 4 of arXiv 2505.09343, simulated from its own operation times: {table4}. What is missing are its uneven stages,
-messages and jitter, of which it has no times.
+Table 4 of arXiv 2505.09343, simulated from its own operation times: {table4}.
+What is missing are its uneven stages, messages and jitter, of which it has no times.
 
 ## Which layout is best
 ```
@@ -85,9 +85,9 @@ python tools/plan.py search --model deepseek-v3 --world-size 2048 --gpu h800 --b
     --global-batch-size 15360
 ```
 tries TP, PP, stages of a rank, schedules, EP, ETP, CP, dispatchers, micro-batches and sharding, best bound first. For
-each it cuts the stages by an exact program under the memory that every rank has (`planning/partition.py`), with whatever
-must be recomputed or offloaded for that, and simulates the step. It prints ten that are best, and the arguments of
-the first; arguments of a layout that are given stay as they are. The programs are exact for one stage on a rank and two;
+each it cuts the stages by an exact program under the memory that every rank has (`planning/partition.py`), with what
+must be recomputed or offloaded for that, and simulates the step. It prints ten that are best, and the arguments of the
+first; arguments of a layout that are given stay as they are. The program is exact for one stage on a rank and for two;
 the search as a whole ends when no bound is below the best step, or 150 layouts more brought nothing.
 `pretrain_deepseek.py --auto-layout GPU` takes the first one. Where nothing fits it says what is closest.
 

@@ -39,9 +39,9 @@ def rows(parse: Parse) -> Iterator[str]:
         settings = parse(f"--model deepseek-v3 --bf16 --moe-router-force-load-balancing --moe-ranks-per-node "
                          f"{gpu.scale_up_gpus} {arguments}", gpus)
         planned = step_time(Job(settings, MEGATRON, schedule), gpu).tokens_per_second_per_gpu
-        layout = settings.layout
-        words = (f"{'FP8' if settings.run.fp8_format else 'BF16'}, PP{layout.pp} {schedule or settings.pipeline.schedule}"
-                 f", EP{layout.ep}, {settings.batch.global_batch_size:,} sequences")
+        layout, form = settings.layout, "FP8" if settings.run.fp8_format else "BF16"
+        words = (f"{form}, PP{layout.pp} {schedule or settings.pipeline.schedule}, EP{layout.ep}, "
+                 f"{settings.batch.global_batch_size:,} sequences")
         yield f"| {gpus:,} {name} | {words} | {published:,} | {planned:,.0f} | {planned / published - 1:+.0%} |"
 
 

@@ -62,8 +62,8 @@ def nothing_fits(found: Found, gpu: Gpu, limit: float, world_size: int) -> Itera
     lane = choice.lane
     yield (f"nothing fits on {world_size} x {gpu.name} with {limit / GIB:.1f} GiB: the closest needs "
            f"{needs.high / GIB:.1f} GiB on pipeline rank {needs.pp_rank} (tp {lane.tp}, pp {choice.pp}, cp {lane.cp}, "
-           f"ep {lane.ep}, {choice.schedule}, {again(choice)} recomputed, {choice.offloaded} layers of a stage offloaded, "
-           f"{choice.sharding}); to fit:")
+           f"ep {lane.ep}, {choice.schedule}, {again(choice)} recomputed, {choice.offloaded} layers of a stage "
+           f"offloaded, {choice.sharding}); to fit:")
     yield from changes(job, gpu, limit, Task())
 
 
