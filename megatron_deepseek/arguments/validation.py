@@ -69,7 +69,7 @@ _UNBUILT = (
 )
 
 AUTO_LAYOUT = (
-    Rule("--auto-layout has chosen what is given beside it",
+    Rule("a layout conflicts with --auto-layout",
          lambda r: r.args.auto_layout is not None and bool(r.given_beside_auto_layout),
          "--auto-layout {r.args.auto_layout} chooses {r.given_beside_auto_layout} itself; leave it out, or search by "
          "tools/plan.py search, which keeps what is given"),

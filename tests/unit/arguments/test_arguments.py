@@ -24,7 +24,7 @@ PP2 = "--pipeline-model-parallel-size 2"
 
 # name of the rule: (ranks, arguments, fragments of the message)
 REFUSED = {
-    "--auto-layout has chosen what is given beside it":
+    "a layout conflicts with --auto-layout":
         (2, "--auto-layout h100 --global-batch-size 8 --tensor-model-parallel-size 2",
          ["--auto-layout h100 chooses --tensor-model-parallel-size itself", "tools/plan.py search"]),
     "--auto-layout needs --global-batch-size": (1, "--auto-layout h100", ["--auto-layout h100", "--global-batch-size"]),
