@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Seconds and memory of tools/plan.py: every rank of V3 on 2,048 GPUs, in processes of their own, least of several."""
+"""Seconds and memory of tools/plan.py: memory, time and search of V3 on 2,048 GPUs, in processes of their own,
+least of several."""
 
 import argparse
 import resource
@@ -13,6 +14,11 @@ COMMANDS = {
     "memory of V3 on 2,048 ranks": "memory --model deepseek-v3 --world-size 2048 --gpu h800 --bf16 --fp8-format e4m3 "
     "--pipeline-model-parallel-size 16 --pipeline-schedule DualPipeV --expert-model-parallel-size 64 "
     "--global-batch-size 15360 --recompute-granularity selective",
+    "time of V3 on 2,048 ranks": "time --model deepseek-v3 --world-size 2048 --gpu h800 --bf16 --fp8-format e4m3 "
+    "--pipeline-model-parallel-size 16 --pipeline-schedule DualPipeV --expert-model-parallel-size 64 "
+    "--global-batch-size 15360",
+    "search of V3 on 2,048 ranks": "search --model deepseek-v3 --world-size 2048 --gpu h800 --bf16 --fp8-format e4m3 "
+    "--global-batch-size 15360",
     "docs/planning.md": "table"}
 
 

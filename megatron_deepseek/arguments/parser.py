@@ -49,6 +49,8 @@ def _add_parallel(parser):
         help="ranks that share the width of each expert")
     add("--explain-layout", type=values.positive_int, metavar="RANKS",
         help="print which of so many ranks holds what, and leave")
+    add("--auto-layout", type=str, metavar="GPU",
+        help="take the layout that tools/plan.py search finds best for this GPU, in place of arguments for it")
     add("--all", action="store_true", help="with --explain-layout: every rank in a line of its own")
     add("--check-only", action="store_true",
         help="check the arguments for WORLD_SIZE ranks (environment; 1), and leave; files are not read")

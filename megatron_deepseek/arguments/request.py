@@ -4,6 +4,7 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_deepseek.arguments.auto_layout import given_beside
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.freezing import matches_nothing
@@ -185,6 +186,11 @@ class Request:
     @property
     def microbatch_rule(self) -> str:
         return schedule_rules.microbatch_rule(self.schedule, self.pp)
+
+    @property
+    def given_beside_auto_layout(self) -> str:
+        """Return the options that --auto-layout decides and that were given all the same, as they are typed."""
+        return given_beside(self.args)
 
     @property
     def frozen(self) -> tuple[str, ...]:

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from megatron_deepseek.arguments import auto_layout
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.arguments.validation import check
+from megatron_deepseek.arguments.validation import check, check_auto_layout
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.launch.program import program
 from megatron_deepseek.model.architecture.presets import config_file
@@ -49,7 +50,14 @@ def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = N
 
 
 def build_settings(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> Settings:
-    """Return the settings that parsed arguments ask for. Raise ValueError if they do not fit together."""
+    """Return the settings that parsed arguments ask for; with --auto-layout the layout is the planner's. Raise
+    ValueError if they do not fit together.
+    """
+    if args.auto_layout is not None:
+        check_auto_layout(Request(args, build_model(args), world_size, local_world_size))
+        values = auto_layout.chosen(args, world_size, local_world_size)
+        found = auto_layout.accept_for(args, world_size, local_world_size)(values)
+        return replace(found, notes=(*found.notes, auto_layout.describe(args, values)))
     try:
         request = Request(args, build_model(args), world_size, local_world_size)
         check(request)

@@ -70,6 +70,16 @@ _UNBUILT = (
          "--hidden-dropout {r.args.hidden_dropout} is not supported: DeepSeek trains without"),
 )
 
+AUTO_LAYOUT = (
+    Rule("a layout conflicts with --auto-layout",
+         lambda r: r.args.auto_layout is not None and bool(r.given_beside_auto_layout),
+         "--auto-layout {r.args.auto_layout} chooses {r.given_beside_auto_layout} itself; leave it out, or search by "
+         "tools/plan.py search, which keeps what is given"),
+    Rule("--auto-layout needs --global-batch-size",
+         lambda r: r.args.auto_layout is not None and r.args.global_batch_size is None,
+         "--auto-layout {r.args.auto_layout} needs --global-batch-size: which layouts are good depends on it"),
+)
+
 _LAYOUT = (
     Rule("the sizes ask for several ranks, but one process was started",
          lambda r: r.world_size == 1 and r.fewest_ranks > 1,
@@ -284,11 +294,21 @@ _RUN = (
          "{r.args.profile_step_end}"),
 )
 
-RULES = _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN + FINE_TUNING
+RULES = AUTO_LAYOUT + _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN \
+    + FINE_TUNING
+
+
+def check_auto_layout(request: Request) -> None:
+    """Raise ValueError for what --auto-layout does not go with: the layout that it chooses is not there yet."""
+    _check(request, AUTO_LAYOUT)
 
 
 def check(request: Request) -> None:
     """Raise ValueError with the message of the first rule of the table that applies."""
-    for rule in RULES:
+    _check(request, RULES)
+
+
+def _check(request: Request, rules: tuple[Rule, ...]) -> None:
+    for rule in rules:
         if rule.when(request):
             raise ValueError(rule.message.format(r=request))

@@ -1,6 +1,8 @@
-"""Plan a cluster on a laptop: which rank takes how much memory, and whether it fits; no torch, no GPU, no data.
+"""Plan a cluster on a laptop: does it fit, how fast is it, which layout is best; no torch, no GPU, no data.
 
     tools/plan.py memory --model deepseek-v3 --world-size 2048 --gpu h800 ARGUMENTS OF pretrain_deepseek.py
+    tools/plan.py time   --model deepseek-v3 --world-size 2048 --gpu h800 ARGUMENTS OF pretrain_deepseek.py
+    tools/plan.py search --model deepseek-v3 --world-size 2048 --gpu h800 --global-batch-size 15360 ARGUMENTS
 """
 
 import argparse
@@ -51,8 +53,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks that share a rollout engine's weights (1)")
     add("--serve-weight-bytes", type=values.positive, default=Task.weight_bytes, help="of a weight that serves: 1 for "
         "FP8 (2)")
-    add("--json", type=values.path, metavar="FILE", help="also write every rank there")
-    add("--picture", type=values.path, metavar="PNG", help="also draw the ranks' memory")
+    add("--json", type=values.path, metavar="FILE", help="also write the plan there")
+    add("--picture", type=values.path, metavar="PNG", help="also draw it: the ranks' memory, or the schedule")
 
 
 def plan_parser(command: str, description: str) -> OneLineParser:
@@ -145,8 +147,24 @@ def table(argv: Sequence[str]) -> int:
     return 0
 
 
+def time(argv: Sequence[str]) -> int:
+    """Run `plan.py time`."""
+    from megatron_deepseek.cli.plan_time import plan_time
+
+    return plan_time(argv)
+
+
+def search(argv: Sequence[str]) -> int:
+    """Run `plan.py search`."""
+    from megatron_deepseek.cli.plan_search import plan_search
+
+    return plan_search(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "memory": (memory, "memory of every rank of a run, and whether it fits"),
+    "time": (time, "seconds of a step, tokens a second, GPU hours; a trace and a picture of the schedule"),
+    "search": (search, "the layout that trains fastest on so many GPUs, and its arguments"),
     "table": (table, "docs/planning.md")}
 
 

@@ -20,8 +20,8 @@ class Gpu:
     """One GPU (or one Ascend package) and its links, in one direction. FLOPS are dense, in 10^12 a second.
 
     `memory_gb` is what the driver shows, in 10^9 bytes. `scale_up_gb_s` joins the `scale_up_gpus` of a node or rack,
-    `network_gb_s` goes beyond them. `reached_*` are the parts of these peaks that published runs reached; None, as for
-    `fp8_tflops`, where the GPU has no FP8.
+    `network_gb_s` goes beyond them, `host_gb_s` to the host's memory. `reached_*` are the parts of these peaks that
+    published runs reached; None, as for `fp8_tflops`, where the GPU has no FP8.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Gpu:
     scale_up_gb_s: float
     scale_up_gpus: int
     network_gb_s: float
+    host_gb_s: float
     reached_bf16: float
     reached_fp8: float | None
     reached_scale_up: float

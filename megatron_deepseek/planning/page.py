@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from megatron_deepseek.planning import anchors, distilled, sizing
+from megatron_deepseek.planning import anchors, distilled, page_time, sizing
 from megatron_deepseek.planning.gpus import Gpu, find_gpu, load_gpus
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import all_ranks, worst
@@ -29,7 +29,7 @@ def page(parse: Parse) -> str:
         anchors="\n".join(anchors.rows(parse)), science="\n".join(anchors.science_rows(parse)),
         ladder="\n".join(ladder(parse)), counts="\n".join(counts(settings, find_gpu("h100"))),
         fewest="\n".join(fewest(settings)), distilled="\n".join(distilled_rows()), gpus="\n".join(gpu_rows()),
-        users=USERS, context=CONTEXT)
+        times="\n".join(page_time.rows(parse)), table4=page_time.table_4(), users=USERS, context=CONTEXT)
 
 
 def task_of(name: str, gpus: int) -> Task:

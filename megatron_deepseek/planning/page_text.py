@@ -53,6 +53,44 @@ and the inputs of layers. What was seen does not grow with a GPU's tokens, so on
 |---|---|---|---|---|---|---|
 {science}
 
+## How long a step takes
+`plan.py time` prices every layer (products by shape and attention by a roofline, passes over memory, tokens and TP and
+CP ranks' exchanges on a network of two levels), simulates the schedule's own action list with messages between stages,
+and adds what data ranks and the optimizer take beside it. It prints `step_seconds`, tokens a second and GPU, GPU hours
+and with `--price` money for 10^12 tokens; `--trace FILE` is for Perfetto (with each rank's memory), `--picture PNG`
+draws the schedule.
+```
+python tools/plan.py time --model deepseek-v3 --world-size 256 --gpu h800 --bf16 --fp8-format e4m3 \\
+    --pipeline-model-parallel-size 8 --pipeline-schedule DualPipeV --expert-model-parallel-size 32 \\
+    --moe-token-dispatcher-type grouped --overlap-moe-expert-parallel-comm --global-batch-size 640 --price 2
+```
+Without `--calibrate RUN` it says "not calibrated": speeds are data sheets' times the parts that published measurements
+reached (`planning/efficiency.py`, `planning/gpus.json`). RUN is a `--save` directory or its metrics.jsonl, which scale
+computing and travelling alike, or a profile of a rank, which tells them apart; it must be of the planned model but for
+the numbers of layers and words. Experts are taken to be balanced. With `--engine megatron` tokens travel as by DeepEP
+or HybridEP, and interleaved schedules overlap the backwards and forwards that follow each other.
+
+V3, tokens a second and GPU, nothing calibrated, for `--engine megatron`:
+
+| GPUs | layout | published | planned | |
+|---|---|---|---|---|
+{times}
+
+Table 4 of arXiv 2505.09343, simulated from its own operation times: {table4}.
+What is missing are its uneven stages, messages and jitter, of which it has no times.
+
+## Which layout is best
+```
+python tools/plan.py search --model deepseek-v3 --world-size 2048 --gpu h800 --bf16 --fp8-format e4m3 \\
+    --global-batch-size 15360
+```
+tries TP, PP, stages of a rank, schedules, EP, ETP, CP, dispatchers, micro-batches and sharding, best bound first. For
+each it cuts the stages by an exact program under the memory that every rank has (`planning/partition.py`), with what
+must be recomputed or offloaded for that, and simulates the step. It prints ten that are best, and the arguments of the
+first; arguments of a layout that are given stay as they are. The program is exact for one stage on a rank and for two;
+the search as a whole ends when no bound is below the best step, or 150 layouts more brought nothing.
+`pretrain_deepseek.py --auto-layout GPU` takes the first one. Where nothing fits it says what is closest.
+
 ## V3 on 2,048 GPUs in its report's layout
 PP16 DualPipeV, EP64, 4,096 tokens, MTP, 15,360 sequences (120 micro-batches), GiB on the fullest rank; "uneven" is
 with 1.25 times the rows. With whole layers recomputed the fullest rank is the last, whose weight gradients wait; with

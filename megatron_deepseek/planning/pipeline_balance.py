@@ -48,11 +48,18 @@ def stages(model: ModelConfig, num_stages: int, seq_length: int = 4096) -> tuple
     if num_stages > len(costs):
         raise ValueError(f"{num_stages} pipeline stages are more than the {len(costs)} parts of the model: "
                          f"{layers} layers, {depths} MTP modules, one head")
-    return tuple(Stage(embedding=first == 0,
-                       layers=tuple(range(first, min(end, layers))),
-                       mtp=tuple(range(max(first, layers) - layers, min(end, layers + depths) - layers)),
-                       loss=end == len(costs))
-                 for first, end in divide(costs, num_stages))
+    return tuple(stage_of(model, first, end) for first, end in divide(costs, num_stages))
+
+
+def stage_of(model: ModelConfig, first: int, end: int) -> Stage:
+    """Return the stage of the parts [first, end) of a model: its layers, MTP modules and head, in this order. The
+    embedding goes with the first part.
+    """
+    layers, depths = model.num_hidden_layers, model.num_nextn_predict_layers
+    return Stage(embedding=first == 0,
+                 layers=tuple(range(first, min(end, layers))),
+                 mtp=tuple(range(max(first, layers) - layers, min(end, layers + depths) - layers)),
+                 loss=end == layers + depths + 1)
 
 
 def resolve(model: ModelConfig, pipeline: PipelineSettings, pp: int, seq_length: int) -> tuple[Stage, ...]:

@@ -5,7 +5,7 @@ what the weight gradients need until those are made. While a forward or a backwa
 layer that is recomputed, gradients on their way, logits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_deepseek.planning.actions import Act
@@ -39,30 +39,67 @@ class Peak:
     running: int = 0
 
 
-def replay(acts: Sequence[Act], stages: Mapping[int, StageBytes]) -> Peak:
-    """Return the peak of a rank that does `acts` on `stages`.
+@dataclass(frozen=True)
+class Moment:
+    """An act: how many micro-batches each stage keeps while it runs, how many wait for weight gradients, and which
+    stages run forwards and which backwards, all in the order of `stages`. `after`: what is kept and waits behind it.
+    """
+
+    kept: tuple[int, ...]
+    waiting: tuple[int, ...]
+    forwards: tuple[int, ...]
+    backwards: tuple[int, ...]
+    after: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def bytes(self, stages: Sequence[StageBytes]) -> tuple[int, int, int]:
+        """Return the bytes that are kept, that wait, and that exist only while the act runs."""
+        running = sum(stages[at].forward for at in self.forwards) + sum(stages[at].backward for at in self.backwards)
+        return *standing(self.kept, self.waiting, stages), running
+
+
+def standing(kept: Sequence[int], waiting: Sequence[int], stages: Sequence[StageBytes]) -> tuple[int, int]:
+    """Return the bytes of so many micro-batches that are kept and that wait."""
+    return (sum(count * each.kept for count, each in zip(kept, stages)),
+            sum(count * each.waiting for count, each in zip(waiting, stages)))
+
+
+def moments(acts: Sequence[Act], stages: Sequence[int]) -> Iterator[Moment]:
+    """Yield a Moment for each act of a rank that holds `stages`.
 
     The two runs of a pair are taken to be at their peaks together, and the pair's forward to be kept before its
     backward frees anything: so they overlap at the worst.
     """
-    kept = dict.fromkeys(stages, 0)
-    waiting = dict.fromkeys(stages, 0)
+    place = {stage: at for at, stage in enumerate(stages)}
+    kept, waiting = [0] * len(place), [0] * len(place)
+    for act in acts:
+        for run in act:
+            kept[place[run.stage]] += run.kind == "F"
+        during = tuple(kept), tuple(waiting)
+        for run in act:
+            kept[place[run.stage]] -= run.kind in "BI"
+            waiting[place[run.stage]] += (run.kind == "I") - (run.kind == "W")
+        yield Moment(*during, tuple(place[run.stage] for run in act if run.kind == "F"),
+                     tuple(place[run.stage] for run in act if run.kind in "BI"), (tuple(kept), tuple(waiting)))
+    assert not any(kept) and not any(waiting), "a micro-batch without its backward"
+
+
+def replay(acts: Sequence[Act], stages: Mapping[int, StageBytes]) -> Peak:
+    """Return the peak of a rank that does `acts` on `stages`."""
     best = Peak()
-    for number, act in enumerate(acts):
-        for run in act:
-            kept[run.stage] += run.kind == "F"
-        running = sum(stages[run.stage].forward if run.kind == "F" else stages[run.stage].backward
-                      for run in act if run.kind != "W")
-        held = sum(count * stages[stage].kept for stage, count in kept.items())
-        left = sum(count * stages[stage].waiting for stage, count in waiting.items())
+    order, sizes = tuple(stages), tuple(stages.values())
+    for number, moment in enumerate(moments(acts, order)):
+        held, left, running = moment.bytes(sizes)
         if held + left + running > best.bytes:
-            best = Peak(held + left + running, number, {s: count for s, count in kept.items() if count}, held, left,
-                        running)
-        for run in act:
-            kept[run.stage] -= run.kind in "BI"
-            waiting[run.stage] += (run.kind == "I") - (run.kind == "W")
-    assert not any(kept.values()) and not any(waiting.values()), "a micro-batch without its backward"
+            best = Peak(held + left + running, number, {s: count for s, count in zip(order, moment.kept) if count},
+                        held, left, running)
     return best
+
+
+def levels(acts: Sequence[Act], stages: Mapping[int, StageBytes]) -> Iterator[tuple[int, int]]:
+    """Yield for each act the bytes while it runs and those behind it."""
+    sizes = tuple(stages.values())
+    for moment in moments(acts, tuple(stages)):
+        yield sum(moment.bytes(sizes)), sum(standing(*moment.after, sizes))
 
 
 def most_in_flight(acts: Sequence[Act], stages: Sequence[int]) -> int:

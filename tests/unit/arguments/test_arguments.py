@@ -25,6 +25,10 @@ PP2 = "--pipeline-model-parallel-size 2"
 
 # name of the rule: (ranks, arguments, fragments of the message)
 REFUSED = {
+    "a layout conflicts with --auto-layout":
+        (2, "--auto-layout h100 --global-batch-size 8 --tensor-model-parallel-size 2",
+         ["--auto-layout h100 chooses --tensor-model-parallel-size itself", "tools/plan.py search"]),
+    "--auto-layout needs --global-batch-size": (1, "--auto-layout h100", ["--auto-layout h100", "--global-batch-size"]),
     "--exp-avg-dtype is of an unsupported type":
         (1, "--exp-avg-dtype fp8", ["--exp-avg-dtype fp8", "only fp32 and bf16"]),
     "--exp-avg-sq-dtype is of an unsupported type":
