@@ -1,4 +1,4 @@
-"""In which numbers activations are kept, and on which device's kernels: bytes of tensors by their shapes.
+"""The numbers that activations are kept in, by precision and by device: bytes of tensors by their shapes.
 
 FP8 is the recipe of ops/fp8/recipe.py: inputs of products as E4M3 codes with a float32 scale for each 128 columns,
 attention's output as E5M6, two codes in three bytes.

@@ -28,10 +28,11 @@ _FILLS = {"GPipe": 1.0, "1F1B": 1.0, "LoopedBFS": 1.0, "Interleaved1F1B": 1.0, "
 
 @dataclass(frozen=True)
 class Priced:
-    """Of one micro-batch with nothing else on the machine: `alone`, seconds of each part of the model; `paired`, the
-    same where forwards and backwards hide each other's tokens. `kept`: bytes of a layer with experts (of a dense one in
-    models without), `running` while its backward runs, `offloaded` what of it is left on the device, `host_seconds`
-    what its way to the host and back takes.
+    """The price of one micro-batch with nothing else on the machine.
+
+    `alone`: seconds of each part of the model; `paired`: the same where forwards and backwards hide each other's
+    tokens. `kept`: bytes of a layer with experts (of a dense one in models without), `running` while its backward runs,
+    `offloaded` what of it is left on the device; `host_seconds`: what its way to the host and back takes.
     """
 
     alone: tuple[float, ...]
