@@ -30,6 +30,7 @@ def drill(workshop, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_dies_at_every_stage_of_a_save(workshop):
     """In a rank's file, before it is on the disk, before the rename, between it and the tracker, and before a step."""
     stages = ("1:write:30", "0:fsync:3", "0:publish:1", "0:tracker:2", "1:step:2")

@@ -98,6 +98,7 @@ def test_learns_from_released_weights_and_reports_what_is_held_out(bench, alone)
         (bench.directory / "released" / "model.safetensors.index.json").read_text())["weight_map"])
 
 
+@pytest.mark.slow
 def test_resumes_in_mid_epoch_in_another_layout(bench, alone):
     """Three steps on two context ranks, the rest on two tensor ranks: the numbers of one rank, noise included."""
     first = bench.train(2, "moved", *from_weights(bench, "released"), *evaluated(bench), "--exit-interval", "3",
@@ -107,6 +108,7 @@ def test_resumes_in_mid_epoch_in_another_layout(bench, alone):
                             "--tensor-model-parallel-size", "2", "--sequence-parallel"), alone)
 
 
+@pytest.mark.slow
 def test_answers_are_written_whatever_the_layout(bench, alone):
     """Two pipeline ranks write what one rank does."""
     more = (*from_weights(bench, "alone"), *evaluated(bench), "--train-iters", "1", "--generate-every", "1",

@@ -55,6 +55,7 @@ def test_from_layout_to_layout_and_back(ranks, tmp_path):
         assert verify_directory(find_iteration(tmp_path / str(number + 1), 2)) == []
 
 
+@pytest.mark.slow
 def test_from_subset_to_subset_in_other_layouts(ranks, tmp_path):
     """Each life trains another drawn subset, on one process and in layouts, from whose checkpoints the next goes on.
     Equal are all weights, moments and numbers of steps; those of the newly trained are fewer.

@@ -27,8 +27,8 @@ def reference(ranks):
     return record
 
 
-# `make test` takes every third of them, `make test-all` all.
-SHOWN = [pytest.param(case, id=str(case), marks=() if number % 3 == 0 else pytest.mark.slow)
+# `make test` takes every fourth of them, `make test-all` all.
+SHOWN = [pytest.param(case, id=str(case), marks=() if number % 4 == 0 else pytest.mark.slow)
          for number, case in enumerate([*CASES, *WIDE_CASES])]
 
 

@@ -86,7 +86,8 @@ def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:
     return [kept(settings) for settings in runs]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name == "tp sp" else pytest.mark.slow)
+                                    for name in LAYOUTS])
 def test_layers_keep_what_is_calculated(ranks, layout):
     """Both models, in bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
     arguments, number = LAYOUTS[layout]
