@@ -115,14 +115,15 @@ def test_kill_and_resume(tmp_path, large, to):
            "runpy.run_path(sys.argv[0], run_name='__main__')")
     process = subprocess.Popen([sys.executable, "-c", run], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    started = "*.tmp" if to == "native" else "*.safetensors"
-    while not list((work / "output").glob(started)) and time.monotonic() < deadline:
+    started = "output/*.tmp" if to == "native" else "finished/*.safetensors.json"
+    while not list(work.glob(started)) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out" / "config.json").exists()
     assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
-    kept = {path: path.stat().st_ino for path in (work / "output").glob("*.safetensors")}
+    kept = {path: path.stat().st_ino for path in (work / "output").glob("*.safetensors")
+            if (work / "finished" / f"{path.name}.json").exists()}  # a kill may fall between the two renames
     done = convert(*arguments)
     assert done.returncode == 0 and "continuing the conversion" in done.stderr, done.stderr
     assert not work.exists()

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from workshop import CONFIG, REPOSITORY, Job
 
+from megatron_deepseek.cli.convert_checkpoint import main as convert
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 CHATS = {"train": range(24), "held_out": range(100, 106)}
 
 
@@ -29,18 +33,20 @@ class Bench:
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(chat(n)) + "\n" for n in numbers))
         (directory / "config.json").write_text(json.dumps(CONFIG))
 
-    def run(self, num_ranks: int, save: str | None, *more: str) -> Job:
+    def command(self, num_ranks: int, save: str | None, *more: str) -> list[str]:
+        """Return the words of a fine-tuning on the training conversations."""
         given = ["--model", self.directory / "config.json", "--dataset", self.directory / "train.jsonl",
                  "--tokenizer-type", "ByteTokenizer", "--template", "deepseek-v3", "--seq-length", "32",
                  "--micro-batch-size", "1", "--global-batch-size", "4", "--lr", "1e-3", "--lr-decay-style", "constant",
                  "--neftune-alpha", "5", "--loss-average", "sample", "--data-cache-path", self.directory / "cache",
                  "--num-workers", "1", *(("--save", self.directory / save) if save else ()), *more]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-        command = [sys.executable, *(torchrun if num_ranks > 1 else []), str(REPOSITORY / "finetune_deepseek.py"),
-                   *map(str, given)]
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              timeout=240)
+        return [sys.executable, *(torchrun if num_ranks > 1 else []), str(REPOSITORY / "finetune_deepseek.py"),
+                *map(str, given)]
+
+    def run(self, num_ranks: int, save: str | None, *more: str) -> Job:
+        done = subprocess.run(self.command(num_ranks, save, *more), env=ENVIRONMENT, text=True, timeout=240,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return Job(done.returncode, done.stdout)
 
     def train(self, num_ranks: int, save: str, *more: str) -> list[dict]:
@@ -122,6 +128,34 @@ def test_answers_are_written_whatever_the_layout(bench, alone):
     assert [record["iteration"] for record in one if "eval_exact_match" in record] == [0, 1]
     assert [record["eval_exact_match"] for record in one if "eval_exact_match" in record] == [
         record["eval_exact_match"] for record in two if "eval_exact_match" in record]
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_goes_on_to_the_same_numbers(bench, alone):
+    """SIGKILL once the third step is told, with a checkpoint after each step; the same command goes on."""
+    more = (*from_weights(bench, "released"), *evaluated(bench), "--save-interval", "1")
+    killed, told = subprocess.Popen(bench.command(1, "killed", *more), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                                    stderr=subprocess.STDOUT), bench.directory / "killed" / "metrics.jsonl"
+    try:
+        while not (told.exists() and '"iteration": 3' in told.read_text()):
+            assert killed.poll() is None, "it ended by itself"
+            time.sleep(0.02)
+    finally:
+        killed.kill()
+        killed.wait()
+    assert_same(bench.train(1, "killed", *more), alone)
+
+
+@pytest.mark.slow
+def test_begins_from_fp8_as_released(bench, alone):
+    """E4M3 weights with a scale for each block of 128 x 128: the first losses are those before, nearly."""
+    released, fp8 = bench.directory / "released", bench.directory / "released-fp8"
+    assert convert(["--from", "hf", "--to", "hf", "--load", str(released), "--save", str(fp8), "--dtype", "fp8"]) == 0
+    config = json.loads((fp8 / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    first = steps(bench.train(1, "from-fp8", "--load", str(fp8), "--train-iters", "2"))
+    for ours, theirs in zip(first, steps(alone)):
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=0.02) and ours["lm_loss"] != theirs["lm_loss"]
 
 
 def test_a_dry_run_shows_what_is_trained_on_and_builds_nothing(bench):
