@@ -14,6 +14,9 @@ from megatron_deepseek.model.architecture.presets import load_config
 from megatron_deepseek.planning.candidates import Choice, Lane, options, words
 from megatron_deepseek.settings import Settings
 
+# arguments/settings.py: build_settings, which is given since it calls this module.
+BuildSettings = Callable[[argparse.Namespace, int, int | None], Settings]
+
 
 @lru_cache(1)
 def _names() -> tuple[str, ...]:
@@ -37,19 +40,19 @@ def given_beside(args: argparse.Namespace) -> str:
                     and name != "moe_ranks_per_node")
 
 
-def accept_for(args: argparse.Namespace, world_size: int, local_world_size: int | None
+def accept_for(build: BuildSettings, args: argparse.Namespace, world_size: int, local_world_size: int | None
                ) -> Callable[[Mapping[str, Any]], Settings]:
-    """Return the function that makes settings of `args` with other values, or raises ValueError."""
-    from megatron_deepseek.arguments.settings import build_settings
+    """Return the function that has `build` make settings of `args` with other values, or raises ValueError."""
 
     def accept(values: Mapping[str, Any]) -> Settings:
-        return build_settings(argparse.Namespace(**{**vars(args), **values, "auto_layout": None}), world_size,
-                              local_world_size)
+        return build(argparse.Namespace(**{**vars(args), **values, "auto_layout": None}), world_size,
+                     local_world_size)
 
     return accept
 
 
-def chosen(args: argparse.Namespace, world_size: int, local_world_size: int | None) -> Mapping[str, Any]:
+def chosen(build: BuildSettings, args: argparse.Namespace, world_size: int, local_world_size: int | None
+           ) -> Mapping[str, Any]:
     """Return the values of the arguments of the best layout. Raise ValueError where none fits."""
     from megatron_deepseek.planning.gpus import find_gpu
     from megatron_deepseek.planning.job import Job
@@ -62,8 +65,8 @@ def chosen(args: argparse.Namespace, world_size: int, local_world_size: int | No
         words_ = str(error).replace("--gpu ", "--auto-layout ", 1).removesuffix("; --gpu-file adds others")
         raise ValueError(words_) from error
     local = local_world_size or min(world_size, gpu.scale_up_gpus)
-    alone = accept_for(args, 1, 1)({})  # without a layout: what stays the same in all of them
-    accept = accept_for(args, world_size, local)
+    alone = accept_for(build, args, 1, 1)({})  # without a layout: what stays the same in all of them
+    accept = accept_for(build, args, world_size, local)
     found = Search(Job(alone), gpu, gpu.memory_bytes, world_size, accept, per_node=local).run()
     if not found.plans:
         raise ValueError(f"--auto-layout {args.auto_layout}: " + " ".join(

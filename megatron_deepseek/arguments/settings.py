@@ -55,8 +55,8 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
     """
     if args.auto_layout is not None:
         check_auto_layout(Request(args, build_model(args), world_size, local_world_size))
-        values = auto_layout.chosen(args, world_size, local_world_size)
-        found = auto_layout.accept_for(args, world_size, local_world_size)(values)
+        values = auto_layout.chosen(build_settings, args, world_size, local_world_size)
+        found = auto_layout.accept_for(build_settings, args, world_size, local_world_size)(values)
         return replace(found, notes=(*found.notes, auto_layout.describe(args, values)))
     try:
         request = Request(args, build_model(args), world_size, local_world_size)

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 from megatron_deepseek.arguments.auto_layout import accept_for, defaults
-from megatron_deepseek.cli.plan import completed, job_of, plan_parser, write
+from megatron_deepseek.arguments.settings import build_settings
+from megatron_deepseek.cli.plan_options import completed, job_of, plan_parser, write
 from megatron_deepseek.cli.plan_time import add_calibration, scales_of
 from megatron_deepseek.planning.candidates import words
 from megatron_deepseek.planning.search import Search
@@ -29,7 +30,7 @@ def plan_search(argv: Sequence[str]) -> int:
     job, gpu = job_of(plain)
     scales, calibration = scales_of(args, job, gpu, planned=False)
     limit = gpu.memory_bytes if args.memory_limit is None else args.memory_limit
-    accept = accept_for(plain, args.world_size, min(args.world_size, gpu.scale_up_gpus))
+    accept = accept_for(build_settings, plain, args.world_size, min(args.world_size, gpu.scale_up_gpus))
     found = Search(job, gpu, limit, args.world_size, accept, given, scales).run()
     said = [shlex.join(words(plan.values, defaults())) for plan in found.plans]
     print("\n".join(search_lines(found, job, gpu, limit, args.world_size, said, calibration)))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.cli.plan import settings_of
+from megatron_deepseek.cli.plan_options import settings_of
 from megatron_deepseek.planning.anchors import ANCHORS, SCIENCE_ONE, science_job
 from megatron_deepseek.planning.engines import ENGINES
 from megatron_deepseek.planning.gpus import find_gpu

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments.auto_layout import accept_for, chosen, defaults
+from megatron_deepseek.arguments.settings import build_settings
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.planning.candidates import Choice, Lane, lanes, options, pipelines, recomputes, words
 from megatron_deepseek.planning.gpus import find_gpu
@@ -26,8 +27,9 @@ RANKS = 4
 
 def search_of(arguments, ranks=RANKS, limit=GPU.memory_bytes, gpu=GPU, fixed=None):
     args = build_parser().parse_args(arguments.split())
-    alone = accept_for(args, 1, 1)({})
-    return Search(Job(alone), gpu, limit, ranks, accept_for(args, ranks, min(ranks, gpu.scale_up_gpus)), fixed)
+    alone = accept_for(build_settings, args, 1, 1)({})
+    accept = accept_for(build_settings, args, ranks, min(ranks, gpu.scale_up_gpus))
+    return Search(Job(alone), gpu, limit, ranks, accept, fixed)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def test_where_nothing_fits_the_closest_is_told():
 
 def test_auto_layout_is_the_first_of_the_search(found):
     args = build_parser().parse_args([*LITE.split(), "--auto-layout", "h100"])
-    assert chosen(args, RANKS, RANKS) == found.plans[0].values
+    assert chosen(build_settings, args, RANKS, RANKS) == found.plans[0].values
     settings = parse([*LITE.split(), "--auto-layout", "h100"], RANKS, RANKS)
     assert Job(settings).stages == found.plans[0].step.job.stages
     assert "--auto-layout h100 is --tensor-model-parallel-size" in settings.notes[-1]
