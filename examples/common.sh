@@ -72,6 +72,28 @@ deepseek_v3_layout() {
                    --expert-model-parallel-size "$ep" "${offload[@]}" --recompute-granularity "${RECOMPUTE:-full}")
 }
 
+# Refuses a fine-tuning that is told no model or no conversations.
+require_finetuning() {
+    require MODEL "the Hugging Face directory of the model: config.json, tokenizer.json and the safetensors files"
+    require DATASET "files of conversations, or weights and files"
+}
+
+# rows_of_update ROWS: rounds BATCH= rows in an update (ROWS without it) up, so that each data rank gets as many.
+rows_of_update() {
+    BATCH=${BATCH:-$1}
+    count BATCH
+    BATCH=$(((BATCH + DATA_RANKS - 1) / DATA_RANKS * DATA_RANKS))
+}
+
+# finetuning_files TEMPLATE: sets DATA_ARGS and OUTPUT_ARGS. Several files have weights before them,
+# DATASET="0.7 chats.jsonl 0.3 code.jsonl", hence without quotes.
+finetuning_files() {
+    DATA_ARGS=(--dataset $DATASET --tokenizer-model "${TOKENIZER:-$MODEL}" --template "$1" --num-workers 16)
+    [ -z "${EVAL_DATASET:-}" ] || DATA_ARGS+=(--eval-dataset $EVAL_DATASET --eval-interval 50)
+    OUTPUT_ARGS=(--save "$SAVE" --load "$MODEL" --save-interval 100 --keep-last 2 --distributed-timeout-minutes 60)
+    [ -z "${OUT:-}" ] || OUTPUT_ARGS+=(--save-hf "$OUT")
+}
+
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON" || refuse "PYTHON=$PYTHON is no program"

@@ -10,21 +10,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 NNODES=${NNODES:-16}
-require MODEL "the Hugging Face directory of the model: config.json, tokenizer.json and the safetensors files"
-require DATASET "files of conversations, or weights and files"
+require_finetuning
 count NNODES
 count GPUS_PER_NODE
 SAVE=${SAVE:-runs/finetune-r1}
 
-deepseek_v3_layout  # sets PARALLEL_ARGS by the number of GPUs
 # Batches are smaller than in pre-training: a schedule that takes any number of micro-batches, where none is asked for.
-PARALLEL_ARGS+=(--pipeline-schedule "${SCHEDULE:-ZBVZeroBubble}" --context-parallel-size 8)
+SCHEDULE=${SCHEDULE:-ZBVZeroBubble}
+deepseek_v3_layout  # sets PARALLEL_ARGS by the number of GPUs
+PARALLEL_ARGS+=(--context-parallel-size 8)
 DATA_RANKS=$((NNODES * GPUS_PER_NODE / 128))
 
-# BATCH= rows in an update at least; each data rank gets as many.
-BATCH=${BATCH:-128}
-count BATCH
-BATCH=$(((BATCH + DATA_RANKS - 1) / DATA_RANKS * DATA_RANKS))
+rows_of_update 128  # sets BATCH
 
 MODEL_ARGS=(--model "$MODEL" --mtp-loss-scaling-factor 0.1)
 
@@ -36,17 +33,6 @@ TRAINING_ARGS=(
     --global-batch-size "$BATCH"
 )
 
-# Several files with weights: DATASET="0.7 chats.jsonl 0.3 code.jsonl", hence without quotes.
-DATA_ARGS=(--dataset $DATASET --tokenizer-model "${TOKENIZER:-$MODEL}" --template "${TEMPLATE:-deepseek-r1}" --num-workers 16)
-[ -z "${EVAL_DATASET:-}" ] || DATA_ARGS+=(--eval-dataset $EVAL_DATASET --eval-interval 50)
-
-OUTPUT_ARGS=(
-    --save "$SAVE"
-    --load "$MODEL"
-    --save-interval 100
-    --keep-last 2
-    --distributed-timeout-minutes 60
-)
-[ -z "${OUT:-}" ] || OUTPUT_ARGS+=(--save-hf "$OUT")
+finetuning_files "${TEMPLATE:-deepseek-r1}"  # sets DATA_ARGS and OUTPUT_ARGS
 
 launch "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@"

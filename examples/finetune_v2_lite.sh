@@ -8,8 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 NNODES=${NNODES:-1}
-require MODEL "the Hugging Face directory of the model: config.json, tokenizer.json and the safetensors files"
-require DATASET "files of conversations, or weights and files"
+require_finetuning
 count NNODES
 count GPUS_PER_NODE
 SAVE=${SAVE:-runs/finetune-v2-lite}
@@ -26,10 +25,7 @@ PARALLEL_ARGS=(
 )
 DATA_RANKS=$((NNODES * GPUS_PER_NODE))
 
-# BATCH= rows in an update at least; each data rank gets as many.
-BATCH=${BATCH:-128}
-count BATCH
-BATCH=$(((BATCH + DATA_RANKS - 1) / DATA_RANKS * DATA_RANKS))
+rows_of_update 128  # sets BATCH
 
 MODEL_ARGS=(--model "$MODEL")
 
@@ -41,17 +37,6 @@ TRAINING_ARGS=(
     --global-batch-size "$BATCH"
 )
 
-# Several files with weights: DATASET="0.7 chats.jsonl 0.3 code.jsonl", hence without quotes.
-DATA_ARGS=(--dataset $DATASET --tokenizer-model "${TOKENIZER:-$MODEL}" --template deepseek-v2 --num-workers 16)
-[ -z "${EVAL_DATASET:-}" ] || DATA_ARGS+=(--eval-dataset $EVAL_DATASET --eval-interval 50)
-
-OUTPUT_ARGS=(
-    --save "$SAVE"
-    --load "$MODEL"
-    --save-interval 100
-    --keep-last 2
-    --distributed-timeout-minutes 60
-)
-[ -z "${OUT:-}" ] || OUTPUT_ARGS+=(--save-hf "$OUT")
+finetuning_files deepseek-v2  # sets DATA_ARGS and OUTPUT_ARGS
 
 launch "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@"

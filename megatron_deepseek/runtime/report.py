@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -141,7 +142,22 @@ class MetricsLog:
         self._file.close()
 
 
-class ProgressBar:
+class Progress(ABC):
+    """A listener for a person, to whom evaluations are messages."""
+
+    @abstractmethod
+    def message(self, text: str) -> None:
+        """Print a line."""
+
+    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
+                   source_loss: dict[str, float] | None) -> None:
+        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+
+    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
+        self.message(_held_out_line(iteration, name, results))
+
+
+class ProgressBar(Progress):
     """A bar with loss, tokens a second and the time left, for a terminal."""
 
     def __init__(self, run: RunSettings, resumed_iteration: int, stream: TextIO):
@@ -153,13 +169,6 @@ class ProgressBar:
                                   refresh=False)
         self._bar.update()
 
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                   source_loss: dict[str, float] | None) -> None:
-        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
-
-    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
-        self.message(_held_out_line(iteration, name, results))
-
     def message(self, text: str) -> None:
         self._bar.write(text, file=self._stream)
 
@@ -167,7 +176,7 @@ class ProgressBar:
         self._bar.close()
 
 
-class ProgressLines:
+class ProgressLines(Progress):
     """A line for the first step, every log_interval and the last, for a file or a pipe; each flushed."""
 
     def __init__(self, run: RunSettings, resumed_iteration: int, stream: TextIO):
@@ -189,13 +198,6 @@ class ProgressLines:
         """Estimate the time left from the pace of this process so far, validation and saving included."""
         pace = (time.monotonic() - self._begun_at) / (done - self._begun)
         return timedelta(seconds=round(pace * (self._run.train_iters - done)))
-
-    def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                   source_loss: dict[str, float] | None) -> None:
-        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
-
-    def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
-        self.message(_held_out_line(iteration, name, results))
 
     def message(self, text: str) -> None:
         """Print a line. A reader that has gone (a closed terminal, `| head`) ends the printing, not the training."""
