@@ -45,10 +45,6 @@ class Rows:
         """Return the positions of an epoch that are no padding."""
         return self.plan.num_tokens
 
-    def steps_per_epoch(self, global_batch_size: int) -> float:
-        """Return rows_per_epoch / global_batch_size; a run of `epochs` takes that times `epochs`, rounded up."""
-        return self.rows_per_epoch / global_batch_size
-
     def __len__(self) -> int:
         """Return a number that no run reaches: rows go on, blank ones after the last epoch."""
         return 1 << 62
