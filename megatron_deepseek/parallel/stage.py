@@ -58,7 +58,7 @@ class ReducingStage(PipelineStage):
 
     @contextmanager
     def _described_only(self) -> Iterator[None]:
-        """Have buffers made on the meta device."""
+        """Make buffers on the meta device meanwhile."""
         device, self.device = self.device, torch.device("meta")
         try:
             yield

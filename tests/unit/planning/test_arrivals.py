@@ -3,12 +3,17 @@
 from collections import Counter
 
 import pytest
-from torch.distributed.pipelining.schedules import _add_reduce_grad
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _add_reduce_grad,
+    _add_send_recv,
+    _add_unshard_reshard,
+    _ComputationType,
+)
 
 from megatron_deepseek.parallel.schedule_rules import SCHEDULES, VIRTUAL_STAGES, rank_of_stage, takes_microbatches
 from megatron_deepseek.planning.actions import Act, actions
 from megatron_deepseek.planning.arrivals import most_waiting
-from megatron_deepseek.torch_private import _Action, _add_send_recv, _add_unshard_reshard, _ComputationType
 
 KINDS = {"F": _ComputationType.FORWARD, "B": _ComputationType.FULL_BACKWARD, "I": _ComputationType.BACKWARD_INPUT,
          "W": _ComputationType.BACKWARD_WEIGHT}
