@@ -66,11 +66,13 @@ class ModelFiles:
 
 
 def open_model(load: Path, step: int | None = None, *, mtp: bool = False,
-               tokenizer: TokenizerChoice | None = TokenizerChoice()) -> ModelFiles:
+               tokenizer: TokenizerChoice | None = TokenizerChoice(),
+               usual: SamplingParameters = SamplingParameters()) -> ModelFiles:
     """Look at the files of a model: a Hugging Face directory, or the checkpoints of a training.
 
-    With `mtp` its MTP modules are read too. Without a `tokenizer` the model answers ids with ids. Raise ValueError, of
-    one line, for whatever cannot work: a directory that is none, torn or damaged files, no tokenizer, no module.
+    With `mtp` its MTP modules are read too. Without a `tokenizer` the model answers ids with ids. `usual` is the
+    sampling where the model has none of its own. Raise ValueError, of one line, for whatever cannot work: a directory
+    that is none, torn or damaged files, no tokenizer, no module.
     """
     directory = checkpoint_directory(load, step)
     if is_huggingface(directory):
@@ -81,7 +83,7 @@ def open_model(load: Path, step: int | None = None, *, mtp: bool = False,
     if mtp and not source.config.num_nextn_predict_layers:
         raise ValueError(f"{directory} holds no Multi-Token Prediction module, which drafts are made by")
     built = None if tokenizer is None else _tokenizer(tokenizer, load, beside)
-    eos_ids, defaults = read_generation(beside, source.config.vocab_size)
+    eos_ids, defaults = read_generation(beside, source.config.vocab_size, usual)
     if built is not None and built.eod < source.config.vocab_size:
         eos_ids = tuple(dict.fromkeys((*eos_ids, built.eod)))
     return ModelFiles(directory, source, built, eos_ids, defaults)
@@ -97,18 +99,19 @@ def _tokenizer(choice: TokenizerChoice, load: Path, beside: Path) -> Tokenizer:
     return build_tokenizer(choice.type, model)
 
 
-def read_generation(directory: Path, vocab_size: int) -> tuple[tuple[int, ...], SamplingParameters]:
+def read_generation(directory: Path, vocab_size: int, usual: SamplingParameters = SamplingParameters()
+                    ) -> tuple[tuple[int, ...], SamplingParameters]:
     """Return what generation_config.json says: the ids that end a text, and how to sample.
 
-    Without the file, or without ids in it, those of config.json. A model that says `do_sample: false` is greedy. Raise
-    ValueError for a value that cannot be.
+    Without the file, or without ids in it, those of config.json. A model that says `do_sample: false` is greedy; what
+    it does not say is as in `usual`. Raise ValueError for a value that cannot be.
     """
     path, config = directory / _GENERATION, directory / "config.json"
     found = read_object(path) if path.is_file() else JsonObject({}, str(path))
     ids = _ids(found)
     if not ids and config.is_file():
         ids = _ids(read_object(config))
-    return tuple(each for each in ids if each < vocab_size), _sampling(found)
+    return tuple(each for each in ids if each < vocab_size), _sampling(found, usual)
 
 
 def _ids(found: JsonObject) -> tuple[int, ...]:
@@ -120,7 +123,7 @@ def _ids(found: JsonObject) -> tuple[int, ...]:
     return (found.integer("eos_token_id"),)
 
 
-def _sampling(found: JsonObject) -> SamplingParameters:
+def _sampling(found: JsonObject, usual: SamplingParameters) -> SamplingParameters:
     """Return the sampling in a generation_config.json, whose other fields do not matter here."""
     known = {field.name: found.fields.get(field.name) for field in fields(SamplingParameters)
              if field.name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
@@ -128,7 +131,7 @@ def _sampling(found: JsonObject) -> SamplingParameters:
     if found.fields.get("do_sample") is False:
         known["temperature"] = 0.0
     try:
-        return replace(SamplingParameters(), **{name: value for name, value in known.items() if value is not None})
+        return replace(usual, **{name: value for name, value in known.items() if value is not None})
     except ValueError as error:
         raise ValueError(f"{found.where}: {error}") from error
 
