@@ -30,6 +30,11 @@ class EngineSettings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} is {value}; it must be at least {bound}")
-        if self.num_blocks is not None and self.num_blocks * self.block_size < self.max_length:
+        if self.num_blocks is not None and self.num_blocks * self.block_size < self.slots_of_request:
             raise ValueError(f"num_blocks {self.num_blocks} of {self.block_size} tokens do not hold one request of "
                              f"max_length {self.max_length}")
+
+    @property
+    def slots_of_request(self) -> int:
+        """Return the most slots of the cache that a request takes, with those of its drafts."""
+        return self.max_length + self.draft_tokens
