@@ -1,4 +1,4 @@
-"""Which tokens the next forward computes: continuous batching with chunked prefill and preemption.
+"""Chooses the tokens of the next forward: continuous batching with chunked prefill and preemption.
 
 Each step takes every running answer's next token with its drafts, then, as far as the token budget goes, chunks of
 prompts, all in order of arrival. A request is admitted once there are blocks for all of it. Where blocks run out, the

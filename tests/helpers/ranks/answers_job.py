@@ -18,8 +18,9 @@ from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.parallel.layout import Layout
 
 # Rows of kv_b_proj that two ranks share within a block of 128; columns that they share between blocks.
-CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, max_position_embeddings=64, hidden_size=32, num_attention_heads=4,
-                 v_head_dim=64, intermediate_size=256, moe_intermediate_size=128, n_shared_experts=2)
+CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, max_position_embeddings=64, hidden_size=32,
+                 num_attention_heads=4, v_head_dim=64, intermediate_size=256, moe_intermediate_size=128,
+                 n_shared_experts=2)
 
 
 def write_model(directory: Path) -> Path:
