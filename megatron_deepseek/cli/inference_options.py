@@ -5,7 +5,8 @@ It imports no torch: mistakes are to be told at once.
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,19 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
         help="ranks that share each matrix (1)")
     add("--expert-model-parallel-size", type=values.positive_int, default=1, metavar="N",
         help="ranks that share the experts (1)")
+
+
+def leads(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is rank 0, which alone prints."""
+    return environ.get("RANK", "0") == "0"
+
+
+def one_voice(command: Callable[[], int]) -> int:
+    """Return the status of `command`, whose words rank 0 alone prints: all ranks find the same mistakes."""
+    if leads():
+        return command()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return command()
 
 
 def layout_of(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Layout:
