@@ -12,7 +12,6 @@ from tqdm import tqdm
 from megatron_deepseek.cli import inference_options as options
 from megatron_deepseek.cli.answers_file import AnswersFile, cut_and_read, record
 from megatron_deepseek.cli.generate_prompts import PromptLine, PromptReader
-from megatron_deepseek.finetuning.chat import CHOICES, ChatFormat
 from megatron_deepseek.inference.loading import checked_length, join_ranks, load_model
 from megatron_deepseek.inference.model_files import ModelFiles
 from megatron_deepseek.inference.output import Output
@@ -24,12 +23,9 @@ _AHEAD = 4  # times --max-running: requests that wait at each replica, so that n
 
 def read_prompts(args: argparse.Namespace, files: ModelFiles) -> list[PromptLine]:
     """Return what is asked, checked against the model. Raise ValueError of one line for what cannot be."""
-    if args.template not in CHOICES:
-        raise ValueError(f"--template {args.template} is not one of {', '.join(CHOICES)}")
     parameters = replace(files.defaults, seed=args.seed, **options.sampling_options(args))
     limit = checked_length(files.config, args.seq_length)
-    model = args.tokenizer_model or str(getattr(files.tokenizer, "path", ""))
-    chat = cache(partial(ChatFormat.of, files.tokenizer, model or None, args.template))
+    chat = cache(partial(options.chat_format, args, files))
     made_by = json.dumps([str(files.directory.resolve()), str(args.adapter), args.dtype, args.weights])
     reader = PromptReader(files.tokenizer, chat, parameters, made_by, partial(_check, files, limit))
     if args.prompts is not None:

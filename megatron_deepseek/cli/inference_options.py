@@ -17,6 +17,7 @@ from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.parallel.layout import Layout
 
 if TYPE_CHECKING:
+    from megatron_deepseek.finetuning.chat import ChatFormat
     from megatron_deepseek.inference.loading import LoadSettings
     from megatron_deepseek.inference.model_files import ModelFiles
 
@@ -116,6 +117,16 @@ def open_files(args: argparse.Namespace) -> "ModelFiles":
     from megatron_deepseek.inference.model_files import TokenizerChoice, open_model
     return open_model(args.load, args.ckpt_step, mtp=args.draft_tokens > 0,
                       tokenizer=TokenizerChoice(args.tokenizer_type, args.tokenizer_model), usual=args.usual)
+
+
+def chat_format(args: argparse.Namespace, files: "ModelFiles", thinking: bool | None = None) -> "ChatFormat":
+    """Return how the model is asked in a chat: --template. Raise ValueError where its tokenizer has no tokens for it.
+    """
+    from megatron_deepseek.finetuning.chat import CHOICES, ChatFormat
+    if args.template not in CHOICES:
+        raise ValueError(f"--template {args.template} is not one of {', '.join(CHOICES)}")
+    model = args.tokenizer_model or str(getattr(files.tokenizer, "path", "")) or None
+    return ChatFormat.of(files.tokenizer, model, args.template, thinking)
 
 
 def load_settings(args: argparse.Namespace, max_length: int) -> "LoadSettings":

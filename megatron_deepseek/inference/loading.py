@@ -51,18 +51,18 @@ class LoadSettings:
             check_dtype(self.dtype)
 
 
-def join_ranks(layout: Layout = Layout()) -> Meshes:
+def join_ranks(layout: Layout = Layout(), timeout_minutes: float = 10) -> Meshes:
     """Join the job that torchrun started, or make one of this process alone; return the process groups of `layout`.
 
-    A job that was joined before is used again. Raise ValueError for a layout that answering has no use for, or of
-    another number of ranks.
+    A job that was joined before is used again. Ranks wait for each other at most `timeout_minutes`. Raise ValueError
+    for a layout that answering has no use for, or of another number of ranks.
     """
     if layout.pp > 1 or layout.cp > 1 or layout.etp > 1 or layout.sequence_parallel:
         raise ValueError("models answer with tensor, expert and data parallelism alone: pipeline, context and "
                          "expert-tensor ranks, and sequence parallelism, must be 1 or off")
     device = choose_device()
     if not dist.is_initialized():
-        join_job(device, timeout_minutes=10)
+        join_job(device, timeout_minutes)
     return build_meshes(layout, device)
 
 
