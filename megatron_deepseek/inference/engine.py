@@ -61,7 +61,7 @@ class Engine:
         each = [parameters] * len(prompts) if isinstance(parameters, SamplingParameters) else list(parameters)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts")
-        checked = [self._checked(prompt, one) for prompt, one in zip(prompts, each)]
+        checked = [self.check(prompt, one) for prompt, one in zip(prompts, each)]
         names = [self._add(ids, one, None) for ids, one in zip(checked, each)]
         wanted, finished = set(names), {}
         while len(finished) < sum(one.n for one in each):
@@ -75,7 +75,7 @@ class Engine:
 
         Raise ValueError for a prompt or parameters that cannot be, and for a name that is in use.
         """
-        return self._add(self._checked(prompt, parameters), parameters, request_id)
+        return self._add(self.check(prompt, parameters), parameters, request_id)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -126,7 +126,7 @@ class Engine:
             shared_tokens=self.scheduler.shared_tokens, drafts_proposed=tuple(self.drafts.proposed),
             drafts_accepted=tuple(self.drafts.accepted))
 
-    def _checked(self, prompt: Prompt, parameters: SamplingParameters) -> tuple[int, ...]:
+    def check(self, prompt: Prompt, parameters: SamplingParameters) -> tuple[int, ...]:
         """Return the prompt's ids; raise ValueError, of one line, if it or the parameters do not fit the model."""
         tokenizer, vocabulary = self.loaded.tokenizer, self.loaded.config.vocab_size
         if isinstance(prompt, str):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from megatron_deepseek.inference.batch import Batch, Few, Many
 from megatron_deepseek.inference.cache import PagedCache
-from megatron_deepseek.inference.weights import dense_weight
+from megatron_deepseek.inference.quantised import dense_weight
 from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.attention import LogSumExpMerge, Scores, attend
