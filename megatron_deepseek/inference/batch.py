@@ -82,6 +82,7 @@ def make_batch(pieces: list[Piece], block_size: int, takes_few: Callable[[int, i
 
     `takes_few(queries, keys)` says whether a piece is computed with others. `padded` rounds the number of tokens up.
     """
+    assert all(piece.tokens for piece in pieces), "fused attention kernels crash on no queries"
     few = [i for i, piece in enumerate(pieces) if takes_few(len(piece.tokens), piece.end - piece.first)]
     is_few = set(few)
     groups = _groups(pieces, few)

@@ -136,6 +136,9 @@ class Engine:
         ids = tuple(prompt)
         if not ids:
             raise ValueError("a prompt is empty: it must have at least one token")
+        odd = next((each for each in ids if isinstance(each, bool) or not isinstance(each, int)), None)
+        if odd is not None:
+            raise ValueError(f"a prompt has {odd!r}, which is no token id")
         if len(ids) >= self.settings.max_length:
             raise ValueError(f"a prompt has {len(ids)} tokens, and max_length {self.settings.max_length} must leave "
                              "room for one more")
@@ -218,8 +221,11 @@ class Engine:
         self.scheduler.advance(sequence, span.kept)
         if sequence.finish_reason is not None:
             self.scheduler.remove(sequence)
-            if all(each.finish_reason is not None for each in self._requests[sequence.request.request_id]):
-                del self._requests[sequence.request.request_id]
+            self._forget_finished(sequence.request.request_id)
+
+    def _forget_finished(self, request_id: str) -> None:
+        if all(each.finish_reason is not None for each in self._requests.get(request_id, ())):
+            self._requests.pop(request_id, None)
 
 
 def _piece(span: Span) -> Piece:

@@ -21,8 +21,7 @@ def next_token(logits_V: torch.Tensor, sequence: Sequence) -> int:
     if parameters.greedy:
         return int(logits_V.argmax())
     weights, ids = candidates(logits_V / parameters.temperature, parameters)
-    number = torch.rand((), dtype=torch.float64, generator=sequence.generator).item()
-    return draw(weights, ids, number)
+    return int(draw(weights, ids, torch.rand((), dtype=torch.float64, generator=sequence.generator)))
 
 
 def is_plain_greedy(sequence: Sequence) -> bool:
@@ -94,12 +93,15 @@ def _nucleus(scaled_V: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Te
     return weights.where(before < top_p * total, 0), ids
 
 
-def draw(weights: torch.Tensor, ids: torch.Tensor | None, number: float) -> int:
-    """Return the id whose part of the sum of weights has `number`, which is uniform in [0, 1)."""
+def draw(weights: torch.Tensor, ids: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor:
+    """Return, for each number, uniform in [0, 1), the id whose part of the sum of weights has it.
+
+    Parts lie in the order of the weights. Without `ids` the place is the id.
+    """
     ends = weights.double().cumsum(-1)
-    place = int(torch.searchsorted(ends, number * ends[-1], right=True))
-    place = min(place, len(ends) - 1)
-    return place if ids is None else int(ids[place])
+    last = int(weights.nonzero()[-1])  # to which rounding may not add one that has no weight
+    places = torch.searchsorted(ends, numbers.to(ends.device) * ends[-1], right=True).clamp(max=last)
+    return places if ids is None else ids[places]
 
 
 def log_probabilities(logits_RV: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,8 @@ def spread_weights(model: torch.nn.Module, seed: int = 0) -> None:
     """Give every weight of any model (ours, transformers') its spread values, which depend on the seed and its name."""
     for name, tensor in tensors(model).items():
         generator = torch.Generator().manual_seed(hash_of(name) + seed)
-        tensor.copy_(spread(name, tensor.shape, generator))
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local.copy_(spread(name, tensor.shape, generator))
 
 
 def hash_of(name: str) -> int:
