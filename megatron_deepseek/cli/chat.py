@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat until the input ends; return the exit status."""
+    """Let the user chat until the input ends; return the exit status."""
     with quick_imports():
         import torch.distributed as dist
 

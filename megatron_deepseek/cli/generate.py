@@ -57,7 +57,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer; return the exit status."""
+    """Write answers to the prompts; return the exit status."""
     with quick_imports():
         import torch.distributed as dist
 
