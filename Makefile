@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune test test-all test-exhaustive drill mutants clean
+.PHONY: help venv pretrain finetune chat test test-all test-exhaustive drill mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -16,6 +16,7 @@ help:
 	@echo '                OVERWRITE=1 removes the run that is there if it is another one'
 	@echo 'make finetune   after make pretrain: fine-tune that model on puzzles with reasoning; loss and answers before and'
 	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above'
+	@echo 'make chat       after either: chat with the model that was trained last; CHAT= options of tools/chat.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
@@ -42,6 +43,13 @@ pretrain: $(STAMP)
 finetune: pretrain
 	$(BIN)/python tools/run_tiny_finetuning.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
 	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
+
+chat: $(STAMP)
+	@last=$$(ls -t '$(RUN_DIR)'/{finetuned,checkpoints}/latest_checkpointed_iteration.txt 2>/dev/null | head -1); \
+	  [ -n "$$last" ] || { echo 'make: $(RUN_DIR) holds no model to chat with; make pretrain or make finetune trains one' >&2; \
+	  exit 2; }; \
+	  $(BIN)/python tools/chat.py --load "$${last%/*}" --tokenizer-model '$(RUN_DIR)/data/tokenizer.json' \
+	  --template deepseek-v3 $(CHAT)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

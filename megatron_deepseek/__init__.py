@@ -25,12 +25,16 @@ for _name in ("torch", "numpy", "tokenizers", "tqdm", "xxhash"):
 
 # The public names and their modules, which are loaded when a name is first used: importing torch takes a while.
 _EXPORTS = {
-    "Batch": "data.batch", "BuildOptions": "model.build", "Contribution": "model.step", "Layout": "parallel.layout",
+    "Batch": "data.batch", "BuildOptions": "model.build", "Contribution": "model.step", "Engine": "inference.engine",
+    "EngineSettings": "inference.settings", "Layout": "parallel.layout", "LoadSettings": "inference.loading",
     "ModelConfig": "model.architecture.config", "NextToken": "training.next_token",
     "Objective": "training.objective", "OptimizerSettings": "settings", "PipelineSettings": "settings",
-    "Precision": "model.build", "Trainer": "training.trainer", "TrainingSpec": "training.trainer",
-    "load_config": "model.architecture.presets", "load_weights": "checkpoint.job.distributed",
-    "make_trainer": "library", "start_job": "library",
+    "Precision": "model.build", "Replicas": "inference.replicas",
+    "SamplingParameters": "inference.sampling_parameters", "TokenizerChoice": "inference.model_files",
+    "Trainer": "training.trainer", "TrainingSpec": "training.trainer", "join_ranks": "inference.loading",
+    "load_config": "model.architecture.presets", "load_model": "inference.loading",
+    "load_weights": "checkpoint.job.distributed", "make_trainer": "library", "open_model": "inference.model_files",
+    "start_job": "library",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -5,65 +5,82 @@ It imports torch only once the arguments are right, so that --help and mistakes 
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.arguments.parser import TOKENIZER_TYPES
 from megatron_deepseek.checkpoint.tracker import is_huggingface
+from megatron_deepseek.cli import inference_options as options
+from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.model.architecture.presets import describe_model
 from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "generate.py"
-SEQ_LENGTH = 256  # default, for models that can see as much
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser(prog=PROGRAM, description="Continue a prompt with a trained model.")
-    add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="DIR",
-        help="checkpoints (--save of a training), or a Hugging Face directory")
-    add("--ckpt-step", type=values.count, metavar="ITERATION", help="of --load, this checkpoint instead of the last")
-    add("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help=f"({TOKENIZER_TYPES[0]})")
-    add("--tokenizer-model", metavar="PATH", help="tokenizer.json or its directory (the one that is with the weights)")
-    add("--prompt", required=True, help='may be "": the model begins a document')
-    add("--max-new-tokens", type=values.count, default=64, metavar="N", help="(64)")
-    add("--temperature", type=values.non_negative, default=0.7, metavar="X", help="0: always the likeliest token (0.7)")
-    add("--top-p", type=values.fraction, default=0.9, metavar="X",
-        help="sample from the likeliest tokens of this total probability (0.9)")
-    add("--seq-length", type=values.positive_int, metavar="N",
-        help=f"longest context that the model sees ({SEQ_LENGTH}, or all that it can)")
-    add("--seed", type=values.count, default=1234, metavar="N", help="(1234)")
-    parser.set_defaults(usual_seq_length=SEQ_LENGTH)
-    return parser.parse_args(argv)
+    parser = OneLineParser(prog=PROGRAM, description="Continue prompts with a trained model.",
+                           epilog="Under torchrun ranks share the model: see parallelism. docs/inference.md has more.")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", help='may be "": the model begins a document')
+    add("--prompts", type=Path, metavar="FILE.jsonl",
+        help='lines of {"prompt": TEXT or [IDS]} or {"messages": [...]}, with sampling of their own if wanted')
+    add("--output", type=Path, metavar="FILE.jsonl",
+        help="write answers there, as they are ready; what is there already is not answered again (standard output)")
+    add("--template", metavar="NAME", default="auto", help="of chats (auto: the one that the tokenizer tells)")
+    add("--n", type=values.positive_int, metavar="N", help="answers to each prompt (1)")
+    add("--logprobs", type=values.count, metavar="K",
+        help="with --prompts: log-probabilities of answers' tokens, and of the K likeliest")
+    for group in (options.add_model, options.add_engine, options.add_layout):
+        group(parser)
+    options.add_sampling(parser, max_new_tokens=64, temperature=0.7, top_p=0.9)
+    args = parser.parse_args(argv)
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("either --prompt or --prompts is needed" + (", not both" if args.prompts else ""))
+    if args.prompts is None and (args.output or args.logprobs is not None):
+        raise ValueError(f"{'--output' if args.output else '--logprobs'} needs --prompts")
+    if args.prompt is not None:
+        try:
+            args.prompt.encode()
+        except UnicodeEncodeError as error:  # Python makes a lone surrogate of each byte that is no text
+            raise ValueError(f"--prompt {args.prompt!r} is not UTF-8: character {error.start} is no text") from error
+    options.layout_of(args)
+    replace(SamplingParameters(), **options.sampling_options(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the prompt and the model's continuation; return the exit status."""
+    """Write answers to the prompts; return the exit status."""
     with quick_imports():
         import torch.distributed as dist
 
-        from megatron_deepseek.inference.generate import continuation, generate, load_model, check_request
-    request = check_request(args)
-    if is_huggingface(request.directory):
-        for line in describe_model(str(request.directory)):
+        from megatron_deepseek.cli import generate_run
+    files = options.open_files(args)
+    lines = generate_run.read_prompts(args, files)
+    done = generate_run.answered(args, lines)
+    if is_huggingface(files.directory):
+        for line in describe_model(str(files.directory)):
             print(line, file=sys.stderr)
-    if len(request.prompt) > request.seq_length:
-        print(f"{PROGRAM}: of the prompt's {len(request.prompt)} tokens the model sees the last --seq-length "
-              f"{request.seq_length}", file=sys.stderr)
-    model = load_model(request)
-    tokens = list(generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
-                           request.tokenizer.eod))
-    behind = request.prompt if args.prompt else []
-    print(args.prompt + continuation(request.tokenizer, behind, tokens))
+    replicas = generate_run.build(args, files, lines)
+    if replicas.leads:
+        with replicas:
+            generate_run.answer(args, replicas, [line for line in lines if line.number not in done], len(done))
+    else:
+        replicas.follow()
     dist.destroy_process_group()
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status: 2 for a user's mistake, with one line that says which."""
-    return exit_status(PROGRAM, lambda: run(parse_arguments(argv)))
+    return options.one_voice(lambda: exit_status(PROGRAM, lambda: run(parse_arguments(argv))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.finetuning.objectives import HeldOut, HeldOutLosses
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.settings import Settings
+from megatron_deepseek.training.acceptance import mean_acceptance
 from megatron_deepseek.training.trainer import Trainer
 
 
@@ -22,11 +23,12 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class HeldOutReport:
-    """The means over the tokens with loss of a set. `mtp_loss` has an entry for each depth."""
+    """The means over the tokens with loss of a set. `mtp_loss` and `mtp_acceptance` have an entry for each depth."""
 
     loss: float
     token_accuracy: float
     mtp_loss: tuple[float, ...]
+    mtp_acceptance: tuple[float, ...]
     tokens: int
 
     @property
@@ -45,7 +47,8 @@ class Evaluation:
             found = self.evaluate(trainer, each)
             report.held_out(iteration, each.name, {"loss": found.loss, "perplexity": found.perplexity,
                                                    "token_accuracy": found.token_accuracy,
-                                                   "mtp_loss": found.mtp_loss, "tokens": found.tokens})
+                                                   "mtp_loss": found.mtp_loss,
+                                                   "mtp_acceptance": found.mtp_acceptance, "tokens": found.tokens})
 
     def evaluate(self, trainer: Trainer, evaluation_set: EvaluationSet) -> HeldOutReport:
         """Return the means over all tokens of a set, which don't depend on its batches. All ranks call this."""
@@ -65,4 +68,4 @@ def together(losses: Sequence[HeldOutLosses]) -> HeldOutReport:
     depths = range(1, 1 + len(losses[0].mtp_loss))
     labels = sum(each.num_labels for each in losses)
     return HeldOutReport(mean("lm_loss", 0), sum(each.correct for each in losses) / (labels or 1),
-                         tuple(mean(f"mtp_loss_{depth}", depth) for depth in depths), labels)
+                         tuple(mean(f"mtp_loss_{depth}", depth) for depth in depths), mean_acceptance(losses), labels)

@@ -14,7 +14,8 @@ import torch
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Contribution, Rows
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
-from megatron_deepseek.training.next_token import NextToken, NextTokenLosses
+from megatron_deepseek.training.acceptance import Validation, ValidationLosses
+from megatron_deepseek.training.next_token import NextToken
 
 LOSS_AVERAGES = ("token", "sample")
 
@@ -45,7 +46,7 @@ class SampleMean(NextToken):
 
 
 @dataclass(frozen=True)
-class HeldOutLosses(NextTokenLosses):
+class HeldOutLosses(ValidationLosses):
     """The losses of a batch that is not trained on: means over its tokens, and how many it predicts."""
 
     @property
@@ -54,8 +55,8 @@ class HeldOutLosses(NextTokenLosses):
         return self.reports["correct"]
 
 
-class HeldOut(NextToken):
-    """What is reported of an evaluation set: NextToken's losses, and how many labels are the likeliest token."""
+class HeldOut(Validation):
+    """What is reported of an evaluation set: Validation's numbers, and how many labels are the likeliest token."""
 
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
         made = super().contribution(predictions, rows, counts)

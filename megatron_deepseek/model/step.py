@@ -45,6 +45,10 @@ class Rows:
         """Return the sum of each document over all its tokens, [B, D]; rows are one document where none are given."""
         return self.sums.per_document(x_BS)
 
+    def later(self, x_BS: torch.Tensor, by: int) -> torch.Tensor:
+        """Return what x has `by` tokens later in its row, on whichever rank that token is; 0 behind the end."""
+        return self.sums.later(x_BS, by)
+
     def share(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of the sum of terms [B] or [B, D] that were computed from sums along the rows."""
         return self.sums.share(x)

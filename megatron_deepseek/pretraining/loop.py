@@ -14,6 +14,7 @@ from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import num_samples
 from megatron_deepseek.runtime.task import Prepared, RunData, Task
 from megatron_deepseek.settings import Settings
+from megatron_deepseek.training.acceptance import Validation, mean_acceptance
 from megatron_deepseek.training.next_token import SourceSum, by_source
 from megatron_deepseek.training.trainer import Trainer
 
@@ -58,13 +59,14 @@ def validate(settings: Settings, data: Sampler, trainer: Trainer, report: Report
     batch = settings.batch
     batches = data.evaluation(settings.run.eval_iters, batch.global_batch_size, batch.micro_batch_size,
                               trainer.meshes.rank("dp"), settings.layout.dp)
-    losses = [trainer.evaluate(each.to(trainer.meshes.device)) for each in batches]
+    objective = Validation(trainer.objective.num_depths)
+    losses = [trainer.evaluate(each.to(trainer.meshes.device), objective) for each in batches]
     if not any(each.num_labels for each in losses):
         report.message("validation: all labels are masked; its loss of 0 says nothing")
     sums = [SourceSum(*map(sum, zip(*batches))) for batches in zip(*[each.sources for each in losses])]
     report.validation(iteration, _mean([each.lm_loss for each in losses]),
                       tuple(map(_mean, zip(*[each.mtp_loss for each in losses]))),
-                      by_source(data.source_names, sums)[0])
+                      by_source(data.source_names, sums)[0], mean_acceptance(losses))
 
 
 def _mean(values: list[float]) -> float:

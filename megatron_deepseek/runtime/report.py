@@ -29,7 +29,7 @@ class Listener(Protocol):
     def step(self, metrics: StepMetrics) -> None: ...
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                   source_loss: dict[str, float] | None) -> None: ...
+                   source_loss: dict[str, float] | None, mtp_acceptance: tuple[float, ...]) -> None: ...
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None: ...
 
@@ -49,13 +49,13 @@ class Report:
             listener.step(metrics)
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...] = (),
-                   source_loss: dict[str, float] | None = None) -> None:
-        """Report a validation.
+                   source_loss: dict[str, float] | None = None, mtp_acceptance: tuple[float, ...] = ()) -> None:
+        """Report a validation. `mtp_acceptance`: the part of each MTP depth's drafts that agree with the main model.
 
         Call it before the checkpoint of the same iteration is written: a run resumed there does not validate again.
         """
         for listener in self._listeners:
-            listener.validation(iteration, lm_loss, tuple(mtp_loss), source_loss)
+            listener.validation(iteration, lm_loss, tuple(mtp_loss), source_loss, tuple(mtp_acceptance))
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         """Report the evaluation of a set that fine-tuning holds out; like `validation` before the checkpoint."""
@@ -126,10 +126,11 @@ class MetricsLog:
         self._file.append(metrics.record())
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                   source_loss: dict[str, float] | None) -> None:
-        by_source = {} if source_loss is None else {"validation_source_loss": source_loss}
+                   source_loss: dict[str, float] | None, mtp_acceptance: tuple[float, ...]) -> None:
+        more = {} if source_loss is None else {"validation_source_loss": source_loss}
+        more |= {"validation_mtp_acceptance": mtp_acceptance} if mtp_acceptance else {}
         self._file.append({"iteration": iteration, "validation_lm_loss": lm_loss, "validation_mtp_loss": mtp_loss,
-                           **by_source})
+                           **more})
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         self._file.append({"iteration": iteration, "eval_set": name,
@@ -150,8 +151,8 @@ class Progress(ABC):
         """Print a line."""
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                   source_loss: dict[str, float] | None) -> None:
-        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss))
+                   source_loss: dict[str, float] | None, mtp_acceptance: tuple[float, ...]) -> None:
+        self.message(_validation_line(iteration, lm_loss, mtp_loss, source_loss, mtp_acceptance))
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         self.message(_held_out_line(iteration, name, results))
@@ -243,8 +244,9 @@ class TensorBoard:
         self._scalars("train", metrics.iteration, metrics.record())
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                   source_loss: dict[str, float] | None) -> None:
-        self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss})
+                   source_loss: dict[str, float] | None, mtp_acceptance: tuple[float, ...]) -> None:
+        self._scalars("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss,
+                                                "mtp_acceptance": mtp_acceptance})
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         self._scalars(f"held out/{name}", iteration, results)
@@ -268,9 +270,10 @@ class TensorBoard:
 
 
 def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                     source_loss: dict[str, float] | None) -> str:
+                     source_loss: dict[str, float] | None, mtp_acceptance: tuple[float, ...]) -> str:
     fields = [f"validation at iteration {iteration}", f"lm loss {lm_loss:.4f}"]
     fields += [f"mtp loss {_losses(mtp_loss)}"] if mtp_loss else []
+    fields += [f"mtp acceptance {_shares(mtp_acceptance)}"] if mtp_acceptance else []
     shown = list((source_loss or {}).items())
     if shown:
         more = f", and {len(shown) - _SHOWN_SOURCES} more" if len(shown) > _SHOWN_SOURCES else ""
@@ -287,8 +290,13 @@ def _held_out_line(iteration: int, name: str, results: dict[str, Any]) -> str:
 _HELD_OUT: Mapping[str, Callable[[Any], str]] = {
     "loss": "loss {:.4f}".format, "perplexity": "perplexity {:.3f}".format,
     "token_accuracy": "token accuracy {:.1%}".format, "exact_match": "exact match {:.1%}".format,
-    "answers": "of {} answers".format, "mtp_loss": lambda losses: f"mtp loss {_losses(losses)}"}
+    "answers": "of {} answers".format, "mtp_loss": lambda losses: f"mtp loss {_losses(losses)}",
+    "mtp_acceptance": lambda shares: f"mtp acceptance {_shares(shares)}"}
 _SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
+
+
+def _shares(shares: tuple[float, ...]) -> str:
+    return " ".join(f"{share:.1%}" for share in shares)
 
 
 def _losses(losses: tuple[float, ...]) -> str:

@@ -1,5 +1,6 @@
 """tools/generate.py as a user runs it: the same words as transformers, from released weights and from checkpoints."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, 
 from megatron_deepseek.cli.convert_checkpoint import main as convert
 from megatron_deepseek.cli.generate import main
 from megatron_deepseek.data.tokenizer import build_tokenizer
-from megatron_deepseek.inference.generate import continuation
+from megatron_deepseek.inference.text import AnswerText
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = DeepseekV3Config(
@@ -67,10 +68,18 @@ def test_the_blank_before_the_first_new_word_stays():
     pieces = Tokenizer(models.WordLevel({"</s>": 0, "\u2581Hello": 1, "\u2581world": 2, "s": 3}, unk_token="</s>"))
     pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = build_tokenizer("NullTokenizer", "9")
-    assert continuation(tokenizer, [7, 8], [1, 2]) == " 1 2"
+
+    def continuation(prompt: list[int], tokens: list[int]) -> str:
+        text = AnswerText(tokenizer, tuple(prompt))
+        for token in tokens:
+            text.add(token)
+        text.end()
+        return text.settled
+
+    assert continuation([7, 8], [1, 2]) == " 1 2"
     tokenizer.decode = lambda ids: pieces.decode(ids, skip_special_tokens=False)
-    assert continuation(tokenizer, [1], [2, 3]) == " worlds"
-    assert continuation(tokenizer, [], [2, 3]) == "worlds"
+    assert continuation([1], [2, 3]) == " worlds"
+    assert continuation([], [2, 3]) == "worlds"
 
 
 def test_refused_early_and_in_a_line(released, tmp_path, capsys):
@@ -97,3 +106,80 @@ def test_refused_early_and_in_a_line(released, tmp_path, capsys):
 def test_an_empty_prompt_begins_a_document(released, capsys):
     assert main(["--load", str(released), "--prompt", "", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     assert len(capsys.readouterr().out.split()) == 5
+
+
+LINES = [{"prompt": "w5 w9 w20"}, {"prompt": [5, 9, 20], "max_tokens": 3, "id": "three"},
+         {"prompt": "w7", "temperature": 1.5, "n": 2, "logprobs": 1}, {"prompt": "w8 w8", "temperature": 1.5}]
+
+
+def write_prompts(path: Path, lines=LINES) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def arguments_of(released: Path, tmp_path: Path, *more) -> list[str]:
+    return ["--load", str(released), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12",
+            "--temperature", "0", "--output", str(tmp_path / "answers.jsonl"), *map(str, more)]
+
+
+def answers_in(path: Path) -> dict[int, dict]:
+    """By line; each stands there once."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({each["line"] for each in found}) == len(found)
+    return {each["line"]: each for each in found}
+
+
+def test_a_file_of_prompts(released, tmp_path, capsys):
+    """Each with its own sampling. An answer does not depend on what else is asked, nor on where the run was killed."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    arguments, output = arguments_of(released, tmp_path), tmp_path / "answers.jsonl"
+    assert main(arguments) == 0
+    whole = answers_in(output)
+    assert sorted(whole) == [1, 2, 3, 4]
+    first = whole[1]["outputs"][0]
+    assert f"w5 w9 w20{first['text']}" == theirs(released, "w5 w9 w20") and first["finish_reason"] in ("length", "stop")
+    assert whole[2]["outputs"][0]["tokens"] == first["tokens"][:3] and whole[2]["id"] == "three"
+    assert len(whole[3]["outputs"]) == 2 and whole[3]["outputs"][0]["tokens"] != whole[3]["outputs"][1]["tokens"]
+    assert len(whole[3]["outputs"][0]["log_probabilities"]) == len(whole[3]["outputs"][0]["tokens"])
+
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + lines[1] + lines[2][:20])  # as a kill leaves it
+    assert main([*arguments, "--max-running", "1", "--token-budget", "2", "--block-size", "2"]) == 0
+    assert output.read_bytes().startswith(lines[0] + lines[1])
+    again = answers_in(output)
+    assert {line: [each["tokens"] for each in answer["outputs"]] for line, answer in again.items()} == {
+        line: [each["tokens"] for each in answer["outputs"]] for line, answer in whole.items()}
+    assert again[3]["outputs"][1]["log_probabilities"] == pytest.approx(  # float32, added up in another order
+        whole[3]["outputs"][1]["log_probabilities"], abs=1e-4)
+    capsys.readouterr()
+    before = output.read_bytes()
+    assert main([*arguments, "--seed", "5"]) == 2
+    assert "is no answer to these prompts, with these options" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_prompts_that_cannot_be_asked(released, tmp_path, capsys):
+    """Before a model is loaded; the line is named, and nothing is written."""
+    for lines, named in (
+            ([{"prompt": "w5"}, {"text": "w5"}], "line 2: it must have either \"prompt\" or \"messages\""),
+            ([{"prompt": "w5", "top_p": 7}], "line 1: top_p is 7; it must be at most 1"),
+            ([{"prompt": "w5", "topp": 7}], "line 1: 'topp' is neither one of prompt, messages"),
+            ([{"prompt": [5, 64]}], "line 1: the prompt has id 64, but"),
+            ([{"prompt": []}], "line 1: the prompt is empty"),
+            ([{"prompt": [5] * 64}], "line 1: the prompt has 64 tokens, and --seq-length 64 must leave room"),
+            ([{"messages": [{"role": "user", "content": "w5"}]}], "--template auto: the tokenizer"),
+            (["w5"], "line 1 is no JSON object")):
+        write_prompts(tmp_path / "prompts.jsonl", lines)
+        assert main(arguments_of(released, tmp_path)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("generate.py: error: ") and named in said and said.count("\n") == 1, said
+        assert not (tmp_path / "answers.jsonl").exists()
+    (tmp_path / "prompts.jsonl").write_bytes(b"\n\n")
+    assert main(arguments_of(released, tmp_path)) == 2
+    assert "has no line with a prompt" in capsys.readouterr().err
+    assert main(["--load", str(released), "--prompt", "w5", "--output", str(tmp_path / "x")]) == 2
+    assert "--output needs --prompts" in capsys.readouterr().err
+    assert main(["--load", str(released), "--prompt", "w5", "--draft-tokens", "1"]) == 2
+    assert "holds no Multi-Token Prediction module" in capsys.readouterr().err
+    assert main(["--load", str(released), "--prompt", "w5", "--tensor-model-parallel-size", "2"]) == 2
+    assert "--tensor-model-parallel-size 2 does not divide the 1 rank of this job" in capsys.readouterr().err

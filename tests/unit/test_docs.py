@@ -27,6 +27,7 @@ COMMANDS = {
     "tools/preprocess_data.py": "megatron_deepseek.cli.preprocess_data",
     "tools/indexed_dataset.py": "megatron_deepseek.cli.indexed_dataset",
     "tools/generate.py": "megatron_deepseek.cli.generate",
+    "tools/chat.py": "megatron_deepseek.cli.chat",
     "tools/plan.py": "megatron_deepseek.cli.plan",
     "tools/build_data_cache.py": "megatron_deepseek.cli.build_data_cache",
     "tools/train_tokenizer.py": "megatron_deepseek.cli.train_tokenizer",

@@ -213,9 +213,10 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
 
 
 def load_weights(directory: Path, stages: list[nn.Module]) -> None:
-    """Fill the stages' tensors and ignore the rest of the checkpoint: inference needs no MTP module."""
+    """Fill the stages' tensors and ignore the rest of the checkpoint: a model may have no use for MTP modules."""
+    without_mtp = not any(stage.stage.mtp for stage in stages)
     state, reader = model_state(stages), CheckpointReader(open_dcp(directory)) if not is_huggingface(directory) else \
-        HuggingFaceReader(open_huggingface(directory, without_mtp=True))
+        HuggingFaceReader(open_huggingface(directory, without_mtp))
     mismatch = _mismatch(directory, reader.read_metadata().state_dict_metadata, state)
     if mismatch is not None:
         raise ValueError(mismatch)

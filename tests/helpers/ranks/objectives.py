@@ -12,6 +12,7 @@ from megatron_deepseek.model.noise import BOUNDS, KEYS
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Contribution, Rows
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
+from megatron_deepseek.training.acceptance import Validation
 from megatron_deepseek.training.objective import Objective
 
 REFERENCE = "reference_log_probabilities"
@@ -62,7 +63,8 @@ def objective_of(kind: str, mtp_depth: int) -> Objective | None:
 
 def held_out_of(kind: str, mtp_depth: int) -> Objective | None:
     """What an evaluation reports; None for the losses that are trained on."""
-    return HeldOut(mtp_depth) if kind == "samples" else None
+    held_out = {"samples": HeldOut, "next_token": Validation}
+    return held_out[kind](mtp_depth) if kind in held_out else None
 
 
 def reference_log_probabilities(size: int, step: int, length: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS, build_tokenizer
-from megatron_deepseek.inference.generate import prompt_ids
+from megatron_deepseek.inference.text import prompt_ids
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = "def square(number):\n    return number ** 2  # 1234567 — Größe 漢字 🙂\r\n\r\n\tThe end."

@@ -24,7 +24,9 @@ from megatron_deepseek.runtime.loop import Run
 from megatron_deepseek.runtime.recorded import Job
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import go_on, num_samples, check_and_decide
-from megatron_deepseek.training.next_token import NextTokenLosses
+from megatron_deepseek.training.acceptance import Validation, ValidationLosses
+from megatron_deepseek.training.next_token import NextToken
+from megatron_deepseek.training.objective import Objective
 from megatron_deepseek.training.trainer import StepResult
 
 RAMP = "--rampup-batch-size 2 2 8 --global-batch-size 6"  # batches of 2, 2, 4 and then 6
@@ -48,7 +50,7 @@ class RecordingTrainer:
 
     def __init__(self, settings: Settings, meshes, skipped: tuple[int, ...] = ()):
         self.spec, self.meshes, self.skipped = training_spec(settings), meshes, skipped
-        self.stages, self.optimizer = [], None
+        self.stages, self.optimizer, self.objective = [], None, NextToken(1)
         self.steps, self.evaluations = [], []
 
     def train_step(self, batch: Batch, learning_rate: float, bias_rate: float, stop_flags) -> StepResult:
@@ -57,21 +59,24 @@ class RecordingTrainer:
         return StepResult(losses(number, batch), number / 2, {}, Traffic(3, 5), dropped=0.25, cross_node_sends=1.5,
                           updated=number not in self.skipped, stop_flags=stop_flags())
 
-    def evaluate(self, batch: Batch) -> NextTokenLosses:
+    def evaluate(self, batch: Batch, objective: Objective) -> ValidationLosses:
+        assert isinstance(objective, Validation) and objective.num_depths == 1
         self.evaluations.append(batch)
         return losses(len(self.evaluations), batch)
 
 
-def losses(number: int, batch: Batch) -> NextTokenLosses:
-    """Of call `number`; two labels of each source."""
-    reports, counts = {"lm_loss": float(number), "mtp_loss_1": 10.0 * number}, {"labels": 1.0}
+def losses(number: int, batch: Batch) -> ValidationLosses:
+    """Of call `number`, with as many drafts; two labels of each source."""
+    reports = {"lm_loss": float(number), "mtp_loss_1": 10.0 * number, "mtp_acceptance_1": 0.01 * number}
+    counts = {"labels": 1.0, "labels_1": float(number)}
     for source in range(0 if batch.sources_BK is None else batch.sources_BK.shape[1]):
         reports[f"source_loss_{source}"] = 2.0 * number
         counts |= {f"source_weight_{source}": 2.0, f"source_labels_{source}": 2.0}
-    return NextTokenLosses(reports, number / 8, counts)
+    return ValidationLosses(reports, number / 8, counts)
 
 
-NO_LABELS = NextTokenLosses({"lm_loss": 0.0, "mtp_loss_1": 0.0}, 0.0, {"labels": 0.0})
+NO_LABELS = ValidationLosses({"lm_loss": 0.0, "mtp_loss_1": 0.0, "mtp_acceptance_1": 0.0}, 0.0,
+                             {"labels": 0.0, "labels_1": 0.0})
 
 
 class Listener:
@@ -215,8 +220,9 @@ def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
     settings = settings_of(corpus, "--split 50,50,0 --eval-iters 3 --eval-interval 2")
     assert num_samples(settings) == (20, 18, 0)
     _, trainer, told = run(settings, meshes)
-    assert [(iteration, loss, mtp) for iteration, loss, mtp, _ in told.validations] == [
+    assert [(iteration, loss, mtp) for iteration, loss, mtp, *_ in told.validations] == [
         (iteration, mean, (10 * mean,)) for iteration, mean in ((0, 2.0), (2, 5.0), (4, 8.0), (5, 11.0))]
+    assert told.validations[0][4] == pytest.approx([(0.01 * 1 + 0.02 * 2 + 0.03 * 3) / (1 + 2 + 3)])  # over all drafts
     for number, given in enumerate(trainer.evaluations):
         first = number % 3 * 6
         assert torch.equal(given.tokens_BS, samples(settings, 1, range(first, first + 6)))

@@ -40,10 +40,10 @@ def test_a_step_is_on_disk_before_the_next(tmp_path):
     assert set(record) == STEP_KEYS
     assert record["mtp_loss"] == [9.5] and record["tokens_per_second"] == 8192.0
     report.step(step(2, mfu=0.4, peak_memory_bytes=10**9))
-    report.validation(2, 8.5, (8.75,))
+    report.validation(2, 8.5, (8.75,), None, (0.25,))
     assert set(lines(tmp_path / "metrics.jsonl")[1]) == STEP_KEYS | {"mfu", "peak_memory_bytes"}
     assert lines(tmp_path / "metrics.jsonl")[2] == {
-        "iteration": 2, "validation_lm_loss": 8.5, "validation_mtp_loss": [8.75]}
+        "iteration": 2, "validation_lm_loss": 8.5, "validation_mtp_loss": [8.75], "validation_mtp_acceptance": [0.25]}
 
 
 def test_resuming_leaves_the_file_of_an_uninterrupted_run(tmp_path):
@@ -163,12 +163,12 @@ def test_plain_lines_every_log_interval(tmp_path):
     with open_report(RunSettings(25, log_interval=10), 2, shown) as report:
         for iteration in range(3, 26):
             report.step(step(iteration))
-        report.validation(25, 7.25, (7.5,))
+        report.validation(25, 7.25, (7.5,), mtp_acceptance=(0.5, 0.125))
     *steps, validation = shown.getvalue().splitlines()
     assert [line.split(" | ")[0] for line in steps] == [f"iteration {i:>2}/25" for i in (3, 10, 20, 25)]
     assert "lm loss 8.0000 | mtp loss 9.5000 | grad norm 1.500 | learning rate 2.200e-04 | 8,192 tokens/s" in steps[1]
     assert steps[-1].endswith("| 0:00:00 left")
-    assert validation == "validation at iteration 25 | lm loss 7.2500 | mtp loss 7.5000"
+    assert validation == "validation at iteration 25 | lm loss 7.2500 | mtp loss 7.5000 | mtp acceptance 50.0% 12.5%"
     assert "\r" not in shown.getvalue()
 
 

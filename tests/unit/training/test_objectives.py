@@ -29,6 +29,7 @@ from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.model.step import Contribution
 from megatron_deepseek.settings import LossSettings, OptimizerSettings
+from megatron_deepseek.training.acceptance import Validation
 from megatron_deepseek.training.next_token import NextToken
 from megatron_deepseek.training.objective import Objective
 from megatron_deepseek.training.trainer import TrainingSpec, Trainer
@@ -134,6 +135,23 @@ def test_held_out_losses_count_the_labels_that_are_likeliest(meshes):
     right = made.evaluate(replace(batch, labels_BS=labelled), HeldOut())
     assert right.correct == int(((best_BS == labelled) & (batch.weights_BS > 0)).sum()) > found.correct
     assert all(parameter.grad is None for parameter in made.stages[0].parameters())
+
+
+def test_a_draft_is_accepted_where_the_main_model_takes_the_same_token(meshes):
+    """By definition, position by position; a head of three live rows makes agreement likely. Labels that do not count
+    are no drafts.
+    """
+    made, batch = trainer(meshes, NextToken(DEPTHS, 0.3), chunk_size=3), fractional()
+    made.stages[0].lm_head.weight.to_local().detach()[3:] = 0
+    found, reference = made.evaluate(batch, Validation(DEPTHS)), reference_of(made)
+    whole = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], 1)
+    likeliest = [logits.argmax(-1).tolist() for logits in reference.logits(whole, LENGTH)]
+    for depth in range(1, 1 + DEPTHS):
+        agree = [likeliest[depth][row][place] == likeliest[0][row][place + depth] for row in range(ROWS)
+                 for place in range(LENGTH - depth) if batch.weights_BS[row, place + depth]]
+        assert 0 < sum(agree) < len(agree) == found.mtp_labels[depth - 1]
+        assert found.mtp_acceptance[depth - 1] == pytest.approx(sum(agree) / len(agree))
+    assert made.evaluate(batch, Validation()).mtp_acceptance == ()
 
 
 def test_the_example_of_the_docs(meshes):

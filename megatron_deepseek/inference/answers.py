@@ -1,0 +1,27 @@
+"""From a sequence on its way to what is given out of it."""
+
+import torch
+
+from megatron_deepseek.inference.output import Output
+from megatron_deepseek.inference.request import Sequence
+
+
+def output_of(sequence: Sequence) -> Output:
+    """Return the answer as far as it has come."""
+    parameters, request = sequence.parameters, sequence.request
+    wants, wants_prompt = parameters.logprobs is not None, parameters.prompt_logprobs is not None
+    return Output(
+        request_id=request.request_id, index=sequence.index, prompt=request.prompt, tokens=sequence.answer,
+        text=None if sequence.text is None else sequence.text.settled,
+        finish_reason=sequence.finish_reason,
+        log_probabilities=list(sequence.log_probabilities) if wants else None,
+        top_log_probabilities=list(sequence.top_log_probabilities) if wants else None,
+        prompt_log_probabilities=list(request.prompt_reading.log_probabilities) if wants_prompt else None,
+        prompt_top_log_probabilities=list(request.prompt_reading.tops) if wants_prompt else None,
+        chosen_experts=_experts(sequence) if parameters.chosen_experts else None)
+
+
+def _experts(sequence: Sequence) -> dict[str, torch.Tensor]:
+    """Return the experts of all tokens that were computed, [tokens, K] for each layer that has routed ones."""
+    names = sequence.experts[0] if sequence.experts else ()
+    return {name: torch.cat([each[name] for each in sequence.experts]) for name in names}

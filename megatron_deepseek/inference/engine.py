@@ -1,0 +1,246 @@
+"""The engine: requests in, answers out, many at a time.
+
+    engine = Engine(model, EngineSettings(max_length=4096))
+    for outputs in engine.generate(["Once upon a time"], SamplingParameters(max_tokens=64)):
+        print(outputs[0].text)
+
+or step by step, as a server does: `add` a request at any time, call `step` while `has_work`, `abort` what is no longer
+wanted. A step is one forward of the model over whatever the scheduler chose, then one token, or with accepted drafts
+several, for each answer that has all its tokens computed.
+"""
+
+import random
+from collections.abc import Sequence as Sequences
+
+import torch
+
+from megatron_deepseek.inference.answers import output_of
+from megatron_deepseek.inference.batch import Piece
+from megatron_deepseek.inference.blocks import BlockPool
+from megatron_deepseek.inference.forward import InferenceModel
+from megatron_deepseek.inference.loaded_model import LoadedModel
+from megatron_deepseek.inference.output import Output
+from megatron_deepseek.inference.readings import Readings
+from megatron_deepseek.inference.request import Request, Sequence
+from megatron_deepseek.inference.sampling import is_plain_greedy, next_token
+from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.inference.scheduler import Scheduler, Span
+from megatron_deepseek.inference.settings import EngineSettings
+from megatron_deepseek.inference.speculative import DraftCounts, Drafter
+from megatron_deepseek.inference.statistics import Statistics
+from megatron_deepseek.inference.stop_strings import StopStrings
+from megatron_deepseek.inference.text import AnswerText, prompt_ids
+
+Prompt = str | Sequences[int]
+
+
+class Engine:
+    """Answers requests with one model, or with this rank's part of it.
+
+    In `lockstep` every step makes the same forwards whatever this rank has to do, since experts are on other ranks.
+    """
+
+    def __init__(self, model: LoadedModel, settings: EngineSettings, lockstep: bool = False):
+        _check_length(model, settings)
+        self.loaded, self.settings, self.lockstep = model, settings, lockstep
+        self.model = InferenceModel(model, settings)
+        self.pool = BlockPool(self.model.num_blocks)
+        self.scheduler = Scheduler(settings, self.pool)
+        self.drafter = Drafter(self.model) if settings.draft_tokens else None
+        self.drafts = DraftCounts.zeros(settings.draft_tokens)
+        self.readings = Readings(self.model)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._arrivals = self._prompt_tokens = self._output_tokens = self._shared_tokens = 0
+
+    def generate(self, prompts: Sequences[Prompt], parameters: SamplingParameters | Sequences[SamplingParameters]
+                 ) -> list[list[Output]]:
+        """Return the n answers to each prompt, in order; `parameters` are for all prompts or one for each.
+
+        Raise ValueError, before anything is computed, for a prompt or parameters that cannot be.
+        """
+        each = [parameters] * len(prompts) if isinstance(parameters, SamplingParameters) else list(parameters)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts")
+        checked = [self.check(prompt, one) for prompt, one in zip(prompts, each)]
+        names = [self._add(ids, one, None) for ids, one in zip(checked, each)]
+        wanted, finished = set(names), {}
+        while len(finished) < sum(one.n for one in each):
+            for output in self.step():
+                if output.finished and output.request_id in wanted:
+                    finished[output.request_id, output.index] = output
+        return [[finished[name, index] for index in range(one.n)] for name, one in zip(names, each)]
+
+    def add(self, prompt: Prompt, parameters: SamplingParameters, request_id: str | None = None) -> str:
+        """Let a request wait for its turn, and return its name.
+
+        Raise ValueError for a prompt or parameters that cannot be, and for a name that is in use.
+        """
+        return self._add(self.check(prompt, parameters), parameters, request_id)
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Compute what comes next, and return the answers that got tokens."""
+        spans = self.scheduler.schedule()
+        if not spans and not self.lockstep:
+            return []
+        chosen = {} if any(span.sequence.parameters.chosen_experts for span in spans) else None
+        batch = self.model.batch([_piece(span) for span in spans])
+        states_TH = self.model.states(batch, chosen)
+        self.readings.read_prompts(spans, batch.rows, states_TH)
+        sampling = [(span, row) for span, row in zip(spans, batch.rows) if span.samples]
+        self._sample(sampling, states_TH)
+        for span, row in zip(spans, batch.rows):
+            self.readings.keep_experts(span, row, chosen)
+            self._advance(span)
+        running = [span.sequence for span in spans if span.sequence.finish_reason is None]
+        if self.drafter is not None:
+            self.drafter.draft(running, self.lockstep)
+        return [output_of(span.sequence) for span, _ in sampling]
+
+    def abort(self, request_id: str) -> list[Output]:
+        """Stop a request and free what it holds; return what there is of its answers. An unknown name is ignored."""
+        outputs = []
+        for sequence in self._requests.pop(request_id, ()):
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                self.scheduler.remove(sequence)
+                outputs.append(output_of(sequence))
+        return outputs
+
+    def forget_prefixes(self) -> None:
+        """Share nothing that was computed so far: to be called when weights have changed, while nothing runs."""
+        self.pool.forget()
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether any request waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return what the engine has done so far, and holds now."""
+        return Statistics(
+            running=len(self.scheduler.running), waiting=len(self.scheduler.waiting),
+            prompt_tokens=self._prompt_tokens, output_tokens=self._output_tokens,
+            preemptions=self.scheduler.preemptions, blocks_used=self.pool.used, blocks=self.pool.num_blocks,
+            shared_tokens=self.scheduler.shared_tokens, drafts_proposed=tuple(self.drafts.proposed),
+            drafts_accepted=tuple(self.drafts.accepted))
+
+    def check(self, prompt: Prompt, parameters: SamplingParameters) -> tuple[int, ...]:
+        """Return the prompt's ids; raise ValueError, of one line, if it or the parameters do not fit the model."""
+        tokenizer, vocabulary = self.loaded.tokenizer, self.loaded.config.vocab_size
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError("a prompt is text, and the model was loaded without a tokenizer: give token ids")
+            prompt = prompt_ids(tokenizer, prompt)
+        ids = tuple(prompt)
+        if not ids:
+            raise ValueError("a prompt is empty: it must have at least one token")
+        odd = next((each for each in ids if isinstance(each, bool) or not isinstance(each, int)), None)
+        if odd is not None:
+            raise ValueError(f"a prompt has {odd!r}, which is no token id")
+        if len(ids) >= self.settings.max_length:
+            raise ValueError(f"a prompt has {len(ids)} tokens, and max_length {self.settings.max_length} must leave "
+                             "room for one more")
+        for what, given in (("a prompt", ids), ("logit_bias", parameters.logit_bias),
+                            ("stop_token_ids", parameters.stop_token_ids)):
+            wrong = next((each for each in given if not 0 <= each < vocabulary), None)
+            if wrong is not None:
+                raise ValueError(f"{what} has the token id {wrong}, and the model's vocab_size is {vocabulary}")
+        if parameters.stop and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and the model was loaded without one")
+        return ids
+
+    def _add(self, prompt: tuple[int, ...], parameters: SamplingParameters, request_id: str | None) -> str:
+        self._arrivals += 1
+        request_id = request_id or f"request-{self._arrivals}"
+        if request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        ends = frozenset((*parameters.stop_token_ids, *(() if parameters.ignore_eos else self.loaded.eos_ids)))
+        stop = StopStrings(parameters.stop) if parameters.stop else None
+        seed = random.SystemRandom().getrandbits(63) if parameters.seed is None else parameters.seed
+        request = Request(request_id, self._arrivals, prompt, parameters, ends, stop, seed)
+        sequences = [self._sequence(request, index) for index in range(parameters.n)]
+        self._requests[request_id] = sequences
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        self._prompt_tokens += len(prompt)
+        return request_id
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        tokenizer = self.loaded.tokenizer
+        text = None if tokenizer is None else AnswerText(tokenizer, request.prompt, request.stop_strings)
+        generator = torch.Generator().manual_seed((request.seed + index) % 2**63)
+        return Sequence(request, index, list(request.prompt), generator, text)
+
+    def _sample(self, sampling: list[tuple[Span, int]], states_TH: torch.Tensor) -> None:
+        """Choose the next tokens of each sequence: one, and one more for each draft that is what was chosen."""
+        rows, first = [], []
+        for span, row in sampling:
+            own = len(span.sequence.tokens) - 1 - span.begin
+            first.append(len(rows))
+            rows += range(row + own, row + span.length)
+        if not rows:
+            return
+        logits_RV = self.model.logits(states_TH, rows)
+        likeliest = logits_RV.argmax(-1).tolist() if any(is_plain_greedy(span.sequence) for span, _ in sampling) else []
+        for (span, _), begin, end in zip(sampling, first, (*first[1:], len(rows))):
+            self._verify(span.sequence, logits_RV[begin:end], likeliest[begin:end])
+
+    def _verify(self, sequence: Sequence, logits_QV: torch.Tensor, likeliest: list[int]) -> None:
+        """Append tokens as long as drafts are right; `likeliest` are of these rows, where they are needed."""
+        drafts, accepted = sequence.drafts[:len(logits_QV) - 1], 0
+        for place, logits_V in enumerate(logits_QV):
+            token = likeliest[place] if is_plain_greedy(sequence) else next_token(logits_V, sequence)
+            sequence.append(token)
+            self._output_tokens += 1
+            self.readings.read_token(sequence, logits_V, token)
+            self._finish(sequence, token)
+            right = place < len(drafts) and drafts[place] == token
+            accepted += right
+            if not right or sequence.finish_reason is not None:
+                break
+        self.drafts.add(len(drafts), accepted)
+        sequence.drafts = []
+
+    def _finish(self, sequence: Sequence, token: int) -> None:
+        """Set why a sequence is finished, if it is, and add the token to its text unless it ends it."""
+        parameters, may_stop = sequence.parameters, sequence.num_answered >= sequence.parameters.min_tokens
+        if token in sequence.request.ends:
+            sequence.finish_reason = "stop"
+        elif sequence.text is not None and sequence.text.add(token, may_stop):
+            sequence.finish_reason = "stop"
+        elif sequence.num_answered >= parameters.max_tokens or len(sequence.tokens) >= self.settings.max_length:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason is not None and sequence.text is not None and not sequence.text.finished:
+            sequence.text.end()
+
+    def _advance(self, span: Span) -> None:
+        """Take note of what was computed, and let go of what is finished."""
+        sequence = span.sequence
+        self.scheduler.advance(sequence, span.kept)
+        if sequence.finish_reason is not None:
+            self.scheduler.remove(sequence)
+            self._forget_finished(sequence.request.request_id)
+
+    def _forget_finished(self, request_id: str) -> None:
+        if all(each.finish_reason is not None for each in self._requests.get(request_id, ())):
+            self._requests.pop(request_id, None)
+
+
+def _piece(span: Span) -> Piece:
+    """Return the tokens of a span, drafts after the sequence's own."""
+    sequence, own = span.sequence, len(span.sequence.tokens)
+    tokens = sequence.tokens[span.begin:span.end]
+    return Piece([*tokens, *sequence.drafts[:max(span.end - own, 0)]], sequence.blocks, span.begin)
+
+
+def _check_length(model: LoadedModel, settings: EngineSettings) -> None:
+    """Raise ValueError if the engine's longest text is longer than the model can see."""
+    limit, scaling = model.config.max_position_embeddings, model.config.rope_scaling
+    if settings.max_length <= limit:
+        return
+    why = ": rope_scaling dynamic turns all earlier keys anew with each token beyond it, which a cache cannot" \
+        if scaling is not None and scaling.kind == "dynamic" else ""
+    raise ValueError(f"max_length {settings.max_length} is longer than the model's max_position_embeddings "
+                     f"{limit}{why}")

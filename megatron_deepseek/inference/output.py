@@ -1,0 +1,39 @@
+"""What the engine gives for a request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of the n answers to a request, as far as it has come.
+
+    `tokens` are all of the answer, with the one that ended it; `text` is what they say, without a stop string and
+    without the token that ended it, and None if the engine has no tokenizer. While the answer runs, `text` leaves out
+    what may still become part of a stop string or of a character. `finish_reason`: "stop", "length" or "abort", and
+    None while it runs.
+
+    Log-probabilities are of raw logits, None unless they were asked for. `log_probabilities` has one for each of
+    `tokens`, `top_log_probabilities` the likeliest by id, with the chosen one. The prompt's have None for its first
+    token. `chosen_experts`: layer name -> int64 [tokens, K], of every token that went through the model: the prompt's
+    and the answer's but the last one.
+    """
+
+    request_id: str
+    index: int
+    prompt: tuple[int, ...]
+    tokens: list[int]
+    text: str | None
+    finish_reason: str | None = None
+    log_probabilities: list[float] | None = None
+    top_log_probabilities: list[dict[int, float]] | None = None
+    prompt_log_probabilities: list[float | None] | None = None
+    prompt_top_log_probabilities: list[dict[int, float] | None] | None = None
+    chosen_experts: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Return whether no more tokens will come."""
+        return self.finish_reason is not None

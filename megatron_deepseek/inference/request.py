@@ -1,0 +1,89 @@
+"""A request for answers, and each of its answers on the way."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.inference.stop_strings import StopStrings
+from megatron_deepseek.inference.text import AnswerText
+
+
+@dataclass(frozen=True, eq=False)
+class PromptReading:
+    """The log-probabilities of a prompt's tokens, as far as they are known, and of the likeliest by id."""
+
+    log_probabilities: list[float | None] = field(default_factory=lambda: [None])
+    tops: list[dict[int, float] | None] = field(default_factory=lambda: [None])
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What was asked for. `arrival` counts requests; `seed` is that of the first answer."""
+
+    request_id: str
+    arrival: int
+    prompt: tuple[int, ...]
+    parameters: SamplingParameters
+    ends: frozenset[int]
+    stop_strings: StopStrings | None
+    seed: int
+    prompt_reading: PromptReading = field(default_factory=PromptReading)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer: its prompt and the tokens so far, and where it stands.
+
+    `num_computed`: of how many tokens the cache has what layers keep. `num_filled`: the same for MTP modules.
+    `blocks`: where in the cache. `hashes`: of its full blocks, as far as they are known. `drafts`: tokens that may come
+    next, to be verified in the next step.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    generator: torch.Generator
+    text: AnswerText | None
+    num_computed: int = 0
+    num_filled: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    num_registered: int = 0
+    drafts: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    counts: dict[int, int] = field(default_factory=dict)
+    log_probabilities: list[float] = field(default_factory=list)
+    top_log_probabilities: list[dict[int, float]] = field(default_factory=list)
+    experts: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Return what sequences are sorted by: arrival, then number of the answer."""
+        return self.request.arrival, self.index
+
+    @property
+    def parameters(self) -> SamplingParameters:
+        return self.request.parameters
+
+    @property
+    def num_answered(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[len(self.request.prompt):]
+
+    @property
+    def decoding(self) -> bool:
+        """Return whether the cache has all tokens but the last."""
+        return self.num_computed == len(self.tokens) - 1
+
+    @property
+    def pending(self) -> int:
+        """Return how many tokens are to be computed, drafts with them."""
+        return len(self.tokens) + len(self.drafts) - self.num_computed
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.counts[token] = self.counts.get(token, 0) + 1

@@ -1,0 +1,158 @@
+"""Chooses the tokens of the next forward: continuous batching with chunked prefill and preemption.
+
+Each step takes every running answer's next token with its drafts, then, as far as the token budget goes, chunks of
+prompts, all in order of arrival. A request is admitted once there are blocks for all of it. Where blocks run out, the
+youngest running sequence gives up its own and is computed again later.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from megatron_deepseek.inference.blocks import BlockPool, block_hashes
+from megatron_deepseek.inference.request import Sequence
+from megatron_deepseek.inference.settings import EngineSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Tokens `begin` to `begin + length` of a sequence, its drafts counted after its own tokens."""
+
+    sequence: Sequence
+    begin: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.length
+
+    @property
+    def kept(self) -> int:
+        """Return up to where what was computed stays: without drafts that turned out wrong."""
+        return min(self.end, len(self.sequence.tokens) - 1)
+
+    @property
+    def samples(self) -> bool:
+        """Return whether the last of the sequence's own tokens is among them, after which one is sampled."""
+        return self.end >= len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Sequences that wait and that run, both in order of arrival, and the blocks that they hold."""
+
+    def __init__(self, settings: EngineSettings, pool: BlockPool):
+        self.settings, self.pool = settings, pool
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = self.shared_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_order)
+
+    def schedule(self) -> list[Span]:
+        """Return the spans of the next forward, whose sequences hold blocks for them."""
+        spans: dict[Sequence, Span] = {}
+        before = self.preemptions
+        for sequence in sorted(self.running, key=lambda each: (not each.decoding, each.order)):
+            length = min(sequence.pending, self._budget(spans))
+            if length and sequence in self.running and self._make_room(sequence, length, spans):
+                spans[sequence] = Span(sequence, sequence.num_computed, length)
+        if self.preemptions == before:
+            self._admit(spans)
+        assert spans or not (self.running or self.waiting), "there is work, and none is done"
+        return list(spans.values())
+
+    def _budget(self, spans: dict[Sequence, Span]) -> int:
+        return self.settings.token_budget - sum(span.length for span in spans.values())
+
+    def advance(self, sequence: Sequence, num_computed: int) -> None:
+        """Say that the cache has the first `num_computed` tokens; others may share its full blocks from now on."""
+        sequence.num_computed = num_computed
+        if not self.settings.prefix_sharing:
+            return
+        full = num_computed // self.settings.block_size
+        if full > sequence.num_registered:
+            tokens = sequence.tokens[:full * self.settings.block_size]
+            sequence.hashes = block_hashes(tokens, self.settings.block_size, sequence.hashes[:full])
+            for place in range(sequence.num_registered, full):
+                self.pool.register(sequence.blocks[place], sequence.hashes[place])
+            sequence.num_registered = full
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is, and free its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._free(sequence)
+
+    def _make_room(self, sequence: Sequence, length: int, spans: dict[Sequence, Span]) -> bool:
+        """Give a sequence blocks for `length` more tokens; return False if it had to give up its own instead."""
+        missing = self._blocks_for(sequence.num_computed + length) - len(sequence.blocks)
+        while missing > self.pool.available:
+            youngest = max(self.running, key=_order)
+            self._preempt(youngest)
+            spans.pop(youngest, None)
+            if youngest is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(max(missing, 0))
+        return True
+
+    def _admit(self, spans: dict[Sequence, Span]) -> None:
+        """Let waiting sequences run, in order, as long as there are blocks, places and tokens of the budget left."""
+        for sequence in list(self.waiting):
+            budget = self._budget(spans)
+            if not budget or len(self.running) >= self.settings.max_running:
+                return
+            if self._waits_for_the_first(sequence):
+                continue
+            shared = self._shared_blocks(sequence)
+            if self._blocks_for(len(sequence.tokens)) - len(shared) > self.pool.available:
+                self.pool.release(shared)
+                return
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_order)
+            sequence.blocks, sequence.num_registered = shared, len(shared)
+            sequence.num_computed = sequence.num_filled = len(shared) * self.settings.block_size
+            length = min(sequence.pending, budget)
+            sequence.blocks += self.pool.allocate(
+                max(self._blocks_for(sequence.num_computed + length) - len(shared), 0))
+            spans[sequence] = Span(sequence, sequence.num_computed, length)
+            self.shared_tokens += sequence.num_computed
+
+    def _waits_for_the_first(self, sequence: Sequence) -> bool:
+        """Return whether it can share the blocks of its request's first answer once that has computed the prompt."""
+        if not self.settings.prefix_sharing or not sequence.index:
+            return False
+        return any(other.request is sequence.request and not other.index
+                   and other.num_computed < len(sequence.request.prompt) for other in (*self.running, *self.waiting))
+
+    def _shared_blocks(self, sequence: Sequence) -> list[int]:
+        """Return blocks that have the sequence's first tokens; the last token is always computed, for its logits."""
+        parameters = sequence.parameters
+        if not self.settings.prefix_sharing or parameters.chosen_experts or (
+                parameters.prompt_logprobs is not None and not sequence.index):
+            return []
+        known = sequence.hashes[:(len(sequence.tokens) - 1) // self.settings.block_size]
+        sequence.hashes = block_hashes(sequence.tokens[:-1], self.settings.block_size, known)
+        return self.pool.share(sequence.hashes)
+
+    def _blocks_for(self, tokens: int) -> int:
+        """Return how many blocks `tokens` tokens take, and the drafts that may follow."""
+        return -(-(tokens + self.settings.draft_tokens) // self.settings.block_size)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Free a running sequence's blocks and let it wait; it will be computed again from its tokens."""
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.num_computed = sequence.num_filled = 0
+        sequence.drafts = []
+        self.add(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.num_registered = [], 0
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

@@ -1,0 +1,68 @@
+"""Answers of a small model on ranks of a layout, to be compared with those of one process."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from native_checkpoints import random_state, write_native
+from small_models import V3_SMALL
+
+from megatron_deepseek.inference.loaded_model import LoadedModel
+from megatron_deepseek.inference.loading import LoadSettings, join_ranks, load_model
+from megatron_deepseek.inference.model_files import open_model
+from megatron_deepseek.inference.output import Output
+from megatron_deepseek.inference.replicas import Replicas
+from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.inference.settings import EngineSettings
+from megatron_deepseek.parallel.layout import Layout
+
+# Rows of kv_b_proj that two ranks share within a block of 128; columns that they share between blocks.
+CONFIG = replace(V3_SMALL, num_nextn_predict_layers=1, max_position_embeddings=64, hidden_size=32,
+                 num_attention_heads=4, v_head_dim=64, intermediate_size=256, moe_intermediate_size=128,
+                 n_shared_experts=2)
+
+
+def write_model(directory: Path) -> Path:
+    """A checkpoint whose weights make lively text: nothing is near a tie."""
+    weights = {name: 1 + 0.2 * tensor if name.endswith("norm.weight") else 0.15 * tensor
+               for name, tensor in random_state(CONFIG).items() if name.startswith("model.")}
+    weights["model.lm_head.weight"] *= 4
+    return write_native(directory, weights, CONFIG)
+
+
+def build(directory: Path, layout: Layout, mtp: bool = True, form: str = "plain") -> LoadedModel:
+    files = open_model(directory, mtp=mtp, tokenizer=None)
+    loaded = load_model(files, join_ranks(layout), LoadSettings(dtype=torch.float64, form=form))
+    return replace(loaded, eos_ids=(7,))
+
+
+def answers(directory: Path, layout: Layout, jobs: list[tuple[list[list[int]], list[SamplingParameters]]],
+            draft_tokens: int = 0, form: str = "plain") -> list[list[list[Output]]]:
+    """Of each of `jobs`, prompts and parameters, the answers on rank 0; other ranks have none."""
+    settings = EngineSettings(max_length=64, block_size=4, token_budget=7, max_running=3, draft_tokens=draft_tokens)
+    replicas = Replicas(build(directory, layout, draft_tokens > 0, form), settings)
+    if not replicas.leads:
+        replicas.follow()
+        return []
+    with replicas:
+        return [replicas.generate(*job) for job in jobs]
+
+
+def aborted(directory: Path, layout: Layout) -> tuple[list[str], int]:
+    """Which requests finish when one of three is aborted after two steps, and how many blocks are used at the end."""
+    replicas = Replicas(build(directory, layout), EngineSettings(max_length=64, block_size=4, prefix_sharing=False),
+                        stream=True)
+    if not replicas.leads:
+        replicas.follow()
+        return [], replicas.engine.statistics.blocks_used
+    with replicas:
+        for name in ("first", "second", "third"):
+            replicas.add([1, 2, 3], SamplingParameters(max_tokens=6, temperature=0, ignore_eos=True), name)
+        finished = []
+        for step in range(20):
+            if step == 2:
+                replicas.abort("second")
+            finished += [output.request_id for output in replicas.step() if output.finished]
+        assert not replicas.has_work and dist.get_rank() == 0
+        return sorted(finished), replicas.engine.statistics.blocks_used

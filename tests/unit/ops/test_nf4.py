@@ -1,0 +1,72 @@
+"""NF4 against the paper's construction of its numbers, a case worked by hand, and bounds of its errors."""
+
+import pytest
+import torch
+
+from megatron_deepseek.ops import nf4
+
+
+def test_the_numbers_are_the_quantiles_that_the_paper_describes():
+    """8 quantiles on the positive side, 7 on the negative, zero between; offset and code of QLoRA's authors.
+
+    The paper prints float32 of float64 numbers that their scipy made; ndtri agrees to 1e-6.
+    """
+    offset = 0.9677083
+    positive = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
+    negative = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
+    values = torch.cat([positive, torch.zeros(1, dtype=torch.float64), negative]).sort().values
+    torch.testing.assert_close(values / values.abs().max(), torch.tensor(nf4.VALUES, dtype=torch.float64), rtol=0,
+                               atol=1e-6)
+
+
+def test_a_block_by_hand():
+    """The largest magnitude is 4, so x / 4 = 0.25, -1, 0.0398, 0: near 0.2461, -1, 0.0796 or 0, and 0."""
+    row = torch.zeros(1, 64)
+    row[0, :4] = torch.tensor([1.0, -4.0, 0.1592, 0.0])  # 0.0398 is above half of 0.0796, 0.03979
+    row[0, 4] = 0.1591  # and this one below
+    held = nf4.quantize(row)
+    assert held.codes.shape == (1, 32) and held.scales.tolist() == [[4.0]]
+    assert held.codes[0, :3].tolist() == [10 << 4 | 0, 8 << 4 | 7, 7 << 4 | 7]
+    assert nf4.dequantize(held)[0, :6].tolist() == pytest.approx([4 * nf4.VALUES[10], -4, 4 * nf4.VALUES[8], 0, 0, 0])
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (5, 200), (2, 4, 130), (1, 1)])
+def test_no_number_is_further_off_than_half_a_gap(shape):
+    """The widest gap is between -1 and -0.696, so the error is at most 0.152 of the block's largest magnitude."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    held = nf4.quantize(x)
+    again = nf4.dequantize(held)
+    assert held.shape == again.shape == x.shape
+    scales = held.scales.repeat_interleave(64, -1)[..., :x.shape[-1]]
+    assert ((again - x).abs() <= 0.1520 * scales).all()
+    largest = x.abs() == scales
+    assert largest.sum() >= held.scales.numel() and (again[largest] == x[largest]).all()
+
+
+def test_rows_are_independent():
+    """So that a rank's rows are the whole weight's."""
+    x = torch.randn(6, 192, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(nf4.dequantize(nf4.quantize(x[2:4])), nf4.dequantize(nf4.quantize(x))[2:4])
+
+
+def test_double_scales():
+    """E4M3 has steps of at most 1/16 of a number: the error of a scale is at most 1/32 + rounding of the largest
+    distance from the mean of its 256.
+    """
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(2)).mul_(torch.rand(300, 1) + 0.5)
+    plain = nf4.quantize(x)
+    double = plain.with_double_scales()
+    assert double.nbytes < 0.53 * x.numel() < plain.nbytes
+    before, after = plain.scales.flatten(), double.scales.plain().flatten()
+    assert after.shape == before.shape
+    for begin in range(0, len(before), 256):
+        part = slice(begin, begin + 256)
+        largest = (before[part] - before[part].mean()).abs().max()
+        assert (before[part] - after[part]).abs().max() <= largest / 28
+    assert torch.equal(nf4.dequantize(double), nf4.dequantize(nf4.Nf4(plain.codes, double.scales.plain(), 256)))
+
+
+def test_zeros_and_what_is_not_finite():
+    assert not nf4.dequantize(nf4.quantize(torch.zeros(2, 70)).with_double_scales()).any()
+    with pytest.raises(ValueError, match="not finite"):
+        nf4.quantize(torch.full((1, 64), torch.inf))
