@@ -21,10 +21,6 @@ class ModelConfig(ArchitectureFields):
     `num_nextn_predict_layers`: depth of Multi-Token Prediction (V3 report, section 2.2).
     """
 
-    def __post_init__(self):
-        super().__post_init__()
-        family_of(self)
-
     @property
     def model_type(self) -> str:
         """Return the name of its family, as config.json says it (families.py)."""
