@@ -2,11 +2,13 @@
 
 A torch_dist checkpoint is a DCP directory too, so only the names differ: gate and up projections are one `linear_fc1`
 (gate first), experts are stacked in front, and with Transformer Engine a norm belongs to the linear layer after it.
-Rows of heads and of the rotary part are in Hugging Face's order in both.
+Rows of heads and of the rotary part are in Hugging Face's order in both. Grouped-query attention has one `linear_qkv`:
+for each head of keys the queries that share it, then that key's rows, then the value's.
 """
 
 from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.families import family_of
 from megatron_deepseek.model.architecture.parameters import HfTensor, Parameter, hf_tensors
 
 # Hugging Face's name within a layer -> megatron-core's. A norm has two spellings: Transformer Engine's, and its own.
@@ -22,9 +24,12 @@ _ATTENTION = {
                                         "self_attention.kv_layernorm.weight"),
     "self_attn.kv_b_proj.weight": ("self_attention.linear_kv_up_proj.weight",),
     "self_attn.o_proj.weight": ("self_attention.linear_proj.weight",),
+    "self_attn.q_norm.weight": ("self_attention.q_layernorm.weight",),
+    "self_attn.k_norm.weight": ("self_attention.k_layernorm.weight",),
     "mlp.gate.weight": ("mlp.router.weight",),
     "mlp.gate.e_score_correction_bias": ("mlp.router.expert_bias",),
 }
+_NORM_BEFORE_QKV = ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
 _TOP = {"model.embed_tokens.weight": "embedding.word_embeddings.weight",
         "model.norm.weight": "decoder.final_layernorm.weight", "lm_head.weight": "output_layer.weight"}
 PADDED = (_TOP["model.embed_tokens.weight"], _TOP["lm_head.weight"])  # their rows may be more than the vocabulary's
@@ -38,8 +43,11 @@ def megatron_places(config: ModelConfig, stored: frozenset[str] | None = None) -
 
     Raise ValueError for an architecture that megatron-core cannot have.
     """
-    if config.attention_bias:
+    if config.attention_bias and not config.grouped_query:
         raise ValueError("attention_bias true has no counterpart in megatron-core's latent attention")
+    if config.attention_bias:
+        raise ValueError(f"attention_bias true of {family_of(config).model_type} has no counterpart in megatron-core, "
+                         "where a bias of o_proj comes with biases in the MLP")
     return [_place(row, tensor, config, stored or frozenset()) for row, tensor in hf_tensors(config)]
 
 
@@ -50,7 +58,11 @@ def _place(row: Parameter, tensor: HfTensor, config: ModelConfig, stored: frozen
     if depth >= 0 and inner in _MTP:
         return _alone(tensor, f"{MTP_PREFIX}layers.{depth}.{_MTP[inner]}")
     prefix = f"decoder.layers.{row.layer}." if depth < 0 else f"{MTP_PREFIX}layers.{depth}.transformer_layer."
-    if inner == "post_attention_layernorm.weight":
+    if config.grouped_query and inner.startswith(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")):
+        return _within_qkv(tensor, config, prefix, *inner.split(".")[1:])
+    if config.grouped_query and inner == "input_layernorm.weight":
+        spellings = _NORM_BEFORE_QKV
+    elif inner == "post_attention_layernorm.weight":
         spellings = ("pre_mlp_layernorm.weight",) if config.is_moe_layer(row.layer) else (
             "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
     elif inner in _ATTENTION:
@@ -63,6 +75,17 @@ def _place(row: Parameter, tensor: HfTensor, config: ModelConfig, stored: frozen
 
 def _alone(tensor: HfTensor, whole: str) -> Place:
     return Place(tensor.name, tensor.shape, whole, tensor.shape, (0,) * len(tensor.shape))
+
+
+def _within_qkv(tensor: HfTensor, config: ModelConfig, prefix: str, projection: str, kind: str) -> Place:
+    """Return the place of q_proj, k_proj or v_proj (`kind`: weight or bias), in pieces of one head of keys each."""
+    groups, size = config.num_key_value_heads, config.head_dim
+    queries = config.num_attention_heads // groups * size
+    step = queries + 2 * size
+    run, before = {"q_proj": (queries, 0), "k_proj": (size, queries), "v_proj": (size, queries + size)}[projection]
+    rest = tensor.shape[1:]
+    return Place(tensor.name, tensor.shape, f"{prefix}self_attention.linear_qkv.{kind}", (groups * step, *rest),
+                 (before, *(0 for _ in rest)), run, step)
 
 
 def _mlp(row: Parameter, tensor: HfTensor, prefix: str, inner: str) -> Place:
