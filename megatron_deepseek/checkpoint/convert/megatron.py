@@ -4,7 +4,12 @@ A torch_dist checkpoint is a DCP directory too, so only the names differ: gate a
 (gate first), experts are stacked in front, and with Transformer Engine a norm belongs to the linear layer after it.
 Rows of heads and of the rotary part are in Hugging Face's order in both. Grouped-query attention has one `linear_qkv`:
 for each head of keys the queries that share it, then that key's rows, then the value's.
+
+Where all layers are dense, megatron-core takes them for alike and stores each of their tensors once, stacked over the
+layers ("homogeneous" layers); otherwise every layer has tensors of its own.
 """
+
+from dataclasses import replace
 
 from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -33,7 +38,7 @@ _NORM_BEFORE_QKV = ("self_attention.linear_qkv.layer_norm_weight", "input_layern
 _TOP = {"model.embed_tokens.weight": "embedding.word_embeddings.weight",
         "model.norm.weight": "decoder.final_layernorm.weight", "lm_head.weight": "output_layer.weight"}
 PADDED = (_TOP["model.embed_tokens.weight"], _TOP["lm_head.weight"])  # their rows may be more than the vocabulary's
-MTP_PREFIX = "mtp."
+MTP_PREFIX, _LAYERS = "mtp.", "decoder.layers."
 _MTP = {"enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight",
         "shared_head.norm.weight": "final_layernorm.weight"}
 
@@ -48,16 +53,30 @@ def megatron_places(config: ModelConfig, stored: frozenset[str] | None = None) -
     if config.attention_bias:
         raise ValueError(f"attention_bias true of {family_of(config).model_type} has no counterpart in megatron-core, "
                          "where a bias of o_proj comes with biases in the MLP")
-    return [_place(row, tensor, config, stored or frozenset()) for row, tensor in hf_tensors(config)]
+    alike = not config.n_routed_experts if stored is None else any(
+        name.startswith(_LAYERS) and not name.removeprefix(_LAYERS)[0].isdigit() for name in stored)
+    places = []
+    for row, tensor in hf_tensors(config):
+        of_decoder = row.layer is not None and row.layer < config.num_hidden_layers
+        stacked = alike and of_decoder
+        prefix = _LAYERS if stacked else f"{_LAYERS}{row.layer}." if of_decoder else ""
+        place = _place(row, tensor, config, stored or frozenset(), prefix)
+        places.append(_stacked(place, row.layer, config.num_hidden_layers) if stacked else place)
+    return places
 
 
-def _place(row: Parameter, tensor: HfTensor, config: ModelConfig, stored: frozenset[str]) -> Place:
+def _stacked(place: Place, layer: int, layers: int) -> Place:
+    return replace(place, whole_shape=(layers, *place.whole_shape), offset=(layer, *place.offset))
+
+
+def _place(row: Parameter, tensor: HfTensor, config: ModelConfig, stored: frozenset[str], prefix: str) -> Place:
+    """Return where a tensor is; `prefix` begins the names of its layer in the decoder, "" for other tensors."""
     if row.layer is None:
         return _alone(tensor, _TOP[tensor.name])
     inner, depth = tensor.name.split(".", 3)[3], row.layer - config.num_hidden_layers
     if depth >= 0 and inner in _MTP:
         return _alone(tensor, f"{MTP_PREFIX}layers.{depth}.{_MTP[inner]}")
-    prefix = f"decoder.layers.{row.layer}." if depth < 0 else f"{MTP_PREFIX}layers.{depth}.transformer_layer."
+    prefix = prefix or f"{MTP_PREFIX}layers.{depth}.transformer_layer."
     if config.grouped_query and inner.startswith(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")):
         return _within_qkv(tensor, config, prefix, *inner.split(".")[1:])
     if config.grouped_query and inner == "input_layernorm.weight":
