@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_deepseek.model.architecture.fields import ArchitectureFields
+from megatron_deepseek.model.architecture.refused import refusal
 from megatron_deepseek.near_names import near_names
 
 
@@ -57,7 +58,7 @@ def family_of(config: ArchitectureFields) -> Family:
 def family_of_file(fields: Mapping[str, Any]) -> Family:
     """Return the family of a parsed config.json: that of `model_type`, or without one that of its `architectures`.
 
-    Raise ValueError, with the name that may be meant, where it is none of FAMILIES.
+    Raise ValueError, with the reason (refused.py) or the name that may be meant, where it is none of FAMILIES.
     """
     given = fields.get("model_type")
     architectures = fields.get("architectures")
@@ -68,6 +69,9 @@ def family_of_file(fields: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if given == family.model_type:
             return family
+    refused = refusal(given)
+    if refused is not None:
+        raise ValueError(refused)
     known = [family.model_type for family in FAMILIES]
     near = near_names(given, known, most=1) if isinstance(given, str) else []
     raise ValueError(f"model_type {given!r} is not one of {', '.join(known)}"
