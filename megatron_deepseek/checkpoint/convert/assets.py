@@ -7,7 +7,7 @@ the files, and the ids of the tokenizer if it is not the one that the source cam
 
 import json
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from megatron_deepseek.checkpoint.convert.tokenizer_files import TokenIds, write
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config, hf_rope
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.fields import RULES
 
 DIRECTORY = "huggingface"
 _NOTES = "conversion.json"
@@ -146,7 +147,7 @@ def _changes(given: dict, config: ModelConfig) -> dict:
     """Return the fields that training or conversion changed since `given` was read, in its dialect."""
     theirs, changes = ModelConfig.from_hf_dict(given), {}
     released = config.to_hf_dict()
-    names = [field.name for field in fields(config) if getattr(theirs, field.name) != getattr(config, field.name)]
+    names = [name for name in RULES if getattr(theirs, name) != getattr(config, name)]
     for name in names:
         if name not in ("rope_theta", "rope_scaling"):
             changes[hf_config.spelling(given, name)] = released[name]

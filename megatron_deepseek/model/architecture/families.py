@@ -50,9 +50,24 @@ FAMILIES = (
 )
 
 
+# Models of V3's form whose config.json has a model_type of its own, which is written back: Kimi K2 (arXiv 2507.20534).
+_OTHER_NAMES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
+
+
 def family_of(config: ArchitectureFields) -> Family:
     """Return the family that an architecture is written as."""
     return next(family for family in FAMILIES if family.has(config))
+
+
+def other_name(model_type: Any) -> str | None:
+    """Return `model_type` where it is another name of a family, None for the family's own or an unknown one."""
+    return model_type if isinstance(model_type, str) and model_type in _OTHER_NAMES else None
+
+
+def name_of(config: ArchitectureFields, other: str | None) -> str:
+    """Return the model_type of an architecture's config.json: `other`, if that names its family, or the family's."""
+    family = family_of(config)
+    return other if other is not None and _OTHER_NAMES[other] == family.model_type else family.model_type
 
 
 def family_of_file(fields: Mapping[str, Any]) -> Family:
@@ -67,12 +82,12 @@ def family_of_file(fields: Mapping[str, Any]) -> Family:
             if any(name in family.architectures for name in architectures):
                 return family
     for family in FAMILIES:
-        if given == family.model_type:
+        if isinstance(given, str) and _OTHER_NAMES.get(given, given) == family.model_type:
             return family
     refused = refusal(given)
     if refused is not None:
         raise ValueError(refused)
-    known = [family.model_type for family in FAMILIES]
+    known = [*(family.model_type for family in FAMILIES), *_OTHER_NAMES]
     near = near_names(given, known, most=1) if isinstance(given, str) else []
     raise ValueError(f"model_type {given!r} is not one of {', '.join(known)}"
                      + (f"; did you mean {near[0]}?" if near else ""))
