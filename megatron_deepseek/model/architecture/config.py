@@ -9,13 +9,13 @@ from pathlib import Path
 
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config, parameters
-from megatron_deepseek.model.architecture.families import name_of, other_name
+from megatron_deepseek.model.architecture.families import family_of, name_of, other_name
 from megatron_deepseek.model.architecture.fields import ArchitectureFields, RopeScaling
 
 
 @dataclass(frozen=True)
 class ModelConfig(ArchitectureFields):
-    """A DeepSeek-V2 or V3 architecture. Without routed experts every layer is dense.
+    """An architecture of one of the families (families.py). Without routed experts every layer is dense.
 
     `scoring_func`: softmax (V2) or sigmoid (V3). `topk_method`: greedy, group_limited_greedy (V2) or noaux_tc (V3).
     `num_nextn_predict_layers`: depth of Multi-Token Prediction (V3 report, section 2.2).
@@ -23,6 +23,10 @@ class ModelConfig(ArchitectureFields):
     """
 
     released_as: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        family_of(self)
 
     @property
     def model_type(self) -> str:
