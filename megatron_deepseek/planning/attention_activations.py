@@ -70,12 +70,12 @@ def grouped_query_attention(shapes: LayerShapes) -> Iterator[Kept]:
 
 
 def _of_heads(name: str, shapes: LayerShapes, heads: int) -> Iterator[Kept]:
-    """Yield turned queries or keys, and where heads are normed what their norm reads."""
+    """Yield turned queries or keys, and where heads are normed what their norm reads, which is not made again."""
     made = shapes.numbers.plain(shapes.whole, heads * shapes.model.head_dim)
     yield Kept(name, made, UP_PROJECTION)
     if shapes.model.qk_norm:
-        yield Kept(f"{name} before their norm", made, UP_PROJECTION)
-        yield Kept(f"{name}' norm: statistics", shapes.whole * heads * shapes.numbers.wide, UP_PROJECTION)
+        yield Kept(f"{name} before their norm", made)
+        yield from norm(f"norm of {name}", shapes.whole * heads, shapes.numbers)
 
 
 def up_projection_inputs(shapes: LayerShapes, latent: int) -> Iterator[Kept]:
