@@ -1,4 +1,4 @@
-"""Rotary position embedding, RoPE (arXiv 2104.09864), on interleaved pairs, as DeepSeek applies it.
+"""Rotary position embedding, RoPE (arXiv 2104.09864): on interleaved pairs, as DeepSeek applies it, and on halves.
 
 Shapes: B batch, S positions, N heads, X = nope + rotary (or value) dimensions of a head, D rotary dimensions, V value
 width.
@@ -19,6 +19,21 @@ def apply_rope(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
     cos, sin = table_2SD.to(wide).unsqueeze(2)
     even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+def apply_rope_to_halves(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x0, x[R/2]), (x1, x[R/2 + 1]), ... of the first R dimensions of x [B, S, heads, X].
+
+    R is twice the table's number of pairs. Llama's and Qwen's weights are in this order. Computed in at least float32,
+    returned in x's dtype.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = table_2SD.to(wide).unsqueeze(2)
+    half = cos.shape[-1]
+    first, second, rest = x.tensor_split((half, 2 * half), -1)
+    first, second = first.to(wide), second.to(wide)
+    turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+    return torch.cat([*turned, rest] if rest.shape[-1] else turned, -1)
 
 
 @with_backends("rope_queries")

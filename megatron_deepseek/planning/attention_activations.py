@@ -54,28 +54,30 @@ def latent_attention(shapes: LayerShapes) -> Iterator[Kept]:
 def grouped_query_attention(shapes: LayerShapes) -> Iterator[Kept]:
     """Yield what grouped-query and multi-head attention keep but for their output.
 
-    The products of queries, keys and values share their input, which TP gathers.
+    The products of queries, keys and values share their input, which TP gathers. Where a rank keeps one of several
+    heads that it made, values are a view of all.
     """
     model, numbers, whole, size = shapes.model, shapes.numbers, shapes.whole, shapes.model.head_dim
     yield Kept("attention's input", numbers.product_input(whole, model.hidden_size),
                None if shapes.gathers else LAYERNORM)
-    yield from _of_heads("queries", shapes, shapes.heads)
+    yield Kept("queries", numbers.plain(whole, shapes.heads * size), UP_PROJECTION)
     yield Kept("log-sum-exps", whole * shapes.heads * numbers.wide)
+    if model.qk_norm:
+        yield from norms_of_heads(shapes)
     if shapes.layout.cp > 1:
         travelled = numbers.plain(whole, travelling_width(model, shapes.kv_heads))
         yield Kept("keys and values of the context ranks", shapes.layout.cp * travelled)
         return
-    yield from _of_heads("keys", shapes, shapes.kv_heads)
-    yield Kept("values", numbers.plain(whole, shapes.kv_heads * size), UP_PROJECTION)
+    yield Kept("keys", numbers.plain(whole, shapes.kv_heads * size), UP_PROJECTION)
+    yield Kept("values", numbers.plain(whole, shapes.kv_product_heads * size), UP_PROJECTION)
 
 
-def _of_heads(name: str, shapes: LayerShapes, heads: int) -> Iterator[Kept]:
-    """Yield turned queries or keys, and where heads are normed what their norm reads, which is not made again."""
-    made = shapes.numbers.plain(shapes.whole, heads * shapes.model.head_dim)
-    yield Kept(name, made, UP_PROJECTION)
-    if shapes.model.qk_norm:
-        yield Kept(f"{name} before their norm", made)
-        yield from norm(f"norm of {name}", shapes.whole * heads, shapes.numbers)
+def norms_of_heads(shapes: LayerShapes) -> Iterator[Kept]:
+    """Yield what Qwen3's norms of queries and keys read, which is not made again."""
+    numbers, whole, size = shapes.numbers, shapes.whole, shapes.model.head_dim
+    yield Kept("queries and keys before their norms",
+               numbers.plain(whole, (shapes.heads + shapes.kv_product_heads) * size))
+    yield from norm("norms of queries and keys", whole * (shapes.heads + shapes.kv_heads), numbers)
 
 
 def up_projection_inputs(shapes: LayerShapes, latent: int) -> Iterator[Kept]:

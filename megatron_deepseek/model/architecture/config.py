@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config, parameters
-from megatron_deepseek.model.architecture.families import family_of, name_of, other_name
+from megatron_deepseek.model.architecture.families import name_of, other_name
 from megatron_deepseek.model.architecture.fields import ArchitectureFields, RopeScaling
 
 
@@ -23,10 +23,6 @@ class ModelConfig(ArchitectureFields):
     """
 
     released_as: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        family_of(self)
 
     @property
     def model_type(self) -> str:

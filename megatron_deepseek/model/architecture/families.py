@@ -112,6 +112,11 @@ FAMILIES = (
 _OTHER_NAMES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
 
 
+def has_family(config: ArchitectureFields) -> bool:
+    """Return whether an architecture can be written as one of a family."""
+    return any(family.has(config) for family in FAMILIES)
+
+
 def family_of(config: ArchitectureFields) -> Family:
     """Return the family that an architecture is written as. Raise ValueError where no family has such a mixture."""
     for family in FAMILIES:

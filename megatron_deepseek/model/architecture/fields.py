@@ -221,6 +221,11 @@ class ArchitectureFields:
         if self.rotary_dim % 2 or not self.rotary_dim:
             raise ValueError(f"head_dim {self.head_dim} times partial_rotary_factor {self.partial_rotary_factor} gives "
                              f"{self.rotary_dim} rotary dimensions; rotary embedding turns pairs")
+        scaling, usual = self.rope_scaling, (1.0, 0.0)
+        mscales = (scaling.mscale, scaling.mscale_all_dim) if scaling is not None else usual
+        if mscales != usual and not (scaling.kind == "yarn" and all(mscales)):
+            raise ValueError(f"rope_scaling mscale {mscales[0]} and mscale_all_dim {mscales[1]}: grouped-query "
+                             "attention takes both or neither, with type yarn")
         if self.attention_bias and self.qkv_bias:
             raise ValueError("attention_bias, of q, k, v and o, and qkv_bias, of q, k, v alone, exclude each other")
         if (self.sliding_window is None) != (not self.layer_types):
