@@ -108,14 +108,14 @@ CONTEXT = of(
     ("ContextParallel.own",
      "return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))",
      "return x if self.size == 1 else x.chunk(self.size, dim)[self.rank]"),
-    ("BlockwiseAttention.backward", "grad_q_BNSD[queries] += grad_q", "grad_q_BNSD[queries] = grad_q"),
+    ("BlockwiseAttention.backward", "total[place] += gradient", "total[place] = gradient"),
     ("gradient_of_block", "gradient[:, keys] = part.grad", "gradient[:, keys] = part.grad / 2"),
     ("BlockMask._within", "bounds += [start - begin + here, stop - begin + here]",
      "bounds += [start - begin, stop - begin]"),
     ("BlockMask._within", "start, stop = max(bounds[0], part.start), min(bounds[-1], part.stop)",
      "start, stop = bounds[0], bounds[-1]"),
-    ("BlockwiseAttention.backward", "lse_BNS[queries], Scores(ctx.scale, part.causal))",
-     "lse_BNS[queries], Scores(ctx.scale, False))"),
+    ("BlockwiseAttention.backward", "attend_backward(*read, Scores(ctx.scale, part.causal))",
+     "attend_backward(*read, Scores(ctx.scale, False))"),
     ("BlockwiseAttention.backward", "else torch.zeros_like(block)", "else torch.ones_like(block)"),
 )
 

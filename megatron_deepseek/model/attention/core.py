@@ -3,6 +3,7 @@
     WholeSequenceAttention     this rank has whole sequences, dense or packed (ops/attention.py, ops/fp8/attention.py)
     ContextParallelAttention   ranks share each sequence; blocks travel by a ring or an all-gather
                                (parallel/blockwise_attention.py)
+    WindowAttention            either of these in a layer whose tokens see a sliding window (parallel/window_mask.py)
 
 A layer of attention has the projections of its paper alone. It hands the core its latents, and `Heads`, which says how
 queries, keys and values are made of them. The core decides where and when that is done, because that is what the kinds
@@ -34,8 +35,11 @@ from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.ops.attention import Output
 from megatron_deepseek.ops.recompute import kept, recomputed
+from megatron_deepseek.parallel.block_mask import BlockMask
 from megatron_deepseek.parallel.blockwise_attention import KeyValueProjection, blockwise_attention
 from megatron_deepseek.parallel.context import ContextParallel
+from megatron_deepseek.parallel.exchange import Alone
+from megatron_deepseek.parallel.window_mask import WindowMask
 
 
 class Heads(Protocol):
@@ -113,10 +117,38 @@ class ContextParallelAttention(CoreAttention):
                                        self.cp.make_exchange(), self.output)
 
 
-def make_core(blueprint: Blueprint, scale: float, value_width: int) -> CoreAttention:
-    """Return the kind of attention that this layout takes, for values of `value_width` numbers a head."""
+@dataclass(frozen=True)
+class WindowAttention(CoreAttention):
+    """Attention to the last `window` tokens alone, by the parts of the scores that it leaves; else the fields are those
+    of ContextParallelAttention.
+    """
+
+    cp: ContextParallel
+    output: Output
+    projected: Callable[..., AbstractContextManager]
+    scale: float
+    window: int
+    projects_at_once = False
+
+    def __call__(self, heads, c_q, c_kv, mask):
+        with self.projected(heads.queries, c_q) as q:
+            shared = mask.blocks is not None
+            blocks = mask.blocks if shared else BlockMask(0, 1, q.shape[1], mask.documents)
+            exchange = self.cp.make_exchange() if shared else Alone()
+            keys_and_values = KeyValueProjection(heads.keys_and_values_of, heads.weights)
+            return blockwise_attention(q, heads.block(*c_kv), keys_and_values, self.scale,
+                                       WindowMask(blocks, self.window), exchange, self.output)
+
+
+def make_core(blueprint: Blueprint, scale: float, value_width: int, window: int | None = None) -> CoreAttention:
+    """Return the kind of attention that this layout takes, for values of `value_width` numbers a head.
+
+    `window`: to how many tokens a token attends, itself among them; None to all before it.
+    """
     projected = recomputed if "mla_up_proj" in blueprint.recomputed else kept
     recipe, cp = blueprint.recipe, blueprint.cp
+    if window is not None:
+        return WindowAttention(cp, recipe.attention_output_form, projected, scale, window)
     if cp.size > 1:
         return ContextParallelAttention(cp, recipe.attention_output_form, projected, scale)
     return WholeSequenceAttention(recipe.attention, projected, scale, value_width)

@@ -28,15 +28,16 @@ from megatron_deepseek.parallel.tensor import PieceLinear, RMSNorm, row_linear
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention with Hugging Face's parameter names: llama, qwen2, qwen3, deepseek."""
+    """Causal self-attention with Hugging Face's parameter names: llama, qwen2, qwen3, deepseek.
 
-    def __init__(self, blueprint: Blueprint):
+    `index` is the layer's, on which it depends whether its tokens see a sliding window.
+    """
+
+    def __init__(self, index: int, blueprint: Blueprint):
         super().__init__()
         config, tp, recipe = blueprint.config, blueprint.tp, blueprint.recipe
-        if config.sliding_window is not None:
-            raise ValueError(f"sliding_window {config.sliding_window} is not computed yet")
         self.tp, self.size = tp, config.head_dim
-        self.core = make_core(blueprint, softmax_scale(config), config.head_dim)
+        self.core = make_core(blueprint, softmax_scale(config), config.head_dim, config.window_of(index))
         hidden, bias, gemm = config.hidden_size, config.attention_bias or config.qkv_bias, recipe.linear
         heads, of_keys = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = PieceLinear(hidden, heads * self.size, heads, tp, bias, gemm)

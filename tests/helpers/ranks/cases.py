@@ -215,13 +215,15 @@ class Case:
 
     @property
     def attention_fields(self) -> dict:
-        """One head of keys is on every TP rank. Norms and biases are Qwen's; with experts neither is any family's."""
+        """One head of keys is on every TP rank. Norms, biases and windows are Qwen's, which has no experts."""
         if self.attention in ("latent", "no_q_lora"):
             return dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,
                         q_lora_rank=12 if self.attention == "latent" else None)
         grouped, dense = self.attention == "grouped", self.router == "dense"
-        return dict(head_dim=4, num_key_value_heads=2 if grouped else 1, qk_norm=dense and grouped,
-                    qkv_bias=dense and not grouped and not self.attention_bias)
+        qwen2 = dense and not grouped and not self.attention_bias
+        types = ("full_attention", *("sliding_attention",) * (self.num_layers - 1))
+        return dict(head_dim=4, num_key_value_heads=2 if grouped else 1, qk_norm=dense and grouped, qkv_bias=qwen2,
+                    **dict(sliding_window=3, layer_types=types) if qwen2 else {})
 
     @property
     def loss(self) -> LossSettings:
