@@ -171,6 +171,8 @@ class RunSettings:
     None), and the last batch is made even if it is not full.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
+    `save_hf_dtype`: bf16, fp32 or fp8, None for that of the computation; `fp8_scale_format`: of FP8 weights of the
+    export, None for that of what the run began from (checkpoint/convert/block_fp8.py).
     `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
     """
 
@@ -185,6 +187,8 @@ class RunSettings:
     keep_last: int | None = None
     no_save_optim: bool = False
     save_hf: Path | None = None
+    save_hf_dtype: str | None = None
+    fp8_scale_format: str | None = None
     model_file: Path | None = None
     chat_template: str | None = None
     eval_interval: int | None = None

@@ -7,8 +7,8 @@ only what was given overrides the preset.
 import argparse
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.help_models import HelpModels
 from megatron_deepseek.model.architecture.fields import ROPE_KINDS, RULES
-from megatron_deepseek.model.architecture.presets import preset_names
 
 DROP_POLICIES = ("probs", "position")
 
@@ -30,7 +30,8 @@ ROPE_SCALING = (
 def add_model(parser):
     group = parser.add_argument_group("model", "explicit arguments override the preset or file")
     group.add_argument("--model", type=str, required=True, metavar="NAME|PATH",
-                       help=f"{', '.join(preset_names())}, or a Hugging Face config.json")
+                       help="a released model (--help-models lists them), or a Hugging Face config.json")
+    group.add_argument("--help-models", action=HelpModels, help="list the released models with their sizes, and leave")
     for option, field, kind, text in ARCHITECTURE:
         group.add_argument(option, dest=field, type=kind, help=text)
     group.add_argument("--group-query-attention", action="store_true",

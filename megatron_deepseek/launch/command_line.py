@@ -36,10 +36,19 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
     def print_help(self, file: TextIO | None = None):
-        """Print the help. If its reader has gone (`| head`), exit in silence: Python would end with an error."""
+        """Print the help."""
+        self._write(self.format_help(), file)
+
+    def exit_with(self, text: str):
+        """Print `text` and leave with status 0, as --help does."""
+        self._write(text)
+        self.exit()
+
+    def _write(self, text: str, file: TextIO | None = None):
+        """Print `text`. If its reader has gone (`| head`), exit in silence: Python would end with an error."""
         file = file or sys.stdout
         try:
-            file.write(self.format_help())
+            file.write(text)
             file.flush()
         except BrokenPipeError:
             silence(file)

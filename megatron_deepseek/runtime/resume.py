@@ -64,7 +64,7 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
         start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
         if run.save_hf is not None:
-            check_export(run.save_hf, settings.model, run.bf16, start.load if _is_finished(settings, start) else None)
+            check_export(run, settings.model, start.load if _is_finished(settings, start) else None)
         return start
 
 

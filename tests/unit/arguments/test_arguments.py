@@ -178,6 +178,9 @@ REFUSED = {
     "an export needs --save": (1, "--save-hf out", ["--save-hf out", "--save"]),
     "an export needs a directory other than --save":
         (1, "--save-hf run/../out --save ./out", ["--save-hf run/../out", "--save out"]),
+    "a type of the export needs one": (1, "--save-hf-dtype fp32", ["--save-hf-dtype fp32 needs --save-hf"]),
+    "a format of FP8 scales needs FP8 weights":
+        (1, "--fp8-scale-format ue8m0 --save-hf out --save run", ["--fp8-scale-format ue8m0", "--save-hf-dtype fp8"]),
     "--save-every-seconds needs --save": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
     "--keep-last needs --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "--async-save needs --save": (1, "--async-save", ["--async-save", "--save"]),
