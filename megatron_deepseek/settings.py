@@ -171,7 +171,8 @@ class RunSettings:
     None), and the last batch is made even if it is not full.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
-    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
+    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained. `drop_mtp`: the command
+    line says --mtp-num-layers 0, so modules of weights that are taken over stay behind.
     """
 
     train_iters: int
@@ -196,6 +197,7 @@ class RunSettings:
     finetune: bool = False
     no_load_optim: bool = False
     init_mtp: bool = False
+    drop_mtp: bool = False
     overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
