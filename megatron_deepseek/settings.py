@@ -233,6 +233,7 @@ class FineTuningSettings:
     loss_average: str = "token"
     train_think_prefix: bool = False
     history_reasoning: str = "as-release"
+    split_turns: str = "none"
     neftune_alpha: float = 0.0
     max_bad_rows: int = 0
     num_workers: int = 2
