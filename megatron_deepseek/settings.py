@@ -173,7 +173,8 @@ class RunSettings:
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
     `save_hf_dtype`: bf16, fp32 or fp8, None for that of the computation; `fp8_scale_format`: of FP8 weights of the
     export, None for that of what the run began from (checkpoint/convert/block_fp8.py).
-    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
+    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained. `drop_mtp`: the command
+    line says --mtp-num-layers 0, so modules of weights that are taken over stay behind.
     """
 
     train_iters: int
@@ -200,6 +201,7 @@ class RunSettings:
     finetune: bool = False
     no_load_optim: bool = False
     init_mtp: bool = False
+    drop_mtp: bool = False
     overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
@@ -235,6 +237,7 @@ class FineTuningSettings:
     loss_average: str = "token"
     train_think_prefix: bool = False
     history_reasoning: str = "as-release"
+    split_turns: str = "none"
     neftune_alpha: float = 0.0
     max_bad_rows: int = 0
     num_workers: int = 2

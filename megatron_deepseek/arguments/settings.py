@@ -171,6 +171,7 @@ def _run(request: Request) -> RunSettings:
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
                 finetune=args.finetune or _begins_from_weights(request), train_iters=args.train_iters or 0,
+                drop_mtp=args.num_nextn_predict_layers == 0,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 freeze_parameters=tuple(args.freeze_parameters or ()),
                 sharding=args.data_parallel_sharding_strategy, model_file=config_file(args.model))

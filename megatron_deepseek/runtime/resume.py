@@ -98,7 +98,7 @@ def resume(start: Start, trainer: Trainer) -> TrainState:
     with end_on_user_error():
         refuse_damage(start.load, checkpoint.verify(start.load) or [])
         state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer,
-                                start.new_modules)
+                                start.new_modules, start.dropped_modules)
     if start.finetune:
         return TrainState()
     return state.without_optimizer() if start.weights_only else state
