@@ -32,6 +32,8 @@ def add_model(parser):
     group.add_argument("--model", type=str, metavar="NAME|PATH",
                        help=f"{', '.join(preset_names())}, or a Hugging Face config.json; "
                        "not needed where the arguments give the whole architecture, as Megatron-LM's do")
+    group.add_argument("--yaml-cfg", type=str, metavar="FILE",
+                       help="more arguments, under MODEL_ARGS of a YAML file; @FILE has them as on a command line")
     for option, field, kind, text in ARCHITECTURE:
         group.add_argument(option, dest=field, type=kind, help=text)
     _add_vocabulary(group.add_argument)

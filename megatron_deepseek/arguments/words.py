@@ -1,10 +1,12 @@
 """From the words of a command line to parsed arguments, with all that is wrong with the words."""
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_deepseek.arguments.argument_files import expand
 from megatron_deepseek.arguments.megatron.architecture import DEFAULTS
 from megatron_deepseek.arguments.megatron.translation import translate
 from megatron_deepseek.launch.command_line import OneLineParser
@@ -43,7 +45,7 @@ def read_words(argv: Sequence[str], parser: OneLineParser) -> Words:
         meant.extend(parser.meant(name))
         return parser.describe_unknown(name)
 
-    line = translate(argv, parser.options, unknown)
+    line = translate(expand(argv, os.environ), parser.options, unknown)
     if "--recipe" not in parser.options and not any(word.split("=")[0] == "--model" for word in line.argv):
         parser.set_defaults(**DEFAULTS)
     left, bad = parser.without_bad_values(line.argv)

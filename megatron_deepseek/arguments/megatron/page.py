@@ -60,6 +60,9 @@ option, is accepted.
 {refused}
 """
 _REMARKS = {
+    "--yaml-cfg": "files of Megatron-MoE ModelZoo: options under MODEL_ARGS, true for one without a value, ${NAME} "
+                  "from the environment, ENV_VARS not read; the command line wins. Needs PyYAML. `@FILE` reads arguments "
+                  "as on a command line, with comments",
     "--expert-tensor-parallel-size": "1 unless given, there the tensor-parallel size; the numbers are the same",
     "--tokenizer-type": "HuggingFaceTokenizer with a `tokenizer.json`, ByteTokenizer or NullTokenizer",
     "--attention-dropout": "0 only, as `--hidden-dropout`",

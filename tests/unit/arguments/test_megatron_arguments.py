@@ -208,14 +208,16 @@ def test_the_start_says_which_architecture_it_is():
 
 def test_all_problems_are_told_at_once():
     found = problems(f"{BASE} --fp16 --no-such-thing 3 --tensor-model-parallel-size 3 --moe-z-loss-coeff 0.1 "
-                     "--hidden-dropout 0.1 --fp8-recipe mxfp8 --save-interval 5", 4)
+                     "--hidden-dropout 0.1 --attention-dropout 0.1 --fp8-recipe mxfp8 --save-interval 5 "
+                     "--global-batch-size 3", 8)
+    assert not any("data-parallel ranks" in text for text in found), "it follows from the ranks"
     beginnings = ("--fp16: float16", "--no-such-thing is no option", "--moe-z-loss-coeff 0.1: the router",
-                  "--hidden-dropout 0.1 is not supported", "--tensor-model-parallel-size 3 x",
+                  "--hidden-dropout 0.1 is not supported", "--attention-dropout 0.1 is not",
+                  "--tensor-model-parallel-size 3 x",
                   "--tensor-model-parallel-size 3 does not divide --num-attention-heads 4",
                   "--fp8-recipe mxfp8 needs", "--save-interval 5 needs")
     for beginning in beginnings:
         assert any(text.startswith(beginning) for text in found), (beginning, found)
-    assert not any("data-parallel ranks" in text for text in found), "it follows from the ranks"
 
 
 def test_all_wrong_values_are_told_at_once():
