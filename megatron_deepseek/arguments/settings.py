@@ -190,7 +190,18 @@ def _recompute(request: Request) -> RecomputeSettings:
 def _data(request: Request) -> DataSettings:
     data_path, split_data_paths = ((), None) if request.fine_tunes else data_paths(request.args)
     return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths,
+                 tokenizer_model=_tokenizer_model(request),
                  data_arguments=() if request.fine_tunes else data_arguments(request.args))
+
+
+def _tokenizer_model(request: Request) -> str | None:
+    """Return --tokenizer-model. The NullTokenizer, whose number of ids it is, has by default the whole vocabulary, of
+    which the last row is the end of a document.
+    """
+    args = request.args
+    if args.tokenizer_type != "NullTokenizer" or args.tokenizer_model is not None:
+        return args.tokenizer_model
+    return str((args.vocab_size or request.model.vocab_size) - 1)
 
 
 def _fine_tuning(request: Request) -> FineTuningSettings:

@@ -61,10 +61,13 @@ option, is accepted.
 """
 _REMARKS = {
     "--yaml-cfg": "files of Megatron-MoE ModelZoo: options under MODEL_ARGS, true for one without a value, ${NAME} "
-                  "from the environment, ENV_VARS not read; the command line wins. Needs PyYAML. `@FILE` reads arguments "
-                  "as on a command line, with comments",
+                  "from the environment, ENV_VARS not read; the command line wins. Needs PyYAML. `@FILE` reads a text "
+                  "as a command line, with comments",
+    "--data-args-path": "what follows a # is a comment",
+    "--mock-data": "4096 documents that count 1, 2, 3, ..., in files below `--data-cache-path` or a temporary folder",
     "--expert-tensor-parallel-size": "1 unless given, there the tensor-parallel size; the numbers are the same",
-    "--tokenizer-type": "HuggingFaceTokenizer with a `tokenizer.json`, ByteTokenizer or NullTokenizer",
+    "--tokenizer-type": "HuggingFaceTokenizer with a `tokenizer.json`, ByteTokenizer, or NullTokenizer: `--vocab-size` "
+                        "ids, of which the last ends a document, as in megatron-core 0.18 and 0.19",
     "--attention-dropout": "0 only, as `--hidden-dropout`",
     "--eval-interval": "without `--model`, 100 batches unless `--eval-iters`",
     "--log-interval": "1 unless given",

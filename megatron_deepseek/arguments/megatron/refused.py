@@ -90,5 +90,4 @@ REFUSED = (
     """),
     Group("reinforcement learning is not a task of this entry", "--perform-rl-step"),
     Group("use finetune_deepseek.py", "--sft"),
-    Group("use tools/make_corpus.py for data without meaning", "--mock-data"),
 )
