@@ -147,6 +147,7 @@ class DataSettings:
 
     `split_data_paths` instead gives each of train, valid and test a path of its own, or None. `data_arguments`: how
     messages name the files that gave train, valid and test; empty if --data-path, --train-data-path and the like did.
+    With `mock_data` the path is empty until data/mock.py has made the files.
     """
 
     data_path: tuple[str, ...]
@@ -160,6 +161,7 @@ class DataSettings:
     reset_attention_mask: bool = False
     seed: int = 1234
     data_arguments: tuple[str, ...] = ()
+    mock_data: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 # Pre-training's arguments for data, which the validation rules and settings ask for, have these values here.
 _NO_PRETRAINING_DATA = dict(data_path=None, data_args_path=None, train_data_path=None, valid_data_path=None,
-                            test_data_path=None, per_split_data_args_path=None, split="1,0,0",
+                            test_data_path=None, mock_data=False, per_split_data_args_path=None, split="1,0,0",
                             reset_attention_mask=True, reset_position_ids=False, eod_mask_loss=False)
 _LENGTHS = ("train_iters", "train_samples", "epochs")
 _FRACTIONS_OF_LR = ("min_lr", "lr_warmup_init")  # with another --lr these stay the same part of it

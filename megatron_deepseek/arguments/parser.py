@@ -150,6 +150,7 @@ def add_data(parser):
     add("--data-args-path", type=values.path, metavar="FILE", help="a file that holds what --data-path takes")
     add("--split", type=values.split, metavar="A,B,C", default="969,30,1",
         help="weights of train, valid, test (969,30,1)")
+    add("--mock-data", action="store_true", help="data without meaning, made where it is missing, as for speed tests")
     for name in ("train", "valid", "test"):
         add(f"--{name}-data-path", type=str, nargs="+", metavar="PREFIX", help=f"the same for {name} alone, uncut")
     add("--per-split-data-args-path", type=values.path, metavar="FILE",
@@ -159,7 +160,7 @@ def add_data(parser):
     add("--tokenizer-type", type=str, choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0],
         help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", type=str, metavar="PATH",
-        help="tokenizer.json or a directory with one; for NullTokenizer the number of ids")
+        help="tokenizer.json or a directory with one; for NullTokenizer the number of ids (--vocab-size - 1)")
     add("--reset-attention-mask", action="store_true",
         help="tokens attend to their own document only, and MTP does not predict across documents")
     add("--reset-position-ids", action="store_true",
