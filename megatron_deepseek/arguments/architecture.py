@@ -22,6 +22,8 @@ def build_model(args: Namespace) -> ModelConfig:
         given["vocab_size"] = base.vocab_size
     if given.get("q_lora_rank") == 0:
         given["q_lora_rank"] = None
+    if args.add_qkv_bias:
+        given["qkv_bias"] = True
     if args.group_query_attention and not base.grouped_query:
         given = _grouped_query(base, given) | given
     given |= _router(args, base, given) | _layers(args, base, given) | _rope(args, base)

@@ -39,6 +39,8 @@ def add_model(parser):
         group.add_argument(option, dest=field, type=kind, help=text)
     group.add_argument("--group-query-attention", action="store_true",
                        help="grouped-query attention (--num-query-groups, --kv-channels) in place of latent attention")
+    group.add_argument("--add-qkv-bias", action="store_true",
+                       help="biases of queries, keys and values in grouped-query attention, as Qwen2's")
     _add_vocabulary(group.add_argument)
     tie = group.add_mutually_exclusive_group()
     tie.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="own weights for the head")

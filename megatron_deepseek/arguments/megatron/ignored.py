@@ -205,8 +205,8 @@ IGNORED = (
         --tokenizer-hf-no-use-fast --tokenizer-hf-use-fast --tokenizer-metadata= --tokenizer-sentencepiece-legacy
         --tokenizer-special-tokens=+ --trust-remote-code --vocab-file=
     """),
-    Group("MLA has its own sizes of heads and no Llama scaling", """
-        --group-query-attention --kv-channels= --num-query-groups= --rope-scaling-factor= --use-rope-scaling
+    Group("MLA has no Llama scaling", """
+        --rope-scaling-factor= --use-rope-scaling
     """),
     Group("bfloat16 and float32 need no loss scale", """
         --hysteresis= --initial-loss-scale= --loss-scale= --loss-scale-window= --min-loss-scale=

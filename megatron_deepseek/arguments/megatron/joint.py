@@ -61,6 +61,13 @@ def multi_token_prediction(line: Line) -> None:
         line.ignore(number)
 
 
+def latent_attention(line: Line) -> None:
+    """Leave out the heads of grouped-query attention beside --multi-latent-attention, which has sizes of its own."""
+    if line.value("--multi-latent-attention") is not None:
+        for name in ("--group-query-attention", "--kv-channels", "--num-query-groups"):
+            line.ignore(name)
+
+
 def sequence_balance(line: Line) -> None:
     """Read config.json's seq_aux, which is a type of balance loss."""
     if line.value("--seq-aux") is not None:
@@ -108,8 +115,8 @@ def usual_evaluation(line: Line) -> None:
         line.replace((), "--eval-iters 100")
 
 
-JOINT = (noop_layers, dense_layers, shared_experts, rope_scaling_factor, multi_token_prediction, sequence_balance,
-         patched_tokenizer, context_parallel_algorithm, recomputed_attention, usual_evaluation)
+JOINT = (noop_layers, dense_layers, shared_experts, rope_scaling_factor, multi_token_prediction, latent_attention,
+         sequence_balance, patched_tokenizer, context_parallel_algorithm, recomputed_attention, usual_evaluation)
 # The options that only these functions know: how many values they take, and what becomes of them.
 JOINT_OPTIONS = (
     ("--noop-layers", "1", "`--num-layers` without them, where they are the last ones"),

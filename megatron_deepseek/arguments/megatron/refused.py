@@ -7,12 +7,12 @@ from megatron_deepseek.arguments.megatron.answers import Group
 
 REFUSED = (
     Group("these numbers are computed as DeepSeek's reports have it, without it; leave it out", """
-        --activation-func-clamp-value= --add-qkv-bias --apply-layernorm-1p --apply-query-key-layer-scaling
+        --activation-func-clamp-value= --apply-layernorm-1p --apply-query-key-layer-scaling
         --apply-residual-connection-post-layernorm --attention-output-gate --data-parallel-random-init
         --embedding-init-method-std= --fp32-residual-connection --glu-linear-offset=0.0
         --heterogeneous-layers-config-encoded-json= --heterogeneous-layers-config-path= --init-method-xavier-uniform
         --mrope-section=+ --no-position-embedding --no-rope-freq= --openai-gelu --qk-clip --qk-l2-norm --quick-geglu
-        --rotary-percent=1.0 --rotary-seq-len-interpolation-factor=1 --softmax-type=vanilla --squared-relu --use-mup
+        --rotary-seq-len-interpolation-factor=1 --softmax-type=vanilla --squared-relu --use-mup
         --window-attn-skip-freq= --window-size=
     """),
     Group("gradients are summed in float32 always; leave it out", "--grad-reduce-in-bf16"),

@@ -93,7 +93,7 @@ def test_what_is_ignored_is_named_in_one_line():
 
 
 @pytest.mark.parametrize("name, options, unknown_before", [
-    ("modelzoo_deepseek_v3", 106, 26), ("pai_deepseek_v3", 97, 22), ("mindspeed_deepseek3_671b", 118, 48)])
+    ("modelzoo_deepseek_v3", 106, 25), ("pai_deepseek_v3", 97, 21), ("mindspeed_deepseek3_671b", 118, 48)])
 def test_no_option_of_a_public_script_is_unknown(name, options, unknown_before):
     """`unknown_before`: those that the parser did not know before these tables, nor what came with them (`new`)."""
     new = {"--make-vocab-size-divisible-by", "--padded-vocab-size", "--extra-vocab-size", "--norm-topk-prob"}
@@ -186,11 +186,24 @@ def test_the_vocabulary(tokenizer):
     assert parse(f"{SMALL} --padded-vocab-size 9000".split(), 1).model.vocab_size == 9000
 
 
+def test_heads_that_queries_share_by_arguments_alone():
+    """Megatron-LM's attention without --multi-latent-attention: with biases Qwen2's, plain Llama's, normed Qwen3's."""
+    common = SMALL.replace(" --multi-latent-attention", "")
+    grouped = f"{common} --group-query-attention --num-query-groups 2"
+    qwen2 = parse(f"{grouped} --add-qkv-bias".split(), 1)
+    assert (qwen2.model.model_type, qwen2.model.num_key_value_heads, qwen2.model.head_dim) == ("qwen2", 2, 32)
+    assert "4 heads of 32 for 2 of keys and values, with biases" in qwen2.notes[0]
+    assert "--qk-layernorm" not in qwen2.notes[2]
+    llama, qwen3 = parse(common.split(), 1).model, parse(f"{grouped} --qk-layernorm --kv-channels 64".split(), 1).model
+    assert (llama.model_type, llama.num_key_value_heads) == ("llama", 4)
+    assert (qwen3.model_type, qwen3.head_dim) == ("qwen3", 64)
+
+
 def test_what_an_architecture_lacks_is_named_at_once():
     text, *others = problems("--hidden-size 128 --train-iters 1 --data-path a")
     assert not others
-    for part in ("--model is missing", "deepseek-v3", "--num-layers, --num-attention-heads, --max-position-embeddings, "
-                 "--multi-latent-attention, --vocab-size (the tokenizer gives none: --tokenizer-model is missing"):
+    for part in ("--model is missing", "--help-models", "--num-layers, --num-attention-heads, "
+                 "--max-position-embeddings, --vocab-size (the tokenizer gives none: --tokenizer-model is missing"):
         assert part in text
     assert "--hidden-size" not in text
 
@@ -257,7 +270,8 @@ def test_what_is_missing_is_told_with_the_rest():
     ("--recompute-modules core_attn moe_act", "--recompute-modules moe_act"),
     ("--eval-interval 5 --eval-iters 2", "--eval-interval 5 --eval-iters 2"),
     ("--eval-interval 5", "--eval-interval 5 --eval-iters 100"),
-    ("--optimizer adam --moe-z-loss-coeff 0.0 --rotary-percent 1", ""),
+    ("--optimizer adam --moe-z-loss-coeff 0.0 --rotary-percent 1", "--rotary-percent 1"),
+    ("--multi-latent-attention --kv-channels 128 --num-query-groups 2", "--multi-latent-attention"),
 ])
 def test_words_that_mean_something_here(words, becomes):
     line = translate(words.split(), build_parser().options, str)
