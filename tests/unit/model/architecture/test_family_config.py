@@ -127,6 +127,14 @@ def test_windows():
         "sliding_window 5 there, None here", "layer_types ['sliding_attention', 'full_attention'] there, [] here"]
 
 
+def test_what_a_family_does_not_write_is_no_difference():
+    """A dense model may have been made of one with experts, whose fields then mean nothing."""
+    left = replace(LLAMA_SMALL, first_k_dense_replace=1, n_group=4, topk_group=2)
+    assert differences(left, LLAMA_SMALL) == [] == differences(LLAMA_SMALL, left)
+    assert differences(FAMILIES["qwen2"], LLAMA_SMALL) == ["qkv_bias True there, False here"]
+    assert differences(V3_SMALL, LLAMA_SMALL)[0] == "num_attention_heads 2 there, 4 here"
+
+
 @pytest.mark.parametrize("base, changes, message", [
     (LLAMA_SMALL, {"v_head_dim": 4}, "v_head_dim 4 is of latent attention"),
     (LLAMA_SMALL, {"num_key_value_heads": None}, "num_key_value_heads is missing, which grouped-query attention has"),
