@@ -50,6 +50,9 @@ def _grouped_query(base: ModelConfig, given: dict) -> dict:
     heads = given.get("num_attention_heads", base.num_attention_heads)
     size = max(1, given.get("hidden_size", base.hidden_size) // heads)
     without = {name: None for name, rule in RULES.items() if rule.attention == LATENT}
+    for name in without.keys() & given.keys():
+        raise ValueError(f"{RULES[name].option.name} {given[name]} is of latent attention; --group-query-attention "
+                         "takes its place")
     return without | {"num_key_value_heads": heads, "head_dim": size}
 
 

@@ -99,6 +99,11 @@ REFUSED = {
                           "--moe-ranks-per-node 3", ["--moe-ranks-per-node 3", "--expert-model-parallel-size 4"]),
     "the tensor-parallel size does not divide the number of attention heads": (3, "--tensor-model-parallel-size 3",
                      ["--tensor-model-parallel-size 3", "--num-attention-heads 4"]),
+    "of the tensor-parallel size and the heads of keys and values neither is a multiple of the other":
+        (4, "--tensor-model-parallel-size 4 --num-experts 0 --group-query-attention --num-attention-heads 12 "
+                          "--num-query-groups 6", ["--tensor-model-parallel-size 4", "--num-query-groups 6"]),
+    "no family of models has this router with grouped-query attention":
+        (1, "--group-query-attention", ["grouped-query attention", "topk_method noaux_tc"]),
     "the tensor-parallel size does not divide the size of the vocabulary":
         (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
                           ["--tensor-model-parallel-size 2", "--vocab-size 8191"]),
