@@ -22,7 +22,7 @@ def layer(shapes: LayerShapes, index: int, dropped: float = 0) -> Iterator[Kept]
     model, numbers = shapes.model, shapes.numbers
     yield Kept("input of the layer", numbers.plain(shapes.stream, model.hidden_size))
     yield from norm("attention's norm", shapes.stream, numbers)
-    yield from attention(shapes)
+    yield from attention(shapes, by_blocks=shapes.layout.cp > 1 or model.window_of(index) is not None)
     yield Kept("input of the MLP's norm", numbers.plain(shapes.stream, model.hidden_size))
     yield from norm("MLP's norm", shapes.stream, numbers)
     if model.is_moe_layer(index):

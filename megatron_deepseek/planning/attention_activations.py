@@ -22,10 +22,15 @@ def travelling_width(model: ModelConfig, kv_heads: int) -> int:
     return 2 * kv_heads * model.head_dim if model.grouped_query else model.kv_lora_rank + model.qk_rope_head_dim
 
 
-def attention(shapes: LayerShapes) -> Iterator[Kept]:
-    """Yield what a layer's attention keeps, its normed input included."""
-    yield from (grouped_query_attention if shapes.model.grouped_query else latent_attention)(shapes)
-    yield from attention_output(shapes)
+def attention(shapes: LayerShapes, by_blocks: bool) -> Iterator[Kept]:
+    """Yield what a layer's attention keeps, its normed input included. `by_blocks`: it makes keys and values of what
+    travels, block by block, over context ranks or within a sliding window.
+    """
+    if shapes.model.grouped_query:
+        yield from grouped_query_attention(shapes, by_blocks)
+    else:
+        yield from latent_attention(shapes)
+    yield from attention_output(shapes, by_blocks)
 
 
 def latent_attention(shapes: LayerShapes) -> Iterator[Kept]:
@@ -60,7 +65,7 @@ def width_of_values(shapes: LayerShapes) -> int:
     return model.qk_head_dim if model.v_head_dim != model.qk_head_dim else model.qk_nope_head_dim + model.v_head_dim
 
 
-def grouped_query_attention(shapes: LayerShapes) -> Iterator[Kept]:
+def grouped_query_attention(shapes: LayerShapes, by_blocks: bool) -> Iterator[Kept]:
     """Yield what grouped-query and multi-head attention keep but for their output.
 
     The products of queries, keys and values share their input, which TP gathers. Where a rank keeps one of several
@@ -73,7 +78,7 @@ def grouped_query_attention(shapes: LayerShapes) -> Iterator[Kept]:
     yield Kept("log-sum-exps", whole * shapes.heads * numbers.wide)
     if model.qk_norm:
         yield from norms_of_heads(shapes)
-    if shapes.layout.cp > 1:
+    if by_blocks:
         travelled = numbers.plain(whole, travelling_width(model, shapes.kv_heads))
         yield Kept("keys and values of the context ranks", shapes.layout.cp * travelled)
         return
@@ -106,7 +111,7 @@ def up_projection_inputs(shapes: LayerShapes, latent: int) -> Iterator[Kept]:
         yield Kept("normed key-value latent", numbers.product_input(shapes.whole, model.kv_lora_rank))
 
 
-def attention_output(shapes: LayerShapes) -> Iterator[Kept]:
+def attention_output(shapes: LayerShapes, by_blocks: bool) -> Iterator[Kept]:
     """Yield attention's output, which its own backward and the product after it read."""
     model, numbers = shapes.model, shapes.numbers
     width = shapes.heads * model.value_head_dim
@@ -116,5 +121,5 @@ def attention_output(shapes: LayerShapes) -> Iterator[Kept]:
     yield Kept("attention's output", numbers.plain(shapes.whole, width))
     computed = model.value_head_dim if numbers.cuda else model.qk_head_dim
     apart = shapes.packed or computed != model.value_head_dim  # the output is then a copy of what the kernel made
-    if apart and shapes.layout.cp == 1:
+    if apart and not by_blocks:
         yield Kept("attention's output as computed", numbers.plain(shapes.whole, shapes.heads * computed))

@@ -56,8 +56,9 @@ def _representative(shapes: LayerShapes, index: int) -> int:
     model = shapes.model
     if index >= model.num_hidden_layers:
         return index
-    moe = model.is_moe_layer(index)
-    return next(other for other in range(model.num_hidden_layers) if model.is_moe_layer(other) == moe)
+    kind = model.is_moe_layer(index), model.window_of(index)
+    return next(other for other in range(model.num_hidden_layers)
+                if (model.is_moe_layer(other), model.window_of(other)) == kind)
 
 
 @lru_cache(1024)

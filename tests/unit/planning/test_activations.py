@@ -39,7 +39,9 @@ GROUPED = {
     "qwen3, heads of their own size": replace(LLAMA_SMALL, qk_norm=True, head_dim=6),
     "deepseek, as many heads of keys": replace(
         LLAMA_SMALL, num_key_value_heads=4, attention_bias=True, moe_intermediate_size=12, n_routed_experts=8,
-        n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1)}
+        n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1),
+    "qwen2, a window in the second layer": replace(
+        LLAMA_SMALL, qkv_bias=True, sliding_window=3, layer_types=("full_attention", "sliding_attention"))}
 GROUPED_MTP = replace(GROUPED["deepseek, as many heads of keys"], num_nextn_predict_layers=1)
 
 

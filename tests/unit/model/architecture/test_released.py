@@ -1,7 +1,9 @@
 """The presets beside V2 and V3: the released config.json, the published counts, and the way out as it came."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from released_configs import RELEASED
@@ -9,8 +11,10 @@ from small_checkpoints import all_tensors, assert_identical, convert, random_wei
 
 from megatron_deepseek.checkpoint.convert.assets import Assets, fields_of
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.families import FAMILIES
 from megatron_deepseek.model.architecture.matching import differences
 from megatron_deepseek.model.architecture.presets import PRESETS, V3, load_config
+from megatron_deepseek.model.architecture.refused import refused_types
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -151,3 +155,12 @@ def test_another_name_is_no_other_model():
     ("deepseek-ai/deepseek-moe-16b-chat", "deepseek-moe-16b"), ("deepseek-ai/DeepSeek-V3.1", "deepseek-v3")])
 def test_names_on_hugging_face(alias, preset):
     assert load_config(alias) is load_config(preset)
+
+
+def test_the_page_of_models_names_them_all():
+    """Every family, every refused type, every preset that is no size of another's row."""
+    page = (Path(__file__).parents[4] / "docs" / "models.md").read_text()
+    named = set(re.findall(r"`([^`]*)`", page))
+    assert {family.model_type for family in FAMILIES} | set(refused_types()) <= named
+    sizes = {f"deepseek-r1-distill-qwen-{size}" for size in ("7b", "14b", "32b")}
+    assert {preset.name for preset in PRESETS} - sizes <= named
