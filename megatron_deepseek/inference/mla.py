@@ -78,7 +78,8 @@ class CachedMLA:
         sequences, queries = group.shape
         past_RLW = cache.blocks(self.name, group.tables_Rn)[:, :group.length]
         past_RQLW = past_RLW.unsqueeze(1).expand(-1, queries, -1, -1)
-        mask = None if group.mask_RQL is None else group.mask_RQL.unsqueeze(2)
+        mask = group.mask(None, q_TNW.dtype)
+        mask = None if mask is None else mask.unsqueeze(2)
         out_RQNW = F.scaled_dot_product_attention(q_TNW.view(sequences, queries, *q_TNW.shape[1:]), past_RQLW,
                                                   past_RQLW, attn_mask=mask, scale=self.scale)
         return out_RQNW.flatten(0, 1)[..., :self.config.kv_lora_rank]
