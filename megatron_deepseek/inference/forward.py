@@ -66,6 +66,11 @@ class InferenceModel:
         takes_few = next(iter(self.attention.values())).takes_few
         return make_batch(pieces, self.settings.block_size, takes_few, self.device, self._padded)
 
+    def weights_changed(self) -> None:
+        """Forget the copies that attention made of weights."""
+        for attention in self.attention.values():
+            attention.weights_changed()
+
     @torch.inference_mode()
     def states(self, batch: Batch, chosen: Chosen | None = None) -> torch.Tensor:
         """Return the final states [T, H] of the main model; keep the experts [T, K] of each layer in `chosen`."""
@@ -92,11 +97,12 @@ class InferenceModel:
 
     @torch.inference_mode()
     def logits(self, states_TH: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Return the logits [R, V] of some rows, over the whole vocabulary."""
+        """Return the logits [R, V] of some rows, over the whole vocabulary, in at least float32."""
         padded = rows + rows[-1:] * (self._padded(len(rows)) - len(rows))
         picked = states_TH.index_select(0, torch.tensor(padded, device=self.device))
         logits_Rv = self.stage.logits(picked.unsqueeze(0))[0, :len(rows)]
-        return logits_Rv if self.tp.size == 1 else all_gather(logits_Rv.contiguous(), 1, self.tp.group)
+        logits_RV = logits_Rv if self.tp.size == 1 else all_gather(logits_Rv.contiguous(), 1, self.tp.group)
+        return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
 
     def _layer(self, index: int, x_1TH: torch.Tensor, batch: Batch, rope_2TD: torch.Tensor, chosen: Chosen | None
                ) -> torch.Tensor:

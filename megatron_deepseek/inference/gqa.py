@@ -52,6 +52,9 @@ class CachedGQA:
             y_TND[many.rows] = self._alone(q_TND[many.rows], block_TW[many.rows], many, cache)
         return attention.o_proj.add_bias(attention.tp.leave(attention.o_proj(y_TND.flatten(1).unsqueeze(0))))
 
+    def weights_changed(self) -> None:
+        """Do nothing: no weight is copied."""
+
     def _together(self, q_TND: torch.Tensor, few: Few, cache: PagedCache) -> torch.Tensor:
         """Return attention of the tokens of a group, [R * Q, N, D]."""
         sequences, queries = few.shape
