@@ -47,6 +47,8 @@ setup(
         # tools/preprocess_data.py: the fast tokenizer, .zst, parquet, --split-sentences
         "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
         "sentences": ["nltk>=3.9"],
+        # tests/engines
+        "engines": ["peft>=0.17", "transformers>=5"],
         "tensorboard": ["tensorboard>=2.15"],
     },
 )
