@@ -23,6 +23,7 @@ PROGRAM = "finetune_deepseek.py"
 TEMPLATES = ("auto", "deepseek-v2", "deepseek-v3", "deepseek-r1", "deepseek-v3.1")
 OVERLONG = ("drop", "truncate", "error")
 HISTORY_REASONING = ("keep", "drop", "as-release")
+SPLIT_TURNS = ("none", "reasoning")
 LOSS_AVERAGES = ("token", "sample")
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     # V3 report (arXiv 2412.19437), section 5.1; its AdamW is that of pre-training, section 4.2.
@@ -37,7 +38,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 # Pre-training's arguments for data, which the validation rules and settings ask for, have these values here.
 _NO_PRETRAINING_DATA = dict(data_path=None, data_args_path=None, train_data_path=None, valid_data_path=None,
-                            test_data_path=None, per_split_data_args_path=None, split="1,0,0",
+                            test_data_path=None, mock_data=False, per_split_data_args_path=None, split="1,0,0",
                             reset_attention_mask=True, reset_position_ids=False, eod_mask_loss=False)
 _LENGTHS = ("train_iters", "train_samples", "epochs")
 _FRACTIONS_OF_LR = ("min_lr", "lr_warmup_init")  # with another --lr these stay the same part of it
@@ -100,6 +101,8 @@ def _add_data(parser):
         help="loss on a forced <think> too, which the model is given and does not write")
     add("--history-reasoning", type=str, choices=HISTORY_REASONING, default="as-release",
         help="thoughts of turns before the last question (as-release: as the template has them)")
+    add("--split-turns", type=str, choices=SPLIT_TURNS, default="none",
+        help="reasoning: each answer with thoughts as a sample that ends with it and has loss on it alone (none)")
     add("--neftune-alpha", type=values.non_negative, default=0.0, metavar="ALPHA",
         help="noise on embeddings, uniform within +-ALPHA / sqrt(tokens of the sample x hidden size) (0: none)")
     add("--max-bad-rows", type=values.count, default=0, metavar="N", help="rows that may be skipped (0)")

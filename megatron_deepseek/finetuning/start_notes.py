@@ -37,7 +37,7 @@ def _rows(settings: Settings, data: Conversations) -> Iterator[str]:
 def _mtp(settings: Settings) -> str:
     depths, model = settings.model.num_nextn_predict_layers, settings.model
     if not depths:
-        return "none: the model has no such module"
+        return "none (--mtp-num-layers 0)" if settings.run.drop_mtp else "none: the model has no such module"
     first = model.num_hidden_layers
     prefixes = tuple(f"model.layers.{first + depth}." for depth in range(depths))
     own = [name for name in parameter_shapes(model) if name.startswith(prefixes)]

@@ -1,7 +1,9 @@
 """How many parameters a rank holds before data ranks divide them, from the table of parameters and the layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.freezing import is_frozen
@@ -10,7 +12,6 @@ from megatron_deepseek.model.architecture.parameters import (
     FINAL_NORM,
     Parameter,
     layer_rows,
-    layer_total,
     outer_rows,
 )
 from megatron_deepseek.model.architecture.placements import EP, ETP, TP
@@ -30,24 +31,31 @@ def held_parameters(model: ModelConfig, layout: Layout, stages: Sequence[Stage],
     """Return what a rank that holds `stages` keeps of them under tensor, expert and expert-tensor parallelism, without
     those that the patterns `frozen` name.
     """
-    ranks = {TP: layout.tp, EP: layout.ep, ETP: layout.etp}
+    ranks, patterns = _Ranks(layout.tp, layout.ep, layout.etp), tuple(frozen)
+    parts = [_of_layer(model, index, ranks, patterns) for stage in stages
+             for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+    parts += [_of_rows([row for row in outer_rows(model) if _holds(stage, row, model)], ranks, patterns)
+              for stage in stages]
+    return Held(sum(part.dense for part in parts), sum(part.experts for part in parts))
 
-    def held(mesh: str) -> int:
-        def measure(row: Parameter) -> int:
-            counts = row.trained and row.mesh == mesh and not is_frozen(row.name, frozen)
-            return row.size // row.placement.parts(ranks) if counts else 0
 
-        def of_layer(index: int) -> int:
-            if frozen:  # by whole names, which differ from layer to layer
-                return sum(map(measure, layer_rows(model, index)))
-            return layer_total(model, index, measure)
+class _Ranks(NamedTuple):
+    tp: int
+    ep: int
+    etp: int
 
-        layers = [index for stage in stages
-                  for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
-        return (sum(map(of_layer, layers))
-                + sum(measure(row) for stage in stages for row in outer_rows(model) if _holds(stage, row, model)))
 
-    return Held(held("dense"), held("expert"))
+@lru_cache(8192)
+def _of_layer(model: ModelConfig, index: int, ranks: _Ranks, frozen: tuple[str, ...]) -> Held:
+    return _of_rows(layer_rows(model, index), ranks, frozen)
+
+
+def _of_rows(rows: Iterable[Parameter], ranks: _Ranks, frozen: tuple[str, ...]) -> Held:
+    axes, held = {TP: ranks.tp, EP: ranks.ep, ETP: ranks.etp}, {"dense": 0, "expert": 0}
+    for row in rows:
+        if row.trained and not is_frozen(row.name, frozen):
+            held[row.mesh] += row.size // row.placement.parts(axes)
+    return Held(held["dense"], held["expert"])
 
 
 def _holds(stage: Stage, row: Parameter, model: ModelConfig) -> bool:

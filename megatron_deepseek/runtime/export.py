@@ -50,6 +50,6 @@ def _is_exported(run: RunSettings, iteration: int) -> bool:
     answer = [False]
     if dist.get_rank() == 0:
         saved = find_iteration(run.save, iteration)
-        answer = [saved is not None and is_exported(run.save_hf, saved, run.bf16)]
+        answer = [saved is not None and is_exported(run, saved)]
     dist.broadcast_object_list(answer)
     return answer[0]

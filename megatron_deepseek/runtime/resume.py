@@ -64,7 +64,7 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
         start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
         if run.save_hf is not None:
-            check_export(run.save_hf, settings.model, run.bf16, start.load if _is_finished(settings, start) else None)
+            check_export(run, settings.model, start.load if _is_finished(settings, start) else None)
         return start
 
 
@@ -98,7 +98,7 @@ def resume(start: Start, trainer: Trainer) -> TrainState:
     with end_on_user_error():
         refuse_damage(start.load, checkpoint.verify(start.load) or [])
         state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer,
-                                start.new_modules)
+                                start.new_modules, start.dropped_modules)
     if start.finetune:
         return TrainState()
     return state.without_optimizer() if start.weights_only else state

@@ -26,7 +26,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers" / "commands")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / "helpers" / part) for part in ("commands", "ranks"))]
 
 from drill_jobs import LAYOUTS, RANKS, SAVES, AgentDeath, Drill, Story, differences, own_disk, run_forked, run_torchrun  # noqa: E402,E501
 from hardships import draw_hardship, mount_disk, unmount_disk  # noqa: E402

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers" / "commands"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "helpers" / part) for part in ("commands", "ranks")]
 from workshop import Workshop, make_workshop
 
 STEPS = 20

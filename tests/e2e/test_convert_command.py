@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from forked import run_script
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -41,9 +43,17 @@ def command(origin: str, to: str, load: Path, save: Path, *more: str) -> list[st
             "--save", str(save), *more]
 
 
-def convert(*arguments, launcher=(sys.executable,), **options) -> subprocess.CompletedProcess:
+def launch(*arguments, launcher=(sys.executable,)) -> subprocess.CompletedProcess:
     return subprocess.run([*launcher, *command(*arguments)], env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=120, **options)
+                          timeout=120)
+
+
+def convert(*arguments) -> subprocess.CompletedProcess:
+    """Convert in a process that begins with everything imported."""
+    with TemporaryDirectory(prefix="convert-") as directory:
+        streams = [Path(directory) / name for name in ("out", "errors")]
+        status = run_script(command(*arguments), *streams)
+        return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in streams))
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -144,9 +154,9 @@ def test_memory_does_not_hold_the_model(tmp_path, large):
     size = sum(path.stat().st_size for path in large.glob("*.safetensors")) // 1024
     limit = f"export MALLOC_ARENA_MAX=1; ulimit -v {base + int(size * 0.6)}"
     limited = ("bash", "-c", f"{limit}; exec {sys.executable} \"$@\"", "limited")
-    done = convert("hf", "native", large, tmp_path / "native", launcher=limited)
+    done = launch("hf", "native", large, tmp_path / "native", launcher=limited)
     assert done.returncode == 0, done.stderr
-    done = convert("native", "hf", tmp_path / "native", tmp_path / "back", launcher=limited)
+    done = launch("native", "hf", tmp_path / "native", tmp_path / "back", launcher=limited)
     assert done.returncode == 0, done.stderr
     assert_equal_files(tmp_path / "back", large)
 
@@ -155,13 +165,13 @@ def test_torchrun_shares_the_work(tmp_path):
     """Two ranks write what one would, and rank 0 alone reports."""
     AutoModelForCausalLM.from_config(MODELS["v3"]).save_pretrained(tmp_path / "hf")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = convert("hf", "hf", tmp_path / "hf", tmp_path / "out", "--max-shard-size", "40KB", launcher=torchrun)
+    done = launch("hf", "hf", tmp_path / "hf", tmp_path / "out", "--max-shard-size", "40KB", launcher=torchrun)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tensors") == 1 and len(list((tmp_path / "out").glob("*.safetensors"))) > 4
     assert_equal_files(tmp_path / "out", tmp_path / "hf")
 
 
 def test_refused_in_one_line(tmp_path):
-    done = convert("hf", "native", tmp_path, tmp_path / "out")
+    done = launch("hf", "native", tmp_path, tmp_path / "out")
     assert done.returncode == 2 and done.stderr.startswith("convert_checkpoint.py: error: ")
     assert done.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from workshop import REPOSITORY
+from workshop import REPOSITORY, run_entry
 
 from megatron_deepseek.checkpoint.tracker import iterations, last_iteration
 from megatron_deepseek.runtime.lock_holder import LOCK, Holder, read_holder
@@ -22,12 +22,10 @@ from megatron_deepseek.runtime.lock_holder import LOCK, Holder, read_holder
 
 def drill(workshop, *arguments: str) -> str:
     """What the command printed; it says what went wrong, and with which seed."""
-    command = [sys.executable, str(Path(__file__).with_name("drill.py")), "--workshop", str(workshop.directory),
-               "--layouts", "ep", "--saves", "async", "--iterations", "7", *arguments]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    job = run_entry("tests/e2e/drill.py", 1, ["--workshop", str(workshop.directory), "--layouts", "ep",
+                                              "--saves", "async", "--iterations", "7", *arguments])
+    assert job.status == 0, job.output
+    return job.output
 
 
 @pytest.mark.slow

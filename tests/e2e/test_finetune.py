@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from workshop import CONFIG, REPOSITORY, Job
+from workshop import CONFIG, REPOSITORY, Job, run_entry
 
 from megatron_deepseek.cli.convert_checkpoint import main as convert
 
+ENTRY = REPOSITORY / "finetune_deepseek.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 CHATS = {"train": range(24), "held_out": range(100, 106)}
 
@@ -33,25 +34,36 @@ class Bench:
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(chat(n)) + "\n" for n in numbers))
         (directory / "config.json").write_text(json.dumps(CONFIG))
 
-    def command(self, num_ranks: int, save: str | None, *more: str) -> list[str]:
-        """Return the words of a fine-tuning on the training conversations."""
+    def arguments(self, save: str | None, *more: str) -> list[str]:
+        """Return the options of a fine-tuning on the training conversations."""
         given = ["--model", self.directory / "config.json", "--dataset", self.directory / "train.jsonl",
                  "--tokenizer-type", "ByteTokenizer", "--template", "deepseek-v3", "--seq-length", "32",
                  "--micro-batch-size", "1", "--global-batch-size", "4", "--lr", "1e-3", "--lr-decay-style", "constant",
                  "--neftune-alpha", "5", "--loss-average", "sample", "--data-cache-path", self.directory / "cache",
                  "--num-workers", "1", *(("--save", self.directory / save) if save else ()), *more]
+        return list(map(str, given))
+
+    def start(self, num_ranks: int, save: str | None, *more: str, **streams) -> subprocess.Popen:
+        """Start the command as users do, with torchrun where there are several ranks."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-        return [sys.executable, *(torchrun if num_ranks > 1 else []), str(REPOSITORY / "finetune_deepseek.py"),
-                *map(str, given)]
+        return subprocess.Popen([sys.executable, *(torchrun if num_ranks > 1 else []), str(ENTRY),
+                                 *self.arguments(save, *more)], env=ENVIRONMENT, stderr=subprocess.STDOUT, **streams)
+
+    def launch(self, num_ranks: int, save: str | None, *more: str) -> Job:
+        process = self.start(num_ranks, save, *more, text=True, stdout=subprocess.PIPE)
+        output, _ = process.communicate(timeout=240)
+        return Job(process.returncode, output)
 
     def run(self, num_ranks: int, save: str | None, *more: str) -> Job:
-        done = subprocess.run(self.command(num_ranks, save, *more), env=ENVIRONMENT, text=True, timeout=240,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return Job(done.returncode, done.stdout)
+        """Return how it ended in processes that begin with everything imported."""
+        return run_entry(ENTRY.name, num_ranks, self.arguments(save, *more))
 
     def train(self, num_ranks: int, save: str, *more: str) -> list[dict]:
         job = self.run(num_ranks, save, *more)
         assert job.status == 0, job.output
+        return self.metrics(save)
+
+    def metrics(self, save: str) -> list[dict]:
         return [json.loads(line) for line in (self.directory / save / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -106,10 +118,12 @@ def test_learns_from_released_weights_and_reports_what_is_held_out(bench, alone)
 
 @pytest.mark.slow
 def test_resumes_in_mid_epoch_in_another_layout(bench, alone):
-    """Three steps on two context ranks, the rest on two tensor ranks: the numbers of one rank, noise included."""
-    first = bench.train(2, "moved", *from_weights(bench, "released"), *evaluated(bench), "--exit-interval", "3",
-                        "--context-parallel-size", "2")
-    assert [record["iteration"] for record in steps(first)] == [1, 2, 3]
+    """Three steps on two context ranks, by torchrun, the rest on two tensor ranks: one rank's numbers, with its noise.
+    """
+    first = bench.launch(2, "moved", *from_weights(bench, "released"), *evaluated(bench), "--exit-interval", "3",
+                         "--context-parallel-size", "2")
+    assert first.status == 0, first.output
+    assert [record["iteration"] for record in steps(bench.metrics("moved"))] == [1, 2, 3]
     assert_same(bench.train(2, "moved", *from_weights(bench, "released"), *evaluated(bench),
                             "--tensor-model-parallel-size", "2", "--sequence-parallel"), alone)
 
@@ -134,8 +148,8 @@ def test_answers_are_written_whatever_the_layout(bench, alone):
 def test_killed_at_any_step_it_goes_on_to_the_same_numbers(bench, alone):
     """SIGKILL once the third step is told, with a checkpoint after each step; the same command goes on."""
     more = (*from_weights(bench, "released"), *evaluated(bench), "--save-interval", "1")
-    killed, told = subprocess.Popen(bench.command(1, "killed", *more), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                                    stderr=subprocess.STDOUT), bench.directory / "killed" / "metrics.jsonl"
+    killed = bench.start(1, "killed", *more, stdout=subprocess.DEVNULL)
+    told = bench.directory / "killed" / "metrics.jsonl"
     try:
         while not (told.exists() and '"iteration": 3' in told.read_text()):
             assert killed.poll() is None, "it ended by itself"
@@ -158,8 +172,25 @@ def test_begins_from_fp8_as_released(bench, alone):
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=0.02) and ours["lm_loss"] != theirs["lm_loss"]
 
 
+@pytest.mark.parametrize("load", ["released", "start"])
+def test_mtp_of_given_weights_may_stay_behind(bench, alone, load):
+    """From either form of weights: the main model's loss is the same, and neither form that is written has a module."""
+    save, out = f"no-mtp-{load}", bench.directory / f"no-mtp-{load}-hf"
+    job = bench.run(1, save, "--load", str(bench.directory / load), "--mtp-num-layers", "0", "--train-iters", "1",
+                    "--save-hf", str(out))
+    assert job.status == 0, job.output
+    assert "stays behind; what this run saves has none" in job.output and "MTP: none (--mtp-num-layers 0)" in job.output
+    (first,) = steps(bench.metrics(save))
+    assert first["lm_loss"] == pytest.approx(steps(alone)[0]["lm_loss"], rel=1e-6) and not first["mtp_loss"]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    weights = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weights and not any(name.startswith("model.layers.4.") for name in weights)
+    native = json.loads((bench.directory / save / "iter_0000001" / "config.json").read_text())
+    assert native["num_nextn_predict_layers"] == 0
+
+
 def test_a_dry_run_shows_what_is_trained_on_and_builds_nothing(bench):
-    job = bench.run(1, None, "--dry-run")
+    job = bench.launch(1, None, "--dry-run")
     assert job.status == 0, job.output
     assert "⟦0<｜end▁of▁sentence｜>⟧" in job.output and "24 samples" in job.output and "steps per epoch" in job.output
 

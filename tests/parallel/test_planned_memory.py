@@ -3,8 +3,8 @@
 Experts are chosen by position, so that every rank gets as many rows; all else is as in training.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
@@ -13,7 +13,7 @@ import pytest
 import torch
 from job import OPTIMIZER
 from saved_bytes import MostSaved, bytes_of, saved_bytes
-from small_models import V2_SMALL, V3_SMALL, random_batch, training_batch, whole_stage
+from small_models import LLAMA_SMALL, V2_SMALL, V3_SMALL, random_batch, training_batch, whole_stage
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_deepseek.arguments import parse
@@ -37,13 +37,17 @@ from megatron_deepseek.training.next_token import NextToken
 from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 LENGTH, ROWS = 16, 2
+STATE = LENGTH * ROWS * V3_SMALL.hidden_size * 2  # bytes that a stage passes on in bfloat16
 MODELS = {"v2": replace(V2_SMALL, num_attention_heads=4), "v3": replace(V3_SMALL, num_attention_heads=4)}
+GROUPED = {"qwen2": replace(LLAMA_SMALL, qkv_bias=True), "qwen3": replace(LLAMA_SMALL, qk_norm=True)}
 
 
-def settings_of(arguments: str, ranks: int, model: str) -> Settings:
+def settings_of(arguments: str, ranks: int, model: str, layers: int | None = None) -> Settings:
     text = (f"--model tiny --data-path x --train-iters 1 --micro-batch-size {ROWS} --seq-length {LENGTH} "
             f"--moe-router-force-load-balancing --mtp-num-layers 0 {arguments}")
-    return replace(parse(text.split(), ranks), model=MODELS[model])
+    config = (MODELS | GROUPED)[model]
+    return replace(parse(text.split(), ranks),
+                   model=replace(config, num_hidden_layers=layers or config.num_hidden_layers))
 
 
 def kept(settings: Settings) -> tuple[int, int]:
@@ -79,7 +83,13 @@ LAYOUTS = {
     "ep gathered": ("--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather", 2),
     "etp": ("--expert-tensor-parallel-size 2", 2),
     "tp sp ep": ("--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2", 2),
+    "tp 4, few heads of keys": ("--tensor-model-parallel-size 4 --sequence-parallel", 4),
     "tp sp cp": ("--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2", 4)}
+
+
+# Experts' ranks are no matter of attention; and few heads of keys are one of the models that have them.
+FORMS = dict.fromkeys(("ep", "ep grouped", "ep gathered", "etp", "tp sp ep"), tuple(MODELS)) | {
+    "tp 4, few heads of keys": tuple(GROUPED)}
 
 
 def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:
@@ -89,9 +99,10 @@ def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name == "tp sp" else pytest.mark.slow)
                                     for name in LAYOUTS])
 def test_layers_keep_what_is_calculated(ranks, layout):
-    """Both models, in bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
+    """All models, in bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
     arguments, number = LAYOUTS[layout]
-    runs = [settings_of(f"{arguments} --bf16 {precision} {recompute}", number, model) for model in MODELS
+    runs = [settings_of(f"{arguments} --bf16 {precision} {recompute}", number, model)
+            for model in FORMS.get(layout, (*MODELS, *GROUPED))
             for precision in ("", "--fp8-format e4m3")
             for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
     jobs = [Job(settings, cuda=False) for settings in runs]
@@ -108,30 +119,48 @@ def kept_in_a_step(settings: Settings) -> tuple[int, int]:
     build = BuildOptions(precision=Precision(torch.float32, torch.bfloat16), loss=settings.loss,
                          recompute=settings.recompute)
     spec = TrainingSpec(settings.model, stages, schedule, LENGTH, ROWS, build, OPTIMIZER)
-    trainer, of_rank = Trainer(spec, meshes, NextToken()), remember_stages()
+    trainer, receives = Trainer(spec, meshes, NextToken()), Receives()
     step = training_batch(*random_batch(settings.model, settings.batch.global_batch_size, LENGTH))
     trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
-    infos = [info for stage in of_rank for of_kind in (stage.args_recv_info, stage.grad_recv_info)
-             for each in of_kind.values() for info in each if info.buffer is not None]
     weights = [getattr(each, "_local_tensor", each) for stage in trainer.stages
                for unit in stage.modules() if isinstance(unit, FSDPModule) for each in gathered_weights(unit)]
     buffers = [each for stage in trainer.stages for each in (*stage.buffers(), stage.rope_2SD)]
-    most = MostSaved([*weights, *buffers, step.tokens_BS, *(info.buffer for info in infos)])
-    with most:
+    most = MostSaved([*weights, *buffers, step.tokens_BS])
+    with most, pytest.MonkeyPatch.context() as monkeypatch:
+        receives.watch(monkeypatch)
         trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
-    return most.most, sum(info.buffer.nbytes for info in infos)
+    return most.most, sum(receives.most.values())
 
 
-def remember_stages() -> list[ReducingStage]:
-    """Return a list to which every stage adds itself that is made from now on."""
-    made, make = [], ReducingStage.__init__
+class Receives:
+    """Counts the bytes of the receives that were started for a stage's forwards, and its backwards, and not yet used.
+    """
 
-    def remember(stage, *args, **more):
-        make(stage, *args, **more)
-        made.append(stage)
+    def __init__(self):
+        self.waiting, self.most = Counter(), Counter()
 
-    ReducingStage.__init__ = remember
-    return made
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for kind, started, used in (("F", "get_fwd_recv_ops", "forward_one_chunk"),
+                                    ("B", "get_bwd_recv_ops", "backward_one_chunk")):
+            monkeypatch.setattr(ReducingStage, started, self._starting(kind, getattr(ReducingStage, started)))
+            monkeypatch.setattr(ReducingStage, used, self._using(kind, getattr(ReducingStage, used)))
+
+    def _starting(self, kind: str, start: Callable) -> Callable:
+        def started(stage, number):
+            operations = start(stage, number)
+            key = kind, stage.stage_index
+            self.waiting[key] += sum(each.tensor.nbytes for each in operations)
+            self.most[key] = max(self.most[key], self.waiting[key])
+            return operations
+
+        return started
+
+    def _using(self, kind: str, use: Callable) -> Callable:
+        def used(stage, *args, **more):
+            self.waiting[kind, stage.stage_index] -= STATE if self.waiting[kind, stage.stage_index] else 0
+            return use(stage, *args, **more)
+
+        return used
 
 
 def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
@@ -143,21 +172,19 @@ def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
-    """The most that graphs hold at any moment of a step, and the receive buffers. What a stage passed on is held
+    """The most that graphs hold at any moment of a step, and what has arrived and waits. What a stage passed on is held
     outside of graphs, and so is what waits for weight gradients. Graphs of the last stage hold the labels and weights
-    of all rows too, which are the step's; in the turn of a V a stage's input is no buffer, but the other's output.
+    of all rows too, which are the step's.
     """
     rows = 4 * ROWS
     settings = settings_of(f"--bf16 --pipeline-model-parallel-size 2 --pipeline-schedule {schedule} --num-layers 4 "
-                           f"--mtp-num-layers 0 --global-batch-size {rows}", 2, "v3")
-    settings = replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4))
+                           f"--mtp-num-layers 0 --global-batch-size {rows}", 2, "v3", 4)
     job = Job(settings, replace(OURS, keeps_output=False), cuda=False)
-    state = job.numbers.plain(job.shapes().stream, settings.model.hidden_size)
+    assert job.numbers.plain(job.shapes().stream, settings.model.hidden_size) == STATE
     expected = []
     for rank, memory in enumerate(all_ranks(job)):
         held = job.held(rank)
-        planned = {stage: stage_bytes(job, stage, job.shapes()).replayed.kept for stage in held}
-        kept_by = {stage: StageBytes(kept + state * (stage - 1 in held)) for stage, kept in planned.items()}
+        kept_by = {stage: StageBytes(stage_bytes(job, stage, job.shapes()).replayed.kept) for stage in held}
         labels = rows * LENGTH * (8 + 4) * (len(job.stages) - 1 in held)
         expected.append((replay(job.actions(rank), kept_by).bytes + labels, memory.receive))
     assert ranks.run(2, kept_in_a_step, settings) == expected
@@ -209,10 +236,9 @@ def left_of_each(runs: list[Settings]) -> list[set[tuple[int, int]]]:
 def test_what_waits_for_weight_gradients(ranks):
     """In bfloat16 and FP8; also the inputs that were recomputed wait."""
     runs = [settings_of(f"--bf16 {precision} {recompute} --pipeline-model-parallel-size 2 --pipeline-schedule "
-                        f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, "v3")
-            for precision in ("", "--fp8-format e4m3")
+                        f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, model, 4)
+            for model in ("v3", "qwen2") for precision in ("", "--fp8-format e4m3")
             for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
-    runs = [replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4)) for settings in runs]
     jobs = [Job(settings, cuda=False) for settings in runs]
     said = [{(stage, stage_bytes(job, stage, job.shapes()).replayed.waiting) for stage in range(4)} for job in jobs]
     seen = zip(*ranks.run(2, left_of_each, runs))

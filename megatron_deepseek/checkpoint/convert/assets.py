@@ -7,7 +7,7 @@ the files, and the ids of the tokenizer if it is not the one that the source cam
 
 import json
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -88,11 +88,11 @@ def carry(assets: Assets, directory: Path) -> None:
 
 
 def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: dict[torch.dtype, int],
-                 new_scales: bool = False) -> None:
+                 scale_format: str | None = None) -> None:
     """Write config.json of an export; `dtypes` maps the dtypes of its tensors to their bytes.
 
-    `new_scales` says that FP8 weights were quantised here, by scales of any value. Then `scale_fmt` is left out: V3.1's
-    "ue8m0" promises powers of two, which servers rely on and which holds for the released scales alone.
+    `scale_format` is that of the scales of FP8 weights that were quantised here, None where all came with the source.
+    Then `scale_fmt` says it: V3.1's "ue8m0" promises powers of two, on which servers rely.
     """
     quantized = torch.float8_e4m3fn in dtypes
     widest = max((dtype for dtype in dtypes if dtype != torch.float8_e4m3fn), key=dtypes.get)
@@ -102,12 +102,17 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
     given[key] = str(widest).removeprefix("torch.")
     if not quantized:
         given.pop("quantization_config", None)
-    elif not given.get("quantization_config"):
-        given["quantization_config"] = block_fp8.QUANTIZATION_CONFIG
-    elif new_scales:
-        given["quantization_config"] = {key: value for key, value in given["quantization_config"].items()
-                                        if key != "scale_fmt"}
+    else:
+        quantization = given.get("quantization_config") or block_fp8.QUANTIZATION_CONFIG
+        given["quantization_config"] = _with_scale_format(quantization, scale_format)
     _write_json(directory / "config.json", given)
+
+
+def _with_scale_format(quantization: dict, scale_format: str | None) -> dict:
+    if scale_format is None:
+        return quantization
+    others = {key: value for key, value in quantization.items() if key != "scale_fmt"}
+    return dict(sorted((others | {"scale_fmt": scale_format}).items())) if scale_format == block_fp8.UE8M0 else others
 
 
 def write_generation_config(directory: Path, config: ModelConfig, assets: Assets) -> None:
@@ -142,7 +147,7 @@ def _changes(given: dict, config: ModelConfig) -> dict:
     """Return the fields that training or conversion changed since `given` was read, in its dialect."""
     theirs, changes = ModelConfig.from_hf_dict(given), {}
     released = config.to_hf_dict()
-    names = [field.name for field in fields(config) if getattr(theirs, field.name) != getattr(config, field.name)]
+    names = [name for name in RULES if getattr(theirs, name) != getattr(config, name)]
     for name in names:
         if not RULES[name].rotary and not RULES[name].sliding:
             changes[hf_config.spelling(given, name)] = released.get(name, getattr(config, name))

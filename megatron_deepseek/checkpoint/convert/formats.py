@@ -23,7 +23,7 @@ from megatron_deepseek.checkpoint.convert.assets import (
 )
 from megatron_deepseek.checkpoint.convert.block_fp8 import SCALE_SUFFIX
 from megatron_deepseek.checkpoint.convert.blocks import FP8, OutputTensor
-from megatron_deepseek.checkpoint.convert.conversion import OutputFormat, dtype_bytes, output_tensors
+from megatron_deepseek.checkpoint.convert.conversion import OutputFormat, Scales, dtype_bytes, output_tensors
 from megatron_deepseek.checkpoint.convert.huggingface import INDEX, open_huggingface
 from megatron_deepseek.checkpoint.convert.megatron import MTP_PREFIX, PADDED, megatron_places
 from megatron_deepseek.checkpoint.convert.mtp import LEFT_OUT, as_stored, module_prefixes
@@ -102,15 +102,17 @@ def _megatron_iteration(path: Path) -> Path:
 
 
 def hf_output(source: TensorSource, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int,
-              origin: dict[str, Any] | None = None) -> OutputFormat:
+              origin: dict[str, Any] | None = None, scale_format: str | None = None) -> OutputFormat:
     """Return the output in Hugging Face's form: files of at most `largest` bytes, index, config.json, copied files.
 
-    `origin` goes into the metadata of the index, of which other programs read the size alone.
+    `origin` goes into the metadata of the index, of which other programs read the size alone. `scale_format`: that of
+    the scales of FP8 weights, by default the source's.
     """
     stay_outside(save)
+    scales = Scales.of(assets.fields, scale_format)
     copies = mtp_copies(source.config) if assets.mtp_copies else {}
-    tensors = output_tensors(source, dtype, True, copies)
-    new_scales = any(tensor.dtype == FP8 != source.dtypes[tensor.original] for tensor in tensors)
+    tensors = output_tensors(source, dtype, True, copies, scales)
+    made = scales.wanted if scale_format or any(tensor.scale_format for tensor in tensors) else None
     groups = divide(tensors, largest)
     files = tuple(OutputFile(_hf_file_name(number, len(groups)), group) for number, group in enumerate(groups))
 
@@ -120,7 +122,7 @@ def hf_output(source: TensorSource, assets: Assets, save: Path, dtype: torch.dty
     def complete(directory: Path, _fingerprints: dict[str, Fingerprint]) -> None:
         carry(assets, directory)
         _write_index(directory, files, origin or {})
-        write_config(directory, source.config, assets, dtype_bytes(files), new_scales)
+        write_config(directory, source.config, assets, dtype_bytes(files), made)
         write_generation_config(directory, source.config, assets)
 
     return OutputFormat("hf", save, files, write, complete)

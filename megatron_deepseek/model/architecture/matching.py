@@ -25,7 +25,8 @@ def differences(there: ModelConfig, here: ModelConfig, *matches: str) -> list[st
 
 def _written(config: ModelConfig) -> dict[str, Any]:
     """Return all fields, as config.json writes those that it has."""
-    return {name: getattr(config, name) for name in RULES} | config.to_hf_dict()
+    return {name: list(value) if isinstance(value := getattr(config, name), tuple) else value
+            for name in RULES} | config.to_hf_dict()
 
 
 def _matters(rule: Rule, *configs: ModelConfig) -> bool:

@@ -4,8 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from forked import run_script
 
 REPOSITORY = Path(__file__).parents[3]
 CONFIG = {
@@ -24,6 +28,14 @@ class Job:
 
     status: int
     output: str
+
+
+def run_entry(entry: str, num_ranks: int, arguments: Sequence[str]) -> Job:
+    """Return how one of the repository's entries ended, and what it printed, errors in between."""
+    with TemporaryDirectory(prefix="job-") as directory:
+        output = Path(directory) / "output"
+        status = run_script([str(REPOSITORY / entry), *arguments], output, output, num_ranks)
+        return Job(status, output.read_text())
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,8 @@ class Workshop:
         return subprocess.Popen([*launcher, script, *arguments], env=environment, **(streams | more))
 
     def run(self, num_ranks: int, arguments: list[str]) -> Job:
-        process = self.start(num_ranks, arguments)
-        output, _ = process.communicate(timeout=240)
-        return Job(process.returncode, output)
+        """Return how a job ended whose processes begin with everything imported, without torchrun."""
+        return run_entry("pretrain_deepseek.py", num_ranks, arguments)
 
     def train(self, num_ranks: int, save: str, *more: str) -> list[dict]:
         """The records of metrics.jsonl after a run that must succeed."""

@@ -17,17 +17,27 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# What ranks would import one by one at their first step; the server imports it before the first fork.
+# What ranks and commands would import one by one; the server imports it before the first fork.
 PRELOAD = ["torch", "torch.distributed.pipelining", "torch.distributed.tensor", "torch.testing",
-           "megatron_deepseek.planning.pipeline_balance", "megatron_deepseek.training.trainer"]
+           "megatron_deepseek.planning.pipeline_balance", "megatron_deepseek.training.trainer",
+           "megatron_deepseek.arguments.explain", "megatron_deepseek.pretraining.loop",
+           "megatron_deepseek.finetuning.loop", "megatron_deepseek.cli.convert_checkpoint_run", "tokenizers"]
 
 _SLICE = 0.5
 _START = 240.0  # seconds; on a busy machine ranks take far longer to start than a test may want to wait for a hang
 _JOINED = b"joined"
+
+
+def forkserver() -> BaseContext:
+    """Return the way to start processes that are forked from this process's one server, which starts when needed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 class RankFailure(AssertionError):
@@ -39,8 +49,7 @@ class Ranks:
 
     def __init__(self, timeout: float = 240.0):
         self.timeout = timeout
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        self._context = forkserver()
 
     def run(self, world_size: int, function: Callable, *args, timeout: float | None = None) -> list:
         """function(*args) on every rank of a new default process group; the results by rank.
