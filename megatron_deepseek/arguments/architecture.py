@@ -7,6 +7,7 @@ from argparse import Namespace
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
+from megatron_deepseek.model.architecture.fields import LATENT, RULES
 from megatron_deepseek.model.architecture.presets import describe_model, load_config
 
 
@@ -19,6 +20,8 @@ def build_model(args: Namespace) -> ModelConfig:
     given = {field: getattr(args, field) for _, field, _, _ in ARCHITECTURE if getattr(args, field) is not None}
     if given.get("q_lora_rank") == 0:
         given["q_lora_rank"] = None
+    if args.group_query_attention and not base.grouped_query:
+        given = _grouped_query(base, given) | given
     given |= _router(args, base, given) | _layers(args, base, given) | _rope(args, base)
     if args.untie_embeddings_and_output_weights or args.tie_word_embeddings:
         given["tie_word_embeddings"] = args.tie_word_embeddings
@@ -40,6 +43,14 @@ def describe_architecture(args: Namespace) -> tuple[str, ...]:
               "moe_layer_freq": args.moe_layer_freq, "aux_loss_alpha": args.moe_aux_loss_coeff,
               "seq_aux": args.moe_router_load_balancing_type, "tie_word_embeddings": args.tie_word_embeddings or None}
     return tuple(describe_model(args.model, given | {field for field, value in others.items() if value is not None}))
+
+
+def _grouped_query(base: ModelConfig, given: dict) -> dict:
+    """Return the fields of grouped-query attention in place of those of `base`, whose attention is of latents."""
+    heads = given.get("num_attention_heads", base.num_attention_heads)
+    size = max(1, given.get("hidden_size", base.hidden_size) // heads)
+    without = {name: None for name, rule in RULES.items() if rule.attention == LATENT}
+    return without | {"num_key_value_heads": heads, "head_dim": size}
 
 
 def _router(args: Namespace, base: ModelConfig, given: dict) -> dict:

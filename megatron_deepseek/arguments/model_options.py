@@ -7,7 +7,7 @@ only what was given overrides the preset.
 import argparse
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.model.architecture.fields import RULES
+from megatron_deepseek.model.architecture.fields import ROPE_KINDS, RULES
 from megatron_deepseek.model.architecture.presets import preset_names
 
 DROP_POLICIES = ("probs", "position")
@@ -33,6 +33,8 @@ def add_model(parser):
                        help=f"{', '.join(preset_names())}, or a Hugging Face config.json")
     for option, field, kind, text in ARCHITECTURE:
         group.add_argument(option, dest=field, type=kind, help=text)
+    group.add_argument("--group-query-attention", action="store_true",
+                       help="grouped-query attention (--num-query-groups, --kv-channels) in place of latent attention")
     tie = group.add_mutually_exclusive_group()
     tie.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="own weights for the head")
     tie.add_argument("--tie-word-embeddings", action="store_true", help="the embedding's weights serve the head too")
@@ -80,7 +82,7 @@ def add_moe(parser):
 
 def add_rope(parser):
     group = parser.add_argument_group("context extension")
-    group.add_argument("--rope-type", type=str, choices=("rope", "linear", "dynamic", "yarn"),
+    group.add_argument("--rope-type", type=str, choices=("rope", *ROPE_KINDS),
                        help="rope is without scaling (the config's, or yarn once a factor is given)")
     for option, field, kind, text in ROPE_SCALING:
         group.add_argument(option, dest=f"rope_{field}", type=kind, help=text)

@@ -11,6 +11,7 @@ from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import CP, EP, ETP, PP, TP, Rule
+from megatron_deepseek.model.architecture.families import has_family
 from megatron_deepseek.model.architecture.freezing import trains_nothing
 from megatron_deepseek.parallel import schedule_rules
 
@@ -95,6 +96,11 @@ _LAYOUT = (
     Rule("twice the context-parallel size does not divide the sequence length",
          lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
          f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
+    Rule("no family of models has this router with grouped-query attention", lambda r: not has_family(r.model),
+         "grouped-query attention goes with the routing of DeepSeekMoE (softmax, greedy, no groups, no expert bias, "
+         "scaling 1) or without experts: topk_method {r.model.topk_method}, n_group {r.model.n_group}, "
+         "routed_scaling_factor {r.model.routed_scaling_factor}",
+         (("grouped-query attention", "router group-limited"), ("grouped-query attention", "router noaux_tc"))),
     Rule("expert parallelism needs experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
          f"{EP} conflicts with --num-experts 0: there are no experts to spread",
          _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped",
@@ -121,6 +127,9 @@ _LAYOUT = (
     Rule("the tensor-parallel size does not divide the number of attention heads",
          lambda r: r.model.num_attention_heads % r.tp != 0,
          f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
+    Rule("of the tensor-parallel size and the heads of keys and values neither is a multiple of the other",
+         lambda r: r.model.num_kv_heads % r.tp and r.tp % r.model.num_kv_heads,
+         f"{TP} neither divides --num-query-groups {{r.model.num_kv_heads}} nor is a multiple of it"),
     Rule("the tensor-parallel size does not divide the size of the vocabulary",
          lambda r: r.model.vocab_size % r.tp != 0,
          f"{TP} does not divide --vocab-size {{r.model.vocab_size}}"),

@@ -107,9 +107,11 @@ class Engine:
                 outputs.append(output_of(sequence))
         return outputs
 
-    def forget_prefixes(self) -> None:
-        """Share nothing that was computed so far: to be called when weights have changed, while nothing runs."""
+    def weights_changed(self) -> None:
+        """Forget what was made of the weights: to be called when they have changed, while no request runs."""
+        assert not self.has_work, "a request has been computed with other weights"
         self.pool.forget()
+        self.model.weights_changed()
 
     @property
     def has_work(self) -> bool:

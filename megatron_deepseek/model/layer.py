@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.attention.gqa import GroupedQueryAttention
 from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.moe import MLP, MoE, RouterStats
@@ -34,7 +35,7 @@ class DecoderLayer(nn.Module):
         only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
                                        recipe.norm if only_products else recipe.norm_for_all)
-        self.self_attn = MLA(blueprint)
+        self.self_attn = GroupedQueryAttention(index, blueprint) if config.grouped_query else MLA(blueprint)
         before_router = recipe.norm_for_all if config.n_shared_experts else rms_norm
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp,
                                                 before_router if self.is_moe else recipe.norm)

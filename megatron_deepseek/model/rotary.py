@@ -1,6 +1,8 @@
-"""The angular speeds of rotary pairs: `rope_scaling` none, linear, dynamic NTK or YaRN (arXiv 2309.00071).
+"""The angular speeds of rotary pairs: `rope_scaling` none, linear, dynamic NTK, YaRN (arXiv 2309.00071) or Llama 3's.
 
-They are those of DeepSeek's modeling_deepseek.py.
+They are those of DeepSeek's modeling_deepseek.py, for latent attention, and transformers', for grouped-query attention.
+The two differ in YaRN's temperature: the former divides it between cosines and sines and the softmax, the latter puts
+all of it on cosines and sines.
 
 Shapes: S positions, D rotary dimensions.
 """
@@ -18,10 +20,12 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Return 1/sqrt(qk_head_dim), times YaRN's mscale_all_dim squared (queries and keys carry one factor each)."""
+    """Return 1/sqrt(qk_head_dim); in latent attention times YaRN's mscale_all_dim squared (queries and keys carry one
+    factor each).
+    """
     scale = config.qk_head_dim**-0.5
     scaling = config.rope_scaling
-    if scaling is not None and scaling.mscale_all_dim:
+    if not config.grouped_query and scaling is not None and scaling.mscale_all_dim:
         scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
 
@@ -43,29 +47,47 @@ def _yarn_frequencies(base: float, dim: int, scaling: RopeScaling) -> torch.Tens
     return interpolated * ramp + extrapolated * (1 - ramp)
 
 
+def _llama3_frequencies(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Return frequencies by wavelength: short ones are kept, long ones divided by `factor`, with a ramp between.
+
+    The bounds are the original length over `high_freq_factor` and over `low_freq_factor`; the ramp is linear in the
+    rotations that a pair makes within that length.
+    """
+    rotations = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    kept = ((rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - kept) * plain / scaling.factor + kept * plain
+
+
 def inverse_frequencies(config: ModelConfig, seq_length: int) -> torch.Tensor:
     """Return the angular speed of each pair, [D/2] float32. Only the dynamic kind depends on `seq_length`."""
-    base, dim, scaling = config.rope_theta, config.qk_rope_head_dim, config.rope_scaling
+    base, dim, scaling = config.rope_theta, config.rotary_dim, config.rope_scaling
     if scaling is not None and scaling.kind == "yarn":
         return _yarn_frequencies(base, dim, scaling)
     if scaling is not None and scaling.kind == "dynamic":
         length, limit = max(seq_length, config.max_position_embeddings), config.max_position_embeddings
         base = base * (scaling.factor * length / limit - (scaling.factor - 1)) ** (dim / (dim - 2))
     frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if scaling is not None and scaling.kind == "llama3":
+        return _llama3_frequencies(frequencies, scaling)
     return frequencies / scaling.factor if scaling is not None and scaling.kind == "linear" else frequencies
+
+
+def _temperature(scaling: RopeScaling | None) -> float:
+    """Return what cosines and sines are multiplied by: YaRN's ratio of mscales, unless `attention_factor` says it."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
 
 
 def rope_table(config: ModelConfig, seq_length: int, device: torch.device, dtype: torch.dtype = torch.float32
                ) -> torch.Tensor:
-    """Return cos and sin of every position and pair, [2, S, D/2] of `dtype`, times YaRN's ratio of mscales.
+    """Return cos and sin of every position and pair, [2, S, D/2] of `dtype`, times YaRN's temperature.
 
     In float32 the angle between two positions depends on where they are, by rounding; in float64 on their distance.
     """
     with torch.device("cpu"):  # has values even while a model is being built on the meta device
         angles = torch.outer(torch.arange(seq_length, dtype=dtype), inverse_frequencies(config, seq_length).to(dtype))
         table = torch.stack([angles.cos(), angles.sin()])
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "yarn":
-        table = table * (yarn_mscale(scaling.factor, scaling.mscale)
-                         / yarn_mscale(scaling.factor, scaling.mscale_all_dim))
-    return table.to(device)
+    return (table * _temperature(config.rope_scaling)).to(device)

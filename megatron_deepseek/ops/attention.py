@@ -5,6 +5,9 @@ l = log sum_j exp(l_j), o = sum_j exp(l_j - l) o_j is attention over all of them
 merged o and l: they give its probabilities exp(s - l) and the softmax's row term sum(do * o) (FlashAttention, arXiv
 2205.14135).
 
+Keys and values may have fewer heads than queries: each is then for as many neighbouring heads of queries (grouped-query
+attention, arXiv 2305.13245). The kernels take them as they are.
+
 Shapes: B batch, N heads, S queries, K keys, D query and key width, V value width.
 """
 
@@ -37,7 +40,8 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
     rows = []
     for q_NSD, k_NSD, v_NSV, places in zip(q_BNSD, k_BNSD, v_BNSV, documents.rows, strict=True):
         parts = [F.scaled_dot_product_attention(*(x[None, :, place] for x in (q_NSD, k_NSD, v_NSV)), is_causal=True,
-                                                scale=scale) for place in places]
+                                                scale=scale, enable_gqa=q_NSD.shape[0] != k_NSD.shape[0])
+                 for place in places]
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows)
 
@@ -66,7 +70,8 @@ def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, 
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
     if documents is None:
-        y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale,
+                                                enable_gqa=q.shape[1] != k.shape[1])
     else:
         y_BNSV = attend_within_documents(q, k, v, documents, scale)
     return y_BNSV.transpose(1, 2)[..., :width].flatten(-2)
@@ -97,6 +102,7 @@ def kernel_for(q: torch.Tensor):
 
 def plain_forward(q, k, v, scores: Scores):
     """Return output and log-sum-exp by the definition, in at least float32; S x K scores exist while it runs."""
+    k, v = _for_each_query_head(q, k, v)
     logits = _logits(q, k, scores)
     lse = logits.logsumexp(-1)
     probabilities = (logits - lse.unsqueeze(-1)).exp()
@@ -105,14 +111,22 @@ def plain_forward(q, k, v, scores: Scores):
 
 def plain_backward(grad, q, k, v, out, lse, scores: Scores):
     """Return the gradients of q, k and v by the definition; S x K scores exist while it runs."""
+    heads = k.shape[1]
+    k, v = _for_each_query_head(q, k, v)
     logits = _logits(q, k, scores)
     wide = logits.dtype
     probabilities = (logits - lse.unsqueeze(-1)).exp()
     grad, v, out = grad.to(wide), v.to(wide), out.to(wide)
     row_term = (grad * out).sum(-1, keepdim=True)
     grad_logits = probabilities * (grad @ v.mT - row_term) * scores.scale
-    return ((grad_logits @ k.to(wide)).to(q.dtype), (grad_logits.mT @ q.to(wide)).to(k.dtype),
-            (probabilities.mT @ grad).to(k.dtype))
+    of_k, of_v = (x.unflatten(1, (heads, -1)).sum(2).to(k.dtype)
+                  for x in (grad_logits.mT @ q.to(wide), probabilities.mT @ grad))
+    return (grad_logits @ k.to(wide)).to(q.dtype), of_k, of_v
+
+
+def _for_each_query_head(q: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return keys or values with as many heads as q, each repeated for its queries' heads."""
+    return [x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in tensors]
 
 
 def _logits(q, k, scores: Scores) -> torch.Tensor:

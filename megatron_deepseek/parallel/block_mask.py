@@ -15,6 +15,8 @@ Shapes: B batch, N heads, S queries of this rank, K keys of a block.
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from megatron_deepseek.ops.documents import Documents
 
 
@@ -32,12 +34,20 @@ def visible(owner: int, rank: int, length: int) -> tuple[slice, slice, bool]:
 
 @dataclass(frozen=True)
 class VisibleBlock:
-    """A rectangle or, if `causal`, a lower triangle: the queries `rows` of this rank see the `keys` of one block."""
+    """A rectangle or, if `causal`, a lower triangle: the queries `rows` of this rank see the `keys` of one block.
+
+    `backwards`: the triangle is one where both are read from the last to the first (window_mask.py).
+    """
 
     batch: slice
     rows: slice
     keys: slice
     causal: bool
+    backwards: bool = False
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [B, N, T, ...] of this part's tokens in the order in which they are read, or back from it."""
+        return x.flip(2) if self.backwards and self.causal else x
 
     def queries(self) -> tuple[slice, slice, slice]:
         """Return the index of the queries in [B, N, S]."""
@@ -88,8 +98,9 @@ class BlockMask:
         The positions of a block's two chunks increase, so a document that lies in both is in one piece here too.
         """
         chunk, bounds = self.length // 2, []
-        for begin, here in ((rank * chunk, 0), ((2 * self.size - 1 - rank) * chunk, chunk)):
-            start, stop = max(place.start, begin), min(place.stop, begin + chunk)
+        for begin, count, here in ((rank * chunk, chunk, 0),
+                                   ((2 * self.size - 1 - rank) * chunk, self.length - chunk, chunk)):
+            start, stop = max(place.start, begin), min(place.stop, begin + count)
             if start < stop:
                 bounds += [start - begin + here, stop - begin + here]
         if not bounds:

@@ -16,7 +16,11 @@ import torch
 
 from megatron_deepseek.ops.attention import LogSumExpMerge, Output, Scores, attend, attend_backward
 from megatron_deepseek.parallel.block_mask import BlockMask
-from megatron_deepseek.parallel.exchange import Gather, Ring
+from megatron_deepseek.parallel.exchange import Alone, Gather, Ring
+from megatron_deepseek.parallel.window_mask import WindowMask
+
+Exchange = Ring | Gather | Alone
+Mask = BlockMask | WindowMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class KeyValueProjection:
 
 
 def blockwise_attention(q_BSND: torch.Tensor, block_BSC: torch.Tensor, projection: KeyValueProjection, scale: float,
-                        block_mask: BlockMask, exchange: Ring | Gather, output: Output = Output()) -> torch.Tensor:
+                        block_mask: Mask, exchange: Exchange, output: Output = Output()) -> torch.Tensor:
     """Return causal attention of this rank's queries over the whole sequence, [B, S, N * V]; `output` says in which
     form.
 
@@ -51,8 +55,8 @@ class BlockwiseAttention(torch.autograd.Function):
     """Keeps the blocks for the backward, not the keys and values made of them."""
 
     @staticmethod
-    def forward(ctx, q_BSND, own_BSC, anchor, projection: KeyValueProjection, scale: float, block_mask: BlockMask,
-                exchange: Ring | Gather, output: Output):
+    def forward(ctx, q_BSND, own_BSC, anchor, projection: KeyValueProjection, scale: float, block_mask: Mask,
+                exchange: Exchange, output: Output):
         q_BNSD, blocks, owners, joined = q_BSND.transpose(1, 2), [], [], None
         for owner, block in exchange.blocks(own_BSC):
             made, parts = block_mask.of(owner)
@@ -61,7 +65,8 @@ class BlockwiseAttention(torch.autograd.Function):
                 joined = joined or LogSumExpMerge.empty(q_BNSD, v.shape[-1])
             for part in parts:
                 queries, keys = part.queries(), part.keys_among(made)
-                joined.add(queries, *attend(q_BNSD[queries], k[keys], v[keys], Scores(scale, part.causal)))
+                read = (part.read(x) for x in (q_BNSD[queries], k[keys], v[keys]))
+                joined.add(queries, *map(part.read, attend(*read, Scores(scale, part.causal))))
             blocks.append(block)
             owners.append(owner)
         result, kept = output.give(joined.out_BNSV.to(q_BSND.dtype).transpose(1, 2).flatten(-2))
@@ -86,13 +91,15 @@ class BlockwiseAttention(torch.autograd.Function):
 
                 def through_attention(k, v):
                     k, v = k.transpose(1, 2), v.transpose(1, 2)
-                    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+                    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)  # a window's parts share keys
                     for part in parts:
                         queries, keys = part.queries(), part.keys_among(made)
-                        grad_q, grad_k[keys], grad_v[keys] = attend_backward(
-                            grad_BNSV[queries], q_BNSD[queries], k[keys], v[keys], out_BNSV[queries],
-                            lse_BNS[queries], Scores(ctx.scale, part.causal))
-                        grad_q_BNSD[queries] += grad_q
+                        read = map(part.read, (grad_BNSV[queries], q_BNSD[queries], k[keys], v[keys],
+                                               out_BNSV[queries], lse_BNS[queries]))
+                        gradients = attend_backward(*read, Scores(ctx.scale, part.causal))
+                        for total, place, gradient in zip((grad_q_BNSD, grad_k, grad_v), (queries, keys, keys),
+                                                          map(part.read, gradients)):
+                            total[place] += gradient
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
                 yield gradient_of_block(block, made, ctx.projection, through_attention, block_needed) if parts \

@@ -3,8 +3,9 @@
     Ring    cp - 1 steps; while the caller works on one block the next one travels (arXiv 2310.01889). Gradients travel
             the same way, each rank adding its own, and arrive at the owner after cp steps.
     Gather  one all-gather before the work, one reduce-scatter after it.
+    Alone   nothing travels: this rank has whole sequences.
 
-Both yield the blocks in the same order, this rank's own first. Gradients are summed in at least float32.
+All yield the blocks in the same order, this rank's own first. Gradients are summed in at least float32.
 """
 
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,19 @@ class Gather:
     def _order(self) -> list[int]:
         size = self.group.size()
         return [(self.group.rank() - step) % size for step in range(size)]
+
+
+class Alone:
+    """The exchange of a rank that shares its sequences with no other."""
+
+    def blocks(self, own: torch.Tensor) -> Blocks:
+        """Yield this rank's own block."""
+        yield 0, own
+
+    def return_gradients(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Return the gradient of this rank's own block, the only one of `gradients`."""
+        (gradient,) = gradients
+        return gradient
 
 
 EXCHANGES = {"ring": Ring, "allgather": Gather}

@@ -118,7 +118,8 @@ class ParallelLinear(nn.Module):
     `weight_grad` states what the weight's local gradient is of the whole. `gemm` decides the precision, and when the
     weight's gradient is computed (ops/precision_recipe.py).
 
-    A bias is added to a complete output only: with row-parallel weights call `add_bias` after leaving the region.
+    A bias has the layout of the outputs, and is added by `add_bias`, to a complete output only: with row-parallel
+    weights after leaving the region.
     """
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, placement: Placement,
@@ -127,8 +128,9 @@ class ParallelLinear(nn.Module):
         self.weight = sharded_parameter((out_features, in_features), tp.mesh, placement)
         self.gemm = gemm
         self.weight_grad = weight_grad
-        self.bias_grad = tp.activation_grad
-        self.bias = sharded_parameter((out_features,), tp.mesh, Replicate()) if bias else None
+        of_sum = placement == Shard(1)  # the bias is added once, on the stream between regions
+        self.bias_grad = tp.activation_grad if of_sum else weight_grad
+        self.bias = sharded_parameter((out_features,), tp.mesh, Replicate() if of_sum else placement) if bias else None
 
     def local_weight(self) -> torch.Tensor:
         """Return this rank's shard."""
@@ -148,6 +150,31 @@ class ParallelLinear(nn.Module):
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + local_weight(self.bias, self.bias_grad)
+
+
+class PieceLinear(ParallelLinear):
+    """A column-parallel layer with a bias within, whose outputs are cut between `pieces` only, as into heads of keys.
+
+    Its input is the whole sequence (`enter`). Where the ranks are a multiple of the pieces, each piece is for several
+    ranks: all of them hold the whole weight, compute all outputs and keep their piece, so that what each has of the
+    gradient is a part of a sum over TP. Raise ValueError where neither number is a multiple of the other.
+    """
+
+    def __init__(self, in_features: int, out_features: int, pieces: int, tp: TensorParallel, bias: bool = False,
+                 gemm: Gemm = Linear()):
+        divided = pieces % tp.size == 0
+        if not divided and tp.size % pieces:
+            raise ValueError(f"{pieces} heads of keys and values are neither a multiple of the {tp.size} ranks of tp "
+                             f"nor a divisor of it")
+        placement, weight_grad = (Shard(0), Shard(0)) if divided else (Replicate(), Partial())
+        super().__init__(in_features, out_features, tp, placement, weight_grad, bias, gemm)
+        width = out_features // pieces
+        start = 0 if divided else tp.rank * pieces // tp.size * width
+        self.own = None if divided else slice(start, start + width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.add_bias(super().forward(x))
+        return y if self.own is None else y[..., self.own]
 
 
 def column_linear(in_features: int, out_features: int, tp: TensorParallel, gemm: Gemm = Linear()
@@ -171,13 +198,15 @@ def replicated_linear(in_features: int, out_features: int, tp: TensorParallel, b
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, computed in at least float32 (arXiv 1910.07467), weight replicated.
 
-    `form` computes it: plain, or with y in FP8 tiles (ops/precision_recipe.py).
+    `form` computes it: plain, or with y in FP8 tiles (ops/precision_recipe.py). `weight_grad` states what the weight's
+    local gradient is of the whole; None where the norm is on the stream between regions.
     """
 
-    def __init__(self, size: int, eps: float, tp: TensorParallel, form: Callable[..., torch.Tensor] = rms_norm):
+    def __init__(self, size: int, eps: float, tp: TensorParallel, form: Callable[..., torch.Tensor] = rms_norm,
+                 weight_grad: Placement | None = None):
         super().__init__()
         self.weight = sharded_parameter((size,), tp.mesh, Replicate())
-        self.weight_grad = tp.activation_grad
+        self.weight_grad = weight_grad or tp.activation_grad
         self.eps, self.form = eps, form
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ def active_matmul_weights(config: ModelConfig) -> int:
 
 def attention_core_flops(config: ModelConfig, seq_length: int) -> int:
     """Return the forward FLOPs of one token's scores and weighted sum in a layer, against all `seq_length` keys."""
-    return 2 * config.num_attention_heads * seq_length * (config.qk_head_dim + config.v_head_dim)
+    return 2 * config.num_attention_heads * seq_length * (config.qk_head_dim + config.value_head_dim)
 
 
 def peak_flops(device_name: str) -> float | None:

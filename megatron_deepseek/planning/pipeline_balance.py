@@ -17,7 +17,7 @@ from megatron_deepseek.settings import PipelineSettings
 
 def layer_cost(model: ModelConfig, index: int, seq_length: int) -> int:
     """Return the multiplications per token of layer `index`, or of an MTP module, without the output head."""
-    scores = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * seq_length // 2
+    scores = model.num_attention_heads * (model.qk_head_dim + model.value_head_dim) * seq_length // 2
     return model.layer_parameters(index, active=True) + scores
 
 

@@ -1,4 +1,5 @@
-"""megatron-core's own GPTModel of a DeepSeek, on one CPU process: reads a checkpoint, writes another, says its logits.
+"""megatron-core's own GPTModel of a DeepSeek or a Qwen2, on one CPU process: it reads a checkpoint, writes another, and
+says its logits.
 
     python megatron_model.py CONFIG.json TOKENS.pt READ WRITE OUTPUT.pt
 
@@ -32,7 +33,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
-from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 
 latent_attention.HAVE_TE, moe_utils.te_general_gemm = False, None
 filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)  # threads instead of processes
@@ -46,6 +47,20 @@ class NarrowValues(DotProductAttention):
     def __init__(self, config, k_channels=None, v_channels=None, **options):
         super().__init__(config, **options)
         self.hidden_size_per_partition = config.v_head_dim * config.num_attention_heads
+
+
+COMMON = dict(normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
+              hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, apply_rope_fusion=False,
+              bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False)
+
+
+def grouped_query_config(fields: dict) -> TransformerConfig:
+    """Of a config.json of Qwen2's, whose position embedding is not scaled."""
+    return TransformerConfig(
+        num_layers=fields["num_hidden_layers"], hidden_size=fields["hidden_size"],
+        ffn_hidden_size=fields["intermediate_size"], num_attention_heads=fields["num_attention_heads"],
+        num_query_groups=fields["num_key_value_heads"], kv_channels=fields["head_dim"], add_qkv_bias=True,
+        layernorm_epsilon=fields["rms_norm_eps"], **COMMON)
 
 
 def transformer_config(fields: dict) -> MLATransformerConfig:
@@ -68,20 +83,19 @@ def transformer_config(fields: dict) -> MLATransformerConfig:
         moe_router_group_topk=fields["topk_group"], moe_router_topk_scaling_factor=fields["routed_scaling_factor"],
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_dtype="fp32",
         moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
-        normalization="RMSNorm", layernorm_epsilon=fields["rms_norm_eps"], qk_layernorm=True, gated_linear_unit=True,
-        activation_func=F.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
-        use_cpu_initialization=True, multi_latent_attention=True, apply_rope_fusion=False, bias_dropout_fusion=False,
-        bias_activation_fusion=False, masked_softmax_fusion=False)
+        layernorm_epsilon=fields["rms_norm_eps"], qk_layernorm=True, multi_latent_attention=True, **COMMON)
 
 
 def build(fields: dict) -> GPTModel:
-    config = transformer_config(fields)
+    latent = "kv_lora_rank" in fields
+    config = transformer_config(fields) if latent else grouped_query_config(fields)
     layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    for layer in layers.layer_specs:
+    for layer in layers.layer_specs if latent else ():
         layer.submodules.self_attention.submodules.core_attention = NarrowValues
     mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False) if config.mtp_num_layers else None
     return GPTModel(config, layers, fields["vocab_size"], fields["max_position_embeddings"], mtp_block_spec=mtp,
-                    position_embedding_type="rope", share_embeddings_and_output_weights=False).eval()
+                    position_embedding_type="rope", rotary_base=fields["rope_theta"],
+                    share_embeddings_and_output_weights=fields["tie_word_embeddings"]).eval()
 
 
 def with_fused_norms(state: dict) -> dict:
@@ -90,6 +104,8 @@ def with_fused_norms(state: dict) -> dict:
         dense = name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.weight") in state
         tensor.key = tensor.key.replace("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_")
         tensor.key = tensor.key.replace("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_")
+        if name.replace("input_layernorm.weight", "self_attention.linear_qkv.weight") in state.keys() - {name}:
+            tensor.key = tensor.key.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
         if dense:
             tensor.key = tensor.key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
     return state
@@ -100,7 +116,7 @@ def randomize(model: GPTModel) -> None:
     """Lively weights: norms around one, biases that decide which experts are chosen."""
     generator = torch.Generator().manual_seed(5)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("weight") or name.endswith("expert_bias"):
+        if name.endswith(("weight", "bias")):
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.2 * noise)
 

@@ -26,6 +26,9 @@ V3_SMALL = ModelConfig(
     q_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, moe_intermediate_size=12,
     n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, first_k_dense_replace=1, n_group=4, topk_group=2,
     topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5)
+LLAMA_SMALL = ModelConfig(
+    vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=4)
 
 
 def whole_stage(config: ModelConfig) -> Stage:

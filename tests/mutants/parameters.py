@@ -7,7 +7,7 @@ START = ("tests/unit/runtime/test_decision.py",)
 
 PARAMETERS = of(
     TABLE,
-    ("parameters._attention",
+    ("_latent_attention",
      "config.kv_lora_rank + config.qk_rope_head_dim, hidden, REPLICATED)",
      "config.kv_lora_rank + config.qk_rope_head_dim, hidden, ROWS)"),
     ("parameters._experts", '("gate_proj", "up_proj")),', '("up_proj", "gate_proj")),'),
@@ -17,13 +17,13 @@ PARAMETERS = of(
     ("parameters._experts", "dtype=FLOAT32, trained=False", "dtype=FLOAT32"),
     ("parameters._experts", "config.num_experts_per_tok * rows * columns", "rows * columns"),
     ("parameters._norms", "(hidden, 2 * hidden)", "(hidden, hidden)"),
-    ("parameters._attention", "for name, rows, _, _ in down:", "for name, rows, _, _ in up:"),
+    ("_latent_attention", "for name, rows, _, _ in down:", "for name, rows, _, _ in up:"),
     ("outer_rows", "if config.tie_word_embeddings:", "if False:"),
 ) + of(
     TABLE,
     ("EXPERT_ROWS", "Division(ETP, 1, matrices=2)", "Division(ETP, 1)"),
     ("EXPERT_COLUMNS", "Division(EP, 0), Division(ETP, 2)", "Division(EP, 0), Division(ETP, 1)"),
-    ("Placement.local_shape", "raise ValueError", "print"),
+    ("Placement.local_shape", 'raise ValueError(f"dimension', 'print(f"dimension'),
 ) + of(
     START,
     ("ArchitectureFields.rope_theta", "default=10000.0, match=FORWARD,", "default=10000.0,"),

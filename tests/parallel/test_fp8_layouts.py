@@ -38,11 +38,13 @@ TOLERANCE = 1e-7
 # (case, sequences in a micro-batch of the one process). All expert ranks' rows of a micro-batch meet in one weight
 # gradient, so two data ranks of one expert group are one process's micro-batch of both sequences.
 ALIGNED = (
-    (Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=2, recompute="full", q_lora=False), 1),
+    (Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=2, recompute="full",
+          attention="no_q_lora"), 1),
     (Case(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, mtp=1, shared=2,
           recompute="layernorm,mla_up_proj,moe_act"), 1),
     (Case(pp=2, schedule="DualPipeV", virtual=2, microbatches=4, tp=2, router="dense", tied=True), 1),
     (Case(tp=2, sp=True, ep=2, microbatches=2, mtp=1, shared=2, packed=True), 1),
+    (Case(tp=2, sp=True, ep=2, microbatches=2, router="greedy", attention="grouped", shared=2, packed=True), 1),
     (Case(dp=2, ep=2, attention_bias=True), 2),
     (Case(dp=2, ep=2, attention_bias=True, dispatcher="allgather", reshard=True), 2),
     (Case(dp=2, ep=2, attention_bias=True, dispatcher="grouped"), 2),

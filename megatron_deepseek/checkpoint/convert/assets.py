@@ -15,8 +15,9 @@ import torch
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.checkpoint.convert.tokenizer_files import TokenIds, write_template
 from megatron_deepseek.foreign_json import read_object
-from megatron_deepseek.model.architecture import hf_config, hf_rope
+from megatron_deepseek.model.architecture import hf_config, hf_rope, hf_window
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.fields import RULES
 
 DIRECTORY = "huggingface"
 _NOTES = "conversion.json"
@@ -143,12 +144,14 @@ def _changes(given: dict, config: ModelConfig) -> dict:
     released = config.to_hf_dict()
     names = [field.name for field in fields(config) if getattr(theirs, field.name) != getattr(config, field.name)]
     for name in names:
-        if name not in ("rope_theta", "rope_scaling"):
-            changes[hf_config.spelling(given, name)] = released[name]
+        if not RULES[name].rotary and not RULES[name].sliding:
+            changes[hf_config.spelling(given, name)] = released.get(name, getattr(config, name))
     if given.get("topk_method") == hf_config.MISSPELT_GREEDY:  # neither DeepSeek's code nor transformers runs it
         changes["topk_method"] = config.topk_method
-    if {"rope_theta", "rope_scaling"} & set(names):
+    if any(RULES[name].rotary for name in names):
         changes |= hf_rope.write_rope(config, given)
+    if any(RULES[name].sliding for name in names):
+        changes |= hf_window.write_window(config)
     return changes
 
 

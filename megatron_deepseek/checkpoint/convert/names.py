@@ -1,10 +1,11 @@
-"""Every tensor of a DeepSeek model under Hugging Face's name, and its place in the stacked parameters here.
+"""Every tensor of a model under Hugging Face's name, and its place in the stacked parameters here.
 
 Conversion renames nothing and stacks experts: expert e's gate_proj, up_proj and down_proj are
 `mlp.experts.gate_up_proj`[e, :I], [e, I:] and `mlp.experts.down_proj`[e]. Names, shapes and offsets are those of the
 table of parameters (model/architecture/parameters.py).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_deepseek.checkpoint.regions import Region
@@ -16,7 +17,8 @@ from megatron_deepseek.model.architecture.parameters import EMBEDDING, HEAD, hf_
 class Place:
     """Hugging Face's tensor `name` of `shape` is the part of `whole`, of `whole_shape`, that begins at `offset`.
 
-    In `whole` the part has extra leading dimensions of 1 where `whole` has more dimensions.
+    In `whole` the part has extra leading dimensions of 1 where `whole` has more dimensions. Where `run` is given, only
+    so many of its rows follow each other there; the next ones begin `step` rows after these began.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Place:
     whole: str
     whole_shape: tuple[int, ...]
     offset: tuple[int, ...]
+    run: int | None = None
+    step: int = 0
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -38,12 +42,31 @@ class Place:
         size[axis] = stop - start
         return tuple(offset), tuple(size)
 
+    def regions(self, start: int = 0, stop: int | None = None) -> Iterator[Region]:
+        """Yield the regions in `whole` of the part's rows start..stop, in the order of the rows; by default of all."""
+        if not self.shape:
+            yield Region(self.offset, self.extent)
+            return
+        stop = self.shape[0] if stop is None else stop
+        run = self.run or self.shape[0]
+        while start < stop:
+            number, before = divmod(start, run)
+            last = min(stop, start + run - before)
+            offset, size = self.rows(before, before + last - start)
+            axis = len(self.whole_shape) - len(self.shape)
+            yield Region((*offset[:axis], offset[axis] + number * self.step, *offset[axis + 1:]), size)
+            start = last
+
     def rows_of(self, region: Region) -> tuple[int, int]:
-        """Return which of the part's rows a region in `whole` is: the inverse of `rows`."""
+        """Return which of the part's rows a region in `whole` is: the inverse of `regions`, where there is one."""
         axis = len(self.whole_shape) - len(self.shape)
         start = region.place[axis] - self.offset[axis]
-        assert self.rows(start, start + region.shape[axis]) == (region.place, region.shape), (self, region)
-        return start, start + region.shape[axis]
+        if self.run is not None:
+            number, start = divmod(start, self.step)
+            start += number * self.run
+        stop = start + region.shape[axis]
+        assert [*self.regions(start, stop)] == [region], (self, region)
+        return start, stop
 
 
 def native_places(config: ModelConfig) -> list[Place]:

@@ -14,7 +14,6 @@ from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.dcp.item_file import FileWriter, ItemRegion, split, write_items
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
-from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes, lay_out
 
 T = TypeVar("T", OutputTensor, ItemRegion)
@@ -83,8 +82,8 @@ def write_dcp(path: Path, file: OutputFile, source: TensorSource, advance: Calla
     tensor_of: dict[ItemRegion, OutputTensor] = {}
     for tensor in file.tensors:
         place = places[tensor.name]
-        whole = ItemRegion(prefix + place.whole, Region(place.offset, place.extent), tensor.dtype)
-        tensor_of |= dict.fromkeys(split(whole), tensor)
+        for region in place.regions():
+            tensor_of |= dict.fromkeys(split(ItemRegion(prefix + place.whole, region, tensor.dtype)), tensor)
 
     def numbers(item: ItemRegion) -> Iterator[memoryview]:
         tensor = tensor_of[item]

@@ -10,7 +10,6 @@ import torch
 from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.dcp.item_reader import ItemReader, read
-from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -69,18 +68,17 @@ class StackedSource:
         return [self.path / ".metadata", *(self.path / name for name in sorted(names))]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        rows = read(self.directory, *self._part(name, start, stop))
-        return rows.view((stop - start, *self.places[name].shape[1:]))
+        place = self.places[name]
+        shape = (-1, *place.shape[1:]) if place.shape else ()
+        parts = [read(self.directory, self.prefix + place.whole, region).view(shape)
+                 for region in place.regions(start, stop)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
-        with ItemReader(self.directory) as reader:
-            yield from reader.numbers(*self._part(name, start, stop))
-
-    def _part(self, name: str, start: int, stop: int) -> tuple[str, Region]:
-        """Return the name of the stored tensor that holds rows start..stop of `name`, and their region in it."""
         place = self.places[name]
-        return self.prefix + place.whole, Region(*place.rows(start, stop)) if place.shape else Region(place.offset,
-                                                                                                place.extent)
+        with ItemReader(self.directory) as reader:
+            for region in place.regions(start, stop):
+                yield from reader.numbers(self.prefix + place.whole, region)
 
     def read_fp8(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("stacked checkpoints hold no float8 weights")

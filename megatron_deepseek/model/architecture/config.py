@@ -15,7 +15,7 @@ from megatron_deepseek.model.architecture.fields import ArchitectureFields, Rope
 
 @dataclass(frozen=True)
 class ModelConfig(ArchitectureFields):
-    """A DeepSeek-V2 or V3 architecture. Without routed experts every layer is dense.
+    """An architecture of one of the families (families.py). Without routed experts every layer is dense.
 
     `scoring_func`: softmax (V2) or sigmoid (V3). `topk_method`: greedy, group_limited_greedy (V2) or noaux_tc (V3).
     `num_nextn_predict_layers`: depth of Multi-Token Prediction (V3 report, section 2.2).

@@ -13,8 +13,11 @@ from typing import Any
 # When a checkpoint and a run must agree in a field. WEIGHTS: always, since names, shapes or the meaning of weights
 # depend on it. FORWARD: unless weights alone are taken over on purpose, as where the context is extended.
 WEIGHTS, FORWARD = "weights", "forward"
-# When config.json must have a key. GROUPS: where experts are chosen by groups.
+# When config.json must have a key, if its family has it. GROUPS: where experts are chosen by groups.
 ALWAYS, WITH_EXPERTS, WITH_GROUPS = "always", "with experts", "with groups"
+# Which attention has a field: keys and values made of a latent (MLA), or projected heads that queries share (GQA, MHA).
+LATENT, GROUPED = "latent", "grouped-query"
+FULL_LAYER, SLIDING_LAYER = "full_attention", "sliding_attention"  # values of layer_types, as Hugging Face calls them
 REFUSED, FAMILY_DEFAULT = "refused", "the family's default"  # what null is in config.json, if it is not a value
 
 
@@ -33,8 +36,10 @@ class Rule:
 
     `match`: WEIGHTS, FORWARD or None, when a checkpoint must agree; `match_if`: in which architectures, None for all;
     they are given as ArchitectureFields. `least` and `choices` bound its values. `needed`:
-    when config.json must have it. `of_experts`: a dense model has no use for it. `null`: the value that null means in
-    config.json. `option`: its name on the command line. `rotary`: hf_rope.py reads and writes it.
+    when config.json must have it. `of_experts`: a dense model has no use for it. `attention`: LATENT or GROUPED where
+    the other attention has no such field, which is None there. `null`: the value that null means in config.json.
+    `option`: its name on the command line. `rotary`: hf_rope.py reads and writes it; `sliding`: hf_window.py.
+    `implied`: the family says it, config.json never.
     """
 
     match: str | None = None
@@ -46,10 +51,13 @@ class Rule:
     null: Any = REFUSED
     option: Option | None = None
     rotary: bool = False
+    attention: str | None = None
+    sliding: bool = False
+    implied: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError, naming the field, for a value out of its bounds."""
-        if self.least is not None and value < self.least:
+        if self.least is not None and value is not None and value < self.least:
             bound = "it must not be negative" if self.least == 0 else f"it must be at least {self.least}"
             raise ValueError(f"{name} is {value}; {bound}")
         if self.choices and value not in self.choices:
@@ -62,11 +70,16 @@ def _field(option: str = "", kind: str = "", text: str = "", *, default: Any = M
     return field(default=default, metadata={"rule": given})
 
 
+ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched past `original_max_position_embeddings` (YaRN: arXiv 2309.00071).
 
-    `kind` is Hugging Face's `rope_type`: linear, dynamic or yarn. The other fields apply to yarn, `factor` to all.
+    `kind` is Hugging Face's `rope_type`: one of ROPE_KINDS. `factor` applies to all, the two `freq_factor` to llama3,
+    the others to yarn. `attention_factor`, of grouped-query attention alone, is what cosines and sines are multiplied
+    by; None leaves it to the mscales.
     """
 
     kind: str
@@ -76,12 +89,18 @@ class RopeScaling:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
 
     def __post_init__(self):
-        if self.kind not in ("linear", "dynamic", "yarn"):
-            raise ValueError(f"rope_scaling type {self.kind!r} is not one of linear, dynamic, yarn")
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"rope_scaling type {self.kind!r} is not one of {', '.join(ROPE_KINDS)}")
         if self.factor < 1:
             raise ValueError(f"rope_scaling factor {self.factor} is smaller than 1")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"rope_scaling low_freq_factor {self.low_freq_factor} is not between 0 and "
+                             f"high_freq_factor {self.high_freq_factor}")
 
 
 def _stretches_by_length(config: "ArchitectureFields") -> bool:
@@ -103,17 +122,23 @@ class ArchitectureFields:
                                     match=WEIGHTS, least=1, needed=ALWAYS)
     num_attention_heads: int = _field("--num-attention-heads", "positive_int", "attention heads",
                                       match=WEIGHTS, least=1, needed=ALWAYS)
-    kv_lora_rank: int = _field("--kv-lora-rank", "positive_int", "rank of the latent that keys and values share",
-                               match=WEIGHTS, least=1, needed=ALWAYS)
-    qk_nope_head_dim: int = _field("--qk-head-dim", "positive_int",
-                                   "head size of queries and keys without the rotary part",
-                                   match=WEIGHTS, least=1, needed=ALWAYS)
-    qk_rope_head_dim: int = _field("--qk-pos-emb-head-dim", "positive_int", "rotary part of the head size",
-                                   match=WEIGHTS, least=1, needed=ALWAYS)
-    v_head_dim: int = _field("--v-head-dim", "positive_int", "head size of values",
-                             match=WEIGHTS, least=1, needed=ALWAYS)
+    kv_lora_rank: int | None = _field("--kv-lora-rank", "positive_int", "rank of the latent that keys and values share",
+                                      default=None, match=WEIGHTS, least=1, needed=ALWAYS, attention=LATENT)
+    qk_nope_head_dim: int | None = _field("--qk-head-dim", "positive_int",
+                                          "head size of queries and keys without the rotary part",
+                                          default=None, match=WEIGHTS, least=1, needed=ALWAYS, attention=LATENT)
+    qk_rope_head_dim: int | None = _field("--qk-pos-emb-head-dim", "positive_int", "rotary part of the head size",
+                                          default=None, match=WEIGHTS, least=1, needed=ALWAYS, attention=LATENT)
+    v_head_dim: int | None = _field("--v-head-dim", "positive_int", "head size of values",
+                                    default=None, match=WEIGHTS, least=1, needed=ALWAYS, attention=LATENT)
     q_lora_rank: int | None = _field("--q-lora-rank", "count", "rank of the queries' compression; 0 for none",
-                                     default=None, match=WEIGHTS, needed=ALWAYS, null=None)
+                                     default=None, match=WEIGHTS, needed=ALWAYS, null=None, attention=LATENT)
+    num_key_value_heads: int | None = _field("--num-query-groups", "positive_int",
+                                             "heads of keys and values of grouped-query attention",
+                                             default=None, match=WEIGHTS, least=1, needed=ALWAYS, null=None,
+                                             attention=GROUPED)
+    head_dim: int | None = _field("--kv-channels", "positive_int", "head size of grouped-query attention",
+                                  default=None, match=WEIGHTS, least=1, null=None, attention=GROUPED)
     moe_intermediate_size: int = _field("--moe-ffn-hidden-size", "positive_int", "width of one expert",
                                         default=0, match=WEIGHTS, needed=WITH_EXPERTS, null=0)
     n_routed_experts: int = _field("--num-experts", "count", "routed experts; 0 for a dense model",
@@ -143,11 +168,18 @@ class ArchitectureFields:
     rope_theta: float = _field("--rotary-base", "positive", "base of the rotary frequencies",
                                default=10000.0, match=FORWARD, rotary=True)
     rope_scaling: RopeScaling | None = _field(default=None, match=FORWARD, rotary=True)
+    partial_rotary_factor: float = _field("--rotary-percent", "fraction",
+                                          "part of each head that grouped-query attention turns, from its beginning on",
+                                          default=1.0, match=FORWARD, rotary=True)
     rms_norm_eps: float = _field("--norm-epsilon", "positive", "epsilon of RMSNorm", default=1e-6, match=FORWARD)
     initializer_range: float = _field("--init-method-std", "positive", "standard deviation of the initial weights",
                                       default=0.02)
     tie_word_embeddings: bool = _field(default=False, match=WEIGHTS)
     attention_bias: bool = _field(default=False, match=WEIGHTS)
+    qkv_bias: bool = _field(default=False, match=WEIGHTS, implied=True)
+    qk_norm: bool = _field(default=False, match=WEIGHTS, implied=True)
+    sliding_window: int | None = _field(default=None, match=FORWARD, least=1, null=None, sliding=True)
+    layer_types: tuple[str, ...] = _field(default=(), match=FORWARD, sliding=True)
     attention_dropout: float = _field("--attention-dropout", "fraction", "accepted as 0 only", default=0.0, null=0.0)
     bos_token_id: int | None = _field(default=None, null=None)
     eos_token_id: int | None = _field(default=None, null=None)
@@ -155,12 +187,55 @@ class ArchitectureFields:
     def __post_init__(self):
         for name, rule in RULES.items():
             rule.check(name, getattr(self, name))
+        kind, other = (GROUPED, LATENT) if self.grouped_query else (LATENT, GROUPED)
+        for name, rule in RULES.items():
+            if rule.attention == other and getattr(self, name) is not None:
+                raise ValueError(f"{name} {getattr(self, name)} is of {other} attention; "
+                                 f"kv_lora_rank {self.kv_lora_rank} says that this is {kind} attention")
+            if rule.attention == kind and rule.least and getattr(self, name) is None:
+                raise ValueError(f"{name} is missing, which {kind} attention has")
+        check = self._check_grouped_query if self.grouped_query else self._check_latent
+        check()
+        if self.n_routed_experts:
+            self._check_experts()
+
+    def _check_latent(self):
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd; rotary embedding turns pairs")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"q_lora_rank is {self.q_lora_rank}; it must be at least 1, or null for no compression")
-        if self.n_routed_experts:
-            self._check_experts()
+        scaling = self.rope_scaling
+        if scaling is not None and (scaling.kind == "llama3" or scaling.attention_factor is not None):
+            raise ValueError("rope_scaling of type llama3, or with attention_factor, is of grouped-query attention")
+        for name in ("qkv_bias", "qk_norm", "sliding_window", "layer_types", "partial_rotary_factor"):
+            if getattr(self, name) != DEFAULTS[name]:
+                raise ValueError(f"{name} {getattr(self, name)} is of grouped-query attention; "
+                                 f"kv_lora_rank {self.kv_lora_rank} says that this is latent attention")
+
+    def _check_grouped_query(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(f"partial_rotary_factor is {self.partial_rotary_factor}; it must be above 0, at most 1")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(f"head_dim {self.head_dim} times partial_rotary_factor {self.partial_rotary_factor} gives "
+                             f"{self.rotary_dim} rotary dimensions; rotary embedding turns pairs")
+        scaling, usual = self.rope_scaling, (1.0, 0.0)
+        mscales = (scaling.mscale, scaling.mscale_all_dim) if scaling is not None else usual
+        if mscales != usual and not (scaling.kind == "yarn" and all(mscales)):
+            raise ValueError(f"rope_scaling mscale {mscales[0]} and mscale_all_dim {mscales[1]}: grouped-query "
+                             "attention takes both or neither, with type yarn")
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias, of q, k, v and o, and qkv_bias, of q, k, v alone, exclude each other")
+        if (self.sliding_window is None) != (not self.layer_types):
+            raise ValueError(f"sliding_window {self.sliding_window} and layer_types {self.layer_types} go together")
+        strange = [each for each in self.layer_types if each not in (FULL_LAYER, SLIDING_LAYER)]
+        if strange:
+            raise ValueError(f"layer_types {strange[0]!r} is not one of {FULL_LAYER}, {SLIDING_LAYER}")
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for num_hidden_layers "
+                             f"{self.num_hidden_layers}")
 
     def _check_experts(self):
         if self.moe_intermediate_size < 1:
@@ -182,9 +257,44 @@ class ArchitectureFields:
                              f"{self.n_routed_experts} over n_group {self.n_group} leaves one")
 
     @property
+    def grouped_query(self) -> bool:
+        """Return whether keys and values are projected heads that queries share (GQA, MHA), and not made of a latent.
+        """
+        return self.kv_lora_rank is None
+
+    @property
     def qk_head_dim(self) -> int:
         """Return the size of a query or key head, its rotary part included."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim if self.grouped_query else self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Return the size of a value head."""
+        return self.head_dim if self.grouped_query else self.v_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Return how many dimensions of a query or key head are turned by RoPE: the last of MLA's, the first of others.
+        """
+        return int(self.head_dim * self.partial_rotary_factor) if self.grouped_query else self.qk_rope_head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Return how many heads of keys and values the softmax sees: with MLA as many as queries."""
+        return self.num_key_value_heads if self.grouped_query else self.num_attention_heads
+
+    @property
+    def rope_interleaved(self) -> bool:
+        """Return whether RoPE turns neighbours (MLA), or dimensions half of the rotary part apart (all others)."""
+        return not self.grouped_query
+
+    def window_of(self, index: int) -> int | None:
+        """Return to how many tokens, itself among them, a token of layer `index` attends; None to all before it.
+
+        MTP modules, whose ids follow the last layer's, have none.
+        """
+        sliding = index < len(self.layer_types) and self.layer_types[index] == SLIDING_LAYER
+        return self.sliding_window if sliding else None
 
     def is_moe_layer(self, index: int) -> bool:
         """Return whether layer `index` routes to experts; MTP modules, whose ids follow the last layer's, always do."""

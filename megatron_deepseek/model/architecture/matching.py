@@ -15,12 +15,17 @@ from megatron_deepseek.model.architecture.fields import FORWARD, RULES, WEIGHTS,
 def differences(there: ModelConfig, here: ModelConfig, *matches: str) -> list[str]:
     """Return the fields that must match and do not, with both values; `matches`: WEIGHTS or FORWARD, both by default.
     """
-    theirs, ours = there.to_hf_dict(), here.to_hf_dict()
+    theirs, ours = _written(there), _written(here)
     found = []
     for name, rule in RULES.items():
         if rule.match in (matches or (WEIGHTS, FORWARD)) and theirs[name] != ours[name] and _matters(rule, there, here):
             found += _different(name, theirs[name], ours[name])
     return found
+
+
+def _written(config: ModelConfig) -> dict[str, Any]:
+    """Return all fields, as config.json writes those that it has."""
+    return {name: getattr(config, name) for name in RULES} | config.to_hf_dict()
 
 
 def _matters(rule: Rule, *configs: ModelConfig) -> bool:

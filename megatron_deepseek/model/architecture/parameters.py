@@ -25,6 +25,7 @@ from megatron_deepseek.model.architecture.placements import (
     ROWS,
     VOCABULARY_ROWS,
     Placement,
+    key_value_rows,
 )
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -155,18 +156,37 @@ def _kind(config: ArchitectureFields, index: int) -> tuple[bool, bool]:
 def _rows(config: ArchitectureFields, moe: bool, mtp: bool) -> tuple[Parameter, ...]:
     """Return the rows of a kind of layer, named from the layer on."""
     mlp = _experts(config) if moe else _swiglu("mlp", config.hidden_size, config.intermediate_size)
-    return (*_attention(config), *mlp, *_norms(config, mtp))
+    attention = _grouped_query_attention if config.grouped_query else _latent_attention
+    return (*attention(config), *mlp, *_norms(config, mtp))
 
 
 def _matrix(name: str, shape: tuple[int, ...], placement: Placement = REPLICATED, gemms: int = 1) -> Parameter:
     return Parameter(name, shape, placement, gemms=gemms, active=prod(shape))
 
 
-def _vector(name: str, size: int) -> Parameter:
-    return Parameter(name, (size,), active=size)
+def _vector(name: str, size: int, placement: Placement = REPLICATED) -> Parameter:
+    return Parameter(name, (size,), placement, active=size)
 
 
-def _attention(config: ArchitectureFields) -> Iterator[Parameter]:
+def _grouped_query_attention(config: ArchitectureFields) -> Iterator[Parameter]:
+    """Yield the rows of grouped-query or multi-head attention (arXiv 2305.13245), divided by heads.
+
+    What k and v have is on every rank where there are fewer of their heads than ranks. Norms are of one head each.
+    """
+    hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    of_kv, kv_rows = key_value_rows(config.num_key_value_heads), config.num_key_value_heads * size
+    for name, rows, placement in (("q", heads * size, ROWS), ("k", kv_rows, of_kv), ("v", kv_rows, of_kv)):
+        yield _matrix(f"self_attn.{name}_proj.weight", (rows, hidden), placement)
+        if config.attention_bias or config.qkv_bias:
+            yield _vector(f"self_attn.{name}_proj.bias", rows, placement)
+    yield _matrix("self_attn.o_proj.weight", (hidden, heads * size), COLUMNS)
+    if config.attention_bias:
+        yield _vector("self_attn.o_proj.bias", hidden)
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        yield _vector(f"self_attn.{name}.weight", size)
+
+
+def _latent_attention(config: ArchitectureFields) -> Iterator[Parameter]:
     """Yield MLA's rows (V2 report, section 2.1), the up-projections as they are trained: not absorbed.
 
     Down-projections are replicated, up-projections divided by heads. Biases belong to what reads or writes the

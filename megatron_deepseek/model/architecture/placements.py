@@ -11,11 +11,20 @@ TP, EP, ETP = "tp", "ep", "etp"  # axes of the meshes (parallel/mesh.py) that di
 
 @dataclass(frozen=True)
 class Division:
-    """The ranks of a mesh's `axis` divide dimension `dim`: each of the `matrices` that are stacked along it."""
+    """The ranks of a mesh's `axis` divide dimension `dim`: each of the `matrices` that are stacked along it.
+
+    `pieces`: into how many the dimension can be cut, None for any number. Where the ranks are a multiple of them, they
+    do not divide it: each has all of it.
+    """
 
     axis: str
     dim: int
     matrices: int = 1
+    pieces: int | None = None
+
+    def parts(self, ranks: int) -> int:
+        """Return into how many parts so many ranks divide the dimension: as many as they are, or 1."""
+        return 1 if self.pieces and ranks > self.pieces and ranks % self.pieces == 0 else ranks
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,13 @@ class Placement:
         """
         local = list(shape)
         for division in self.divisions:
-            size = ranks[division.axis]
+            size = division.parts(ranks[division.axis])
             if local[division.dim] % (division.matrices * size):
                 raise ValueError(f"dimension {division.dim} of a weight of shape {tuple(shape)} is not a multiple of "
                                  f"the {size} ranks of {division.axis}")
+            if division.pieces and division.pieces % size:
+                raise ValueError(f"the {division.pieces} heads of keys and values are neither a multiple of the {size} "
+                                 f"ranks of {division.axis} nor a divisor of it")
             local[division.dim] //= size
         return tuple(local)
 
@@ -48,7 +60,7 @@ class Placement:
         """Return into how many equal parts the ranks divide a parameter."""
         parts = 1
         for division in self.divisions:
-            parts *= ranks[division.axis]
+            parts *= division.parts(ranks[division.axis])
         return parts
 
 
@@ -58,3 +70,9 @@ COLUMNS = Placement("columns", (Division(TP, 1),))  # row-parallel: input featur
 VOCABULARY_ROWS = Placement("vocabulary rows", (Division(TP, 0),))
 EXPERT_ROWS = Placement("experts, and rows of gate and up", (Division(EP, 0), Division(ETP, 1, matrices=2)))
 EXPERT_COLUMNS = Placement("experts, and columns", (Division(EP, 0), Division(ETP, 2)))
+
+
+def key_value_rows(heads: int) -> Placement:
+    """Return the placement of a projection to `heads` heads of keys or values: whole heads, or all where they are few.
+    """
+    return Placement("rows of keys and values", (Division(TP, 0, pieces=heads),))

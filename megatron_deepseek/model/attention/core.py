@@ -3,6 +3,7 @@
     WholeSequenceAttention     this rank has whole sequences, dense or packed (ops/attention.py, ops/fp8/attention.py)
     ContextParallelAttention   ranks share each sequence; blocks travel by a ring or an all-gather
                                (parallel/blockwise_attention.py)
+    WindowAttention            either of these in a layer whose tokens see a sliding window (parallel/window_mask.py)
 
 A layer of attention has the projections of its paper alone. It hands the core its latents, and `Heads`, which says how
 queries, keys and values are made of them. The core decides where and when that is done, because that is what the kinds
@@ -10,17 +11,15 @@ differ in: one makes all of them at once and has them recomputed in the backward
 by block, of other ranks' tokens too, and never keeps them. Every kind gets what may be seen as the same `CausalMask`
 (mask.py). `make_core` chooses; no layer knows which kind it has.
 
-Where other attentions will stand:
+mla.py and gqa.py are the layers. What they hand over as latents is in MLA what up-projections are made of, in
+grouped-query attention the layer's input itself; there a block is keys and values side by side, so that no weight is
+needed for what travels. Fewer heads of keys than of queries are for the kernels of ops/attention.py.
 
-* Grouped-query and multi-head attention (Qwen2, Llama) are a layer beside mla.py, with `Heads` of its own: its latents
-  are its projected keys and values (no up-projection, so `weights` is empty), a block is both side by side, and
-  `keys_and_values_of` splits it. Fewer heads of keys than of queries are for the kernels of ops/attention.py. A sliding
-  window of some layers narrows the rectangles of the mask: an argument of the core, since the mask is every layer's.
-* A sparse indexer (DeepSeek-V3.2) is a core: it scores the latents, chooses keys for each query within the mask, and
-  attends to those; its own projections are one more member of `Heads`.
+Where another attention will stand: a sparse indexer (DeepSeek-V3.2) is a core. It scores the latents, chooses keys for
+each query within the mask, and attends to those; its own projections are one more member of `Heads`.
 
-Shapes: B batch, S tokens of a sequence on this rank, T any number of tokens, N heads on this rank, D query and key
-width, V value width, C width of a latent.
+Shapes: B batch, S tokens of a sequence on this rank, T any number of tokens, N heads on this rank (of keys and values
+perhaps fewer, G), D query and key width, V value width, C width of a latent.
 """
 
 from abc import ABC, abstractmethod
@@ -36,8 +35,11 @@ from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.ops.attention import Output
 from megatron_deepseek.ops.recompute import kept, recomputed
+from megatron_deepseek.parallel.block_mask import BlockMask
 from megatron_deepseek.parallel.blockwise_attention import KeyValueProjection, blockwise_attention
 from megatron_deepseek.parallel.context import ContextParallel
+from megatron_deepseek.parallel.exchange import Alone
+from megatron_deepseek.parallel.window_mask import WindowMask
 
 
 class Heads(Protocol):
@@ -51,13 +53,13 @@ class Heads(Protocol):
         """Return queries [B, S, N, D] of this rank's tokens."""
 
     def keys_and_values(self, *c_kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys [B, S, N, D] and values [B, S, N, V] of this rank's tokens."""
+        """Return keys [B, S, G, D] and values [B, S, G, V] of this rank's tokens."""
 
     def block(self, *c_kv: torch.Tensor) -> torch.Tensor:
         """Return [B, S, C], of which any rank can make keys and values: this rank's positions are already in it."""
 
     def keys_and_values_of(self, block_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys [B, T, N, D] and values [B, T, N, V] of some tokens of any rank's block."""
+        """Return keys [B, T, G, D] and values [B, T, G, V] of some tokens of any rank's block."""
 
 
 class CoreAttention(ABC):
@@ -115,10 +117,38 @@ class ContextParallelAttention(CoreAttention):
                                        self.cp.make_exchange(), self.output)
 
 
-def make_core(blueprint: Blueprint, scale: float, value_width: int) -> CoreAttention:
-    """Return the kind of attention that this layout takes, for values of `value_width` numbers a head."""
+@dataclass(frozen=True)
+class WindowAttention(CoreAttention):
+    """Attention to the last `window` tokens alone, by the parts of the scores that it leaves; else the fields are those
+    of ContextParallelAttention.
+    """
+
+    cp: ContextParallel
+    output: Output
+    projected: Callable[..., AbstractContextManager]
+    scale: float
+    window: int
+    projects_at_once = False
+
+    def __call__(self, heads, c_q, c_kv, mask):
+        with self.projected(heads.queries, c_q) as q:
+            shared = mask.blocks is not None
+            blocks = mask.blocks if shared else BlockMask(0, 1, q.shape[1], mask.documents)
+            exchange = self.cp.make_exchange() if shared else Alone()
+            keys_and_values = KeyValueProjection(heads.keys_and_values_of, heads.weights)
+            return blockwise_attention(q, heads.block(*c_kv), keys_and_values, self.scale,
+                                       WindowMask(blocks, self.window), exchange, self.output)
+
+
+def make_core(blueprint: Blueprint, scale: float, value_width: int, window: int | None = None) -> CoreAttention:
+    """Return the kind of attention that this layout takes, for values of `value_width` numbers a head.
+
+    `window`: to how many tokens a token attends, itself among them; None to all before it.
+    """
     projected = recomputed if "mla_up_proj" in blueprint.recomputed else kept
     recipe, cp = blueprint.recipe, blueprint.cp
+    if window is not None:
+        return WindowAttention(cp, recipe.attention_output_form, projected, scale, window)
     if cp.size > 1:
         return ContextParallelAttention(cp, recipe.attention_output_form, projected, scale)
     return WholeSequenceAttention(recipe.attention, projected, scale, value_width)
@@ -127,4 +157,5 @@ def make_core(blueprint: Blueprint, scale: float, value_width: int) -> CoreAtten
 def _equally_wide_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return q, k and v; on the CPU with zeros behind v, whose fused attention kernel needs values as wide as keys."""
-    return q, k, v if v.is_cuda else F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    padding = q.shape[-1] - v.shape[-1]
+    return q, k, v if v.is_cuda or not padding else F.pad(v, (0, padding))

@@ -44,7 +44,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BSV):
         q_BSND, k_BSND, v_BSNV, lse_BNS, *kept = ctx.saved_tensors
-        grad, out = (_heads(x, v_BSNV) for x in (grad_BSV, E5M6Output().restore(kept, grad_BSV)))
+        shape = *q_BSND.shape[:-1], v_BSNV.shape[-1]
+        grad, out = (_heads(x, shape) for x in (grad_BSV, E5M6Output().restore(kept, grad_BSV)))
         q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         for place in ctx.squares:
@@ -56,13 +57,15 @@ class _Attention(torch.autograd.Function):
 
 def _empty_results(q_BNSD: torch.Tensor, v_BNSV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(q_BNSD.dtype, torch.float32)
-    return torch.empty_like(v_BNSV), q_BNSD.new_empty(q_BNSD.shape[:-1], dtype=wide)
+    B, N, S, _ = q_BNSD.shape
+    out_BSNV = q_BNSD.new_empty(B, S, N, v_BNSV.shape[-1])  # where documents follow each other its rows do too
+    return out_BSNV.transpose(1, 2), q_BNSD.new_empty(B, N, S, dtype=wide)
 
 
-def _heads(x: torch.Tensor, v_BSNV: torch.Tensor) -> torch.Tensor:
-    """Return x [B, S, N * width] as [B, N, S, V], with zeros where v is wider."""
-    x_BSNW = x.reshape(*v_BSNV.shape[:3], -1)
-    return F.pad(x_BSNW, (0, v_BSNV.shape[-1] - x_BSNW.shape[-1])).transpose(1, 2)
+def _heads(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return x [B, S, N * width] as [B, N, S, V] for the `shape` [B, S, N, V], with zeros where V is wider."""
+    x_BSNW = x.reshape(*shape[:-1], -1)
+    return F.pad(x_BSNW, (0, shape[-1] - x_BSNW.shape[-1])).transpose(1, 2)
 
 
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents: Documents | None,

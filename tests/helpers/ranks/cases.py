@@ -58,7 +58,7 @@ OPTIONS = {
     "shared": (0, 2),
     "overlap": (False, True),
     "turns": (False, True),
-    "q_lora": (False, True),
+    "attention": ("latent", "no_q_lora", "grouped", "one_key_head"),
     "attention_bias": (False, True),
     "tied": (False, True),
     "chunk": (0, 3),
@@ -81,6 +81,7 @@ CONSTRAINTS = (
     lambda dispatcher, ep, etp, node: node == 1 if dispatcher != "grouped" else
     node % (ep * etp) == 0 or ep * etp % node == 0 and node % etp == 0,
     lambda router, ep, etp: router != "dense" or ep * etp == 1,
+    lambda attention, router: attention in ("latent", "no_q_lora") or router in ("dense", "greedy"),
     lambda router, forced: router != "dense" or not forced,
     lambda router, capacity: router != "dense" or capacity == "none",
     lambda shared, overlap: shared > 0 or not overlap,
@@ -140,7 +141,7 @@ class Case:
     shared: int = 0
     overlap: bool = False
     turns: bool = False
-    q_lora: bool = True
+    attention: str = "latent"
     attention_bias: bool = False
     tied: bool = False
     chunk: int = 0
@@ -208,10 +209,21 @@ class Case:
         """A DeepSeek small enough that a step is mostly overhead, with a dense layer before the MoE layers."""
         return ModelConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=self.num_layers,
-            num_attention_heads=4, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,
-            q_lora_rank=12 if self.q_lora else None, first_k_dense_replace=1, initializer_range=0.2,
+            num_attention_heads=4, first_k_dense_replace=1, initializer_range=0.2,
             num_nextn_predict_layers=self.mtp, tie_word_embeddings=self.tied, attention_bias=self.attention_bias,
-            **ROUTERS[self.router], n_shared_experts=self.shared)
+            **self.attention_fields, **ROUTERS[self.router], n_shared_experts=self.shared)
+
+    @property
+    def attention_fields(self) -> dict:
+        """One head of keys is on every TP rank. Norms, biases and windows are Qwen's, which has no experts."""
+        if self.attention in ("latent", "no_q_lora"):
+            return dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,
+                        q_lora_rank=12 if self.attention == "latent" else None)
+        grouped, dense = self.attention == "grouped", self.router == "dense"
+        qwen2 = dense and not grouped and not self.attention_bias
+        types = ("full_attention", *("sliding_attention",) * (self.num_layers - 1))
+        return dict(head_dim=4, num_key_value_heads=2 if grouped else 1, qk_norm=dense and grouped, qkv_bias=qwen2,
+                    **dict(sliding_window=3, layer_types=types) if qwen2 else {})
 
     @property
     def loss(self) -> LossSettings:
@@ -292,14 +304,16 @@ ROUTERS = {
 }
 
 
-# Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, shards of 3 and of 4 data ranks, 4
-# context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight gradients wait in W steps,
-# dispatchers that have nothing to exchange, around slices of experts, and cuts: E|t|tt|t|t|t|m|L and E|t|tttmm|mL, and
-# with stages that hold nothing Et||tttmm|L and Et|t||ttmL. Then few parameters that are trained: whose inputs need no
-# gradient, and that lie on stages behind frozen ones, in front of them, or on both ends.
+# Once each: sizes that the array leaves out (8 expert ranks, 4 heads over 4 ranks, 2 heads of keys over 4 ranks, shards
+# of 3 and of 4 data ranks, 4 context ranks, 3 stages on a rank, 8 ranks in a row), recomputed layers whose weight
+# gradients wait in W steps, dispatchers that have nothing to exchange, around slices of experts, and cuts:
+# E|t|tt|t|t|t|m|L and E|t|tttmm|mL, and with stages that hold nothing Et||tttmm|L and Et|t||ttmL. Then few parameters
+# that are trained: whose inputs need no gradient, and that lie on stages behind frozen ones, in front of them, or on
+# both ends.
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
+    Case(tp=4, cp=2, sp=True, router="dense", attention="grouped", microbatches=2, recompute="mla_up_proj"),
     Case(dp=3, tp=2, router="group_limited", ep=2, microbatches=2, mtp=1, attention_bias=True, reshard=True),
     Case(dp=4, pp=2, schedule="1F1B", ep=4, microbatches=2, micro_batch_size=2, tied=True),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),

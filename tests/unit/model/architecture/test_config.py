@@ -10,7 +10,7 @@ from megatron_deepseek.checkpoint.convert.names import native_places
 from megatron_deepseek.model.architecture import hf_config, hf_rope
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.architecture.families import family_of
-from megatron_deepseek.model.architecture.fields import FORWARD, RULES, WEIGHTS
+from megatron_deepseek.model.architecture.fields import FORWARD, GROUPED, RULES, WEIGHTS
 from megatron_deepseek.model.architecture.matching import differences
 from megatron_deepseek.model.architecture.parameters import BIAS
 from megatron_deepseek.model.architecture.presets import (
@@ -113,7 +113,8 @@ def test_missing_fields_are_transformers_defaults(kind):
     theirs = getattr(transformers, kind)(num_experts_per_tok=6).to_dict()
     needed = {name: theirs[name] for name in (*NEEDED, *NEEDED_WITH_EXPERTS, "n_group", "topk_group")}
     fields = dataclasses.asdict(ModelConfig.from_hf_dict(needed | {"model_type": theirs["model_type"]}))
-    shared = set(fields) & set(theirs) - {"num_nextn_predict_layers", *needed}
+    of_others = {name for name, rule in RULES.items() if rule.attention == GROUPED}
+    shared = set(fields) & set(theirs) - {"num_nextn_predict_layers", *needed, *of_others}
     assert {name: fields[name] for name in shared} == {name: theirs[name] for name in shared}
     assert fields["num_nextn_predict_layers"] == 0 and len(shared) >= 8
 
@@ -294,7 +295,8 @@ def test_fields_of_the_run_are_read_over():
 
 
 @pytest.mark.parametrize("changes, fragments", [
-    ({"model_type": "llama"}, ["model_type 'llama'", "deepseek_v2", "deepseek_v3"]),
+    ({"model_type": "mistral"}, ["model_type 'mistral'", "deepseek_v2", "deepseek_v3", "qwen2"]),
+    ({"model_type": "llama"}, ["kv_lora_rank 32 has no meaning", "model_type llama"]),
     ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
     ({"rope_interleave": False}, ["rope_interleave False"]),
     ({"num_key_value_heads": 2}, ["num_key_value_heads 2", "num_attention_heads 4"]),
@@ -367,7 +369,7 @@ def test_an_architecture_may_be_known_by_its_class(model):
     assert family_of(model).architectures[0] == fields["architectures"][0]
     del fields["model_type"]
     assert ModelConfig.from_hf_dict(fields) == model
-    for without in ({"architectures": ["LlamaForCausalLM"]}, {"architectures": None}, {"architectures": 3}):
+    for without in ({"architectures": ["MistralForCausalLM"]}, {"architectures": None}, {"architectures": 3}):
         with pytest.raises(ValueError, match="model_type None is not one of deepseek_v2, deepseek_v3"):
             ModelConfig.from_hf_dict(fields | without)
     with pytest.raises(ValueError, match=r"model_type 'deepseekv3' is not one of .*; did you mean deepseek_v3\?"):
@@ -377,7 +379,8 @@ def test_an_architecture_may_be_known_by_its_class(model):
 def test_every_field_says_whether_a_checkpoint_must_match():
     """By hand: the rest decides how a model is trained, or what it is told of the tokenizer."""
     free = {"aux_loss_alpha", "seq_aux", "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id"}
-    forward = {"rope_theta", "rope_scaling", "rms_norm_eps", "max_position_embeddings"}
+    forward = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rms_norm_eps", "max_position_embeddings",
+               "sliding_window", "layer_types"}
     assert {name for name, rule in RULES.items() if rule.match is None} == free
     assert {name for name, rule in RULES.items() if rule.match == FORWARD} == forward
     assert {name for name, rule in RULES.items() if rule.match == WEIGHTS} == RULES.keys() - free - forward

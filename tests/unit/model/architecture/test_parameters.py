@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import V2_SMALL, V3_SMALL, whole_stage
+from small_models import LLAMA_SMALL, V2_SMALL, V3_SMALL, whole_stage
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -24,7 +24,7 @@ from megatron_deepseek.model.architecture.parameters import (
     layer_rows,
     parameters,
 )
-from megatron_deepseek.model.architecture.placements import EP, ETP, TP, Division, Placement
+from megatron_deepseek.model.architecture.placements import EP, ETP, TP, Division, Placement, key_value_rows
 from megatron_deepseek.model.architecture.presets import TINY, V3
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.parallel.layout import Layout
@@ -43,6 +43,13 @@ CONFIGS = {
     "two shared experts": replace(V3_SMALL, n_shared_experts=2),
     "no shared expert": replace(V3_SMALL, n_shared_experts=0),
     "dense, MTP": replace(V2_SMALL, n_routed_experts=0, num_nextn_predict_layers=1),
+    "grouped-query": LLAMA_SMALL,
+    "one head of keys, biases": replace(LLAMA_SMALL, num_key_value_heads=1, attention_bias=True, head_dim=6),
+    "Qwen2, tied, MTP": replace(LLAMA_SMALL, num_key_value_heads=1, qkv_bias=True, tie_word_embeddings=True,
+                                num_nextn_predict_layers=1),
+    "Qwen3": replace(LLAMA_SMALL, qk_norm=True, attention_bias=True),
+    "DeepSeekMoE": replace(LLAMA_SMALL, num_key_value_heads=4, moe_intermediate_size=12, n_routed_experts=8,
+                           n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1),
     "every other layer": replace(V2_SMALL, moe_layer_freq=2, num_hidden_layers=4, first_k_dense_replace=0),
 }
 LAYOUTS = {
@@ -121,8 +128,19 @@ def test_the_table_is_what_ranks_hold(name, layout):
                 assert tensor.local == row.shape, row
                 continue
             assert tensor.mesh == ((EP, ETP) if row.mesh == "expert" else (TP,)), row
-            divided = {division.axis: as_dtensor(division) for division in row.placement.divisions}
+            divided = {division.axis: as_dtensor(division) for division in row.placement.divisions
+                       if division.parts(ranks[division.axis]) == ranks[division.axis]}
             assert tensor.placements == {axis: divided.get(axis, Replicate()) for axis in tensor.mesh}, row
+
+
+def test_heads_of_keys_are_divided_or_repeated():
+    """By hand: of 4 heads of 8 rows 2 ranks have 2 each; 8 ranks have all of them; 3 and 6 ranks have no way."""
+    placement = key_value_rows(4)
+    assert [placement.local_shape((32, 5), {TP: ranks})[0] for ranks in (1, 2, 4, 8, 12)] == [32, 16, 8, 32, 32]
+    assert [placement.parts({TP: ranks}) for ranks in (1, 2, 4, 8)] == [1, 2, 4, 1]
+    for ranks in (3, 6):
+        with pytest.raises(ValueError, match=rf"not a multiple of the {ranks} ranks|4 heads .* the {ranks} ranks"):
+            placement.local_shape((36, 5), {TP: ranks})
 
 
 def test_what_ranks_do_not_divide_is_refused():
