@@ -104,8 +104,8 @@ def refuse_bad_rows(counts: Counts, most: int):
 def make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
     folder, summaries = job.folder / "parts", {}
     folder.mkdir(exist_ok=True)
-    progress = Progress(Counters(), sum(file.size for file in job.files), 1000, say)
     job = replace(job, encoder=job.encoder.faster(_first_conversations(job), job.workers, job.tokenizer_model, say))
+    progress = Progress(Counters(), sum(file.size for file in job.files), 1000, say)
 
     def work(part: Part) -> Summary:
         summary = read_summary(_base(folder, part.number) + ".json")
