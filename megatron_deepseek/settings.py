@@ -173,7 +173,8 @@ class RunSettings:
     None), and the last batch is made even if it is not full.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
-    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
+    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained. `unpadded_vocab_size`: the
+    rows of the embedding that exports have, None for all.
     """
 
     train_iters: int
@@ -212,6 +213,7 @@ class RunSettings:
     fp8_param_gather: bool = False
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
+    unpadded_vocab_size: int | None = None
 
 
 @dataclass(frozen=True)

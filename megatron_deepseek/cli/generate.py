@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
               f"{request.seq_length}", file=sys.stderr)
     model = load_model(request)
     tokens = list(generate(model, request.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed,
-                           request.tokenizer.eod))
+                           request.tokenizer.eod, request.tokenizer.vocab_size))
     behind = request.prompt if args.prompt else []
     print(args.prompt + continuation(request.tokenizer, behind, tokens))
     dist.destroy_process_group()

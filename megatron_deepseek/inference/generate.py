@@ -30,17 +30,18 @@ from megatron_deepseek.parallel.start import choose_device, join_job
 
 @torch.no_grad()
 def generate(model: DeepseekStage, prompt: list[int], num_tokens: int, temperature: float, top_p: float,
-             seed: int, eod: int | None) -> Iterator[int]:
+             seed: int, eod: int | None, num_ids: int | None = None) -> Iterator[int]:
     """Sample up to `num_tokens` ids after `prompt`, each from the nucleus of probability `top_p`; stop at `eod`.
 
-    A temperature of 0 takes the most likely token.
+    A temperature of 0 takes the most likely token. `num_ids`: those of the tokenizer; the rows of the vocabulary behind
+    them, with which it is padded, are never taken.
     """
     limit, device = model.rope_2SD.shape[1], model.rope_2SD.device
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
         logits = next_token_logits(model, torch.tensor([tokens[-limit:]], device=device))
-        token = sample(logits.float().cpu(), temperature, top_p, generator)
+        token = sample(logits[:num_ids].float().cpu(), temperature, top_p, generator)
         if token == eod:
             return
         tokens.append(token)
