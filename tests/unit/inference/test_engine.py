@@ -236,6 +236,17 @@ def test_stop_strings_end_the_text(meshes, draft_tokens):
         assert all(seen[-1].text.startswith(output.text) for output in seen)  # nothing shown was taken back
 
 
+@pytest.mark.parametrize("parameters", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_rows_behind_the_tokenizers_ids_are_never_taken(meshes, parameters):
+    """Of an embedding that is padded for its ranks: here the padding's rows would always win."""
+    padded = replace(BYTES, vocab_size=384)
+    model = loaded(padded, meshes)
+    model.stage.lm_head.weight.data[260:] *= 100
+    (free,), = engine(model).generate([[1, 2]], parameters)
+    (bound,), = engine(replace(model, tokenizer=ByteTokenizer())).generate([[1, 2]], parameters)
+    assert min(free.tokens) >= 260 > max(bound.tokens)
+
+
 @pytest.mark.parametrize("prompt, parameters, message", [
     ([], {}, "a prompt is empty"), ([1] * 100, {}, "a prompt has 100 tokens, and max_length 100"),
     ([1, 48], {}, "a prompt has the token id 48, and the model's vocab_size is 48"),
