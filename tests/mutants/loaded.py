@@ -15,6 +15,7 @@ LOADED = of(
 ) + of(
     ("tests/parallel/test_answers.py",),
     ("held_loading._read_fp8", "[skipped:skipped + len(q)]", "[:len(q)]"),
+    ("Replicas.add", "replace(parameters, seed=seed)", "parameters"),
 ) + of(
     ("tests/unit/training/test_objectives.py",),
     ("Validation.contribution", "rows.later(main_BS, depth)", "rows.later(main_BS, depth - 1)"),
