@@ -59,13 +59,14 @@ no_layout() {
 # Every size of V3's batch ramp divides among the data ranks: a sixteenth of the GPUs, which divides 1536.
 # docs/quickstart_cluster.md has the memory; RECOMPUTE=selective, as in the report, is for GPUs with more.
 deepseek_v3_layout() {
-    local ep schedule=DualPipeV offload=()
+    local ep schedule=1F1B offload=()
     case $((NNODES * GPUS_PER_NODE)) in
         128) ep=8 offload=(--optimizer-cpu-offload) ;;
         256) ep=16 offload=(--optimizer-cpu-offload) ;;
         512) ep=32 ;;
         1024) ep=64 ;;
-        2048|3072|4096|6144|8192|12288|24576) ep=64 schedule=ZBVZeroBubble ;;
+        2048|3072) ep=64 ;;
+        4096|6144|8192|12288|24576) ep=64 schedule=ZBVZeroBubble ;;
         *) no_layout 128 256 512 1024 2048 3072 4096 6144 8192 12288 24576 ;;
     esac
     PARALLEL_ARGS=(--pipeline-model-parallel-size 16 --pipeline-schedule "${SCHEDULE:-$schedule}"

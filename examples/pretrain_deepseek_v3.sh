@@ -6,8 +6,9 @@
 #
 # FP8=1 is the report's precision: FP8 GEMMs and moments in BF16 (docs/fp8.md). Without it: BF16 and float32 moments.
 #
-# The first batches of 3072 sequences are 48 micro-batches for each of the 64 data ranks. From 256 nodes on they are 24
-# or fewer, less than the 32 stages of DualPipeV: the schedule is ZBVZeroBubble there. SCHEDULE= chooses another.
+# The schedule is 1F1B, of which no weight gradient waits, so that 80 GB are enough. SCHEDULE=DualPipeV is the report's,
+# for GPUs with more. The first batches of 3072 sequences are 48 micro-batches for each of the 64 data ranks, but from 512
+# nodes on 12 or fewer, less than 1F1B's 16 stages: the schedule is ZBVZeroBubble there.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}

@@ -75,7 +75,7 @@ class DeepseekStage(nn.Module):
 
     def forward(self, x: torch.Tensor, micro_batch: MicroBatch, step: StepContext) -> torch.Tensor:
         if not self.stage.holds_anything:
-            return received(x).clone()  # x is the pipeline's own receive buffer
+            return received(x).clone()  # x is a leaf, from which no gradient would come back
         states = self.states(x, micro_batch, step)
         if not self.stage.loss:
             return torch.cat(states) if len(states) > 1 else states[0].contiguous()

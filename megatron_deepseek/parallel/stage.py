@@ -1,15 +1,21 @@
 """A pipeline stage whose last backward reduces gradients over the data ranks layer by layer, as it would without a
-pipeline: while earlier layers are still computing.
+pipeline: while earlier layers are still computing. And one that has memory for what arrives only while it needs it.
 
 PyTorch's own stage keeps FSDP from reducing in any backward, and reduces all layers when the last backward has ended
 (REDUCE_GRAD). Where weight gradients are deferred nothing earlier is possible, since they are computed after the
 backward; so such stages are left to PyTorch.
+
+It also makes receive buffers for every micro-batch of a step before the first, and keeps them: of V3 with 1,920
+micro-batches half a terabyte. Here a buffer is made when its receive is started. Hidden states are from then on the
+graph's, gradients the backward's, and freed with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
@@ -29,7 +35,9 @@ class MicroBatches:
 
 
 class ReducingStage(PipelineStage):
-    """A stage of torch.distributed.pipelining that reduces in its last backward.
+    """A stage of torch.distributed.pipelining that reduces in its last backward, and allocates what it receives late.
+
+    Until a receive is started its buffer is on the meta device, and again once the forward or backward has taken it.
 
     It relies on what torch 2.13 does: every schedule says which backward of a stage is its last, of all micro-batches.
     Gradients are sums, so there is no factor to scale them by.
@@ -39,6 +47,55 @@ class ReducingStage(PipelineStage):
     """
 
     submod: FSDPModule
+
+    def _prepare_forward_infra(self, *args, **kwargs):
+        with self._described_only():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args, **kwargs):
+        with self._described_only():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextmanager
+    def _described_only(self) -> Iterator[None]:
+        """Make buffers on the meta device meanwhile."""
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list:
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list:
+        if self.has_backward:
+            self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple, mb_index: int) -> None:
+        self._allocate([info for info, gradient in zip(self.grad_recv_info[mb_index], next_stage_bwd_outputs)
+                        if gradient is None])  # torch writes zeros into their buffers
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple:
+        activations = super()._retrieve_recv_activations(fwd_chunk_id)
+        self._let_go(self.args_recv_info[fwd_chunk_id])
+        return activations
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple:
+        gradients = super()._retrieve_recv_grads(bwd_chunk_id)
+        self._let_go(self.grad_recv_info[bwd_chunk_id])
+        return gradients
+
+    def _allocate(self, infos: Sequence) -> None:
+        """Give memory to the buffers of receives that are about to start."""
+        _place_buffers(infos, self.device)
+
+    def _let_go(self, infos: Sequence) -> None:
+        """Leave what was received to whoever has taken it."""
+        _place_buffers(infos, torch.device("meta"))
 
     def forward_one_chunk(self, fwd_chunk_id: int, args: tuple, kwargs: dict, save_forward_output: bool = True):
         """Run the forward with its own micro-batch: the schedule passes the same `micro_batches` to every forward."""
@@ -69,3 +126,11 @@ class ReducingStage(PipelineStage):
         It makes such connections under V-shaped schedules; gloo has none.
         """
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+def _place_buffers(infos: Sequence, device: torch.device) -> None:
+    """Replace the buffer of each receive by an empty one on `device`; a stage's own inputs have none."""
+    for info in infos:
+        buffer = getattr(info, "buffer", None)
+        if buffer is not None:
+            info.buffer = torch.empty_like(buffer, device=device).requires_grad_(buffer.requires_grad)

@@ -16,8 +16,7 @@ from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
 from megatron_deepseek.planning.layer_time import layer_seconds
 from megatron_deepseek.planning.overheads import overheads
-from megatron_deepseek.planning.rank_costs import NOTHING, enough_micro_batches, worst_moments
-from megatron_deepseek.planning.stage_bytes import receive_buffers
+from megatron_deepseek.planning.rank_costs import enough_micro_batches, worst_moments
 from megatron_deepseek.planning.stage_time import Durations, Scales, head_seconds, machine_of
 from megatron_deepseek.planning.state_bytes import state_parts
 from megatron_deepseek.settings import PipelineSettings, Settings
@@ -83,7 +82,6 @@ class Outlook:
         self.count = sum(map(self.model.is_moe_layer, range(self.model.num_hidden_layers))) \
             if self.model.n_routed_experts else self.model.num_hidden_layers
         self._priced: dict[tuple, Priced] = {}
-        self._buffers: dict[tuple, float] = {}
         self._states: dict[tuple, tuple[float, float]] = {}
 
     def job_of(self, choice: Choice) -> Job:
@@ -149,7 +147,7 @@ class Outlook:
     def _most_layers(self, choice: Choice, priced: Priced) -> int | None:
         """Return how many layers the fullest rank has at least, if no rank takes more than it has room for."""
         allocated, states = self._room(choice)
-        allocated -= priced.running + self._received(choice)
+        allocated -= priced.running
         pp, depth = choice.pp, max(1.0, self.count / (choice.pp * choice.virtual))
         part = min(1.0, choice.offloaded / depth)
         kept = priced.kept * (1 - part) + priced.offloaded * part
@@ -162,16 +160,6 @@ class Outlook:
         while sum(min(each, least) for each in room) < self.count:
             least += 1
         return least
-
-    def _received(self, choice: Choice) -> float:
-        """Return the bytes of the receive buffers of a rank between the ends of the pipeline."""
-        if choice.pp < 3:
-            return 0.0
-        key = choice.lane, choice.pp, choice.virtual
-        if key not in self._buffers:
-            job = replace(self.job_of(choice), cut=(NOTHING,) * (choice.pp * choice.virtual))
-            self._buffers[key] = receive_buffers(job, job.held(1), job.shapes())
-        return self._buffers[key]
 
     def _room(self, choice: Choice) -> tuple[float, float]:
         """Return the bytes that a rank can allocate, and those of one layer's states."""

@@ -65,7 +65,8 @@ class RankCosts:
         self.model, self.pp = job.model, job.layout.pp
         self.shapes = job.shapes()
         self._stages: dict[Kind, tuple[Seconds, StageBytes]] = {}
-        self._standing: dict[tuple, float] = {}
+        self._states: dict[tuple, float] = {}
+        self._received: dict[tuple, float] = {}
         self._seconds: dict[tuple, float] = {}
         self._fits: dict[tuple, bool] = {}
         nothing, much = overheads(job, 0.0).high, overheads(job, 1e9).high
@@ -95,20 +96,27 @@ class RankCosts:
         return self._stages[kind]
 
     def standing(self, rank: int, bounds: tuple[Bounds, ...]) -> float:
-        """Return the bytes of states and receive buffers of a rank."""
+        """Return the bytes of states and of what has arrived and waits on a rank."""
         place = 0 if rank == 0 else self.pp - 1 if rank == self.pp - 1 else 1
-        key = place, tuple(map(self.kind, bounds))
-        if key not in self._standing:
+        kinds = tuple(map(self.kind, bounds))
+        if (place, kinds) not in self._states:
             held = held_stages(self.job.schedule, self.pp, self.virtual, place)
-            cut = [NOTHING] * (self.pp * self.virtual)
-            for stage, each in zip(held, bounds):
-                before = self.kind(each).mtp_before
-                if stage and before:
-                    cut[stage - 1] = Stage(False, (), tuple(range(before)), False)
-                cut[stage] = stage_of(self.model, *each)
-            job = replace(self.job, cut=tuple(cut))
-            self._standing[key] = state_parts(job, place).device + receive_buffers(job, held, self.shapes)
-        return self._standing[key]
+            self._states[place, kinds] = state_parts(self._with(held, bounds), place).device
+        sent = tuple((kind.mtp_before, kind.mtp) for kind in kinds)
+        if (rank, sent) not in self._received:
+            held = held_stages(self.job.schedule, self.pp, self.virtual, rank)
+            self._received[rank, sent] = receive_buffers(self._with(held, bounds), held, self.shapes)
+        return self._states[place, kinds] + self._received[rank, sent]
+
+    def _with(self, held: list[int], bounds: tuple[Bounds, ...]) -> Job:
+        """Return the job with the stages `held` cut so, and nothing in the others but the MTP modules before these."""
+        cut = [NOTHING] * (self.pp * self.virtual)
+        for stage, each in zip(held, bounds):
+            before = self.kind(each).mtp_before
+            if stage and before:
+                cut[stage - 1] = Stage(False, (), tuple(range(before)), False)
+            cut[stage] = stage_of(self.model, *each)
+        return replace(self.job, cut=tuple(cut))
 
     def peak(self, rank: int, bounds: tuple[Bounds, ...]) -> float:
         """Return the most that a rank allocates."""

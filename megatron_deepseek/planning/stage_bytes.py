@@ -1,8 +1,7 @@
 """What one micro-batch takes on one pipeline stage: its layers by their modes, the head, what stages pass on.
 
-A stage begins with what it received and ends with what it passes on. torch's PipelineStage has receive buffers of their
-own for each micro-batch of a step, made once and kept (torch 2.13, `_create_act_recv_info` for every chunk): they are
-counted by `receive_buffers`, and so the input of a stage's first layer is not counted again.
+A stage begins with what it received and ends with what it passes on. `receive_buffers` counts what has arrived and is
+not yet computed; from then on it is the input of the stage's first layer.
 """
 
 from collections import defaultdict
@@ -13,8 +12,8 @@ from functools import lru_cache
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.actions import DUAL_PIPE
 from megatron_deepseek.planning.activations import LayerShapes, embedding, norm, total
+from megatron_deepseek.planning.arrivals import most_waiting, one_each
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
@@ -74,11 +73,8 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
         each = total(head(shapes, chunk, predictions)) if job.engine.logit_bytes is None else \
             shapes.whole * (model.vocab_size // job.layout.tp) * job.engine.logit_bytes
         yield "head", predictions * each
-    if job.layout.pp > 1:
-        if stage and job.engine.receives_apart and part.layers and not job.modes_of(stage)[0].offloaded:
-            yield kind_of(job, part.layers[0]), -hidden  # its input is a receive buffer
-        if stage < len(job.stages) - 1 and job.engine.keeps_output:
-            yield "output of the stage", states_after(job, stage) * hidden
+    if job.layout.pp > 1 and stage < len(job.stages) - 1 and job.engine.keeps_output:
+        yield "output of the stage", states_after(job, stage) * hidden
 
 
 def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
@@ -92,17 +88,17 @@ def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
 
 
 def receive_buffers(job: Job, held: list[int], shapes: LayerShapes) -> float:
-    """Return the bytes of the buffers that all micro-batches of a step arrive in: activations and gradients. Other
-    engines have one of each kind for a stage.
+    """Return the bytes of the most activations and the most gradients that have arrived for the stages `held` and wait.
+
+    Other engines have one of each kind for a stage.
     """
     if job.layout.pp == 1:
         return 0.0
     state = shapes.numbers.plain(shapes.stream, job.model.hidden_size)
-    last, count = len(job.stages) - 1, job.micro_batches if job.engine.receives_apart else 1
-    count = count // 2 if job.schedule == DUAL_PIPE and count > 1 else count  # half enter at each end
-    into = sum(states_after(job, stage - 1) for stage in held if stage)
-    back = sum(states_after(job, stage) for stage in held if stage < last)
-    return count * state * (into + back)
+    waiting = most_waiting(job.schedule, job.layout.pp, job.virtual_stages, job.micro_batches) \
+        if job.engine.receives_early else one_each(len(job.stages))
+    return state * sum(waiting.get(("F", stage), 0) * states_after(job, stage - 1)
+                       + waiting.get(("B", stage), 0) * states_after(job, stage) for stage in held)
 
 
 def terms_of_stage(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:

@@ -3,8 +3,8 @@
 Experts are chosen by position, so that every rank gets as many rows; all else is as in training.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
@@ -37,6 +37,7 @@ from megatron_deepseek.training.next_token import NextToken
 from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 LENGTH, ROWS = 16, 2
+STATE = LENGTH * ROWS * V3_SMALL.hidden_size * 2  # bytes that a stage passes on in bfloat16
 MODELS = {"v2": replace(V2_SMALL, num_attention_heads=4), "v3": replace(V3_SMALL, num_attention_heads=4)}
 
 
@@ -108,30 +109,48 @@ def kept_in_a_step(settings: Settings) -> tuple[int, int]:
     build = BuildOptions(precision=Precision(torch.float32, torch.bfloat16), loss=settings.loss,
                          recompute=settings.recompute)
     spec = TrainingSpec(settings.model, stages, schedule, LENGTH, ROWS, build, OPTIMIZER)
-    trainer, of_rank = Trainer(spec, meshes, NextToken()), remember_stages()
+    trainer, receives = Trainer(spec, meshes, NextToken()), Receives()
     step = training_batch(*random_batch(settings.model, settings.batch.global_batch_size, LENGTH))
     trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
-    infos = [info for stage in of_rank for of_kind in (stage.args_recv_info, stage.grad_recv_info)
-             for each in of_kind.values() for info in each if info.buffer is not None]
     weights = [getattr(each, "_local_tensor", each) for stage in trainer.stages
                for unit in stage.modules() if isinstance(unit, FSDPModule) for each in gathered_weights(unit)]
     buffers = [each for stage in trainer.stages for each in (*stage.buffers(), stage.rope_2SD)]
-    most = MostSaved([*weights, *buffers, step.tokens_BS, *(info.buffer for info in infos)])
-    with most:
+    most = MostSaved([*weights, *buffers, step.tokens_BS])
+    with most, pytest.MonkeyPatch.context() as monkeypatch:
+        receives.watch(monkeypatch)
         trainer.train_step(step, learning_rate=1e-3, bias_rate=0.0)
-    return most.most, sum(info.buffer.nbytes for info in infos)
+    return most.most, sum(receives.most.values())
 
 
-def remember_stages() -> list[ReducingStage]:
-    """Return a list to which every stage adds itself that is made from now on."""
-    made, make = [], ReducingStage.__init__
+class Receives:
+    """Counts the bytes of the receives that were started for a stage's forwards, and its backwards, and not yet used.
+    """
 
-    def remember(stage, *args, **more):
-        make(stage, *args, **more)
-        made.append(stage)
+    def __init__(self):
+        self.waiting, self.most = Counter(), Counter()
 
-    ReducingStage.__init__ = remember
-    return made
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for kind, started, used in (("F", "get_fwd_recv_ops", "forward_one_chunk"),
+                                    ("B", "get_bwd_recv_ops", "backward_one_chunk")):
+            monkeypatch.setattr(ReducingStage, started, self._starting(kind, getattr(ReducingStage, started)))
+            monkeypatch.setattr(ReducingStage, used, self._using(kind, getattr(ReducingStage, used)))
+
+    def _starting(self, kind: str, start: Callable) -> Callable:
+        def started(stage, number):
+            operations = start(stage, number)
+            key = kind, stage.stage_index
+            self.waiting[key] += sum(each.tensor.nbytes for each in operations)
+            self.most[key] = max(self.most[key], self.waiting[key])
+            return operations
+
+        return started
+
+    def _using(self, kind: str, use: Callable) -> Callable:
+        def used(stage, *args, **more):
+            self.waiting[kind, stage.stage_index] -= STATE if self.waiting[kind, stage.stage_index] else 0
+            return use(stage, *args, **more)
+
+        return used
 
 
 def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
@@ -143,21 +162,20 @@ def gathered_weights(unit: FSDPModule) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
-    """The most that graphs hold at any moment of a step, and the receive buffers. What a stage passed on is held
+    """The most that graphs hold at any moment of a step, and what has arrived and waits. What a stage passed on is held
     outside of graphs, and so is what waits for weight gradients. Graphs of the last stage hold the labels and weights
-    of all rows too, which are the step's; in the turn of a V a stage's input is no buffer, but the other's output.
+    of all rows too, which are the step's.
     """
     rows = 4 * ROWS
     settings = settings_of(f"--bf16 --pipeline-model-parallel-size 2 --pipeline-schedule {schedule} --num-layers 4 "
                            f"--mtp-num-layers 0 --global-batch-size {rows}", 2, "v3")
     settings = replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4))
     job = Job(settings, replace(OURS, keeps_output=False), cuda=False)
-    state = job.numbers.plain(job.shapes().stream, settings.model.hidden_size)
+    assert job.numbers.plain(job.shapes().stream, settings.model.hidden_size) == STATE
     expected = []
     for rank, memory in enumerate(all_ranks(job)):
         held = job.held(rank)
-        planned = {stage: stage_bytes(job, stage, job.shapes()).replayed.kept for stage in held}
-        kept_by = {stage: StageBytes(kept + state * (stage - 1 in held)) for stage, kept in planned.items()}
+        kept_by = {stage: StageBytes(stage_bytes(job, stage, job.shapes()).replayed.kept) for stage in held}
         labels = rows * LENGTH * (8 + 4) * (len(job.stages) - 1 in held)
         expected.append((replay(job.actions(rank), kept_by).bytes + labels, memory.receive))
     assert ranks.run(2, kept_in_a_step, settings) == expected

@@ -16,7 +16,9 @@ from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.finetuning import build_finetuning_parser
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.model.architecture.presets import V3
-from megatron_deepseek.planning.state_bytes import fullest_states
+from megatron_deepseek.planning.gpus import find_gpu
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import FITS, all_ranks, verdict, worst
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -117,18 +119,20 @@ def test_scripts_are_started_as_they_want(page, released, monkeypatch):  # noqa:
 
 
 def test_memory_in_the_quick_start_is_what_the_layouts_give():
-    """The column of weights, gradients and moments, and of what the host holds, of every row."""
-    rows = re.findall(r"^\| (\d+) nodes(.*?) \| PP16.*?\|(.*?)\| (\w+) \| ([\d.]+) \|", page_text(), re.M)
-    assert len(rows) == 6
-    for nodes, more, where, recompute, device in rows:
+    """Every number of every row is the planner's for the script's arguments, and every row fits in 80 GB."""
+    rows = re.findall(r"^\| (\d+) nodes(.*?) \| PP16.*?\|(.*?)\| ([\d.]+) \| ([\d.]+) \| (\d+) to (\d+) \|",
+                      page_text(), re.M)
+    assert len(rows) == 7
+    for nodes, more, where, states, activations, low, high in rows:
         environ = DATA | dict(word.split("=") for word in more.strip(", `").split())
         done = bash(str(ROOT / "examples/pretrain_deepseek_v3.sh"), **environ, NNODES=nodes, PYTHON="echo")
-        settings = settings_of(words_of(done))
-        assert settings.recompute.granularity == recompute
-        calculated = fullest_states(settings)
-        assert calculated.device / 2**30 == pytest.approx(float(device), abs=0.051)
-        host = re.search(r"host, ([\d.]+)", where)
-        assert calculated.host / 2**30 == pytest.approx(float(host[1]) if host else 0, abs=0.051)
+        ranks = all_ranks(Job(settings_of(words_of(done))))
+        fullest, host = worst(ranks), re.search(r"host, ([\d.]+)", where)
+        assert fullest.states.device / 2**30 == pytest.approx(float(states), abs=0.051), nodes
+        assert fullest.activations / 2**30 == pytest.approx(float(activations), abs=0.051)
+        assert (round(fullest.low / 2**30), round(fullest.high / 2**30)) == (int(low), int(high))
+        assert max(rank.host for rank in ranks) / 2**30 == pytest.approx(float(host[1]) if host else 0, abs=0.051)
+        assert verdict(ranks, find_gpu("h800")) == FITS
 
 
 def page_text() -> str:
