@@ -50,5 +50,6 @@ setup(
         "sentences": ["nltk>=3.9"],
         "tensorboard": ["tensorboard>=2.15"],
         "yaml": ["pyyaml>=6"],  # --yaml-cfg
+        "wandb": ["wandb>=0.19"],  # --wandb-project
     },
 )

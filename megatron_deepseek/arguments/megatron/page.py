@@ -80,6 +80,9 @@ _REMARKS = {
     "--fp8-format": "e4m3 with `--fp8-recipe blockwise` (fp8.md)",
     "--ckpt-step": "of any `--load` directory of this project",
     "--load": "this project's checkpoints or a Hugging Face directory; others by `tools/convert_checkpoint.py`",
+    "--log-throughput": "operations of the model itself, recomputation not counted",
+    "--wandb-project": "by the package wandb; every start is a run of its own",
+    "--manual-gc-interval": "without `--manual-gc` without effect",
     "--profile": "by torch.profiler, not nsys",
 }
 _VALUES = {"": "", "1": " X", SOME: " X ...", ANY: " [X ...]"}
