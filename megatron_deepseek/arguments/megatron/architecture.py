@@ -43,14 +43,20 @@ def config_of(args: Namespace) -> ModelConfig:
     if rows is None:
         missing.append(f"--vocab-size ({hint})")
     if missing:
-        raise ValueError(f"--model is missing ({', '.join(preset_names())}, or a config.json); an architecture by "
-                         f"arguments alone lacks {', '.join(missing)}")
+        raise ValueError(_lacks(missing, bool(given)))
     width = given.get("intermediate_size", _usual_width(args, given["hidden_size"]))
     of_experts = {} if not given.get("n_routed_experts") else {
         "moe_intermediate_size": width, "scoring_func": args.scoring_func or "softmax",
         "norm_topk_prob": args.scoring_func == "sigmoid" or not args.moe_router_pre_softmax}
     fields = {**_DEFAULT_FIELDS, "intermediate_size": width, **of_experts, **given, "vocab_size": rows}
     return ModelConfig(**{**fields, "q_lora_rank": fields["q_lora_rank"] or None})
+
+
+def _lacks(missing: list[str], begun: bool) -> str:
+    presets = f"{', '.join(preset_names())}, or a config.json"
+    if begun:
+        return f"the architecture lacks {', '.join(missing)}; without these --model is missing ({presets})"
+    return f"--model is missing ({presets}), or an architecture by arguments: {', '.join(missing)} and others"
 
 
 def _usual_width(args: Namespace, hidden_size: int) -> int:

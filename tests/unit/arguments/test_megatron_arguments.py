@@ -185,10 +185,13 @@ def test_the_vocabulary(tokenizer):
 def test_what_an_architecture_lacks_is_named_at_once():
     text, *others = problems("--hidden-size 128 --train-iters 1 --data-path a")
     assert not others
-    for part in ("--model is missing", "deepseek-v3", "--num-layers, --num-attention-heads, --max-position-embeddings, "
-                 "--multi-latent-attention, --vocab-size (the tokenizer gives none: --tokenizer-model is missing"):
+    for part in ("the architecture lacks --num-layers, --num-attention-heads, --max-position-embeddings, "
+                 "--multi-latent-attention, --vocab-size (the tokenizer gives none: --tokenizer-model is missing",
+                 "without these --model is missing (tiny, deepseek-v2-lite"):
         assert part in text
     assert "--hidden-size" not in text
+    text, *others = problems("--train-iters 1 --data-path a")
+    assert text.startswith("--model is missing (tiny, ") and "--num-layers, --hidden-size" in text and not others
 
 
 def test_the_start_says_which_architecture_it_is():
@@ -217,9 +220,13 @@ def test_all_problems_are_told_at_once():
 
 
 def test_all_wrong_values_are_told_at_once():
-    found = problems("--model tiny --lr abc --micro-batch-size 0 --fp16 --bf16 yes")
-    assert found == ("--fp16: float16 is not computed in; use --bf16", "--lr: 'abc' is no number",
-                     "--micro-batch-size: 0 is not at least 1")
+    found = problems(f"{BASE} --lr abc --micro-batch-size 0 --fp16 --bf16 yes --save-interval 5 "
+                     "--global-batch-size 3", 2)
+    assert found == (
+        "--fp16: float16 is not computed in; use --bf16", "--lr: 'abc' is no number",
+        "--micro-batch-size: 0 is not at least 1", "unexpected 'yes'", "--save-interval 5 needs --save")
+    alone = problems(SMALL.replace("--num-layers 4", "--num-layers x").replace("--train-iters 10", "--train-iters 0"))
+    assert alone == ("--num-layers: 'x' is no whole number", "--train-iters: 0 is not at least 1")
     assert problems("--model tiny --bf16 yes --train-iters 1 --data-path a") == ("unexpected 'yes'",)
 
 
@@ -250,10 +257,16 @@ def test_what_is_missing_is_told_with_the_rest():
     ("--context-parallel-algo ulysses_cp_algo", ""),
     ("--context-parallel-algo megatron_cp_algo --context-parallel-size 2",
      "--context-parallel-size 2 --cp-comm-type ring"),
-    ("--recompute-modules core_attn moe_act", "--recompute-modules moe_act"),
+    ("--recompute-granularity selective --recompute-modules core_attn moe_act",
+     "--recompute-granularity selective --recompute-modules moe_act"),
     ("--eval-interval 5 --eval-iters 2", "--eval-interval 5 --eval-iters 2"),
     ("--eval-interval 5", "--eval-interval 5 --eval-iters 100"),
     ("--optimizer adam --moe-z-loss-coeff 0.0 --rotary-percent 1", ""),
+    ("--no-load-optim --save-interval 5 --recompute-method uniform --moe-token-drop-policy probs", ""),
+    ("--load a --no-load-optim", "--load a --no-load-optim"),
+    ("--model tiny --no-load-optim", "--model tiny --no-load-optim"),
+    ("--moe-router-load-balancing-type aux_loss", "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0"),
+    ("--moe-router-load-balancing-type none", "--moe-router-load-balancing-type none"),
 ])
 def test_words_that_mean_something_here(words, becomes):
     line = translate(words.split(), build_parser().options, str)
