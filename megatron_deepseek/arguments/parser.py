@@ -202,6 +202,9 @@ def _add_end_and_health(parser):
     add("--exit-duration-in-mins", type=values.positive, metavar="MINUTES", help="save and leave after so much time")
     add("--nan-policy", type=str, choices=NAN_POLICIES, default="stop",
         help="what follows a loss or gradient that is not finite: stop the run, or skip the update (stop)")
+    add("--manual-gc", action="store_true", help="Python collects garbage where the next two say, on all ranks at once")
+    add("--manual-gc-interval", type=values.count, default=0, help="after every so many iterations (0: never)")
+    add("--no-manual-gc-eval", action="store_false", dest="manual_gc_eval", help="not before and after evaluations")
     add("--max-skipped-steps", type=values.positive_int, metavar="N", help="skips in a row before the run stops (10)")
 
 
@@ -210,7 +213,12 @@ def _add_evaluation_and_logging(parser):
     add("--eval-iters", type=values.count, help="batches of an evaluation (0: none)")
     add("--eval-interval", type=values.positive_int, help="iterations between evaluations (1000)")
     add("--log-interval", type=values.positive_int, default=1, help="iterations between lines (1)")
+    add("--log-throughput", action="store_true", help="also the model's TFLOP/s a rank")
     add("--tensorboard-dir", type=values.path, metavar="DIR", help="also write TensorBoard events")
+    add("--wandb-project", type=str, metavar="NAME", help="also log to Weights & Biases; WANDB_MODE=offline to files")
+    add("--wandb-exp-name", type=str, metavar="NAME", help="of the run there")
+    add("--wandb-entity", type=str, metavar="NAME", help="whose project it is")
+    add("--wandb-save-dir", type=values.path, metavar="DIR", help="for its files (SAVE/wandb)")
     add("--profile", action="store_true", help="write a trace of the steps below with torch.profiler")
     add("--profile-step-start", type=values.count, default=10, help="(10)")
     add("--profile-step-end", type=values.count, default=12, help="(12)")
