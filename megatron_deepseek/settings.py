@@ -176,7 +176,8 @@ class RunSettings:
     `save_hf_dtype`: bf16, fp32 or fp8, None for that of the computation; `fp8_scale_format`: of FP8 weights of the
     export, None for that of what the run began from (checkpoint/convert/block_fp8.py).
     `freeze_parameters`: wildcard patterns over the names of parameters that are not trained. `drop_mtp`: the command
-    line says --mtp-num-layers 0, so modules of weights that are taken over stay behind.
+    line says --mtp-num-layers 0, so modules of weights that are taken over stay behind. `unpadded_vocab_size`: the
+    rows of the embedding that exports have, None for all.
     """
 
     train_iters: int
@@ -218,6 +219,7 @@ class RunSettings:
     fp8_param_gather: bool = False
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
+    unpadded_vocab_size: int | None = None
 
 
 @dataclass(frozen=True)

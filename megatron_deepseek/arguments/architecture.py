@@ -7,6 +7,7 @@ from argparse import Namespace
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.megatron import architecture as megatron
 from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
+from megatron_deepseek.arguments.vocabulary import padded
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.architecture.fields import LATENT, RULES
 from megatron_deepseek.model.architecture.presets import describe_model, load_config
@@ -18,8 +19,7 @@ def build_model(args: Namespace) -> ModelConfig:
     base = _base(args, given)
     if args.norm_topk_prob:
         given["norm_topk_prob"] = True
-    if args.model is None:
-        given["vocab_size"] = base.vocab_size
+    given["vocab_size"] = padded(_vocabulary(args, base), args)
     if given.get("q_lora_rank") == 0:
         given["q_lora_rank"] = None
     if args.add_qkv_bias:
@@ -35,6 +35,23 @@ def build_model(args: Namespace) -> ModelConfig:
         return dataclasses.replace(base, **given)
     except ValueError as error:
         raise ValueError(_name_arguments(str(error), given)) from error
+
+
+def unpadded_vocab_size(args: Namespace) -> int | None:
+    """Return the ids of the vocabulary where the embedding is padded, else None."""
+    if args.padded_vocab_size is None and args.make_vocab_size_divisible_by is None:
+        return None
+    size = _vocabulary(args, _base(args, {}))
+    return None if padded(size, args) == size else size
+
+
+def _vocabulary(args: Namespace, base: ModelConfig) -> int:
+    if args.model is None:
+        return base.vocab_size
+    if args.extra_vocab_size:
+        raise ValueError(f"--extra-vocab-size {args.extra_vocab_size} conflicts with --model, whose vocabulary it is; "
+                         "use --vocab-size")
+    return args.vocab_size or base.vocab_size
 
 
 def _base(args: Namespace, given: dict) -> ModelConfig:

@@ -49,7 +49,7 @@ def add_model(parser):
 
 def _add_vocabulary(add):
     add("--make-vocab-size-divisible-by", type=values.positive_int, metavar="N",
-        help="without --model: round the vocabulary up to a multiple of N x tensor ranks")
+        help="pad the embedding to a multiple of N x tensor ranks; exports are without (no padding)")
     add("--padded-vocab-size", type=values.positive_int, help=argparse.SUPPRESS)
     add("--extra-vocab-size", type=values.count, help=argparse.SUPPRESS)
     add("--norm-topk-prob", action="store_true", help=argparse.SUPPRESS)

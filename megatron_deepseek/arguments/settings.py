@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megatron_deepseek.arguments import auto_layout
-from megatron_deepseek.arguments.architecture import build_model, describe_architecture
+from megatron_deepseek.arguments.architecture import build_model, describe_architecture, unpadded_vocab_size
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
@@ -219,7 +219,7 @@ def _run(request: Request) -> RunSettings:
                 drop_mtp=args.num_nextn_predict_layers == 0,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 freeze_parameters=tuple(args.freeze_parameters or ()),
-                sharding=args.data_parallel_sharding_strategy,
+                unpadded_vocab_size=unpadded_vocab_size(args), sharding=args.data_parallel_sharding_strategy,
                 model_file=None if args.model is None else config_file(args.model))
     return replace(run, train_iters=timeline.last_iteration(run, request.batch))
 

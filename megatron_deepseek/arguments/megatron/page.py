@@ -34,7 +34,8 @@ tokenizer unless `--vocab-size`, `--kv-lora-rank` 32, `--norm-epsilon` 1e-5,
 Softmax scores are normalised over the chosen experts unless `--moe-router-pre-softmax`, sigmoid scores always. The
 start says which architecture was understood, and in what it differs from the nearest preset. Not Megatron-LM's are:
 
-* `--make-vocab-size-divisible-by` rounds the vocabulary up only where it is given (there 128 x tensor ranks).
+* `--make-vocab-size-divisible-by` pads the embedding only where it is given (there to 128 x tensor ranks). As there the
+  softmax has the padding too; exports are without it, and `tools/generate.py` never takes an id behind the tokenizer's.
 * Weights of the layers' outputs begin with the same standard deviation as all others, as DeepSeek's do.
 * A group of experts is chosen by its best one, as in V2, or with the bias by its best two, as in V3 (there by the sum
   of its best, as many as a token has experts for each of its groups).

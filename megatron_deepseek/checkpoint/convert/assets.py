@@ -2,7 +2,8 @@
 
 Checkpoints of training keep them in `huggingface/`, beside the iterations, so that an export after training finds them.
 `conversion.json` there says what a config.json does not: whether the MTP modules' copies of embedding and head were in
-the files, and the ids of the tokenizer if it is not the one that the source came with.
+the files, the ids of the tokenizer if it is not the one that the source came with, and how many rows of the embedding
+are those of the vocabulary if it was padded.
 """
 
 import json
@@ -34,6 +35,7 @@ class Assets:
     `directory` holds the files to copy. `fields` is the source's config.json, None for a model that never had one from
     Hugging Face. `mtp_copies` says whether to write the MTP modules' copies of embedding and head. `tokens` are the ids
     of a tokenizer that is not the one of `fields`, None if it is. `chat_template` replaces the source's.
+    `vocab_size`: the rows of the embedding that are written, None for all.
     """
 
     directory: Path | None = None
@@ -41,6 +43,7 @@ class Assets:
     mtp_copies: bool = True
     tokens: TokenIds | None = None
     chat_template: str | None = None
+    vocab_size: int | None = None
 
     def files(self) -> list[Path]:
         """List the files that are copied as they are: tokenizer, generation_config.json, the model's own code."""
@@ -60,7 +63,8 @@ def read_assets(directory: Path) -> Assets:
         return Assets(directory, given)
     noted = read_object(notes)
     tokens = noted.object("tokens", default=None)
-    return Assets(directory, given, noted.boolean("mtp_copies"), tokens and TokenIds.of_fields(tokens))
+    return Assets(directory, given, noted.boolean("mtp_copies"), tokens and TokenIds.of_fields(tokens),
+                  vocab_size=noted.integer("vocab_size", default=None))
 
 
 def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) -> None:
@@ -74,9 +78,10 @@ def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) ->
     note_tokens(directory, assets.mtp_copies, assets.tokens)
 
 
-def note_tokens(directory: Path, mtp_copies: bool, tokens: TokenIds | None) -> None:
+def note_tokens(directory: Path, mtp_copies: bool, tokens: TokenIds | None, vocab_size: int | None = None) -> None:
     """Write conversion.json."""
-    _write_json(directory / _NOTES, {"mtp_copies": mtp_copies} | ({"tokens": tokens.as_fields()} if tokens else {}))
+    _write_json(directory / _NOTES, {"mtp_copies": mtp_copies} | ({"tokens": tokens.as_fields()} if tokens else {})
+                | ({} if vocab_size is None else {"vocab_size": vocab_size}))
 
 
 def carry(assets: Assets, directory: Path) -> None:

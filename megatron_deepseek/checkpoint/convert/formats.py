@@ -41,7 +41,9 @@ from megatron_deepseek.checkpoint.tracker import TRACKER
 from megatron_deepseek.checkpoint.train_state import STATE, TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import EMBEDDING, HEAD
 
+_PADDED = (WEIGHTS + EMBEDDING, WEIGHTS + HEAD)  # their rows may be more than the vocabulary's
 _NATIVE_FILE_BYTES = 1 << 30
 
 
@@ -53,7 +55,10 @@ def open_hf(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
 
 
 def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
-    """Open one iteration's directory, or the last finished one of a directory of checkpoints."""
+    """Open one iteration's directory, or the last finished one of a directory of checkpoints.
+
+    Rows by which training padded the vocabulary are left out.
+    """
     directory = path
     if not (path / METADATA).is_file():
         directory = checkpoint_directory(path)
@@ -63,8 +68,11 @@ def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
     dropped = {OPTIMIZER: "state of the optimizer"}
     if config != announced:
         dropped |= dict.fromkeys(modules, LEFT_OUT)
-    source = open_stacked(directory, config, stored, native_places(config), WEIGHTS, dropped, absent_mtp=absent)
-    return source, read_assets(directory.parent / DIRECTORY)
+    assets = read_assets(directory.parent / DIRECTORY)
+    if assets.vocab_size is not None and assets.vocab_size < config.vocab_size:
+        config = replace(config, vocab_size=assets.vocab_size)
+    source = open_stacked(directory, config, stored, native_places(config), WEIGHTS, dropped, _PADDED, absent)
+    return source, replace(assets, vocab_size=None)
 
 
 def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None) -> tuple[TensorSource, Assets]:

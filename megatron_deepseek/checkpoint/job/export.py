@@ -85,11 +85,20 @@ def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = N
         there = read_assets(directory)
         if tokens is not None and (files or (tokens != there.tokens and not holds_tokenizer(directory))):
             directory.mkdir(parents=True, exist_ok=True)
-            note_tokens(directory, there.mtp_copies, tokens)
+            note_tokens(directory, there.mtp_copies, tokens, there.vocab_size)
             replace_tokenizer(directory, files)
     template = None if chat_template is None else read_template(chat_template)
     if template is not None and not _holds(directory / TEMPLATE, template.encode()):
         write_template(directory, template)
+
+
+def keep_vocab_size(save: Path, vocab_size: int | None) -> None:
+    """Keep how many rows of a padded embedding an export has, None for all of them; after `keep_tokenizer`."""
+    directory = save / DIRECTORY
+    there = read_assets(directory)
+    if vocab_size is not None and there.vocab_size != vocab_size:
+        directory.mkdir(parents=True, exist_ok=True)
+        note_tokens(directory, there.mtp_copies, there.tokens, vocab_size)
 
 
 def _is_kept(directory: Path, data: DataSettings) -> bool:
