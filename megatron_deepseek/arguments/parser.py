@@ -55,7 +55,7 @@ def _add_parallel(parser):
         help="take the layout that tools/plan.py search finds best for this GPU, in place of arguments for it")
     add("--all", action="store_true", help="with --explain-layout: every rank in a line of its own")
     add("--check-only", action="store_true",
-        help="check the arguments for WORLD_SIZE ranks (environment; 1), and leave; files are not read")
+        help="check the arguments for WORLD_SIZE ranks (environment; 1), and leave; no data are read")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
     add("--pipeline-schedule", type=str, choices=SCHEDULES,
         help="a schedule of torch.distributed.pipelining (1F1B; with virtual stages Interleaved1F1B)")
