@@ -109,10 +109,10 @@ def share(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
     return x if isinstance(x, BlockScaled) else _Share.apply(x, power_of_two)
 
 
-class _Whole(torch.autograd.Function):
+class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        return x.whole.detach()
+        return x.plain().detach()
 
     @staticmethod
     def backward(ctx, grad):
@@ -121,4 +121,24 @@ class _Whole(torch.autograd.Function):
 
 def whole(x: torch.Tensor) -> torch.Tensor:
     """Return x as an ordinary tensor, with x's gradient, for operators that read no tiles."""
-    return _Whole.apply(x) if isinstance(x, BlockScaled) and x.whole is not None else x
+    return plain(x) if isinstance(x, BlockScaled) and x.whole is not None else x
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """Return x as an ordinary tensor, with x's gradient: dequantised, unless the rows themselves are held too."""
+    return _Plain.apply(x) if isinstance(x, BlockScaled) else x
+
+
+class _PlainGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.plain() if isinstance(grad, BlockScaled) else grad
+
+
+def with_plain_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Return x; its gradient becomes an ordinary tensor for operators that read no tiles."""
+    return _PlainGradient.apply(x)
