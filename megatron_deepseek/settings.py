@@ -7,7 +7,7 @@ name says tokens or iterations; a length keeps the unit that it was given in.
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_deepseek.model.architecture.adapters import scale_of
+from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 
@@ -29,23 +29,6 @@ class OptimizerSettings:
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
     lora_plus_ratio: float = 1.0
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Adapters of LoRA beside frozen weights. `lora_target`: groups and names of layers
-    (model/architecture/adapters.py). `lora_rs`: the scale is alpha / sqrt(rank), not alpha / rank.
-    """
-
-    lora_rank: int
-    lora_alpha: float
-    lora_target: tuple[str, ...] = ("all",)
-    lora_rs: bool = False
-
-    @property
-    def scale(self) -> float:
-        """Return what B A is multiplied by."""
-        return scale_of(self.lora_rank, self.lora_alpha, self.lora_rs)
 
 
 @dataclass(frozen=True)
@@ -228,6 +211,8 @@ class RunSettings:
     bf16: bool = False
     fp8_format: str | None = None
     fp8_param_gather: bool = False
+    load_adapter: Path | None = None
+    save_adapter: Path | None = None
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
 

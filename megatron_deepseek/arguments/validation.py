@@ -6,6 +6,7 @@ strings over a Request `r`.
 
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
+from megatron_deepseek.arguments.lora import LORA
 from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
@@ -304,7 +305,7 @@ _RUN = (
 )
 
 RULES = AUTO_LAYOUT + _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN \
-    + FINE_TUNING
+    + LORA + FINE_TUNING
 
 
 def check_auto_layout(request: Request) -> None:

@@ -22,15 +22,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from megatron_deepseek.model.architecture.adapters import A, B, factor_name, is_adapter, is_target
+from megatron_deepseek.model.architecture.adapters import A, B, LoraSettings, adapted_rows, factor_name, is_adapter
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.architecture.parameters import parameters
 from megatron_deepseek.model.moe import COLUMN_PARALLEL, ROW_PARALLEL, Experts
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops.lora import adapted
 from megatron_deepseek.ops.precision_recipe import Grouped
 from megatron_deepseek.parallel.tensor import ParallelLinear, TensorParallel, local_weight, sharded_parameter
-from megatron_deepseek.settings import LoraSettings
 
 
 class Factor(nn.Module):
@@ -48,7 +46,7 @@ class Factor(nn.Module):
 
 def add_adapters(stages: Iterable[nn.Module], config: ModelConfig, lora: LoraSettings, tp: TensorParallel) -> None:
     """Give every layer that `lora` names its adapter, on the device and in the dtype of the defaults."""
-    targets = {row.name: row.shape for row in parameters(config) if is_target(config, row, lora.lora_target)}
+    targets = {row.name: row.shape for row in adapted_rows(config, lora)}
     for stage in stages:
         for path, module in list(stage.named_modules()):
             if isinstance(module, (ParallelLinear, Router)) and f"{path}.weight" in targets:

@@ -13,6 +13,7 @@ from megatron_deepseek.checkpoint.publishing import check_writable
 from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.model.architecture.adapters import adapter_rows, describe_adapters
 from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
 from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
@@ -122,7 +123,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
     reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
     frozen = [describe_frozen(settings.model, run.freeze_parameters)] if run.freeze_parameters else []
-    for line in (*frozen, *settings.notes, *notes, *reach):
+    lora = [describe_adapters(settings.model, settings.lora)] if settings.lora is not None else []
+    for line in (*frozen, *lora, *settings.notes, *notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):
@@ -158,8 +160,11 @@ def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start
 
 def _describe_moments(directory: Path, settings: Settings, trainer: Trainer, steps: int) -> list[str]:
     """Return lines on what a resumed run changes: dtypes of moments, parameters newly trained or newly frozen."""
-    trained = {name for name in parameter_shapes(settings.model)
-               if not is_frozen(name, settings.run.freeze_parameters)}
+    if settings.lora is None:
+        trained = {name for name in parameter_shapes(settings.model)
+                   if not is_frozen(name, settings.run.freeze_parameters)}
+    else:
+        trained = {row.name for row in adapter_rows(settings.model, settings.lora)}
     return [*checkpoint.converted_moments(directory, trainer.optimizer),
             *describe_resumed(trained, checkpoint.with_moments(directory), steps)]
 

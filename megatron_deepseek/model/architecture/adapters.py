@@ -11,6 +11,7 @@ A is divided among ranks as the inputs of its weight are, B as the outputs. Noth
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -24,6 +25,24 @@ GROUPS = (ATTENTION, MLP, EXPERTS, ROUTER, MTP, ALL)
 _IN_ALL = (ATTENTION, MLP, EXPERTS)
 _ADAPTER = re.compile(r"(.+?)[._](lora_[AB])(\.weight)?")
 _NEAR = 0.5  # a target names a kind of layer, of which there are few
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters of LoRA beside frozen weights; the fields are named after their options.
+
+    `lora_target`: groups and names of layers. `lora_rs`: the scale is alpha / sqrt(rank), not alpha / rank.
+    """
+
+    lora_rank: int
+    lora_alpha: float
+    lora_target: tuple[str, ...] = (ALL,)
+    lora_rs: bool = False
+
+    @property
+    def scale(self) -> float:
+        """Return what B A is multiplied by."""
+        return scale_of(self.lora_rank, self.lora_alpha, self.lora_rs)
 
 
 def scale_of(rank: int, alpha: float, rank_stabilised: bool) -> float:
@@ -48,11 +67,16 @@ def factor_name(weight: str, factor: str) -> str:
     return f"{weight}_{factor}" if layer == weight else f"{layer}.{factor}.weight"
 
 
-def adapter_rows(config: ModelConfig, rank: int, targets: Sequence[str]) -> Iterator[Parameter]:
-    """Yield the rows of A and B of every weight that `targets` name, in the order of the weights."""
-    for row in parameters(config):
-        if is_target(config, row, targets):
-            yield from factor_rows(row, rank)
+def adapter_rows(config: ModelConfig, lora: LoraSettings) -> Iterator[Parameter]:
+    """Yield the rows of A and B of every weight that has an adapter, in the order of the weights."""
+    for row in adapted_rows(config, lora):
+        yield from factor_rows(row, lora.lora_rank)
+
+
+def adapted_rows(config: ModelConfig, lora: LoraSettings) -> Iterator[Parameter]:
+    """Yield the rows of the weights that have an adapter."""
+    return (row for row in parameters(config)
+            if _adaptable(row) and any(_matches(config, row, target) for target in lora.lora_target))
 
 
 def factor_rows(row: Parameter, rank: int) -> tuple[Parameter, Parameter]:
@@ -75,11 +99,6 @@ def _placement(whole: Placement, divisions: tuple[Division, ...]) -> Placement:
     if divisions == whole.divisions:
         return whole
     return Placement(f"{whole.name}, of one side", divisions) if divisions else REPLICATED
-
-
-def is_target(config: ModelConfig, row: Parameter, targets: Sequence[str]) -> bool:
-    """Return whether the weight of `row` gets an adapter."""
-    return _adaptable(row) and any(_matches(config, row, target) for target in targets)
 
 
 def _adaptable(row: Parameter) -> bool:
@@ -128,12 +147,15 @@ def known_targets(config: ModelConfig) -> list[str]:
     return groups + list(dict.fromkeys(path.rpartition(".")[2] for row in adaptable for path in _paths(row)))
 
 
-def describe_adapters(config: ModelConfig, rank: int, alpha: float, rank_stabilised: bool, targets: Sequence[str]
-                      ) -> str:
-    """Return a line on what is trained and on what it is made of."""
-    rows = list(adapter_rows(config, rank, targets))
-    layers = dict.fromkeys(path.rpartition(".")[2] for row in parameters(config)
-                           if is_target(config, row, targets) for path in [next(_paths(row))])
+def describe_adapters(config: ModelConfig, lora: LoraSettings) -> str:
+    """Return a line on what is trained and which layers it is beside."""
+    rows = list(adapter_rows(config, lora))
+    layers = dict.fromkeys(_short_name(row) for row in adapted_rows(config, lora))
     size, base = sum(row.size for row in rows), sum(row.size for row in parameters(config))
-    return (f"LoRA of rank {rank}, scale {scale_of(rank, alpha, rank_stabilised):g}, on {', '.join(layers)}: "
-            f"{size:,} parameters in {len(rows)} tensors are trained, {base:,} are frozen")
+    return (f"LoRA of rank {lora.lora_rank}, scale {lora.scale:g}, on {', '.join(layers)}: {size:,} parameters in "
+            f"{len(rows)} tensors are trained, {base:,} are frozen")
+
+
+def _short_name(row: Parameter) -> str:
+    """Return the last names of a layer: mlp.gate_proj and shared_experts.gate_proj are two kinds."""
+    return ".".join(next(_paths(row)).split(".")[-2:])
