@@ -2,7 +2,8 @@
 
 `AdaptedGemm` is a GEMM like any other (precision_recipe.py), made of the GEMM of W and the products of A and B. So no
 layer knows whether it has an adapter: it names its GEMM, and that decides. W is frozen and may be in FP8; A and B are
-multiplied in the layer's own dtype.
+multiplied in the layer's own dtype. They see the same x as W, in FP8 the numbers of its tiles: which of them a layer is
+given, and which it makes itself, depends on the layout.
 
 Shapes: R rows, E experts, I inputs, O outputs, r rank.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_deepseek.ops.fp8.block_scaled import plain, with_plain_gradient
+from megatron_deepseek.ops.fp8.block_scaled import with_plain_gradient
 from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Linear
 from megatron_deepseek.ops.recompute import recomputed
 
@@ -33,11 +34,11 @@ class LowRank:
     matrices: int = 1
 
     def __call__(self, x: torch.Tensor, *counts: list[int]) -> torch.Tensor:
-        return self._up(self.down(plain(x), self.a(), *counts), *counts)
+        return self._up(self.down(x, self.a(), *counts), *counts)
 
     def after_swiglu(self, gate_up: GateUp, *counts: list[int]) -> torch.Tensor:
         """Return it of the input silu(gate) * up."""
-        return self._up(self.down.after_swiglu(tuple(map(plain, gate_up)), self.a(), *counts), *counts)
+        return self._up(self.down.after_swiglu(gate_up, self.a(), *counts), *counts)
 
     def _up(self, hidden: torch.Tensor, *counts: list[int]) -> torch.Tensor:
         hidden, b = hidden * self.scale, self.b()
@@ -59,7 +60,7 @@ class AdaptedGemm(Gemm):
     adapter: LowRank
 
     def __call__(self, x, weight, *counts):
-        return self.base(x, weight, *counts) + self.adapter(x, *counts)
+        return self.base(x, weight, *counts) + self.adapter(self.base.seen(x), *counts)
 
     def after_swiglu(self, gate_up, weight, *counts):
         return self.base.after_swiglu(gate_up, weight, *counts) + self.adapter.after_swiglu(gate_up, *counts)
@@ -74,6 +75,9 @@ class AdaptedGemm(Gemm):
 
     def shared(self, x):
         return self.base.shared(x)
+
+    def seen(self, x):
+        return self.base.seen(x)
 
     def rows(self, x):
         return self.base.rows(x)

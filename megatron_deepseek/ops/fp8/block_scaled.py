@@ -109,10 +109,10 @@ def share(x: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
     return x if isinstance(x, BlockScaled) else _Share.apply(x, power_of_two)
 
 
-class _Plain(torch.autograd.Function):
+class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        return x.plain().detach()
+        return x.whole.detach()
 
     @staticmethod
     def backward(ctx, grad):
@@ -121,12 +121,22 @@ class _Plain(torch.autograd.Function):
 
 def whole(x: torch.Tensor) -> torch.Tensor:
     """Return x as an ordinary tensor, with x's gradient, for operators that read no tiles."""
-    return plain(x) if isinstance(x, BlockScaled) and x.whole is not None else x
+    return _Whole.apply(x) if isinstance(x, BlockScaled) and x.whole is not None else x
 
 
-def plain(x: torch.Tensor) -> torch.Tensor:
-    """Return x as an ordinary tensor, with x's gradient: dequantised, unless the rows themselves are held too."""
-    return _Plain.apply(x) if isinstance(x, BlockScaled) else x
+class _Dequantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return encoding.dequantize_1x128(x.q, x.scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that the tiles of x stand for as an ordinary tensor, with x's gradient."""
+    return _Dequantized.apply(x)
 
 
 class _PlainGradient(torch.autograd.Function):
