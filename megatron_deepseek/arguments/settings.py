@@ -182,6 +182,9 @@ def _run(request: Request) -> RunSettings:
 
 
 def _begins_from_weights(request: Request) -> bool:
-    """Return whether the first start of a fine-tuning takes weights alone; a --load that is --save is its own run."""
+    """Return whether the first start of a fine-tuning, or of a training of adapters, takes weights alone; a --load that
+    is --save is its own run.
+    """
     load, save = request.args.load, request.args.save
-    return request.fine_tunes and load is not None and (save is None or load.resolve() != save.resolve())
+    weights_alone = request.fine_tunes or request.args.lora_rank is not None
+    return weights_alone and load is not None and (save is None or load.resolve() != save.resolve())

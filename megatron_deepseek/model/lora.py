@@ -48,6 +48,7 @@ def add_adapters(stages: Iterable[nn.Module], config: ModelConfig, lora: LoraSet
     """Give every layer that `lora` names its adapter, on the device and in the dtype of the defaults."""
     targets = {row.name: row.shape for row in adapted_rows(config, lora)}
     for stage in stages:
+        stage.lora = lora
         for path, module in list(stage.named_modules()):
             if isinstance(module, (ParallelLinear, Router)) and f"{path}.weight" in targets:
                 _adapt(module, targets[f"{path}.weight"], lora, tp)

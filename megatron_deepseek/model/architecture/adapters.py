@@ -108,12 +108,13 @@ def _adaptable(row: Parameter) -> bool:
 
 def _matches(config: ModelConfig, row: Parameter, target: str) -> bool:
     if target in GROUPS:
-        group = _group(config, row)
+        group = group_of(config, row)
         return group == target or (target == ALL and group in _IN_ALL)
     return any(path == target or path.endswith(f".{target}") or fnmatchcase(path, target) for path in _paths(row))
 
 
-def _group(config: ModelConfig, row: Parameter) -> str:
+def group_of(config: ModelConfig, row: Parameter) -> str:
+    """Return the group of targets that the weight of a layer belongs to."""
     if row.layer >= config.num_hidden_layers:
         return MTP
     if ".self_attn." in row.name:
