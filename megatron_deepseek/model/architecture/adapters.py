@@ -159,4 +159,4 @@ def describe_adapters(config: ModelConfig, lora: LoraSettings) -> str:
 
 def _short_name(row: Parameter) -> str:
     """Return the last names of a layer: mlp.gate_proj and shared_experts.gate_proj are two kinds."""
-    return ".".join(next(_paths(row)).split(".")[-2:])
+    return ".".join(name for name in next(_paths(row)).split(".")[-2:] if not name.isdecimal())
