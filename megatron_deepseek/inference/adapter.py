@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from megatron_deepseek.checkpoint.adapter.peft_files import Adapter
-from megatron_deepseek.checkpoint.safetensors_file import StoredTensor, read_rows
 from megatron_deepseek.inference.quantised import AdaptedWeight, exchange, held_weight
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.tensor import ParallelLinear
@@ -25,13 +24,9 @@ def attach(adapter: Adapter, stage: nn.Module, meshes: Meshes, dtype: torch.dtyp
             raise ValueError(f"--adapter {adapter.directory} adapts {name}, which is no linear layer of this model's "
                              "attention, MLPs or shared experts; merge the adapter into its base instead")
         base = held_weight(linears[name])
-        a, b = (_read(stored, meshes, dtype) for stored in (pair.a, pair.b))
+        a, b = (factor.read().to(meshes.device, dtype) for factor in (pair.a, pair.b))
         a, b = (_own(each, dim, base.shape[dim], meshes, adapter, name) for each, dim in ((a, 1), (b, 0)))
         exchange(linears[name], "weight", AdaptedWeight(base, a, b, pair.scale))
-
-
-def _read(stored: StoredTensor, meshes: Meshes, dtype: torch.dtype) -> torch.Tensor:
-    return read_rows(stored, 0, stored.shape[0]).to(meshes.device, dtype)
 
 
 def _own(whole: torch.Tensor, dim: int, size: int, meshes: Meshes, adapter: Adapter, name: str) -> torch.Tensor:

@@ -102,15 +102,16 @@ def _megatron_iteration(path: Path) -> Path:
 
 
 def hf_output(source: TensorSource, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int,
-              origin: dict[str, Any] | None = None) -> OutputFormat:
+              origin: dict[str, Any] | None = None, rescaled: bool = False) -> OutputFormat:
     """Return the output in Hugging Face's form: files of at most `largest` bytes, index, config.json, copied files.
 
-    `origin` goes into the metadata of the index, of which other programs read the size alone.
+    `origin` goes into the metadata of the index, of which other programs read the size alone. `rescaled`: the source
+    gives FP8 weights other scales than they are stored with.
     """
     stay_outside(save)
     copies = mtp_copies(source.config) if assets.mtp_copies else {}
     tensors = output_tensors(source, dtype, True, copies)
-    new_scales = any(tensor.dtype == FP8 != source.dtypes[tensor.original] for tensor in tensors)
+    new_scales = rescaled or any(tensor.dtype == FP8 != source.dtypes[tensor.original] for tensor in tensors)
     groups = divide(tensors, largest)
     files = tuple(OutputFile(_hf_file_name(number, len(groups)), group) for number, group in enumerate(groups))
 

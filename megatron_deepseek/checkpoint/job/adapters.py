@@ -9,13 +9,12 @@ from torch import nn
 
 from megatron_deepseek.checkpoint.adapter.base import Base, holds_adapters, read_base
 from megatron_deepseek.checkpoint.adapter.export import adapter_places
-from megatron_deepseek.checkpoint.adapter.peft_files import Adapter
+from megatron_deepseek.checkpoint.adapter.peft_files import Adapter, Factor
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.base_hash import base_hash
 from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.job.state import adapter_state
 from megatron_deepseek.checkpoint.loadable import refuse_damage
-from megatron_deepseek.checkpoint.safetensors_file import read_rows
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -51,8 +50,8 @@ def load_adapter(directory: Path, stages: list[nn.Module], config: ModelConfig, 
     shapes = {place.name: place.shape for place in places}
     source = _PeftSource(config, adapter)
     for name, shape in shapes.items():
-        if source.stored(name).shape != shape:
-            raise adapter.fault(f"has {name} of shape {source.stored(name).shape}, this model's has {shape}")
+        if source.factor(name).shape != shape:
+            raise adapter.fault(f"has {name} of shape {source.factor(name).shape}, this model's has {shape}")
     dcp.load(adapter_state(stages), storage_reader=HuggingFaceReader(source, places))
 
 
@@ -84,10 +83,10 @@ class _PeftSource:
     config: ModelConfig
     adapter: Adapter
 
-    def stored(self, name: str):
+    def factor(self, name: str) -> Factor:
         layer, factor = layer_and_factor(name)
         pair = self.adapter.pairs[layer]
         return pair.a if factor == "A" else pair.b
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return read_rows(self.stored(name), start, stop)
+        return self.factor(name).read(start, stop)
