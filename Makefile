@@ -8,18 +8,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat test test-all test-exhaustive drill mutants clean
+.PHONY: help venv pretrain finetune chat test test-all test-exhaustive test-peft drill mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
 	@echo '                RUN_DIR= another directory, STEPS= iterations, NPROC= processes (1, 2, 4 or 8),'
 	@echo '                OVERWRITE=1 removes the run that is there if it is another one'
 	@echo 'make finetune   after make pretrain: fine-tune that model on puzzles with reasoning; loss and answers before and'
-	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above'
+	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above; LORA=1 trains adapters'
 	@echo 'make chat       after either: chat with the model that was trained last; CHAT= options of tools/chat.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
+	@echo 'make test-peft   install PEFT, and exchange adapters with it'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
@@ -42,7 +43,7 @@ pretrain: $(STAMP)
 
 finetune: pretrain
 	$(BIN)/python tools/run_tiny_finetuning.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
-	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
+	  $(if $(NPROC),--nproc $(NPROC)) $(if $(LORA),--lora) $(if $(OVERWRITE),--overwrite)
 
 chat: $(STAMP)
 	@last=$$(ls -t '$(RUN_DIR)'/{finetuned,checkpoints}/latest_checkpointed_iteration.txt 2>/dev/null | head -1); \
@@ -63,6 +64,10 @@ test-all: $(STAMP)
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
+
+test-peft: $(STAMP)
+	$(BIN)/python -m pip install --quiet peft
+	$(PYTEST) -n 0 tests/unit/checkpoint/test_adapters_in_peft.py
 
 drill: $(STAMP)
 	$(BIN)/python tests/e2e/drill.py --kills 950 --deaths 8

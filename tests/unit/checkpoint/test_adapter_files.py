@@ -31,9 +31,9 @@ CPU = torch.device("cpu")
 class Bench:
     """A base, and a checkpoint of lively adapters beside it."""
 
-    def __init__(self, root: Path, meshes):
-        self.root, self.meshes = root, meshes
-        self.released = v3_directory(root / "hf", torch.float32)
+    def __init__(self, root: Path, meshes, lora: LoraSettings = LORA):
+        self.root, self.meshes, self.lora = root, meshes, lora
+        self.released = self.release(root)
         self.config = ModelConfig.from_file(self.released / "config.json")
         self.trainer = self.new()
         _, self.base = load_with_base(self.released, self.trainer.stages, None, CPU)
@@ -44,15 +44,18 @@ class Bench:
             state["exp_avg"].fill_(0.25)
         self.saved = self.save(root / "save")
 
-    def new(self, lora: LoraSettings = LORA) -> Trainer:
-        build = BuildOptions(lora=lora)
+    def release(self, root: Path) -> Path:
+        return v3_directory(root / "hf", torch.float32)
+
+    def new(self, lora: LoraSettings | None = None) -> Trainer:
+        build = BuildOptions(lora=lora or self.lora)
         return Trainer(TrainingSpec(self.config, (whole_stage(self.config),), "1F1B", 8, 1, build), self.meshes)
 
     def save(self, root: Path) -> Path:
         state = TrainState(iteration=1, consumed_samples=1, optimizer_steps=1, batches=((1, 1),))
         return checkpoint.save(root, state, self.config, self.trainer.stages, self.trainer.optimizer,
-                               notes={BASE: self.base.note(LORA)},
-                               complete=partial(add_adapter, self.config, LORA, self.base))
+                               notes={BASE: self.base.note(self.lora)},
+                               complete=partial(add_adapter, self.config, self.lora, self.base))
 
 
 @pytest.fixture(scope="module")
