@@ -34,7 +34,7 @@ class HuggingFaceReader(StorageReader):
     """Presents `source` as a DCP checkpoint of tensors `model.NAME`; FP8 weights are read as float32 values."""
 
     def __init__(self, source: TensorSource, places: Sequence[Place] | None = None):
-        """`places`: of the source's tensors in parameters; None for those of a model."""
+        """Take the places of the source's tensors in parameters; None for those of a model."""
         self.source = source
         self.of_tensors = native_places(source.config) if places is None else places
         self.places: dict[MetadataIndex, Place] = {}
