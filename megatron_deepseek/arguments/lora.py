@@ -55,7 +55,7 @@ LORA = (
     Rule("DoRA is not supported", lambda r: r.args.use_dora,
          "--use-dora is not supported: PEFT and vLLM have none for routed experts; --lora-rs or a higher --lora-rank "
          "do something similar"),
-    Rule("LoRA's options need --lora-rank", lambda r: r.lora_option_alone is not None,
+    Rule("options of LoRA need --lora-rank", lambda r: r.lora_option_alone is not None,
          "{r.lora_option_alone} needs --lora-rank"),
     Rule("no layer has the name of a LoRA target", lambda r: r.unknown_lora_target is not None,
          "--lora-target {r.unknown_lora_target}"),
@@ -64,14 +64,14 @@ LORA = (
     Rule("LoRA has frozen the weights already", lambda r: _adapts(r) and bool(r.frozen),
          "--freeze-parameters {r.args.freeze_parameters} conflicts with --lora-rank {r.args.lora_rank}, which freezes "
          "every weight; --lora-target chooses the adapters", (("LoRA", "frozen parameters"),)),
-    Rule("LoRA trains no new MTP modules", lambda r: _adapts(r) and r.args.init_mtp,
+    Rule("new MTP modules would stay random under LoRA", lambda r: _adapts(r) and r.args.init_mtp,
          "--init-mtp conflicts with --lora-rank {r.args.lora_rank}: new MTP modules would stay random"),
-    Rule("LoRA exports adapters", lambda r: _adapts(r) and r.args.save_hf is not None,
+    Rule("there is no model to export beside an adapter", lambda r: _adapts(r) and r.args.save_hf is not None,
          "--save-hf {r.args.save_hf} conflicts with --lora-rank {r.args.lora_rank}: --save-adapter writes the adapter, "
          "and tools/merge_lora.py merges it into its base"),
     Rule("an adapter is written from a checkpoint", lambda r: r.args.save_adapter is not None and r.args.save is None,
          "--save-adapter {r.args.save_adapter} needs --save: it is made from the last checkpoint"),
-    Rule("the bias of a router without adapter stays", _moves_a_frozen_routers_bias,
+    Rule("a router without an adapter has a bias that stays", _moves_a_frozen_routers_bias,
          "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --lora-target router: a frozen "
          "router goes on choosing as it did"),
 )
