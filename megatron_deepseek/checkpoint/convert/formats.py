@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_deepseek.checkpoint.adapter.base import holds_adapters, read_base
 from megatron_deepseek.checkpoint.convert.assets import (
     DIRECTORY,
     Assets,
@@ -57,6 +58,10 @@ def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
     directory = path
     if not (path / METADATA).is_file():
         directory = checkpoint_directory(path)
+    if holds_adapters(directory):
+        base = read_base(directory)[0].directory
+        raise ValueError(f"{directory} holds LoRA adapters alone: tools/merge_lora.py --base {base} --adapter {path} "
+                         "--save DIR merges them into their base")
     announced, stored = native_architecture(directory), open_dcp(directory)
     modules = [WEIGHTS + prefix for prefix in module_prefixes(announced)]
     config, absent = as_stored(announced, _any_begins(stored, modules), without_mtp)

@@ -14,6 +14,7 @@ from small_models import weights_of, whole_stage
 from megatron_deepseek.checkpoint.adapter.base import BASE, check_adapters
 from megatron_deepseek.checkpoint.adapter.export import add_adapter
 from megatron_deepseek.checkpoint.adapter.peft_config import peft_config
+from megatron_deepseek.checkpoint.convert.formats import open_native
 from megatron_deepseek.checkpoint.dcp.files import open_dcp
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.adapters import load_adapter, load_with_base
@@ -100,6 +101,11 @@ def test_what_is_not_the_same_adapter(bench):
             check_adapters(bench.saved, lora)
     check_adapters(bench.saved, LORA)
     check_adapters(bench.released, None)
+
+
+def test_what_reads_whole_models_says_the_way(bench):
+    with pytest.raises(ValueError, match=f"merge_lora.py --base {bench.released} --adapter"):
+        open_native(bench.root / "save", without_mtp=False)
 
 
 def test_pefts_files_and_back(bench):
