@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat test test-all test-exhaustive test-peft drill mutants clean
+.PHONY: help venv pretrain finetune chat test test-all test-engines test-exhaustive drill mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -19,8 +19,8 @@ help:
 	@echo 'make chat       after either: chat with the model that was trained last; CHAT= options of tools/chat.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
+	@echo 'make test-engines   install other programs that read the same models (PEFT), and compare with them'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
-	@echo 'make test-peft   install PEFT, and exchange adapters with it'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
@@ -62,12 +62,12 @@ test-all: $(STAMP)
 	$(BIN)/ruff check
 	$(PYTEST) tests
 
+test-engines: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[engines]'
+	$(PYTEST) tests/engines
+
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
-
-test-peft: $(STAMP)
-	$(BIN)/python -m pip install --quiet peft
-	$(PYTEST) -n 0 tests/unit/checkpoint/test_adapters_in_peft.py
 
 drill: $(STAMP)
 	$(BIN)/python tests/e2e/drill.py --kills 950 --deaths 8

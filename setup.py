@@ -43,10 +43,14 @@ setup(
         "xxhash>=3.0",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=5", "nltk>=3.9", "ruff>=0.14"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=5", "nltk>=3.9", "ruff>=0.14",
+                 "pyyaml>=6"],
         # tools/preprocess_data.py: the fast tokenizer, .zst, parquet, --split-sentences
         "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
         "sentences": ["nltk>=3.9"],
+        # tests/engines
+        "engines": ["peft>=0.17", "transformers>=5"],
         "tensorboard": ["tensorboard>=2.15"],
+        "yaml": ["pyyaml>=6"],  # --yaml-cfg
     },
 )

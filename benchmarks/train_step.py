@@ -42,9 +42,9 @@ MODEL = ModelConfig(
 
 
 class Ours:
-    def __init__(self, batch: int, seq_length: int, bf16: bool):
-        layers = tuple(range(MODEL.num_hidden_layers))
-        spec = TrainingSpec(MODEL, (Stage(True, layers, (), True),), "1F1B", seq_length, batch,
+    def __init__(self, model: ModelConfig, batch: int, seq_length: int, bf16: bool):
+        layers = tuple(range(model.num_hidden_layers))
+        spec = TrainingSpec(model, (Stage(True, layers, (), True),), "1F1B", seq_length, batch,
                     BuildOptions(precision=Precision(torch.float32, torch.bfloat16 if bf16 else None)), OPTIMIZER)
         self.trainer = Trainer(spec, build_meshes(Layout(), torch.device("cpu")))
 
@@ -59,13 +59,13 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, weights: dict[str, torch.Tensor], experts: str, bf16: bool):
-        config = DeepseekV3Config(**MODEL.to_hf_dict())
-        config._attn_implementation = "sdpa"
-        config._experts_implementation = experts
-        self.model = DeepseekV3ForCausalLM(config)
+    """A model of transformers with our weights."""
+
+    def __init__(self, model: torch.nn.Module, weights: dict[str, torch.Tensor], bf16: bool):
+        self.model = model
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        assert not unexpected and all("e_score_correction_bias" in name for name in missing), (missing, unexpected)
+        assert not unexpected and all("e_score_correction_bias" in name or name == "lm_head.weight" for name in missing
+                                      ), (missing, unexpected)
         self.model.train()
         self.bf16 = bf16
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
@@ -85,11 +85,18 @@ class Theirs:
         return loss.item()
 
 
+def deepseek_v3(experts: str) -> DeepseekV3ForCausalLM:
+    config = DeepseekV3Config(**MODEL.to_hf_dict())
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = experts
+    return DeepseekV3ForCausalLM(config)
+
+
 def fastest_experts(weights: dict[str, torch.Tensor], tokens: torch.Tensor, bf16: bool) -> tuple[str, dict]:
     seconds = {}
     for name in ("eager", "grouped_mm"):
         try:
-            model = Theirs(weights, name, bf16)
+            model = Theirs(deepseek_v3(name), weights, bf16)
             model.step(tokens)
             seconds[name] = min(timed(model.step, tokens)[0] for _ in range(2))
         except (RuntimeError, ValueError) as error:
@@ -110,37 +117,55 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / min(timed(torch.mm, a, b)[0] for _ in range(5))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--bf16", action="store_true", help="ours with --bf16, transformers under autocast")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, help="write the figures as JSON here too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def random_batches(model: ModelConfig, args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    join_job(torch.device("cpu"), 10)
-    batches = torch.randint(0, MODEL.vocab_size, (args.steps + 1, args.batch, args.seq_length + 1)).unbind()
-    ours = Ours(args.batch, args.seq_length, args.bf16)
-    weights = ours.weights()
-    experts, trial = fastest_experts(weights, batches[0], args.bf16)
-    theirs = Theirs(weights, experts, args.bf16)
+    return torch.randint(0, model.vocab_size, (args.steps + 1, args.batch, args.seq_length + 1)).unbind()
+
+
+def compare(model: ModelConfig, ours: Ours, theirs: Theirs, batches: tuple[torch.Tensor, ...],
+            args: argparse.Namespace) -> dict:
+    """Return the figures of both, which take turns."""
     runs = [(timed(ours.step, batch), timed(theirs.step, batch)) for batch in batches]
-    figures = summarize(runs, args) | {"experts_implementation": experts, "experts_trial_seconds": trial}
+    return summarize(model, runs, args)
+
+
+def report(figures: dict, output: Path | None) -> None:
     for name, value in figures.items():
         print(f"{name:28s} {value}")
-    if args.output:
-        args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    if output:
+        output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0])
+    join_job(torch.device("cpu"), 10)
+    batches = random_batches(MODEL, args)
+    ours = Ours(MODEL, args.batch, args.seq_length, args.bf16)
+    weights = ours.weights()
+    experts, trial = fastest_experts(weights, batches[0], args.bf16)
+    theirs = Theirs(deepseek_v3(experts), weights, args.bf16)
+    figures = compare(MODEL, ours, theirs, batches, args)
+    report(figures | {"experts_implementation": experts, "experts_trial_seconds": trial}, args.output)
     dist.destroy_process_group()
 
 
-def summarize(runs, args) -> dict:
+def summarize(model: ModelConfig, runs, args) -> dict:
     tokens = args.batch * args.seq_length
     difference = max(abs(a[1] - b[1]) / b[1] for a, b in runs)
     our_rate = tokens / statistics.median(a[0] for a, _ in runs[1:])
     their_rate = tokens / statistics.median(b[0] for _, b in runs[1:])
     rate = gemm_rate(torch.bfloat16 if args.bf16 else torch.float32)
-    flops = model_flops_per_token(MODEL, args.seq_length)
+    flops = model_flops_per_token(model, args.seq_length)
     return {
         "dtype": "bf16" if args.bf16 else "fp32", "batch": args.batch, "seq_length": args.seq_length,
         "threads": torch.get_num_threads(), "steps": args.steps,

@@ -150,6 +150,7 @@ class DataSettings:
 
     `split_data_paths` instead gives each of train, valid and test a path of its own, or None. `data_arguments`: how
     messages name the files that gave train, valid and test; empty if --data-path, --train-data-path and the like did.
+    With `mock_data` the path is empty until data/mock.py has made the files.
     """
 
     data_path: tuple[str, ...]
@@ -163,6 +164,7 @@ class DataSettings:
     reset_attention_mask: bool = False
     seed: int = 1234
     data_arguments: tuple[str, ...] = ()
+    mock_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,11 @@ class RunSettings:
     None), and the last batch is made even if it is not full.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
-    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained.
+    `save_hf_dtype`: bf16, fp32 or fp8, None for that of the computation; `fp8_scale_format`: of FP8 weights of the
+    export, None for that of what the run began from (checkpoint/convert/block_fp8.py).
+    `freeze_parameters`: wildcard patterns over the names of parameters that are not trained. `drop_mtp`: the command
+    line says --mtp-num-layers 0, so modules of weights that are taken over stay behind. `unpadded_vocab_size`: the
+    rows of the embedding that exports have, None for all.
     """
 
     train_iters: int
@@ -188,6 +194,8 @@ class RunSettings:
     keep_last: int | None = None
     no_save_optim: bool = False
     save_hf: Path | None = None
+    save_hf_dtype: str | None = None
+    fp8_scale_format: str | None = None
     model_file: Path | None = None
     chat_template: str | None = None
     eval_interval: int | None = None
@@ -199,6 +207,7 @@ class RunSettings:
     finetune: bool = False
     no_load_optim: bool = False
     init_mtp: bool = False
+    drop_mtp: bool = False
     overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
@@ -215,6 +224,7 @@ class RunSettings:
     save_adapter: Path | None = None
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
+    unpadded_vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +246,7 @@ class FineTuningSettings:
     loss_average: str = "token"
     train_think_prefix: bool = False
     history_reasoning: str = "as-release"
+    split_turns: str = "none"
     neftune_alpha: float = 0.0
     max_bad_rows: int = 0
     num_workers: int = 2

@@ -56,3 +56,19 @@ def __getattr__(name: str):
 def fsdp_parameter_group(module):
     """Return FSDP's own record of the parameters of one unit; None for a unit without any, and for other modules."""
     return module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
+
+
+def pack_weight(weight, rows: int):
+    """Return a weight [out, in] in the order that oneDNN likes best for products of so many rows."""
+    return torch_ops()._reorder_linear_weight(weight, rows)
+
+
+def multiply_packed(x, packed):
+    """Return x [..., in] times a packed weight, [..., out]."""
+    return torch_ops()._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def torch_ops():
+    """Return the operators that torch's compiler uses for oneDNN."""
+    import torch
+    return torch.ops.mkldnn

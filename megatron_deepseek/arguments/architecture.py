@@ -5,7 +5,9 @@ import re
 from argparse import Namespace
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.megatron import architecture as megatron
 from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
+from megatron_deepseek.arguments.vocabulary import padded
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.architecture.fields import LATENT, RULES
 from megatron_deepseek.model.architecture.presets import describe_model, load_config
@@ -13,13 +15,15 @@ from megatron_deepseek.model.architecture.presets import describe_model, load_co
 
 def build_model(args: Namespace) -> ModelConfig:
     """Return the architecture that `args` describe. Raise ValueError, naming arguments, where it contradicts itself."""
-    try:
-        base = load_config(args.model)
-    except ValueError as error:
-        raise ValueError(f"--model: {error}") from error
     given = {field: getattr(args, field) for _, field, _, _ in ARCHITECTURE if getattr(args, field) is not None}
+    base = _base(args, given)
+    if args.norm_topk_prob:
+        given["norm_topk_prob"] = True
+    given["vocab_size"] = padded(_vocabulary(args, base), args)
     if given.get("q_lora_rank") == 0:
         given["q_lora_rank"] = None
+    if args.add_qkv_bias:
+        given["qkv_bias"] = True
     if args.group_query_attention and not base.grouped_query:
         given = _grouped_query(base, given) | given
     given |= _router(args, base, given) | _layers(args, base, given) | _rope(args, base)
@@ -33,11 +37,44 @@ def build_model(args: Namespace) -> ModelConfig:
         raise ValueError(_name_arguments(str(error), given)) from error
 
 
-def describe_architecture(args: Namespace) -> tuple[str, ...]:
-    """Return lines on what --model's config.json leaves to defaults, and on what of it is not used.
+def unpadded_vocab_size(args: Namespace) -> int | None:
+    """Return the ids of the vocabulary where the embedding is padded, else None."""
+    if args.padded_vocab_size is None and args.make_vocab_size_divisible_by is None:
+        return None
+    size = _vocabulary(args, _base(args, {}))
+    return None if padded(size, args) == size else size
+
+
+def _vocabulary(args: Namespace, base: ModelConfig) -> int:
+    if args.model is None:
+        return base.vocab_size
+    if args.extra_vocab_size:
+        raise ValueError(f"--extra-vocab-size {args.extra_vocab_size} conflicts with --model, whose vocabulary it is; "
+                         "use --vocab-size")
+    return args.vocab_size or base.vocab_size
+
+
+def _base(args: Namespace, given: dict) -> ModelConfig:
+    """Return the architecture of --model, or without it that of Megatron-LM for these arguments."""
+    if args.model is None:
+        try:
+            return megatron.config_of(args)
+        except ValueError as error:
+            raise ValueError(_name_arguments(str(error), given)) from error
+    try:
+        return load_config(args.model)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
+
+
+def describe_architecture(args: Namespace, model: ModelConfig) -> tuple[str, ...]:
+    """Return lines on what --model's config.json leaves to defaults, and on what of it is not used; without --model on
+    the whole architecture.
 
     What the command line gives counts as given.
     """
+    if args.model is None:
+        return megatron.describe(args, model)
     given = {field for _, field, _, _ in ARCHITECTURE if getattr(args, field) is not None}
     others = {"scoring_func": args.scoring_func, "topk_method": args.moe_router_enable_expert_bias or None,
               "moe_layer_freq": args.moe_layer_freq, "aux_loss_alpha": args.moe_aux_loss_coeff,
@@ -50,6 +87,9 @@ def _grouped_query(base: ModelConfig, given: dict) -> dict:
     heads = given.get("num_attention_heads", base.num_attention_heads)
     size = max(1, given.get("hidden_size", base.hidden_size) // heads)
     without = {name: None for name, rule in RULES.items() if rule.attention == LATENT}
+    for name in without.keys() & given.keys():
+        raise ValueError(f"{RULES[name].option.name} {given[name]} is of latent attention; --group-query-attention "
+                         "takes its place")
     return without | {"num_key_value_heads": heads, "head_dim": size}
 
 
@@ -86,7 +126,7 @@ def _rope(args: Namespace, base: ModelConfig) -> dict:
     if args.rope_type is None and not given:
         return {}
     old = base.rope_scaling
-    factor = given.get("factor", old.factor if old else None)
+    factor = given.get("factor", old.factor if old else 1.0 if args.model is None else None)
     if factor is None and args.rope_type != "rope":
         raise ValueError(f"{_first_rope_option(args, given)} needs --rotary-scaling-factor: "
                          f"--model {args.model} has no scaling")

@@ -13,16 +13,21 @@ Path = tuple[str, ...]
 def data_paths(args: Namespace) -> tuple[Path, tuple[Path | None, ...] | None]:
     """Return (path of all splits, None), or ((), paths of train, valid and test); entries are as in `--data-path`.
 
+    With --mock-data the path is empty.
+
     Raise ValueError where none or several of the arguments for them are given, or a file cannot be read.
     """
     own = {name: getattr(args, f"{name}_data_path") for name in SPLITS}
-    given = {"--data-path": args.data_path, "--data-args-path": args.data_args_path,
-             "--per-split-data-args-path": args.per_split_data_args_path,
+    given = {"--mock-data": [] if args.mock_data else None, "--data-path": args.data_path,
+             "--data-args-path": args.data_args_path, "--per-split-data-args-path": args.per_split_data_args_path,
              **{f"--{name}-data-path": path for name, path in own.items()}}
     named = [f"{option} {_short(value)}" for option, value in given.items() if value is not None]
-    kinds = [args.data_path, args.data_args_path, args.per_split_data_args_path, next(filter(None, own.values()), None)]
+    kinds = [args.mock_data or None, args.data_path, args.data_args_path, args.per_split_data_args_path,
+             next(filter(None, own.values()), None)]
     if sum(kind is not None for kind in kinds) > 1:
-        raise ValueError(f"{' and '.join(named)} conflict: the data is given once")
+        raise ValueError(f"{' and '.join(map(str.strip, named))} conflict: the data is given once")
+    if args.mock_data:
+        return (), None
     if args.data_path is not None:
         return tuple(args.data_path), None
     if args.data_args_path is not None:
@@ -31,7 +36,7 @@ def data_paths(args: Namespace) -> tuple[Path, tuple[Path | None, ...] | None]:
         own = _read_splits(args.per_split_data_args_path)
     if own["train"] is None:
         missing = f" beside {' and '.join(named)}: --train-data-path" if named else \
-            ": --data-path, --data-args-path, --train-data-path or --per-split-data-args-path"
+            ": --data-path, --mock-data, --data-args-path, --train-data-path or --per-split-data-args-path"
         raise ValueError(f"the data for training is missing{missing}")
     return (), tuple(None if own[name] is None else tuple(own[name]) for name in SPLITS)
 

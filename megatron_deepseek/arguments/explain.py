@@ -83,8 +83,8 @@ that is refused for that reason. Float64 tests compare losses, gradients, norms,
 {features}
 
 ## Validation rules
-Every combination of arguments below is refused before anything is built, with the reason and the values. The rules are
-read from top to bottom, and the first that applies is reported.
+Every combination of arguments below is refused before anything is built, with the reason and the values. All that apply
+are reported together, but for those that only follow from one that is.
 
 | | rule | message |
 |---|---|---|

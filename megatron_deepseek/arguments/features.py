@@ -123,7 +123,7 @@ FEATURES = (
     _placement("MTP on several stages", "Ettt|t|m|mL --mtp-num-layers 2", "split"),
     Feature("no query compression", "--q-lora-rank 0",
             lambda s: s.model.q_lora_rank is None and not s.model.grouped_query, "attention"),
-    Feature("grouped-query attention", "--num-experts 0 --group-query-attention --num-query-groups 2",
+    Feature("grouped-query attention", "--model deepseek-v2-lite --group-query-attention --num-query-groups 2",
             lambda s: s.model.grouped_query, "attention"),
     Feature("tied embeddings", "--tie-word-embeddings", lambda s: s.model.tie_word_embeddings),
     Feature("loss by chunks", "--loss-chunk-size 64", lambda s: s.loss.loss_chunk_size is not None),

@@ -5,6 +5,7 @@ on the command line wins.
 """
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ PROGRAM = "finetune_deepseek.py"
 TEMPLATES = ("auto", "deepseek-v2", "deepseek-v3", "deepseek-r1", "deepseek-v3.1")
 OVERLONG = ("drop", "truncate", "error")
 HISTORY_REASONING = ("keep", "drop", "as-release")
+SPLIT_TURNS = ("none", "reasoning")
 LOSS_AVERAGES = ("token", "sample")
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     # V3 report (arXiv 2412.19437), section 5.1; its AdamW is that of pre-training, section 4.2.
@@ -37,14 +39,36 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 # Pre-training's arguments for data, which the validation rules and settings ask for, have these values here.
 _NO_PRETRAINING_DATA = dict(data_path=None, data_args_path=None, train_data_path=None, valid_data_path=None,
-                            test_data_path=None, per_split_data_args_path=None, split="1,0,0",
+                            test_data_path=None, mock_data=False, per_split_data_args_path=None, split="1,0,0",
                             reset_attention_mask=True, reset_position_ids=False, eod_mask_loss=False)
+DEFAULT_RECIPE = "deepseek-v3"
+_OTHER_DEFAULTS = {"moe_router_bias_update_rate": "0, the bias stays as it is", "eval_iters": "all of a set, 0: none"}
 _LENGTHS = ("train_iters", "train_samples", "epochs")
 _FRACTIONS_OF_LR = ("min_lr", "lr_warmup_init")  # with another --lr these stay the same part of it
 
 
+class RecipeHelp(argparse.MetavarTypeHelpFormatter):
+    """Help in which options have fine-tuning's defaults, those of the recipes among them, not pre-training's."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        values = {name: _shown(recipe[action.dest]) for name, recipe in RECIPES.items() if action.dest in recipe}
+        own = values.pop(DEFAULT_RECIPE, _OTHER_DEFAULTS.get(action.dest))
+        if own is None and not values:
+            return action.help
+        text, usual = re.fullmatch(r"(.*?)\s*(?:\(([^()]*)\))?", action.help).groups()
+        usual = own or usual or _shown(action.default)
+        others = [f"{name}: {value}" for name, value in values.items() if value != usual]
+        return f"{text} ({'; '.join([usual, *others])})".lstrip()
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
 class FineTuningParser(OneLineParser):
-    """A parser whose defaults are those of --recipe, the first on the command line or deepseek-v3."""
+    """A parser whose defaults are those of --recipe, the first on the command line or DEFAULT_RECIPE."""
 
     def parse_args(self, args=None, namespace=None):
         self.set_defaults(**dict.fromkeys(_FRACTIONS_OF_LR))
@@ -61,10 +85,10 @@ class FineTuningParser(OneLineParser):
 
 
 def build_finetuning_parser() -> argparse.ArgumentParser:
-    parser = FineTuningParser(prog=PROGRAM, formatter_class=argparse.MetavarTypeHelpFormatter,
+    parser = FineTuningParser(prog=PROGRAM, formatter_class=RecipeHelp,
                               usage=f"torchrun ... {PROGRAM} --model NAME --load DIR --dataset FILE ...",
                               description="Fine-tune a DeepSeek model on conversations. Defaults are given in "
-                              "parentheses; those of a recipe win over them.",
+                              f"parentheses; where other recipes than {DEFAULT_RECIPE} have others, with their names.",
                               epilog="examples/ has scripts that start it for each model, on one node and on many.")
     for add in (*BEFORE_LENGTH, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA, _add_data, *AFTER_DATA):
         add(parser)
@@ -74,8 +98,8 @@ def build_finetuning_parser() -> argparse.ArgumentParser:
 
 def _add_length_and_batch(parser):
     parser.add_argument_group("recipe", "learning rate, AdamW, length and rows as published; what is given beside it "
-                              "wins").add_argument("--recipe", type=str, choices=tuple(RECIPES), default="deepseek-v3",
-                                                   help="(deepseek-v3: cosine from 5e-6 to 1e-6 over 2 epochs)")
+                              "wins").add_argument("--recipe", type=str, choices=tuple(RECIPES),
+                                                   default=DEFAULT_RECIPE, help=f"({DEFAULT_RECIPE})")
     group = parser.add_argument_group("length and batch")
     length = group.add_mutually_exclusive_group()
     add_lengths(length)
@@ -100,6 +124,8 @@ def _add_data(parser):
         help="loss on a forced <think> too, which the model is given and does not write")
     add("--history-reasoning", type=str, choices=HISTORY_REASONING, default="as-release",
         help="thoughts of turns before the last question (as-release: as the template has them)")
+    add("--split-turns", type=str, choices=SPLIT_TURNS, default="none",
+        help="reasoning: each answer with thoughts as a sample that ends with it and has loss on it alone (none)")
     add("--neftune-alpha", type=values.non_negative, default=0.0, metavar="ALPHA",
         help="noise on embeddings, uniform within +-ALPHA / sqrt(tokens of the sample x hidden size) (0: none)")
     add("--max-bad-rows", type=values.count, default=0, metavar="N", help="rows that may be skipped (0)")

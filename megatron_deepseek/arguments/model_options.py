@@ -7,8 +7,8 @@ only what was given overrides the preset.
 import argparse
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.help_models import HelpModels
 from megatron_deepseek.model.architecture.fields import ROPE_KINDS, RULES
-from megatron_deepseek.model.architecture.presets import preset_names
 
 DROP_POLICIES = ("probs", "position")
 
@@ -29,15 +29,30 @@ ROPE_SCALING = (
 
 def add_model(parser):
     group = parser.add_argument_group("model", "explicit arguments override the preset or file")
-    group.add_argument("--model", type=str, required=True, metavar="NAME|PATH",
-                       help=f"{', '.join(preset_names())}, or a Hugging Face config.json")
+    group.add_argument("--model", type=str, metavar="NAME|PATH",
+                       help="a released model (--help-models lists them), or a Hugging Face config.json; not needed "
+                       "where the arguments give the whole architecture, as Megatron-LM's do")
+    group.add_argument("--help-models", action=HelpModels, help="list the released models with their sizes, and leave")
+    group.add_argument("--yaml-cfg", type=str, metavar="FILE",
+                       help="more arguments, under MODEL_ARGS of a YAML file; @FILE has them as on a command line")
     for option, field, kind, text in ARCHITECTURE:
         group.add_argument(option, dest=field, type=kind, help=text)
     group.add_argument("--group-query-attention", action="store_true",
                        help="grouped-query attention (--num-query-groups, --kv-channels) in place of latent attention")
+    group.add_argument("--add-qkv-bias", action="store_true",
+                       help="biases of queries, keys and values in grouped-query attention, as Qwen2's")
+    _add_vocabulary(group.add_argument)
     tie = group.add_mutually_exclusive_group()
     tie.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="own weights for the head")
     tie.add_argument("--tie-word-embeddings", action="store_true", help="the embedding's weights serve the head too")
+
+
+def _add_vocabulary(add):
+    add("--make-vocab-size-divisible-by", type=values.positive_int, metavar="N",
+        help="pad the embedding to a multiple of N x tensor ranks; exports are without (no padding)")
+    add("--padded-vocab-size", type=values.positive_int, help=argparse.SUPPRESS)
+    add("--extra-vocab-size", type=values.count, help=argparse.SUPPRESS)
+    add("--norm-topk-prob", action="store_true", help=argparse.SUPPRESS)
 
 
 def add_moe(parser):

@@ -16,7 +16,7 @@ class Notice:
 
 
 def _dense_layers_removed(r: Request) -> bool:
-    if r.args.moe_layer_freq is None or not r.model.n_routed_experts:
+    if r.args.model is None or r.args.moe_layer_freq is None or not r.model.n_routed_experts:
         return False
     base = load_config(r.args.model)
     return any(r.model.is_moe_layer(layer) for layer in range(base.first_k_dense_replace))

@@ -15,6 +15,8 @@ from megatron_deepseek.training.schedules import DECAY_STYLES, WSD_DECAY_STYLES
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
 CP_COMM_TYPES = ("ring", "allgather")
 FP8_FORMATS = ("e4m3", "hybrid")
+FP8_SCALE_FORMATS = ("float32", "ue8m0")  # checkpoint/convert/block_fp8.py's, which needs torch
+EXPORT_DTYPES = ("bf16", "fp32", "fp8")
 FP8_RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 NAN_POLICIES = ("stop", "skip")
 MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")  # Megatron-LM's; validation.py refuses the last two
@@ -149,6 +151,7 @@ def add_data(parser):
     add("--data-args-path", type=values.path, metavar="FILE", help="a file that holds what --data-path takes")
     add("--split", type=values.split, metavar="A,B,C", default="969,30,1",
         help="weights of train, valid, test (969,30,1)")
+    add("--mock-data", action="store_true", help="data without meaning, made where it is missing, as for speed tests")
     for name in ("train", "valid", "test"):
         add(f"--{name}-data-path", type=str, nargs="+", metavar="PREFIX", help=f"the same for {name} alone, uncut")
     add("--per-split-data-args-path", type=values.path, metavar="FILE",
@@ -158,7 +161,7 @@ def add_data(parser):
     add("--tokenizer-type", type=str, choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0],
         help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", type=str, metavar="PATH",
-        help="tokenizer.json or a directory with one; for NullTokenizer the number of ids")
+        help="tokenizer.json or a directory with one; for NullTokenizer the number of ids (--vocab-size - 1)")
     add("--reset-attention-mask", action="store_true",
         help="tokens attend to their own document only, and MTP does not predict across documents")
     add("--reset-position-ids", action="store_true",
@@ -175,7 +178,11 @@ def _add_checkpoint(parser):
     add("--keep-last", type=values.positive_int, metavar="N", help="remove all but the newest N checkpoints (keep all)")
     add("--no-save-optim", action="store_true", help="save weights without the optimizer's state")
     add("--save-hf", type=values.path, metavar="DIR",
-        help="at the end, also as a Hugging Face model (bf16 with --bf16)")
+        help="at the end, also as a Hugging Face model")
+    add("--save-hf-dtype", type=str, choices=EXPORT_DTYPES, help="of its weights (bf16 with --bf16, else fp32)")
+    add("--fp8-scale-format", type=str, choices=FP8_SCALE_FORMATS,
+        help="for --save-hf-dtype fp8: any value, or ue8m0, powers of two as in V3.1 (that of what the run began from, "
+        "else float32)")
     add("--chat-template", type=str, metavar="NAME|FILE",
         help="for exports: deepseek-v3, deepseek-r1, deepseek-v3.1, or a file of yours (that of the tokenizer, if any)")
     add("--load", type=values.path, metavar="DIR",

@@ -25,3 +25,35 @@ class Rule:
     when: Callable[[Request], bool]
     message: str
     excludes: tuple[tuple[str, str], ...] = ()
+
+    def problem(self, request: Request) -> str | None:
+        """Return the message where the rule applies, or the words of a reader that it asks; None where it does not."""
+        try:
+            return self.message.format(r=request) if self.when(request) else None
+        except ValueError as error:
+            return str(error)
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Rules that are checked together.
+
+    `chained`: each rule relies on those above it, so that only the first that applies is reported; otherwise all are.
+    `after`: names of topics on which this one relies: with a problem there it is not looked at.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    chained: bool = False
+    after: tuple[str, ...] = ()
+
+    def problems(self, request: Request) -> list[str]:
+        """Return the messages of the rules that apply."""
+        found = []
+        for rule in self.rules:
+            message = rule.problem(request)
+            if message is not None:
+                found.append(message)
+                if self.chained:
+                    break
+        return found

@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megatron_deepseek.arguments import auto_layout
-from megatron_deepseek.arguments.architecture import build_model, describe_architecture
+from megatron_deepseek.arguments.architecture import build_model, describe_architecture, unpadded_vocab_size
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
+from megatron_deepseek.arguments.problems import Problems, problems_of
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.validation import check, check_auto_layout
+from megatron_deepseek.arguments.words import read_words
 from megatron_deepseek.launch.agent import tell_agent
 from megatron_deepseek.launch.program import program
+from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.presets import config_file
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.settings import (
@@ -44,10 +47,22 @@ def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = N
           parser: Callable[[], argparse.ArgumentParser] = build_parser) -> Settings:
     """Return the settings of the command line `argv` on `world_size` ranks, `local_world_size` of them on each node.
 
-    `parser` makes the parser of a task. Raise ValueError, of one line, for a user's mistake. --help prints and raises
-    SystemExit(0), as argparse does.
+    `parser` makes the parser of a task. Raise ValueError for a user's mistakes, with all that can be found at once.
+    --help prints and raises SystemExit(0), as argparse does.
     """
-    return build_settings(parser().parse_args(list(argv)), world_size, local_world_size)
+    read = read_words(argv, parser())
+    problems = list(read.problems)
+    if read.args is not None:
+        try:
+            if not read.whole:
+                check(Request(read.args, _architecture(read.args), world_size, local_world_size))
+                raise Problems(problems)
+            settings = build_settings(read.args, world_size, local_world_size)
+            if not problems:
+                return replace(settings, notes=(*read.notes, *settings.notes))
+        except ValueError as error:
+            problems += read.new(problems_of(error))
+    raise Problems(problems)
 
 
 def build_settings(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> Settings:
@@ -55,12 +70,12 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
     ValueError if they do not fit together.
     """
     if args.auto_layout is not None:
-        check_auto_layout(Request(args, build_model(args), world_size, local_world_size))
+        check_auto_layout(Request(args, _architecture(args), world_size, local_world_size))
         values = auto_layout.chosen(build_settings, args, world_size, local_world_size)
         found = auto_layout.accept_for(build_settings, args, world_size, local_world_size)(values)
         return replace(found, notes=(*found.notes, auto_layout.describe(args, values)))
     try:
-        request = Request(args, build_model(args), world_size, local_world_size)
+        request = Request(args, _architecture(args), world_size, local_world_size)
         check(request)
         run = _run(request)
         learning_rate = _learning_rate(request)
@@ -68,7 +83,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         if _begins(request):
             schedules.schedule_of(learning_rate, run, request.batch)
     except ValueError as error:
-        raise ValueError(_with_options(str(error))) from error
+        raise Problems(map(_with_options, problems_of(error))) from error
     return Settings(
         model=request.model, layout=_layout(request), learning_rate=learning_rate, batch=request.batch,
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
@@ -77,7 +92,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=run,
         fine_tuning=_fine_tuning(request) if request.fine_tunes else None, lora=lora_settings(args),
-        notes=(*describe_architecture(args), *notices(request)))
+        notes=(*describe_architecture(args, request.model), *notices(request)))
 
 
 def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str],
@@ -91,11 +106,30 @@ def parse_or_exit(argv: Sequence[str], environ: Mapping[str, str],
         except ValueError as error:
             line = f"{program()}: error: {error}"
             if first:
-                print(line, file=sys.stderr, flush=True)
+                print(_as_list(problems_of(error)), file=sys.stderr, flush=True)
             else:
                 time.sleep(SILENT_SECONDS)
             tell_agent(line)
     raise SystemExit(2)
+
+
+def _architecture(args: argparse.Namespace) -> ModelConfig:
+    """Return the architecture of `args`. Raise Problems: of the data too, since rules are not looked at then."""
+    try:
+        return build_model(args)
+    except ValueError as error:
+        problems = list(problems_of(error))
+        try:
+            _ = hasattr(args, "dataset") or data_paths(args)
+        except ValueError as other:
+            problems.append(str(other))
+        raise Problems(problems) from error
+
+
+def _as_list(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return f"{program()}: error: {problems[0]}"
+    return "\n  ".join((f"{program()}: error: {len(problems)} mistakes:", *problems))
 
 
 def _with_options(message: str) -> str:
@@ -160,7 +194,18 @@ def _recompute(request: Request) -> RecomputeSettings:
 def _data(request: Request) -> DataSettings:
     data_path, split_data_paths = ((), None) if request.fine_tunes else data_paths(request.args)
     return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths,
+                 tokenizer_model=_tokenizer_model(request),
                  data_arguments=() if request.fine_tunes else data_arguments(request.args))
+
+
+def _tokenizer_model(request: Request) -> str | None:
+    """Return --tokenizer-model. The NullTokenizer, whose number of ids it is, has by default the whole vocabulary, of
+    which the last row is the end of a document.
+    """
+    args = request.args
+    if args.tokenizer_type != "NullTokenizer" or args.tokenizer_model is not None:
+        return args.tokenizer_model
+    return str((args.vocab_size or request.model.vocab_size) - 1)
 
 
 def _fine_tuning(request: Request) -> FineTuningSettings:
@@ -175,9 +220,11 @@ def _run(request: Request) -> RunSettings:
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
                 finetune=args.finetune or _begins_from_weights(request), train_iters=args.train_iters or 0,
+                drop_mtp=args.num_nextn_predict_layers == 0,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 freeze_parameters=tuple(args.freeze_parameters or ()),
-                sharding=args.data_parallel_sharding_strategy, model_file=config_file(args.model))
+                unpadded_vocab_size=unpadded_vocab_size(args), sharding=args.data_parallel_sharding_strategy,
+                model_file=None if args.model is None else config_file(args.model))
     return replace(run, train_iters=timeline.last_iteration(run, request.batch))
 
 

@@ -1,27 +1,20 @@
 """The validation rules: every combination of arguments that is refused, in one table.
 
-The table is read from top to bottom before anything is built, so a rule may rely on those above it. Messages are format
-strings over a Request `r`.
+All that applies is reported, but for what only follows from something that is reported already: rules stand in topics
+(rule.py), which say on what they rely. Messages are format strings over a Request `r`.
 """
 
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.experts_validation import EXPERTS, OVERLAP, OVERLAPPED_DISPATCH, without_experts
 from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
 from megatron_deepseek.arguments.lora import LORA
-from megatron_deepseek.arguments.model_options import DROP_POLICIES
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
+from megatron_deepseek.arguments.problems import Problems
 from megatron_deepseek.arguments.request import Request
-from megatron_deepseek.arguments.rule import CP, EP, ETP, PP, TP, Rule
+from megatron_deepseek.arguments.rule import CP, EP, ETP, PP, TP, Rule, Topic
 from megatron_deepseek.model.architecture.families import has_family
 from megatron_deepseek.model.architecture.freezing import trains_nothing
-from megatron_deepseek.parallel import schedule_rules
-
-OVERLAPPED_DISPATCH = "overlapped dispatch"  # a name in features.py
-
-
-def _without_experts(*features: str) -> tuple[tuple[str, str], ...]:
-    return tuple(("no experts", feature) for feature in features)
-
 
 def _moment_type(option: str) -> Rule:
     dest = option[2:].replace("-", "_")
@@ -82,7 +75,7 @@ AUTO_LAYOUT = (
          "--auto-layout {r.args.auto_layout} needs --global-batch-size: which layouts are good depends on it"),
 )
 
-_LAYOUT = (
+_RANKS = (
     Rule("the sizes ask for several ranks, but one process was started",
          lambda r: r.world_size == 1 and r.fewest_ranks > 1,
          "{r.dividing_sizes} needs {r.fewest_ranks} processes or a multiple, and this is one alone; start them by: "
@@ -94,37 +87,43 @@ _LAYOUT = (
          lambda r: r.stage_ranks % (r.tp * r.cp) != 0,
          f"{TP} x {CP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
          f"{PP})"),
-    Rule("twice the context-parallel size does not divide the sequence length",
-         lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
-         f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
-    Rule("no family of models has this router with grouped-query attention", lambda r: not has_family(r.model),
-         "grouped-query attention goes with the routing of DeepSeekMoE (softmax, greedy, no groups, no expert bias, "
-         "scaling 1) or without experts: topk_method {r.model.topk_method}, n_group {r.model.n_group}, "
-         "routed_scaling_factor {r.model.routed_scaling_factor}",
-         (("grouped-query attention", "router group-limited"), ("grouped-query attention", "router noaux_tc"))),
     Rule("expert parallelism needs experts", lambda r: r.ep > 1 and not r.model.n_routed_experts,
          f"{EP} conflicts with --num-experts 0: there are no experts to spread",
-         _without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped",
+         without_experts("expert parallel, alltoall", "expert parallel, allgather", "expert parallel, grouped",
                           OVERLAPPED_DISPATCH)),
     Rule("the expert-parallel size does not divide the ranks of a stage", lambda r: r.stage_ranks % r.ep != 0,
          f"{EP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, {PP})"),
     Rule("expert tensor parallelism needs experts", lambda r: r.etp > 1 and not r.model.n_routed_experts,
          f"{ETP} conflicts with --num-experts 0: there are no experts to divide",
-         _without_experts("expert tensor parallel")),
+         without_experts("expert tensor parallel")),
     Rule("the expert- and expert-tensor-parallel sizes do not divide the ranks of a stage",
          lambda r: r.stage_ranks % (r.ep * r.etp) != 0,
          f"{EP} x {ETP} does not divide the {{r.stage_ranks}} ranks of a pipeline stage ({{r.world_size}} ranks, "
          f"{PP})"),
+)
+
+_NODES = (
+    Rule("grouped dispatch needs nodes that divide expert groups evenly",
+         lambda r: r.args.moe_token_dispatcher_type == "grouped" and not r.nodes_divide_expert_groups,
+         "--moe-token-dispatcher-type grouped needs nodes that divide expert groups evenly: "
+         f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}, {ETP}"),
+)
+
+_SIZES = (
+    Rule("no family of models has this router with grouped-query attention", lambda r: not has_family(r.model),
+         "grouped-query attention goes with the routing of DeepSeekMoE (softmax, greedy, no groups, no expert bias, "
+         "scaling 1) or without experts: topk_method {r.model.topk_method}, n_group {r.model.n_group}, "
+         "routed_scaling_factor {r.model.routed_scaling_factor}",
+         (("grouped-query attention", "router group-limited"), ("grouped-query attention", "router noaux_tc"))),
+    Rule("twice the context-parallel size does not divide the sequence length",
+         lambda r: r.cp > 1 and r.args.seq_length % (2 * r.cp) != 0,
+         f"--seq-length {{r.args.seq_length}} does not divide into 2 x {CP} chunks, two for each rank"),
     Rule("the expert-tensor-parallel size does not divide the width of an expert",
          lambda r: r.model.n_routed_experts > 0 and r.model.moe_intermediate_size % r.etp != 0,
          f"{ETP} does not divide --moe-ffn-hidden-size {{r.model.moe_intermediate_size}}"),
     Rule("the expert-parallel size does not divide the number of experts",
          lambda r: r.model.n_routed_experts % r.ep != 0,
          f"{EP} does not divide --num-experts {{r.model.n_routed_experts}}"),
-    Rule("grouped dispatch needs nodes that divide expert groups evenly",
-         lambda r: r.args.moe_token_dispatcher_type == "grouped" and not r.nodes_divide_expert_groups,
-         "--moe-token-dispatcher-type grouped needs nodes that divide expert groups evenly: "
-         f"--moe-ranks-per-node {{r.ranks_per_node}}, {EP}, {ETP}"),
     Rule("the tensor-parallel size does not divide the number of attention heads",
          lambda r: r.model.num_attention_heads % r.tp != 0,
          f"{TP} does not divide --num-attention-heads {{r.model.num_attention_heads}}"),
@@ -159,60 +158,6 @@ _BATCH = (
          "--train-samples {r.args.train_samples} is less than one batch of {r.batch_sizes[0]}"),
 )
 
-_EXPERTS = (
-    Rule("a capacity of experts needs experts",
-         lambda r: r.args.moe_expert_capacity_factor and not r.model.n_routed_experts,
-         "--moe-expert-capacity-factor {r.args.moe_expert_capacity_factor} conflicts with --num-experts 0",
-         _without_experts(*(f"capacity, {policy}" for policy in DROP_POLICIES))),
-    Rule("a drop policy needs a capacity of experts",
-         lambda r: r.args.moe_token_drop_policy is not None and r.args.moe_expert_capacity_factor is None,
-         "--moe-token-drop-policy {r.args.moe_token_drop_policy} needs --moe-expert-capacity-factor: without it no "
-         "token is dropped"),
-    Rule("overlapped dispatch needs DualPipeV on several pipeline ranks",
-         lambda r: r.args.overlap_moe_expert_parallel_comm and (r.pp == 1 or r.schedule != "DualPipeV"),
-         "--overlap-moe-expert-parallel-comm needs the forward and backward pairs of --pipeline-schedule DualPipeV "
-         f"on several pipeline ranks: {PP}, {{r.schedule}}",
-         tuple((OVERLAPPED_DISPATCH, name) for name in schedule_rules.SCHEDULES if name != "DualPipeV")),
-    Rule("overlapped dispatch needs an all-to-all",
-         lambda r: r.args.overlap_moe_expert_parallel_comm
-         and (r.ep == 1 or r.args.moe_token_dispatcher_type == "allgather"),
-         f"--overlap-moe-expert-parallel-comm needs tokens that travel by all-to-all: {EP}, "
-         "--moe-token-dispatcher-type {r.args.moe_token_dispatcher_type}",
-         ((OVERLAPPED_DISPATCH, "expert parallel, allgather"),)),
-    Rule("overlap of shared experts needs shared experts",
-         lambda r: r.args.moe_shared_expert_overlap and not (r.model.n_routed_experts and r.model.n_shared_experts),
-         "--moe-shared-expert-overlap needs shared experts: --num-experts {r.model.n_routed_experts}, "
-         "--moe-shared-expert-intermediate-size {r.shared_width}",
-         _without_experts("shared experts overlapped")),
-    Rule("forced load balancing needs experts",
-         lambda r: r.args.moe_router_force_load_balancing and not r.model.n_routed_experts,
-         "--moe-router-force-load-balancing conflicts with --num-experts 0", _without_experts("forced balance")),
-    Rule("shared experts need routed experts",
-         lambda r: bool(r.args.moe_shared_expert_intermediate_size) and not r.model.n_routed_experts,
-         "--moe-shared-expert-intermediate-size {r.args.moe_shared_expert_intermediate_size} conflicts with "
-         "--num-experts 0", _without_experts("shared experts")),
-    Rule("an update rate of the router's bias needs that bias",
-         lambda r: bool(r.args.moe_router_bias_update_rate) and r.model.topk_method != "noaux_tc",
-         "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --moe-router-enable-expert-bias; "
-         "topk_method is {r.model.topk_method}"),
-    Rule("a balance loss needs experts", lambda r: bool(r.args.moe_aux_loss_coeff) and not r.model.n_routed_experts,
-         "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --num-experts 0"),
-    Rule("a balance loss is given a weight, but switched off",
-         lambda r: bool(r.args.moe_aux_loss_coeff) and r.balance[0] == "none",
-         "--moe-aux-loss-coeff {r.args.moe_aux_loss_coeff} conflicts with --moe-router-load-balancing-type none"),
-    Rule("a balance loss needs a weight",
-         lambda r: r.balance[0] != "none" and r.args.moe_aux_loss_coeff is None and not r.balance[1],
-         "--moe-router-load-balancing-type {r.balance[0]} needs --moe-aux-loss-coeff: aux_loss_alpha is 0"),
-    Rule("the device balance loss needs groups of experts",
-         lambda r: r.args.moe_device_aux_loss_coeff > 0 and r.model.n_group == 1,
-         "--moe-device-aux-loss-coeff {r.args.moe_device_aux_loss_coeff} needs groups of experts; "
-         "--moe-router-num-groups is 1"),
-    Rule("the communication balance loss needs groups of experts",
-         lambda r: r.args.moe_communication_aux_loss_coeff > 0 and r.model.n_group == 1,
-         "--moe-communication-aux-loss-coeff {r.args.moe_communication_aux_loss_coeff} needs groups of experts; "
-         "--moe-router-num-groups is 1"),
-)
-
 _FP8 = (
     Rule("an FP8 recipe needs an FP8 format", lambda r: r.args.fp8_recipe is not None and r.args.fp8_format is None,
          "--fp8-recipe {r.args.fp8_recipe} needs --fp8-format e4m3"),
@@ -243,7 +188,7 @@ _RUN = (
          _data_error, "(the reader of data arguments says what is wrong: none, several, unreadable)"),
     Rule("recomputing the experts' activation needs experts",
          lambda r: "moe_act" in (r.args.recompute_modules or ()) and not r.model.n_routed_experts,
-         "--recompute-modules moe_act conflicts with --num-experts 0", _without_experts("recompute moe_act")),
+         "--recompute-modules moe_act conflicts with --num-experts 0", without_experts("recompute moe_act")),
     Rule("modules to recompute need selective recomputation",
          lambda r: r.args.recompute_modules is not None and r.args.recompute_granularity != "selective",
          "--recompute-modules {r.args.recompute_modules} needs --recompute-granularity selective, not "
@@ -278,6 +223,11 @@ _RUN = (
     Rule("an export needs a directory other than --save",
          lambda r: None not in (r.args.save_hf, r.args.save) and r.args.save_hf.resolve() == r.args.save.resolve(),
          "--save-hf {r.args.save_hf} and --save {r.args.save} are one directory; an export needs its own"),
+    Rule("a type of the export needs one", lambda r: r.args.save_hf_dtype is not None and r.args.save_hf is None,
+         "--save-hf-dtype {r.args.save_hf_dtype} needs --save-hf"),
+    Rule("a format of FP8 scales needs FP8 weights",
+         lambda r: r.args.fp8_scale_format is not None and r.args.save_hf_dtype != "fp8",
+         "--fp8-scale-format {r.args.fp8_scale_format} needs --save-hf-dtype fp8: other exports have no scales"),
     Rule("--init-mtp needs --load", lambda r: r.args.init_mtp and r.args.load is None,
          "--init-mtp needs --load: without it all weights are new"),
     Rule("--init-mtp needs MTP modules", lambda r: r.args.init_mtp and not r.model.num_nextn_predict_layers,
@@ -304,21 +254,39 @@ _RUN = (
          "{r.args.profile_step_end}"),
 )
 
-RULES = AUTO_LAYOUT + _UNBUILT + _LAYOUT + _BATCH + PIPELINE + _EXPERTS + _FP8 + _OPTIMIZER + _RUN \
-    + LORA + FINE_TUNING
+TOPICS = (
+    Topic("auto layout", AUTO_LAYOUT, chained=True),
+    Topic("unbuilt", _UNBUILT),
+    Topic("ranks", _RANKS, chained=True),
+    Topic("nodes", _NODES, after=("ranks",)),
+    Topic("sizes", _SIZES),
+    Topic("batch", _BATCH, after=("ranks",)),
+    Topic("pipeline", PIPELINE, chained=True, after=("ranks", "batch")),
+    Topic("experts", EXPERTS),
+    Topic("overlap", OVERLAP, chained=True, after=("ranks", "pipeline")),
+    Topic("fp8", _FP8),
+    Topic("optimizer", _OPTIMIZER),
+    Topic("run", _RUN),
+    Topic("lora", LORA),
+    Topic("fine-tuning", FINE_TUNING),
+)
+RULES = tuple(rule for topic in TOPICS for rule in topic.rules)
 
 
 def check_auto_layout(request: Request) -> None:
     """Raise ValueError for what --auto-layout does not go with: the layout that it chooses is not there yet."""
-    _check(request, AUTO_LAYOUT)
+    _check(request, TOPICS[:1])
 
 
 def check(request: Request) -> None:
-    """Raise ValueError with the message of the first rule of the table that applies."""
-    _check(request, RULES)
+    """Raise Problems with the messages of all rules that apply, but for those that rely on what is wrong already."""
+    _check(request, TOPICS)
 
 
-def _check(request: Request, rules: tuple[Rule, ...]) -> None:
-    for rule in rules:
-        if rule.when(request):
-            raise ValueError(rule.message.format(r=request))
+def _check(request: Request, topics: tuple[Topic, ...]) -> None:
+    found: dict[str, list[str]] = {}
+    for topic in topics:
+        found[topic.name] = [] if any(found[name] for name in topic.after) else topic.problems(request)
+    problems = [problem for each in found.values() for problem in each]
+    if problems:
+        raise Problems(problems)

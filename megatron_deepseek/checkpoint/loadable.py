@@ -40,13 +40,13 @@ def check_checkpoint(root: Path, config: ModelConfig, step: int | None = None, i
     return directory
 
 
-def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False, weights_alone: bool = False
-                    ) -> list[str]:
+def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False, weights_alone: bool = False,
+                    drop_mtp: bool = False) -> list[str]:
     """Raise ValueError if a checkpoint is of another architecture, or if its files are not whole.
 
     Of files only sizes are looked at. A directory without checksums.json passes; with `init_mtp` so does one that lacks
     MTP modules. Where `weights_alone` are taken over, the forward may be another one (a longer context, another
-    epsilon): that is returned as a line for the user.
+    epsilon), and with `drop_mtp` MTP modules that the model lacks are left behind: the lines that are returned say so.
     """
     if not is_huggingface(directory):
         refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
@@ -56,13 +56,15 @@ def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False
     different = differences(alike, config, WEIGHTS)
     if different:
         raise ValueError(f"--load {directory}: it is of another architecture: {'; '.join(different)}")
-    if there > here or (there < here and not init_mtp):
+    dropped = there - here if drop_mtp and weights_alone and there > here else 0
+    if there > here + dropped or (there < here and not init_mtp):
         raise ValueError(f"--load {directory}: {mtp.difference(there, here)}")
+    lines = [mtp.left_behind(directory, dropped)] if dropped else []
     changed = "; ".join(differences(alike, config, FORWARD))
     if changed and not weights_alone:
         raise ValueError(f"--load {directory}: a run goes on as it began, but {changed}; --finetune or --no-load-optim "
                          "with another --save takes over the weights alone")
-    return [f"the weights of {directory} are taken over into another forward: {changed}"] if changed else []
+    return lines + [f"the weights of {directory} are taken over into another forward: {changed}"] * bool(changed)
 
 
 def stored_architecture(directory: Path) -> ModelConfig:

@@ -124,7 +124,7 @@ class ChatSession:
             thoughts = output.tokens[:output.tokens.index(end)] if ended else output.tokens
             before = self.format.encoder.tokenizer.decode(list(thoughts)).count(END_THINK)
         if not ended:
-            return text.lstrip("\n"), ""
+            return without_beginning(text, END_THINK).strip("\n") if not output.finished else text.strip("\n"), ""
         parts = text.split(END_THINK)
         reasoning, answer = END_THINK.join(parts[:before + 1]), END_THINK.join(parts[before + 1:])
         return reasoning.strip("\n"), answer.lstrip("\n")
@@ -162,6 +162,12 @@ class ChatSession:
     def _say(self, text: str) -> None:
         """Write a line that is not the model's."""
         self.write((f"{DIM}{text}{PLAIN}" if self.dims else text) + "\n")
+
+
+def without_beginning(text: str, tag: str) -> str:
+    """Return `text` without what may become `tag` at its end."""
+    begun = next((length for length in range(len(tag) - 1, 0, -1) if text.endswith(tag[:length])), 0)
+    return text[:len(text) - begun]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from megatron_deepseek.quick_imports import quick_imports
 PROGRAM = "convert_checkpoint.py"
 FORMATS = ("hf", "megatron", "native")  # the keys of formats.OPEN, which needs torch
 TYPES = ("bf16", "fp16", "fp32", "fp8")  # the keys of conversion.DTYPES, which needs torch
+SCALE_FORMATS = ("float32", "ue8m0")  # block_fp8.SCALE_FORMATS, which needs torch
 
 
 def layers(text: str) -> frozenset[int]:
@@ -41,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a Hugging Face directory, or one of checkpoints")
     add("--save", type=values.path, metavar="DIR", help="made whole, by a rename at the end")
     add("--dtype", choices=TYPES, help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
+    add("--fp8-scale-format", choices=SCALE_FORMATS,
+        help="of FP8 weights: any value, or ue8m0, powers of two as in V3.1 (as in the source, else float32)")
     add("--max-shard-size", type=values.size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
     add("--workers", type=values.positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from megatron_deepseek.checkpoint.convert.assets import Assets
-from megatron_deepseek.checkpoint.convert.conversion import DTYPES, OutputFormat, conversion_build
+from megatron_deepseek.checkpoint.convert.blocks import FP8
+from megatron_deepseek.checkpoint.convert.conversion import DTYPES, OutputFormat, conversion_build, dtype_bytes
 from megatron_deepseek.checkpoint.convert.formats import OPEN, hf_output, megatron_output, native_output
 from megatron_deepseek.checkpoint.convert.names import layer_of
 from megatron_deepseek.checkpoint.convert.source import TensorSource
@@ -23,12 +24,20 @@ from megatron_deepseek.model.architecture import hf_config
 
 
 def plan_output(args: argparse.Namespace, source: TensorSource, assets: Assets) -> OutputFormat:
-    """Return what --to, --save, --dtype and --max-shard-size ask to write."""
+    """Return what --to, --save, --dtype, --fp8-scale-format and --max-shard-size ask to write.
+
+    Raise ValueError for a format of scales without FP8 weights.
+    """
     dtype = DTYPES[args.dtype] if args.dtype else None
     save = args.save or Path("output")
     if args.to == "hf":
-        return hf_output(source, assets, save, dtype, args.max_shard_size)
-    return (native_output if args.to == "native" else megatron_output)(source, assets, save, dtype)
+        output = hf_output(source, assets, save, dtype, args.max_shard_size, scale_format=args.fp8_scale_format)
+    else:
+        output = (native_output if args.to == "native" else megatron_output)(source, assets, save, dtype)
+    if args.fp8_scale_format and FP8 not in dtype_bytes(output.files):
+        raise ValueError(f"--fp8-scale-format {args.fp8_scale_format} is about FP8 weights, which --to hf --dtype fp8 "
+                         f"writes")
+    return output
 
 
 def describe(source: TensorSource, output: OutputFormat, chosen: frozenset[int] | None) -> None:

@@ -27,7 +27,7 @@ def merge(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     adapters = [Weighted(Adapter.read(adapter_in(path), mtp=mtp), weight) for path, weight in chosen]
     source = merged(base, adapters)
     output = hf_output(source, assets, args.save, DTYPES[args.dtype] if args.dtype else None, args.max_shard_size,
-                       rescaled=source.rescales)
+                       changed=source.pairs)
     build = conversion_build(source, output)
     weights = [weight for _, weight in chosen]
     share = share_of(environ, args.workers)

@@ -17,7 +17,7 @@ from megatron_deepseek.settings import Settings
 
 PROGRAM = "plan.py"
 _LENGTH = ("--train-iters", "--train-samples")
-_DATA = ("--data-path", "--data-args-path", "--train-data-path", "--per-split-data-args-path")
+_DATA = ("--data-path", "--mock-data", "--data-args-path", "--train-data-path", "--per-split-data-args-path")
 _LONG = "1000000"  # iterations of a run whose length is not given: it plays no part in its memory
 
 

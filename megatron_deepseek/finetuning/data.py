@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY
 from megatron_deepseek.finetuning import settings as data_settings
+from megatron_deepseek.finetuning.plan import batches_of
 from megatron_deepseek.finetuning.prepare import Prepared, prepare, refuse_same
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.settings import Settings
@@ -70,7 +71,7 @@ def with_length(settings: Settings, rows_per_epoch: int) -> Settings:
 
 def num_batches(settings: Settings, rows_per_epoch: int) -> int:
     """Return the batches of an evaluation: --eval-iters, or all rows, the last batch filled up with blank ones."""
-    every = math.ceil(rows_per_epoch / settings.batch.global_batch_size)
+    every = math.ceil(batches_of(rows_per_epoch, settings.batch.global_batch_size))
     return min(settings.run.eval_iters or every, every)
 
 

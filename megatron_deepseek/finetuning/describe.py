@@ -7,7 +7,7 @@ import numpy as np
 from megatron_deepseek.data.indexed import open_indexed
 from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_deepseek.finetuning.loss_weights import LossWeights
-from megatron_deepseek.finetuning.plan import EpochPlan, plan_epoch
+from megatron_deepseek.finetuning.plan import EpochPlan, batches_of, plan_epoch
 from megatron_deepseek.finetuning.prepare import Prepared
 from megatron_deepseek.finetuning.summary import Counts
 
@@ -78,7 +78,7 @@ def histogram(lengths: np.ndarray) -> list[str]:
 def _epoch(prepared: Prepared, plan: EpochPlan, global_batch_size: int) -> list[str]:
     settings, places = prepared.settings, plan.num_rows * prepared.settings.seq_length
     how = "packed best fit" if settings.packing else "one conversation a row"
-    steps = plan.num_rows / global_batch_size
+    steps = batches_of(plan.num_rows, global_batch_size)
     return [f"an epoch: {len(plan.samples):,} samples in {plan.num_rows:,} rows of {settings.seq_length:,} ({how}, "
             f"{1 - plan.num_tokens / places:.1%} padding), {plan.num_tokens:,} tokens",
             f"steps per epoch with --global-batch-size {global_batch_size}: {steps:,.1f}"]

@@ -213,7 +213,11 @@ def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def choose_template(name: str, tokenizer: Tokenizer, model: str | None) -> Template:
-    """Return the template of that name; for "auto" the one that the tokenizer's own template and tokens tell."""
+    """Return the template of that name; for "auto" the one that the tokenizer's own template and tokens tell.
+
+    R1's distilled models have Qwen's or Llama's tokenizer, with DeepSeek's tokens for roles and thoughts in place of
+    theirs, but none for tools.
+    """
     if name != "auto":
         return TEMPLATES[name]
     control, own = control_ids(tokenizer), _chat_template(model)
@@ -221,7 +225,7 @@ def choose_template(name: str, tokenizer: Tokenizer, model: str | None) -> Templ
     if USER not in control:
         found = "deepseek-v2" if own is None or "User: " in own else None
     elif own is None:
-        found = None if thinks else "deepseek-v3"
+        found = "deepseek-v3" if not thinks else None if set(TOOL_TOKENS) & control.keys() else "deepseek-r1"
     elif "thinking" in own or f"{ASSISTANT}{END_THINK}" in own:
         found = "deepseek-v3.1"
     else:

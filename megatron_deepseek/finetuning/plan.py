@@ -39,6 +39,11 @@ class EpochPlan:
                    for lengths, begin, end in zip(self.lengths, ends[:-1], ends[1:]))
 
 
+def batches_of(rows: int, global_batch_size: int) -> float:
+    """Return how many global batches so many rows are; the last of them may be a part of one."""
+    return rows / global_batch_size
+
+
 def plan_epoch(prepared: Prepared) -> EpochPlan:
     """Return the rows of an epoch."""
     lengths = tuple(np.asarray(open_indexed(prefix, prepared.settings.option).lengths) for prefix in prepared.prefixes)

@@ -125,7 +125,7 @@ def _job(settings: DataSettings, source: Source, encoder: Encoder) -> Job:
     key = _key(settings, source, encoder.template, encoder.tokenizer)
     root = settings.data_cache_path or Path(source.files[0].path).parent / "cache"
     return Job(source.files, source.convert, encoder, settings.tokenizer_model, settings.longest, settings.overlong,
-               settings.max_bad_rows, settings.num_workers, Path(root) / "finetuning" / key)
+               settings.split_turns, settings.max_bad_rows, settings.num_workers, Path(root) / "finetuning" / key)
 
 
 def _key(settings: DataSettings, source: Source, template: Template, tokenizer: Tokenizer) -> str:
@@ -134,7 +134,7 @@ def _key(settings: DataSettings, source: Source, template: Template, tokenizer: 
                                                dict(source.entry.tags)]
     decided = [VERSION, [_digest(file.path) for file in source.files], [file.format for file in source.files], entry,
                template.name, settings.history_reasoning, settings.train_think_prefix, settings.longest,
-               settings.overlong, _tokenizer_digest(tokenizer)]
+               settings.overlong, settings.split_turns, _tokenizer_digest(tokenizer)]
     return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
 
 
@@ -160,8 +160,11 @@ def mask_rule(template: Template, settings: DataSettings) -> str:
         f", the forced {forced} too (--train-think-prefix)" if settings.train_think_prefix else
         f", not the forced {forced}")
     history = "dropped" if template.drops_history(rules_of(settings)) else "kept"
+    handling = f"{history} (--history-reasoning {settings.history_reasoning})"
+    if settings.split_turns != "none":
+        handling += f"; each answer with reasoning is a sample of its own (--split-turns {settings.split_turns})"
     return (f"loss on what the assistant emits, end of sentence included, times the turn's weight{prefix}; "
-            f"reasoning before the last question is {history} (--history-reasoning {settings.history_reasoning})")
+            f"reasoning before the last question is {handling}")
 
 
 def refuse_same(train: Prepared, evaluation: Prepared) -> None:

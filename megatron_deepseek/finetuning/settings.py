@@ -5,6 +5,7 @@ from dataclasses import dataclass
 TEMPLATES = ("auto", "deepseek-v2", "deepseek-v3", "deepseek-r1", "deepseek-v3.1")
 OVERLONG = ("drop", "truncate", "error")
 HISTORY_REASONING = ("keep", "drop", "as-release")
+SPLIT_TURNS = ("none", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class DataSettings:
     packing: bool = True
     train_think_prefix: bool = False
     history_reasoning: str = "as-release"
+    split_turns: str = "none"
     max_bad_rows: int = 0
     data_cache_path: str | None = None
     num_workers: int = 2
@@ -34,7 +36,8 @@ class DataSettings:
 
     def __post_init__(self):
         for name, value, choices in (("template", self.template, TEMPLATES), ("overlong", self.overlong, OVERLONG),
-                                     ("history-reasoning", self.history_reasoning, HISTORY_REASONING)):
+                                     ("history-reasoning", self.history_reasoning, HISTORY_REASONING),
+                                     ("split-turns", self.split_turns, SPLIT_TURNS)):
             if value not in choices:
                 raise ValueError(f"--{name} {value} is not one of {', '.join(choices)}")
         for name, value, least in (("seq-length", self.seq_length, 1), ("max-length", self.max_length or 2, 2),

@@ -1,11 +1,12 @@
 """What a fine-tuning says at its start: template and mask, MTP, balance of the experts, learning rate, rows."""
 
-import math
 from collections.abc import Iterator
 
 from megatron_deepseek.finetuning.data import Conversations
+from megatron_deepseek.finetuning.plan import batches_of
 from megatron_deepseek.model.architecture.freezing import is_frozen, parameter_shapes
 from megatron_deepseek.settings import LearningRateSettings, Settings
+from megatron_deepseek.training.timeline import last_iteration
 
 
 def start_notes(settings: Settings, data: Conversations) -> Iterator[str]:
@@ -26,9 +27,9 @@ def _rows(settings: Settings, data: Conversations) -> Iterator[str]:
         yield (f"{name}: {counts.samples:,} samples of {counts.rows:,} rows, {counts.trained:,} of {counts.tokens:,} "
                f"tokens with loss{dropped}")
         yield from counts.bad
-    steps = data.rows_per_epoch / settings.batch.global_batch_size
+    steps = batches_of(data.rows_per_epoch, settings.batch.global_batch_size)
     packed = "packed" if settings.fine_tuning.packing else "not packed"
-    epochs = f", --epochs {settings.run.epochs}: {math.ceil(settings.run.epochs * steps):,} steps" \
+    epochs = f", --epochs {settings.run.epochs}: {last_iteration(settings.run, settings.batch):,} steps" \
         if settings.run.epochs is not None else ""
     yield (f"an epoch: {data.num_samples:,} samples, {packed}, in {data.rows_per_epoch:,} rows of "
            f"{settings.data.seq_length:,} tokens, {steps:,.1f} steps{epochs}")
@@ -37,7 +38,7 @@ def _rows(settings: Settings, data: Conversations) -> Iterator[str]:
 def _mtp(settings: Settings) -> str:
     depths, model = settings.model.num_nextn_predict_layers, settings.model
     if not depths:
-        return "none: the model has no such module"
+        return "none (--mtp-num-layers 0)" if settings.run.drop_mtp else "none: the model has no such module"
     first = model.num_hidden_layers
     prefixes = tuple(f"model.layers.{first + depth}." for depth in range(depths))
     own = [name for name in parameter_shapes(model) if name.startswith(prefixes)]

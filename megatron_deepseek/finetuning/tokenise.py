@@ -28,6 +28,7 @@ from megatron_deepseek.finetuning.conversation import BadRow, Conversation
 from megatron_deepseek.finetuning.encode import Encoded, Encoder
 from megatron_deepseek.finetuning.loss_weights import LossWeights, WeightsWriter, write_weights
 from megatron_deepseek.finetuning.reading import Part, parse_line, parts_of, read_rows
+from megatron_deepseek.finetuning.splitting import split_by_reasoning
 from megatron_deepseek.finetuning.summary import MOST_MESSAGES, Counts, Summary, read_summary
 
 ROWS_PER_BATCH = 256
@@ -39,7 +40,8 @@ NO_LOSS = "nothing with loss"
 class Job:
     """What to tokenise and where: `overlong` and `longest` say what becomes of longer conversations.
 
-    `convert` turns a row of the file of that number into a conversation.
+    `convert` turns a row of the file of that number into a conversation; `split_turns` is none, or reasoning for a
+    sample of each answer with thoughts.
     """
 
     files: tuple[InputFile, ...]
@@ -48,6 +50,7 @@ class Job:
     tokenizer_model: str | None
     longest: int
     overlong: str
+    split_turns: str
     max_bad_rows: int
     workers: int
     folder: Path
@@ -101,8 +104,8 @@ def refuse_bad_rows(counts: Counts, most: int):
 def make_parts(job: Job, say: Callable[[str], None]) -> list[Summary]:
     folder, summaries = job.folder / "parts", {}
     folder.mkdir(exist_ok=True)
-    progress = Progress(Counters(), sum(file.size for file in job.files), 1000, say)
     job = replace(job, encoder=job.encoder.faster(_first_conversations(job), job.workers, job.tokenizer_model, say))
+    progress = Progress(Counters(), sum(file.size for file in job.files), 1000, say)
 
     def work(part: Part) -> Summary:
         summary = read_summary(_base(folder, part.number) + ".json")
@@ -157,10 +160,11 @@ class PartMaker:
             for line, content in read_rows(self.part, file):
                 self.rows += 1
                 try:
-                    batch.append((line, self.job.convert(parse_line(content), self.part.file)))
+                    conversation = self.job.convert(parse_line(content), self.part.file)
+                    batch += [(line, each) for each in self._split(conversation)]
                 except BadRow as error:
                     self._refuse(line, error)
-                if len(batch) == ROWS_PER_BATCH:
+                if len(batch) >= ROWS_PER_BATCH:
                     self._add(batch)
                     batch = []
             self._add(batch)
@@ -172,6 +176,15 @@ class PartMaker:
                                                      for suffix in (".bin", ".idx", ".weights")})
         write_json(self.base + ".json", asdict(summary))
         return summary
+
+    def _split(self, conversation: Conversation) -> list[Conversation]:
+        return [conversation] if self.job.split_turns == "none" else split_by_reasoning(conversation)
+
+    def _left_out(self, conversation: Conversation) -> dict[str, int]:
+        """Return what is nowhere shown: where turns are split, each thought is in the sample of its own answer."""
+        rules = self.job.encoder.rules
+        return self.job.encoder.template.left_out(
+            conversation, rules if self.job.split_turns == "none" else replace(rules, history_reasoning="keep"))
 
     def _refuse(self, line: int, error: BadRow):
         file = self.job.files[self.part.file]
@@ -192,7 +205,7 @@ class PartMaker:
                 self.dropped[NO_LOSS] += 1
                 continue
             self.trained += encoded.trained
-            self.left_out.update(self.job.encoder.template.left_out(conversation, self.job.encoder.rules))
+            self.left_out.update(self._left_out(conversation))
             self.writer.add(np.array(encoded.ids), [[len(encoded.ids)]])
             self.weights.add(encoded.runs)
 

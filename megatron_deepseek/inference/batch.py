@@ -7,7 +7,7 @@ Shapes: T tokens, R sequences of a group, Q tokens of each, n blocks of each, L 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -35,17 +35,46 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Few:
-    """R sequences with Q tokens each, in rows `rows`. mask_RQL is added to scores: 0 or -inf; None if all is seen."""
+    """R sequences with Q tokens each, in rows `rows`: their blocks, and at most `length` places of each.
+
+    `firsts` and `begins` are those of its pieces. `masks` has the masks that layers asked for so far.
+    """
 
     rows: slice
     tables_Rn: torch.Tensor
     length: int
-    mask_RQL: torch.Tensor | None
+    firsts: list[int]
+    begins: list[int]
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
-        sequences = len(self.tables_Rn)
-        return sequences, (self.rows.stop - self.rows.start) // sequences
+        """Return R and Q."""
+        return len(self.begins), (self.rows.stop - self.rows.start) // len(self.begins)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what is added to scores, [R, Q, L]: 0 where a token sees a place, else -inf; None if all is seen.
+
+        `window`: how many places a token sees at most, its own among them. Layers with the same window get the same
+        tensor.
+        """
+        if window not in self.masks:
+            self.masks[window] = self._make_mask(window, dtype)
+        return self.masks[window]
+
+    def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        queries = self.shape[1]
+        narrow = window is not None and self.length > window
+        if queries == 1 and not narrow and not any(self.firsts) and len(set(self.begins)) == 1:
+            return None
+        device = self.tables_Rn.device
+        first_R, begin_R = torch.tensor([self.firsts, self.begins], device=device)
+        last_RQ1 = (begin_R.unsqueeze(1) + torch.arange(queries, device=device)).unsqueeze(-1)
+        place_L = torch.arange(self.length, device=device)
+        hidden_RQL = (place_L > last_RQ1) | (place_L < first_R[:, None, None])
+        if narrow:
+            hidden_RQL |= place_L <= last_RQ1 - window
+        return torch.zeros(hidden_RQL.shape, dtype=dtype, device=device).masked_fill_(hidden_RQL, float("-inf"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +106,7 @@ class Batch:
 
 
 def make_batch(pieces: list[Piece], block_size: int, takes_few: Callable[[int, int], bool], device: torch.device,
-               dtype: torch.dtype, padded: Callable[[int], int]) -> Batch:
+               padded: Callable[[int], int]) -> Batch:
     """Return the batch of `pieces`.
 
     `takes_few(queries, keys)` says whether a piece is computed with others. `padded` rounds the number of tokens up.
@@ -93,7 +122,7 @@ def make_batch(pieces: list[Piece], block_size: int, takes_few: Callable[[int, i
         row += len(pieces[i].tokens)
     num_tokens = row
     flat = _flat([pieces[i] for i in order], block_size, padded(num_tokens))
-    made = [_few([pieces[i] for i in group], rows[group[0]], block_size, device, dtype) for group in groups]
+    made = [_few([pieces[i] for i in group], rows[group[0]], block_size, device) for group in groups]
     alone = [_many(pieces[i], rows[i], block_size, device) for i in order if i not in is_few]
     return Batch(*torch.tensor(flat, device=device), rows, made, alone, made[-1].rows.stop if made else 0, num_tokens)
 
@@ -139,21 +168,14 @@ def slots_of(blocks: list[int], begin: int, end: int, block_size: int) -> list[i
     return [blocks[place // block_size] * block_size + place % block_size for place in range(begin, end)]
 
 
-def _few(pieces: list[Piece], row: int, block_size: int, device: torch.device, dtype: torch.dtype) -> Few:
+def _few(pieces: list[Piece], row: int, block_size: int, device: torch.device) -> Few:
     """Return the group of `pieces`, whose rows begin at `row`."""
     longest, queries = max(piece.end for piece in pieces), len(pieces[0].tokens)
     number = -(-longest // block_size)
     tables = [piece.blocks[:number] + [NULL_BLOCK] * (number - len(piece.blocks)) for piece in pieces]
     rows = slice(row, row + queries * len(pieces))
-    firsts, begins = [piece.first for piece in pieces], [piece.begin for piece in pieces]
-    mask_RQL = None
-    if queries > 1 or any(firsts) or len(set(begins)) > 1:
-        first_R, begin_R = torch.tensor([firsts, begins], device=device)
-        last_RQ = begin_R.unsqueeze(1) + torch.arange(queries, device=device)
-        place_L = torch.arange(longest, device=device)
-        hidden_RQL = (place_L > last_RQ.unsqueeze(-1)) | (place_L < first_R[:, None, None])
-        mask_RQL = torch.zeros(hidden_RQL.shape, dtype=dtype, device=device).masked_fill_(hidden_RQL, float("-inf"))
-    return Few(rows, torch.tensor(tables, device=device), longest, mask_RQL)
+    return Few(rows, torch.tensor(tables, device=device), longest, [piece.first for piece in pieces],
+               [piece.begin for piece in pieces])
 
 
 def _many(piece: Piece, row: int, block_size: int, device: torch.device) -> Many:

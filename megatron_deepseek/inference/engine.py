@@ -50,6 +50,9 @@ class Engine:
         self.drafts = DraftCounts.zeros(settings.draft_tokens)
         self.readings = Readings(self.model)
         self._requests: dict[str, list[Sequence]] = {}
+        self._num_ids = model.config.vocab_size  # the rows that may be chosen: an embedding may be padded
+        if model.tokenizer is not None:
+            self._num_ids = min(self._num_ids, model.tokenizer.vocab_size)
         self._arrivals = self._prompt_tokens = self._output_tokens = self._shared_tokens = 0
 
     def generate(self, prompts: Sequences[Prompt], parameters: SamplingParameters | Sequences[SamplingParameters]
@@ -107,9 +110,11 @@ class Engine:
                 outputs.append(output_of(sequence))
         return outputs
 
-    def forget_prefixes(self) -> None:
-        """Share nothing that was computed so far: to be called when weights have changed, while nothing runs."""
+    def weights_changed(self) -> None:
+        """Forget what was made of the weights: to be called when they have changed, while no request runs."""
+        assert not self.has_work, "a request has been computed with other weights"
         self.pool.forget()
+        self.model.weights_changed()
 
     @property
     def has_work(self) -> bool:
@@ -128,7 +133,7 @@ class Engine:
 
     def check(self, prompt: Prompt, parameters: SamplingParameters) -> tuple[int, ...]:
         """Return the prompt's ids; raise ValueError, of one line, if it or the parameters do not fit the model."""
-        tokenizer, vocabulary = self.loaded.tokenizer, self.loaded.config.vocab_size
+        tokenizer = self.loaded.tokenizer
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError("a prompt is text, and the model was loaded without a tokenizer: give token ids")
@@ -144,9 +149,10 @@ class Engine:
                              "room for one more")
         for what, given in (("a prompt", ids), ("logit_bias", parameters.logit_bias),
                             ("stop_token_ids", parameters.stop_token_ids)):
-            wrong = next((each for each in given if not 0 <= each < vocabulary), None)
+            wrong = next((each for each in given if not 0 <= each < self._num_ids), None)
             if wrong is not None:
-                raise ValueError(f"{what} has the token id {wrong}, and the model's vocab_size is {vocabulary}")
+                whose = "model's vocab_size" if tokenizer is None else "tokenizer's number of ids"
+                raise ValueError(f"{what} has the token id {wrong}, and the {whose} is {self._num_ids}")
         if parameters.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the model was loaded without one")
         return ids
@@ -183,7 +189,8 @@ class Engine:
         if not rows:
             return
         logits_RV = self.model.logits(states_TH, rows)
-        likeliest = logits_RV.argmax(-1).tolist() if any(is_plain_greedy(span.sequence) for span, _ in sampling) else []
+        greedy = any(is_plain_greedy(span.sequence) for span, _ in sampling)
+        likeliest = logits_RV[:, :self._num_ids].argmax(-1).tolist() if greedy else []
         for (span, _), begin, end in zip(sampling, first, (*first[1:], len(rows))):
             self._verify(span.sequence, logits_RV[begin:end], likeliest[begin:end])
 
@@ -191,7 +198,8 @@ class Engine:
         """Append tokens as long as drafts are right; `likeliest` are of these rows, where they are needed."""
         drafts, accepted = sequence.drafts[:len(logits_QV) - 1], 0
         for place, logits_V in enumerate(logits_QV):
-            token = likeliest[place] if is_plain_greedy(sequence) else next_token(logits_V, sequence)
+            token = likeliest[place] if is_plain_greedy(sequence) else \
+                next_token(logits_V[:self._num_ids], sequence)
             sequence.append(token)
             self._output_tokens += 1
             self.readings.read_token(sequence, logits_V, token)

@@ -11,9 +11,12 @@ from torch import nn
 
 from megatron_deepseek.inference.batch import Batch, Piece, make_batch
 from megatron_deepseek.inference.cache import PagedCache, bytes_of_token, count_blocks
+from megatron_deepseek.inference.gqa import CachedGQA
 from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.mla import CachedMLA
 from megatron_deepseek.inference.settings import EngineSettings
+from megatron_deepseek.model.attention.gqa import GroupedQueryAttention
+from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.parallel.collectives import all_gather
 
@@ -31,7 +34,7 @@ class InferenceModel:
         self.layers: dict[int, nn.Module] = {
             index: self.stage.model.layers[str(index)]
             for index in range(self.config.num_hidden_layers + self.num_depths)}
-        self.attention = {index: CachedMLA(layer.self_attn, f"layer.{index}") for index, layer in self.layers.items()}
+        self.attention = {index: self._cached(index, layer.self_attn) for index, layer in self.layers.items()}
         self.num_blocks = count_blocks(settings, bytes_of_token(self.widths, self.dtype))
         self.cache = PagedCache.make(self.widths, self.num_blocks, settings.block_size, self.dtype, self.device)
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -44,6 +47,12 @@ class InferenceModel:
         kept_states = self.num_depths and self.num_depths + (self.settings.draft_tokens > self.num_depths)
         return widths | {state_name(depth): self.config.hidden_size for depth in range(kept_states)}
 
+    def _cached(self, index: int, attention: MLA | GroupedQueryAttention) -> CachedMLA | CachedGQA:
+        """Return the attention of a layer over the cache."""
+        if isinstance(attention, MLA):
+            return CachedMLA(attention, f"layer.{index}")
+        return CachedGQA(attention, self.config, f"layer.{index}", self.config.window_of(index))
+
     def _depths(self) -> int:
         """Return how many MTP modules draft; raise ValueError if there is none and drafts are wanted."""
         held = self.config.num_nextn_predict_layers
@@ -55,7 +64,12 @@ class InferenceModel:
     def batch(self, pieces: list[Piece]) -> Batch:
         """Return the batch of a forward of `pieces`; of no pieces, one of padding alone."""
         takes_few = next(iter(self.attention.values())).takes_few
-        return make_batch(pieces, self.settings.block_size, takes_few, self.device, self.dtype, self._padded)
+        return make_batch(pieces, self.settings.block_size, takes_few, self.device, self._padded)
+
+    def weights_changed(self) -> None:
+        """Forget the copies that attention made of weights."""
+        for attention in self.attention.values():
+            attention.weights_changed()
 
     @torch.inference_mode()
     def states(self, batch: Batch, chosen: Chosen | None = None) -> torch.Tensor:
@@ -83,11 +97,12 @@ class InferenceModel:
 
     @torch.inference_mode()
     def logits(self, states_TH: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Return the logits [R, V] of some rows, over the whole vocabulary."""
+        """Return the logits [R, V] of some rows, over the whole vocabulary, in at least float32."""
         padded = rows + rows[-1:] * (self._padded(len(rows)) - len(rows))
         picked = states_TH.index_select(0, torch.tensor(padded, device=self.device))
         logits_Rv = self.stage.logits(picked.unsqueeze(0))[0, :len(rows)]
-        return logits_Rv if self.tp.size == 1 else all_gather(logits_Rv.contiguous(), 1, self.tp.group)
+        logits_RV = logits_Rv if self.tp.size == 1 else all_gather(logits_Rv.contiguous(), 1, self.tp.group)
+        return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
 
     def _layer(self, index: int, x_1TH: torch.Tensor, batch: Batch, rope_2TD: torch.Tensor, chosen: Chosen | None
                ) -> torch.Tensor:

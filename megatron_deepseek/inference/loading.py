@@ -18,6 +18,7 @@ from megatron_deepseek.inference import held_loading
 from megatron_deepseek.inference.adapter import attach
 from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.model_files import FORMS, NF4, PLAIN, ModelFiles, check_dtype
+from megatron_deepseek.inference.packed import pack
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
@@ -84,6 +85,7 @@ def load_model(files: ModelFiles, meshes: Meshes, settings: LoadSettings = LoadS
     if adapter is not None:
         attach(adapter, stage, meshes, dtype)
     make_local(stage)
+    pack(stage)
     return LoadedModel(stage.eval().requires_grad_(False), config, meshes, meshes.device, dtype, files.tokenizer,
                        files.eos_ids, files.defaults)
 

@@ -32,6 +32,7 @@ class CachedMLA:
     def __init__(self, attention: MLA, name: str):
         self.attention, self.config, self.name = attention, attention.config, name
         self.scale = softmax_scale(attention.config)
+        self._absorbed_weights: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def width(self) -> int:
@@ -65,20 +66,37 @@ class CachedMLA:
 
     def _absorbed(self, q_TNX: torch.Tensor, groups: list[Few], cache: PagedCache) -> torch.Tensor:
         """Return attention of the tokens of `groups`, [T, N, V]."""
-        config = self.config
-        nope = config.qk_nope_head_dim
-        weight = dense_weight(self.attention.kv_b_proj, q_TNX.dtype).unflatten(0, (-1, nope + config.v_head_dim))
-        q_NTC = torch.bmm(q_TNX[..., :nope].transpose(0, 1), weight[:, :nope])
+        nope = self.config.qk_nope_head_dim
+        w_k_NXC, w_v_NVC = self._weights(q_TNX.dtype)
+        q_NTC = torch.bmm(q_TNX[..., :nope].transpose(0, 1), w_k_NXC)
         q_TNW = torch.cat([q_NTC.transpose(0, 1), q_TNX[..., nope:]], -1)
-        o_TNC = torch.cat([self._over_latents(q_TNW[group.rows], group, cache) for group in groups])
-        return torch.bmm(weight[:, nope:], o_TNC.permute(1, 2, 0)).permute(2, 0, 1)
+        sums = [self._over_latents(q_TNW[group.rows], group, cache) for group in groups]
+        o_TNC = sums[0] if len(sums) == 1 else torch.cat(sums)
+        return torch.bmm(o_TNC.transpose(0, 1), w_v_NVC.mT).transpose(0, 1)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return W_k [N, nope, C] and W_v [N, V, C] of each head, as plain numbers.
+
+        They are copied once: as strided parts of W_kvb products took up to twice as long on the CPU, and a weight of
+        FP8 or NF4 would be made plain in every step.
+        """
+        if self._absorbed_weights is None:
+            nope, value = self.config.qk_nope_head_dim, self.config.v_head_dim
+            weight = dense_weight(self.attention.kv_b_proj, dtype).unflatten(0, (-1, nope + value))
+            self._absorbed_weights = weight[:, :nope].contiguous(), weight[:, nope:].contiguous()
+        return self._absorbed_weights
+
+    def weights_changed(self) -> None:
+        """Copy the weights anew when they are next needed."""
+        self._absorbed_weights = None
 
     def _over_latents(self, q_TNW: torch.Tensor, group: Few, cache: PagedCache) -> torch.Tensor:
         """Return the weighted sums of latents of one group, [R * Q, N, C]."""
         sequences, queries = group.shape
         past_RLW = cache.blocks(self.name, group.tables_Rn)[:, :group.length]
         past_RQLW = past_RLW.unsqueeze(1).expand(-1, queries, -1, -1)
-        mask = None if group.mask_RQL is None else group.mask_RQL.unsqueeze(2)
+        mask = group.mask(None, q_TNW.dtype)
+        mask = None if mask is None else mask.unsqueeze(2)
         out_RQNW = F.scaled_dot_product_attention(q_TNW.view(sequences, queries, *q_TNW.shape[1:]), past_RQLW,
                                                   past_RQLW, attn_mask=mask, scale=self.scale)
         return out_RQNW.flatten(0, 1)[..., :self.config.kv_lora_rank]

@@ -3,8 +3,8 @@
 CUDA in bfloat16 runs `torch.nn.functional.grouped_mm`. Everywhere else each group is an ordinary GEMM written straight
 into the result: on CPU grouped_mm in bfloat16 was measured 7x slower than that loop, and it has no float64.
 
-In bfloat16 on CPU the number of rows of each group is rounded up: oneDNN compiles a kernel for every new shape, which
-was measured to take 0.9 ms, four times as long as the GEMM itself.
+In bfloat16 on CPU the number of rows of each group is rounded up, to a power of two or a multiple of 64: oneDNN
+compiles a kernel for every new shape, which was measured to take 0.9 ms, four times as long as the GEMM itself.
 
 Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers that sum to R.
 """
@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 
 
-ROW_MULTIPLE = 64  # a group's rows are padded to a multiple of it in bfloat16 on CPU
+ROW_MULTIPLE = 64  # more rows of a group than this are padded to a multiple of it in bfloat16 on CPU
 
 
 def _round_up(x: torch.Tensor) -> torch.Tensor:
     """Return x with zero rows appended where kernels are compiled for each shape, x itself elsewhere."""
     if x.dtype != torch.bfloat16 or x.is_cuda:
         return x
-    return F.pad(x, (0, 0, 0, -x.shape[0] % ROW_MULTIPLE))
+    rows = x.shape[0]
+    rounded = 1 << (rows - 1).bit_length() if 0 < rows <= ROW_MULTIPLE else -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    return x if rounded == rows else F.pad(x, (0, 0, 0, rounded - rows))
 
 
 def _mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -47,7 +49,8 @@ def grouped_forward(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list
         return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=_offsets(counts_E, x_RI.device))
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
     for x, weight, y in zip(x_RI.split(counts_E), weight_EOI.unbind(), y_RO.split(counts_E)):
-        _mm(x, weight.t(), y)
+        if len(x):
+            _mm(x, weight.t(), y)
     return y_RO
 
 

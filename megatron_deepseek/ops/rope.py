@@ -27,13 +27,34 @@ def apply_rope_to_halves(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tens
     R is twice the table's number of pairs. Llama's and Qwen's weights are in this order. Computed in at least float32,
     returned in x's dtype.
     """
+    return _RotateHalves.apply(x, table_2SD)
+
+
+class _RotateHalves(torch.autograd.Function):
+    """Keeps the table alone; the backward turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx, x, table_2SD):
+        ctx.save_for_backward(table_2SD)
+        return _turn_halves(x, *table_2SD)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos_SD, sin_SD = ctx.saved_tensors[0]
+        return _turn_halves(grad, cos_SD, -sin_SD), None
+
+
+def _turn_halves(x: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = table_2SD.to(wide).unsqueeze(2)
-    half = cos.shape[-1]
-    first, second, rest = x.tensor_split((half, 2 * half), -1)
-    first, second = first.to(wide), second.to(wide)
-    turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
-    return torch.cat([*turned, rest] if rest.shape[-1] else turned, -1)
+    cos, sin = (each.to(wide).unsqueeze(1) for each in (cos_SD, sin_SD))
+    half, x_wide = cos.shape[-1], x.to(wide)
+    first, second, rest = x_wide.tensor_split((half, 2 * half), -1)
+    out = torch.empty_like(x_wide)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:2 * half]).addcmul_(first, sin)
+    if rest.shape[-1]:
+        out[..., 2 * half:] = rest
+    return out.to(x.dtype)
 
 
 @with_backends("rope_queries")

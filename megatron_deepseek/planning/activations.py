@@ -1,92 +1,18 @@
 """What a layer keeps for its backward, tensor by tensor, from the shapes that the model's code has.
 
-Each function reads like the module that it counts (model/attention/mla.py, model/moe.py, model/layer.py): a tensor that
-two operators keep is counted once, views are not counted, weights never. tests/unit/planning/test_activations.py and
-tests/parallel/test_planned_memory.py hold the sums, to the byte, against what saved-tensor hooks see on CPU.
+Each function reads like the module that it counts (model/moe.py, model/layer.py; attention_activations.py has
+model/attention/): a tensor that two operators keep is counted once, views are not counted, weights never.
+tests/unit/planning/test_activations.py and tests/parallel/test_planned_memory.py hold the sums, to the byte, against
+what saved-tensor hooks see on CPU.
 
 Rows are float: with experts over several ranks they are averages, or those of the fullest rank.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
-from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.planning.attention_activations import attention, norm
+from megatron_deepseek.planning.layer_shapes import EXPERT_ACTIVATION, LAYERNORM, Kept, LayerShapes
 from megatron_deepseek.planning.numbers import INDEX, Numbers
-
-LAYERNORM, UP_PROJECTION, EXPERT_ACTIVATION = "layernorm", "mla_up_proj", "moe_act"  # RecomputeSettings.modules
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A tensor that waits for the backward. `again`: the module of --recompute-modules that makes it again instead;
-    `for_again`: the one for which alone it is kept, to make others from. `stays`: offloading leaves it on the device,
-    as it is an index.
-    """
-
-    name: str
-    bytes: float
-    again: str | None = None
-    stays: bool = False
-    for_again: str | None = None
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """How tokens reach their experts. `dispatcher`: alltoall, allgather or grouped; `nodes`: on how many of `all_nodes`
-    a token has experts, on average; `imbalance`: rows of the fullest rank over the mean.
-    """
-
-    dispatcher: str = "alltoall"
-    nodes: float = 1.0
-    all_nodes: int = 1
-    imbalance: float = 1.0
-
-
-@dataclass(frozen=True)
-class LayerShapes:
-    """One micro-batch on a rank: `sequences` of `length` tokens each, of which context ranks have their part.
-
-    `balance`: a balance loss is attached; `per_sequence`, of each sequence by itself. `packed`: attention within
-    documents. `weighs_before`, `wide_router_input`: Engine's.
-    """
-
-    model: ModelConfig
-    layout: Layout
-    sequences: int
-    length: int
-    numbers: Numbers = Numbers()
-    traffic: Traffic = field(default_factory=Traffic)
-    balance: bool = False
-    per_sequence: bool = True
-    packed: bool = False
-    weighs_before: bool = False
-    wide_router_input: bool = True
-
-    @property
-    def whole(self) -> int:
-        """Return the tokens of a rank between entering and leaving a tensor-parallel region."""
-        return self.sequences * self.length // self.layout.cp
-
-    @property
-    def stream(self) -> int:
-        """Return the tokens of a rank in the stream between such regions."""
-        return self.whole // self.layout.tp if self.layout.sequence_parallel else self.whole
-
-    @property
-    def own(self) -> int:
-        """Return the tokens that a rank routes."""
-        return self.whole // self.layout.tp
-
-    @property
-    def gathers(self) -> bool:
-        """Return whether what enters a tensor-parallel region is gathered, and no tensor of the stream."""
-        return self.layout.tp > 1 and self.layout.sequence_parallel
-
-    @property
-    def heads(self) -> int:
-        """Return the attention heads of a rank."""
-        return self.model.num_attention_heads // self.layout.tp
 
 
 def layer(shapes: LayerShapes, index: int, dropped: float = 0) -> Iterator[Kept]:
@@ -96,7 +22,7 @@ def layer(shapes: LayerShapes, index: int, dropped: float = 0) -> Iterator[Kept]
     model, numbers = shapes.model, shapes.numbers
     yield Kept("input of the layer", numbers.plain(shapes.stream, model.hidden_size))
     yield from norm("attention's norm", shapes.stream, numbers)
-    yield from attention(shapes)
+    yield from attention(shapes, by_blocks=shapes.layout.cp > 1 or model.window_of(index) is not None)
     yield Kept("input of the MLP's norm", numbers.plain(shapes.stream, model.hidden_size))
     yield from norm("MLP's norm", shapes.stream, numbers)
     if model.is_moe_layer(index):
@@ -124,66 +50,6 @@ def embedding(shapes: LayerShapes) -> Iterator[Kept]:
     """Yield what looking tokens up keeps beside their ids: with a divided vocabulary the rows, and whose they are."""
     if shapes.layout.tp > 1:
         yield Kept("rows of the vocabulary", shapes.whole * (INDEX + 1), stays=True)
-
-
-def norm(name: str, rows: float, numbers: Numbers) -> Iterator[Kept]:
-    """Yield what RMSNorm keeps beside its input: one number a row."""
-    yield Kept(f"{name}: statistics", rows * numbers.wide)
-
-
-def attention(shapes: LayerShapes) -> Iterator[Kept]:
-    """Yield what MLA keeps (model/attention/mla.py), its normed input included."""
-    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
-    stream, whole, latent = shapes.stream, shapes.whole, model.kv_lora_rank + model.qk_rope_head_dim
-    yield Kept("attention's input", numbers.product_input(stream, model.hidden_size), LAYERNORM)
-    yield Kept("key-value latent", numbers.plain(stream, latent))
-    yield from norm("key-value norm", stream, numbers)
-    if model.q_lora_rank:
-        yield Kept("query latent", numbers.plain(stream, model.q_lora_rank))
-        yield from norm("query norm", stream, numbers)
-    yield from up_projection_inputs(shapes, latent)
-    q = Kept("queries", numbers.plain(whole, shapes.heads * model.qk_head_dim), UP_PROJECTION)
-    statistics = Kept("log-sum-exps", whole * shapes.heads * numbers.wide)
-    if layout.cp > 1:
-        yield from (q, statistics)
-        yield Kept("latents of the context ranks", layout.cp * numbers.plain(whole, latent))
-    else:
-        value = model.v_head_dim if numbers.cuda else model.qk_head_dim
-        yield from (q, statistics)
-        yield Kept("keys", numbers.plain(whole, shapes.heads * model.qk_head_dim), UP_PROJECTION)
-        yield Kept("values", numbers.plain(whole, shapes.heads * value), UP_PROJECTION)
-    yield from attention_output(shapes)
-
-
-def up_projection_inputs(shapes: LayerShapes, latent: int) -> Iterator[Kept]:
-    """Yield the inputs of the products by heads: normed latents, gathered over TP at once in the layers' dtype."""
-    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
-    query = model.q_lora_rank or model.hidden_size
-    if layout.tp > 1:
-        gathered = numbers.plain(shapes.whole, query + latent)
-        yield Kept("gathered latents", gathered, for_again=UP_PROJECTION if numbers.fp8 else None)
-        if not numbers.fp8:
-            return
-    elif layout.cp > 1 and model.q_lora_rank and numbers.fp8:
-        yield Kept("query latent to be projected", numbers.plain(shapes.whole, query), for_again=UP_PROJECTION)
-    if model.q_lora_rank or layout.tp > 1:
-        yield Kept("normed query latent", numbers.product_input(shapes.whole, query))
-    if layout.cp == 1:
-        yield Kept("normed key-value latent", numbers.product_input(shapes.whole, model.kv_lora_rank))
-
-
-def attention_output(shapes: LayerShapes) -> Iterator[Kept]:
-    """Yield attention's output, which its own backward and the product after it read."""
-    model, numbers = shapes.model, shapes.numbers
-    width = shapes.heads * model.v_head_dim
-    if numbers.fp8:
-        yield Kept("attention's output", numbers.e5m6(shapes.whole, width))
-        return
-    yield Kept("attention's output", numbers.plain(shapes.whole, width))
-    computed = model.v_head_dim if numbers.cuda else model.qk_head_dim
-    apart = shapes.packed or computed != model.v_head_dim  # the output is then a copy of what the kernel made
-    if apart and shapes.layout.cp == 1:
-        yield Kept("attention's output as computed", numbers.plain(shapes.whole, shapes.heads * computed))
 
 
 def entered(shapes: LayerShapes) -> Iterator[Kept]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel import schedule_rules
-from megatron_deepseek.planning.activations import EXPERT_ACTIVATION, LAYERNORM, UP_PROJECTION
+from megatron_deepseek.planning.layer_shapes import EXPERT_ACTIVATION, LAYERNORM, UP_PROJECTION
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 DISPATCHERS = ("alltoall", "grouped", "allgather")

@@ -7,7 +7,7 @@ rank torch's own cross-entropy keeps them as log-probabilities in float32.
 
 from collections.abc import Iterator
 
-from megatron_deepseek.planning.activations import Kept, LayerShapes
+from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.planning.numbers import INDEX
 
 LOGITS_BYTES = 256 * 2**20  # model/head.py's; a test holds them equal

@@ -11,7 +11,7 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.actions import DUAL_PIPE, Act, actions, held_stages, num_stages
-from megatron_deepseek.planning.activations import LayerShapes, Traffic
+from megatron_deepseek.planning.layer_shapes import LayerShapes, Traffic
 from megatron_deepseek.planning.engines import OURS, Engine
 from megatron_deepseek.planning.layer_bytes import LayerMode, modes
 from megatron_deepseek.planning.node_reach import expected_nodes, nodes_of_experts

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_deepseek.planning.activations import Kept, LayerShapes, layer, mtp, remaining, staying, total
+from megatron_deepseek.planning.activations import layer, mtp, remaining, staying, total
+from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -55,8 +56,9 @@ def _representative(shapes: LayerShapes, index: int) -> int:
     model = shapes.model
     if index >= model.num_hidden_layers:
         return index
-    moe = model.is_moe_layer(index)
-    return next(other for other in range(model.num_hidden_layers) if model.is_moe_layer(other) == moe)
+    kind = model.is_moe_layer(index), model.window_of(index)
+    return next(other for other in range(model.num_hidden_layers)
+                if (model.is_moe_layer(other), model.window_of(other)) == kind)
 
 
 @lru_cache(1024)
@@ -76,7 +78,7 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode) -> LayerBytes:
     if mode.offloaded:
         output = sum(each.bytes for each in whole if each.name == "MTP's output")
         state = shapes.numbers.plain(shapes.stream, model.hidden_size) if depth >= 0 else 0.0
-        table = 0 if mode.full else 4 * shapes.length // shapes.layout.cp * model.qk_rope_head_dim
+        table = 0 if mode.full else 4 * shapes.length // shapes.layout.cp * model.rotary_dim
         host = kept - stays - output + state + table  # MTP's first state goes too, and each layer's rotary table
         return LayerBytes(stays + output, host, buffers(shapes, index) + host, again + host + transient, waiting)
     return LayerBytes(kept, 0.0, buffers(shapes, index) + (again if mode.full else 0.0), again + transient, waiting)
@@ -114,12 +116,7 @@ def deferred_gradients(shapes: LayerShapes, index: int) -> float:
     down-projections, SwiGLU's outputs, which are kept in another form until then.
     """
     model, numbers, layout, form = shapes.model, shapes.numbers, shapes.layout, shapes.numbers.waiting_gradient
-    found = form(shapes.stream, model.kv_lora_rank + model.qk_rope_head_dim)
-    if model.q_lora_rank:
-        found += form(shapes.stream, model.q_lora_rank)
-    found += form(shapes.whole, shapes.heads * model.qk_head_dim) + form(shapes.whole, model.hidden_size)
-    if layout.cp == 1:
-        found += form(shapes.whole, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim))
+    found = attention_gradients(shapes) + form(shapes.whole, model.hidden_size)
     if index >= model.num_hidden_layers:
         found += numbers.plain(shapes.stream, model.hidden_size)  # eh_proj's
     parts = 3 if numbers.fp8 else 2  # gate, up, and in FP8 the down-projection's input
@@ -131,6 +128,20 @@ def deferred_gradients(shapes: LayerShapes, index: int) -> float:
         groups, rows = model.n_routed_experts // layout.ep, expert_rows(shapes)
         found += parts * form(rows, model.moe_intermediate_size // layout.etp, groups)
         found += form(rows, model.hidden_size, groups)
+    return found
+
+
+def attention_gradients(shapes: LayerShapes) -> float:
+    """Sum the gradients of the outputs of attention's products but the last, as they wait for weight gradients."""
+    model, form = shapes.model, shapes.numbers.waiting_gradient
+    found = form(shapes.whole, shapes.heads * model.qk_head_dim)
+    if model.grouped_query:
+        return found + 2 * form(shapes.whole, shapes.kv_product_heads * model.head_dim)
+    found += form(shapes.stream, model.kv_lora_rank + model.qk_rope_head_dim)
+    if model.q_lora_rank:
+        found += form(shapes.stream, model.q_lora_rank)
+    if shapes.layout.cp == 1:
+        found += form(shapes.whole, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim))
     return found
 
 
@@ -164,7 +175,8 @@ def gradients_in_flight(shapes: LayerShapes, index: int) -> float:
     """
     model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
     stream = numbers.plain(shapes.stream, 2 * model.hidden_size)
-    attention = numbers.plain(shapes.whole, shapes.heads * (2 * model.qk_head_dim + 2 * model.v_head_dim))
+    of_head = model.qk_head_dim + model.value_head_dim
+    attention = numbers.plain(shapes.whole, (shapes.heads + shapes.kv_heads) * of_head)
     if model.is_moe_layer(index):
         width = 3 * model.moe_intermediate_size // layout.etp
         block = numbers.plain(expert_rows(shapes), model.hidden_size + width) + buffers(shapes, index)

@@ -7,18 +7,12 @@ is by itself, since schedules can hide it; what tensor and context ranks exchang
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from megatron_deepseek.planning.activations import (
-    EXPERT_ACTIVATION,
-    LAYERNORM,
-    UP_PROJECTION,
-    LayerShapes,
-    layer,
-    mtp,
-    total,
-)
+from megatron_deepseek.planning.activations import layer, mtp, total
+from megatron_deepseek.planning.attention_activations import travelling_width
 from megatron_deepseek.planning.efficiency import PASSES_BACKWARD, PASSES_FORWARD, Rates
 from megatron_deepseek.planning.flops import attention_core_flops
 from megatron_deepseek.planning.layer_bytes import LayerMode, expert_rows, layer_bytes
+from megatron_deepseek.planning.layer_shapes import EXPERT_ACTIVATION, LAYERNORM, UP_PROJECTION, LayerShapes
 from megatron_deepseek.planning.network import Network
 from megatron_deepseek.planning.products import Product, layer_products
 
@@ -146,17 +140,18 @@ def _collectives(machine: Machine, shapes: LayerShapes, index: int) -> float:
     """Return the seconds of what tensor and context ranks exchange in a forward."""
     model, layout, network, numbers = shapes.model, shapes.layout, machine.network, shapes.numbers
     hidden = numbers.plain(shapes.whole, model.hidden_size)
-    latent = model.kv_lora_rank + model.qk_rope_head_dim
+    travelling = travelling_width(model, shapes.kv_heads)
     seconds = 0.0
     if layout.tp > 1:
-        latents = numbers.plain(shapes.whole, (model.q_lora_rank or model.hidden_size) + latent)
+        query = model.q_lora_rank or model.hidden_size
+        latents = numbers.plain(shapes.whole, model.hidden_size if model.grouped_query else query + travelling)
         dense = not model.is_moe_layer(index) or model.n_shared_experts > 0
         gathers = [latents, hidden] + [hidden, hidden] * dense
         times = 1 if layout.sequence_parallel else 2  # an all-reduce is two of them, of the outputs alone
         used = gathers if layout.sequence_parallel else [hidden] * (1 + dense)
         seconds += times * sum(network.gather(each, layout.tp, 1) for each in used)
     if layout.cp > 1:
-        whole = numbers.plain(shapes.whole * layout.cp, latent)
+        whole = numbers.plain(shapes.whole * layout.cp, travelling)
         travels = network.gather(whole, layout.cp, layout.tp)
         core = shapes.whole * attention_core_flops(model, shapes.length) / layout.tp / 2
         seconds += max(0.0, travels - machine.rates.attention(core, False)) if machine.cp_ring else travels

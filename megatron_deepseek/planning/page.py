@@ -3,18 +3,20 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from megatron_deepseek.planning import anchors, distilled, page_time, sizing
+from megatron_deepseek.model.architecture.presets import PRESETS
+from megatron_deepseek.planning import anchors, page_time, sizing
 from megatron_deepseek.planning.gpus import Gpu, find_gpu, load_gpus
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import all_ranks, worst
 from megatron_deepseek.planning.page_text import TEXT
 from megatron_deepseek.planning.report import GIB
-from megatron_deepseek.planning.tasks import Task
+from megatron_deepseek.planning.tasks import Task, cache_bytes_of_token
 from megatron_deepseek.settings import Settings
 
 Parse = Callable[[str, int], Settings]  # arguments of a run, and its ranks
 
 MODELS = (("deepseek-v2-lite", "V2-Lite"), ("deepseek-v2", "V2"), ("deepseek-v3", "V3, R1"))
+OTHERS = tuple(preset for preset in PRESETS if preset.name not in ("tiny", *(name for name, _ in MODELS)))
 TASKS = (("pretrain", "pre-training, full fine-tuning"), ("lora", "LoRA"), ("qlora", "QLoRA"), ("grpo", "GRPO"),
          ("serve", "serving"))
 USERS, CONTEXT = 64, 8192
@@ -28,7 +30,7 @@ def page(parse: Parse) -> str:
     return TEXT.format(
         anchors="\n".join(anchors.rows(parse)), science="\n".join(anchors.science_rows(parse)),
         ladder="\n".join(ladder(parse)), counts="\n".join(counts(settings, find_gpu("h100"))),
-        fewest="\n".join(fewest(settings)), distilled="\n".join(distilled_rows()), gpus="\n".join(gpu_rows()),
+        fewest="\n".join(fewest(settings)), others="\n".join(other_rows(parse)), gpus="\n".join(gpu_rows()),
         times="\n".join(page_time.rows(parse)), table4=page_time.table_4(), users=USERS, context=CONTEXT)
 
 
@@ -61,14 +63,18 @@ def fewest(settings: dict[str, Settings]) -> Iterator[str]:
             yield f"| {title} | {words} | " + " | ".join(cells) + " |"
 
 
-def distilled_rows() -> Iterator[str]:
-    """Yield a row for each distilled model: the fewest H100 for each task."""
+def other_rows(parse: Parse) -> Iterator[str]:
+    """Yield a row for each other released model: the fewest H100 for each task."""
     gpu = find_gpu("h100")
-    for model in distilled.MODELS:
-        found = [distilled.fewest(model, task, gpu, 4096, USERS * CONTEXT)
-                 for task in ("finetune", "lora", "qlora", "serve")]
-        yield (f"| {model.name} | {model.parameters / 1e9:.2f} | " + " | ".join(map(str, found))
-               + f" | {model.cache_bytes / 1000:.0f} |")
+    for preset in OTHERS:
+        settings = parse(f"--bf16 --model {preset.name} --recompute-granularity full", 1)
+        cells = []
+        for task in ("finetune", "lora", "qlora", "serve"):
+            found = sizing.fewest(settings, gpu, task_of(task, 1))
+            cells.append("none of these" if found is None else f"{found[0]} ({found[1].words})")
+        model = preset.config
+        yield (f"| {preset.name} | {model.main_parameters() / 1e9:.2f} | " + " | ".join(cells)
+               + f" | {cache_bytes_of_token(model) / 1000:.0f} |")
 
 
 LADDER = (

@@ -110,12 +110,11 @@ token), in bf16.
 |---|---|---|---|---|
 {fewest}
 
-The models distilled from R1 are Qwen2.5 and Llama 3, which this project does not train yet: ZeRO-3 on H100, {users}
-conversations of {context} tokens when serving.
+The same of the other released models that `--model` knows, for H100 alone:
 
 | model | 1e9 parameters | full fine-tuning | LoRA | QLoRA | serving | cache, kB a token |
 |---|---|---|---|---|---|---|
-{distilled}
+{others}
 
 ## From 1 to 2,048 H100
 GiB that the fullest rank may need in the layout that needs least; `?` is tight, `✗` does not fit.

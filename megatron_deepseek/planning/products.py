@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from megatron_deepseek.model.architecture.parameters import Parameter, layer_rows, outer_rows
 from megatron_deepseek.model.architecture.placements import EP, ETP, TP
-from megatron_deepseek.planning.activations import UP_PROJECTION, LayerShapes
 from megatron_deepseek.planning.layer_bytes import expert_rows
+from megatron_deepseek.planning.layer_shapes import UP_PROJECTION, LayerShapes
 
-_REMADE = ("q_b_proj", "kv_b_proj")  # what mla_up_proj of --recompute-modules makes again
+# What mla_up_proj of --recompute-modules makes again: queries, keys and values, of whatever they are made of.
+_REMADE = ("q_b_proj", "kv_b_proj", "q_proj", "k_proj", "v_proj")
 _WIDE = (".mlp.gate.", "eh_proj")  # outside of the FP8 recipe, as the head is
 
 
@@ -57,5 +58,5 @@ def _product(shapes: LayerShapes, row: Parameter) -> Product:
         return Product(expert_rows(shapes), columns, width, groups, fp8)
     columns, width = local
     rows = shapes.whole if row.placement.divisions else shapes.own if _WIDE[0] in row.name else shapes.stream
-    again = UP_PROJECTION if any(name in row.name for name in _REMADE) else None
+    again = UP_PROJECTION if row.name.split(".")[-2] in _REMADE else None
     return Product(rows, columns, width, 1, fp8, again)

@@ -12,11 +12,12 @@ from functools import lru_cache
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.activations import LayerShapes, embedding, norm, total
+from megatron_deepseek.planning.activations import embedding, norm, total
 from megatron_deepseek.planning.arrivals import most_waiting, one_each
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
+from megatron_deepseek.planning.layer_shapes import LayerShapes
 from megatron_deepseek.planning.replay import StageBytes
 from megatron_deepseek.planning.held_parameters import held_parameters
 

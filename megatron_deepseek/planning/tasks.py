@@ -15,6 +15,7 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.parameters import layer_rows
 from megatron_deepseek.model.architecture.placements import EP, ETP, TP
 from megatron_deepseek.planning.activations import layer, total
+from megatron_deepseek.planning.attention_activations import travelling_width
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.state_bytes import Divided, StateParts, data_ranks, largest_unit
 from megatron_deepseek.planning.held_parameters import held_parameters
@@ -45,8 +46,10 @@ class Task:
 
 
 def cache_bytes_of_token(model: ModelConfig) -> int:
-    """Return what all layers cache of a token: the latent and the turned shared key, [kv_lora_rank + rope] each."""
-    return model.num_hidden_layers * (model.kv_lora_rank + model.qk_rope_head_dim) * CACHE_ELEMENT
+    """Return what all layers cache of a token: MLA's latent and turned shared key, [kv_lora_rank + rope] each, or the
+    heads of keys and values.
+    """
+    return model.num_hidden_layers * travelling_width(model, model.num_kv_heads) * CACHE_ELEMENT
 
 
 def extra_bytes(job: Job, task: Task, pp_rank: int) -> dict[str, float]:

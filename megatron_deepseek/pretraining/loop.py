@@ -1,11 +1,13 @@
 """Pre-training: indexed datasets and their blends, and the next token of every position."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.data.blend import SPLITS
+from megatron_deepseek.data.mock import with_mock_data
 from megatron_deepseek.data.pretraining import check_data, open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
@@ -28,12 +30,13 @@ class Pretraining(Task):
     """The task of pre-training."""
 
     def check(self, settings: Settings) -> Settings:
+        settings = replace(settings, data=with_mock_data(settings.data))
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
         return settings
 
     def prepare(self, settings: Settings) -> Prepared:
         """Return the task as it is: indices are built when it is known how many samples are left."""
-        return Prepared(settings, open_data)
+        return Prepared(replace(settings, data=with_mock_data(settings.data)), open_data)
 
 
 def open_data(settings: Settings, state: TrainState, say: Callable[[str], None]) -> RunData:

@@ -55,10 +55,11 @@ class Start:
 
     `load`: the checkpoint or released weights to load, None for fresh weights. `is_saved`: `load` is --save's last
     checkpoint. `weights_only`: load no moments. `finetune`: load no moments, and count from iteration 0. `new_modules`:
-    prefixes of the names of the MTP modules that --init-mtp initialises, those that the checkpoint lacks. `origin`: the
-    --load of the run's first start, None if it began from nothing. `overwrite`: what --save holds is removed before the
-    first step. `lock`: the token of --save's lock. `before`: the arguments that the checkpoint records, where it is of
-    the same run and has a record. `notes`: lines for the user.
+    prefixes of the names of the MTP modules that --init-mtp initialises, those that the checkpoint lacks;
+    `dropped_modules`: of those that the checkpoint has and the model lacks, left behind by --mtp-num-layers 0.
+    `origin`: the --load of the run's first start, None if it began from nothing. `overwrite`: what --save holds is
+    removed before the first step. `lock`: the token of --save's lock. `before`: the arguments that the checkpoint
+    records, where it is of the same run and has a record. `notes`: lines for the user.
     """
 
     load: Path | None = None
@@ -66,6 +67,7 @@ class Start:
     finetune: bool = False
     weights_only: bool = False
     new_modules: tuple[str, ...] = ()
+    dropped_modules: tuple[str, ...] = ()
     origin: str | None = None
     overwrite: bool = False
     lock: str = ""
@@ -87,10 +89,12 @@ def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "", lora:
         raise ValueError(f"--load {start.load} holds whole weights: adapters beside them need another --save")
     own = run.save is not None and _same(start.load.parent, run.save)
     weights_alone = _has_weights_alone(start.load) or (not own and (start.finetune or start.weights_only))
-    changed = check_directory(start.load, model, run.init_mtp, weights_alone)
-    new = module_prefixes(model, stored_architecture(start.load).num_nextn_predict_layers) if run.init_mtp else ()
+    lines = check_directory(start.load, model, run.init_mtp, weights_alone, run.drop_mtp)
+    stored = stored_architecture(start.load)
+    new = module_prefixes(model, stored.num_nextn_predict_layers) if run.init_mtp else ()
     weights_only = start.finetune or start.weights_only or bool(new) or _has_weights_alone(start.load)
-    return replace(start, weights_only=weights_only, new_modules=tuple(new), notes=(*start.notes, *changed),
+    return replace(start, weights_only=weights_only, new_modules=tuple(new), notes=(*start.notes, *lines),
+                   dropped_modules=tuple(module_prefixes(stored, model.num_nextn_predict_layers)),
                    before=None if start.finetune else read_recorded(start.load))
 
 

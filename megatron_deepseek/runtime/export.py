@@ -8,6 +8,7 @@ from megatron_deepseek.checkpoint.job.export import (
     keep_assets,
     keep_model_file,
     keep_tokenizer,
+    keep_vocab_size,
 )
 from megatron_deepseek.checkpoint.tracker import find_iteration
 from megatron_deepseek.runtime.decision import Start
@@ -22,6 +23,7 @@ def keep_beside(settings: Settings, start: Start) -> None:
         keep_assets(start.load, settings.run.save)
         keep_model_file(settings.run.save, settings.run.model_file, settings.model)
         keep_tokenizer(settings.run.save, settings.data, settings.run.chat_template)
+        keep_vocab_size(settings.run.save, settings.run.unpadded_vocab_size)
 
 
 def export(run: RunSettings, iteration: int, report: Report) -> None:
@@ -50,6 +52,6 @@ def _is_exported(run: RunSettings, iteration: int) -> bool:
     answer = [False]
     if dist.get_rank() == 0:
         saved = find_iteration(run.save, iteration)
-        answer = [saved is not None and is_exported(run.save_hf, saved, run.bf16)]
+        answer = [saved is not None and is_exported(run, saved)]
     dist.broadcast_object_list(answer)
     return answer[0]

@@ -70,7 +70,7 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
             check_new_adapter(run.save_adapter)
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
         if run.save_hf is not None:
-            check_export(run.save_hf, settings.model, run.bf16, start.load if _is_finished(settings, start) else None)
+            check_export(run, settings.model, start.load if _is_finished(settings, start) else None)
         return start
 
 
@@ -110,9 +110,11 @@ def resume(start: Start, trainer: Trainer, adapter: Path | None = None) -> tuple
     with end_on_user_error():
         refuse_damage(start.load, checkpoint.verify(start.load) or [])
         if lora is None:
-            state = checkpoint.load(start.load, trainer.stages, optimizer, start.new_modules)
+            state = checkpoint.load(start.load, trainer.stages, optimizer, start.new_modules,
+                                    start.dropped_modules)
         else:
-            state, base = load_with_base(start.load, trainer.stages, optimizer, trainer.meshes.device)
+            state, base = load_with_base(start.load, trainer.stages, optimizer, trainer.meshes.device,
+                                         start.dropped_modules)
             if adapter is not None and not holds_adapters(start.load):
                 load_adapter(adapter, trainer.stages, trainer.spec.model, lora)
     if start.finetune:

@@ -172,6 +172,23 @@ def test_begins_from_fp8_as_released(bench, alone):
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=0.02) and ours["lm_loss"] != theirs["lm_loss"]
 
 
+@pytest.mark.parametrize("load", ["released", "start"])
+def test_mtp_of_given_weights_may_stay_behind(bench, alone, load):
+    """From either form of weights: the main model's loss is the same, and neither form that is written has a module."""
+    save, out = f"no-mtp-{load}", bench.directory / f"no-mtp-{load}-hf"
+    job = bench.run(1, save, "--load", str(bench.directory / load), "--mtp-num-layers", "0", "--train-iters", "1",
+                    "--save-hf", str(out))
+    assert job.status == 0, job.output
+    assert "stays behind; what this run saves has none" in job.output and "MTP: none (--mtp-num-layers 0)" in job.output
+    (first,) = steps(bench.metrics(save))
+    assert first["lm_loss"] == pytest.approx(steps(alone)[0]["lm_loss"], rel=1e-6) and not first["mtp_loss"]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    weights = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weights and not any(name.startswith("model.layers.4.") for name in weights)
+    native = json.loads((bench.directory / save / "iter_0000001" / "config.json").read_text())
+    assert native["num_nextn_predict_layers"] == 0
+
+
 def test_a_dry_run_shows_what_is_trained_on_and_builds_nothing(bench):
     job = bench.launch(1, None, "--dry-run")
     assert job.status == 0, job.output

@@ -112,7 +112,8 @@ def test_an_empty_prompt_begins_a_document(released, capsys):
 
 
 LINES = [{"prompt": "w5 w9 w20"}, {"prompt": [5, 9, 20], "max_tokens": 3, "id": "three"},
-         {"prompt": "w7", "temperature": 1.5, "n": 2, "logprobs": 1}, {"prompt": "w8 w8", "temperature": 1.5}]
+         {"prompt": "w7", "temperature": 1.5, "n": 2, "logprobs": 1}, {"prompt": "w8 w8", "temperature": 1.5},
+         {"prompt": "w8 w8", "temperature": 1.5}]
 
 
 def write_prompts(path: Path, lines=LINES) -> Path:
@@ -138,7 +139,8 @@ def test_a_file_of_prompts(released, tmp_path, capsys):
     arguments, output = arguments_of(released, tmp_path), tmp_path / "answers.jsonl"
     assert main(arguments) == 0
     whole = answers_in(output)
-    assert sorted(whole) == [1, 2, 3, 4]
+    assert sorted(whole) == [1, 2, 3, 4, 5]
+    assert whole[4]["outputs"] != whole[5]["outputs"]  # the same prompt twice: each line draws for itself
     first = whole[1]["outputs"][0]
     assert f"w5 w9 w20{first['text']}" == theirs(released, "w5 w9 w20") and first["finish_reason"] in ("length", "stop")
     assert whole[2]["outputs"][0]["tokens"] == first["tokens"][:3] and whole[2]["id"] == "three"

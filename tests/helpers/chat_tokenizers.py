@@ -4,7 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_deepseek.data.tokenizer import ASSISTANT, BOS, EOD, USER
 from megatron_deepseek.finetuning.templates import END_THINK, THINK, TOOL_TOKENS
@@ -27,6 +27,38 @@ def write_tokenizer(folder: Path, tokens=ALL, chat_template: str | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": BOS, "eos_token": EOD} | ({"chat_template": chat_template} if chat_template else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+# How tokenizer.json of Qwen2.5 and of Llama 3 cuts a text before it merges bytes: numbers by one digit, or by three.
+_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+DISTILLED = {"qwen": ("", True), "llama": ("{1,3}", False)}  # the numbers, and whether texts are normalised (NFC)
+
+
+def write_distilled(folder: Path, base: str, chat_template: str | None) -> str:
+    """Write a tokenizer like those of R1's distilled models: cut as `base` does, its first added tokens renamed to
+    DeepSeek's, in the form of the released tokenizer_config.json. Return the folder.
+    """
+    numbers, normalised = DISTILLED[base]
+    backend = Tokenizer(models.BPE(ignore_merges=base == "llama"))
+    backend.normalizer = normalizers.NFC() if normalised else None
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_WORDS.replace("NUMBERS", numbers)), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(TEXT * 20, trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in (EOD, BOS)])
+    roles = (USER, ASSISTANT, "<|EOT|>", THINK, END_THINK)
+    backend.add_tokens([AddedToken(token, normalized=False) for token in roles])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    config = {"add_bos_token": True, "add_eos_token": False, "bos_token": token | {"content": BOS},
+              "eos_token": token | {"content": EOD}, "pad_token": token | {"content": EOD},
+              "tokenizer_class": "LlamaTokenizerFast"} | ({"chat_template": chat_template} if chat_template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from small_models import V2_SMALL, V3_SMALL, tensors, whole_stage
+from small_models import LLAMA_SMALL, V2_SMALL, V3_SMALL, tensors, whole_stage
 
 from megatron_deepseek.inference.engine import Engine
 from megatron_deepseek.inference.loaded_model import LoadedModel
@@ -19,6 +19,8 @@ YARN = RopeScaling(kind="yarn", factor=8.0, original_max_position_embeddings=16,
 V3_MTP = replace(V3_SMALL, num_nextn_predict_layers=1, rope_scaling=YARN, max_position_embeddings=128)
 V2_LITE = replace(V2_SMALL, q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy", n_shared_experts=2,
                   routed_scaling_factor=1.0)
+QWEN = replace(LLAMA_SMALL, num_nextn_predict_layers=1, qk_norm=True)
+WINDOWED = replace(LLAMA_SMALL, qkv_bias=True, sliding_window=6, layer_types=("full_attention", "sliding_attention"))
 
 
 def spread(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -14,13 +14,13 @@ ADAPTERS = of(
     ("LowRank._up", "hidden, b = hidden * self.scale, self.b()", "hidden, b = hidden, self.b()"),
     ("LowRank._up", "hidden.chunk(self.matrices, -1), b.chunk", "hidden.chunk(self.matrices, -1)[::-1], b.chunk"),
     ("AdaptedGemm.after_swiglu", " + self.adapter.after_swiglu(gate_up, *counts)", ""),
-    ("LoraSettings.scale", "self.lora_rs)", "False)"),
     ("freeze_base", "if not is_adapter(name):", 'if "lora_B" not in name:'),
     ("set_learning_rate", 'learning_rate * group["lr_ratio"]', "learning_rate"),
     ("initialize", "parameter.shape[-1]**-0.5", "parameter.shape[0]**-0.5"),
     ("update_expert_bias", " and any(each.requires_grad for each in module.gate.parameters()):", ":"),
 ) + of(
     ROWS,
+    ("LoraSettings.scale", "self.lora_rs)", "False)"),
     ("factor_rows", "division.dim != without)", "division.dim == without)"),
     ("adapters._matches", "group in _IN_ALL", "group != ROUTER"),
 ) + of(

@@ -118,10 +118,10 @@ NORMS = of(
 
 RULES = of(
     ARGUMENTS,
-    ("_LAYOUT", "r.world_size % (r.tp * r.pp) != 0", "r.world_size % r.tp != 0"),
-    ("_LAYOUT", "r.stage_ranks % (r.tp * r.cp) != 0", "r.stage_ranks % r.cp != 0"),
-    ("_LAYOUT", "r.args.seq_length % (r.tp * r.cp),", "r.args.seq_length % r.tp,"),
-    ("_LAYOUT", "(r.args.sequence_parallel or r.model.n_routed_experts > 0) and", "r.model.n_routed_experts > 0 and"),
+    ("_RANKS", "r.world_size % (r.tp * r.pp) != 0", "r.world_size % r.tp != 0"),
+    ("_RANKS", "r.stage_ranks % (r.tp * r.cp) != 0", "r.stage_ranks % r.cp != 0"),
+    ("_SIZES", "r.args.seq_length % (r.tp * r.cp),", "r.args.seq_length % r.tp,"),
+    ("_SIZES", "(r.args.sequence_parallel or r.model.n_routed_experts > 0) and", "r.model.n_routed_experts > 0 and"),
     ("_BATCH", "r.args.seq_length > r.model.max_position_embeddings",
      "r.args.seq_length >= r.model.max_position_embeddings"),
     ("_RUN", "r.args.finetune and _loads_save(r)", "False"),

@@ -32,7 +32,7 @@ PARAMETERS = of(
 ) + of(
     START,
     ("decision.decide", "(not own and (", "(("),
-    ("decision.decide", "(*start.notes, *changed)", "start.notes"),
+    ("decision.decide", "(*start.notes, *lines)", "start.notes"),
 ) + of(
     START,
     ("check_directory", "if changed and not weights_alone", "if changed"),

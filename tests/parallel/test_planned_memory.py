@@ -13,7 +13,7 @@ import pytest
 import torch
 from job import OPTIMIZER
 from saved_bytes import MostSaved, bytes_of, saved_bytes
-from small_models import V2_SMALL, V3_SMALL, random_batch, training_batch, whole_stage
+from small_models import LLAMA_SMALL, V2_SMALL, V3_SMALL, random_batch, training_batch, whole_stage
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_deepseek.arguments import parse
@@ -39,12 +39,15 @@ from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 LENGTH, ROWS = 16, 2
 STATE = LENGTH * ROWS * V3_SMALL.hidden_size * 2  # bytes that a stage passes on in bfloat16
 MODELS = {"v2": replace(V2_SMALL, num_attention_heads=4), "v3": replace(V3_SMALL, num_attention_heads=4)}
+GROUPED = {"qwen2": replace(LLAMA_SMALL, qkv_bias=True), "qwen3": replace(LLAMA_SMALL, qk_norm=True)}
 
 
-def settings_of(arguments: str, ranks: int, model: str) -> Settings:
+def settings_of(arguments: str, ranks: int, model: str, layers: int | None = None) -> Settings:
     text = (f"--model tiny --data-path x --train-iters 1 --micro-batch-size {ROWS} --seq-length {LENGTH} "
             f"--moe-router-force-load-balancing --mtp-num-layers 0 {arguments}")
-    return replace(parse(text.split(), ranks), model=MODELS[model])
+    config = (MODELS | GROUPED)[model]
+    return replace(parse(text.split(), ranks),
+                   model=replace(config, num_hidden_layers=layers or config.num_hidden_layers))
 
 
 def kept(settings: Settings) -> tuple[int, int]:
@@ -80,7 +83,13 @@ LAYOUTS = {
     "ep gathered": ("--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather", 2),
     "etp": ("--expert-tensor-parallel-size 2", 2),
     "tp sp ep": ("--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2", 2),
+    "tp 4, few heads of keys": ("--tensor-model-parallel-size 4 --sequence-parallel", 4),
     "tp sp cp": ("--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2", 4)}
+
+
+# Experts' ranks are no matter of attention; and few heads of keys are one of the models that have them.
+FORMS = dict.fromkeys(("ep", "ep grouped", "ep gathered", "etp", "tp sp ep"), tuple(MODELS)) | {
+    "tp 4, few heads of keys": tuple(GROUPED)}
 
 
 def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:
@@ -90,9 +99,10 @@ def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name == "tp sp" else pytest.mark.slow)
                                     for name in LAYOUTS])
 def test_layers_keep_what_is_calculated(ranks, layout):
-    """Both models, in bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
+    """All models, in bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
     arguments, number = LAYOUTS[layout]
-    runs = [settings_of(f"{arguments} --bf16 {precision} {recompute}", number, model) for model in MODELS
+    runs = [settings_of(f"{arguments} --bf16 {precision} {recompute}", number, model)
+            for model in FORMS.get(layout, (*MODELS, *GROUPED))
             for precision in ("", "--fp8-format e4m3")
             for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
     jobs = [Job(settings, cuda=False) for settings in runs]
@@ -168,8 +178,7 @@ def test_a_step_keeps_what_replaying_its_actions_says(ranks, schedule):
     """
     rows = 4 * ROWS
     settings = settings_of(f"--bf16 --pipeline-model-parallel-size 2 --pipeline-schedule {schedule} --num-layers 4 "
-                           f"--mtp-num-layers 0 --global-batch-size {rows}", 2, "v3")
-    settings = replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4))
+                           f"--mtp-num-layers 0 --global-batch-size {rows}", 2, "v3", 4)
     job = Job(settings, replace(OURS, keeps_output=False), cuda=False)
     assert job.numbers.plain(job.shapes().stream, settings.model.hidden_size) == STATE
     expected = []
@@ -227,10 +236,9 @@ def left_of_each(runs: list[Settings]) -> list[set[tuple[int, int]]]:
 def test_what_waits_for_weight_gradients(ranks):
     """In bfloat16 and FP8; also the inputs that were recomputed wait."""
     runs = [settings_of(f"--bf16 {precision} {recompute} --pipeline-model-parallel-size 2 --pipeline-schedule "
-                        f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, "v3")
-            for precision in ("", "--fp8-format e4m3")
+                        f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, model, 4)
+            for model in ("v3", "qwen2") for precision in ("", "--fp8-format e4m3")
             for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
-    runs = [replace(settings, model=replace(MODELS["v3"], num_hidden_layers=4)) for settings in runs]
     jobs = [Job(settings, cuda=False) for settings in runs]
     said = [{(stage, stage_bytes(job, stage, job.shapes()).replayed.waiting) for stage in range(4)} for job in jobs]
     seen = zip(*ranks.run(2, left_of_each, runs))

@@ -6,6 +6,7 @@ crosses. 4 experts, 0 and 1 on the first node; 3 tokens a rank, 2 choices each.
 """
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from job import batch, make_batch, spec_of
 
 from megatron_deepseek.model.build import make_dispatcher
 from megatron_deepseek.ops.fp8 import block_scaled
+from megatron_deepseek.parallel.exchange import Transfer
 from megatron_deepseek.parallel.expert import DROPPED, unchanged
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
 from megatron_deepseek.parallel.layout import Layout
@@ -111,3 +113,27 @@ def test_recomputed_layers_send_their_tokens_again(ranks):
     rows = once.across_nodes / (4 * ROW)  # there and back, forwards and backwards
     # Of each row one layer routes 8 tokens, the MTP module 7.
     assert cross_node_sends == as_often == rows / (2 * 2 * (8 + 7))
+
+
+def bytes_of_ring(case: Case) -> int:
+    """What a context rank sends the next one in a step."""
+    sent, begin = [], Transfer.__init__
+
+    def counted(self, block, group):
+        sent.append(block.numel() * block.element_size())
+        begin(self, block, group)
+
+    with patch.object(Transfer, "__init__", counted):
+        trainer = Trainer(spec_of(case), build_meshes(case.layout, torch.device("cpu")))
+        trainer.train_step(make_batch(*batch(case.model, 1, 0)), learning_rate=0.0)
+    return sum(sent)
+
+
+@pytest.mark.parametrize("attention, tp, numbers", [("latent", 1, 8 + 2), ("grouped", 1, 2 * 2 * 4),
+                                                    ("grouped", 2, 2 * 4), ("one_key_head", 2, 2 * 4)])
+def test_what_a_ring_carries(ranks, attention, tp, numbers):
+    """By hand, of a token: a latent and a turned key, or keys and values of this rank's heads. 4 of 8 tokens are on
+    each of 2 ranks, in 2 layers; a block goes to the other rank once, and its gradient to it and back.
+    """
+    case = Case(cp=2, cp_type="ring", tp=tp, router="dense", attention=attention)
+    assert ranks.run(2 * tp, bytes_of_ring, case) == [2 * (1 + 2) * 4 * numbers * 8] * (2 * tp)

@@ -92,7 +92,7 @@ def test_what_is_not_set_is_told_in_a_line(script):
 def test_help_is_what_the_script_says_of_itself(script):
     done = bash(str(EXAMPLES / script), "--help")
     assert done.returncode == 0 and done.stderr == ""
-    assert "DeepSeek-V" in done.stdout.splitlines()[0] and "DRY_RUN=1 checks" in done.stdout
+    assert "DeepSeek-" in done.stdout.splitlines()[0] and "DRY_RUN=1 checks" in done.stdout
 
 
 def test_common_is_no_script_of_its_own():
@@ -205,6 +205,15 @@ def test_continuing_v3_begins_with_its_files(released):
     assert (settings.layout.world_size, settings.layout.ep, settings.offload.optimizer_cpu_offload) == (128, 8, True)
     assert str(settings.run.load) == settings.data.tokenizer_model == released
     assert settings.model.rope_scaling == V3.rope_scaling and str(settings.run.save_hf) == "/out"
+
+
+@pytest.mark.parametrize("size, nodes, stages", [("qwen-1.5b", 1, 2), ("qwen-32b", 2, 4), ("llama-70b", 8, 4)])
+def test_students_of_every_size_have_a_layout(size, nodes, stages):
+    """Two heads of keys over four ranks among them. R1's rows are 128 of 32,768 tokens."""
+    settings = run_script("finetune_r1_distill_qwen.sh", MODEL=f"deepseek-r1-distill-{size}", NNODES=str(nodes))
+    assert (settings.layout.tp, settings.layout.pp, settings.layout.dp) == (4, stages, 8 * nodes // 4 // stages)
+    assert (settings.batch.global_batch_size, settings.data.seq_length) == (128, 32768)
+    assert settings.model.grouped_query and settings.fine_tuning.template == "deepseek-r1"
 
 
 class Slurm:

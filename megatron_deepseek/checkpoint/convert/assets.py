@@ -2,12 +2,13 @@
 
 Checkpoints of training keep them in `huggingface/`, beside the iterations, so that an export after training finds them.
 `conversion.json` there says what a config.json does not: whether the MTP modules' copies of embedding and head were in
-the files, and the ids of the tokenizer if it is not the one that the source came with.
+the files, the ids of the tokenizer if it is not the one that the source came with, and how many rows of the embedding
+are those of the vocabulary if it was padded.
 """
 
 import json
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ class Assets:
     `directory` holds the files to copy. `fields` is the source's config.json, None for a model that never had one from
     Hugging Face. `mtp_copies` says whether to write the MTP modules' copies of embedding and head. `tokens` are the ids
     of a tokenizer that is not the one of `fields`, None if it is. `chat_template` replaces the source's.
+    `vocab_size`: the rows of the embedding that are written, None for all.
     """
 
     directory: Path | None = None
@@ -41,6 +43,7 @@ class Assets:
     mtp_copies: bool = True
     tokens: TokenIds | None = None
     chat_template: str | None = None
+    vocab_size: int | None = None
 
     def files(self) -> list[Path]:
         """List the files that are copied as they are: tokenizer, generation_config.json, the model's own code."""
@@ -60,7 +63,8 @@ def read_assets(directory: Path) -> Assets:
         return Assets(directory, given)
     noted = read_object(notes)
     tokens = noted.object("tokens", default=None)
-    return Assets(directory, given, noted.boolean("mtp_copies"), tokens and TokenIds.of_fields(tokens))
+    return Assets(directory, given, noted.boolean("mtp_copies"), tokens and TokenIds.of_fields(tokens),
+                  vocab_size=noted.integer("vocab_size", default=None))
 
 
 def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) -> None:
@@ -74,9 +78,10 @@ def write_native_assets(directory: Path, assets: Assets, config: ModelConfig) ->
     note_tokens(directory, assets.mtp_copies, assets.tokens)
 
 
-def note_tokens(directory: Path, mtp_copies: bool, tokens: TokenIds | None) -> None:
+def note_tokens(directory: Path, mtp_copies: bool, tokens: TokenIds | None, vocab_size: int | None = None) -> None:
     """Write conversion.json."""
-    _write_json(directory / _NOTES, {"mtp_copies": mtp_copies} | ({"tokens": tokens.as_fields()} if tokens else {}))
+    _write_json(directory / _NOTES, {"mtp_copies": mtp_copies} | ({"tokens": tokens.as_fields()} if tokens else {})
+                | ({} if vocab_size is None else {"vocab_size": vocab_size}))
 
 
 def carry(assets: Assets, directory: Path) -> None:
@@ -88,11 +93,11 @@ def carry(assets: Assets, directory: Path) -> None:
 
 
 def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: dict[torch.dtype, int],
-                 new_scales: bool = False) -> None:
+                 scale_format: str | None = None) -> None:
     """Write config.json of an export; `dtypes` maps the dtypes of its tensors to their bytes.
 
-    `new_scales` says that FP8 weights were quantised here, by scales of any value. Then `scale_fmt` is left out: V3.1's
-    "ue8m0" promises powers of two, which servers rely on and which holds for the released scales alone.
+    `scale_format` is that of the scales of FP8 weights that were quantised here, None where all came with the source.
+    Then `scale_fmt` says it: V3.1's "ue8m0" promises powers of two, on which servers rely.
     """
     quantized = torch.float8_e4m3fn in dtypes
     widest = max((dtype for dtype in dtypes if dtype != torch.float8_e4m3fn), key=dtypes.get)
@@ -102,12 +107,17 @@ def write_config(directory: Path, config: ModelConfig, assets: Assets, dtypes: d
     given[key] = str(widest).removeprefix("torch.")
     if not quantized:
         given.pop("quantization_config", None)
-    elif not given.get("quantization_config"):
-        given["quantization_config"] = block_fp8.QUANTIZATION_CONFIG
-    elif new_scales:
-        given["quantization_config"] = {key: value for key, value in given["quantization_config"].items()
-                                        if key != "scale_fmt"}
+    else:
+        quantization = given.get("quantization_config") or block_fp8.QUANTIZATION_CONFIG
+        given["quantization_config"] = _with_scale_format(quantization, scale_format)
     _write_json(directory / "config.json", given)
+
+
+def _with_scale_format(quantization: dict, scale_format: str | None) -> dict:
+    if scale_format is None:
+        return quantization
+    others = {key: value for key, value in quantization.items() if key != "scale_fmt"}
+    return dict(sorted((others | {"scale_fmt": scale_format}).items())) if scale_format == block_fp8.UE8M0 else others
 
 
 def write_generation_config(directory: Path, config: ModelConfig, assets: Assets) -> None:
@@ -142,7 +152,7 @@ def _changes(given: dict, config: ModelConfig) -> dict:
     """Return the fields that training or conversion changed since `given` was read, in its dialect."""
     theirs, changes = ModelConfig.from_hf_dict(given), {}
     released = config.to_hf_dict()
-    names = [field.name for field in fields(config) if getattr(theirs, field.name) != getattr(config, field.name)]
+    names = [name for name in RULES if getattr(theirs, name) != getattr(config, name)]
     for name in names:
         if not RULES[name].rotary and not RULES[name].sliding:
             changes[hf_config.spelling(given, name)] = released.get(name, getattr(config, name))

@@ -16,12 +16,17 @@ BLOCK_BYTES = 1 << 20  # a block's size in float32, small enough to stay in a co
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write, under its Hugging Face name: made from the source's tensor `original`, stored as `dtype`."""
+    """A tensor to write, under its Hugging Face name: made from the source's tensor `original`, stored as `dtype`.
+
+    `scale_format`: in which format (block_fp8.SCALE_FORMATS) float8 weights get new scales; None where they have the
+    source's, or are not float8.
+    """
 
     name: str
     original: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scale_format: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +81,7 @@ def stream_bytes(source: TensorSource, tensor: OutputTensor, start: int = 0, sto
 
 def _read(source: TensorSource, tensor: OutputTensor, start: int, stop: int
           ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if tensor.dtype == FP8 and source.dtypes[tensor.original] == FP8:
+    if tensor.dtype == FP8 and tensor.scale_format is None:
         return source.read_fp8(tensor.original, start, stop)
     return source.read(tensor.original, start, stop), None
 
@@ -86,7 +91,7 @@ def _cast(tensor: OutputTensor, start: int, stop: int, rows: torch.Tensor, scale
         return Block(tensor, start, stop, cast(tensor.name, rows, tensor.dtype))
     if scales is None:
         try:
-            rows, scales = block_fp8.quantize(rows)
+            rows, scales = block_fp8.quantize(rows, tensor.scale_format)
         except ValueError as error:
             raise ValueError(f"{tensor.name}: {error}") from error
     return Block(tensor, start, stop, rows, scales)

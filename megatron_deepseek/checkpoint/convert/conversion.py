@@ -47,6 +47,29 @@ class OutputFormat:
         return sum(file.nbytes for file in self.files)
 
 
+@dataclass(frozen=True)
+class Scales:
+    """The format in which the scales of float8 weights are `wanted`, and the one in which the source's are `given`."""
+
+    wanted: str = block_fp8.FLOAT32
+    given: str = block_fp8.FLOAT32
+
+    @classmethod
+    def of(cls, fields: dict | None, asked: str | None) -> "Scales":
+        """Return what is `asked` of a source with the config.json `fields`; by default that which the source has."""
+        quantization = (fields or {}).get("quantization_config") or {}
+        given = block_fp8.UE8M0 if quantization.get("scale_fmt") == block_fp8.UE8M0 else block_fp8.FLOAT32
+        return cls(asked or given, given)
+
+    def made(self, stored: torch.dtype) -> str | None:
+        """Return the format of new scales for a weight that is `stored` so, None where it keeps those that it has.
+
+        Powers of two are float32 numbers: they need not be made again where any value will do.
+        """
+        kept = stored == FP8 and (self.wanted == self.given or self.wanted == block_fp8.FLOAT32)
+        return None if kept else self.wanted
+
+
 def output_dtype(name: str, stored: torch.dtype, requested: torch.dtype | None, to_fp8: bool = True) -> torch.dtype:
     """Return the dtype that the tensor `name`, now `stored`, is written in.
 
@@ -65,14 +88,15 @@ def output_dtype(name: str, stored: torch.dtype, requested: torch.dtype | None, 
     return requested
 
 
-def output_tensors(source: TensorSource, requested: torch.dtype | None, to_fp8: bool, copies: dict[str, str]
-                   ) -> list[OutputTensor]:
+def output_tensors(source: TensorSource, requested: torch.dtype | None, to_fp8: bool, copies: dict[str, str],
+                   scales: Scales = Scales()) -> list[OutputTensor]:
     """Return every tensor to write, in the order of the layers; `copies` maps further names to what each copies."""
     result = []
     for name in source.shapes:
         named = [name, *(copy for copy, original in copies.items() if original == name)]
         dtype = output_dtype(name, source.dtypes[name], requested, to_fp8)
-        result += [OutputTensor(each, name, source.shapes[name], dtype) for each in named]
+        made = scales.made(source.dtypes[name]) if dtype == FP8 else None
+        result += [OutputTensor(each, name, source.shapes[name], dtype, made) for each in named]
     return result
 
 
@@ -87,7 +111,7 @@ def conversion_build(source: TensorSource, output: OutputFormat) -> DirectoryBui
 
     Copies are compared with their originals, and a native checkpoint's files with their checksums.
     """
-    contents = [output.name, [[file.name, [[tensor.name, tensor.original, str(tensor.dtype)]
+    contents = [output.name, [[file.name, [[tensor.name, tensor.original, str(tensor.dtype), tensor.scale_format]
                                            for tensor in file.tensors]] for file in output.files]]
     checksums = checksum_checks(source.path)
     check_bytes = sum(source.dtypes[original].itemsize * prod(source.shapes[original])

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from megatron_deepseek.checkpoint.convert.assets import (
 )
 from megatron_deepseek.checkpoint.convert.block_fp8 import SCALE_SUFFIX
 from megatron_deepseek.checkpoint.convert.blocks import FP8, OutputTensor
-from megatron_deepseek.checkpoint.convert.conversion import OutputFormat, dtype_bytes, output_tensors
+from megatron_deepseek.checkpoint.convert.conversion import OutputFormat, Scales, dtype_bytes, output_tensors
 from megatron_deepseek.checkpoint.convert.huggingface import INDEX, open_huggingface
 from megatron_deepseek.checkpoint.convert.megatron import MTP_PREFIX, PADDED, megatron_places
 from megatron_deepseek.checkpoint.convert.mtp import LEFT_OUT, as_stored, module_prefixes
@@ -42,7 +42,9 @@ from megatron_deepseek.checkpoint.tracker import TRACKER
 from megatron_deepseek.checkpoint.train_state import STATE, TrainState
 from megatron_deepseek.checkpoint.workspace import write_aside
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import EMBEDDING, HEAD
 
+_PADDED = (WEIGHTS + EMBEDDING, WEIGHTS + HEAD)  # their rows may be more than the vocabulary's
 _NATIVE_FILE_BYTES = 1 << 30
 
 
@@ -54,7 +56,10 @@ def open_hf(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
 
 
 def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
-    """Open one iteration's directory, or the last finished one of a directory of checkpoints."""
+    """Open one iteration's directory, or the last finished one of a directory of checkpoints.
+
+    Rows by which training padded the vocabulary are left out.
+    """
     directory = path
     if not (path / METADATA).is_file():
         directory = checkpoint_directory(path)
@@ -68,8 +73,11 @@ def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
     dropped = {OPTIMIZER: "state of the optimizer"}
     if config != announced:
         dropped |= dict.fromkeys(modules, LEFT_OUT)
-    source = open_stacked(directory, config, stored, native_places(config), WEIGHTS, dropped, absent_mtp=absent)
-    return source, read_assets(directory.parent / DIRECTORY)
+    assets = read_assets(directory.parent / DIRECTORY)
+    if assets.vocab_size is not None and assets.vocab_size < config.vocab_size:
+        config = replace(config, vocab_size=assets.vocab_size)
+    source = open_stacked(directory, config, stored, native_places(config), WEIGHTS, dropped, _PADDED, absent)
+    return source, replace(assets, vocab_size=None)
 
 
 def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None) -> tuple[TensorSource, Assets]:
@@ -107,16 +115,21 @@ def _megatron_iteration(path: Path) -> Path:
 
 
 def hf_output(source: TensorSource, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int,
-              origin: dict[str, Any] | None = None, rescaled: bool = False) -> OutputFormat:
+              origin: dict[str, Any] | None = None, scale_format: str | None = None,
+              changed: Collection[str] = ()) -> OutputFormat:
     """Return the output in Hugging Face's form: files of at most `largest` bytes, index, config.json, copied files.
 
-    `origin` goes into the metadata of the index, of which other programs read the size alone. `rescaled`: the source
-    gives FP8 weights other scales than they are stored with.
+    `origin` goes into the metadata of the index, of which other programs read the size alone. `scale_format`: that of
+    the scales of FP8 weights, by default the source's. `changed` names weights whose numbers are not those that are
+    stored: in FP8 they get new scales.
     """
     stay_outside(save)
+    scales = Scales.of(assets.fields, scale_format)
     copies = mtp_copies(source.config) if assets.mtp_copies else {}
-    tensors = output_tensors(source, dtype, True, copies)
-    new_scales = rescaled or any(tensor.dtype == FP8 != source.dtypes[tensor.original] for tensor in tensors)
+    tensors = output_tensors(source, dtype, True, copies, scales)
+    tensors = [replace(tensor, scale_format=scales.wanted) if tensor.dtype == FP8 and tensor.original in changed
+               else tensor for tensor in tensors]
+    made = scales.wanted if scale_format or any(tensor.scale_format for tensor in tensors) else None
     groups = divide(tensors, largest)
     files = tuple(OutputFile(_hf_file_name(number, len(groups)), group) for number, group in enumerate(groups))
 
@@ -126,7 +139,7 @@ def hf_output(source: TensorSource, assets: Assets, save: Path, dtype: torch.dty
     def complete(directory: Path, _fingerprints: dict[str, Fingerprint]) -> None:
         carry(assets, directory)
         _write_index(directory, files, origin or {})
-        write_config(directory, source.config, assets, dtype_bytes(files), new_scales)
+        write_config(directory, source.config, assets, dtype_bytes(files), made)
         write_generation_config(directory, source.config, assets)
 
     return OutputFormat("hf", save, files, write, complete)

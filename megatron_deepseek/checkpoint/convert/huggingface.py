@@ -37,6 +37,11 @@ class HuggingFaceSource:
     dropped: dict[str, str]
     absent_mtp: int = 0
 
+    @property
+    def powers_of_two(self) -> bool:
+        """Return whether config.json says so of the scales of FP8 weights."""
+        return (self.fields.get("quantization_config") or {}).get("scale_fmt") == block_fp8.UE8M0
+
     def files(self) -> list[Path]:
         return sorted({tensor.file for tensor in self.stored.values()})
 
@@ -52,6 +57,8 @@ class HuggingFaceSource:
         assert start % block_fp8.BLOCK == 0, start
         scales = read_rows(self.stored[name + block_fp8.SCALE_SUFFIX], start // block_fp8.BLOCK,
                            -(-stop // block_fp8.BLOCK))
+        if self.powers_of_two:
+            block_fp8.check_powers_of_two(name, scales.float())
         return read_rows(self.stored[name], start, stop), scales.float()
 
 
@@ -156,6 +163,8 @@ def _check_tensor(stored: dict[str, StoredTensor], name: str, shape: tuple[int, 
         raise ValueError(f"{tensor.file}: {name} has shape {tensor.shape}, config.json says {shape}")
     if tensor.dtype == _FP8:
         scale = stored[name + block_fp8.SCALE_SUFFIX]
+        if scale.dtype not in (*FLOATS, torch.float8_e8m0fnu):
+            raise ValueError(f"{scale.file}: {scale.name} is of type {scale.dtype}, no floating-point number")
         if len(shape) != 2 or scale.shape != block_fp8.scale_shape(shape):
             raise ValueError(f"{scale.file}: {scale.name} has shape {scale.shape}, "
                              f"one scale for each 128 x 128 block of {shape} was expected")

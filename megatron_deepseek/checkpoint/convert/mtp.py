@@ -4,10 +4,12 @@ transformers, and most of those who convert V3 to BF16, write `num_nextn_predict
 module. What the files hold counts: the model is read without modules, and the config.json that is written announces
 none. If a part of a module is there, the rest was lost, which is an error.
 
-A run whose model has more modules than its checkpoint must say which it wants: fewer, or new ones (--init-mtp).
+A run whose model has more modules than its checkpoint must say which it wants: fewer, or new ones (--init-mtp). One
+that takes over the weights alone may say --mtp-num-layers 0: it does without the modules that are there.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 
@@ -32,10 +34,16 @@ def module_prefixes(config: ModelConfig, stored: int = 0) -> list[str]:
     return [f"model.layers.{first + depth}." for depth in range(stored, config.num_nextn_predict_layers)]
 
 
+def left_behind(directory: Path, modules: int) -> str:
+    """Say that a run which takes over weights does without the modules that are with them."""
+    named = "the Multi-Token Prediction module" if modules == 1 else f"all {modules} Multi-Token Prediction modules"
+    return f"--mtp-num-layers 0: {named} of {directory} stay{'s' * (modules == 1)} behind; what this run saves has none"
+
+
 def difference(there: int, here: int) -> str:
     """Say what to do about a checkpoint with `there` modules for a model with `here`, another number."""
     holds = f"it holds {there or 'no'} Multi-Token Prediction module{'s' * (there > 1)}, the model has {here}"
     if there < here:
         return f"{holds}: --mtp-num-layers {there} goes on with what there is, --init-mtp adds {here - there} new"
-    return (f"{holds}: --mtp-num-layers {there} keeps what there is, tools/convert_checkpoint.py --no-mtp makes a copy "
-            f"without")
+    return (f"{holds}: --mtp-num-layers {there} keeps what there is, --mtp-num-layers 0 does without where a run takes "
+            f"over the weights alone (--finetune), tools/convert_checkpoint.py --no-mtp makes a copy without")

@@ -1,5 +1,6 @@
 """Loading the base and the adapters of a LoRA run: from weights at its first start, from its own checkpoints later."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,33 +11,41 @@ from torch import nn
 from megatron_deepseek.checkpoint.adapter.base import Base, holds_adapters, read_base
 from megatron_deepseek.checkpoint.adapter.export import adapter_places
 from megatron_deepseek.checkpoint.adapter.peft_files import Adapter, Factor
+from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.base_hash import base_hash
 from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.job.state import adapter_state
-from megatron_deepseek.checkpoint.loadable import refuse_damage
+from megatron_deepseek.checkpoint.loadable import refuse_damage, stored_architecture
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 
 
 def load_with_base(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None,
-                   device: torch.device) -> tuple[TrainState, Base]:
+                   device: torch.device, dropped: Sequence[str] = ()) -> tuple[TrainState, Base]:
     """Fill base and adapters from a checkpoint of adapters, or the base alone from any weights. Every rank calls it.
 
-    Raise ValueError, on every rank, for what `checkpoint.load` refuses, and for another base than the adapters'.
+    `dropped` has beginnings of the names of parameters that the base holds and the model does without. Raise
+    ValueError, on every rank, for what `checkpoint.load` refuses, and for another base than the adapters'.
     """
     if not holds_adapters(directory):
-        checkpoint.load(directory, stages, None, base=True)
+        checkpoint.load(directory, stages, None, dropped=dropped, base=True)
         return TrainState(), Base(directory.resolve(), base_hash(stages, device))
     base, _ = read_base(directory)
     refuse_damage(base.directory, checkpoint.verify(base.directory) or [])
-    checkpoint.load(base.directory, stages, None, base=True)
+    checkpoint.load(base.directory, stages, None, dropped=_beyond(base.directory, stages), base=True)
     found = base_hash(stages, device)
     if found != base.hash:
         raise ValueError(f"{directory} holds adapters of another base than {base.directory} is now: the hash of its "
                          f"numbers is {found}, it was {base.hash}")
     return checkpoint.load(directory, stages, optimizer), base
+
+
+def _beyond(base: Path, stages: list[nn.Module]) -> list[str]:
+    """Return the beginnings of the names of MTP modules that the base holds and the model does without."""
+    mine = stages[0].config.num_nextn_predict_layers
+    return list(module_prefixes(stored_architecture(base), mine))
 
 
 def load_adapter(directory: Path, stages: list[nn.Module], config: ModelConfig, lora: LoraSettings) -> None:

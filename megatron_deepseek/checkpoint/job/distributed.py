@@ -186,12 +186,14 @@ def _names(dtypes: set[torch.dtype]) -> str:
 
 
 def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None,
-         new: Sequence[str] = (), base: bool = False) -> TrainState:
+         new: Sequence[str] = (), dropped: Sequence[str] = (), base: bool = False
+         ) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
 
     Tensors saved in another dtype are converted (`converted_moments` says which). `new` has beginnings of the names of
-    parameters that the checkpoint lacks; they keep the weights that they have, and `optimizer` must be None. With
-    `base` the weights that adapters are beside are filled, and `optimizer` must be None.
+    parameters that the checkpoint lacks; they keep the weights that they have, and `optimizer` must be None. `dropped`
+    has those of parameters that the checkpoint holds and the model does without. With `base` the weights that adapters
+    are beside are filled, and `optimizer` must be None.
 
     Which parameters are frozen may have changed since the save. A parameter that was frozen has no moments in the
     checkpoint: they stay zero, and its steps are counted from here on (`TrainState.late`). Moments of a parameter that
@@ -208,7 +210,7 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     whole = base_state(stages) if base else state_to_save(stages, optimizer)
     state = {name: tensor for name, tensor in whole.items()
              if not name.startswith(new_prefixes) and not (subset and name in subset.absent)}
-    everyone = _check_tensors(directory, reader, state, subset)
+    everyone = _check_tensors(directory, reader, state, subset, tuple(WEIGHTS + beginning for beginning in dropped))
     _load(state, reader)
     fill_copies(stages, optimizer)
     if optimizer is not None:
@@ -263,11 +265,11 @@ def _load(state: dict[str, torch.Tensor], reader: dcp.StorageReader) -> None:
 
 
 def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, torch.Tensor],
-                   subset: Subset | None) -> list[Subset | None]:
+                   subset: Subset | None, dropped: tuple[str, ...]) -> list[Subset | None]:
     """Return the `subset` of every rank, None if the optimizer is not loaded.
 
     Raise ValueError on every rank if on any rank a tensor of `state` is missing or of another shape in the checkpoint,
-    or if the checkpoint has a tensor that no rank knows.
+    or if the checkpoint has a tensor that no rank knows, but for those whose names begin as one of `dropped`.
     """
     saved = reader.read_metadata().state_dict_metadata
     others = reader.stored.others if isinstance(reader, CheckpointReader) else frozenset()
@@ -278,7 +280,7 @@ def _check_tensors(directory: Path, reader: dcp.StorageReader, state: dict[str, 
             raise ValueError(mismatch)
     unknown = (set(saved) | others) - {name for names, _, _ in everyone for name in names}
     if subset is None:
-        unknown = {name for name in unknown if not name.startswith(OPTIMIZER)}
+        unknown = {name for name in unknown if not name.startswith((OPTIMIZER, *dropped))}
     else:
         unknown -= {name for _, _, of_rank in everyone for name in of_rank.left}
     if unknown:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_deepseek.checkpoint.building import Share
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY, note_tokens, read_assets, write_native_assets
 from megatron_deepseek.checkpoint.convert.chat_templates import read_template
-from megatron_deepseek.checkpoint.convert.conversion import convert
+from megatron_deepseek.checkpoint.convert.conversion import DTYPES, convert, output_dtype
 from megatron_deepseek.checkpoint.convert.formats import hf_output, open_hf, open_native
 from megatron_deepseek.checkpoint.convert.huggingface import INDEX
 from megatron_deepseek.checkpoint.convert.names import hf_shapes
@@ -85,11 +85,20 @@ def keep_tokenizer(save: Path, data: DataSettings, chat_template: str | None = N
         there = read_assets(directory)
         if tokens is not None and (files or (tokens != there.tokens and not holds_tokenizer(directory))):
             directory.mkdir(parents=True, exist_ok=True)
-            note_tokens(directory, there.mtp_copies, tokens)
+            note_tokens(directory, there.mtp_copies, tokens, there.vocab_size)
             replace_tokenizer(directory, files)
     template = None if chat_template is None else read_template(chat_template)
     if template is not None and not _holds(directory / TEMPLATE, template.encode()):
         write_template(directory, template)
+
+
+def keep_vocab_size(save: Path, vocab_size: int | None) -> None:
+    """Keep how many rows of a padded embedding an export has, None for all of them; after `keep_tokenizer`."""
+    directory = save / DIRECTORY
+    there = read_assets(directory)
+    if vocab_size is not None and there.vocab_size != vocab_size:
+        directory.mkdir(parents=True, exist_ok=True)
+        note_tokens(directory, there.mtp_copies, there.tokens, vocab_size)
 
 
 def _is_kept(directory: Path, data: DataSettings) -> bool:
@@ -105,30 +114,32 @@ def _holds(file: Path, content: bytes) -> bool:
     return file.is_file() and file.read_bytes() == content
 
 
-def check_export(save_hf: Path, config: ModelConfig, bf16: bool, finished: Path | None = None) -> None:
-    """Raise ValueError if an export to `save_hf` could not be written now; called at the start of a run.
+def check_export(run: RunSettings, config: ModelConfig, finished: Path | None = None) -> None:
+    """Raise ValueError if the export of `run` could not be written now; called at the start of a run.
 
     `finished` is the checkpoint to export if nothing is left to train; its export may be there already.
     """
+    save_hf = run.save_hf
     if save_hf.exists() and (not save_hf.is_dir() or any(save_hf.iterdir())):
-        if finished is not None and is_exported(save_hf, finished, bf16):
+        if finished is not None and is_exported(run, finished):
             return
         raise ValueError(f"--save-hf {save_hf} exists already and is not empty")
     place = check_writable("--save-hf", save_hf)
-    needed = sum(map(prod, hf_shapes(config).values())) * (2 if bf16 else 4)
+    needed = sum(prod(shape) * output_dtype(name, torch.float32, _dtype(run)).itemsize
+                 for name, shape in hf_shapes(config).items())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(f"--save-hf {save_hf}: the export will take {needed:,} bytes, {free:,} are free there")
 
 
-def is_exported(save_hf: Path, checkpoint: Path, bf16: bool) -> bool:
-    """Return whether `save_hf` is a finished export of that very checkpoint.
+def is_exported(run: RunSettings, checkpoint: Path) -> bool:
+    """Return whether --save-hf of `run` is a finished export of that very checkpoint.
 
     Exports get their name once they are whole, so one that is there is finished.
     """
     try:
-        wanted = _origin(checkpoint, bf16)
-        found = read_object(save_hf / INDEX, LARGEST_LIST).object("metadata").fields.get("exported")
+        wanted = _origin(checkpoint, run)
+        found = read_object(run.save_hf / INDEX, LARGEST_LIST).object("metadata").fields.get("exported")
     except ValueError:
         return False
     return found == wanted and wanted["digest"] is not None
@@ -144,12 +155,18 @@ def export_hf(run: RunSettings, rank: int, world_size: int) -> None:
     if world_size > 1:
         dist.broadcast_object_list(start)
     source, assets = open_native(run.save, without_mtp=False)
-    origin = {"exported": _origin(source.path, run.bf16)}
-    output = hf_output(source, assets, run.save_hf, torch.bfloat16 if run.bf16 else None, _FILE_BYTES, origin)
+    origin = {"exported": _origin(source.path, run)}
+    output = hf_output(source, assets, run.save_hf, _dtype(run), _FILE_BYTES, origin, run.fp8_scale_format)
     convert(source, output, Share(1, rank, world_size, start[0]), lambda nbytes: None, lambda text: None)
 
 
-def _origin(checkpoint: Path, bf16: bool) -> dict[str, Any]:
+def _dtype(run: RunSettings) -> torch.dtype | None:
+    """Return the dtype to export in, None for that of the checkpoint, whose weights are float32 masters."""
+    name = run.save_hf_dtype or ("bf16" if run.bf16 else "fp32")
+    return None if name == "fp32" else DTYPES[name]
+
+
+def _origin(checkpoint: Path, run: RunSettings) -> dict[str, Any]:
     """Return what an export is made from, by which it is recognised; `digest` is None without checksums.json.
 
     Checkpoints of older versions have no checksums.json.
@@ -158,4 +175,6 @@ def _origin(checkpoint: Path, bf16: bool) -> dict[str, Any]:
     weights = [[name, listing[name].digest] for name in sorted(listing) if name.endswith(".distcp")]
     beside = [[path.name, checksum_file(path).digest] for path in read_assets(checkpoint.parent / DIRECTORY).files()]
     digest = hashlib.sha256(json.dumps([weights, beside]).encode()).hexdigest()
-    return {"checkpoint": checkpoint.name, "bf16": bf16, "digest": digest if weights else None}
+    fp8 = {"fp8_scale_format": run.fp8_scale_format} if run.save_hf_dtype == "fp8" else {}
+    return {"checkpoint": checkpoint.name, "bf16": _dtype(run) == torch.bfloat16,
+            "digest": digest if weights else None} | fp8

@@ -1,5 +1,6 @@
 """The progress of a run: a bar on a terminal, elsewhere a line now and then."""
 
+import os
 import sys
 import time
 
@@ -15,7 +16,7 @@ class Progress:
         self.counters, self.total, self.interval, self.say = counters, total, interval, say
         self.start = self.said_at = time.perf_counter()
         self.said_documents = 0
-        self.bar = _bar(total) if sys.stderr.isatty() else None
+        self.bar = _bar(total) if _shows_bars() else None
 
     @property
     def seconds(self) -> float:
@@ -41,6 +42,11 @@ class Progress:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+
+def _shows_bars() -> bool:
+    """Return whether stderr is a terminal with a width: some say 0 columns, where a bar is nothing."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def _bar(total: int):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config, parameters
-from megatron_deepseek.model.architecture.families import family_of
+from megatron_deepseek.model.architecture.families import name_of, other_name
 from megatron_deepseek.model.architecture.fields import ArchitectureFields, RopeScaling
 
 
@@ -19,23 +19,27 @@ class ModelConfig(ArchitectureFields):
 
     `scoring_func`: softmax (V2) or sigmoid (V3). `topk_method`: greedy, group_limited_greedy (V2) or noaux_tc (V3).
     `num_nextn_predict_layers`: depth of Multi-Token Prediction (V3 report, section 2.2).
+    `released_as`: another name of its family (families.py) that its config.json gives as model_type, such as kimi_k2.
     """
+
+    released_as: str | None = None
 
     @property
     def model_type(self) -> str:
-        """Return the name of its family, as config.json says it (families.py)."""
-        return family_of(self).model_type
+        """Return its name as config.json says it (families.py)."""
+        return name_of(self, self.released_as)
 
     @classmethod
     def from_hf_dict(cls, fields: dict) -> "ModelConfig":
         """Read a parsed config.json of one of the families; see hf_config.py for the dialects."""
+        released_as = other_name(fields.get("model_type"))
         fields = hf_config.normalise(fields)
         scaling = fields.pop("rope_scaling")
-        return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
+        return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None, released_as=released_as)
 
     def to_hf_dict(self) -> dict:
         """Return the fields of a released config.json: DeepSeek's own code and transformers 4 and 5 read it."""
-        return hf_config.released_fields(self)
+        return hf_config.released_fields(self) | {"model_type": self.model_type}
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":

@@ -16,6 +16,7 @@ from megatron_deepseek.model.architecture.fields import (
     WITH_GROUPS,
     ArchitectureFields,
 )
+from megatron_deepseek.model.architecture.refused import refusal
 from megatron_deepseek.near_names import near_names
 
 OF_EXPERTS = frozenset(name for name, rule in RULES.items() if name == "n_routed_experts" or rule.of_experts
@@ -107,6 +108,10 @@ FAMILIES = (
 )
 
 
+# Models of V3's form whose config.json has a model_type of its own, which is written back: Kimi K2 (arXiv 2507.20534).
+_OTHER_NAMES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
+
+
 def has_family(config: ArchitectureFields) -> bool:
     """Return whether an architecture can be written as one of a family."""
     return any(family.has(config) for family in FAMILIES)
@@ -123,10 +128,21 @@ def family_of(config: ArchitectureFields) -> Family:
     raise ValueError(f"no family of models has grouped-query attention with {words}")
 
 
+def other_name(model_type: Any) -> str | None:
+    """Return `model_type` where it is another name of a family, None for the family's own or an unknown one."""
+    return model_type if isinstance(model_type, str) and model_type in _OTHER_NAMES else None
+
+
+def name_of(config: ArchitectureFields, other: str | None) -> str:
+    """Return the model_type of an architecture's config.json: `other`, if that names its family, or the family's."""
+    family = family_of(config)
+    return other if other is not None and _OTHER_NAMES[other] == family.model_type else family.model_type
+
+
 def family_of_file(fields: Mapping[str, Any]) -> Family:
     """Return the family of a parsed config.json: that of `model_type`, or without one that of its `architectures`.
 
-    Raise ValueError, with the name that may be meant, where it is none of FAMILIES.
+    Raise ValueError, with the reason (refused.py) or the name that may be meant, where it is none of FAMILIES.
     """
     given = fields.get("model_type")
     architectures = fields.get("architectures")
@@ -135,9 +151,12 @@ def family_of_file(fields: Mapping[str, Any]) -> Family:
             if any(name in family.architectures for name in architectures):
                 return family
     for family in FAMILIES:
-        if given == family.model_type:
+        if isinstance(given, str) and _OTHER_NAMES.get(given, given) == family.model_type:
             return family
-    known = [family.model_type for family in FAMILIES]
+    refused = refusal(given)
+    if refused is not None:
+        raise ValueError(refused)
+    known = [*(family.model_type for family in FAMILIES), *_OTHER_NAMES]
     near = near_names(given, known, most=1) if isinstance(given, str) else []
     raise ValueError(f"model_type {given!r} is not one of {', '.join(known)}"
                      + (f"; did you mean {near[0]}?" if near else ""))

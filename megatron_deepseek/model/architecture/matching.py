@@ -15,17 +15,21 @@ from megatron_deepseek.model.architecture.fields import FORWARD, RULES, WEIGHTS,
 def differences(there: ModelConfig, here: ModelConfig, *matches: str) -> list[str]:
     """Return the fields that must match and do not, with both values; `matches`: WEIGHTS or FORWARD, both by default.
     """
-    theirs, ours = _written(there), _written(here)
+    written = there.to_hf_dict().keys() | here.to_hf_dict().keys()
+    theirs, ours = _values(there), _values(here)
     found = []
     for name, rule in RULES.items():
-        if rule.match in (matches or (WEIGHTS, FORWARD)) and theirs[name] != ours[name] and _matters(rule, there, here):
+        said = name in written or rule.implied  # else no family of the two has such a field
+        if rule.match in (matches or (WEIGHTS, FORWARD)) and said and theirs[name] != ours[name] and _matters(
+                rule, there, here):
             found += _different(name, theirs[name], ours[name])
     return found
 
 
-def _written(config: ModelConfig) -> dict[str, Any]:
+def _values(config: ModelConfig) -> dict[str, Any]:
     """Return all fields, as config.json writes those that it has."""
-    return {name: getattr(config, name) for name in RULES} | config.to_hf_dict()
+    return {name: list(value) if isinstance(value := getattr(config, name), tuple) else value
+            for name in RULES} | config.to_hf_dict()
 
 
 def _matters(rule: Rule, *configs: ModelConfig) -> bool:

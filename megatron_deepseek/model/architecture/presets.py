@@ -4,12 +4,13 @@ What a released file says of training (`initializer_range` 0.02, `aux_loss_alpha
 trained with other values; the scripts in examples/ pass the reports' values as arguments.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepseek.foreign_json import read_object
-from megatron_deepseek.model.architecture import hf_config
+from megatron_deepseek.model.architecture import hf_config, released
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.fields import RopeScaling
 from megatron_deepseek.near_names import near_names
@@ -51,7 +52,10 @@ V3 = ModelConfig(
 
 @dataclass(frozen=True)
 class Preset:
-    """An architecture by its `name` and `aliases`: models on Hugging Face that have it, without "deepseek-ai/"."""
+    """An architecture by its `name` and `aliases`: models on Hugging Face that have it, without their publisher.
+
+    The name is itself such a model, in whatever case it is written.
+    """
 
     name: str
     config: ModelConfig
@@ -60,12 +64,25 @@ class Preset:
 
 PRESETS = (
     Preset("tiny", TINY),
-    Preset("deepseek-v2-lite", V2_LITE, ("DeepSeek-V2-Lite", "DeepSeek-V2-Lite-Chat")),
-    Preset("deepseek-v2", V2, ("DeepSeek-V2", "DeepSeek-V2-Chat")),
-    Preset("deepseek-v3", V3, ("DeepSeek-V3", "DeepSeek-V3-Base", "DeepSeek-V3-0324", "DeepSeek-R1", "DeepSeek-R1-Zero",
-                               "DeepSeek-R1-0528")),
+    Preset("deepseek-v2-lite", V2_LITE, ("DeepSeek-V2-Lite-Chat",)),
+    Preset("deepseek-v2", V2, ("DeepSeek-V2-Chat",)),
+    Preset("deepseek-v3", V3, ("DeepSeek-V3-Base", "DeepSeek-V3-0324", "DeepSeek-R1", "DeepSeek-R1-Zero",
+                               "DeepSeek-R1-0528", "DeepSeek-V3.1", "DeepSeek-V3.1-Base", "DeepSeek-V3.1-Terminus")),
+    Preset("deepseek-r1-distill-qwen-1.5b", released.R1_DISTILL_QWEN_1_5B),
+    Preset("deepseek-r1-distill-qwen-7b", released.R1_DISTILL_QWEN_7B),
+    Preset("deepseek-r1-distill-qwen-14b", released.R1_DISTILL_QWEN_14B),
+    Preset("deepseek-r1-distill-qwen-32b", released.R1_DISTILL_QWEN_32B),
+    Preset("deepseek-r1-distill-llama-8b", released.R1_DISTILL_LLAMA_8B),
+    Preset("deepseek-r1-distill-llama-70b", released.R1_DISTILL_LLAMA_70B),
+    Preset("deepseek-llm-7b", released.DEEPSEEK_LLM_7B, ("deepseek-llm-7b-base", "deepseek-llm-7b-chat")),
+    Preset("deepseek-llm-67b", released.DEEPSEEK_LLM_67B, ("deepseek-llm-67b-base", "deepseek-llm-67b-chat")),
+    Preset("deepseek-moe-16b", released.DEEPSEEK_MOE_16B, ("deepseek-moe-16b-base", "deepseek-moe-16b-chat")),
+    Preset("kimi-k2", released.KIMI_K2, ("Kimi-K2-Base", "Kimi-K2-Instruct")),
+    Preset("moonlight-16b-a3b", released.MOONLIGHT_16B_A3B, ("Moonlight-16B-A3B-Instruct",)),
+    Preset("gigachat3-10b-a1.8b", released.GIGACHAT3_10B_A1_8B,
+           ("GigaChat3-10B-A1.8B-base", "GigaChat3-10B-A1.8B-bf16")),
 )
-_PUBLISHER = "deepseek-ai/"
+_PUBLISHER = re.compile(r"^(deepseek-ai|moonshotai|ai-sage)/")
 
 
 def preset_names() -> tuple[str, ...]:
@@ -83,7 +100,7 @@ def load_config(name: str) -> ModelConfig:
         return preset.config
     if not Path(name).exists():
         known = {alias.lower(): each.name for each in PRESETS for alias in (each.name, *each.aliases)}
-        near = near_names(name.lower().removeprefix(_PUBLISHER), known)
+        near = near_names(_PUBLISHER.sub("", name.lower()), known)
         meant = list(dict.fromkeys(known[each] for each in near))
         raise ValueError(f"{name!r} is neither a preset ({', '.join(preset_names())}) nor a config.json file"
                          + (f"; did you mean {' or '.join(meant)}?" if meant else ""))
@@ -113,5 +130,5 @@ def _find_preset(name: str) -> Preset | None:
             return preset
     if Path(name).exists():
         return None
-    alias = name.lower().removeprefix(_PUBLISHER)
-    return next((preset for preset in PRESETS if alias in (each.lower() for each in preset.aliases)), None)
+    alias = _PUBLISHER.sub("", name.lower())
+    return next((preset for preset in PRESETS if alias in map(str.lower, (preset.name, *preset.aliases))), None)

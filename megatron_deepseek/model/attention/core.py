@@ -156,6 +156,12 @@ def make_core(blueprint: Blueprint, scale: float, value_width: int, window: int 
 
 def _equally_wide_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return q, k and v; on the CPU with zeros behind v, whose fused attention kernel needs values as wide as keys."""
+    """Return q, k and v; on the CPU with zeros behind v, whose fused attention kernel needs values as wide as keys.
+
+    MLA's values that need no zeros are copied too: what is kept is then they alone, not the projection that they are a
+    part of.
+    """
     padding = q.shape[-1] - v.shape[-1]
-    return q, k, v if v.is_cuda or not padding else F.pad(v, (0, padding))
+    if v.is_cuda:
+        return q, k, v
+    return q, k, F.pad(v, (0, padding)) if padding else v.contiguous()

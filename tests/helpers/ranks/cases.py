@@ -214,7 +214,7 @@ class Case:
         """A DeepSeek small enough that a step is mostly overhead, with a dense layer before the MoE layers."""
         return ModelConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=self.num_layers,
-            num_attention_heads=4, first_k_dense_replace=1, initializer_range=0.2,
+            num_attention_heads=4, initializer_range=0.2,
             num_nextn_predict_layers=self.mtp, tie_word_embeddings=self.tied, attention_bias=self.attention_bias,
             **self.attention_fields, **ROUTERS[self.router], n_shared_experts=self.shared)
 
@@ -222,13 +222,14 @@ class Case:
     def attention_fields(self) -> dict:
         """One head of keys is on every TP rank. Norms, biases and windows are Qwen's, which has no experts."""
         if self.attention in ("latent", "no_q_lora"):
-            return dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,
+            return dict(first_k_dense_replace=1, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,
                         q_lora_rank=12 if self.attention == "latent" else None)
         grouped, dense = self.attention == "grouped", self.router == "dense"
-        qwen2 = dense and not grouped and not self.attention_bias
         types = ("full_attention", *("sliding_attention",) * (self.num_layers - 1))
-        return dict(head_dim=4, num_key_value_heads=2 if grouped else 1, qk_norm=dense and grouped, qkv_bias=qwen2,
-                    **dict(sliding_window=3, layer_types=types) if qwen2 else {})
+        qwen3 = dict(qk_norm=True, sliding_window=3, layer_types=types)
+        qwen2 = dict(qkv_bias=not self.attention_bias)
+        return dict(head_dim=4, num_key_value_heads=2 if grouped else 1, first_k_dense_replace=0 if dense else 1,
+                    **(qwen3 if grouped else qwen2) if dense else {})
 
     @property
     def loss(self) -> LossSettings:
@@ -324,7 +325,9 @@ ROUTERS = {
 WIDE_CASES = (
     Case(tp=4, dp=2, sp=True, ep=8, dispatcher="grouped", node=4, microbatches=2, mtp=1, shared=2),
     Case(cp=4, tp=2, sp=True, ep=4, microbatches=2, mtp=1, shared=2, recompute="mla_up_proj"),
-    Case(tp=4, cp=2, sp=True, router="dense", attention="grouped", microbatches=2, recompute="mla_up_proj"),
+    Case(tp=4, cp=2, sp=True, router="dense", attention="grouped", microbatches=2, packed=True,
+         recompute="mla_up_proj"),
+    Case(tp=2, router="dense", attention="one_key_head", microbatches=2, packed=True),
     Case(dp=3, tp=2, router="group_limited", ep=2, microbatches=2, mtp=1, attention_bias=True, reshard=True),
     Case(dp=4, pp=2, schedule="1F1B", ep=4, microbatches=2, micro_batch_size=2, tied=True),
     Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=4, mtp=1, recompute="full"),

@@ -115,6 +115,11 @@ REFUSED = {
                           "--moe-ranks-per-node 3", ["--moe-ranks-per-node 3", "--expert-model-parallel-size 4"]),
     "the tensor-parallel size does not divide the number of attention heads": (3, "--tensor-model-parallel-size 3",
                      ["--tensor-model-parallel-size 3", "--num-attention-heads 4"]),
+    "of the tensor-parallel size and the heads of keys and values neither is a multiple of the other":
+        (4, "--tensor-model-parallel-size 4 --num-experts 0 --group-query-attention --num-attention-heads 12 "
+                          "--num-query-groups 6", ["--tensor-model-parallel-size 4", "--num-query-groups 6"]),
+    "no family of models has this router with grouped-query attention":
+        (1, "--group-query-attention", ["grouped-query attention", "topk_method noaux_tc"]),
     "the tensor-parallel size does not divide the size of the vocabulary":
         (2, "--tensor-model-parallel-size 2 --vocab-size 8191",
                           ["--tensor-model-parallel-size 2", "--vocab-size 8191"]),
@@ -194,6 +199,9 @@ REFUSED = {
     "an export needs --save": (1, "--save-hf out", ["--save-hf out", "--save"]),
     "an export needs a directory other than --save":
         (1, "--save-hf run/../out --save ./out", ["--save-hf run/../out", "--save out"]),
+    "a type of the export needs one": (1, "--save-hf-dtype fp32", ["--save-hf-dtype fp32 needs --save-hf"]),
+    "a format of FP8 scales needs FP8 weights":
+        (1, "--fp8-scale-format ue8m0 --save-hf out --save run", ["--fp8-scale-format ue8m0", "--save-hf-dtype fp8"]),
     "--save-every-seconds needs --save": (1, "--save-every-seconds 5", ["--save-every-seconds 5", "--save"]),
     "--keep-last needs --save": (1, "--keep-last 5", ["--keep-last 5", "--save"]),
     "--async-save needs --save": (1, "--async-save", ["--async-save", "--save"]),

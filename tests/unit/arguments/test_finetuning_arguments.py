@@ -109,6 +109,20 @@ def test_choices_are_those_of_the_data():
     assert {name: ours[name] for name in shared} == shared and len(shared) >= 8
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_has_the_recipes_defaults(recipe):
+    """For an option that a recipe sets, its value; by name where the default recipe has another."""
+    parser = build_finetuning_parser()
+    help = {action.dest: parser.formatter_class("")._get_help_string(action) for action in parser._actions}  # noqa: SLF001
+    assert "(0, the bias" in help["moe_router_bias_update_rate"] and "(all of a set" in help["eval_iters"]
+    for name, value in RECIPES[recipe].items():
+        shown = "yes" if value is True else "no" if value is False else value
+        usual = RECIPES["deepseek-v3"].get(name)
+        before = rf"\((.*; )?{recipe}: " if value != usual else r"\(()"
+        found = re.search(before + r"([^;]*)(;.*)?\)$", help[name])
+        assert found[2] == shown or float(found[2]) == shown, (name, help[name])
+
+
 def test_every_option_is_on_the_page():
     page = (Path(__file__).parents[3] / "docs" / "finetuning.md").read_text()
     help = build_finetuning_parser().format_help().partition("\nconversations:")[2].partition("\ncheckpoints:")[0]

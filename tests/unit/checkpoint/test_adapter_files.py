@@ -2,66 +2,24 @@
 
 import json
 import shutil
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import v3_directory
-from small_models import weights_of, whole_stage
+from small_adapters import CPU, LORA, AdapterBench
+from small_models import weights_of
 
 from megatron_deepseek.checkpoint.adapter.base import BASE, check_adapters
-from megatron_deepseek.checkpoint.adapter.export import add_adapter
 from megatron_deepseek.checkpoint.adapter.peft_config import peft_config
 from megatron_deepseek.checkpoint.convert.formats import open_native
 from megatron_deepseek.checkpoint.dcp.files import open_dcp
-from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.adapters import load_adapter, load_with_base
-from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.adapters import LoraSettings, adapter_rows, is_adapter
-from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.build import BuildOptions
-from megatron_deepseek.model.init import fill_normal
-from megatron_deepseek.training.trainer import Trainer, TrainingSpec
-
-LORA = LoraSettings(2, 3.0, ("all", "router", "mtp"))
-CPU = torch.device("cpu")
-
-
-class Bench:
-    """A base, and a checkpoint of lively adapters beside it."""
-
-    def __init__(self, root: Path, meshes, lora: LoraSettings = LORA):
-        self.root, self.meshes, self.lora = root, meshes, lora
-        self.released = self.release(root)
-        self.config = ModelConfig.from_file(self.released / "config.json")
-        self.trainer = self.new()
-        _, self.base = load_with_base(self.released, self.trainer.stages, None, CPU)
-        for name, parameter in self.trainer.stages[0].named_parameters():
-            if is_adapter(name):
-                fill_normal(parameter, 0.3, 0, name)
-        for state in self.trainer.optimizer.state.values():
-            state["exp_avg"].fill_(0.25)
-        self.saved = self.save(root / "save")
-
-    def release(self, root: Path) -> Path:
-        return v3_directory(root / "hf", torch.float32)
-
-    def new(self, lora: LoraSettings | None = None) -> Trainer:
-        build = BuildOptions(lora=lora or self.lora)
-        return Trainer(TrainingSpec(self.config, (whole_stage(self.config),), "1F1B", 8, 1, build), self.meshes)
-
-    def save(self, root: Path) -> Path:
-        state = TrainState(iteration=1, consumed_samples=1, optimizer_steps=1, batches=((1, 1),))
-        return checkpoint.save(root, state, self.config, self.trainer.stages, self.trainer.optimizer,
-                               notes={BASE: self.base.note(self.lora)},
-                               complete=partial(add_adapter, self.config, self.lora, self.base))
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, meshes) -> Bench:
-    return Bench(tmp_path_factory.mktemp("adapters"), meshes)
+def bench(tmp_path_factory, meshes) -> AdapterBench:
+    return AdapterBench(tmp_path_factory.mktemp("adapters"), meshes)
 
 
 def test_a_checkpoint_holds_adapters_their_moments_and_router_biases(bench):

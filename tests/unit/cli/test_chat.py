@@ -106,6 +106,18 @@ def test_reasoning_is_dimmed_and_kept_apart(tokenizer_model, template, thinking,
     assert ("one, then two" in chat.replicas.asked[1]) == (template == "deepseek-v3")  # the others drop it
 
 
+def test_tags_that_are_no_tokens(tmp_path):
+    """As in a tokenizer of V3: the tag comes in pieces, of which none is shown, and no line end before it."""
+    model = write_tokenizer(tmp_path / "tokenizer", V3)
+    chat, written = session(model, ["<think>\none < two\n</think>\n\nyes", "<think>\nnever end</thi"], dims=False)
+    assert len(chat.format.encoder.tokenizer.encode(END_THINK)) > 1
+    chat.enter("what?")
+    assert "".join(written) == "one < two\n\nyes\n"
+    written.clear()
+    chat.enter("and?")
+    assert "".join(written) == "never end</thi\n"
+
+
 def test_a_tag_that_is_text_ends_no_reasoning(tokenizer_model):
     """The token does; ids of the letters < / t h ... are not the token's."""
     chat, _ = session(tokenizer_model, [])

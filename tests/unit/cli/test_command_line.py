@@ -94,7 +94,11 @@ def test_so_does_training(capsys):
     with pytest.raises(SystemExit) as left:
         parse_or_exit(["--modle", "tiny"], {})
     assert left.value.code == 2
-    assert capsys.readouterr().err == "pretrain_deepseek.py: error: --modle is no option; did you mean --model?\n"
+    first, *mistakes = capsys.readouterr().err.splitlines()
+    assert first == "pretrain_deepseek.py: error: 3 mistakes:"
+    assert mistakes[0] == "  --modle is no option; did you mean --model?"
+    assert "--train-iters --train-samples is required" in mistakes[1] and "data for training is missing" in mistakes[2]
+    assert len(mistakes) == 3, "the model is not missing, its option is misspelt"
 
 
 @contextmanager

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_engines import V2_LITE, V3_MTP, engine, loaded, uncached_logits, uncached_states
-from small_models import V2_SMALL, relative_error
+from small_engines import QWEN, V2_LITE, V3_MTP, WINDOWED, engine, loaded, uncached_logits, uncached_states
+from small_models import LLAMA_SMALL, V2_SMALL, relative_error
 
 from megatron_deepseek.inference.batch import Piece
 from megatron_deepseek.inference.mla import CachedMLA
 
 LENGTH, BLOCK = 37, 4
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-9}
-MODELS = {"v3": V3_MTP, "v2": V2_SMALL, "v2_lite": V2_LITE, "v3_bias": replace(V3_MTP, attention_bias=True)}
+MODELS = {"v3": V3_MTP, "v2": V2_SMALL, "v2_lite": V2_LITE, "v3_bias": replace(V3_MTP, attention_bias=True),
+          "llama": LLAMA_SMALL, "qwen3": QWEN, "window": WINDOWED}
 
 
 def prompt(config, length: int = LENGTH, seed: int = 0) -> list[int]:
@@ -56,6 +57,17 @@ def test_every_architecture(meshes, name, dtype):
     for chunk in (7, 1):
         (logits,) = by_chunks(engine(model), [prompt(config)], chunk)
         assert relative_error(logits, uncached_logits(model.stage, prompt(config))) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("few", [1, 16])
+@pytest.mark.parametrize("chunk", [1, 7, LENGTH])
+@pytest.mark.parametrize("config", [QWEN, WINDOWED], ids=["full", "window"])
+def test_cached_keys_and_values_give_the_uncached_logits(meshes, monkeypatch, config, chunk, few):
+    monkeypatch.setattr("megatron_deepseek.inference.gqa.FEW", few)
+    model = loaded(config, meshes)
+    sequences = [prompt(config), prompt(config, 11, 1), prompt(config, 12, 2)]
+    for tokens, logits in zip(sequences, by_chunks(engine(model), sequences, chunk)):
+        assert relative_error(logits, uncached_logits(model.stage, tokens)) < 1e-5
 
 
 def test_a_long_past_is_expanded_chunk_by_chunk(meshes, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_engines import V2_LITE, V3_MTP, engine, loaded, spread_weights, uncached_logits
 from small_models import relative_error, tensors, training_batch, whole_stage
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3Config
 
 from megatron_deepseek.data.tokenizer import ByteTokenizer
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
@@ -48,14 +48,21 @@ def test_greedy_text_is_that_of_the_training_model(model):
     assert {answers[0].finish_reason for answers in outputs} == {"length"} and outputs[0][0].text is None
 
 
-def test_greedy_text_is_that_of_transformers(meshes):
-    fields = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "moe_intermediate_size": 12,
-              "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 10,
-              "q_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
-              "n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 4, "first_k_dense_replace": 1,
-              "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
-              "max_position_embeddings": 100}
-    reference = DeepseekV3ForCausalLM(DeepseekV3Config(**fields)).eval()
+COMMON = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+          "max_position_embeddings": 100}
+THEIRS = {
+    "deepseek_v3": (DeepseekV3Config, COMMON | {
+        "moe_intermediate_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 10,
+        "q_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10, "n_routed_experts": 12,
+        "n_shared_experts": 1, "num_experts_per_tok": 4, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True}),
+    "qwen3": (Qwen3Config, COMMON | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})}
+
+
+@pytest.mark.parametrize("family", THEIRS)
+def test_greedy_text_is_that_of_transformers(meshes, family):
+    kind, fields = THEIRS[family]
+    reference = AutoModelForCausalLM.from_config(kind(**fields)).eval()
     spread_weights(reference)
     config = type(V3_MTP).from_hf_dict(reference.config.to_dict() | {"num_nextn_predict_layers": 0})
     ours = loaded(config, meshes)
@@ -201,6 +208,17 @@ def test_stop_strings_end_the_text(meshes, draft_tokens):
         assert (seen[-1].text, seen[-1].finish_reason) == (plain.text[:end], "stop")
         assert seen[-1].tokens == plain.tokens[:end + 3]
         assert all(seen[-1].text.startswith(output.text) for output in seen)  # nothing shown was taken back
+
+
+@pytest.mark.parametrize("parameters", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_rows_behind_the_tokenizers_ids_are_never_taken(meshes, parameters):
+    """Of an embedding that is padded for its ranks: here the padding's rows would always win."""
+    padded = replace(BYTES, vocab_size=384)
+    model = loaded(padded, meshes)
+    model.stage.lm_head.weight.data[260:] *= 100
+    (free,), = engine(model).generate([[1, 2]], parameters)
+    (bound,), = engine(replace(model, tokenizer=ByteTokenizer())).generate([[1, 2]], parameters)
+    assert min(free.tokens) >= 260 > max(bound.tokens)
 
 
 @pytest.mark.parametrize("prompt, parameters, message", [

@@ -12,7 +12,14 @@ from small_checkpoints import V3_WIDE, all_tensors, convert, v3_directory
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.inference.loading import LoadSettings, load_model
 from megatron_deepseek.inference.model_files import ModelFiles, open_model
-from megatron_deepseek.inference.quantised import HeldGemm, dense_weight, held_weight
+from megatron_deepseek.inference.quantised import (
+    Fp8Weight,
+    HeldWeight,
+    PlainWeight,
+    dense_weight,
+    exchange,
+    held_weight,
+)
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
 from megatron_deepseek.ops import nf4
 from megatron_deepseek.ops.fp8 import encoding
@@ -62,10 +69,10 @@ def test_plain_weights_of_both_kinds_of_directories(released, native, meshes):
     for directory, dtype in ((released, torch.bfloat16), (native, torch.float32)):
         model = load_model(opened(directory, mtp=True), meshes, LoadSettings(max_length=16))
         assert model.dtype == dtype and model.config.num_nextn_predict_layers == 1
-        assert torch.equal(model.stage.get_parameter(f"{LINEAR}.weight"), theirs[f"{LINEAR}.weight"].to(dtype))
-        gate_up = model.stage.get_parameter(f"{EXPERTS}.gate_up_proj")
+        assert torch.equal(dense_weight(model.stage.get_submodule(LINEAR), dtype), theirs[f"{LINEAR}.weight"].to(dtype))
+        gate_up = model.stage.get_submodule(EXPERTS).gate_up_proj.dense(dtype)
         assert torch.equal(gate_up[3, :I], theirs[f"{EXPERTS}.3.gate_proj.weight"].to(dtype))
-        assert torch.equal(model.stage.get_parameter("model.layers.2.eh_proj.weight"),
+        assert torch.equal(dense_weight(model.stage.get_submodule("model.layers.2.eh_proj"), dtype),
                            theirs["model.layers.2.eh_proj.weight"].to(dtype))
         gate = model.stage.get_submodule("model.layers.1.mlp.gate")
         assert gate.weight.dtype == gate.e_score_correction_bias.dtype == torch.float32
@@ -115,15 +122,19 @@ def test_a_forward_in_fp8(fp8, meshes):
     plain = load_model(opened(fp8), meshes, LoadSettings(**settings, form="plain"))
     got, unrounded = logits(held, tokens), logits(plain, tokens)
     for name, module in plain.stage.named_modules():
-        if isinstance(getattr(held.stage.get_submodule(name), "gemm", None), HeldGemm):
-            module.gemm = Linear(multiply=lambda x, weight: F.linear(rounded(x), weight))
+        if isinstance(getattr(held.stage.get_submodule(name), "weight", None), Fp8Weight):
+            module.gemm = Linear(multiply=lambda x, weight: F.linear(rounded(x), numbers(weight)))
         elif name.endswith("experts") and "shared" not in name:
             module.up_gemm = module.down_gemm = Grouped(
-                multiply=lambda x, weight, counts: grouped_gemm(rounded(x), weight, counts))
+                multiply=lambda x, weight, counts: grouped_gemm(rounded(x), numbers(weight), counts))
     expected = logits(plain, tokens)
     errors_S = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert errors_S.median() < 1e-5 and errors_S.max() < 0.03
     assert ((unrounded - expected).norm(dim=1) / expected.norm(dim=1)).median() > 0.03
+
+
+def numbers(weight: torch.Tensor | HeldWeight) -> torch.Tensor:
+    return weight.dense(torch.float32) if isinstance(weight, HeldWeight) else weight
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -187,7 +198,7 @@ def test_an_adapter_beside_the_base_computes_what_a_merged_one_does(released, tm
         merged = dense_weight(linear, torch.float32) + factor * b @ a
         torch.testing.assert_close(dense_weight(adapted.stage.get_submodule(name), torch.float32), merged)
         if form == "plain":
-            linear.weight.data.copy_(merged)
+            exchange(linear, "weight", PlainWeight(merged))
     if form == "plain":
         torch.testing.assert_close(logits(adapted, tokens), logits(base, tokens), rtol=1e-4, atol=1e-4)
     assert (logits(adapted, tokens) - before).abs().max() > 0.1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_engines import V3_MTP, engine, loaded
+from small_engines import V3_MTP, engine, loaded, uncached_states
 from small_models import tensors
 
 from megatron_deepseek.data.tokenizer import ByteTokenizer
@@ -52,8 +52,7 @@ WISHES = {
 }
 
 
-@pytest.mark.parametrize("depths, draft_tokens", [(1, 1), (1, 4), (2, 1), (2, 2), (2, 5), (3, 3)])
-@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("depths, draft_tokens, noise", [(1, 1, 0.2), (1, 4, 0.0), (2, 1, 0.2), (2, 5, 0.2)])
 def test_text_with_drafts_is_text_without(meshes, depths, draft_tokens, noise):
     model = bigram_model(meshes, depths, noise)
     for name, parameters in WISHES.items():
@@ -64,6 +63,27 @@ def test_text_with_drafts_is_text_without(meshes, depths, draft_tokens, noise):
         assert len(proposed) == draft_tokens and 0 < accepted[0] <= proposed[0]
         if name == "greedy":  # a module without noise is always right
             assert (accepted == proposed) == (noise == 0)
+
+
+@pytest.mark.parametrize("settings", [{"draft_tokens": 1}, {"draft_tokens": 2, "token_budget": 4},
+                                      {"draft_tokens": 2, "num_blocks": 14, "max_length": 40}])
+def test_drafts_are_what_the_modules_say_of_the_whole_text(meshes, settings):
+    """Whatever has been computed in chunks, shared or computed again: the likeliest token after each depth's state."""
+    model = loaded(replace(V3_MTP, num_nextn_predict_layers=2), meshes)
+    one, checked = engine(model, **settings), 0
+    one.generate([PROMPTS[2]], WISHES["greedy"])  # its blocks are shared by the next ones
+    for prompt in (PROMPTS[0], PROMPTS[2], [*PROMPTS[2], 7]):
+        one.add(prompt, WISHES["sampled"])
+    while one.has_work:
+        one.step()
+        for sequence in one.scheduler.running:
+            states = uncached_states(model.stage, [*sequence.tokens, *sequence.drafts])
+            for depth, draft in enumerate(sequence.drafts, 1):
+                state = states[depth][len(sequence.tokens) - 2]  # the last token whose next one is known
+                assert int(model.stage.logits(state.view(1, 1, -1)).argmax()) == draft
+                checked += 1
+    assert checked > 30 and one.statistics.shared_tokens > 0
+    assert (one.statistics.preemptions > 0) == ("num_blocks" in settings)
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3])

@@ -36,9 +36,9 @@ def test_reads_torchruns_arguments(options, local, nodes):
 def test_refuses_before_torchrun_starts(capfd):
     """In the entry's words for all ranks of all nodes, alone, with its status; what fits is shown and not started."""
     command = ["--dry-run", "--nproc_per_node", "8", "--nnodes", "2", ENTRY, *ARGUMENTS]
-    assert torchrun.main([*command, "--tensor-model-parallel-size", "3"]) == 2
+    assert torchrun.main([*command, "--pipeline-model-parallel-size", "3"]) == 2
     out, err = capfd.readouterr()
-    assert err == ("pretrain_deepseek.py: error: --tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1 "
+    assert err == ("pretrain_deepseek.py: error: --tensor-model-parallel-size 1 x --pipeline-model-parallel-size 3 "
                    "does not divide the 16 ranks of the job\n") and out == ""
     assert torchrun.main(command) == 0
     assert capfd.readouterr() == (f"torchrun --nproc_per_node 8 --nnodes 2 {ENTRY} {' '.join(ARGUMENTS)}\n", "")

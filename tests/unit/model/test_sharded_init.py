@@ -5,12 +5,12 @@ a mesh by the mesh's shape, so each rank is a fresh process, forked from one tha
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from forked import run_script
 from small_models import V3_SMALL, whole_stage
 
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
@@ -25,10 +25,10 @@ SEED = 5
 LAYOUTS = (Layout(dp=4), Layout(tp=2, dp=3, ep=3, sequence_parallel=True))
 
 
-def test_shards_are_slices_of_the_whole():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+def test_shards_are_slices_of_the_whole(tmp_path):
+    script, out, errors = (tmp_path / name for name in ("check.py", "out", "errors"))
+    script.write_text(f"import sys\nsys.path[:] = {sys.path!r}\nimport {__name__} as here\nsys.exit(here.main())\n")
+    assert run_script([str(script)], out, errors) == 0, errors.read_text()
 
 
 def expected_shard(name: str, shape: torch.Size, meshes: Meshes) -> torch.Tensor:
@@ -76,6 +76,3 @@ def main() -> int:
                 os._exit(0)  # nothing to tidy up, and interpreters are slow to leave
     return max([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from saved_bytes import saved_bytes
-from small_models import V2_SMALL, V3_SMALL, random_batch, training_batch, whole_model
+from small_models import LLAMA_SMALL, V2_SMALL, V3_SMALL, random_batch, training_batch, whole_model
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.model.build import Precision
@@ -34,6 +34,15 @@ MODELS = {
     "no query latent": replace(MTP, q_lora_rank=None),
     "one expert a token": replace(MTP, num_experts_per_tok=1),
     "dense": replace(MTP, n_routed_experts=0, num_nextn_predict_layers=1)}
+GROUPED = {
+    "llama": LLAMA_SMALL, "qwen2, tied": replace(LLAMA_SMALL, qkv_bias=True, tie_word_embeddings=True),
+    "qwen3, heads of their own size": replace(LLAMA_SMALL, qk_norm=True, head_dim=6),
+    "deepseek, as many heads of keys": replace(
+        LLAMA_SMALL, num_key_value_heads=4, attention_bias=True, moe_intermediate_size=12, n_routed_experts=8,
+        n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1),
+    "qwen2, a window in the second layer": replace(
+        LLAMA_SMALL, qkv_bias=True, sliding_window=3, layer_types=("full_attention", "sliding_attention"))}
+GROUPED_MTP = replace(GROUPED["deepseek, as many heads of keys"], num_nextn_predict_layers=1)
 
 
 def settings_of(config, rows: int, arguments: str = "", **parts):
@@ -76,6 +85,26 @@ def assert_equal(settings, meshes, monkeypatch, documents=None):
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_recomputed(model, precision, meshes, monkeypatch):
     assert_equal(settings_of(MODELS[model], 1 if model == "mtp" else 2, precision), meshes, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16", "--bf16 --fp8-format e4m3"], ids=["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("model", GROUPED)
+def test_grouped_query_attention(model, precision, meshes, monkeypatch):
+    """Kept, and with queries, keys and values made again; what norms of heads read stays."""
+    for recompute in (RecomputeSettings(), RECOMPUTED["all modules"]):
+        assert_equal(settings_of(GROUPED[model], 2, precision, recompute=recompute), meshes, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--bf16 --fp8-format e4m3"], ids=["bf16", "fp8"])
+def test_grouped_query_attention_with_all_that_it_can_meet(precision, meshes, monkeypatch):
+    """MTP's module, offloading, recomputed layers and norms, documents in a row."""
+    for parts in ({}, {"recompute": RECOMPUTED["full"]}, {"recompute": RECOMPUTED["layernorm"]},
+                  {"offload": OffloadSettings(2)}):
+        assert_equal(settings_of(GROUPED_MTP, 2, precision, **parts), meshes, monkeypatch)
+    settings = settings_of(LLAMA_SMALL, 2, precision)
+    settings = replace(settings, data=replace(settings.data, reset_attention_mask=True))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0]])
+    assert_equal(settings, meshes, monkeypatch, documents)
 
 
 RECOMPUTED = {"full": RecomputeSettings("full"), "all modules": RecomputeSettings("selective", ALL),

@@ -1,6 +1,7 @@
 """Conversion between Hugging Face's form and native checkpoints: what goes in comes out, bit for bit."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -132,24 +133,86 @@ def test_fp8_is_within_half_a_step(tmp_path):
         assert torch.equal(tensor, given[name] if wide else given[name].bfloat16()), name
 
 
-def test_new_fp8_scales_are_not_called_powers_of_two(tmp_path):
-    """V3.1 says scale_fmt ue8m0 of its own scales: right as long as those are carried along, wrong of ours."""
+def quantization(directory) -> dict:
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+def assert_powers_of_two(directory, weights) -> None:
+    """By hand: scale = 2^ceil(log2(amax / 448)) of each block, codes = weight / scale rounded to nearest."""
+    stored = all_tensors(directory)
+    names = [name for name in stored if name.endswith("_scale_inv")]
+    assert len(names) == 48
+    for name in names:
+        weight, scale = weights[name.removesuffix("_scale_inv")].double(), stored[name].double()
+        for row, column in ((row, column) for row in range(scale.shape[0]) for column in range(scale.shape[1])):
+            block = (slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128))
+            assert scale[row, column] == 2.0 ** math.ceil(math.log2(weight[block].abs().max() / 448)), name
+            codes = (weight[block] / scale[row, column]).float().to(torch.float8_e4m3fn)
+            assert torch.equal(stored[name.removesuffix("_scale_inv")][block].float(), codes.float()), name
+
+
+def test_power_of_two_scales(tmp_path, capsys):
+    """From any source; what is V3.1's stays so through a native checkpoint; powers of two are made but once."""
     hf = v3_directory(tmp_path / "hf", torch.float32)
-    assert convert("hf", "hf", hf, tmp_path / "released", "--dtype", "fp8") == 0
-    path = tmp_path / "released" / "config.json"
-    released = json.loads(path.read_text())
-    released["quantization_config"]["scale_fmt"] = "ue8m0"
-    path.write_text(json.dumps(released))
+    weights = all_tensors(hf)
+    assert convert("hf", "hf", hf, tmp_path / "v31", "--dtype", "fp8", "--fp8-scale-format", "ue8m0") == 0
+    assert_powers_of_two(tmp_path / "v31", weights)
+    assert quantization(tmp_path / "v31") == block_fp8.QUANTIZATION_CONFIG | {"scale_fmt": "ue8m0"}
+    for name, *more in (("carried",), ("again", "--dtype", "fp8", "--fp8-scale-format", "ue8m0")):
+        assert convert("hf", "hf", tmp_path / "v31", tmp_path / name, *more) == 0
+        assert_identical(all_tensors(tmp_path / name), all_tensors(tmp_path / "v31"))
+        assert quantization(tmp_path / name) == quantization(tmp_path / "v31")
+    assert convert("hf", "native", tmp_path / "v31", tmp_path / "native") == 0
+    assert convert("native", "hf", tmp_path / "native", tmp_path / "back", "--dtype", "fp8") == 0
+    assert quantization(tmp_path / "back") == quantization(tmp_path / "v31")
+    assert_powers_of_two(tmp_path / "back", {name: tensor.float() for name, tensor in dequantized(tmp_path / "v31")})
+    assert convert("hf", "native", hf, tmp_path / "no", "--fp8-scale-format", "ue8m0") == 2
+    assert "--fp8-scale-format ue8m0 is about FP8 weights" in capsys.readouterr().err
 
-    def scale_fmt(name: str) -> str | None:
-        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
-        assert config["weight_block_size"] == [128, 128]
-        return config.get("scale_fmt")
 
-    assert convert("hf", "hf", tmp_path / "released", tmp_path / "carried") == 0
-    assert convert("hf", "native", tmp_path / "released", tmp_path / "native") == 0
-    assert convert("native", "hf", tmp_path / "native", tmp_path / "new", "--dtype", "fp8") == 0
-    assert (scale_fmt("carried"), scale_fmt("new")) == ("ue8m0", None)
+def dequantized(directory):
+    """Yield FP8 weights as bfloat16, which native checkpoints hold."""
+    stored = all_tensors(directory)
+    for name in [name for name in stored if name.endswith("_scale_inv")]:
+        weight = name.removesuffix("_scale_inv")
+        yield weight, block_fp8.dequantize(stored[weight], stored[name]).bfloat16()
+
+
+def test_scales_of_any_value_become_powers_of_two(tmp_path):
+    """And the other way only what config.json says of them changes: a power of two is a value like any other."""
+    hf = v3_directory(tmp_path / "hf", torch.float32)
+    assert convert("hf", "hf", hf, tmp_path / "v3", "--dtype", "fp8") == 0
+    assert "scale_fmt" not in quantization(tmp_path / "v3")
+    assert convert("hf", "hf", tmp_path / "v3", tmp_path / "v31", "--fp8-scale-format", "ue8m0") == 0
+    stored = all_tensors(tmp_path / "v3")
+    assert_powers_of_two(tmp_path / "v31", {name.removesuffix("_scale_inv"): block_fp8.dequantize(
+        stored[name.removesuffix("_scale_inv")], stored[name]) for name in stored if name.endswith("_scale_inv")})
+    assert convert("hf", "hf", tmp_path / "v31", tmp_path / "any", "--fp8-scale-format", "float32") == 0
+    assert_identical(all_tensors(tmp_path / "any"), all_tensors(tmp_path / "v31"))
+    assert quantization(tmp_path / "any") == quantization(tmp_path / "v3")
+
+
+def test_scales_may_be_stored_as_exponents(tmp_path):
+    """float8_e8m0fnu, as later releases have them: the same weights."""
+    hf = v3_directory(tmp_path / "hf", torch.float32)
+    assert convert("hf", "hf", hf, tmp_path / "v31", "--dtype", "fp8", "--fp8-scale-format", "ue8m0") == 0
+    stored = {name: tensor.to(torch.float8_e8m0fnu) if name.endswith("_scale_inv") else tensor
+              for name, tensor in all_tensors(tmp_path / "v31").items()}
+    write_hf(tmp_path / "e8m0", stored, json.loads((tmp_path / "v31" / "config.json").read_text()))
+    for name in ("v31", "e8m0"):
+        assert convert("hf", "hf", tmp_path / name, tmp_path / f"{name}-wide", "--dtype", "fp32") == 0
+    assert_identical(all_tensors(tmp_path / "e8m0-wide"), all_tensors(tmp_path / "v31-wide"))
+
+
+def test_scales_that_are_no_powers_of_two_are_not_carried_as_such(tmp_path, capsys):
+    """Kernels read the exponent alone and would compute with other weights."""
+    hf = v3_directory(tmp_path / "hf", torch.float32)
+    assert convert("hf", "hf", hf, tmp_path / "v3", "--dtype", "fp8") == 0
+    path = tmp_path / "v3" / "config.json"
+    path.write_text(path.read_text().replace('"fmt": "e4m3"', '"fmt": "e4m3", "scale_fmt": "ue8m0"'))
+    assert convert("hf", "hf", tmp_path / "v3", tmp_path / "out") == 2
+    assert "which is no power of two, although scale_fmt 'ue8m0' in config.json says" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_fp8_passes_through_and_comes_into_native_as_bf16(tmp_path):

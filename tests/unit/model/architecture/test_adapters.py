@@ -87,7 +87,8 @@ def test_targets_that_match_nothing(config, target, near):
     assert matches_nothing(config, ["all"]) is None
 
 
-def test_names():
+def test_names_and_scale():
+    assert (LoraSettings(4, 8.0).scale, LoraSettings(4, 8.0, lora_rs=True).scale) == (2.0, 4.0)
     assert factor_of("model.layers.1.mlp.experts.gate_up_proj_lora_A") == "lora_A"
     assert factor_of("model.layers.1.self_attn.o_proj.lora_B.weight") == "lora_B"
     assert not is_adapter("model.layers.1.self_attn.o_proj.weight") and not is_adapter("lm_head.weight")

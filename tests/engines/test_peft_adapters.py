@@ -1,23 +1,25 @@
-"""Adapters exchanged with PEFT and transformers, both ways: `make test-peft` installs PEFT and runs this."""
+"""Adapters exchanged with PEFT and transformers, both ways: `make test-engines` installs PEFT and runs this."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_adapters import CPU, AdapterBench
 from small_checkpoints import v3_directory
-from test_adapter_files import CPU, Bench
 
 from megatron_deepseek.checkpoint.job.adapters import load_adapter, load_with_base
+from megatron_deepseek.inference.loading import join_ranks
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
+from megatron_deepseek.parallel.mesh import Meshes
 
 peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
 TOKENS_BS = torch.randint(300, (1, 8), generator=torch.Generator().manual_seed(0))
 CLOSE = 1e-5  # of the largest logit: float32 in another order
 
 
-class PeftBench(Bench):
+class PeftBench(AdapterBench):
     """A base without MTP, which transformers has not, with weights small enough that logits have digits to compare."""
 
     def release(self, root: Path) -> Path:
@@ -37,6 +39,11 @@ class PeftBench(Bench):
 
     def theirs(self):
         return transformers.AutoModelForCausalLM.from_pretrained(self.released, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def meshes() -> Meshes:
+    return join_ranks()
 
 
 @pytest.fixture(scope="module", params=["attention mlp", "all router", "experts", "rs"])
