@@ -1,6 +1,6 @@
 #!/bin/bash
 # Fine-tuning of the DeepSeek-V3 of 4.2 million parameters that pretrain_tiny.sh trains: `make finetune` runs this after
-# making its conversations. With NNODES= nodes, which share RUN_DIR, it tries out a cluster.
+# making its conversations. With NNODES= nodes, which share RUN_DIR, it tries out a cluster. LORA=1 trains adapters.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 NNODES=${NNODES:-1}
@@ -40,8 +40,15 @@ DATA_ARGS=(
     --template deepseek-v3
 )
 
+SAVE=$RUN_DIR/finetuned
+LORA_ARGS=()
+if [ -n "${LORA:-}" ]; then
+    SAVE=$RUN_DIR/finetuned_lora
+    LORA_ARGS=(--lora-rank 16 --lora-target all router mtp --lora-plus-ratio 4)
+fi
+
 OUTPUT_ARGS=(
-    --save "$RUN_DIR/finetuned"
+    --save "$SAVE"
     --load "$RUN_DIR/checkpoints"
     --save-interval 100
     --eval-interval 50
@@ -50,4 +57,5 @@ OUTPUT_ARGS=(
     --generate-tokens 32
 )
 
-launch "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@"
+launch "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" \
+    "${OUTPUT_ARGS[@]}" "$@"

@@ -7,6 +7,7 @@ name says tokens or iterations; a length keeps the unit that it was given in.
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 
@@ -16,7 +17,8 @@ class OptimizerSettings:
     """The settings of AdamW (arXiv 1711.05101). Norm weights and other vectors have no weight decay, as in Megatron.
 
     `exp_avg_dtype`, `exp_avg_sq_dtype`: fp32 (the master weights' dtype) or bf16, in which moments are kept between
-    steps; the update is computed in the master weights' dtype.
+    steps; the update is computed in the master weights' dtype. `lora_plus_ratio`: the learning rate of LoRA's B over
+    that of A (LoRA+, arXiv 2402.12354).
     """
 
     adam_beta1: float = 0.9
@@ -26,6 +28,7 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
+    lora_plus_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,8 @@ class RunSettings:
     bf16: bool = False
     fp8_format: str | None = None
     fp8_param_gather: bool = False
+    load_adapter: Path | None = None
+    save_adapter: Path | None = None
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
     unpadded_vocab_size: int | None = None
@@ -262,8 +267,8 @@ class FineTuningSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. `fine_tuning` is None in pre-training. `notes`: lines for its start, on consequences that
-    may not be expected.
+    """All settings of a run. `fine_tuning` is None in pre-training, `lora` where the weights themselves are trained.
+    `notes`: lines for its start, on consequences that may not be expected.
     """
 
     model: ModelConfig
@@ -279,4 +284,5 @@ class Settings:
     data: DataSettings
     run: RunSettings
     fine_tuning: FineTuningSettings | None = None
+    lora: LoraSettings | None = None
     notes: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from megatron_deepseek.launch.ending import exit_status
 
 PROGRAM = "run_tiny_finetuning.py"
 SAVED = "latest_checkpointed_iteration.txt"
-VARIABLES = ("EPOCHS", "NPROC")
+VARIABLES = ("EPOCHS", "NPROC", "LORA")
 
 
 def run(argv: list[str]) -> int:
@@ -29,11 +29,12 @@ def run(argv: list[str]) -> int:
     run_dir = args.run_dir.resolve()
     if not (run_dir / "checkpoints" / SAVED).exists():
         raise ValueError(f"{run_dir / 'checkpoints'} holds no model to be fine-tuned: make pretrain trains one")
-    environ = run_tiny.environment(run_dir, args) | {"EPOCHS": str(args.epochs), "DATASET": "", "EVAL_DATASET": ""}
-    steps = plan(run_dir)
+    environ = run_tiny.environment(run_dir, args) | {"EPOCHS": str(args.epochs), "DATASET": "", "EVAL_DATASET": "",
+                                                     "LORA": "1" if args.lora else ""}
+    steps = plan(run_dir, args.lora)
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]", run_dir, environ, args.overwrite)
-    print("\n".join(results(run_dir)))
+    print("\n".join(results(run_dir, args.lora)))
     return 0
 
 
@@ -44,16 +45,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=values.positive_int, default=3, help="passes over the chats (3)")
     parser.add_argument("--nproc", type=int, choices=run_tiny.PROCESSES,
                         help="processes (4; with GPUs one for each)")
+    parser.add_argument("--lora", action="store_true", help="train adapters beside the model, in a run of its own")
     parser.add_argument("--overwrite", action="store_true", help="remove the run that is there if it is another one")
     args = parser.parse_args(argv)
     args.nproc = args.nproc or run_tiny.default_processes()
     return argparse.Namespace(**vars(args), steps=0)
 
 
-def plan(run_dir: Path) -> list[Step]:
-    chats, save, example = run_dir / "chats", run_dir / "finetuned", REPOSITORY / "examples"
+def save_directory(run_dir: Path, lora: bool) -> Path:
+    return run_dir / ("finetuned_lora" if lora else "finetuned")
+
+
+def plan(run_dir: Path, lora: bool = False) -> list[Step]:
+    chats, save, example = run_dir / "chats", save_directory(run_dir, lora), REPOSITORY / "examples"
     train, held_out, metrics = chats / "train.jsonl", chats / "held_out.jsonl", save / "metrics.jsonl"
-    plot = run_dir / "finetuning_loss.png"
+    name, plot = "LoRA fine-tuning" if lora else "fine-tuning", loss_curve(run_dir, lora)
 
     def tool(name: str, *arguments) -> tuple[str, ...]:
         return sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)
@@ -61,17 +67,21 @@ def plan(run_dir: Path) -> list[Step]:
     return [
         Step("chats", tool("make_conversations.py", "--output", train, "--held-out", held_out),
              (PACKAGE / "cli" / "make_conversations.py",), (), (train, held_out)),
-        Step("fine-tuning", ("bash", str(example / "finetune_tiny.sh")),
+        Step(name, ("bash", str(example / "finetune_tiny.sh")),
              (PACKAGE, REPOSITORY / "finetune_deepseek.py", example / "finetune_tiny.sh", example / "common.sh"),
              (train, held_out, run_dir / "checkpoints"), (metrics, save / SAVED), save, VARIABLES),
-        Step("fine-tuning loss curve", tool("plot_metrics.py", metrics, "--output", plot),
+        Step(f"{name} loss curve", tool("plot_metrics.py", metrics, "--output", plot),
              (PACKAGE / "cli" / "plot.py", PACKAGE / "runtime"), (metrics,), (plot,)),
     ]
 
 
-def results(run_dir: Path) -> list[str]:
+def loss_curve(run_dir: Path, lora: bool) -> Path:
+    return run_dir / ("finetuning_lora_loss.png" if lora else "finetuning_loss.png")
+
+
+def results(run_dir: Path, lora: bool = False) -> list[str]:
     """Return the lines for the end: held-out loss and exact match before and after, and one conversation."""
-    save = run_dir / "finetuned"
+    save = save_directory(run_dir, lora)
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     lines = [""]
     for key, name, form in (("eval_loss", "held-out loss", "{:.3f}"),
@@ -85,7 +95,7 @@ def results(run_dir: Path) -> list[str]:
     lines += ["", f"the question   {after[shown]['prompt']}", f"before         {before[shown]['text']!r}",
               f"after          {after[shown]['text']!r}", f"expected       {after[shown]['expected']!r}", ""]
     return lines + [f"{name:14s} {path}" for name, path in (
-        ("checkpoints", save), ("answers", last), ("loss curve", run_dir / "finetuning_loss.png"))]
+        ("checkpoints", save), ("answers", last), ("loss curve", loss_curve(run_dir, lora)))]
 
 
 def main(argv: list[str]) -> int:

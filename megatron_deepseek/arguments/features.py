@@ -139,6 +139,7 @@ FEATURES = (
             lambda s: "bf16" in (s.optimizer.exp_avg_dtype, s.optimizer.exp_avg_sq_dtype)),
     Feature("frozen parameters", "--freeze-parameters model.embed_tokens.weight",
             lambda s: bool(s.run.freeze_parameters)),
+    Feature("LoRA", "--lora-rank 4 --load base", lambda s: s.lora is not None),
 )
 
 

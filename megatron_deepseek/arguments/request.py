@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from megatron_deepseek.arguments.auto_layout import given_beside
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.model.architecture import adapters
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.freezing import matches_nothing
 from megatron_deepseek.parallel import layout_string, schedule_rules
 from megatron_deepseek.parallel.layout import nodes_divide
 from megatron_deepseek.settings import BatchSettings
 from megatron_deepseek.training import timeline
+
+_OF_LORA = ("lora_alpha", "lora_target", "lora_rs", "lora_plus_ratio", "save_adapter", "load_adapter")
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,16 @@ class Request:
     @property
     def unknown_frozen(self) -> str | None:
         return matches_nothing(self.model, self.frozen) if self.frozen else None
+
+    @property
+    def lora_option_alone(self) -> str | None:
+        """Return the first option of LoRA that was given without --lora-rank, or None."""
+        given = (name for name in _OF_LORA if getattr(self.args, name) not in (None, False))
+        return next((f"--{name.replace('_', '-')}" for name in given), None) if self.args.lora_rank is None else None
+
+    @property
+    def unknown_lora_target(self) -> str | None:
+        return adapters.matches_nothing(self.model, self.args.lora_target or ())
 
     @property
     def balance(self) -> tuple[str, float]:

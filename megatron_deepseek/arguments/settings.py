@@ -12,6 +12,7 @@ from dataclasses import replace
 from megatron_deepseek.arguments import auto_layout
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture, unpadded_vocab_size
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
+from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
 from megatron_deepseek.arguments.problems import Problems, problems_of
@@ -85,10 +86,11 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
     return Settings(
         model=request.model, layout=_layout(request), learning_rate=learning_rate, batch=request.batch,
         pipeline=PipelineSettings(request.schedule, request.layout, request.virtual_stages),
-        optimizer=_fill(OptimizerSettings, args), loss=_loss(request), recompute=_recompute(request),
+        optimizer=_fill(OptimizerSettings, args, lora_plus_ratio=args.lora_plus_ratio or 1.0),
+        loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=run,
-        fine_tuning=_fine_tuning(request) if request.fine_tunes else None,
+        fine_tuning=_fine_tuning(request) if request.fine_tunes else None, lora=lora_settings(args),
         notes=(*describe_architecture(args, request.model), *notices(request)))
 
 
@@ -174,9 +176,11 @@ def _loss(request: Request) -> LossSettings:
 
 
 def _usual_bias_rate(request: Request) -> float:
-    """Return V3's rate in pre-training. Fine-tuning leaves the routers' biases, as the end of V3's pre-training did."""
+    """Return V3's rate in pre-training. Fine-tuning leaves the routers' biases, as the end of V3's pre-training did,
+    and so does LoRA.
+    """
     has_bias = request.model.n_routed_experts > 0 and request.model.topk_method == "noaux_tc"
-    return 1e-3 if has_bias and not request.fine_tunes else 0.0
+    return 1e-3 if has_bias and not request.fine_tunes and request.args.lora_rank is None else 0.0
 
 
 def _recompute(request: Request) -> RecomputeSettings:
@@ -224,6 +228,9 @@ def _run(request: Request) -> RunSettings:
 
 
 def _begins_from_weights(request: Request) -> bool:
-    """Return whether the first start of a fine-tuning takes weights alone; a --load that is --save is its own run."""
+    """Return whether the first start of a fine-tuning, or of a training of adapters, takes weights alone; a --load that
+    is --save is its own run.
+    """
     load, save = request.args.load, request.args.save
-    return request.fine_tunes and load is not None and (save is None or load.resolve() != save.resolve())
+    weights_alone = request.fine_tunes or request.args.lora_rank is not None
+    return weights_alone and load is not None and (save is None or load.resolve() != save.resolve())

@@ -33,7 +33,6 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         help="a schedule that only plans have: the paper's, with two copies of the model (--pipeline-schedule)")
     add("--memory-limit", type=values.size, metavar="SIZE", help="of a GPU's memory, as 70GB or 60GiB (all of it)")
     add("--task", type=str, choices=NAMES, default="pretrain", help="what the job is for (pretrain)")
-    add("--lora-rank", type=values.positive_int, default=Task.lora_rank, help="of adapters, for lora and qlora (16)")
     add("--users", type=values.positive_int, default=Task.users,
         help="conversations in the cache: of all ranks (serve), or of each rollout engine (grpo) (1)")
     add("--context", type=values.positive_int, metavar="TOKENS", help="of each conversation (--seq-length)")
@@ -68,11 +67,16 @@ def completed(argv: Sequence[str]) -> list[str]:
 def job_of(args: argparse.Namespace) -> tuple[Job, Gpu]:
     """Return the job that parsed arguments ask for, and the GPU."""
     gpu = find_gpu(args.gpu, args.gpu_file)
-    settings = build_settings(args, args.world_size, min(args.world_size, gpu.scale_up_gpus))
+    settings = build_settings(without_lora(args), args.world_size, min(args.world_size, gpu.scale_up_gpus))
     job = Job(settings, ENGINES[args.engine], args.plan_schedule)
     if args.plan_schedule == DUAL_PIPE:
         refuse_dual_pipe(job)
     return job, gpu
+
+
+def without_lora(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments without the adapters' rank: of a plan it belongs to the task, and no base is loaded."""
+    return argparse.Namespace(**vars(args) | {"lora_rank": None})
 
 
 def refuse_dual_pipe(job: Job) -> None:
@@ -91,8 +95,8 @@ def refuse_dual_pipe(job: Job) -> None:
 
 def task_of(args: argparse.Namespace) -> Task:
     """Return what the job is for."""
-    return Task(args.task, args.lora_rank, args.users, args.context or args.seq_length, args.rollout_ranks,
-                args.serve_weight_bytes)
+    return Task(args.task, args.lora_rank or Task.lora_rank, args.users, args.context or args.seq_length,
+                args.rollout_ranks, args.serve_weight_bytes)
 
 
 def write(path: Path, text: str) -> None:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from megatron_deepseek.checkpoint.adapter.peft_files import Adapter
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.inference import held_loading
-from megatron_deepseek.inference.adapter import Adapter, attach
+from megatron_deepseek.inference.adapter import attach
 from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.model_files import FORMS, NF4, PLAIN, ModelFiles, check_dtype
 from megatron_deepseek.inference.packed import pack
@@ -74,7 +75,8 @@ def load_model(files: ModelFiles, meshes: Meshes, settings: LoadSettings = LoadS
     """
     config, dtype, form = files.config, settings.dtype or files.dtype, settings.form or files.form
     max_length = checked_length(config, settings.max_length)
-    adapter = Adapter.read(settings.adapter) if settings.adapter is not None else None
+    mtp = config.num_nextn_predict_layers > 0
+    adapter = Adapter.read(settings.adapter, mtp=mtp) if settings.adapter is not None else None
     stage = shape(config, meshes, max_length, dtype)
     targets = held_loading.take_out(stage, files.source) if form != PLAIN else []
     stage.to_empty(device=meshes.device)

@@ -20,6 +20,7 @@ from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.frozen import freeze
 from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import choose_run
+from megatron_deepseek.model.lora import add_adapters, freeze_base
 from megatron_deepseek.model.moe import MoE
 from megatron_deepseek.ops.fp8 import recipe as fp8_recipe
 from megatron_deepseek.ops.precision_recipe import Grouped, PrecisionRecipe
@@ -36,7 +37,13 @@ from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.nodes import CommunicationCounter, build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
-from megatron_deepseek.settings import CommunicationSettings, LossSettings, OffloadSettings, RecomputeSettings
+from megatron_deepseek.settings import (
+    CommunicationSettings,
+    LoraSettings,
+    LossSettings,
+    OffloadSettings,
+    RecomputeSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Precision:
 class BuildOptions:
     """How the stages of a model are built, apart from the architecture, the layout and the sequence length.
 
-    `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py).
+    `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py). `lora`: adapters
+    that alone are trained, None to train the weights (model/lora.py).
     """
 
     precision: Precision = Precision()
@@ -72,6 +80,7 @@ class BuildOptions:
     offload: OffloadSettings = OffloadSettings()
     reshard_after_forward: bool = False
     frozen: tuple[str, ...] = ()
+    lora: LoraSettings | None = None
     seed: int = 1234
 
 
@@ -80,6 +89,8 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     """Return the stages `mine` of this rank, ready to train."""
     stages = shape_stages(config, mine, meshes, seq_length, options)
     freeze(stages, options.frozen)
+    if options.lora is not None:
+        freeze_base(stages)
     shard_stages(stages, meshes, options)
     for stage in stages:
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
@@ -101,8 +112,11 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     blueprint = make_blueprint(config, meshes, options)
     run_of = partial(choose_run, options.recompute, options.offload)
     with torch.device("meta"), default_dtype(options.precision.master):
-        return [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of, options.loss.loss_chunk_size)
-                for stage in mine]
+        stages = [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of, options.loss.loss_chunk_size)
+                  for stage in mine]
+        if options.lora is not None:
+            add_adapters(stages, config, options.lora, blueprint.tp)
+        return stages
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = BuildOptions()) -> Blueprint:

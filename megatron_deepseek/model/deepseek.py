@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.head import OutputHead
 from megatron_deepseek.model.layer import DecoderLayer, MTPLayer, run_layer
@@ -63,6 +64,7 @@ class DeepseekStage(nn.Module):
         super().__init__()
         self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
         self.overlap, self.counter = blueprint.overlap, blueprint.etp.counter
+        self.lora: LoraSettings | None = None  # of the adapters beside its weights (model/lora.py)
         self.model = Trunk(stage, blueprint)
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:

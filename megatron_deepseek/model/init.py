@@ -7,12 +7,13 @@ generator is SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based one, f
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from megatron_deepseek.model.architecture.adapters import A, B, factor_of
 from megatron_deepseek.parallel.shards import shard_regions
 
 ELEMENTS_AT_A_TIME = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
@@ -66,27 +67,43 @@ def global_index(start: int, stop: int, shape: torch.Size, local_shape: torch.Si
     return index
 
 
-@torch.no_grad()
 def fill_normal(parameter: DTensor, std: float, seed: int, name: str) -> None:
     """Fill this rank's shard with its part of the parameter's normal(0, std) values."""
+    fill(parameter, lambda index: normal(index, seed, name) * std)
+
+
+def fill_uniform(parameter: DTensor, bound: float, seed: int, name: str) -> None:
+    """Fill this rank's shard with its part of the parameter's values, uniform within +-bound."""
+    key = stream_key(f"{seed}:{name}")
+    fill(parameter, lambda index: (2 * uniform(index, key) - 1) * bound)
+
+
+@torch.no_grad()
+def fill(parameter: DTensor, draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Fill this rank's shard with what `draw` makes of the places of its elements in the whole parameter, int64."""
     for region in shard_regions(parameter):
         for part in region.contiguous():
             flat = part.local.view(-1)
             for start in range(0, flat.numel(), ELEMENTS_AT_A_TIME):
                 stop = min(start + ELEMENTS_AT_A_TIME, flat.numel())
-                index = global_index(start, stop, parameter.shape, part.local.shape, part.offset, flat.device)
-                flat[start:stop] = normal(index, seed, name) * std
+                flat[start:stop] = draw(global_index(start, stop, parameter.shape, part.local.shape, part.offset,
+                                                     flat.device))
 
 
 @torch.no_grad()
 def initialize(stages: Iterable[nn.Module], std: float, seed: int) -> None:
-    """Set norm weights to one, biases to zero, all else to normal(0, std), as DeepSeek-V3 (report, section 4.2)."""
+    """Set norm weights to one, biases to zero, all else to normal(0, std), as DeepSeek-V3 (report, section 4.2).
+
+    Adapters begin as PEFT's: A uniform within +-1 / sqrt(inputs), B zero, so that they change nothing yet.
+    """
     for stage in stages:
         for name, parameter in stage.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.to_local().fill_(1.0)
-            elif name.endswith(".bias"):
+            elif name.endswith(".bias") or factor_of(name) == B:
                 parameter.to_local().zero_()
+            elif factor_of(name) == A:
+                fill_uniform(parameter, parameter.shape[-1]**-0.5, seed, name)
             else:
                 fill_normal(parameter, std, seed, name)
         for buffer in stage.buffers():

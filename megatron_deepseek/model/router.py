@@ -9,11 +9,11 @@ Shapes: B batch, S sequence, T = B*S tokens, H hidden, E experts, K top-k, G gro
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Partial, Replicate
 
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.ops.precision_recipe import Gemm, Linear
 from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
@@ -41,6 +41,7 @@ class Router(nn.Module):
         self.config, self.forced = config, forced
         self.weight = sharded_parameter((config.n_routed_experts, config.hidden_size), tp.mesh, Replicate())
         self.weight_grad = Partial() if tp.size > 1 else Replicate()
+        self.gemm: Gemm = Linear()
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
@@ -48,7 +49,7 @@ class Router(nn.Module):
         """Route tokens. `positions_T`, their places in their sequences, are read only where the balance is forced."""
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         weight_EH = local_weight(self.weight, self.weight_grad)
-        logits_TE = F.linear(x_TH.to(wide), weight_EH.to(wide))
+        logits_TE = self.gemm(x_TH.to(wide), weight_EH.to(wide))
         scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
         experts_TK = balanced_choice(positions_T, self.config) if self.forced else \

@@ -66,6 +66,10 @@ class Gemm(ABC):
         """Yield x in the form that several GEMMs take, so that it is quantised once and not by each."""
         return nullcontext(x)
 
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the numbers that this GEMM takes x for, as an ordinary tensor with x's gradient."""
+        return x
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return x in the form in which it is dispatched to the rank of this GEMM."""
         return x

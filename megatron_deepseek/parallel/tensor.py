@@ -126,7 +126,7 @@ class ParallelLinear(nn.Module):
                  weight_grad: Placement, bias: bool = False, gemm: Gemm = Linear()):
         super().__init__()
         self.weight = sharded_parameter((out_features, in_features), tp.mesh, placement)
-        self.gemm = gemm
+        self.gemm, self.placement = gemm, placement
         self.weight_grad = weight_grad
         of_sum = placement == Shard(1)  # the bias is added once, on the stream between regions
         self.bias_grad = tp.activation_grad if of_sum else weight_grad

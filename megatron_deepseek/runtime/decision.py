@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_deepseek.checkpoint.adapter.base import check_adapters, holds_adapters
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY
 from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.checkpoint.job.distributed import has_optimizer
@@ -38,6 +39,7 @@ from megatron_deepseek.checkpoint.tracker import (
     last_iteration,
     problem,
 )
+from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.runtime.lock_holder import LOCK, read_holder
 from megatron_deepseek.runtime.metrics import FILE_NAME
@@ -73,14 +75,18 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "") -> Start:
-    """Decide what the run begins from, on rank 0 while it holds the lock of --save, whose token is `lock`.
+def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "", lora: LoraSettings | None = None) -> Start:
+    """Decide what the run begins from, on rank 0 while it holds the lock of --save, whose token is `lock`; `lora` are
+    the adapters that it trains.
 
     Raise ValueError for what is refused or cannot be loaded.
     """
     start = replace(_decide(run, job), lock=lock)
     if start.load is None:
         return start
+    check_adapters(start.load, lora)
+    if lora is not None and not (start.finetune or holds_adapters(start.load)):
+        raise ValueError(f"--load {start.load} holds whole weights: adapters beside them need another --save")
     own = run.save is not None and _same(start.load.parent, run.save)
     weights_alone = _has_weights_alone(start.load) or (not own and (start.finetune or start.weights_only))
     lines = check_directory(start.load, model, run.init_mtp, weights_alone, run.drop_mtp)

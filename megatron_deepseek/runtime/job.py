@@ -10,6 +10,7 @@ from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.runtime.adapter_export import export_adapter
 from megatron_deepseek.runtime.decision import Start, overwrite, share
 from megatron_deepseek.runtime.export import export
 from megatron_deepseek.runtime.failure import guarded
@@ -41,14 +42,16 @@ def _run_job(task: Task, settings: Settings, begun: float) -> None:
     meshes = build_meshes(settings.layout, device)
     trainer = Trainer(training_spec(prepared.settings), meshes, prepared.objective)
     limit_waiting(settings.run.distributed_timeout_minutes)
-    settings, state = go_on(prepared.settings, resume(start, trainer))
+    state, base = resume(start, trainer, settings.run.load_adapter)
+    settings, state = go_on(prepared.settings, state)
     with _open_report(settings, start, state) as report:
         if dist.get_rank() == 0:
             with end_on_user_error():
                 describe(report, settings, trainer, start, state, prepared.notes)
-        run = Run(prepared, settings, trainer, report, start, state, begun, job)
+        run = Run(prepared, settings, trainer, report, start, state, begun, job, base)
         run.train()
         export(settings.run, run.state.iteration, report)
+        export_adapter(settings.run, run.state.iteration, report)
         with end_on_user_error():
             report.close()
     dist.barrier()
@@ -84,5 +87,5 @@ def training_spec(settings: Settings) -> TrainingSpec:
                                 fp8=settings.run.fp8_format is not None, fp8_gather=settings.run.fp8_param_gather),
             loss=settings.loss, recompute=settings.recompute, communication=settings.communication,
             offload=settings.offload, reshard_after_forward=settings.run.sharding == "optim_grads_params",
-            frozen=settings.run.freeze_parameters,
+            frozen=settings.run.freeze_parameters, lora=settings.lora,
             seed=settings.run.seed))

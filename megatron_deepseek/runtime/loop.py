@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from megatron_deepseek.checkpoint.adapter.base import Base
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.data.batches import read_ahead
@@ -35,7 +36,7 @@ class Run:
     """The loop of one job: steps, validation, checkpoints, until train_iters or something that ends it before."""
 
     def __init__(self, task: Prepared, settings: Settings, trainer: Trainer, report: Report, start: Start,
-                 state: TrainState, begun: float, job: Job):
+                 state: TrainState, begun: float, job: Job, base: Base | None = None):
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
         with end_on_user_error():
             data = task.open_data(settings, state, report.message)
@@ -44,7 +45,7 @@ class Run:
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)
         self.saver = Saver(settings.run, settings.model, trainer, report, state.iteration if start.is_saved else None,
-                           recorded, lambda: keep_beside(settings, start), start.lock)
+                           recorded, lambda: keep_beside(settings, start), start.lock, base)
         self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)

@@ -14,7 +14,8 @@ from megatron_deepseek.settings import Settings
 
 # Settings that do not decide what is computed, or are for one start alone: a change of these is never reported.
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "drop_mtp", "overwrite",
-                   "save_hf", "save_hf_dtype", "fp8_scale_format", "exit_interval", "exit_duration_in_mins",
+                   "save_hf", "load_adapter", "save_adapter", "save_hf_dtype", "fp8_scale_format", "exit_interval",
+                   "exit_duration_in_mins",
                    "log_interval", "tensorboard_dir", "profile", "profile_step_start", "profile_step_end",
                    "distributed_timeout_minutes"},
            "data": {"data_cache_path", "seed"}, "model": {"released_as"},
@@ -22,7 +23,7 @@ _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "in
                            "generate_prompts", "generate_tokens"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
-          "loss": None, "data": None, "files": None, "fine_tuning": None,
+          "loss": None, "data": None, "files": None, "fine_tuning": None, "lora": None,
           "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
              "run": {"sharding", "fp8_param_gather"}}

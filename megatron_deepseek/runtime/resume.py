@@ -6,17 +6,21 @@ from pathlib import Path
 
 from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
+from megatron_deepseek.checkpoint.adapter.base import Base, holds_adapters
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.adapters import load_adapter, load_with_base
 from megatron_deepseek.checkpoint.job.export import check_export
 from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.publishing import check_writable
 from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.model.architecture.adapters import adapter_rows, describe_adapters
 from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
 from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
+from megatron_deepseek.runtime.adapter_export import check_new_adapter
 from megatron_deepseek.runtime.decision import Start, decide
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differences, explain_marks
 from megatron_deepseek.runtime.report import Report
@@ -61,7 +65,9 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
                 check_writable(option, directory)
         if lock is not None:
             lock.acquire()
-        start = decide(run, settings.model, job, lock.me.token if lock is not None else "")
+        start = decide(run, settings.model, job, lock.me.token if lock is not None else "", settings.lora)
+        if run.save_adapter is not None:
+            check_new_adapter(run.save_adapter)
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
         if run.save_hf is not None:
             check_export(run, settings.model, start.load if _is_finished(settings, start) else None)
@@ -91,17 +97,29 @@ def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[i
     return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
 
 
-def resume(start: Start, trainer: Trainer) -> TrainState:
-    """Load what was decided on. Every byte is checked first, by each rank in its share of the files."""
+def resume(start: Start, trainer: Trainer, adapter: Path | None = None) -> tuple[TrainState, Base | None]:
+    """Load what was decided on, and return the state of the run, and the base of its adapters if it trains some.
+
+    Every byte is checked first, by each rank in its share of the files. Adapters begin from those of PEFT in the
+    directory `adapter`, unless a checkpoint has them.
+    """
     if start.load is None:
-        return TrainState()
+        return TrainState(), None
+    base, optimizer = None, None if start.weights_only else trainer.optimizer
+    lora = trainer.spec.build.lora
     with end_on_user_error():
         refuse_damage(start.load, checkpoint.verify(start.load) or [])
-        state = checkpoint.load(start.load, trainer.stages, None if start.weights_only else trainer.optimizer,
-                                start.new_modules, start.dropped_modules)
+        if lora is None:
+            state = checkpoint.load(start.load, trainer.stages, optimizer, start.new_modules,
+                                    start.dropped_modules)
+        else:
+            state, base = load_with_base(start.load, trainer.stages, optimizer, trainer.meshes.device,
+                                         start.dropped_modules)
+            if adapter is not None and not holds_adapters(start.load):
+                load_adapter(adapter, trainer.stages, trainer.spec.model, lora)
     if start.finetune:
-        return TrainState()
-    return state.without_optimizer() if start.weights_only else state
+        return TrainState(), base
+    return state.without_optimizer() if start.weights_only else state, base
 
 
 def go_on(settings: Settings, state: TrainState) -> tuple[Settings, TrainState]:
@@ -122,7 +140,8 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
                    + (f", fp8 {run.fp8_format} blockwise" if run.fp8_format else ""))
     reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
     frozen = [describe_frozen(settings.model, run.freeze_parameters)] if run.freeze_parameters else []
-    for line in (*frozen, *settings.notes, *notes, *reach):
+    lora = [describe_adapters(settings.model, settings.lora)] if settings.lora is not None else []
+    for line in (*frozen, *lora, *settings.notes, *notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):
@@ -158,8 +177,11 @@ def _describe_loaded(report: Report, settings: Settings, trainer: Trainer, start
 
 def _describe_moments(directory: Path, settings: Settings, trainer: Trainer, steps: int) -> list[str]:
     """Return lines on what a resumed run changes: dtypes of moments, parameters newly trained or newly frozen."""
-    trained = {name for name in parameter_shapes(settings.model)
-               if not is_frozen(name, settings.run.freeze_parameters)}
+    if settings.lora is None:
+        trained = {name for name in parameter_shapes(settings.model)
+                   if not is_frozen(name, settings.run.freeze_parameters)}
+    else:
+        trained = {row.name for row in adapter_rows(settings.model, settings.lora)}
     return [*checkpoint.converted_moments(directory, trainer.optimizer),
             *describe_resumed(trained, checkpoint.with_moments(directory), steps)]
 

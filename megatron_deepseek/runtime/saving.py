@@ -11,10 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_deepseek.checkpoint.adapter.base import BASE, Base
+from megatron_deepseek.checkpoint.adapter.export import add_adapter
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.native import ARGUMENTS, LAYOUT, layout_note
 from megatron_deepseek.checkpoint.publishing import TrackerNotReplaced, saving_directory
@@ -54,16 +57,22 @@ class Saver:
 
     `begun`: the iteration that was saved last. On rank 0 `recorded` goes into every checkpoint as arguments.json, and
     `keep` writes the files that belong beside the checkpoints, where they are missing. `lock`: the token of --save's
-    lock, without which nothing is written there; "" for no lock.
+    lock, without which nothing is written there; "" for no lock. `base`: that of adapters, which alone are then saved.
     """
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
-                 recorded: RecordedArguments | None = None, keep: Callable[[], None] = lambda: None, lock: str = ""):
+                 recorded: RecordedArguments | None = None, keep: Callable[[], None] = lambda: None, lock: str = "",
+                 base: Base | None = None):
         self.run, self.model, self.report, self.begun, self.keep, self.lock = run, model, report, begun, keep, lock
         self.notes = {LAYOUT: layout_note(trainer.meshes.layout, trainer.spec.stages, trainer.spec.schedule,
                                           trainer.spec.seq_length)}
         if recorded is not None:
             self.notes[ARGUMENTS] = recorded.to_json()
+        self.complete: Callable[[Path], None] = lambda directory: None
+        if base is not None:
+            lora = trainer.spec.build.lora
+            self.notes[BASE] = base.note(lora)
+            self.complete = partial(add_adapter, model, lora, base)
         self.stages, self.optimizer = trainer.stages, None if run.no_save_optim else trainer.optimizer
         self.group = dist.new_group(backend="gloo", group_desc="checkpoint",
                                     timeout=timedelta(minutes=max(run.distributed_timeout_minutes, _LONGEST_MINUTES)))
@@ -85,7 +94,7 @@ class Saver:
         self.failed = None
         if self.background is not None:
             future = self.background.begin(self.run.save, state, self.model, self.stages, self.optimizer,
-                                           self.run.keep_last, self.notes, self._still_mine)
+                                           self.run.keep_last, self.notes, self._still_mine, self.complete)
             stall = time.perf_counter() - begin
             self.pending = _Pending(future, state.iteration, begin, stall)
         else:
@@ -120,7 +129,8 @@ class Saver:
     def _save_now(self, state: TrainState, begin: float) -> None:
         try:
             directory = checkpoint.save(self.run.save, state, self.model, self.stages, self.optimizer,
-                                        self.run.keep_last, self.group, self.notes, self._still_mine)
+                                        self.run.keep_last, self.group, self.notes, self._still_mine,
+                                        self.complete)
         except OSError as error:
             self._survive(error, state.iteration)
         else:

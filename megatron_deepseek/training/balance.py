@@ -18,7 +18,7 @@ def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tens
     """Sum `counts` (int64 [E] by layer, of this rank's tokens) over `group` and move every bias. Return the sums.
 
     `group` has every rank of a pipeline stage. Counts are integers, so their sum is exact in every layout. The bias
-    of a router whose weight is frozen stays as it is, so that a frozen router goes on choosing as it did.
+    of a router that is frozen, and has no adapter, stays as it is, so that it goes on choosing as it did.
     """
     total = {}
     for stage in stages:
@@ -28,7 +28,7 @@ def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tens
             total[name] = counts[name].clone()
             dist.all_reduce(total[name], group=group)
             bias = getattr(module.gate, "e_score_correction_bias", None)
-            if bias is not None and rate and module.gate.weight.requires_grad:
+            if bias is not None and rate and any(each.requires_grad for each in module.gate.parameters()):
                 mean = total[name].double().mean()
                 bias += rate * torch.sign(mean - total[name].double()).to(bias.dtype)
     return total

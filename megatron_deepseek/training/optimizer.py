@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from megatron_deepseek.model.architecture.adapters import B, factor_of
 from megatron_deepseek.model.architecture.parameters import MATRIX, optimizer_group
 from megatron_deepseek.settings import OptimizerSettings
 
@@ -141,17 +142,18 @@ def _update(batch: list[_Stretch], group: dict) -> None:
 def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSettings) -> ShardedAdamW:
     """Build AdamW in which matrices decay and vectors (norm weights, biases) do not, as in Megatron-LM.
 
-    A rank may have no parameters.
+    The learning rate of LoRA's B is a multiple of the others' (LoRA+). A rank may have no parameters.
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for item in parameters:
         decays = optimizer_group(item.parameter.shape) == MATRIX
-        groups.setdefault((item.parameter.device_mesh, decays), []).append(item.parameter)
+        ratio = settings.lora_plus_ratio if factor_of(item.name) == B else 1.0
+        groups.setdefault((item.parameter.device_mesh, decays, ratio), []).append(item.parameter)
     moment_dtypes = MOMENT_DTYPES[settings.exp_avg_dtype], MOMENT_DTYPES[settings.exp_avg_sq_dtype]
     kind = ShardedAdamW if moment_dtypes == (None, None) else NarrowMomentsAdamW
     return kind(
-        [{"params": params, "weight_decay": settings.weight_decay if decays else 0.0}
-         for (_, decays), params in groups.items()] or [{"params": []}],
+        [{"params": params, "weight_decay": settings.weight_decay if decays else 0.0, "lr_ratio": ratio}
+         for (_, decays, ratio), params in groups.items()] or [{"params": [], "lr_ratio": 1.0}],
         moment_dtypes, lr=0.0, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=True)
 
 
@@ -191,4 +193,4 @@ def clip_gradients(parameters: Iterable[NamedParameter], norm: torch.Tensor, max
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_ratio"]

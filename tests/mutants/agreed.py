@@ -52,7 +52,7 @@ RESUME_MUTANTS = of(
 ) + of(
     RESUME,
     ("resume", "None if start.weights_only else trainer.optimizer", "trainer.optimizer"),
-    ("resume", "    if start.finetune:\n        return TrainState()\n", ""),
+    ("resume", "    if start.finetune:\n        return TrainState(), base\n", ""),
     ("resume", "state.without_optimizer() if start.weights_only else state", "state"),
 ) + of(
     ("tests/unit/runtime/test_decision.py",),

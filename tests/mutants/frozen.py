@@ -17,7 +17,7 @@ FROZEN = of(
      "for name, parameter in stage.named_parameters())"),
 ) + of(
     UNIT,
-    ("update_expert_bias", " and module.gate.weight.requires_grad:", ":"),
+    ("update_expert_bias", " and any(each.requires_grad for each in module.gate.parameters()):", ":"),
 ) + of(
     LAYOUTS,
     ("KeyValueProjection.anchor",

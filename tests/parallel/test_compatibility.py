@@ -43,6 +43,7 @@ def test_a_case_is_what_its_command_line_asks_for(compared):
     assert settings.loss.loss_chunk_size == case.loss.loss_chunk_size
     assert settings.loss.moe_token_drop_policy == case.loss.moe_token_drop_policy
     assert (settings.data.reset_attention_mask, settings.optimizer.exp_avg_dtype) == (case.packed, case.moments)
+    assert settings.lora == case.adapters
     assert (settings.batch.micro_batch_size, settings.batch.global_batch_size) == (
         case.micro_batch_size, case.global_batch_size)
 

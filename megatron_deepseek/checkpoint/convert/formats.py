@@ -5,13 +5,14 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_deepseek.checkpoint.adapter.base import holds_adapters, read_base
 from megatron_deepseek.checkpoint.convert.assets import (
     DIRECTORY,
     Assets,
@@ -62,6 +63,10 @@ def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
     directory = path
     if not (path / METADATA).is_file():
         directory = checkpoint_directory(path)
+    if holds_adapters(directory):
+        base = read_base(directory)[0].directory
+        raise ValueError(f"{directory} holds LoRA adapters alone: tools/merge_lora.py --base {base} --adapter {path} "
+                         "--save DIR merges them into their base")
     announced, stored = native_architecture(directory), open_dcp(directory)
     modules = [WEIGHTS + prefix for prefix in module_prefixes(announced)]
     config, absent = as_stored(announced, _any_begins(stored, modules), without_mtp)
@@ -110,16 +115,20 @@ def _megatron_iteration(path: Path) -> Path:
 
 
 def hf_output(source: TensorSource, assets: Assets, save: Path, dtype: torch.dtype | None, largest: int,
-              origin: dict[str, Any] | None = None, scale_format: str | None = None) -> OutputFormat:
+              origin: dict[str, Any] | None = None, scale_format: str | None = None,
+              changed: Collection[str] = ()) -> OutputFormat:
     """Return the output in Hugging Face's form: files of at most `largest` bytes, index, config.json, copied files.
 
     `origin` goes into the metadata of the index, of which other programs read the size alone. `scale_format`: that of
-    the scales of FP8 weights, by default the source's.
+    the scales of FP8 weights, by default the source's. `changed` names weights whose numbers are not those that are
+    stored: in FP8 they get new scales.
     """
     stay_outside(save)
     scales = Scales.of(assets.fields, scale_format)
     copies = mtp_copies(source.config) if assets.mtp_copies else {}
     tensors = output_tensors(source, dtype, True, copies, scales)
+    tensors = [replace(tensor, scale_format=scales.wanted) if tensor.dtype == FP8 and tensor.original in changed
+               else tensor for tensor in tensors]
     made = scales.wanted if scale_format or any(tensor.scale_format for tensor in tensors) else None
     groups = divide(tensors, largest)
     files = tuple(OutputFile(_hf_file_name(number, len(groups)), group) for number, group in enumerate(groups))

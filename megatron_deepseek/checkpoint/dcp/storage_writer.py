@@ -48,14 +48,16 @@ class CheckpointWriter(dcp.FileSystemWriter):
     """Writes iteration `state.iteration` under `root` and makes it the last one. Every rank has its own writer.
 
     `notes` are further JSON files by name; those of rank 0 are written. `still_mine` raises, or ends the process, if
-    another run has taken over `root`; it is called before anything there is made, removed or renamed.
+    another run has taken over `root`; it is called before anything there is made, removed or renamed. `complete` adds
+    files on rank 0 that are made of the tensors, which are all in the directory by then.
     """
 
     def __init__(self, root: Path, state: TrainState, config: ModelConfig, keep_last: int | None = None,
-                 notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None):
+                 notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None,
+                 complete: Callable[[Path], None] = lambda directory: None):
         super().__init__(saving_directory(root, state.iteration), sync_files=True)
         self.root, self.state, self.config, self.keep_last = root, state, config, keep_last
-        self.notes, self.still_mine = notes or {}, still_mine
+        self.notes, self.still_mine, self.complete = notes or {}, still_mine, complete
         self.fs = _ChecksummedFiles()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -99,6 +101,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         write_synced(self.path / "state.json", json.dumps(self.state.to_json(), indent=2))
         for name, content in self.notes.items():
             write_synced(self.path / name, json.dumps(content, indent=2))
+        self.complete(self.path)
         checksum_directory(self.path, {name: of_rank.files[name] for of_rank in ranks for name in of_rank.files})
         damage = check_sizes(self.path, read_checksums(self.path))
         if damage:

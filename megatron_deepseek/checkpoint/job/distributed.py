@@ -34,7 +34,7 @@ from megatron_deepseek.checkpoint.dcp.storage_reader import CheckpointReader
 from megatron_deepseek.checkpoint.dcp.storage_writer import CheckpointWriter
 from megatron_deepseek.checkpoint.integrity import Checksum, Damage, read_checksums, verify_files
 from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
-from megatron_deepseek.checkpoint.job.state import MOMENTS, fill_copies, model_state, state_to_save
+from megatron_deepseek.checkpoint.job.state import MOMENTS, base_state, fill_copies, model_state, state_to_save
 from megatron_deepseek.checkpoint.job.subset import Subset, late_parameters, set_steps
 from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
 from megatron_deepseek.checkpoint.tracker import is_huggingface, iteration_directory
@@ -49,16 +49,17 @@ T = TypeVar("T")
 def save(root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
          optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
          group: dist.ProcessGroup | None = None, notes: Mapping[str, Any] | None = None,
-         still_mine: Callable[[], None] = lambda: None) -> Path:
+         still_mine: Callable[[], None] = lambda: None, complete: Callable[[Path], None] = lambda directory: None
+         ) -> Path:
     """Write a checkpoint of `state.iteration`, make it the last one, and return its directory. Every rank calls it.
 
-    `group` is a gloo group of all ranks, by default the default group. `notes` and `still_mine` are as for
+    `group` is a gloo group of all ranks, by default the default group. `notes`, `still_mine` and `complete` are as for
     CheckpointWriter. Raise on every rank what any rank raised, an OSError with errno ENOSPC if the disk is full; the
     checkpoints that were there are then as before.
     """
     try:
         dcp.save(state_to_save(stages, optimizer), process_group=group,
-                 storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine))
+                 storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine, complete))
     except CheckpointException as error:
         raise first_failure(error) from None
     return iteration_directory(root, state.iteration)
@@ -96,13 +97,15 @@ class BackgroundSaver:
 
     def begin(self, root: Path, state: TrainState, config: ModelConfig, stages: list[nn.Module],
               optimizer: torch.optim.Optimizer | None, keep_last: int | None = None,
-              notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None) -> Future:
+              notes: Mapping[str, Any] | None = None, still_mine: Callable[[], None] = lambda: None,
+              complete: Callable[[Path], None] = lambda directory: None) -> Future:
         """Start a save with the arguments of `save`, and return its future once everything is copied.
 
         Wait for the future before the next call. Its error is DCP's CheckpointException: see `first_failure`.
         """
         return dcp.async_save(state_to_save(stages, optimizer), process_group=self._group, async_stager=self._stager,
-                              storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine))
+                              storage_writer=CheckpointWriter(root, state, config, keep_last, notes, still_mine,
+                                                              complete))
 
     def close(self) -> None:
         self._stager.close()
@@ -183,12 +186,14 @@ def _names(dtypes: set[torch.dtype]) -> str:
 
 
 def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimizer | None,
-         new: Sequence[str] = (), dropped: Sequence[str] = ()) -> TrainState:
+         new: Sequence[str] = (), dropped: Sequence[str] = (), base: bool = False
+         ) -> TrainState:
     """Fill the stages, and the optimizer unless None, from any layout's checkpoint. Every rank calls it.
 
     Tensors saved in another dtype are converted (`converted_moments` says which). `new` has beginnings of the names of
     parameters that the checkpoint lacks; they keep the weights that they have, and `optimizer` must be None. `dropped`
-    has those of parameters that the checkpoint holds and the model does without.
+    has those of parameters that the checkpoint holds and the model does without. With `base` the weights that adapters
+    are beside are filled, and `optimizer` must be None.
 
     Which parameters are frozen may have changed since the save. A parameter that was frozen has no moments in the
     checkpoint: they stay zero, and its steps are counted from here on (`TrainState.late`). Moments of a parameter that
@@ -197,12 +202,13 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     Raise ValueError if a tensor is missing, unknown or of another shape, so that nothing is dropped in silence. What
     any rank raises, all raise.
     """
-    assert not new or optimizer is None
+    assert not (new or base) or optimizer is None
     new_prefixes = tuple(WEIGHTS + beginning for beginning in new)
     reader, train_state = _together(lambda: _open(directory))
     saved = reader.read_metadata().state_dict_metadata
     subset = Subset.of(stages, saved) if optimizer is not None else None
-    state = {name: tensor for name, tensor in state_to_save(stages, optimizer).items()
+    whole = base_state(stages) if base else state_to_save(stages, optimizer)
+    state = {name: tensor for name, tensor in whole.items()
              if not name.startswith(new_prefixes) and not (subset and name in subset.absent)}
     everyone = _check_tensors(directory, reader, state, subset, tuple(WEIGHTS + beginning for beginning in dropped))
     _load(state, reader)

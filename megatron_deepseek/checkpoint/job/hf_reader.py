@@ -8,6 +8,7 @@ expert's projection as a chunk of its stack.
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ from megatron_deepseek.checkpoint.native import WEIGHTS
 class HuggingFaceReader(StorageReader):
     """Presents `source` as a DCP checkpoint of tensors `model.NAME`; FP8 weights are read as float32 values."""
 
-    def __init__(self, source: TensorSource):
+    def __init__(self, source: TensorSource, places: Sequence[Place] | None = None):
+        """Take the places of the source's tensors in parameters; None for those of a model."""
         self.source = source
+        self.of_tensors = native_places(source.config) if places is None else places
         self.places: dict[MetadataIndex, Place] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -46,7 +49,7 @@ class HuggingFaceReader(StorageReader):
     def read_metadata(self, *args, **kwargs) -> Metadata:
         """Return the stacked parameters' shapes and chunks in DCP's classes, for its planner."""
         chunks, shapes = defaultdict(list), {}
-        for place in native_places(self.source.config):
+        for place in self.of_tensors:
             name, offset = WEIGHTS + place.whole, torch.Size(place.offset)
             self.places[MetadataIndex(name, offset)] = place
             shapes[name] = torch.Size(place.whole_shape)

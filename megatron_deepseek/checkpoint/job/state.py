@@ -1,9 +1,15 @@
-"""The tensors that a rank saves and loads, by their names in a checkpoint: weights, router biases and moments."""
+"""The tensors that a rank saves and loads, by their names in a checkpoint: weights, router biases and moments.
+
+Of stages with adapters (model/lora.py) the adapters are saved, and the frozen base is not.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
+from megatron_deepseek.model.architecture.adapters import is_adapter
 from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.parallel.shards import for_checkpoint
 
@@ -16,13 +22,28 @@ def moment_name(moment: str, parameter: str) -> str:
 
 
 def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
-    """Return weights and router biases of this rank by name.
+    """Return weights and router biases of this rank by name; of stages with adapters these and router biases.
 
     If several stages of the rank have a copy of a parameter, the first one is taken.
     """
+    return _state(stages, lambda stage, name: stage.lora is None or is_adapter(name), buffers=True)
+
+
+def base_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
+    """Return the weights that adapters are beside, and router biases, of this rank by name."""
+    return _state(stages, lambda stage, name: not is_adapter(name), buffers=True)
+
+
+def adapter_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
+    """Return the adapters of this rank by name."""
+    return _state(stages, lambda stage, name: is_adapter(name), buffers=False)
+
+
+def _state(stages: list[nn.Module], takes: Callable[[nn.Module, str], bool], buffers: bool) -> dict[str, torch.Tensor]:
     state = {}
     for stage in stages:
-        for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
+        chosen = [(name, parameter) for name, parameter in stage.named_parameters() if takes(stage, name)]
+        for name, tensor in [*chosen, *(stage.named_buffers() if buffers else ())]:
             state.setdefault(WEIGHTS + name, for_checkpoint(tensor.detach()))
     return state
 

@@ -93,7 +93,7 @@ class UpProjections(Heads):
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:
-        return (self.w_kvb.weight,)
+        return tuple(self.w_kvb.parameters())
 
     def queries(self, c_q: torch.Tensor) -> torch.Tensor:
         """Return queries [B, S, N, nope + rope], their rotary dimensions turned."""

@@ -122,3 +122,33 @@ class _Whole(torch.autograd.Function):
 def whole(x: torch.Tensor) -> torch.Tensor:
     """Return x as an ordinary tensor, with x's gradient, for operators that read no tiles."""
     return _Whole.apply(x) if isinstance(x, BlockScaled) and x.whole is not None else x
+
+
+class _Dequantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return encoding.dequantize_1x128(x.q, x.scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that the tiles of x stand for as an ordinary tensor, with x's gradient."""
+    return _Dequantized.apply(x)
+
+
+class _PlainGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.plain() if isinstance(grad, BlockScaled) else grad
+
+
+def with_plain_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Return x; its gradient becomes an ordinary tensor for operators that read no tiles."""
+    return _PlainGradient.apply(x)

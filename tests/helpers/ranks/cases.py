@@ -21,6 +21,7 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import (
     CommunicationSettings,
+    LoraSettings,
     LossSettings,
     OffloadSettings,
     PipelineSettings,
@@ -69,6 +70,7 @@ OPTIONS = {
     "offload_optimizer": (False, True),
     "objective": ("next_token", "samples", "pairs", "distillation"),
     "frozen": (0, 1),
+    "lora": ("none", "attention+mlp", "all+router+mtp"),
 }
 
 CONSTRAINTS = (
@@ -100,6 +102,8 @@ CONSTRAINTS = (
     lambda pp, placement: placement == "balanced" or pp > 1,
     lambda pp, virtual, placement: placement != "own" or pp * virtual > 2,
     lambda objective, micro_batch_size: objective != "pairs" or micro_batch_size % 2 == 0,
+    lambda lora, frozen: lora == "none" or frozen == 0,
+    lambda lora, router, mtp: lora != "all+router+mtp" or router != "dense" and mtp > 0,
 )
 
 # Not rules of the project: what keeps a case cheap. DualPipeV over 4 ranks needs 8 micro-batches.
@@ -152,6 +156,7 @@ class Case:
     offload_optimizer: bool = False
     objective: str = "next_token"
     frozen: int = 0
+    lora: str = "none"
     trained: str = ""
     cut: int = 0
     first: int = 0
@@ -266,7 +271,12 @@ class Case:
         elif loss.balance_type == "aux_loss":
             loss = replace(loss, balance_type="seq_aux_loss")
         return Reference(self.model, loss, self.global_batch_size, self.first_batch_size, size, self.packed,
-                         self.padded, self.moments, self.objective, self.frozen_names)
+                         self.padded, self.moments, self.objective, self.frozen_names, self.adapters)
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """Rank 2 where layers have 8 inputs at the least, so that A and B have nothing in common with the weight."""
+        return None if self.lora == "none" else LoraSettings(2, 3.0, tuple(self.lora.split("+")), lora_rs=True)
 
     @property
     def frozen_names(self) -> tuple[str, ...]:
@@ -289,6 +299,7 @@ class Reference:
     moments: str = "fp32"
     objective: str = "next_token"
     frozen: tuple[str, ...] = ()
+    lora: LoraSettings | None = None
 
 
 # Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.

@@ -42,6 +42,9 @@ def arguments_of(case: Case, config: Path) -> list[str]:
     words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
     if case.frozen_names:
         words += ["--freeze-parameters", *case.frozen_names]
+    if case.adapters is not None:
+        words += ["--load", "base", "--lora-rank", str(case.adapters.lora_rank), "--lora-alpha",
+                  str(case.adapters.lora_alpha), "--lora-rs", "--lora-target", *case.adapters.lora_target]
     if case.recomputation.modules:
         words += ["--recompute-modules", *case.recomputation.modules]
     switches = {"sequence-parallel": case.sp, "reset-attention-mask": case.packed,

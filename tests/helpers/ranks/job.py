@@ -9,8 +9,10 @@ from objectives import held_out_of, inputs_of, objective_of
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.model.architecture.adapters import B, factor_of
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision
+from megatron_deepseek.model.init import fill_normal
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel import shards
 from megatron_deepseek.parallel.layout import Layout
@@ -106,7 +108,7 @@ def sources(size: int) -> torch.Tensor:
 def spec_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> TrainingSpec:
     build = BuildOptions(precision=precision, loss=case.loss, recompute=case.recomputation,
                          communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard,
-                         frozen=case.frozen_names)
+                         frozen=case.frozen_names, lora=case.adapters)
     return TrainingSpec(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, build,
                 optimizer_of(case.moments))
 
@@ -121,7 +123,7 @@ def run_reference(reference: Reference, num_steps: int = 3, precision: Precision
                   seq_length: int = SEQ_LENGTH) -> Record:
     stages = resolve(reference.model, PipelineSettings(), 1, seq_length)
     spec = TrainingSpec(reference.model, stages, "none", seq_length, reference.micro_batch_size,
-                BuildOptions(precision=precision, loss=reference.loss, frozen=reference.frozen),
+                BuildOptions(precision=precision, loss=reference.loss, frozen=reference.frozen, lora=reference.lora),
                 optimizer_of(reference.moments))
     sizes = reference.first_batch_size, reference.global_batch_size
     return train(spec, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective)
@@ -135,6 +137,7 @@ def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_
     held_out = held_out_of(objective, spec.model.num_nextn_predict_layers)
     record = Record()
     withhold(trainer)
+    open_adapters(trainer)
     bias_rate = BIAS_RATE if spec.model.topk_method == "noaux_tc" else 0.0
 
     def inputs(step: int) -> Batch:
@@ -170,6 +173,14 @@ def withhold(trainer: Trainer) -> None:
             if isinstance(module, Router) and hasattr(module, "e_score_correction_bias"):
                 assert module.e_score_correction_bias.shape == (NUM_EXPERTS,)
                 module.e_score_correction_bias[list(NEVER_CHOSEN)] = -10.0
+
+
+def open_adapters(trainer: Trainer) -> None:
+    """Adapters begin with a B of zero, behind which A gets no gradient: here with an ordinary one."""
+    for stage in trainer.stages:
+        for name, parameter in stage.named_parameters():
+            if factor_of(name) == B:
+                fill_normal(parameter, 0.2, 0, name)
 
 
 def named(trainer: Trainer, how: str):

@@ -43,6 +43,22 @@ REFUSED = {
     "the frozen parameters leave nothing to train":
         (1, "--freeze-parameters model.* lm_head.weight", ["--freeze-parameters ['model.*', 'lm_head.weight']",
                                                           "no parameter to train"]),
+    "DoRA is not supported": (1, "--lora-rank 8 --load base --use-dora", ["--use-dora is not supported"]),
+    "options of LoRA need --lora-rank": (1, "--lora-plus-ratio 4", ["--lora-plus-ratio needs --lora-rank"]),
+    "no layer has the name of a LoRA target": (1, "--lora-rank 8 --load base --lora-target all q_proj",
+                                               ["--lora-target q_proj matches no linear layer", "it has q_b_proj"]),
+    "LoRA needs --load": (1, "--lora-rank 8", ["--lora-rank 8 needs --load"]),
+    "LoRA has frozen the weights already": (1, "--lora-rank 8 --load base --freeze-parameters lm_head.weight",
+                                            ["--freeze-parameters ['lm_head.weight']", "--lora-rank 8"]),
+    "new MTP modules would stay random under LoRA": (1, "--lora-rank 8 --load base --init-mtp --mtp-num-layers 1",
+                                                     ["--init-mtp conflicts with --lora-rank 8"]),
+    "there is no model to export beside an adapter": (1, "--lora-rank 8 --load base --save dir --save-hf hf",
+                                                      ["--save-hf hf conflicts", "--save-adapter"]),
+    "an adapter is written from a checkpoint": (1, "--lora-rank 8 --load base --save-adapter dir",
+                                                ["--save-adapter dir needs --save"]),
+    "a router without an adapter has a bias that stays":
+        (1, "--lora-rank 8 --load base --moe-router-bias-update-rate 0.001",
+         ["--moe-router-bias-update-rate 0.001 needs --lora-target router"]),
     "padding the experts' input to their capacity is not supported":
         (1, "--moe-pad-expert-input-to-capacity", ["--moe-pad-expert-input-to-capacity"]),
     "dropout in attention is not supported": (1, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),

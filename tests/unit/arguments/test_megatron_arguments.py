@@ -204,7 +204,8 @@ def test_what_an_architecture_lacks_is_named_at_once():
         assert part in text
     assert "--hidden-size" not in text
     text, *others = problems("--train-iters 1 --data-path a")
-    assert text.startswith("--model is missing (--help-models ") and "--num-layers, --hidden-size" in text and not others
+    assert text.startswith("--model is missing (--help-models ") and not others
+    assert "--num-layers, --hidden-size" in text
 
 
 def test_the_start_says_which_architecture_it_is():

@@ -1,0 +1,93 @@
+"""Products with an adapter of LoRA beside them (arXiv 2106.09685): W x + scale * B (A x).
+
+`AdaptedGemm` is a GEMM like any other (precision_recipe.py), made of the GEMM of W and the products of A and B. So no
+layer knows whether it has an adapter: it names its GEMM, and that decides. W is frozen and may be in FP8; A and B are
+multiplied in the layer's own dtype. They see the same x as W, in FP8 the numbers of its tiles: which of them a layer is
+given, and which it makes itself, depends on the layout.
+
+Shapes: R rows, E experts, I inputs, O outputs, r rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_deepseek.ops.fp8.block_scaled import with_plain_gradient
+from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Linear
+from megatron_deepseek.ops.recompute import recomputed
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale * B (A x). `a` and `b` return this rank's A [r, I] and B [O, r], of experts [E, r, I] and [E, O, r].
+
+    `down` multiplies by A, `up` by B. With two `matrices`, as gate and up of experts, A and B have the rows of one
+    before those of the other, and each B reads the outputs of its own A.
+    """
+
+    a: Callable[[], torch.Tensor]
+    b: Callable[[], torch.Tensor]
+    scale: float
+    down: Linear
+    up: Linear
+    matrices: int = 1
+
+    def __call__(self, x: torch.Tensor, *counts: list[int]) -> torch.Tensor:
+        return self._up(self.down(x, self.a(), *counts), *counts)
+
+    def after_swiglu(self, gate_up: GateUp, *counts: list[int]) -> torch.Tensor:
+        """Return it of the input silu(gate) * up."""
+        return self._up(self.down.after_swiglu(gate_up, self.a(), *counts), *counts)
+
+    def _up(self, hidden: torch.Tensor, *counts: list[int]) -> torch.Tensor:
+        hidden, b = hidden * self.scale, self.b()
+        if self.matrices == 1:
+            return with_plain_gradient(self.up(hidden, b, *counts))
+        parts = zip(hidden.chunk(self.matrices, -1), b.chunk(self.matrices, -2))
+        return with_plain_gradient(torch.cat([self.up(part.contiguous(), own, *counts) for part, own in parts], -1))
+
+    def deferring(self, deferred: Deferred) -> "LowRank":
+        """Return the same products with the gradients of A and B left to `deferred`."""
+        return replace(self, down=self.down.deferring(deferred), up=self.up.deferring(deferred))
+
+
+@dataclass(frozen=True)
+class AdaptedGemm(Gemm):
+    """The GEMM `base`, with `adapter` added to its result."""
+
+    base: Gemm
+    adapter: LowRank
+
+    def __call__(self, x, weight, *counts):
+        return self.base(x, weight, *counts) + self.adapter(self.base.seen(x), *counts)
+
+    def after_swiglu(self, gate_up, weight, *counts):
+        return self.base.after_swiglu(gate_up, weight, *counts) + self.adapter.after_swiglu(gate_up, *counts)
+
+    def deferring(self, deferred):
+        return AdaptedGemm(self.base.deferring(deferred), self.adapter.deferring(deferred))
+
+    @property
+    def gathered(self):
+        """Return what makes the form in which FSDP gathers W; A and B are gathered as they are."""
+        return self.base.gathered
+
+    def shared(self, x):
+        return self.base.shared(x)
+
+    def seen(self, x):
+        return self.base.seen(x)
+
+    def rows(self, x):
+        return self.base.rows(x)
+
+
+def adapted(base: Gemm, a: Callable[[], torch.Tensor], b: Callable[[], torch.Tensor], scale: float,
+            kind: type[Linear] = Linear, matrices: int = 1) -> AdaptedGemm:
+    """Return `base` with an adapter; `kind` is Grouped for experts.
+
+    SwiGLU's output is saved for A's gradient where the recipe saves it for that of W, and else made again.
+    """
+    activate = getattr(base, "activate", recomputed)
+    return AdaptedGemm(base, LowRank(a, b, scale, kind(activate=activate), kind(), matrices))
