@@ -5,7 +5,7 @@ from mutant import of
 LOADED = of(
     ("tests/unit/inference/test_loading.py",),
     ("held_loading._read_fp8", "own_scales[part.row:part.row + len(q)]", "own_scales[part.start:part.start + len(q)]"),
-    ("adapter._pair", 'config.number("lora_alpha") if alpha is None else alpha', 'config.number("lora_alpha")'),
+    ("peft_files._of_pattern", "return patterns.number(pattern)", "break"),
     ("loading.shape", "module.to(wide)", "pass"),
     ("model_files._sampling", 'known["temperature"] = 0.0', "pass"),
 ) + of(
