@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_deepseek.model.architecture.adapters import LoraSettings, factor_rows, is_adapted
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.freezing import is_frozen
 from megatron_deepseek.model.architecture.parameters import (
@@ -39,6 +40,14 @@ def held_parameters(model: ModelConfig, layout: Layout, stages: Sequence[Stage],
     return Held(sum(part.dense for part in parts), sum(part.experts for part in parts))
 
 
+def held_adapters(model: ModelConfig, layout: Layout, stages: Sequence[Stage], lora: LoraSettings) -> Held:
+    """Return what a rank that holds `stages` has of the adapters beside them, divided as their weights are."""
+    ranks = _Ranks(layout.tp, layout.ep, layout.etp)
+    parts = [_of_adapters(model, index, ranks, lora) for stage in stages
+             for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+    return Held(sum(part.dense for part in parts), sum(part.experts for part in parts))
+
+
 class _Ranks(NamedTuple):
     tp: int
     ep: int
@@ -48,6 +57,12 @@ class _Ranks(NamedTuple):
 @lru_cache(8192)
 def _of_layer(model: ModelConfig, index: int, ranks: _Ranks, frozen: tuple[str, ...]) -> Held:
     return _of_rows(layer_rows(model, index), ranks, frozen)
+
+
+@lru_cache(8192)
+def _of_adapters(model: ModelConfig, index: int, ranks: _Ranks, lora: LoraSettings) -> Held:
+    adapted = (row for row in layer_rows(model, index) if is_adapted(model, row, lora))
+    return _of_rows([factor for row in adapted for factor in factor_rows(row, lora.lora_rank)], ranks, ())
 
 
 def _of_rows(rows: Iterable[Parameter], ranks: _Ranks, frozen: tuple[str, ...]) -> Held:

@@ -8,11 +8,11 @@ update has several micro-batches, 4 for the sum of their gradients, since they a
 optim_grads_params weights are gathered for two units at a time: the one in use and the next.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.held_parameters import Held, held_parameters
+from megatron_deepseek.planning.held_parameters import Held, held_adapters, held_parameters
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.settings import Settings
 
@@ -123,18 +123,27 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
     dense, experts = data_ranks(job)
     optimizer = settings.optimizer
     moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+    stages = [job.stages[stage] for stage in job.held(pp_rank)]
+    trained = _trained(settings, held, job, stages)
+    if settings.lora is not None:
+        held = Held(held.dense + trained.dense, held.experts + trained.experts)
     whole = settings.run.sharding == "optim_grads"
     gathered = _of(held, element, element) if whole else largest_unit(job, pp_rank, element, 2)
     sums = engine.gradient if job.micro_batches > 1 else 0
-    frozen = settings.run.freeze_parameters
-    trained = held if not frozen else held_parameters(
-        job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)], frozen)
     return StateParts(
         weights=_of(held, engine.master / dense, engine.master / experts),
         gathered=gathered, gradients=_of(trained, sums, sums),
         reduced=_of(trained, engine.reduced / dense, engine.reduced / experts),
         optimizer=_of(trained, moments / dense, moments / experts),
         on_host=settings.offload.optimizer_cpu_offload)
+
+
+def _trained(settings: Settings, held: Held, job: Job, stages: Sequence[Stage]) -> Held:
+    """Return what has gradients and moments of the parameters that a rank holds: all, or not what is frozen."""
+    if settings.lora is not None:
+        return held_adapters(job.model, job.layout, stages, settings.lora)
+    frozen = settings.run.freeze_parameters
+    return held if not frozen else held_parameters(job.model, job.layout, stages, frozen)
 
 
 def _others(job: Job, held: Held, pp_rank: int) -> StateParts:

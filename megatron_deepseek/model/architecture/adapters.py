@@ -75,8 +75,12 @@ def adapter_rows(config: ModelConfig, lora: LoraSettings) -> Iterator[Parameter]
 
 def adapted_rows(config: ModelConfig, lora: LoraSettings) -> Iterator[Parameter]:
     """Yield the rows of the weights that have an adapter."""
-    return (row for row in parameters(config)
-            if _adaptable(row) and any(_matches(config, row, target) for target in lora.lora_target))
+    return (row for row in parameters(config) if is_adapted(config, row, lora))
+
+
+def is_adapted(config: ModelConfig, row: Parameter, lora: LoraSettings) -> bool:
+    """Return whether the weight of `row` has an adapter."""
+    return _adaptable(row) and any(_matches(config, row, target) for target in lora.lora_target)
 
 
 def factor_rows(row: Parameter, rank: int) -> tuple[Parameter, Parameter]:

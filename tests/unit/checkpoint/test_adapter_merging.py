@@ -90,6 +90,17 @@ def test_fp8_is_dequantised_added_to_and_quantised_again(released, tmp_path):
             assert torch.equal(after[other + suffix].view(torch.uint8), before[other + suffix].view(torch.uint8))
 
 
+def test_fp8_with_scales_that_are_powers_of_two(released, tmp_path):
+    """As V3.1's: what is quantised again gets such scales too."""
+    assert convert("hf", "hf", released, tmp_path / "fp8", "--dtype", "fp8", "--fp8-scale-format", "ue8m0") == 0
+    adapter = write(tmp_path / "adapter", factors())
+    assert merge("--base", tmp_path / "fp8", "--adapter", adapter, "--save", tmp_path / "out") == 0
+    name = "model.layers.0.mlp.down_proj.weight_scale_inv"
+    before, after = all_tensors(tmp_path / "fp8")[name], all_tensors(tmp_path / "out")[name]
+    assert torch.equal(after.log2(), after.log2().round()) and not torch.equal(after, before)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
+
+
 def test_a_block_whose_largest_number_moves(monkeypatch):
     """A block of 4.48 everywhere, and 4.48 more at one place: the scale goes from .01 to .02, and all stays exact."""
     codes, scale = block_fp8.quantize(torch.full((128, 128), 4.48))

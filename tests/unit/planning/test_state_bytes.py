@@ -6,6 +6,7 @@ import pytest
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, find_holders
+from megatron_deepseek.model.architecture.adapters import adapter_rows
 from megatron_deepseek.model.architecture.parameters import parameters
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
@@ -58,6 +59,16 @@ def test_one_process_by_hand():
         22 * parameters, rel=1e-3)
     offloaded = fullest_states(settings("--model tiny --optimizer-cpu-offload --exp-avg-dtype bf16", 1))
     assert (offloaded.device, offloaded.host) == pytest.approx((2 * parameters, 14 * parameters), rel=1e-3)
+
+
+def test_adapters_alone_have_gradients_and_moments():
+    """Of what each weight takes, the sum of gradients, the reduced one and the moments are left to the adapters."""
+    base = settings("--model tiny --global-batch-size 4", 1)
+    lora = settings("--model tiny --global-batch-size 4 --load base --lora-rank 4 --lora-target all router mtp", 1)
+    adapters = sum(row.size for row in adapter_rows(lora.model, lora.lora))
+    weights = sum(row.size for row in parameters(lora.model) if row.trained)
+    whole, of_lora = (fullest_states(each).device for each in (base, lora))
+    assert of_lora == whole - (4 + 4 + 8) * weights + whole // weights * adapters
 
 
 def test_frozen_parameters_have_no_gradient_and_no_moments():
