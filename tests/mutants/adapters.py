@@ -28,7 +28,6 @@ ADAPTERS = of(
     ("_adapt", "(Partial(), Shard(0)) if placement == Shard(0)", "(Replicate(), Shard(0)) if placement == Shard(0)"),
     ("_adapt", "else (Shard(1), Partial()))", "else (Shard(1), Replicate()))"),
     ("_adapt_experts", "Partial() if of_etp == Replicate() else of_etp)", "of_etp)"),
-    ("LowRank.deferring", "down=self.down.deferring(deferred), ", ""),
     ("UpProjections.weights", "tuple(self.w_kvb.parameters())", "(self.w_kvb.weight,)"),
 ) + of(
     FILES,
