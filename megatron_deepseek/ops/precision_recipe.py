@@ -70,6 +70,10 @@ class Gemm(ABC):
         """Return the numbers that this GEMM takes x for, as an ordinary tensor with x's gradient."""
         return x
 
+    def gradient_seen(self, y: torch.Tensor) -> torch.Tensor:
+        """Return y, whose gradient will be the numbers that this GEMM takes its output's gradient for."""
+        return y
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return x in the form in which it is dispatched to the rank of this GEMM."""
         return x

@@ -13,7 +13,7 @@ ADAPTERS = of(
     STEP,
     ("LowRank._up", "hidden, b = hidden * self.scale, self.b()", "hidden, b = hidden, self.b()"),
     ("LowRank._up", "hidden.chunk(self.matrices, -1), b.chunk", "hidden.chunk(self.matrices, -1)[::-1], b.chunk"),
-    ("AdaptedGemm.after_swiglu", " + self.adapter.after_swiglu(gate_up, *counts)", ""),
+    ("AdaptedGemm.after_swiglu", " + self.base.gradient_seen(delta)", ""),
     ("freeze_base", "if not is_adapter(name):", 'if "lora_B" not in name:'),
     ("set_learning_rate", 'learning_rate * group["lr_ratio"]', "learning_rate"),
     ("initialize", "parameter.shape[-1]**-0.5", "parameter.shape[0]**-0.5"),
