@@ -103,6 +103,14 @@ class Linear(Gemm):
 
 
 @dataclass(frozen=True)
+class LinearAtOnce(Linear):
+    """F.linear whose weight gradient is never left for later: that of the router, whose product is small."""
+
+    def deferring(self, deferred: Deferred) -> "LinearAtOnce":
+        return self
+
+
+@dataclass(frozen=True)
 class Grouped(Linear):
     """The grouped GEMM of experts in the layer's own dtype."""
 
