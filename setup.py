@@ -52,5 +52,6 @@ setup(
         "engines": ["peft>=0.17", "transformers>=5"],
         "tensorboard": ["tensorboard>=2.15"],
         "yaml": ["pyyaml>=6"],  # --yaml-cfg
+        "wandb": ["wandb>=0.19"],  # --wandb-project
     },
 )

@@ -8,7 +8,7 @@ count NNODES
 GPUS_PER_NODE=${NPROC:-${GPUS_PER_NODE:-4}}  # processes; on a machine without GPUs they share the cores
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS_PER_NODE ? CORES / GPUS_PER_NODE : 1))}
-EPOCHS=${EPOCHS:-2}
+EPOCHS=${EPOCHS:-3}
 RUN_DIR=${RUN_DIR:-runs/tiny}
 
 MODEL_ARGS=(--model tiny)
@@ -27,7 +27,7 @@ TRAINING_ARGS=(
     --micro-batch-size "$MICRO_BATCH"
     --global-batch-size $((16 * NNODES))
     --seq-length 128
-    --lr 4e-3
+    --lr 3e-3
     --min-lr 0
     --lr-warmup-fraction 0.05
 )
@@ -50,8 +50,8 @@ fi
 OUTPUT_ARGS=(
     --save "$SAVE"
     --load "$RUN_DIR/checkpoints"
-    --save-interval 50
-    --eval-interval 40
+    --save-interval 100
+    --eval-interval 50
     --generate-every 1000000             # before the first step and after the last
     --generate-prompts 16
     --generate-tokens 32

@@ -211,7 +211,15 @@ class RunSettings:
     overwrite: bool = False
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
+    log_throughput: bool = False
     tensorboard_dir: Path | None = None
+    wandb_project: str | None = None
+    wandb_exp_name: str | None = None
+    wandb_entity: str | None = None
+    wandb_save_dir: Path | None = None
+    manual_gc: bool = False
+    manual_gc_interval: int = 0
+    manual_gc_eval: bool = True
     profile: bool = False
     profile_step_start: int = 10
     profile_step_end: int = 12

@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=values.path, default=Path("runs/tiny"),
                         help="the directory of run_tiny.py (runs/tiny)")
-    parser.add_argument("--epochs", type=values.positive_int, default=2, help="passes over the chats (2)")
+    parser.add_argument("--epochs", type=values.positive_int, default=3, help="passes over the chats (3)")
     parser.add_argument("--nproc", type=int, choices=run_tiny.PROCESSES,
                         help="processes (4; with GPUs one for each)")
     parser.add_argument("--lora", action="store_true", help="train adapters beside the model, in a run of its own")

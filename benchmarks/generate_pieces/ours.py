@@ -14,6 +14,7 @@ from megatron_deepseek import (
     load_model,
     open_model,
 )
+from megatron_deepseek.inference.cache import bytes_of_token
 
 given = asked()
 torch.set_num_threads(given["threads"])
@@ -30,6 +31,4 @@ def answer(prompts: list[list[int]], number: int) -> list[list[int]]:
     return [each[0].tokens for each in outputs]
 
 
-cache = engine.model.cache
-total = sum(tensor.nbytes for tensor in cache.tensors.values())
-measure(answer, given, total // (engine.model.num_blocks * engine.settings.block_size))
+measure(answer, given, bytes_of_token(engine.model.widths, engine.model.dtype))

@@ -56,7 +56,7 @@ def _add_parallel(parser):
         help="take the layout that tools/plan.py search finds best for this GPU, in place of arguments for it")
     add("--all", action="store_true", help="with --explain-layout: every rank in a line of its own")
     add("--check-only", action="store_true",
-        help="check the arguments for WORLD_SIZE ranks (environment; 1), and leave; files are not read")
+        help="check the arguments for WORLD_SIZE ranks (environment; 1), and leave; no data are read")
     add("--sequence-parallel", action="store_true", help="shard activations between tensor-parallel regions")
     add("--pipeline-schedule", type=str, choices=SCHEDULES,
         help="a schedule of torch.distributed.pipelining (1F1B; with virtual stages Interleaved1F1B)")
@@ -203,6 +203,9 @@ def _add_end_and_health(parser):
     add("--exit-duration-in-mins", type=values.positive, metavar="MINUTES", help="save and leave after so much time")
     add("--nan-policy", type=str, choices=NAN_POLICIES, default="stop",
         help="what follows a loss or gradient that is not finite: stop the run, or skip the update (stop)")
+    add("--manual-gc", action="store_true", help="Python collects garbage where the next two say, on all ranks at once")
+    add("--manual-gc-interval", type=values.count, default=0, help="after every so many iterations (0: never)")
+    add("--no-manual-gc-eval", action="store_false", dest="manual_gc_eval", help="not before and after evaluations")
     add("--max-skipped-steps", type=values.positive_int, metavar="N", help="skips in a row before the run stops (10)")
 
 
@@ -211,7 +214,12 @@ def _add_evaluation_and_logging(parser):
     add("--eval-iters", type=values.count, help="batches of an evaluation (0: none)")
     add("--eval-interval", type=values.positive_int, help="iterations between evaluations (1000)")
     add("--log-interval", type=values.positive_int, default=1, help="iterations between lines (1)")
+    add("--log-throughput", action="store_true", help="also the model's TFLOP/s a rank")
     add("--tensorboard-dir", type=values.path, metavar="DIR", help="also write TensorBoard events")
+    add("--wandb-project", type=str, metavar="NAME", help="also log to Weights & Biases; WANDB_MODE=offline to files")
+    add("--wandb-exp-name", type=str, metavar="NAME", help="of the run there")
+    add("--wandb-entity", type=str, metavar="NAME", help="whose project it is")
+    add("--wandb-save-dir", type=values.path, metavar="DIR", help="for its files (SAVE/wandb)")
     add("--profile", action="store_true", help="write a trace of the steps below with torch.profiler")
     add("--profile-step-start", type=values.count, default=10, help="(10)")
     add("--profile-step-end", type=values.count, default=12, help="(12)")

@@ -52,16 +52,15 @@ def parse(argv: Sequence[str], world_size: int, local_world_size: int | None = N
     """
     read = read_words(argv, parser())
     problems = list(read.problems)
-    if read.args is not None:
-        try:
-            if not read.whole:
-                check(Request(read.args, _architecture(read.args), world_size, local_world_size))
-                raise Problems(problems)
+    try:
+        if read.whole:
             settings = build_settings(read.args, world_size, local_world_size)
             if not problems:
                 return replace(settings, notes=(*read.notes, *settings.notes))
-        except ValueError as error:
-            problems += read.new(problems_of(error))
+        else:
+            check(Request(read.args, _architecture(read.args), world_size, local_world_size))
+    except ValueError as error:
+        problems += read.new(problems_of(error))
     raise Problems(problems)
 
 

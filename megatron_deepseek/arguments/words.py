@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from megatron_deepseek.arguments.argument_files import expand
 from megatron_deepseek.arguments.megatron.architecture import DEFAULTS
 from megatron_deepseek.arguments.megatron.translation import translate
-from megatron_deepseek.launch.command_line import OneLineParser
+from megatron_deepseek.launch.command_line import OneLineParser, options_of
 
 _HELP = ("-h", "--help")
 
@@ -18,21 +18,27 @@ _HELP = ("-h", "--help")
 class Words:
     """Parsed arguments; problems; lines for the start.
 
-    `args` is None where values could not be read, so that a further look would complain of defaults. Where something is
-    missing they are not `whole`: they can be checked, but do not make settings. `meant`: what unknown options were
-    probably meant to be.
+    Where something is missing, or could not be read and has its default, `args` are not `whole`: they can be checked,
+    but do not make settings. `meant`: what unknown options were probably meant to be. `unread`: options whose values
+    could not be read.
     """
 
-    args: Namespace | None
+    args: Namespace
     whole: bool = True
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     meant: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
 
     def new(self, problems: Iterable[str]) -> list[str]:
-        """Return those of further problems that are not about an option which is only misspelt."""
-        return [text for text in problems if not (self.meant & set(re.findall(r"--[\w-]+", text))
-                                                  and re.search("is missing|required", text))]
+        """Return those of further problems that are neither about an option which is only misspelt, nor about one whose
+        value could not be read.
+        """
+        return [text for text in problems if not self._follows(text, set(re.findall(r"--[\w-]+", text)))]
+
+    def _follows(self, text: str, named: set[str]) -> bool:
+        missing = re.search("is missing|required", text) is not None
+        return bool(self.unread & named) or (missing and bool(self.meant & named))
 
 
 def read_words(argv: Sequence[str], parser: OneLineParser) -> Words:
@@ -50,5 +56,6 @@ def read_words(argv: Sequence[str], parser: OneLineParser) -> Words:
         parser.set_defaults(**DEFAULTS)
     left, bad = parser.without_bad_values(line.argv)
     args, others = parser.parse_partly(left)
-    words = Words(None if bad else args, not others, (*line.problems, *bad), line.notes(), frozenset(meant))
-    return words if bad else replace(words, problems=(*words.problems, *words.new(others)))
+    unread = {each[0].split("=")[0] for each in options_of(line.argv) if each not in options_of(left)}
+    words = Words(args, not (bad or others), (*line.problems, *bad), line.notes(), frozenset(meant), frozenset(unread))
+    return replace(words, problems=(*words.problems, *words.new(others)))

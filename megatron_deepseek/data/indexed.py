@@ -7,12 +7,13 @@ with a file, where it fails in numpy or reads rubbish; and a writer that, killed
 import contextlib
 import os
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_deepseek.data.index_file import HEADER, MAGIC, TOKEN_DTYPES, IndexFile, open_index
+from megatron_deepseek.data.index_file import ENTRIES_PER_CHUNK, HEADER, MAGIC, TOKEN_DTYPES, IndexFile, open_index
 from megatron_deepseek.data.naming import naming
 
 TOKENS_PER_CHUNK = 1 << 20
@@ -120,14 +121,19 @@ class IndexedWriter:
             self._write_index()
 
     def _write_index(self):
-        lengths = np.array(self.lengths, "<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+        """Write the sections in pieces: whole copies would be most of the memory of tens of millions of documents."""
         code = next(code for code, dtype in TOKEN_DTYPES.items() if dtype == self.dtype)
+        begin = 0
         with open(self.prefix + ".idx.tmp", "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self.documents)))
-            file.write(lengths.data)
-            file.write((ends - lengths * np.int64(self.dtype.itemsize)).data)
-            file.write(np.array(self.documents, "<i8").data)
+            file.write(HEADER.pack(MAGIC, 1, code, len(self.lengths), len(self.documents)))
+            for lengths in _pieces(self.lengths):
+                file.write(lengths.astype("<i4", copy=False).data)
+            for lengths in _pieces(self.lengths):
+                ends = np.cumsum(lengths, dtype="<i8") + begin
+                file.write(((ends - lengths) * self.dtype.itemsize).data)
+                begin = ends[-1]
+            for documents in _pieces(self.documents):
+                file.write(documents.astype("<i8", copy=False).data)
 
     def publish(self):
         publish(self.prefix)
@@ -136,6 +142,12 @@ class IndexedWriter:
         with contextlib.suppress(OSError):  # closing writes what is left; a full disk has been reported already
             self.file.close()
         discard(self.prefix)
+
+
+def _pieces(entries: array) -> Iterator[np.ndarray]:
+    """Yield views of an array, ENTRIES_PER_CHUNK of its entries each."""
+    whole = np.asarray(entries)
+    yield from (whole[at:at + ENTRIES_PER_CHUNK] for at in range(0, len(whole), ENTRIES_PER_CHUNK))
 
 
 def publish(prefix: str):

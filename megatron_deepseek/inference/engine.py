@@ -59,6 +59,8 @@ class Engine:
                  ) -> list[list[Output]]:
         """Return the n answers to each prompt, in order; `parameters` are for all prompts or one for each.
 
+        Requests that were added before go on meanwhile, and what they give in these steps is not returned.
+
         Raise ValueError, before anything is computed, for a prompt or parameters that cannot be.
         """
         each = [parameters] * len(prompts) if isinstance(parameters, SamplingParameters) else list(parameters)
@@ -66,12 +68,22 @@ class Engine:
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts")
         checked = [self.check(prompt, one) for prompt, one in zip(prompts, each)]
         names = [self._add(ids, one, None) for ids, one in zip(checked, each)]
-        wanted, finished = set(names), {}
-        while len(finished) < sum(one.n for one in each):
-            for output in self.step():
-                if output.finished and output.request_id in wanted:
-                    finished[output.request_id, output.index] = output
+        try:
+            finished = self._until_finished(set(names), sum(one.n for one in each))
+        except BaseException:  # Ctrl-C in a notebook, after which the engine is used again
+            for name in names:
+                self.abort(name)
+            raise
         return [[finished[name, index] for index in range(one.n)] for name, one in zip(names, each)]
+
+    def _until_finished(self, names: set[str], number: int) -> dict[tuple[str, int], Output]:
+        """Step until there are `number` finished answers to these requests; return them by name and index."""
+        finished = {}
+        while len(finished) < number:
+            for output in self.step():
+                if output.finished and output.request_id in names:
+                    finished[output.request_id, output.index] = output
+        return finished
 
     def add(self, prompt: Prompt, parameters: SamplingParameters, request_id: str | None = None) -> str:
         """Let a request wait for its turn, and return its name.

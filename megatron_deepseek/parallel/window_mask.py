@@ -25,8 +25,7 @@ def lower_triangle(queries: range, keys: range) -> Iterator[Part]:
     """Yield what `queries` see of `keys` under the causal mask: two rectangles and a triangle at most."""
     both = range(max(queries.start, keys.start), min(queries.stop, keys.stop))
     earlier = range(keys.start, min(queries.start, keys.stop))
-    later = range(max(queries.start, keys.stop), queries.stop)
-    others = range(max(earlier.stop, keys.start), keys.stop)
+    later, others = range(keys.stop, queries.stop), range(max(earlier.stop, keys.start), keys.stop)
     parts = (queries, earlier, False), (later, others, False), (both, both, True)
     yield from (part for part in parts if part[0] and part[1])
 

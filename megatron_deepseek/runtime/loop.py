@@ -14,6 +14,7 @@ from megatron_deepseek.device import is_accelerator, max_memory, product_name
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.export import keep_beside
+from megatron_deepseek.runtime.garbage import GarbageCollection
 from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.runtime.interruptions import Interruptions
 from megatron_deepseek.runtime.metrics import StepMetrics
@@ -48,6 +49,7 @@ class Run:
         self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
+        self.garbage = GarbageCollection(settings.run)
         self.spikes, self.labels = SpikeWatch(), LabelWatch()
         self.schedule = schedule_of(settings.learning_rate, settings.run, settings.batch, state)
         self.flops_per_token = model_flops_per_token(settings.model, settings.data.seq_length)
@@ -56,7 +58,7 @@ class Run:
         if self.state.iteration == 0:
             self._validate()
             self._act()
-        with self.interruptions.handling():
+        with self.interruptions.handling(), self.garbage:
             try:
                 self._steps()
             except FloatingPointError:
@@ -72,6 +74,7 @@ class Run:
             for batch in read_ahead(self._read, self._requests()):
                 stop_flags = self._step(batch)
                 profile.step()
+                self.garbage.after_step(self.state.iteration)
                 if self._between_steps(stop_flags):
                     break
 
@@ -131,10 +134,10 @@ class Run:
 
     def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float) -> StepMetrics:
         losses, mfu, peak_memory = result.losses, None, None
-        device = self.trainer.meshes.device
+        device, speed = self.trainer.meshes.device, tokens / seconds * self.flops_per_token
         if is_accelerator(device):
             peak = peak_flops(product_name(device))
-            mfu = tokens / seconds * self.flops_per_token / (peak * dist.get_world_size()) if peak else None
+            mfu = speed / (peak * dist.get_world_size()) if peak else None
             memory = torch.tensor(max_memory(device), device=device)
             dist.all_reduce(memory, dist.ReduceOp.MAX)
             peak_memory = memory.item()
@@ -160,12 +163,15 @@ class Run:
             source_loss=source_loss,
             source_tokens=source_tokens,
             moe_dropped_fraction=result.dropped if limited else None,
-            moe_crossings_per_token=result.cross_node_sends or None)
+            moe_crossings_per_token=result.cross_node_sends or None,
+            tflops_per_rank=speed / dist.get_world_size() / 1e12 if self.settings.run.log_throughput else None)
 
     def _validate(self) -> None:
         """Report the losses of what is held out."""
         if self.validate is not None:
+            self.garbage.around_evaluation()
             self.validate(self.trainer, self.report, self.state.iteration)
+            self.garbage.around_evaluation()
 
     def _act(self) -> None:
         if self.periodic is not None:

@@ -18,7 +18,8 @@ from megatron_deepseek.runtime.appending import AppendedFile
 
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
-            "skipped", "source_loss", "source_tokens", "moe_dropped_fraction", "moe_crossings_per_token")
+            "skipped", "source_loss", "source_tokens", "moe_dropped_fraction", "moe_crossings_per_token",
+            "tflops_per_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class StepMetrics:
     in this step, and source_tokens the number of those labels; both by the dataset's name. moe_dropped_fraction: the
     part of all token copies that experts had no room for, not written without a capacity. moe_crossings_per_token: to
     how many other nodes a token was sent on its way to the experts of a layer, on average (with alltoall, how many
-    copies of it), written where there are several nodes.
+    copies of it), written where there are several nodes. tflops_per_rank: the model's own floating-point
+    operations, 10^12 a second, written with --log-throughput.
     """
 
     iteration: int
@@ -55,6 +57,7 @@ class StepMetrics:
     source_tokens: dict[str, int] | None = None
     moe_dropped_fraction: float | None = None
     moe_crossings_per_token: float | None = None
+    tflops_per_rank: float | None = None
 
     @property
     def tokens_per_second(self) -> float:

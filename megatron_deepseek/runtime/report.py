@@ -20,6 +20,8 @@ from megatron_deepseek.launch.ending import silence
 from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.runtime.appending import AppendedFile
 from megatron_deepseek.runtime.metrics import FILE_NAME, MetricsFile, StepMetrics
+from megatron_deepseek.runtime.scalars import scalars
+from megatron_deepseek.runtime.weights_and_biases import WeightsAndBiases
 from megatron_deepseek.settings import RunSettings
 
 
@@ -103,6 +105,8 @@ def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | N
     listeners: list[Listener] = []
     if run.tensorboard_dir is not None:
         listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration, progress.message))
+    if run.wandb_project is not None:
+        listeners.append(WeightsAndBiases(run))
     log = None
     if run.save is not None:
         log = MetricsLog(Path(run.save) / FILE_NAME, resumed_iteration, progress.message)
@@ -193,6 +197,8 @@ class ProgressLines(Progress):
         fields += [f"grad norm {metrics.grad_norm:.3f}", f"learning rate {metrics.learning_rate:.3e}",
                    f"{metrics.tokens_per_second:,.0f} tokens/s"]
         fields += [f"mfu {metrics.mfu:.1%}"] if metrics.mfu is not None else []
+        if metrics.tflops_per_rank is not None:
+            fields.append(f"{metrics.tflops_per_rank:,.1f} TFLOP/s a rank")
         self.message(" | ".join([*fields, f"{self._time_left(done)} left"]))
 
     def _time_left(self, done: int) -> timedelta:
@@ -252,15 +258,9 @@ class TensorBoard:
         self._scalars(f"held out/{name}", iteration, results)
 
     def _scalars(self, group: str, iteration: int, values: dict) -> None:
-        for name, value in values.items():
-            if isinstance(value, tuple):
-                depths = {f"{name}_{depth}": loss for depth, loss in enumerate(value, start=1)}
-                self._scalars(group, iteration, depths)
-            elif isinstance(value, dict):
-                self._scalars(f"{group}/{name}", iteration, value)
-            elif value is not None and name != "iteration":
-                scalar = self._summaries.Summary.Value(tag=f"{group}/{name}", simple_value=float(value))
-                self._event(iteration, summary=self._summaries.Summary(value=[scalar]))
+        for name, value in scalars(group, values):
+            scalar = self._summaries.Summary.Value(tag=name, simple_value=value)
+            self._event(iteration, summary=self._summaries.Summary(value=[scalar]))
 
     def message(self, text: str) -> None:
         pass

@@ -162,14 +162,19 @@ def test_killed_at_any_step_it_goes_on_to_the_same_numbers(bench, alone):
 
 @pytest.mark.slow
 def test_begins_from_fp8_as_released(bench, alone):
-    """E4M3 weights with a scale for each block of 128 x 128: the first losses are those before, nearly."""
+    """E4M3 weights with a scale for each block of 128 x 128: the first losses and gradients are those before, nearly.
+
+    Rounding to four bits moves a loss by 3e-4 here and a gradient's norm by 6e-3; scales that are wrong by 30 % move
+    the norm by 0.15.
+    """
     released, fp8 = bench.directory / "released", bench.directory / "released-fp8"
     assert convert(["--from", "hf", "--to", "hf", "--load", str(released), "--save", str(fp8), "--dtype", "fp8"]) == 0
     config = json.loads((fp8 / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
     first = steps(bench.train(1, "from-fp8", "--load", str(fp8), "--train-iters", "2"))
     for ours, theirs in zip(first, steps(alone)):
-        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=0.02) and ours["lm_loss"] != theirs["lm_loss"]
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-3) and ours["lm_loss"] != theirs["lm_loss"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.02)
 
 
 @pytest.mark.parametrize("load", ["released", "start"])

@@ -6,6 +6,7 @@ hides. A table like table.py's.
 from mutant import of
 
 ARGUMENTS = ("tests/unit/arguments/test_arguments.py",)
+MEGATRON = ("tests/unit/arguments/test_megatron_arguments.py",)
 LAYOUT = ("tests/unit/parallel/test_layout.py",)
 LOOP = ("tests/unit/pretraining/test_loop.py",)
 RESUME = ("tests/unit/runtime/test_resume.py",)
@@ -117,6 +118,14 @@ NORMS = of(
 )
 
 RULES = of(
+    MEGATRON,
+    ("Topic.problems", "                if self.chained:", "                if True:"),
+    ("config_of", "or not args.moe_router_pre_softmax", "or args.moe_router_pre_softmax"),
+    ("padded", "args.make_vocab_size_divisible_by * args.tensor_model_parallel_size",
+     "args.make_vocab_size_divisible_by"),
+    ("shared_experts", "{number * width}", "{width}"),
+    ("noop_layers", "{layers - len(numbers)}", "{layers}"),
+) + of(
     ARGUMENTS,
     ("_RANKS", "r.world_size % (r.tp * r.pp) != 0", "r.world_size % r.tp != 0"),
     ("_RANKS", "r.stage_ranks % (r.tp * r.cp) != 0", "r.stage_ranks % r.cp != 0"),

@@ -31,7 +31,7 @@ GROUPED_QUERY = of(
 ) + of(
     WINDOW,
     ("window_mask.band", "keys.start + window, first", "keys.start + window - 1, first"),
-    ("window_mask.lower_triangle", "max(queries.start, keys.stop), queries.stop", "keys.stop, queries.stop"),
+    ("window_mask.lower_triangle", "max(earlier.stop, keys.start)", "keys.start"),
     ("window_mask.upper_triangle", "range(1 - keys.stop, 1 - keys.start))", "range(-keys.stop, -keys.start))"),
     ("VisibleBlock.read", "x.flip(2) if", "x if"),
     ("WindowMask._pieces", "(2 * self.blocks.size - 1 - rank) * chunk", "(self.blocks.size + rank) * chunk"),

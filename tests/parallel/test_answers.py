@@ -4,7 +4,7 @@ import re
 from functools import cache
 
 import pytest
-from answers_job import aborted, answers, write_model
+from answers_job import aborted, answers, unseeded, write_model
 
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.parallel.layout import Layout
@@ -73,3 +73,10 @@ def test_an_aborted_request_frees_its_blocks_on_its_rank(ranks, directory):
     layout = Layout(dp=2, ep=2)
     (finished, used), (_, other) = ranks.run(layout.world_size, aborted, directory, layout)
     assert finished == ["first", "third"] and used == other == 0
+
+
+@pytest.mark.slow
+def test_ranks_draw_alike_without_a_seed(ranks, directory):
+    """Else each would go on with its own tokens, and what its heads add would be of another text."""
+    (written, read), _ = ranks.run(2, unseeded, directory, Layout(tp=2))
+    assert len(written) == 12 and written == pytest.approx(read, rel=1e-9)

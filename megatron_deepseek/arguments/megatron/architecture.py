@@ -42,8 +42,7 @@ def config_of(args: Namespace) -> ModelConfig:
     if rows is None:
         missing.append(f"--vocab-size ({hint})")
     if missing:
-        raise ValueError("--model is missing (--help-models lists the presets; or a config.json); an architecture by "
-                         f"arguments alone lacks {', '.join(missing)}")
+        raise ValueError(_lacks(missing, bool(given)))
     width = given.get("intermediate_size", _usual_width(args, given["hidden_size"]))
     of_experts = {} if not given.get("n_routed_experts") else {
         "moe_intermediate_size": width, "scoring_func": args.scoring_func or "softmax",
@@ -61,6 +60,13 @@ def _attention(args: Namespace, given: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"num_key_value_heads": 1 if args.group_query_attention else heads,
             "head_dim": given["hidden_size"] // heads, "qkv_bias": args.add_qkv_bias,
             "qk_norm": bool(args.qk_layernorm)}
+
+
+def _lacks(missing: list[str], begun: bool) -> str:
+    presets = "--help-models lists the presets; or a config.json"
+    if begun:
+        return f"the architecture lacks {', '.join(missing)}; without these --model is missing ({presets})"
+    return f"--model is missing ({presets}), or an architecture by arguments: {', '.join(missing)} and others"
 
 
 def _usual_width(args: Namespace, hidden_size: int) -> int:

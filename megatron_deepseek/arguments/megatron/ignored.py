@@ -7,7 +7,7 @@ IGNORED = (
         --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --calculate-per-token-loss
         --ckpt-fully-parallel-load --ckpt-fully-parallel-save --disable-async-tensor-model-parallel-allreduce
         --disable-pad-vocab-size --dist-ckpt-optim-fully-reshardable --enable-experimental
-        --exit-signal-handler-for-training --init-model-with-meta-device --log-progress --log-throughput
+        --exit-signal-handler-for-training --init-model-with-meta-device --log-progress
         --moe-per-layer-logging --no-async-tensor-model-parallel-allreduce --no-create-attention-mask-in-dataloader
         --no-pad-vocab-size --overlap-grad-reduce --overlap-param-gather --override-opt-param-scheduler
         --override-opt_param-scheduler --use-dist-ckpt --use-megatron-fsdp --use-pytorch-profiler
@@ -39,12 +39,11 @@ IGNORED = (
     """),
     Group("where memory is kept: settings of what is refused, or decided here", """
         --activation-offload-fraction= --cpu-offloading-retain-pinned-cpu-buffers
-        --delta-offload-bytes-across-pp-ranks= --disable-manual-gc-eval --distribute-saved-activations
+        --delta-offload-bytes-across-pp-ranks= --distribute-saved-activations
         --dump-param-to-param-group-map= --empty-unused-memory-level=
-        --fine-grained-offloading-max-inflight-offloads= --manual-gc --manual-gc-interval=
-        --min-offloaded-tensor-size= --moe-layer-recompute --no-initialization --no-manual-gc-eval
-        --no-pin-cpu-grads --no-pin-cpu-params --offload-modules=+ --train-sync-interval= --use-cpu-initialization
-        --use-torch-optimizer-for-cpu-offload
+        --fine-grained-offloading-max-inflight-offloads= --min-offloaded-tensor-size= --moe-layer-recompute
+        --no-initialization --no-pin-cpu-grads --no-pin-cpu-params --offload-modules=+ --train-sync-interval=
+        --use-cpu-initialization --use-torch-optimizer-for-cpu-offload
     """),
     Group("how failures are found: --nan-policy, the watch of ranks and launchers decide (docs/launching.md)", """
         --adlr-autoresume --adlr-autoresume-interval= --calc-ft-timeouts --check-for-large-grads
@@ -76,8 +75,7 @@ IGNORED = (
         --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra --pytorch-profiler-collect-shapes
         --record-memory-history --record-shapes --result-rejected-tracker-filename= --run-workload-inspector-server
         --straggler-ctrlr-port= --straggler-minmax-count= --tensorboard-log-interval= --tensorboard-queue-size=
-        --timing-log-level= --timing-log-option= --wandb-entity= --wandb-exp-name= --wandb-project=
-        --wandb-save-dir=
+        --timing-log-level= --timing-log-option=
     """),
     Group("how checkpoints are written: they are DCP files, checked and complete or absent", """
         --async-ckpt-cpu-priority= --async-ckpt-io-priority= --async-ckpt-use-cpu-shm --async-strategy=

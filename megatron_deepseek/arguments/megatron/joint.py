@@ -115,8 +115,37 @@ def usual_evaluation(line: Line) -> None:
         line.replace((), "--eval-iters 100")
 
 
+def without_effect(line: Line) -> None:
+    """Leave out, without --model, what has no effect in Megatron-LM without another option. With --model, which
+    Megatron-LM does not know, it is refused.
+    """
+    for name, needed in EFFECT_WITH:
+        if line.value("--model") is None and line.value(needed) is None:
+            line.ignore(name)
+
+
+def usual_balance(line: Line) -> None:
+    """Give a type of balance loss the weight 0 where none is given, as Megatron-LM does."""
+    kind = line.value("--moe-router-load-balancing-type")
+    if line.value("--model") is None and kind not in (None, "none") and line.value("--moe-aux-loss-coeff") is None:
+        line.replace((), "--moe-aux-loss-coeff 0")
+
+
+# (option, the option without which Megatron-LM does nothing about it)
+EFFECT_WITH = (
+    *((name, "--load") for name in ("--no-load-optim", "--finetune", "--ckpt-step")),
+    *((name, "--save") for name in ("--save-interval", "--no-save-optim", "--async-save")),
+    *((name, "--recompute-granularity") for name in ("--recompute-method", "--recompute-num-layers",
+                                                     "--recompute-modules")),
+    *((name, "--moe-expert-capacity-factor") for name in ("--moe-token-drop-policy",
+                                                          "--moe-pad-expert-input-to-capacity")),
+    *((name, "--wandb-project") for name in ("--wandb-exp-name", "--wandb-entity", "--wandb-save-dir")),
+    *((name, "--fp8-format") for name in ("--fp8-recipe", "--fp8-param-gather")),
+    ("--moe-router-bias-update-rate", "--moe-router-enable-expert-bias"), ("--manual-gc-interval", "--manual-gc"),
+)
 JOINT = (noop_layers, dense_layers, shared_experts, rope_scaling_factor, multi_token_prediction, latent_attention,
-         sequence_balance, patched_tokenizer, context_parallel_algorithm, recomputed_attention, usual_evaluation)
+         sequence_balance, patched_tokenizer, context_parallel_algorithm, recomputed_attention, usual_evaluation,
+         usual_balance, without_effect)
 # The options that only these functions know: how many values they take, and what becomes of them.
 JOINT_OPTIONS = (
     ("--noop-layers", "1", "`--num-layers` without them, where they are the last ones"),

@@ -32,7 +32,9 @@ named. Megatron-LM's defaults then hold: no MTP modules, embeddings tied unless
 tokenizer unless `--vocab-size`, `--kv-lora-rank` 32, `--norm-epsilon` 1e-5,
 {defaults}.
 Softmax scores are normalised over the chosen experts unless `--moe-router-pre-softmax`, sigmoid scores always. The
-start says which architecture was understood, and in what it differs from the nearest preset. Not Megatron-LM's are:
+start says which architecture was understood, and in what it differs from the nearest preset. What has no effect in
+Megatron-LM without another option, such as `--no-load-optim` without `--load`, is ignored, where it is refused with
+`--model`. Not Megatron-LM's are:
 
 * `--make-vocab-size-divisible-by` pads the embedding only where it is given (there to 128 x tensor ranks). As there the
   softmax has the padding too; exports are without it, and `tools/generate.py` never takes an id behind the tokenizer's.
@@ -80,6 +82,9 @@ _REMARKS = {
     "--fp8-format": "e4m3 with `--fp8-recipe blockwise` (fp8.md)",
     "--ckpt-step": "of any `--load` directory of this project",
     "--load": "this project's checkpoints or a Hugging Face directory; others by `tools/convert_checkpoint.py`",
+    "--log-throughput": "operations of the model itself, recomputation not counted",
+    "--wandb-project": "by the package wandb; every start is a run of its own",
+    "--manual-gc-interval": "without `--manual-gc` without effect",
     "--profile": "by torch.profiler, not nsys",
 }
 _VALUES = {"": "", "1": " X", SOME: " X ...", ANY: " [X ...]"}

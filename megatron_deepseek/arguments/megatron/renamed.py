@@ -11,6 +11,7 @@ from megatron_deepseek.arguments.megatron.answers import Group
 # name: the option here, with the same values
 NAMES: Mapping[str, str] = MappingProxyType({
     "--persistent-save-interval": "--save-interval",
+    "--disable-manual-gc-eval": "--no-manual-gc-eval",
     "--yarn-beta-fast": "--beta-fast",
     "--yarn-beta-slow": "--beta-slow",
     "--yarn-original-max-position-embeddings": "--original-max-position-embeddings",

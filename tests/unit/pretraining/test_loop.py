@@ -17,6 +17,7 @@ from megatron_deepseek.data.batches import number_documents
 from megatron_deepseek.data.pretraining import build_datasets
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.nodes import Traffic
+from megatron_deepseek.planning.flops import model_flops_per_token
 from megatron_deepseek.pretraining.loop import Pretraining
 from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.job import training_spec
@@ -252,6 +253,14 @@ def test_what_is_told_of_experts_is_what_there_is(meshes, corpus):
     (first, *_) = run(spread, meshes)[2].steps
     assert (first.moe_bytes_within_node, first.moe_bytes_across_nodes) == (3, 5)
     assert (first.moe_dropped_fraction, first.moe_crossings_per_token, first.balance_loss) == (0.25, 1.5, None)
+
+
+def test_throughput_counts_the_models_operations_of_each_rank(meshes, corpus):
+    settings = settings_of(corpus, "--log-throughput")
+    first = run(settings, meshes)[2].steps[0]
+    operations = first.tokens * model_flops_per_token(settings.model, SEQ)
+    assert first.tflops_per_rank == pytest.approx(operations / first.step_seconds / 1e12, rel=1e-12)
+    assert run(settings_of(corpus), meshes)[2].steps[0].tflops_per_rank is None
 
 
 OPTIONS = """--bf16 --micro-batch-size 2 --adam-eps 1e-6 --clip-grad 0.5 --mtp-loss-scaling-factor 0.7

@@ -332,6 +332,7 @@ def test_announced_mtp_that_no_file_holds_is_never_announced_again(tmp_path, key
     (1, 2, "it holds 1 Multi-Token Prediction module, the model has 2: --mtp-num-layers 1 goes on with what there is, "
            "--init-mtp adds 1 new"),
     (1, 0, "it holds 1 Multi-Token Prediction module, the model has 0: --mtp-num-layers 1 keeps what there is, "
+           "--mtp-num-layers 0 does without where a run takes over the weights alone (--finetune), "
            "tools/convert_checkpoint.py --no-mtp makes a copy without")])
 def test_another_number_of_mtp_modules_names_the_ways(tmp_path, there, here, said):
     """The config.json of the files announces one in each case, whatever they hold."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from native_checkpoints import MODEL, random_state, write_native
 from small_checkpoints import all_tensors
+from tokenizers import Tokenizer, models
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY, read_assets
@@ -37,11 +38,15 @@ def test_an_export_has_the_rows_of_the_vocabulary(saved, tmp_path):
     assert torch.equal(tensors["model.norm.weight"], state["model.model.norm.weight"])
 
 
-def test_the_note_outlives_another_tokenizer(saved):
-    root, _, _ = saved
-    keep_vocab_size(root, None)
-    keep_tokenizer(root, DataSettings((), 64, tokenizer_type="ByteTokenizer"))
-    assert read_assets(root / DIRECTORY).vocab_size == 260 and read_assets(root / DIRECTORY).tokens is not None
+def test_the_note_outlives_another_tokenizer(tmp_path):
+    words = {"word": 0, "<eos>": 9}
+    Tokenizer(models.WordLevel(words, unk_token="word")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "run").mkdir()
+    keep_vocab_size(tmp_path / "run", 260)
+    keep_vocab_size(tmp_path / "run", None)
+    keep_tokenizer(tmp_path / "run", DataSettings((), 64, tokenizer_model=str(tmp_path)))
+    kept = read_assets(tmp_path / "run" / DIRECTORY)
+    assert (kept.vocab_size, kept.tokens.eos_token_id) == (260, 9)
 
 
 def test_which_vocabulary_a_run_has():

@@ -115,6 +115,15 @@ def test_a_released_file_says_all_that_is_asked():
     assert ModelConfig.from_hf_dict(FAMILIES["qwen2"].to_hf_dict() | window) == FAMILIES["qwen2"]
 
 
+def test_mscales_count_together_only():
+    """As transformers reads YaRN's, apart from latent attention: one of them alone says nothing."""
+    for mscales, expected in (({"mscale": 0.7}, (1.0, 0.0)), ({"mscale_all_dim": 0.7}, (1.0, 0.0)),
+                              ({"mscale": 0.7, "mscale_all_dim": 1.2}, (0.7, 1.2))):
+        rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16} | mscales
+        scaling = ModelConfig.from_hf_dict(FAMILIES["qwen2"].to_hf_dict() | {"rope_scaling": rope}).rope_scaling
+        assert (scaling.mscale, scaling.mscale_all_dim) == expected
+
+
 def test_windows():
     """Of the layers from max_window_layers on, or of those that layer_types names; an MTP module has none."""
     fields = FAMILIES["qwen2"].to_hf_dict() | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
