@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import Partial, Replicate
 
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.ops.precision_recipe import Gemm, Linear
+from megatron_deepseek.ops.precision_recipe import Gemm, LinearAtOnce
 from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
@@ -41,7 +41,7 @@ class Router(nn.Module):
         self.config, self.forced = config, forced
         self.weight = sharded_parameter((config.n_routed_experts, config.hidden_size), tp.mesh, Replicate())
         self.weight_grad = Partial() if tp.size > 1 else Replicate()
-        self.gemm: Gemm = Linear()
+        self.gemm: Gemm = LinearAtOnce()
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 

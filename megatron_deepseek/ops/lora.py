@@ -2,8 +2,8 @@
 
 `AdaptedGemm` is a GEMM like any other (precision_recipe.py), made of the GEMM of W and the products of A and B. So no
 layer knows whether it has an adapter: it names its GEMM, and that decides. W is frozen and may be in FP8; A and B are
-multiplied in the layer's own dtype. They see the same x as W, in FP8 the numbers of its tiles: which of them a layer is
-given, and which it makes itself, depends on the layout.
+multiplied in the layer's own dtype. They see the same x and the same gradient as W, in FP8 the numbers of the tiles:
+whether a layer is given tiles, or makes them itself, depends on the layout.
 
 Shapes: R rows, E experts, I inputs, O outputs, r rank.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_deepseek.ops.fp8.block_scaled import with_plain_gradient
 from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Linear
 from megatron_deepseek.ops.recompute import recomputed
 
@@ -43,9 +42,9 @@ class LowRank:
     def _up(self, hidden: torch.Tensor, *counts: list[int]) -> torch.Tensor:
         hidden, b = hidden * self.scale, self.b()
         if self.matrices == 1:
-            return with_plain_gradient(self.up(hidden, b, *counts))
+            return self.up(hidden, b, *counts)
         parts = zip(hidden.chunk(self.matrices, -1), b.chunk(self.matrices, -2))
-        return with_plain_gradient(torch.cat([self.up(part.contiguous(), own, *counts) for part, own in parts], -1))
+        return torch.cat([self.up(part.contiguous(), own, *counts) for part, own in parts], -1)
 
     def deferring(self, deferred: Deferred) -> "LowRank":
         """Return the same products with the gradients of A and B left to `deferred`."""
@@ -60,10 +59,12 @@ class AdaptedGemm(Gemm):
     adapter: LowRank
 
     def __call__(self, x, weight, *counts):
-        return self.base(x, weight, *counts) + self.adapter(self.base.seen(x), *counts)
+        delta = self.adapter(self.base.seen(x), *counts)
+        return self.base(x, weight, *counts) + self.base.gradient_seen(delta)
 
     def after_swiglu(self, gate_up, weight, *counts):
-        return self.base.after_swiglu(gate_up, weight, *counts) + self.adapter.after_swiglu(gate_up, *counts)
+        delta = self.adapter.after_swiglu(gate_up, *counts)
+        return self.base.after_swiglu(gate_up, weight, *counts) + self.base.gradient_seen(delta)
 
     def deferring(self, deferred):
         return AdaptedGemm(self.base.deferring(deferred), self.adapter.deferring(deferred))
@@ -78,6 +79,9 @@ class AdaptedGemm(Gemm):
 
     def seen(self, x):
         return self.base.seen(x)
+
+    def gradient_seen(self, y):
+        return self.base.gradient_seen(y)
 
     def rows(self, x):
         return self.base.rows(x)

@@ -70,6 +70,10 @@ class Gemm(ABC):
         """Return the numbers that this GEMM takes x for, as an ordinary tensor with x's gradient."""
         return x
 
+    def gradient_seen(self, y: torch.Tensor) -> torch.Tensor:
+        """Return y, whose gradient will be the numbers that this GEMM takes its output's gradient for."""
+        return y
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return x in the form in which it is dispatched to the rank of this GEMM."""
         return x
@@ -96,6 +100,14 @@ class Linear(Gemm):
 
     def deferring(self, deferred: Deferred) -> "Linear":
         return replace(self, multiply=deferred.linear, defer=deferred.defer_reading)
+
+
+@dataclass(frozen=True)
+class LinearAtOnce(Linear):
+    """F.linear whose weight gradient is never left for later: that of the router, whose product is small."""
+
+    def deferring(self, deferred: Deferred) -> "LinearAtOnce":
+        return self
 
 
 @dataclass(frozen=True)

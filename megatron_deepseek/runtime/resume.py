@@ -8,7 +8,7 @@ from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.adapter.base import Base, holds_adapters
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
-from megatron_deepseek.checkpoint.job.adapters import load_adapter, load_with_base
+from megatron_deepseek.checkpoint.job.adapters import check_adapter, load_adapter, load_with_base
 from megatron_deepseek.checkpoint.job.export import check_export
 from megatron_deepseek.checkpoint.loadable import refuse_damage
 from megatron_deepseek.checkpoint.publishing import check_writable
@@ -20,6 +20,7 @@ from megatron_deepseek.model.architecture.freezing import describe_frozen, is_fr
 from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.node_reach import describe_reach
+from megatron_deepseek.planning.state_bytes import describe_states
 from megatron_deepseek.runtime.adapter_export import check_new_adapter
 from megatron_deepseek.runtime.decision import Start, decide
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differences, explain_marks
@@ -68,10 +69,23 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
         start = decide(run, settings.model, job, lock.me.token if lock is not None else "", settings.lora)
         if run.save_adapter is not None:
             check_new_adapter(run.save_adapter)
+        if run.load_adapter is not None and start.load is not None:
+            _check_adapter(settings, start)
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
+        if settings.lora is not None:  # before a base is read that may not fit
+            print(f"base and adapters: {describe_states(settings)}", flush=True)
         if run.save_hf is not None:
             check_export(run, settings.model, start.load if _is_finished(settings, start) else None)
         return start
+
+
+def _check_adapter(settings: Settings, start: Start) -> None:
+    """Raise ValueError for a --load-adapter that cannot be used; a run that goes on has adapters of its own."""
+    run = settings.run
+    if not holds_adapters(start.load):
+        check_adapter(run.load_adapter, settings.model, settings.lora)
+    elif start.finetune:
+        raise ValueError(f"--load {start.load} holds adapters, and so does --load-adapter {run.load_adapter}: give one")
 
 
 def _is_finished(settings: Settings, start: Start) -> bool:

@@ -13,7 +13,7 @@ ADAPTERS = of(
     STEP,
     ("LowRank._up", "hidden, b = hidden * self.scale, self.b()", "hidden, b = hidden, self.b()"),
     ("LowRank._up", "hidden.chunk(self.matrices, -1), b.chunk", "hidden.chunk(self.matrices, -1)[::-1], b.chunk"),
-    ("AdaptedGemm.after_swiglu", " + self.adapter.after_swiglu(gate_up, *counts)", ""),
+    ("AdaptedGemm.after_swiglu", " + self.base.gradient_seen(delta)", ""),
     ("freeze_base", "if not is_adapter(name):", 'if "lora_B" not in name:'),
     ("set_learning_rate", 'learning_rate * group["lr_ratio"]', "learning_rate"),
     ("initialize", "parameter.shape[-1]**-0.5", "parameter.shape[0]**-0.5"),
@@ -28,7 +28,6 @@ ADAPTERS = of(
     ("_adapt", "(Partial(), Shard(0)) if placement == Shard(0)", "(Replicate(), Shard(0)) if placement == Shard(0)"),
     ("_adapt", "else (Shard(1), Partial()))", "else (Shard(1), Replicate()))"),
     ("_adapt_experts", "Partial() if of_etp == Replicate() else of_etp)", "of_etp)"),
-    ("LowRank.deferring", "down=self.down.deferring(deferred), ", ""),
     ("UpProjections.weights", "tuple(self.w_kvb.parameters())", "(self.w_kvb.weight,)"),
 ) + of(
     FILES,

@@ -55,6 +55,10 @@ ALIGNED = (
     (Case(dp=2, ep=2, attention_bias=True, dispatcher="grouped", frozen=1), 2),
     (Case(pp=2, schedule="InterleavedZeroBubble", virtual=2, microbatches=2, shared=2,
           trained="*.[12].mlp.experts.*"), 1),
+    (Case(tp=2, sp=True, ep=2, microbatches=2, mtp=1, shared=2, packed=True, lora="all+router+mtp"), 1),
+    (Case(pp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=2, mtp=1, shared=2, lora="all+router+mtp",
+          recompute="layernorm,mla_up_proj,moe_act"), 1),
+    (Case(dp=2, etp=2, attention_bias=True, mtp=1, lora="all+router+mtp"), 2),
 )
 
 

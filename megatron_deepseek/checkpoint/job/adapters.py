@@ -51,17 +51,25 @@ def _beyond(base: Path, stages: list[nn.Module]) -> list[str]:
 def load_adapter(directory: Path, stages: list[nn.Module], config: ModelConfig, lora: LoraSettings) -> None:
     """Fill the adapters of the stages from PEFT's files. Every rank calls it.
 
-    Raise ValueError unless the files have the adapters that `lora` names, all of them and no others.
+    Raise ValueError for what `check_adapter` refuses.
+    """
+    source = check_adapter(directory, config, lora)
+    dcp.load(adapter_state(stages), storage_reader=HuggingFaceReader(source, adapter_places(config, lora)))
+
+
+def check_adapter(directory: Path, config: ModelConfig, lora: LoraSettings) -> "PeftSource":
+    """Look at PEFT's files, of which headers alone are read.
+
+    Raise ValueError unless they have the adapters that `lora` names, all of them and no others.
     """
     adapter = Adapter.read(directory, "--load-adapter", mtp=config.num_nextn_predict_layers > 0)
-    places = adapter_places(config, lora)
+    places, source = adapter_places(config, lora), PeftSource(config, adapter)
     _check(adapter, {layer_and_factor(place.name)[0] for place in places}, lora)
-    shapes = {place.name: place.shape for place in places}
-    source = _PeftSource(config, adapter)
-    for name, shape in shapes.items():
-        if source.factor(name).shape != shape:
-            raise adapter.fault(f"has {name} of shape {source.factor(name).shape}, this model's has {shape}")
-    dcp.load(adapter_state(stages), storage_reader=HuggingFaceReader(source, places))
+    for place in places:
+        found = source.factor(place.name).shape
+        if found != place.shape:
+            raise adapter.fault(f"has {place.name} of shape {found}, this model's has {place.shape}")
+    return source
 
 
 def layer_and_factor(name: str) -> tuple[str, str]:
@@ -86,7 +94,7 @@ def _check(adapter: Adapter, layers: set[str], lora: LoraSettings) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _PeftSource:
+class PeftSource:
     """What HuggingFaceReader asks of a source."""
 
     config: ModelConfig

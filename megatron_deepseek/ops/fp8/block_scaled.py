@@ -139,16 +139,20 @@ def dequantized(x: torch.Tensor) -> torch.Tensor:
     return _Dequantized.apply(x)
 
 
-class _PlainGradient(torch.autograd.Function):
+class _DequantizedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, power_of_two):
+        ctx.power_of_two = power_of_two
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.plain() if isinstance(grad, BlockScaled) else grad
+        tiles = quantize(grad, ctx.power_of_two)
+        return encoding.dequantize_1x128(tiles.q, tiles.scale, tiles.dtype), None
 
 
-def with_plain_gradient(x: torch.Tensor) -> torch.Tensor:
-    """Return x; its gradient becomes an ordinary tensor for operators that read no tiles."""
-    return _PlainGradient.apply(x)
+def with_dequantized_gradient(x: torch.Tensor, power_of_two: bool) -> torch.Tensor:
+    """Return x; its gradient is the numbers that its tiles stand for, as an ordinary tensor, whether it comes in tiles
+    or is quantised here.
+    """
+    return _DequantizedGradient.apply(x, power_of_two)

@@ -25,7 +25,13 @@ import torch
 from megatron_deepseek.ops.backends.registry import with_backends
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.attention import E5M6Output, attention
-from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, dequantized, quantize, share
+from megatron_deepseek.ops.fp8.block_scaled import (
+    BlockScaled,
+    dequantized,
+    quantize,
+    share,
+    with_dequantized_gradient,
+)
 from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.fp8.norm import tiles_and_norm, tiles_between, tiles_of_norm
@@ -77,6 +83,9 @@ class Fp8Gemm(Gemm):
 
     def seen(self, x):
         return dequantized(self.rows(x))
+
+    def gradient_seen(self, y):
+        return with_dequantized_gradient(y, self.dispatched_gradient)
 
     def deferring(self, deferred):
         return replace(self, deferred=deferred)
