@@ -52,17 +52,8 @@ def latent_attention(shapes: LayerShapes) -> Iterator[Kept]:
     else:
         yield from (q, statistics)
         yield Kept("keys", numbers.plain(whole, shapes.heads * model.qk_head_dim), UP_PROJECTION)
-        yield Kept("values", numbers.plain(whole, shapes.heads * width_of_values(shapes)), UP_PROJECTION)
-
-
-def width_of_values(shapes: LayerShapes) -> int:
-    """Return how many numbers are kept of each of MLA's heads of values: on CPU they are as wide as keys by zeros
-    behind them, or else a view of what up-projections made of latents.
-    """
-    model = shapes.model
-    if shapes.numbers.cuda:
-        return model.v_head_dim
-    return model.qk_head_dim if model.v_head_dim != model.qk_head_dim else model.qk_nope_head_dim + model.v_head_dim
+        values = model.v_head_dim if numbers.cuda else model.qk_head_dim  # on CPU with zeros behind them
+        yield Kept("values", numbers.plain(whole, shapes.heads * values), UP_PROJECTION)
 
 
 def grouped_query_attention(shapes: LayerShapes, by_blocks: bool) -> Iterator[Kept]:

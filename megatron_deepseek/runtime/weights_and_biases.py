@@ -33,8 +33,9 @@ class WeightsAndBiases:
         self._log("train", metrics.iteration, metrics.record())
 
     def validation(self, iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],
-                   source_loss: dict[str, float] | None) -> None:
-        self._log("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss})
+                   source_loss: dict[str, float] | None, mtp_acceptance: tuple[float, ...]) -> None:
+        self._log("validation", iteration, {"lm_loss": lm_loss, "mtp_loss": mtp_loss, "source_loss": source_loss,
+                                            "mtp_acceptance": mtp_acceptance})
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         self._log(f"held out/{name}", iteration, results)

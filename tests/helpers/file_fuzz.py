@@ -32,7 +32,7 @@ from megatron_deepseek.checkpoint.loadable import check_checkpoint, refuse_damag
 from megatron_deepseek.cli import generate as generate_command
 from megatron_deepseek.cli import plot
 from megatron_deepseek.data.tokenizer import EOD
-from megatron_deepseek.inference import generate
+from megatron_deepseek.inference import loading
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.model.build import shape_stages
 from megatron_deepseek.parallel.layout import Layout
@@ -65,7 +65,7 @@ def _meshes() -> Meshes:
 def say(root: Path, *more: str) -> int:
     _meshes()
     arguments = ["--load", str(root), "--prompt", "a", "--max-new-tokens", "1", *more]
-    joined = patch.object(generate, "join_job", lambda *args, **kwargs: None)  # `_meshes` has joined it already
+    joined = patch.object(loading, "join_job", lambda *args, **kwargs: None)  # `_meshes` has joined it already
     with joined, patch.object(dist, "destroy_process_group", lambda: None):
         return generate_command.run(generate_command.parse_arguments(arguments))
 

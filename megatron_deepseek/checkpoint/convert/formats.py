@@ -31,7 +31,7 @@ from megatron_deepseek.checkpoint.convert.mtp import LEFT_OUT, as_stored, module
 from megatron_deepseek.checkpoint.convert.names import Place, mtp_copies, native_places
 from megatron_deepseek.checkpoint.convert.output_file import OutputFile, divide, write_dcp, write_safetensors
 from megatron_deepseek.checkpoint.convert.source import TensorSource, open_stacked
-from megatron_deepseek.checkpoint.dcp.files import METADATA, DcpDirectory, open_dcp, refuse_legacy
+from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, METADATA, open_dcp, refuse_legacy
 from megatron_deepseek.checkpoint.dcp.metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.destination import new_iteration, stay_outside
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
@@ -61,6 +61,7 @@ def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
     Rows by which training padded the vocabulary are left out.
     """
     directory = path
+    refuse_legacy(path)
     if not (path / METADATA).is_file():
         directory = checkpoint_directory(path)
     if holds_adapters(directory):

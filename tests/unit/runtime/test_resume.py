@@ -37,11 +37,11 @@ def test_what_is_taken(meshes, tmp_path, options, expected):
     saver = Saver(RunSettings(9, save=tmp_path), V3_SMALL, before, Report(), None)
     saver.save(SAVED)
     saver.close()
-    assert resume(Start(find_iteration(tmp_path, 3), **options), fresh) == expected
+    assert resume(Start(find_iteration(tmp_path, 3), **options), fresh) == (expected, None)
     weights = weights_of(before.stages[0])
     assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(fresh.stages[0]).items())
     assert torch.equal(moments(fresh), moments(before) if not options else torch.zeros_like(moments(before)))
 
 
 def test_nothing_is_taken_unasked(meshes):
-    assert resume(Start(), None) == TrainState()
+    assert resume(Start(), None) == (TrainState(), None)
