@@ -60,7 +60,7 @@ def grouped_query_attention(shapes: LayerShapes, by_blocks: bool) -> Iterator[Ke
     """Yield what grouped-query and multi-head attention keep but for their output.
 
     The products of queries, keys and values share their input, which TP gathers. Where a rank keeps one of several
-    heads that it made, values are a view of all.
+    heads that it made, values are a view of all on CUDA, and copied on the CPU.
     """
     model, numbers, whole, size = shapes.model, shapes.numbers, shapes.whole, shapes.model.head_dim
     yield Kept("attention's input", numbers.product_input(whole, model.hidden_size),
@@ -74,7 +74,8 @@ def grouped_query_attention(shapes: LayerShapes, by_blocks: bool) -> Iterator[Ke
         yield Kept("keys and values of the context ranks", shapes.layout.cp * travelled)
         return
     yield Kept("keys", numbers.plain(whole, shapes.kv_heads * size), UP_PROJECTION)
-    yield Kept("values", numbers.plain(whole, shapes.kv_product_heads * size), UP_PROJECTION)
+    heads_of_values = shapes.kv_product_heads if numbers.cuda else shapes.kv_heads
+    yield Kept("values", numbers.plain(whole, heads_of_values * size), UP_PROJECTION)
 
 
 def norms_of_heads(shapes: LayerShapes) -> Iterator[Kept]:
