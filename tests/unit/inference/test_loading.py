@@ -1,25 +1,31 @@
 """Models as they are loaded: plain, FP8 as released, NF4, with an adapter beside; from both kinds of directories."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from small_checkpoints import V3_WIDE, all_tensors, convert, v3_directory
+from small_checkpoints import V3_WIDE, all_tensors, convert, random_weights, v3_directory, write_hf
+from small_models import LLAMA_SMALL
 
 from megatron_deepseek.checkpoint.convert import block_fp8
+from megatron_deepseek.inference.engine import Engine
 from megatron_deepseek.inference.loading import LoadSettings, load_model
 from megatron_deepseek.inference.model_files import ModelFiles, open_model
 from megatron_deepseek.inference.quantised import (
     Fp8Weight,
     HeldWeight,
+    Nf4Weight,
     PlainWeight,
     dense_weight,
     exchange,
     held_weight,
 )
+from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
 from megatron_deepseek.ops import nf4
 from megatron_deepseek.ops.fp8 import encoding
@@ -28,6 +34,7 @@ from megatron_deepseek.ops.precision_recipe import Grouped, Linear
 
 LINEAR = "model.layers.1.self_attn.q_b_proj"
 EXPERTS = "model.layers.1.mlp.experts"
+HELD = {"fp8": Fp8Weight, "nf4": Nf4Weight}
 I = V3_WIDE.moe_intermediate_size  # noqa: E741 (the papers' name)
 
 
@@ -249,3 +256,18 @@ def test_what_cannot_be_loaded(released, native, tmp_path, meshes):
     with pytest.raises(ValueError, match="is damaged: .*distcp") as caught:
         opened(torn)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["fp8", "nf4"])
+def test_heads_that_queries_share_are_held_in_every_form(tmp_path, meshes, form):
+    """Qwen2's layers: the engine's cached forward is the training model's own over the same held weights."""
+    config = replace(LLAMA_SMALL, qkv_bias=True, max_position_embeddings=64)
+    directory = write_hf(tmp_path / "hf", random_weights(config, torch.float32), config.to_hf_dict())
+    model = load_model(opened(directory), meshes, LoadSettings(form=form, dtype=torch.float32, max_length=32))
+    engine = Engine(model, EngineSettings(max_length=32, block_size=4))
+    (output,), = engine.generate([[3, 1, 4, 1, 5]], SamplingParameters(max_tokens=6, temperature=0, logprobs=0))
+    text = [3, 1, 4, 1, 5, *output.tokens]
+    scored = logits(model, text + [0] * (model.stage.rope_2SD.shape[1] - 11)).log_softmax(-1)[4:10]
+    expected = scored.gather(1, torch.tensor(output.tokens).unsqueeze(1)).flatten()
+    torch.testing.assert_close(torch.tensor(output.log_probabilities), expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(held_weight(model.stage.get_submodule("model.layers.0.self_attn.k_proj")), HELD[form])
