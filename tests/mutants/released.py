@@ -25,7 +25,7 @@ RELEASED = of(
     ("choose_template", '"deepseek-v3" if not thinks else None', '"deepseek-v3" if thinks else None'),
 ) + of(
     KEPT,
-    ("grouped_query_attention", "shapes.kv_product_heads * size", "shapes.kv_heads * size"),
+    ("grouped_query_attention", "numbers.cuda else shapes.kv_heads", "numbers.cuda else shapes.kv_product_heads"),
     ("norms_of_heads", "(shapes.heads + shapes.kv_product_heads) * size", "shapes.heads * size"),
     ("attention_gradients", "2 * form(", "form("),
     ("travelling_width", "2 * kv_heads * model.head_dim", "kv_heads * model.head_dim"),
