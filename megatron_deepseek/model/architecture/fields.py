@@ -283,11 +283,6 @@ class ArchitectureFields:
         """Return how many heads of keys and values the softmax sees: with MLA as many as queries."""
         return self.num_key_value_heads if self.grouped_query else self.num_attention_heads
 
-    @property
-    def rope_interleaved(self) -> bool:
-        """Return whether RoPE turns neighbours (MLA), or dimensions half of the rotary part apart (all others)."""
-        return not self.grouped_query
-
     def window_of(self, index: int) -> int | None:
         """Return to how many tokens, itself among them, a token of layer `index` attends; None to all before it.
 

@@ -7,12 +7,11 @@ gradients are then rounding alone: a window of one token, and one expert whose w
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_family import CLASSES, deepseek_moe
-from small_models import enliven, forward, load, random_batch, relative_error, weights_of, whole_model
-from test_parity import LOGITS, compare_gradients
+from small_models import enliven, load, random_batch, weights_of, whole_model
+from test_parity import compare_step
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 
@@ -49,13 +48,7 @@ def check(model_type: str, fields: dict, meshes) -> None:
         weights.pop("lm_head.weight", None)
     load(model, weights)
 
-    tokens, labels, mask = random_batch(config, BATCH, SEQ_LENGTH)
-    expected = reference(tokens).logits
-    F.cross_entropy(expected[mask], labels[mask]).backward()
-    outcome = forward(model, tokens, labels, mask)
-    outcome.loss.backward()
-    assert relative_error(outcome.logits[0], expected) < LOGITS
-    compare_gradients(model, reference)
+    compare_step(model, reference, *random_batch(config, BATCH, SEQ_LENGTH))
 
 
 CASES = {

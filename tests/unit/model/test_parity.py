@@ -51,7 +51,11 @@ def check(fields: dict, meshes) -> None:
         del weights["lm_head.weight"]
     load(model, {name: weight for name, weight in weights.items() if weight.numel()})
 
-    tokens, labels, mask = random_batch(config, BATCH, SEQ_LENGTH)
+    compare_step(model, reference, *random_batch(config, BATCH, SEQ_LENGTH))
+
+
+def compare_step(model, reference, tokens, labels, mask) -> None:
+    """Logits of a batch, and the gradient of every parameter of its loss."""
     expected = reference(tokens).logits
     F.cross_entropy(expected[mask], labels[mask]).backward()
     outcome = forward(model, tokens, labels, mask)

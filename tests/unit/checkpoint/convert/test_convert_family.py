@@ -1,20 +1,15 @@
 """Conversion of the grouped-query families: bit for bit there and back, and Megatron's one matrix of q, k and v."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from live_megatron import exchange
 from small_checkpoints import all_tensors, assert_identical, convert, random_weights, write_hf
-from small_models import lively
 
 from megatron_deepseek.checkpoint.convert.megatron import megatron_places
-from megatron_deepseek.checkpoint.convert.names import hf_shapes
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 
 LLAMA = ModelConfig(
@@ -96,25 +91,12 @@ def test_a_live_model_of_megatron_says_what_transformers_does(tmp_path):
     """Qwen2: both read the same weights, one of them through the conversion; then Megatron's own, the other way."""
     pytest.importorskip("megatron.core", minversion="0.16")
     transformers = pytest.importorskip("transformers")
-    config, generator = replace(CONFIGS["qwen2"], rope_scaling=None, sliding_window=None, layer_types=()), \
-        torch.Generator().manual_seed(3)
-    weights = {name: lively(name, torch.Size(shape), generator).float() for name, shape in hf_shapes(config).items()}
-    hf = write_hf(tmp_path / "hf", weights, config.to_hf_dict())
-    assert convert("hf", "megatron", hf, tmp_path / "ours") == 0
-    tokens = torch.randint(config.vocab_size, (2, 20), generator=generator)
-    torch.save(tokens, tmp_path / "tokens.pt")
-    script = Path(__file__).parents[3] / "helpers" / "megatron_model.py"
-    files = ("hf/config.json", "tokens.pt", "ours/iter_0000000", "theirs", "said.pt")
-    done = subprocess.run([sys.executable, script, *(tmp_path / name for name in files)], text=True,
-                          capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert convert("megatron", "hf", tmp_path / "theirs", tmp_path / "back", "--assets", str(hf)) == 0
-    said = torch.load(tmp_path / "said.pt")
-    for which, directory in (("read", hf), ("written", tmp_path / "back")):
+    live = exchange(tmp_path, replace(CONFIGS["qwen2"], rope_scaling=None, sliding_window=None, layer_types=()), 20)
+    for which, directory in live.directories.items():
         model = transformers.Qwen2ForCausalLM.from_pretrained(directory, dtype=torch.float32)
         with torch.no_grad():
-            expected = model(tokens).logits
-        torch.testing.assert_close(said[which][0], expected, rtol=1e-4, atol=1e-4)
+            expected = model(live.tokens).logits
+        torch.testing.assert_close(live.said[which][0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_biases_that_megatron_does_not_have():

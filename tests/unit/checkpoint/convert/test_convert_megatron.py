@@ -2,22 +2,19 @@
 round; what was written comes back.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from live_megatron import exchange
 from reference_model import ReferenceModel
-from small_checkpoints import V3_WIDE, all_tensors, assert_identical, convert, random_weights, v3_directory, write_hf
-from small_models import V3_SMALL, lively
+from small_checkpoints import V3_WIDE, all_tensors, assert_identical, convert, random_weights, v3_directory
+from small_models import V3_SMALL
 
 from megatron_deepseek.checkpoint.convert.megatron import megatron_places
-from megatron_deepseek.checkpoint.convert.names import hf_shapes, native_places
+from megatron_deepseek.checkpoint.convert.names import native_places
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.cli.generate import main as generate
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
@@ -116,21 +113,9 @@ def reference_logits(config: ModelConfig, weights: dict[str, torch.Tensor], toke
 def test_a_live_model_says_the_same(tmp_path):
     """Latent attention with YaRN, routing by groups with a bias, shared expert, MTP: in both directions."""
     pytest.importorskip("megatron.core", minversion="0.16")
-    generator = torch.Generator().manual_seed(3)
-    weights = {name: lively(name, torch.Size(shape), generator).float() for name, shape in hf_shapes(LIVE).items()}
-    hf = write_hf(tmp_path / "hf", weights, LIVE.to_hf_dict())
-    assert convert("hf", "megatron", hf, tmp_path / "ours") == 0
-    tokens = torch.randint(LIVE.vocab_size, (2, LENGTH), generator=generator)
-    torch.save(tokens, tmp_path / "tokens.pt")
-    script = Path(__file__).parents[3] / "helpers" / "megatron_model.py"
-    files = ("hf/config.json", "tokens.pt", "ours/iter_0000000", "theirs", "said.pt")
-    done = subprocess.run([sys.executable, script, *(tmp_path / name for name in files)], text=True,
-                          capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert convert("megatron", "hf", tmp_path / "theirs", tmp_path / "back", "--assets", str(hf)) == 0
-    said = torch.load(tmp_path / "said.pt")
-    for which, directory in (("read", hf), ("written", tmp_path / "back")):
-        expected = reference_logits(LIVE, all_tensors(directory), tokens)
-        assert len(said[which]) == len(expected) == 2
-        for theirs, ours in zip(said[which], expected):
+    live = exchange(tmp_path, LIVE, LENGTH)
+    for which, directory in live.directories.items():
+        expected = reference_logits(LIVE, all_tensors(directory), live.tokens)
+        assert len(live.said[which]) == len(expected) == 2
+        for theirs, ours in zip(live.said[which], expected):
             torch.testing.assert_close(theirs[:, :-1].double(), ours[:, :-1], rtol=1e-4, atol=1e-4)
