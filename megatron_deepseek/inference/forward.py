@@ -18,6 +18,7 @@ from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.model.attention.gqa import GroupedQueryAttention
 from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.rotary import rope_table
+from megatron_deepseek.ops.rounded_rows import compiles_for_each_shape, rounded
 from megatron_deepseek.parallel.collectives import all_gather
 
 Chosen = dict[str, torch.Tensor]
@@ -127,12 +128,12 @@ class InferenceModel:
     def _padded(self, tokens: int) -> int:
         """Return how many rows `tokens` tokens are padded to.
 
-        oneDNN compiles its bfloat16 kernels for every new shape: there shall be few. Experts are divided among
-        tensor-parallel ranks by tokens. A forward has one row at least.
+        Of shapes that kernels are compiled for there shall be few. Experts are divided among tensor-parallel ranks by
+        tokens. A forward has one row at least.
         """
         tokens = max(tokens, 1)
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            tokens = 1 << (tokens - 1).bit_length() if tokens <= 64 else -(-tokens // 64) * 64
+        if compiles_for_each_shape(self.device, self.dtype):
+            tokens = rounded(tokens)
         return -(-tokens // self.tp.size) * self.tp.size
 
 

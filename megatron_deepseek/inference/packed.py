@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron_deepseek.inference.quantised import HeldWeight, exchange
 from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.moe import Experts
+from megatron_deepseek.ops.rounded_rows import round_up
 from megatron_deepseek.parallel.tensor import ParallelLinear
 from megatron_deepseek.torch_private import multiply_packed, pack_weight
 
@@ -59,11 +59,7 @@ class PackedWeight(HeldWeight):
 
 def _multiply_rounded(rows_RK: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Return the product of any number of rows; oneDNN compiles a kernel for every new number, in bfloat16 slowly."""
-    number = len(rows_RK)
-    if rows_RK.dtype != torch.bfloat16:
-        return multiply_packed(rows_RK, packed)
-    rounded = 1 << (number - 1).bit_length() if number <= 64 else -(-number // 64) * 64
-    return multiply_packed(F.pad(rows_RK, (0, 0, 0, rounded - number)), packed)[:number]
+    return multiply_packed(round_up(rows_RK), packed)[:len(rows_RK)]
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

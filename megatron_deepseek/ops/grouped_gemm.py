@@ -3,8 +3,7 @@
 CUDA in bfloat16 runs `torch.nn.functional.grouped_mm`. Everywhere else each group is an ordinary GEMM written straight
 into the result: on CPU grouped_mm in bfloat16 was measured 7x slower than that loop, and it has no float64.
 
-In bfloat16 on CPU the number of rows of each group is rounded up, to a power of two or a multiple of 64: oneDNN
-compiles a kernel for every new shape, which was measured to take 0.9 ms, four times as long as the GEMM itself.
+In bfloat16 on CPU the number of rows of each group is rounded up (rounded_rows.py).
 
 Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers that sum to R.
 """
@@ -12,22 +11,12 @@ Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers tha
 import torch
 import torch.nn.functional as F
 
-
-ROW_MULTIPLE = 64  # more rows of a group than this are padded to a multiple of it in bfloat16 on CPU
-
-
-def _round_up(x: torch.Tensor) -> torch.Tensor:
-    """Return x with zero rows appended where kernels are compiled for each shape, x itself elsewhere."""
-    if x.dtype != torch.bfloat16 or x.is_cuda:
-        return x
-    rows = x.shape[0]
-    rounded = 1 << (rows - 1).bit_length() if 0 < rows <= ROW_MULTIPLE else -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
-    return x if rounded == rows else F.pad(x, (0, 0, 0, rounded - rows))
+from megatron_deepseek.ops.rounded_rows import round_up
 
 
 def _mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write x @ weight into `out`."""
-    rounded = _round_up(x)
+    rounded = round_up(x)
     if rounded.shape == x.shape:
         torch.mm(x, weight, out=out)
     else:
@@ -74,7 +63,7 @@ def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]
         return grad_EOI
     grad_EOI = x_RI.new_empty(len(counts_E), grad_RO.shape[1], x_RI.shape[1])
     for grad, x, out in zip(grad_RO.split(counts_E), x_RI.split(counts_E), grad_EOI.unbind()):
-        torch.mm(_round_up(grad).t(), _round_up(x), out=out)
+        torch.mm(round_up(grad).t(), round_up(x), out=out)
     return grad_EOI
 
 
