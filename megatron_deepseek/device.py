@@ -9,7 +9,9 @@ A stream is a queue of work. Whoever has one calls its `wait_stream(other)`, and
 that is used on a stream on which it was not made.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import islice
 
 import torch
 
@@ -87,3 +89,48 @@ def on_stream(stream: Stream) -> AbstractContextManager:
 def on_device(device: torch.device) -> AbstractContextManager:
     """Make `device` this thread's current one in a `with` block."""
     return torch.cuda.device(device)
+
+
+def start_read(*tensors: torch.Tensor) -> Callable[[], list[list]]:
+    """Begin to bring `tensors`, of one dtype, to the host in one copy; return a function that waits for it.
+
+    The function returns one nested list for each tensor. What is queued between the two calls is computed meanwhile.
+    """
+    together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    finish = _copy_to_pinned(together) if is_accelerator(together.device) else lambda: together
+
+    def read() -> list[list]:
+        numbers = iter(finish().tolist())
+        return [_nested(numbers, tensor.shape) for tensor in tensors]
+
+    return read
+
+
+def _nested(numbers: Iterator, shape: torch.Size) -> list:
+    """Return the next `numbers` as nested lists of `shape`."""
+    if len(shape) > 1:
+        return [_nested(numbers, shape[1:]) for _ in range(shape[0])]
+    return list(islice(numbers, shape[0]))
+
+
+def _copy_to_pinned(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queue a copy of x to pinned memory and return a function that waits for this copy alone."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def finish() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return finish
+
+
+def send(numbers: list | torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return what the host has, (nested) numbers or a tensor, as a tensor on `device`.
+
+    The host does not wait for the device, as it would in torch.tensor(numbers, device=device).
+    """
+    tensor = numbers if isinstance(numbers, torch.Tensor) else torch.tensor(numbers, dtype=dtype)
+    return tensor.to(device, dtype, non_blocking=True)

@@ -125,17 +125,18 @@ def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = 
     recipe = make_precision_recipe(options.precision, recompute, meshes.layout.tp)
     overlap = MicroBatchOverlap()
     counter = CommunicationCounter(communication.moe_ranks_per_node or meshes.layout.world_size)
+    etp = ExpertTensorParallel(meshes.experts, counter)
     dispatcher = None
     if config.n_routed_experts:
         dispatcher = make_dispatcher(config.n_routed_experts, meshes, communication.moe_token_dispatcher_type, overlap,
-                                     counter, recipe.to_experts)
+                                     etp, recipe.to_experts)
     return Blueprint(
         config=config,
         tp=TensorParallel(meshes.tp, meshes.layout.sequence_parallel),
         cp=ContextParallel(meshes.cp, communication.cp_comm_type),
         sequence_group=meshes.sequence.get_group() if meshes.sequence.size() > 1 else None,
         dispatcher=dispatcher,
-        etp=ExpertTensorParallel(meshes.experts, counter),
+        etp=etp,
         balance=make_balance(loss),
         recomputed=recomputed_modules(recompute),
         forced_balance=loss.moe_router_force_load_balancing,
@@ -181,15 +182,15 @@ def make_side_stream(communication: CommunicationSettings, device: torch.device)
 
 
 def make_dispatcher(num_experts: int, meshes: Meshes, kind: str, overlap: MicroBatchOverlap,
-                    counter: CommunicationCounter, to_experts: Callable[[torch.Tensor], torch.Tensor] = unchanged
+                    etp: ExpertTensorParallel, to_experts: Callable[[torch.Tensor], torch.Tensor] = unchanged
                     ) -> Dispatcher:
-    common = meshes.ep, num_experts, counter
+    common = meshes.ep, num_experts, etp.counter
     if kind == "grouped":
-        levels = build_levels(meshes.layout, meshes.device, counter.ranks_per_node)
-        return GroupedDispatcher(*common, overlap, levels, to_experts)
+        levels = build_levels(meshes.layout, meshes.device, etp.counter.ranks_per_node)
+        return GroupedDispatcher(*common, overlap, levels, to_experts, etp.counts)
     if kind == "allgather":
-        return AllGatherDispatcher(*common, to_experts)
-    return AllToAllDispatcher(*common, overlap, to_experts)
+        return AllGatherDispatcher(*common, to_experts, etp.counts)
+    return AllToAllDispatcher(*common, overlap, to_experts, etp.counts)
 
 
 def units(stage: DeepseekStage, meshes: Meshes, precision: Precision) -> Iterator[Unit]:

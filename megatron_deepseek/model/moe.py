@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from megatron_deepseek.device import send
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.router import Router, Routing
 from megatron_deepseek.ops.fp8.block_scaled import whole
+from megatron_deepseek.ops.permute import count_choices
 from megatron_deepseek.ops.precision_recipe import Gemm, Linear, PrecisionRecipe
 from megatron_deepseek.parallel.expert import DROPPED
 from megatron_deepseek.parallel.expert_tensor import ExpertTensorParallel
@@ -76,8 +78,8 @@ class Experts(nn.Module):
         """Return the GEMM that alone reads a weight, by the weight's name (parallel/data.py)."""
         return {"gate_up_proj": self.up_gemm, "down_proj": self.down_gemm}
 
-    def forward(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        return self.etp(rows_RH, counts, self._mlp)
+    def forward(self, rows_RH: torch.Tensor, counts_se: list[list[int]]) -> torch.Tensor:
+        return self.etp(rows_RH, counts_se, self._mlp)
 
     def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         gate_up = local_weight(self.gate_up_proj, *COLUMN_PARALLEL)
@@ -123,7 +125,8 @@ class MoE(nn.Module):
 
         # 3. Tokens travel to their experts and back: y_t = sum_i g_i,t FFN_i(x_t).
         rows_TH = self.experts.up_gemm.rows(x_TH)
-        y_TH, cross_node_sends = self.dispatcher(rows_TH, kept_TK, routing.weights_TK, self.experts)
+        y_TH, cross_node_sends = self.dispatcher(rows_TH, self.dispatcher.route(kept_TK), routing.weights_TK,
+                                                 self.experts)
 
         # 4. The balance loss is attached to y, through which the backward passes in any case.
         y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)
@@ -132,7 +135,7 @@ class MoE(nn.Module):
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
-        counts_E = (chosen_TK.flatten() + 1).bincount(minlength=self.config.n_routed_experts + 1)[1:]
+        counts_E = count_choices(chosen_TK + 1, self.config.n_routed_experts + 1)[1:]
         return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss, cross_node_sends,
                                   chosen_TK.unflatten(0, own_BSH.shape[:2]))
 
@@ -153,7 +156,7 @@ class MoE(nn.Module):
         """Return the positions in its sequence of this rank's S tokens of each."""
         length = own_BSH.shape[1]
         positions_S = self.cp.positions(length * self.tp.size * self.cp.size)
-        return positions_S[self.tp.rank * length:][:length].to(own_BSH.device)
+        return send(positions_S[self.tp.rank * length:][:length], own_BSH.device)
 
     def _within_capacity(self, own_BSH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor
                          ) -> torch.Tensor:

@@ -6,6 +6,8 @@ Shapes: B rows, S tokens of a sequence, M = 1 + MTP depth predictions of each to
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import send
+
 
 def shifted_labels(labels_BS: torch.Tensor, weights_BS: torch.Tensor, mtp_depth: int,
                    documents_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +21,7 @@ def shifted_labels(labels_BS: torch.Tensor, weights_BS: torch.Tensor, mtp_depth:
     for depth in range(1, mtp_depth + 1):
         labels.append(F.pad(labels[-1][:, 1:], (0, 1)))
         shifted_BS = F.pad(shifted_BS[:, 1:], (0, 1))
-        stays_BS = 1 if documents_BS is None else _stays(documents_BS, depth).to(labels_BS.device)
+        stays_BS = 1 if documents_BS is None else send(_stays(documents_BS, depth), labels_BS.device)
         weights.append(shifted_BS * stays_BS)
     return torch.stack(labels, 1), torch.stack(weights, 1)
 
@@ -36,7 +38,7 @@ def routed_tokens(real_BS: torch.Tensor, mtp_depth: int, documents_BS: torch.Ten
     for depth in range(1, mtp_depth + 1):
         ahead_BS = F.pad(real_BS[:, depth:], (0, min(depth, real_BS.shape[1])))
         both_BS = real_BS & ahead_BS
-        routed.append(both_BS if documents_BS is None else both_BS & _stays(documents_BS, depth).to(real_BS.device))
+        routed.append(both_BS if documents_BS is None else both_BS & send(_stays(documents_BS, depth), real_BS.device))
     return torch.stack(routed, 1)
 
 

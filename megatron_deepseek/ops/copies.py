@@ -42,13 +42,34 @@ class Copies:
         return 0 < len(self.order_R) == self.place_QK.numel()
 
 
-def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
+@dataclass(frozen=True, eq=False)
+class SortedChoices:
+    """Copies of which the host does not know yet how many there are: `counts`, int64 [bins], are still on the device.
+
+    `order` has every choice, those without a copy behind the others; `inverse_QK` is where it has each.
+    """
+
+    order: torch.Tensor
+    inverse_QK: torch.Tensor
+    counts: torch.Tensor
+
+    def cut(self, counts: list[int]) -> Copies:
+        """Return the copies, given `self.counts` on the host."""
+        number = sum(counts)
+        return Copies(self.order[:number], self.inverse_QK.clamp(max=number), counts)
+
+
+def sort_choices(bins_QK: torch.Tensor, num_bins: int) -> SortedChoices:
     """Return the copies sorted by bin, within a bin by row. A choice outside 0..num_bins-1 has none."""
     bins_QK = bins_QK.where((bins_QK >= 0) & (bins_QK < num_bins), num_bins)
     order, inverse, counts = sort_by_expert(bins_QK, num_bins + 1)
-    counts = counts[:num_bins].tolist()
-    number = sum(counts)
-    return Copies(order[:number], inverse.clamp(max=number).view_as(bins_QK), counts)
+    return SortedChoices(order, inverse.view_as(bins_QK), counts[:num_bins])
+
+
+def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
+    """Return `sort_choices` with the counts read by the host, which waits for them."""
+    choices = sort_choices(bins_QK, num_bins)
+    return choices.cut(choices.counts.tolist())
 
 
 def _gather(x_RH: torch.Tensor, place_QK: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers tha
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import send
 from megatron_deepseek.ops.rounded_rows import round_up
 
 
@@ -29,7 +30,7 @@ def has_native_kernel(x: torch.Tensor, *widths: int) -> bool:
 
 
 def _offsets(counts_E: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(counts_E, device=device).cumsum(0, dtype=torch.int32)
+    return send(counts_E, device).cumsum(0, dtype=torch.int32)
 
 
 def grouped_forward(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:

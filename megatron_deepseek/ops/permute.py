@@ -67,11 +67,20 @@ def invert(order_R: torch.Tensor) -> torch.Tensor:
     return inverse_R
 
 
+def count_choices(choices: torch.Tensor, num_bins: int) -> torch.Tensor:
+    """Return how many of `choices`, numbers from 0 to num_bins - 1, are each number: int64 [num_bins].
+
+    On an accelerator bincount would have the host wait, to look for numbers out of range.
+    """
+    chosen = choices.flatten()
+    return chosen.new_zeros(num_bins).scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
 @with_backends("sort_by_expert")
 def sort_by_expert(experts_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the order of the copies by expert, then token; its inverse; and how many each expert has, int64 [E]."""
     order_R = experts_TK.flatten().argsort(stable=True)
-    return order_R, invert(order_R), experts_TK.flatten().bincount(minlength=num_experts)
+    return order_R, invert(order_R), count_choices(experts_TK, num_experts)
 
 
 @with_backends("permute")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from megatron_deepseek.device import send
 from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel.block_mask import BlockMask
 from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
@@ -57,7 +58,7 @@ class ContextParallel:
 
     def own(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Return this rank's part of something that has all positions of a sequence along `dim`."""
-        return x if self.size == 1 else x.index_select(dim, self.positions(x.shape[dim]).to(x.device))
+        return x if self.size == 1 else x.index_select(dim, send(self.positions(x.shape[dim]), x.device))
 
     def block_mask(self, seq_length: int, documents: Documents | None = None) -> BlockMask:
         """Return what this rank's tokens see of sequences of `seq_length`, within documents where they are given."""

@@ -21,14 +21,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.device import send, start_read
+from megatron_deepseek.ops.copies import SortedChoices, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.ops.fp8.block_scaled import map_rows
 from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.nodes import CommunicationCounter
 
 DROPPED = -1  # in place of an expert
-Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
+Experts = Callable[[torch.Tensor, list[list[int]]], torch.Tensor]
+ShareCounts = Callable[[torch.Tensor], torch.Tensor]  # ExpertTensorParallel.counts
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,18 +45,31 @@ class Dispatcher(Protocol):
     mesh: DeviceMesh
     counter: CommunicationCounter
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
+    def route(self, experts_TK: torch.Tensor) -> "Route":
+        """Find out where copies of tokens go that chose `experts_TK`, DROPPED for none.
+
+        The counts are agreed on by the ranks, on the device, and begin their way to the host: the one thing in a layer
+        that the host has to wait for. Work that is queued before the route is taken is computed meanwhile.
+        """
+
+    def __call__(self, x_TH: torch.Tensor, route: "Route", weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
-        """Return each token's sum over k of weights_TK times expert experts_TK, [T, H] in x's dtype, and the cross-node
+        """Return each token's sum over k of weights_TK times its k-th expert, [T, H] in x's dtype, and the cross-node
         sends: how often this rank sent a token, or a copy of one, to another node for it. A choice of DROPPED adds
         nothing.
 
-        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
+        `experts(rows, counts_se)` maps rows sorted by local expert to rows of the same shape. counts_se are the counts
+        of each expert's rows, of every rank of this one's expert-tensor-parallel group (`ExpertTensorParallel.counts`).
         """
 
 
 def unchanged(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+def not_shared(counts_e: torch.Tensor) -> torch.Tensor:
+    """Return `counts_e` as those of a group of one rank, [1, e]."""
+    return counts_e.unsqueeze(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +110,32 @@ class Exchange:
         return self.counter.divide(self.group, sent).across_nodes
 
 
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Where the copies of this rank's tokens go first, and the counts that are on their way to the host.
+
+    `read` waits for these and returns a nested list of each tensor that the dispatcher's `route` gave it. `experts_TK`
+    are for the dispatcher that sends the choices on.
+    """
+
+    choices: SortedChoices
+    read: Callable[[], list[list]]
+    experts_TK: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows a group exchanges for its experts, on the host.
+
+    outgoing_E: this rank's rows for each expert of the group. incoming_re: the rows from each rank for each local
+    expert. shared_se: the rows of each rank of the expert-tensor-parallel group for each local expert.
+    """
+
+    outgoing_E: list[int]
+    incoming_re: list[list[int]]
+    shared_se: list[list[int]]
+
+
 class AllToAllRows(torch.autograd.Function):
     """All-to-all, which is its own transpose: the gradient of a row goes back to where the row came from."""
 
@@ -108,18 +149,24 @@ class AllToAllRows(torch.autograd.Function):
         return ctx.exchange.send(ctx.encode(grad), ctx.received, ctx.sent), None, None, None, None
 
 
-def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, exchange: Exchange,
+def agree_on_counts(outgoing_E: torch.Tensor, exchange: Exchange, shared: ShareCounts) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of RowCounts, on the device."""
+    incoming_re = exchange.counts(outgoing_E)
+    return outgoing_E, incoming_re, shared(incoming_re.sum(0))
+
+
+def run_experts(rows_RH: torch.Tensor, counts: RowCounts, experts: Experts, exchange: Exchange,
                 to_experts: Encode = unchanged) -> tuple[torch.Tensor, int]:
-    """Send rows, sorted by the group's experts with `counts` of each, to their experts' ranks and return the results in
-    the same order, and how many of the rows were sent to other nodes.
+    """Send rows, sorted by the group's experts, to their experts' ranks and return the results in the same order, and
+    how many of the rows were sent to other nodes.
     """
-    counts_E = torch.tensor(counts, device=rows_RH.device)
-    incoming_re = exchange.counts(counts_E)
-    sent, received = counts_E.view(exchange.group.size(), -1).sum(1).tolist(), incoming_re.sum(1).tolist()
+    local = len(counts.outgoing_E) // exchange.group.size()
+    sent = [sum(counts.outgoing_E[start:start + local]) for start in range(0, len(counts.outgoing_E), local)]
+    received = [sum(of_rank) for of_rank in counts.incoming_re]
     rows_QH = exchange(rows_RH, sent, received)
-    order_Q = _group_by_expert(incoming_re)
+    order_Q = _group_by_expert(send(counts.incoming_re, rows_RH.device), sum(received))
     inverse_Q = invert(order_Q)
-    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), counts.shared_se)
     results_QH = permute(results_QH, inverse_Q, order_Q)
     return exchange(results_QH, received, sent, to_experts), exchange.cross_node_sends(sent)
 
@@ -133,21 +180,33 @@ class AllToAllDispatcher:
     counter: CommunicationCounter
     overlap: MicroBatchOverlap
     to_experts: Encode = unchanged
+    shared: ShareCounts = not_shared
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
+    def route(self, experts_TK: torch.Tensor) -> Route:
+        choices = sort_choices(experts_TK, self.num_experts)
+        if self.mesh.size() == 1:
+            return Route(choices, start_read(choices.counts, self.shared(choices.counts)))
+        return Route(choices, start_read(*agree_on_counts(choices.counts, self._exchange, self.shared)))
+
+    def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
-        copies = sort_copies(experts_TK, self.num_experts)
+        counts_E, *others = route.read()
+        copies = route.choices.cut(counts_E)
         rows_RH, cross_node_sends = copy_rows(x_TH, copies), 0
         if self.mesh.size() == 1:
-            rows_RH = experts(rows_RH, copies.counts)
+            rows_RH = experts(rows_RH, *others)
         else:
-            exchange = Exchange(self.mesh.get_group(), self.overlap, self.counter)
-            rows_RH, cross_node_sends = run_experts(rows_RH, copies.counts, experts, exchange, self.to_experts)
+            rows_RH, cross_node_sends = run_experts(rows_RH, RowCounts(counts_E, *others), experts, self._exchange,
+                                                    self.to_experts)
         return sum_copies(rows_RH, weights_TK, copies), cross_node_sends
 
+    @property
+    def _exchange(self) -> Exchange:
+        return Exchange(self.mesh.get_group(), self.overlap, self.counter)
 
-def _group_by_expert(counts_re: torch.Tensor) -> torch.Tensor:
-    """Return the order that turns rows grouped by (source rank r, expert e) into rows grouped by (e, r)."""
+
+def _group_by_expert(counts_re: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the order that turns `num_rows` rows grouped by (source rank r, expert e) into rows grouped by (e, r)."""
     num_ranks, num_experts = counts_re.shape
     expert_of_row = torch.arange(num_experts, device=counts_re.device).repeat(num_ranks)
-    return expert_of_row.repeat_interleave(counts_re.flatten()).argsort(stable=True)
+    return expert_of_row.repeat_interleave(counts_re.flatten(), output_size=num_rows).argsort(stable=True)

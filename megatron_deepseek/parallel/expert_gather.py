@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.device import start_read
+from megatron_deepseek.ops.copies import copy_rows, sort_choices, sum_copies
 from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
-from megatron_deepseek.parallel.expert import Encode, Experts, unchanged
+from megatron_deepseek.parallel.expert import Encode, Experts, Route, ShareCounts, not_shared, unchanged
 from megatron_deepseek.parallel.nodes import CommunicationCounter
 
 
@@ -25,20 +26,30 @@ class AllGatherDispatcher:
     num_experts: int
     counter: CommunicationCounter
     to_experts: Encode = unchanged  # not used: gradients are sent as whole tokens, before they are weighed, not as FP8
+    shared: ShareCounts = not_shared
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
+    def route(self, experts_TK: torch.Tensor) -> Route:
+        mine = self.num_experts // self.mesh.size()
+        if self.mesh.size() > 1:
+            group = self.mesh.get_group()
+            self.counter.everyone(group, experts_TK)
+            experts_TK = all_gather(experts_TK, 0, group) - self.mesh.get_local_rank() * mine
+        choices = sort_choices(experts_TK, mine)
+        return Route(choices, start_read(choices.counts, self.shared(choices.counts)))
+
+    def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts
                  ) -> tuple[torch.Tensor, int]:
-        size, mine = self.mesh.size(), self.num_experts // self.mesh.size()
+        size = self.mesh.size()
         if size == 1:
-            return self._serve(x_TH, experts_TK, weights_TK, experts, mine), 0
+            return _serve(x_TH, route, weights_TK, experts), 0
         group, sent = self.mesh.get_group(), self.counter.everyone
         x_GH, weights_GK = (gather_sum(each, 0, group, sent) for each in (x_TH, weights_TK))
-        sent(group, experts_TK)
-        experts_GK = all_gather(experts_TK, 0, group) - self.mesh.get_local_rank() * mine
-        y_GH = self._serve(x_GH, experts_GK, weights_GK, experts, mine)
+        y_GH = _serve(x_GH, route, weights_GK, experts)
         return scatter_sum(y_GH, 0, group, sent), self.counter.divide(group, [len(x_TH)] * size).across_nodes
 
-    def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int) -> torch.Tensor:
-        """Return the part of each token's sum that experts 0..num_bins-1 make."""
-        copies = sort_copies(experts_GK, num_bins)
-        return sum_copies(experts(copy_rows(x_GH, copies), copies.counts), weights_GK, copies)
+
+def _serve(x_GH: torch.Tensor, route: Route, weights_GK: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """Return the part of each token's sum that this rank's experts make."""
+    counts_e, counts_se = route.read()
+    copies = route.choices.cut(counts_e)
+    return sum_copies(experts(copy_rows(x_GH, copies), counts_se), weights_GK, copies)

@@ -17,8 +17,22 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
-from megatron_deepseek.parallel.expert import DROPPED, Encode, Exchange, Experts, run_experts, unchanged
+from megatron_deepseek.device import start_read
+from megatron_deepseek.ops.copies import SortedChoices, copy_rows, sort_choices, sum_copies
+from megatron_deepseek.ops.permute import count_choices
+from megatron_deepseek.parallel.expert import (
+    DROPPED,
+    Encode,
+    Exchange,
+    Experts,
+    Route,
+    RowCounts,
+    ShareCounts,
+    agree_on_counts,
+    not_shared,
+    run_experts,
+    unchanged,
+)
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.nodes import CommunicationCounter, TwoLevels
 
@@ -34,30 +48,51 @@ class GroupedDispatcher:
     levels: TwoLevels
     to_experts: Encode = unchanged
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
-        across = Exchange(self.levels.across.get_group(), self.overlap, self.counter)
-        copies = self._one_for_each_node(experts_TK)
-        received = across.counts(torch.tensor(copies.counts, device=x_TH.device)).flatten().tolist()
-        rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]
-        x_QH, weights_QK, experts_QK = (across(row, copies.counts, received) for row in rows)
-        y_RH = across(self._on_this_node(x_QH, experts_QK, weights_QK, experts), received, copies.counts)
-        ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
-        return sum_copies(y_RH, ones, copies), across.cross_node_sends(copies.counts)
+    shared: ShareCounts = not_shared
 
-    def _one_for_each_node(self, experts_TK: torch.Tensor) -> Copies:
+    def route(self, experts_TK: torch.Tensor) -> Route:
+        """Find out where copies go on both levels: with the tokens for a node, their ranks tell it how many copies each
+        of its experts gets, so that the node knows what it will send inside before the tokens come.
+        """
+        choices = self._one_for_each_node(experts_TK)
+        copies_E = count_choices(experts_TK + 1, self.num_experts + 1)[1:]  # DROPPED is -1
+        outgoing_Nn = torch.cat([choices.counts.unsqueeze(1), copies_E.view(len(choices.counts), -1)], 1)
+        incoming_Nn = self._across.counts(outgoing_Nn.flatten())
+        rows_N, copies_n = incoming_Nn[:, 0], incoming_Nn[:, 1:].sum(0)
+        inside = agree_on_counts(copies_n, self._within, self.shared)
+        return Route(choices, start_read(choices.counts, rows_N, *inside), experts_TK)
+
+    def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts
+                 ) -> tuple[torch.Tensor, int]:
+        counts_N, received, *inside = route.read()
+        copies, across = route.choices.cut(counts_N), self._across
+        rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], route.experts_TK[copies.row_R]]
+        x_QH, weights_QK, experts_QK = (across(row, counts_N, received) for row in rows)
+        y_QH = self._on_this_node(x_QH, experts_QK, weights_QK, experts, RowCounts(*inside))
+        y_RH = across(y_QH, received, counts_N)
+        ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
+        return sum_copies(y_RH, ones, copies), across.cross_node_sends(counts_N)
+
+    @property
+    def _across(self) -> Exchange:
+        return Exchange(self.levels.across.get_group(), self.overlap, self.counter)
+
+    @property
+    def _within(self) -> Exchange:
+        return Exchange(self.levels.within.get_group(), self.overlap, self.counter)
+
+    def _one_for_each_node(self, experts_TK: torch.Tensor) -> SortedChoices:
         """Return a copy of each token for every node that it needs, sorted by node: `choice_R` is the node."""
         num_nodes = self.levels.across.size()
         node_TK = (experts_TK // (self.num_experts // num_nodes)).where(experts_TK != DROPPED, num_nodes)
         needed_TN = torch.zeros(len(experts_TK), num_nodes + 1, dtype=torch.bool, device=experts_TK.device)
         needed_TN.scatter_(1, node_TK, True)
         nodes_N = torch.arange(num_nodes, device=experts_TK.device)
-        return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], DROPPED), num_nodes)
+        return sort_choices(nodes_N.where(needed_TN[:, :num_nodes], DROPPED), num_nodes)
 
-    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> torch.Tensor:
+    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts, counts: RowCounts) -> torch.Tensor:
         """Return the part of each row's sum that this node's experts make."""
         number = self.num_experts // self.levels.across.size()
-        copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
-        within = Exchange(self.levels.within.get_group(), self.overlap, self.counter)
-        rows, _ = run_experts(copy_rows(x_QH, copies), copies.counts, experts, within, self.to_experts)
+        copies = sort_choices(experts_QK - self.levels.across.get_local_rank() * number, number).cut(counts.outgoing_E)
+        rows, _ = run_experts(copy_rows(x_QH, copies), counts, experts, self._within, self.to_experts)
         return sum_copies(rows, weights_QK, copies)

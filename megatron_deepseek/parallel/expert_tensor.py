@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.device import send
+from megatron_deepseek.ops.copies import copy_rows, sort_choices, sum_copies
 from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.nodes import CommunicationCounter
 
@@ -34,18 +35,24 @@ class ExpertTensorParallel:
     mesh: DeviceMesh
     counter: CommunicationCounter
 
-    def __call__(self, rows_RH: torch.Tensor, counts: list[int], mlp: ExpertMLP) -> torch.Tensor:
-        """Return what the whole experts make of `rows_RH`, [R, H].
+    def counts(self, counts_e: torch.Tensor) -> torch.Tensor:
+        """Return the counts of every rank's rows for the local experts, [r, e], given those of this rank's."""
+        group = self.mesh.get_group("etp")
+        return counts_e.unsqueeze(0) if group.size() == 1 else all_gather(counts_e.unsqueeze(0), 0, group)
+
+    def __call__(self, rows_RH: torch.Tensor, counts_re: list[list[int]], mlp: ExpertMLP) -> torch.Tensor:
+        """Return what the whole experts make of `rows_RH`, [R, H]. `counts_re` is what `counts` returned.
 
         `mlp` uses this rank's slices of the experts; its result is a partial sum.
         """
         group = self.mesh.get_group("etp")
         if group.size() == 1:
-            return mlp(rows_RH, counts)
-        counts_re = all_gather(torch.tensor([counts], device=rows_RH.device), 0, group)
-        longest = int(counts_re.sum(1).max())
+            return mlp(rows_RH, *counts_re)
+        longest = max(map(sum, counts_re))
         rows_GH = gather_sum(F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH))), 0, group, self.counter.everyone)
-        copies = sort_copies(_expert_of_row(counts_re, longest), len(counts))
+        of_rank = _expert_of_row(send(counts_re, rows_RH.device), longest)
+        counts_e = [sum(counts) for counts in zip(*counts_re)]
+        copies = sort_choices(of_rank, len(counts_e)).cut(counts_e)
         y = mlp(copy_rows(rows_GH, copies), copies.counts)
         y_GH = sum_copies(y, y.new_ones(len(rows_GH), 1), copies)
         return F.pad(scatter_sum(y_GH, 0, group, self.counter.everyone), (0, 0, 0, len(rows_RH) - longest))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_deepseek.device import send
 from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel.collectives import all_reduce, sum_alike, sum_gradients
 
@@ -41,13 +42,13 @@ class SequenceSums:
         places_BS = self.documents.places_BS
         own_BS = places_BS if self.positions_S is None else places_BS[:, self.positions_S]
         sums_BD = x_BS.new_zeros(x_BS.shape[0], self.documents.most)
-        return self.over_ranks(sums_BD.scatter_add(1, own_BS.to(x_BS.device), x_BS))
+        return self.over_ranks(sums_BD.scatter_add(1, send(own_BS, x_BS.device), x_BS))
 
     def later(self, x_BS: torch.Tensor, by: int) -> torch.Tensor:
         """Return what x has `by` tokens later in the row, on whichever rank that is; 0 behind the row's end."""
         if self.group is None:
             return F.pad(x_BS[:, by:], (0, min(by, x_BS.shape[1])))
-        positions_S = self.positions_S.to(x_BS.device)
+        positions_S = send(self.positions_S, x_BS.device)
         whole_BS = x_BS.new_zeros(x_BS.shape[0], x_BS.shape[1] * self.group.size() + by)
         whole_BS[:, positions_S] = x_BS
         return all_reduce(whole_BS, self.group)[:, positions_S + by]

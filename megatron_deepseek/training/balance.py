@@ -20,15 +20,14 @@ def update_expert_bias(stages: Iterable[nn.Module], counts: dict[str, torch.Tens
     `group` has every rank of a pipeline stage. Counts are integers, so their sum is exact in every layout. The bias
     of a router that is frozen, and has no adapter, stays as it is, so that it goes on choosing as it did.
     """
-    total = {}
-    for stage in stages:
-        for name, module in stage.named_modules():
-            if not isinstance(module, MoE) or name not in counts:  # an objective may leave out MTP modules
-                continue
-            total[name] = counts[name].clone()
-            dist.all_reduce(total[name], group=group)
-            bias = getattr(module.gate, "e_score_correction_bias", None)
-            if bias is not None and rate and any(each.requires_grad for each in module.gate.parameters()):
-                mean = total[name].double().mean()
-                bias += rate * torch.sign(mean - total[name].double()).to(bias.dtype)
-    return total
+    layers = {name: module for stage in stages for name, module in stage.named_modules()
+              if isinstance(module, MoE) and name in counts}  # an objective may leave out MTP modules
+    if not layers:
+        return {}
+    total_LE = torch.stack([counts[name] for name in layers])
+    dist.all_reduce(total_LE, group=group)
+    for module, total_E in zip(layers.values(), total_LE.double(), strict=True):
+        bias = getattr(module.gate, "e_score_correction_bias", None)
+        if bias is not None and rate and any(each.requires_grad for each in module.gate.parameters()):
+            bias += rate * torch.sign(total_E.mean() - total_E).to(bias.dtype)
+    return dict(zip(layers, total_LE, strict=True))

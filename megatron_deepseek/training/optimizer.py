@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -167,24 +166,23 @@ def counts_in_norm(item: NamedParameter) -> bool:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[NamedParameter], device: torch.device) -> torch.Tensor:
-    """Return the Euclidean norm of the gradient of the whole model, in float64.
+def squared_gradient_norm(parameters: Iterable[NamedParameter], device: torch.device) -> torch.Tensor:
+    """Return this rank's part of the squared Euclidean norm of the whole model's gradient, in float64.
 
-    Squares are summed over all ranks of the job; of replicas one rank counts, so each parameter counts once.
+    Of replicas one rank counts, so that in the sum over all ranks each parameter counts once.
     """
     shards = [item.parameter.grad.to_local() for item in parameters if counts_in_norm(item)]
     shards = [shard for shard in shards if shard.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if shards:
         total += torch.stack(torch._foreach_norm(shards)).double().square().sum()
-    dist.all_reduce(total)
-    return total.sqrt()
+    return total
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[NamedParameter], norm: torch.Tensor, max_norm: float) -> None:
+def clip_gradients(parameters: Iterable[NamedParameter], norm: float, max_norm: float) -> None:
     """Scale every gradient by max_norm / norm where the norm is larger."""
-    scale = float(max_norm / (norm + 1e-6))
+    scale = max_norm / (norm + 1e-6)
     if scale < 1.0:
         shards = [item.parameter.grad.to_local() for item in parameters if item.parameter.grad is not None]
         if shards:

@@ -15,7 +15,6 @@ from functools import partial
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -31,6 +30,7 @@ from megatron_deepseek.parallel.nodes import Traffic
 from megatron_deepseek.parallel.pipeline import Pipeline, Travel
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage, stages_of_rank
 from megatron_deepseek.parallel.shared import find_shared
+from megatron_deepseek.parallel.sums import sum_numbers
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training.balance import update_expert_bias
 from megatron_deepseek.training.division import Division, divide
@@ -40,8 +40,8 @@ from megatron_deepseek.training.optimizer import (
     NamedParameter,
     build_optimizer,
     clip_gradients,
-    gradient_norm,
     set_learning_rate,
+    squared_gradient_norm,
 )
 from megatron_deepseek.training.scoring import (
     Keep,
@@ -143,16 +143,17 @@ class Trainer:
         self.pipeline.train(divided.tokens_BS, divided.micro_batches, step, 1 + self.objective.num_depths)
         for shared in self.shared:
             shared.sum_gradients()
-        norm = gradient_norm(self.parameters, self.meshes.device)
-        losses, agreed = self._reduce(self.objective, step.statistics, divided, counts, stop_flags())
-        healthy = losses.finite() and math.isfinite(norm.item())
+        own = self._own_sums(step.statistics, stop_flags())
+        losses, sums = self._reduce(self.objective, step.statistics, divided, counts, own)
+        norm = math.sqrt(sums.pop("squared_gradient_norm"))
+        healthy = losses.finite() and math.isfinite(norm)
         if healthy:
             self._update(norm, learning_rate)
         expert_counts = update_expert_bias(self.stages, step.statistics.expert_counts, bias_rate if healthy else 0.0,
                                            self.meshes.stage.get_group())
-        return StepResult(losses, norm.item(), expert_counts, *self._traffic(step.statistics), healthy, agreed)
+        return self._result(losses, norm, expert_counts, healthy, **sums)
 
-    def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
+    def _update(self, norm: float, learning_rate: float) -> None:
         if self.spec.optimizer.clip_grad:
             clip_gradients(self.parameters, norm, self.spec.optimizer.clip_grad)
         set_learning_rate(self.optimizer, learning_rate)
@@ -163,7 +164,7 @@ class Trainer:
         objective = objective or self.objective
         divided, counts, step = self._begin(batch, objective)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + objective.num_depths)
-        return self._reduce(objective, step.statistics, divided, counts, StopFlags())[0]
+        return self._reduce(objective, step.statistics, divided, counts, {})[0]
 
     def score(self, batch: Batch, experts: bool = False) -> Scores:
         """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose.
@@ -216,16 +217,21 @@ class Trainer:
         Context and tensor ranks were given the same rows, so the sum is over data ranks only.
         """
         own = dict(objective.counts(divided.rows))
-        numbers = [torch.as_tensor(number, dtype=torch.float64, device=self.meshes.device)
-                   for number in (*own.values(), divided.num_rows)]
-        together = torch.stack(numbers)
-        dist.all_reduce(together, group=self.meshes.group("dp"))
-        *counts, num_sequences = together.tolist()
+        *counts, num_sequences = sum_numbers((*own.values(), divided.num_rows), self.meshes.device,
+                                             self.meshes.group("dp"))
         return dict(zip(own, counts)), int(num_sequences)
 
+    def _own_sums(self, statistics: StepStatistics, stop_flags: StopFlags) -> dict[str, float | torch.Tensor]:
+        """Return what a step adds up over all ranks beside losses, by the names of `_result`."""
+        sent = self.counter.take()
+        return {"squared_gradient_norm": squared_gradient_norm(self.parameters, self.meshes.device),
+                "save": stop_flags.save, "leave": stop_flags.leave, "within_node": sent.within_node,
+                "across_nodes": sent.across_nodes, "cross_node_sends": statistics.cross_node_sends,
+                "dropped": statistics.dropped, "copies": sum(each.sum() for each in statistics.expert_counts.values())}
+
     def _reduce(self, objective: Objective, statistics: StepStatistics, divided: Division, counts: Mapping[str, float],
-                stop_flags: StopFlags) -> tuple[Losses, StopFlags]:
-        """Sum the reports, the balance loss and the requests over the ranks.
+                own: Mapping[str, float | torch.Tensor]) -> tuple[Losses, dict[str, float]]:
+        """Sum the reports, the balance loss and the numbers in `own` over the ranks, in one collective.
 
         Reports are the same on all TP ranks, of which the first one counts; each has a share of the balance loss.
         """
@@ -233,24 +239,19 @@ class Trainer:
         if statistics.reports:
             assert statistics.reports.keys() == set(names), (names, [*statistics.reports])
         values = [statistics.reports.get(name, 0.0) if first_tp else 0.0 for name in names]
-        values += [statistics.balance_loss, stop_flags.save, stop_flags.leave]
-        together = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.meshes.device)
-                                for value in values])
-        dist.all_reduce(together)
-        *reports, balance_loss, save, leave = together.tolist()
-        losses = objective.losses(dict(zip(names, reports)), balance_loss, counts)
-        return losses, StopFlags(save > 0, leave > 0)
+        values += [statistics.balance_loss, *own.values()]
+        sums = sum_numbers(values, self.meshes.device)
+        reports, (balance_loss, *others) = sums[:len(names)], sums[len(names):]
+        return objective.losses(dict(zip(names, reports)), balance_loss, counts), dict(zip(own, others))
 
-    def _traffic(self, statistics: StepStatistics) -> tuple[Traffic, float, float]:
-        """Return `traffic`, `dropped` and `cross_node_sends` of a StepResult."""
-        copies = sum(int(counts_E.sum()) for counts_E in statistics.expert_counts.values())
-        sent = self.counter.take()
-        counted = [sent.within_node, sent.across_nodes, statistics.cross_node_sends, int(statistics.dropped), copies]
-        sums = torch.tensor(counted, device=self.meshes.device)
-        dist.all_reduce(sums)
-        within, across, cross_node_sends, dropped, copies = sums.tolist()
+    def _result(self, losses: Losses, norm: float, expert_counts: dict[str, torch.Tensor], updated: bool, *,
+                save: float, leave: float, within_node: float, across_nodes: float, cross_node_sends: float,
+                dropped: float, copies: float) -> StepResult:
+        """Return the result of a step, of sums over all ranks."""
         tokens = copies / (self.spec.model.num_experts_per_tok or 1)
-        return Traffic(within, across), dropped / max(copies, 1), cross_node_sends / max(tokens, 1)
+        return StepResult(losses, norm, expert_counts, Traffic(int(within_node), int(across_nodes)),
+                          dropped / max(copies, 1), cross_node_sends / max(tokens, 1), updated,
+                          StopFlags(save > 0, leave > 0))
 
 
 def _embedding_holders(spec: TrainingSpec) -> dict[str, list[int]]:

@@ -60,8 +60,8 @@ def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
     meshes = build_meshes(Layout(dp=4, ep=2, etp=2), torch.device("cpu"))
     counter = CommunicationCounter(ranks_per_node=2)
     to_experts = block_scaled.quantize if fp8 else unchanged
-    dispatcher = make_dispatcher(4, meshes, kind, MicroBatchOverlap(), counter, to_experts)
     slices = ExpertTensorParallel(meshes.experts, counter)
+    dispatcher = make_dispatcher(4, meshes, kind, MicroBatchOverlap(), slices, to_experts)
     first = 2 * meshes.rank("ep")
 
     def mlp(rows, counts):
@@ -74,7 +74,7 @@ def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
     weights_TK = torch.rand(3, 2, dtype=torch.float64, generator=generator).requires_grad_()
     experts_TK = torch.tensor(CHOICES[rank])
     given_TH = block_scaled.share(x_TH) if fp8 else x_TH
-    y_TH, cross_node_sends = dispatcher(given_TH, experts_TK, weights_TK,
+    y_TH, cross_node_sends = dispatcher(given_TH, dispatcher.route(experts_TK), weights_TK,
                                         lambda rows, counts: slices(rows, counts, mlp))
     forward = counter.take()
     y_TH.sum().backward()

@@ -64,14 +64,15 @@ def test_no_rows_at_all():
                          ids=("alltoall", "allgather"))
 def test_dispatch_with_nobody_to_send_to(dispatcher):
     """Expert e multiplies by e + 1, so that DROPPED, which is -1, adds nothing."""
-    def experts(rows, counts):
+    def experts(rows, counts_se):
+        (counts,) = counts_se
         return rows * torch.arange(1.0, 5.0, dtype=rows.dtype).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
 
     chosen, x, weights = torch.tensor([[2, 0], [1, DROPPED], [3, 2]]), doubles(3, 5), doubles(3, 2)
-    y, cross_node_sends = dispatcher(x, chosen, weights, experts)
+    y, cross_node_sends = dispatcher(x, dispatcher.route(chosen), weights, experts)
     torch.testing.assert_close(y, (weights * (chosen + 1)).sum(1, keepdim=True) * x)
     assert cross_node_sends == 0
-    assert gradcheck(lambda x, weights: dispatcher(x, chosen, weights, experts)[0], (x, weights))
+    assert gradcheck(lambda x, weights: dispatcher(x, dispatcher.route(chosen), weights, experts)[0], (x, weights))
 
 
 def test_a_meter_adds_up_bytes_and_leaves_out_what_a_rank_keeps(monkeypatch):
