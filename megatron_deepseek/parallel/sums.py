@@ -15,10 +15,11 @@ def sum_numbers(values: Sequence[float | torch.Tensor], device: torch.device, gr
     Tensors of one element are read from `device` after the sum, all at once: the host waits for it a single time.
     """
     there = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
-    here = [i for i in range(len(values)) if i not in there]
-    computed = [values[i].detach().to(device, torch.float64, non_blocking=True).reshape(1) for i in there]
-    together = torch.cat([*computed, send([float(values[i]) for i in here], device, torch.float64)])
+    known = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
+    together = send(known, device, torch.float64)  # in this order on every rank: a tensor here may be a number there
+    if there:
+        computed = torch.stack([values[i].detach().to(device, torch.float64, non_blocking=True) for i in there])
+        together.index_copy_(0, send(there, device), computed)
     dist.all_reduce(together, group=group)
     (sums,) = start_read(together)()
-    ordered = dict(zip(there + here, sums, strict=True))
-    return [ordered[i] for i in range(len(values))]
+    return sums

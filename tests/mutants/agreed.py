@@ -202,7 +202,7 @@ KEPT_AND_FREED = of(
     ("Pipeline.evaluate", "    @torch.no_grad()\n    def evaluate", "    def evaluate"),
 ) + of(
     STEP,
-    ("Trainer._reduce", "StopFlags(save > 0, leave > 0)", "StopFlags(leave > 0, save > 0)"),
+    ("Trainer._result", "StopFlags(save > 0, leave > 0)", "StopFlags(leave > 0, save > 0)"),
 ) + of(
     STEP,
     ("synchronize_gradients", "module.set_reshard_after_backward(enabled or freed)",
