@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops.copies import copy_keys, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.ops.fp8.block_scaled import map_rows
 from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.nodes import CommunicationCounter
 
 DROPPED = -1  # in place of an expert
-Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]
+Experts = Callable[[torch.Tensor, list[int], torch.Tensor | None], torch.Tensor]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,13 +43,14 @@ class Dispatcher(Protocol):
     mesh: DeviceMesh
     counter: CommunicationCounter
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts,
+                 keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         """Return each token's sum over k of weights_TK times expert experts_TK, [T, H] in x's dtype, and the cross-node
         sends: how often this rank sent a token, or a copy of one, to another node for it. A choice of DROPPED adds
         nothing.
 
-        `experts(rows, counts)` maps rows sorted by local expert, `counts` of each, to rows of the same shape.
+        `experts(rows, counts, keys)` maps rows sorted by local expert, `counts` of each, to rows of the same shape;
+        `keys` are those of the rows' tokens, int64, which travel beside them, or None where there are none.
         """
 
 
@@ -109,9 +110,9 @@ class AllToAllRows(torch.autograd.Function):
 
 
 def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, exchange: Exchange,
-                to_experts: Encode = unchanged) -> tuple[torch.Tensor, int]:
+                to_experts: Encode = unchanged, keys_R: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """Send rows, sorted by the group's experts with `counts` of each, to their experts' ranks and return the results in
-    the same order, and how many of the rows were sent to other nodes.
+    the same order, and how many of the rows were sent to other nodes. Keys are sent with their rows.
     """
     counts_E = torch.tensor(counts, device=rows_RH.device)
     incoming_re = exchange.counts(counts_E)
@@ -119,7 +120,8 @@ def run_experts(rows_RH: torch.Tensor, counts: list[int], experts: Experts, exch
     rows_QH = exchange(rows_RH, sent, received)
     order_Q = _group_by_expert(incoming_re)
     inverse_Q = invert(order_Q)
-    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist())
+    keys_Q = None if keys_R is None else exchange(keys_R, sent, received)[order_Q]
+    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), incoming_re.sum(0).tolist(), keys_Q)
     results_QH = permute(results_QH, inverse_Q, order_Q)
     return exchange(results_QH, received, sent, to_experts), exchange.cross_node_sends(sent)
 
@@ -134,15 +136,15 @@ class AllToAllDispatcher:
     overlap: MicroBatchOverlap
     to_experts: Encode = unchanged
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts,
+                 keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         copies = sort_copies(experts_TK, self.num_experts)
-        rows_RH, cross_node_sends = copy_rows(x_TH, copies), 0
+        rows_RH, keys_R, cross_node_sends = copy_rows(x_TH, copies), copy_keys(keys_T, copies), 0
         if self.mesh.size() == 1:
-            rows_RH = experts(rows_RH, copies.counts)
+            rows_RH = experts(rows_RH, copies.counts, keys_R)
         else:
             exchange = Exchange(self.mesh.get_group(), self.overlap, self.counter)
-            rows_RH, cross_node_sends = run_experts(rows_RH, copies.counts, experts, exchange, self.to_experts)
+            rows_RH, cross_node_sends = run_experts(rows_RH, copies.counts, experts, exchange, self.to_experts, keys_R)
         return sum_copies(rows_RH, weights_TK, copies), cross_node_sends
 
 

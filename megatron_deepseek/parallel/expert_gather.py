@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops.copies import copy_keys, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.expert import Encode, Experts, unchanged
 from megatron_deepseek.parallel.nodes import CommunicationCounter
@@ -26,19 +26,24 @@ class AllGatherDispatcher:
     counter: CommunicationCounter
     to_experts: Encode = unchanged  # not used: gradients are sent as whole tokens, before they are weighed, not as FP8
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts,
+                 keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         size, mine = self.mesh.size(), self.num_experts // self.mesh.size()
         if size == 1:
-            return self._serve(x_TH, experts_TK, weights_TK, experts, mine), 0
+            return self._serve(x_TH, experts_TK, weights_TK, experts, mine, keys_T), 0
         group, sent = self.mesh.get_group(), self.counter.everyone
         x_GH, weights_GK = (gather_sum(each, 0, group, sent) for each in (x_TH, weights_TK))
         sent(group, experts_TK)
         experts_GK = all_gather(experts_TK, 0, group) - self.mesh.get_local_rank() * mine
-        y_GH = self._serve(x_GH, experts_GK, weights_GK, experts, mine)
+        keys_G = None
+        if keys_T is not None:
+            sent(group, keys_T)
+            keys_G = all_gather(keys_T, 0, group)
+        y_GH = self._serve(x_GH, experts_GK, weights_GK, experts, mine, keys_G)
         return scatter_sum(y_GH, 0, group, sent), self.counter.divide(group, [len(x_TH)] * size).across_nodes
 
-    def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int) -> torch.Tensor:
+    def _serve(self, x_GH, experts_GK, weights_GK, experts: Experts, num_bins: int, keys_G) -> torch.Tensor:
         """Return the part of each token's sum that experts 0..num_bins-1 make."""
         copies = sort_copies(experts_GK, num_bins)
-        return sum_copies(experts(copy_rows(x_GH, copies), copies.counts), weights_GK, copies)
+        y_RH = experts(copy_rows(x_GH, copies), copies.counts, copy_keys(keys_G, copies))
+        return sum_copies(y_RH, weights_GK, copies)

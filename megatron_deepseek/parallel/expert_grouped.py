@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops.copies import Copies, copy_keys, copy_rows, sort_copies, sum_copies
 from megatron_deepseek.parallel.expert import DROPPED, Encode, Exchange, Experts, run_experts, unchanged
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.nodes import CommunicationCounter, TwoLevels
@@ -34,14 +34,16 @@ class GroupedDispatcher:
     levels: TwoLevels
     to_experts: Encode = unchanged
 
-    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts,
+                 keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         across = Exchange(self.levels.across.get_group(), self.overlap, self.counter)
         copies = self._one_for_each_node(experts_TK)
         received = across.counts(torch.tensor(copies.counts, device=x_TH.device)).flatten().tolist()
         rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], experts_TK[copies.row_R]]
         x_QH, weights_QK, experts_QK = (across(row, copies.counts, received) for row in rows)
-        y_RH = across(self._on_this_node(x_QH, experts_QK, weights_QK, experts), received, copies.counts)
+        keys_Q = None if keys_T is None else across(copy_keys(keys_T, copies), copies.counts, received)
+        y_QH = self._on_this_node(x_QH, experts_QK, weights_QK, experts, keys_Q)
+        y_RH = across(y_QH, received, copies.counts)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
         return sum_copies(y_RH, ones, copies), across.cross_node_sends(copies.counts)
 
@@ -54,10 +56,11 @@ class GroupedDispatcher:
         nodes_N = torch.arange(num_nodes, device=experts_TK.device)
         return sort_copies(nodes_N.where(needed_TN[:, :num_nodes], DROPPED), num_nodes)
 
-    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts) -> torch.Tensor:
+    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts, keys_Q) -> torch.Tensor:
         """Return the part of each row's sum that this node's experts make."""
         number = self.num_experts // self.levels.across.size()
         copies = sort_copies(experts_QK - self.levels.across.get_local_rank() * number, number)
         within = Exchange(self.levels.within.get_group(), self.overlap, self.counter)
-        rows, _ = run_experts(copy_rows(x_QH, copies), copies.counts, experts, within, self.to_experts)
+        rows, _ = run_experts(copy_rows(x_QH, copies), copies.counts, experts, within, self.to_experts,
+                              copy_keys(keys_Q, copies))
         return sum_copies(rows, weights_QK, copies)
