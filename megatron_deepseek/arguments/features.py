@@ -140,6 +140,8 @@ FEATURES = (
     Feature("frozen parameters", "--freeze-parameters model.embed_tokens.weight",
             lambda s: bool(s.run.freeze_parameters)),
     Feature("LoRA", "--lora-rank 4 --load base", lambda s: s.lora is not None),
+    Feature("LoRA dropout", "--lora-rank 4 --lora-dropout 0.1 --load base",
+            lambda s: s.lora is not None and s.lora.lora_dropout > 0),
 )
 
 

@@ -4,6 +4,7 @@
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import Rule
+from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture.adapters import (
     ALL,
     ATTENTION,
@@ -15,6 +16,7 @@ from megatron_deepseek.model.architecture.adapters import (
     adapted_rows,
 )
 
+_ADAPTER_CONFIG = "adapter_config.json"
 ALPHA_OF_RANK = 2  # LLaMA-Factory's default: alpha is twice the rank
 
 
@@ -23,6 +25,8 @@ def add_lora(parser):
     add("--lora-rank", type=values.positive_int, metavar="R", help="train adapters of rank R alone (all weights)")
     add("--lora-alpha", type=values.positive, metavar="ALPHA", help="they are multiplied by ALPHA / R (2 R)")
     add("--lora-rs", action="store_true", help="by ALPHA / sqrt(R): rank-stabilised")
+    add("--lora-dropout", type=values.beta, metavar="P",
+        help="in training each feature of their input is 0 with probability P (that of --load-adapter, or 0)")
     add("--lora-target", type=str, nargs="+", metavar="NAME",
         help=f"layers that get one: {', '.join(GROUPS)}, or names as q_b_proj, shared_experts.*; all is {ATTENTION}, "
         f"{MLP} and {EXPERTS} (all)")
@@ -37,7 +41,20 @@ def lora_settings(args) -> LoraSettings | None:
     if args.lora_rank is None:
         return None
     alpha = ALPHA_OF_RANK * args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    return LoraSettings(args.lora_rank, float(alpha), tuple(args.lora_target or (ALL,)), args.lora_rs)
+    return LoraSettings(args.lora_rank, float(alpha), tuple(args.lora_target or (ALL,)), args.lora_rs, _dropout(args))
+
+
+def _dropout(args) -> float:
+    """Return --lora-dropout, or else that of the adapter that the run begins from. Raise ValueError if it has a wrong
+    one.
+    """
+    if args.lora_dropout is not None or args.load_adapter is None:
+        return args.lora_dropout or 0.0
+    config = args.load_adapter / _ADAPTER_CONFIG
+    found = read_object(config).number("lora_dropout", 0.0, 1.0, default=0.0) if config.is_file() else 0.0
+    if found == 1.0:
+        raise ValueError(f"{config} has lora_dropout 1, with which nothing is learnt; --lora-dropout sets another")
+    return found
 
 
 def _adapts(r: Request) -> bool:
@@ -63,7 +80,8 @@ LORA = (
          "--lora-rank {r.args.lora_rank} needs --load: adapters of random weights are of no use"),
     Rule("LoRA has frozen the weights already", lambda r: _adapts(r) and bool(r.frozen),
          "--freeze-parameters {r.args.freeze_parameters} conflicts with --lora-rank {r.args.lora_rank}, which freezes "
-         "every weight; --lora-target chooses the adapters", (("LoRA", "frozen parameters"),)),
+         "every weight; --lora-target chooses the adapters",
+         (("LoRA", "frozen parameters"), ("LoRA dropout", "frozen parameters"))),
     Rule("new MTP modules would stay random under LoRA", lambda r: _adapts(r) and r.args.init_mtp,
          "--init-mtp conflicts with --lora-rank {r.args.lora_rank}: new MTP modules would stay random"),
     Rule("there is no model to export beside an adapter", lambda r: _adapts(r) and r.args.save_hf is not None,

@@ -2,10 +2,9 @@
 
 Every element is drawn by hashing its place in the whole parameter, so any layout starts from the same weights, a device
 fills just the shard it holds, and copies of a parameter on several stages are equal without communication. The
-generator is SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based one, followed by the Box-Muller transform.
+generator is SplitMix64 (ops/hashing.py), followed by the Box-Muller transform.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable
 
@@ -14,43 +13,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.model.architecture.adapters import A, B, factor_of
+from megatron_deepseek.ops.hashing import ELEMENTS_AT_A_TIME, shift_right, split_mix, stream_key, uniform
 from megatron_deepseek.parallel.shards import shard_regions
-
-ELEMENTS_AT_A_TIME = 1 << 22  # elements drawn at a time, to bound the memory of the integer arithmetic
-
-
-def _signed(value: int) -> int:
-    """Return a 64-bit constant as the int64 that torch computes with."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift int64 to the right logically; torch's own shift copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def split_mix(counter: torch.Tensor, key: int | torch.Tensor) -> torch.Tensor:
-    """Return 64 well-mixed bits for each int64 counter."""
-    z = counter * _signed(0x9E3779B97F4A7C15) + key
-    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift_right(z, 31)
-
-
-def stream_key(name: str) -> int:
-    """Return the key of the stream of random numbers that is called `name`, a signed 64-bit integer."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def uniform(index: torch.Tensor, key: int | torch.Tensor) -> torch.Tensor:
-    """Return a float64 in [0, 1), a multiple of 2**-53, for each int64 `index` of the stream `key`."""
-    return _shift_right(split_mix(index, key), 11).double() / (1 << 53)
 
 
 def normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
     """Return a standard normal float64 for each int64 `index` of the parameter `name`."""
     bits = split_mix(index, stream_key(f"{seed}:{name}"))
-    uniform_1 = (_shift_right(bits, 32).double() + 0.5) / (1 << 32)
+    uniform_1 = (shift_right(bits, 32).double() + 0.5) / (1 << 32)
     uniform_2 = ((bits & 0xFFFFFFFF).double() + 0.5) / (1 << 32)
     return (-2 * uniform_1.log()).sqrt() * (2 * math.pi * uniform_2).cos()
 

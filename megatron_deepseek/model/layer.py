@@ -50,8 +50,8 @@ class DecoderLayer(nn.Module):
             x_BSH = x_BSH + self.self_attn(normed_BSH, positions)
         with self.normed(self.post_attention_layernorm, x_BSH) as normed_BSH:
             if not self.is_moe:
-                return x_BSH + self.mlp(normed_BSH), None
-            y_BSH, stats = self.mlp(normed_BSH, global_sequences, routed_BS)
+                return x_BSH + self.mlp(normed_BSH, positions.keys.own_BS), None
+            y_BSH, stats = self.mlp(normed_BSH, global_sequences, routed_BS, positions.keys.own_BS)
         return x_BSH + y_BSH, stats
 
 
@@ -76,6 +76,7 @@ class MTPLayer(DecoderLayer):
         config, tp = blueprint.config, blueprint.tp
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.tp = tp
         self.eh_proj = replicated_linear(2 * config.hidden_size, config.hidden_size, tp)
         self.shared_head = SharedHead(config, tp)
 
@@ -83,7 +84,8 @@ class MTPLayer(DecoderLayer):
                 global_sequences: int, routed_BS: torch.Tensor | None = None
                 ) -> tuple[torch.Tensor, RouterStats | None]:
         joined = torch.cat([self.enorm(embedding_BSH), self.hnorm(state_BSH)], -1)
-        x_BSH, stats = super().forward(self.eh_proj(joined), positions, global_sequences, routed_BS)
+        joined = self.eh_proj(joined, self.tp.stream_keys(positions.keys.own_BS))
+        x_BSH, stats = super().forward(joined, positions, global_sequences, routed_BS)
         return self.shared_head.norm(x_BSH), stats
 
 

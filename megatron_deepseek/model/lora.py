@@ -26,6 +26,8 @@ from megatron_deepseek.model.architecture.adapters import A, B, LoraSettings, ad
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.moe import COLUMN_PARALLEL, ROW_PARALLEL, Experts
 from megatron_deepseek.model.router import Router
+from megatron_deepseek.ops.dropout import Dropout
+from megatron_deepseek.ops.hashing import stream_key
 from megatron_deepseek.ops.lora import adapted
 from megatron_deepseek.ops.precision_recipe import Grouped
 from megatron_deepseek.parallel.tensor import ParallelLinear, TensorParallel, local_weight, sharded_parameter
@@ -51,12 +53,12 @@ def add_adapters(stages: Iterable[nn.Module], config: ModelConfig, lora: LoraSet
         stage.lora = lora
         for path, module in list(stage.named_modules()):
             if isinstance(module, (ParallelLinear, Router)) and f"{path}.weight" in targets:
-                _adapt(module, targets[f"{path}.weight"], lora, tp)
+                _adapt(module, f"{path}.weight", targets[f"{path}.weight"], lora, tp)
             elif isinstance(module, Experts):
                 for name, matrices, placements in (("gate_up_proj", 2, COLUMN_PARALLEL),
                                                    ("down_proj", 1, ROW_PARALLEL)):
                     if f"{path}.{name}" in targets:
-                        _adapt_experts(module, name, matrices, placements, targets[f"{path}.{name}"], lora)
+                        _adapt_experts(module, path, name, matrices, placements, targets[f"{path}.{name}"], lora)
 
 
 def freeze_base(stages: Iterable[nn.Module]) -> None:
@@ -67,17 +69,20 @@ def freeze_base(stages: Iterable[nn.Module]) -> None:
                 parameter.requires_grad_(False)
 
 
-def _adapt(linear: ParallelLinear | Router, shape: tuple[int, int], lora: LoraSettings, tp: TensorParallel) -> None:
+def _adapt(linear: ParallelLinear | Router, name: str, shape: tuple[int, int], lora: LoraSettings, tp: TensorParallel
+           ) -> None:
     (outputs, inputs), rank = shape, lora.lora_rank
     placement = linear.placement if isinstance(linear, ParallelLinear) else Replicate()
     of_a, of_b = (linear.weight_grad, linear.weight_grad) if placement == Replicate() else (
         (Partial(), Shard(0)) if placement == Shard(0) else (Shard(1), Partial()))
     linear.lora_A = Factor((rank, inputs), tp.mesh, placement if placement == Shard(1) else Replicate(), of_a)
     linear.lora_B = Factor((outputs, rank), tp.mesh, placement if placement == Shard(0) else Replicate(), of_b)
-    linear.gemm = adapted(linear.gemm, linear.lora_A.local_weight, linear.lora_B.local_weight, lora.scale)
+    first = tp.rank * (inputs // tp.size) if placement == Shard(1) else 0
+    linear.gemm = adapted(linear.gemm, linear.lora_A.local_weight, linear.lora_B.local_weight, lora.scale,
+                          dropout=_dropout(lora, name, first))
 
 
-def _adapt_experts(experts: Experts, name: str, matrices: int, placements: tuple[Placement, Placement],
+def _adapt_experts(experts: Experts, path: str, name: str, matrices: int, placements: tuple[Placement, Placement],
                    shape: tuple[int, int, int], lora: LoraSettings) -> None:
     (num, outputs, inputs), rank, mesh = shape, lora.lora_rank, experts.etp.mesh
     by_expert, within = placements
@@ -88,7 +93,14 @@ def _adapt_experts(experts: Experts, name: str, matrices: int, placements: tuple
     gemm = "up_gemm" if name == "gate_up_proj" else "down_gemm"
     a, b = (partial(_local_factor, experts, factor_name(name, factor), by_expert,
                     Partial() if of_etp == Replicate() else of_etp) for factor, of_etp in ((A, of_a), (B, of_b)))
-    setattr(experts, gemm, adapted(getattr(experts, gemm), a, b, lora.scale, Grouped, matrices))
+    first = 0 if by_outputs else mesh.get_local_rank("etp") * (inputs // mesh.size(1))
+    setattr(experts, gemm, adapted(getattr(experts, gemm), a, b, lora.scale, Grouped, matrices,
+                                   _dropout(lora, f"{path}.{name}", first)))
+
+
+def _dropout(lora: LoraSettings, name: str, first: int) -> Dropout | None:
+    """Return the dropout of the adapter of the weight `name`, whose inputs begin with number `first` on this rank."""
+    return Dropout(lora.lora_dropout, stream_key(f"dropout:{name}"), first) if lora.lora_dropout else None
 
 
 def _local_factor(experts: Experts, name: str, *gradient: Placement) -> torch.Tensor:

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, T tokens, H hidden, I expert width, E experts, K to
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from megatron_deepseek.model.balance_loss import attach_loss, balance_loss
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.router import Router, Routing
 from megatron_deepseek.ops.fp8.block_scaled import whole
+from megatron_deepseek.ops.hashing import split_mix
 from megatron_deepseek.ops.permute import count_choices
 from megatron_deepseek.ops.precision_recipe import Gemm, Linear, PrecisionRecipe
 from megatron_deepseek.parallel.expert import DROPPED
@@ -53,9 +55,11 @@ class MLP(nn.Module):
         self.up_proj = column_linear(hidden_size, intermediate_size, tp, gemm)
         self.down_proj = row_linear(intermediate_size, hidden_size, tp, gemm=gemm)
 
-    def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BSH: torch.Tensor, keys_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the block makes of x; `keys_BS` are those of the tokens of the whole sequence."""
         with self.gate_proj.gemm.shared(self.tp.enter(x_BSH)) as x_BSH:
-            y_BSH = self.down_proj.after_swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH))
+            y_BSH = self.down_proj.after_swiglu(self.gate_proj(x_BSH, keys_BS), self.up_proj(x_BSH, keys_BS),
+                                                keys=keys_BS)
         return self.tp.leave(y_BSH)
 
 
@@ -68,7 +72,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, etp: ExpertTensorParallel, recipe: PrecisionRecipe):
         super().__init__()
         num, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.etp = etp
+        self.etp, self.num = etp, num
         self.gate_up_proj = sharded_parameter((num, 2 * width, hidden), etp.mesh, *COLUMN_PARALLEL)
         self.down_proj = sharded_parameter((num, hidden, width), etp.mesh, *ROW_PARALLEL)
         self.up_gemm, self.down_gemm = recipe.experts_up, recipe.experts_down
@@ -78,13 +82,28 @@ class Experts(nn.Module):
         """Return the GEMM that alone reads a weight, by the weight's name (parallel/data.py)."""
         return {"gate_up_proj": self.up_gemm, "down_proj": self.down_gemm}
 
-    def forward(self, rows_RH: torch.Tensor, counts_se: list[list[int]]) -> torch.Tensor:
-        return self.etp(rows_RH, counts_se, self._mlp)
+    def forward(self, rows_RH: torch.Tensor, counts_se: list[list[int]], keys_R: torch.Tensor | None = None
+                ) -> torch.Tensor:
+        return self.etp(rows_RH, counts_se, self._mlp, keys_R)
 
-    def _mlp(self, rows_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def _mlp(self, rows_RH: torch.Tensor, counts: list[int], keys_R: torch.Tensor | None = None) -> torch.Tensor:
         gate_up = local_weight(self.gate_up_proj, *COLUMN_PARALLEL)
         down = local_weight(self.down_proj, *ROW_PARALLEL)
-        return self.down_gemm.after_swiglu((self.up_gemm(rows_RH, gate_up, counts),), down, counts)
+        if keys_R is not None:  # each expert draws for itself
+            keys_R = split_mix(expert_of_rows(counts, self.first, keys_R.device), keys_R)
+        hidden = self.up_gemm.keyed(keys_R)(rows_RH, gate_up, counts)
+        return self.down_gemm.keyed(keys_R).after_swiglu((hidden,), down, counts)
+
+    @property
+    def first(self) -> int:
+        """Return the number of this rank's first expert."""
+        mesh = self.etp.mesh
+        return mesh.get_local_rank("ep") * (self.num // mesh.size(0))
+
+
+def expert_of_rows(counts: list[int], first: int, device: torch.device) -> torch.Tensor:
+    """Return the number of each row's expert, int64 [R], of rows sorted by expert from the number `first` on."""
+    return send(torch.arange(first, first + len(counts)).repeat_interleave(torch.tensor(counts)), device)
 
 
 class MoE(nn.Module):
@@ -102,22 +121,23 @@ class MoE(nn.Module):
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, tp,
                                       recipe.linear)
 
-    def forward(self, x_BSH: torch.Tensor, global_sequences: int, routed_BS: torch.Tensor | None = None
-                ) -> tuple[torch.Tensor, RouterStats]:
+    def forward(self, x_BSH: torch.Tensor, global_sequences: int, routed_BS: torch.Tensor | None = None,
+                keys_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats]:
         """Return what the experts make of x, and the router's statistics.
 
         `routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and count
-        for their balance; None for all.
+        for their balance; None for all. `keys_BS`: those of the same tokens, by which adapters drop features.
         """
         # 1. Shared experts see every token. With a side stream they run while the routed ones are dispatched.
         shared = self.side_stream()
         if self.config.n_shared_experts:
-            shared.start(self.shared_experts, x_BSH)
+            shared.start(partial(self.shared_experts, keys_BS=keys_BS), x_BSH)
 
         # 2. Each tensor-parallel rank routes its own tokens to K of the E routed experts.
-        own_BSH, own_routed_BS = self.tp.own_tokens(whole(x_BSH)), self._own(routed_BS)
+        own_BSH, own_routed_BS = self.tp.own_tokens(whole(x_BSH)), self.tp.own_keys(routed_BS)
+        keys_T = None if keys_BS is None else self.tp.own_keys(keys_BS).flatten()
         x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)
-        routing = self.gate(x_TH, self._positions(own_BSH).repeat(num_sequences) if self.gate.forced else None)
+        routing = self.gate(x_TH, self._positions(own_BSH).repeat(num_sequences) if self.gate.forced else None, keys_T)
         chosen_TK = routing.experts_TK
         if own_routed_BS is not None:
             chosen_TK = chosen_TK.where(own_routed_BS.reshape(-1, 1), DROPPED)
@@ -126,7 +146,7 @@ class MoE(nn.Module):
         # 3. Tokens travel to their experts and back: y_t = sum_i g_i,t FFN_i(x_t).
         rows_TH = self.experts.up_gemm.rows(x_TH)
         y_TH, cross_node_sends = self.dispatcher(rows_TH, self.dispatcher.route(kept_TK), routing.weights_TK,
-                                                 self.experts)
+                                                 self.experts, keys_T)
 
         # 4. The balance loss is attached to y, through which the backward passes in any case.
         y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)
@@ -138,10 +158,6 @@ class MoE(nn.Module):
         counts_E = count_choices(chosen_TK + 1, self.config.n_routed_experts + 1)[1:]
         return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss, cross_node_sends,
                                   chosen_TK.unflatten(0, own_BSH.shape[:2]))
-
-    def _own(self, routed_BS: torch.Tensor | None) -> torch.Tensor | None:
-        """Return what `routed_BS` says of this tensor-parallel rank's slice of the sequences."""
-        return None if routed_BS is None else routed_BS.chunk(self.tp.size, 1)[self.tp.rank]
 
     def _balanced(self, y_TH: torch.Tensor, routing: Routing, num_sequences: int, global_sequences: int,
                   routed_BS: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_deepseek.model.init import ELEMENTS_AT_A_TIME, split_mix, stream_key, uniform
+from megatron_deepseek.ops.hashing import ELEMENTS_AT_A_TIME, split_mix, stream_key, uniform
 
 KEYS, BOUNDS = "embedding_noise_keys", "embedding_noise_bounds"  # the names of a batch's `per_token` inputs
 
@@ -45,7 +45,7 @@ class EmbeddingNoise:
 
 
 def token_keys(stream: str, sample_S: torch.Tensor, position_S: torch.Tensor) -> torch.Tensor:
-    """Return the key of each token, int64 [S], from its sample's number and its position in the sample.
+    """Return the key of each token, int64 [S] or any other shape, from its sample's number and its position in it.
 
     `stream` names the seed, the purpose and the time: keys of two streams have nothing in common.
     """

@@ -45,11 +45,14 @@ class Router(nn.Module):
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_TH: torch.Tensor, positions_T: torch.Tensor | None = None) -> Routing:
-        """Route tokens. `positions_T`, their places in their sequences, are read only where the balance is forced."""
+    def forward(self, x_TH: torch.Tensor, positions_T: torch.Tensor | None = None, keys_T: torch.Tensor | None = None
+                ) -> Routing:
+        """Route tokens. `positions_T`, their places in their sequences, are read only where the balance is forced,
+        `keys_T` where an adapter drops features.
+        """
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         weight_EH = local_weight(self.weight, self.weight_grad)
-        logits_TE = self.gemm(x_TH.to(wide), weight_EH.to(wide))
+        logits_TE = self.gemm.keyed(keys_T)(x_TH.to(wide), weight_EH.to(wide))
         scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
         experts_TK = balanced_choice(positions_T, self.config) if self.forced else \

@@ -12,6 +12,7 @@ import torch
 from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.noise import EmbeddingNoise
+from megatron_deepseek.model.positions import TokenKeys
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.parallel.sequence_sums import SequenceSums
 
@@ -60,12 +61,14 @@ class MicroBatch:
 
     `routed_BMS`: which positions go to routed experts (`shifts.routed_tokens`), None for all. `mask`: what each token
     sees, the same for every layer. `noise`: what is added to the embeddings, None for nothing.
+    `keys`: what adapters' dropout knows the tokens by; without any, nothing is dropped.
     """
 
     rows: Rows
     routed_BMS: torch.Tensor | None = None
     mask: CausalMask = CausalMask()
     noise: EmbeddingNoise | None = None
+    keys: TokenKeys = TokenKeys()
 
 
 @dataclass(frozen=True, eq=False)

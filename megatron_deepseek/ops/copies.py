@@ -112,6 +112,11 @@ def copy_rows(x_QH: torch.Tensor, copies: Copies) -> torch.Tensor:
     return _Copy.apply(x_QH, copies.row_R, copies.place_QK)
 
 
+def copy_keys(keys_Q: torch.Tensor | None, copies: Copies) -> torch.Tensor | None:
+    """Return the keys of the copies [R]: those of their rows; None of None."""
+    return None if keys_Q is None else keys_Q[copies.row_R]
+
+
 def sum_copies(y_RH: torch.Tensor, weights_QK: torch.Tensor, copies: Copies) -> torch.Tensor:
     """Return the sum of each row's copies times its weights, [Q, H] in y's dtype."""
     if copies.complete:

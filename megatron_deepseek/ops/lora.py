@@ -3,18 +3,22 @@
 `AdaptedGemm` is a GEMM like any other (precision_recipe.py), made of the GEMM of W and the products of A and B. So no
 layer knows whether it has an adapter: it names its GEMM, and that decides. W is frozen and may be in FP8; A and B are
 multiplied in the layer's own dtype. They see the same x and the same gradient as W, in FP8 the numbers of the tiles:
-whether a layer is given tiles, or makes them itself, depends on the layout.
+whether a layer is given tiles, or makes them itself, depends on the layout. In training A may see x with some features
+dropped, as PEFT's does; which, depends on the keys of the rows (ops/dropout.py).
 
 Shapes: R rows, E experts, I inputs, O outputs, r rank.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from megatron_deepseek.ops.dropout import Dropout
 from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Linear
 from megatron_deepseek.ops.recompute import recomputed
+from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class LowRank:
 
     `down` multiplies by A, `up` by B. With two `matrices`, as gate and up of experts, A and B have the rows of one
     before those of the other, and each B reads the outputs of its own A.
+
+    `dropout` is what A's input loses in training, None for nothing; `drop` is the same bound to the keys of rows.
     """
 
     a: Callable[[], torch.Tensor]
@@ -31,13 +37,27 @@ class LowRank:
     down: Linear
     up: Linear
     matrices: int = 1
+    dropout: Dropout | None = None
+    drop: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor, *counts: list[int]) -> torch.Tensor:
-        return self._up(self.down(x, self.a(), *counts), *counts)
+        if self.drop is None:
+            return self._up(self.down(x, self.a(), *counts), *counts)
+        with recomputed(self.drop, x) as dropped:  # x is kept, which other layers keep too
+            return self._up(self.down(dropped, self.a(), *counts), *counts)
 
     def after_swiglu(self, gate_up: GateUp, *counts: list[int]) -> torch.Tensor:
         """Return it of the input silu(gate) * up."""
-        return self._up(self.down.after_swiglu(gate_up, self.a(), *counts), *counts)
+        if self.drop is None:
+            return self._up(self.down.after_swiglu(gate_up, self.a(), *counts), *counts)
+        with self.down.activate(lambda gate, up: self.drop(swiglu(gate, up)), *gate_and_up(*gate_up)) as dropped:
+            return self._up(self.down(dropped, self.a(), *counts), *counts)
+
+    def keyed(self, keys: torch.Tensor | None) -> "LowRank":
+        """Return the same products for rows of these keys, which drop features; without keys nothing is dropped."""
+        if self.dropout is None or keys is None:
+            return self
+        return replace(self, drop=partial(self.dropout, keys_R=keys))
 
     def _up(self, hidden: torch.Tensor, *counts: list[int]) -> torch.Tensor:
         hidden, b = hidden * self.scale, self.b()
@@ -69,6 +89,10 @@ class AdaptedGemm(Gemm):
     def deferring(self, deferred):
         return AdaptedGemm(self.base.deferring(deferred), self.adapter.deferring(deferred))
 
+    def keyed(self, keys):
+        adapter = self.adapter.keyed(keys)
+        return self if adapter is self.adapter else AdaptedGemm(self.base, adapter)
+
     @property
     def gathered(self):
         """Return what makes the form in which FSDP gathers W; A and B are gathered as they are."""
@@ -88,10 +112,10 @@ class AdaptedGemm(Gemm):
 
 
 def adapted(base: Gemm, a: Callable[[], torch.Tensor], b: Callable[[], torch.Tensor], scale: float,
-            kind: type[Linear] = Linear, matrices: int = 1) -> AdaptedGemm:
+            kind: type[Linear] = Linear, matrices: int = 1, dropout: Dropout | None = None) -> AdaptedGemm:
     """Return `base` with an adapter; `kind` is Grouped for experts.
 
     SwiGLU's output is saved for A's gradient where the recipe saves it for that of W, and else made again.
     """
     activate = getattr(base, "activate", recomputed)
-    return AdaptedGemm(base, LowRank(a, b, scale, kind(activate=activate), kind(), matrices))
+    return AdaptedGemm(base, LowRank(a, b, scale, kind(activate=activate), kind(), matrices, dropout))

@@ -74,6 +74,12 @@ class Gemm(ABC):
         """Return y, whose gradient will be the numbers that this GEMM takes its output's gradient for."""
         return y
 
+    def keyed(self, keys: torch.Tensor | None) -> "Gemm":
+        """Return the same GEMM for rows that random numbers are drawn for: by int64 keys, of the shape of x without its
+        last dimension. None for rows of which none are drawn.
+        """
+        return self
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return x in the form in which it is dispatched to the rank of this GEMM."""
         return x

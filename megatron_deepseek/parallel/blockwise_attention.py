@@ -25,9 +25,12 @@ Mask = BlockMask | WindowMask
 
 @dataclass(frozen=True, eq=False)
 class KeyValueProjection:
-    """`make` turns [B, T, C] of any T tokens into keys [B, T, N, D] and values [B, T, N, V]; it uses `weights`."""
+    """`make` turns [B, T, C], which are some tokens of a rank's block, into keys [B, T, N, D] and values [B, T, N, V].
 
-    make: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    It is told the rank and which tokens, and uses `weights`.
+    """
+
+    make: Callable[[torch.Tensor, int, slice], tuple[torch.Tensor, torch.Tensor]]
     weights: tuple[torch.Tensor, ...]
 
     def anchor(self, device: torch.device) -> torch.Tensor:
@@ -61,7 +64,7 @@ class BlockwiseAttention(torch.autograd.Function):
         for owner, block in exchange.blocks(own_BSC):
             made, parts = block_mask.of(owner)
             if parts:
-                k, v = (x.transpose(1, 2) for x in projection.make(block[:, made]))
+                k, v = (x.transpose(1, 2) for x in projection.make(block[:, made], owner, made))
                 joined = joined or LogSumExpMerge.empty(q_BNSD, v.shape[-1])
             for part in parts:
                 queries, keys = part.queries(), part.keys_among(made)
@@ -102,7 +105,7 @@ class BlockwiseAttention(torch.autograd.Function):
                             total[place] += gradient
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
-                yield gradient_of_block(block, made, ctx.projection, through_attention, block_needed) if parts \
+                yield gradient_of_block(block, owner, made, ctx.projection, through_attention, block_needed) if parts \
                     else torch.zeros_like(block)
 
         block_needed, grad_own = ctx.needs_input_grad[1], None
@@ -113,16 +116,16 @@ class BlockwiseAttention(torch.autograd.Function):
         return grad_q_BNSD.to(q_BSND.dtype).transpose(1, 2), grad_own, None, None, None, None, None, None
 
 
-def gradient_of_block(block: torch.Tensor, keys: slice, projection: KeyValueProjection, through_attention, needed: bool
-                       ) -> torch.Tensor:
-    """Return the gradient of a block; zeros unless it is `needed`. Weights get theirs on the way.
+def gradient_of_block(block: torch.Tensor, owner: int, keys: slice, projection: KeyValueProjection, through_attention,
+                      needed: bool) -> torch.Tensor:
+    """Return the gradient of the block of `owner`; zeros unless it is `needed`. Weights get theirs on the way.
 
     Keys and values are made again, and their gradients, which `through_attention` gives, are back-propagated through
     the projection.
     """
     part = block[:, keys].detach().requires_grad_(needed)
     with torch.enable_grad():
-        k, v = projection.make(part)
+        k, v = projection.make(part, owner, keys)
     with torch.no_grad():
         upstream = through_attention(k.detach(), v.detach())
     traced = [(made, gradient) for made, gradient in zip((k, v), upstream) if made.requires_grad]

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.device import send, start_read
-from megatron_deepseek.ops.copies import SortedChoices, copy_rows, sort_choices, sum_copies
+from megatron_deepseek.ops.copies import SortedChoices, copy_keys, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.ops.fp8.block_scaled import map_rows
 from megatron_deepseek.ops.permute import invert, permute
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.nodes import CommunicationCounter
 
 DROPPED = -1  # in place of an expert
-Experts = Callable[[torch.Tensor, list[list[int]]], torch.Tensor]
+Experts = Callable[[torch.Tensor, list[list[int]], torch.Tensor | None], torch.Tensor]
 ShareCounts = Callable[[torch.Tensor], torch.Tensor]  # ExpertTensorParallel.counts
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,14 +52,16 @@ class Dispatcher(Protocol):
         that the host has to wait for. Work that is queued before the route is taken is computed meanwhile.
         """
 
-    def __call__(self, x_TH: torch.Tensor, route: "Route", weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x_TH: torch.Tensor, route: "Route", weights_TK: torch.Tensor, experts: Experts,
+                 keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         """Return each token's sum over k of weights_TK times its k-th expert, [T, H] in x's dtype, and the cross-node
         sends: how often this rank sent a token, or a copy of one, to another node for it. A choice of DROPPED adds
         nothing.
 
-        `experts(rows, counts_se)` maps rows sorted by local expert to rows of the same shape. counts_se are the counts
-        of each expert's rows, of every rank of this one's expert-tensor-parallel group (`ExpertTensorParallel.counts`).
+        `experts(rows, counts_se, keys)` maps rows sorted by local expert to rows of the same shape. counts_se are the
+        counts of each expert's rows, of every rank of this one's expert-tensor-parallel group
+        (`ExpertTensorParallel.counts`). `keys` are those of the rows' tokens, int64, which travel beside them, or None
+        where there are none.
         """
 
 
@@ -156,9 +158,9 @@ def agree_on_counts(outgoing_E: torch.Tensor, exchange: Exchange, shared: ShareC
 
 
 def run_experts(rows_RH: torch.Tensor, counts: RowCounts, experts: Experts, exchange: Exchange,
-                to_experts: Encode = unchanged) -> tuple[torch.Tensor, int]:
+                to_experts: Encode = unchanged, keys_R: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """Send rows, sorted by the group's experts, to their experts' ranks and return the results in the same order, and
-    how many of the rows were sent to other nodes.
+    how many of the rows were sent to other nodes. Keys are sent with their rows.
     """
     local = len(counts.outgoing_E) // exchange.group.size()
     sent = [sum(counts.outgoing_E[start:start + local]) for start in range(0, len(counts.outgoing_E), local)]
@@ -166,7 +168,8 @@ def run_experts(rows_RH: torch.Tensor, counts: RowCounts, experts: Experts, exch
     rows_QH = exchange(rows_RH, sent, received)
     order_Q = _group_by_expert(send(counts.incoming_re, rows_RH.device), sum(received))
     inverse_Q = invert(order_Q)
-    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), counts.shared_se)
+    keys_Q = None if keys_R is None else exchange(keys_R, sent, received)[order_Q]
+    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), counts.shared_se, keys_Q)
     results_QH = permute(results_QH, inverse_Q, order_Q)
     return exchange(results_QH, received, sent, to_experts), exchange.cross_node_sends(sent)
 
@@ -188,16 +191,16 @@ class AllToAllDispatcher:
             return Route(choices, start_read(choices.counts, self.shared(choices.counts)))
         return Route(choices, start_read(*agree_on_counts(choices.counts, self._exchange, self.shared)))
 
-    def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts,
+                 keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         counts_E, *others = route.read()
         copies = route.choices.cut(counts_E)
-        rows_RH, cross_node_sends = copy_rows(x_TH, copies), 0
+        rows_RH, keys_R, cross_node_sends = copy_rows(x_TH, copies), copy_keys(keys_T, copies), 0
         if self.mesh.size() == 1:
-            rows_RH = experts(rows_RH, *others)
+            rows_RH = experts(rows_RH, *others, keys_R)
         else:
             rows_RH, cross_node_sends = run_experts(rows_RH, RowCounts(counts_E, *others), experts, self._exchange,
-                                                    self.to_experts)
+                                                    self.to_experts, keys_R)
         return sum_copies(rows_RH, weights_TK, copies), cross_node_sends
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.device import start_read
-from megatron_deepseek.ops.copies import copy_rows, sort_choices, sum_copies
+from megatron_deepseek.ops.copies import copy_keys, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.expert import Encode, Experts, Route, ShareCounts, not_shared, unchanged
 from megatron_deepseek.parallel.nodes import CommunicationCounter
@@ -37,19 +37,25 @@ class AllGatherDispatcher:
         choices = sort_choices(experts_TK, mine)
         return Route(choices, start_read(choices.counts, self.shared(choices.counts)))
 
-    def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts
-                 ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts,
+                 keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         size = self.mesh.size()
         if size == 1:
-            return _serve(x_TH, route, weights_TK, experts), 0
+            return _serve(x_TH, route, weights_TK, experts, keys_T), 0
         group, sent = self.mesh.get_group(), self.counter.everyone
         x_GH, weights_GK = (gather_sum(each, 0, group, sent) for each in (x_TH, weights_TK))
-        y_GH = _serve(x_GH, route, weights_GK, experts)
+        keys_G = None
+        if keys_T is not None:
+            sent(group, keys_T)
+            keys_G = all_gather(keys_T, 0, group)
+        y_GH = _serve(x_GH, route, weights_GK, experts, keys_G)
         return scatter_sum(y_GH, 0, group, sent), self.counter.divide(group, [len(x_TH)] * size).across_nodes
 
 
-def _serve(x_GH: torch.Tensor, route: Route, weights_GK: torch.Tensor, experts: Experts) -> torch.Tensor:
+def _serve(x_GH: torch.Tensor, route: Route, weights_GK: torch.Tensor, experts: Experts,
+           keys_G: torch.Tensor | None) -> torch.Tensor:
     """Return the part of each token's sum that this rank's experts make."""
     counts_e, counts_se = route.read()
     copies = route.choices.cut(counts_e)
-    return sum_copies(experts(copy_rows(x_GH, copies), counts_se), weights_GK, copies)
+    y_RH = experts(copy_rows(x_GH, copies), counts_se, copy_keys(keys_G, copies))
+    return sum_copies(y_RH, weights_GK, copies)

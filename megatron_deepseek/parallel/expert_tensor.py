@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.device import send
-from megatron_deepseek.ops.copies import copy_rows, sort_choices, sum_copies
+from megatron_deepseek.ops.copies import copy_keys, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.parallel.collectives import all_gather, gather_sum, scatter_sum
 from megatron_deepseek.parallel.nodes import CommunicationCounter
 
-# Maps rows sorted by expert, with the number of rows of each, to rows of the same shape.
-ExpertMLP = Callable[[torch.Tensor, list[int]], torch.Tensor]
+# Maps rows sorted by expert, with the number of rows of each, and the rows' keys if any, to rows of the same shape.
+ExpertMLP = Callable[[torch.Tensor, list[int], torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +40,26 @@ class ExpertTensorParallel:
         group = self.mesh.get_group("etp")
         return counts_e.unsqueeze(0) if group.size() == 1 else all_gather(counts_e.unsqueeze(0), 0, group)
 
-    def __call__(self, rows_RH: torch.Tensor, counts_re: list[list[int]], mlp: ExpertMLP) -> torch.Tensor:
+    def __call__(self, rows_RH: torch.Tensor, counts_re: list[list[int]], mlp: ExpertMLP,
+                 keys_R: torch.Tensor | None = None) -> torch.Tensor:
         """Return what the whole experts make of `rows_RH`, [R, H]. `counts_re` is what `counts` returned.
 
         `mlp` uses this rank's slices of the experts; its result is a partial sum.
         """
         group = self.mesh.get_group("etp")
         if group.size() == 1:
-            return mlp(rows_RH, *counts_re)
+            return mlp(rows_RH, *counts_re, keys_R)
         longest = max(map(sum, counts_re))
         rows_GH = gather_sum(F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH))), 0, group, self.counter.everyone)
         of_rank = _expert_of_row(send(counts_re, rows_RH.device), longest)
         counts_e = [sum(counts) for counts in zip(*counts_re)]
         copies = sort_choices(of_rank, len(counts_e)).cut(counts_e)
-        y = mlp(copy_rows(rows_GH, copies), copies.counts)
+        keys_G = None
+        if keys_R is not None:
+            padded_M = F.pad(keys_R, (0, longest - len(keys_R)))
+            self.counter.everyone(group, padded_M)
+            keys_G = all_gather(padded_M, 0, group)
+        y = mlp(copy_rows(rows_GH, copies), copies.counts, copy_keys(keys_G, copies))
         y_GH = sum_copies(y, y.new_ones(len(rows_GH), 1), copies)
         return F.pad(scatter_sum(y_GH, 0, group, self.counter.everyone), (0, 0, 0, len(rows_RH) - longest))
 

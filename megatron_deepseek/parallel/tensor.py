@@ -80,6 +80,14 @@ class TensorParallel:
             return x_BSH
         return SplitTokens.apply(x_BSH, SEQUENCE_DIM, self.group)
 
+    def own_keys(self, keys_BS: torch.Tensor | None) -> torch.Tensor | None:
+        """Return, of what every TP rank knows of the tokens of the whole sequence, the part of `own_tokens`."""
+        return keys_BS if keys_BS is None or self.size == 1 else keys_BS.chunk(self.size, SEQUENCE_DIM)[self.rank]
+
+    def stream_keys(self, keys_BS: torch.Tensor | None) -> torch.Tensor | None:
+        """Return, of what every TP rank knows of the tokens of the whole sequence, the part of the stream."""
+        return self.own_keys(keys_BS) if self.sequence_parallel else keys_BS
+
     def all_tokens(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """Undo `own_tokens`."""
         if self.size == 1 or self.sequence_parallel:
@@ -136,17 +144,18 @@ class ParallelLinear(nn.Module):
         """Return this rank's shard."""
         return local_weight(self.weight, self.weight_grad)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.gemm(x, self.local_weight())
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the layer's output; `keys` are those of x's rows (`Gemm.keyed`)."""
+        return self.gemm.keyed(keys)(x, self.local_weight())
 
     @property
     def weight_gemms(self) -> dict[str, Gemm]:
         """Return the GEMM that alone reads a weight, by the weight's name (parallel/data.py)."""
         return {"weight": self.gemm}
 
-    def after_swiglu(self, *gate_up: torch.Tensor) -> torch.Tensor:
+    def after_swiglu(self, *gate_up: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's output for the input silu(gate) * up."""
-        return self.gemm.after_swiglu(gate_up, self.local_weight())
+        return self.gemm.keyed(keys).after_swiglu(gate_up, self.local_weight())
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.bias is None else y + local_weight(self.bias, self.bias_grad)
@@ -172,8 +181,8 @@ class PieceLinear(ParallelLinear):
         start = 0 if divided else tp.rank * pieces // tp.size * width
         self.own = None if divided else slice(start, start + width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.add_bias(super().forward(x))
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.add_bias(super().forward(x, keys))
         return y if self.own is None else y[..., self.own]
 
 

@@ -29,6 +29,7 @@ from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.next_token import by_source
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size
+from megatron_deepseek.training.token_keys import KeyedRows
 from megatron_deepseek.training.trainer import StepResult, StopFlags, Trainer
 
 
@@ -41,6 +42,8 @@ class Run:
         with end_on_user_error():
             data = task.open_data(settings, state, report.message)
         self.train_data, self.validate, self.periodic = data.train, data.validate, data.periodic
+        if settings.lora is not None and settings.lora.lora_dropout:
+            self.train_data = KeyedRows(data.train, settings.run.seed)
         recorded = record(settings, start.origin, job, task.files) if dist.get_rank() == 0 else None
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)

@@ -10,6 +10,7 @@ import torch
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.noise import EmbeddingNoise
+from megatron_deepseek.model.positions import TOKEN_KEYS, TokenKeys
 from megatron_deepseek.model.shifts import routed_tokens, shifted_labels
 from megatron_deepseek.model.step import MicroBatch, Rows
 from megatron_deepseek.ops.documents import Documents
@@ -52,7 +53,8 @@ def divide(batch: Batch, objective: Objective, cp: ContextParallel, micro_batch_
     own = own_part(rows, batch, cp)
     own_routed_BMS = None if routed_BMS is None else cp.own(routed_BMS)
     starts = range(0, batch.num_rows, micro_batch_size)
-    items = [_micro_batch(own, own_routed_BMS, documents, cp, slice(start, start + micro_batch_size))
+    keys_BL = batch.per_token.get(TOKEN_KEYS)
+    items = [_micro_batch(own, own_routed_BMS, documents, cp, keys_BL, slice(start, start + micro_batch_size))
              for start in starts]
     return Division(rows, cp.own(batch.tokens_BS), MicroBatches(items))
 
@@ -80,7 +82,7 @@ def own_part(rows: Rows, batch: Batch, cp: ContextParallel) -> Rows:
 
 
 def _micro_batch(rows: Rows, routed_BMS: torch.Tensor | None, documents: Documents | None, cp: ContextParallel,
-                 chosen: slice) -> MicroBatch:
+                 keys_BL: torch.Tensor | None, chosen: slice) -> MicroBatch:
     own_documents = None if documents is None else documents[chosen]
     own = replace(
         rows, labels_BMS=rows.labels_BMS[chosen], weights_BMS=rows.weights_BMS[chosen],
@@ -89,4 +91,6 @@ def _micro_batch(rows: Rows, routed_BMS: torch.Tensor | None, documents: Documen
         sources_BK=None if rows.sources_BK is None else rows.sources_BK[chosen])
     seq_length = rows.labels_BMS.shape[2] * cp.size
     mask = CausalMask.on_rank(cp, seq_length, own_documents)
-    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], mask, EmbeddingNoise.of(own.inputs))
+    keys = TokenKeys() if keys_BL is None else TokenKeys(keys_BL[chosen], cp)
+    return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], mask, EmbeddingNoise.of(own.inputs),
+                      keys)

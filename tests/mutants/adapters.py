@@ -6,6 +6,7 @@ STEP = ("tests/unit/training/test_lora.py",)
 ROWS = ("tests/unit/model/architecture/test_adapters.py",)
 FILES = ("tests/unit/checkpoint/test_adapter_files.py",)
 MERGING = ("tests/unit/checkpoint/test_adapter_merging.py",)
+MASKS = ("tests/unit/ops/test_dropout.py",)
 LAYOUTS = ("tests/parallel/test_layouts.py",)
 BASE = ("tests/parallel/test_adapter_base.py",)
 
@@ -19,6 +20,18 @@ ADAPTERS = of(
     ("initialize", "parameter.shape[-1]**-0.5", "parameter.shape[0]**-0.5"),
     ("update_expert_bias", " and any(each.requires_grad for each in module.gate.parameters()):", ":"),
 ) + of(
+    MASKS,
+    ("Dropout.mask", "skipped:skipped + width", ":width"),
+    ("Dropout.threshold", "min(round(self.rate * 2**_BITS), 2**_BITS - 1)", "round(self.rate * 2**_BITS)"),
+    ("_Drop.backward", "_dropped(grad, keys_R, ctx.dropout)", "grad"),
+) + of(
+    STEP,
+    ("LowRank.after_swiglu", "self.drop(swiglu(gate, up))", "swiglu(gate, up)"),
+    ("Experts._mlp", "keys_R = split_mix(expert_of_rows(counts, self.first, keys_R.device), keys_R)", "pass"),
+    ("Router.forward", "self.gemm.keyed(keys_T)(", "self.gemm("),
+    ("KeyedRows.batch", "keys_of(self.seed, torch.tensor(sample_indices(*where))",
+     "keys_of(self.seed, torch.arange(batch.num_rows)"),
+) + of(
     ROWS,
     ("LoraSettings.scale", "self.lora_rs)", "False)"),
     ("factor_rows", "division.dim != without)", "division.dim == without)"),
@@ -28,6 +41,17 @@ ADAPTERS = of(
     ("_adapt", "(Partial(), Shard(0)) if placement == Shard(0)", "(Replicate(), Shard(0)) if placement == Shard(0)"),
     ("_adapt", "else (Shard(1), Partial()))", "else (Shard(1), Replicate()))"),
     ("_adapt_experts", "Partial() if of_etp == Replicate() else of_etp)", "of_etp)"),
+    ("_adapt", "first = tp.rank * (inputs // tp.size) if placement == Shard(1) else 0", "first = 0"),
+    ("_adapt_experts", 'mesh.get_local_rank("etp") * (inputs // mesh.size(1))', "0"),
+    ("Experts.first", 'mesh.get_local_rank("ep") * (self.num // mesh.size(0))', "0"),
+    ("TokenKeys.of", "self._parts[rank]", "self.own_BS"),
+    ("TensorParallel.stream_keys", "self.own_keys(keys_BS) if self.sequence_parallel else keys_BS",
+     "keys_BS if keys_BS is None or not self.sequence_parallel else keys_BS.chunk(self.size, SEQUENCE_DIM)[0]"),
+    ("run_experts", "exchange(keys_R, sent, received)[order_Q]", "exchange(keys_R, sent, received)"),
+    ("expert_gather.AllGatherDispatcher.__call__", "all_gather(keys_T, 0, group)", "keys_T.repeat(size)"),
+    ("GroupedDispatcher.__call__", "across(copy_keys(keys_T, copies), counts_N, received)",
+     "keys_T[torch.arange(len(x_QH)) % len(keys_T)]"),
+    ("ExpertTensorParallel.__call__", "all_gather(padded_M, 0, group)", "padded_M.repeat(group.size())"),
     ("UpProjections.weights", "tuple(self.w_kvb.parameters())", "(self.w_kvb.weight,)"),
 ) + of(
     FILES,

@@ -218,8 +218,8 @@ KEPT_AND_FREED = of(
 ) + of(
     ("tests/unit/ops/test_side_stream.py", "tests/unit/training/test_trainer.py"),
     ("MoE._balanced", "attach_loss(y_TH, loss), loss.detach()", "attach_loss(y_TH, loss), loss"),
-    ("MoE.forward", "            shared.start(self.shared_experts, x_BSH)\n",
-     "            shared.start(self.shared_experts, x_BSH)\n            shared.result()\n"),
+    ("MoE.forward", "            shared.start(partial(self.shared_experts, keys_BS=keys_BS), x_BSH)\n",
+     "            shared.start(partial(self.shared_experts, keys_BS=keys_BS), x_BSH)\n            shared.result()\n"),
 )
 
 AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *SCHEDULES, *BATCHES, *SHOWN, *NORMS, *RULES, *REFUSED_ELSEWHERE, *BLOCKS,

@@ -42,8 +42,8 @@ TENSOR = of(
      "tp, Replicate(), Replicate(), bias, gemm)"),
     ("RMSNorm.__init__", "self.weight_grad = weight_grad or tp.activation_grad",
      "self.weight_grad = weight_grad or Replicate()"),
-    ("ParallelLinear.forward", "return self.gemm(x, self.local_weight())",
-     "return self.gemm(x, local_weight(self.weight, Replicate()))"),
+    ("ParallelLinear.forward", "(x, self.local_weight())",
+     "(x, local_weight(self.weight, Replicate()))"),
     ("SplitTokens.forward", "        return x.chunk(group.size(), dim)[group.rank()].contiguous()",
      "        return x.chunk(group.size(), dim)[-1 - group.rank()].contiguous()"),
     ("GatherSum.backward", "        own = reduce_scatter(grad, ctx.dim, ctx.group)",
@@ -140,10 +140,10 @@ GATHERED = of(
     ("AllGatherDispatcher.__call__", "for each in (x_TH, weights_TK))", "for each in (x_TH, weights_TK.detach()))"),
     ("AllGatherDispatcher.route", "self.mesh.get_local_rank() * mine",
      "(self.mesh.size() - 1 - self.mesh.get_local_rank()) * mine"),
-    ("AllGatherDispatcher.__call__", "return _serve(x_TH, route, weights_TK, experts), 0",
-     "return _serve(x_TH, route, weights_TK.detach(), experts), 0"),
-    ("AllGatherDispatcher.__call__", "return _serve(x_TH, route, weights_TK, experts), 0",
-     "return _serve(x_TH, route, 2 * weights_TK, experts), 0"),
+    ("AllGatherDispatcher.__call__", "_serve(x_TH, route, weights_TK, experts,",
+     "_serve(x_TH, route, weights_TK.detach(), experts,"),
+    ("AllGatherDispatcher.__call__", "_serve(x_TH, route, weights_TK, experts,",
+     "_serve(x_TH, route, 2 * weights_TK, experts,"),
 )
 
 GROUPED = of(
@@ -389,7 +389,7 @@ CAPACITY = of(
 
 MOE = of(
     ROUTER,
-    ("MoE._own", "routed_BS.chunk(self.tp.size, 1)[self.tp.rank]", "routed_BS.chunk(self.tp.size, 1)[0]"),
+    ("TensorParallel.own_keys", "SEQUENCE_DIM)[self.rank]", "SEQUENCE_DIM)[0]"),
     ("MoE._balanced", "loss = loss / global_sequences", "loss = loss / num_sequences"),
     ("MoE._balanced", "self.balance, self.sequence_group, routed_BS)", "self.balance, None, routed_BS)"),
     ("MoE._balanced", "        if not (self.balance.any and self.training):", "        if not self.balance.any:"),
@@ -449,8 +449,8 @@ MLA = of(
     MODEL,
     ("UpProjections.block", "turned = apply_rope(k_pe_BSD.unsqueeze(2), self.rope_2SD).squeeze(2)",
      "turned = k_pe_BSD"),
-    ("MLA.forward", "self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))",
-     "self.tp.leave(self.o_proj.add_bias(self.o_proj(y_BSV)))"),
+    ("MLA.forward", "self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV, positions.keys.own_BS)))",
+     "self.tp.leave(self.o_proj.add_bias(self.o_proj(y_BSV, positions.keys.own_BS)))"),
     ("MLA.whole_sequence",
      "return self.tp.enter(torch.cat(latents, -1)).split([latent.shape[-1] for latent in latents], -1)",
      "return self.tp.enter(torch.cat([*latents[:2], latents[2].detach()], -1)).split("

@@ -64,7 +64,7 @@ def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
     dispatcher = make_dispatcher(4, meshes, kind, MicroBatchOverlap(), slices, to_experts)
     first = 2 * meshes.rank("ep")
 
-    def mlp(rows, counts):
+    def mlp(rows, counts, keys):
         factors = torch.tensor([first + 1.0, first + 2.0], dtype=torch.float64)
         return rows * factors.repeat_interleave(torch.tensor(counts)).unsqueeze(1) / 2
 
@@ -75,7 +75,7 @@ def dispatch(kind: str, fp8: bool) -> tuple[Traffic, Traffic, int, float]:
     experts_TK = torch.tensor(CHOICES[rank])
     given_TH = block_scaled.share(x_TH) if fp8 else x_TH
     y_TH, cross_node_sends = dispatcher(given_TH, dispatcher.route(experts_TK), weights_TK,
-                                        lambda rows, counts: slices(rows, counts, mlp))
+                                        lambda rows, counts, keys: slices(rows, counts, mlp, keys))
     forward = counter.take()
     y_TH.sum().backward()
     expected = (given_TH * 1.0) * (weights_TK * (experts_TK + 1)).sum(1, keepdim=True)  # DROPPED + 1 is 0

@@ -39,7 +39,7 @@ def read_base(directory: Path) -> tuple[Base, LoraSettings]:
     if not targets or not all(isinstance(target, str) for target in targets):
         raise found.fault("lora_target", "not a list of names")
     lora = LoraSettings(found.integer("lora_rank", 1), found.number("lora_alpha"), tuple(targets),
-                        found.boolean("lora_rs"))
+                        found.boolean("lora_rs"), found.number("lora_dropout", 0.0, 1.0, default=0.0))
     return Base(Path(found.text("directory")), found.text("hash")), lora
 
 

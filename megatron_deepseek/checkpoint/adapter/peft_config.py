@@ -17,14 +17,18 @@ _GATE_UP = "experts.gate_up_proj"
 
 
 def peft_config(config: ModelConfig, lora: LoraSettings, base: str) -> dict[str, Any]:
-    """Return the content of adapter_config.json; `base` names the base model. MTP modules are left out."""
+    """Return the content of adapter_config.json; `base` names the base model. MTP modules are left out.
+
+    PEFT refuses dropout on parameters: it is named where modules alone have adapters.
+    """
     rows = [row for row in adapted_rows(config, lora) if row.layer < config.num_hidden_layers]
     modules = [row for row in rows if group_of(config, row) == ATTENTION]
     others = [row for row in rows if group_of(config, row) != ATTENTION]
     fused = any(row.name.endswith(_GATE_UP) for row in others)
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": lora.lora_rank, "lora_alpha": lora.lora_alpha, "lora_dropout": 0.0, "use_rslora": lora.lora_rs,
+        "r": lora.lora_rank, "lora_alpha": lora.lora_alpha, "lora_dropout": 0.0 if others else lora.lora_dropout,
+        "use_rslora": lora.lora_rs,
         "use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None,
         "target_modules": [name.removesuffix(".weight") for name in _names(config, modules)],
         "target_parameters": _names(config, others) or None,

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from megatron_deepseek.model.architecture.adapters import is_adapter
 from megatron_deepseek.model.architecture.parameters import EMBEDDING
-from megatron_deepseek.model.init import ELEMENTS_AT_A_TIME, global_index, split_mix, stream_key
+from megatron_deepseek.model.init import global_index
+from megatron_deepseek.ops.hashing import ELEMENTS_AT_A_TIME, split_mix, stream_key
 from megatron_deepseek.parallel.shards import shard_regions
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}

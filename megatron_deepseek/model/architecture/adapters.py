@@ -32,12 +32,14 @@ class LoraSettings:
     """Adapters of LoRA beside frozen weights; the fields are named after their options.
 
     `lora_target`: groups and names of layers. `lora_rs`: the scale is alpha / sqrt(rank), not alpha / rank.
+    `lora_dropout`: the probability with which training sets a feature of A's input to zero.
     """
 
     lora_rank: int
     lora_alpha: float
     lora_target: tuple[str, ...] = (ALL,)
     lora_rs: bool = False
+    lora_dropout: float = 0.0
 
     @property
     def scale(self) -> float:

@@ -58,8 +58,9 @@ class Heads(Protocol):
     def block(self, *c_kv: torch.Tensor) -> torch.Tensor:
         """Return [B, S, C], of which any rank can make keys and values: this rank's positions are already in it."""
 
-    def keys_and_values_of(self, block_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys [B, T, G, D] and values [B, T, G, V] of some tokens of any rank's block."""
+    def keys_and_values_of(self, block_BTC: torch.Tensor, owner: int, tokens: slice
+                           ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys [B, T, G, D] and values [B, T, G, V] of those `tokens` of the block of the rank `owner`."""
 
 
 class CoreAttention(ABC):

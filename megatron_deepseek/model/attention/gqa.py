@@ -49,31 +49,36 @@ class GroupedQueryAttention(nn.Module):
                                         for _ in range(2))
 
     def forward(self, x_BSH: torch.Tensor, positions: Positions) -> torch.Tensor:
+        keys_BS = positions.keys.own_BS
         with self.q_proj.gemm.shared(self.tp.enter(x_BSH)) as shared_BSH:
-            y_BSV = self.core(ProjectedHeads(self, positions.rope_2SD), shared_BSH, (shared_BSH,), positions.mask)
-            return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))
+            heads = ProjectedHeads(self, positions.rope_2SD, keys_BS)
+            y_BSV = self.core(heads, shared_BSH, (shared_BSH,), positions.mask)
+            return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV, keys_BS)))
 
-    def queries(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """Return queries [B, S, N, D], not yet turned."""
-        q_BSND = self.q_proj(x_BSH).unflatten(-1, (-1, self.size))
+    def queries(self, x_BSH: torch.Tensor, keys_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """Return queries [B, S, N, D], not yet turned, of tokens of these keys."""
+        q_BSND = self.q_proj(x_BSH, keys_BS).unflatten(-1, (-1, self.size))
         return self.q_norm(q_BSND) if hasattr(self, "q_norm") else q_BSND
 
-    def keys(self, x_BSH: torch.Tensor) -> torch.Tensor:
+    def keys(self, x_BSH: torch.Tensor, keys_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Return keys [B, S, G, D], not yet turned."""
-        k_BSGD = self.k_proj(x_BSH).unflatten(-1, (-1, self.size))
+        k_BSGD = self.k_proj(x_BSH, keys_BS).unflatten(-1, (-1, self.size))
         return self.k_norm(k_BSGD) if hasattr(self, "k_norm") else k_BSGD
 
-    def values(self, x_BSH: torch.Tensor) -> torch.Tensor:
+    def values(self, x_BSH: torch.Tensor, keys_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Return values [B, S, G, D]."""
-        return self.v_proj(x_BSH).unflatten(-1, (-1, self.size))
+        return self.v_proj(x_BSH, keys_BS).unflatten(-1, (-1, self.size))
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectedHeads(Heads):
-    """q, k and v of this rank's heads, made of the layer's input; `rope_2SD` is the rotary table of its positions."""
+    """q, k and v of this rank's heads, made of the layer's input; `rope_2SD` is the rotary table of its positions,
+    `keys_BS` those of its tokens.
+    """
 
     layer: GroupedQueryAttention
     rope_2SD: torch.Tensor
+    keys_BS: torch.Tensor | None = None
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:
@@ -81,17 +86,19 @@ class ProjectedHeads(Heads):
 
     def queries(self, c_q: torch.Tensor) -> torch.Tensor:
         """Return turned queries [B, S, N, D]."""
-        return apply_rope_to_halves(self.layer.queries(c_q), self.rope_2SD)
+        return apply_rope_to_halves(self.layer.queries(c_q, self.keys_BS), self.rope_2SD)
 
     def keys_and_values(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return turned keys and values, [B, S, G, D] each."""
-        return apply_rope_to_halves(self.layer.keys(x_BSH), self.rope_2SD), self.layer.values(x_BSH)
+        k_BSGD, v_BSGD = self.layer.keys(x_BSH, self.keys_BS), self.layer.values(x_BSH, self.keys_BS)
+        return apply_rope_to_halves(k_BSGD, self.rope_2SD), v_BSGD
 
     def block(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """Return turned keys and values side by side, [B, S, 2 * G * D]."""
         return torch.cat([x.flatten(-2) for x in self.keys_and_values(x_BSH)], -1)
 
-    def keys_and_values_of(self, block_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values_of(self, block_BTC: torch.Tensor, owner: int, tokens: slice
+                           ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of some tokens of a block, which the rank that sent it has turned."""
         k, v = block_BTC.unflatten(-1, (2, -1, self.layer.size)).unbind(2)
         return k, v

@@ -22,7 +22,7 @@ from torch import nn
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.attention.core import Heads, make_core
 from megatron_deepseek.model.blueprint import Blueprint
-from megatron_deepseek.model.positions import Positions
+from megatron_deepseek.model.positions import Positions, TokenKeys
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.rope import apply_rope, assemble_keys, rope_queries
@@ -56,21 +56,25 @@ class MLA(nn.Module):
         self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, recipe.attention_output)
 
     def forward(self, x_BSH: torch.Tensor, positions: Positions) -> torch.Tensor:
-        c_q, c_kv, k_pe = self.whole_sequence(*self.latents(x_BSH))
+        keys_BS = self.tp.stream_keys(positions.keys.own_BS)
+        c_q, c_kv, k_pe = self.whole_sequence(*self.latents(x_BSH, keys_BS))
         w_qb = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
-        heads = UpProjections(self.config, w_qb, self.kv_b_proj, positions.rope_2SD)
+        heads = UpProjections(self.config, w_qb, self.kv_b_proj, positions.rope_2SD, positions.keys)
         y_BSV = self.core(heads, c_q, (c_kv, k_pe), positions.mask)
-        return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV)))
+        return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV, positions.keys.own_BS)))
 
-    def latents(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the query latent (or x itself), the key-value latent and k_pe, not yet turned, of the stream."""
+    def latents(self, x_BSH: torch.Tensor, keys_BS: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the query latent (or x itself), the key-value latent and k_pe, not yet turned, of the stream, whose
+        tokens have these keys.
+        """
         with self.kv_a_proj_with_mqa.gemm.shared(x_BSH) as shared_BSH:
-            c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(shared_BSH)).split(
+            c_kv, k_pe = self.kv_a_proj_with_mqa.add_bias(self.kv_a_proj_with_mqa(shared_BSH, keys_BS)).split(
                 [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
             c_kv = self.kv_a_layernorm(c_kv)
             if self.config.q_lora_rank is None:
                 return x_BSH, c_kv, k_pe
-            c_q = self.q_a_layernorm(self.q_a_proj.add_bias(self.q_a_proj(shared_BSH)))
+            c_q = self.q_a_layernorm(self.q_a_proj.add_bias(self.q_a_proj(shared_BSH, keys_BS)))
             return c_q, c_kv, k_pe
 
     def whole_sequence(self, *latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -83,13 +87,14 @@ class MLA(nn.Module):
 @dataclass(frozen=True, eq=False)
 class UpProjections(Heads):
     """q, k and v of this rank's heads. `w_qb` and `w_kvb` are its slices of W_qb and W_kvb, `rope_2SD` the rotary table
-    of this rank's positions.
+    of this rank's positions, `keys` those of the tokens of all ranks.
     """
 
     config: ModelConfig
     w_qb: ParallelLinear
     w_kvb: ParallelLinear
     rope_2SD: torch.Tensor
+    keys: TokenKeys = TokenKeys()
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:
@@ -98,11 +103,11 @@ class UpProjections(Heads):
     def queries(self, c_q: torch.Tensor) -> torch.Tensor:
         """Return queries [B, S, N, nope + rope], their rotary dimensions turned."""
         nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
-        return rope_queries(self.w_qb(c_q).unflatten(-1, (-1, nope + rope)), self.rope_2SD, nope)
+        return rope_queries(self.w_qb(c_q, self.keys.own_BS).unflatten(-1, (-1, nope + rope)), self.rope_2SD, nope)
 
     def keys_and_values(self, c_kv: torch.Tensor, k_pe_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys [B, S, N, nope + rope] and values [B, S, N, V] of latents whose k_pe is turned here."""
-        return self._keys_and_values(c_kv, k_pe_BSD, self.rope_2SD)
+        return self._keys_and_values(c_kv, k_pe_BSD, self.rope_2SD, self.keys.own_BS)
 
     def block(self, c_kv: torch.Tensor, k_pe_BSD: torch.Tensor) -> torch.Tensor:
         """Return the key-value latent with the turned k_pe beside it, [B, S, C + rope]: 512 + 64 numbers a token in V3.
@@ -110,12 +115,13 @@ class UpProjections(Heads):
         turned = apply_rope(k_pe_BSD.unsqueeze(2), self.rope_2SD).squeeze(2)
         return torch.cat([c_kv, turned], -1)
 
-    def keys_and_values_of(self, block_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values_of(self, block_BTC: torch.Tensor, owner: int, tokens: slice
+                           ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of some tokens of a block, whose k_pe has been turned by the rank that sent it."""
         c_kv, turned = block_BTC.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        return self._keys_and_values(c_kv, turned, None)
+        return self._keys_and_values(c_kv, turned, None, self.keys.of(owner, tokens))
 
-    def _keys_and_values(self, c_kv: torch.Tensor, k_pe_BTD: torch.Tensor, rope_2SD: torch.Tensor | None
-                         ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys_and_values(self, c_kv: torch.Tensor, k_pe_BTD: torch.Tensor, rope_2SD: torch.Tensor | None,
+                         keys_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
-        return assemble_keys(self.w_kvb(c_kv).unflatten(-1, (-1, nope + v_dim)), k_pe_BTD, rope_2SD, nope)
+        return assemble_keys(self.w_kvb(c_kv, keys_BT).unflatten(-1, (-1, nope + v_dim)), k_pe_BTD, rope_2SD, nope)

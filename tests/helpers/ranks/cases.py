@@ -275,8 +275,12 @@ class Case:
 
     @property
     def adapters(self) -> LoraSettings | None:
-        """Rank 2 where layers have 8 inputs at the least, so that A and B have nothing in common with the weight."""
-        return None if self.lora == "none" else LoraSettings(2, 3.0, tuple(self.lora.split("+")), lora_rs=True)
+        """Rank 2 where layers have 8 inputs at the least, so that A and B have nothing in common with the weight. They
+        drop much, so that a wrong mask shows.
+        """
+        if self.lora == "none":
+            return None
+        return LoraSettings(2, 3.0, tuple(self.lora.split("+")), lora_rs=True, lora_dropout=0.25)
 
     @property
     def frozen_names(self) -> tuple[str, ...]:

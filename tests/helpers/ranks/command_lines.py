@@ -44,7 +44,8 @@ def arguments_of(case: Case, config: Path) -> list[str]:
         words += ["--freeze-parameters", *case.frozen_names]
     if case.adapters is not None:
         words += ["--load", "base", "--lora-rank", str(case.adapters.lora_rank), "--lora-alpha",
-                  str(case.adapters.lora_alpha), "--lora-rs", "--lora-target", *case.adapters.lora_target]
+                  str(case.adapters.lora_alpha), "--lora-rs", "--lora-dropout",
+                  str(case.adapters.lora_dropout), "--lora-target", *case.adapters.lora_target]
     if case.recomputation.modules:
         words += ["--recompute-modules", *case.recomputation.modules]
     switches = {"sequence-parallel": case.sp, "reset-attention-mask": case.packed,

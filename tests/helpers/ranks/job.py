@@ -13,6 +13,7 @@ from megatron_deepseek.model.architecture.adapters import B, factor_of
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.init import fill_normal
+from megatron_deepseek.model.positions import TOKEN_KEYS
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel import shards
 from megatron_deepseek.parallel.layout import Layout
@@ -20,6 +21,7 @@ from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.settings import OptimizerSettings, PipelineSettings
 from megatron_deepseek.training.scoring import Scores
+from megatron_deepseek.training.token_keys import keys_of
 from megatron_deepseek.training.trainer import Losses, TrainingSpec, Trainer
 
 FLOAT64 = Precision(torch.float64)
@@ -147,6 +149,8 @@ def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_
         mask = mask if real is None else mask & real
         weights = mask * (0.5 + tokens % 2) if objective == "samples" else mask
         more = inputs_of(objective, size, step, spec.seq_length, spec.model.vocab_size)
+        if spec.build.lora is not None and step < num_steps:  # what is held out loses nothing
+            more = {**more, TOKEN_KEYS: keys_of(1, step * size + torch.arange(size), spec.seq_length)}
         return own_rows(make_batch(tokens, labels, weights, real_BS=real, sources_BK=sources(size), per_token=more,
                                    documents_BS=documents(size, step, spec.seq_length) if packed else None), meshes)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from small_adapters import CPU, LORA, AdapterBench
 from small_models import weights_of
 
-from megatron_deepseek.checkpoint.adapter.base import BASE, check_adapters
+from megatron_deepseek.checkpoint.adapter.base import BASE, check_adapters, read_base
 from megatron_deepseek.checkpoint.adapter.peft_config import peft_config
 from megatron_deepseek.checkpoint.convert.formats import open_native
 from megatron_deepseek.checkpoint.dcp.files import open_dcp
@@ -98,6 +98,18 @@ def test_an_adapter_that_lacks_a_layer(bench, tmp_path):
     (tmp_path / "adapter" / "adapter_model_mtp.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks 22 layers .* first model.layers.2.eh_proj"):
         load_adapter(tmp_path / "adapter", bench.new().stages, bench.config, LORA)
+
+
+@pytest.mark.parametrize("targets, expected", [(("attention",), 0.25), (("attention", "experts"), 0.0)])
+def test_dropout_in_the_configs(bench, targets, expected):
+    """PEFT refuses one on parameters; base.json has the run's, and those of older versions none."""
+    lora = LoraSettings(2, 3.0, targets, lora_dropout=0.25)
+    assert peft_config(bench.config, lora, "base")["lora_dropout"] == expected
+    path, note = bench.root / BASE, bench.base.note(lora)
+    path.write_text(json.dumps(note))
+    assert read_base(bench.root) == (bench.base, lora)
+    path.write_text(json.dumps({name: value for name, value in note.items() if name != "lora_dropout"}))
+    assert read_base(bench.root)[1].lora_dropout == 0.0
 
 
 def test_adapter_config(bench):

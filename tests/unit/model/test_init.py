@@ -8,7 +8,8 @@ import torch
 from small_models import V3_SMALL, weights_of, whole_model, whole_stage
 
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
-from megatron_deepseek.model.init import split_mix, global_index, normal
+from megatron_deepseek.model.init import global_index, normal
+from megatron_deepseek.ops.hashing import split_mix
 from megatron_deepseek.parallel.layout_string import Stage
 
 CPU = torch.device("cpu")

@@ -64,7 +64,8 @@ def test_no_rows_at_all():
                          ids=("alltoall", "allgather"))
 def test_dispatch_with_nobody_to_send_to(dispatcher):
     """Expert e multiplies by e + 1, so that DROPPED, which is -1, adds nothing."""
-    def experts(rows, counts_se):
+    def experts(rows, counts_se, keys):
+        assert keys is None
         (counts,) = counts_se
         return rows * torch.arange(1.0, 5.0, dtype=rows.dtype).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
 

@@ -114,7 +114,7 @@ def test_parts_of_bfloat16_attention_are_joined_in_float32(monkeypatch):
         parts.append((args[1].shape[2], gradients[0]))
         return gradients
 
-    def project(block):
+    def project(block, owner, tokens):
         return block.unflatten(-1, (heads, 2 * width)).split(width, -1)
 
     monkeypatch.setattr(blockwise_attention, "attend_backward", noted)
@@ -135,7 +135,7 @@ def test_keys_are_made_of_what_is_seen_alone():
     for documents, lengths in (([0, 1, 1, 2, 2, 2, 2, 2], [4, 1]), ([0, 0, 1, 1, 2, 2, 3, 3], [4])):
         made = []
 
-        def project(block):
+        def project(block, owner, tokens):
             made.append(block.shape[1])
             return block.unflatten(-1, (1, 8)).split(4, -1)
 

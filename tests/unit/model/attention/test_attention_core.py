@@ -36,7 +36,7 @@ class MultiHead(Heads):
     def block(self, k, v):
         return torch.cat([k, v], -1)
 
-    def keys_and_values_of(self, block_BTC):
+    def keys_and_values_of(self, block_BTC, owner, tokens):
         return self.keys_and_values(*block_BTC.split([N * D, N * V], -1))
 
 
