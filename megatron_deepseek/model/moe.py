@@ -128,12 +128,7 @@ class MoE(nn.Module):
         `routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and count
         for their balance; None for all. `keys_BS`: those of the same tokens, by which adapters drop features.
         """
-        # 1. Shared experts see every token. With a side stream they run while the routed ones are dispatched.
-        shared = self.side_stream()
-        if self.config.n_shared_experts:
-            shared.start(partial(self.shared_experts, keys_BS=keys_BS), x_BSH)
-
-        # 2. Each tensor-parallel rank routes its own tokens to K of the E routed experts.
+        # 1. Each tensor-parallel rank routes its own tokens to K of the E routed experts.
         own_BSH, own_routed_BS = self.tp.own_tokens(whole(x_BSH)), self.tp.own_keys(routed_BS)
         keys_T = None if keys_BS is None else self.tp.own_keys(keys_BS).flatten()
         x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)
@@ -142,11 +137,17 @@ class MoE(nn.Module):
         if own_routed_BS is not None:
             chosen_TK = chosen_TK.where(own_routed_BS.reshape(-1, 1), DROPPED)
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
+        route = self.dispatcher.route(kept_TK)
+
+        # 2. Shared experts see every token. They are queued before the host waits for the route's counts; with a side
+        #    stream they run while the routed ones are dispatched.
+        shared = self.side_stream()
+        if self.config.n_shared_experts:
+            shared.start(partial(self.shared_experts, keys_BS=keys_BS), x_BSH)
 
         # 3. Tokens travel to their experts and back: y_t = sum_i g_i,t FFN_i(x_t).
         rows_TH = self.experts.up_gemm.rows(x_TH)
-        y_TH, cross_node_sends = self.dispatcher(rows_TH, self.dispatcher.route(kept_TK), routing.weights_TK,
-                                                 self.experts, keys_T)
+        y_TH, cross_node_sends = self.dispatcher(rows_TH, route, routing.weights_TK, self.experts, keys_T)
 
         # 4. The balance loss is attached to y, through which the backward passes in any case.
         y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)

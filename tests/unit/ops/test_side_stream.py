@@ -1,6 +1,7 @@
 """Work beside other work: who waits for whom, told by stand-ins for CUDA's streams, since there is no GPU here."""
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from small_models import V3_SMALL, forward, random_batch, whole_model
@@ -84,15 +85,26 @@ class Noted(RunInLine):
         return super().result()
 
 
-def test_shared_experts_begin_before_dispatch_and_are_waited_for_after_it(meshes):
+class NotedDispatcher:
+    """Records when counts begin their way to the host, when the host waits for them, and when tokens are sent."""
+
+    def __init__(self, dispatcher, log: list[str]):
+        self.dispatcher, self.log = dispatcher, log
+
+    def route(self, experts_TK):
+        self.log.append("counts are asked for")
+        route = self.dispatcher.route(experts_TK)
+        return replace(route, read=lambda: self.log.append("counts are waited for") or route.read())
+
+    def __call__(self, *args):
+        self.log.append("dispatch")
+        return self.dispatcher(*args)
+
+
+def test_shared_experts_begin_while_counts_are_on_their_way_and_are_waited_for_after_dispatch(meshes):
     model, log = whole_model(V3_SMALL, meshes, 6), []
     (moe,) = (module for module in model.modules() if isinstance(module, MoE))
-    dispatch = moe.dispatcher
-
-    def noted(*args):
-        log.append("dispatch")
-        return dispatch(*args)
-
-    moe.side_stream, moe.dispatcher = lambda: Noted(log), noted
+    moe.side_stream, moe.dispatcher = lambda: Noted(log), NotedDispatcher(moe.dispatcher, log)
     forward(model, *random_batch(V3_SMALL, 2, 6))
-    assert log == ["shared experts begin", "dispatch", "their result is used"]
+    assert log == ["counts are asked for", "shared experts begin", "dispatch", "counts are waited for",
+                   "their result is used"]
