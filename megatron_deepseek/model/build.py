@@ -90,7 +90,7 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     stages = shape_stages(config, mine, meshes, seq_length, options)
     freeze(stages, options.frozen)
     if options.lora is not None:
-        freeze_base(stages)
+        freeze_base(stages, options.precision.activations)
     shard_stages(stages, meshes, options)
     for stage in stages:
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)

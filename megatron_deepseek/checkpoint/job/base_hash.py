@@ -1,8 +1,8 @@
 """The hash of a frozen base: of its numbers by name and place, the same for every layout and file format.
 
-Each number's bits are mixed with its name and its place in the whole parameter, and the results are added up modulo
-2**64, over shards and ranks in any order. It finds another base, and weights that were changed; it is no protection
-against somebody who wants a changed base to look the same.
+Each number's bits, of float32 at least, are mixed with its name and its place in the whole parameter, and the results
+are added up modulo 2**64, over shards and ranks in any order. It finds another base, and weights that were changed; it
+is no protection against somebody who wants a changed base to look the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from megatron_deepseek.model.architecture.parameters import EMBEDDING
 from megatron_deepseek.model.init import ELEMENTS_AT_A_TIME, global_index, split_mix, stream_key
 from megatron_deepseek.parallel.shards import shard_regions
 
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
 
 @torch.no_grad()
@@ -46,9 +46,10 @@ def _counted(stages: Sequence[nn.Module]) -> Iterator[tuple[str, DTensor]]:
 
 def _hash(name: str, shape: torch.Size, local: torch.Tensor, offset: tuple[int, ...]) -> torch.Tensor:
     flat, key = local.reshape(-1), stream_key(name)
-    bits, total = flat.view(_BITS[flat.dtype.itemsize]), torch.zeros((), dtype=torch.int64, device=flat.device)
+    wide, total = torch.promote_types(flat.dtype, torch.float32), torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), ELEMENTS_AT_A_TIME):
         stop = min(start + ELEMENTS_AT_A_TIME, flat.numel())
         index = global_index(start, stop, shape, local.shape, offset, flat.device)
-        total += split_mix(bits[start:stop].to(torch.int64), split_mix(index, key)).sum()
+        bits = flat[start:stop].to(wide).view(_BITS[wide])
+        total += split_mix(bits.to(torch.int64), split_mix(index, key)).sum()
     return total
