@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
-from megatron_deepseek.checkpoint.adapter.base import Base, holds_adapters
+from megatron_deepseek.checkpoint.adapter.base import Base, form_of, holds_adapters
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.adapters import check_adapter, load_adapter, load_with_base
 from megatron_deepseek.checkpoint.job.export import check_export
@@ -66,7 +66,8 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
                 check_writable(option, directory)
         if lock is not None:
             lock.acquire()
-        start = decide(run, settings.model, job, lock.me.token if lock is not None else "", settings.lora)
+        start = decide(run, settings.model, job, lock.me.token if lock is not None else "", settings.lora,
+                       form_of(settings.base))
         if run.save_adapter is not None:
             check_new_adapter(run.save_adapter)
         if run.load_adapter is not None and start.load is not None:
