@@ -16,7 +16,8 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case is CASES[0] else pytest.mark.slow)
+                                  for case in CASES], ids=str)
 def test_layout_computes_what_one_process_does(ranks, case):
     """Losses, every gradient of A and B, updated weights."""
     (alone,) = ranks.run(1, run_base_alone, case)

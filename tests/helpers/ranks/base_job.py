@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from cases import SEQ_LENGTH, Case
 from job import FLOAT64, Record, spec_of, train
 
-from megatron_deepseek.model.architecture.base_weights import BaseSettings
+from megatron_deepseek.model.architecture.base_weights import BLOCKS, BaseSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import Precision
 from megatron_deepseek.parallel.layout import Layout
@@ -14,7 +14,7 @@ from megatron_deepseek.planning.pipeline_balance import stages
 
 @dataclass(frozen=True)
 class BaseCase(Case):
-    """Two ranks of any axis have whole blocks of 128 of everything that they divide. `bits` is of the base."""
+    """Two ranks of any axis have whole blocks of columns of everything that they divide. `bits` is of the base."""
 
     lora: str = "all+router+mtp"
     mtp: int = 1
@@ -22,11 +22,12 @@ class BaseCase(Case):
 
     @property
     def model(self) -> ModelConfig:
-        wide = replace(super().model, vocab_size=64, hidden_size=256, intermediate_size=256, initializer_range=0.05)
-        wide = replace(wide, **dict(moe_intermediate_size=256) if wide.n_routed_experts else {})
-        return replace(wide, **dict(head_dim=64) if wide.grouped_query else dict(
-            kv_lora_rank=128, q_lora_rank=self.attention_fields["q_lora_rank"] and 128, qk_nope_head_dim=64,
-            qk_rope_head_dim=64, v_head_dim=64))
+        width = 2 * BLOCKS[self.bits]
+        wide = replace(super().model, vocab_size=64, hidden_size=width, intermediate_size=width, initializer_range=0.05)
+        wide = replace(wide, **dict(moe_intermediate_size=width) if wide.n_routed_experts else {})
+        return replace(wide, **dict(head_dim=width // 4) if wide.grouped_query else dict(
+            kv_lora_rank=64, q_lora_rank=self.attention_fields["q_lora_rank"] and 64, qk_nope_head_dim=width // 4,
+            qk_rope_head_dim=16, v_head_dim=width // 4))
 
     @property
     def base(self) -> BaseSettings:
