@@ -1,5 +1,7 @@
 """NF4 against the paper's construction of its numbers, a case worked by hand, and bounds of its errors."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -47,6 +49,39 @@ def test_rows_are_independent():
     """So that a rank's rows are the whole weight's."""
     x = torch.randn(6, 192, generator=torch.Generator().manual_seed(1))
     assert torch.equal(nf4.dequantize(nf4.quantize(x[2:4])), nf4.dequantize(nf4.quantize(x))[2:4])
+
+
+def mixed_numbers(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Cubes of numbers within +-1 that integer arithmetic mixes: the same bits everywhere."""
+    mixed = (torch.arange(rows * columns) * 2654435761 + 12345) % (1 << 32)
+    mixed = (mixed ^ (mixed >> 15)) * 2246822519 % (1 << 32)
+    x = (((mixed ^ (mixed >> 13)) % (1 << 24)) - (1 << 23)).float() / (1 << 23)
+    return (x**3).view(rows, columns).to(dtype)
+
+
+# Of F.quantize_4bit(mixed_numbers(512, 1024, dtype), blocksize=64, quant_type="nf4") and of F.dequantize_4bit of that by
+# bitsandbytes 0.50.2 on a CPU: the first digits of sha256 of codes, absmax and numbers.
+BITSANDBYTES = {
+    torch.float32: ("9d15b7aa9ba3c8e753401cb112be4c7d", "934ad93868c692d9f916ba2876e2a337",
+                    "3d620d0cee2fddab3e52199eee7bb03f"),
+    torch.bfloat16: ("c2f89877c8f06b3e5517d0c5d87a7085", "cc4826ee4366eaeb07cf7e54a2f8c5bd",
+                     "fc4cf7fd64dc3bfe6424401fbe0d98dc")}
+
+
+@pytest.mark.parametrize("dtype", BITSANDBYTES)
+def test_bytes_are_those_of_bitsandbytes(dtype):
+    held = nf4.quantize(mixed_numbers(512, 1024, dtype))
+    found = (held.codes, held.scales, nf4.dequantize(held, dtype))
+    assert tuple(hashlib.sha256(each.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
+                 for each in found) == BITSANDBYTES[dtype]
+
+
+@pytest.mark.parametrize("largest, number, code", [(7.0, "0x1.aefeacp-1", 9), (55.0, "0x1.a74c6ap+2", 8)])
+def test_numbers_between_two_codes_round_as_in_bitsandbytes(largest, number, code):
+    """It multiplies by the reciprocal of the largest; a division would give the other code of the two."""
+    row = torch.zeros(1, 64)
+    row[0, 0], row[0, 1] = largest, float.fromhex(number)
+    assert nf4.quantize(row).codes[0, 0] == 15 << 4 | code
 
 
 def test_double_scales():
