@@ -3,6 +3,7 @@
 import pytest
 from base_job import BaseCase, run_base, run_base_alone
 from compare import differences
+from fp8_job import FP8, WIDE_LENGTH
 
 CASES = (
     BaseCase(tp=2, dp=2, sp=True, ep=2, etp=2, shared=2, microbatches=2),
@@ -22,3 +23,11 @@ def test_layout_computes_what_one_process_does(ranks, case):
     """Losses, every gradient of A and B, updated weights."""
     (alone,) = ranks.run(1, run_base_alone, case)
     assert not differences(ranks.run(case.layout.world_size, run_base, case), alone)
+
+
+@pytest.mark.slow
+def test_fp8_products_of_released_weights(ranks):
+    """Tiles of a rank are those of one process, but for scales that sums in another order round the other way."""
+    case, options = BaseCase(tp=2, sp=True, ep=2, shared=2, bits=8), (1, FP8, WIDE_LENGTH)
+    (alone,) = ranks.run(1, run_base_alone, case, *options)
+    assert not differences(ranks.run(2, run_base, case, *options), alone, 1e-7)

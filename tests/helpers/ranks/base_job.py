@@ -27,7 +27,7 @@ class BaseCase(Case):
         wide = replace(wide, **dict(moe_intermediate_size=width) if wide.n_routed_experts else {})
         return replace(wide, **dict(head_dim=width // 4) if wide.grouped_query else dict(
             kv_lora_rank=64, q_lora_rank=self.attention_fields["q_lora_rank"] and 64, qk_nope_head_dim=width // 4,
-            qk_rope_head_dim=16, v_head_dim=width // 4))
+            qk_rope_head_dim=width // 4, v_head_dim=width // 4))
 
     @property
     def base(self) -> BaseSettings:

@@ -59,7 +59,7 @@ def mixed_numbers(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return (x**3).view(rows, columns).to(dtype)
 
 
-# Of F.quantize_4bit(mixed_numbers(512, 1024, dtype), blocksize=64, quant_type="nf4") and of F.dequantize_4bit of that by
+# Of F.quantize_4bit(mixed_numbers(512, 1024, dtype), blocksize=64, quant_type="nf4") and F.dequantize_4bit of that, by
 # bitsandbytes 0.50.2 on a CPU: the first digits of sha256 of codes, absmax and numbers.
 BITSANDBYTES = {
     torch.float32: ("9d15b7aa9ba3c8e753401cb112be4c7d", "934ad93868c692d9f916ba2876e2a337",

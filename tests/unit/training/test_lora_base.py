@@ -1,10 +1,12 @@
 """A step of adapters beside a base that is kept in fewer bits, against the same step beside plain numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from random_base import RandomBase, held_numbers
-from small_models import gradients_of, load, tensors, weights_of
-from small_trainers import BF16, CONFIG, batch_of, trainer
+from small_models import gradients_of, load, tensors, weights_of, whole_stage
+from small_trainers import BF16, CONFIG, LOSS, NO_CLIPPING, SEQ_LENGTH, batch_of, trainer
 
 from megatron_deepseek.checkpoint.convert.block_fp8 import is_quantized
 from megatron_deepseek.checkpoint.job.base_weights import fill_held
@@ -12,10 +14,11 @@ from megatron_deepseek.model import build
 from megatron_deepseek.model.architecture.adapters import LoraSettings, is_adapter
 from megatron_deepseek.model.architecture.base_weights import SCALES, BaseSettings
 from megatron_deepseek.model.architecture.parameters import parameters
-from megatron_deepseek.model.build import Precision
+from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.init import fill_normal
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops import nf4
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 EVERYTHING = LoraSettings(3, 2.0, ("all", "router", "mtp"))
 CPU = torch.device("cpu")
@@ -72,9 +75,24 @@ def test_a_quantised_base_computes_what_its_numbers_do(meshes, form, precision):
     quantised = {row.name for row in parameters(CONFIG) if row.layer is not None and row.gemms and (
         row.stacked or is_quantized(row.name))}
     assert numbers.keys() == quantised and len(numbers) > 20
+    load_numbers(plain, ours, numbers)
+    assert_same_step(ours, plain)
+
+
+def load_numbers(plain: Trainer, ours: Trainer, numbers: dict[str, torch.Tensor]) -> None:
     rest = {name: tensor for name, tensor in weights_of(ours.stages[0]).items()
             if name in tensors(plain.stages[0]) and name not in numbers}
     load(plain.stages[0], rest | numbers)
+
+
+def test_released_fp8_is_multiplied_as_it_is(meshes):
+    """Under the FP8 recipe: its numbers, quantised again, are the same codes and scales, and so is all else."""
+    config = replace(CONFIG, moe_intermediate_size=128, hidden_size=136)
+    build = BuildOptions(precision=Precision(torch.float64, fp8=True), loss=LOSS, lora=EVERYTHING)
+    spec = TrainingSpec(config, (whole_stage(config),), "1F1B", SEQ_LENGTH, 2, build, NO_CLIPPING)
+    ours, plain = Trainer(replace(spec, build=replace(build, base=FORMS["fp8"])), meshes), Trainer(spec, meshes)
+    fill_held(ours.stages, RandomBase(config, released=True), CPU)
+    load_numbers(plain, ours, held_numbers(ours.stages[0]))
     assert_same_step(ours, plain)
 
 
