@@ -13,6 +13,7 @@ from megatron_deepseek.model.architecture.base_weights import (
     BaseSettings,
     frozen_shape,
     quantised_rows,
+    refuse_cut,
 )
 from megatron_deepseek.model.architecture.placements import EP, ETP, TP
 
@@ -44,6 +45,7 @@ def _cuts_a_block(r: Request) -> bool:
     """Return False; raise ValueError where ranks divide a weight inside a block."""
     base, ranks = base_settings(r.args), {TP: r.tp, EP: r.ep, ETP: r.etp}
     for row in quantised_rows(r.model) if base is not None else ():
+        refuse_cut(row, base, ranks)
         of_rank = frozen_shape(row, base, ranks)
         if base.quantization_bit == FP8_BITS and r.args.fp8_format is not None and of_rank.rows_of_scale == 1:
             rows = of_rank.local_codes[-2] // max(1, len(row.stacked))

@@ -22,6 +22,7 @@ from megatron_deepseek.model.architecture.base_weights import (
     FrozenShape,
     frozen_shape,
     quantised_rows,
+    refuse_cut,
 )
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.parameters import Parameter
@@ -64,6 +65,8 @@ def hold_base(stages: Iterable[nn.Module], config: ModelConfig, base: BaseSettin
     """
     rows = {row.name: row for row in quantised_rows(config)}
     ranks = {TP: layout.tp, EP: layout.ep, ETP: layout.etp}
+    for row in rows.values():
+        refuse_cut(row, base, ranks)
     for stage in stages:
         stage.base = base
         stage.held = tuple(

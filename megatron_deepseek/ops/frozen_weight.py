@@ -116,8 +116,13 @@ class FrozenWeight:
     scales: torch.Tensor
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the numbers."""
-        return self.form.dense(self.codes, self.scales, dtype)
+        """Return the numbers: of experts made one by one, since on the way there are wider ones."""
+        if self.codes.ndim == 2:
+            return self.form.dense(self.codes, self.scales, dtype)
+        out = torch.empty(*self.codes.shape[:2], self.form.columns, dtype=dtype, device=self.codes.device)
+        for expert, codes, scales in zip(out, self.codes, self.scales, strict=True):
+            expert.copy_(self.form.dense(codes, scales, dtype))
+        return out
 
     def expert(self, index: int) -> "FrozenWeight":
         """Return a stack of one expert."""

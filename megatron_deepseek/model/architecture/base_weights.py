@@ -27,7 +27,8 @@ BLOCKS = {NF4_BITS: 64, FP8_BITS: 128}  # columns with one scale; in FP8 rows as
 SCALES = "_scales"  # behind the name of a weight, that of its scales
 _FLOAT32 = 4
 _OF_ROW = 2 * _FLOAT32  # with doubly quantised scales: what they are multiplied by, and what is added
-_PLAIN = ("mlp.gate.weight", "eh_proj.weight")
+ROUTER = "mlp.gate.weight"  # the end of the name of a router's weight
+_PLAIN = (ROUTER, "eh_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,9 @@ class FrozenShape:
 
 
 def frozen_shape(row: Parameter, base: BaseSettings, ranks: Mapping[str, int]) -> FrozenShape:
-    """Return the bytes of a weight; raise ValueError where ranks divide its columns inside a block."""
+    """Return the bytes of a weight."""
     local, matrices = row.placement.local_shape(row.shape, ranks), max(1, len(row.stacked))
     *experts, rows, columns = local
-    if columns != row.shape[-1] and columns % base.block:
-        raise ValueError(f"--quantization-bit {base.quantization_bit}: {row.name} has {row.shape[-1]} columns, which "
-                         f"{row.shape[-1] // columns} tensor-parallel ranks divide inside a block of {base.block}")
     of_scale = _rows_of_scale(row, base, rows, matrices)
     code_bytes, scale_bytes = _bytes_of_row(base, columns)
     scale_rows = matrices * -(-rows // matrices // of_scale)
@@ -94,6 +92,14 @@ def frozen_shape(row: Parameter, base: BaseSettings, ranks: Mapping[str, int]) -
     times = tuple(whole // part for whole, part in zip(row.shape, local, strict=True))
     codes, scales = (tuple(size * number for size, number in zip(part, times)) for part in (local_codes, local_scales))
     return FrozenShape(codes, scales, local_codes, local_scales, columns, of_scale)
+
+
+def refuse_cut(row: Parameter, base: BaseSettings, ranks: Mapping[str, int]) -> None:
+    """Raise ValueError where ranks divide the columns of a weight inside a block."""
+    columns = row.placement.local_shape(row.shape, ranks)[-1]
+    if columns != row.shape[-1] and columns % base.block:
+        raise ValueError(f"--quantization-bit {base.quantization_bit}: {row.name} has {row.shape[-1]} columns, which "
+                         f"{row.shape[-1] // columns} tensor-parallel ranks divide inside a block of {base.block}")
 
 
 def _rows_of_scale(row: Parameter, base: BaseSettings, rows: int, matrices: int) -> int:
