@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepseek.model.architecture.adapters import LoraSettings
+from megatron_deepseek.model.architecture.base_weights import BaseSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 
@@ -267,8 +268,9 @@ class FineTuningSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. `fine_tuning` is None in pre-training, `lora` where the weights themselves are trained.
-    `notes`: lines for its start, on consequences that may not be expected.
+    """All settings of a run. `fine_tuning` is None in pre-training, `lora` where the weights themselves are trained,
+    `base` where those beside adapters are plain numbers. `notes`: lines for its start, on consequences that may not be
+    expected.
     """
 
     model: ModelConfig
@@ -285,4 +287,5 @@ class Settings:
     run: RunSettings
     fine_tuning: FineTuningSettings | None = None
     lora: LoraSettings | None = None
+    base: BaseSettings | None = None
     notes: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ Fine-tuning has the same groups but for length and data (finetuning.py).
 import argparse
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.base_weights import add_base_weights
 from megatron_deepseek.arguments.lora import add_lora
 from megatron_deepseek.arguments.model_options import add_model, add_moe, add_rope
 from megatron_deepseek.launch.command_line import OneLineParser
@@ -250,5 +251,5 @@ def _add_accepted(parser):
 
 
 BEFORE_LENGTH = (add_model, add_moe, add_rope, _add_parallel)
-BETWEEN_LENGTH_AND_DATA = (_add_learning_rate, _add_optimizer, add_lora)
+BETWEEN_LENGTH_AND_DATA = (_add_learning_rate, _add_optimizer, add_lora, add_base_weights)
 AFTER_DATA = (_add_checkpoint, _add_end_and_health, _add_evaluation_and_logging, _add_recompute, _add_accepted)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from megatron_deepseek.arguments import auto_layout
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture, unpadded_vocab_size
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
+from megatron_deepseek.arguments.base_weights import base_settings
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
@@ -91,6 +92,7 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=run,
         fine_tuning=_fine_tuning(request) if request.fine_tunes else None, lora=lora_settings(args),
+        base=base_settings(args),
         notes=(*describe_architecture(args, request.model), *notices(request)))
 
 

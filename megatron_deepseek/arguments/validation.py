@@ -7,6 +7,7 @@ All that applies is reported, but for what only follows from something that is r
 from megatron_deepseek.arguments.data_paths import data_paths
 from megatron_deepseek.arguments.experts_validation import EXPERTS, OVERLAP, OVERLAPPED_DISPATCH, without_experts
 from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
+from megatron_deepseek.arguments.base_weights import BASE_WEIGHTS
 from megatron_deepseek.arguments.lora import LORA
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
@@ -268,6 +269,7 @@ TOPICS = (
     Topic("optimizer", _OPTIMIZER),
     Topic("run", _RUN),
     Topic("lora", LORA),
+    Topic("base weights", BASE_WEIGHTS, after=("ranks", "sizes", "experts")),
     Topic("fine-tuning", FINE_TUNING),
 )
 RULES = tuple(rule for topic in TOPICS for rule in topic.rules)

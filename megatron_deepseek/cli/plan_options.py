@@ -2,12 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.base_weights import base_settings
+from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.settings import build_settings
 from megatron_deepseek.launch.command_line import OneLineParser
+from megatron_deepseek.model.architecture.adapters import ALL
 from megatron_deepseek.planning.actions import DUAL_PIPE
 from megatron_deepseek.planning.engines import ENGINES
 from megatron_deepseek.planning.gpus import Gpu, find_gpu
@@ -18,6 +22,8 @@ from megatron_deepseek.settings import Settings
 PROGRAM = "plan.py"
 _LENGTH = ("--train-iters", "--train-samples")
 _DATA = ("--data-path", "--mock-data", "--data-args-path", "--train-data-path", "--per-split-data-args-path")
+_OF_TASK = ("lora_rank", "lora_alpha", "lora_target", "lora_rs", "lora_plus_ratio", "quantization_bit",
+            "double_quantization")
 _LONG = "1000000"  # iterations of a run whose length is not given: it plays no part in its memory
 
 
@@ -75,8 +81,8 @@ def job_of(args: argparse.Namespace) -> tuple[Job, Gpu]:
 
 
 def without_lora(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments without the adapters' rank: of a plan it belongs to the task, and no base is loaded."""
-    return argparse.Namespace(**vars(args) | {"lora_rank": None})
+    """Return the arguments without those of adapters: of a plan they belong to the task, and no base is loaded."""
+    return argparse.Namespace(**vars(args) | dict.fromkeys(_OF_TASK))
 
 
 def refuse_dual_pipe(job: Job) -> None:
@@ -95,8 +101,9 @@ def refuse_dual_pipe(job: Job) -> None:
 
 def task_of(args: argparse.Namespace) -> Task:
     """Return what the job is for."""
-    return Task(args.task, args.lora_rank or Task.lora_rank, args.users, args.context or args.seq_length,
-                args.rollout_ranks, args.serve_weight_bytes)
+    lora = lora_settings(args) or replace(Task.lora, lora_target=tuple(args.lora_target or (ALL,)))
+    return Task(args.task, lora, base_settings(args), args.users, args.context or args.seq_length, args.rollout_ranks,
+                args.serve_weight_bytes)
 
 
 def write(path: Path, text: str) -> None:

@@ -148,18 +148,14 @@ def _fp8_rows(part: Part, source: TensorSource, name: str) -> tuple[torch.Tensor
 
 def _read_nf4(target: Target, source: TensorSource, device: torch.device, double: bool) -> HeldWeight:
     *experts, rows, columns = target.shape
-    blocks = nf4.num_blocks(columns)
-    held = [nf4.Nf4(torch.empty(rows, blocks * nf4.BLOCK // 2, dtype=torch.uint8, device=device),
-                    torch.empty(rows, blocks, device=device), columns) for _ in range(experts[0] if experts else 1)]
+    held = [nf4.empty(rows, columns, double, device) for _ in range(experts[0] if experts else 1)]
     for part in (chunk for each in target.parts for chunk in each.chunks()):
         _refuse_cut(part, nf4.BLOCK, source, target.full_name)
-        numbers = source.read(part.name, *_read_rows(part, source))[-(part.stop - part.start):, part.columns]
-        made = _quantized(part.name, nf4.quantize, numbers)
-        own = held[part.expert]
-        own.codes[part.row:part.row + len(made.codes)] = made.codes
-        own.scales[part.row:part.row + len(made.codes)] = made.scales
-        if double and part.row + len(made.codes) == rows:
-            held[part.expert] = own.with_double_scales()
+        made = _quantized(part.name, nf4.quantize, source.read(part.name, *_read_rows(part, source)))
+        made = made.with_double_scales() if double else made
+        skipped = made.shape[0] - (part.stop - part.start)
+        own = held[part.expert].rows(part.row, part.row + part.stop - part.start)
+        own.copy_(made.rows(skipped, made.shape[0]).cut(part.columns))
     return Nf4Weight(tuple(held), target.stacked)
 
 

@@ -154,10 +154,9 @@ class Nf4Weight(HeldWeight):
 
 def _multiply_nf4(x: torch.Tensor, weight: nf4.Nf4) -> torch.Tensor:
     """Return x [..., K] times the transposed weight, whose rows are made plain by parts."""
-    weight = weight.with_plain_scales()
     rows = max(1, _NUMBERS_AT_ONCE // weight.columns)
-    parts = [F.linear(x, nf4.dequantize(nf4.Nf4(codes, scales, weight.columns), x.dtype))
-             for codes, scales in zip(weight.codes.split(rows), weight.scales.split(rows))]
+    parts = [F.linear(x, nf4.dequantize(weight.rows(start, start + rows), x.dtype))
+             for start in range(0, weight.shape[0], rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

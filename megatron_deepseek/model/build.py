@@ -14,6 +14,7 @@ from torch import nn
 from megatron_deepseek.device import is_accelerator, make_stream
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.balance_loss import BalanceWeights
+from megatron_deepseek.model.base_weights import hold_base
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.capacity import Capacity
 from megatron_deepseek.model.deepseek import DeepseekStage
@@ -38,6 +39,7 @@ from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.nodes import CommunicationCounter, build_levels
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.settings import (
+    BaseSettings,
     CommunicationSettings,
     LoraSettings,
     LossSettings,
@@ -70,7 +72,8 @@ class BuildOptions:
     """How the stages of a model are built, apart from the architecture, the layout and the sequence length.
 
     `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py). `lora`: adapters
-    that alone are trained, None to train the weights (model/lora.py).
+    that alone are trained, None to train the weights (model/lora.py); `base`: in which form the weights beside them are
+    kept, None for plain numbers (model/base_weights.py).
     """
 
     precision: Precision = Precision()
@@ -81,6 +84,7 @@ class BuildOptions:
     reshard_after_forward: bool = False
     frozen: tuple[str, ...] = ()
     lora: LoraSettings | None = None
+    base: BaseSettings | None = None
     seed: int = 1234
 
 
@@ -90,7 +94,7 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     stages = shape_stages(config, mine, meshes, seq_length, options)
     freeze(stages, options.frozen)
     if options.lora is not None:
-        freeze_base(stages)
+        freeze_base(stages, options.precision.activations)
     shard_stages(stages, meshes, options)
     for stage in stages:
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
@@ -114,6 +118,8 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     with torch.device("meta"), default_dtype(options.precision.master):
         stages = [DeepseekStage(stage, blueprint, seq_length, meshes.device, run_of, options.loss.loss_chunk_size)
                   for stage in mine]
+        if options.base is not None:
+            hold_base(stages, config, options.base, meshes.layout, blueprint.tp)
         if options.lora is not None:
             add_adapters(stages, config, options.lora, blueprint.tp)
         return stages

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from megatron_deepseek.model.architecture.adapters import LoraSettings
+from megatron_deepseek.model.architecture.base_weights import BaseSettings
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.head import OutputHead
 from megatron_deepseek.model.layer import DecoderLayer, MTPLayer, run_layer
@@ -65,6 +66,8 @@ class DeepseekStage(nn.Module):
         self.stage, self.config, self.tp = stage, blueprint.config, blueprint.tp
         self.overlap, self.counter = blueprint.overlap, blueprint.etp.counter
         self.lora: LoraSettings | None = None  # of the adapters beside its weights (model/lora.py)
+        self.base: BaseSettings | None = None  # what its frozen weights are kept as (model/base_weights.py)
+        self.held: tuple = ()  # and those that are
         self.model = Trunk(stage, blueprint)
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
         if stage.loss and not self.config.tie_word_embeddings:

@@ -64,10 +64,13 @@ def fill(parameter: DTensor, draw: Callable[[torch.Tensor], torch.Tensor]) -> No
 def initialize(stages: Iterable[nn.Module], std: float, seed: int) -> None:
     """Set norm weights to one, biases to zero, all else to normal(0, std), as DeepSeek-V3 (report, section 4.2).
 
-    Adapters begin as PEFT's: A uniform within +-1 / sqrt(inputs), B zero, so that they change nothing yet.
+    Adapters begin as PEFT's: A uniform within +-1 / sqrt(inputs), B zero, so that they change nothing yet. Bytes, which
+    weights are kept as, are left as they are.
     """
     for stage in stages:
         for name, parameter in stage.named_parameters():
+            if not parameter.is_floating_point():
+                continue
             if name.endswith("norm.weight"):
                 parameter.to_local().fill_(1.0)
             elif name.endswith(".bias") or factor_of(name) == B:

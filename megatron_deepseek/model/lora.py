@@ -61,12 +61,18 @@ def add_adapters(stages: Iterable[nn.Module], config: ModelConfig, lora: LoraSet
                         _adapt_experts(module, path, name, matrices, placements, targets[f"{path}.{name}"], lora)
 
 
-def freeze_base(stages: Iterable[nn.Module]) -> None:
-    """Turn off the gradients of everything that is no adapter, before FSDP takes it over and keeps it so."""
-    for stage in stages:
-        for name, parameter in stage.named_parameters():
-            if not is_adapter(name):
-                parameter.requires_grad_(False)
+def freeze_base(stages: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Turn off the gradients of everything that is no adapter, before FSDP takes it over and keeps it so.
+
+    What is not trained needs no master in a wider dtype than layers compute in: it is kept in `dtype`. Routers compute
+    in that of the masters, and keep it.
+    """
+    for module in (module for stage in stages for module in stage.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(module, Factor) or is_adapter(name):
+                continue
+            kept = parameter.dtype if isinstance(module, Router) or not parameter.is_floating_point() else dtype
+            setattr(module, name, nn.Parameter(parameter.detach().to(kept), requires_grad=False))
 
 
 def _adapt(linear: ParallelLinear | Router, name: str, shape: tuple[int, int], lora: LoraSettings, tp: TensorParallel

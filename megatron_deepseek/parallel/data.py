@@ -40,7 +40,7 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
     accumulate and are reduced in it.
     """
     for unit in units:
-        master = next((parameter.dtype for parameter in unit.module.parameters()), None)  # a stage may be empty
+        master = _master_dtype(unit.module)
         policy = MixedPrecisionPolicy(param_dtype=unit.compute_dtype, reduce_dtype=master,
                                       cast_forward_inputs=False)
         pinned = unit.mesh.device_type == ACCELERATOR
@@ -55,6 +55,11 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
             gemm = getattr(info.module, "weight_gemms", {}).get(info.param_name)
             if gemm is not None and gemm.gathered is not None:
                 _GatheredInAForm.wrap(parameter, gemm.gathered)
+
+
+def _master_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype in which the gradients of a unit are reduced, None if it trains nothing."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.requires_grad), None)
 
 
 class _GatheredInAForm(FSDPParam):

@@ -95,11 +95,12 @@ class TensorParallel:
         return JoinTokens.apply(x_BSH, SEQUENCE_DIM, self.group)
 
 
-def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, *placements: Placement) -> nn.Parameter:
+def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, *placements: Placement,
+                      dtype: torch.dtype | None = None) -> nn.Parameter:
     """Return an uninitialised parameter of global `shape`, on the default device, as this rank's shard of a DTensor.
 
-    On a mesh of one rank it is an ordinary parameter: DTensor's dispatch was 7 % of a small model's step on CPU. Raise
-    ValueError if a sharded dimension is not a multiple of the mesh axis's size.
+    Of integers it is frozen. On a mesh of one rank it is an ordinary parameter: DTensor's dispatch was 7 % of a small
+    model's step on CPU. Raise ValueError if a sharded dimension is not a multiple of the mesh axis's size.
     """
     local, stride = list(shape), torch.empty(shape, device="meta").stride()
     for axis, placement in enumerate(placements):
@@ -109,10 +110,10 @@ def sharded_parameter(shape: tuple[int, ...], mesh: DeviceMesh, *placements: Pla
             raise ValueError(f"dimension {placement.dim} of a weight of shape {tuple(shape)} is not a multiple of "
                              f"the {mesh.size(axis)} ranks of {mesh.mesh_dim_names[axis]}")
         local[placement.dim] //= mesh.size(axis)
-    if mesh.size() == 1:
-        return nn.Parameter(torch.empty(local))
-    return nn.Parameter(DTensor.from_local(torch.empty(local), mesh, placements, run_check=False,
-                                           shape=torch.Size(shape), stride=stride))
+    empty = torch.empty(local, dtype=dtype)
+    if mesh.size() > 1:
+        empty = DTensor.from_local(empty, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return nn.Parameter(empty, requires_grad=empty.is_floating_point())
 
 
 def local_weight(parameter: nn.Parameter, *gradient: Placement) -> torch.Tensor:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_deepseek.model.architecture.adapters import LoraSettings, factor_rows, is_adapted
+from megatron_deepseek.model.architecture.base_weights import ROUTER, BaseSettings, frozen_shape, is_quantised
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.freezing import is_frozen
 from megatron_deepseek.model.architecture.parameters import (
@@ -22,7 +23,9 @@ from megatron_deepseek.parallel.layout_string import Stage
 
 @dataclass(frozen=True)
 class Held:
-    """Parameters of a pipeline rank's stages that one rank holds, before FSDP divides them: dense ones and experts'."""
+    """Parameters of a pipeline rank's stages, or their bytes, that one rank holds before FSDP divides them: dense ones
+    and experts'.
+    """
 
     dense: int
     experts: int
@@ -48,6 +51,26 @@ def held_adapters(model: ModelConfig, layout: Layout, stages: Sequence[Stage], l
     return Held(sum(part.dense for part in parts), sum(part.experts for part in parts))
 
 
+class Kept(NamedTuple):
+    """Bytes of a number of a frozen weight: `router` of a router's, `element` of all others, but for what `base` keeps
+    in fewer bits.
+    """
+
+    element: int
+    router: int
+    base: BaseSettings | None
+
+
+def held_base(model: ModelConfig, layout: Layout, stages: Sequence[Stage], kept: Kept) -> Held:
+    """Return the bytes of the frozen weights beside adapters that a rank which holds `stages` has of them."""
+    ranks = _Ranks(layout.tp, layout.ep, layout.etp)
+    parts = [_base_of_layer(model, index, ranks, kept) for stage in stages
+             for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+    parts += [_base_of_rows([row for row in outer_rows(model) if _holds(stage, row, model)], ranks, kept)
+              for stage in stages]
+    return Held(sum(part.dense for part in parts), sum(part.experts for part in parts))
+
+
 class _Ranks(NamedTuple):
     tp: int
     ep: int
@@ -63,6 +86,24 @@ def _of_layer(model: ModelConfig, index: int, ranks: _Ranks, frozen: tuple[str, 
 def _of_adapters(model: ModelConfig, index: int, ranks: _Ranks, lora: LoraSettings) -> Held:
     adapted = (row for row in layer_rows(model, index) if is_adapted(model, row, lora))
     return _of_rows([factor for row in adapted for factor in factor_rows(row, lora.lora_rank)], ranks, ())
+
+
+@lru_cache(8192)
+def _base_of_layer(model: ModelConfig, index: int, ranks: _Ranks, kept: Kept) -> Held:
+    return _base_of_rows(layer_rows(model, index), ranks, kept)
+
+
+def _base_of_rows(rows: Iterable[Parameter], ranks: _Ranks, kept: Kept) -> Held:
+    axes, held = {TP: ranks.tp, EP: ranks.ep, ETP: ranks.etp}, {"dense": 0, "expert": 0}
+    for row in rows:
+        if not row.trained:
+            continue
+        if kept.base is not None and is_quantised(row):
+            held[row.mesh] += frozen_shape(row, kept.base, axes).local_bytes
+        else:
+            number = kept.router if row.name.endswith(ROUTER) else kept.element
+            held[row.mesh] += number * row.size // row.placement.parts(axes)
+    return Held(held["dense"], held["expert"])
 
 
 def _of_rows(rows: Iterable[Parameter], ranks: _Ranks, frozen: tuple[str, ...]) -> Held:

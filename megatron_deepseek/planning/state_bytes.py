@@ -5,16 +5,19 @@ Ours: a parameter takes 4 bytes for its master weight, 4 for its reduced gradien
 moments in bfloat16). FSDP divides these among the data ranks; with --optimizer-cpu-offload they lie in the host's
 memory. Not divided are 2 bytes for the gathered bfloat16 weight (4 without --bf16; FP8 takes two codes) and, where an
 update has several micro-batches, 4 for the sum of their gradients, since they are reduced once. With
-optim_grads_params weights are gathered for two units at a time: the one in use and the next.
+optim_grads_params weights are gathered for two units at a time: the one in use and the next. A frozen weight beside
+adapters takes what it is kept as, and as much when it is gathered.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.held_parameters import Held, held_adapters, held_parameters
+from megatron_deepseek.planning.held_parameters import Held, Kept, held_adapters, held_base, held_parameters
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.settings import Settings
+
+_MASTER = _SUM = 4  # bytes of a master weight or reduced gradient, and of a sum of gradients, in this engine
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def state_parts(job: Job, pp_rank: int) -> StateParts:
     """Return the states of each rank of a pipeline rank."""
     held = held_parameters(job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)])
     if job.engine.name == "ours":
-        return _ours(job, held, pp_rank)
+        return _ours(job, held, pp_rank) if job.settings.lora is None else adapter_parts(job, pp_rank)
     return _others(job, held, pp_rank)
 
 
@@ -125,8 +128,6 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
     moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     stages = [job.stages[stage] for stage in job.held(pp_rank)]
     trained = _trained(settings, held, job, stages)
-    if settings.lora is not None:
-        held = Held(held.dense + trained.dense, held.experts + trained.experts)
     whole = settings.run.sharding == "optim_grads"
     gathered = _of(held, element, element) if whole else largest_unit(job, pp_rank, element, 2)
     sums = engine.gradient if job.micro_batches > 1 else 0
@@ -140,10 +141,45 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
 
 def _trained(settings: Settings, held: Held, job: Job, stages: Sequence[Stage]) -> Held:
     """Return what has gradients and moments of the parameters that a rank holds: all, or not what is frozen."""
-    if settings.lora is not None:
-        return held_adapters(job.model, job.layout, stages, settings.lora)
     frozen = settings.run.freeze_parameters
     return held if not frozen else held_parameters(job.model, job.layout, stages, frozen)
+
+
+def adapter_parts(job: Job, pp_rank: int) -> StateParts:
+    """Return the states of this project's engine where adapters alone are trained, those of the settings' `lora`."""
+    optimizer, stages = job.settings.optimizer, [job.stages[stage] for stage in job.held(pp_rank)]
+    dense, experts = data_ranks(job)
+    moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+    base, adapters = base_bytes(job, stages), held_adapters(job.model, job.layout, stages, job.settings.lora)
+    whole = job.settings.run.sharding == "optim_grads"
+    units = [stages] if whole else [[part] for part in units_of(job, pp_rank)]
+    gathered = _largest([_gathered(job, unit) for unit in units], 1 if whole else 2)
+    sums = _SUM if job.micro_batches > 1 else 0
+    return StateParts(
+        weights=Divided((base.dense + _MASTER * adapters.dense) / dense,
+                        (base.experts + _MASTER * adapters.experts) / experts),
+        gathered=gathered, gradients=_of(adapters, sums, sums),
+        reduced=_of(adapters, _MASTER / dense, _MASTER / experts),
+        optimizer=_of(adapters, moments / dense, moments / experts),
+        on_host=job.settings.offload.optimizer_cpu_offload)
+
+
+def base_bytes(job: Job, stages: Sequence[Stage]) -> Held:
+    """Return the bytes of the frozen weights of `stages` on a rank, before data ranks divide them."""
+    return held_base(job.model, job.layout, stages, Kept(job.numbers.element, _MASTER, job.settings.base))
+
+
+def _gathered(job: Job, stages: Sequence[Stage]) -> Divided:
+    """Return the bytes of the frozen weights of `stages`, and of the adapters in the layers' dtype, when gathered."""
+    base, adapters = base_bytes(job, stages), held_adapters(job.model, job.layout, stages, job.settings.lora)
+    element = job.numbers.element
+    return Divided(base.dense + element * adapters.dense, base.experts + element * adapters.experts)
+
+
+def _largest(units: Sequence[Divided], count: int) -> Divided:
+    """Return the bytes of the largest unit, `count` times."""
+    most = max(units, key=lambda unit: unit.all)
+    return Divided(count * most.dense, count * most.experts)
 
 
 def _others(job: Job, held: Held, pp_rank: int) -> StateParts:

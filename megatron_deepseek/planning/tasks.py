@@ -2,26 +2,28 @@
 beside the training, or none trained and a cache for users.
 
     pretrain, finetune   all weights, gradients and moments
-    lora                 base weights in bf16, frozen; adapters of `lora_rank` beside every large dense product
-    qlora                the same with the base as NF4, half a byte and scales (arXiv 2305.14314); one layer at a time
-                         is made bf16
+    lora                 base weights in bf16, frozen, or in the form of `base`; adapters beside the layers of `lora`
+    qlora                the same with the base as NF4 with quantised scales (arXiv 2305.14314), which data ranks
+                         gather by the layer (optim_grads_params)
     grpo                 finetune, a reference policy, and an engine's own weights and cache on the same GPUs
     serve                weights and cache, no gradients
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_deepseek.model.architecture.adapters import LoraSettings
+from megatron_deepseek.model.architecture.base_weights import NF4_BITS, BaseSettings, is_quantised
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.parameters import layer_rows
 from megatron_deepseek.model.architecture.placements import EP, ETP, TP
 from megatron_deepseek.planning.activations import layer, total
 from megatron_deepseek.planning.attention_activations import travelling_width
 from megatron_deepseek.planning.job import Job
-from megatron_deepseek.planning.state_bytes import Divided, StateParts, data_ranks, largest_unit
+from megatron_deepseek.planning.state_bytes import Divided, StateParts, adapter_parts, data_ranks
 from megatron_deepseek.planning.held_parameters import held_parameters
+from megatron_deepseek.settings import Settings
 
 NAMES = ("pretrain", "finetune", "lora", "qlora", "grpo", "serve")
-NF4 = 0.5 + 0.127 / 8  # bytes of a weight with its share of doubly quantised scales
 CACHE_ELEMENT = 2  # bytes of a number in the cache
 
 
@@ -29,10 +31,13 @@ CACHE_ELEMENT = 2  # bytes of a number in the cache
 class Task:
     """`users` conversations of `context` tokens are cached by all ranks together (serve), or by each rollout engine of
     `rollout_ranks` ranks (grpo). `weight_bytes`: of a weight that serves. `reference`: a frozen copy is kept too.
+    `lora`: the adapters of lora and qlora; `base`: what their base is kept as, None for bf16 and
+    NF4.
     """
 
     name: str = "pretrain"
-    lora_rank: int = 16
+    lora: LoraSettings = LoraSettings(16, 32.0)
+    base: BaseSettings | None = None
     users: int = 1
     context: int = 4096
     rollout_ranks: int = 1
@@ -59,8 +64,10 @@ def extra_bytes(job: Job, task: Task, pp_rank: int) -> dict[str, float]:
     if task.name == "serve":
         layers = sum(len(job.stages[stage].layers) for stage in job.held(pp_rank)) / model.num_hidden_layers
         return {"cache": tokens * cache_bytes_of_token(model) * layers / (layout.dp * layout.cp)}
+    if task.name in ("lora", "qlora"):
+        return plain_weights(replace(job, settings=_with_adapters(job.settings, task)), pp_rank)
     if task.name != "grpo":
-        return {}
+        return plain_weights(job, pp_rank)
     held = held_parameters(model, layout, [job.stages[stage] for stage in job.held(pp_rank)])
     dense, experts = data_ranks(job)
     found = {"rollout engine: weights": 2 * model.main_parameters() / task.rollout_ranks,
@@ -73,7 +80,7 @@ def extra_bytes(job: Job, task: Task, pp_rank: int) -> dict[str, float]:
 def states_of_task(job: Job, task: Task, pp_rank: int, trained: StateParts) -> StateParts:
     """Return the states of a task, given those of a job that trains all weights."""
     if task.name in ("lora", "qlora"):
-        return _adapters(job, task, pp_rank)
+        return adapter_parts(replace(job, settings=_with_adapters(job.settings, task)), pp_rank)
     if task.name == "serve":
         held = held_parameters(job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)])
         weights = Divided(held.dense * task.weight_bytes, held.experts * task.weight_bytes)
@@ -81,33 +88,22 @@ def states_of_task(job: Job, task: Task, pp_rank: int, trained: StateParts) -> S
     return trained
 
 
-def adapter_parameters(model: ModelConfig, job: Job, index: int, rank: int) -> int:
-    """Return how many weights adapters of `rank` have on this rank beside layer `index`: A [rank, in], B [out, rank]
-    for each product of attention and of dense or shared MLPs, divided as their base is.
-    """
+def plain_weights(job: Job, pp_rank: int) -> dict[str, float]:
+    """Return the bytes of the largest weight that is kept in fewer bits, made plain for a product, and its name."""
+    settings = job.settings
+    if settings.base is None or settings.run.fp8_format is not None:
+        return {}
     ranks = {TP: job.layout.tp, EP: job.layout.ep, ETP: job.layout.etp}
-    total_size = 0
-    for row in layer_rows(model, index):
-        if row.gemms and len(row.shape) == 2 and row.mesh == "dense" and ".mlp.gate." not in row.name:
-            total_size += rank * sum(row.placement.local_shape(row.shape, ranks))
-    return total_size
+    sizes = [row.size // row.placement.parts(ranks) for stage in job.held(pp_rank) for index in job.layers_of(stage)
+             for row in layer_rows(job.model, index) if is_quantised(row)]
+    return {"a weight made plain for a product": max(sizes, default=0) * job.numbers.element}
 
 
-def _adapters(job: Job, task: Task, pp_rank: int) -> StateParts:
-    """Return a frozen base, divided among data ranks and gathered whole (NF4: by the layer), and trained adapters."""
-    held = held_parameters(job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)])
-    dense, experts = data_ranks(job)
-    adapters = sum(adapter_parameters(job.model, job, index, task.lora_rank)
-                   for stage in job.held(pp_rank) for index in job.layers_of(stage))
-    base, element = NF4 if task.name == "qlora" else 2, job.numbers.element
-    gathered = largest_unit(job, pp_rank, element, 2) if task.name == "qlora" else Divided(
-        held.dense * element, held.experts * element)
-    sums = 4 if job.micro_batches > 1 else 0
-    return StateParts(
-        weights=Divided(held.dense * base / dense + adapters * 4 / dense, held.experts * base / experts),
-        gathered=Divided(gathered.dense + adapters * element, gathered.experts),
-        gradients=Divided(adapters * sums), reduced=Divided(adapters * 4 / dense),
-        optimizer=Divided(adapters * 8 / dense))
+def _with_adapters(settings: Settings, task: Task) -> Settings:
+    if task.name == "lora":
+        return replace(settings, lora=task.lora, base=task.base)
+    run = replace(settings.run, sharding="optim_grads_params")
+    return replace(settings, lora=task.lora, base=task.base or BaseSettings(NF4_BITS), run=run)
 
 
 def working_bytes(job: Job, imbalance: float) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_deepseek.checkpoint.adapter.base import check_adapters, holds_adapters
+from megatron_deepseek.checkpoint.adapter.base import PLAIN, check_adapters, holds_adapters
 from megatron_deepseek.checkpoint.convert.assets import DIRECTORY
 from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.checkpoint.job.distributed import has_optimizer
@@ -75,7 +75,8 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "", lora: LoraSettings | None = None) -> Start:
+def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "", lora: LoraSettings | None = None,
+           form: str = PLAIN) -> Start:
     """Decide what the run begins from, on rank 0 while it holds the lock of --save, whose token is `lock`; `lora` are
     the adapters that it trains.
 
@@ -84,7 +85,7 @@ def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "", lora:
     start = replace(_decide(run, job), lock=lock)
     if start.load is None:
         return start
-    check_adapters(start.load, lora)
+    check_adapters(start.load, lora, form)
     if lora is not None and not (start.finetune or holds_adapters(start.load)):
         raise ValueError(f"--load {start.load} holds whole weights: adapters beside them need another --save")
     own = run.save is not None and _same(start.load.parent, run.save)

@@ -87,5 +87,5 @@ def training_spec(settings: Settings) -> TrainingSpec:
                                 fp8=settings.run.fp8_format is not None, fp8_gather=settings.run.fp8_param_gather),
             loss=settings.loss, recompute=settings.recompute, communication=settings.communication,
             offload=settings.offload, reshard_after_forward=settings.run.sharding == "optim_grads_params",
-            frozen=settings.run.freeze_parameters, lora=settings.lora,
+            frozen=settings.run.freeze_parameters, lora=settings.lora, base=settings.base,
             seed=settings.run.seed))

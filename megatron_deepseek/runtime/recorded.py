@@ -23,7 +23,7 @@ _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "in
                            "generate_prompts", "generate_tokens"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
-          "loss": None, "data": None, "files": None, "fine_tuning": None, "lora": None,
+          "loss": None, "data": None, "files": None, "fine_tuning": None, "lora": None, "base": None,
           "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
              "run": {"sharding", "fp8_param_gather"}}

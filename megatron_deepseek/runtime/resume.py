@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
-from megatron_deepseek.checkpoint.adapter.base import Base, holds_adapters
+from megatron_deepseek.checkpoint.adapter.base import Base, form_of, holds_adapters
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.adapters import check_adapter, load_adapter, load_with_base
 from megatron_deepseek.checkpoint.job.export import check_export
@@ -15,12 +15,13 @@ from megatron_deepseek.checkpoint.publishing import check_writable
 from megatron_deepseek.checkpoint.tracker import is_huggingface, leftover_notes
 from megatron_deepseek.checkpoint.train_state import TrainState, read_state
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.device import has_accelerator
 from megatron_deepseek.model.architecture.adapters import adapter_rows, describe_adapters
 from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
 from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
+from megatron_deepseek.planning.memory_table import memory_table
 from megatron_deepseek.planning.node_reach import describe_reach
-from megatron_deepseek.planning.state_bytes import describe_states
 from megatron_deepseek.runtime.adapter_export import check_new_adapter
 from megatron_deepseek.runtime.decision import Start, decide
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, differences, explain_marks
@@ -66,14 +67,15 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
                 check_writable(option, directory)
         if lock is not None:
             lock.acquire()
-        start = decide(run, settings.model, job, lock.me.token if lock is not None else "", settings.lora)
+        start = decide(run, settings.model, job, lock.me.token if lock is not None else "", settings.lora,
+                       form_of(settings.base))
         if run.save_adapter is not None:
             check_new_adapter(run.save_adapter)
         if run.load_adapter is not None and start.load is not None:
             _check_adapter(settings, start)
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
-        if settings.lora is not None:  # before a base is read that may not fit
-            print(f"base and adapters: {describe_states(settings)}", flush=True)
+        if settings.lora or settings.fine_tuning:  # before weights are read that may not fit
+            print(*memory_table(settings, has_accelerator()), sep="\n", flush=True)
         if run.save_hf is not None:
             check_export(run, settings.model, start.load if _is_finished(settings, start) else None)
         return start

@@ -37,6 +37,19 @@ def test_resumes_in_another_layout_and_keeps_adapters_alone(bench, alone):
     assert refused.status == 2 and "holds adapters of rank 2 alone" in refused.output
 
 
+def test_qlora_says_its_memory_and_goes_on_in_another_layout(bench):
+    """Beside NF4: two steps on one rank, two on two expert ranks, as four on one."""
+    qlora = "--load", str(bench.directory / "released"), *LORA, "--train-iters", "4", "--quantization-bit", "4"
+    whole = bench.run(1, "qlora", *qlora)
+    assert whole.status == 0 and "base weights, nf4, scales quantised" in whole.output, whole.output
+    assert whole.output.index("GiB") < whole.output.index("loaded the weights")
+    bench.train(1, "qlora_moved", *qlora, "--exit-interval", "2")
+    moved = bench.train(2, "qlora_moved", *qlora, "--expert-model-parallel-size", "2")
+    assert_same(moved, bench.metrics("qlora"))
+    refused = bench.run(1, "qlora_moved", *qlora[:-1], "8")
+    assert refused.status == 2 and "are nf4, scales quantised, in this run they are fp8" in refused.output
+
+
 def test_an_adapter_that_is_loaded_and_one_that_is_merged_are_the_same_model(bench, alone):
     """The loss of a first step that learns nothing, from PEFT's files beside the base, and from the merged model."""
     directory = bench.directory

@@ -13,6 +13,7 @@ from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.adapters import load_with_base
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.adapters import LoraSettings, is_adapter
+from megatron_deepseek.model.architecture.base_weights import BaseSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions
 from megatron_deepseek.model.init import fill_normal
@@ -25,8 +26,8 @@ CPU = torch.device("cpu")
 class AdapterBench:
     """A base, and a checkpoint of lively adapters beside it."""
 
-    def __init__(self, root: Path, meshes, lora: LoraSettings = LORA):
-        self.root, self.meshes, self.lora = root, meshes, lora
+    def __init__(self, root: Path, meshes, lora: LoraSettings = LORA, held: BaseSettings | None = None):
+        self.root, self.meshes, self.lora, self.held = root, meshes, lora, held
         self.released = self.release(root)
         self.config = ModelConfig.from_file(self.released / "config.json")
         self.trainer = self.new()
@@ -42,7 +43,7 @@ class AdapterBench:
         return v3_directory(root / "hf", torch.float32)
 
     def new(self, lora: LoraSettings | None = None) -> Trainer:
-        build = BuildOptions(lora=lora or self.lora)
+        build = BuildOptions(lora=lora or self.lora, base=self.held)
         return Trainer(TrainingSpec(self.config, (whole_stage(self.config),), "1F1B", 8, 1, build), self.meshes)
 
     def save(self, root: Path) -> Path:

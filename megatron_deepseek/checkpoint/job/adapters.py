@@ -8,17 +8,23 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from megatron_deepseek.checkpoint.adapter.base import Base, holds_adapters, read_base
+from megatron_deepseek.checkpoint.adapter.base import Base, form_of, holds_adapters, read_base
 from megatron_deepseek.checkpoint.adapter.export import adapter_places
 from megatron_deepseek.checkpoint.adapter.peft_files import Adapter, Factor
+from megatron_deepseek.checkpoint.convert.formats import open_native
+from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.job.base_hash import base_hash
+from megatron_deepseek.checkpoint.job.base_weights import fill_held
 from megatron_deepseek.checkpoint.job.hf_reader import HuggingFaceReader
 from megatron_deepseek.checkpoint.job.state import adapter_state
 from megatron_deepseek.checkpoint.loadable import refuse_damage, stored_architecture
+from megatron_deepseek.checkpoint.tracker import is_huggingface
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.model.architecture.adapters import LoraSettings
+from megatron_deepseek.model.architecture.base_weights import quantised_rows
 from megatron_deepseek.model.architecture.config import ModelConfig
 
 
@@ -30,16 +36,33 @@ def load_with_base(directory: Path, stages: list[nn.Module], optimizer: torch.op
     ValueError, on every rank, for what `checkpoint.load` refuses, and for another base than the adapters'.
     """
     if not holds_adapters(directory):
-        checkpoint.load(directory, stages, None, dropped=dropped, base=True)
-        return TrainState(), Base(directory.resolve(), base_hash(stages, device))
+        found = _load_base(directory, stages, device, dropped)
+        return TrainState(), Base(directory.resolve(), found, form_of(stages[0].base))
     base, _ = read_base(directory)
     refuse_damage(base.directory, checkpoint.verify(base.directory) or [])
-    checkpoint.load(base.directory, stages, None, dropped=_beyond(base.directory, stages), base=True)
-    found = base_hash(stages, device)
+    found = _load_base(base.directory, stages, device, _beyond(base.directory, stages))
     if found != base.hash:
         raise ValueError(f"{directory} holds adapters of another base than {base.directory} is now: the hash of its "
-                         f"numbers is {found}, it was {base.hash}")
+                         f"numbers is {found}, it was {base.hash}; float32 numbers have another one with --bf16")
     return checkpoint.load(directory, stages, optimizer), base
+
+
+def _load_base(directory: Path, stages: list[nn.Module], device: torch.device, dropped: Sequence[str]) -> str:
+    """Fill the base from any weights, what is kept as bytes in a second pass; return the hash of its numbers."""
+    config = stages[0].config
+    held = [row.name for row in quantised_rows(config)] if stages[0].base is not None else []
+    checkpoint.load(directory, stages, None, dropped=(*dropped, *held), base=True)
+    if not held:
+        return base_hash(stages, device)
+    source = checkpoint.together(lambda: _open(directory, config))
+    return base_hash(stages, device, checkpoint.together(lambda: fill_held(stages, source, device)))
+
+
+def _open(directory: Path, config: ModelConfig) -> TensorSource:
+    without_mtp = not config.num_nextn_predict_layers
+    if is_huggingface(directory):
+        return open_huggingface(directory, without_mtp)
+    return open_native(directory, without_mtp)[0]
 
 
 def _beyond(base: Path, stages: list[nn.Module]) -> list[str]:

@@ -1,8 +1,8 @@
 """The hash of a frozen base: of its numbers by name and place, the same for every layout and file format.
 
-Each number's bits are mixed with its name and its place in the whole parameter, and the results are added up modulo
-2**64, over shards and ranks in any order. It finds another base, and weights that were changed; it is no protection
-against somebody who wants a changed base to look the same.
+Each number's bits, of float32 at least, are mixed with its name and its place in the whole parameter, and the results
+are added up modulo 2**64, over shards and ranks in any order. It finds another base, and weights that were changed; it
+is no protection against somebody who wants a changed base to look the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,20 @@ from megatron_deepseek.model.init import global_index
 from megatron_deepseek.ops.hashing import ELEMENTS_AT_A_TIME, split_mix, stream_key
 from megatron_deepseek.parallel.shards import shard_regions
 
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
 
 @torch.no_grad()
-def base_hash(stages: Sequence[nn.Module], device: torch.device) -> str:
-    """Return the hash of all parameters but the adapters, on every rank. Every rank of the job calls it."""
-    total = torch.zeros((), dtype=torch.int64, device=device)
+def base_hash(stages: Sequence[nn.Module], device: torch.device, held: torch.Tensor | None = None) -> str:
+    """Return the hash of all parameters but the adapters, on every rank. Every rank of the job calls it.
+
+    `held`: this rank's part of it for weights that are kept as bytes (base_weights.py), None if there are none.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=device) if held is None else held.clone()
     for name, parameter in _counted(stages):
         for region in shard_regions(parameter):
             for part in region.contiguous():
-                total += _hash(name, parameter.shape, part.local, part.offset).to(device)
+                total += hash_of(name, parameter.shape, part.local, part.offset).to(device)
     dist.all_reduce(total)
     return f"{total.item() & (1 << 64) - 1:016x}"
 
@@ -37,19 +40,26 @@ def _counted(stages: Sequence[nn.Module]) -> Iterator[tuple[str, DTensor]]:
     """Yield the base's parameters that this rank counts: of TP replicas and of the embedding's copies the first."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
-            if is_adapter(name) or (name == EMBEDDING and not stage.stage.embedding):
+            if is_adapter(name) or not parameter.is_floating_point() or (
+                    name == EMBEDDING and not stage.stage.embedding):
                 continue
-            replicated = [dim for dim, placement in enumerate(parameter.placements)
-                          if isinstance(placement, Replicate)]
-            if all(parameter.device_mesh.get_local_rank(dim) == 0 for dim in replicated):
+            if counts_here(parameter):
                 yield name, parameter
 
 
-def _hash(name: str, shape: torch.Size, local: torch.Tensor, offset: tuple[int, ...]) -> torch.Tensor:
+def counts_here(parameter: DTensor) -> bool:
+    """Return whether this rank's shard counts: of replicas the first does."""
+    replicated = [dim for dim, placement in enumerate(parameter.placements) if isinstance(placement, Replicate)]
+    return all(parameter.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
+
+
+def hash_of(name: str, shape: torch.Size, local: torch.Tensor, offset: tuple[int, ...]) -> torch.Tensor:
+    """Return the hash of the part `local`, at `offset`, of a parameter of `shape`."""
     flat, key = local.reshape(-1), stream_key(name)
-    bits, total = flat.view(_BITS[flat.dtype.itemsize]), torch.zeros((), dtype=torch.int64, device=flat.device)
+    wide, total = torch.promote_types(flat.dtype, torch.float32), torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), ELEMENTS_AT_A_TIME):
         stop = min(start + ELEMENTS_AT_A_TIME, flat.numel())
         index = global_index(start, stop, shape, local.shape, offset, flat.device)
-        total += split_mix(bits[start:stop].to(torch.int64), split_mix(index, key)).sum()
+        bits = flat[start:stop].to(wide).view(_BITS[wide])
+        total += split_mix(bits.to(torch.int64), split_mix(index, key)).sum()
     return total

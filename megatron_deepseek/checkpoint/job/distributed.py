@@ -204,7 +204,7 @@ def load(directory: Path, stages: list[nn.Module], optimizer: torch.optim.Optimi
     """
     assert not (new or base) or optimizer is None
     new_prefixes = tuple(WEIGHTS + beginning for beginning in new)
-    reader, train_state = _together(lambda: _open(directory))
+    reader, train_state = together(lambda: _open(directory))
     saved = reader.read_metadata().state_dict_metadata
     subset = Subset.of(stages, saved) if optimizer is not None else None
     whole = base_state(stages) if base else state_to_save(stages, optimizer)
@@ -237,7 +237,7 @@ def _open(directory: Path) -> tuple[dcp.StorageReader, TrainState]:
     return CheckpointReader(open_dcp(directory)), read_state(directory)
 
 
-def _together(work: Callable[[], T]) -> T:
+def together(work: Callable[[], T]) -> T:
     """Return what `work` returns on this rank; raise ValueError on every rank if it failed on any.
 
     So no rank waits in a collective for one that has left. The message is the lowest failing rank's ValueError or

@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
 from megatron_deepseek.model.architecture.adapters import is_adapter
+from megatron_deepseek.model.architecture.base_weights import SCALES
 from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.parallel.shards import for_checkpoint
 
@@ -30,8 +31,11 @@ def model_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
 
 
 def base_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:
-    """Return the weights that adapters are beside, and router biases, of this rank by name."""
-    return _state(stages, lambda stage, name: not is_adapter(name), buffers=True)
+    """Return the weights that adapters are beside, and router biases, of this rank by name; not those that are kept as
+    bytes (base_weights.py).
+    """
+    held = {name for stage in stages for each in stage.held for name in (each.row.name, each.row.name + SCALES)}
+    return _state(stages, lambda stage, name: not (is_adapter(name) or name in held), buffers=True)
 
 
 def adapter_state(stages: list[nn.Module]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ fsdp_post_all_gather, as torchao's float8 uses them).
 Shapes: N output features, K inputs, E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ _UNCHANGED = (_aten.detach.default, _aten.alias.default, _aten.view.default, _at
 
 
 class Fp8Weight(torch.Tensor):
-    """A gathered weight [..., N, K]: `blocks` are its codes and scales, `transposed` those of [..., K, N]."""
+    """A gathered weight [..., N, K]: `blocks` are its codes and scales, `transposed` those of [..., K, N], or what
+    makes them each time that they are asked for.
+    """
 
     @staticmethod
-    def __new__(cls, blocks: Blocks, transposed: Blocks, dtype: torch.dtype):
+    def __new__(cls, blocks: Blocks, transposed: Blocks | Callable[[], Blocks], dtype: torch.dtype):
         self = torch.Tensor._make_wrapper_subclass(cls, blocks[0].shape, dtype=dtype, device=blocks[0].device)
         self.blocks, self.transposed = blocks, transposed
         return self
@@ -59,7 +61,9 @@ def blocks_of(weight: torch.Tensor) -> Blocks:
 
 def transposed_of(weight: torch.Tensor) -> Blocks:
     """Return dgrad's codes and scales, quantised now if the weight was not gathered as FP8."""
-    return weight.transposed if isinstance(weight, Fp8Weight) else encoding.quantize_both_ways(weight)[1]
+    if not isinstance(weight, Fp8Weight):
+        return encoding.quantize_both_ways(weight)[1]
+    return weight.transposed() if callable(weight.transposed) else weight.transposed
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,8 @@ def write_model(directory: Path) -> Path:
 
 def build(directory: Path, layout: Layout, mtp: bool = True, form: str = "plain") -> LoadedModel:
     files = open_model(directory, mtp=mtp, tokenizer=None)
-    loaded = load_model(files, join_ranks(layout), LoadSettings(dtype=torch.float64, form=form))
+    loaded = load_model(files, join_ranks(layout), LoadSettings(dtype=torch.float64, form=form,
+                                                                double_quantization=form == "nf4"))
     return replace(loaded, eos_ids=(7,))
 
 

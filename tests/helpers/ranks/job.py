@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from cases import NUM_EXPERTS, SEQ_LENGTH, Case, Reference
 from objectives import held_out_of, inputs_of, objective_of
+from random_base import RandomBase
 from torch.distributed.tensor import DTensor
 
+from megatron_deepseek.checkpoint.job.base_weights import fill_held
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.architecture.adapters import B, factor_of
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -140,6 +142,7 @@ def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_
     record = Record()
     withhold(trainer)
     open_adapters(trainer)
+    fill_held(trainer.stages, RandomBase(spec.model, 0.1), meshes.device)
     bias_rate = BIAS_RATE if spec.model.topk_method == "noaux_tc" else 0.0
 
     def inputs(step: int) -> Batch:
@@ -188,10 +191,11 @@ def open_adapters(trainer: Trainer) -> None:
 
 
 def named(trainer: Trainer, how: str):
-    """((stage, name), tensor) of this rank's parameters or buffers."""
+    """((stage, name), tensor) of this rank's parameters or buffers, not of the bytes that frozen ones are kept as."""
     for index, stage in zip(trainer.indices, trainer.stages):
         for name, tensor in getattr(stage, how)():
-            yield (index, name), tensor
+            if tensor.is_floating_point():
+                yield (index, name), tensor
 
 
 def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -3,17 +3,25 @@
 import dataclasses
 
 import pytest
+import torch
+from random_base import RandomBase
+from small_models import random_batch, training_batch
 
 from megatron_deepseek.arguments import parse
+from megatron_deepseek.checkpoint.job.base_weights import fill_held
 from megatron_deepseek.checkpoint.reshard.rank_shards import ModelDivision, find_holders
-from megatron_deepseek.model.architecture.adapters import adapter_rows
+from megatron_deepseek.model.architecture.adapters import adapter_rows, is_adapter
 from megatron_deepseek.model.architecture.parameters import parameters
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.planning.held_parameters import held_parameters
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory_table import memory_parts
 from megatron_deepseek.planning.state_bytes import describe_states, fullest_states
+from megatron_deepseek.runtime.job import training_spec
+from megatron_deepseek.training.trainer import Trainer
 
 SMALL_LITE = dataclasses.replace(
     V2_LITE, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=32,
@@ -62,13 +70,42 @@ def test_one_process_by_hand():
 
 
 def test_adapters_alone_have_gradients_and_moments():
-    """Of what each weight takes, the sum of gradients, the reduced one and the moments are left to the adapters."""
-    base = settings("--model tiny --global-batch-size 4", 1)
+    """4 + 2 bytes of weights, 4 of sums of gradients, 4 of reduced ones and 8 of moments are left to them; the base is
+    bfloat16 twice, as it is kept and gathered, and routers are float32.
+    """
     lora = settings("--model tiny --global-batch-size 4 --load base --lora-rank 4 --lora-target all router mtp", 1)
     adapters = sum(row.size for row in adapter_rows(lora.model, lora.lora))
-    weights = sum(row.size for row in parameters(lora.model) if row.trained)
-    whole, of_lora = (fullest_states(each).device for each in (base, lora))
-    assert of_lora == whole - (4 + 4 + 8) * weights + whole // weights * adapters
+    base = sum((4 if row.name.endswith("mlp.gate.weight") else 2) * row.size for row in parameters(lora.model)
+               if row.trained)
+    assert fullest_states(lora).device == 2 * base + (4 + 2 + 4 + 4 + 8) * adapters
+
+
+@pytest.mark.parametrize("options, base", [
+    ("", "base weights, bf16"), ("--quantization-bit 4", "base weights, nf4, scales quantised"),
+    ("--quantization-bit 4 --no-double-quantization --exp-avg-dtype bf16", "base weights, nf4"),
+    ("--quantization-bit 8", "base weights, fp8")])
+def test_the_table_has_what_is_allocated(meshes, options, base):
+    """Base, adapters, gradients and moments byte for byte, of a step of one micro-batch on one rank."""
+    config = dataclasses.replace(SMALL_LITE, n_group=1, topk_group=1)
+    asked = settings(f"--model tiny --load base --lora-rank 4 --lora-target all router --seq-length 8 {options}", 1)
+    asked = dataclasses.replace(asked, model=config)
+    said = {part.name: part.bytes for part in memory_parts(Job(asked, cuda=False), 0)}
+    trainer = Trainer(training_spec(asked), meshes)
+    fill_held(trainer.stages, RandomBase(config), torch.device("cpu"))
+    trainer.train_step(training_batch(*random_batch(config, 1, 8)), learning_rate=1e-3)
+    named = dict(trainer.stages[0].named_parameters())
+    trained = [parameter for name, parameter in named.items() if is_adapter(name)]
+    assert said[base] == sum(size(parameter) for name, parameter in named.items() if not is_adapter(name))
+    assert said["adapters"] == sum(map(size, trained)) > 0
+    assert said["gradients"] == sum(size(parameter.grad) for parameter in trained)
+    assert said["moments"] == sum(size(state[moment]) for state in trainer.optimizer.state.values()
+                                  for moment in ("exp_avg", "exp_avg_sq"))
+    assert said["activations"] > 0
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes on this rank."""
+    return tensor.to_local().nbytes
 
 
 def test_frozen_parameters_have_no_gradient_and_no_moments():
