@@ -149,12 +149,14 @@ def test_no_key_is_listed_twice():
 
 def test_what_nothing_stands_for_is_named_with_its_reason(printed):
     script = printed(LORA + "use_dora: true\nmax_samples: 1000\noptim: adamw_8bit\nneftune_noise_alpha: 5\n"
-                     "lora_dropuot: 0.1\npref_beta: 0.1\nfp16: true\nval_size: 0.1\n")
+                     "lora_dropuot: 0.1\npref_beta: 0.1\nfp16: true\nval_size: 0.1\n"
+                     "kto_chosen_weight: 2.0\n")
     remarks = script.partition("hf download")[0].replace("\n#  ", "")
     for remark in ("use_dora: true (adapters are A and B", "max_samples: 1000 (all rows are read",
                    "optim: adamw_8bit (the optimizer is AdamW", "val_size: 0.1 (nothing is split off",
                    "lora_dropuot: 0.1 (it is no key of LLaMA-Factory or transformers that is known here; did you mean "
-                   "lora_dropout?", "fp16: --bf16 stands for it"):
+                   "lora_dropout?", "fp16: --bf16 stands for it",
+                   "kto_chosen_weight: 2.0 (it is for preference tuning"):
         assert remark in " ".join(remarks.split()), remark
     assert "pref_beta" not in script  # it is the default
     assert "--neftune-alpha 5" in script
