@@ -51,7 +51,7 @@ setup(
         # tests/engines
         "engines": ["peft>=0.17", "transformers>=5"],
         "tensorboard": ["tensorboard>=2.15"],
-        "yaml": ["pyyaml>=6"],  # --yaml-cfg
+        "yaml": ["pyyaml>=6"],  # --yaml-cfg, tools/translate_arguments.py
         "wandb": ["wandb>=0.19"],  # --wandb-project
     },
 )

@@ -231,6 +231,7 @@ class RunSettings:
     fp8_param_gather: bool = False
     load_adapter: Path | None = None
     save_adapter: Path | None = None
+    adapter_for: str | None = None
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
     unpadded_vocab_size: int | None = None

@@ -17,6 +17,7 @@ from megatron_deepseek.model.architecture.adapters import (
 )
 
 _ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FOR = ("peft", "vllm")
 ALPHA_OF_RANK = 2  # LLaMA-Factory's default: alpha is twice the rank
 
 
@@ -34,6 +35,8 @@ def add_lora(parser):
     add("--use-dora", action="store_true", help="refused: routed experts cannot have it in PEFT or vLLM")
     add("--load-adapter", type=values.path, metavar="DIR", help="begin from an adapter of PEFT")
     add("--save-adapter", type=values.path, metavar="DIR", help="at the end, write the adapter as PEFT's files")
+    add("--adapter-for", type=str, choices=ADAPTER_FOR,
+        help="who reads them: vllm leaves out kv_b_proj, which it does not apply (peft)")
 
 
 def lora_settings(args) -> LoraSettings | None:
@@ -89,6 +92,9 @@ LORA = (
          "and tools/merge_lora.py merges it into its base"),
     Rule("an adapter is written from a checkpoint", lambda r: r.args.save_adapter is not None and r.args.save is None,
          "--save-adapter {r.args.save_adapter} needs --save: it is made from the last checkpoint"),
+    Rule("a reader of the adapter needs --save-adapter",
+         lambda r: r.args.adapter_for is not None and r.args.save_adapter is None,
+         "--adapter-for {r.args.adapter_for} needs --save-adapter"),
     Rule("a router without an adapter has a bias that stays", _moves_a_frozen_routers_bias,
          "--moe-router-bias-update-rate {r.args.moe_router_bias_update_rate} needs --lora-target router: a frozen "
          "router goes on choosing as it did"),

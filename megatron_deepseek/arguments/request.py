@@ -14,7 +14,8 @@ from megatron_deepseek.parallel.layout import nodes_divide
 from megatron_deepseek.settings import BatchSettings
 from megatron_deepseek.training import timeline
 
-_OF_LORA = ("lora_alpha", "lora_target", "lora_rs", "lora_dropout", "lora_plus_ratio", "save_adapter", "load_adapter")
+_OF_LORA = ("lora_alpha", "lora_target", "lora_rs", "lora_dropout", "lora_plus_ratio", "save_adapter",
+            "load_adapter", "adapter_for")
 
 
 @dataclass(frozen=True)

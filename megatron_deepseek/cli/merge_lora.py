@@ -22,6 +22,9 @@ def build_parser() -> OneLineParser:
     add("--save", type=values.path, required=True, metavar="DIR",
         help="a Hugging Face directory, made whole by a rename at the end")
     add("--dtype", choices=TYPES, help="type of the weights (as stored in the base; FP8 is quantised again)")
+    add("--adapter-for", choices=("vllm",), help="vllm: merge kv_b_proj and MTP modules alone, whose adapters it does "
+        "not apply, and write the others to --save-adapter")
+    add("--save-adapter", type=values.path, metavar="DIR", help="with --adapter-for: what is left of the adapter")
     add("--max-shard-size", type=values.size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
     add("--workers", type=values.positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     return parser

@@ -18,7 +18,8 @@ from megatron_deepseek.ops import nf4
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, scaled_mm
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
-from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp
+from megatron_deepseek.ops.lora import LowRank
+from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Grouped
 from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 from megatron_deepseek.parallel.tensor import ParallelLinear
 
@@ -183,6 +184,38 @@ class AdaptedWeight(HeldWeight):
     @property
     def nbytes(self):
         return self.base.nbytes + self.a_rK.nbytes + self.b_Nr.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedExperts(HeldWeight):
+    """Experts with an adapter beside each, in whatever form they are held: A [E, m r, K], B [E, N, r] with the scale in
+    it, of m = `matrices` projections in a stack, as gate and up.
+    """
+
+    base: HeldWeight
+    a_ErK: torch.Tensor
+    b_ENr: torch.Tensor
+    matrices: int
+
+    def multiply(self, x):
+        raise NotImplementedError("experts are multiplied by the rows of each")
+
+    def multiply_grouped(self, rows_RK, counts):
+        low_rank = LowRank(lambda: self.a_ErK, lambda: self.b_ENr, 1.0, Grouped(), Grouped(), self.matrices)
+        return self.base.multiply_grouped(rows_RK, counts) + low_rank(rows_RK, counts)
+
+    def dense(self, dtype):
+        wide = torch.promote_types(dtype, torch.float32)
+        parts = zip(self.b_ENr.to(wide).chunk(self.matrices, 1), self.a_ErK.to(wide).chunk(self.matrices, 1))
+        return (self.base.dense(wide) + torch.cat([b @ a for b, a in parts], 1)).to(dtype)
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    @property
+    def nbytes(self):
+        return self.base.nbytes + self.a_ErK.nbytes + self.b_ENr.nbytes
 
 
 def held_weight(linear: ParallelLinear) -> HeldWeight:

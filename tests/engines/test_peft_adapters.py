@@ -9,7 +9,8 @@ from small_adapters import CPU, AdapterBench
 from small_checkpoints import v3_directory
 
 from megatron_deepseek.checkpoint.job.adapters import load_adapter, load_with_base
-from megatron_deepseek.inference.loading import join_ranks
+from megatron_deepseek.inference.loading import LoadSettings, join_ranks, load_model
+from megatron_deepseek.inference.model_files import open_model
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
 from megatron_deepseek.parallel.mesh import Meshes
@@ -64,6 +65,20 @@ def test_pefts_model_with_our_adapter_is_ours(bench):
         model = peft.PeftModel.from_pretrained(model, bench.saved / "adapter")
         assert off(model(TOKENS_BS).logits[0], ours) < CLOSE
         assert off(model.merge_and_unload()(TOKENS_BS).logits[0], ours) < CLOSE
+
+
+def test_the_engine_with_what_peft_saves_is_pefts_model(bench, tmp_path):
+    """PEFT's own file, in which the adapters of all experts are one, beside the base of a model that answers."""
+    model = peft.PeftModel.from_pretrained(bench.theirs(), bench.saved / "adapter")
+    model.save_pretrained(tmp_path / "adapter")
+    labels = TOKENS_BS.unsqueeze(1)
+    for adapter in (tmp_path / "adapter", bench.saved / "adapter"):
+        loaded = load_model(open_model(bench.released, tokenizer=None), bench.meshes,
+                            LoadSettings(dtype=torch.float32, max_length=8, adapter=adapter))
+        with torch.no_grad():
+            state, *_ = loaded.stage.states(TOKENS_BS, MicroBatch(Rows(labels, torch.zeros_like(labels))),
+                                            StepContext(1))
+            assert off(loaded.stage.logits(state)[0], model(TOKENS_BS).logits[0]) < CLOSE
 
 
 def test_what_peft_saves_loads_here(bench, tmp_path):

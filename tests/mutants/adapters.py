@@ -5,6 +5,7 @@ from mutant import of
 STEP = ("tests/unit/training/test_lora.py",)
 ROWS = ("tests/unit/model/architecture/test_adapters.py",)
 FILES = ("tests/unit/checkpoint/test_adapter_files.py",)
+FOR_VLLM = ("tests/unit/checkpoint/test_adapter_for_vllm.py",)
 MERGING = ("tests/unit/checkpoint/test_adapter_merging.py",)
 MASKS = ("tests/unit/ops/test_dropout.py",)
 LAYOUTS = ("tests/parallel/test_layouts.py",)
@@ -64,6 +65,11 @@ ADAPTERS = of(
     ("MergedSource.read", "rows + factor *", "rows +"),
     ("MergedSource.read_fp8", "block_fp8.quantize(self.read(name, start, stop))",
      "self.base.read_fp8(name, start, stop)"),
+) + of(
+    FOR_VLLM,
+    ("unapplied", "if not is_applied(layer)} | of_mtp", "if not is_applied(layer)}"),
+    ("merge_lora_run.unapplied_part", "pairs=left)", "pairs=adapter.pairs)"),
+    ("for_vllm.write_for_vllm", "if is_applied(layer_of(name))}", "}"),
 ) + of(
     BASE,
     ("base_hash._counted", "== 0 for dim in replicated", ">= 0 for dim in replicated"),

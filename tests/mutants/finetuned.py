@@ -4,6 +4,7 @@ from mutant import of
 
 STEP = ("tests/unit/finetuning/test_packed_training.py",)
 OBJECTIVES = ("tests/unit/training/test_objectives.py",)
+TRANSLATED = ("tests/unit/cli/test_translate_arguments.py",)
 COMMAND_LINE = ("tests/unit/arguments/test_finetuning_arguments.py",)
 
 FINE_TUNED = of(
@@ -20,6 +21,13 @@ FINE_TUNED = of(
 ) + of(
     OBJECTIVES,
     ("HeldOut.contribution", "likeliest_BS & (rows.weights_BS != 0)", "likeliest_BS"),
+) + of(
+    TRANSLATED,
+    ("training.batches", "micro * steps * data_ranks", "micro * steps"),
+    ("training.rate", 'more.pop("min_lr_rate", 0.0) * peak', 'more.pop("min_lr_rate", 0.0)'),
+    ("training.optimizer", '"--adam-beta2", 0.999', '"--adam-beta2", 0.95'),
+    ("translation._rest", "if str(value).lower() not in harmless:", "if not harmless:"),
+    ("_adapter", 'r.number("lora_alpha", 2 * rank)', 'r.number("lora_alpha", rank)'),
 ) + of(
     COMMAND_LINE,
     ("FineTuningParser.parse_args", "if getattr(given, name) is None:", "if not getattr(given, name):"),

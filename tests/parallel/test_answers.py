@@ -4,7 +4,7 @@ import re
 from functools import cache
 
 import pytest
-from answers_job import aborted, answers, unseeded, write_model
+from answers_job import aborted, answers, unseeded, write_adapter, write_model
 
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.parallel.layout import Layout
@@ -16,9 +16,12 @@ PARAMETERS = [SamplingParameters(max_tokens=8, temperature=0, logprobs=2, prompt
               SamplingParameters(max_tokens=3, top_k=5, seed=13, ignore_eos=True)]
 # The second job has one request for two or four replicas: the others have nothing to do, and take part.
 JOBS = [(PROMPTS, PARAMETERS), (PROMPTS[2:3], PARAMETERS[2:3])]
-CASES = [("tp2", 0, "fp8"), ("dp2 ep2", 2, "plain"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+BESIDE = " and an adapter"  # of a form: of all layers
+CASES = [("tp2", 0, "fp8"), ("dp2 ep2", 2, "plain" + BESIDE)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (
     ("tp2", 2, "plain"), ("tp2", 0, "nf4"), ("dp2 tp2 ep4", 2, "plain"), ("dp2 tp2 ep4", 0, "plain"),
-    ("dp2 tp2 ep2", 0, "nf4"), ("dp4 ep2", 0, "fp8")))]
+    ("dp2 tp2 ep2", 0, "nf4" + BESIDE), ("dp4 ep2", 0, "fp8"), ("dp2 ep2", 2, "plain"),
+    ("tp2", 0, "plain" + BESIDE))]
 
 
 def layout_of(text: str) -> Layout:
@@ -31,20 +34,30 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(ranks, directory):
-    """What one process answers, computed once for each kind of model."""
-    @cache
-    def found(drafts: int, form: str):
-        return ranks.run(1, answers, directory, Layout(), JOBS, drafts, form)[0]
+def adapter(tmp_path_factory):
+    return write_adapter(tmp_path_factory.mktemp("answers") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def ask(ranks, directory, adapter):
+    """What ranks of a layout answer, on each rank."""
+    def found(layout: Layout, drafts: int, form: str):
+        beside = adapter if form.endswith(BESIDE) else None
+        return ranks.run(layout.world_size, answers, directory, layout, JOBS, drafts, form.removesuffix(BESIDE), beside)
 
     return found
 
 
+@pytest.fixture(scope="module")
+def alone(ask):
+    """What one process answers, computed once for each kind of model."""
+    return cache(lambda drafts, form: ask(Layout(), drafts, form)[0])
+
+
 @pytest.mark.parametrize("layout, drafts, form", CASES)
-def test_answers_are_those_of_one_process(ranks, directory, alone, layout, drafts, form):
+def test_answers_are_those_of_one_process(ask, alone, layout, drafts, form):
     """Sums of float64 in another order move a log-probability by 1e-13 or so; a mistake moves it by 1e-3."""
-    layout = layout_of(layout)
-    found, *others = ranks.run(layout.world_size, answers, directory, layout, JOBS, drafts, form)
+    found, *others = ask(layout_of(layout), drafts, form)
     assert not any(others)
     for ours, theirs in zip(found, alone(drafts, form), strict=True):
         for of_prompt, expected in zip(ours, theirs, strict=True):

@@ -26,6 +26,7 @@ NO_OPTION = "--option-that-no-tool-has"
 COMMANDS = {
     "tools/convert_checkpoint.py": "megatron_deepseek.cli.convert_checkpoint",
     "tools/merge_lora.py": "megatron_deepseek.cli.merge_lora",
+    "tools/translate_arguments.py": "megatron_deepseek.cli.translate_arguments",
     "tools/reshard_checkpoint.py": "megatron_deepseek.cli.reshard_checkpoint",
     "tools/preprocess_data.py": "megatron_deepseek.cli.preprocess_data",
     "tools/indexed_dataset.py": "megatron_deepseek.cli.indexed_dataset",

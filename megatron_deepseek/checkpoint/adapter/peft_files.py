@@ -103,6 +103,11 @@ class Adapter:
         return ValueError(f"{self.option} {self.directory} {what}")
 
 
+def layer_of(name: str) -> str:
+    """Return the layer that a tensor of an adapter belongs to."""
+    return name.removeprefix(PREFIX).rpartition(".lora_")[0]
+
+
 def _collect(file: Path, found: dict[str, dict[str, StoredTensor]]) -> None:
     for name, tensor in read_header(file).items():
         match = _NAME.fullmatch(name.removeprefix(PREFIX))

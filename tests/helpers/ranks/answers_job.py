@@ -1,13 +1,18 @@
 """Answers of a small model on ranks of a layout, to be compared with those of one process."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from native_checkpoints import random_state, write_native
+from safetensors.torch import save_file
 from small_models import V3_SMALL
 
+from megatron_deepseek.checkpoint.adapter.peft_config import peft_config
+from megatron_deepseek.checkpoint.adapter.peft_files import CONFIG as ADAPTER_CONFIG
+from megatron_deepseek.checkpoint.adapter.peft_files import MTP_WEIGHTS, PREFIX, WEIGHTS
 from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.loading import LoadSettings, join_ranks, load_model
 from megatron_deepseek.inference.model_files import open_model
@@ -15,6 +20,7 @@ from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.settings import EngineSettings
+from megatron_deepseek.model.architecture.adapters import LoraSettings, adapter_rows
 from megatron_deepseek.parallel.layout import Layout
 
 # Rows of kv_b_proj that two ranks share within a block of 128; columns that they share between blocks.
@@ -31,18 +37,33 @@ def write_model(directory: Path) -> Path:
     return write_native(directory, weights, CONFIG)
 
 
-def build(directory: Path, layout: Layout, mtp: bool = True, form: str = "plain") -> LoadedModel:
+def write_adapter(directory: Path) -> Path:
+    """An adapter of every layer that can have one: MLA, MLPs, each expert, routers, the MTP module."""
+    lora, generator = LoraSettings(2, 3.0, ("all", "router", "mtp")), torch.Generator().manual_seed(0)
+    found = {f"{PREFIX}{tensor.name}": 0.2 * torch.randn(tensor.shape, generator=generator)
+             for row in adapter_rows(CONFIG, lora) for expert in range(row.shape[0] if row.stacked else 1)
+             for tensor in row.hf_tensors(expert)}
+    of_mtp = {name for name in found if f".layers.{CONFIG.num_hidden_layers}." in name}
+    directory.mkdir()
+    save_file({name: tensor for name, tensor in found.items() if name not in of_mtp}, directory / WEIGHTS)
+    save_file({name: found[name] for name in of_mtp}, directory / MTP_WEIGHTS)
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(peft_config(CONFIG, lora, "base")))
+    return directory
+
+
+def build(directory: Path, layout: Layout, mtp: bool = True, form: str = "plain", adapter: Path | None = None
+          ) -> LoadedModel:
     files = open_model(directory, mtp=mtp, tokenizer=None)
-    loaded = load_model(files, join_ranks(layout), LoadSettings(dtype=torch.float64, form=form,
+    loaded = load_model(files, join_ranks(layout), LoadSettings(dtype=torch.float64, form=form, adapter=adapter,
                                                                 double_quantization=form == "nf4"))
     return replace(loaded, eos_ids=(7,))
 
 
 def answers(directory: Path, layout: Layout, jobs: list[tuple[list[list[int]], list[SamplingParameters]]],
-            draft_tokens: int = 0, form: str = "plain") -> list[list[list[Output]]]:
+            draft_tokens: int = 0, form: str = "plain", adapter: Path | None = None) -> list[list[list[Output]]]:
     """Of each of `jobs`, prompts and parameters, the answers on rank 0; other ranks have none."""
     settings = EngineSettings(max_length=64, block_size=4, token_budget=7, max_running=3, draft_tokens=draft_tokens)
-    replicas = Replicas(build(directory, layout, draft_tokens > 0, form), settings)
+    replicas = Replicas(build(directory, layout, draft_tokens > 0, form, adapter), settings)
     if not replicas.leads:
         replicas.follow()
         return []

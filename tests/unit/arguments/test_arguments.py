@@ -54,6 +54,8 @@ REFUSED = {
                                                      ["--init-mtp conflicts with --lora-rank 8"]),
     "there is no model to export beside an adapter": (1, "--lora-rank 8 --load base --save dir --save-hf hf",
                                                       ["--save-hf hf conflicts", "--save-adapter"]),
+    "a reader of the adapter needs --save-adapter": (1, "--lora-rank 8 --load base --save dir --adapter-for vllm",
+                                                     ["--adapter-for vllm needs --save-adapter"]),
     "an adapter is written from a checkpoint": (1, "--lora-rank 8 --load base --save-adapter dir",
                                                 ["--save-adapter dir needs --save"]),
     "a router without an adapter has a bias that stays":

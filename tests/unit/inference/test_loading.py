@@ -216,7 +216,7 @@ def test_adapters_that_cannot_be_used(released, tmp_path, meshes):
             (good, {"peft_type": "IA3"}, '"peft_type" is "IA3", only LORA is known'),
             (good, {"use_dora": True}, '"use_dora" is true, of which nothing is known here'),
             (good, {"modules_to_save": ["lm_head"]}, '"modules_to_save" is a list of 1'),
-            (lora({"model.layers.1.mlp.experts.0.up_proj": (140, 136)}), {}, "which is no linear layer of"),
+            (lora({"model.layers.1.mlp.experts.0.q_proj": (140, 136)}), {}, "which is no linear layer of"),
             (lora({LINEAR: (20, 131)}), {}, "has 131 inputs there, the model's has 130"),
             ({f"base_model.model.{LINEAR}.lora_A.weight": torch.zeros(2, 130)}, {}, "has lora_A alone"),
             ({**good, "lm_head.weight": torch.zeros(2, 2)}, {}, "which is neither A nor B"))):
