@@ -70,6 +70,9 @@ def _add_parallel(parser):
     for end in ("first", "last"):
         add(f"--decoder-{end}-pipeline-num-layers", type=values.positive_int,
             help=f"layers of the {end} pipeline rank; ranks without such a number share the rest evenly")
+    for part in ("embedding", "loss"):
+        add(f"--account-for-{part}-in-pipeline-split", action="store_true", default=None,
+            help=f"the {part} counts as a layer, and each stage gets as many of all these")
     add("--data-parallel-sharding-strategy", type=str, choices=("optim_grads", "optim_grads_params"),
         default="optim_grads", help="what FSDP keeps sharded outside a layer's computation (optim_grads)")
     add("--distributed-timeout-minutes", type=values.positive, default=10.0, help="for a collective (10)")

@@ -14,8 +14,8 @@ IGNORED = (
         --use-rotary-position-embeddings --use-torch-fsdp2 --yarn-correction-range-round-to-int
     """),
     Group("how communication is grouped and overlapped: FSDP2, the schedules and NCCL decide", """
-        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --create-all-gather-group
-        --ddp-average-in-collective --ddp-bucket-size= --ddp-num-buckets= --ddp-pad-buckets-for-high-nccl-busbw
+        --create-all-gather-group --ddp-average-in-collective --ddp-bucket-size= --ddp-num-buckets=
+        --ddp-pad-buckets-for-high-nccl-busbw
         --ddp-param-name-patterns-for-fp32-local-accumulation=+ --ddp-reduce-scatter-with-fp32-accumulation
         --disable-align-grad-reduce --disable-gloo-process-groups --disable-symmetric-registration
         --disable-tp-comm-bulk-dgrad --disable-tp-comm-bulk-wgrad --disable-tp-comm-overlap-ag
