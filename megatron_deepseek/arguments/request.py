@@ -249,6 +249,21 @@ class Request:
         return kind, coefficient
 
     @property
+    def evaluates(self) -> bool:
+        """Return whether pre-training is asked to evaluate."""
+        return bool(self.args.eval_iters) or self.args.full_validation
+
+    @property
+    def evaluation(self) -> str:
+        """Return the argument that asks for evaluations, as it was typed."""
+        return "--full-validation" if self.args.full_validation else f"--eval-iters {self.args.eval_iters}"
+
+    @property
+    def repeated_set_name(self) -> str | None:
+        names = self.args.validation_set_names or ()
+        return next((name for name in names if names.count(name) > 1), None)
+
+    @property
     def validation_weight(self) -> float:
         split_data_paths = data_paths(self.args)[1]
         if split_data_paths is not None:

@@ -160,10 +160,13 @@ def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSet
 def counts_in_norm(item: NamedParameter) -> bool:
     """Return whether this rank's shard counts in the norm: of TP replicas and of stage copies only the first does."""
     gradient = item.parameter.grad
-    if not item.counted or gradient is None:
-        return False
-    replicated = [dim for dim, placement in enumerate(gradient.placements) if isinstance(placement, Replicate)]
-    return all(gradient.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
+    return item.counted and gradient is not None and _is_first_copy(gradient)
+
+
+def _is_first_copy(tensor: DTensor) -> bool:
+    """Return whether this rank is the first of those that have the same shard."""
+    replicated = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
 
 
 @torch.no_grad()
@@ -172,13 +175,32 @@ def gradient_norm(parameters: Iterable[NamedParameter], device: torch.device) ->
 
     Squares are summed over all ranks of the job; of replicas one rank counts, so each parameter counts once.
     """
-    shards = [item.parameter.grad.to_local() for item in parameters if counts_in_norm(item)]
-    shards = [shard for shard in shards if shard.numel()]
+    return _norm([item.parameter.grad for item in parameters if counts_in_norm(item)], device)
+
+
+@torch.no_grad()
+def parameter_norm(parameters: Iterable[NamedParameter], device: torch.device) -> torch.Tensor:
+    """Return the Euclidean norm of all that is trained, in float64; each parameter counts once."""
+    return _norm([item.parameter for item in parameters if item.counted and _is_first_copy(item.parameter)], device)
+
+
+def _norm(tensors: Iterable[DTensor], device: torch.device) -> torch.Tensor:
+    shards = [shard for shard in (tensor.to_local() for tensor in tensors) if shard.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if shards:
         total += torch.stack(torch._foreach_norm(shards)).double().square().sum()
     dist.all_reduce(total)
     return total.sqrt()
+
+
+@torch.no_grad()
+def count_zeros(parameters: Iterable[NamedParameter], device: torch.device) -> int:
+    """Return how many numbers of the gradient of the whole model are 0; each parameter counts once."""
+    shards = [item.parameter.grad.to_local() for item in parameters if counts_in_norm(item)]
+    zeros = sum((shard == 0).sum() for shard in shards) if shards else 0
+    total = torch.as_tensor(zeros, dtype=torch.int64, device=device).clone()
+    dist.all_reduce(total)
+    return int(total)
 
 
 @torch.no_grad()

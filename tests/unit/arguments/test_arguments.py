@@ -199,6 +199,13 @@ REFUSED = {
     "the data is not given, given twice or unreadable":
         (1, "--data-args-path corpus.txt", ["--data-path corpus", "--data-args-path corpus.txt conflict"]),
     "evaluation needs validation data": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
+    "several validation sets need evaluations":
+        (1, "--multiple-validation-sets", ["--multiple-validation-sets", "--full-validation or --eval-iters"]),
+    "names of validation sets need several of them":
+        (1, "--full-validation --validation-set-names a b", ["--validation-set-names", "--multiple-validation-sets"]),
+    "a name is that of two validation sets":
+        (1, "--full-validation --multiple-validation-sets --validation-set-names a b a",
+         ["--validation-set-names", "a twice"]),
     "an interval of evaluations needs evaluations": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
     "positions by document need attention by document":
         (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
