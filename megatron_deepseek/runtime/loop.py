@@ -110,6 +110,7 @@ class Run:
         interval = self.settings.run.check_weight_hash_across_dp_replicas_interval
         if interval is not None and self.state.iteration % interval == 0:
             check_replicas(self.trainer.stages, self.state.iteration)
+            self.report.message(f"iteration {self.state.iteration}: all ranks have the same weights")
 
     def _requests(self) -> Iterator[tuple[int, int, int, int, int]]:
         """Yield the arguments of `Sampler.batch` for each remaining step."""
