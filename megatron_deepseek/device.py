@@ -66,6 +66,11 @@ def max_memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
+def memory_statistics(device: torch.device) -> dict[str, int]:
+    """Return the allocator's counts by torch's names, such as `reserved_bytes.all.current`; empty for a CPU."""
+    return dict(torch.cuda.memory_stats(device)) if is_accelerator(device) else {}
+
+
 def synchronize() -> None:
     """Wait until all work that was queued on the current device is done."""
     torch.cuda.synchronize()

@@ -152,6 +152,9 @@ class DataSettings:
     `split_data_paths` instead gives each of train, valid and test a path of its own, or None. `data_arguments`: how
     messages name the files that gave train, valid and test; empty if --data-path, --train-data-path and the like did.
     With `mock_data` the path is empty until data/mock.py has made the files.
+    `full_validation`: an evaluation reads every sample of the validation data once, in place of some batches.
+    `multiple_validation_sets`: each dataset of it is evaluated by itself; `validation_set_names` are the sets' names,
+    empty for those of their files. `num_workers`: threads that read batches ahead, 0 for none.
     """
 
     data_path: tuple[str, ...]
@@ -166,6 +169,10 @@ class DataSettings:
     seed: int = 1234
     data_arguments: tuple[str, ...] = ()
     mock_data: bool = False
+    full_validation: bool = False
+    multiple_validation_sets: bool = False
+    validation_set_names: tuple[str, ...] = ()
+    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -213,11 +220,20 @@ class RunSettings:
     nan_policy: str = "stop"
     max_skipped_steps: int = 10
     log_throughput: bool = False
+    log_num_zeros_in_grad: bool = False
+    log_params_norm: bool = False
+    log_timers_to_tensorboard: bool = False
+    log_memory_to_tensorboard: bool = False
+    log_validation_ppl_to_tensorboard: bool = False
+    log_world_size_to_tensorboard: bool = False
     tensorboard_dir: Path | None = None
+    tensorboard_log_interval: int = 1
+    tensorboard_queue_size: int = 1
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
     wandb_entity: str | None = None
     wandb_save_dir: Path | None = None
+    check_weight_hash_across_dp_replicas_interval: int | None = None
     manual_gc: bool = False
     manual_gc_interval: int = 0
     manual_gc_eval: bool = True

@@ -34,7 +34,8 @@ def defaults(without: Mapping[str, Any] | None = None) -> dict[str, Any]:
 def given_beside(args: argparse.Namespace) -> str:
     """Return the options of a layout that were given beside --auto-layout, "" if there is none."""
     names = (*_names(), "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers",
-             "decoder_last_pipeline_num_layers")
+             "decoder_last_pipeline_num_layers", "account_for_embedding_in_pipeline_split",
+             "account_for_loss_in_pipeline_split")
     usual = defaults()
     return " ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != usual.get(name)
                     and name != "moe_ranks_per_node")

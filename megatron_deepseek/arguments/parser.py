@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
                            usage="torchrun ... pretrain_deepseek.py --model NAME --data-path PREFIX ...",
                            description="Pre-train a DeepSeek model. Defaults are given in parentheses.",
                            epilog="examples/ has scripts that start it for each model, on one node and on many.")
-    for add in (*BEFORE_LENGTH, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA, add_data, *AFTER_DATA):
+    for add in (*BEFORE_LENGTH, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA, add_data, _add_reading, *AFTER_DATA):
         add(parser)
     return parser
 
@@ -71,6 +71,9 @@ def _add_parallel(parser):
     for end in ("first", "last"):
         add(f"--decoder-{end}-pipeline-num-layers", type=values.positive_int,
             help=f"layers of the {end} pipeline rank; ranks without such a number share the rest evenly")
+    for part in ("embedding", "loss"):
+        add(f"--account-for-{part}-in-pipeline-split", action="store_true", default=None,
+            help=f"the {part} counts as a layer, and each stage gets as many of all these")
     add("--data-parallel-sharding-strategy", type=str, choices=("optim_grads", "optim_grads_params"),
         default="optim_grads", help="what FSDP keeps sharded outside a layer's computation (optim_grads)")
     add("--distributed-timeout-minutes", type=values.positive, default=10.0, help="for a collective (10)")
@@ -170,6 +173,16 @@ def add_data(parser):
     add("--eod-mask-loss", action="store_true", help="no loss on end-of-document tokens")
 
 
+def _add_reading(parser):
+    add = parser.add_argument_group("reading and validation data").add_argument
+    add("--num-workers", type=values.count, default=1, help="threads that read batches ahead (1)")
+    add("--full-validation", action="store_true",
+        help="an evaluation reads all validation data once, in place of --eval-iters batches")
+    add("--multiple-validation-sets", action="store_true",
+        help="each dataset of the validation data is evaluated by itself")
+    add("--validation-set-names", type=str, nargs="+", metavar="NAME", help="of these sets (those of their files)")
+
+
 def _add_checkpoint(parser):
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save", type=values.path, metavar="DIR", help="for checkpoints and metrics.jsonl")
@@ -204,6 +217,8 @@ def _add_end_and_health(parser):
     add("--exit-duration-in-mins", type=values.positive, metavar="MINUTES", help="save and leave after so much time")
     add("--nan-policy", type=str, choices=NAN_POLICIES, default="stop",
         help="what follows a loss or gradient that is not finite: stop the run, or skip the update (stop)")
+    add("--check-weight-hash-across-dp-replicas-interval", type=values.positive_int, metavar="N",
+        help="compare hashes of the weights of all ranks that have the same, every N iterations (never)")
     add("--manual-gc", action="store_true", help="Python collects garbage where the next two say, on all ranks at once")
     add("--manual-gc-interval", type=values.count, default=0, help="after every so many iterations (0: never)")
     add("--no-manual-gc-eval", action="store_false", dest="manual_gc_eval", help="not before and after evaluations")
@@ -216,7 +231,16 @@ def _add_evaluation_and_logging(parser):
     add("--eval-interval", type=values.positive_int, help="iterations between evaluations (1000)")
     add("--log-interval", type=values.positive_int, default=1, help="iterations between lines (1)")
     add("--log-throughput", action="store_true", help="also the model's TFLOP/s a rank")
+    add("--log-params-norm", action="store_true", help="also the norm of what is trained")
+    add("--log-num-zeros-in-grad", action="store_true", help="also how many numbers of the gradient are 0")
     add("--tensorboard-dir", type=values.path, metavar="DIR", help="also write TensorBoard events")
+    add("--tensorboard-log-interval", type=values.positive_int, default=1, metavar="N",
+        help="iterations between the events by Megatron-LM's names (1)")
+    add("--tensorboard-queue-size", type=values.positive_int, default=1, metavar="N",
+        help="events that wait in memory before they are written (1: none)")
+    for name, what in (("timers", "iteration-time and throughput"), ("memory", "the accelerator's memory"),
+                       ("validation-ppl", "the perplexity of validations"), ("world-size", "the number of ranks")):
+        add(f"--log-{name}-to-tensorboard", action="store_true", help=f"there also {what}")
     add("--wandb-project", type=str, metavar="NAME", help="also log to Weights & Biases; WANDB_MODE=offline to files")
     add("--wandb-exp-name", type=str, metavar="NAME", help="of the run there")
     add("--wandb-entity", type=str, metavar="NAME", help="whose project it is")

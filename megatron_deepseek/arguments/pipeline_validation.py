@@ -15,9 +15,9 @@ def _layout_error(r: Request) -> bool:
 PIPELINE = (
     Rule("the stages of equal size do not divide the layers",
          lambda r: r.args.num_layers_per_virtual_pipeline_stage is not None
-         and r.model.num_hidden_layers % (r.pp * r.args.num_layers_per_virtual_pipeline_stage) != 0,
+         and r.split_parts % (r.pp * r.args.num_layers_per_virtual_pipeline_stage) != 0,
          "--num-layers-per-virtual-pipeline-stage {r.args.num_layers_per_virtual_pipeline_stage} x "
-         f"{PP} does not divide --num-layers {{r.model.num_hidden_layers}}"),
+         f"{PP} does not divide {{r.split_text}}"),
     Rule("the pipeline-parallel size does not divide the stages of the layout", lambda r: r.stage_count % r.pp != 0,
          "--pipeline-model-parallel-layout {r.args.pipeline_model_parallel_layout!r} has {r.stage_count} stages, "
          f"which {PP} does not divide"),
@@ -34,6 +34,14 @@ PIPELINE = (
                                                            or r.args.num_layers_per_virtual_pipeline_stage),
          "{r.pipeline_ends} conflicts with --pipeline-model-parallel-layout and "
          "--num-layers-per-virtual-pipeline-stage, which say what every stage holds"),
+    Rule("the embedding or the loss counts as a layer where the layers of stages are given",
+         lambda r: r.accounted and (r.pipeline_ends or r.args.pipeline_model_parallel_layout is not None),
+         "{r.accounted} divides the layers evenly, and conflicts with --pipeline-model-parallel-layout, "
+         "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers, which say how they are divided"),
+    Rule("the layers, with the parts that count as one, do not divide among the stages",
+         lambda r: r.accounted and r.pp > 1 and r.split_parts % r.stage_count != 0,
+         f"{{r.split_text}} is not a multiple of the {{r.stage_count}} stages of {PP} x {{r.virtual_stages}} on a "
+         "rank"),
     Rule("the ranks between the ends do not divide the layers left to them",
          lambda r: r.pipeline_ends and not r.ends_divide,
          "{r.pipeline_ends} of --num-layers {r.model.num_hidden_layers} leaves layers that do not divide evenly "

@@ -100,7 +100,7 @@ class Request:
         if self.args.pipeline_model_parallel_layout is not None:
             return layout_string.count_stages(self.args.pipeline_model_parallel_layout)
         if self.args.num_layers_per_virtual_pipeline_stage is not None:
-            return self.model.num_hidden_layers // self.args.num_layers_per_virtual_pipeline_stage
+            return self.split_parts // self.args.num_layers_per_virtual_pipeline_stage
         if self.args.num_virtual_stages_per_pipeline_rank is not None:
             return self.pp * self.args.num_virtual_stages_per_pipeline_rank
         return self.pp * (schedule_rules.VIRTUAL_STAGES[self.args.pipeline_schedule or "1F1B"] if self.pp > 1 else 1)
@@ -123,7 +123,29 @@ class Request:
         return f"E{stages}{'m' * self.model.num_nextn_predict_layers}L"
 
     @property
+    def accounted(self) -> str:
+        """Return the arguments by which the embedding or the loss counts as a layer in the division, as typed."""
+        return " ".join(f"--account-for-{part}-in-pipeline-split" for part in ("embedding", "loss")
+                        if getattr(self.args, f"account_for_{part}_in_pipeline_split"))
+
+    @property
+    def split_parts(self) -> int:
+        """Return what is divided among the stages: the layers, and what else counts as one."""
+        return self.model.num_hidden_layers + len(self.accounted.split())
+
+    @property
+    def split_text(self) -> str:
+        """Return the number of layers as it was typed, with what else counts as one."""
+        layers = f"--num-layers {self.model.num_hidden_layers}"
+        return f"{layers} with {self.accounted} ({self.split_parts} in all)" if self.accounted else layers
+
+    @property
     def _layers_of_stages(self) -> list[int] | None:
+        if self.accounted and self.pp > 1 and self.args.pipeline_model_parallel_layout is None:
+            parts = [self.split_parts // self.stage_count] * self.stage_count
+            parts[0] -= bool(self.args.account_for_embedding_in_pipeline_split)
+            parts[-1] -= bool(self.args.account_for_loss_in_pipeline_split)
+            return parts
         if self.args.num_layers_per_virtual_pipeline_stage is not None:
             return [self.args.num_layers_per_virtual_pipeline_stage] * self.stage_count
         if not self.pipeline_ends:
@@ -226,6 +248,21 @@ class Request:
         if kind is None:
             kind = ("seq_aux_loss" if self.model.seq_aux else "aux_loss") if coefficient else "none"
         return kind, coefficient
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether pre-training is asked to evaluate."""
+        return bool(self.args.eval_iters) or self.args.full_validation
+
+    @property
+    def evaluation(self) -> str:
+        """Return the argument that asks for evaluations, as it was typed."""
+        return "--full-validation" if self.args.full_validation else f"--eval-iters {self.args.eval_iters}"
+
+    @property
+    def repeated_set_name(self) -> str | None:
+        names = self.args.validation_set_names or ()
+        return next((name for name in names if names.count(name) > 1), None)
 
     @property
     def validation_weight(self) -> float:

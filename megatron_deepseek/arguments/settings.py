@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_deepseek.arguments import auto_layout
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture, unpadded_vocab_size
@@ -195,8 +196,15 @@ def _recompute(request: Request) -> RecomputeSettings:
 def _data(request: Request) -> DataSettings:
     data_path, split_data_paths = ((), None) if request.fine_tunes else data_paths(request.args)
     return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths,
-                 tokenizer_model=_tokenizer_model(request),
+                 tokenizer_model=_tokenizer_model(request), **_reading(request),
                  data_arguments=() if request.fine_tunes else data_arguments(request.args))
+
+
+def _reading(request: Request) -> dict[str, Any]:
+    """Return how pre-training reads its data; of fine-tuning --num-workers are processes that tokenise."""
+    if request.fine_tunes:
+        return {"num_workers": DataSettings.num_workers}
+    return {"validation_set_names": tuple(request.args.validation_set_names or ())}
 
 
 def _tokenizer_model(request: Request) -> str | None:
@@ -217,7 +225,7 @@ def _fine_tuning(request: Request) -> FineTuningSettings:
 def _run(request: Request) -> RunSettings:
     args = request.args
     eval_iters = args.eval_iters or 0
-    evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else bool(eval_iters)
+    evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else request.evaluates
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
                 finetune=args.finetune or _begins_from_weights(request), train_iters=args.train_iters or 0,

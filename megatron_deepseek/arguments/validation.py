@@ -203,12 +203,21 @@ _RUN = (
     Rule("recomputing several layers as one is not supported", lambda r: r.args.recompute_num_layers not in (None, 1),
          "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
     Rule("evaluation needs validation data",
-         lambda r: not r.fine_tunes and bool(r.args.eval_iters) and r.validation_weight == 0,
-         "--eval-iters {r.args.eval_iters} has no data: --split {r.args.split} gives validation the weight 0, or "
+         lambda r: not r.fine_tunes and r.evaluates and r.validation_weight == 0,
+         "{r.evaluation} has no data: --split {r.args.split} gives validation the weight 0, or "
          "--valid-data-path is missing"),
     Rule("an interval of evaluations needs evaluations",
-         lambda r: not r.fine_tunes and r.args.eval_interval is not None and r.args.eval_iters is None,
-         "--eval-interval {r.args.eval_interval} needs --eval-iters"),
+         lambda r: not r.fine_tunes and r.args.eval_interval is not None and r.args.eval_iters is None
+         and not r.args.full_validation,
+         "--eval-interval {r.args.eval_interval} needs --eval-iters or --full-validation"),
+    Rule("several validation sets need evaluations",
+         lambda r: not r.fine_tunes and r.args.multiple_validation_sets and not r.evaluates,
+         "--multiple-validation-sets needs --full-validation or --eval-iters"),
+    Rule("names of validation sets need several of them",
+         lambda r: not r.fine_tunes and bool(r.args.validation_set_names) and not r.args.multiple_validation_sets,
+         "--validation-set-names needs --multiple-validation-sets"),
+    Rule("a name is that of two validation sets", lambda r: not r.fine_tunes and r.repeated_set_name is not None,
+         "--validation-set-names has {r.repeated_set_name} twice"),
     Rule("positions by document need attention by document",
          lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
          "--reset-position-ids needs --reset-attention-mask: without it tokens attend across documents, where "

@@ -41,7 +41,8 @@ def plan_search(argv: Sequence[str]) -> int:
 
 _FOLLOW = ("sequence_parallel", "moe_ranks_per_node", "overlap_moe_expert_parallel_comm", "moe_shared_expert_overlap")
 _STAGES = ("pipeline_model_parallel_layout", "num_layers_per_virtual_pipeline_stage",
-           "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+           "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+           "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 def _given(args: argparse.Namespace, argv: Sequence[str]) -> dict:

@@ -11,6 +11,7 @@ from megatron_deepseek.data.preprocess.settings import (
     BACKENDS,
     INPUT_FORMATS,
     TEXT_UNITS,
+    WIKITEXT_UNITS,
     Content,
     Execution,
     PreprocessSettings,
@@ -45,13 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_input(group):
     add = group.add_argument
     add("--input", nargs="+", required=True, metavar="PATH",
-        help="files, quoted globs, directories, or - for standard input: JSONL, text or parquet; .gz, .zst, .xz")
+        help="files, quoted globs, directories, or - for standard input: JSONL, text, parquet or WikiText's .tokens; "
+             ".gz, .zst, .xz")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY",
         help="keys or columns to take text from, a dataset each; a.b is b within a (default: text)")
     add("--input-format", choices=INPUT_FORMATS, default="auto",
         help="auto: by the files' endings, and JSONL where they say nothing (default: %(default)s)")
     add("--text-unit", choices=TEXT_UNITS, default="file",
         help="what is one document in plain text (default: %(default)s)")
+    add("--split-wikitext", nargs="?", choices=WIKITEXT_UNITS, const="article",
+        help="the input has WikiText's form, as files named *.tokens are read anyway: a document is an article, from "
+             "its line ' = Title = ' to the next, or a section without headings, its words joined to prose")
     add("--on-error", choices=("skip", "fail"), default="skip",
         help="what to do about a document that cannot be used (default: skip, count and report it)")
     add("--max-errors", type=int, default=1000, metavar="N", help="skip at most so many (default: %(default)s)")
@@ -92,6 +97,9 @@ def _add_selection(group):
     add("--dedup", choices=("exact",), help="exact: keep the first of documents with equal texts (128-bit hashes)")
     add("--max-documents", type=int, metavar="N", help="the first N documents that are left")
     add("--shuffle-seed", type=int, metavar="SEED", help="put the documents in a random order")
+    add("--seq-length", type=int, metavar="N",
+        help="lay the ids of all documents end to end and cut them into documents of N + 1, as MindFormers' "
+             "wikitext_to_bin does; what is left at the end is dropped")
 
 
 def _add_output(group):
@@ -124,10 +132,21 @@ def settings_from(arguments: argparse.Namespace) -> PreprocessSettings:
     if arguments.partitions < 1 or arguments.workers % arguments.partitions:
         raise ValueError(f"--partitions {arguments.partitions} does not divide --workers {arguments.workers}")
     values["json_keys"] = tuple(arguments.json_keys)
+    values["input_format"], values["text_unit"] = _form(arguments)
     values["rank"], values["world_size"] = _place(arguments.rank, arguments.world_size)
     groups = {name: kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
               for name, kind in (("content", Content), ("selection", Selection), ("execution", Execution))}
     return PreprocessSettings(tuple(arguments.input), arguments.output_prefix, **groups)
+
+
+def _form(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the input's format and what is a document in it; --split-wikitext stands for both."""
+    if arguments.split_wikitext is None:
+        return arguments.input_format, "article" if arguments.input_format == "wikitext" else arguments.text_unit
+    if arguments.input_format not in ("auto", "wikitext"):
+        raise ValueError(f"--split-wikitext {arguments.split_wikitext} conflicts with --input-format "
+                         f"{arguments.input_format}")
+    return "wikitext", arguments.split_wikitext
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

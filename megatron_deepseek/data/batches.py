@@ -7,7 +7,10 @@ ranks and any micro-batch size read the same global batch.
 Shapes: B rows = num_micro_batches * micro_batch_size, S = seq_length.
 """
 
+import itertools
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +47,9 @@ class Sampler:
               dp_rank: int = 0, dp_size: int = 1) -> Batch:
         indices = sample_indices(consumed_samples, global_batch_size, micro_batch_size, dp_rank, dp_size)
         assert consumed_samples + global_batch_size <= len(self.dataset), "built for fewer samples than are read"
+        return self._read(indices)
+
+    def _read(self, indices: list[int]) -> Batch:
         samples = [self.dataset[index] for index in indices]
         tokens_BS = torch.stack([sample["tokens"] for sample in samples])
         labels_BS = torch.stack([sample["labels"] for sample in samples])
@@ -69,6 +75,19 @@ class Sampler:
         for step in range(eval_iters):
             yield self.batch(step * global_batch_size, global_batch_size, micro_batch_size, dp_rank, dp_size)
 
+    def every_sample(self, global_batch_size: int, micro_batch_size: int, dp_rank: int = 0, dp_size: int = 1):
+        """Yield batches with every sample of the dataset once. The last one is filled up with rows that are no text:
+        no label of them counts, and no token of them goes to an expert.
+        """
+        for consumed in range(0, len(self.dataset), global_batch_size):
+            indices = sample_indices(consumed, global_batch_size, micro_batch_size, dp_rank, dp_size)
+            batch = self._read([index % len(self.dataset) for index in indices])
+            if consumed + global_batch_size > len(self.dataset):
+                real_B1 = torch.tensor([index < len(self.dataset) for index in indices])[:, None]
+                batch = replace(batch, weights_BS=batch.weights_BS * real_B1,
+                                real_BS=real_B1.expand_as(batch.tokens_BS).contiguous())
+            yield batch
+
 
 def _stacked(samples: list[dict], name: str) -> torch.Tensor | None:
     """Return what each sample has under `name`, None where the dataset has no such thing."""
@@ -81,18 +100,20 @@ def number_documents(tokens_BS: torch.Tensor, eod: int) -> torch.Tensor:
     return ends_BS.cumsum(1) - ends_BS
 
 
-def read_ahead(read, requests):
-    """Yield `read(*request)` for each of `requests`; a thread reads the next one while the caller works on this one.
+def read_ahead(read, requests, num_workers: int = 1):
+    """Yield `read(*request)` for each of `requests`; threads read the next ones while the caller works on this one.
 
-    The order is that of `requests`, which is asked for one element ahead. An error of `read` is raised where its result
-    would have been yielded. The thread ends with the generator.
+    The order is that of `requests`, which is asked for `num_workers` elements ahead, one for each thread; with 0 the
+    caller waits while it is read. An error of `read` is raised where its result would have been yielded. The threads
+    end with the generator.
     """
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
-        current = None
-        for request in requests:
-            following = pool.submit(read, *request)
-            if current is not None:
-                yield current.result()
-            current = following
-        if current is not None:
+    if num_workers == 0:
+        yield from (read(*request) for request in requests)
+        return
+    with ThreadPoolExecutor(num_workers, "read-ahead") as pool:
+        requests = iter(requests)
+        reading = deque(pool.submit(read, *request) for request in itertools.islice(requests, num_workers))
+        while reading:
+            current = reading.popleft()
+            reading.extend(pool.submit(read, *request) for request in itertools.islice(requests, 1))
             yield current.result()

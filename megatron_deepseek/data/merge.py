@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_deepseek.data.index_file import HEADER, MAGIC, TOKEN_DTYPES, IndexFile, index_damage, open_index
-from megatron_deepseek.data.indexed import discard, publish
+from megatron_deepseek.data.indexed import discard, publish, written_whole
 from megatron_deepseek.data.naming import naming
 
 BYTES_PER_TASK = 1 << 28
@@ -61,6 +61,22 @@ def split_dataset(prefix: str, output_prefix: str, weights, workers: int = 1,
     parts = [cut(index, first, end) for first, end in itertools.pairwise(bounds)]
     _write({output: [part] for output, part in zip(outputs, parts)}, workers, copied)
     return [open_index(output, "part") for output in outputs]
+
+
+def cut_sequences(prefix: str, output_prefix: str, length: int) -> int:
+    """Lay the ids of a dataset end to end and write them as documents of `length` ids each. Return how many are left.
+
+    Raise ValueError for a dataset that is damaged or is the output, too.
+    """
+    index = _open_input(prefix, [output_prefix])
+    dtype, documents_at_once = index.token_dtype, max(1, BYTES_PER_BLOCK // (length * index.token_dtype.itemsize))
+    with open(prefix + ".bin", "rb") as file, written_whole([output_prefix], dtype) as (writer,):
+        while True:
+            ids = np.frombuffer(file.read(documents_at_once * length * dtype.itemsize), dtype)
+            whole = len(ids) // length
+            writer.add(ids[:whole * length], [[length]] * whole)
+            if whole < documents_at_once:
+                return len(ids) - whole * length
 
 
 def part_prefixes(output_prefix: str, parts: int) -> list[str]:

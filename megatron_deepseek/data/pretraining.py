@@ -35,18 +35,20 @@ MUCH_TO_READ = 1 << 30  # bytes; reading more is worth a line on the screen
 class SplitPlan:
     """The `sources` of one split, one for each dataset of its blend, with weights that add up to 1.
 
-    `left_out` are prefixes whose share is less than a sample, of a split that is not trained on.
+    `left_out` are prefixes whose share is less than a sample, of a split that is not trained on. Of a split that is
+    `apart` each dataset is read by itself, from its first sample on.
     """
 
     sources: tuple[PackedSplit, ...]
     weights: tuple[float, ...]
     num_samples: int
     left_out: tuple[str, ...] = ()
+    apart: bool = False
 
     @property
     def index(self) -> BlendIndex | None:
         """Return the index of the blend, None for a single dataset: its samples come in its own order."""
-        return BlendIndex(self.weights, self.num_samples) if len(self.sources) > 1 else None
+        return BlendIndex(self.weights, self.num_samples) if len(self.sources) > 1 and not self.apart else None
 
 
 @dataclass(frozen=True)
@@ -153,17 +155,35 @@ def _plan_split(settings: DataSettings, blend: SplitBlend, surveys: list[Survey]
     """
     packed = [_pack(settings, blend, survey) for survey in surveys]
     small = [place for place, split in enumerate(packed) if not split.num_samples]
-    if small and (blend.name == "train" or len(small) == len(packed)):
+    alone = blend.name == "valid" and settings.multiple_validation_sets
+    if small and (blend.name == "train" or len(small) == len(packed) or alone):
         split, survey = packed[small[0]], surveys[small[0]]
         raise ValueError(f"{blend.argument} {split.prefix}: its {blend.name} split ({blend.share_argument}: "
                          f"{split.end - split.first} of {survey.sequences} sequences, {split.tokens} tokens) is too "
                          f"small for one sample of --seq-length {settings.seq_length} + 1 tokens")
+    if blend.name == "valid" and (settings.full_validation or alone):
+        return _plan_apart(settings, packed, num_samples[SPLITS.index("valid")])
     weights = np.array(blend.blend.weights or [survey.tokens for survey in surveys], np.float64)
     weights[small] = 0
     kept = [(split, weight) for split, weight in zip(packed, (weights / np.sum(weights)).tolist()) if split.num_samples]
     sources, weights = zip(*kept)
     return SplitPlan(sources, weights, num_samples[SPLITS.index(blend.name)],
                      tuple(packed[place].prefix for place in small))
+
+
+def _plan_apart(settings: DataSettings, packed: list[PackedSplit], num_samples: int) -> SplitPlan:
+    """Return the plan of validation data of which every dataset is read by itself: all of it, or `num_samples` each.
+
+    Raise ValueError where there are not as many names as sets.
+    """
+    names = settings.validation_set_names
+    if names and len(names) != len(packed):
+        raise ValueError(f"--validation-set-names {' '.join(names)} has {len(names)} names, but the validation data "
+                         f"has {len(packed)} sets: {' '.join(split.prefix for split in packed)}")
+    sources = tuple(split for split in packed if split.num_samples)
+    counts = [split.num_samples if settings.full_validation else num_samples for split in sources]
+    return SplitPlan(sources, tuple(count / sum(counts) for count in counts), sum(counts),
+                     tuple(split.prefix for split in packed if not split.num_samples), apart=True)
 
 
 def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
@@ -176,7 +196,7 @@ def build_datasets(settings: DataSettings, num_samples: tuple[int, int, int]):
 
 
 def open_datasets(settings: DataSettings, plan: DataPlan):
-    """Return the datasets of a plan whose indices are built."""
+    """Return the datasets of a plan whose indices are built; of a split that is `apart` a list of them."""
     from megatron_deepseek.data.samples import BlendedSamples, PackedSamples
     eod = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model).eod
     masked = eod if settings.eod_mask_loss else None
@@ -185,7 +205,8 @@ def open_datasets(settings: DataSettings, plan: DataPlan):
         packed = [PackedSamples(source, plan.folder, split.num_samples, masked) for source in split.sources] \
             if split is not None else [None]
         blended = split is not None and split.index is not None
-        datasets.append(BlendedSamples(packed, split.index, plan.folder) if blended else packed[0])
+        datasets.append(packed if split is not None and split.apart else
+                        BlendedSamples(packed, split.index, plan.folder) if blended else packed[0])
     return tuple(datasets)
 
 

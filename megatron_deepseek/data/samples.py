@@ -72,10 +72,29 @@ class PackedSamples:
 
     def _order_of(self, epoch: int) -> np.ndarray:
         """Return the permutation of an epoch. Only the last one is kept, as epochs are read in order."""
-        if self._order[0] != epoch:
+        order = self._order  # once: another thread may read another epoch
+        if order[0] != epoch:
             generator = np.random.default_rng((self.split.seed, epoch))
-            self._order = (epoch, generator.permutation(self.samples_per_epoch).astype(np.uint32))
-        return self._order[1]
+            order = self._order = (epoch, generator.permutation(self.samples_per_epoch).astype(np.uint32))
+        return order[1]
+
+
+class EverySample:
+    """Every sample of some datasets once, one dataset after the other, and over again."""
+
+    def __init__(self, datasets: list[PackedSamples]):
+        self.datasets = datasets
+        self.names = short_names([each.split.prefix for each in datasets]) if len(datasets) > 1 else ()
+        self._ends = np.cumsum([each.samples_per_epoch for each in datasets])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> dict:
+        place = number % len(self)
+        source = int(np.searchsorted(self._ends, place, "right"))
+        return self.datasets[source][place - int(self._ends[source] - self.datasets[source].samples_per_epoch)] | {
+            "source": source}
 
 
 class BlendedSamples:

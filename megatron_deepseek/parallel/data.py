@@ -106,6 +106,13 @@ def gathered(unit: nn.Module) -> Iterator[None]:
     unit.reshard()
 
 
+def gathered_parameters(unit: nn.Module) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Yield the shard of each parameter of `unit` itself, and what it is while the unit is gathered, for a forward."""
+    with gathered(unit):
+        for parameter in _parameters_of(unit):
+            yield parameter.sharded_param, parameter.unsharded_param
+
+
 def gather_once(module: nn.Module) -> None:
     """Gather every unit of `module` whose forward is not going to run, and free it again.
 

@@ -17,9 +17,11 @@ from megatron_deepseek.runtime.export import keep_beside
 from megatron_deepseek.runtime.garbage import GarbageCollection
 from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.runtime.interruptions import Interruptions
+from megatron_deepseek.runtime.megatron_curves import StepCurves
 from megatron_deepseek.runtime.metrics import StepMetrics
 from megatron_deepseek.runtime.profile import profiler
 from megatron_deepseek.runtime.recorded import Job, record
+from megatron_deepseek.runtime.replicas import ReplicasDiffer, check_replicas
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import describe_changes
 from megatron_deepseek.runtime.saving import Saver, what_stays
@@ -27,6 +29,7 @@ from megatron_deepseek.runtime.task import Prepared
 from megatron_deepseek.runtime.user_errors import end_on_user_error
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.next_token import by_source
+from megatron_deepseek.training.optimizer import count_zeros, parameter_norm
 from megatron_deepseek.training.schedules import bias_rate, learning_rate, schedule_of
 from megatron_deepseek.training.timeline import global_batch_size
 from megatron_deepseek.training.token_keys import KeyedRows
@@ -55,6 +58,8 @@ class Run:
         self.garbage = GarbageCollection(settings.run)
         self.spikes, self.labels = SpikeWatch(), LabelWatch()
         self.schedule = schedule_of(settings.learning_rate, settings.run, settings.batch, state)
+        self.curves = StepCurves(settings.run, settings.loss.balance_type, settings.layout.world_size,
+                                 trainer.meshes.device)
         self.flops_per_token = model_flops_per_token(settings.model, settings.data.seq_length)
 
     def train(self) -> None:
@@ -64,7 +69,7 @@ class Run:
         with self.interruptions.handling(), self.garbage:
             try:
                 self._steps()
-            except FloatingPointError:
+            except (FloatingPointError, ReplicasDiffer):
                 self.saver.finish()  # a save on its way is that of a healthy step
                 raise
             self.saver.save(self.state)
@@ -74,10 +79,11 @@ class Run:
 
     def _steps(self) -> None:
         with profiler(self.settings.run, dist.get_rank()) as profile:
-            for batch in read_ahead(self._read, self._requests()):
+            for batch in read_ahead(self._read, self._requests(), self.settings.data.num_workers):
                 stop_flags = self._step(batch)
                 profile.step()
                 self.garbage.after_step(self.state.iteration)
+                self._compare_replicas()
                 if self._between_steps(stop_flags):
                     break
 
@@ -102,6 +108,13 @@ class Run:
         self.saver.poll()
         return leave
 
+    def _compare_replicas(self) -> None:
+        """Raise ReplicasDiffer on all ranks where some have other weights than others that should have the same."""
+        interval = self.settings.run.check_weight_hash_across_dp_replicas_interval
+        if interval is not None and self.state.iteration % interval == 0:
+            check_replicas(self.trainer.stages, self.state.iteration)
+            self.report.message(f"iteration {self.state.iteration}: all ranks have the same weights")
+
     def _requests(self) -> Iterator[tuple[int, int, int, int, int]]:
         """Yield the arguments of `Sampler.batch` for each remaining step."""
         consumed, batch = self.state.consumed_samples, self.settings.batch
@@ -122,7 +135,9 @@ class Run:
         seconds = time.perf_counter() - begin
         self._check_health(result, batch)
         self.state = state.after(size, result.updated)
-        self.report.step(self._metrics(result, rate, size * settings.data.seq_length, seconds))
+        metrics = self._metrics(result, rate, size * settings.data.seq_length, seconds)
+        self.report.step(metrics)
+        self.report.curves(metrics.iteration, self.curves.of(metrics, size, self.state.consumed_samples))
         return result.stop_flags
 
     def _check_health(self, result: StepResult, batch: Batch) -> None:
@@ -136,7 +151,7 @@ class Run:
                 self.report.message(line)
 
     def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float) -> StepMetrics:
-        losses, mfu, peak_memory = result.losses, None, None
+        run, losses, mfu, peak_memory = self.settings.run, result.losses, None, None
         device, speed = self.trainer.meshes.device, tokens / seconds * self.flops_per_token
         if is_accelerator(device):
             peak = peak_flops(product_name(device))
@@ -167,7 +182,9 @@ class Run:
             source_tokens=source_tokens,
             moe_dropped_fraction=result.dropped if limited else None,
             moe_crossings_per_token=result.cross_node_sends or None,
-            tflops_per_rank=speed / dist.get_world_size() / 1e12 if self.settings.run.log_throughput else None)
+            tflops_per_rank=speed / dist.get_world_size() / 1e12 if run.log_throughput else None,
+            num_zeros=count_zeros(self.trainer.parameters, device) if run.log_num_zeros_in_grad else None,
+            params_norm=parameter_norm(self.trainer.parameters, device) if run.log_params_norm else None)
 
     def _validate(self) -> None:
         """Report the losses of what is held out."""

@@ -19,7 +19,7 @@ from megatron_deepseek.runtime.appending import AppendedFile
 FILE_NAME = "metrics.jsonl"
 OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
             "skipped", "source_loss", "source_tokens", "moe_dropped_fraction", "moe_crossings_per_token",
-            "tflops_per_rank")
+            "tflops_per_rank", "num_zeros", "params_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class StepMetrics:
     part of all token copies that experts had no room for, not written without a capacity. moe_crossings_per_token: to
     how many other nodes a token was sent on its way to the experts of a layer, on average (with alltoall, how many
     copies of it), written where there are several nodes. tflops_per_rank: the model's own floating-point
-    operations, 10^12 a second, written with --log-throughput.
+    operations, 10^12 a second, written with --log-throughput. num_zeros, with --log-num-zeros-in-grad: how many numbers
+    of the gradient are 0. params_norm, with --log-params-norm: the Euclidean norm of what is trained, after the update.
     """
 
     iteration: int
@@ -58,6 +59,8 @@ class StepMetrics:
     moe_dropped_fraction: float | None = None
     moe_crossings_per_token: float | None = None
     tflops_per_rank: float | None = None
+    num_zeros: int | None = None
+    params_norm: float | None = None
 
     @property
     def tokens_per_second(self) -> float:

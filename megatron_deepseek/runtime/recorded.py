@@ -16,9 +16,13 @@ from megatron_deepseek.settings import Settings
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "drop_mtp", "overwrite",
                    "save_hf", "load_adapter", "save_adapter", "adapter_for", "save_hf_dtype", "fp8_scale_format",
                    "exit_interval", "exit_duration_in_mins",
-                   "log_interval", "tensorboard_dir", "profile", "profile_step_start", "profile_step_end",
+                   "log_interval", "tensorboard_dir", "tensorboard_log_interval", "tensorboard_queue_size",
+                   "log_num_zeros_in_grad", "log_params_norm", "log_timers_to_tensorboard",
+                   "log_memory_to_tensorboard", "log_validation_ppl_to_tensorboard", "log_world_size_to_tensorboard",
+                   "profile", "check_weight_hash_across_dp_replicas_interval", "profile_step_start", "profile_step_end",
                    "distributed_timeout_minutes"},
-           "data": {"data_cache_path", "seed"}, "model": {"released_as"},
+           "data": {"data_cache_path", "seed", "full_validation", "multiple_validation_sets", "validation_set_names",
+                    "num_workers"}, "model": {"released_as"},
            "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run", "generate_every",
                            "generate_prompts", "generate_tokens"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).

@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from tqdm import tqdm
 
 from megatron_deepseek.launch.ending import silence
 from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.runtime.appending import AppendedFile
+from megatron_deepseek.runtime.megatron_curves import Curves
 from megatron_deepseek.runtime.metrics import FILE_NAME, MetricsFile, StepMetrics
 from megatron_deepseek.runtime.scalars import scalars
 from megatron_deepseek.runtime.weights_and_biases import WeightsAndBiases
@@ -38,6 +39,13 @@ class Listener(Protocol):
     def message(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CurveListener(Protocol):
+    """A listener that also draws the curves that Megatron-LM has names for."""
+
+    def curves(self, iteration: int, curves: Curves) -> None: ...
 
 
 class Report:
@@ -63,6 +71,12 @@ class Report:
         """Report the evaluation of a set that fine-tuning holds out; like `validation` before the checkpoint."""
         for listener in self._listeners:
             listener.held_out(iteration, name, results)
+
+    def curves(self, iteration: int, curves: Curves | None) -> None:
+        """Pass on what has names of Megatron-LM's, to the listeners that draw curves."""
+        for listener in self._listeners if curves is not None else ():
+            if isinstance(listener, CurveListener):
+                listener.curves(iteration, curves)
 
     def message(self, text: str) -> None:
         for listener in self._listeners:
@@ -104,7 +118,8 @@ def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | N
     progress = (ProgressBar if _has_room_for_a_bar(stream) else ProgressLines)(run, resumed_iteration, stream)
     listeners: list[Listener] = []
     if run.tensorboard_dir is not None:
-        listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration, progress.message))
+        listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration, progress.message,
+                                     run.tensorboard_queue_size))
     if run.wandb_project is not None:
         listeners.append(WeightsAndBiases(run))
     log = None
@@ -223,10 +238,11 @@ class TensorBoard:
     """A listener that writes scalars for TensorBoard.
 
     A resume writes a SessionLog.START event, by which TensorBoard hides older events of the repeated steps. The events
-    are TensorBoard's, the file is ours: its own writer loses what a full disk refuses, and ends the run.
+    are TensorBoard's, the file is ours: its own writer loses what a full disk refuses, and ends the run. Up to
+    `queue_size` events wait in memory, where a kill loses them, for two minutes at most.
     """
 
-    def __init__(self, directory: Path, resumed_iteration: int, tell: Callable[[str], None]):
+    def __init__(self, directory: Path, resumed_iteration: int, tell: Callable[[str], None], queue_size: int = 1):
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
@@ -238,13 +254,22 @@ class TensorBoard:
         self._events, self._summaries = event_pb2, summary_pb2
         self._file = AppendedFile(directory / name, tell)
         self._records = RecordWriter(self._file)
+        self._queue: list[bytes] = []
+        self._queue_size, self._written_at, self._consumed_samples = queue_size, time.monotonic(), 0
         self._event(resumed_iteration + 1, file_version="brain.Event:2")
         begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._event(resumed_iteration + 1, session_log=begin)
 
     def _event(self, step: int, **content) -> None:
         event = self._events.Event(wall_time=time.time(), step=step, **content)
-        self._records.write(event.SerializeToString())
+        self._queue.append(event.SerializeToString())
+        if len(self._queue) >= self._queue_size or time.monotonic() - self._written_at > _QUEUE_SECONDS:
+            self._write_queue()
+
+    def _write_queue(self) -> None:
+        for event in self._queue:
+            self._records.write(event)
+        self._queue, self._written_at = [], time.monotonic()
 
     def step(self, metrics: StepMetrics) -> None:
         self._scalars("train", metrics.iteration, metrics.record())
@@ -257,16 +282,31 @@ class TensorBoard:
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         self._scalars(f"held out/{name}", iteration, results)
 
+    def curves(self, iteration: int, curves: Curves) -> None:
+        if curves.consumed_samples is not None:
+            self._consumed_samples = curves.consumed_samples
+        for name, value in (curves.by_samples | curves.others).items():
+            self._scalar(name, iteration, value)
+        for name, value in curves.by_samples.items():
+            self._scalar(f"{name} vs samples", self._consumed_samples, value)
+
     def _scalars(self, group: str, iteration: int, values: dict) -> None:
         for name, value in scalars(group, values):
-            scalar = self._summaries.Summary.Value(tag=name, simple_value=value)
-            self._event(iteration, summary=self._summaries.Summary(value=[scalar]))
+            self._scalar(name, iteration, value)
+
+    def _scalar(self, name: str, step: int, value: float) -> None:
+        scalar = self._summaries.Summary.Value(tag=name, simple_value=value)
+        self._event(step, summary=self._summaries.Summary(value=[scalar]))
 
     def message(self, text: str) -> None:
         pass
 
     def close(self) -> None:
+        self._write_queue()
         self._file.close()
+
+
+_QUEUE_SECONDS = 120.0  # as torch's SummaryWriter
 
 
 def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...],

@@ -110,7 +110,8 @@ def _is_first_rank() -> bool:
 def num_samples(settings: Settings, state: TrainState = TrainState()) -> tuple[int, int, int]:
     """Return how many samples of the train, valid and test split a run at `state` has read at its end."""
     train = timeline(settings.batch, state).samples(max(settings.run.train_iters, state.iteration))
-    return train, settings.run.eval_iters * settings.batch.global_batch_size, 0
+    valid = settings.run.eval_iters * settings.batch.global_batch_size
+    return train, valid or int(settings.data.full_validation), 0  # how many these are, only the data tells
 
 
 def resume(start: Start, trainer: Trainer, adapter: Path | None = None) -> tuple[TrainState, Base | None]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_deepseek.packages import how_to_install
+from megatron_deepseek.runtime.megatron_curves import Curves
 from megatron_deepseek.runtime.metrics import StepMetrics
 from megatron_deepseek.runtime.scalars import scalars
 from megatron_deepseek.settings import RunSettings
@@ -39,6 +40,10 @@ class WeightsAndBiases:
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         self._log(f"held out/{name}", iteration, results)
+
+    def curves(self, iteration: int, curves: Curves) -> None:
+        samples = {} if curves.consumed_samples is None else {"samples vs steps": curves.consumed_samples}
+        self._run.log(curves.by_samples | curves.others | samples, step=iteration)
 
     def _log(self, group: str, iteration: int, values: dict[str, Any]) -> None:
         self._run.log(dict(scalars(group, values)), step=iteration)

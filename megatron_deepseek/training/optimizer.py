@@ -4,6 +4,7 @@ Master weights and gradients are shards in the master dtype, moments in that or 
 meshes, because fused updates work on lists of DTensors of one mesh.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from megatron_deepseek.model.architecture.adapters import B, factor_of
 from megatron_deepseek.model.architecture.parameters import MATRIX, optimizer_group
+from megatron_deepseek.parallel.sums import sum_numbers
 from megatron_deepseek.settings import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -159,10 +161,13 @@ def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSet
 def counts_in_norm(item: NamedParameter) -> bool:
     """Return whether this rank's shard counts in the norm: of TP replicas and of stage copies only the first does."""
     gradient = item.parameter.grad
-    if not item.counted or gradient is None:
-        return False
-    replicated = [dim for dim, placement in enumerate(gradient.placements) if isinstance(placement, Replicate)]
-    return all(gradient.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
+    return item.counted and gradient is not None and _is_first_copy(gradient)
+
+
+def _is_first_copy(tensor: DTensor) -> bool:
+    """Return whether this rank is the first of those that have the same shard."""
+    replicated = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
 
 
 @torch.no_grad()
@@ -171,12 +176,30 @@ def squared_gradient_norm(parameters: Iterable[NamedParameter], device: torch.de
 
     Of replicas one rank counts, so that in the sum over all ranks each parameter counts once.
     """
-    shards = [item.parameter.grad.to_local() for item in parameters if counts_in_norm(item)]
-    shards = [shard for shard in shards if shard.numel()]
+    return _sum_of_squares([item.parameter.grad for item in parameters if counts_in_norm(item)], device)
+
+
+@torch.no_grad()
+def parameter_norm(parameters: Iterable[NamedParameter], device: torch.device) -> float:
+    """Return the Euclidean norm of all that is trained, of squares in float64; each parameter counts once."""
+    counted = [item.parameter for item in parameters if item.counted and _is_first_copy(item.parameter)]
+    return math.sqrt(sum_numbers([_sum_of_squares(counted, device)], device)[0])
+
+
+def _sum_of_squares(tensors: Iterable[DTensor], device: torch.device) -> torch.Tensor:
+    """Return the sum over this rank's shards, in float64."""
+    shards = [shard for shard in (tensor.to_local() for tensor in tensors) if shard.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if shards:
         total += torch.stack(torch._foreach_norm(shards)).double().square().sum()
     return total
+
+
+@torch.no_grad()
+def count_zeros(parameters: Iterable[NamedParameter], device: torch.device) -> int:
+    """Return how many numbers of the gradient of the whole model are 0; each parameter counts once."""
+    shards = [item.parameter.grad.to_local() for item in parameters if counts_in_norm(item)]
+    return int(sum_numbers([sum((shard == 0).sum() for shard in shards)], device)[0])
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ ADAPTERS = of(
     ("UpProjections.weights", "tuple(self.w_kvb.parameters())", "(self.w_kvb.weight,)"),
 ) + of(
     FILES,
-    ("base_hash._hash", "split_mix(bits[start:stop].to(torch.int64), split_mix(index, key))", "split_mix(index, key)"),
+    ("base_hash.hash_of", "split_mix(bits.to(torch.int64), split_mix(index, key))", "split_mix(index, key)"),
     ("peft_config", "2**0.5 if lora.lora_rs else 2", "2"),
     ("export.write_adapter", "        _write(directory / MTP_WEIGHTS", "        _write(directory / WEIGHTS"),
     ("model_state", "stage.lora is None or is_adapter(name)", "True"),
@@ -72,6 +72,6 @@ ADAPTERS = of(
     ("for_vllm.write_for_vllm", "if is_applied(layer_of(name))}", "}"),
 ) + of(
     BASE,
-    ("base_hash._counted", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
-    ("base_hash._counted", "or (name == EMBEDDING and not stage.stage.embedding)", "or False"),
+    ("base_hash.counts_here", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
+    ("base_hash._counted", "name == EMBEDDING and not stage.stage.embedding):", "False):"),
 )

@@ -27,9 +27,9 @@ LOOP_MUTANTS = of(
     ("Run._between_steps", "(done % run.eval_interval == 0 or done == run.train_iters)",
      "done % run.eval_interval == 0"),
     ("loop.open_data", "(Sampler(train, vocab_size, name, eod),", "(Sampler(train, vocab_size, name),"),
-    ("loop.open_data", "Sampler(valid, vocab_size, name, eod)", "Sampler(valid, vocab_size, name)"),
-    ("loop._mean", "return sum(values) / len(values)", "return sum(values)"),
-    ("loop._mean", "return sum(values) / len(values)", "return values[-1]"),
+    ("validation_sets", "Sampler(dataset, vocab_size, prefix, eod)", "Sampler(dataset, vocab_size, prefix)"),
+    ("validation._mean", " / (sum(labels for _, labels in losses) or 1.0)", ""),
+    ("validation._mean", "losses = list(losses)", "losses = list(losses)[-1:]"),
     ("training_spec", "recompute=settings.recompute,", ""),
     ("training_spec", 'settings.run.sharding == "optim_grads_params"',
      'settings.run.sharding != "optim_grads_params"'),
@@ -37,7 +37,8 @@ LOOP_MUTANTS = of(
     ("training_spec", "fp8_gather=settings.run.fp8_param_gather", "fp8_gather=False"),
     ("Run._step", "size * settings.data.seq_length, seconds)", "size, seconds)"),
     ("Run._metrics", "result.dropped if limited else None", "result.dropped"),
-    ("loop.validate", "by_source(data.source_names, sums)[0]", "by_source(data.source_names, losses[0].sources)[0]"),
+    ("validation._source_loss", "by_source(data.source_names, sums)[0]",
+     "by_source(data.source_names, losses[0].sources)[0]"),
     ("training_spec", "seed=settings.run.seed)", "seed=settings.data.seq_length)"),
     ("training_spec", "        optimizer=settings.optimizer,\n", ""),
 )
@@ -93,9 +94,9 @@ SCHEDULES = of(
 
 BATCHES = of(
     ("tests/unit/data/test_data_refusals.py",),
-    ("Sampler.batch", "ids_BS.max() >= self.vocab_size", "ids_BS.max() > self.vocab_size"),
-    ("Sampler.batch", "ids_BS.min() < 0 or ", ""),
-    ("Sampler.batch", "for ids_BS in (tokens_BS, labels_BS):", "for ids_BS in (tokens_BS,):"),
+    ("Sampler._read", "ids_BS.max() >= self.vocab_size", "ids_BS.max() > self.vocab_size"),
+    ("Sampler._read", "ids_BS.min() < 0 or ", ""),
+    ("Sampler._read", "for ids_BS in (tokens_BS, labels_BS):", "for ids_BS in (tokens_BS,):"),
 )
 
 SHOWN = of(

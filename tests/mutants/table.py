@@ -15,6 +15,7 @@ from finetuned import FINE_TUNED
 from frozen import FROZEN
 from grouped_query import GROUPED_QUERY
 from loaded import LOADED
+from megatron_options import MEGATRON
 from mutant import of
 from parameters import PARAMETERS
 from released import RELEASED
@@ -326,8 +327,8 @@ STEP_MUTANTS = of(
 
 OPTIMIZER = of(
     STEP,
-    ("counts_in_norm", "    if not item.counted or gradient is None:", "    if gradient is None:"),
-    ("counts_in_norm", "return all(gradient.device_mesh.get_local_rank(dim) == 0 for dim in replicated)",
+    ("counts_in_norm", "return item.counted and gradient is not None", "return gradient is not None"),
+    ("_is_first_copy", "return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in replicated)",
      "return True"),
     ("Trainer.train_step", 'math.sqrt(sums.pop("squared_gradient_norm"))', 'sums.pop("squared_gradient_norm")'),
     ("clip_gradients", "scale = max_norm / (norm + 1e-6)", "scale = max_norm / (norm**2 + 1e-6)"),
@@ -498,4 +499,5 @@ MUTANTS = (
     *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES,
     *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
     *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
-    *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS)
+    *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
+    *MEGATRON)

@@ -14,8 +14,8 @@ IGNORED = (
         --use-rotary-position-embeddings --use-torch-fsdp2 --yarn-correction-range-round-to-int
     """),
     Group("how communication is grouped and overlapped: FSDP2, the schedules and NCCL decide", """
-        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --create-all-gather-group
-        --ddp-average-in-collective --ddp-bucket-size= --ddp-num-buckets= --ddp-pad-buckets-for-high-nccl-busbw
+        --create-all-gather-group --ddp-average-in-collective --ddp-bucket-size= --ddp-num-buckets=
+        --ddp-pad-buckets-for-high-nccl-busbw
         --ddp-param-name-patterns-for-fp32-local-accumulation=+ --ddp-reduce-scatter-with-fp32-accumulation
         --disable-align-grad-reduce --disable-gloo-process-groups --disable-symmetric-registration
         --disable-tp-comm-bulk-dgrad --disable-tp-comm-bulk-wgrad --disable-tp-comm-overlap-ag
@@ -47,7 +47,7 @@ IGNORED = (
     """),
     Group("how failures are found: --nan-policy, the watch of ranks and launchers decide (docs/launching.md)", """
         --adlr-autoresume --adlr-autoresume-interval= --calc-ft-timeouts --check-for-large-grads
-        --check-for-spiky-loss --check-weight-hash-across-dp-replicas-interval= --enable-ft-package
+        --check-for-spiky-loss --enable-ft-package
         --error-injection-type= --ft-num-warmup-iters= --inprocess-active-world-size= --inprocess-barrier-timeout=
         --inprocess-completion-timeout= --inprocess-empty-cuda-cache --inprocess-granularity=
         --inprocess-hard-timeout= --inprocess-heartbeat-interval= --inprocess-heartbeat-timeout=
@@ -58,7 +58,7 @@ IGNORED = (
     Group("how data is read: a thread reads the next batch, indices are built once", """
         --allow-ambiguous-pad-tokens --dataloader-defer-npy-index-mmap --dataloader-fast-cache-load
         --exit-signal-handler-for-dataloader --mid-level-dataset-surplus= --no-mmap-bin-files
-        --num-dataset-builder-threads= --num-workers= --per-dataset-sequences-path= --sample-rate= --short-seq-prob=
+        --num-dataset-builder-threads= --per-dataset-sequences-path= --sample-rate= --short-seq-prob=
     """),
     Group("what is shown: metrics.jsonl and TensorBoard hold what is measured here (docs/training.md)", """
         --app-tag-run-name= --app-tag-run-version= --config-logger-dir= --disable-flight-recorder-dump-on-timeout
@@ -66,15 +66,14 @@ IGNORED = (
         --disable-log-loss-scale-to-tensorboard --disable-straggler-on-startup --flight-recorder-dump-path=
         --flight-recorder-include-stack-trace --flight-recorder-trace-buffer-size= --gpu-sniff-test-interval=
         --inference-wandb-logging --log-device-memory-used --log-energy --log-max-attention-logit
-        --log-memory-interval= --log-memory-to-tensorboard --log-num-zeros-in-grad --log-params-norm --log-straggler
-        --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard --log-world-size-to-tensorboard
+        --log-memory-interval= --log-straggler
         --logging-level= --memory-snapshot-path= --no-barrier-with-level-1-timing
         --no-flight-recorder-dump-on-timeout --no-flight-recorder-extra-dump-on-exec
         --no-flight-recorder-include-only-active --no-log-loss-scale-to-tensorboard --no-one-logger --nvtx-ranges
         --one-logger-async --one-logger-project= --one-logger-run-name= --profile-ranks=+
         --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra --pytorch-profiler-collect-shapes
         --record-memory-history --record-shapes --result-rejected-tracker-filename= --run-workload-inspector-server
-        --straggler-ctrlr-port= --straggler-minmax-count= --tensorboard-log-interval= --tensorboard-queue-size=
+        --straggler-ctrlr-port= --straggler-minmax-count=
         --timing-log-level= --timing-log-option=
     """),
     Group("how checkpoints are written: they are DCP files, checked and complete or absent", """

@@ -110,8 +110,8 @@ def recomputed_attention(line: Line) -> None:
 
 def usual_evaluation(line: Line) -> None:
     """Evaluate on 100 batches where an interval is given alone, as Megatron-LM does."""
-    if line.value("--eval-interval") is not None and line.value("--eval-iters") is None \
-            and line.value("--model") is None:
+    if line.value("--eval-interval") is not None and line.value("--model") is None \
+            and line.value("--eval-iters") is None and line.value("--full-validation") is None:
         line.replace((), "--eval-iters 100")
 
 

@@ -68,6 +68,15 @@ _REMARKS = {
                   "as a command line, with comments",
     "--data-args-path": "what follows a # is a comment",
     "--mock-data": "4096 documents that count 1, 2, 3, ..., in files below `--data-cache-path` or a temporary folder",
+    "--num-workers": "threads, 1 unless given",
+    "--full-validation": "the last batch is filled up, so that every sample counts once",
+    "--multiple-validation-sets": "also without `--full-validation`, and with weights, which the sets ignore",
+    "--check-weight-hash-across-dp-replicas-interval": "of all ranks that have the same weights, as gathered for a "
+                                                       "forward, and of the routers' biases",
+    "--tensorboard-queue-size": "1 unless given: events are written at once",
+    "--log-timers-to-tensorboard": "iteration-time and throughput, as with `--timing-log-level 0`",
+    "--log-memory-to-tensorboard": "of rank 0, on CUDA",
+    "--log-params-norm": "of what is trained",
     "--expert-tensor-parallel-size": "1 unless given, there the tensor-parallel size; the numbers are the same",
     "--tokenizer-type": "HuggingFaceTokenizer with a `tokenizer.json`, ByteTokenizer, or NullTokenizer: `--vocab-size` "
                         "ids, of which the last ends a document, as in megatron-core 0.18 and 0.19",

@@ -33,9 +33,7 @@ REFUSED = (
         --decrease-batch-size-if-needed --eval-global-batch-size= --eval-micro-batch-size= --iterations-to-skip=+
         --phase-transition-iterations= --start-eval-at-iter= --step-batch-size-schedule=
     """),
-    Group("an evaluation is --eval-iters batches of one validation set, while it trains; leave it out", """
-        --full-validation --multiple-validation-sets --skip-train --validation-set-names=+
-    """),
+    Group("evaluations are made while it trains; leave it out", "--skip-train"),
     Group("samples are shuffled whole documents of indexed files, in an order that --seed gives; leave it out", """
         --dataloader-type=single --fim-data --hierarchical-context-parallel-sizes=+ --hybrid-context-parallel
         --no-data-sharding

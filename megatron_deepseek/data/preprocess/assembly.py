@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_deepseek.data.index_file import IndexFile, open_index
 from megatron_deepseek.data.indexed import IndexedWriter, written_whole
-from megatron_deepseek.data.merge import merge_datasets
+from megatron_deepseek.data.merge import cut_sequences, merge_datasets
 from megatron_deepseek.data.preprocess import selection
 from megatron_deepseek.data.preprocess.files import written_aside
 from megatron_deepseek.data.preprocess.part import Summary
@@ -30,11 +30,15 @@ BYTES_PER_WRITE = 1 << 22
 
 @dataclass(frozen=True)
 class Assembled:
-    """The result: the `prefixes` of each key, one if merged, several in a blend, and the documents left out."""
+    """The result: the `prefixes` of each key, one if merged, several in a blend, and the documents left out.
+
+    `cut_off` are the ids at the end that are fewer than --seq-length asks for, of all keys together.
+    """
 
     prefixes: dict[str, list[str]]
     duplicates: int
     beyond_limit: int
+    cut_off: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,12 @@ def assemble(settings: PreprocessSettings, summaries: list[Summary], dtype, tick
     duplicates = sum(os.path.getsize(path) // 4 for path in map(parts.drops_path, range(len(bases)))
                      if os.path.exists(path))
     finish = _merge if settings.execution.merge else _name_blend
-    prefixes = {key: finish(settings, key, [f"{base}_{key}" for base in ordered])
-                for key in settings.content.json_keys}
-    return Assembled(prefixes, duplicates, sum(parts.documents) - duplicates - taken)
+    left_out = duplicates, sum(parts.documents) - duplicates - taken
+    made = {key: [f"{base}_{key}" for base in ordered] for key in settings.content.json_keys}
+    if settings.selection.seq_length is not None:
+        cut_off = sum(_cut(settings, key, prefixes, directory) for key, prefixes in made.items())
+        return Assembled({key: [settings.prefix_of(key)] for key in made}, *left_out, cut_off)
+    return Assembled({key: finish(settings, key, prefixes) for key, prefixes in made.items()}, *left_out)
 
 
 def _run_all(tasks, work, workers, tick):
@@ -211,6 +218,17 @@ def _merge(settings: PreprocessSettings, key: str, prefixes: list[str]) -> list[
     prefix = settings.prefix_of(key)
     merge_datasets(prefixes, prefix, settings.execution.workers)
     return [prefix]
+
+
+def _cut(settings: PreprocessSettings, key: str, prefixes: list[str], directory: str) -> int:
+    """Write the ids of `prefixes`, end to end, as documents of --seq-length + 1. Return the number of those left."""
+    whole, length = os.path.join(directory, f"whole_{key}"), settings.selection.seq_length + 1
+    tokens = os.path.getsize(merge_datasets(prefixes, whole, settings.execution.workers).prefix + ".bin")
+    tokens //= open_index(whole, "merged").token_dtype.itemsize
+    if tokens < length:
+        raise ValueError(f"--seq-length {length - 1}: the {tokens} tokens of {key} are too few for a sequence of "
+                         f"{length}")
+    return cut_sequences(whole, settings.prefix_of(key), length)
 
 
 def _name_blend(settings: PreprocessSettings, key: str, prefixes: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 STANDARD_INPUT = "-"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text", ".md": "text",
-           ".parquet": "parquet"}
+           ".tokens": "wikitext", ".parquet": "parquet"}
 BEGINNINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"PAR1": "parquet"}
 
 

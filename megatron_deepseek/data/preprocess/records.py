@@ -16,6 +16,7 @@ from megatron_deepseek.data.preprocess.long_text import (
     LONG_LINE_BYTES, UNPARSED, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
 from megatron_deepseek.data.preprocess.plan import Segment
 from megatron_deepseek.data.preprocess.streams import DamagedStream, open_stream
+from megatron_deepseek.data.preprocess.wikitext import documents, joined
 
 DAMAGED = "damaged file"  # the reason of a fault after which nothing more of the file can be read
 BOM = b"\xef\xbb\xbf"
@@ -62,6 +63,8 @@ class SegmentReader:
         try:
             if input_file.format == "parquet":
                 yield from self._rows()
+            elif input_file.format == "wikitext":
+                yield from self._wikitext()
             elif input_file.format == "text" and self.text_unit == "file" and self.segment.spool is None:
                 yield from self._whole_file()
             else:
@@ -139,6 +142,18 @@ class SegmentReader:
             yield Record(0, 1, (text,))
         except BadDocument as error:
             yield self._cut(error) if is_cut(error, "text") else Fault(0, 1, error.reason, str(error))
+
+    def _wikitext(self) -> Iterator[Record | Fault]:
+        unit = "section" if self.text_unit == "section" else "article"
+        with _open(self.segment) as file:
+            lines = ((self.place, self.lines, content[:]) for content in self._contents(file))
+            for place, line, content in documents(lines, unit):
+                try:
+                    text = decode_utf8(content[len(BOM) if place == 0 and content[:3] == BOM else 0:])
+                    yield Record(place, line, (joined(text) if unit == "section" else text,))
+                except BadDocument as error:
+                    cut = not _has_line_end(content) and is_cut(error, "text")
+                    yield self._cut(error) if cut else Fault(place, line, error.reason, str(error))
 
     def _rows(self) -> Iterator[Record | Fault]:
         import pyarrow

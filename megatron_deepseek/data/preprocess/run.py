@@ -259,11 +259,14 @@ def _report(settings: PreprocessSettings, made: Made, summaries: list[Summary], 
     for reason, count in (("duplicate of an earlier document", assembled.duplicates),
                           (f"beyond --max-documents {settings.selection.max_documents}", assembled.beyond_limit)):
         skipped |= {reason: count} if count else {}
+    notes = _total(summary.notes for summary in summaries)
+    if settings.selection.seq_length is not None:
+        notes["tokens left at the end, too few for a sequence, and dropped"] = assembled.cut_off
     return Report(
         datasets=datasets, documents=sum(each.documents for each in next(iter(datasets.values()))),
         tokens=sum(each.tokens for own in datasets.values() for each in own),
         input_bytes=sum(part.size for part in made.parts), chars=sum(summary.chars for summary in summaries),
-        skipped=skipped, notes=_total(summary.notes for summary in summaries),
+        skipped=skipped, notes=notes,
         errors=describe_errors(made.parts, summaries), damaged=describe_damage(made.parts, summaries),
         made_from=made_from, tokenizer_backend=maker.encoder.encoder.backend,
         parts=len(made.parts), parts_reused=made.reused, seconds=time.perf_counter() - start)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from megatron_deepseek.data.index_file import check_output_prefix
 
-INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
+INPUT_FORMATS = ("auto", "jsonl", "text", "parquet", "wikitext")
 TEXT_UNITS = ("file", "line")
+WIKITEXT_UNITS = ("article", "section")
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 
 
@@ -65,7 +66,7 @@ class Content:
             raise ValueError(f"--json-keys {separated}: names a file of the output, so it cannot be empty or hold "
                              f"{os.sep!r}; a nested key is written with dots")
         _check_choice(self, "input_format", INPUT_FORMATS)
-        _check_choice(self, "text_unit", TEXT_UNITS)
+        _check_choice(self, "text_unit", WIKITEXT_UNITS if self.input_format == "wikitext" else TEXT_UNITS)
         _check_range(self, "min_chars", 0)
         _check_range(self, "max_chars", max(1, self.min_chars))
         _check_range(self, "fim_rate", 0, 1)
@@ -81,16 +82,21 @@ class Content:
 
 @dataclass(frozen=True)
 class Selection:
-    """The documents to keep: the first of equal ones, then the first `max_documents` of these, then shuffled."""
+    """The documents to keep: the first of equal ones, then the first `max_documents` of these, then shuffled.
+
+    With a `seq_length` their ids are laid end to end and cut into documents of seq_length + 1; what is left is dropped.
+    """
 
     dedup: str | None = None
     max_documents: int | None = None
     shuffle_seed: int | None = None
+    seq_length: int | None = None
 
     def __post_init__(self):
         _check_choice(self, "dedup", (None, "exact"))
         _check_range(self, "max_documents", 1)
         _check_range(self, "shuffle_seed", 0)
+        _check_range(self, "seq_length", 1)
 
     @property
     def needs_records(self) -> bool:
@@ -137,6 +143,13 @@ class PreprocessSettings:
 
     def __post_init__(self):
         check_output_prefix(self.output_prefix)
+        for option, given in (("--split-sentences", self.content.split_sentences),
+                              ("--no-merge", not self.execution.merge)):
+            if given and self.selection.seq_length is not None:
+                raise ValueError(f"--seq-length {self.selection.seq_length} and {option} cannot be combined: the ids "
+                                 f"of all documents are cut anew")
+        if "-" in self.input and self.content.input_format == "wikitext":
+            raise ValueError("--input -: WikiText's articles are found in files, not in standard input")
         if "-" in self.input and (len(self.input) > 1 or self.execution.world_size > 1):
             raise ValueError(f"--input {' '.join(self.input)}: standard input goes alone, and to one machine "
                              f"(--world-size {self.execution.world_size})")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,6 +154,12 @@ REFUSED = {
     "the ranks between the ends do not divide the layers left to them":
         (4, "--pipeline-model-parallel-size 4 --num-layers 8 --decoder-first-pipeline-num-layers 3",
                     ["--decoder-first-pipeline-num-layers 3 of --num-layers 8", "--pipeline-model-parallel-size 4"]),
+    "the embedding or the loss counts as a layer where the layers of stages are given":
+        (2, f"{PP2} --account-for-loss-in-pipeline-split --pipeline-model-parallel-layout Ett|ttmL",
+                        ["--account-for-loss-in-pipeline-split", "--pipeline-model-parallel-layout"]),
+    "the layers, with the parts that count as one, do not divide among the stages":
+        (2, f"{PP2} --account-for-loss-in-pipeline-split",
+                        ["--num-layers 4 with --account-for-loss-in-pipeline-split (5 in all)", "2 stages"]),
     "one pipeline rank does not hold several stages":
         (1, "--num-virtual-stages-per-pipeline-rank 2", ["--pipeline-model-parallel-size 1", "2"]),
     "the schedule does not run with so many stages on a rank":
@@ -194,6 +201,13 @@ REFUSED = {
     "the data is not given, given twice or unreadable":
         (1, "--data-args-path corpus.txt", ["--data-path corpus", "--data-args-path corpus.txt conflict"]),
     "evaluation needs validation data": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
+    "several validation sets need evaluations":
+        (1, "--multiple-validation-sets", ["--multiple-validation-sets", "--full-validation or --eval-iters"]),
+    "names of validation sets need several of them":
+        (1, "--full-validation --validation-set-names a b", ["--validation-set-names", "--multiple-validation-sets"]),
+    "a name is that of two validation sets":
+        (1, "--full-validation --multiple-validation-sets --validation-set-names a b a",
+         ["--validation-set-names", "a twice"]),
     "an interval of evaluations needs evaluations": (1, "--eval-interval 5", ["--eval-interval 5", "--eval-iters"]),
     "positions by document need attention by document":
         (1, "--reset-position-ids", ["--reset-position-ids", "--reset-attention-mask"]),
@@ -419,10 +433,34 @@ def test_layout_of_ranks():
      ("Interleaved1F1B", "Ett|t|tt|tmL", 2)),
     ("--num-layers 6 --decoder-first-pipeline-num-layers 4 --pipeline-schedule DualPipeV",
      ("DualPipeV", "Ett|t|t|ttmL", 2)),
+    ("--num-layers 5 --account-for-loss-in-pipeline-split", ("1F1B", "Ettt|ttmL", 1)),
+    ("--num-layers 6 --num-layers-per-virtual-pipeline-stage 2 --account-for-embedding-in-pipeline-split "
+     "--account-for-loss-in-pipeline-split", ("Interleaved1F1B", "Et|tt|tt|tmL", 2)),
 ])
 def test_pipeline(arguments, expected):
     pipeline = settings(f"{PP2} --global-batch-size 8 {arguments}", 2).pipeline
     assert (pipeline.schedule, pipeline.layout, pipeline.num_virtual_stages) == expected
+
+
+@pytest.mark.parametrize("parts", [("embedding",), ("loss",), ("embedding", "loss")])
+@pytest.mark.parametrize("ranks, virtual", [(2, None), (4, None), (2, 2), (4, 2), (2, 4)])
+def test_counted_parts_are_megatron_cores(parts, ranks, virtual):
+    """Against its get_num_layers_to_build, stage by stage; an end may hold the embedding or the loss alone."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    stages = ranks * (virtual or 1)
+    for layers in filter(None, (stages - len(parts), 3 * stages - len(parts))):
+        options = " ".join(f"--account-for-{part}-in-pipeline-split" for part in parts)
+        options += f" --num-virtual-stages-per-pipeline-rank {virtual}" if virtual else ""
+        layout = settings(f"--pipeline-model-parallel-size {ranks} --num-layers {layers} --mtp-num-layers 0 "
+                          f"--global-batch-size {8 * ranks} {options}", ranks).pipeline.layout
+        config = SimpleNamespace(
+            pipeline_model_parallel_layout=None, num_layers_in_first_pipeline_stage=None,
+            num_layers_in_last_pipeline_stage=None, num_layers=layers, pipeline_model_parallel_size=ranks,
+            account_for_embedding_in_pipeline_split="embedding" in parts, virtual_pipeline_model_parallel_size=virtual,
+            account_for_loss_in_pipeline_split="loss" in parts)
+        theirs = [get_num_layers_to_build(config, stage // ranks if virtual else None, stage % ranks)
+                  for stage in range(stages)]
+        assert [stage.count("t") for stage in layout.split("|")] == theirs
 
 
 def test_one_stage_runs_under_any_schedule():

@@ -87,9 +87,9 @@ def test_tables_have_no_option_twice_and_no_invented_one():
 
 
 def test_what_is_ignored_is_named_in_one_line():
-    line = "--overlap-grad-reduce --num-workers 6 --attention-backend=flash --profile-ranks 0 1"
+    line = "--overlap-grad-reduce --logging-level 6 --attention-backend=flash --profile-ranks 0 1"
     notes = parse(f"{BASE} {line}".split(), 1).notes
-    assert notes[0].startswith("ignored here: --overlap-grad-reduce --num-workers --attention-backend --profile-ranks ")
+    assert notes[0].startswith("ignored here: --overlap-grad-reduce --logging-level --attention-backend ")
 
 
 @pytest.mark.parametrize("name, options", [
@@ -296,7 +296,7 @@ def test_words_that_mean_something_here(words, becomes):
     ("--moe-intermediate-size 64 --moe-ffn-hidden-size 32", "--moe-ffn-hidden-size 64 and --moe-ffn-hidden-size 32"),
     ("--n-shared-experts 1 --moe-ffn-hidden-size 8 --moe-shared-expert-intermediate-size 4",
      "--moe-shared-expert-intermediate-size 4 conflicts with --moe-shared-expert-intermediate-size 8"),
-    ("--num-workers", "--num-workers takes one value, not none"),
+    ("--logging-level", "--logging-level takes one value, not none"),
     ("--use-flash-attn yes", "--use-flash-attn takes no value, not yes"),
     ("--optimizer muon", "--optimizer muon: the optimizer is AdamW"),
     ("--schedules-method dualpipe", "--schedules-method dualpipe: use --pipeline-schedule"),

@@ -206,6 +206,37 @@ def test_read_ahead_keeps_order_raises_in_turn_and_leaves_no_thread():
     assert read == [1, 2, 0, 4]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_as_many_are_read_ahead_as_there_are_workers(num_workers):
+    """One is being worked on, and each worker is at one that follows; the order is that of the requests."""
+    asked, started = [], threading.Semaphore(0)
+
+    def read(number):
+        started.release()
+        return number, threading.current_thread() is threading.main_thread()
+
+    def requests():
+        for number in range(6):
+            asked.append(number)
+            yield (number,)
+
+    ahead = read_ahead(read, requests(), num_workers)
+    assert next(ahead) == (0, num_workers == 0)
+    for _ in range(1 + num_workers):
+        assert started.acquire(timeout=10)
+    assert asked == list(range(1 + num_workers))
+    assert [number for number, _ in ahead] == list(range(1, 6))
+
+
+def test_epochs_read_by_several_threads_keep_their_orders(tmp_path):
+    write_dataset(tmp_path / "data")
+    dataset = train_set(settings_of(tmp_path / "data"), 64)
+    numbers = [(k * dataset.samples_per_epoch + 1,) for k in range(1, 40)]
+    one_by_one = [dataset[number]["tokens"].tolist() for number, in numbers]
+    together = [sample["tokens"].tolist() for sample in read_ahead(lambda number: dataset[number], numbers, 8)]
+    assert together == one_by_one
+
+
 def test_data_made_anew_gets_new_indices_and_broken_ones_are_rebuilt(tmp_path):
     write_dataset(tmp_path / "data")
     settings = settings_of(tmp_path / "data")

@@ -69,7 +69,7 @@ class RecordingTrainer:
 def losses(number: int, batch: Batch) -> ValidationLosses:
     """Of call `number`, with as many drafts; two labels of each source."""
     reports = {"lm_loss": float(number), "mtp_loss_1": 10.0 * number, "mtp_acceptance_1": 0.01 * number}
-    counts = {"labels": 1.0, "labels_1": float(number)}
+    counts = {"labels": 4.0, "labels_1": float(number)}
     for source in range(0 if batch.sources_BK is None else batch.sources_BK.shape[1]):
         reports[f"source_loss_{source}"] = 2.0 * number
         counts |= {f"source_weight_{source}": 2.0, f"source_labels_{source}": 2.0}
@@ -84,13 +84,19 @@ class Listener:
     """All that a report is told."""
 
     def __init__(self):
-        self.steps, self.validations, self.messages = [], [], []
+        self.steps, self.validations, self.held, self.drawn, self.messages = [], [], [], [], []
 
     def step(self, metrics):
         self.steps.append(metrics)
 
     def validation(self, *what):
         self.validations.append(what)
+
+    def held_out(self, *what):
+        self.held.append(what)
+
+    def curves(self, iteration, curves):
+        self.drawn.append((iteration, curves))
 
     def message(self, text):
         self.messages.append(text)
@@ -221,8 +227,11 @@ def test_validation_is_a_mean_over_the_same_batches_every_time(meshes, corpus):
     settings = settings_of(corpus, "--split 50,50,0 --eval-iters 3 --eval-interval 2")
     assert num_samples(settings) == (20, 18, 0)
     _, trainer, told = run(settings, meshes)
-    assert [(iteration, loss, mtp) for iteration, loss, mtp, *_ in told.validations] == [
-        (iteration, mean, (10 * mean,)) for iteration, mean in ((0, 2.0), (2, 5.0), (4, 8.0), (5, 11.0))]
+    numbers = {0: (1, 2, 3), 2: (4, 5, 6), 4: (7, 8, 9), 5: (10, 11, 12)}  # of each validation's batches
+    assert [(iteration, loss) for iteration, loss, *_ in told.validations] == [
+        (iteration, sum(batches) / 3) for iteration, batches in numbers.items()]
+    for (_, _, mtp, *_), batches in zip(told.validations, numbers.values()):  # batch n has n labels of depth 1
+        assert mtp == pytest.approx((10 * sum(n * n for n in batches) / sum(batches),), rel=1e-14)
     assert told.validations[0][4] == pytest.approx([(0.01 * 1 + 0.02 * 2 + 0.03 * 3) / (1 + 2 + 3)])  # over all drafts
     for number, given in enumerate(trainer.evaluations):
         first = number % 3 * 6
