@@ -98,6 +98,16 @@ def test_columns_of_groups(device, counts, dtype):
     same(ungrouped(got, counts), plain.quantize_128x1(x, False, counts))
 
 
+def test_more_tiles_than_a_grid_has_rows(device):
+    """65,535 on a GPU, where groups of one row each are as many tiles; 256 in the emulation."""
+    counts = [1] * (65536 if device.type == "cuda" else 260)
+    x = numbers(len(counts), 136, device)
+    got = operator("quantize_both")(x, tile_table(counts, device), False)
+    same(got[:2], plain.quantize_1x128(x))
+    assert torch.equal(codes(got[2]).view(136, -1, 128)[..., 0].t(), codes(plain.quantize_1x128(x.view(-1, 1))[0]
+                                                                            ).view(-1, 136))
+
+
 @pytest.mark.parametrize("counts", COUNTS)
 def test_retile(device, counts):
     q, scale = plain.quantize_1x128(numbers(sum(counts), 264, device), True)
