@@ -33,8 +33,10 @@ def matrix(*shape: int, device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528)])
+@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528),
+                                     (20, 24, 4624)])
 def test_dense(device, m, n, k, dtype):
+    """The last has more than 32 blocks of K, whose scales lie in the lanes of a warp."""
     a, b = matrix(m, k, device=device), matrix(n, k, device=device)
     operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
     close(operator("scaled_mm")(*operands, dtype == torch.float32), plain.scaled_mm(*operands, dtype))
@@ -82,7 +84,7 @@ def test_rows_grouped(device, counts, dtype, tall):
     close(got, plain.grouped_scaled_mm(*operands, counts, dtype))
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256]])
+@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256], [5, 1300]])
 def test_depth_grouped(device, counts, any_order):
     """Operands as the kernel makes them: every group starts a new tile."""
     x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), 72, device=device)
