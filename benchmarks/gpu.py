@@ -21,13 +21,15 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # where the package is not installed
+
 from gpu_pieces import kernels as kernel_pieces
 from gpu_pieces import models
 from gpu_pieces.timing import Bench, Ceilings, Row, as_json, first_line
 from megatron_deepseek.ops.backends import kernels
 from megatron_deepseek.ops.backends.registry import choices
 
-ROOT = Path(__file__).resolve().parents[1]
 PIECES = {
     "quantize": kernel_pieces.quantize, "routing": kernel_pieces.routing, "rotary": kernel_pieces.rotary,
     "cross_entropy": kernel_pieces.cross_entropy, "products": kernel_pieces.products,

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void cross_entropy_statistics(const bf16* logits, const int64_t* labels, int64_t first_id, int64_t rows, int columns,
                               float* max, float* sum, float* label_logit, void* stream) {
-  const Grid grid{unsigned(rows), kThreads, sizeof(Shared)};
+  const Grid grid{one_dimension(rows), kThreads, sizeof(Shared)};
   auto kernel = columns % kVector == 0 ? statistics_kernel<kVector> : statistics_kernel<1>;
   launch(kernel, grid, stream, logits, labels, first_id, columns, max, sum, label_logit);
 }
@@ -135,7 +135,7 @@ void cross_entropy_statistics(const bf16* logits, const int64_t* labels, int64_t
 void cross_entropy_gradient(bf16* logits, const int64_t* labels, int64_t first_id, int64_t rows, int columns,
                             const float* max, const float* sum, const float* grad, void* stream) {
   auto kernel = columns % kVector == 0 ? gradient_kernel<kVector> : gradient_kernel<1>;
-  launch(kernel, {unsigned(rows), kThreads}, stream, logits, labels, first_id, columns, max, sum, grad);
+  launch(kernel, {one_dimension(rows), kThreads}, stream, logits, labels, first_id, columns, max, sum, grad);
 }
 
 }  // namespace mds

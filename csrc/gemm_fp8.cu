@@ -85,32 +85,82 @@ struct Scales {
   float column;  // of the tile (blocks), or of column `thread` before it goes to shared memory
 };
 
-template <bool BlocksB, int Waves>
-struct ScaleReader {
-  const float* row[Waves][2];
-  const float* column;
+// Scales are read a group of steps ahead, so that no step waits for memory: the lanes of a quad hold four steps of the
+// rows that they share, those of a warp 32 steps of the tile's block of b, and hand them out by shuffles. Of b's columns
+// each thread holds four steps of its own.
+constexpr int kQuad = 4;
 
-  __device__ __forceinline__ ScaleReader(const Gemm& p, const Work& work, int consumer, int thread) {
+template <bool BlocksB, int Waves>
+class ScaleReader {
+ public:
+  __device__ __forceinline__ ScaleReader(const Gemm& p, const Work& work, int consumer, int thread)
+      : k_tiles_(work.k_tiles) {
 #pragma unroll
     for (int wave = 0; wave < Waves; ++wave)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = (wave * kConsumers + consumer) * hopper::kProductM + hopper::accumulator_row(thread, 2 * half);
-        row[wave][half] = p.scale_a + (work.a_row + (r < work.rows ? r : 0)) * p.pitch_a;
+        row_[wave][half] = p.scale_a + (work.a_row + (r < work.rows ? r : 0)) * p.pitch_a + work.k;
       }
     const int c = BlocksB ? work.column / kTile : work.column + (thread < work.columns ? thread : 0);
-    column = p.scale_b + (work.matrix * p.scale_rows_b + c) * p.pitch_b;
+    column_ = p.scale_b + (work.matrix * p.scale_rows_b + c) * p.pitch_b + work.k;
+    read_rows(0);
+    read_columns(0);
   }
 
-  __device__ __forceinline__ Scales<Waves> read(int k) const {
+  // Returns the scales of step k. Whole warps must call it, for 0, 1, ... in order.
+  __device__ __forceinline__ Scales<Waves> step(int k) {
+    if (k % kQuad == 0) {
+#pragma unroll
+      for (int wave = 0; wave < Waves; ++wave)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows_[wave][half] = next_rows_[wave][half];
+      read_rows(k + kQuad);
+    }
+    if (k % kColumnSteps == 0) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) columns_[i] = next_columns_[i];
+      read_columns(k + kColumnSteps);
+    }
     Scales<Waves> scales;
 #pragma unroll
     for (int wave = 0; wave < Waves; ++wave)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) scales.row[wave][half] = row[wave][half][k];
-    scales.column = column[k];
+      for (int half = 0; half < 2; ++half)
+        scales.row[wave][half] = __shfl_sync(kFullWarp, rows_[wave][half], lane_id() / kQuad * kQuad + k % kQuad);
+    if constexpr (BlocksB) {
+      scales.column = __shfl_sync(kFullWarp, columns_[0], k % kWarp);
+    } else {
+      const float low = k % 2 ? columns_[1] : columns_[0], high = k % 2 ? columns_[3] : columns_[2];
+      scales.column = k / 2 % 2 ? high : low;
+    }
     return scales;
   }
+
+ private:
+  static constexpr int kColumnSteps = BlocksB ? kWarp : kQuad;
+  static constexpr int kColumns = BlocksB ? 1 : kQuad;
+
+  __device__ __forceinline__ void read_rows(int k) {
+    const int mine = k + lane_id() % kQuad;
+#pragma unroll
+    for (int wave = 0; wave < Waves; ++wave)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) next_rows_[wave][half] = mine < k_tiles_ ? row_[wave][half][mine] : 0.0f;
+  }
+
+  __device__ __forceinline__ void read_columns(int k) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int mine = BlocksB ? k + lane_id() : k + i;
+      next_columns_[i] = mine < k_tiles_ ? column_[mine] : 0.0f;
+    }
+  }
+
+  const float* row_[Waves][2];
+  const float* column_;
+  int k_tiles_;
+  float rows_[Waves][2], next_rows_[Waves][2], columns_[kColumns], next_columns_[kColumns];
 };
 
 // Multiplies 64 x 128 x 128 as four wgmmas of 32 along K; such a step is 2 in the descriptor's units of 16 bytes.
@@ -195,13 +245,10 @@ __device__ __forceinline__ void consume(Shared<Waves>& shared, const Gemm& produ
   int buffer = 0;  // of scale_b; it alternates through all tiles, see below
   for (int64_t tile = blockIdx.x; tile < product.tiles; tile += gridDim.x) {
     const Work work = work_of<grouping, S::kTileM>(product, tile);
-    const ScaleReader<BlocksB, Waves> reader(product, work, consumer, thread);
+    ScaleReader<BlocksB, Waves> reader(product, work, consumer, thread);
     float total[Waves][kAccumulators] = {};
-    Scales<Waves> next{};
-    if (work.k_tiles > 0) next = reader.read(work.k);
     for (int k = 0; k < work.k_tiles; ++k, ring.advance()) {
-      const Scales<Waves> scales = next;
-      if (k + 1 < work.k_tiles) next = reader.read(work.k + k + 1);  // on its way while the tensor cores work
+      const Scales<Waves> scales = reader.step(k);
       float* column_scales = shared.scale_b[consumer][buffer];
       if (!BlocksB) {
         // There are two buffers, with a barrier each. A thread that writes this buffer again has passed the other's

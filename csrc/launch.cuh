@@ -16,11 +16,25 @@ struct Grid {
   unsigned rows = 1;         // blockIdx.y
 };
 
+inline unsigned one_dimension(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::runtime_error("a grid of more than 2^31 - 1 blocks");
+  return unsigned(blocks);
+}
+
+inline void check_rows(const Grid& grid, unsigned most) {
+  if (grid.rows > most)
+    throw std::runtime_error("a grid of " + std::to_string(grid.rows) + " rows of blocks, which end at " +
+                             std::to_string(most));
+}
+
 #ifdef MEGATRON_DEEPSEEK_EMULATED
+
+constexpr unsigned kMostRows = 256;  // few, so that tests reach it
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
   if (grid.blocks == 0 || grid.rows == 0) return;
+  check_rows(grid, kMostRows);
   emulation::run({grid.blocks, grid.rows, grid.threads, grid.shared_bytes, grid.all_at_once},
                  [&] { kernel(Parameters(arguments)...); });
 }
@@ -29,6 +43,8 @@ inline int multiprocessors() { return 3; }  // few, and no power of two: persist
 
 #else
 
+constexpr unsigned kMostRows = 65535;
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
@@ -36,6 +52,7 @@ inline void check(cudaError_t error, const char* what) {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments&&... arguments) {
   if (grid.blocks == 0 || grid.rows == 0) return;
+  check_rows(grid, kMostRows);
   if (grid.shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
           "shared memory of a kernel");

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int Threads>
 void launch_gather(const void* x, const int* copy_of_slot, int copies_of_token, void* out, int64_t slots, int row_bytes,
                    void* stream) {
-  launch(gather_rows_kernel<Threads>, {unsigned(ceil_div<int64_t>(slots, kThreads / Threads)), kThreads}, stream,
+  launch(gather_rows_kernel<Threads>, {one_dimension(ceil_div<int64_t>(slots, kThreads / Threads)), kThreads}, stream,
          static_cast<const Words4*>(x), copy_of_slot, copies_of_token, static_cast<Words4*>(out), slots,
          row_bytes / 16);
 }
@@ -114,12 +114,12 @@ void gather_rows(const void* x, const int* copy_of_slot, int copies_of_token, vo
 
 void combine_rows(const bf16* y, const int* slot_of_copy, const float* weights, int64_t tokens, int choices, bf16* out,
                   int width, void* stream) {
-  launch(combine_rows_kernel, {unsigned(tokens), kThreads}, stream, y, slot_of_copy, weights, choices, out, width);
+  launch(combine_rows_kernel, {one_dimension(tokens), kThreads}, stream, y, slot_of_copy, weights, choices, out, width);
 }
 
 void combine_backward(const bf16* grad, const bf16* y, const int* copy_of_slot, const float* weights, int64_t slots,
                       int choices, bf16* grad_y, float* grad_weights, int width, void* stream) {
-  launch(combine_backward_kernel, {unsigned(slots), kThreads, sizeof(Shared)}, stream, grad, y, copy_of_slot, weights,
+  launch(combine_backward_kernel, {one_dimension(slots), kThreads, sizeof(Shared)}, stream, grad, y, copy_of_slot, weights,
          choices, grad_y, grad_weights, width);
 }
 

@@ -61,19 +61,22 @@ struct TileOutputs {
   const int* tiles;    // [T, 2]: first row and rows of each tile; null: one after the other
   int64_t rows;        // M, of each matrix where there are several
   int num_tiles;       // T, likewise
+  int column_tiles;    // k
 };
 
 struct TileRows {
-  int matrix, tile;
+  int matrix, tile, of_all;
+  int column_tile;
   int64_t first;  // counted over all matrices
   int count;
 };
 
 __device__ __forceinline__ TileRows rows_of(const TileOutputs& out) {
-  const int matrix = int(blockIdx.y) / out.num_tiles, tile = int(blockIdx.y) % out.num_tiles;
-  if (out.tiles != nullptr) return {matrix, tile, out.tiles[2 * tile], out.tiles[2 * tile + 1]};
+  const int of_all = int(blockIdx.x) / out.column_tiles, column_tile = int(blockIdx.x) % out.column_tiles;
+  const int matrix = of_all / out.num_tiles, tile = of_all % out.num_tiles;
+  if (out.tiles != nullptr) return {matrix, tile, of_all, column_tile, out.tiles[2 * tile], out.tiles[2 * tile + 1]};
   const int64_t first = int64_t(tile) * kTile, left = out.rows - first;
-  return {matrix, tile, matrix * out.rows + first, int(left < kTile ? left : kTile)};
+  return {matrix, tile, of_all, column_tile, matrix * out.rows + first, int(left < kTile ? left : kTile)};
 }
 
 // Loads the tile's numbers into shared memory, zero outside; 16 lanes share a row. With kRowsAndColumns it writes their
@@ -81,7 +84,7 @@ __device__ __forceinline__ TileRows rows_of(const TileOutputs& out) {
 template <Tiling kind, typename Producer>
 __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typename Producer::Element>& shared,
                                               const TileOutputs& out, TileRows rows, bool power_of_two) {
-  const int local = int(threadIdx.x) % kLanes * kVector, column = int(blockIdx.x) * kTile + local;
+  const int local = int(threadIdx.x) % kLanes * kVector, column = rows.column_tile * kTile + local;
   uint32_t largest = 0;
 #pragma unroll 4
   for (int r = int(threadIdx.x) / kLanes; r < kTile; r += kThreads / kLanes) {
@@ -99,7 +102,7 @@ __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typ
       const float scale = tile_scale(group_reduce<kLanes>(magnitude, Max{}), power_of_two);
       if (inside) {
         *reinterpret_cast<Words2*>(out.q_rows + row * producer.columns + column) = encode8(values, Divider(scale));
-        if (local == 0) out.s_rows[row * ceil_div(producer.columns, kTile) + blockIdx.x] = scale;
+        if (local == 0) out.s_rows[row * out.column_tiles + rows.column_tile] = scale;
       }
     }
   }
@@ -152,7 +155,7 @@ __device__ __forceinline__ float block_scale(TileShared<Element>& shared, uint32
 template <typename Element>
 __device__ __forceinline__ void write_rows(const TileShared<Element>& shared, const TileOutputs& out, TileRows rows,
                                            int columns, float scale) {
-  const int local = int(threadIdx.x) % kLanes * kVector, column = int(blockIdx.x) * kTile + local;
+  const int local = int(threadIdx.x) % kLanes * kVector, column = rows.column_tile * kTile + local;
   if (column >= columns) return;
   const Divider divide(scale);
   for (int r = int(threadIdx.x) / kLanes; r < rows.count; r += kThreads / kLanes) {
@@ -169,14 +172,15 @@ __device__ __forceinline__ void write_columns(const TileShared<Element>& shared,
   const int64_t pitch = int64_t(out.num_tiles) * kTile;
   constexpr int kVectors = kTile / 16;
   for (int i = int(threadIdx.x); i < kTile * kVectors; i += kThreads) {
-    const int local = i / kVectors, place = i % kVectors * 16, column = int(blockIdx.x) * kTile + local;
+    const int local = i / kVectors, place = i % kVectors * 16;
+    const int column = rows.column_tile * kTile + local;
     if (column < columns)
       store16(out.q_columns + (int64_t(rows.matrix) * columns + column) * pitch + int64_t(rows.tile) * kTile + place,
               load16(&shared.code[local][place]));
   }
 }
 
-// blockIdx: (tile of columns, tile of rows)
+// Blocks are tiles of columns, then of rows, in one dimension: a grid's second one ends at 65,535.
 template <Tiling kind, typename Producer>
 __global__ void __launch_bounds__(kThreads) tile_kernel(Producer producer, TileOutputs out, bool power_of_two) {
   auto& shared = block_shared<TileShared<typename Producer::Element>>();
@@ -185,14 +189,14 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Producer producer, TileO
   const uint32_t largest = load_tile<kind>(producer, shared, out, rows, power_of_two);
   __syncthreads();
   const int local = int(threadIdx.x) % kTile, half = int(threadIdx.x) / kTile;
-  const int column = int(blockIdx.x) * kTile + local, blocks = ceil_div(columns, kTile);
+  const int column = rows.column_tile * kTile + local;
   if constexpr (kind == Tiling::kBlock) {
     const float scale = block_scale(shared, largest, power_of_two);
     write_rows(shared, out, rows, columns, scale);
-    if (threadIdx.x == 0) out.s_rows[int64_t(blockIdx.y) * blocks + blockIdx.x] = scale;
+    if (threadIdx.x == 0) out.s_rows[int64_t(rows.of_all) * out.column_tiles + rows.column_tile] = scale;
     if (out.q_columns == nullptr) return;
     if (threadIdx.x == 0)
-      out.s_columns[(int64_t(rows.matrix) * blocks + blockIdx.x) * out.num_tiles + rows.tile] = scale;
+      out.s_columns[(int64_t(rows.matrix) * out.column_tiles + rows.column_tile) * out.num_tiles + rows.tile] = scale;
     encode_half_column(shared, local, half, scale);
   } else {
     const float scale = column_scale(shared, local, half, power_of_two);
@@ -205,16 +209,18 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Producer producer, TileO
 
 template <typename Producer>
 void launch_rows(const Producer& producer, int64_t rows, Codes out, bf16* kept, bool power_of_two, void* stream) {
-  launch(rows_kernel<Producer>, {unsigned(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q, out.scales,
+  launch(rows_kernel<Producer>, {one_dimension(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q, out.scales,
          kept, power_of_two);
 }
 
 template <Tiling kind, typename Producer>
 void launch_tiles(const Producer& producer, int64_t rows, Codes by_row, Codes by_column, RowTiles tiles,
                   bool power_of_two, void* stream, int matrices = 1) {
-  const TileOutputs out{by_row.q, by_row.scales, by_column.q, by_column.scales, tiles.table, rows, tiles.count};
-  Grid grid{unsigned(ceil_div(producer.columns, kTile)), kThreads, sizeof(TileShared<typename Producer::Element>)};
-  grid.rows = unsigned(matrices * tiles.count);
+  const int column_tiles = ceil_div(producer.columns, kTile);
+  const TileOutputs out{by_row.q, by_row.scales, by_column.q, by_column.scales, tiles.table, rows, tiles.count,
+                        column_tiles};
+  const Grid grid{one_dimension(int64_t(matrices) * tiles.count * column_tiles), kThreads,
+                  sizeof(TileShared<typename Producer::Element>)};
   launch(tile_kernel<kind, Producer>, grid, stream, producer, out, power_of_two);
 }
 

@@ -133,18 +133,18 @@ __global__ void __launch_bounds__(kThreads) keys_values_backward_kernel(StridedH
 int max_rope_width() { return kMaxRope; }
 
 void rope_tail(StridedHeads x, const float* table, bf16* out, RopeShape shape, bool inverse, void* stream) {
-  launch(rope_tail_kernel, {unsigned(shape.tokens), kThreads}, stream, x, table, out, shape, inverse);
+  launch(rope_tail_kernel, {one_dimension(shape.tokens), kThreads}, stream, x, table, out, shape, inverse);
 }
 
 void keys_values(const bf16* kv, const bf16* k_rope, const float* table, bf16* k, bf16* v, RopeShape shape,
                  void* stream) {
-  launch(keys_values_kernel, {unsigned(shape.tokens), kThreads, sizeof(Shared)}, stream, kv, k_rope, table, k, v,
+  launch(keys_values_kernel, {one_dimension(shape.tokens), kThreads, sizeof(Shared)}, stream, kv, k_rope, table, k, v,
          shape);
 }
 
 void keys_values_backward(StridedHeads grad_k, StridedHeads grad_v, const float* table, bf16* grad_kv,
                           bf16* grad_k_rope, RopeShape shape, void* stream) {
-  launch(keys_values_backward_kernel, {unsigned(shape.tokens), kThreads, sizeof(Shared)}, stream, grad_k, grad_v,
+  launch(keys_values_backward_kernel, {one_dimension(shape.tokens), kThreads, sizeof(Shared)}, stream, grad_k, grad_v,
          table, grad_kv, grad_k_rope, shape);
 }
 

@@ -86,6 +86,11 @@ def current_stream() -> Stream:
     return torch.cuda.current_stream()
 
 
+def stream_number(device: torch.device) -> int:
+    """Return the number of the stream of `device` on which this thread queues work now; 0 without an accelerator."""
+    return torch.cuda.current_stream(device).stream_id if is_accelerator(device) and has_accelerator() else 0
+
+
 def on_stream(stream: Stream) -> AbstractContextManager:
     """Queue what a `with` block does on `stream`, and on the current device."""
     return torch.cuda.stream(stream)

@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *norm_backward(grad, *ctx.saved_tensors), None
+        return *norm_backward.reference(grad, *ctx.saved_tensors), None
 
 
 @with_backends("rms_norm")

@@ -25,11 +25,31 @@ class RunInLine:
         return self._result
 
 
+class _WaitInBackward(torch.autograd.Function):
+    """Returns x. Its backward runs on the stream of its forward, after that of all that used x: sums of weights'
+    gradients are queued by then, for autograd adds them as soon as they are there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, side):
+        ctx.side = side
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        current_stream().wait_stream(ctx.side)
+        return grad, None
+
+
 class RunOnSideStream(RunInLine):
     """The work is done on the stream `side`.
 
     A tensor that is made on one stream and used on the other is recorded there, so that the allocator does not reuse
     its memory while it is read.
+
+    Autograd makes streams wait for the gradients that pass between them, not for those that end in weights: when a
+    second micro-batch's is added to the first's on `side`, nothing says so to the stream on which FSDP reads the sum.
+    So a backward waits for all of `side` where it leaves it (`_WaitInBackward`).
     """
 
     def __init__(self, side: Stream):
@@ -39,8 +59,9 @@ class RunOnSideStream(RunInLine):
         self._side.wait_stream(current_stream())
         for part in parts_of(x):
             part.record_stream(self._side)
+        entered = _WaitInBackward.apply(x, self._side) if x.requires_grad else x
         with on_stream(self._side):
-            self._result = function(x)
+            self._result = function(entered)
 
     def result(self) -> torch.Tensor:
         current = current_stream()

@@ -18,6 +18,7 @@ from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.device import has_accelerator
 from megatron_deepseek.model.architecture.adapters import adapter_rows, describe_adapters
 from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
+from megatron_deepseek.ops.backends.startup import describe_kernels
 from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
 from megatron_deepseek.planning.memory_table import memory_table
@@ -158,7 +159,7 @@ def describe(report: Report, settings: Settings, trainer: Trainer, start: Start,
     reach = describe_reach(settings.model, layout, settings.communication.moe_ranks_per_node or layout.world_size)
     frozen = [describe_frozen(settings.model, run.freeze_parameters)] if run.freeze_parameters else []
     lora = [describe_adapters(settings.model, settings.lora)] if settings.lora is not None else []
-    for line in (*frozen, *lora, *settings.notes, *notes, *reach):
+    for line in (*describe_kernels(run.fp8_format is not None), *frozen, *lora, *settings.notes, *notes, *reach):
         report.message(line)
     for root in dict.fromkeys(root for root in (run.load, run.save) if root is not None):
         for note in leftover_notes(root):

@@ -2,6 +2,9 @@
 
 Both run the same operators of the same source. The emulation is small and slow, and only there to find mistakes in
 indices, barriers and arithmetic before a GPU is at hand; it runs where nvcc is, or with MEGATRON_DEEPSEEK_EMULATE=1.
+
+There every tensor counts as a GPU's, so that whatever asks the registry gets a kernel, as on a GPU: a reference that
+dispatched would be a kernel that is compared with itself.
 """
 
 import importlib.util
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_deepseek.ops.backends import kernels
+from megatron_deepseek.ops.backends import kernels, registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +38,22 @@ def device() -> torch.device:
     if not kernels.is_loaded():
         kernels.load(Path(os.environ.get("EMULATED_LIBRARY") or build.build_emulation(build.CACHE / "emulated.so")))
     return torch.device("cpu")
+
+
+def chosen_on_hopper() -> dict[str, registry.Choice]:
+    """The choices of a GPU for which everything of csrc/ is there, and nothing else."""
+    ours = {operator: candidate for operator, candidates in registry.CANDIDATES.items() for candidate in candidates
+            if candidate.name == "csrc"}
+    return {operator: registry.Choice(operator, "csrc", "emulated", ours[operator].load()) if operator in ours else
+            registry.Choice(operator, registry.REFERENCE, "emulated") for operator in registry.CANDIDATES}
+
+
+@pytest.fixture(autouse=True)
+def dispatching(device, monkeypatch):
+    if device.type != "cuda":
+        choices = chosen_on_hopper()
+        monkeypatch.setattr(registry, "on_gpu", lambda x: True)
+        monkeypatch.setattr(registry, "choices", lambda: choices)
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ bfloat16 are rounded once more, 2^-9.
 
 import pytest
 import torch
+from references import plain
 
 from megatron_deepseek.ops.backends.cuda import tile_rows
 from megatron_deepseek.ops.backends.kernels import operator
-from megatron_deepseek.ops.fp8 import encoding, gemm as fp8_gemm
 
 HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(not HOPPER, reason="wgmma on E4M3 needs compute capability 9.0")
@@ -33,37 +33,39 @@ def matrix(*shape: int, device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528)])
+@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528),
+                                     (20, 24, 4624)])
 def test_dense(device, m, n, k, dtype):
+    """The last has more than 32 blocks of K, whose scales lie in the lanes of a warp."""
     a, b = matrix(m, k, device=device), matrix(n, k, device=device)
-    operands = *encoding.quantize_1x128(a), *encoding.quantize_128x128(b)
-    close(operator("scaled_mm")(*operands, dtype == torch.float32), fp8_gemm.scaled_mm(*operands, dtype))
+    operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
+    close(operator("scaled_mm")(*operands, dtype == torch.float32), plain.scaled_mm(*operands, dtype))
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640)])
 def test_dense_with_scales_of_rows(device, m, n, k, any_order):
     """wgrad: both operands have 1x128 tiles. N = 137 is no multiple of 8: single numbers are stored."""
-    operands = (*encoding.quantize_1x128(matrix(m, k, device=device)),
-                *encoding.quantize_1x128(matrix(n, k, device=device)))
-    close(operator("scaled_mm")(*operands, True), fp8_gemm.scaled_mm(*operands, torch.float32))
+    operands = (*plain.quantize_1x128(matrix(m, k, device=device)),
+                *plain.quantize_1x128(matrix(n, k, device=device)))
+    close(operator("scaled_mm")(*operands, True), plain.scaled_mm(*operands, torch.float32))
 
 
 def test_tall_tiles(device):
     """More than two tall tiles for each multiprocessor, 3 of them in the emulation."""
     m, n = (8192, 8192) if device.type == "cuda" else (520, 264)
-    operands = (*encoding.quantize_1x128(matrix(m, 272, device=device)),
-                *encoding.quantize_128x128(matrix(n, 272, device=device)))
-    close(operator("scaled_mm")(*operands, True), fp8_gemm.scaled_mm(*operands, torch.float32))
+    operands = (*plain.quantize_1x128(matrix(m, 272, device=device)),
+                *plain.quantize_128x128(matrix(n, 272, device=device)))
+    close(operator("scaled_mm")(*operands, True), plain.scaled_mm(*operands, torch.float32))
 
 
 def test_a_transposed_weight_with_padded_rows(device):
     """dgrad: codes of the transpose as quantize_blocks leaves them, K padded to whole tiles."""
     grad, weight = matrix(70, 200, device=device), matrix(200, 96, device=device)
     _, _, q_t, s_t = operator("quantize_blocks")(weight, True, False)
-    expected = fp8_gemm.scaled_mm(*encoding.quantize_1x128(grad), *encoding.quantize_128x128(weight.t()))
-    bytes_ = encoding.quantize_1x128(grad)[0].view(torch.uint8)
+    expected = plain.scaled_mm(*plain.quantize_1x128(grad), *plain.quantize_128x128(weight.t()))
+    bytes_ = plain.quantize_1x128(grad)[0].view(torch.uint8)
     grad_q = torch.nn.functional.pad(bytes_, (0, 8)).view(torch.float8_e4m3fn)
-    got = operator("scaled_mm")(grad_q[:, :200], encoding.quantize_1x128(grad)[1], q_t, s_t, False)
+    got = operator("scaled_mm")(grad_q[:, :200], plain.quantize_1x128(grad)[1], q_t, s_t, False)
     close(got, expected)
 
 
@@ -76,13 +78,13 @@ def row_tiles(counts: list[int], device, height: int = 128) -> torch.Tensor:
 @pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 384]])
 def test_rows_grouped(device, counts, dtype, tall):
     a, b = matrix(sum(counts), 272, device=device), matrix(len(counts), 200, 272, device=device)
-    operands = *encoding.quantize_1x128(a), *encoding.quantize_128x128(b)
+    operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
     tiles = row_tiles(counts, device, 256 if tall else 128)
     got = operator("grouped_scaled_mm")(*operands, tiles, tall, dtype == torch.float32)
-    close(got, fp8_gemm.grouped_scaled_mm(*operands, counts, dtype))
+    close(got, plain.grouped_scaled_mm(*operands, counts, dtype))
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256]])
+@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256], [5, 1300]])
 def test_depth_grouped(device, counts, any_order):
     """Operands as the kernel makes them: every group starts a new tile."""
     x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), 72, device=device)
@@ -93,13 +95,13 @@ def test_depth_grouped(device, counts, any_order):
         first += groups[-1][1]
     a, b = (operator("quantize_columns")(t, tiles, False) for t in (grad, x))
     got = operator("grouped_scaled_mm_wgrad")(*a, *b, torch.tensor(groups, dtype=torch.int32, device=device), True)
-    a, b = (encoding.quantize_128x1(t, False, counts) for t in (grad, x))
-    close(got, fp8_gemm.grouped_scaled_mm_wgrad(*a, *b, counts, torch.float32))
+    a, b = (plain.quantize_128x1(t, False, counts) for t in (grad, x))
+    close(got, plain.grouped_scaled_mm_wgrad(*a, *b, counts, torch.float32))
 
 
 def test_a_lost_tile_is_lost_in_the_product(device):
     a, b = matrix(3, 256, device=device), matrix(8, 256, device=device)
     a[1, 200] = float("inf")
-    operands = *encoding.quantize_1x128(a), *encoding.quantize_128x128(b)
+    operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
     got = operator("scaled_mm")(*operands, True)
     assert got[1].isnan().all() and got[[0, 2]].isfinite().all()

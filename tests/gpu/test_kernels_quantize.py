@@ -7,11 +7,10 @@ last place before a rounding: there a share of the codes may be one step off (`n
 import pytest
 import torch
 import torch.nn.functional as F
+from references import plain
 
 from megatron_deepseek.ops.backends.cuda import tile_rows
 from megatron_deepseek.ops.backends.kernels import operator
-from megatron_deepseek.ops.fp8 import encoding
-from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.swiglu import swiglu
 
 SHAPES = [(1, 8), (3, 128), (130, 136), (128, 256), (200, 520), (0, 64)]
@@ -60,17 +59,17 @@ def unpadded(result, rows: int):
 @pytest.mark.parametrize("rows, columns", SHAPES)
 def test_rows(device, rows, columns, power_of_two, dtype):
     x = numbers(rows, columns, device).to(dtype)
-    same(operator("quantize_rows")(x, power_of_two), encoding.quantize_1x128(x, power_of_two))
+    same(operator("quantize_rows")(x, power_of_two), plain.quantize_1x128(x, power_of_two))
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("rows, columns", SHAPES)
 def test_columns(device, rows, columns, power_of_two, any_order):
     x = numbers(rows, columns, device)
-    expected = encoding.quantize_128x1(x, power_of_two)
+    expected = plain.quantize_128x1(x, power_of_two)
     same(unpadded(operator("quantize_columns")(x, None, power_of_two), rows), expected)
     q, s, q_columns, s_columns = operator("quantize_both")(x, None, power_of_two)
-    same((q, s), encoding.quantize_1x128(x, power_of_two))
+    same((q, s), plain.quantize_1x128(x, power_of_two))
     same(unpadded((q_columns, s_columns), rows), expected)
 
 
@@ -96,14 +95,24 @@ COUNTS = [[5, 0, 130, 128], [0, 0, 1], [256]]
 def test_columns_of_groups(device, counts, dtype):
     x = numbers(sum(counts), 136, device).to(dtype)
     got = operator("quantize_columns")(x, tile_table(counts, device), False)
-    same(ungrouped(got, counts), encoding.quantize_128x1(x, False, counts))
+    same(ungrouped(got, counts), plain.quantize_128x1(x, False, counts))
+
+
+def test_more_tiles_than_a_grid_has_rows(device):
+    """65,535 on a GPU, where groups of one row each are as many tiles; 256 in the emulation."""
+    counts = [1] * (65536 if device.type == "cuda" else 260)
+    x = numbers(len(counts), 136, device)
+    got = operator("quantize_both")(x, tile_table(counts, device), False)
+    same(got[:2], plain.quantize_1x128(x))
+    assert torch.equal(codes(got[2]).view(136, -1, 128)[..., 0].t(), codes(plain.quantize_1x128(x.view(-1, 1))[0]
+                                                                            ).view(-1, 136))
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_retile(device, counts):
-    q, scale = encoding.quantize_1x128(numbers(sum(counts), 264, device), True)
+    q, scale = plain.quantize_1x128(numbers(sum(counts), 264, device), True)
     got = operator("retile_columns")(q, scale, tile_table(counts, device), True)
-    same(ungrouped(got, counts), encoding.retile_128x1(q, scale, True, counts))
+    same(ungrouped(got, counts), plain.retile_128x1(q, scale, True, counts))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -111,8 +120,8 @@ def test_retile(device, counts):
 def test_blocks(device, shape, dtype, any_order):
     w = numbers(shape[-2] * (shape[0] if len(shape) == 3 else 1), shape[-1], device).view(shape).to(dtype)
     q, s, q_t, s_t = operator("quantize_blocks")(w, True, False)
-    same((q, s), encoding.quantize_128x128(w))
-    expected_q, expected_s = encoding.quantize_128x128(w.mT)
+    same((q, s), plain.quantize_128x128(w))
+    expected_q, expected_s = plain.quantize_128x128(w.mT)
     assert not codes(q_t[..., shape[-2]:]).any()
     same((q_t[..., :shape[-2]].contiguous(), s_t), (expected_q, expected_s))
     alone = operator("quantize_blocks")(w, False, False)
@@ -125,28 +134,28 @@ def test_blocks(device, shape, dtype, any_order):
 def test_tiles_of_the_smallest_numbers(device, largest, power_of_two):
     """Below 448 * 2^-126 the scale stays 2^-126, and codes lose what bfloat16's subnormals still have."""
     x = (torch.rand(130, 136, device=device) * 2 - 1).mul_(largest).bfloat16()
-    same(operator("quantize_rows")(x, power_of_two), encoding.quantize_1x128(x, power_of_two))
-    same(operator("quantize_blocks")(x, False, power_of_two)[:2], encoding.quantize_128x128(x, power_of_two))
+    same(operator("quantize_rows")(x, power_of_two), plain.quantize_1x128(x, power_of_two))
+    same(operator("quantize_blocks")(x, False, power_of_two)[:2], plain.quantize_128x128(x, power_of_two))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 def test_a_broken_number_loses_its_tile(device, broken):
     x = numbers(130, 264, device)
     x[129, 200] = broken
-    same(operator("quantize_rows")(x, False), encoding.quantize_1x128(x))
+    same(operator("quantize_rows")(x, False), plain.quantize_1x128(x))
     q, scale = operator("quantize_columns")(x, None, False)
-    expected_q, expected_scale = encoding.quantize_128x1(x)
+    expected_q, expected_scale = plain.quantize_128x1(x)
     same((q[:, :130], scale), (expected_q, expected_scale))
-    same(operator("quantize_blocks")(x, False, False)[:2], encoding.quantize_128x128(x))
+    same(operator("quantize_blocks")(x, False, False)[:2], plain.quantize_128x128(x))
 
 
 @pytest.mark.parametrize("rows, half", [(1, 8), (130, 136), (64, 256)])
 def test_swiglu(device, rows, half):
     gate_up = (2 * torch.randn(rows, 2 * half, device=device)).bfloat16()
     activation = swiglu(*gate_up.chunk(2, -1))
-    nearly(operator("swiglu_quantize_rows")(*gate_up.chunk(2, -1), True), encoding.quantize_1x128(activation, True))
+    nearly(operator("swiglu_quantize_rows")(*gate_up.chunk(2, -1), True), plain.quantize_1x128(activation, True))
     nearly(unpadded(operator("swiglu_quantize_columns")(*gate_up.chunk(2, -1), None, True), rows),
-           encoding.quantize_128x1(activation, True))
+           plain.quantize_128x1(activation, True))
 
 
 @pytest.mark.parametrize("rows, half", [(1, 8), (130, 136), (64, 256)])
@@ -156,8 +165,8 @@ def test_swiglu_backward(device, rows, half):
     (expected,) = torch.autograd.grad(swiglu(*gate_up.chunk(2, -1)), gate_up, grad)
     q, s, q_columns, s_columns = operator("swiglu_backward_quantize")(
         grad, *gate_up.detach().chunk(2, -1), None, False)
-    nearly((q, s), encoding.quantize_1x128(expected))
-    nearly(unpadded((q_columns, s_columns), rows), encoding.quantize_128x1(expected))
+    nearly((q, s), plain.quantize_1x128(expected))
+    nearly(unpadded((q_columns, s_columns), rows), plain.quantize_128x1(expected))
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 8), (130, 136), (3, 7168)])
@@ -165,9 +174,9 @@ def test_norm(device, rows, columns):
     """The kernel's own formula is that of ops/norm.py's CPU form. In every other row eps is a tenth of the mean."""
     x, weight = (3 * torch.randn(rows, columns, device=device)).bfloat16(), torch.rand(columns, device=device) + 0.5
     x[::2] *= 2.0**-10
-    normed = rms_norm(x.cpu(), weight.cpu(), 1e-6).to(device)
+    normed = plain.rms_norm(x.cpu(), weight.cpu(), 1e-6).to(device)
     q, s, rstd, kept = operator("norm_quantize_rows")(x, weight, 1e-6, True, False)
-    nearly((q, s), encoding.quantize_1x128(normed))
+    nearly((q, s), plain.quantize_1x128(normed))
     torch.testing.assert_close(kept, normed, rtol=2**-7, atol=0)
     torch.testing.assert_close(rstd, (x.double().square().mean(-1) + 1e-6).rsqrt().float(), rtol=1e-5, atol=0)
     assert operator("norm_quantize_rows")(x, weight, 1e-6, False, False)[3].numel() == 0
@@ -184,6 +193,6 @@ def test_norm_backward(device, rows, columns):
     wide_x, wide_w = x.double().requires_grad_(), weight.double().requires_grad_()
     expected, expected_w = torch.autograd.grad(
         F.rms_norm(wide_x, (columns,), wide_w, 1e-6), (wide_x, wide_w), grad.double())
-    nearly((q, s), encoding.quantize_1x128(expected.bfloat16()))
-    nearly(unpadded((q_columns, s_columns), rows), encoding.quantize_128x1(expected.bfloat16()))
+    nearly((q, s), plain.quantize_1x128(expected.bfloat16()))
+    nearly(unpadded((q_columns, s_columns), rows), plain.quantize_128x1(expected.bfloat16()))
     torch.testing.assert_close(grad_weight.double(), expected_w, rtol=1e-4, atol=1e-4)

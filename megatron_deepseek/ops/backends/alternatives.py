@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from megatron_deepseek.ops.backends.kernels import TILE
 from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.ops.fp8.gemm import depths_of_groups, rows_of_groups, scaled_mm
 
 
 def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float):
@@ -46,18 +47,41 @@ def transformer_engine_attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_B
 
 
 def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
-    """Call torch's scaled_mm, which takes scales by columns; those of 128x128 padded to a multiple of 4 along K."""
+    """Call torch's scaled_mm, which takes scales by columns; those of 128x128 padded to a multiple of 4 along K.
+
+    Codes are padded to a multiple of 16 along K.
+    """
     from torch.nn.functional import ScalingType
 
-    if a_q.shape[1] % 16 or b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):
+    if b_q.shape[0] % 16 or not a_q.numel() or out_dtype not in (torch.bfloat16, torch.float32):
         return NotImplemented
     if b_s.shape[0] == b_q.shape[0]:
         recipe, scales = ScalingType.BlockWise1x128, b_s.t().contiguous().t()
     else:
         assert b_s.shape[0] == -(-b_q.shape[0] // TILE), (b_s.shape, b_q.shape)
         recipe, scales = ScalingType.BlockWise128x128, F.pad(b_s, (0, -b_s.shape[1] % 4)).t()
-    return F.scaled_mm(a_q.contiguous(), b_q.contiguous().t(), a_s.t().contiguous().t(), ScalingType.BlockWise1x128,
+    a_q, b_q = (_padded_codes(q) for q in (a_q, b_q))
+    return F.scaled_mm(a_q, b_q.t(), a_s.t().contiguous().t(), ScalingType.BlockWise1x128,
                        scales, recipe, output_dtype=out_dtype)
+
+
+def _padded_codes(q: torch.Tensor) -> torch.Tensor:
+    return F.pad(q.view(torch.uint8), (0, -q.shape[1] % 16)).view(q.dtype) if q.shape[1] % 16 else q.contiguous()
+
+
+def _torch_or_reference(*operands) -> torch.Tensor:
+    result = torch_scaled_mm(*operands)
+    return scaled_mm.reference(*operands) if result is NotImplemented else result
+
+
+def torch_grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=torch.bfloat16):
+    """Call torch's scaled_mm for each group."""
+    return rows_of_groups(_torch_or_reference, a_q, a_s, b_q, b_s, counts, out_dtype)
+
+
+def torch_grouped_scaled_mm_wgrad(a_q, a_s, b_q, b_s, counts, out_dtype=torch.bfloat16):
+    """Call torch's scaled_mm for each group."""
+    return depths_of_groups(_torch_or_reference, a_q, a_s, b_q, b_s, counts, out_dtype)
 
 
 def transformer_engine_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):

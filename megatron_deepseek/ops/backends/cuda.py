@@ -5,12 +5,17 @@ another memory layout than the reference's (codes of 128x1 tiles are padded to w
 see.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
-from megatron_deepseek.ops.backends.kernels import TILE, operator
-from megatron_deepseek.ops.backends.registry import choices
+from megatron_deepseek.device import stream_number
+from megatron_deepseek.ops.backends import registry
+from megatron_deepseek.ops.backends.kernels import TILE, operator, rows_are_aligned, starts_aligned
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
+from megatron_deepseek.ops.swiglu import swiglu_backward
 
 _BF16 = torch.bfloat16
 
@@ -33,14 +38,12 @@ def assemble_keys(kv: torch.Tensor, k_rope: torch.Tensor, table_2SD: torch.Tenso
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """Return x contiguous, from an address that is a multiple of 16 bytes."""
     x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return x if starts_aligned(x) else x.clone()
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """Return x with contiguous rows that start at multiples of 16 bytes."""
-    unit = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if fits else _dense(x)
+    return x if rows_are_aligned(x) else _dense(x)
 
 
 # Routing (permute.py) -------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ def sort_by_expert(experts_TK: torch.Tensor, num_experts: int):
 
 
 def _rows_fit(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and x.ndim == 2 and x.shape[1] * x.element_size() % 16 == 0
+    return not isinstance(x, BlockScaled) and x.ndim == 2 and x.shape[1] * x.element_size() % 16 == 0
 
 
 def _gather(x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, copies: int):
@@ -125,12 +128,47 @@ def tile_rows(counts: Sequence[int], height: int = TILE) -> list[tuple[int, int,
     return tiles
 
 
-def _table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32).view(-1, width).to(device, non_blocking=True)
+def _copied(rows_of: Callable, counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    rows = rows_of(counts)
+    width = len(rows[0]) if rows else 0
+    return torch.tensor(rows, dtype=torch.int32).view(len(rows), width).to(device, non_blocking=True)
 
 
-def _row_tiles(counts: Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
-    return None if counts is None else _table([tile[1:] for tile in tile_rows(counts)], 2, device)
+# An MoE layer asks about ten times for the tables of one micro-batch's counts. A table belongs to the stream that it
+# was copied on: no other one waits for the copy, or may read it after it was dropped.
+@functools.lru_cache(maxsize=512)
+def _kept(rows_of: Callable, counts: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+    return _copied(rows_of, counts, device)
+
+
+def table(rows_of: Callable[[tuple[int, ...]], list[tuple[int, ...]]], counts: Sequence[int], like: torch.Tensor
+          ) -> torch.Tensor:
+    """Return rows_of(counts) as int32 on the device of `like`, copied there once as long as it is kept.
+
+    So a step with the counts of an earlier one copies nothing from the host, as the capture of a CUDA graph demands.
+    What is made for tensors without data (FakeTensor, torch.compile) is not kept.
+    """
+    if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
+        return _copied(rows_of, tuple(counts), like.device)
+    return _kept(rows_of, tuple(counts), like.device, stream_number(like.device))
+
+
+def _rows_in_tiles(counts: Sequence[int]) -> list[tuple[int, int]]:
+    return [tile[1:] for tile in tile_rows(counts)]
+
+
+def _tall_tiles(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    return tile_rows(counts, 2 * TILE)
+
+
+def _depths(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (first tile, tiles) of the K of each group, which starts a new tile."""
+    tiles = [-(-count // TILE) for count in counts]
+    return [(sum(tiles[:i]), count) for i, count in enumerate(tiles)]
+
+
+def _row_tiles(counts: Sequence[int] | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if counts is None else table(_rows_in_tiles, counts, like)
 
 
 def _columns(x: torch.Tensor, counts: Sequence[int] | None, quantized: tuple[torch.Tensor, torch.Tensor]):
@@ -141,13 +179,13 @@ def _columns(x: torch.Tensor, counts: Sequence[int] | None, quantized: tuple[tor
 
 def _no_columns(counts: Sequence[int] | None) -> bool:
     """Return whether groups' 128x1 tiles are left to the reference: only csrc's wgrad reads padded ones."""
-    return counts is not None and choices()["grouped_scaled_mm_wgrad"].backend != "csrc"
+    return counts is not None and registry.choices()["grouped_scaled_mm_wgrad"].backend != "csrc"
 
 
 def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
     if not _takes(x) or _no_columns(counts):
         return NotImplemented
-    return _columns(x, counts, operator("quantize_columns")(_dense(x), _row_tiles(counts, x.device), power_of_two))
+    return _columns(x, counts, operator("quantize_columns")(_dense(x), _row_tiles(counts, x), power_of_two))
 
 
 def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
@@ -155,7 +193,7 @@ def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = Fals
     if q.shape[-1] % 8 or not q.numel() or _no_columns(counts):
         return NotImplemented
     return _columns(q, counts, operator("retile_columns")(
-        _dense(q), scale.contiguous(), _row_tiles(counts, q.device), power_of_two))
+        _dense(q), scale.contiguous(), _row_tiles(counts, q), power_of_two))
 
 
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
@@ -175,7 +213,7 @@ def quantize_both_ways(weight: torch.Tensor):
 def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
     if not _takes(x) or _no_columns(counts):
         return NotImplemented
-    q, scale, *columns = operator("quantize_both")(_dense(x), _row_tiles(counts, x.device), power_of_two)
+    q, scale, *columns = operator("quantize_both")(_dense(x), _row_tiles(counts, x), power_of_two)
     return (q, scale), _columns(x, counts, columns)
 
 
@@ -201,20 +239,21 @@ def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: 
     if rows is None or _no_columns(counts):
         return NotImplemented
     return _columns(rows[0], counts, operator("swiglu_quantize_columns")(
-        *rows, _row_tiles(counts, gate.device), power_of_two))
+        *rows, _row_tiles(counts, gate), power_of_two))
 
 
 def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
                           counts: Sequence[int] | None = None):
     """Return tiles of both gradients, which the kernel makes side by side.
 
-    Those of each are halves of the result, so a tile must end between them.
+    Those of each are halves of the result where a tile ends between them; else each gradient is quantised by itself.
     """
-    rows, width = _gate_and_up(gate, up), gate.shape[-1]
-    if rows is None or grad.dtype != _BF16 or _no_columns(counts) or not joint and width % TILE:
+    rows = _gate_and_up(gate, up)
+    if rows is None or grad.dtype != _BF16 or _no_columns(counts):
         return NotImplemented
-    q, scale, *columns = operator("swiglu_backward_quantize")(
-        _dense(grad), *rows, _row_tiles(counts, gate.device), False)
+    if not joint and gate.shape[-1] % TILE:
+        return tuple(quantize_rows_and_columns(part, False, counts) for part in swiglu_backward(grad, gate, up))
+    q, scale, *columns = operator("swiglu_backward_quantize")(_dense(grad), *rows, _row_tiles(counts, gate), False)
     columns = _columns(grad, counts, columns)
     if joint:
         return ((q, scale), columns),
@@ -246,7 +285,7 @@ def norm_backward_quantize(grad: torch.Tensor, x: torch.Tensor, weight: torch.Te
 
 def _operand(q: torch.Tensor, columns: int) -> torch.Tensor:
     """Return q [.., N, K] as the copy engine (TMA) reads it: K last, rows from multiples of 16 bytes on."""
-    fits = q.stride(-1) == 1 and q.stride(-2) % 16 == 0 and q.data_ptr() % 16 == 0 and (
+    fits = q.stride(-1) == 1 and q.stride(-2) % 16 == 0 and starts_aligned(q) and (
         q.ndim == 2 or q.stride(0) == q.shape[1] * q.stride(1))
     if fits:
         return q
@@ -271,17 +310,25 @@ def grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
     if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[2]), b_s.contiguous()
-    tiles = tile_rows(counts, 2 * TILE)
-    tall = 0.9 * len(tiles) * 2 * TILE <= sum(counts)
-    table = _table(tiles if tall else tile_rows(counts), 3, a_q.device)
-    return operator("grouped_scaled_mm")(*operands, table, tall, out_dtype == torch.float32)
+    tall = 0.9 * sum(-(-count // (2 * TILE)) for count in counts) * 2 * TILE <= sum(counts)
+    tiles = table(_tall_tiles if tall else tile_rows, counts, a_q)
+    return operator("grouped_scaled_mm")(*operands, tiles, tall, out_dtype == torch.float32)
+
+
+def _padded_columns(q: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Return codes of 128x1 tiles with every group padded to whole tiles; the reference's are not (widths that are no
+    multiple of 8 are quantised there).
+    """
+    if q.shape[1] == sum(-(-count // TILE) for count in counts) * TILE:
+        return q
+    parts = q.contiguous().view(torch.uint8).split(list(counts), 1)
+    return torch.cat([F.pad(part, (0, -part.shape[1] % TILE)) for part in parts], 1).view(q.dtype)
 
 
 def grouped_scaled_mm_wgrad(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
-    """Take operands as this module's quantize_128x1 makes them; leave others to the reference."""
-    tiles = [-(-count // TILE) for count in counts]
-    if not _fits_gemm(a_q, out_dtype) or a_q.shape[1] != sum(tiles) * TILE:
+    if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
-    groups = [(sum(tiles[:i]), count) for i, count in enumerate(tiles)]
-    return operator("grouped_scaled_mm_wgrad")(a_q, a_s, b_q, b_s, _table(groups, 2, a_q.device),
+    a_q, b_q = (_padded_columns(q, counts) for q in (a_q, b_q))
+    groups = table(_depths, counts, a_q)
+    return operator("grouped_scaled_mm_wgrad")(a_q, a_s.contiguous(), b_q, b_s.contiguous(), groups,
                                                out_dtype == torch.float32)

@@ -148,8 +148,10 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
                             _no_transformer_engine_gemm),
                   Candidate(REFERENCE, None, _always)),
     "grouped_scaled_mm": (Candidate("csrc", "cuda:grouped_scaled_mm", _no_hopper),
+                          Candidate("torch", "alternatives:torch_grouped_scaled_mm", _no_blockwise_gemm),
                           Candidate(REFERENCE, None, _always)),
     "grouped_scaled_mm_wgrad": (Candidate("csrc", "cuda:grouped_scaled_mm_wgrad", _no_hopper),
+                                Candidate("torch", "alternatives:torch_grouped_scaled_mm_wgrad", _no_blockwise_gemm),
                                 Candidate(REFERENCE, None, _always)),
 })
 

@@ -78,7 +78,7 @@ def quantize_128x128(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch
 @with_backends("quantize_both_ways")
 def quantize_both_ways(x: torch.Tensor) -> tuple[Tiles, Tiles]:
     """Apply `quantize_128x128` to a weight and to its transpose, which dgrad reads: the same numbers."""
-    q, scale = quantize_128x128(x)
+    q, scale = quantize_128x128.reference(x)
     return (q, scale), (q.mT, scale.mT)
 
 
@@ -91,7 +91,7 @@ def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence
     group of no rows has none.
     """
     groups = x.split(list(counts)) if counts is not None else (x,)
-    parts = [quantize_1x128(group.t(), power_of_two) for group in groups]
+    parts = [quantize_1x128.reference(group.t(), power_of_two) for group in groups]
     q, scales = zip(*parts)
     return torch.cat(q, 1), torch.cat(scales, 1)
 
@@ -100,7 +100,7 @@ def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence
 def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None
                               ) -> tuple[Tiles, Tiles]:
     """Apply `quantize_1x128` and `quantize_128x1` to x [M, K]: an output gradient, for dgrad and for wgrad."""
-    return quantize_1x128(x, power_of_two), quantize_128x1(x, power_of_two, counts)
+    return quantize_1x128.reference(x, power_of_two), quantize_128x1.reference(x, power_of_two, counts)
 
 
 def dequantize_1x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -129,7 +129,7 @@ def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = Fals
     Where all scales are powers of two the only new error is that of elements much smaller than their new tile's
     largest, which is why the recipe asks for them where values are saved for wgrad.
     """
-    return quantize_128x1(dequantize_1x128(q, scale), power_of_two, counts)
+    return quantize_128x1.reference(dequantize_1x128(q, scale), power_of_two, counts)
 
 
 def decode(q: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ scale makes every result NaN that it enters.
 Shapes: M rows, N columns of the result, K summed over, k = ceil(K / 128), R rows of all E groups, T their tiles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -56,10 +56,15 @@ def grouped_scaled_mm(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Tensor, b
 
     a is [R, K] with scales [R, k]; b is [E, N, K] with scales [E, ceil(N / 128), k]. The counts sum to R; any may be 0.
     """
+    return rows_of_groups(scaled_mm.reference, a_q, a_s, b_q, b_s, counts, out_dtype)
+
+
+def rows_of_groups(multiply: Callable[..., torch.Tensor], a_q, a_s, b_q, b_s, counts, out_dtype) -> torch.Tensor:
+    """Return the M-grouped GEMM, each group's by a `multiply` like `scaled_mm`."""
     result = torch.empty(a_q.shape[0], b_q.shape[1], dtype=out_dtype, device=a_q.device)
     parts = zip(a_q.split(list(counts)), a_s.split(list(counts)), b_q, b_s, result.split(list(counts)), strict=True)
     for part_q, part_s, weight_q, weight_s, out in parts:
-        out.copy_(scaled_mm(part_q, part_s, weight_q, weight_s, out_dtype))
+        out.copy_(multiply(part_q, part_s, weight_q, weight_s, out_dtype))
     return result
 
 
@@ -70,10 +75,15 @@ def grouped_scaled_mm_wgrad(a_q: torch.Tensor, a_s: torch.Tensor, b_q: torch.Ten
 
     Scales are [M, T] and [N, T], as `quantize_128x1` makes them with the same counts. A group of no rows has zeros.
     """
+    return depths_of_groups(scaled_mm.reference, a_q, a_s, b_q, b_s, counts, out_dtype)
+
+
+def depths_of_groups(multiply: Callable[..., torch.Tensor], a_q, a_s, b_q, b_s, counts, out_dtype) -> torch.Tensor:
+    """Return the K-grouped GEMM, each group's by a `multiply` like `scaled_mm`."""
     tiles = [num_tiles(count) for count in counts]
     result = torch.empty(len(counts), a_q.shape[0], b_q.shape[0], dtype=out_dtype, device=a_q.device)
     parts = zip(*(x.split(sizes, 1) for x, sizes in ((a_q, list(counts)), (a_s, tiles), (b_q, list(counts)),
                                                      (b_s, tiles))), result, strict=True)
     for part_a, scale_a, part_b, scale_b, out in parts:
-        out.copy_(scaled_mm(part_a, scale_a, part_b, scale_b, out_dtype))
+        out.copy_(multiply(part_a, scale_a, part_b, scale_b, out_dtype))
     return result

@@ -26,15 +26,15 @@ def norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool
                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return codes and scales of y [..., H], 1 / root mean square [..., 1], and y itself if `keep`, else None."""
     y, rstd = norm_forward(x, weight, eps)
-    return *encoding.quantize_1x128(y), rstd, y if keep else None
+    return *encoding.quantize_1x128.reference(y), rstd, y if keep else None
 
 
 @with_backends("norm_backward_quantize")
 def norm_backward_quantize(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
                            ) -> tuple[encoding.Tiles, encoding.Tiles, torch.Tensor]:
     """Return 1x128 tiles [..., H] and 128x1 tiles [H, R] of x's gradient, and the weight's gradient."""
-    grad_x, grad_weight = norm_backward(grad, x, weight, rstd)
-    (q, scale), columns = encoding.quantize_rows_and_columns(grad_x.flatten(0, -2))
+    grad_x, grad_weight = norm_backward.reference(grad, x, weight, rstd)
+    (q, scale), columns = encoding.quantize_rows_and_columns.reference(grad_x.flatten(0, -2))
     return (q.view(x.shape), scale.view(*x.shape[:-1], -1)), columns, grad_weight
 
 

@@ -192,14 +192,14 @@ class _MultiplySwiGLU(torch.autograd.Function):
 @with_backends("quantize_swiglu")
 def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) -> encoding.Tiles:
     """Return silu(gate) * up in 1x128 tiles."""
-    return encoding.quantize_1x128(swiglu_forward(gate, up), power_of_two)
+    return encoding.quantize_1x128.reference(swiglu_forward(gate, up), power_of_two)
 
 
 @with_backends("quantize_swiglu_columns")
 def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
                             ) -> encoding.Tiles:
     """Return silu(gate) * up, [R, I] each, in 128x1 tiles of rows."""
-    return encoding.quantize_128x1(swiglu_forward(gate, up), power_of_two, *counts)
+    return encoding.quantize_128x1.reference(swiglu_forward(gate, up), power_of_two, *counts)
 
 
 @with_backends("swiglu_backward_tiles")
@@ -208,7 +208,7 @@ def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tens
     """Return the gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles; one pair [R, 2I] if `joint`."""
     gradients = swiglu_backward(grad, gate, up)
     parts = (torch.cat(gradients, -1),) if joint else gradients
-    return tuple(encoding.quantize_rows_and_columns(part, False, *counts) for part in parts)
+    return tuple(encoding.quantize_rows_and_columns.reference(part, False, *counts) for part in parts)
 
 
 def _as_gradient(tiles: tuple[encoding.Tiles, encoding.Tiles], like: torch.Tensor) -> BlockScaled:

@@ -21,6 +21,8 @@ class Stream:
 
 
 class Tensor:
+    requires_grad = False
+
     def __init__(self, name: str, log: list[str]):
         self.name, self.log = name, log
 
@@ -62,6 +64,28 @@ def test_every_part_of_a_block_scaled_input_is_known_to_be_used_there(monkeypatc
     RunOnSideStream(side).start(lambda _: Tensor("y", []), scaled)
     assert all(part is found and stream is side
                for part, (found, stream) in zip((scaled.q, scaled.scale, x), used, strict=True))
+
+
+def test_a_backward_waits_for_sums_of_weights_gradients(monkeypatch):
+    """They are added on the side stream, which FSDP does not know, in the second micro-batch: `x`'s gradient, and so
+    whatever FSDP does once it is there, comes after a wait for them.
+    """
+    log: list[str] = []
+    main, side = Stream("main", log), Stream("side", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: None)
+    weight = torch.ones(3, requires_grad=True)
+    weight.register_post_accumulate_grad_hook(lambda _: log.append("sum of the weight's gradients"))
+    for _ in range(2):
+        x = torch.randn(3, requires_grad=True)
+        x.register_hook(lambda _: log.append("gradient of x"))
+        beside = RunOnSideStream(side)
+        beside.start(lambda x: (x * weight).sum(), x)
+        result = beside.result()
+        log.clear()
+        result.backward()
+        assert log == ["sum of the weight's gradients", "main waits for side", "gradient of x"]
 
 
 def test_without_streams_it_is_a_call():

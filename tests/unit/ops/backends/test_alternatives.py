@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron_deepseek.ops.attention import attention
 from megatron_deepseek.ops.backends import alternatives
 from megatron_deepseek.ops.fp8 import encoding
-from megatron_deepseek.ops.fp8.gemm import scaled_mm
+from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.norm import norm_backward, norm_forward, rms_norm
 
 
@@ -162,3 +162,23 @@ def test_torch_scaled_mm_is_called_as_its_source_asks(blocks, monkeypatch):
     shape, strides = ((4, 2), (1, 4)) if blocks else ((208, 3), (1, 208))
     assert call["scale_b"].shape == shape and call["scale_b"].stride() == strides
     assert call["scale_recipe_b"] == (F.ScalingType.BlockWise128x128 if blocks else F.ScalingType.BlockWise1x128)
+
+
+def hopper_scaled_mm(mat_a, mat_b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, output_dtype):
+    """What cuBLASLt computes, K a multiple of 16, of the layouts that the test above holds."""
+    assert mat_a.shape[1] % 16 == 0 and mat_a.is_contiguous() and mat_b.t().is_contiguous()
+    b_s = scale_b if scale_recipe_b == F.ScalingType.BlockWise1x128 else scale_b.t()[:, :-(-mat_a.shape[1] // 128)]
+    return scaled_mm.reference(mat_a, scale_a.contiguous(), mat_b.t(), b_s, output_dtype)
+
+
+def test_torch_grouped_products(monkeypatch):
+    """Groups of any number of rows: wgrad's K is padded with zero codes; one of no rows is left to the reference."""
+    monkeypatch.setattr(F, "scaled_mm", hopper_scaled_mm)
+    counts = [5, 0, 130]
+    x, grad, weight = randn(135, 272), randn(135, 48), randn(3, 48, 272)
+    operands = *encoding.quantize_1x128(x), *encoding.quantize_128x128(weight), counts
+    assert torch.equal(alternatives.torch_grouped_scaled_mm(*operands), grouped_scaled_mm(*operands))
+    columns = (part for each in (grad, x) for part in encoding.quantize_128x1(each, False, counts))
+    operands = *columns, counts, torch.float32
+    torch.testing.assert_close(alternatives.torch_grouped_scaled_mm_wgrad(*operands),
+                               grouped_scaled_mm_wgrad(*operands), rtol=1e-6, atol=1e-5)

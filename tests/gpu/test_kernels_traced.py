@@ -1,0 +1,181 @@
+"""torch.compile and FakeTensor see the kernels through what models call (ops/backends/cuda.py), every one of them.
+
+Each call is compiled as one graph and its results are compared with the reference's, its backward included; and made of
+tensors without data, which must have the shapes, dtypes and strides of real results.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from references import plain
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from megatron_deepseek.ops import cross_entropy, permute, rope
+from megatron_deepseek.ops.backends import kernels
+from megatron_deepseek.ops.fp8 import encoding, gemm, norm as fp8_norm, recipe
+
+COUNTS = [40, 0, 100]
+
+
+def bf16(*shape: int, device, leaf: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, device=device).bfloat16().requires_grad_(leaf)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function that dispatches, its arguments, and the kernels that it and its derivative need."""
+
+    function: Callable
+    arguments: tuple
+    kernels: frozenset[str]
+
+
+def call(function: Callable, *arguments, kernels: str) -> Call:
+    return Call(function, arguments, frozenset(kernels.split()))
+
+
+def calls(device) -> dict[str, Call]:
+    x, table = bf16(140, 136, device=device), torch.randn(2, 3, 4, device=device)
+    experts = torch.rand(70, 3, device=device).topk(2, -1).indices
+    order, inverse, _ = plain.sort_by_expert(experts, 3)
+    weights = torch.rand(70, 2, device=device, requires_grad=True)
+    labels, rstd = torch.randint(136, (140,), device=device), torch.rand(140, 1, device=device)
+    statistics = plain.cross_entropy_statistics(x, labels, 0)[:2]
+    scale, stack = torch.rand(136, device=device), bf16(3, 72, 136, device=device)
+    rows, blocks = plain.quantize_1x128(x, True), plain.quantize_128x128(stack)
+    columns = plain.quantize_128x1(x)
+    return {
+        "rope_queries": call(rope.rope_queries, bf16(2, 3, 4, 24, device=device, leaf=True), table, 16,
+                             kernels="rope_tail"),
+        "assemble_keys": call(rope.assemble_keys, bf16(2, 3, 4, 24, device=device, leaf=True),
+                              bf16(2, 3, 8, device=device, leaf=True), table, 16,
+                              kernels="keys_values keys_values_backward"),
+        "cross_entropy": call(cross_entropy.cross_entropy_statistics, x, labels, 0, kernels="cross_entropy_statistics"),
+        "its gradient": call(cross_entropy.cross_entropy_gradient, x, labels, 0, *statistics,
+                             torch.rand(140, device=device), kernels="cross_entropy_gradient_"),
+        "sort_by_expert": call(permute.sort_by_expert, experts, 3, kernels="route"),
+        "copy_and_permute": call(permute.copy_and_permute, bf16(70, 136, device=device, leaf=True), order, inverse,
+                                 kernels="gather_rows combine_rows"),
+        "weighted_sum": call(permute.weighted_sum, bf16(140, 136, device=device, leaf=True), weights, order, inverse,
+                             kernels="combine_rows combine_backward"),
+        "gather_rows": call(permute.gather_rows, x, labels, kernels="gather_rows"),
+        "quantize_1x128": call(encoding.quantize_1x128, x[:, 8:72], kernels="quantize_rows"),
+        "quantize_128x1": call(encoding.quantize_128x1, x, kernels="quantize_columns"),
+        "quantize_128x128": call(encoding.quantize_128x128, stack, kernels="quantize_blocks"),
+        "retile_128x1": call(encoding.retile_128x1, *rows, True, kernels="retile_columns"),
+        "both": call(encoding.quantize_rows_and_columns, x, kernels="quantize_both"),
+        "swiglu": call(recipe.quantize_swiglu, x, x, True, kernels="swiglu_quantize_rows"),
+        "swiglu, columns": call(recipe.quantize_swiglu_columns, x, x, True, kernels="swiglu_quantize_columns"),
+        "swiglu, backward": call(recipe.swiglu_backward_tiles, x, x, x, True, kernels="swiglu_backward_quantize"),
+        "norm": call(fp8_norm.norm_quantize, x, scale, 1e-6, True, kernels="norm_quantize_rows"),
+        "norm, backward": call(fp8_norm.norm_backward_quantize, x, x, scale, rstd, kernels="norm_backward_quantize"),
+        "product": call(gemm.scaled_mm, *rows, *(part[0] for part in blocks), kernels="scaled_mm"),
+        "wgrad": call(gemm.scaled_mm, *columns, *columns, torch.float32, kernels="scaled_mm"),
+        "grouped product": call(gemm.grouped_scaled_mm, *rows, *blocks, COUNTS, kernels="grouped_scaled_mm"),
+        "grouped wgrad": call(gemm.grouped_scaled_mm_wgrad, *plain.quantize_128x1(x, False, COUNTS),
+                              *plain.quantize_128x1(x, False, COUNTS), COUNTS, kernels="grouped_scaled_mm_wgrad")}
+
+
+NAMES = tuple(calls(torch.device("cpu")))
+
+
+def with_gradients(function: Callable, arguments: tuple) -> list[torch.Tensor]:
+    """Return results, and the gradients of leaves for gradients of results that are the results' own numbers."""
+    results = tensors(function(*arguments))
+    leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    if leaves:
+        results += torch.autograd.grad(results, leaves, [y.detach().clone() for y in results])
+    return results
+
+
+def tensors(result) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+
+
+def agree(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """By norm: two roundings to bfloat16, 2^-8 each, and a few codes that rounded the other way, a sixteenth each."""
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert error < 2**-6, float(error)
+
+
+def names_of(targets) -> set[str]:
+    return {str(target).split(".")[1] for target in targets if str(target).startswith(kernels.NAMESPACE)}
+
+
+def test_every_kernel_is_called(device):
+    assert frozenset().union(*(each.kernels for each in calls(device).values())) == set(kernels.FAKES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled(device, name):
+    """As one graph: a break in it would be an error."""
+    one, seen = calls(device)[name], []
+
+    def noted(graph, inputs):
+        for node in graph.graph.nodes:  # one that works in place is the argument of a node that makes it functional
+            seen.extend((node.target, *node.args))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    # a kernel that works in place overwrites what is compared
+    given = [tuple(x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+                   for x in one.arguments) for _ in range(2)]
+    compiled = torch.compile(one.function, fullgraph=True, backend=aot_autograd(fw_compiler=noted, bw_compiler=noted))
+    got, expected = with_gradients(compiled, given[0]), with_gradients(one.function.reference, given[1])
+    for mine, wanted in zip(got, expected, strict=True):
+        agree(mine, wanted)
+    assert names_of(seen) == one.kernels
+
+
+class Watching(TorchDispatchMode):
+    """Notes every operation, and how many tensors or numbers passed between the host and the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.crossings = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append(function)
+        devices = {x.device.type for x in tensors((args, kwargs, result))}
+        self.crossings += len(devices) > 1 or str(function) == "aten._local_scalar_dense.default"
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_data(device, name):
+    """Derivatives are traced above."""
+    one = calls(device)[name]
+    with torch.no_grad():
+        expected = tensors(one.function(*one.arguments))
+        with FakeTensorMode(), Watching() as watching:
+            arguments = tree_map_only(torch.Tensor, lambda x: torch.empty_strided(
+                x.shape, x.stride(), dtype=x.dtype, device=device), one.arguments)
+            got = tensors(one.function(*arguments))
+    for mine, wanted in zip(got, expected, strict=True):
+        assert (mine.shape, mine.dtype, mine.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+    assert set() < names_of(watching.operations) <= one.kernels
+
+
+def test_a_step_of_known_counts_copies_nothing_from_the_host(device):
+    """As the capture of a CUDA graph demands: experts forward and backward in FP8, on the meta device for a GPU."""
+    forms, counts = recipe.recipe(), [71, 0, 185]  # of no other test
+    x, up, down = (torch.empty(*shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in (
+        (256, 256), (3, 256, 256), (3, 256, 128)))
+
+    def step() -> Watching:
+        with Watching() as watching:
+            hidden = forms.experts_up(forms.experts_up.rows(x), up, counts)
+            forms.experts_down.after_swiglu((hidden,), down, counts).sum().backward()
+        return watching
+
+    first, second = step(), step()
+    assert first.crossings and not second.crossings
+    assert {"grouped_scaled_mm", "grouped_scaled_mm_wgrad", "retile_columns"} <= names_of(second.operations)

@@ -1,0 +1,113 @@
+"""Wrong kernels in the place of the right ones, for this process: what a test of kernels must see.
+
+As a script it runs tests on them, and prints which passed and which did not, as JSON:
+
+    python tests/helpers/planted_kernels.py PLANT TEST...
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megatron_deepseek.ops.backends import kernels
+
+IN_PLACE = "cross_entropy_gradient_"
+QUANTIZERS = ("quantize_rows", "quantize_columns", "quantize_both", "quantize_blocks", "retile_columns",
+              "swiglu_quantize_rows", "swiglu_quantize_columns", "swiglu_backward_quantize", "norm_quantize_rows",
+              "norm_backward_quantize")
+PRODUCTS = ("scaled_mm", "grouped_scaled_mm", "grouped_scaled_mm_wgrad")
+
+
+def _each(result, function: Callable[[torch.Tensor], torch.Tensor]):
+    return tuple(map(function, result)) if isinstance(result, tuple) else function(result)
+
+
+def ones(name: str, right: Callable, *args):
+    """Give ones of the right shapes, and look at nothing."""
+    if name == IN_PLACE:
+        args[0].fill_(1)
+        return None
+    return _each(kernels.FAKES[name](*args), lambda x: torch.ones_like(x, dtype=torch.float32).to(x.dtype))
+
+
+def _transposed(scale: torch.Tensor) -> torch.Tensor:
+    return scale.mT.reshape(scale.shape)
+
+
+def transposed_scale(name: str, right: Callable, *args):
+    """Read or write scales along the other dimension."""
+    if name in PRODUCTS:
+        return right(*args[:3], _transposed(args[3]), *args[4:])
+    result = right(*args)
+    if name not in QUANTIZERS:
+        return result
+    return _each(result, lambda x: _transposed(x) if x.dtype == torch.float32 and x.ndim > 1 else x)
+
+
+def neighbouring_group(name: str, right: Callable, *args):
+    """Take the rows, the weight or the slots of the group before."""
+    if name == "route":
+        return right((args[0] + 1) % args[1], *args[1:])
+    if name == "grouped_scaled_mm":
+        tiles = args[4].clone()
+        tiles[:, 0] = tiles[:, 0].roll(1)
+        return right(*args[:4], tiles, *args[5:])
+    tables = {"grouped_scaled_mm_wgrad": 4, "gather_rows": 1, "combine_rows": 2, "combine_backward": 2}
+    place = tables.get(name, next((i for i, x in enumerate(args) if name in QUANTIZERS and isinstance(x, torch.Tensor)
+                                   and x.dtype == torch.int32), None))
+    if place is None:
+        return right(*args)
+    return right(*args[:place], args[place].roll(1, 0), *args[place + 1:])
+
+
+def misshapen(name: str, right: Callable, *args):
+    """Give a column too many, except where the arguments of other kernels are made."""
+    result = right(*args)
+    if name in ("route", "quantize_rows", "quantize_columns", "quantize_blocks", IN_PLACE):
+        return result
+    return _each(result, lambda x: torch.cat([part := x.view(torch.uint8), part], -1).view(x.dtype))
+
+
+PLANTS = {"ones": ones, "misshapen": misshapen, "transposed scale": transposed_scale,
+          "neighbouring group": neighbouring_group}
+
+
+def planted(plant: str, key: str = "CPU") -> torch.library.Library:
+    """Put a plant's kernels in the place of those that are registered for `key`, as long as the result lives."""
+    library = torch.library.Library(kernels.NAMESPACE, "IMPL")
+    for name in kernels.FAKES:
+        right = torch.library.get_kernel(f"{kernels.NAMESPACE}::{name}", key)
+
+        def call(keys, *args, name=name, right=right):
+            return PLANTS[plant](name, lambda *given: right.call_boxed(keys, *given), *args)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says once that kernels are overridden
+            library.impl(name, call, key, with_keyset=True, allow_override=True)
+    return library
+
+
+class Outcomes:
+    """Plants the kernels once those that it replaces are loaded, and notes how each test ends."""
+
+    def __init__(self, plant: str):
+        self.plant, self.of_test = plant, {}
+
+    @pytest.fixture(scope="session", autouse=True)
+    def wrong_kernels(self, device):
+        library = planted(self.plant)
+        yield library
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.of_test[report.nodeid.replace("\\", "/").split("/")[-1]] = report.outcome
+
+
+if __name__ == "__main__":
+    watcher = Outcomes(sys.argv[1])
+    pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]], plugins=[watcher])
+    print("\n" + json.dumps(watcher.of_test))

@@ -1,0 +1,66 @@
+"""tests/gpu can fail: with wrong kernels in the place of the right ones, every file of it is red.
+
+What a kernel is compared with there must not come from a kernel: references that dispatched would make every one of
+these tests pass.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from forked import run_script
+
+from megatron_deepseek.ops.backends.kernels import LIBRARY
+
+ROOT = Path(__file__).parents[4]
+FOLDER = ROOT / "tests" / "gpu"
+COMPARING = ("cross_entropy", "forms", "gemm", "model", "permute", "quantize", "rope")
+EMPTY = ("0-16", "0-64", "shape3")  # in the names of cases without a number to compare
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    """Return a function that runs tests of tests/gpu on wrong kernels, and returns how each ended."""
+    def run(plant: str, *tests: str) -> dict[str, str]:
+        out, errors = tmp_path / "out", tmp_path / "errors"
+        words = [str(ROOT / "tests/helpers/planted_kernels.py"), plant,
+                 *(str(FOLDER / f"test_kernels_{test}") for test in tests)]
+        assert run_script(words, out, errors) == 0, errors.read_text()
+        ended = json.loads(out.read_text().splitlines()[-1])
+        if set(ended.values()) == {"skipped"}:
+            pytest.skip("there is no emulation here: tests/gpu/conftest.py")
+        return {name.removeprefix("test_kernels_"): outcome for name, outcome in ended.items()}
+
+    if LIBRARY.exists():
+        pytest.skip("kernels are planted in the emulation, which cannot be loaded beside the library of a GPU")
+    return run
+
+
+def test_every_file_is_known():
+    files = {path.stem.removeprefix("test_kernels_") for path in FOLDER.glob("test_*.py")}
+    assert files == {*COMPARING, "traced", "registration"}  # the last two are about names, shapes and derivatives
+
+
+def test_ones_are_seen_by_every_test(outcomes):
+    """But for those of empty tensors, and of what kernels do not take."""
+    traced = ("traced.py::test_compiled[product]", "traced.py::test_compiled[rope_queries]")  # of many that take long
+    ended = outcomes("ones", *(f"{name}.py" for name in COMPARING), *traced)
+    passed = {name for name, outcome in ended.items() if outcome == "passed"}
+    of_empty = {name for name in passed if any(part in name for part in EMPTY)}
+    assert len(ended) > 230
+    assert passed - of_empty == {"forms.py::test_what_kernels_do_not_take"}
+
+
+@pytest.mark.parametrize("plant, tests", [
+    ("transposed scale", (
+        "forms.py::test_linear_of_three_products", "gemm.py::test_dense", "gemm.py::test_dense_with_scales_of_rows",
+        "model.py::test_kernels_and_references_agree", "quantize.py::test_rows", "quantize.py::test_blocks")),
+    ("neighbouring group", (
+        "forms.py::test_experts_of_three_products", "forms.py::test_permutations", "gemm.py::test_rows_grouped",
+        "gemm.py::test_depth_grouped", "model.py::test_kernels_and_references_agree", "permute.py::test_route",
+        "permute.py::test_gather", "quantize.py::test_columns_of_groups", "quantize.py::test_retile")),
+    ("misshapen", ("registration.py::test_operator",))])
+def test_a_wrong_kernel_is_seen_in_each_file(outcomes, plant, tests):
+    ended = outcomes(plant, *tests)
+    red = {name.split("[")[0] for name, outcome in ended.items() if outcome == "failed"}
+    assert red == set(tests)
