@@ -19,14 +19,17 @@ from megatron_deepseek.data.tokenizer import ASSISTANT, EOD, USER, Tokenizer
 from megatron_deepseek.finetuning.encode import choose_template, control_ids
 from megatron_deepseek.finetuning.templates import (
     CALL, CALLS, END_CALL, END_CALLS, END_THINK, SEPARATOR, TEMPLATES, THINK)
+from megatron_deepseek.inference.grammar import Grammar
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.serving.chat import calls
 from megatron_deepseek.serving.chat.checkpoint_template import CheckpointTemplate
 from megatron_deepseek.serving.chat.family import FamilyTemplate
 from megatron_deepseek.serving.chat.fields import fault
+from megatron_deepseek.serving.chat.forced_calls import forced_calls
 from megatron_deepseek.serving.chat.messages import read_messages
 from megatron_deepseek.serving.chat.options import ChatOptions, read_options
 from megatron_deepseek.serving.chat.parser import BARE, LINES, AnswerForm, AnswerParser
+from megatron_deepseek.serving.chat.response_format import grammar_of
 from megatron_deepseek.serving.chat.tools import NONE, Tools, read_tools
 
 AUTO = "auto"
@@ -83,10 +86,22 @@ class ChatFormat:
             options = replace(options, thinking=self.thinking)
         if tools.shown and self.form.calls is None:
             raise fault("tools", f"the model of the template {self.name} has no tokens for calls of tools")
-        prompt = self.renderer.render(messages, tools, options)
-        return Question(self, tuple(prompt), tools, options)
+        prompt = tuple(self.renderer.render(messages, tools, options))
+        inside = self._begins_inside(prompt)
+        return Question(self, prompt, tools, options, inside, self._grammar(body, tools, inside))
 
-    def begins_inside(self, prompt: Sequence[int]) -> bool:
+    def _grammar(self, body: Mapping[str, Any], tools: Tools, inside: bool) -> Grammar | None:
+        """Return what the answer must keep to, behind its reasoning where it begins inside of that."""
+        begins_after = self.form.control.get(END_THINK) if inside else None
+        leading = inside and self.form.thoughts == LINES
+        found = grammar_of(body, begins_after, leading)
+        if not tools.forced:
+            return found
+        if found is not None:
+            raise fault(found.name, "cannot be with a tool_choice that asks for calls")
+        return forced_calls(tools, self.form, begins_after, leading)
+
+    def _begins_inside(self, prompt: Sequence[int]) -> bool:
         """Return whether a prompt has opened the reasoning, so that the answer begins inside of it."""
         control = control_ids(self.tokenizer)
         begin = control.get(THINK)
@@ -97,23 +112,24 @@ class ChatFormat:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A request as the engine gets it: the ids of the prompt, and what its sampling must keep to."""
+    """A request as the engine gets it: the ids of the prompt, and what its sampling must keep to.
+
+    `begins_inside`: the prompt has opened the reasoning.
+    """
 
     format: ChatFormat
     prompt: tuple[int, ...]
     tools: Tools
     options: ChatOptions
-
-    @property
-    def begins_inside(self) -> bool:
-        return self.format.begins_inside(self.prompt)
+    begins_inside: bool
+    grammar: Grammar | None
 
     def sampling(self, parameters: SamplingParameters) -> SamplingParameters:
-        """Return `parameters` with what the request's tools say: where none may be called, calls are banned."""
+        """Return `parameters` with the grammar, and with calls banned where tools are there but none may be called."""
         begin = self.format.form.control.get(CALLS)
         if self.tools.choice == NONE and self.tools.given and begin is not None:
-            return replace(parameters, logit_bias={**parameters.logit_bias, begin: float("-inf")})
-        return parameters
+            parameters = replace(parameters, logit_bias={**parameters.logit_bias, begin: float("-inf")})
+        return parameters if self.grammar is None else replace(parameters, grammar=self.grammar)
 
     def parser(self) -> AnswerParser:
         """Return a reader of one answer."""
