@@ -25,10 +25,15 @@ class Constraint:
         self._matcher, self._begins_after, self._ends = matcher, begins_after, list(ends)
         self._begun = begins_after is None
 
-    def allowed(self, number: int) -> torch.Tensor | None:
-        """Return which of the first `number` tokens may come next, bool [number]; None where all may."""
+    def allowed(self, number: int) -> torch.Tensor:
+        """Return which of the first `number` tokens may come next, bool [number].
+
+        Before the grammar begins all may but the ends: the answer would have nothing that keeps to it.
+        """
         if not self._begun:
-            return None
+            allowed_V = torch.ones(number, dtype=torch.bool)
+            allowed_V[self._ends] = False
+            return allowed_V
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed_V = torch.from_numpy(np.unpackbits(bits, bitorder="little")[:number].copy()).bool()
         if len(allowed_V) < number:

@@ -15,7 +15,8 @@ _HOW = "pip install 'megatron-deepseek[serve]' installs it"
 class Grammar:
     """A grammar that an answer keeps to. `definition` is llguidance's own form, JSON with a list of grammars.
 
-    `begins_after`: the token behind which it holds, as the one that ends reasoning; None for the whole answer. `name`
+    `begins_after`: the token behind which it holds, as the one that ends reasoning, and which must come
+    then; None for the whole answer. `name`
     is what errors call it: the field of the request that it was made from.
     """
 

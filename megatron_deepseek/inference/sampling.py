@@ -47,10 +47,7 @@ def adjusted(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
 
 def _constrained(logits_V: torch.Tensor, raw_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     """Return the logits of the tokens that the grammar allows, raw ones where all of these are banned otherwise."""
-    allowed_V = sequence.constraint.allowed(len(logits_V))
-    if allowed_V is None:
-        return logits_V
-    banned_V = ~allowed_V.to(logits_V.device)
+    banned_V = ~sequence.constraint.allowed(len(logits_V)).to(logits_V.device)
     masked_V = logits_V.masked_fill(banned_V, float("-inf"))
     return masked_V if masked_V.isfinite().any() else raw_V.to(logits_V.dtype).masked_fill(banned_V, float("-inf"))
 
