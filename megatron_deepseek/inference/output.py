@@ -1,5 +1,6 @@
 """What the engine gives for a request."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ class Output:
 
     `tokens` are all of the answer, with the one that ended it; `text` is what they say, without a stop string and
     without the token that ended it, and None if the engine has no tokenizer. While the answer runs, `text` leaves out
-    what may still become part of a stop string or of a character. `finish_reason`: "stop", "length" or "abort", and
-    None while it runs; an answer whose grammar grew beyond the library's limits is aborted too.
+    what may still become part of a stop string or of a character. `text_ends`: the length of the text after each of
+    `tokens`, with what `text` still leaves out. `finish_reason`: "stop", "length" or "abort", and None while it runs;
+    an answer whose grammar grew beyond the library's limits is aborted too.
 
     Log-probabilities are of raw logits, None unless they were asked for. `log_probabilities` has one for each of
     `tokens`, `top_log_probabilities` the likeliest by id, with the chosen one. The prompt's have None for its first
@@ -26,6 +28,7 @@ class Output:
     prompt: tuple[int, ...]
     tokens: list[int]
     text: str | None
+    text_ends: list[int] | None = None
     finish_reason: str | None = None
     log_probabilities: list[float] | None = None
     top_log_probabilities: list[dict[int, float]] | None = None
@@ -37,3 +40,10 @@ class Output:
     def finished(self) -> bool:
         """Return whether no more tokens will come."""
         return self.finish_reason is not None
+
+    @property
+    def settled(self) -> int:
+        """Return how many of `tokens` say no more than `text` does: all of them at the end, or without a text."""
+        if self.finished or self.text is None:
+            return len(self.tokens)
+        return bisect_right(self.text_ends, len(self.text))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 
 from megatron_deepseek.inference.grammar import Grammar
 
@@ -62,6 +63,8 @@ class SamplingParameters:
             raise ValueError("repetition_penalty is 0; it must be greater than 0, and 1 changes nothing")
         if self.top_p == 0:
             raise ValueError("top_p is 0; it must be greater than 0, and temperature 0 takes the likeliest token")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos {self.ignore_eos!r} is neither true nor false")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is greater than max_tokens {self.max_tokens}")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
@@ -97,16 +100,23 @@ def _check_number(name: str, value: object) -> None:
 
 def _strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """Return the stop strings without empty ones; a single string and None are as good as a list."""
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    strings = (stop,) if isinstance(stop, str) else _listed("stop", stop)
     for each in strings:
         if not isinstance(each, str):
             raise ValueError(f"stop has {each!r}, which is no string")
     return tuple(each for each in strings if each)
 
 
+def _listed(name: str, values: Iterable | None) -> tuple:
+    """Return a list's values; raise ValueError, naming the parameter, for what is no list."""
+    if values is not None and (isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable)):
+        raise ValueError(f"{name} {values!r} is no list")
+    return tuple(values or ())
+
+
 def _ids(name: str, ids: Iterable[int] | None) -> tuple[int, ...]:
     """Return token ids as a tuple; raise ValueError, naming the parameter, for what is none."""
-    ids = tuple(ids or ())
+    ids = _listed(name, ids)
     for each in ids:
         if isinstance(each, bool) or not isinstance(each, int) or each < 0:
             raise ValueError(f"{name} has {each!r}, which is no token id")
@@ -115,6 +125,8 @@ def _ids(name: str, ids: Iterable[int] | None) -> tuple[int, ...]:
 
 def _biases(biases: Mapping[int, float] | None) -> dict[int, float]:
     """Return the biases by integer id: JSON's keys are strings. They may be -inf, which bans a token."""
+    if not isinstance(biases, (Mapping, NoneType)):
+        raise ValueError(f"logit_bias {biases!r} is no object of token ids and numbers")
     checked = {}
     for token, bias in (biases or {}).items():
         try:
@@ -123,5 +135,5 @@ def _biases(biases: Mapping[int, float] | None) -> dict[int, float]:
             raise ValueError(f"logit_bias has {token!r}: {bias!r}, which is no token id with a number") from error
         if math.isnan(checked[int(token)]) or checked[int(token)] == math.inf:
             raise ValueError(f"logit_bias has {token!r}: {bias!r}; a bias must be finite, or -inf to ban the token")
-    _ids("logit_bias", checked)
+    _ids("logit_bias", list(checked))
     return checked

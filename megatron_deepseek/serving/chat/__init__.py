@@ -2,6 +2,6 @@
 
 from megatron_deepseek.serving.chat.format import ChatFormat, Question
 from megatron_deepseek.serving.chat.parser import AnswerParser
-from megatron_deepseek.serving.chat.response_format import grammar_of
+from megatron_deepseek.serving.chat.response_format import GRAMMAR_FIELDS, grammar_of
 
-__all__ = ["AnswerParser", "ChatFormat", "Question", "grammar_of"]
+__all__ = ["AnswerParser", "ChatFormat", "GRAMMAR_FIELDS", "Question", "grammar_of"]
