@@ -56,7 +56,7 @@ def test_log_probabilities_have_bytes_and_the_likeliest(served):
 
 def test_without_a_length_an_answer_may_be_as_long_as_there_is_room(served):
     """Its length is that of the model unless the request says otherwise, by either name."""
-    messages = [{"role": "user", "content": "12 " * 1350}]
+    messages = [{"role": "user", "content": "12 " * 4040}]
     found = served.post("/v1/chat/completions", {"messages": messages, "temperature": 0, "ignore_eos": True}).json
     assert 3900 < found["usage"]["prompt_tokens"] < 4096 and found["usage"]["total_tokens"] == 4096
     either = served.post("/v1/chat/completions", CHAT | {"max_completion_tokens": 3, "max_tokens": 9}).json

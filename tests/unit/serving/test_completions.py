@@ -121,11 +121,11 @@ def test_stop_strings_are_held_back_and_cut(served, engine):
 
 def test_a_streamed_character_is_never_cut(served):
     """The model writes bytes at random: what is no character at its end may stand in the text, but no half of one."""
-    asked = {"prompt": PROMPTS[2], "temperature": 2.0, "seed": 1, "max_tokens": 300, "ignore_eos": True}
+    asked = {"prompt": PROMPTS[2], "temperature": 2.0, "seed": 1, "max_tokens": 150, "ignore_eos": True}
     whole = served.post("/v1/completions", asked).json["choices"][0]["text"]
     events = served.post("/v1/completions", asked | {"stream": True}).events
     pieces = [each["text"] for event in events for each in event["choices"]]
-    assert "".join(pieces) == whole and len(pieces) > 100 and any(ord(each) > 127 for each in whole)
+    assert "".join(pieces) == whole and len(pieces) > 50 and any(ord(each) > 127 for each in whole)
 
 
 def test_prompt_logprobs_are_by_id(served, engine):
