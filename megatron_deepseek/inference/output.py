@@ -14,7 +14,8 @@ class Output:
     `tokens` are all of the answer, with the one that ended it; `text` is what they say, without a stop string and
     without the token that ended it, and None if the engine has no tokenizer. While the answer runs, `text` leaves out
     what may still become part of a stop string or of a character. `text_ends`: the length of the text after each of
-    `tokens`, with what `text` still leaves out. `finish_reason`: "stop", "length" or "abort", and None while it runs.
+    `tokens`, with what `text` still leaves out. `finish_reason`: "stop", "length" or "abort", and None while it runs;
+    an answer whose grammar grew beyond the library's limits is aborted too.
 
     Log-probabilities are of raw logits, None unless they were asked for. `log_probabilities` has one for each of
     `tokens`, `top_log_probabilities` the likeliest by id, with the chosen one. The prompt's have None for its first

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_deepseek.inference.constraint import Constraint
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.stop_strings import StopStrings
 from megatron_deepseek.inference.text import AnswerText
@@ -38,8 +39,8 @@ class Sequence:
 
     `num_computed`: of how many tokens the cache has what layers keep. `num_filled`: the same for MTP modules.
     `blocks`: where in the cache. `hashes`: of its full blocks, as far as they are known. `drafts`: tokens that may come
-    next, to be verified in the next step. `added_at`, `admitted_at`: seconds of a clock, when it began to wait and when
-    it first ran.
+    next, to be verified in the next step. `constraint`: what its grammar allows. `added_at`, `admitted_at`: seconds of
+    a clock, when it began to wait and when it first ran.
     """
 
     request: Request
@@ -47,6 +48,7 @@ class Sequence:
     tokens: list[int]
     generator: torch.Generator
     text: AnswerText | None
+    constraint: Constraint | None = None
     num_computed: int = 0
     num_filled: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -91,3 +93,5 @@ class Sequence:
     def append(self, token: int) -> None:
         self.tokens.append(token)
         self.counts[token] = self.counts.get(token, 0) + 1
+        if self.constraint is not None:
+            self.constraint.add(token)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 
+from megatron_deepseek.inference.grammar import Grammar
+
 GREEDY_TEMPERATURE = 1e-5  # below it the likeliest token is taken, as in vLLM
 
 # Least and greatest value of each number, both allowed; None for no bound.
@@ -26,6 +28,8 @@ class SamplingParameters:
     `stop`: strings that end the answer and are cut off it; empty ones are ignored. `stop_token_ids` end it too, and
     like the end of text they stay in the answer's tokens but not in its text. `n`: how many answers. `seed`: of the
     first answer, the i-th has its own; None draws a seed.
+
+    `grammar`: what the answer keeps to; where it leaves nothing else, biases and `min_tokens` do not count.
 
     `logprobs`: log-probabilities of output tokens, of the one chosen and this many likeliest, of raw logits, before
     penalties and temperature; `prompt_logprobs`: the same for the prompt, whose first token has none; None for neither.
@@ -50,6 +54,7 @@ class SamplingParameters:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     chosen_experts: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         for name in {**_BOUNDS, "seed": None}:
@@ -62,6 +67,8 @@ class SamplingParameters:
             raise ValueError(f"ignore_eos {self.ignore_eos!r} is neither true nor false")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is greater than max_tokens {self.max_tokens}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar {self.grammar!r:.80} is no Grammar")
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
