@@ -4,6 +4,7 @@ It imports torch only once the arguments are right, so that --help and mistakes 
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from megatron_deepseek.cli import inference_options as options
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.quick_imports import quick_imports
+from megatron_deepseek.serving.access import check_origins, read_keys
 
 PROGRAM = "serve.py"
+NEEDED = ("starlette", "uvicorn", "prometheus-client")  # the extra [serve]
 _NO_LENGTH = 2**62  # of answers, where generation_config.json says nothing of it
 
 
@@ -28,13 +32,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--served-model-name", nargs="+", metavar="NAME", help="what the model is called (the name of --load)")
     add("--allowed-origins", nargs="+", default=[], metavar="URL", help="web pages elsewhere that may ask, or * (none)")
     add("--template", metavar="NAME", default="auto",
-        help="of chats: a family's, or a file in Jinja (auto: the one with the tokenizer, else what its tokens tell)")
+        help="of chats: a family, or a file of Jinja (auto: the checkpoint's own, else what its tokenizer tells)")
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="ask for reasoning, or for none, where a request does not say (as the template has it)")
+    add("--log-requests", action="store_true", help="a line on stderr for each: path, status, seconds")
     add("--verbose", action="store_true", help="say more of mistakes; it may show paths and prompts")
     add = parser.add_argument_group("limits").add_argument
     add("--max-queue", type=values.count, default=256, metavar="N", help="answers that may wait (256)")
     add("--max-body", type=values.size, default=8 * 2**20, metavar="SIZE", help="of a request (8MiB)")
+    add("--body-seconds", type=values.positive, default=30.0, metavar="S", help="for sending a request (30)")
+    add("--idle-seconds", type=values.positive, default=30.0, metavar="S",
+        help="for a connection that sends nothing, or reads nothing of its answer (30)")
+    add("--max-connections", type=values.positive_int, default=1024, metavar="N", help="at a time (1024)")
     add("--request-seconds", type=values.positive, default=600.0, metavar="S", help="for an answer (600)")
     add("--drain-seconds", type=values.positive, default=25.0, metavar="S",
         help="for answers that run when the server is told to end (25)")
@@ -50,6 +59,12 @@ def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
     if args.port > 65535:
         raise ValueError(f"--port {args.port} is greater than 65535")
+    missing = [each for each in NEEDED if importlib.util.find_spec(each.replace("-", "_")) is None]
+    if missing:
+        raise ValueError(f"the server needs {missing[0]}: {how_to_install(missing[0])}")
+    check_origins(args.allowed_origins)
+    if args.api_key_file is not None:
+        read_keys(args.api_key_file)
     options.layout_of(args)
 
 

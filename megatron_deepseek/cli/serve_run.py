@@ -2,14 +2,17 @@
 
 import argparse
 import signal
+import socket
 import time
 from dataclasses import replace
 
+from megatron_deepseek import __version__
 from megatron_deepseek.cli import inference_options as options
 from megatron_deepseek.inference.loading import checked_length, join_ranks, load_model
 from megatron_deepseek.inference.model_files import ModelFiles
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.serving import server
+from megatron_deepseek.serving.access import Access, is_loopback, read_keys
 from megatron_deepseek.serving.app import make_app
 from megatron_deepseek.serving.chat import ChatFormat
 from megatron_deepseek.serving.limits import Limits
@@ -34,12 +37,23 @@ def serve(args: argparse.Namespace) -> int:
             signal.signal(each, signal.SIG_IGN)
         replicas.follow()
         return 0
-    limits = Limits(running=args.max_running * replicas.layout.dp, queue=args.max_queue, body_bytes=args.max_body,
-                    request_seconds=args.request_seconds, drain_seconds=args.drain_seconds)
+    limits = limits_of(args, replicas.layout.dp)
     service = Service(replicas, served_model(args, files, length), limits, chat, args.verbose)
-    app = make_app(service, "0.1.0", args.verbose)
+    app = make_app(service, access_of(args, bound), __version__, args.verbose, args.log_requests)
     return server.serve(app, service, bound, limits,
                         lambda: say_ready(service.model.name, server.url_of(bound), about_chats))
+
+
+def limits_of(args: argparse.Namespace, num_replicas: int) -> Limits:
+    return Limits(running=args.max_running * num_replicas, queue=args.max_queue, body_bytes=args.max_body,
+                  body_seconds=args.body_seconds, request_seconds=args.request_seconds,
+                  drain_seconds=args.drain_seconds, idle_seconds=args.idle_seconds, connections=args.max_connections)
+
+
+def access_of(args: argparse.Namespace, bound: socket.socket) -> Access:
+    """Return who may ask the server that will listen there."""
+    keys = read_keys(args.api_key_file) if args.api_key_file else ()
+    return Access(keys, tuple(args.allowed_origins), local=is_loopback(bound.getsockname()[0]))
 
 
 def chat_of(args: argparse.Namespace, files: ModelFiles) -> tuple[ChatFormat | None, str]:

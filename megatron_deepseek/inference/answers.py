@@ -18,7 +18,8 @@ def output_of(sequence: Sequence) -> Output:
         top_log_probabilities=list(sequence.top_log_probabilities) if wants else None,
         prompt_log_probabilities=list(request.prompt_reading.log_probabilities) if wants_prompt else None,
         prompt_top_log_probabilities=list(request.prompt_reading.tops) if wants_prompt else None,
-        chosen_experts=_experts(sequence) if parameters.chosen_experts else None)
+        chosen_experts=_experts(sequence) if parameters.chosen_experts else None,
+        queue_seconds=None if sequence.admitted_at is None else sequence.admitted_at - sequence.added_at)
 
 
 def _text_ends(sequence: Sequence) -> list[int] | None:

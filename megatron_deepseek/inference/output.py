@@ -20,7 +20,7 @@ class Output:
     Log-probabilities are of raw logits, None unless they were asked for. `log_probabilities` has one for each of
     `tokens`, `top_log_probabilities` the likeliest by id, with the chosen one. The prompt's have None for its first
     token. `chosen_experts`: layer name -> int64 [tokens, K], of every token that went through the model: the prompt's
-    and the answer's but the last one.
+    and the answer's but the last one. `queue_seconds`: for which it waited to be begun, None if it never was.
     """
 
     request_id: str
@@ -35,6 +35,7 @@ class Output:
     prompt_log_probabilities: list[float | None] | None = None
     prompt_top_log_probabilities: list[dict[int, float] | None] | None = None
     chosen_experts: Mapping[str, torch.Tensor] | None = None
+    queue_seconds: float | None = None
 
     @property
     def finished(self) -> bool:

@@ -1,5 +1,6 @@
 """A request for answers, and each of its answers on the way."""
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +39,8 @@ class Sequence:
 
     `num_computed`: of how many tokens the cache has what layers keep. `num_filled`: the same for MTP modules.
     `blocks`: where in the cache. `hashes`: of its full blocks, as far as they are known. `drafts`: tokens that may come
-    next, to be verified in the next step. `constraint`: what its grammar allows.
+    next, to be verified in the next step. `constraint`: what its grammar allows. `added_at`, `admitted_at`: seconds of
+    a clock, when it began to wait and when it first ran.
     """
 
     request: Request
@@ -58,6 +60,8 @@ class Sequence:
     log_probabilities: list[float] = field(default_factory=list)
     top_log_probabilities: list[dict[int, float]] = field(default_factory=list)
     experts: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    added_at: float = field(default_factory=time.monotonic)
+    admitted_at: float | None = None
 
     @property
     def order(self) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_deepseek.serving.chat import GRAMMAR_FIELDS
-from megatron_deepseek.serving.errors import ApiError, field_of
+from megatron_deepseek.serving.chat import CHAT_FIELDS, GRAMMAR_FIELDS, ChatFormat, Question
+from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields
 from megatron_deepseek.serving.sampling_fields import (
     MAX_LOGPROBS, SAMPLING, answer_length, read_sampling, refuse_what_is_not_done, with_length)
@@ -18,10 +18,7 @@ from megatron_deepseek.serving.ticket import Ask
 
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 _OTHERS = ("model", "messages", "logprobs", "top_logprobs", "stream", "stream_options", "user", "return_token_ids",
-           "return_tokens_as_token_ids", "tools", "tool_choice", "parallel_tool_calls", "response_format",
-           "chat_template_kwargs", "reasoning_effort", "thinking", "include_reasoning", "add_generation_prompt",
-           "continue_final_message", "functions", "function_call", *GRAMMAR_FIELDS, "metadata", "store",
-           "service_tier", *_LENGTHS)
+           "return_tokens_as_token_ids", "metadata", "store", "service_tier", *CHAT_FIELDS, *GRAMMAR_FIELDS, *_LENGTHS)
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class ChatRequest:
 
     ask: Ask
     model: str
-    question: Any
+    question: Question
     stream: StreamOptions | None
     logprobs: int | None
     prompt_logprobs: int | None
@@ -62,7 +59,7 @@ def read_chat(body: dict, service: Service) -> ChatRequest:
         base.prompt_logprobs, fields.boolean("return_token_ids"), fields.boolean("return_tokens_as_token_ids"))
 
 
-def ask_in_form(chat: Any, body: Mapping[str, Any]) -> Any:
+def ask_in_form(chat: ChatFormat, body: Mapping[str, Any]) -> Question:
     """Return the question of a body in the chat form; raise ApiError that names the field which cannot be.
 
     The form's messages begin with the field's path: `messages[2].content: must be a text`.
@@ -70,7 +67,7 @@ def ask_in_form(chat: Any, body: Mapping[str, Any]) -> Any:
     try:
         return chat.question(body)
     except ValueError as error:
-        raise ApiError(400, str(error), field_of(error, "messages")) from error
+        raise from_words(str(error), "messages") from error
 
 
 def _logprobs(fields: Fields) -> int | None:

@@ -56,7 +56,10 @@ class Choice:
 
     def _echo(self, output: Output) -> str:
         """Return the prompt's text, and remember where in it each of its tokens ends."""
-        text, ends = prompt_text(self.service, output.prompt, self.request.texts[self.number // self._parameters.n])
+        written = self.request.texts[self.number // self._parameters.n]
+        if self.request.logprobs is None:
+            return self.service.tokenizer.decode(list(output.prompt)) if written is None else written
+        text, ends = prompt_text(self.service, output.prompt, written)
         self._echoed = text, ends
         return text
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from megatron_deepseek.inference.grammar import Grammar
 from megatron_deepseek.serving.chat import GRAMMAR_FIELDS, grammar_of
-from megatron_deepseek.serving.errors import ApiError, field_of
+from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields, shortly
 from megatron_deepseek.serving.sampling_fields import (
     MAX_LOGPROBS, SAMPLING, answer_length, read_sampling, refuse_what_is_not_done, with_length)
@@ -43,12 +43,11 @@ def read_completion(body: dict, service: Service) -> CompletionRequest:
     service.model.check_name(fields.text("model"))
     refuse_what_is_not_done(fields)
     echo, logprobs = fields.boolean("echo"), fields.integer("logprobs", least=0, most=MAX_LOGPROBS)
-    base = read_sampling(fields, service.model.defaults, logprobs)
+    base = replace(read_sampling(fields, service.model.defaults, logprobs), grammar=_grammar(body))
     if fields.integer("best_of", default=base.n) != base.n:
         raise fields.fault("best_of", f"is {body['best_of']}, and n is {base.n}: they must be equal")
     if echo and logprobs is not None:
         base = replace(base, prompt_logprobs=max(base.prompt_logprobs or 0, logprobs))
-    base = replace(base, grammar=_grammar(body))
     prompts = _prompts(fields)
     service.limits.admit(len(prompts) * base.n, 0)  # before any of them is read
     checked = tuple(service.checked(each, base, "prompt") for each in prompts)
@@ -61,11 +60,11 @@ def read_completion(body: dict, service: Service) -> CompletionRequest:
 
 
 def _grammar(body: dict) -> Grammar | None:
-    """Return what the answers must keep to."""
+    """Return what the answers must keep to; raise ApiError that names the field which cannot be."""
     try:
         return grammar_of(body)
     except ValueError as error:
-        raise ApiError(400, str(error), field_of(error, "response_format")) from error
+        raise from_words(str(error), "response_format") from error
 
 
 def _prompts(fields: Fields) -> list[str | list[int]]:

@@ -44,7 +44,6 @@ class EngineThread:
     def __init__(self, replicas: Replicas, take: Callable[[list[Output]], None], failed: Callable[[], None],
                  verbose: bool = False):
         self.replicas, self._take, self._failed, self._verbose = replicas, take, failed, verbose
-        self.statistics: Statistics = replicas.engine.statistics
         self._commands: queue.SimpleQueue[_Add | _Abort | _Close] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -53,6 +52,11 @@ class EngineThread:
         """Begin to step; answers go to the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return what the engine has done until its last step."""
+        return self.replicas.statistics
 
     @property
     def alive(self) -> bool:
@@ -76,7 +80,6 @@ class EngineThread:
         try:
             while self._obey():
                 outputs = self.replicas.step()
-                self.statistics = self.replicas.engine.statistics
                 if outputs:
                     self._loop.call_soon_threadsafe(self._take, outputs)
             self.replicas.close()

@@ -35,7 +35,10 @@ def bad_field(param: str, message: str) -> ApiError:
     return ApiError(400, message, param)
 
 
-def field_of(error: ValueError, otherwise: str) -> str:
-    """Return the field that an error's message begins with, as in `messages[2].content: must be a string`."""
-    path, found, _ = str(error).partition(": ")
-    return path if found and " " not in path else otherwise
+def from_words(message: str, param: str | None) -> ApiError:
+    """Return the error of a ValueError's message, which may begin with the path of a field and a colon.
+
+    Where it does not, the field is `param`.
+    """
+    path, found, _ = message.partition(": ")
+    return ApiError(400, message, path if found and " " not in path else param)

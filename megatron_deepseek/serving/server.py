@@ -1,5 +1,6 @@
 """Runs the application under uvicorn: an early socket, a line when it is ready, an orderly end."""
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -7,8 +8,13 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from megatron_deepseek.serving.connections import connection_class
 from megatron_deepseek.serving.limits import Limits
 from megatron_deepseek.serving.service import Service
+
+_SEND_BUFFER = 1 << 17  # bytes of a connection that the kernel keeps: a reader that stands still is seen after these
+
+_LAST_WORDS = 1.0  # seconds in which clients are told that their answers will not be finished
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -19,6 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     try:
         bound.bind(address)
     except OSError as error:
@@ -58,6 +65,10 @@ class Server(uvicorn.Server):
         self._service.engine.start()
         self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._service.limits.drain_seconds, self._service.end)
+        await super().shutdown(sockets)
+
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._service.failed.is_set()
 
@@ -68,9 +79,9 @@ def serve(app, service: Service, bound: socket.socket, limits: Limits, ready: Ca
     It is 1 where the engine has stopped by itself.
     """
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=int(limits.idle_seconds),
-        timeout_graceful_shutdown=max(1, int(limits.drain_seconds)), loop="asyncio", backlog=limits.connections)
+        app, http=connection_class(limits), ws="none", lifespan="off", log_config=None, log_level="critical",
+        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=limits.idle_seconds,
+        timeout_graceful_shutdown=limits.drain_seconds + _LAST_WORDS, loop="asyncio", backlog=limits.connections)
     server = Server(config, service, ready)
     server.run([bound])
     service.engine.close(limits.drain_seconds)

@@ -1,5 +1,6 @@
 """What the routes ask of: the model, its engine's thread, and how much is let in."""
 
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,9 +12,11 @@ from megatron_deepseek.data.tokenizer import Tokenizer
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.serving.chat import ChatFormat
 from megatron_deepseek.serving.engine_thread import EngineThread
-from megatron_deepseek.serving.errors import ApiError, field_of
+from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.limits import Limits
+from megatron_deepseek.serving.metrics import Metrics
 from megatron_deepseek.serving.sampling_fields import Defaults
 from megatron_deepseek.serving.ticket import Ask, Ticket
 from megatron_deepseek.serving.token_text import TokenText
@@ -41,15 +44,17 @@ class ServedModel:
 class Service:
     """Asks the engine, within limits. `chat` is the form of chats, None where the tokenizer has none."""
 
-    def __init__(self, replicas: Replicas, model: ServedModel, limits: Limits, chat=None, verbose: bool = False):
+    def __init__(self, replicas: Replicas, model: ServedModel, limits: Limits, chat: ChatFormat | None = None,
+                 verbose: bool = False):
         self.model, self.limits, self.chat = model, limits, chat
         self.tokenizer: Tokenizer | None = replicas.engine.loaded.tokenizer
         self.tokens = TokenText(self.tokenizer) if self.tokenizer is not None else None
         self.check = replicas.engine.check
         self.engine = EngineThread(replicas, self._take, self._fail, verbose)
-        self._tickets: dict[str, Ticket] = {}
         self.failed = anyio.Event()
+        self._tickets: dict[str, Ticket] = {}
         self._answering = 0
+        self.metrics = Metrics(model.name, lambda: self.engine.statistics, lambda: self._answering)
 
     @property
     def healthy(self) -> bool:
@@ -61,8 +66,7 @@ class Service:
             return self.check(prompt, parameters)
         except ValueError as error:
             word = str(error).split()[0]
-            named = word if word in ("logit_bias", "stop_token_ids", "stop") else field_of(error, field)
-            raise ApiError(400, str(error), named) from error
+            raise from_words(str(error), word if word in ("logit_bias", "stop_token_ids", "stop") else field) from error
 
     @asynccontextmanager
     async def asked(self, ask: Ask) -> AsyncIterator[Ticket]:
@@ -79,18 +83,28 @@ class Service:
             yield ticket
         finally:
             self._answering -= ask.num_answers
+            if ticket.left:
+                self.metrics.ended("abort", ticket.left)
             for name in ticket.names:
                 del self._tickets[name]
                 if ticket.left:
                     self.engine.abort(name)
 
     def _take(self, outputs: list[Output]) -> None:
+        now = time.monotonic()
         for output in outputs:
             ticket = self._tickets.get(output.request_id)
             if ticket is not None:  # else it was stopped while this step ran
-                ticket.put(output)
+                self.metrics.see(ticket.put(output), output, now)
+
+    def end(self) -> None:
+        """Tell all who wait that the server ends."""
+        self._tell_all(ApiError(503, "The server is being stopped."))
 
     def _fail(self) -> None:
-        for ticket in set(self._tickets.values()):
-            ticket.fail(ApiError(500, "The engine has stopped."))
+        self._tell_all(ApiError(500, "The engine has stopped."))
         self.failed.set()
+
+    def _tell_all(self, error: ApiError) -> None:
+        for ticket in set(self._tickets.values()):
+            ticket.fail(error)

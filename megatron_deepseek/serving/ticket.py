@@ -13,6 +13,7 @@ import anyio
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.serving.errors import ApiError
+from megatron_deepseek.serving.metrics import Progress
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,19 @@ class Ticket:
         counts = [each.n for each in ask.parameters]
         self._first = {each: sum(counts[:place]) for place, each in enumerate(self.names)}
         self.left = ask.num_answers
-        self.asked_at = time.monotonic()
+        asked_at = time.monotonic()
+        self._progress = [Progress(asked_at) for _ in range(ask.num_answers)]
         self._new: dict[int, Output] = {}
         self._changed = anyio.Event()
         self._failure: ApiError | None = None
 
-    def put(self, output: Output) -> None:
-        """Take a state of one answer."""
-        self._new[self._first[output.request_id] + output.index] = output
+    def put(self, output: Output) -> Progress:
+        """Take a state of one answer; return what was known of it."""
+        number = self._first[output.request_id] + output.index
+        self._new[number] = output
         self.left -= output.finished
         self._changed.set()
+        return self._progress[number]
 
     def fail(self, error: ApiError) -> None:
         """Let whoever waits for answers get this error."""
