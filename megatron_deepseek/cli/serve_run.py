@@ -62,8 +62,7 @@ def chat_of(args: argparse.Namespace, files: ModelFiles) -> tuple[ChatFormat | N
     Where the tokenizer tells of none, and none was asked for, it is None: the model still completes texts.
     """
     try:
-        folder = args.tokenizer_model or getattr(files.tokenizer, "path", None)
-        chat = ChatFormat.of(files.tokenizer, folder, args.template, args.thinking)
+        chat = options.chat_format(args, files, args.thinking)
         return chat, f"chats as {chat.name}"
     except ValueError as error:
         if args.template != "auto":
