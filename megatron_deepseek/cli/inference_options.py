@@ -17,9 +17,9 @@ from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.parallel.layout import Layout
 
 if TYPE_CHECKING:
-    from megatron_deepseek.finetuning.chat import ChatFormat
     from megatron_deepseek.inference.loading import LoadSettings
     from megatron_deepseek.inference.model_files import ModelFiles
+    from megatron_deepseek.serving.chat import ChatFormat
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 FORMS = ("plain", "fp8", "nf4")
@@ -66,7 +66,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("engine").add_argument
-    add("--seq-length", type=values.positive_int, metavar="N",
+    add("--seq-length", "--max-model-len", type=values.positive_int, metavar="N",
         help="longest prompt with its answer, in tokens (all that the model can, or what is needed)")
     add("--draft-tokens", type=values.count, default=0, metavar="N",
         help="tokens that MTP modules draft for each step; answers stay the same (0: none)")
@@ -122,9 +122,7 @@ def open_files(args: argparse.Namespace) -> "ModelFiles":
 def chat_format(args: argparse.Namespace, files: "ModelFiles", thinking: bool | None = None) -> "ChatFormat":
     """Return how the model is asked in a chat: --template. Raise ValueError where its tokenizer has no tokens for it.
     """
-    from megatron_deepseek.finetuning.chat import CHOICES, ChatFormat
-    if args.template not in CHOICES:
-        raise ValueError(f"--template {args.template} is not one of {', '.join(CHOICES)}")
+    from megatron_deepseek.serving.chat import ChatFormat
     model = args.tokenizer_model or str(getattr(files.tokenizer, "path", "")) or None
     return ChatFormat.of(files.tokenizer, model, args.template, thinking)
 
