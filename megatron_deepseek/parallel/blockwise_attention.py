@@ -16,10 +16,10 @@ import torch
 
 from megatron_deepseek.ops.attention import LogSumExpMerge, Output, Scores, attend, attend_backward
 from megatron_deepseek.parallel.block_mask import BlockMask
-from megatron_deepseek.parallel.exchange import Alone, Gather, Ring
+from megatron_deepseek.parallel.exchange import Alone, Gather, Ring, Sliced
 from megatron_deepseek.parallel.window_mask import WindowMask
 
-Exchange = Ring | Gather | Alone
+Exchange = Ring | Gather | Sliced | Alone
 Mask = BlockMask | WindowMask
 
 

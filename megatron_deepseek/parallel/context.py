@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_deepseek.device import send
 from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.parallel.block_mask import BlockMask
-from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring
+from megatron_deepseek.parallel.exchange import EXCHANGES, Gather, Ring, Sliced
 
 
 def zigzag(seq_length: int, rank: int, size: int) -> torch.Tensor:
@@ -64,6 +64,13 @@ class ContextParallel:
         """Return what this rank's tokens see of sequences of `seq_length`, within documents where they are given."""
         return BlockMask(self.rank, self.size, seq_length // self.size, documents)
 
-    def make_exchange(self) -> Ring | Gather:
-        """Return the exchange of this group's blocks."""
-        return EXCHANGES[self.exchange](self.group)
+    def make_exchange(self, length: int, alike: dist.ProcessGroup | None = None) -> Ring | Gather | Sliced:
+        """Return the exchange of this group's blocks of `length` tokens.
+
+        `alike`: a tensor-parallel group whose ranks all have the same blocks, None if each has its own. If it does not
+        divide the tokens, each rank sends whole blocks.
+        """
+        exchange = EXCHANGES[self.exchange](self.group)
+        if alike is None or alike.size() == 1 or length % alike.size():
+            return exchange
+        return Sliced(exchange, alike)

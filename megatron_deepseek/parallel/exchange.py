@@ -5,11 +5,14 @@
     Gather  one all-gather before the work, one reduce-scatter after it.
     Alone   nothing travels: this rank has whole sequences.
 
+Where the ranks of a tensor-parallel group have the same blocks, each need send only a slice of them (`Sliced`).
+
 All yield the blocks in the same order, this rank's own first. Gradients are summed in at least float32.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from megatron_deepseek.parallel.collectives import all_gather, reduce_scatter
 
 Blocks = Iterator[tuple[int, torch.Tensor]]
+TOKENS = 1  # the dimension of a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,40 @@ class Gather:
     def _order(self) -> list[int]:
         size = self.group.size()
         return [(self.group.rank() - step) % size for step in range(size)]
+
+
+@dataclass(frozen=True, eq=False)
+class Sliced:
+    """An exchange of blocks [B, S, C] that all ranks of a tensor-parallel group have alike.
+
+    Each rank sends its slice of the tokens by `exchange`, and slices are put together inside `group`, whose ranks are
+    nearer: of what crosses between context ranks no number crosses twice. Gradients, which are each rank's part of a
+    sum over `group`, are summed and sliced there first.
+    """
+
+    exchange: Ring | Gather
+    group: dist.ProcessGroup
+
+    def blocks(self, own: torch.Tensor) -> Blocks:
+        """Yield (owner, its block) for every context rank."""
+        slices = self.exchange.blocks(self._slice(own))
+        yield next(slices)[0], own
+        for owner, part in slices:
+            yield owner, all_gather(part, TOKENS, self.group)
+
+    def return_gradients(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Return this rank's part of the gradient of its own block: the sum in its slice, and 0 elsewhere."""
+        gradients = iter(gradients)
+        first = next(gradients)
+        wide = torch.promote_types(first.dtype, torch.float32)
+        summed = self.exchange.return_gradients(
+            reduce_scatter(gradient.to(wide), TOKENS, self.group) for gradient in chain([first], gradients))
+        whole = torch.zeros_like(first)
+        self._slice(whole).copy_(summed)
+        return whole
+
+    def _slice(self, block: torch.Tensor) -> torch.Tensor:
+        return block.chunk(self.group.size(), TOKENS)[self.group.rank()]
 
 
 class Alone:

@@ -152,7 +152,11 @@ def _collectives(machine: Machine, shapes: LayerShapes, index: int) -> float:
         seconds += times * sum(network.gather(each, layout.tp, 1) for each in used)
     if layout.cp > 1:
         whole = numbers.plain(shapes.whole * layout.cp, travelling)
-        travels = network.gather(whole, layout.cp, layout.tp)
+        if model.grouped_query:
+            travels = network.gather(whole, layout.cp, layout.tp)
+        else:  # each TP rank sends a slice of the latents, and slices are gathered where they arrive
+            arrived = whole * (layout.cp - 1) / layout.cp
+            travels = network.gather(whole / layout.tp, layout.cp, layout.tp) + network.gather(arrived, layout.tp, 1)
         core = shapes.whole * attention_core_flops(model, shapes.length) / layout.tp / 2
         seconds += max(0.0, travels - machine.rates.attention(core, False)) if machine.cp_ring else travels
     return seconds

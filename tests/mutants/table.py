@@ -106,6 +106,14 @@ EXCHANGE = of(
      "return reduce_scatter(stacked.to(torch.promote_types(dtype, torch.float32)), 0, self.group).to(dtype) / 2"),
 )
 
+SLICED = of(
+    ("tests/parallel/test_traffic.py", *LAYOUTS),
+    ("Sliced.return_gradients", "whole = torch.zeros_like(first)", "whole = torch.ones_like(first)"),
+    ("Sliced.return_gradients", "reduce_scatter(gradient.to(wide), TOKENS, self.group) for",
+     "self._slice(gradient.to(wide)) for"),
+    ("ContextParallel.make_exchange", "return Sliced(exchange, alike)", "return exchange"),
+)
+
 CONTEXT = of(
     LAYOUTS,
     ("zigzag", "return torch.cat([chunks[rank], chunks[-1 - rank]])",
@@ -498,8 +506,8 @@ SAMPLES = of(
 )
 
 MUTANTS = (
-    *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *CONTEXT, *EXPERT, *GATHERED, *GROUPED, *SLICES,
-    *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
-    *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
-    *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
+    *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *SLICED, *CONTEXT, *EXPERT, *GATHERED, *GROUPED,
+    *SLICES, *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED,
+    *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER,
+    *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS)

@@ -38,12 +38,16 @@ from megatron_deepseek.ops.recompute import kept, recomputed
 from megatron_deepseek.parallel.block_mask import BlockMask
 from megatron_deepseek.parallel.blockwise_attention import KeyValueProjection, blockwise_attention
 from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.exchange import Alone
+from megatron_deepseek.parallel.exchange import Alone, Gather, Ring, Sliced
+from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.window_mask import WindowMask
 
 
 class Heads(Protocol):
     """How a layer makes this rank's heads of its latents. `c_kv` are whatever tensors it makes keys and values of."""
+
+    alike: bool
+    """Whether the blocks are the same on all ranks of a tensor-parallel group, so that each may send a part of them."""
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:
@@ -106,6 +110,7 @@ class ContextParallelAttention(CoreAttention):
     """
 
     cp: ContextParallel
+    tp: TensorParallel
     output: Output
     projected: Callable[..., AbstractContextManager]
     scale: float
@@ -115,7 +120,7 @@ class ContextParallelAttention(CoreAttention):
         with self.projected(heads.queries, c_q) as q:
             keys_and_values = KeyValueProjection(heads.keys_and_values_of, heads.weights)
             return blockwise_attention(q, heads.block(*c_kv), keys_and_values, self.scale, mask.blocks,
-                                       self.cp.make_exchange(), self.output)
+                                       _exchange(self.cp, self.tp, heads, q), self.output)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class WindowAttention(CoreAttention):
     """
 
     cp: ContextParallel
+    tp: TensorParallel
     output: Output
     projected: Callable[..., AbstractContextManager]
     scale: float
@@ -135,10 +141,14 @@ class WindowAttention(CoreAttention):
         with self.projected(heads.queries, c_q) as q:
             shared = mask.blocks is not None
             blocks = mask.blocks if shared else BlockMask(0, 1, q.shape[1], mask.documents)
-            exchange = self.cp.make_exchange() if shared else Alone()
+            exchange = _exchange(self.cp, self.tp, heads, q) if shared else Alone()
             keys_and_values = KeyValueProjection(heads.keys_and_values_of, heads.weights)
             return blockwise_attention(q, heads.block(*c_kv), keys_and_values, self.scale,
                                        WindowMask(blocks, self.window), exchange, self.output)
+
+
+def _exchange(cp: ContextParallel, tp: TensorParallel, heads: Heads, q_BSND: torch.Tensor) -> Ring | Gather | Sliced:
+    return cp.make_exchange(q_BSND.shape[1], tp.group if heads.alike else None)
 
 
 def make_core(blueprint: Blueprint, scale: float, value_width: int, window: int | None = None) -> CoreAttention:
@@ -147,11 +157,11 @@ def make_core(blueprint: Blueprint, scale: float, value_width: int, window: int 
     `window`: to how many tokens a token attends, itself among them; None to all before it.
     """
     projected = recomputed if "mla_up_proj" in blueprint.recomputed else kept
-    recipe, cp = blueprint.recipe, blueprint.cp
+    recipe, ranks = blueprint.recipe, (blueprint.cp, blueprint.tp)
     if window is not None:
-        return WindowAttention(cp, recipe.attention_output_form, projected, scale, window)
-    if cp.size > 1:
-        return ContextParallelAttention(cp, recipe.attention_output_form, projected, scale)
+        return WindowAttention(*ranks, recipe.attention_output_form, projected, scale, window)
+    if blueprint.cp.size > 1:
+        return ContextParallelAttention(*ranks, recipe.attention_output_form, projected, scale)
     return WholeSequenceAttention(recipe.attention, projected, scale, value_width)
 
 

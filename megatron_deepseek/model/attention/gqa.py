@@ -79,6 +79,7 @@ class ProjectedHeads(Heads):
     layer: GroupedQueryAttention
     rope_2SD: torch.Tensor
     keys_BS: torch.Tensor | None = None
+    alike = False  # keys and values are those of this rank's heads
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:

@@ -95,6 +95,7 @@ class UpProjections(Heads):
     w_kvb: ParallelLinear
     rope_2SD: torch.Tensor
     keys: TokenKeys = TokenKeys()
+    alike = True  # latents are those of all heads
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:

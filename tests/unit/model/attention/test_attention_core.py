@@ -25,7 +25,7 @@ PACKINGS = pytest.mark.parametrize("documents", [None, Documents.find(NUMBERS)],
 class MultiHead(Heads):
     """Multi-head attention: the latents are queries, keys and values themselves."""
 
-    weights = ()
+    weights, alike = (), False
 
     def queries(self, c_q):
         return 2 * c_q.unflatten(-1, (N, D))
@@ -88,8 +88,8 @@ def test_a_rank_of_two_that_share_the_sequences(documents, rank):
     c_q, *c_kv = (x.detach() for x in latents())
     rows, others = zigzag(S, rank, 2), zigzag(S, 1 - rank, 2)
     theirs = MultiHead().block(*(x[:, others] for x in c_kv))
-    cp = SimpleNamespace(make_exchange=lambda: Neighbours(rank, {1 - rank: theirs}))
-    core = ContextParallelAttention(cp, Output(), kept, SCALE)
+    cp = SimpleNamespace(make_exchange=lambda length, alike: Neighbours(rank, {1 - rank: theirs}))
+    core = ContextParallelAttention(cp, None, Output(), kept, SCALE)
     mask = CausalMask(documents, BlockMask(rank, 2, S // 2, documents))
     found = core(MultiHead(), c_q[:, rows], [x[:, rows] for x in c_kv], mask)
     torch.testing.assert_close(found, expected(c_q, c_kv, documents)[:, rows], **EXACT)
