@@ -14,7 +14,7 @@ ADAPTERS = of(
     ("LowRank._up", "hidden, b = hidden * self.scale, self.b()", "hidden, b = hidden, self.b()"),
     ("LowRank._up", "hidden.chunk(self.matrices, -1), b.chunk", "hidden.chunk(self.matrices, -1)[::-1], b.chunk"),
     ("AdaptedGemm.after_swiglu", " + self.base.gradient_seen(delta)", ""),
-    ("freeze_base", "if not is_adapter(name):", 'if "lora_B" not in name:'),
+    ("freeze_base", "isinstance(module, Factor) or is_adapter(name)", 'name.endswith("lora_B")'),
     ("set_learning_rate", 'learning_rate * group["lr_ratio"]', "learning_rate"),
     ("initialize", "parameter.shape[-1]**-0.5", "parameter.shape[0]**-0.5"),
     ("update_expert_bias", " and any(each.requires_grad for each in module.gate.parameters()):", ":"),
@@ -31,7 +31,7 @@ ADAPTERS = of(
     ("UpProjections.weights", "tuple(self.w_kvb.parameters())", "(self.w_kvb.weight,)"),
 ) + of(
     FILES,
-    ("base_hash._hash", "split_mix(bits[start:stop].to(torch.int64), split_mix(index, key))", "split_mix(index, key)"),
+    ("base_hash.hash_of", "split_mix(bits.to(torch.int64), split_mix(index, key))", "split_mix(index, key)"),
     ("peft_config", "2**0.5 if lora.lora_rs else 2", "2"),
     ("export.write_adapter", "        _write(directory / MTP_WEIGHTS", "        _write(directory / WEIGHTS"),
     ("model_state", "stage.lora is None or is_adapter(name)", "True"),
@@ -42,6 +42,6 @@ ADAPTERS = of(
      "self.base.read_fp8(name, start, stop)"),
 ) + of(
     BASE,
-    ("base_hash._counted", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
-    ("base_hash._counted", "or (name == EMBEDDING and not stage.stage.embedding)", "or False"),
+    ("counts_here", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
+    ("base_hash._counted", "name == EMBEDDING and not stage.stage.embedding", "False"),
 )
