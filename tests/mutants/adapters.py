@@ -16,7 +16,7 @@ ADAPTERS = of(
     ("LowRank._up", "hidden, b = hidden * self.scale, self.b()", "hidden, b = hidden, self.b()"),
     ("LowRank._up", "hidden.chunk(self.matrices, -1), b.chunk", "hidden.chunk(self.matrices, -1)[::-1], b.chunk"),
     ("AdaptedGemm.after_swiglu", " + self.base.gradient_seen(delta)", ""),
-    ("freeze_base", "if not is_adapter(name):", 'if "lora_B" not in name:'),
+    ("freeze_base", "isinstance(module, Factor) or is_adapter(name)", 'name.endswith("lora_B")'),
     ("set_learning_rate", 'learning_rate * group["lr_ratio"]', "learning_rate"),
     ("initialize", "parameter.shape[-1]**-0.5", "parameter.shape[0]**-0.5"),
     ("update_expert_bias", " and any(each.requires_grad for each in module.gate.parameters()):", ":"),
@@ -72,6 +72,6 @@ ADAPTERS = of(
     ("for_vllm.write_for_vllm", "if is_applied(layer_of(name))}", "}"),
 ) + of(
     BASE,
-    ("base_hash.counts_here", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
-    ("base_hash._counted", "name == EMBEDDING and not stage.stage.embedding):", "False):"),
+    ("counts_here", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
+    ("base_hash._counted", "name == EMBEDDING and not stage.stage.embedding", "False"),
 )

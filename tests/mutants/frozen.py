@@ -45,7 +45,7 @@ FROZEN = of(
      "        if True:\n            (x_RI,)"),
 ) + of(
     UNIT,
-    ("_Multiply.forward", "gemm.keep(x, tiles) if weight.requires_grad else ()", "gemm.keep(x, tiles)"),
+    ("recipe._Multiply.forward", "gemm.keep(x, tiles) if weight.requires_grad else ()", "gemm.keep(x, tiles)"),
     ("_MultiplySwiGLU.backward", "        if any(ctx.needs_input_grad[3:]):", "        if ctx.needs_input_grad[2]:"),
     ("_MultiplySwiGLU.backward", "        if weight.requires_grad:\n            hidden",
      "        if True:\n            hidden"),

@@ -11,6 +11,7 @@ agreed.py has those that a comparison of layouts cannot see.
 
 from adapters import ADAPTERS
 from agreed import AGREED
+from base_weights import BASE_WEIGHTS
 from chats import CHATS
 from converted import CONVERTED
 from finetuned import FINE_TUNED
@@ -510,4 +511,4 @@ MUTANTS = (
     *SLICES, *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED,
     *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
-    *CONVERTED, *MEGATRON, *CHATS)
+    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS)

@@ -15,6 +15,8 @@ import pytest
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments.finetuning import build_finetuning_parser
 from megatron_deepseek.arguments.parser import build_parser
+from megatron_deepseek.model.architecture.adapters import LoraSettings
+from megatron_deepseek.model.architecture.base_weights import BaseSettings
 from megatron_deepseek.model.architecture.presets import V3
 from megatron_deepseek.planning.pipeline_balance import resolve
 
@@ -214,6 +216,19 @@ def test_students_of_every_size_have_a_layout(size, nodes, stages):
     assert (settings.layout.tp, settings.layout.pp, settings.layout.dp) == (4, stages, 8 * nodes // 4 // stages)
     assert (settings.batch.global_batch_size, settings.data.seq_length) == (128, 32768)
     assert settings.model.grouped_query and settings.fine_tuning.template == "deepseek-r1"
+
+
+@pytest.mark.parametrize("gpus, expert_ranks", [("1", 1), ("4", 4), ("8", 8)])
+def test_qlora_of_v2_lite_is_llama_factorys_recipe(gpus, expert_ranks):
+    """As DeepSeek's page of V2-Lite has it: 2 conversations x 8 on each GPU."""
+    settings = run_script("finetune_v2_lite_qlora.sh", MODEL="deepseek-v2-lite", GPUS_PER_NODE=gpus, OUT="/adapter")
+    assert settings.lora == LoraSettings(16, 16.0, ("all",)) and settings.lora.scale == 1.0
+    assert settings.base == BaseSettings(4, double_quantization=True)
+    batch, rate = settings.batch, settings.learning_rate
+    assert (batch.micro_batch_size, batch.global_batch_size) == (2, 16 * int(gpus))
+    assert (settings.data.seq_length, settings.run.epochs, rate.lr_decay_style) == (4096, 5, "cosine")
+    assert settings.layout.ep == expert_ranks and not settings.fine_tuning.packing
+    assert (str(settings.run.save_adapter), settings.run.save_hf) == ("/adapter", None)
 
 
 class Slurm:
