@@ -104,14 +104,17 @@ def up_projection_inputs(shapes: LayerShapes, latent: int) -> Iterator[Kept]:
 
 
 def attention_output(shapes: LayerShapes, by_blocks: bool) -> Iterator[Kept]:
-    """Yield attention's output, which its own backward and the product after it read."""
+    """Yield attention's output, which its own backward and the product after it read.
+
+    Of several heads it is a copy, where they do not lie side by side as the kernel made them; of one a view.
+    """
     model, numbers = shapes.model, shapes.numbers
     width = shapes.heads * model.value_head_dim
     if numbers.fp8:
         yield Kept("attention's output", numbers.e5m6(shapes.whole, width))
         return
-    yield Kept("attention's output", numbers.plain(shapes.whole, width))
-    computed = model.value_head_dim if numbers.cuda else model.qk_head_dim
-    apart = shapes.packed or computed != model.value_head_dim  # the output is then a copy of what the kernel made
-    if apart and not by_blocks:
-        yield Kept("attention's output as computed", numbers.plain(shapes.whole, shapes.heads * computed))
+    computed = shapes.heads * (model.value_head_dim if numbers.cuda else model.qk_head_dim)
+    viewed = shapes.heads == 1 and not by_blocks
+    yield Kept("attention's output", numbers.plain(shapes.whole, computed if viewed else width))
+    if not by_blocks and (shapes.packed or (computed != width and not viewed)):  # documents' outputs are joined
+        yield Kept("attention's output as computed", numbers.plain(shapes.whole, computed))

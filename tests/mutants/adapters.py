@@ -6,6 +6,9 @@ STEP = ("tests/unit/training/test_lora.py",)
 ROWS = ("tests/unit/model/architecture/test_adapters.py",)
 FILES = ("tests/unit/checkpoint/test_adapter_files.py",)
 FOR_VLLM = ("tests/unit/checkpoint/test_adapter_for_vllm.py",)
+AT_SCALE = ("tests/unit/checkpoint/test_merging_at_scale.py",)
+BESIDE = ("tests/unit/inference/test_adapted_experts.py",)
+ANSWERS = ("tests/parallel/test_answers.py",)
 MERGING = ("tests/unit/checkpoint/test_adapter_merging.py",)
 MASKS = ("tests/unit/ops/test_dropout.py",)
 LAYOUTS = ("tests/parallel/test_layouts.py",)
@@ -65,6 +68,18 @@ ADAPTERS = of(
     ("MergedSource.read", "rows + factor *", "rows +"),
     ("MergedSource.read_fp8", "block_fp8.quantize(self.read(name, start, stop))",
      "self.base.read_fp8(name, start, stop)"),
+) + of(
+    AT_SCALE,
+    ("MergedSource.stream", "in row_ranges(self.shapes[name], start, stop):", "in [(start, stop)]:"),
+    ("_write_unless_finished", "workspace.finished(file.name) is not None", "False"),
+) + of(
+    BESIDE,
+    ("adapter._stacked", "pair.b.read() * pair.scale", "pair.b.read()"),
+    ("_beside_router", "lambda: b, pair.scale)", "lambda: b, 1.0)"),
+    ("AdaptedExperts.multiply_grouped", "1.0, Grouped(), Grouped(), self.matrices)", "1.0, Grouped(), Grouped())"),
+) + of(
+    ANSWERS,
+    ("_beside_experts", "projections, experts.first, path", "projections, 0, path"),
 ) + of(
     FOR_VLLM,
     ("unapplied", "if not is_applied(layer)} | of_mtp", "if not is_applied(layer)}"),

@@ -26,6 +26,7 @@ RELEASED = of(
 ) + of(
     KEPT,
     ("grouped_query_attention", "numbers.cuda else shapes.kv_heads", "numbers.cuda else shapes.kv_product_heads"),
+    ("attention_output", "computed if viewed else width", "width"),
     ("norms_of_heads", "(shapes.heads + shapes.kv_product_heads) * size", "shapes.heads * size"),
     ("attention_gradients", "2 * form(", "form("),
     ("travelling_width", "2 * kv_heads * model.head_dim", "kv_heads * model.head_dim"),

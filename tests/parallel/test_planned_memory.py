@@ -83,13 +83,12 @@ LAYOUTS = {
     "ep gathered": ("--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather", 2),
     "etp": ("--expert-tensor-parallel-size 2", 2),
     "tp sp ep": ("--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2", 2),
-    "tp 4, few heads of keys": ("--tensor-model-parallel-size 4 --sequence-parallel", 4),
+    "tp 4, one head a rank": ("--tensor-model-parallel-size 4 --sequence-parallel", 4),
     "tp sp cp": ("--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2", 4)}
 
 
-# Experts' ranks are no matter of attention; and few heads of keys are one of the models that have them.
-FORMS = dict.fromkeys(("ep", "ep grouped", "ep gathered", "etp", "tp sp ep"), tuple(MODELS)) | {
-    "tp 4, few heads of keys": tuple(GROUPED)}
+# Experts' ranks are no matter of attention.
+FORMS = dict.fromkeys(("ep", "ep grouped", "ep gathered", "etp", "tp sp ep"), tuple(MODELS))
 
 
 def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:

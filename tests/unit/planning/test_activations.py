@@ -32,6 +32,7 @@ MODELS = {
     "values as wide as keys, tied, biases": replace(MTP, v_head_dim=10, tie_word_embeddings=True, attention_bias=True),
     "no shared expert": replace(MTP, n_shared_experts=0),
     "no query latent": replace(MTP, q_lora_rank=None),
+    "one head": replace(MTP, num_attention_heads=1),
     "one expert a token": replace(MTP, num_experts_per_tok=1),
     "dense": replace(MTP, n_routed_experts=0, num_nextn_predict_layers=1)}
 GROUPED = {
@@ -147,7 +148,7 @@ def test_balance_losses(kind, meshes, monkeypatch):
 def test_packed(precision, meshes, monkeypatch):
     """Rows of several documents; MTP's positions at their ends are not routed, so that fewer copies travel."""
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0]])
-    for config in (V2_SMALL, V3_SMALL):
+    for config in (V2_SMALL, V3_SMALL, replace(V3_SMALL, num_attention_heads=1)):
         settings = settings_of(config, 2, precision)
         settings = replace(settings, data=replace(settings.data, reset_attention_mask=True))
         assert_equal(settings, meshes, monkeypatch, documents)
