@@ -9,9 +9,9 @@ IGNORED = (
         --disable-pad-vocab-size --dist-ckpt-optim-fully-reshardable --enable-experimental
         --exit-signal-handler-for-training --init-model-with-meta-device --log-progress
         --moe-per-layer-logging --no-async-tensor-model-parallel-allreduce --no-create-attention-mask-in-dataloader
-        --no-pad-vocab-size --overlap-grad-reduce --overlap-param-gather --override-opt-param-scheduler
-        --override-opt_param-scheduler --use-dist-ckpt --use-megatron-fsdp --use-pytorch-profiler
-        --use-rotary-position-embeddings --use-torch-fsdp2 --yarn-correction-range-round-to-int
+        --no-pad-vocab-size --no-position-embedding --overlap-grad-reduce --overlap-param-gather
+        --override-opt-param-scheduler --override-opt_param-scheduler --use-dist-ckpt --use-megatron-fsdp
+        --use-pytorch-profiler --use-rotary-position-embeddings --use-torch-fsdp2 --yarn-correction-range-round-to-int
     """),
     Group("how communication is grouped and overlapped: FSDP2, the schedules and NCCL decide", """
         --create-all-gather-group --ddp-average-in-collective --ddp-bucket-size= --ddp-num-buckets=
