@@ -6,6 +6,7 @@ panels below have the learning rate and the gradient norm. Several files are dra
 
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,24 @@ PROGRAM = "plot_metrics.py"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
+MARKERS = "oDv^P*X"  # of validation sets, in turn
+
+
+@dataclass(frozen=True)
+class SetCurve:
+    """The losses of one of several sets that are held out, by iteration."""
+
+    name: str
+    iteration: np.ndarray
+    loss: np.ndarray
+
+
 @dataclass(frozen=True)
 class Curves:
-    """The metrics of a run as arrays; a null is NaN. `mtp_loss` and `validation_mtp_loss` are [points, depths]."""
+    """The metrics of a run as arrays; a null is NaN. `mtp_loss` and `validation_mtp_loss` are [points, depths].
+
+    Of several sets that are held out `validation_*` are those of the first, and `sets` all of them.
+    """
 
     label: str
     iteration: np.ndarray
@@ -34,6 +50,7 @@ class Curves:
     validation_iteration: np.ndarray
     validation_lm_loss: np.ndarray
     validation_mtp_loss: np.ndarray
+    sets: tuple[SetCurve, ...] = ()
 
 
 def read_curves(path: Path, label: str) -> Curves:
@@ -47,17 +64,27 @@ def read_curves(path: Path, label: str) -> Curves:
         return Curves(
             label, _column(steps, "iteration"), _column(steps, "lm_loss"), _table(steps, "mtp_loss"),
             _column(steps, "learning_rate"), _column(steps, "grad_norm"), _column(validations, "iteration"),
-            _column(validations, "validation_lm_loss"), _table(validations, "validation_mtp_loss"))
+            _column(validations, "validation_lm_loss"), _table(validations, "validation_mtp_loss"), _sets(records))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a value that is no number: {error}") from error
 
 
 def _held_out(records: list[dict]) -> list[dict]:
-    """Return the evaluations of the first set that fine-tuning holds out, as those of a validation."""
+    """Return the evaluations of the first set that is held out, as those of a validation."""
     found = [record for record in records if "eval_loss" in record]
     return [{"iteration": record["iteration"], "validation_lm_loss": record["eval_loss"],
              "validation_mtp_loss": record.get("eval_mtp_loss")} for record in found
             if record["eval_set"] == found[0]["eval_set"]]
+
+
+def _sets(records: list[dict]) -> tuple[SetCurve, ...]:
+    """Return the losses of each set that is held out, of none where it is one alone, which needs no name."""
+    of_name: dict[str, list[dict]] = {}
+    for record in records:
+        if "eval_loss" in record:
+            of_name.setdefault(record["eval_set"], []).append(record)
+    return tuple(SetCurve(str(name), _column(own, "iteration"), _column(own, "eval_loss"))
+                 for name, own in of_name.items()) if len(of_name) > 1 else ()
 
 
 def _column(records: list[dict], name: str) -> np.ndarray:
@@ -125,8 +152,10 @@ def _draw_losses(axes, run: Curves, color: str, prefix: str, one_run: bool) -> N
     if window > 1:
         axes.plot(run.iteration, run.lm_loss, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(run.iteration, smooth(run.lm_loss, window), color=color, linewidth=1.8, label=f"{prefix}training{mean}")
-    axes.plot(run.validation_iteration, run.validation_lm_loss, "o", color=color, markersize=5,
-              markeredgecolor="white", label=f"{prefix}validation" if len(run.validation_iteration) else None)
+    shown = run.sets or (SetCurve("", run.validation_iteration, run.validation_lm_loss),)
+    for each, marker in zip(shown, cycle(MARKERS)):
+        label = f"{prefix}validation {each.name}".rstrip() if len(each.iteration) else None
+        axes.plot(each.iteration, each.loss, marker, color=color, markersize=5, markeredgecolor="white", label=label)
     for depth in range(run.mtp_loss.shape[1]):
         shade = COLORS[(depth + 1) % len(COLORS)] if one_run else color
         axes.plot(run.iteration, smooth(run.mtp_loss[:, depth], window), "--", color=shade, linewidth=1.2,
@@ -134,7 +163,12 @@ def _draw_losses(axes, run: Curves, color: str, prefix: str, one_run: bool) -> N
     for depth in range(run.validation_mtp_loss.shape[1]):
         shade = COLORS[(depth + 1) % len(COLORS)] if one_run else color
         axes.plot(run.validation_iteration, run.validation_mtp_loss[:, depth], "s", color=shade, markersize=4,
-                  markeredgecolor="white", label=f"{prefix}validation, MTP depth {depth + 1}" if one_run else None)
+                  markeredgecolor="white", label=_of_depth(run, depth) if one_run else None)
+
+
+def _of_depth(run: Curves, depth: int) -> str:
+    """Return the label of a run's validation points of an MTP depth; of several sets they are the first one's."""
+    return f"validation {run.sets[0].name if run.sets else ''}".rstrip() + f", MTP depth {depth + 1}"
 
 
 def _frame_losses(axes, runs: list[Curves]) -> None:
