@@ -213,6 +213,7 @@ class RunSettings:
     max_skipped_steps: int = 10
     log_throughput: bool = False
     tensorboard_dir: Path | None = None
+    metrics_file: Path | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
     wandb_entity: str | None = None

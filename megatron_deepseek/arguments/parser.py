@@ -216,6 +216,7 @@ def _add_evaluation_and_logging(parser):
     add("--log-interval", type=values.positive_int, default=1, help="iterations between lines (1)")
     add("--log-throughput", action="store_true", help="also the model's TFLOP/s a rank")
     add("--tensorboard-dir", type=values.path, metavar="DIR", help="also write TensorBoard events")
+    add("--metrics-file", type=values.path, metavar="FILE", help="the newest numbers as OpenMetrics text")
     add("--wandb-project", type=str, metavar="NAME", help="also log to Weights & Biases; WANDB_MODE=offline to files")
     add("--wandb-exp-name", type=str, metavar="NAME", help="of the run there")
     add("--wandb-entity", type=str, metavar="NAME", help="whose project it is")

@@ -15,8 +15,8 @@ from megatron_deepseek.settings import Settings
 # Settings that do not decide what is computed, or are for one start alone: a change of these is never reported.
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "drop_mtp", "overwrite",
                    "save_hf", "load_adapter", "save_adapter", "save_hf_dtype", "fp8_scale_format", "exit_interval",
-                   "exit_duration_in_mins",
-                   "log_interval", "tensorboard_dir", "profile", "profile_step_start", "profile_step_end",
+                   "exit_duration_in_mins", "log_interval", "tensorboard_dir", "metrics_file",
+                   "profile", "profile_step_start", "profile_step_end",
                    "distributed_timeout_minutes"},
            "data": {"data_cache_path", "seed"}, "model": {"released_as"},
            "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run", "generate_every",

@@ -12,14 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from tqdm import tqdm
 
 from megatron_deepseek.launch.ending import silence
 from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.runtime.appending import AppendedFile
+from megatron_deepseek.runtime.expert_listener import ExpertLoadKeeper
+from megatron_deepseek.runtime.expert_load import ExpertLoad
 from megatron_deepseek.runtime.metrics import FILE_NAME, MetricsFile, StepMetrics
+from megatron_deepseek.runtime.open_metrics import OpenMetricsFile
 from megatron_deepseek.runtime.scalars import scalars
 from megatron_deepseek.runtime.weights_and_biases import WeightsAndBiases
 from megatron_deepseek.settings import RunSettings
@@ -38,6 +41,13 @@ class Listener(Protocol):
     def message(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ExpertLoadListener(Protocol):
+    """A listener to which experts' load is told as well."""
+
+    def expert_load(self, load: ExpertLoad) -> None: ...
 
 
 class Report:
@@ -63,6 +73,12 @@ class Report:
         """Report the evaluation of a set that fine-tuning holds out; like `validation` before the checkpoint."""
         for listener in self._listeners:
             listener.held_out(iteration, name, results)
+
+    def expert_load(self, load: ExpertLoad) -> None:
+        """Report how evenly experts were used since the last such report."""
+        for listener in self._listeners:
+            if isinstance(listener, ExpertLoadListener):
+                listener.expert_load(load)
 
     def message(self, text: str) -> None:
         for listener in self._listeners:
@@ -107,6 +123,11 @@ def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | N
         listeners.append(TensorBoard(run.tensorboard_dir, resumed_iteration, progress.message))
     if run.wandb_project is not None:
         listeners.append(WeightsAndBiases(run))
+    galleries = tuple(listeners)
+    if galleries or run.save is not None:  # before the galleries, so that it can draw when it is closed
+        listeners.insert(0, ExpertLoadKeeper(run.save, resumed_iteration, galleries, progress.message))
+    if run.metrics_file is not None:
+        listeners.append(OpenMetricsFile(run.metrics_file, run.wandb_exp_name or _name_of(run), progress.message))
     log = None
     if run.save is not None:
         log = MetricsLog(Path(run.save) / FILE_NAME, resumed_iteration, progress.message)
@@ -116,6 +137,11 @@ def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | N
         report.message(f"{log.path}: removed {log.removed} records after iteration {resumed_iteration}, "
                        "where this run starts")
     return report
+
+
+def _name_of(run: RunSettings) -> str:
+    """Return what tells a run from others on its machine: the last folder of --save."""
+    return run.save.resolve().name if run.save is not None else ""
 
 
 class MetricsLog:
@@ -261,6 +287,15 @@ class TensorBoard:
         for name, value in scalars(group, values):
             scalar = self._summaries.Summary.Value(tag=name, simple_value=value)
             self._event(iteration, summary=self._summaries.Summary(value=[scalar]))
+
+    def expert_load(self, load: ExpertLoad) -> None:
+        self._scalars("experts", load.iteration, {"max_violation": load.max_violation})
+
+    def picture(self, iteration: int, tag: str, png: bytes) -> None:
+        width, height = (int.from_bytes(png[at:at + 4], "big") for at in (16, 20))  # of the header, which comes first
+        image = self._summaries.Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        value = self._summaries.Summary.Value(tag=tag, image=image)
+        self._event(iteration, summary=self._summaries.Summary(value=[value]))
 
     def message(self, text: str) -> None:
         pass

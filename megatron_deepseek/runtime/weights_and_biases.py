@@ -1,8 +1,10 @@
 """--wandb-project: the numbers of a run for Weights & Biases, by its own package; WANDB_MODE=offline writes files."""
 
+import io
 from typing import Any
 
 from megatron_deepseek.packages import how_to_install
+from megatron_deepseek.runtime.expert_load import ExpertLoad
 from megatron_deepseek.runtime.metrics import StepMetrics
 from megatron_deepseek.runtime.scalars import scalars
 from megatron_deepseek.settings import RunSettings
@@ -19,6 +21,7 @@ class WeightsAndBiases:
         except ImportError as error:
             raise ValueError(f"--wandb-project {run.wandb_project} needs the package wandb ({error}): "
                              f"{how_to_install('wandb')}") from error
+        self._package = wandb
         folder = run.wandb_save_dir or (run.save / "wandb" if run.save is not None else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -39,6 +42,14 @@ class WeightsAndBiases:
 
     def held_out(self, iteration: int, name: str, results: dict[str, Any]) -> None:
         self._log(f"held out/{name}", iteration, results)
+
+    def expert_load(self, load: ExpertLoad) -> None:
+        self._log("experts", load.iteration, {"max_violation": load.max_violation})
+
+    def picture(self, iteration: int, tag: str, png: bytes) -> None:
+        from PIL import Image  # matplotlib, which drew it, depends on it
+
+        self._run.log({tag: self._package.Image(Image.open(io.BytesIO(png)))}, step=iteration)
 
     def _log(self, group: str, iteration: int, values: dict[str, Any]) -> None:
         self._run.log(dict(scalars(group, values)), step=iteration)
