@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat test test-all test-engines test-exhaustive drill mutants lint-docker clean
+.PHONY: help venv pretrain finetune chat test test-all test-engines test-core test-torch test-exhaustive drill mutants \
+  lint-docker clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -20,12 +21,14 @@ help:
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-engines   install other programs that read the same models (PEFT), and compare with them'
+	@echo 'make test-core VERSION=0.19.2   exchange checkpoints with that release of megatron-core (in .core-VERSION)'
+	@echo 'make test-torch VERSION=2.14.1   run make test with that release of PyTorch (in .venv-torch-VERSION)'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
 	@echo 'make lint-docker   install hadolint, and check the Dockerfile'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
-	@echo 'make clean      remove $(VENV), $(RUN_DIR) and caches'
+	@echo 'make clean      remove $(VENV), those of test-core and test-torch, $(RUN_DIR) and caches'
 	@echo 'PYTHON= chooses the interpreter (now: $(PYTHON)), which must be 3.10 or newer'
 
 venv: $(STAMP)
@@ -53,7 +56,7 @@ chat: $(STAMP)
 	  $(BIN)/python tools/chat.py --load "$${last%/*}" --tokenizer-model '$(RUN_DIR)/data/tokenizer.json' \
 	  --template deepseek-v3 $(CHAT)
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(BIN)/ruff check
@@ -66,6 +69,23 @@ test-all: $(STAMP)
 test-engines: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[engines]'
 	$(PYTEST) tests/engines
+
+test-core: $(STAMP)
+	@[ -n '$(VERSION)' ] || { echo 'make: VERSION= says which megatron-core: make test-core VERSION=0.19.2' >&2; exit 2; }
+	$(BIN)/python tests/helpers/unpack_core.py '$(VERSION)' '.core-$(VERSION)'
+	PYTHONPATH='.core-$(VERSION)' $(BIN)/python -W ignore -c \
+	  'import megatron.core as core; assert core.__version__ == "$(VERSION)", core.__file__'
+	PYTHONPATH='$(CURDIR)/.core-$(VERSION)' $(PYTEST) $(addprefix tests/unit/checkpoint/convert/test_convert_,\
+	  megatron.py family.py legacy.py)
+
+test-torch: BIN = .venv-torch-$(VERSION)/bin
+test-torch:
+	@[ -n '$(VERSION)' ] || { echo 'make: VERSION= says which PyTorch: make test-torch VERSION=2.14.1' >&2; exit 2; }
+	[ -x '.venv-torch-$(VERSION)/bin/python' ] || $(PYTHON) -m venv '.venv-torch-$(VERSION)'
+	grep -v '^torch==' constraints.txt > '.venv-torch-$(VERSION)/constraints.txt'
+	'.venv-torch-$(VERSION)/bin/python' -m pip install --quiet -c '.venv-torch-$(VERSION)/constraints.txt' \
+	  'torch==$(VERSION)' -e '.[test,tensorboard,data]'
+	$(PYTEST) -m 'not slow' tests
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
@@ -82,5 +102,5 @@ lint-docker: $(STAMP)
 	$(BIN)/hadolint Dockerfile
 
 clean:
-	rm -rf $(VENV) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .core-* .venv-torch-* '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

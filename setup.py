@@ -34,9 +34,10 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.11,<2.14",  # private names of it: megatron_deepseek/torch_private.py
+        "torch>=2.11,<2.15",  # private names of it: megatron_deepseek/torch_private.py
         "numpy>=1.26",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.17; python_version < '3.12'",  # later ones ask for Python 3.12
+        "megatron-core>=0.16,<0.20; python_version >= '3.12'",
         "tokenizers>=0.20",
         "matplotlib>=3.8",
         "tqdm>=4.60",

@@ -2,6 +2,7 @@
 
 The upper panel has the losses: each step light, their running mean strong, MTP dashed, validation as points. Two small
 panels below have the learning rate and the gradient norm. Several files are drawn over each other to compare runs.
+With --of experts it draws how evenly the runs use their experts, from their expert_load.jsonl.
 """
 
 import sys
@@ -15,6 +16,9 @@ from megatron_deepseek.arguments import values
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.packages import how_to_install
+from megatron_deepseek.runtime.expert_load import FILE as EXPERT_LOAD
+from megatron_deepseek.runtime.expert_load import read_history
+from megatron_deepseek.runtime.expert_picture import draw_load
 from megatron_deepseek.runtime.metrics import read_metrics
 
 PROGRAM = "plot_metrics.py"
@@ -177,22 +181,45 @@ def _frame_losses(axes, runs: list[Curves]) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
+def _draw_losses_of(files: list[Path], labels: list[str], output: Path) -> None:
+    draw([read_curves(path, label) for path, label in zip(files, labels)], output)
+
+
+def _draw_experts_of(files: list[Path], labels: list[str], output: Path) -> None:
+    """Draw experts' load; raise ValueError for a run without routed experts, or two of one name."""
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: runs of models with routed experts write it")
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"--labels {' '.join(labels)}: two runs have one name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(draw_load({label: read_history(path) for path, label in zip(files, labels)}))
+
+
+# What --of names: the file in --save that it is read from, the picture's name, and who draws it.
+_DRAWN = {"losses": ("metrics.jsonl", "loss.png", _draw_losses_of),
+          "experts": (EXPERT_LOAD, "experts.png", _draw_experts_of)}
+
+
 def run(arguments: list[str]) -> int:
     parser = OneLineParser(prog=PROGRAM,
-                           description="Draw the loss curves of metrics.jsonl files to a PNG.")
+                           description="Draw the curves of one or several runs to a PNG.")
     parser.add_argument("metrics", nargs="+", type=values.path, metavar="METRICS.jsonl", help="or the --save of a run")
-    parser.add_argument("--output", type=values.path, metavar="PNG", help="default: loss.png beside the first file")
+    parser.add_argument("--of", choices=_DRAWN, default="losses", help="what is drawn (losses)")
+    parser.add_argument("--output", type=values.path, metavar="PNG",
+                        help="default: loss.png or experts.png beside the first file")
     parser.add_argument("--labels", nargs="+", help="one name for each file; default: the directories' names")
     options = parser.parse_args(arguments)
-    files = [path / "metrics.jsonl" if path.is_dir() else path for path in options.metrics]
-    output = options.output or files[0].with_name("loss.png")
+    source, picture, draw_runs = _DRAWN[options.of]
+    files = [path / source if path.is_dir() else path for path in options.metrics]
+    output = options.output or files[0].with_name(picture)
     labels = options.labels or [path.resolve().parent.name for path in files]
     if output.is_dir():
-        raise ValueError(f"--output {output} is a directory; give a file in it: {output / 'loss.png'}")
+        raise ValueError(f"--output {output} is a directory; give a file in it: {output / picture}")
     try:
         if len(labels) != len(files):
             raise ValueError(f"--labels {' '.join(labels)} names {len(labels)} runs, but there are {len(files)} files")
-        draw([read_curves(path, label) for path, label in zip(files, labels)], output)
+        draw_runs(files, labels, output)
     except ImportError as error:
         raise ValueError(f"drawing needs the package matplotlib ({error}): {how_to_install('matplotlib')}") from error
     print(output)

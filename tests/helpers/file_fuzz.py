@@ -22,8 +22,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from legacy_megatron import Job, write_legacy
 from native_checkpoints import tool
-from small_checkpoints import V3_WIDE, convert, v3_directory
+from small_checkpoints import V3_WIDE, convert, random_weights, v3_directory
 from small_models import whole_stage
 from pickle_damage import Bomb
 
@@ -92,6 +93,7 @@ READERS = {
                "generate": lambda root, out: say(root), "train": lambda root, out: train(root),
                "plot": lambda root, out: draw(root)},
     "megatron": {"convert": lambda root, out: convert("megatron", "native", root, out)},
+    "legacy": {"convert": lambda root, out: convert("megatron", "native", root, out)},
 }
 
 
@@ -110,7 +112,11 @@ def make_sound(directory: Path) -> dict[str, Path]:
     step = {"lm_loss": 1.5, "mtp_loss": [2.5], "learning_rate": 1e-3, "grad_norm": 1.0}
     for root in (directory / "native", listed):
         (root / "metrics.jsonl").write_text("".join(json.dumps({"iteration": n} | step) + "\n" for n in range(1, 4)))
-    return {"hf": hf, "native": directory / "native", "listed": listed, "megatron": directory / "megatron"}
+    job = Job(((0,), (1, None)), tp=2, pp=2)
+    legacy = write_legacy(directory / "legacy", V3_WIDE, random_weights(V3_WIDE, torch.bfloat16), job)
+    shutil.copytree(directory / "megatron" / "huggingface", legacy / "huggingface")
+    return {"hf": hf, "native": directory / "native", "listed": listed, "megatron": directory / "megatron",
+            "legacy": legacy}
 
 
 def _write_tokenizer(path: Path) -> None:

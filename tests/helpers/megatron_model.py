@@ -54,16 +54,21 @@ COMMON = dict(normalization="RMSNorm", gated_linear_unit=True, activation_func=F
               bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False)
 
 
-def grouped_query_config(fields: dict) -> TransformerConfig:
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+         "expert_model_parallel_size", "expert_tensor_parallel_size")
+
+
+def grouped_query_config(fields: dict, **sizes: int) -> TransformerConfig:
     """Of a config.json of Qwen2's, whose position embedding is not scaled."""
+    head_dim = fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     return TransformerConfig(
         num_layers=fields["num_hidden_layers"], hidden_size=fields["hidden_size"],
         ffn_hidden_size=fields["intermediate_size"], num_attention_heads=fields["num_attention_heads"],
-        num_query_groups=fields["num_key_value_heads"], kv_channels=fields["head_dim"], add_qkv_bias=True,
-        layernorm_epsilon=fields["rms_norm_eps"], **COMMON)
+        num_query_groups=fields["num_key_value_heads"], kv_channels=head_dim, add_qkv_bias=True,
+        layernorm_epsilon=fields["rms_norm_eps"], **COMMON, **sizes)
 
 
-def transformer_config(fields: dict) -> MLATransformerConfig:
+def transformer_config(fields: dict, **sizes: int) -> MLATransformerConfig:
     """Of a config.json with the router of V3."""
     rope = fields.get("rope_scaling") or {"type": "rope", "factor": 1.0}
     yarn = {name: rope[name] for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim",
@@ -83,18 +88,26 @@ def transformer_config(fields: dict) -> MLATransformerConfig:
         moe_router_group_topk=fields["topk_group"], moe_router_topk_scaling_factor=fields["routed_scaling_factor"],
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_dtype="fp32",
         moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
-        layernorm_epsilon=fields["rms_norm_eps"], qk_layernorm=True, multi_latent_attention=True, **COMMON)
+        layernorm_epsilon=fields["rms_norm_eps"], qk_layernorm=True, multi_latent_attention=True, **COMMON, **sizes)
 
 
-def build(fields: dict) -> GPTModel:
-    latent = "kv_lora_rank" in fields
-    config = transformer_config(fields) if latent else grouped_query_config(fields)
-    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+def build(fields: dict, sizes: dict[str, int] | None = None, chunk: int = 0) -> GPTModel:
+    """The model, or with `sizes` of a job (SIZES) the virtual stage `chunk` of a rank's part of it."""
+    latent, given = "kv_lora_rank" in fields, {name: size for name, size in (sizes or {}).items() if size > 1}
+    virtual = chunk if "virtual_pipeline_model_parallel_size" in given else None
+    if given.get("pipeline_model_parallel_size"):
+        given["pipeline_dtype"] = torch.float32
+    config = (transformer_config if latent else grouped_query_config)(fields, **given)
+    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=virtual)
     for layer in layers.layer_specs if latent else ():
         layer.submodules.self_attention.submodules.core_attention = NarrowValues
-    mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False) if config.mtp_num_layers else None
+    mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False, vp_stage=virtual) \
+        if config.mtp_num_layers else None
+    first, last = (parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
+                   parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual))
     return GPTModel(config, layers, fields["vocab_size"], fields["max_position_embeddings"], mtp_block_spec=mtp,
-                    position_embedding_type="rope", rotary_base=fields["rope_theta"],
+                    position_embedding_type="rope", rotary_base=fields["rope_theta"], pre_process=first,
+                    post_process=last, vp_stage=virtual,
                     share_embeddings_and_output_weights=fields["tie_word_embeddings"]).eval()
 
 

@@ -11,6 +11,7 @@ agreed.py has those that a comparison of layouts cannot see.
 
 from adapters import ADAPTERS
 from agreed import AGREED
+from converted import CONVERTED
 from finetuned import FINE_TUNED
 from frozen import FROZEN
 from grouped_query import GROUPED_QUERY
@@ -500,4 +501,4 @@ MUTANTS = (
     *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED, *STEP_MUTANTS,
     *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER, *BUILD, *INIT,
     *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
-    *MEGATRON)
+    *MEGATRON, *CONVERTED)

@@ -36,6 +36,8 @@ from megatron_deepseek.checkpoint.dcp.metadata_writer import write_metadata
 from megatron_deepseek.checkpoint.destination import new_iteration, stay_outside
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.integrity import checksum_directory
+from megatron_deepseek.checkpoint.legacy.opening import open_legacy
+from megatron_deepseek.checkpoint.legacy.rank_files import is_legacy
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory, native_architecture
 from megatron_deepseek.checkpoint.native import CONFIG, OPTIMIZER, WEIGHTS
 from megatron_deepseek.checkpoint.tracker import TRACKER
@@ -84,15 +86,16 @@ def open_native(path: Path, without_mtp: bool) -> tuple[TensorSource, Assets]:
 def open_megatron(path: Path, without_mtp: bool, config_from: Path | None = None) -> tuple[TensorSource, Assets]:
     """Open one iteration's directory of Megatron-LM, or the last one of a directory of checkpoints.
 
-    The files do not say the architecture: it is that of config.json in `config_from`, or in huggingface/ beside them.
+    Both of its formats are read: torch_dist, and the legacy one of a file for each rank. The files do not say the
+    architecture: it is that of config.json in `config_from`, or in huggingface/ beside them.
     """
-    refuse_legacy(path)
-    directory = path if (path / METADATA).is_file() else _megatron_iteration(path)
-    refuse_legacy(directory)
+    directory = path if (path / METADATA).is_file() or is_legacy(path) else _megatron_iteration(path)
     assets = read_assets(config_from or directory.parent / DIRECTORY)
     if assets.fields is None:
         raise ValueError(f"--load {path} does not say the architecture: --assets must name a directory with its "
                          f"config.json")
+    if not (directory / METADATA).is_file() and is_legacy(directory):
+        return open_legacy(directory, ModelConfig.from_hf_dict(assets.fields), without_mtp), assets
     stored = open_dcp(directory)
     in_files = _any_begins(stored, [MTP_PREFIX])
     config, absent = as_stored(ModelConfig.from_hf_dict(assets.fields), in_files, without_mtp)

@@ -18,7 +18,8 @@ class Place:
     """Hugging Face's tensor `name` of `shape` is the part of `whole`, of `whole_shape`, that begins at `offset`.
 
     In `whole` the part has extra leading dimensions of 1 where `whole` has more dimensions. Where `run` is given, only
-    so many of its rows follow each other there; the next ones begin `step` rows after these began.
+    so many of its rows follow each other there; the next ones begin `step` rows after these began. `transposed`: its
+    two dimensions are exchanged there, so that its rows are columns.
     """
 
     name: str
@@ -28,15 +29,22 @@ class Place:
     offset: tuple[int, ...]
     run: int | None = None
     step: int = 0
+    transposed: bool = False
 
     @property
     def extent(self) -> tuple[int, ...]:
         """Return the part's size in `whole`."""
-        return (1,) * (len(self.whole_shape) - len(self.shape)) + self.shape
+        own = self.shape[::-1] if self.transposed else self.shape
+        return (1,) * (len(self.whole_shape) - len(self.shape)) + own
+
+    @property
+    def axis(self) -> int:
+        """Return the dimension of `whole` along which the part's rows follow each other."""
+        return len(self.whole_shape) - (1 if self.transposed else len(self.shape))
 
     def rows(self, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return offset and size in `whole` of the part's rows start..stop."""
-        axis = len(self.whole_shape) - len(self.shape)
+        axis = self.axis
         offset, size = list(self.offset), list(self.extent)
         offset[axis] += start
         size[axis] = stop - start
@@ -53,13 +61,13 @@ class Place:
             number, before = divmod(start, run)
             last = min(stop, start + run - before)
             offset, size = self.rows(before, before + last - start)
-            axis = len(self.whole_shape) - len(self.shape)
+            axis = self.axis
             yield Region((*offset[:axis], offset[axis] + number * self.step, *offset[axis + 1:]), size)
             start = last
 
     def rows_of(self, region: Region) -> tuple[int, int]:
         """Return which of the part's rows a region in `whole` is: the inverse of `regions`, where there is one."""
-        axis = len(self.whole_shape) - len(self.shape)
+        axis = self.axis
         start = region.place[axis] - self.offset[axis]
         if self.run is not None:
             number, start = divmod(start, self.step)

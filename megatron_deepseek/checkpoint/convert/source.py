@@ -8,10 +8,12 @@ from typing import Protocol
 import torch
 
 from megatron_deepseek.checkpoint.convert.names import Place
-from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
+from megatron_deepseek.checkpoint.dcp.files import StoredTensors
 from megatron_deepseek.checkpoint.dcp.item_reader import ItemReader, read
+from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 from megatron_deepseek.model.architecture.config import ModelConfig
 
+_TRANSPOSED_BYTES = 1 << 24  # so much is turned at a time of weights that are stored transposed
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,14 +49,14 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StackedSource:
-    """A DCP directory of stacked parameters, `prefix` before their names, as a TensorSource.
+    """Stored tensors that are stacked parameters, `prefix` before their names, as a TensorSource.
 
     `places` says by Hugging Face's name which part of which stacked parameter a tensor is.
     """
 
     path: Path
     config: ModelConfig
-    directory: DcpDirectory
+    directory: StoredTensors
     places: dict[str, Place]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -64,18 +66,24 @@ class StackedSource:
     absent_mtp: int = 0
 
     def files(self) -> list[Path]:
-        names = {item.file for items in self.directory.items.values() for item in items}
-        return [self.path / ".metadata", *(self.path / name for name in sorted(names))]
+        return self.directory.files()
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         place = self.places[name]
-        shape = (-1, *place.shape[1:]) if place.shape else ()
-        parts = [read(self.directory, self.prefix + place.whole, region).view(shape)
-                 for region in place.regions(start, stop)]
+        dims = len(place.shape)
+        parts = [read(self.directory, self.prefix + place.whole, region) for region in place.regions(start, stop)]
+        parts = [part.view(part.shape[part.ndim - dims:]) for part in parts]
+        if place.transposed:
+            parts = [part.T.contiguous() for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
         place = self.places[name]
+        if place.transposed:
+            step = max(1, _TRANSPOSED_BYTES // (place.shape[1] * self.dtypes[name].itemsize))
+            for first in range(start, stop, step):
+                yield as_bytes(self.read(name, first, min(first + step, stop)))
+            return
         with ItemReader(self.directory) as reader:
             for region in place.regions(start, stop):
                 yield from reader.numbers(self.prefix + place.whole, region)
@@ -84,7 +92,7 @@ class StackedSource:
         raise NotImplementedError("stacked checkpoints hold no float8 weights")
 
 
-def open_stacked(path: Path, config: ModelConfig, directory: DcpDirectory, places: list[Place], prefix: str,
+def open_stacked(path: Path, config: ModelConfig, directory: StoredTensors, places: list[Place], prefix: str,
                  dropped: dict[str, str], padded: tuple[str, ...] = (), absent_mtp: int = 0) -> StackedSource:
     """Open a DCP directory of stacked parameters as a source.
 

@@ -35,10 +35,11 @@ _FEW_CHUNKS = 1 << 18  # so many are checked in a second
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A region of the tensor `name`, saved by torch.save at bytes offset..offset + length of `file`.
+    """A region of the tensor `name`, at bytes offset..offset + length of `file`.
 
-    `place` and `shape` are the region's. There are hundreds of thousands of items, so `DcpDirectory` and
-    fingerprints.py let them share equal tuples and texts.
+    They are what torch.save wrote of it, which is longer than the numbers; or, where `length` is exactly theirs, bare
+    numbers in row-major order. `place` and `shape` are the region's. There are hundreds of thousands of items, so
+    `DcpDirectory` and fingerprints.py let them share equal tuples and texts.
     """
 
     name: str
@@ -54,11 +55,62 @@ class Item:
         return Region(self.place, self.shape)
 
 
-class DcpDirectory:
-    """What .metadata says: `shapes`, `dtypes` and `items` of the tensors by name, items in the order of their place.
+class StoredTensors:
+    """Tensors in items of files of `directory`: their `shapes`, `dtypes` and `items` by name, items in order of place.
 
-    `others` are the names of stored values that are no tensors. `begins` is the memory of item_reader.py: the byte at
-    which an item's numbers begin, by file and offset. Raise ValueError if .metadata is damaged or contradicts itself.
+    `index_files` are those that say so. `begins` is the memory of item_reader.py: the byte at which an item's numbers
+    begin, by file and offset.
+    """
+
+    def __init__(self, directory: Path, index_files: list[Path], shapes: dict[str, tuple[int, ...]],
+                 dtypes: dict[str, torch.dtype], items: dict[str, list[Item]]):
+        self.directory, self.index_files = directory, index_files
+        self.shapes, self.dtypes, self.items = shapes, dtypes, items
+        self.begins: dict[tuple[str, int], int] = {}
+        self._longest = {name: max((item.shape[0] for item in items if item.shape), default=0)
+                         for name, items in self.items.items()}
+
+    def files(self) -> list[Path]:
+        """Return every file that is read to get the tensors."""
+        names = {item.file for items in self.items.values() for item in items}
+        return [*self.index_files, *(self.directory / name for name in sorted(names))]
+
+    def check_files(self) -> None:
+        """Raise ValueError unless every file that an item is in is there, and long enough."""
+        last: dict[str, Item] = {}
+        for item in (item for items in self.items.values() for item in items):
+            if item.file not in last or item.offset > last[item.file].offset:
+                last[item.file] = item
+        for name, item in last.items():
+            path = self.directory / name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: {item.name} is in it")
+            if path.stat().st_size < item.offset + item.length:
+                raise ValueError(f"{path} is truncated: {item.name} ends at byte {item.offset + item.length}, "
+                                 f"the file at {path.stat().st_size}")
+
+    def covering(self, name: str, region: Region) -> list[Item]:
+        """Return the items that hold numbers of `region`; raise ValueError unless they hold all of them."""
+        items = [item for item in self._near(name, region) if item.region.overlap(region)]
+        found = sum(item.region.overlap(region).numel for item in items)
+        if found != region.numel:
+            raise ValueError(f"{self.directory}: {name} has only {found} of the {region.numel} numbers at "
+                             f"{region.place} of shape {region.shape}")
+        return items
+
+    def _near(self, name: str, region: Region) -> list[Item]:
+        """Return the items that begin before the end of `region` along the first dimension, but not long before it."""
+        items = self.items[name]
+        if not region.place:
+            return items
+        first = bisect_right(items, region.place[0] - self._longest[name], key=_row)
+        return items[first:bisect_left(items, region.end[0], key=_row)]
+
+
+class DcpDirectory(StoredTensors):
+    """The tensors of a DCP directory, as .metadata says; `others` are the names of stored values that are no tensors.
+
+    Raise ValueError if .metadata is damaged or contradicts itself.
     """
 
     def __init__(self, directory: Path):
@@ -72,15 +124,12 @@ class DcpDirectory:
         fills = cache(_fills)  # layers are alike, so the same shapes and chunks come again and again
         for name, entry in tensors.items():
             self._check(name, entry, fills)
-        self.shapes = {name: entry.size for name, entry in tensors.items()}
-        self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
-        self.items = self._items(tensors, {(index.fqn, index.offset): info
-                                           for index, info in metadata.storage_data.items()
-                                           if isinstance(index, Index) and isinstance(index.fqn, str)
-                                           and _is_size(index.offset)})
-        self.begins: dict[tuple[str, int], int] = {}
-        self._longest = {name: max((item.shape[0] for item in items if item.shape), default=0)
-                         for name, items in self.items.items()}
+        items = self._items(tensors, {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()
+                                      if isinstance(index, Index) and isinstance(index.fqn, str)
+                                      and _is_size(index.offset)})
+        super().__init__(self.directory, [self.directory / METADATA],
+                         {name: entry.size for name, entry in tensors.items()},
+                         {name: entry.properties.dtype for name, entry in tensors.items()}, items)
 
     def _check_checksum(self) -> None:
         """Raise ValueError if .metadata has changed since its checksum was taken, before anything in it is believed."""
@@ -128,7 +177,7 @@ class DcpDirectory:
                                      f"{chunk.offsets} is")
                 nbytes = prod(chunk.sizes) * entry.properties.dtype.itemsize
                 if not (isinstance(info.relative_path, str) and inside(info.relative_path) and _is_size(
-                        (info.offset, info.length)) and info.length >= nbytes):
+                        (info.offset, info.length)) and info.length > nbytes):
                     raise ValueError(f"{self.directory / METADATA}: the {nbytes} bytes of {name} at {chunk.offsets} "
                                      f"cannot be where it says they are")
                 if info.transform_descriptors:
@@ -138,37 +187,6 @@ class DcpDirectory:
                                         info.relative_path, info.offset, info.length))
             items[name].sort(key=lambda item: item.place)
         return items
-
-    def check_files(self) -> None:
-        """Raise ValueError unless every file that an item is in is there, and long enough."""
-        last: dict[str, Item] = {}
-        for item in (item for items in self.items.values() for item in items):
-            if item.file not in last or item.offset > last[item.file].offset:
-                last[item.file] = item
-        for name, item in last.items():
-            path = self.directory / name
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: {item.name} is in it")
-            if path.stat().st_size < item.offset + item.length:
-                raise ValueError(f"{path} is truncated: {item.name} ends at byte {item.offset + item.length}, "
-                                 f"the file at {path.stat().st_size}")
-
-    def covering(self, name: str, region: Region) -> list[Item]:
-        """Return the items that hold numbers of `region`; raise ValueError unless they hold all of them."""
-        items = [item for item in self._near(name, region) if item.region.overlap(region)]
-        found = sum(item.region.overlap(region).numel for item in items)
-        if found != region.numel:
-            raise ValueError(f"{self.directory}: {name} has only {found} of the {region.numel} numbers at "
-                             f"{region.place} of shape {region.shape}")
-        return items
-
-    def _near(self, name: str, region: Region) -> list[Item]:
-        """Return the items that begin before the end of `region` along the first dimension, but not long before it."""
-        items = self.items[name]
-        if not region.place:
-            return items
-        first = bisect_right(items, region.place[0] - self._longest[name], key=_row)
-        return items[first:bisect_left(items, region.end[0], key=_row)]
 
 
 def _is_size(value: Any) -> bool:
@@ -204,6 +222,6 @@ def refuse_megatron(directory: Path) -> None:
 def refuse_legacy(directory: Path) -> None:
     """Raise ValueError for Megatron-LM's legacy format: each rank's weights in a file of its own, by torch.save."""
     if not (directory / METADATA).exists() and any(directory.glob("mp_rank_*")):
-        raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX); only "
-                         f"torch_dist is read. Megatron-LM converts it: the command that trained it, with "
-                         f"--ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY")
+        raise ValueError(f"{directory} is in Megatron-LM's legacy format, a file for each rank (mp_rank_XX): "
+                         f"tools/convert_checkpoint.py --from megatron --to native makes a checkpoint of it to begin "
+                         f"from")

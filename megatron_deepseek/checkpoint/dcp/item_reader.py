@@ -1,4 +1,4 @@
-"""Reading any region of a tensor from the items of a DCP directory, without reading more than it needs.
+"""Reading any region of a tensor from the items of a directory (DCP's, mostly), without reading more than it needs.
 
 DCP's own reader loads a saved item whole (a rank's share of a layer's stacked experts: up to 15 GB for V3) for any
 part of it. Here torch.load with `map_location="meta"` finds where an item's numbers begin, without reading them, and
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_deepseek.checkpoint import raw_bytes
-from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, Item
+from megatron_deepseek.checkpoint.dcp.files import Item, StoredTensors
 from megatron_deepseek.checkpoint.regions import Region, segments
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 
@@ -54,7 +54,7 @@ class Section(io.RawIOBase):
 class ItemReader:
     """Reads items of `directory` on one thread. It keeps files open, so that the kernel reads ahead."""
 
-    def __init__(self, directory: DcpDirectory):
+    def __init__(self, directory: StoredTensors):
         self.directory = directory
         self._open: dict[str, int] = {}
         self._block: memoryview | None = None
@@ -117,6 +117,8 @@ class ItemReader:
 
     def _begin(self, item: Item, descriptor: int) -> int:
         """Return the byte at which an item's numbers begin, which is found once for all reads from it."""
+        if item.length == item.region.numel * item.dtype.itemsize:  # bare numbers
+            return item.offset
         known = self.directory.begins
         begin = known.get((item.file, item.offset))
         if begin is None:
@@ -136,7 +138,7 @@ def read_part(descriptor: int, item: Item, part: Region, target: torch.Tensor) -
     _copy(descriptor, _numbers_begin(descriptor, item), item, part, target)
 
 
-def read(directory: DcpDirectory, name: str, region: Region) -> torch.Tensor:
+def read(directory: StoredTensors, name: str, region: Region) -> torch.Tensor:
     """Read one region, as `ItemReader.read` does."""
     with ItemReader(directory) as reader:
         return reader.read(name, region)

@@ -4,18 +4,20 @@ Python's own reader, even with every class replaced, believes what it reads: one
 fill gigabytes, and a tuple of tuples of tuples as a key takes for ever to hash. Here a pickle holds three kinds of
 values: plain ones (texts, numbers, tuples, lists and dictionaries), instances of the classes that the caller knows, and
 OTHER for everything else, whose content is read past. The operations are those of protocols 2 to 5 (pickletools.py of
-Python's library describes each); an operation that plain data does not need is refused.
+Python's library describes each); an operation that plain data does not need is refused. What is not in the pickle
+itself, such as the numbers of tensors in a file of torch.save, it names by persistent ids, which the caller may know.
 """
 
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from struct import unpack_from
 from typing import Any
 
 _LONGEST_TEXT = 1 << 16  # bytes
 _MOST_WAITING = 1 << 20  # values on the stack, not yet put into another; pickle writes batches of 1,000
 _STOP = pickle.STOP[0]
-_LONGEST_NUMBER = 9  # bytes: 64 bits and a sign
+_LONGEST_NUMBER = 16  # bytes: a count of floating-point operations needs more than 64 bits
 
 
 class KnownInstance:
@@ -35,6 +37,16 @@ class KnownInstance:
             setattr(self, name, state.get(name))
 
 
+@dataclass(frozen=True)
+class KnownCall:
+    """A function or class whose call stands for a value: what `make` returns for the tuple of arguments.
+
+    `make` is code of the caller, who must expect any arguments.
+    """
+
+    make: Callable[[tuple], Any]
+
+
 class _Other:
     """A value that is neither plain nor of a known class. OTHER is the one instance."""
 
@@ -44,14 +56,20 @@ class _Other:
 OTHER = _Other()
 
 
-def read_pickle(data: bytes, known: Callable[[str, str], Any]) -> Any:
+def _no_persistent(_: Any) -> Any:
+    raise ValueError("a persistent id, which plain data does not need")
+
+
+def read_pickle(data: bytes, known: Callable[[str, str], Any], persistent: Callable[[Any], Any] = _no_persistent
+                ) -> Any:
     """Return the value that is pickled in `data`.
 
     `known(module, name)` says what a global stands for: a subclass of KnownInstance for a class, `tuple` or `dict` for
-    a class that is made like one, any other value for a constant, OTHER for what is to be read past. Raise ValueError,
-    naming the byte, if the pickle is damaged, cut off, or holds what no pickle of plain data holds.
+    a class that is made like one, a KnownCall, any other value for a constant, OTHER for what is to be read past.
+    `persistent(id)` says what a persistent id stands for. Raise ValueError, naming the byte, if the pickle is damaged,
+    cut off, or holds what no pickle of plain data holds.
     """
-    reader = _Reader(data, known)
+    reader = _Reader(data, known, persistent)
     try:
         return reader.run()
     except (IndexError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
@@ -65,8 +83,8 @@ def read_pickle(data: bytes, known: Callable[[str, str], Any]) -> Any:
 class _Reader:
     """The state of reading: the position `at` in `data`, and pickle's stack, marks and memo."""
 
-    def __init__(self, data: bytes, known: Callable[[str, str], Any]):
-        self.data, self.known, self.at = data, known, 0
+    def __init__(self, data: bytes, known: Callable[[str, str], Any], persistent: Callable[[Any], Any]):
+        self.data, self.known, self.persistent, self.at = data, known, persistent, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: list[Any] = []
@@ -107,9 +125,9 @@ class _Reader:
         self.at += 1
 
     def text(self, count: int) -> None:
-        if count > _LONGEST_TEXT:
-            raise ValueError(f"a text of {count} bytes")
-        self.stack.append(self.take(count).decode())
+        """Read a text; a longer one than any name is read past: protocol 2 stores byte strings as texts."""
+        data = self.take(count)
+        self.stack.append(data.decode() if count <= _LONGEST_TEXT else OTHER)
 
     def long(self) -> None:
         count = self.byte()
@@ -203,15 +221,20 @@ class _Reader:
         self.new()
 
     def call(self) -> None:
-        """Make the value of a call without calling anything: a tuple is its argument, a dictionary begins empty."""
+        """Make the value of a call without calling what it names: a tuple is its argument, a dictionary is empty."""
         arguments, what = self.stack.pop(), self.stack.pop()
-        if what is tuple:
+        if isinstance(what, KnownCall):
+            self.stack.append(what.make(arguments))
+        elif what is tuple:
             (value,) = arguments
             if type(value) is not tuple:
                 raise ValueError(f"a tuple of a {type(value).__name__}")
             self.stack.append(value)
         else:
             self.stack.append({} if what is dict else OTHER)
+
+    def persistent_id(self) -> None:
+        self.stack.append(self.persistent(self.stack.pop()))
 
     def build(self) -> None:
         state = self.stack.pop()
@@ -269,6 +292,7 @@ _BY_CODE: dict[bytes, Callable[[_Reader], Any]] = {
     pickle.FROZENSET: lambda reader: (reader.marked(), reader.stack.append(OTHER)),
     pickle.GLOBAL: _Reader.global_lines, pickle.STACK_GLOBAL: _Reader.global_of_stack, pickle.NEWOBJ: _Reader.new,
     pickle.NEWOBJ_EX: _Reader.new_with_names, pickle.REDUCE: _Reader.call, pickle.BUILD: _Reader.build,
+    pickle.BINPERSID: _Reader.persistent_id,
     pickle.MEMOIZE: _Reader.memoize, pickle.BINPUT: lambda reader: reader.put(reader.byte()),
     pickle.LONG_BINPUT: lambda reader: reader.put(reader.number("<I", 4)),
     pickle.BINGET: _Reader.get, pickle.LONG_BINGET: _Reader.get_far,
