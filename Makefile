@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat test test-all test-engines test-core test-torch test-exhaustive drill mutants clean
+.PHONY: help venv pretrain finetune chat test test-all test-engines test-core test-torch test-exhaustive drill mutants \
+  lint-docker clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -25,6 +26,7 @@ help:
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
+	@echo 'make lint-docker   install hadolint, and check the Dockerfile'
 	@echo 'make venv       create $(VENV) and install the package; the targets above do it when needed'
 	@echo 'make clean      remove $(VENV), those of test-core and test-torch, $(RUN_DIR) and caches'
 	@echo 'PYTHON= chooses the interpreter (now: $(PYTHON)), which must be 3.10 or newer'
@@ -94,6 +96,10 @@ drill: $(STAMP)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
+
+lint-docker: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[lint]'
+	$(BIN)/hadolint Dockerfile
 
 clean:
 	rm -rf $(VENV) .core-* .venv-torch-* '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache

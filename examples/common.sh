@@ -4,6 +4,8 @@
 # One node:    GPUS_PER_NODE=8 bash examples/SCRIPT.sh
 # Many nodes:  on each, MASTER_ADDR=host0 NNODES=16 NODE_RANK=0..15 bash examples/SCRIPT.sh
 # Slurm:       sbatch --nodes=16 examples/slurm.sh examples/SCRIPT.sh
+# pdsh:        HOSTS='node[0-15]' bash examples/pdsh.sh examples/SCRIPT.sh
+# LOG_DIR= keeps what each rank prints in LOG_DIR/node-N/*/attempt_N/RANK/std*.log, besides showing it.
 # DRY_RUN=1 checks the arguments as all ranks of all nodes would, prints the command and starts nothing.
 # PYTHON= is the interpreter: without it that of the active virtual environment, else .venv, else python3 on the PATH.
 # Arguments after the script's name are passed on and win over the script's.
@@ -131,7 +133,9 @@ launch() {
         rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
                     --master_port "${MASTER_PORT:-29500}")
     fi
-    local arguments=(--nproc_per_node "$GPUS_PER_NODE" "${rendezvous[@]}" "$REPOSITORY/$ENTRY" "$@")
+    local logs=()
+    [ -z "${LOG_DIR:-}" ] || logs=(--log-dir "$LOG_DIR/node-${NODE_RANK:-0}" --tee 3)
+    local arguments=(--nproc_per_node "$GPUS_PER_NODE" "${rendezvous[@]}" "${logs[@]}" "$REPOSITORY/$ENTRY" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
         tell_absent
         "$python" "$REPOSITORY/tools/launch.py" --dry-run "${arguments[@]}" > /dev/null

@@ -229,6 +229,7 @@ class RunSettings:
     tensorboard_dir: Path | None = None
     tensorboard_log_interval: int = 1
     tensorboard_queue_size: int = 1
+    metrics_file: Path | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
     wandb_entity: str | None = None

@@ -241,6 +241,7 @@ def _add_evaluation_and_logging(parser):
     for name, what in (("timers", "iteration-time and throughput"), ("memory", "the accelerator's memory"),
                        ("validation-ppl", "the perplexity of validations"), ("world-size", "the number of ranks")):
         add(f"--log-{name}-to-tensorboard", action="store_true", help=f"there also {what}")
+    add("--metrics-file", type=values.path, metavar="FILE", help="the newest numbers as OpenMetrics text")
     add("--wandb-project", type=str, metavar="NAME", help="also log to Weights & Biases; WANDB_MODE=offline to files")
     add("--wandb-exp-name", type=str, metavar="NAME", help="of the run there")
     add("--wandb-entity", type=str, metavar="NAME", help="whose project it is")

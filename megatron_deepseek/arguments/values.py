@@ -45,8 +45,11 @@ def path(text: str) -> Path:
 
 
 def split(text: str) -> str:
-    """Parse Megatron's --split: up to three weights with commas, completed to three ("9,1" is "9,1,0")."""
-    parts = text.split(",")
+    """Parse Megatron's --split: up to three weights with commas, completed to three ("9,1" is "9,1,0").
+
+    Quotes around them are left out, as Megatron-LM does: its llama3_8b script passes '99,1,0' with them.
+    """
+    parts = text.strip("'\"").split(",")
     weights = [non_negative(part.strip()) for part in parts]
     if len(weights) > 3 or not sum(weights) > 0:
         raise ArgumentTypeError(f"{text!r} is not one to three weights for train, valid and test")

@@ -2,10 +2,12 @@
 
 The upper panel has the losses: each step light, their running mean strong, MTP dashed, validation as points. Two small
 panels below have the learning rate and the gradient norm. Several files are drawn over each other to compare runs.
+With --of experts it draws how evenly the runs use their experts, from their expert_load.jsonl.
 """
 
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from megatron_deepseek.arguments import values
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.packages import how_to_install
+from megatron_deepseek.runtime.expert_load import FILE as EXPERT_LOAD
+from megatron_deepseek.runtime.expert_load import read_history
+from megatron_deepseek.runtime.expert_picture import draw_load
 from megatron_deepseek.runtime.metrics import read_metrics
 
 PROGRAM = "plot_metrics.py"
@@ -21,9 +26,24 @@ PROGRAM = "plot_metrics.py"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
+MARKERS = "oDv^P*X"  # of validation sets, in turn
+
+
+@dataclass(frozen=True)
+class SetCurve:
+    """The losses of one of several sets that are held out, by iteration."""
+
+    name: str
+    iteration: np.ndarray
+    loss: np.ndarray
+
+
 @dataclass(frozen=True)
 class Curves:
-    """The metrics of a run as arrays; a null is NaN. `mtp_loss` and `validation_mtp_loss` are [points, depths]."""
+    """The metrics of a run as arrays; a null is NaN. `mtp_loss` and `validation_mtp_loss` are [points, depths].
+
+    Of several sets that are held out `validation_*` are those of the first, and `sets` all of them.
+    """
 
     label: str
     iteration: np.ndarray
@@ -34,6 +54,7 @@ class Curves:
     validation_iteration: np.ndarray
     validation_lm_loss: np.ndarray
     validation_mtp_loss: np.ndarray
+    sets: tuple[SetCurve, ...] = ()
 
 
 def read_curves(path: Path, label: str) -> Curves:
@@ -47,17 +68,27 @@ def read_curves(path: Path, label: str) -> Curves:
         return Curves(
             label, _column(steps, "iteration"), _column(steps, "lm_loss"), _table(steps, "mtp_loss"),
             _column(steps, "learning_rate"), _column(steps, "grad_norm"), _column(validations, "iteration"),
-            _column(validations, "validation_lm_loss"), _table(validations, "validation_mtp_loss"))
+            _column(validations, "validation_lm_loss"), _table(validations, "validation_mtp_loss"), _sets(records))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a value that is no number: {error}") from error
 
 
 def _held_out(records: list[dict]) -> list[dict]:
-    """Return the evaluations of the first set that fine-tuning holds out, as those of a validation."""
+    """Return the evaluations of the first set that is held out, as those of a validation."""
     found = [record for record in records if "eval_loss" in record]
     return [{"iteration": record["iteration"], "validation_lm_loss": record["eval_loss"],
              "validation_mtp_loss": record.get("eval_mtp_loss")} for record in found
             if record["eval_set"] == found[0]["eval_set"]]
+
+
+def _sets(records: list[dict]) -> tuple[SetCurve, ...]:
+    """Return the losses of each set that is held out, of none where it is one alone, which needs no name."""
+    of_name: dict[str, list[dict]] = {}
+    for record in records:
+        if "eval_loss" in record:
+            of_name.setdefault(record["eval_set"], []).append(record)
+    return tuple(SetCurve(str(name), _column(own, "iteration"), _column(own, "eval_loss"))
+                 for name, own in of_name.items()) if len(of_name) > 1 else ()
 
 
 def _column(records: list[dict], name: str) -> np.ndarray:
@@ -125,8 +156,10 @@ def _draw_losses(axes, run: Curves, color: str, prefix: str, one_run: bool) -> N
     if window > 1:
         axes.plot(run.iteration, run.lm_loss, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(run.iteration, smooth(run.lm_loss, window), color=color, linewidth=1.8, label=f"{prefix}training{mean}")
-    axes.plot(run.validation_iteration, run.validation_lm_loss, "o", color=color, markersize=5,
-              markeredgecolor="white", label=f"{prefix}validation" if len(run.validation_iteration) else None)
+    shown = run.sets or (SetCurve("", run.validation_iteration, run.validation_lm_loss),)
+    for each, marker in zip(shown, cycle(MARKERS)):
+        label = f"{prefix}validation {each.name}".rstrip() if len(each.iteration) else None
+        axes.plot(each.iteration, each.loss, marker, color=color, markersize=5, markeredgecolor="white", label=label)
     for depth in range(run.mtp_loss.shape[1]):
         shade = COLORS[(depth + 1) % len(COLORS)] if one_run else color
         axes.plot(run.iteration, smooth(run.mtp_loss[:, depth], window), "--", color=shade, linewidth=1.2,
@@ -134,7 +167,12 @@ def _draw_losses(axes, run: Curves, color: str, prefix: str, one_run: bool) -> N
     for depth in range(run.validation_mtp_loss.shape[1]):
         shade = COLORS[(depth + 1) % len(COLORS)] if one_run else color
         axes.plot(run.validation_iteration, run.validation_mtp_loss[:, depth], "s", color=shade, markersize=4,
-                  markeredgecolor="white", label=f"{prefix}validation, MTP depth {depth + 1}" if one_run else None)
+                  markeredgecolor="white", label=_of_depth(run, depth) if one_run else None)
+
+
+def _of_depth(run: Curves, depth: int) -> str:
+    """Return the label of a run's validation points of an MTP depth; of several sets they are the first one's."""
+    return f"validation {run.sets[0].name if run.sets else ''}".rstrip() + f", MTP depth {depth + 1}"
 
 
 def _frame_losses(axes, runs: list[Curves]) -> None:
@@ -143,22 +181,45 @@ def _frame_losses(axes, runs: list[Curves]) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
+def _draw_losses_of(files: list[Path], labels: list[str], output: Path) -> None:
+    draw([read_curves(path, label) for path, label in zip(files, labels)], output)
+
+
+def _draw_experts_of(files: list[Path], labels: list[str], output: Path) -> None:
+    """Draw experts' load; raise ValueError for a run without routed experts, or two of one name."""
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: runs of models with routed experts write it")
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"--labels {' '.join(labels)}: two runs have one name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(draw_load({label: read_history(path) for path, label in zip(files, labels)}))
+
+
+# What --of names: the file in --save that it is read from, the picture's name, and who draws it.
+_DRAWN = {"losses": ("metrics.jsonl", "loss.png", _draw_losses_of),
+          "experts": (EXPERT_LOAD, "experts.png", _draw_experts_of)}
+
+
 def run(arguments: list[str]) -> int:
     parser = OneLineParser(prog=PROGRAM,
-                           description="Draw the loss curves of metrics.jsonl files to a PNG.")
+                           description="Draw the curves of one or several runs to a PNG.")
     parser.add_argument("metrics", nargs="+", type=values.path, metavar="METRICS.jsonl", help="or the --save of a run")
-    parser.add_argument("--output", type=values.path, metavar="PNG", help="default: loss.png beside the first file")
+    parser.add_argument("--of", choices=_DRAWN, default="losses", help="what is drawn (losses)")
+    parser.add_argument("--output", type=values.path, metavar="PNG",
+                        help="default: loss.png or experts.png beside the first file")
     parser.add_argument("--labels", nargs="+", help="one name for each file; default: the directories' names")
     options = parser.parse_args(arguments)
-    files = [path / "metrics.jsonl" if path.is_dir() else path for path in options.metrics]
-    output = options.output or files[0].with_name("loss.png")
+    source, picture, draw_runs = _DRAWN[options.of]
+    files = [path / source if path.is_dir() else path for path in options.metrics]
+    output = options.output or files[0].with_name(picture)
     labels = options.labels or [path.resolve().parent.name for path in files]
     if output.is_dir():
-        raise ValueError(f"--output {output} is a directory; give a file in it: {output / 'loss.png'}")
+        raise ValueError(f"--output {output} is a directory; give a file in it: {output / picture}")
     try:
         if len(labels) != len(files):
             raise ValueError(f"--labels {' '.join(labels)} names {len(labels)} runs, but there are {len(files)} files")
-        draw([read_curves(path, label) for path, label in zip(files, labels)], output)
+        draw_runs(files, labels, output)
     except ImportError as error:
         raise ValueError(f"drawing needs the package matplotlib ({error}): {how_to_install('matplotlib')}") from error
     print(output)

@@ -42,11 +42,16 @@ from megatron_deepseek.checkpoint.tracker import (
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.runtime.lock_holder import LOCK, read_holder
-from megatron_deepseek.runtime.metrics import FILE_NAME
+from megatron_deepseek.runtime.expert_listener import PICTURE
+from megatron_deepseek.runtime.expert_load import FILE as EXPERT_LOAD
+from megatron_deepseek.runtime.manifest import FILE as MANIFEST
+from megatron_deepseek.runtime.metrics import FILE_NAME as METRICS
 from megatron_deepseek.runtime.recorded import Job, RecordedArguments, read_recorded
 from megatron_deepseek.settings import RunSettings
 
 SHARED_SECONDS = 30.0  # a network file system shows another node's new file so late: its clients cache directories
+
+_RECORDS = (METRICS, EXPERT_LOAD, PICTURE, MANIFEST)  # files of a run beside its checkpoints
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,8 @@ def overwrite(root: Path) -> str:
         os.rename(directory, directory.with_name(directory.name + REMOVING))
     for directory in root.glob(f"iter_*{REMOVING}"):
         shutil.rmtree(directory)
-    (root / FILE_NAME).unlink(missing_ok=True)
+    for name in _RECORDS:
+        (root / name).unlink(missing_ok=True)
     shutil.rmtree(root / DIRECTORY, ignore_errors=True)
     return f"removed {len(there)} checkpoints of an older run, the last of iteration {there[-1]}, and its records " \
         f"from {root}" if there else f"removed an older run from {root}"

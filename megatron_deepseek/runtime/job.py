@@ -1,11 +1,13 @@
 """A job on this rank, whatever its task: from settings to a trained checkpoint."""
 
+import platform
 import time
 
 import torch
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.train_state import TrainState
+from megatron_deepseek.device import is_accelerator, product_name
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
@@ -15,6 +17,8 @@ from megatron_deepseek.runtime.decision import Start, overwrite, share
 from megatron_deepseek.runtime.export import export
 from megatron_deepseek.runtime.failure import guarded
 from megatron_deepseek.runtime.loop import Run
+from megatron_deepseek.runtime.manifest import FILE as MANIFEST
+from megatron_deepseek.runtime.manifest import add_start, describe_start
 from megatron_deepseek.runtime.report import Report, open_report
 from megatron_deepseek.runtime.resume import check_and_decide, describe, go_on, resume, save_lock, this_job
 from megatron_deepseek.runtime.task import Task
@@ -49,6 +53,7 @@ def _run_job(task: Task, settings: Settings, begun: float) -> None:
             with end_on_user_error():
                 describe(report, settings, trainer, start, state, prepared.notes)
         run = Run(prepared, settings, trainer, report, start, state, begun, job, base)
+        _keep_start(run, device, state)
         run.train()
         export(settings.run, run.state.iteration, report)
         export_adapter(settings.run, run.state.iteration, report)
@@ -73,6 +78,18 @@ def _open_report(settings: Settings, start: Start, state: TrainState) -> Report:
     if removed is not None:
         report.message(removed)
     return report
+
+
+def _keep_start(run: Run, device: torch.device, state: TrainState) -> None:
+    """Add this start to run.json on rank 0, where there is something left to train. A full disk stops no training."""
+    save, recorded = run.settings.run.save, run.recorded
+    if save is None or recorded is None or state.iteration >= run.settings.run.train_iters:
+        return
+    name = product_name(device) if is_accelerator(device) else f"CPU ({platform.machine()})"
+    try:
+        add_start(save, describe_start(run.settings, name, state.iteration, recorded.files))
+    except (OSError, ValueError) as error:
+        run.report.message(f"this start is not in {save / MANIFEST}: {error}")
 
 
 def training_spec(settings: Settings) -> TrainingSpec:

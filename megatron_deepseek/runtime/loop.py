@@ -13,6 +13,7 @@ from megatron_deepseek.data.batches import read_ahead
 from megatron_deepseek.device import is_accelerator, max_memory, product_name
 from megatron_deepseek.planning.flops import model_flops_per_token, peak_flops
 from megatron_deepseek.runtime.decision import Start
+from megatron_deepseek.runtime.expert_counter import ExpertCounter, is_shown
 from megatron_deepseek.runtime.export import keep_beside
 from megatron_deepseek.runtime.garbage import GarbageCollection
 from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
@@ -47,7 +48,7 @@ class Run:
         self.train_data, self.validate, self.periodic = data.train, data.validate, data.periodic
         if settings.lora is not None and settings.lora.lora_dropout:
             self.train_data = KeyedRows(data.train, settings.run.seed)
-        recorded = record(settings, start.origin, job, task.files) if dist.get_rank() == 0 else None
+        recorded = self.recorded = record(settings, start.origin, job, task.files) if dist.get_rank() == 0 else None
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)
         self.saver = Saver(settings.run, settings.model, trainer, report, state.iteration if start.is_saved else None,
@@ -56,6 +57,8 @@ class Run:
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
         self.garbage = GarbageCollection(settings.run)
+        counted = settings.model.n_routed_experts and is_shown(settings.run)
+        self.experts = ExpertCounter(trainer.meshes, settings.run.log_interval) if counted else None
         self.spikes, self.labels = SpikeWatch(), LabelWatch()
         self.schedule = schedule_of(settings.learning_rate, settings.run, settings.batch, state)
         self.curves = StepCurves(settings.run, settings.loss.balance_type, settings.layout.world_size,
@@ -138,6 +141,9 @@ class Run:
         metrics = self._metrics(result, rate, size * settings.data.seq_length, seconds)
         self.report.step(metrics)
         self.report.curves(metrics.iteration, self.curves.of(metrics, size, self.state.consumed_samples))
+        load = self.experts.after_step(self.state.iteration, result.expert_counts) if self.experts else None
+        if load is not None:
+            self.report.expert_load(load)
         return result.stop_flags
 
     def _check_health(self, result: StepResult, batch: Batch) -> None:

@@ -15,9 +15,9 @@ from megatron_deepseek.settings import Settings
 # Settings that do not decide what is computed, or are for one start alone: a change of these is never reported.
 _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "init_mtp", "drop_mtp", "overwrite",
                    "save_hf", "load_adapter", "save_adapter", "adapter_for", "save_hf_dtype", "fp8_scale_format",
-                   "exit_interval", "exit_duration_in_mins",
-                   "log_interval", "tensorboard_dir", "tensorboard_log_interval", "tensorboard_queue_size",
-                   "log_num_zeros_in_grad", "log_params_norm", "log_timers_to_tensorboard",
+                   "exit_interval", "exit_duration_in_mins", "log_interval", "tensorboard_dir", "metrics_file",
+                   "tensorboard_log_interval", "tensorboard_queue_size", "log_num_zeros_in_grad", "log_params_norm",
+                   "log_timers_to_tensorboard",
                    "log_memory_to_tensorboard", "log_validation_ppl_to_tensorboard", "log_world_size_to_tensorboard",
                    "profile", "check_weight_hash_across_dp_replicas_interval", "profile_step_start", "profile_step_end",
                    "distributed_timeout_minutes"},

@@ -19,8 +19,11 @@ from tqdm import tqdm
 from megatron_deepseek.launch.ending import silence
 from megatron_deepseek.packages import how_to_install
 from megatron_deepseek.runtime.appending import AppendedFile
+from megatron_deepseek.runtime.expert_listener import ExpertLoadKeeper
+from megatron_deepseek.runtime.expert_load import ExpertLoad
 from megatron_deepseek.runtime.megatron_curves import Curves
 from megatron_deepseek.runtime.metrics import FILE_NAME, MetricsFile, StepMetrics
+from megatron_deepseek.runtime.open_metrics import OpenMetricsFile
 from megatron_deepseek.runtime.scalars import scalars
 from megatron_deepseek.runtime.weights_and_biases import WeightsAndBiases
 from megatron_deepseek.settings import RunSettings
@@ -46,6 +49,13 @@ class CurveListener(Protocol):
     """A listener that also draws the curves that Megatron-LM has names for."""
 
     def curves(self, iteration: int, curves: Curves) -> None: ...
+
+
+@runtime_checkable
+class ExpertLoadListener(Protocol):
+    """A listener to which experts' load is told as well."""
+
+    def expert_load(self, load: ExpertLoad) -> None: ...
 
 
 class Report:
@@ -77,6 +87,12 @@ class Report:
         for listener in self._listeners if curves is not None else ():
             if isinstance(listener, CurveListener):
                 listener.curves(iteration, curves)
+
+    def expert_load(self, load: ExpertLoad) -> None:
+        """Report how evenly experts were used since the last such report."""
+        for listener in self._listeners:
+            if isinstance(listener, ExpertLoadListener):
+                listener.expert_load(load)
 
     def message(self, text: str) -> None:
         for listener in self._listeners:
@@ -122,6 +138,11 @@ def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | N
                                      run.tensorboard_queue_size))
     if run.wandb_project is not None:
         listeners.append(WeightsAndBiases(run))
+    galleries = tuple(listeners)
+    if galleries or run.save is not None:  # before the galleries, so that it can draw when it is closed
+        listeners.insert(0, ExpertLoadKeeper(run.save, resumed_iteration, galleries, progress.message))
+    if run.metrics_file is not None:
+        listeners.append(OpenMetricsFile(run.metrics_file, run.wandb_exp_name or _name_of(run), progress.message))
     log = None
     if run.save is not None:
         log = MetricsLog(Path(run.save) / FILE_NAME, resumed_iteration, progress.message)
@@ -131,6 +152,11 @@ def open_report(run: RunSettings, resumed_iteration: int = 0, stream: TextIO | N
         report.message(f"{log.path}: removed {log.removed} records after iteration {resumed_iteration}, "
                        "where this run starts")
     return report
+
+
+def _name_of(run: RunSettings) -> str:
+    """Return what tells a run from others on its machine: the last folder of --save."""
+    return run.save.resolve().name if run.save is not None else ""
 
 
 class MetricsLog:
@@ -297,6 +323,15 @@ class TensorBoard:
     def _scalar(self, name: str, step: int, value: float) -> None:
         scalar = self._summaries.Summary.Value(tag=name, simple_value=value)
         self._event(step, summary=self._summaries.Summary(value=[scalar]))
+
+    def expert_load(self, load: ExpertLoad) -> None:
+        self._scalars("experts", load.iteration, {"max_violation": load.max_violation})
+
+    def picture(self, iteration: int, tag: str, png: bytes) -> None:
+        width, height = (int.from_bytes(png[at:at + 4], "big") for at in (16, 20))  # of the header, which comes first
+        image = self._summaries.Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        value = self._summaries.Summary.Value(tag=tag, image=image)
+        self._event(iteration, summary=self._summaries.Summary(value=[value]))
 
     def message(self, text: str) -> None:
         pass

@@ -63,7 +63,8 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
         if run.chat_template is not None:
             tokenizer = build_tokenizer(settings.data.tokenizer_type, settings.data.tokenizer_model)
             check_template(run.chat_template, tokenizer, f"--tokenizer-model {settings.data.tokenizer_model}")
-        for option, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
+        for option, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir),
+                                  ("--metrics-file", run.metrics_file and run.metrics_file.parent)):
             if directory is not None:
                 check_writable(option, directory)
         if lock is not None:

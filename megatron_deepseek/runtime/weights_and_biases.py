@@ -1,8 +1,10 @@
 """--wandb-project: the numbers of a run for Weights & Biases, by its own package; WANDB_MODE=offline writes files."""
 
+import io
 from typing import Any
 
 from megatron_deepseek.packages import how_to_install
+from megatron_deepseek.runtime.expert_load import ExpertLoad
 from megatron_deepseek.runtime.megatron_curves import Curves
 from megatron_deepseek.runtime.metrics import StepMetrics
 from megatron_deepseek.runtime.scalars import scalars
@@ -20,6 +22,7 @@ class WeightsAndBiases:
         except ImportError as error:
             raise ValueError(f"--wandb-project {run.wandb_project} needs the package wandb ({error}): "
                              f"{how_to_install('wandb')}") from error
+        self._package = wandb
         folder = run.wandb_save_dir or (run.save / "wandb" if run.save is not None else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +47,14 @@ class WeightsAndBiases:
     def curves(self, iteration: int, curves: Curves) -> None:
         samples = {} if curves.consumed_samples is None else {"samples vs steps": curves.consumed_samples}
         self._run.log(curves.by_samples | curves.others | samples, step=iteration)
+
+    def expert_load(self, load: ExpertLoad) -> None:
+        self._log("experts", load.iteration, {"max_violation": load.max_violation})
+
+    def picture(self, iteration: int, tag: str, png: bytes) -> None:
+        from PIL import Image  # matplotlib, which drew it, depends on it
+
+        self._run.log({tag: self._package.Image(Image.open(io.BytesIO(png)))}, step=iteration)
 
     def _log(self, group: str, iteration: int, values: dict[str, Any]) -> None:
         self._run.log(dict(scalars(group, values)), step=iteration)

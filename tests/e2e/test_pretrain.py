@@ -1,9 +1,13 @@
 """pretrain_deepseek.py as a user runs it: it learns, every layout agrees, it resumes exactly, it refuses bad input."""
 
 import json
+import shlex
 import shutil
 
 import pytest
+
+from megatron_deepseek.cli.rerun import main as rerun
+from megatron_deepseek.runtime.expert_load import read_history
 
 STEP = ("lm_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "tokens")
 
@@ -38,6 +42,19 @@ def assert_same_run(metrics: list[dict], reference: list[dict]) -> None:
             theirs.get("validation_source_loss", {}), rel=1e-4)
 
 
+def test_a_start_and_its_experts_are_kept(workshop, alone, capsys):
+    """Of 4 layers the first is dense; an MTP module comes after them. 6 steps are too few for a picture."""
+    save = workshop.directory / "alone"
+    history = read_history(save / "expert_load.jsonl")
+    assert [iteration for iteration, _ in history.violations] == [1, 2, 3, 4, 5, 6]
+    assert all(set(violation) == {1, 2, 3, 4} and all(0 <= value < 3 for value in violation.values())
+               for _, violation in history.violations)  # 8 experts, of which a token has 2: at most 8 / 2 - 1
+    (start,) = json.loads((save / "run.json").read_text())["starts"]
+    assert start["iteration"] == 0 and start["world_size"] == 1 and start["files"][f"{workshop.prefix}.bin"] > 0
+    assert rerun([str(save)]) == 0
+    assert shlex.split(capsys.readouterr().out)[-len(workshop.arguments("alone")):][-2:] == ["--save-interval", "3"]
+
+
 def test_learns_and_writes_what_the_design_says(workshop, alone):
     first, last = steps(alone)[0], steps(alone)[-1]
     assert set(first) == {*STEP, "iteration", "tokens_per_second", "step_seconds"}
@@ -58,6 +75,12 @@ def test_any_layout_continues_any_other(workshop, alone):
     assert_same_run(workshop.train(4, "moved", *halfway, *(
         "--pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV --expert-model-parallel-size 2 "
         "--overlap-moe-expert-parallel-comm").split()), alone)
+    ours, theirs = (read_history(workshop.directory / run / "expert_load.jsonl").violations
+                    for run in ("moved", "alone"))
+    for (iteration, violation), (same, expected) in zip(ours, theirs, strict=True):
+        assert iteration == same and violation == pytest.approx(expected, abs=0.05)  # of 128 tokens an expert has
+    starts = json.loads((workshop.directory / "moved" / "run.json").read_text())["starts"]
+    assert [(start["iteration"], start["layout"]["pp"]) for start in starts] == [(0, 1), (3, 2)]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Mistakes in how checkpoints of others are read. A table like table.py's."""
+"""Mistakes in how checkpoints of others are read, and in what a run shows. A table like table.py's."""
 
 from mutant import of
 
@@ -14,4 +14,24 @@ CONVERTED = of(
     ("StackedSource.read", "part.T.contiguous()", "part.reshape(part.T.shape)"),
     ("torch_file._begin", "sum(lengths)", "0"),
     ("torch_file._known", "(module, name) in _CALLS", "module == \"torch.nn\""),
+) + of(
+    ("tests/unit/runtime/test_expert_load.py",),
+    ("ExpertLoad.violation", "len(counts) / sum(counts)", "1 / sum(counts)"),
+    ("ExpertCounter.after_step", "self._steps, self._counts = self._steps, self._counts, 0, {}",
+     "self._steps, self._counts = self._steps, self._counts, 0, self._counts"),
+    ("ExpertLoadKeeper._past", "cut_after(path, self._resumed)", "pass"),
+    ("ExpertLoadKeeper.close", "self._draw()", "pass"),
+) + of(
+    ("tests/e2e/test_pretrain.py",),
+    ("ExpertCounter._gathered", "for part in gathered", "for part in gathered[:1]"),
+) + of(
+    ("tests/unit/runtime/test_open_metrics.py",),
+    ("OpenMetricsFile.step", "self._tokens += metrics.tokens", "self._tokens = metrics.tokens"),
+    ("open_metrics.render", "# EOF", "# END"),
+    ("OpenMetricsFile._write", "os.replace(partial, self._path)", "self._path.write_text(partial.read_text())"),
+) + of(
+    ("tests/unit/runtime/test_manifest.py",),
+    ("rerun.command_line", "shlex.join(words)", "' '.join(words)"),
+    ("manifest.launcher", "words[-len(sys.argv):] == sys.argv", "True"),
+    ("manifest.add_start", "[*starts, start]", "[start]"),
 )

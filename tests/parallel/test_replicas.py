@@ -58,7 +58,7 @@ NORM, BIAS = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.gate.e
 
 
 @pytest.mark.parametrize("case, precision, plants, named", [
-    (Case(dp=2), FP8, {1: BIAS}, f"{BIAS} on rank 1"),
+    pytest.param(Case(dp=2), FP8, {1: BIAS}, f"{BIAS} on rank 1", marks=pytest.mark.slow),
     pytest.param(Case(tp=2, dp=2, ep=2), Precision(torch.float32), {1: NORM, 3: NORM}, f"{NORM} on ranks 1, 3",
                  marks=pytest.mark.slow),
     pytest.param(Case(pp=2, schedule="1F1B", dp=2, mtp=1, microbatches=2), Precision(torch.float64),

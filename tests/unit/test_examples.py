@@ -5,7 +5,9 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +316,106 @@ def test_slurm_says_that_it_is_for_sbatch_and_looks_without(slurm):
     assert done.returncode == 2 and "this is no job; sbatch" in done.stderr and not slurm.calls("srun")
     done = slurm.job("pretrain_deepseek_v2.sh", SLURM_JOB_ID="", SLURM_NNODES="", NNODES="32", DRY_RUN="1")
     assert settings_of(words_of(done)).layout.world_size == 256 and not slurm.calls("srun")
+
+
+class Pdsh:
+    """Stand-ins for pdsh, which runs the command for each host in turn, and for ssh, which runs it here."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        program(folder / "pdsh", """
+            while [[ $1 == -* ]]; do [ "$1" = -w ] && list=$2; [[ $1 == -[Rwf] ]] && shift; shift; done
+            list=${list/node\\[0-15\\]/$(seq -s, -f node%g 0 15)}
+            status=0 number=0
+            for host in ${list//,/ }; do
+                words=()
+                for word in "$@"; do
+                    word=${word//%%/$'\\1'} word=${word//%n/$number} word=${word//%h/$host}
+                    words+=("${word//$'\\1'/%}")
+                done
+                "${words[@]}" || status=$?
+                number=$((number + 1))
+            done
+            exit $status""")
+        program(folder / "ssh", """
+            echo "ssh $*" >> %s/calls
+            while [[ $1 == -* ]]; do [ "$1" = -o ] && shift; shift; done
+            exec bash -c "$2" """ % folder)
+
+    def start(self, script: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+        (self.folder / "calls").write_text("")
+        given = {name: text for name, text in DATA.items() if name not in ("MASTER_ADDR", "NODE_RANK")}
+        given |= {"PATH": f"{self.folder}:{PATH}", "PYTHON": "echo", "LOG_DIR": "/logs"}
+        return bash(str(EXAMPLES / "pdsh.sh"), str(EXAMPLES / script), *arguments, **(given | environ))
+
+    def hosts(self) -> list[str]:
+        return [line.split()[6] for line in (self.folder / "calls").read_text().splitlines()]
+
+
+@pytest.fixture
+def pdsh(tmp_path):
+    return Pdsh(tmp_path)
+
+
+def test_pdsh_starts_an_agent_on_each_node(pdsh):
+    """Each with its number, the first host, and a folder for what its ranks print; all words arrive as they were."""
+    done = pdsh.start("pretrain_deepseek_v2.sh", "--wandb-exp-name", "it's %h, 100% \"new\" $HOME", HOSTS="node[0-15]")
+    assert done.returncode == 0 and pdsh.hosts() == [f"node{number}" for number in range(16)]
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if "launch.py" in line and "\\" in line]
+    commands = [words for words in lines if words[0].endswith("launch.py") or words[1].endswith("launch.py")]
+    assert len(commands) == 16
+    for number, words in enumerate(commands):
+        given = [value(words, option) for option in ("--nnodes", "--node_rank", "--master_addr", "--log-dir", "--tee")]
+        assert given == ["16", str(number), "node0", f"/logs/node-{number}", "3"]
+        assert value(words, "--wandb-exp-name") == "it's %h, 100% \"new\" $HOME"
+        assert value(words, "--data-path") == "0.7" and settings_of(words).layout.world_size == 128
+
+
+def test_pdsh_passes_on_what_the_scripts_read(pdsh):
+    """Every variable that a script has a use for, those of NCCL and the like, and what EXPORT names."""
+    text = "".join(path.read_text() for path in EXAMPLES.glob("*_*.sh")) + (EXAMPLES / "common.sh").read_text()
+    read = set(re.findall(r"\$\{([A-Z][A-Z_]+):[-+?]|(?:require|count) ([A-Z][A-Z_]+)", text))
+    read = {name for pair in read for name in pair if name} - {"NAME", "NODE_RANK", "DRY_RUN"}
+    values = {"NPROC": "4", "STEPS": "3", "GPUS_PER_NODE": "4", "NCCL_DEBUG": "INFO", "EXPORT": "MINE", "MINE": "a b",
+              "MASTER_ADDR": "10.0.0.1", "PYTHON": "echo"}
+    environ = {name: "1" for name in read - {"BATCH", "MASTER_PORT", "OMP_NUM_THREADS", "LOG_DIR"}} | values
+    done = pdsh.start("pretrain_tiny.sh", **environ, HOSTS="a, b", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    remote = shlex.split(shlex.split(done.stdout.splitlines()[-2])[-1])
+    passed = dict(word.split("=", 1) for word in remote[4:remote.index("bash")])
+    assert read - {"BATCH", "OMP_NUM_THREADS"} <= set(passed) and passed["MINE"] == "a b"
+    assert (passed["NNODES"], passed["MASTER_ADDR"], passed["NCCL_DEBUG"]) == ("2", "10.0.0.1", "INFO")
+    assert not pdsh.hosts(), "DRY_RUN=1 starts nothing"
+
+
+def test_pdsh_reads_a_hostfile_and_tells_mistakes_once(pdsh, tmp_path):
+    (tmp_path / "hosts").write_text("# the cluster\nnode7 slots=8\n\nnode9 slots=8  # slow\n")
+    assert pdsh.start("pretrain_tiny.sh", HOSTFILE=str(tmp_path / "hosts")).returncode == 0
+    assert pdsh.hosts() == ["node7", "node9"]
+    for environ, message in (
+            ({}, "pdsh.sh: error: HOSTS is not set: the nodes"), ({"HOSTFILE": "none"}, "pdsh.sh: error: no file none"),
+            ({"HOSTS": "a,b,a"}, "pdsh.sh: error: the host a is named twice"),
+            ({"HOSTS": "a", "NPROC": "3"}, "pretrain_tiny.sh: error: NPROC=3 is not one of")):
+        done = pdsh.start("pretrain_tiny.sh", **environ)
+        assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+        assert not pdsh.hosts()
+
+
+def test_a_node_that_is_hung_up_on_ends_its_agent_by_sigterm(tmp_path):
+    """As torchrun's agent is ended elsewhere: the hang-up would end the ranks before they have saved."""
+    (tmp_path / "script.sh").write_text(
+        "trap 'echo saved; exit 143' TERM\ntrap 'echo hung up' HUP\necho begun\nwhile :; do sleep 0.1; done\n")
+    node = subprocess.Popen(["bash", str(EXAMPLES / "pdsh.sh"), "--node", str(tmp_path / "script.sh")], text=True,
+                            stdout=subprocess.PIPE, start_new_session=True)
+    assert node.stdout.readline() == "begun\n"
+    os.killpg(node.pid, signal.SIGHUP)
+    assert node.communicate(timeout=20)[0] == "saved\n" and node.returncode == 143
+
+
+def test_what_ranks_print_is_kept_where_it_is_asked_for():
+    words = words_of(bash(str(EXAMPLES / "pretrain_tiny.sh"), PYTHON="echo", LOG_DIR="/logs"))
+    assert (value(words, "--log-dir"), value(words, "--tee")) == ("/logs/node-0", "3")
+    assert "--log-dir" not in words_of(bash(str(EXAMPLES / "pretrain_tiny.sh"), PYTHON="echo"))
 
 
 def test_slurm_has_what_the_page_on_checkpoints_ascribes_to_it():

@@ -4,15 +4,17 @@ from megatron_deepseek.arguments.megatron.answers import Group
 
 IGNORED = (
     Group("always so here", """
-        --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --calculate-per-token-loss
+        --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32
         --ckpt-fully-parallel-load --ckpt-fully-parallel-save --disable-async-tensor-model-parallel-allreduce
         --disable-pad-vocab-size --dist-ckpt-optim-fully-reshardable --enable-experimental
         --exit-signal-handler-for-training --init-model-with-meta-device --log-progress
         --moe-per-layer-logging --no-async-tensor-model-parallel-allreduce --no-create-attention-mask-in-dataloader
-        --no-pad-vocab-size --overlap-grad-reduce --overlap-param-gather --override-opt-param-scheduler
-        --override-opt_param-scheduler --use-dist-ckpt --use-megatron-fsdp --use-pytorch-profiler
-        --use-rotary-position-embeddings --use-torch-fsdp2 --yarn-correction-range-round-to-int
+        --no-pad-vocab-size --no-position-embedding --overlap-grad-reduce --overlap-param-gather
+        --override-opt-param-scheduler --override-opt_param-scheduler --use-dist-ckpt --use-megatron-fsdp
+        --use-pytorch-profiler --use-rotary-position-embeddings --use-torch-fsdp2 --yarn-correction-range-round-to-int
     """),
+    Group("always so here: losses are means over the tokens of the global batch, however they are divided",
+          "--calculate-per-token-loss"),
     Group("how communication is grouped and overlapped: FSDP2, the schedules and NCCL decide", """
         --create-all-gather-group --ddp-average-in-collective --ddp-bucket-size= --ddp-num-buckets=
         --ddp-pad-buckets-for-high-nccl-busbw

@@ -86,6 +86,13 @@ def patched_tokenizer(line: Line) -> None:
         line.replace((name,), f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {load}")
 
 
+def other_tokenizer(line: Line) -> None:
+    """Say what to use in place of Megatron-LM's tokenizers that read other files than a tokenizer.json."""
+    if line.value("--tokenizer-type") in OTHER_TOKENIZERS:
+        line.refuse("--tokenizer-type", "use HuggingFaceTokenizer, and as --tokenizer-model the model's tokenizer.json "
+                    "or its folder")
+
+
 def context_parallel_algorithm(line: Line) -> None:
     """Read MindSpeed-LLM's name for how context ranks pass on keys and values."""
     name, algorithm = "--context-parallel-algo", line.value("--context-parallel-algo")
@@ -131,6 +138,9 @@ def usual_balance(line: Line) -> None:
         line.replace((), "--moe-aux-loss-coeff 0")
 
 
+OTHER_TOKENIZERS = ("BertWordPieceCase", "BertWordPieceLowerCase", "GPT2BPETokenizer", "GPTSentencePieceTokenizer",
+                    "Llama2Tokenizer", "MultimodalTokenizer", "NullMultimodalTokenizer", "SFTTokenizer",
+                    "SentencePieceTokenizer", "TikTokenizer")
 # (option, the option without which Megatron-LM does nothing about it)
 EFFECT_WITH = (
     *((name, "--load") for name in ("--no-load-optim", "--finetune", "--ckpt-step")),
@@ -144,8 +154,8 @@ EFFECT_WITH = (
     ("--moe-router-bias-update-rate", "--moe-router-enable-expert-bias"), ("--manual-gc-interval", "--manual-gc"),
 )
 JOINT = (noop_layers, dense_layers, shared_experts, rope_scaling_factor, multi_token_prediction, latent_attention,
-         sequence_balance, patched_tokenizer, context_parallel_algorithm, recomputed_attention, usual_evaluation,
-         usual_balance, without_effect)
+         sequence_balance, patched_tokenizer, other_tokenizer, context_parallel_algorithm, recomputed_attention,
+         usual_evaluation, usual_balance, without_effect)
 # The options that only these functions know: how many values they take, and what becomes of them.
 JOINT_OPTIONS = (
     ("--noop-layers", "1", "`--num-layers` without them, where they are the last ones"),

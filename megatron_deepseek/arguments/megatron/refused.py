@@ -11,7 +11,7 @@ REFUSED = (
         --apply-residual-connection-post-layernorm --attention-output-gate --data-parallel-random-init
         --embedding-init-method-std= --fp32-residual-connection --glu-linear-offset=0.0
         --heterogeneous-layers-config-encoded-json= --heterogeneous-layers-config-path= --init-method-xavier-uniform
-        --mrope-section=+ --no-position-embedding --no-rope-freq= --openai-gelu --qk-clip --qk-l2-norm --quick-geglu
+        --mrope-section=+ --no-rope-freq= --openai-gelu --qk-clip --qk-l2-norm --quick-geglu
         --rotary-seq-len-interpolation-factor=1 --softmax-type=vanilla --squared-relu --use-mup
         --window-attn-skip-freq= --window-size=
     """),

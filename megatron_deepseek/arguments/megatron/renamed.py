@@ -73,6 +73,9 @@ RELATIVES_IGNORED = (
     """),
     Group("how data is read: a thread reads the next batch, indices are built once",
           "--max-padding-length= --no-shared-storage"),
+    Group("always drawn, by these names (docs/training.md); options of their own in older versions of Megatron-LM", """
+        --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard --no-log-learnig-rate-to-tensorboard
+    """),
 )
 RELATIVES_REFUSED = (
     Group("data are indexed datasets: use tools/preprocess_data.py and --data-path", "--dataset="),

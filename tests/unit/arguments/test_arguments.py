@@ -345,6 +345,11 @@ def test_what_just_fits_is_accepted():
     assert parse(exact.split(), 1).run.train_iters == 1
 
 
+def test_a_split_in_quotes_is_a_split():
+    """Megatron-LM's llama3_8b script, which keeps options in an array, passes its quotes on."""
+    assert settings("--split '99,1,0'").data.split == "99,1,0"
+
+
 def test_no_validation_data_of_its_own():
     text = "--model tiny --train-iters 1 --seq-length 64 --train-data-path a --eval-iters 2"
     assert "--eval-iters 2 has no data" in message(text)

@@ -298,6 +298,7 @@ def test_words_that_mean_something_here(words, becomes):
      "--moe-shared-expert-intermediate-size 4 conflicts with --moe-shared-expert-intermediate-size 8"),
     ("--logging-level", "--logging-level takes one value, not none"),
     ("--use-flash-attn yes", "--use-flash-attn takes no value, not yes"),
+    ("--tokenizer-type Llama2Tokenizer", "--tokenizer-type Llama2Tokenizer: use HuggingFaceTokenizer, and as"),
     ("--optimizer muon", "--optimizer muon: the optimizer is AdamW"),
     ("--schedules-method dualpipe", "--schedules-method dualpipe: use --pipeline-schedule"),
 ])

@@ -33,6 +33,7 @@ COMMANDS = {
     "corpus": ("megatron_deepseek.cli.make_corpus", ["--max-byte", "3"], "--max-bytes"),
     "tokenizer": ("megatron_deepseek.cli.train_tokenizer", ["--vocab_size", "3"], "--vocab-size"),
     "plan": ("megatron_deepseek.cli.plan", ["memory", "--world_size", "8"], "--world-size"),
+    "rerun": ("megatron_deepseek.cli.rerun", ["--starts", "2"], "--start"),
     "tiny": ("tools.run_tiny", ["--step", "3"], "--steps")}
 
 OPTIONS = [option for option in build_parser()._option_string_actions if option.startswith("--")]  # noqa: SLF001 (of argparse)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_deepseek.cli.plot import main, read_curves, smooth
+from megatron_deepseek.cli.plot import draw, main, read_curves, smooth
 
 
 @pytest.fixture
@@ -30,6 +30,28 @@ def test_curves_keep_steps_and_validations_apart(metrics):
     assert np.isnan(curves.lm_loss[3]) and curves.lm_loss[4] == 7.75
     assert curves.mtp_loss.shape == (10, 2)
     assert curves.validation_iteration.tolist() == [5] and curves.validation_mtp_loss.tolist() == [[8.0, 8.5]]
+
+
+def test_each_of_several_sets_has_its_curve_and_name(metrics, monkeypatch):
+    """And one alone is the validation, as before there were names."""
+    held = [{"iteration": at, "eval_set": name, "eval_loss": at + loss, "eval_mtp_loss": [8.0]}
+            for at in (0, 10) for name, loss in (("wiki", 1.0), ("code", 2.0))]
+    for records, names in ((held, ["wiki", "code"]), (held[::2], [])):
+        steps = [line for line in metrics.read_text().splitlines() if "lm_loss" in line and "validation" not in line]
+        metrics.write_text("".join(line + "\n" for line in (*map(json.dumps, records[:1]), *steps, *map(
+            json.dumps, records[1:]))))
+        curves = read_curves(metrics, "run")
+        assert [each.name for each in curves.sets] == names
+        assert [(each.iteration.tolist(), each.loss.tolist()) for each in curves.sets] == [
+            ([0, 10], [1.0, 11.0]), ([0, 10], [2.0, 12.0])][:len(names)]
+        assert curves.validation_lm_loss.tolist() == [1.0, 11.0]
+        drawn = []
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.extend(
+            text.get_text() for text in figure.axes[0].get_legend().get_texts()))
+        draw([curves], metrics.with_name("loss.png"))
+        shown = [text for text in drawn if text.startswith("validation")]
+        assert shown == ([*(f"validation {name}" for name in names), "validation wiki, MTP depth 1"] if names else
+                         ["validation", "validation, MTP depth 1"])
 
 
 def test_smooth_is_a_mean_about_each_point():
