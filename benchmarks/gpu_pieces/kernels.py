@@ -62,7 +62,7 @@ def quantize(bench: Bench) -> Iterator[Row]:
         Case("128x128", beside_torch(lambda: operator("quantize_blocks")(w, False, False),
                                      lambda: encoding.quantize_128x128.reference(w)), 3 * k * k),
         Case("128x128 and transpose", {"csrc": lambda: operator("quantize_blocks")(w, True, False)}, 4 * k * k),
-        Case("1x128 to 128x1", {"torch": lambda: encoding.retile_128x1(codes, scales, True),
+        Case("1x128 to 128x1", {"torch": lambda: encoding.retile_128x1.reference(codes, scales, True),
                                 "csrc": lambda: operator("retile_columns")(codes, scales, None, True)}, 2 * m * k),
         Case("RMSNorm, 1x128", {"torch": lambda: encoding.quantize_1x128.reference(
                  norm.rms_norm.reference(x, weight, 1e-6)),
