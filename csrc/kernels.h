@@ -112,6 +112,17 @@ int norm_weight_parts(int64_t rows);
 void norm_weight_gradient(const bf16* grad, const bf16* x, const float* rstd, float* partial, int64_t rows,
                           int columns, void* stream);
 
+// e5m6.cu, and retile_e5m6 in quantize.cu -----------------------------------------------------------------------------
+
+struct GemmOutput;
+
+// Codes are three words for 8 numbers.
+void quantize_e5m6(Numbers x, int64_t rows, int columns, uint32_t* packed, float* scales, void* stream);
+void dequantize_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int columns, GemmOutput out,
+                     void* stream);
+void retile_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int columns, Codes by_column,
+                 RowTiles tiles, bool power_of_two, void* stream);
+
 // gemm_fp8.cu ---------------------------------------------------------------------------------------------------------
 
 // E4M3 codes [matrices * rows, columns], `pitch` bytes from row to row, and the scales of tiles of 128 along the

@@ -46,6 +46,19 @@ struct Scaled {
   }
 };
 
+// E5M6 codes with 1x128 scales, likewise.
+struct E5M6 {
+  using Element = float;
+  const uint32_t* packed;
+  const float* scale;
+  int columns;
+
+  __device__ __forceinline__ void enter_row(int64_t) {}
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    load_e5m6(packed + e5m6_word(row, column, columns), scale[row * ceil_div(columns, kTile) + column / kTile], out);
+  }
+};
+
 // silu(gate) * up, rounded after silu and after the product as ops/swiglu.py rounds. Rows of gate and up may be `pitch`
 // numbers apart, as halves of one GEMM's output are.
 struct SwiGLU {

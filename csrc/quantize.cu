@@ -295,6 +295,11 @@ void retile_columns(const e4m3* q, const float* scales, int64_t rows, int column
   launch_tiles<Tiling::kColumns>(Scaled{q, scales, columns}, rows, {}, by_column, tiles, power_of_two, stream);
 }
 
+void retile_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int columns, Codes by_column,
+                 RowTiles tiles, bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kColumns>(E5M6{packed, scales, columns}, rows, {}, by_column, tiles, power_of_two, stream);
+}
+
 void swiglu_quantize_rows(GateUp x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
   launch_rows(SwiGLU{x.gate, x.up, x.pitch, columns}, rows, out, nullptr, power_of_two, stream);
 }

@@ -30,6 +30,7 @@ class Mistake:
 
 QUANTIZE, GEMM, PERMUTE = "test_kernels_quantize.py", "test_kernels_gemm.py", "test_kernels_permute.py"
 ROPE, LOSS, FORMS = "test_kernels_rope.py", "test_kernels_cross_entropy.py", "test_kernels_forms.py"
+E5M6 = "test_kernels_e5m6.py"
 
 MISTAKES = (
     Mistake("E4M3 ties away from even", "numbers.cuh", "magnitude + 0x7ffff + ((magnitude >> 20) & 1)",
@@ -49,6 +50,14 @@ MISTAKES = (
     Mistake("sign of zero lost", "numbers.cuh",
             "copysignf(fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient), x)",
             "fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient)", QUANTIZE),
+    Mistake("E5M6 ties away from even", "numbers.cuh", "magnitude + 0xffff + ((magnitude >> 17) & 1)",
+            "magnitude + 0x10000", E5M6),
+    Mistake("E5M6 subnormals flushed", "numbers.cuh", "(float_bits(bits_float(magnitude) + 8.0f) - 0x41000000)", "0u",
+            E5M6),
+    Mistake("E5M6 codes of a lost tile", "numbers.cuh", "scale == scale ? to_e5m6(x[i] * reciprocal) : 0x7e0",
+            "to_e5m6(x[i] * reciprocal)", E5M6),
+    Mistake("E5M6 bits of the next code", "numbers.cuh", "(b >> 28 | c << 4) & 0xfff", "(b >> 28 | c << 8) & 0xfff",
+            E5M6),
     Mistake("tiles of rows and columns exchanged", "quantize.cu",
             "of_all = int(blockIdx.x) / out.column_tiles, column_tile = int(blockIdx.x) % out.column_tiles",
             "of_all = int(blockIdx.x) % out.column_tiles, column_tile = int(blockIdx.x) / out.column_tiles", QUANTIZE),

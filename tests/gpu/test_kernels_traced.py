@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_deepseek.ops import cross_entropy, permute, rope
 from megatron_deepseek.ops.backends import kernels
-from megatron_deepseek.ops.fp8 import encoding, gemm, norm as fp8_norm, recipe
+from megatron_deepseek.ops.fp8 import e5m6, encoding, gemm, norm as fp8_norm, recipe
 
 COUNTS = [40, 0, 100]
 
@@ -49,7 +49,7 @@ def calls(device) -> dict[str, Call]:
     statistics = plain.cross_entropy_statistics(x, labels, 0)[:2]
     scale, stack = torch.rand(136, device=device), bf16(3, 72, 136, device=device)
     rows, blocks = plain.quantize_1x128(x, True), plain.quantize_128x128(stack)
-    columns = plain.quantize_128x1(x)
+    columns, packed = plain.quantize_128x1(x), plain.quantize_e5m6(x)
     return {
         "rope_queries": call(rope.rope_queries, bf16(2, 3, 4, 24, device=device, leaf=True), table, 16,
                              kernels="rope_tail"),
@@ -69,6 +69,9 @@ def calls(device) -> dict[str, Call]:
         "quantize_128x1": call(encoding.quantize_128x1, x, kernels="quantize_columns"),
         "quantize_128x128": call(encoding.quantize_128x128, stack, kernels="quantize_blocks"),
         "retile_128x1": call(encoding.retile_128x1, *rows, True, kernels="retile_columns"),
+        "quantize_e5m6": call(e5m6.quantize_e5m6, x, kernels="quantize_e5m6"),
+        "dequantize_e5m6": call(e5m6.dequantize_e5m6, *packed, 136, torch.bfloat16, kernels="dequantize_e5m6"),
+        "retile_e5m6": call(e5m6.retile_e5m6, *packed, 136, True, kernels="retile_e5m6"),
         "both": call(encoding.quantize_rows_and_columns, x, kernels="quantize_both"),
         "swiglu": call(recipe.quantize_swiglu, x, x, True, kernels="swiglu_quantize_rows"),
         "swiglu, columns": call(recipe.quantize_swiglu_columns, x, x, True, kernels="swiglu_quantize_columns"),

@@ -196,6 +196,29 @@ def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = Fals
         _dense(q), scale.contiguous(), _row_tiles(counts, q), power_of_two))
 
 
+def quantize_e5m6(x: torch.Tensor):
+    if not _takes(x):
+        return NotImplemented
+    packed, scale = operator("quantize_e5m6")(_aligned(x.flatten(0, -2)))
+    return packed.view(*x.shape[:-1], -1), scale.view(*x.shape[:-1], -1)
+
+
+def dequantize_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, dtype: torch.dtype = torch.float32):
+    if dtype not in (_BF16, torch.float32) or size % 8 or not packed.numel():
+        return NotImplemented
+    rows = operator("dequantize_e5m6")(_dense(packed.flatten(0, -2)), scale.flatten(0, -2).contiguous(),
+                                       dtype == torch.float32)
+    return rows.view(*packed.shape[:-1], size)
+
+
+def retile_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, power_of_two: bool,
+                counts: Sequence[int] | None = None):
+    if size % 8 or not packed.numel() or _no_columns(counts):
+        return NotImplemented
+    return _columns(packed, counts, operator("retile_e5m6")(
+        _dense(packed), scale.contiguous(), _row_tiles(counts, packed), power_of_two))
+
+
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
     if not _takes(x) or x.ndim not in (2, 3):
         return NotImplemented

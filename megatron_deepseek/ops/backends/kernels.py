@@ -118,6 +118,11 @@ FAKES = {
     "quantize_both": lambda x, tiles, power_of_two: (*_rows(x, *x.shape), *_columns(x, x.shape[1], tiles)),
     "quantize_blocks": _quantize_blocks,
     "retile_columns": lambda q, scales, tiles, power_of_two: _columns(q, q.shape[1], tiles),
+    "quantize_e5m6": lambda x: (x.new_empty(x.shape[0], x.shape[1] // 2 * 3, dtype=torch.uint8),
+                                x.new_empty(x.shape[0], _tiles(x.shape[1]), dtype=torch.float32)),
+    "dequantize_e5m6": lambda packed, scales, fp32: _gemm_output(packed, packed.shape[0], packed.shape[1] // 3 * 2,
+                                                                 fp32=fp32),
+    "retile_e5m6": lambda packed, scales, tiles, power_of_two: _columns(packed, packed.shape[1] // 3 * 2, tiles),
     "swiglu_quantize_rows": lambda gate, up, power_of_two: _rows(gate, *gate.shape),
     "swiglu_quantize_columns": lambda gate, up, tiles, power_of_two: _columns(gate, gate.shape[1], tiles),
     "swiglu_backward_quantize": lambda grad, gate, up, tiles, power_of_two: (

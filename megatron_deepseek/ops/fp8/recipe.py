@@ -32,7 +32,7 @@ from megatron_deepseek.ops.fp8.block_scaled import (
     share,
     with_dequantized_gradient,
 )
-from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
+from megatron_deepseek.ops.fp8.e5m6 import quantize_e5m6, retile_e5m6
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.fp8.norm import tiles_and_norm, tiles_between, tiles_of_norm
 from megatron_deepseek.ops.fp8.weight import Fp8Shard, blocks_of, transposed_of
@@ -112,7 +112,7 @@ class Fp8Gemm(Gemm):
     def columns(self, kept: Tensors, size: int, *counts: Sequence[int]) -> Tensors:
         """Return the 128x1 tiles of x from what `keep` returned; `size` is x's width."""
         if self.cache_e5m6:
-            return encoding.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
+            return retile_e5m6(*kept, size, self.input_power_of_two, *counts)
         return encoding.retile_128x1(*kept, self.input_power_of_two, *counts)
 
     def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:

@@ -36,6 +36,8 @@ def arguments() -> dict[str, tuple]:
         "rope_queries": (numbers(1, 3, 2, 24), table, 16),
         "assemble_keys": (numbers(1, 3, 2, 24), numbers(1, 3, 8), table, 16),
         "quantize_1x128": (wide,), "quantize_128x128": (wide,), "quantize_both_ways": (wide,),
+        "quantize_e5m6": (wide,), "dequantize_e5m6": (*plain.quantize_e5m6(wide), 24),
+        "retile_e5m6": (*plain.quantize_e5m6(wide), 24, True, counts),
         "quantize_128x1": (wide, False, counts), "quantize_rows_and_columns": (wide, False, counts),
         "retile_128x1": (*rows, False, counts), "quantize_swiglu": (wide, wide, True),
         "quantize_swiglu_columns": (wide, wide, True, counts),

@@ -37,7 +37,7 @@ def gpu(monkeypatch, tmp_path):
 def test_hopper_has_everything(gpu):
     gpu((9, 0), built=True)
     first, *others = describe_kernels(fp8=True)
-    assert first == "kernels on compute capability 9.0: torch for 3, csrc for 23 operators; " \
+    assert first == "kernels on compute capability 9.0: torch for 3, csrc for 26 operators; " \
                     "python -m megatron_deepseek.ops lists them"
     assert others == ["attention may be faster with transformer_engine: transformer-engine is not installed, and it is "
                       "used on request only"]
