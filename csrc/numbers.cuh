@@ -177,8 +177,18 @@ struct Divider {
   }
 };
 
+// Divides by a power of two, exactly: one product with its reciprocal. A NaN of a lost tile stays one.
+struct PowerOfTwoDivider {
+  float reciprocal;
+
+  __host__ __device__ __forceinline__ explicit PowerOfTwoDivider(float tile_scale)
+      : reciprocal(tile_scale == tile_scale ? bits_float((254u << 23) - float_bits(tile_scale)) : tile_scale) {}
+  __host__ __device__ __forceinline__ float operator()(float x) const { return x * reciprocal; }
+};
+
 // Returns the eight codes of x / scale.
-__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], const Divider& divide) {
+template <typename Division>
+__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], const Division& divide) {
   Words2 v;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -224,6 +234,10 @@ __device__ __forceinline__ void load_e5m6(const uint32_t* words, float scale, fl
                                   b >> 16 & 0xfff,   (b >> 28 | c << 4) & 0xfff, c >> 8 & 0xfff, c >> 20};
 #pragma unroll
   for (int i = 0; i < kVector; ++i) x[i] = from_e5m6(code[i]) * scale;
+}
+
+__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], float scale, bool power_of_two) {
+  return power_of_two ? encode8(x, PowerOfTwoDivider(scale)) : encode8(x, Divider(scale));
 }
 
 __device__ __forceinline__ uint32_t largest_magnitude(const float (&x)[kVector]) {

@@ -46,6 +46,8 @@ def samples(device) -> dict[str, tuple]:
         "quantize_e5m6": (x,), "dequantize_e5m6": (*packed, True), "retile_e5m6": (*packed, tiles, True),
         "swiglu_quantize_rows": (x, x, False), "swiglu_quantize_columns": (x, x, None, False),
         "swiglu_backward_quantize": (x, x, x, None, True),
+        "kept_swiglu_quantize_columns": (q, s, q, s, tiles, False),
+        "kept_swiglu_backward_quantize": (x, q, s, q, s, tiles, False),
         "norm_quantize_rows": (x, weight, 1e-6, True, False),
         "norm_backward_quantize": (x, x, weight, rstd, tiles, False),
         "scaled_mm": (q, s, q, s, False), "grouped_scaled_mm": (q, s, *blocks, row_tiles, False, True),

@@ -40,6 +40,22 @@ def call(function: Callable, *arguments, kernels: str) -> Call:
     return Call(function, arguments, frozenset(kernels.split()))
 
 
+def kept_swiglu(grad, q, scale) -> list[torch.Tensor]:
+    """Both kernels of tiles that were kept, whose callers have a subclass that torch.compile does not trace."""
+    q_columns, s_columns = kernels.operator("kept_swiglu_quantize_columns")(q, scale, q, scale, None, True)
+    rows = kernels.operator("kept_swiglu_backward_quantize")(grad, q, scale, q, scale, None, False)[:2]
+    return [q_columns[:, :len(grad)], s_columns, *rows]
+
+
+def kept_swiglu_reference(grad, q, scale) -> list[torch.Tensor]:
+    x = encoding.dequantize_1x128(q, scale, torch.bfloat16)
+    ((rows, _),) = plain.swiglu_backward_tiles(grad, x, x, True)
+    return [*plain.quantize_swiglu_columns(x, x, True), *rows]
+
+
+kept_swiglu.reference = kept_swiglu_reference
+
+
 def calls(device) -> dict[str, Call]:
     x, table = bf16(140, 136, device=device), torch.randn(2, 3, 4, device=device)
     experts = torch.rand(70, 3, device=device).topk(2, -1).indices
@@ -76,6 +92,8 @@ def calls(device) -> dict[str, Call]:
         "swiglu": call(recipe.quantize_swiglu, x, x, True, kernels="swiglu_quantize_rows"),
         "swiglu, columns": call(recipe.quantize_swiglu_columns, x, x, True, kernels="swiglu_quantize_columns"),
         "swiglu, backward": call(recipe.swiglu_backward_tiles, x, x, x, True, kernels="swiglu_backward_quantize"),
+        "kept swiglu": call(kept_swiglu, x, *rows,
+                            kernels="kept_swiglu_quantize_columns kept_swiglu_backward_quantize"),
         "norm": call(fp8_norm.norm_quantize, x, scale, 1e-6, True, kernels="norm_quantize_rows"),
         "norm, backward": call(fp8_norm.norm_backward_quantize, x, x, scale, rstd, kernels="norm_backward_quantize"),
         "product": call(gemm.scaled_mm, *rows, *(part[0] for part in blocks), kernels="scaled_mm"),

@@ -18,6 +18,7 @@ from megatron_deepseek.ops.backends import kernels
 IN_PLACE = "cross_entropy_gradient_"
 QUANTIZERS = ("quantize_rows", "quantize_columns", "quantize_both", "quantize_blocks", "quantize_e5m6", "retile_e5m6",
               "retile_columns", "swiglu_quantize_rows", "swiglu_quantize_columns", "swiglu_backward_quantize",
+              "kept_swiglu_quantize_columns", "kept_swiglu_backward_quantize",
               "norm_quantize_rows", "norm_backward_quantize")
 PRODUCTS = ("scaled_mm", "grouped_scaled_mm", "grouped_scaled_mm_wgrad")
 

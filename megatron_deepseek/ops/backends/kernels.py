@@ -127,6 +127,10 @@ FAKES = {
     "swiglu_quantize_columns": lambda gate, up, tiles, power_of_two: _columns(gate, gate.shape[1], tiles),
     "swiglu_backward_quantize": lambda grad, gate, up, tiles, power_of_two: (
         *_rows(gate, gate.shape[0], 2 * gate.shape[1]), *_columns(gate, 2 * gate.shape[1], tiles)),
+    "kept_swiglu_quantize_columns": lambda gate_q, gate_s, up_q, up_s, tiles, power_of_two: _columns(
+        gate_q, gate_q.shape[1], tiles),
+    "kept_swiglu_backward_quantize": lambda grad, gate_q, gate_s, up_q, up_s, tiles, power_of_two: (
+        *_rows(grad, grad.shape[0], 2 * grad.shape[1]), *_columns(grad, 2 * grad.shape[1], tiles)),
     "norm_quantize_rows": _norm_rows,
     "norm_backward_quantize": _norm_backward,
     "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32: _gemm_output(a_q, a_q.shape[0], b_q.shape[0], fp32=fp32),
