@@ -91,6 +91,16 @@ struct GateUp {
   int64_t pitch;
 };
 
+// Both as E4M3 codes [M, K] with 1x128 scales, from which the backward computes them again.
+struct KeptTiles {
+  const e4m3* q;
+  const float* scales;
+};
+
+struct KeptGateUp {
+  KeptTiles gate, up;
+};
+
 void quantize_rows(Numbers x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream);
 void quantize_columns(Numbers x, int64_t rows, int columns, Codes by_row, Codes by_column, RowTiles tiles,
                       bool power_of_two, void* stream);
@@ -103,6 +113,10 @@ void swiglu_quantize_columns(GateUp x, int64_t rows, int columns, Codes by_colum
                              void* stream);
 void swiglu_backward_quantize(const bf16* grad, GateUp x, int64_t rows, int columns, Codes by_row, Codes by_column,
                               RowTiles tiles, bool power_of_two, void* stream);
+void kept_swiglu_quantize_columns(KeptGateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles,
+                                  bool power_of_two, void* stream);
+void kept_swiglu_backward_quantize(const bf16* grad, KeptGateUp x, int64_t rows, int columns, Codes by_row,
+                                   Codes by_column, RowTiles tiles, bool power_of_two, void* stream);
 void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t rows, int columns, Codes out,
                         float* rstd, bf16* kept, bool power_of_two, void* stream);
 void norm_backward_quantize(const bf16* grad, const bf16* x, const float* weight, const float* rstd, int64_t rows,
@@ -111,6 +125,17 @@ void norm_backward_quantize(const bf16* grad, const bf16* x, const float* weight
 int norm_weight_parts(int64_t rows);
 void norm_weight_gradient(const bf16* grad, const bf16* x, const float* rstd, float* partial, int64_t rows,
                           int columns, void* stream);
+
+// e5m6.cu, and retile_e5m6 in quantize.cu -----------------------------------------------------------------------------
+
+struct GemmOutput;
+
+// Codes are three words for 8 numbers.
+void quantize_e5m6(Numbers x, int64_t rows, int columns, uint32_t* packed, float* scales, void* stream);
+void dequantize_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int columns, GemmOutput out,
+                     void* stream);
+void retile_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int columns, Codes by_column,
+                 RowTiles tiles, bool power_of_two, void* stream);
 
 // gemm_fp8.cu ---------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@
 
 namespace mds {
 
-constexpr float kE4M3Max = 448.0f;
+constexpr float kE4M3Max = 448.0f, kE5M6Max = 65024.0f;
 
 __host__ __device__ __forceinline__ uint32_t float_bits(float x) {
 #ifdef __CUDA_ARCH__
@@ -92,12 +92,13 @@ __host__ __device__ __forceinline__ float from_e4m3(e4m3 code) {
 // so that a maximum cannot lose a NaN.
 __host__ __device__ __forceinline__ uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffff; }
 
-// Returns the scale of a tile with this largest magnitude, by the rules of ops/fp8/encoding.py.
-__host__ __device__ __forceinline__ float tile_scale(uint32_t magnitude, bool power_of_two) {
+// Returns the scale of a tile with this largest magnitude, by the rules of ops/fp8/encoding.py; `max` is the format's
+// largest number.
+__host__ __device__ __forceinline__ float tile_scale(uint32_t magnitude, bool power_of_two, float max = kE4M3Max) {
   if (magnitude == 0) return 1.0f;
   if (magnitude >= 0x7f800000) return bits_float(0x7fffffff);  // the tile is lost
   const float smallest = bits_float(1u << 23);                // 2^-126
-  float scale = bits_float(magnitude) / kE4M3Max;
+  float scale = bits_float(magnitude) / max;
   if (scale < smallest) scale = smallest;
   return power_of_two ? bits_float((float_bits(scale) + 0x7fffff) & 0x7f800000) : scale;
 }
@@ -176,14 +177,67 @@ struct Divider {
   }
 };
 
+// Divides by a power of two, exactly: one product with its reciprocal. A NaN of a lost tile stays one.
+struct PowerOfTwoDivider {
+  float reciprocal;
+
+  __host__ __device__ __forceinline__ explicit PowerOfTwoDivider(float tile_scale)
+      : reciprocal(tile_scale == tile_scale ? bits_float((254u << 23) - float_bits(tile_scale)) : tile_scale) {}
+  __host__ __device__ __forceinline__ float operator()(float x) const { return x * reciprocal; }
+};
+
 // Returns the eight codes of x / scale.
-__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], const Divider& divide) {
+template <typename Division>
+__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], const Division& divide) {
   Words2 v;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     v.word[i] = to_e4m3x2(divide(x[4 * i]), divide(x[4 * i + 1])) |
                 (uint32_t(to_e4m3x2(divide(x[4 * i + 2]), divide(x[4 * i + 3]))) << 16);
   return v;
+}
+
+// Returns the E5M6 code of |x| <= 65024: sign, 5 of exponent (bias 15), 6 of mantissa; rounded to nearest even.
+__host__ __device__ __forceinline__ uint32_t to_e5m6(float x) {
+  const uint32_t bits = float_bits(x), sign = bits >> 31 << 11, magnitude = bits & 0x7fffffff;
+  // Below 2^-14 numbers are whole multiples of 2^-20, which the addition of 8 leaves in the last bits.
+  if (magnitude < 0x38800000) return sign | (float_bits(bits_float(magnitude) + 8.0f) - 0x41000000);
+  const uint32_t rounded = magnitude + 0xffff + ((magnitude >> 17) & 1);  // drops 17 of 23 mantissa bits
+  return sign | ((rounded >> 17) - ((127 - 15) << 6));
+}
+
+// Returns the value of a finite code, exactly: as float bits its exponent is 112 too small.
+__host__ __device__ __forceinline__ float from_e5m6(uint32_t code) {
+  return bits_float(float_bits(bits_float((code & 0x7ff) << 17) * 0x1p112f) | code >> 11 << 31);
+}
+
+// The place of the three words of a row's 8 numbers from `column` on.
+__device__ __forceinline__ int64_t e5m6_word(int64_t row, int column, int columns) {
+  return (row * columns + column) / 8 * 3;
+}
+
+// Stores eight codes of x / scale, a power of two, as a stream of 12 bits each; of a lost tile they are NaN.
+__device__ __forceinline__ void store_e5m6(uint32_t* words, const float (&x)[kVector], float scale) {
+  const float reciprocal = bits_float((254u << 23) - float_bits(scale));  // exact, of 2^-126 .. 2^112
+  uint32_t code[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) code[i] = scale == scale ? to_e5m6(x[i] * reciprocal) : 0x7e0;
+  words[0] = code[0] | code[1] << 12 | code[2] << 24;
+  words[1] = code[2] >> 8 | code[3] << 4 | code[4] << 16 | code[5] << 28;
+  words[2] = code[5] >> 4 | code[6] << 8 | code[7] << 20;
+}
+
+// Loads the numbers that eight codes and a scale stand for. (Codes of a lost tile become NaN by their scale.)
+__device__ __forceinline__ void load_e5m6(const uint32_t* words, float scale, float (&x)[kVector]) {
+  const uint32_t a = words[0], b = words[1], c = words[2];
+  const uint32_t code[kVector] = {a & 0xfff,         a >> 12 & 0xfff, (a >> 24 | b << 8) & 0xfff, b >> 4 & 0xfff,
+                                  b >> 16 & 0xfff,   (b >> 28 | c << 4) & 0xfff, c >> 8 & 0xfff, c >> 20};
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) x[i] = from_e5m6(code[i]) * scale;
+}
+
+__device__ __forceinline__ Words2 encode8(const float (&x)[kVector], float scale, bool power_of_two) {
+  return power_of_two ? encode8(x, PowerOfTwoDivider(scale)) : encode8(x, Divider(scale));
 }
 
 __device__ __forceinline__ uint32_t largest_magnitude(const float (&x)[kVector]) {

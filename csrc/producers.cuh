@@ -46,33 +46,55 @@ struct Scaled {
   }
 };
 
-// silu(gate) * up, rounded after silu and after the product as ops/swiglu.py rounds. Rows of gate and up may be `pitch`
-// numbers apart, as halves of one GEMM's output are.
+// E5M6 codes with 1x128 scales, likewise.
+struct E5M6 {
+  using Element = float;
+  const uint32_t* packed;
+  const float* scale;
+  int columns;
+
+  __device__ __forceinline__ void enter_row(int64_t) {}
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    load_e5m6(packed + e5m6_word(row, column, columns), scale[row * ceil_div(columns, kTile) + column / kTile], out);
+  }
+};
+
+// E4M3 codes with 1x128 scales, rounded to the bfloat16 numbers that a separate kernel would have stored.
+struct Kept {
+  Scaled tiles;
+
+  __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
+    tiles.load(row, column, out);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16(out[i]);
+  }
+};
+
+// silu(gate) * up, rounded after silu and after the product as ops/swiglu.py rounds. Gate and up are Plain, with rows
+// that may be further apart than they are wide, as halves of one GEMM's output are, or Kept.
+template <typename Source>
 struct SwiGLU {
   using Element = bf16;
-  const bf16* gate;
-  const bf16* up;
-  int64_t pitch;
+  Source gate, up;
   int columns;
 
   __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
   __device__ __forceinline__ void enter_row(int64_t) {}
   __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
     float g[kVector], u[kVector];
-    load8(gate + row * pitch + column, g);
-    load8(up + row * pitch + column, u);
+    gate.load(row, column, g);
+    up.load(row, column, u);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) out[i] = round_to_bf16(round_to_bf16(g[i] / (1.0f + expf(-g[i]))) * u[i]);
   }
 };
 
 // The gradients of gate and up side by side, from the gradient of the activation [M, columns / 2].
+template <typename Source>
 struct SwiGLUBackward {
   using Element = bf16;
   const bf16* grad;
-  const bf16* gate;
-  const bf16* up;
-  int64_t pitch;
+  Source gate, up;
   int columns;
 
   __device__ __forceinline__ void enter_row_alone(int64_t, RowScratch&) {}
@@ -80,11 +102,11 @@ struct SwiGLUBackward {
   __device__ __forceinline__ void load(int64_t row, int column, float (&out)[kVector]) const {
     const int half = columns / 2, place = column < half ? column : column - half;
     float g[kVector], d[kVector];
-    load8(gate + row * pitch + place, g);
+    gate.load(row, place, g);
     load8(grad + row * half + place, d);
     if (column < half) {
       float u[kVector];
-      load8(up + row * pitch + place, u);
+      up.load(row, place, u);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float s = 1.0f / (1.0f + expf(-g[i]));

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     if (inside) producer.load(row, column, values);
     const float scale = tile_scale(group_reduce<kLanes>(largest_magnitude(values), Max{}), power_of_two);
     if (inside) {
-      *reinterpret_cast<Words2*>(q + row * columns + column) = encode8(values, Divider(scale));
+      *reinterpret_cast<Words2*>(q + row * columns + column) = encode8(values, scale, power_of_two);
       if (kept != nullptr) store8(kept + row * columns + column, values);
       if (column % kTile == 0) scales[row * tiles + column / kTile] = scale;
     }
@@ -101,7 +101,7 @@ __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typ
     if constexpr (kind == Tiling::kRowsAndColumns) {
       const float scale = tile_scale(group_reduce<kLanes>(magnitude, Max{}), power_of_two);
       if (inside) {
-        *reinterpret_cast<Words2*>(out.q_rows + row * producer.columns + column) = encode8(values, Divider(scale));
+        *reinterpret_cast<Words2*>(out.q_rows + row * producer.columns + column) = encode8(values, scale, power_of_two);
         if (local == 0) out.s_rows[row * out.column_tiles + rows.column_tile] = scale;
       }
     }
@@ -253,6 +253,10 @@ Plain<T> plain(Numbers x, int columns) {
   return {static_cast<const T*>(x.data), x.pitch, columns};
 }
 
+Plain<bf16> half_of(const bf16* x, GateUp both, int columns) { return {x, both.pitch, columns}; }
+
+Kept kept_of(KeptTiles x, int columns) { return {Scaled{x.q, x.scales, columns}}; }
+
 template <typename T>
 void quantize_columns_of(const Plain<T>& producer, int64_t rows, Codes by_row, Codes by_column, RowTiles tiles,
                          bool power_of_two, void* stream) {
@@ -295,20 +299,39 @@ void retile_columns(const e4m3* q, const float* scales, int64_t rows, int column
   launch_tiles<Tiling::kColumns>(Scaled{q, scales, columns}, rows, {}, by_column, tiles, power_of_two, stream);
 }
 
+void retile_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int columns, Codes by_column,
+                 RowTiles tiles, bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kColumns>(E5M6{packed, scales, columns}, rows, {}, by_column, tiles, power_of_two, stream);
+}
+
 void swiglu_quantize_rows(GateUp x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
-  launch_rows(SwiGLU{x.gate, x.up, x.pitch, columns}, rows, out, nullptr, power_of_two, stream);
+  launch_rows(SwiGLU<Plain<bf16>>{half_of(x.gate, x, columns), half_of(x.up, x, columns), columns}, rows, out, nullptr, power_of_two, stream);
 }
 
 void swiglu_quantize_columns(GateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles, bool power_of_two,
                              void* stream) {
-  launch_tiles<Tiling::kColumns>(SwiGLU{x.gate, x.up, x.pitch, columns}, rows, {}, by_column, tiles, power_of_two,
-                                 stream);
+  launch_tiles<Tiling::kColumns>(SwiGLU<Plain<bf16>>{half_of(x.gate, x, columns), half_of(x.up, x, columns), columns},
+                                 rows, {}, by_column, tiles, power_of_two, stream);
+}
+
+void kept_swiglu_quantize_columns(KeptGateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles,
+                                  bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kColumns>(SwiGLU<Kept>{kept_of(x.gate, columns), kept_of(x.up, columns), columns}, rows, {},
+                                 by_column, tiles, power_of_two, stream);
 }
 
 void swiglu_backward_quantize(const bf16* grad, GateUp x, int64_t rows, int columns, Codes by_row, Codes by_column,
                               RowTiles tiles, bool power_of_two, void* stream) {
-  launch_tiles<Tiling::kRowsAndColumns>(SwiGLUBackward{grad, x.gate, x.up, x.pitch, 2 * columns}, rows, by_row,
-                                        by_column, tiles, power_of_two, stream);
+  launch_tiles<Tiling::kRowsAndColumns>(
+      SwiGLUBackward<Plain<bf16>>{grad, half_of(x.gate, x, columns), half_of(x.up, x, columns), 2 * columns}, rows,
+      by_row, by_column, tiles, power_of_two, stream);
+}
+
+void kept_swiglu_backward_quantize(const bf16* grad, KeptGateUp x, int64_t rows, int columns, Codes by_row,
+                                   Codes by_column, RowTiles tiles, bool power_of_two, void* stream) {
+  launch_tiles<Tiling::kRowsAndColumns>(
+      SwiGLUBackward<Kept>{grad, kept_of(x.gate, columns), kept_of(x.up, columns), 2 * columns}, rows, by_row,
+      by_column, tiles, power_of_two, stream);
 }
 
 void norm_quantize_rows(const bf16* x, const float* weight, float eps, int64_t rows, int columns, Codes out,

@@ -160,6 +160,44 @@ Tensors4 swiglu_backward_quantize(const Tensor& grad, const Tensor& gate, const 
   return {by_row.q, by_row.scales, by_column.q, by_column.scales};
 }
 
+mds::KeptGateUp kept_gate_up(const Tensor& gate_q, const Tensor& gate_s, const Tensor& up_q, const Tensor& up_s) {
+  const auto [rows, columns] = check_matrix(gate_q, ScalarType::Float8_e4m3fn, "gate");
+  const auto other = check_matrix(up_q, ScalarType::Float8_e4m3fn, "up");
+  STD_TORCH_CHECK(other.rows == rows && other.columns == columns, "gate and up must have one shape");
+  for (const Tensor& scales : {gate_s, up_s}) {
+    check_dense(scales, ScalarType::Float, "scales");
+    STD_TORCH_CHECK(scales.numel() == rows * tiles_of(columns), "scales must be those of 1x128 tiles");
+  }
+  return {{pointer<mds::e4m3>(gate_q), pointer<float>(gate_s)}, {pointer<mds::e4m3>(up_q), pointer<float>(up_s)}};
+}
+
+Tensors2 kept_swiglu_quantize_columns(const Tensor& gate_q, const Tensor& gate_s, const Tensor& up_q,
+                                      const Tensor& up_s, const std::optional<Tensor>& tiles, bool power_of_two) {
+  const auto x = kept_gate_up(gate_q, gate_s, up_q, up_s);
+  const int64_t rows = gate_q.size(0), columns = gate_q.size(1);
+  const auto table = row_tiles(tiles, rows);
+  const Launch launch(gate_q);
+  const Quantized out = make_columns(gate_q, columns, table.count);
+  mds::kept_swiglu_quantize_columns(x, rows, int(columns), out.codes(), table, power_of_two, launch.stream());
+  return {out.q, out.scales};
+}
+
+// Returns the tiles of the gradients of gate and up side by side, [M, 2 I].
+Tensors4 kept_swiglu_backward_quantize(const Tensor& grad, const Tensor& gate_q, const Tensor& gate_s,
+                                       const Tensor& up_q, const Tensor& up_s, const std::optional<Tensor>& tiles,
+                                       bool power_of_two) {
+  const auto x = kept_gate_up(gate_q, gate_s, up_q, up_s);
+  const int64_t rows = gate_q.size(0), columns = gate_q.size(1);
+  check_dense(grad, ScalarType::BFloat16, "grad");
+  STD_TORCH_CHECK(grad.size(0) == rows && grad.size(1) == columns, "grad must have gate's shape");
+  const auto table = row_tiles(tiles, rows);
+  const Launch launch(grad);
+  const Quantized by_row = make_rows(grad, rows, 2 * columns), by_column = make_columns(grad, 2 * columns, table.count);
+  mds::kept_swiglu_backward_quantize(pointer<mds::bf16>(grad), x, rows, int(columns), by_row.codes(),
+                                     by_column.codes(), table, power_of_two, launch.stream());
+  return {by_row.q, by_row.scales, by_column.q, by_column.scales};
+}
+
 void check_norm(const Tensor& weight, int columns) {
   check_dense(weight, ScalarType::Float, "weight");
   STD_TORCH_CHECK(weight.numel() == columns, "weight must have a number for each column");
@@ -214,6 +252,10 @@ OPERATORS(m) {
   m.def("swiglu_quantize_columns(Tensor gate, Tensor up, Tensor? tiles, bool power_of_two) -> (Tensor, Tensor)");
   m.def("swiglu_backward_quantize(Tensor grad, Tensor gate, Tensor up, Tensor? tiles, bool power_of_two) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("kept_swiglu_quantize_columns(Tensor gate_q, Tensor gate_s, Tensor up_q, Tensor up_s, Tensor? tiles, "
+        "bool power_of_two) -> (Tensor, Tensor)");
+  m.def("kept_swiglu_backward_quantize(Tensor grad, Tensor gate_q, Tensor gate_s, Tensor up_q, Tensor up_s, "
+        "Tensor? tiles, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("norm_quantize_rows(Tensor x, Tensor weight, float eps, bool keep, bool power_of_two) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("norm_backward_quantize(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? tiles, bool power_of_two) "
@@ -229,6 +271,8 @@ KERNELS(m) {
   KERNEL(m, swiglu_quantize_rows);
   KERNEL(m, swiglu_quantize_columns);
   KERNEL(m, swiglu_backward_quantize);
+  KERNEL(m, kept_swiglu_quantize_columns);
+  KERNEL(m, kept_swiglu_backward_quantize);
   KERNEL(m, norm_quantize_rows);
   KERNEL(m, norm_backward_quantize);
 }

@@ -13,8 +13,9 @@ from megatron_deepseek.ops import norm, permute, rope
 from megatron_deepseek.ops.backends import alternatives, cuda
 from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
-from megatron_deepseek.ops.fp8 import encoding, gemm as fp8_gemm, norm as fp8_norm
-from megatron_deepseek.ops.fp8.recipe import quantize_swiglu
+from megatron_deepseek.ops.fp8 import e5m6, encoding, gemm as fp8_gemm, norm as fp8_norm
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
+from megatron_deepseek.ops.fp8.recipe import quantize_swiglu, swiglu_backward_tiles
 from megatron_deepseek.ops.grouped_gemm import grouped_forward, grouped_wgrad
 from megatron_deepseek.ops.swiglu import swiglu_backward
 
@@ -49,6 +50,8 @@ def quantize(bench: Bench) -> Iterator[Row]:
     grad, grad_half, wide = _random(bench, m, k), _random(bench, m, half), weight.float()
     rstd = (x.float().square().mean(-1) + 1e-6).rsqrt()
     codes, scales = encoding.quantize_1x128.reference(x, True)
+    packed, (gate_q, gate_s), (up_q, up_s) = e5m6.quantize_e5m6.reference(x), *(
+        encoding.quantize_1x128.reference(half_of_both) for half_of_both in (gate, up))
     chosen = torch.randint(m, (8 * m,), device=bench.device)
     one, both = 3 * m * k, 4 * m * k  # read as bfloat16, write codes once or twice
     cases = [
@@ -62,8 +65,15 @@ def quantize(bench: Bench) -> Iterator[Row]:
         Case("128x128", beside_torch(lambda: operator("quantize_blocks")(w, False, False),
                                      lambda: encoding.quantize_128x128.reference(w)), 3 * k * k),
         Case("128x128 and transpose", {"csrc": lambda: operator("quantize_blocks")(w, True, False)}, 4 * k * k),
-        Case("1x128 to 128x1", {"torch": lambda: encoding.retile_128x1(codes, scales, True),
+        Case("1x128 to 128x1", {"torch": lambda: encoding.retile_128x1.reference(codes, scales, True),
                                 "csrc": lambda: operator("retile_columns")(codes, scales, None, True)}, 2 * m * k),
+        Case("E5M6", beside_torch(lambda: operator("quantize_e5m6")(x),
+                                  lambda: e5m6.quantize_e5m6.reference(x)), 3.5 * m * k),
+        Case("E5M6 to bfloat16", beside_torch(
+            lambda: operator("dequantize_e5m6")(*packed, False),
+            lambda: e5m6.dequantize_e5m6.reference(*packed, k, torch.bfloat16)), 3.5 * m * k),
+        Case("E5M6 to 128x1", {"torch": lambda: e5m6.retile_e5m6.reference(*packed, k, True),
+                               "csrc": lambda: operator("retile_e5m6")(*packed, None, True)}, 2.5 * m * k),
         Case("RMSNorm, 1x128", {"torch": lambda: encoding.quantize_1x128.reference(
                  norm.rms_norm.reference(x, weight, 1e-6)),
                                 "csrc": lambda: operator("norm_quantize_rows")(x, wide, 1e-6, False, False)}, one),
@@ -78,7 +88,12 @@ def quantize(bench: Bench) -> Iterator[Row]:
         Case("SwiGLU backward, 1x128 and 128x1", {
             "torch": lambda: [f(torch.cat(swiglu_backward(grad_half, gate, up), -1)) for f in (
                 encoding.quantize_1x128.reference, encoding.quantize_128x1.reference)][0],
-            "csrc": lambda: operator("swiglu_backward_quantize")(grad_half, gate, up, None, False)}, 10 * m * half)]
+            "csrc": lambda: operator("swiglu_backward_quantize")(grad_half, gate, up, None, False)}, 10 * m * half),
+        Case("SwiGLU backward of kept tiles", {
+            "torch": lambda: swiglu_backward_tiles.reference(
+                grad_half, BlockScaled(gate_q, gate_s, x.dtype), BlockScaled(up_q, up_s, x.dtype), True)[0][0],
+            "csrc": lambda: operator("kept_swiglu_backward_quantize")(
+                grad_half, gate_q, gate_s, up_q, up_s, None, False)}, 8 * m * half)]
     for case in cases:
         yield from bench.rows(case)
 

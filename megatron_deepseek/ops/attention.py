@@ -77,6 +77,7 @@ def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, 
     return y_BNSV.transpose(1, 2)[..., :width].flatten(-2)
 
 
+@with_backends("attend")
 def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores
            ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output [B, N, S, V] and log-sum-exp [B, N, S] of attention over these keys."""
@@ -84,6 +85,7 @@ def attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, sco
     return forward(q_BNSD, k_BNKD, v_BNKV, scores)
 
 
+@with_backends("attend_backward")
 def attend_backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores: Scores
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v; `out_BNSV` and `lse_BNS` are merged over all parts of the keys."""

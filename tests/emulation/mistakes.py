@@ -30,6 +30,7 @@ class Mistake:
 
 QUANTIZE, GEMM, PERMUTE = "test_kernels_quantize.py", "test_kernels_gemm.py", "test_kernels_permute.py"
 ROPE, LOSS, FORMS = "test_kernels_rope.py", "test_kernels_cross_entropy.py", "test_kernels_forms.py"
+E5M6 = "test_kernels_e5m6.py"
 
 MISTAKES = (
     Mistake("E4M3 ties away from even", "numbers.cuh", "magnitude + 0x7ffff + ((magnitude >> 20) & 1)",
@@ -46,9 +47,19 @@ MISTAKES = (
     Mistake("quotient not corrected", "numbers.cuh",
             "return copysignf(fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient), x);",
             "return x * lift * reciprocal;", QUANTIZE),
+    Mistake("reciprocal of the next power of two", "numbers.cuh", "bits_float((254u << 23) - float_bits(tile_scale))",
+            "bits_float((253u << 23) - float_bits(tile_scale))", QUANTIZE),
     Mistake("sign of zero lost", "numbers.cuh",
             "copysignf(fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient), x)",
             "fmaf(fmaf(-quotient, scale, dividend), reciprocal, quotient)", QUANTIZE),
+    Mistake("E5M6 ties away from even", "numbers.cuh", "magnitude + 0xffff + ((magnitude >> 17) & 1)",
+            "magnitude + 0x10000", E5M6),
+    Mistake("E5M6 subnormals flushed", "numbers.cuh", "(float_bits(bits_float(magnitude) + 8.0f) - 0x41000000)", "0u",
+            E5M6),
+    Mistake("E5M6 codes of a lost tile", "numbers.cuh", "scale == scale ? to_e5m6(x[i] * reciprocal) : 0x7e0",
+            "to_e5m6(x[i] * reciprocal)", E5M6),
+    Mistake("E5M6 bits of the next code", "numbers.cuh", "(b >> 28 | c << 4) & 0xfff", "(b >> 28 | c << 8) & 0xfff",
+            E5M6),
     Mistake("tiles of rows and columns exchanged", "quantize.cu",
             "of_all = int(blockIdx.x) / out.column_tiles, column_tile = int(blockIdx.x) % out.column_tiles",
             "of_all = int(blockIdx.x) % out.column_tiles, column_tile = int(blockIdx.x) / out.column_tiles", QUANTIZE),
@@ -59,6 +70,8 @@ MISTAKES = (
     Mistake("half a column's maximum", "quantize.cu",
             "Max{}(shared.magnitude[0][column], shared.magnitude[1][column])", "shared.magnitude[0][column]", QUANTIZE),
     Mistake("SwiGLU's derivative without its second term", "producers.cuh", "* s * (1.0f + g[i] * (1.0f - s))", "* s",
+            QUANTIZE),
+    Mistake("kept gate and up not rounded", "producers.cuh", "out[i] = round_to_bf16(out[i]);", "out[i] = out[i];",
             QUANTIZE),
     Mistake("SwiGLU's gradients exchanged", "producers.cuh", "if (column < half) {", "if (column >= half) {", QUANTIZE),
     Mistake("SwiGLU's up gradient of up", "producers.cuh",
@@ -87,7 +100,8 @@ MISTAKES = (
     Mistake("scales of the first block of K", "gemm_fp8.cu", "? row_[wave][half][mine]", "? row_[wave][half][0]", GEMM),
     Mistake("scales of this lane's step", "gemm_fp8.cu", "lane_id() / kQuad * kQuad + k % kQuad", "lane_id()", GEMM),
     Mistake("scales of the group before", "gemm_fp8.cu", "read_rows(k + kQuad);", "read_rows(k);", GEMM),
-    Mistake("block scales of 32 steps earlier", "gemm_fp8.cu", "read_columns(k + kColumnSteps);", "read_columns(0);", GEMM),
+    Mistake("block scales of 32 steps earlier", "gemm_fp8.cu", "read_columns(k + kColumnSteps);", "read_columns(0);",
+            GEMM),
     Mistake("column scales of two steps earlier", "gemm_fp8.cu", "k / 2 % 2 ? high : low", "low", GEMM),
     Mistake("rows of the other half", "gemm_fp8.cu", "row[i / 2 % 2] * column", "row[i / 2 % 2 ^ 1] * column", GEMM),
     Mistake("store of the wrong quad", "gemm_fp8.cu", "const int column = (first + thread % 4) * 8;",

@@ -11,7 +11,8 @@ from references import plain
 
 from megatron_deepseek.ops.backends.cuda import tile_rows
 from megatron_deepseek.ops.backends.kernels import operator
-from megatron_deepseek.ops.swiglu import swiglu
+from megatron_deepseek.ops.fp8 import encoding
+from megatron_deepseek.ops.swiglu import swiglu, swiglu_backward
 
 SHAPES = [(1, 8), (3, 128), (130, 136), (128, 256), (200, 520), (0, 64)]
 
@@ -167,6 +168,24 @@ def test_swiglu_backward(device, rows, half):
         grad, *gate_up.detach().chunk(2, -1), None, False)
     nearly((q, s), plain.quantize_1x128(expected))
     nearly(unpadded((q_columns, s_columns), rows), plain.quantize_128x1(expected))
+
+
+@pytest.mark.parametrize("counts", [None, [5, 0, 130]])
+def test_swiglu_of_kept_tiles(device, counts):
+    """As of the numbers that the tiles stand for, rounded to bfloat16: the same kernels' results, bit for bit."""
+    grad, gate, up = ((2 * torch.randn(135, 136, device=device)).bfloat16() for _ in range(3))
+    kept = [plain.quantize_1x128(x) for x in (gate, up)]
+    numbers = [encoding.dequantize_1x128(*tiles, torch.bfloat16) for tiles in kept]
+    parts = [part for tiles in kept for part in tiles]
+    table = None if counts is None else tile_table(counts, device)
+    got = operator("kept_swiglu_quantize_columns")(*parts, table, True)
+    same(got, operator("swiglu_quantize_columns")(*numbers, table, True))
+    got = operator("kept_swiglu_backward_quantize")(grad, *parts, table, False)
+    expected = operator("swiglu_backward_quantize")(grad, *numbers, table, False)
+    same(got[:2], expected[:2])
+    same(got[2:], expected[2:])
+    if counts is None:
+        nearly(got[:2], plain.quantize_1x128(torch.cat(swiglu_backward(grad, *numbers), -1)))
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 8), (130, 136), (3, 7168)])

@@ -22,6 +22,7 @@ def samples(device) -> dict[str, tuple]:
     tiles = torch.tensor([[0, 5], [5, 3]], dtype=torch.int32, device=device)
     x, weight, rstd = bf16(8, 16, device=device), torch.rand(16, device=device), torch.rand(8, device=device)
     q, s = operator("quantize_rows")(x, False)
+    packed = operator("quantize_e5m6")(x)
     columns = operator("quantize_columns")(x, tiles, False)
     blocks = operator("quantize_blocks")(bf16(2, 24, 16, device=device), False, False)[:2]
     labels, row = torch.tensor([1, 2], device=device), torch.rand(2, device=device)
@@ -42,8 +43,11 @@ def samples(device) -> dict[str, tuple]:
                              torch.rand(5, 2, device=device)),
         "quantize_rows": (x, True), "quantize_columns": (x, tiles, False), "quantize_both": (x, None, False),
         "quantize_blocks": (bf16(2, 24, 16, device=device), True, False), "retile_columns": (q, s, tiles, False),
+        "quantize_e5m6": (x,), "dequantize_e5m6": (*packed, True), "retile_e5m6": (*packed, tiles, True),
         "swiglu_quantize_rows": (x, x, False), "swiglu_quantize_columns": (x, x, None, False),
         "swiglu_backward_quantize": (x, x, x, None, True),
+        "kept_swiglu_quantize_columns": (q, s, q, s, tiles, False),
+        "kept_swiglu_backward_quantize": (x, q, s, q, s, tiles, False),
         "norm_quantize_rows": (x, weight, 1e-6, True, False),
         "norm_backward_quantize": (x, x, weight, rstd, tiles, False),
         "scaled_mm": (q, s, q, s, False), "grouped_scaled_mm": (q, s, *blocks, row_tiles, False, True),

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_deepseek.ops import cross_entropy, permute, rope
 from megatron_deepseek.ops.backends import kernels
-from megatron_deepseek.ops.fp8 import encoding, gemm, norm as fp8_norm, recipe
+from megatron_deepseek.ops.fp8 import e5m6, encoding, gemm, norm as fp8_norm, recipe
 
 COUNTS = [40, 0, 100]
 
@@ -40,6 +40,22 @@ def call(function: Callable, *arguments, kernels: str) -> Call:
     return Call(function, arguments, frozenset(kernels.split()))
 
 
+def kept_swiglu(grad, q, scale) -> list[torch.Tensor]:
+    """Both kernels of tiles that were kept, whose callers have a subclass that torch.compile does not trace."""
+    q_columns, s_columns = kernels.operator("kept_swiglu_quantize_columns")(q, scale, q, scale, None, True)
+    rows = kernels.operator("kept_swiglu_backward_quantize")(grad, q, scale, q, scale, None, False)[:2]
+    return [q_columns[:, :len(grad)], s_columns, *rows]
+
+
+def kept_swiglu_reference(grad, q, scale) -> list[torch.Tensor]:
+    x = encoding.dequantize_1x128(q, scale, torch.bfloat16)
+    ((rows, _),) = plain.swiglu_backward_tiles(grad, x, x, True)
+    return [*plain.quantize_swiglu_columns(x, x, True), *rows]
+
+
+kept_swiglu.reference = kept_swiglu_reference
+
+
 def calls(device) -> dict[str, Call]:
     x, table = bf16(140, 136, device=device), torch.randn(2, 3, 4, device=device)
     experts = torch.rand(70, 3, device=device).topk(2, -1).indices
@@ -49,7 +65,7 @@ def calls(device) -> dict[str, Call]:
     statistics = plain.cross_entropy_statistics(x, labels, 0)[:2]
     scale, stack = torch.rand(136, device=device), bf16(3, 72, 136, device=device)
     rows, blocks = plain.quantize_1x128(x, True), plain.quantize_128x128(stack)
-    columns = plain.quantize_128x1(x)
+    columns, packed = plain.quantize_128x1(x), plain.quantize_e5m6(x)
     return {
         "rope_queries": call(rope.rope_queries, bf16(2, 3, 4, 24, device=device, leaf=True), table, 16,
                              kernels="rope_tail"),
@@ -69,10 +85,15 @@ def calls(device) -> dict[str, Call]:
         "quantize_128x1": call(encoding.quantize_128x1, x, kernels="quantize_columns"),
         "quantize_128x128": call(encoding.quantize_128x128, stack, kernels="quantize_blocks"),
         "retile_128x1": call(encoding.retile_128x1, *rows, True, kernels="retile_columns"),
+        "quantize_e5m6": call(e5m6.quantize_e5m6, x, kernels="quantize_e5m6"),
+        "dequantize_e5m6": call(e5m6.dequantize_e5m6, *packed, 136, torch.bfloat16, kernels="dequantize_e5m6"),
+        "retile_e5m6": call(e5m6.retile_e5m6, *packed, 136, True, kernels="retile_e5m6"),
         "both": call(encoding.quantize_rows_and_columns, x, kernels="quantize_both"),
         "swiglu": call(recipe.quantize_swiglu, x, x, True, kernels="swiglu_quantize_rows"),
         "swiglu, columns": call(recipe.quantize_swiglu_columns, x, x, True, kernels="swiglu_quantize_columns"),
         "swiglu, backward": call(recipe.swiglu_backward_tiles, x, x, x, True, kernels="swiglu_backward_quantize"),
+        "kept swiglu": call(kept_swiglu, x, *rows,
+                            kernels="kept_swiglu_quantize_columns kept_swiglu_backward_quantize"),
         "norm": call(fp8_norm.norm_quantize, x, scale, 1e-6, True, kernels="norm_quantize_rows"),
         "norm, backward": call(fp8_norm.norm_backward_quantize, x, x, scale, rstd, kernels="norm_backward_quantize"),
         "product": call(gemm.scaled_mm, *rows, *(part[0] for part in blocks), kernels="scaled_mm"),
@@ -179,3 +200,26 @@ def test_a_step_of_known_counts_copies_nothing_from_the_host(device):
     first, second = step(), step()
     assert first.crossings and not second.crossings
     assert {"grouped_scaled_mm", "grouped_scaled_mm_wgrad", "retile_columns"} <= names_of(second.operations)
+
+
+def test_captured(device):
+    """A CUDA graph of products of experts gives, replayed on other numbers, what the calls give."""
+    if device.type != "cuda":
+        pytest.skip("graphs are captured on a GPU")
+    x, stack = bf16(140, 136, device=device), bf16(3, 72, 136, device=device)
+    blocks = encoding.quantize_128x128(stack)
+
+    def step() -> torch.Tensor:
+        return gemm.grouped_scaled_mm(*encoding.quantize_1x128(x), *blocks, COUNTS)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # tables are kept for each stream: the capture must find them
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            y = step()
+    torch.cuda.current_stream().wait_stream(side)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, step())

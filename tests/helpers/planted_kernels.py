@@ -16,9 +16,10 @@ import torch
 from megatron_deepseek.ops.backends import kernels
 
 IN_PLACE = "cross_entropy_gradient_"
-QUANTIZERS = ("quantize_rows", "quantize_columns", "quantize_both", "quantize_blocks", "retile_columns",
-              "swiglu_quantize_rows", "swiglu_quantize_columns", "swiglu_backward_quantize", "norm_quantize_rows",
-              "norm_backward_quantize")
+QUANTIZERS = ("quantize_rows", "quantize_columns", "quantize_both", "quantize_blocks", "quantize_e5m6", "retile_e5m6",
+              "retile_columns", "swiglu_quantize_rows", "swiglu_quantize_columns", "swiglu_backward_quantize",
+              "kept_swiglu_quantize_columns", "kept_swiglu_backward_quantize",
+              "norm_quantize_rows", "norm_backward_quantize")
 PRODUCTS = ("scaled_mm", "grouped_scaled_mm", "grouped_scaled_mm_wgrad")
 
 
@@ -67,7 +68,7 @@ def neighbouring_group(name: str, right: Callable, *args):
 def misshapen(name: str, right: Callable, *args):
     """Give a column too many, except where the arguments of other kernels are made."""
     result = right(*args)
-    if name in ("route", "quantize_rows", "quantize_columns", "quantize_blocks", IN_PLACE):
+    if name in ("route", "quantize_rows", "quantize_columns", "quantize_blocks", "quantize_e5m6", IN_PLACE):
         return result
     return _each(result, lambda x: torch.cat([part := x.view(torch.uint8), part], -1).view(x.dtype))
 

@@ -10,6 +10,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.ops.attention import Scores
 from megatron_deepseek.ops.backends.kernels import TILE
 from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.fp8.gemm import depths_of_groups, rows_of_groups, scaled_mm
@@ -63,6 +64,31 @@ def torch_scaled_mm(a_q, a_s, b_q, b_s, out_dtype=torch.bfloat16):
     a_q, b_q = (_padded_codes(q) for q in (a_q, b_q))
     return F.scaled_mm(a_q, b_q.t(), a_s.t().contiguous().t(), ScalingType.BlockWise1x128,
                        scales, recipe, output_dtype=out_dtype)
+
+
+def cudnn_attend(q_BNSD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKV: torch.Tensor, scores: Scores):
+    """Call cuDNN's attention, which takes values narrower than keys: flash attention pads them from 128 to 192."""
+    if not _cudnn_takes(q_BNSD, k_BNKD, v_BNKV):
+        return NotImplemented
+    out_BNSV, lse_BNS1, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q_BNSD, k_BNKD, v_BNKV, None, True, 0.0, scores.causal, False, scale=scores.scale)
+    return out_BNSV, lse_BNS1.squeeze(-1)
+
+
+def cudnn_attend_backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores: Scores):
+    """Return the gradients of q, k and v. Nothing is dropped, so the random state is not read."""
+    if not _cudnn_takes(q_BNSD, k_BNKD, v_BNKV):
+        return NotImplemented
+    no_state = torch.zeros((), dtype=torch.int64, device=q_BNSD.device)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS.contiguous().unsqueeze(-1), no_state, no_state, None, None,
+        None, q_BNSD.shape[2], k_BNKD.shape[2], 0.0, scores.causal, scale=scores.scale)
+
+
+def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    widths = q.shape[-1], v.shape[-1]
+    fits = all(width % 8 == 0 for width in widths) and (max(widths) <= 128 or widths == (192, 128))
+    return fits and q.dtype in (torch.bfloat16, torch.float16) and q.shape[1] == k.shape[1]
 
 
 def _padded_codes(q: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron_deepseek.device import stream_number
 from megatron_deepseek.ops.backends import registry
 from megatron_deepseek.ops.backends.kernels import TILE, operator, rows_are_aligned, starts_aligned
-from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, plain
 from megatron_deepseek.ops.swiglu import swiglu_backward
 
 _BF16 = torch.bfloat16
@@ -196,6 +196,29 @@ def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = Fals
         _dense(q), scale.contiguous(), _row_tiles(counts, q), power_of_two))
 
 
+def quantize_e5m6(x: torch.Tensor):
+    if not _takes(x):
+        return NotImplemented
+    packed, scale = operator("quantize_e5m6")(_aligned(x.flatten(0, -2)))
+    return packed.view(*x.shape[:-1], -1), scale.view(*x.shape[:-1], -1)
+
+
+def dequantize_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, dtype: torch.dtype = torch.float32):
+    if dtype not in (_BF16, torch.float32) or size % 8 or not packed.numel():
+        return NotImplemented
+    rows = operator("dequantize_e5m6")(_dense(packed.flatten(0, -2)), scale.flatten(0, -2).contiguous(),
+                                       dtype == torch.float32)
+    return rows.view(*packed.shape[:-1], size)
+
+
+def retile_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, power_of_two: bool,
+                counts: Sequence[int] | None = None):
+    if size % 8 or not packed.numel() or _no_columns(counts):
+        return NotImplemented
+    return _columns(packed, counts, operator("retile_e5m6")(
+        _dense(packed), scale.contiguous(), _row_tiles(counts, packed), power_of_two))
+
+
 def quantize_128x128(x: torch.Tensor, power_of_two: bool = False):
     if not _takes(x) or x.ndim not in (2, 3):
         return NotImplemented
@@ -235,11 +258,26 @@ def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool = F
 
 def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool,
                             counts: Sequence[int] | None = None):
+    """Take gate and up as numbers, or as the tiles (BlockScaled) that were kept of them for the backward."""
+    if _no_columns(counts):
+        return NotImplemented
+    if (kept := _kept_tiles(gate, up)) is not None:
+        tiles = _row_tiles(counts, kept[0])
+        return _columns(gate, counts, operator("kept_swiglu_quantize_columns")(*kept, tiles, power_of_two))
     rows = _gate_and_up(gate, up)
-    if rows is None or _no_columns(counts):
+    if rows is None:
         return NotImplemented
     return _columns(rows[0], counts, operator("swiglu_quantize_columns")(
         *rows, _row_tiles(counts, gate), power_of_two))
+
+
+def _kept_tiles(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor] | None:
+    """Return codes and scales of gate and of up, [R, I] in bfloat16; None if the kernels don't take them so."""
+    if not (isinstance(gate, BlockScaled) and isinstance(up, BlockScaled)):
+        return None
+    if gate.dtype != _BF16 or gate.ndim != 2 or gate.shape[1] % 8 or not gate.numel():
+        return None
+    return [_dense(part) for tiles in (gate, up) for part in (tiles.q, tiles.scale)]
 
 
 def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
@@ -248,12 +286,25 @@ def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tens
 
     Those of each are halves of the result where a tile ends between them; else each gradient is quantised by itself.
     """
-    rows = _gate_and_up(gate, up)
-    if rows is None or grad.dtype != _BF16 or _no_columns(counts):
+    if grad.dtype != _BF16 or _no_columns(counts):
         return NotImplemented
-    if not joint and gate.shape[-1] % TILE:
+    apart = not joint and gate.shape[-1] % TILE
+    if (kept := _kept_tiles(gate, up)) is not None and not apart:
+        tiles = _row_tiles(counts, kept[0])
+        return _both_gradients(operator("kept_swiglu_backward_quantize")(_dense(grad), *kept, tiles, False), grad,
+                               joint, counts)
+    gate, up = plain(gate), plain(up)
+    rows = _gate_and_up(gate, up)
+    if rows is None:
+        return NotImplemented
+    if apart:
         return tuple(quantize_rows_and_columns(part, False, counts) for part in swiglu_backward(grad, gate, up))
-    q, scale, *columns = operator("swiglu_backward_quantize")(_dense(grad), *rows, _row_tiles(counts, gate), False)
+    return _both_gradients(operator("swiglu_backward_quantize")(
+        _dense(grad), *rows, _row_tiles(counts, gate), False), grad, joint, counts)
+
+
+def _both_gradients(tiles: Sequence[torch.Tensor], grad: torch.Tensor, joint: bool, counts: Sequence[int] | None):
+    q, scale, *columns = tiles
     columns = _columns(grad, counts, columns)
     if joint:
         return ((q, scale), columns),

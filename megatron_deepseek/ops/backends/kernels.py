@@ -118,10 +118,19 @@ FAKES = {
     "quantize_both": lambda x, tiles, power_of_two: (*_rows(x, *x.shape), *_columns(x, x.shape[1], tiles)),
     "quantize_blocks": _quantize_blocks,
     "retile_columns": lambda q, scales, tiles, power_of_two: _columns(q, q.shape[1], tiles),
+    "quantize_e5m6": lambda x: (x.new_empty(x.shape[0], x.shape[1] // 2 * 3, dtype=torch.uint8),
+                                x.new_empty(x.shape[0], _tiles(x.shape[1]), dtype=torch.float32)),
+    "dequantize_e5m6": lambda packed, scales, fp32: _gemm_output(packed, packed.shape[0], packed.shape[1] // 3 * 2,
+                                                                 fp32=fp32),
+    "retile_e5m6": lambda packed, scales, tiles, power_of_two: _columns(packed, packed.shape[1] // 3 * 2, tiles),
     "swiglu_quantize_rows": lambda gate, up, power_of_two: _rows(gate, *gate.shape),
     "swiglu_quantize_columns": lambda gate, up, tiles, power_of_two: _columns(gate, gate.shape[1], tiles),
     "swiglu_backward_quantize": lambda grad, gate, up, tiles, power_of_two: (
         *_rows(gate, gate.shape[0], 2 * gate.shape[1]), *_columns(gate, 2 * gate.shape[1], tiles)),
+    "kept_swiglu_quantize_columns": lambda gate_q, gate_s, up_q, up_s, tiles, power_of_two: _columns(
+        gate_q, gate_q.shape[1], tiles),
+    "kept_swiglu_backward_quantize": lambda grad, gate_q, gate_s, up_q, up_s, tiles, power_of_two: (
+        *_rows(grad, grad.shape[0], 2 * grad.shape[1]), *_columns(grad, 2 * grad.shape[1], tiles)),
     "norm_quantize_rows": _norm_rows,
     "norm_backward_quantize": _norm_backward,
     "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32: _gemm_output(a_q, a_q.shape[0], b_q.shape[0], fp32=fp32),

@@ -97,6 +97,12 @@ def _no_transformer_engine() -> str | None:
     return _no_module("transformer_engine", "transformer-engine")
 
 
+def _no_cudnn() -> str | None:
+    """Return why cuDNN's attention cannot be used: it takes keys of 192 with values of 128 from 9.11 on, on Hopper."""
+    version = torch.backends.cudnn.version() or 0
+    return _not_hopper() if version >= 91100 else f"needs cuDNN 9.11, this torch has {version or 'none'}"
+
+
 def _no_blockwise_gemm() -> str | None:
     """Return why torch's GEMM cannot be used: cuBLASLt has such scales for Hopper alone, from CUDA 12.9 on."""
     version = torch.version.cuda
@@ -124,6 +130,9 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "norm_backward_quantize": _ours("norm_backward_quantize"),
     "attention": (Candidate("torch", None, _always),
                   Candidate("transformer_engine", "alternatives:transformer_engine_attention", _no_transformer_engine)),
+    "attend": (Candidate("torch", None, _always), Candidate("cudnn", "alternatives:cudnn_attend", _no_cudnn)),
+    "attend_backward": (Candidate("torch", None, _always),
+                        Candidate("cudnn", "alternatives:cudnn_attend_backward", _no_cudnn)),
     "rope_queries": _ours("rope_queries"),
     "assemble_keys": _ours("assemble_keys"),
     "sort_by_expert": _ours("sort_by_expert"),
@@ -139,6 +148,9 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "quantize_both_ways": _ours("quantize_both_ways"),
     "quantize_rows_and_columns": _ours("quantize_rows_and_columns"),
     "retile_128x1": _ours("retile_128x1"),
+    "quantize_e5m6": _ours("quantize_e5m6"),
+    "dequantize_e5m6": _ours("dequantize_e5m6"),
+    "retile_e5m6": _ours("retile_e5m6"),
     "quantize_swiglu": _ours("quantize_swiglu"),
     "quantize_swiglu_columns": _ours("quantize_swiglu_columns"),
     "swiglu_backward_tiles": _ours("swiglu_backward_tiles"),

@@ -60,6 +60,11 @@ class BlockScaled(torch.Tensor):
         return function(*plain[0], **plain[1])
 
 
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """Return x as an ordinary tensor, without a gradient."""
+    return x.plain() if isinstance(x, BlockScaled) else x
+
+
 def quantize(x: torch.Tensor, power_of_two: bool = False) -> BlockScaled:
     """Return x [..., K] in 1x128 tiles, without a gradient; x itself if it is block-scaled already."""
     return x if isinstance(x, BlockScaled) else BlockScaled(*encoding.quantize_1x128(x, power_of_two), x.dtype)

@@ -15,10 +15,13 @@ precision.
 Shapes: K columns, k = ceil(K / 128), p = 3 * ceil(K / 2) bytes.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.fp8.encoding import TILE, num_tiles, tile_scales
+from megatron_deepseek.ops.backends.registry import with_backends
+from megatron_deepseek.ops.fp8.encoding import TILE, num_tiles, quantize_128x1, tile_scales
 
 LARGEST = 65024.0
 _SMALLEST_NORMAL = 2.0**-14
@@ -26,6 +29,7 @@ _STEP_OF_SUBNORMALS = 2.0**-20
 _NAN = 0x7E0
 
 
+@with_backends("quantize_e5m6")
 def quantize_e5m6(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise x [..., K] into packed codes [..., p] uint8 and scales [..., k] float32."""
     size = x.shape[-1]
@@ -36,11 +40,20 @@ def quantize_e5m6(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pack(codes), scale
 
 
+@with_backends("dequantize_e5m6")
 def dequantize_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, dtype: torch.dtype = torch.float32
                     ) -> torch.Tensor:
     """Return the first `size` values [..., size] of what `quantize_e5m6` made; they are exact in float32."""
     spread = scale.repeat_interleave(TILE, -1)[..., :size]
     return (decode(unpack(packed)[..., :size]) * spread).to(dtype)
+
+
+@with_backends("retile_e5m6")
+def retile_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, power_of_two: bool,
+                counts: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convert rows of E5M6, [M, p] with scales [M, k], to E4M3 in 128x1 tiles: what `quantize_128x1` makes of the rows.
+    """
+    return quantize_128x1.reference(dequantize_e5m6.reference(packed, scale, size), power_of_two, counts)
 
 
 def encode(x: torch.Tensor) -> torch.Tensor:

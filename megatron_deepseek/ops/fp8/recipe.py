@@ -28,11 +28,12 @@ from megatron_deepseek.ops.fp8.attention import E5M6Output, attention
 from megatron_deepseek.ops.fp8.block_scaled import (
     BlockScaled,
     dequantized,
+    plain,
     quantize,
     share,
     with_dequantized_gradient,
 )
-from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
+from megatron_deepseek.ops.fp8.e5m6 import quantize_e5m6, retile_e5m6
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
 from megatron_deepseek.ops.fp8.norm import tiles_and_norm, tiles_between, tiles_of_norm
 from megatron_deepseek.ops.fp8.weight import Fp8Shard, blocks_of, transposed_of
@@ -112,7 +113,7 @@ class Fp8Gemm(Gemm):
     def columns(self, kept: Tensors, size: int, *counts: Sequence[int]) -> Tensors:
         """Return the 128x1 tiles of x from what `keep` returned; `size` is x's width."""
         if self.cache_e5m6:
-            return encoding.quantize_128x1(dequantize_e5m6(*kept, size), self.input_power_of_two, *counts)
+            return retile_e5m6(*kept, size, self.input_power_of_two, *counts)
         return encoding.retile_128x1(*kept, self.input_power_of_two, *counts)
 
     def weight_gradient(self, weight: torch.Tensor, gradient: Callable[[], torch.Tensor]) -> torch.Tensor | None:
@@ -177,7 +178,7 @@ class _MultiplySwiGLU(torch.autograd.Function):
         gemm, weight, counts = ctx.gemm, ctx.weight, ctx.counts
         rows, columns = gemm.gradient_tiles(grad, weight, *counts)
         gate_q, gate_s, up_q, up_s = ctx.saved_tensors
-        gate, up = (encoding.dequantize_1x128(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
+        gate, up = (BlockScaled(*kept, grad.dtype) for kept in ((gate_q, gate_s), (up_q, up_s)))
         gradients, grad_weight = (None,) * len(ctx.needs_input_grad[3:]), None
         if any(ctx.needs_input_grad[3:]):
             grad_hidden = _dgrad(rows, weight, *counts).flatten(0, -2)
@@ -198,15 +199,18 @@ def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool) ->
 @with_backends("quantize_swiglu_columns")
 def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool, *counts: Sequence[int]
                             ) -> encoding.Tiles:
-    """Return silu(gate) * up, [R, I] each, in 128x1 tiles of rows."""
-    return encoding.quantize_128x1.reference(swiglu_forward(gate, up), power_of_two, *counts)
+    """Return silu(gate) * up, [R, I] each, in 128x1 tiles of rows; gate and up may be tiles themselves."""
+    return encoding.quantize_128x1.reference(swiglu_forward(plain(gate), plain(up)), power_of_two, *counts)
 
 
 @with_backends("swiglu_backward_tiles")
 def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, joint: bool,
                           *counts: Sequence[int]) -> tuple[tuple[encoding.Tiles, encoding.Tiles], ...]:
-    """Return the gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles; one pair [R, 2I] if `joint`."""
-    gradients = swiglu_backward(grad, gate, up)
+    """Return the gradients of gate and up, [R, I] each, in 1x128 and 128x1 tiles; one pair [R, 2I] if `joint`.
+
+    Gate and up may be tiles themselves, as they are kept for the backward.
+    """
+    gradients = swiglu_backward(grad, plain(gate), plain(up))
     parts = (torch.cat(gradients, -1),) if joint else gradients
     return tuple(encoding.quantize_rows_and_columns.reference(part, False, *counts) for part in parts)
 

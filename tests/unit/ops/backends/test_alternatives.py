@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.attention import attention
+from megatron_deepseek.ops.attention import Scores, attention, plain_backward, plain_forward
 from megatron_deepseek.ops.backends import alternatives
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
@@ -182,3 +182,40 @@ def test_torch_grouped_products(monkeypatch):
     operands = *columns, counts, torch.float32
     torch.testing.assert_close(alternatives.torch_grouped_scaled_mm_wgrad(*operands),
                                grouped_scaled_mm_wgrad(*operands), rtol=1e-6, atol=1e-5)
+
+
+def cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask, *, scale):
+    """The log-sum-exp has a dimension of 1 at its end, as torch 2.11 with CUDA gives it (FakeTensor)."""
+    assert attn_bias is None and compute_log_sumexp and not return_debug_mask and dropout_p == 0.0
+    out, lse = plain_forward(query, key, value, Scores(scale, is_causal))
+    return out, lse.unsqueeze(-1), None, None, query.shape[2], key.shape[2], torch.zeros(()), torch.zeros(()), None
+
+
+def cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
+                   cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale):
+    assert attn_bias is cum_seq_q is cum_seq_k is None and (max_q, max_k) == (query.shape[2], key.shape[2])
+    assert logsumexp.shape == (*query.shape[:3], 1) and philox_seed.dtype == torch.int64 and dropout_p == 0.0
+    return plain_backward(grad_out, query, key, value, out, logsumexp.squeeze(-1), Scores(scale, is_causal))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_attention(causal, monkeypatch):
+    """MLA's widths, 192 and 128, without padding: forward and backward with a log-sum-exp as parts are merged by."""
+    names = ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward")
+    for name, stand_in in zip(names, (cudnn_forward, cudnn_backward)):
+        takes = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]  # noqa: SLF001
+        assert takes == list(inspect.signature(stand_in).parameters)
+        monkeypatch.setattr(torch.ops.aten, name, stand_in)
+    q, k, v, grad = (randn(1, 2, 5, width).bfloat16() for width in (192, 192, 128, 128))
+    scores = Scores(0.1, causal)
+    got, expected = alternatives.cudnn_attend(q, k, v, scores), plain_forward(q, k, v, scores)
+    assert all(torch.equal(*pair) for pair in zip(got, expected))
+    got = alternatives.cudnn_attend_backward(grad, q, k, v, *expected, scores)
+    assert all(torch.equal(*pair) for pair in zip(got, plain_backward(grad, q, k, v, *expected, scores)))
+
+
+def test_what_cudnn_does_not_take():
+    q, v = randn(1, 2, 5, 192).bfloat16(), randn(1, 2, 5, 192).bfloat16()
+    assert alternatives.cudnn_attend(q, q, v, Scores(0.1)) is NotImplemented
+    assert alternatives.cudnn_attend(*(x[..., :64].float() for x in (q, q, v)), Scores(0.1)) is NotImplemented
+    assert alternatives.cudnn_attend(*(x[..., :64] for x in (q, q[:, :1], v[:, :1])), Scores(0.1)) is NotImplemented

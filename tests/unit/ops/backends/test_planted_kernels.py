@@ -14,7 +14,7 @@ from megatron_deepseek.ops.backends.kernels import LIBRARY
 
 ROOT = Path(__file__).parents[4]
 FOLDER = ROOT / "tests" / "gpu"
-COMPARING = ("cross_entropy", "forms", "gemm", "model", "permute", "quantize", "rope")
+COMPARING = ("cross_entropy", "e5m6", "forms", "gemm", "model", "permute", "quantize", "rope")
 EMPTY = ("0-16", "0-64", "shape3")  # in the names of cases without a number to compare
 
 
@@ -53,7 +53,8 @@ def test_ones_are_seen_by_every_test(outcomes):
 
 @pytest.mark.parametrize("plant, tests", [
     ("transposed scale", (
-        "forms.py::test_linear_of_three_products", "gemm.py::test_dense", "gemm.py::test_dense_with_scales_of_rows",
+        "e5m6.py::test_retile", "forms.py::test_linear_of_three_products", "gemm.py::test_dense",
+        "gemm.py::test_dense_with_scales_of_rows",
         "model.py::test_kernels_and_references_agree", "quantize.py::test_rows", "quantize.py::test_blocks")),
     ("neighbouring group", (
         "forms.py::test_experts_of_three_products", "forms.py::test_permutations", "gemm.py::test_rows_grouped",

@@ -8,6 +8,7 @@ import torch
 from references import REFERENCES, plain
 from torch.utils._pytree import tree_leaves
 
+from megatron_deepseek.ops.attention import Scores
 from megatron_deepseek.ops.backends import registry
 
 
@@ -21,10 +22,13 @@ def arguments() -> dict[str, tuple]:
     table, labels, counts = torch.randn(2, 3, 4), torch.tensor([1, 2, 0]), [2, 0, 1]
     x, wide, weight = numbers(3, 24), numbers(3, 24, leaf=False), numbers(24)
     rstd, stack = torch.rand(3, 1), numbers(3, 16, 24, leaf=False)
+    heads = [numbers(1, 2, 3, 8, leaf=False)] * 3
     rows, columns = plain.quantize_1x128(wide), plain.quantize_128x1(wide, False, counts)
     top, total, _ = plain.cross_entropy_statistics(wide, labels, 0)
     return {
         "attention": (*(numbers(1, 3, 2, 8) for _ in range(3)), None, 0.3, 8),
+        "attend": (*heads, Scores(0.3, causal=True)),
+        "attend_backward": (heads[0], *heads, *plain.attend(*heads, Scores(0.3)), Scores(0.3)),
         "cross_entropy_statistics": (wide, labels, 0),
         "cross_entropy_gradient": (wide, labels, 0, top, total, torch.rand(3)),
         "rms_norm": (x, weight, 1e-6), "norm_backward": (wide, wide, weight, rstd),
@@ -36,6 +40,8 @@ def arguments() -> dict[str, tuple]:
         "rope_queries": (numbers(1, 3, 2, 24), table, 16),
         "assemble_keys": (numbers(1, 3, 2, 24), numbers(1, 3, 8), table, 16),
         "quantize_1x128": (wide,), "quantize_128x128": (wide,), "quantize_both_ways": (wide,),
+        "quantize_e5m6": (wide,), "dequantize_e5m6": (*plain.quantize_e5m6(wide), 24),
+        "retile_e5m6": (*plain.quantize_e5m6(wide), 24, True, counts),
         "quantize_128x1": (wide, False, counts), "quantize_rows_and_columns": (wide, False, counts),
         "retile_128x1": (*rows, False, counts), "quantize_swiglu": (wide, wide, True),
         "quantize_swiglu_columns": (wide, wide, True, counts),

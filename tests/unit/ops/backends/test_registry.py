@@ -17,8 +17,9 @@ def test_wishes():
     assert parse_wishes("rms_norm=apex, attention=torch") == {"rms_norm": "apex", "attention": "torch"}
     all_torch = parse_wishes("all=torch,scaled_mm=csrc")
     assert all_torch == {"rms_norm": "torch", "norm_backward": "torch", "attention": "torch", "scaled_mm": "csrc",
-                         "grouped_scaled_mm": "torch", "grouped_scaled_mm_wgrad": "torch"}
-    assert set(parse_wishes("all=reference")) == set(CANDIDATES) - {"attention"}
+                         "grouped_scaled_mm": "torch", "grouped_scaled_mm_wgrad": "torch", "attend": "torch",
+                         "attend_backward": "torch"}
+    assert set(parse_wishes("all=reference")) == set(CANDIDATES) - {"attention", "attend", "attend_backward"}
 
 
 @pytest.mark.parametrize("text, message", [

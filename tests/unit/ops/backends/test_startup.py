@@ -37,7 +37,7 @@ def gpu(monkeypatch, tmp_path):
 def test_hopper_has_everything(gpu):
     gpu((9, 0), built=True)
     first, *others = describe_kernels(fp8=True)
-    assert first == "kernels on compute capability 9.0: torch for 3, csrc for 23 operators; " \
+    assert first == "kernels on compute capability 9.0: torch for 5, csrc for 26 operators; " \
                     "python -m megatron_deepseek.ops lists them"
     assert others == ["attention may be faster with transformer_engine: transformer-engine is not installed, and it is "
                       "used on request only"]
@@ -56,7 +56,7 @@ def test_hopper_without_csrc(gpu):
     """torch's products serve; the rest is slow, and says what would help."""
     gpu((9, 0), built=False)
     lines = describe_kernels(fp8=True)
-    assert "torch for 6" in lines[0]
+    assert "torch for 8" in lines[0]
     assert any(line.startswith("warning: slow, in several steps of torch: ") and "quantize_1x128" in line
                and "csrc/ is not built (docs/kernels.md)" in line for line in lines)
     assert "faster if it were here: scaled_mm, grouped_scaled_mm, grouped_scaled_mm_wgrad " \
@@ -69,7 +69,8 @@ def test_a_cpu_says_nothing():
 
 def test_operators_of_fp8():
     assert {operator for operator in registry.CANDIDATES if not is_of_fp8(operator)} == {
-        "rms_norm", "norm_backward", "attention", "rope_queries", "assemble_keys", "sort_by_expert", "permute",
+        "rms_norm", "norm_backward", "attention", "attend", "attend_backward", "rope_queries",
+        "assemble_keys", "sort_by_expert", "permute",
         "gather_rows", "copy_and_permute", "weighted_sum", "cross_entropy_statistics", "cross_entropy_gradient"}
 
 

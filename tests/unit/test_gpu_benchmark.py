@@ -1,0 +1,68 @@
+"""The baselines of benchmarks/gpu.py are torch and the references: on a GPU none of them may call a kernel of csrc/."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_deepseek.ops.backends import registry
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from gpu_pieces import kernels as pieces
+from gpu_pieces.timing import Bench
+
+PIECES = ("quantize", "routing", "rotary", "cross_entropy", "products", "grouped_products", "references_agree")
+
+
+@dataclass(frozen=True)
+class Baselines(Bench):
+    """Calls every implementation but csrc's once, and notes which."""
+
+    called: list[str] = field(default_factory=list)
+
+    def rows(self, case):
+        for name, call in case.calls.items():
+            if name.startswith("csrc"):
+                continue
+            try:
+                call()
+            except (RuntimeError, ValueError):  # cuBLASLt's products, on a CPU
+                assert name == "torch, scaled_mm"
+            self.called.append(f"{case.name}: {name}")
+        return ()
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_baselines_ask_for_no_backend(name, monkeypatch):
+    def refuse(*_):
+        raise AssertionError(f"a baseline of {name} is not torch's alone")
+
+    monkeypatch.setattr(registry, "on_gpu", refuse)
+    monkeypatch.setattr(pieces, "operator", refuse)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    bench = Baselines(name, torch.device("cpu"), small=True)
+    list(getattr(pieces, name)(bench))
+    assert bench.called
+
+
+NOT_INSTALLED = """
+import sys
+from pathlib import Path
+sys.path[:] = [path for path in sys.path if not Path(path, "megatron_deepseek").exists()]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+"""
+
+
+@pytest.mark.slow
+def test_it_finds_the_package_by_itself(tmp_path):
+    """Where it is not installed, from any directory."""
+    (tmp_path / "sitecustomize.py").write_text(NOT_INSTALLED)
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--help"], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
