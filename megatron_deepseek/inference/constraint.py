@@ -43,10 +43,10 @@ class Constraint:
         return allowed_V
 
     def add(self, token: int) -> None:
-        """Take note of a token of the answer."""
+        """Take note of a token of the answer. One that ends it is the last, whatever the grammar makes of it."""
         if not self._begun:
             self._begun = token == self._begins_after
-        elif token not in self._ends:
+        else:
             self._matcher.consume_token(token)
 
     @property

@@ -13,7 +13,7 @@ CHATS = of(
     ("_constrained", "return masked_V if masked_V.isfinite().any() else raw_V", "return masked_V if True else raw_V"),
     ("Constraint.allowed", "allowed_V[self._ends] = self._matcher.is_accepting()", "pass"),
     ("Constraint.allowed", "allowed_V[self._ends] = False", "pass"),
-    ("Constraint.add", "elif token not in self._ends", "else"),
+    ("Constraint.add", "self._begun = token == self._begins_after", "self._begun = True"),
     ("Constraint.complete", "self._begun and ", ""),
     ("Constraints.constraint", ".deep_copy()", ""),
     ("Constraints._words", 'token["special"] = True', "pass"),
