@@ -111,7 +111,7 @@ def _port(out: Path, errors: Path, processes: list) -> int:
     while True:
         said = out.read_text() if out.exists() else ""
         if said.endswith("\n") and said.startswith("serving "):
-            return int(said.split("127.0.0.1:")[1].split()[0])
+            return int(said.splitlines()[0].rpartition(":")[2])
         assert all(each.exitcode is None for each in processes), errors.read_text()
         assert time.monotonic() < deadline, "the server is not ready"
         time.sleep(0.02)
