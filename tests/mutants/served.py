@@ -23,7 +23,7 @@ SERVED = of(
 ) + of(
     ("tests/unit/serving/test_errors.py",),
     ("answer_length", "prompt + asked > most", "asked > most"),
-    ("refuse_misspelt", "if near:", "if not near and not known:"),
+    ("Fields.refuse_misspelt", "if near:", "if near and not known:"),
     ("from_words", 'path if found and " " not in path else param', "param"),
 ) + of(
     ("tests/unit/serving/test_access.py",),
@@ -41,7 +41,7 @@ SERVED = of(
     ("connection_class", "self._reader_due = self.loop.call_later(limits.idle_seconds, self.transport.abort)", "pass"),
     ("connection_class", "self._headers_due = self.loop.call_later(limits.idle_seconds, self.transport.abort)", "pass"),
     ("Server.shutdown", "self._service.end", "len, ()"),
-    ("_receive", "size > limits.body_bytes:\n        raise", "size > 2 * most:\n        raise"),
+    ("body._receive", "size > limits.body_bytes:\n        raise", "size > 2 * most:\n        raise"),
 ) + of(
     ("tests/unit/serving/test_ranks.py",),
     ("Replicas._collect", "total([statistics for _, statistics in of_replicas])", "self.engine.statistics"),

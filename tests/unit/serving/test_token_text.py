@@ -68,7 +68,7 @@ def test_of_more_than_was_asked_for_the_likeliest_are_shown_and_the_chosen_one()
     top = {7: -9.0, 1: -1.0, 2: -2.0, 3: -3.0}
     shown = completion_logprobs(tokens, [7], [-9.0], [top], [0], 2, False)["top_logprobs"][0]
     assert shown == {"1": -1.0, "2": -2.0, "7": -9.0}
+    ranks = {1: 1, 2: 2, 3: 3, 7: None}
     assert prompt_logprobs(tokens, [None, top], 3) == [None, {
-        "1": {"logprob": -1.0, "rank": 1, "decoded_token": "1"}, "2": {"logprob": -2.0, "rank": 2, "decoded_token": "2"},
-        "3": {"logprob": -3.0, "rank": 3, "decoded_token": "3"},
-        "7": {"logprob": -9.0, "rank": None, "decoded_token": "7"}}]
+        str(token): {"logprob": top[token], "rank": rank, "decoded_token": str(token)}
+        for token, rank in ranks.items()}]
