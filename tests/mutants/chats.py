@@ -14,7 +14,6 @@ CHATS = of(
     ("Constraint.allowed", "allowed_V[self._ends] = self._matcher.is_accepting()", "pass"),
     ("Constraint.allowed", "allowed_V[self._ends] = False", "pass"),
     ("Constraint.add", "self._begun = token == self._begins_after", "self._begun = True"),
-    ("Constraint.complete", "self._begun and ", ""),
     ("Constraints.constraint", ".deep_copy()", ""),
     ("Constraints._words", 'token["special"] = True', "pass"),
     ("Engine._finish", 'sequence.constraint.complete:\n            sequence.finish_reason = "stop"',
