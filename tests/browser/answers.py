@@ -1,7 +1,7 @@
 """What the scripted server says, by the first word of the last message."""
 
-SHOW = r"""A number is **prime** when it is greater than 1 and divisible by nothing but 1 and itself. It is enough to
-try divisors up to $\sqrt{n}$:
+SHOW = """A number is **prime** when it is greater than 1 and divisible by nothing but 1 and itself. It is enough \
+to try divisors up to $\\sqrt{n}$:
 
 ```python
 def is_prime(n: int) -> bool:
@@ -14,7 +14,7 @@ print([n for n in range(30) if is_prime(n)], "primes")
 ```
 
 ### How fast it is
-1. The loop runs at most $\lfloor\sqrt{n}\rfloor$ times.
+1. The loop runs at most $\\lfloor\\sqrt{n}\\rfloor$ times.
 2. Each step is *one* division:
    - for small `n` that is nothing;
    - for large `n` use a probabilistic test.
@@ -22,13 +22,14 @@ print([n for n in range(30) if is_prime(n)], "primes")
 
 | Method | Time | Exact |
 |:--|--:|:-:|
-| trial division | $O(\sqrt{n})$ | yes |
-| Miller–Rabin | $O(k \log^3 n)$ | no |
-| sieve, up to $n$ | $O(n \log\log n)$ | yes |
+| trial division | $O(\\sqrt{n})$ | yes |
+| Miller–Rabin | $O(k \\log^3 n)$ | no |
+| sieve, up to $n$ | $O(n \\log\\log n)$ | yes |
 
 > The prime number theorem says how many there are:
 
-\[ \pi(x) \sim \frac{x}{\ln x}, \qquad \sum_{p \le x} \frac{1}{p} = \ln\ln x + M + O\left(\frac{1}{\ln x}\right) \]
+\\[ \\pi(x) \\sim \\frac{x}{\\ln x}, \\qquad \\sum_{p \\le x} \\frac{1}{p} = \\ln\\ln x + M \
++ O\\left(\\frac{1}{\\ln x}\\right) \\]
 
 - [x] read the question
 - [ ] prove it
@@ -65,9 +66,9 @@ ANSWERS = {
     "write": SHOW,
     "hostile": HOSTILE,
     "think": "There are **46** of them: $33 + 19 - 6 = 46$.",
-    "how": "**46.** By inclusion and exclusion:\n\n\\[ \\left\\lfloor\\frac{99}{3}\\right\\rfloor + "
-           "\\left\\lfloor\\frac{99}{5}\\right\\rfloor - \\left\\lfloor\\frac{99}{15}\\right\\rfloor = 33 + 19 - 6 = 46 "
-           "\\]\n\nMultiples of 15 were counted twice, so they are taken away once.",
+    "how": "**46.** By inclusion and exclusion:\n\n\\[ \\left\\lfloor\\frac{99}{3}\\right\\rfloor "
+           "+ \\left\\lfloor\\frac{99}{5}\\right\\rfloor - \\left\\lfloor\\frac{99}{15}\\right\\rfloor = 33 "
+           "+ 19 - 6 = 46 \\]\n\nMultiples of 15 were counted twice, so they are taken away once.",
     "slow": " ".join(f"word{number}" for number in range(400)),
     "broken": "This answer will fail in the mid",
     "cut": "This answer will be cut o",
@@ -76,8 +77,8 @@ ANSWERS = {
 }
 
 THOUGHTS = {
-    "think": "The user wants a count. Multiples of 3: 33. Multiples of 5: 19.\n\nBoth: 6. So 33 + 19 - 6 = 46.\n\nWait, "
-             "is 0 counted? No.",
-    "how": "Count multiples of 3 below 100: the largest is 99, so there are 33.\n\nMultiples of 5: 95 is the largest, so "
-           "19.\n\nMultiples of 15 are in both: 90 is the largest, so 6.\n\n33 + 19 - 6 = 46.",
+    "think": "The user wants a count. Multiples of 3: 33. Multiples of 5: 19.\n\nBoth: 6. So 33 + 19 - 6 = 46.\n\n"
+             "Wait, is 0 counted? No.",
+    "how": "Count multiples of 3 below 100: the largest is 99, so there are 33.\n\nMultiples of 5: 95 is the largest, "
+           "so 19.\n\nMultiples of 15 are in both: 90 is the largest, so 6.\n\n33 + 19 - 6 = 46.",
 }

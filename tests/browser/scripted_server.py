@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         if word == "cut":
             return
         if word == "broken":
-            self.event({"error": {"message": "The engine stopped.", "type": "server_error", "param": None, "code": 500}})
+            self.event({"error": {"message": "The engine stopped.", "type": "server_error", "code": 500}})
         else:
             self.delta({}, "length" if word == "length" else "stop")
             prompt = sum(len(message["content"]) for message in request["messages"]) // 4

@@ -58,7 +58,10 @@ class App {
       });
     }
     window.addEventListener("hashchange", () => this.open(location.hash.slice(1)));
-    window.addEventListener("pagehide", () => this.running.forEach((_, id) => this.shelf.save(this.shelf.get(id))));
+    window.addEventListener("pagehide", () => this.running.forEach((answer, id) => {
+      answer.stop();
+      this.shelf.save(this.shelf.get(id));
+    }));
     this.shelf.watch((id) => (id === this.current?.id && !this.running.has(id) ? this.open(id) : this.showList()));
     bindTransfer({ shelf: this.shelf, current: () => this.current, added: (id) => this.open(id) });
     bindKeys(this);

@@ -16,8 +16,8 @@ const ADVICE = {
   403: "Enter the API key in the settings.",
   404: "Choose another model at the top of the page.",
   413: "Shorten the message, or begin a new conversation.",
-  429: "It has as many requests as it takes.",
-  503: "It is starting or about to stop.",
+  429: "The server has as many requests as it takes.",
+  503: "The server is starting or about to stop.",
 };
 
 function headers(key) {

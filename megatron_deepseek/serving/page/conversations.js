@@ -128,7 +128,8 @@ export function checked(given) {
   for (const [id, message] of Object.entries(given.messages ?? {})) {
     if (!ROLES.has(message?.role) || typeof message.content !== "string") return null;
     messages[id] = { ...message, id, parent: typeof message.parent === "string" ? message.parent : null,
-      created: Number(message.created) || 0, reasoning: typeof message.reasoning === "string" ? message.reasoning : "" };
+      created: Number(message.created) || 0 };
+    if (message.role === "assistant" && typeof message.reasoning !== "string") messages[id].reasoning = "";
   }
   if (Object.values(messages).some((message) => message.parent && !messages[message.parent])) return null;
   const texts = Object.fromEntries(TEXTS.map((name) => [name, typeof given[name] === "string" ? given[name] : ""]));

@@ -14,11 +14,15 @@ export function inline(text, depth = 0) {
   return fragment;
 }
 
+// A run of signs that has closed nothing is text.
+const asNode = (each) => (each instanceof Node ? each : document.createTextNode(each.sign.repeat(each.count)));
+
 class Scanner {
   constructor(text, depth) {
     this.text = text;
     this.depth = depth;
     this.place = 0;
+    this.letters = ""; // plain text that is not yet a node
     this.made = []; // nodes, and runs of * _ ~ that may still open an emphasis
     this.openers = { "*": [], _: [], "~": [] }; // places in `made`
     this.missing = new Set(); // closing signs that the rest of the text does not have
@@ -36,13 +40,22 @@ class Scanner {
         this.place += 1;
       }
     }
-    return this.made.map((each) => (each instanceof Node ? each : document.createTextNode(each.sign.repeat(each.count))));
+    this.flush();
+    return this.made.map(asNode);
   }
 
   plain(text) {
-    const last = this.made.at(-1);
-    if (last instanceof Text) last.data += text;
-    else this.made.push(document.createTextNode(text));
+    this.letters += text;
+  }
+
+  flush() {
+    if (this.letters) this.made.push(document.createTextNode(this.letters));
+    this.letters = "";
+  }
+
+  push(made) {
+    this.flush();
+    this.made.push(made);
   }
 
   // Takes what begins here, or returns false.
@@ -82,7 +95,7 @@ class Scanner {
   }
 
   take(node, place) {
-    this.made.push(node);
+    this.push(node);
     this.place = place;
     return true;
   }
@@ -146,7 +159,7 @@ class Scanner {
   }
 
   lineBreak() {
-    this.made.push(element("br"));
+    this.push(element("br"));
     this.place += 1;
     return true;
   }
@@ -167,6 +180,7 @@ class Scanner {
     let rest = count;
     if (right && !word) rest = this.close(sign, rest);
     if (rest && left && !word) {
+      this.flush();
       this.openers[sign].push(this.made.length);
       this.made.push({ sign, count: rest });
     } else if (rest) this.plain(sign.repeat(rest));
@@ -175,12 +189,12 @@ class Scanner {
 
   // Closes what `count` signs can close and returns how many are left.
   close(sign, count) {
+    this.flush();
     while (count && this.openers[sign].length) {
       const place = this.openers[sign].at(-1);
       const opener = this.made[place];
       const used = sign === "~" ? 2 : Math.min(opener.count, count, 2);
-      const children = this.made.splice(place + 1).map((each) => (each instanceof Node ? each
-        : document.createTextNode(each.sign.repeat(each.count))));
+      const children = this.made.splice(place + 1).map(asNode);
       for (const signs of Object.values(this.openers)) while (signs.at(-1) > place) signs.pop();
       opener.count -= used;
       if (!opener.count) {

@@ -1,12 +1,11 @@
 // Shortcuts, which the dialog #keys lists.
 
+import { dialogOf } from "./dialogs.js";
 import { byId } from "./dom.js";
 
 export function bindKeys(app) {
-  const dialog = byId("keys");
-  byId("close-keys").addEventListener("click", () => dialog.close());
+  const dialog = dialogOf("keys");
   byId("open-keys").addEventListener("click", () => dialog.showModal());
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   document.addEventListener("keydown", (event) => {
     if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
     if (event.key === "Escape") {

@@ -30,7 +30,7 @@ export function showMarkdown(container, text) {
   while (container.children.length > wanted.length) container.lastElementChild.remove();
 }
 
-// The blocks of some lines: {source, render()}.
+// The blocks of some lines: {source, render(), apart}; `apart` says that an empty line separates it from the one before.
 export function blocks(lines, depth) {
   const found = [];
   let place = 0;
@@ -41,7 +41,8 @@ export function blocks(lines, depth) {
     }
     const [stop, render] = blockAt(lines, place, depth);
     const after = stop === lines.length ? "" : "\n"; // a block that ends is no longer what it was while it could grow
-    found.push({ source: lines.slice(place, stop).join("\n") + after, render });
+    const apart = place > 0 && !lines[place - 1].trim();
+    found.push({ source: lines.slice(place, stop).join("\n") + after, render, apart });
     place = stop;
   }
   return found;
@@ -108,7 +109,10 @@ function displayed(lines, place) {
     const text = [...(stop === place ? [] : [first, ...lines.slice(place + 1, stop)]), line.slice(0, end)].join("\n");
     return [stop + 1, () => element("div", { class: "display-math" }, formula(text, true))];
   }
-  return null;
+  if (lines.length - place > 30) return null;
+  const rest = lines.slice(place);
+  if (rest.some((line) => !line.trim())) return null;
+  return [lines.length, () => element("div", { class: "display-math" }, element("code", { class: "formula-source" }, rest.join("\n")))];
 }
 
 function quote(lines, place, depth) {
@@ -124,6 +128,7 @@ const indentOf = (line) => line.length - line.trimStart().length;
 function list(lines, place, depth) {
   const [, before, marker] = ITEM.exec(lines[place]);
   const ordered = /\d/.test(marker);
+  const inside = (lines) => blocks(lines, depth + 1);
   const items = [];
   let [stop, width] = [place, 0];
   for (; stop < lines.length; stop += 1) {
@@ -143,20 +148,27 @@ function list(lines, place, depth) {
   }
   while (stop > place && !lines[stop - 1].trim()) stop -= 1;
   const start = ordered && parseInt(marker, 10) !== 1 ? { start: String(parseInt(marker, 10)) } : {};
-  return [stop, () => element(ordered ? "ol" : "ul", start, ...items.map((each) => listItem(each, depth)))];
+  return [stop, () => {
+    const parts = items.map((item) => inside(item.map(withoutTask)));
+    const loose = parts.some((part) => part.some((block, number) => number && block.apart))
+      || items.slice(0, -1).some((item) => item.length > 1 && item.at(-1) === "");
+    return element(ordered ? "ol" : "ul", start, ...items.map((item, number) => listItem(item[0], parts[number], loose)));
+  }];
 
   function sameList(line) {
     const item = ITEM.exec(line);
-    return item && item[1].length < before.length + 2 && /\d/.test(item[2]) === ordered && !RULE.test(line);
+    return item && item[1].length < before.length + 2 && item[2].at(-1) === marker.at(-1) && !RULE.test(line);
   }
 }
 
-function listItem(lines, depth) {
-  const task = /^\[([ xX])\] /.exec(lines[0]);
-  const inside = task ? [lines[0].slice(4), ...lines.slice(1)] : lines;
-  const made = blocks(inside, depth + 1).map((block) => block.render());
-  const loose = made.filter((each) => each.tagName === "P").length > 1;
+const TASK = /^\[([ xX])\] /;
+const withoutTask = (line, number) => (number === 0 ? line.replace(TASK, "") : line);
+
+// In a tight list, without empty lines, paragraphs are not set apart.
+function listItem(first, parts, loose) {
+  const made = parts.map((block) => block.render());
   const children = made.flatMap((each) => (each.tagName === "P" && !loose ? [...each.childNodes] : [each]));
+  const task = TASK.exec(first);
   if (!task) return element("li", {}, ...children);
   const box = element("input", { type: "checkbox", disabled: true, checked: task[1] !== " ",
     "aria-label": task[1] === " " ? "to do" : "done" });

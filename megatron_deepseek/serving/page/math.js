@@ -135,7 +135,10 @@ class Parser {
   command(name, depth) {
     if (letters.has(name)) return node("mi", {}, letters.get(name));
     if (large.has(name)) return node("mo", { "data-limits": String(!/int$/.test(name)), movablelimits: "true" }, large.get(name));
-    if (names.has(name)) return node("mi", {}, name);
+    if (names.has(name)) {
+      const close = this.peek() === "(" || this.peek() === "\\left";
+      return node("mo", { form: "prefix", lspace: "0.17em", rspace: close ? "0" : "0.17em" }, name);
+    }
     if (/^\s$/.test(name)) return node("mspace", { width: "0.3em" });
     if (signs.has(name)) return node("mo", { stretchy: "false" }, signs.get(name));
     if (name in ACCENTS) return node("mover", { accent: "true" }, this.group(depth), node("mo", { stretchy: "false" }, ACCENTS[name]));

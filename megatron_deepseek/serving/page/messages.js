@@ -140,6 +140,10 @@ class AnswerView {
       this.row.replaceChildren(this.meta);
       return;
     }
+    if (this.message.error && !this.message.content) {
+      this.row.replaceChildren(...[versionSwitch(this.message, all, busy, this.actions)].filter(Boolean));
+      return;
+    }
     const button = iconButton("copy", "Copy answer", () => copy(this.message.content, button));
     const more = last && !busy && this.message.content && !this.message.error && ["length", "stopped"].includes(this.message.finish);
     this.row.replaceChildren(...[versionSwitch(this.message, all, busy, this.actions), button,
@@ -152,7 +156,7 @@ class AnswerView {
     const { error } = this.message;
     this.problem.hidden = !error;
     if (!error) return;
-    const wait = error.retryAfter ? ` It asks to wait ${duration(error.retryAfter)}.` : "";
+    const wait = error.retryAfter ? ` It asks to wait ${Math.ceil(error.retryAfter)} s.` : "";
     const ofKey = error.status === 401 || error.status === 403;
     this.problem.replaceChildren(icon("warning"), element("div", {}, element("strong", {}, error.message), ` ${error.advice}${wait}`),
       ofKey ? element("button", { type: "button", class: "quiet", onclick: () => this.actions.settings("api-key") }, "Enter key") : "",

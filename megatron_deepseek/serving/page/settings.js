@@ -1,5 +1,6 @@
 // The settings sheet: API key, system prompt, sampling, looks. An empty field leaves the choice to the server.
 
+import { dialogOf } from "./dialogs.js";
 import { byId } from "./dom.js";
 
 // name -> [field of the request, lowest, highest, whole number]
@@ -20,11 +21,9 @@ export class Settings {
   constructor(changed) {
     this.values = kept();
     this.changed = changed;
-    this.dialog = byId("settings");
-    this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
-    byId("close-settings").addEventListener("click", () => this.dialog.close());
+    this.dialog = dialogOf("settings");
     byId("reset-sampling").addEventListener("click", () => this.reset());
-    for (const name of [...Object.keys(NUMBERS), "stop", "thinking"]) this.bind(name);
+    for (const name of [...Object.keys(NUMBERS), "stop_texts", "thinking"]) this.bind(name);
     this.bindKey();
     this.bindTheme();
   }
@@ -105,14 +104,14 @@ export class Settings {
       const text = String(this.values[name] ?? "").trim();
       if (text && this.wrong(name) === null) fields[field] = Number(text);
     }
-    const stop = (this.values.stop ?? "").split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+    const stop = (this.values.stop_texts ?? "").split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
     if (stop.length) fields.stop = stop;
     if (this.values.thinking) fields.chat_template_kwargs = { thinking: this.values.thinking === "on" };
     return fields;
   }
 
   reset() {
-    for (const name of [...Object.keys(NUMBERS), "stop", "thinking"]) {
+    for (const name of [...Object.keys(NUMBERS), "stop_texts", "thinking"]) {
       this.values[name] = byId(name).value = "";
       byId(name).removeAttribute("aria-invalid");
     }

@@ -1,13 +1,14 @@
 // The menu that writes conversations to files and reads them.
 
 import { branch, titleOf } from "./conversations.js";
+import { dialogOf } from "./dialogs.js";
 import { byId, download } from "./dom.js";
 import { notice } from "./notices.js";
 import { addAll, fileName, fromFile, toJson, toMarkdown, toMessages } from "./transfer.js";
 
 // current(): the open conversation or null; added(id): open this one.
 export function bindTransfer({ shelf, current, added }) {
-  const dialog = byId("transfer");
+  const dialog = dialogOf("transfer");
   const exporting = (id, ending, type, write) => byId(id).addEventListener("click", () => {
     download(fileName(current(), ending), write(current()), type);
     dialog.close();
@@ -26,8 +27,6 @@ export function bindTransfer({ shelf, current, added }) {
     byId("export-all").disabled = !shelf.all().length;
     dialog.showModal();
   });
-  byId("close-transfer").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   const file = byId("import-file");
   byId("import").addEventListener("click", () => file.click());
   file.addEventListener("change", async () => {
