@@ -33,7 +33,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'make: PYTHON=$(PYTHON) is not a Python 3.10 or newer; choose one with make PYTHON=...' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data,serve]'
 	@$(BIN)/python csrc/build.py --if-useful
 	@touch $@
 

@@ -29,7 +29,7 @@ setup(
     version="0.1.0",
     description="Megatron-style training of DeepSeek models on PyTorch",
     packages=find_namespace_packages(include=["megatron_deepseek", "megatron_deepseek.*"]),
-    package_data={"megatron_deepseek.planning": ["*.json"]},
+    package_data={"megatron_deepseek.planning": ["*.json"], "megatron_deepseek.serving": ["page/*"]},
     ext_modules=[] if kernels.why_not() else [Extension("megatron_deepseek.ops.libmegatron_deepseek", [])],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10",
@@ -44,12 +44,14 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=5", "nltk>=3.9", "ruff>=0.14",
-                 "pyyaml>=6"],
+                 "pyyaml>=6", "openai>=2"],
         # tools/preprocess_data.py: the fast tokenizer, .zst, parquet, --split-sentences
         "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
         "sentences": ["nltk>=3.9"],
         # tests/engines
         "engines": ["peft>=0.17", "transformers>=5"],
+        # tools/serve.py
+        "serve": ["starlette>=1", "uvicorn>=0.40", "prometheus-client>=0.21"],
         "tensorboard": ["tensorboard>=2.15"],
         "yaml": ["pyyaml>=6"],  # --yaml-cfg
         "wandb": ["wandb>=0.19"],  # --wandb-project

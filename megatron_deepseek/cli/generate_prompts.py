@@ -19,7 +19,7 @@ from megatron_deepseek.inference.text import prompt_ids
 from megatron_deepseek.data.tokenizer import Tokenizer
 
 OTHER_NAMES = {"max_new_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
-_FIELDS = tuple(field.name for field in fields(SamplingParameters) if field.name != "chosen_experts")
+_FIELDS = tuple(field.name for field in fields(SamplingParameters) if field.name not in ("chosen_experts", "grammar"))
 _KEYS = ("prompt", "messages", "tools", "thinking", "id")
 
 

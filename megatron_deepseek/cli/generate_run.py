@@ -107,8 +107,8 @@ def _answers(replicas: Replicas, lines: Sequence[PromptLine], ahead: int):
 
 
 def _say_drafts(replicas: Replicas) -> None:
-    """Say how many drafts were right, by their place, if any were made on this rank's replica."""
-    statistics = replicas.engine.statistics
+    """Say how many drafts were right, by their place, if any were made."""
+    statistics = replicas.statistics
     if any(statistics.drafts_proposed):
         shares = " ".join(f"{accepted / proposed:.1%}" for accepted, proposed in zip(
             statistics.drafts_accepted, statistics.drafts_proposed) if proposed)

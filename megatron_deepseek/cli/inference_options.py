@@ -66,7 +66,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("engine").add_argument
-    add("--seq-length", type=values.positive_int, metavar="N",
+    add("--seq-length", "--max-model-len", type=values.positive_int, metavar="N",
         help="longest prompt with its answer, in tokens (all that the model can, or what is needed)")
     add("--draft-tokens", type=values.count, default=0, metavar="N",
         help="tokens that MTP modules draft for each step; answers stay the same (0: none)")

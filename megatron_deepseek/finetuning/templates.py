@@ -80,9 +80,10 @@ class Template:
             (f"schemas of tools, for which {self.name} has no form", hidden)) if count}
 
     def prompt(self, conversation: Conversation, thinking: bool, rules: Rules = Rules()) -> list[Piece]:
-        """Return the pieces of a conversation that ends in a user's or tool's turn, and of what asks for an answer."""
+        """Return the pieces of a conversation, and of what asks for an answer: nothing does behind a tool's output."""
         pieces = self.render(conversation, rules)
-        if conversation.turns[-1].role != "user":
+        roles = [turn.role for turn in conversation.turns if turn.role != "system"]
+        if roles and roles[-1] == "tool":
             return pieces
         if self.name == "deepseek-v2":
             return [*pieces, Piece("Assistant:")]
@@ -153,7 +154,7 @@ class _Rendering:
 
     def _assistant(self, index: int, turn: Turn):
         self._end_outputs()
-        asked = self.before == "user"
+        asked = self.before != "tool"
         if asked:
             self._add(ASSISTANT, 0, True)
         {"text": self._text, "lines": self._lines, "bare": self._bare}[self.template.thinks](index, turn, asked)

@@ -12,13 +12,21 @@ def output_of(sequence: Sequence) -> Output:
     wants, wants_prompt = parameters.logprobs is not None, parameters.prompt_logprobs is not None
     return Output(
         request_id=request.request_id, index=sequence.index, prompt=request.prompt, tokens=sequence.answer,
-        text=None if sequence.text is None else sequence.text.settled,
+        text=None if sequence.text is None else sequence.text.settled, text_ends=_text_ends(sequence),
         finish_reason=sequence.finish_reason,
         log_probabilities=list(sequence.log_probabilities) if wants else None,
         top_log_probabilities=list(sequence.top_log_probabilities) if wants else None,
         prompt_log_probabilities=list(request.prompt_reading.log_probabilities) if wants_prompt else None,
         prompt_top_log_probabilities=list(request.prompt_reading.tops) if wants_prompt else None,
-        chosen_experts=_experts(sequence) if parameters.chosen_experts else None)
+        chosen_experts=_experts(sequence) if parameters.chosen_experts else None,
+        queue_seconds=None if sequence.admitted_at is None else sequence.admitted_at - sequence.added_at)
+
+
+def _text_ends(sequence: Sequence) -> list[int] | None:
+    """Return the length of the text after each token; the one that ended the answer adds nothing to it."""
+    if sequence.text is None:
+        return None
+    return sequence.text.ends + [len(sequence.text.text)] * (sequence.num_answered - len(sequence.text.ends))
 
 
 def _experts(sequence: Sequence) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 from megatron_deepseek.inference.answers import output_of
 from megatron_deepseek.inference.batch import Piece
 from megatron_deepseek.inference.blocks import BlockPool
+from megatron_deepseek.inference.constraint import Constraints
 from megatron_deepseek.inference.forward import InferenceModel
 from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.output import Output
@@ -53,6 +54,7 @@ class Engine:
         self._num_ids = model.config.vocab_size  # the rows that may be chosen: an embedding may be padded
         if model.tokenizer is not None:
             self._num_ids = min(self._num_ids, model.tokenizer.vocab_size)
+        self._constraints = Constraints(model.tokenizer, self._num_ids)
         self._arrivals = self._prompt_tokens = self._output_tokens = self._shared_tokens = 0
 
     def generate(self, prompts: Sequences[Prompt], parameters: SamplingParameters | Sequences[SamplingParameters]
@@ -167,6 +169,8 @@ class Engine:
                 raise ValueError(f"{what} has the token id {wrong}, and the {whose} is {self._num_ids}")
         if parameters.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the model was loaded without one")
+        if parameters.grammar is not None:
+            self._constraints.check(parameters.grammar)
         return ids
 
     def _add(self, prompt: tuple[int, ...], parameters: SamplingParameters, request_id: str | None) -> str:
@@ -189,7 +193,8 @@ class Engine:
         tokenizer = self.loaded.tokenizer
         text = None if tokenizer is None else AnswerText(tokenizer, request.prompt, request.stop_strings)
         generator = torch.Generator().manual_seed((request.seed + index) % 2**63)
-        return Sequence(request, index, list(request.prompt), generator, text)
+        constraint = self._constraints.constraint(request.parameters.grammar, request.ends)
+        return Sequence(request, index, list(request.prompt), generator, text, constraint)
 
     def _sample(self, sampling: list[tuple[Span, int]], states_TH: torch.Tensor) -> None:
         """Choose the next tokens of each sequence: one, and one more for each draft that is what was chosen."""
@@ -229,6 +234,10 @@ class Engine:
         if token in sequence.request.ends:
             sequence.finish_reason = "stop"
         elif sequence.text is not None and sequence.text.add(token, may_stop):
+            sequence.finish_reason = "stop"
+        elif sequence.constraint is not None and sequence.constraint.failed:
+            sequence.finish_reason = "abort"
+        elif sequence.constraint is not None and sequence.constraint.complete:
             sequence.finish_reason = "stop"
         elif sequence.num_answered >= parameters.max_tokens or len(sequence.tokens) >= self.settings.max_length:
             sequence.finish_reason = "length"

@@ -1,5 +1,6 @@
 """What the engine gives for a request."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,13 +13,14 @@ class Output:
 
     `tokens` are all of the answer, with the one that ended it; `text` is what they say, without a stop string and
     without the token that ended it, and None if the engine has no tokenizer. While the answer runs, `text` leaves out
-    what may still become part of a stop string or of a character. `finish_reason`: "stop", "length" or "abort", and
-    None while it runs.
+    what may still become part of a stop string or of a character. `text_ends`: the length of the text after each of
+    `tokens`, with what `text` still leaves out. `finish_reason`: "stop", "length" or "abort", and None while it runs;
+    an answer whose grammar grew beyond the library's limits is aborted too.
 
     Log-probabilities are of raw logits, None unless they were asked for. `log_probabilities` has one for each of
     `tokens`, `top_log_probabilities` the likeliest by id, with the chosen one. The prompt's have None for its first
     token. `chosen_experts`: layer name -> int64 [tokens, K], of every token that went through the model: the prompt's
-    and the answer's but the last one.
+    and the answer's but the last one. `queue_seconds`: for which it waited to be begun, None if it never was.
     """
 
     request_id: str
@@ -26,14 +28,23 @@ class Output:
     prompt: tuple[int, ...]
     tokens: list[int]
     text: str | None
+    text_ends: list[int] | None = None
     finish_reason: str | None = None
     log_probabilities: list[float] | None = None
     top_log_probabilities: list[dict[int, float]] | None = None
     prompt_log_probabilities: list[float | None] | None = None
     prompt_top_log_probabilities: list[dict[int, float] | None] | None = None
     chosen_experts: Mapping[str, torch.Tensor] | None = None
+    queue_seconds: float | None = None
 
     @property
     def finished(self) -> bool:
         """Return whether no more tokens will come."""
         return self.finish_reason is not None
+
+    @property
+    def settled(self) -> int:
+        """Return how many of `tokens` say no more than `text` does: all of them at the end, or without a text."""
+        if self.finished or self.text is None:
+            return len(self.tokens)
+        return bisect_right(self.text_ends, len(self.text))

@@ -24,6 +24,7 @@ from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.settings import EngineSettings
+from megatron_deepseek.inference.statistics import Statistics, total
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Replicas:
         self._commands: list[_Add | _Abort | _Close] = []
         self._waiting: dict[str, _Waiting] = {}
         self._arrivals = 0
+        self.statistics: Statistics = self.engine.statistics  # of all replicas, on rank 0 after each step
 
     @property
     def leads(self) -> bool:
@@ -162,9 +164,14 @@ class Replicas:
         return [replace(output, prompt=()) for output in outputs if self.stream or output.finished]
 
     def _collect(self, outputs: list[Output]) -> list[Output]:
-        """Return on rank 0 the answers of all replicas; on other ranks nothing."""
-        if self.layout.world_size == 1:
-            return outputs
-        everyone: list | None = [None] * self.layout.world_size if self.leads else None
-        dist.gather_object(outputs if self.first_of_replica else [], everyone)
-        return [output for of_rank in everyone or () for output in of_rank]
+        """Return on rank 0 the answers of all replicas, and add up their counts; on other ranks nothing."""
+        own = (outputs, self.engine.statistics)
+        everyone: list[tuple | None] = [own]
+        if self.layout.world_size > 1:
+            everyone = [None] * self.layout.world_size if self.leads else None
+            dist.gather_object(own if self.first_of_replica else None, everyone)
+        if not self.leads:
+            return []
+        of_replicas = [each for each in everyone if each is not None]
+        self.statistics = total([statistics for _, statistics in of_replicas])
+        return [output for found, _ in of_replicas for output in found]

@@ -1,9 +1,11 @@
 """A request for answers, and each of its answers on the way."""
 
+import time
 from dataclasses import dataclass, field
 
 import torch
 
+from megatron_deepseek.inference.constraint import Constraint
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.stop_strings import StopStrings
 from megatron_deepseek.inference.text import AnswerText
@@ -37,7 +39,8 @@ class Sequence:
 
     `num_computed`: of how many tokens the cache has what layers keep. `num_filled`: the same for MTP modules.
     `blocks`: where in the cache. `hashes`: of its full blocks, as far as they are known. `drafts`: tokens that may come
-    next, to be verified in the next step.
+    next, to be verified in the next step. `constraint`: what its grammar allows. `added_at`, `admitted_at`: seconds of
+    a clock, when it began to wait and when it first ran.
     """
 
     request: Request
@@ -45,6 +48,7 @@ class Sequence:
     tokens: list[int]
     generator: torch.Generator
     text: AnswerText | None
+    constraint: Constraint | None = None
     num_computed: int = 0
     num_filled: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -56,6 +60,8 @@ class Sequence:
     log_probabilities: list[float] = field(default_factory=list)
     top_log_probabilities: list[dict[int, float]] = field(default_factory=list)
     experts: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    added_at: float = field(default_factory=time.monotonic)
+    admitted_at: float | None = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -87,3 +93,5 @@ class Sequence:
     def append(self, token: int) -> None:
         self.tokens.append(token)
         self.counts[token] = self.counts.get(token, 0) + 1
+        if self.constraint is not None:
+            self.constraint.add(token)

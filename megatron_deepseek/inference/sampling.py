@@ -27,14 +27,14 @@ def next_token(logits_V: torch.Tensor, sequence: Sequence) -> int:
 def is_plain_greedy(sequence: Sequence) -> bool:
     """Return whether the next token is simply the likeliest of the raw logits."""
     parameters = sequence.parameters
-    return parameters.greedy and not (parameters.penalised or parameters.logit_bias
+    return parameters.greedy and not (parameters.penalised or parameters.logit_bias or sequence.constraint is not None
                                       or sequence.num_answered < parameters.min_tokens)
 
 
 def adjusted(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    """Return float32 logits after penalties, biases, and the ban of ends before `min_tokens`."""
+    """Return float32 logits after penalties, biases, the ban of ends before `min_tokens`, and the grammar."""
     parameters = sequence.parameters
-    logits_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32), copy=True)
+    raw_V, logits_V = logits_V, logits_V.to(torch.promote_types(logits_V.dtype, torch.float32), copy=True)
     if parameters.penalised:
         _penalise(logits_V, sequence)
     if parameters.logit_bias:
@@ -42,7 +42,14 @@ def adjusted(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         logits_V[ids] += torch.tensor(list(parameters.logit_bias.values()), device=logits_V.device).to(logits_V.dtype)
     if sequence.num_answered < parameters.min_tokens and sequence.request.ends:
         logits_V[torch.tensor(list(sequence.request.ends), device=logits_V.device)] = float("-inf")
-    return logits_V
+    return logits_V if sequence.constraint is None else _constrained(logits_V, raw_V, sequence)
+
+
+def _constrained(logits_V: torch.Tensor, raw_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """Return the logits of the tokens that the grammar allows, raw ones where all of these are banned otherwise."""
+    banned_V = ~sequence.constraint.allowed(len(logits_V)).to(logits_V.device)
+    masked_V = logits_V.masked_fill(banned_V, float("-inf"))
+    return masked_V if masked_V.isfinite().any() else raw_V.to(logits_V.dtype).masked_fill(banned_V, float("-inf"))
 
 
 def _penalise(logits_V: torch.Tensor, sequence: Sequence) -> None:

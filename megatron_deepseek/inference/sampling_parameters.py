@@ -3,6 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
+
+from megatron_deepseek.inference.grammar import Grammar
 
 GREEDY_TEMPERATURE = 1e-5  # below it the likeliest token is taken, as in vLLM
 
@@ -25,6 +28,8 @@ class SamplingParameters:
     `stop`: strings that end the answer and are cut off it; empty ones are ignored. `stop_token_ids` end it too, and
     like the end of text they stay in the answer's tokens but not in its text. `n`: how many answers. `seed`: of the
     first answer, the i-th has its own; None draws a seed.
+
+    `grammar`: what the answer keeps to; where it leaves nothing else, biases and `min_tokens` do not count.
 
     `logprobs`: log-probabilities of output tokens, of the one chosen and this many likeliest, of raw logits, before
     penalties and temperature; `prompt_logprobs`: the same for the prompt, whose first token has none; None for neither.
@@ -49,6 +54,7 @@ class SamplingParameters:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     chosen_experts: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         for name in {**_BOUNDS, "seed": None}:
@@ -57,8 +63,12 @@ class SamplingParameters:
             raise ValueError("repetition_penalty is 0; it must be greater than 0, and 1 changes nothing")
         if self.top_p == 0:
             raise ValueError("top_p is 0; it must be greater than 0, and temperature 0 takes the likeliest token")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos {self.ignore_eos!r} is neither true nor false")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is greater than max_tokens {self.max_tokens}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar {self.grammar!r:.80} is no Grammar")
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -90,16 +100,23 @@ def _check_number(name: str, value: object) -> None:
 
 def _strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """Return the stop strings without empty ones; a single string and None are as good as a list."""
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    strings = (stop,) if isinstance(stop, str) else _listed("stop", stop)
     for each in strings:
         if not isinstance(each, str):
             raise ValueError(f"stop has {each!r}, which is no string")
     return tuple(each for each in strings if each)
 
 
+def _listed(name: str, values: Iterable | None) -> tuple:
+    """Return a list's values; raise ValueError, naming the parameter, for what is no list."""
+    if values is not None and (isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable)):
+        raise ValueError(f"{name} {values!r} is no list")
+    return tuple(values or ())
+
+
 def _ids(name: str, ids: Iterable[int] | None) -> tuple[int, ...]:
     """Return token ids as a tuple; raise ValueError, naming the parameter, for what is none."""
-    ids = tuple(ids or ())
+    ids = _listed(name, ids)
     for each in ids:
         if isinstance(each, bool) or not isinstance(each, int) or each < 0:
             raise ValueError(f"{name} has {each!r}, which is no token id")
@@ -108,6 +125,8 @@ def _ids(name: str, ids: Iterable[int] | None) -> tuple[int, ...]:
 
 def _biases(biases: Mapping[int, float] | None) -> dict[int, float]:
     """Return the biases by integer id: JSON's keys are strings. They may be -inf, which bans a token."""
+    if not isinstance(biases, (Mapping, NoneType)):
+        raise ValueError(f"logit_bias {biases!r} is no object of token ids and numbers")
     checked = {}
     for token, bias in (biases or {}).items():
         try:
@@ -116,5 +135,5 @@ def _biases(biases: Mapping[int, float] | None) -> dict[int, float]:
             raise ValueError(f"logit_bias has {token!r}: {bias!r}, which is no token id with a number") from error
         if math.isnan(checked[int(token)]) or checked[int(token)] == math.inf:
             raise ValueError(f"logit_bias has {token!r}: {bias!r}; a bias must be finite, or -inf to ban the token")
-    _ids("logit_bias", checked)
+    _ids("logit_bias", list(checked))
     return checked

@@ -5,6 +5,7 @@ prompts, all in order of arrival. A request is admitted once there are blocks fo
 youngest running sequence gives up its own and is computed again later.
 """
 
+import time
 from bisect import insort
 from dataclasses import dataclass
 
@@ -111,6 +112,7 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_order)
+            sequence.admitted_at = sequence.admitted_at or time.monotonic()
             sequence.blocks, sequence.num_registered = shared, len(shared)
             sequence.num_computed = sequence.num_filled = len(shared) * self.settings.block_size
             length = min(sequence.pending, budget)

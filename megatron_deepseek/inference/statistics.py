@@ -1,6 +1,7 @@
 """What an engine counts."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,12 @@ class Statistics:
     shared_tokens: int
     drafts_proposed: tuple[int, ...]
     drafts_accepted: tuple[int, ...]
+
+
+def total(statistics: Sequence[Statistics]) -> Statistics:
+    """Return the counts of several engines together."""
+    sums = {}
+    for name in (field.name for field in fields(Statistics)):
+        values = [getattr(each, name) for each in statistics]
+        sums[name] = tuple(map(sum, zip(*values))) if isinstance(values[0], tuple) else sum(values)
+    return Statistics(**sums)

@@ -28,6 +28,7 @@ class AnswerText:
     def __init__(self, tokenizer: Tokenizer, prompt: tuple[int, ...], stop: StopStrings | None = None):
         self.tokenizer = tokenizer
         self.text, self.finished = "", False
+        self.ends: list[int] = []  # the length of the text after each token
         self._window, self._cut = list(prompt[-CONTEXT:]), 0
         self._shown = _whole_length(tokenizer.decode(self._window))
         self._search = None if stop is None else StopSearch(stop)
@@ -43,12 +44,16 @@ class AnswerText:
         new, self._shown = decoded[self._shown:end], max(self._shown, end)
         if end == len(decoded):
             self._slide()
-        return self._take(new, may_stop)
+        stops = self._take(new, may_stop)
+        self.ends.append(len(self.text))
+        return stops
 
     def end(self) -> None:
         """Add what was held back as the beginning of a character that never came."""
         self.text += self.tokenizer.decode(self._window)[self._shown:]
         self.finished = True
+        if self.ends:
+            self.ends[-1] = len(self.text)
 
     @property
     def settled(self) -> str:
@@ -71,6 +76,7 @@ class AnswerText:
             return False
         end, length = found
         self.text = (self.text + new[:end])[:-length]
+        self.ends = [min(each, len(self.text)) for each in self.ends]
         self.finished = True
         return True
 

@@ -9,7 +9,8 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -25,12 +26,22 @@ def run_script(words: Sequence[str], out: Path, errors: Path, num_ranks: int = 1
     With several ranks, which have no torchrun above them, the status of the first that failed, else 0. As torchrun
     does, the others are then told to end. Raises TimeoutError.
     """
+    with running_script(words, out, errors, num_ranks) as processes:
+        return _first_failure(processes, time.monotonic() + timeout)
+
+
+@contextmanager
+def running_script(words: Sequence[str], out: Path, errors: Path, num_ranks: int = 1) -> Iterator[list]:
+    """Run the script `words[0]` beside the block, as `run_script` does, and kill what is left of it at the end.
+
+    The block gets the processes of the ranks, with `pid`, `exitcode` and `join`.
+    """
     processes = [forkserver().Process(target=_run, args=(list(words), environ, out, errors))
                  for environ in _environments(num_ranks)]
     try:
         for process in processes:
             process.start()
-        return _first_failure(processes, time.monotonic() + timeout)
+        yield processes
     finally:
         for process in processes:
             process.kill()

@@ -1,0 +1,31 @@
+"""What an answer must be, as a grammar of the library llguidance; without torch, for requests are checked at once.
+
+llguidance (github.com/guidance-ai/llguidance) is optional: the extra [serve] has it. It needs no other package, where
+xgrammar, which other servers use, asks for triton and transformers. Its JSON schemas, regular expressions and Lark
+grammars are documented there; what it cannot keep to it refuses.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+_HOW = "pip install 'megatron-deepseek[serve]' installs it"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar that an answer keeps to. `definition` is llguidance's own form, JSON with a list of grammars.
+
+    `begins_after`: the token behind which it holds, as the one that ends reasoning, and which must come
+    then; None for the whole answer. `name`
+    is what errors call it: the field of the request that it was made from.
+    """
+
+    definition: str
+    begins_after: int | None = None
+    name: str = "grammar"
+
+
+def need_library(name: str) -> None:
+    """Raise ValueError, begun by `name`, where llguidance is not installed."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise ValueError(f"{name}: needs the package llguidance, which is not installed; {_HOW}")
