@@ -83,13 +83,13 @@ def test_a_user_and_a_title_are_text_too(page):
     assert page.one(".row .open").text.startswith("<img") and page.script("return window.hacked") is None
 
 
-PIECES = ["*", "**a", "_a ", "`", "[", "[a](", "> ", "- ", "$", "\\(", "\\[\n", "|-", "~~", "<a", "```\n", "1. ", "\\frac{",
-          "$\\sqrt{", "![", "a\n", "   - x\n", "https://", "("]
+PIECES = ["*", "**a", "_a ", "`", "[", "[a](", "> ", "- ", "$", "\\(", "\\[\n", "|-", "~~", "<a", "```\n", "1. ",
+          "\\frac{", "$\\sqrt{", "![", "a\n", "   - x\n", "https://", "("]
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_no_text_is_slow(page, piece):
-    """Four times the text takes about four times as long, whatever it is: no rule tries a text again and again."""
+    """Eight times the text takes about eight times as long, not 64: no rule tries a text again and again."""
     short, long = page.driver.execute_async_script("""
         const [texts, done] = arguments;
         import(new URL('page/markdown.js', document.baseURI)).then(({showMarkdown}) => {
@@ -99,8 +99,8 @@ def test_no_text_is_slow(page, piece):
             return performance.now() - start;
           };
           done(texts.map(text => Math.min(once(text), once(text))));
-        }).catch(error => done(['failed: ' + error, 0]))""", [piece * (number // len(piece)) for number in (25000, 100000)])
-    assert long < 300 or long < 9 * short, (short, long)
+        }).catch(error => done(['failed: ' + error, 0]))""", [piece * (size // len(piece)) for size in (10000, 80000)])
+    assert long < 500 or long < 24 * short, (short, long)
 
 
 def test_code_and_answers_are_copied_as_they_were_written(page):

@@ -10,7 +10,7 @@ const EMPHASIS = { 1: "em", 2: "strong" };
 
 export function inline(text, depth = 0) {
   const fragment = document.createDocumentFragment();
-  fragment.append(...new Scanner(text, depth).nodes());
+  for (const node of new Scanner(text, depth).nodes()) fragment.append(node);
   return fragment;
 }
 
@@ -201,7 +201,9 @@ class Scanner {
         this.made.pop();
         this.openers[sign].pop();
       }
-      this.made.push(element(sign === "~" ? "del" : EMPHASIS[used], {}, ...children));
+      const emphasis = element(sign === "~" ? "del" : EMPHASIS[used]);
+      for (const child of children) emphasis.append(child);
+      this.made.push(emphasis);
       count -= used;
     }
     return count;

@@ -19,15 +19,16 @@ const sources = new WeakMap(); // what a top-level element was made from
 // Makes `container` show `text`; elements whose source has not changed stay, with a selection in them.
 export function showMarkdown(container, text) {
   const wanted = blocks(text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"), 0);
+  const before = [...container.children];
   wanted.forEach((block, place) => {
-    const there = container.children[place];
+    const there = before[place];
     if (there && sources.get(there) === block.source) return;
     const made = block.render();
     sources.set(made, block.source);
     if (there) there.replaceWith(made);
     else container.append(made);
   });
-  while (container.children.length > wanted.length) container.lastElementChild.remove();
+  before.slice(wanted.length).forEach((each) => each.remove());
 }
 
 // The blocks of some lines: {source, render(), apart}; `apart` says that an empty line separates it from the one before.
