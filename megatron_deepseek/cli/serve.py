@@ -31,7 +31,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--api-key-file", type=Path, metavar="FILE", help="keys, one a line, of which a request must bring one")
     add("--served-model-name", nargs="+", metavar="NAME", help="what the model is called (the name of --load)")
     add("--allowed-origins", nargs="+", default=[], metavar="URL", help="web pages elsewhere that may ask, or * (none)")
-    add("--template", metavar="NAME", default="auto", help="of chats (auto: the one that the tokenizer tells)")
+    add("--template", metavar="NAME", default="auto",
+        help="of chats: a family, or a file of Jinja (auto: the checkpoint's own, else what its tokenizer tells)")
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="ask for reasoning, or for none, where a request does not say (as the template has it)")
     add("--log-requests", action="store_true", help="a line on stderr for each: path, status, seconds")

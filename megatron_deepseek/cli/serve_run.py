@@ -14,8 +14,8 @@ from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.serving import server
 from megatron_deepseek.serving.access import Access, is_loopback, read_keys
 from megatron_deepseek.serving.app import make_app
+from megatron_deepseek.serving.chat import ChatFormat
 from megatron_deepseek.serving.limits import Limits
-from megatron_deepseek.serving.plain_chat import PlainChat
 from megatron_deepseek.serving.sampling_fields import Defaults
 from megatron_deepseek.serving.service import ServedModel, Service
 
@@ -56,13 +56,14 @@ def access_of(args: argparse.Namespace, bound: socket.socket) -> Access:
     return Access(keys, tuple(args.allowed_origins), local=is_loopback(bound.getsockname()[0]))
 
 
-def chat_of(args: argparse.Namespace, files: ModelFiles) -> tuple[PlainChat | None, str]:
+def chat_of(args: argparse.Namespace, files: ModelFiles) -> tuple[ChatFormat | None, str]:
     """Return the form of the model's chats, and what is said of it.
 
     Where the tokenizer tells of none, and none was asked for, it is None: the model still completes texts.
     """
     try:
-        chat = PlainChat(options.chat_format(args, files, args.thinking))
+        folder = args.tokenizer_model or getattr(files.tokenizer, "path", None)
+        chat = ChatFormat.of(files.tokenizer, folder, args.template, args.thinking)
         return chat, f"chats as {chat.name}"
     except ValueError as error:
         if args.template != "auto":

@@ -3,9 +3,9 @@
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_deepseek.inference.output import Output
+from megatron_deepseek.serving.chat import AnswerParser
 from megatron_deepseek.serving.chat_request import ChatRequest
 from megatron_deepseek.serving.logprobs import chat_logprobs, prompt_logprobs
 from megatron_deepseek.serving.service import Service
@@ -20,7 +20,7 @@ class ChatChoice:
     request: ChatRequest
     service: Service
     number: int
-    parser: Any = field(init=False)
+    parser: AnswerParser = field(init=False)
     tokens: int = 0
     begun: bool = False
 

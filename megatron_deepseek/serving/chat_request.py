@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_deepseek.serving.errors import ApiError
+from megatron_deepseek.serving.chat import ChatFormat, Question
+from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields
 from megatron_deepseek.serving.sampling_fields import (
     MAX_LOGPROBS, SAMPLING, answer_length, read_sampling, refuse_what_is_not_done, with_length)
@@ -29,7 +30,7 @@ class ChatRequest:
 
     ask: Ask
     model: str
-    question: Any
+    question: Question
     stream: StreamOptions | None
     logprobs: int | None
     prompt_logprobs: int | None
@@ -59,7 +60,7 @@ def read_chat(body: dict, service: Service) -> ChatRequest:
         base.prompt_logprobs, fields.boolean("return_token_ids"), fields.boolean("return_tokens_as_token_ids"))
 
 
-def ask_in_form(chat: Any, body: Mapping[str, Any]) -> Any:
+def ask_in_form(chat: ChatFormat, body: Mapping[str, Any]) -> Question:
     """Return the question of a body in the chat form; raise ApiError that names the field which cannot be.
 
     The form's messages begin with the field's path: `messages[2].content: must be a text`.
@@ -67,8 +68,7 @@ def ask_in_form(chat: Any, body: Mapping[str, Any]) -> Any:
     try:
         return chat.question(body)
     except ValueError as error:
-        path, found, _ = str(error).partition(": ")
-        raise ApiError(400, str(error), path if found and " " not in path else "messages") from error
+        raise from_words(str(error), "messages") from error
 
 
 def _logprobs(fields: Fields) -> int | None:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_deepseek.serving.errors import ApiError
+from megatron_deepseek.inference.grammar import Grammar
+from megatron_deepseek.serving.chat import grammar_of
+from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields, shortly
 from megatron_deepseek.serving.sampling_fields import (
     MAX_LOGPROBS, SAMPLING, answer_length, read_sampling, refuse_what_is_not_done, with_length)
@@ -41,7 +43,7 @@ def read_completion(body: dict, service: Service) -> CompletionRequest:
     service.model.check_name(fields.text("model"))
     refuse_what_is_not_done(fields)
     echo, logprobs = fields.boolean("echo"), fields.integer("logprobs", least=0, most=MAX_LOGPROBS)
-    base = read_sampling(fields, service.model.defaults, logprobs)
+    base = replace(read_sampling(fields, service.model.defaults, logprobs), grammar=_grammar(body))
     if fields.integer("best_of", default=base.n) != base.n:
         raise fields.fault("best_of", f"is {body['best_of']}, and n is {base.n}: they must be equal")
     if echo and logprobs is not None:
@@ -55,6 +57,14 @@ def read_completion(body: dict, service: Service) -> CompletionRequest:
         tuple(each if isinstance(each, str) else None for each in prompts), StreamOptions.read(fields), echo, logprobs,
         fields.given("prompt_logprobs") is not None, not max(lengths), fields.boolean("return_token_ids"),
         fields.boolean("return_tokens_as_token_ids"))
+
+
+def _grammar(body: dict) -> Grammar | None:
+    """Return what the answers must keep to; raise ApiError that names the field which cannot be."""
+    try:
+        return grammar_of(body)
+    except ValueError as error:
+        raise from_words(str(error), "response_format") from error
 
 
 def _prompts(fields: Fields) -> list[str | list[int]]:

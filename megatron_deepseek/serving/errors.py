@@ -33,3 +33,12 @@ class ApiError(Exception):
 def bad_field(param: str, message: str) -> ApiError:
     """Return the error of a field whose value cannot be; the message begins with the field's name."""
     return ApiError(400, message, param)
+
+
+def from_words(message: str, param: str | None) -> ApiError:
+    """Return the error of a ValueError's message, which may begin with the path of a field and a colon.
+
+    Where it does not, the field is `param`.
+    """
+    path, found, _ = message.partition(": ")
+    return ApiError(400, message, path if found and " " not in path else param)

@@ -12,8 +12,9 @@ from megatron_deepseek.data.tokenizer import Tokenizer
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.serving.chat import ChatFormat
 from megatron_deepseek.serving.engine_thread import EngineThread
-from megatron_deepseek.serving.errors import ApiError
+from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.limits import Limits
 from megatron_deepseek.serving.metrics import Metrics
 from megatron_deepseek.serving.sampling_fields import Defaults
@@ -43,7 +44,8 @@ class ServedModel:
 class Service:
     """Asks the engine, within limits. `chat` is the form of chats, None where the tokenizer has none."""
 
-    def __init__(self, replicas: Replicas, model: ServedModel, limits: Limits, chat=None, verbose: bool = False):
+    def __init__(self, replicas: Replicas, model: ServedModel, limits: Limits, chat: ChatFormat | None = None,
+                 verbose: bool = False):
         self.model, self.limits, self.chat = model, limits, chat
         self.tokenizer: Tokenizer | None = replicas.engine.loaded.tokenizer
         self.tokens = TokenText(self.tokenizer) if self.tokenizer is not None else None
@@ -64,8 +66,7 @@ class Service:
             return self.check(prompt, parameters)
         except ValueError as error:
             word = str(error).split()[0]
-            raise ApiError(400, str(error), word if word in ("logit_bias", "stop_token_ids", "stop") else field
-                           ) from error
+            raise from_words(str(error), word if word in ("logit_bias", "stop_token_ids", "stop") else field) from error
 
     @asynccontextmanager
     async def asked(self, ask: Ask) -> AsyncIterator[Ticket]:
