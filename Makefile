@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat test test-all test-engines test-exhaustive drill mutants clean
+.PHONY: help venv pretrain finetune chat test test-all test-engines test-browser test-exhaustive drill mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-engines   install other programs that read the same models (PEFT), and compare with them'
+	@echo 'make test-browser   install Chromium (Debian), and drive the chat page of the server in it'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
@@ -65,6 +66,13 @@ test-all: $(STAMP)
 test-engines: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[engines]'
 	$(PYTEST) tests/engines
+
+# An environment of its own, so that the package's stays as it is; pictures go to tests/browser/screenshots.
+test-browser: $(STAMP)
+	@bash tests/browser/install.sh
+	@[ -x '$(VENV)/browser/bin/python' ] || $(PYTHON) -m venv '$(VENV)/browser'
+	@'$(VENV)/browser/bin/python' -m pip install --quiet -c constraints.txt pytest selenium markdown-it-py
+	SERVE_PYTHON='$(abspath $(BIN))/python' '$(VENV)/browser/bin/python' -m pytest -q tests/browser
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
