@@ -64,8 +64,8 @@ def run(tmp_path, model):
         (stubs / "calls").write_text("")
         (stubs / "serving").unlink(missing_ok=True)
         given = {"PATH": f"{stubs}:{os.environ['PATH']}", "STUBS": str(stubs), "MODEL": str(model),
-                 "POLL_SECONDS": "0.1", "TMPDIR": str(tmp_path), "NODES": "node[0-3]", "SLURM_JOB_ID": "7", "SLURM_NNODES": "4",
-                 "SLURM_JOB_NODELIST": "x", "PORT": "28431", "RPC_PORT": "28432"}
+                 "POLL_SECONDS": "0.1", "TMPDIR": str(tmp_path), "NODES": "node[0-3]", "SLURM_JOB_ID": "7",
+                 "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "x", "PORT": "28431", "RPC_PORT": "28432"}
         done = subprocess.run(["bash", str(EXAMPLES / script)], capture_output=True, text=True, env=given | environ,
                               timeout=60)
         lines = (stubs / "calls").read_text().splitlines()
