@@ -4,11 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= runs/tiny
 WORKERS ?= 2
+PORT ?= 8000
+CLIENTS ?= $(VENV)-clients
+BROWSER ?= $(VENV)-browser
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat test test-all test-engines test-browser test-exhaustive drill mutants clean
+.PHONY: help venv pretrain finetune chat serve test test-all test-engines test-clients test-browser test-exhaustive drill \
+  mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -17,10 +21,13 @@ help:
 	@echo 'make finetune   after make pretrain: fine-tune that model on puzzles with reasoning; loss and answers before and'
 	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above; LORA=1 trains adapters'
 	@echo 'make chat       after either: chat with the model that was trained last; CHAT= options of tools/chat.py'
+	@echo 'make serve      the same model in a browser and by OpenAI'"'"'s API, at PORT= (now: $(PORT)); SERVE= options of'
+	@echo '                tools/serve.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-engines   install other programs that read the same models (PEFT), and compare with them'
-	@echo 'make test-browser   install Chromium (Debian), and drive the chat page of the server in it'
+	@echo 'make test-clients   install clients of the server (lm-eval, llm) in $(CLIENTS), and run them'
+	@echo 'make test-browser   install Chromium (on Debian) and its driver, in $(BROWSER), and try the chat page in it'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
@@ -46,12 +53,17 @@ finetune: pretrain
 	$(BIN)/python tools/run_tiny_finetuning.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
 	  $(if $(NPROC),--nproc $(NPROC)) $(if $(LORA),--lora) $(if $(OVERWRITE),--overwrite)
 
-chat: $(STAMP)
-	@last=$$(ls -t '$(RUN_DIR)'/{finetuned,checkpoints}/latest_checkpointed_iteration.txt 2>/dev/null | head -1); \
+# Sets `last` to what was trained last, and `model` to the options that load it.
+LAST = last=$$(ls -t '$(RUN_DIR)'/{finetuned,checkpoints}/latest_checkpointed_iteration.txt 2>/dev/null | head -1); \
 	  [ -n "$$last" ] || { echo 'make: $(RUN_DIR) holds no model to chat with; make pretrain or make finetune trains one' >&2; \
 	  exit 2; }; \
-	  $(BIN)/python tools/chat.py --load "$${last%/*}" --tokenizer-model '$(RUN_DIR)/data/tokenizer.json' \
-	  --template deepseek-v3 $(CHAT)
+	  model=(--load "$${last%/*}" --tokenizer-model '$(RUN_DIR)/data/tokenizer.json' --template deepseek-v3)
+
+chat: $(STAMP)
+	@$(LAST); $(BIN)/python tools/chat.py "$${model[@]}" $(CHAT)
+
+serve: $(STAMP)
+	@$(LAST); $(BIN)/python tools/serve.py "$${model[@]}" --port $(PORT) $(SERVE)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -67,12 +79,17 @@ test-engines: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[engines]'
 	$(PYTEST) tests/engines
 
-# An environment of its own, so that the package's stays as it is; pictures go to tests/browser/screenshots.
+test-clients: $(STAMP)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet 'lm-eval[api]>=0.4.11' 'llm>=0.27'
+	CLIENTS='$(abspath $(CLIENTS))' $(PYTEST) tests/clients
+
+# Pictures of the page go to tests/browser/screenshots.
 test-browser: $(STAMP)
 	@bash tests/browser/install.sh
-	@[ -x '$(VENV)/browser/bin/python' ] || $(PYTHON) -m venv '$(VENV)/browser'
-	@'$(VENV)/browser/bin/python' -m pip install --quiet -c constraints.txt pytest selenium markdown-it-py
-	SERVE_PYTHON='$(abspath $(BIN))/python' '$(VENV)/browser/bin/python' -m pytest -q tests/browser
+	$(PYTHON) -m venv $(BROWSER)
+	$(BROWSER)/bin/python -m pip install --quiet -c constraints.txt pytest selenium markdown-it-py
+	SERVE_PYTHON='$(abspath $(BIN))/python' $(BROWSER)/bin/python -m pytest -q tests/browser
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
@@ -85,5 +102,5 @@ mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
 
 clean:
-	rm -rf $(VENV) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

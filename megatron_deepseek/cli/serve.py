@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
         from megatron_deepseek.cli import serve_run
     status = serve_run.serve(args)
-    dist.destroy_process_group()
+    if not status:  # else other ranks may be gone, for which that would wait
+        dist.destroy_process_group()
     return status
 
 

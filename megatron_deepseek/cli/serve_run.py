@@ -14,7 +14,7 @@ from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.serving import server
 from megatron_deepseek.serving.access import Access, is_loopback, read_keys
 from megatron_deepseek.serving.app import make_app
-from megatron_deepseek.serving.chat import ChatFormat
+from megatron_deepseek.serving.chat import AUTO, ChatFormat
 from megatron_deepseek.serving.limits import Limits
 from megatron_deepseek.serving.sampling_fields import Defaults
 from megatron_deepseek.serving.service import ServedModel, Service
@@ -27,7 +27,7 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until a signal; return the exit status."""
     bound = server.bind(args.host, args.port) if options.leads() else None
     files = options.open_files(args)
-    length = checked_length(files.config, args.seq_length)
+    length = checked_length(files.config, args.seq_length, "--max-model-len")
     length = length if args.seq_length else min(length, USUAL_LENGTH)
     chat, about_chats = chat_of(args, files)
     model = load_model(files, join_ranks(options.layout_of(args), _IDLE_MINUTES), options.load_settings(args, length))
@@ -61,12 +61,12 @@ def chat_of(args: argparse.Namespace, files: ModelFiles) -> tuple[ChatFormat | N
 
     Where the tokenizer tells of none, and none was asked for, it is None: the model still completes texts.
     """
+    folder = args.tokenizer_model or getattr(files.tokenizer, "path", None)
     try:
-        folder = args.tokenizer_model or getattr(files.tokenizer, "path", None)
         chat = ChatFormat.of(files.tokenizer, folder, args.template, args.thinking)
         return chat, f"chats as {chat.name}"
     except ValueError as error:
-        if args.template != "auto":
+        if args.template != AUTO:
             raise
         return None, f"no chats: {error}"
 
@@ -80,5 +80,5 @@ def served_model(args: argparse.Namespace, files: ModelFiles, length: int) -> Se
 
 
 def say_ready(name: str, url: str, about_chats: str) -> None:
-    """Say where the server is, in one line, which is the first one of its output."""
-    print(f"serving {name} at {url} (API: {url}/v1; {about_chats})", flush=True)
+    """Say where the server is, in a line of its own, which is the first one of its output."""
+    print(f"serving {name} at {url}\nAPI at {url}/v1, {about_chats}", flush=True)

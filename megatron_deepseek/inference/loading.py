@@ -90,11 +90,11 @@ def load_model(files: ModelFiles, meshes: Meshes, settings: LoadSettings = LoadS
                        files.eos_ids, files.defaults)
 
 
-def checked_length(config: ModelConfig, max_length: int | None) -> int:
-    """Return the longest text in tokens; raise ValueError if it is longer than the model can see."""
+def checked_length(config: ModelConfig, max_length: int | None, name: str = "--seq-length") -> int:
+    """Return the longest text in tokens; raise ValueError, with the option's name, if the model cannot see so much."""
     most = config.max_position_embeddings
     if max_length is not None and max_length > most:
-        raise ValueError(f"--seq-length {max_length} is longer than the model's max_position_embeddings {most}")
+        raise ValueError(f"{name} {max_length} is longer than the model's max_position_embeddings {most}")
     return max_length or most
 
 

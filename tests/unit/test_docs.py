@@ -31,6 +31,7 @@ COMMANDS = {
     "tools/indexed_dataset.py": "megatron_deepseek.cli.indexed_dataset",
     "tools/generate.py": "megatron_deepseek.cli.generate",
     "tools/chat.py": "megatron_deepseek.cli.chat",
+    "tools/serve.py": "megatron_deepseek.cli.serve",
     "tools/plan.py": "megatron_deepseek.cli.plan",
     "tools/build_data_cache.py": "megatron_deepseek.cli.build_data_cache",
     "tools/train_tokenizer.py": "megatron_deepseek.cli.train_tokenizer",

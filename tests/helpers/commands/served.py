@@ -70,6 +70,13 @@ class Served:
     def post(self, path: str, body, **headers) -> Answer:
         return self.ask("POST", path, body, **headers)
 
+    def leave(self, body: dict, path: str = "/v1/completions") -> None:
+        """Ask for a stream, read how it begins, and close the connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, json.dumps(body), self.headers | {"Content-Type": "application/json"})
+        assert connection.getresponse().readline().startswith(b"data: ")
+        connection.close()
+
     def metric(self, name: str, **labels: str) -> float:
         """The value of a metric, summed over what labels it has beside these."""
         found = 0.0
@@ -104,7 +111,7 @@ def _port(out: Path, errors: Path, processes: list) -> int:
     while True:
         said = out.read_text() if out.exists() else ""
         if said.endswith("\n") and said.startswith("serving "):
-            return int(said.split("127.0.0.1:")[1].split()[0])
+            return int(said.splitlines()[0].rpartition(":")[2])
         assert all(each.exitcode is None for each in processes), errors.read_text()
         assert time.monotonic() < deadline, "the server is not ready"
         time.sleep(0.02)

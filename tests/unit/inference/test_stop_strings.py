@@ -1,10 +1,12 @@
 """Stop strings: the automaton against a search for each string, and the text of an answer as its tokens come."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from megatron_deepseek.data.tokenizer import ByteTokenizer, NullTokenizer
+from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.stop_strings import StopSearch, StopStrings
 from megatron_deepseek.inference.text import AnswerText
 
@@ -74,3 +76,22 @@ def test_blanks_before_words_stay_however_long_the_text():
 def test_pieces_of_a_character_are_no_stop_string(stop):
     seen, stopped = answer("a€b".encode(), stop)
     assert (seen[-1], stopped) == (("a", True) if stop == ["€"] else ("a€b", False))
+
+
+@pytest.mark.parametrize("tokens, stop, ends", [
+    ("a€b".encode(), (), [1, 1, 1, 2, 3]), (b"xabac", ("abac",), [1, 1, 1, 1, 1]), (b"a\xe2\x82", (), [1, 1, 2])])
+def test_each_token_has_its_end_in_the_text(tokens, stop, ends):
+    """A character in pieces is there with its last one, at the end of the answer with what there is; what a stop
+    string takes with it, no token has.
+    """
+    text = AnswerText(ByteTokenizer(), (65,), StopStrings(stop) if stop else None)
+    if not any([text.add(token) for token in tokens]):
+        text.end()
+    assert text.ends == ends and ends[-1] == len(text.settled)
+
+
+def test_tokens_are_settled_with_their_text():
+    """While a text may become a stop string, its tokens are held back as it is; at the end none are."""
+    running = Output("a", 0, (), [7, 8, 9], "x", text_ends=[1, 1, 3])
+    assert running.settled == 2
+    assert replace(running, finish_reason="length").settled == replace(running, text=None).settled == 3

@@ -106,4 +106,4 @@ def test_nothing_of_it_is_printed(served: Served):
     """No path, no prompt, no traceback, whatever was asked so far."""
     served.post("/v1/completions", TEXT | {"prompt": "a secret", "temperature": -1})
     assert served.errors.read_text() == ""
-    assert len(served.out.read_text().splitlines()) == 1
+    assert len(served.out.read_text().splitlines()) == 2  # where it is, and how it chats
