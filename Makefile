@@ -102,5 +102,5 @@ mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(BROWSER) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
