@@ -44,14 +44,14 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=5", "nltk>=3.9", "ruff>=0.14",
-                 "pyyaml>=6", "openai>=2"],
+                 "pyyaml>=6", "openai>=2", "jsonschema>=4.20"],
         # tools/preprocess_data.py: the fast tokenizer, .zst, parquet, --split-sentences
         "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
         "sentences": ["nltk>=3.9"],
         # tests/engines
         "engines": ["peft>=0.17", "transformers>=5"],
         # tools/serve.py
-        "serve": ["starlette>=1", "uvicorn>=0.40", "prometheus-client>=0.21"],
+        "serve": ["starlette>=1", "uvicorn>=0.40", "prometheus-client>=0.21", "llguidance>=1.9"],
         "tensorboard": ["tensorboard>=2.15"],
         "yaml": ["pyyaml>=6"],  # --yaml-cfg
         "wandb": ["wandb>=0.19"],  # --wandb-project

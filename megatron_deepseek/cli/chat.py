@@ -65,7 +65,7 @@ def talk(session) -> None:
     if interactive and importlib.util.find_spec("readline"):
         import readline  # noqa: F401 (input() then edits lines and remembers them)
     if interactive:
-        _write(f"{session.format.template.name}; /help lists the commands, Ctrl-D leaves\n")
+        _write(f"{session.format.name}; /help lists the commands, Ctrl-D leaves\n")
     while True:
         try:
             if not session.enter(input("> " if interactive else "")):

@@ -2,16 +2,15 @@
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_deepseek.finetuning.chat import ChatFormat
-from megatron_deepseek.finetuning.templates import END_THINK, THINK
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.serving.chat import AnswerParser, ChatDelta, ChatFormat
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = """/system TEXT   what the model is told before the chat; without TEXT nothing
@@ -24,27 +23,22 @@ HELP = """/system TEXT   what the model is told before the chat; without TEXT no
 
 @dataclass
 class Shown:
-    """An answer on its way to the screen: how much of its reasoning and of its text was written.
-
-    `split` gives both parts of an output. Reasoning is dimmed if the screen can.
-    """
+    """An answer on its way to the screen. Reasoning is dimmed if the screen can."""
 
     write: Callable[[str], None]
     dims: bool
-    split: Callable[[Output], tuple[str, str]]
-    reasoning: int = 0
-    text: int = 0
+    reasoned: bool = False
+    answered: bool = False
 
-    def update(self, output: Output) -> None:
+    def update(self, deltas: Iterable[ChatDelta]) -> None:
         """Write what is new."""
-        reasoning, text = self.split(output)
-        if len(reasoning) > self.reasoning:
-            new = reasoning[self.reasoning:]
-            self.write(f"{DIM}{new}{PLAIN}" if self.dims else new)
-        if text and not self.text and reasoning:
-            self.write("\n\n")
-        self.write(text[self.text:])
-        self.reasoning, self.text = len(reasoning), len(text)
+        for delta in deltas:
+            if delta.reasoning is not None:
+                self.reasoned = True
+                self.write(f"{DIM}{delta.reasoning}{PLAIN}" if self.dims else delta.reasoning)
+            elif delta.content is not None:
+                self.write("\n\n" * (self.reasoned and not self.answered) + delta.content)
+                self.answered = True
 
 
 @dataclass
@@ -76,58 +70,38 @@ class ChatSession:
             self.ask(line.strip())
         return True
 
-    def ask(self, question: str) -> None:
+    def ask(self, text: str) -> None:
         """Answer a question, and keep both. What cannot be asked is told in a line, and forgotten."""
-        asked = [*self._before(), *self.messages, {"role": "user", "content": question}]
+        asked = [*self._before(), *self.messages, {"role": "user", "content": text}]
         try:
-            name = self.replicas.add(self.format.prompt(asked), self.parameters)
+            question = self.format.question({"messages": asked})
+            name = self.replicas.add(question.prompt, self.parameters)
         except ValueError as error:
             self._say(f"{error}; /undo or /reset makes room" if "max_length" in str(error) else str(error))
             return
-        output, stopped = self._answer(name)
+        parser = question.parser()
+        output, stopped = self._answer(name, parser)
         self.write("\n")
         if stopped or output is None or output.finish_reason == "length":
             self._say("[stopped]" if stopped else "[the answer is cut: --max-new-tokens or --seq-length]")
         if output is not None and output.text:
-            self.messages += [{"role": "user", "content": question}, self.format.message(output.text)]
+            answer = parser.message()
+            self.messages += [{"role": "user", "content": text},
+                              {**answer, "content": answer["content"] or ""}]
 
-    def _answer(self, name: str) -> tuple[Output | None, bool]:
+    def _answer(self, name: str, parser: AnswerParser) -> tuple[Output | None, bool]:
         """Write an answer as it comes; return it, and whether it was stopped by Ctrl-C."""
-        shown, last = Shown(self.write, self.dims, self._split), None
+        shown, last = Shown(self.write, self.dims), None
         with _interruptions() as interrupted:
             while self.replicas.has_work:
                 for output in self.replicas.step():
                     last = output
-                    shown.update(output)
+                    shown.update(parser.update(output))
                 if interrupted() and self.replicas.has_work:
                     self.replicas.abort(name)
                     self.replicas.step()  # by which it comes to the other ranks
                     return last, True
         return last, False
-
-    def _split(self, output: Output) -> tuple[str, str]:
-        """Return reasoning and text of an answer so far, without the tags and the line ends about them.
-
-        Reasoning ends at the token </think>, where there is such a token: as a text it may be written in between.
-        """
-        text, end = output.text, self.format.end_of_thought
-        opened = text.lstrip().startswith(THINK)
-        if opened:
-            text = text.lstrip()[len(THINK):]
-        elif THINK.startswith(text.strip()) and text.strip():
-            return "", ""  # what may become <think>
-        if not (opened or self.format.begins_with_thought):
-            return "", text
-        before, ended = 0, END_THINK in text
-        if end is not None:
-            ended = end in output.tokens
-            thoughts = output.tokens[:output.tokens.index(end)] if ended else output.tokens
-            before = self.format.encoder.tokenizer.decode(list(thoughts)).count(END_THINK)
-        if not ended:
-            return without_beginning(text, END_THINK).strip("\n") if not output.finished else text.strip("\n"), ""
-        parts = text.split(END_THINK)
-        reasoning, answer = END_THINK.join(parts[:before + 1]), END_THINK.join(parts[before + 1:])
-        return reasoning.strip("\n"), answer.lstrip("\n")
 
     def _before(self) -> list[dict]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -162,12 +136,6 @@ class ChatSession:
     def _say(self, text: str) -> None:
         """Write a line that is not the model's."""
         self.write((f"{DIM}{text}{PLAIN}" if self.dims else text) + "\n")
-
-
-def without_beginning(text: str, tag: str) -> str:
-    """Return `text` without what may become `tag` at its end."""
-    begun = next((length for length in range(len(tag) - 1, 0, -1) if text.endswith(tag[:length])), 0)
-    return text[:len(text) - begun]
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_deepseek.finetuning.chat import ChatFormat
 from megatron_deepseek.foreign_json import parse_json
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.text import prompt_ids
+from megatron_deepseek.serving.chat import ChatFormat
 from megatron_deepseek.data.tokenizer import Tokenizer
 
 OTHER_NAMES = {"max_new_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
@@ -38,12 +38,12 @@ class PromptLine:
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """Makes prompts of lines. `chat` gives the chat format, with thinking as a line asks for it; `model` names what the
+    """Makes prompts of lines. `chat` gives the chat format, for files that have messages; `model` names what the
     answers are made by, for their digest. A request is checked by `check`, with the longest text in mind.
     """
 
     tokenizer: Tokenizer
-    chat: Callable[[bool | None], ChatFormat]
+    chat: Callable[[], ChatFormat]
     parameters: SamplingParameters
     model: str
     check: Callable[[list[int], SamplingParameters], None]
@@ -91,7 +91,7 @@ class PromptReader:
 
     def _ids(self, found: dict) -> list[int]:
         if "messages" in found:
-            return self.chat(found.get("thinking")).prompt(found["messages"], found.get("tools") or ())
+            return list(self.chat().question({key: found.get(key) for key in ("messages", "tools", "thinking")}).prompt)
         prompt = found["prompt"]
         if isinstance(prompt, str):
             return prompt_ids(self.tokenizer, prompt)

@@ -17,9 +17,9 @@ from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.parallel.layout import Layout
 
 if TYPE_CHECKING:
-    from megatron_deepseek.finetuning.chat import ChatFormat
     from megatron_deepseek.inference.loading import LoadSettings
     from megatron_deepseek.inference.model_files import ModelFiles
+    from megatron_deepseek.serving.chat import ChatFormat
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 FORMS = ("plain", "fp8", "nf4")
@@ -122,9 +122,7 @@ def open_files(args: argparse.Namespace) -> "ModelFiles":
 def chat_format(args: argparse.Namespace, files: "ModelFiles", thinking: bool | None = None) -> "ChatFormat":
     """Return how the model is asked in a chat: --template. Raise ValueError where its tokenizer has no tokens for it.
     """
-    from megatron_deepseek.finetuning.chat import CHOICES, ChatFormat
-    if args.template not in CHOICES:
-        raise ValueError(f"--template {args.template} is not one of {', '.join(CHOICES)}")
+    from megatron_deepseek.serving.chat import ChatFormat
     model = args.tokenizer_model or str(getattr(files.tokenizer, "path", "")) or None
     return ChatFormat.of(files.tokenizer, model, args.template, thinking)
 

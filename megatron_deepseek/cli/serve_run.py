@@ -32,6 +32,7 @@ def serve(args: argparse.Namespace) -> int:
     chat, about_chats = chat_of(args, files)
     model = load_model(files, join_ranks(options.layout_of(args), _IDLE_MINUTES), options.load_settings(args, length))
     replicas = Replicas(model, options.engine_settings(args, length), stream=True)
+    replicas.engine.prepare_grammars()
     if not replicas.leads:
         for each in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends in order, and then says so
             signal.signal(each, signal.SIG_IGN)
@@ -61,9 +62,8 @@ def chat_of(args: argparse.Namespace, files: ModelFiles) -> tuple[ChatFormat | N
 
     Where the tokenizer tells of none, and none was asked for, it is None: the model still completes texts.
     """
-    folder = args.tokenizer_model or getattr(files.tokenizer, "path", None)
     try:
-        chat = ChatFormat.of(files.tokenizer, folder, args.template, args.thinking)
+        chat = options.chat_format(args, files, args.thinking)
         return chat, f"chats as {chat.name}"
     except ValueError as error:
         if args.template != AUTO:

@@ -5,6 +5,7 @@ logits after an accepted draft is drawn from with what may follow it, and where 
 sequence that gives up its blocks keeps its constraint, as it keeps its tokens.
 """
 
+import importlib.util
 import json
 from collections.abc import Collection
 
@@ -42,10 +43,10 @@ class Constraint:
         return allowed_V
 
     def add(self, token: int) -> None:
-        """Take note of a token of the answer."""
+        """Take note of a token of the answer. One that ends it is the last, whatever the grammar makes of it."""
         if not self._begun:
             self._begun = token == self._begins_after
-        elif token not in self._ends:
+        else:
             self._matcher.consume_token(token)
 
     @property
@@ -66,6 +67,11 @@ class Constraints:
         self._tokenizer, self._num_ids = tokenizer, num_ids
         self._vocabulary = None
         self._compiled: dict[str, object] = {}
+
+    def prepare(self) -> None:
+        """Read the vocabulary, which takes a second or two, before the first request needs it."""
+        if importlib.util.find_spec("llguidance") is not None and isinstance(self._tokenizer, HuggingFaceTokenizer):
+            self._words()
 
     def check(self, grammar: Grammar) -> None:
         """Raise ValueError, begun by the grammar's name, for one that cannot be kept to."""

@@ -130,6 +130,10 @@ class Engine:
         self.pool.forget()
         self.model.weights_changed()
 
+    def prepare_grammars(self) -> None:
+        """Do now what the first request with a grammar would wait for; where grammars cannot be, nothing."""
+        self._constraints.prepare()
+
     @property
     def has_work(self) -> bool:
         """Return whether any request waits or runs."""

@@ -8,7 +8,7 @@ grammars are documented there; what it cannot keep to it refuses.
 import importlib.util
 from dataclasses import dataclass
 
-_HOW = "pip install 'megatron-deepseek[serve]' installs it"
+from megatron_deepseek.packages import how_to_install
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,5 @@ class Grammar:
 def need_library(name: str) -> None:
     """Raise ValueError, begun by `name`, where llguidance is not installed."""
     if importlib.util.find_spec("llguidance") is None:
-        raise ValueError(f"{name}: needs the package llguidance, which is not installed; {_HOW}")
+        raise ValueError(f"{name}: needs the package llguidance, which is not installed: "
+                         f"{how_to_install('llguidance')}")

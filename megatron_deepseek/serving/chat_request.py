@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_deepseek.serving.chat import ChatFormat, Question
+from megatron_deepseek.serving.chat import CHAT_FIELDS, GRAMMAR_FIELDS, ChatFormat, Question
 from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields
 from megatron_deepseek.serving.sampling_fields import (
@@ -18,8 +18,7 @@ from megatron_deepseek.serving.ticket import Ask
 
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 _OTHERS = ("model", "messages", "logprobs", "top_logprobs", "stream", "stream_options", "user", "return_token_ids",
-           "return_tokens_as_token_ids", "tools", "tool_choice", "parallel_tool_calls", "response_format",
-           "chat_template_kwargs", "reasoning_effort", "metadata", "store", "service_tier", *_LENGTHS)
+           "return_tokens_as_token_ids", "metadata", "store", "service_tier", *CHAT_FIELDS, *GRAMMAR_FIELDS, *_LENGTHS)
 
 
 @dataclass(frozen=True)

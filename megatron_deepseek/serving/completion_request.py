@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from megatron_deepseek.inference.grammar import Grammar
-from megatron_deepseek.serving.chat import grammar_of
+from megatron_deepseek.serving.chat import GRAMMAR_FIELDS, grammar_of
 from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields, shortly
 from megatron_deepseek.serving.sampling_fields import (
@@ -13,7 +13,7 @@ from megatron_deepseek.serving.stream_options import StreamOptions
 from megatron_deepseek.serving.ticket import Ask
 
 _OTHERS = ("model", "prompt", "max_tokens", "logprobs", "echo", "stream", "stream_options", "best_of", "user",
-           "return_token_ids", "return_tokens_as_token_ids")
+           "return_token_ids", "return_tokens_as_token_ids", *GRAMMAR_FIELDS)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ LOADED = of(
 ) + of(
     ("tests/unit/cli/test_chat.py",),
     ("ChatSession._answer", "self.replicas.abort(name)", "pass"),
-    ("ChatSession._split", "ended = end in output.tokens", "ended = END_THINK in text"),
 ) + of(
     ("tests/e2e/test_generate.py",),
     ("cut_and_read", "os.truncate(path, whole)", "pass"),

@@ -136,8 +136,8 @@ class Question:
         form = self.format.form
         if not self.tools.shown:
             form = replace(form, calls=None)
-        return AnswerParser(self.format.tokenizer, self.prompt, form, self.begins_inside,
-                            most_calls=None if self.tools.parallel else 1)
+        return AnswerParser(form, self.begins_inside, most_calls=None if self.tools.parallel else 1,
+                            shows_reasoning=self.options.shows_reasoning)
 
 
 def _form_of_source(source: str, control: Mapping[str, int]) -> AnswerForm:

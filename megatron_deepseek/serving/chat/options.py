@@ -6,6 +6,9 @@ from typing import Any
 
 from megatron_deepseek.serving.chat.fields import an_object, fault, flag, one_of
 
+# Fields of a request that concern its template and its tools, beside the messages.
+CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "add_generation_prompt",
+               "continue_final_message", "chat_template_kwargs", "reasoning_effort", "thinking", "include_reasoning")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 

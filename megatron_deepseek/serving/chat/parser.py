@@ -5,15 +5,12 @@ text is settled: without characters in pieces, stop strings, and what may become
 may begin in the middle of a control token's text, and then the token is no more than the letters before it.
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_deepseek.data.tokenizer import Tokenizer
 from megatron_deepseek.finetuning.templates import CALLS, END_THINK, THINK
 from megatron_deepseek.inference.output import Output
-from megatron_deepseek.inference.text import AnswerText
 from megatron_deepseek.serving.chat.calls import CallReader
 from megatron_deepseek.serving.chat.delta import ChatDelta, joined, message_of
 
@@ -33,31 +30,24 @@ class AnswerForm:
 
 
 class AnswerParser:
-    """Reads one answer. `begins_inside` says whether the prompt has opened the reasoning."""
+    """Reads one answer. `begins_inside` says whether the prompt has opened the reasoning. Where `shows_reasoning` is
+    false reasoning is read, but not returned.
+    """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], form: AnswerForm, begins_inside: bool,
-                 most_calls: int | None = None):
-        self._text = AnswerText(tokenizer, tuple(prompt))
+    def __init__(self, form: AnswerForm, begins_inside: bool, most_calls: int | None = None,
+                 shows_reasoning: bool = True):
         self._names = {identity: name for name, identity in form.control.items()}
-        self._pieces: deque[tuple[str, bool]] = deque()
-        self._num_tokens = self._num_shown = 0
+        self._shows_reasoning = shows_reasoning
+        self._num_tokens = self._num_characters = 0  # of the answer, that were read
         self._reader = _Reader(form, begins_inside, most_calls)
         self._deltas: list[ChatDelta] = []
 
     def update(self, output: Output) -> list[ChatDelta]:
-        """Return what is new in an answer; all of the rest once it is finished."""
-        for token in output.tokens[self._num_tokens:]:
-            self._add(token)
-        self._num_tokens = len(output.tokens)
-        if output.finished and not self._text.finished:
-            before = len(self._text.text)
-            self._text.end()
-            self._pieces.append((self._text.text[before:], False))
-        found = [delta for piece, control in self._settled(len(output.text), output.finished)
-                 for delta in self._reader.feed(piece, control)]
+        """Return what is new in an answer; all of the rest once it is finished. Outputs between may be left out."""
+        found = [delta for piece, control in self._pieces(output) for delta in self._reader.feed(piece, control)]
         if output.finished:
             found += self._reader.end()
-        found = joined(found)
+        found = joined(delta for delta in found if self._shows_reasoning or delta.reasoning is None)
         self._deltas += found
         return found
 
@@ -70,34 +60,29 @@ class AnswerParser:
         called = any(delta.call is not None for delta in self._deltas)
         return "tool_calls" if called and output.finish_reason == "stop" else output.finish_reason
 
-    def _add(self, token: int) -> None:
-        """Cut the text that a token adds into pieces: a control token's is one, behind what was in pieces before."""
-        before = len(self._text.text)
-        self._text.add(token)
-        new, name = self._text.text[before:], self._names.get(token)
-        if name is None or not new.endswith(name):
-            self._pieces.append((new, False))
-        else:
-            self._pieces += [(new.removesuffix(name), False), (name, True)]
+    def _pieces(self, output: Output) -> Iterator[tuple[str, bool]]:
+        """Yield the settled text that was not read, in pieces: control tokens, and what is between them.
 
-    def _settled(self, length: int, finished: bool) -> Iterator[tuple[str, bool]]:
-        """Yield the pieces up to `length` characters; a control token that is cut there waits, or is text at the end.
+        A control token of which not all is settled waits; where a stop string has cut it, it is text.
         """
-        while self._pieces:
-            piece, control = self._pieces[0]
-            room = length - self._num_shown
-            if len(piece) > room and control and not finished:
-                return
-            if len(piece) > room:
-                shown, control = piece[:max(room, 0)], False
-                self._pieces[0] = piece[len(shown):], False
+        settled = len(output.text)
+        for token, end in zip(output.tokens[self._num_tokens:], output.text_ends[self._num_tokens:]):
+            name = self._names.get(token)
+            if end > settled and (name is not None or self._num_characters == settled):
+                break
+            piece = output.text[self._num_characters:min(end, settled)]
+            self._num_characters += len(piece)
+            if name is not None and piece.endswith(name):
+                yield piece.removesuffix(name), False  # a character in pieces may stand before it
+                yield name, True
             else:
-                shown, _ = self._pieces.popleft()
-            self._num_shown += len(shown)
-            if shown:
-                yield shown, control
-            if len(piece) > room:
-                return
+                yield piece, False
+            if end > settled:
+                break
+            self._num_tokens += 1
+        if output.finished:
+            yield output.text[self._num_characters:], False
+            self._num_characters = settled
 
 
 class _Reader:
@@ -113,6 +98,9 @@ class _Reader:
         self._num_calls = 0
 
     def feed(self, piece: str, control: bool) -> Iterator[ChatDelta]:
+        """Read a piece of text, which may be empty, or a control token by its text; yield what it tells."""
+        if not piece:
+            return
         for delta in self._state(piece, control):
             if delta.call is None or self._most_calls is None or delta.call.index < self._most_calls:
                 yield delta

@@ -14,6 +14,7 @@ from megatron_deepseek.serving.chat.fields import a_list, an_object, fault, one_
 BLANKS = {"whitespace_pattern": r"[ \n\t]{0,12}"}
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _GUIDED = {f"guided_{kind}": kind for kind in _KINDS}
+GRAMMAR_FIELDS = ("response_format", "structured_outputs", *_GUIDED)  # of a request
 
 
 def grammar_of(body: Mapping[str, Any], begins_after: int | None = None, leading: bool = False) -> Grammar | None:
@@ -29,7 +30,7 @@ def grammar_of(body: Mapping[str, Any], begins_after: int | None = None, leading
         raise fault(found[1][0], f"cannot be with {found[0][0]}: an answer has one form")
     path, kind, value = found[0]
     need_library(path)
-    return grammar([{"name": "answer", **_body(kind, value, path)}], "@answer", path, begins_after, leading)
+    return grammar([_body(kind, value, path) | {"name": "answer"}], "@answer", path, begins_after, leading)
 
 
 def grammar(rules: list[dict[str, Any]], start: str, path: str, begins_after: int | None, leading: bool) -> Grammar:
@@ -89,7 +90,7 @@ def _body(kind: str, value: Any, path: str) -> dict[str, Any]:
             made = grammar_from("grammar", text(value, path))
         except ValueError as error:
             raise fault(path, str(error)) from error
-    return {"lark_grammar": json.loads(made)["grammars"][0]["lark_grammar"]}
+    return json.loads(made)["grammars"][0] if made.startswith("{") else {"lark_grammar": made}
 
 
 def _schema(value: Any, path: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from forked import running_script
 
 REPOSITORY = Path(__file__).parents[3]
-_START = 120.0  # seconds; on a busy machine a server may take long to start
+_PATIENCE = 240.0  # seconds; on a busy machine a server may take long to start, and to answer
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Served:
 
     def ask(self, method: str, path: str, body=None, **headers) -> Answer:
         """The answer to one request; `body` is sent as JSON unless it is bytes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         if body is not None and not isinstance(body, bytes):
             body, given = json.dumps(body).encode(), {"Content-Type": "application/json"} | given
@@ -72,7 +72,7 @@ class Served:
 
     def leave(self, body: dict, path: str = "/v1/completions") -> None:
         """Ask for a stream, read how it begins, and close the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         connection.request("POST", path, json.dumps(body), self.headers | {"Content-Type": "application/json"})
         assert connection.getresponse().readline().startswith(b"data: ")
         connection.close()
@@ -86,7 +86,7 @@ class Served:
                 found += float(line.rpartition(" ")[2])
         return found
 
-    def wait_until_idle(self, seconds: float = 30.0) -> None:
+    def wait_until_idle(self, seconds: float = _PATIENCE) -> None:
         """Wait until nothing is answered; then all blocks must be free."""
         deadline = time.monotonic() + seconds
         while self.metric("vllm:num_requests_running") or self.metric("vllm:num_requests_waiting"):
@@ -107,7 +107,7 @@ def serving(folder: Path, load: Path, *options: str, num_ranks: int = 1, headers
 
 def _port(out: Path, errors: Path, processes: list) -> int:
     """The port in the line that says that the server is ready."""
-    deadline = time.monotonic() + _START
+    deadline = time.monotonic() + _PATIENCE
     while True:
         said = out.read_text() if out.exists() else ""
         if said.endswith("\n") and said.startswith("serving "):

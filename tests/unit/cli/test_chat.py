@@ -15,10 +15,10 @@ from small_checkpoints import v3_directory
 from megatron_deepseek.cli.chat import main
 from megatron_deepseek.cli.chat_session import DIM, PLAIN, ChatSession
 from megatron_deepseek.data.tokenizer import ASSISTANT, BOS, EOD, USER, build_tokenizer
-from megatron_deepseek.finetuning.chat import ChatFormat
 from megatron_deepseek.finetuning.templates import END_THINK, THINK
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.serving.chat import ChatFormat
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,9 @@ class Scripted:
         own = self.tokens[:self.steps]
         finished = self.steps == len(self.tokens)
         self.tokens = None if finished else self.tokens
+        ends = [len(self.tokenizer.decode(own[:number]).rstrip("\ufffd")) for number in range(1, len(own) + 1)]
         text = self.tokenizer.decode(own).rstrip("\ufffd")
-        return [Output("the request", 0, (), own, text, "stop" if finished else None)]
+        return [Output("the request", 0, (), own, text, ends, "stop" if finished else None)]
 
 
 def session(tokenizer_model: str, answers: list[str], template: str = "deepseek-v3", thinking: bool | None = None,
@@ -100,7 +101,7 @@ def test_reasoning_is_dimmed_and_kept_apart(tokenizer_model, template, thinking,
     shown = "".join(written)
     reasoning, _, text = shown.rpartition(PLAIN)
     assert reasoning.replace(DIM, "").replace(PLAIN, "").strip("\n") == "one, then two"
-    assert text == "\n\nThe answer\n" and len(written) > 8
+    assert text == "\n\nThe answer\n" and len(written) > 6
     assert chat.messages[1] == {"role": "assistant", "content": "The answer", "reasoning_content": "one, then two"}
     chat.enter("and?")
     assert ("one, then two" in chat.replicas.asked[1]) == (template == "deepseek-v3")  # the others drop it
@@ -110,7 +111,7 @@ def test_tags_that_are_no_tokens(tmp_path):
     """As in a tokenizer of V3: the tag comes in pieces, of which none is shown, and no line end before it."""
     model = write_tokenizer(tmp_path / "tokenizer", V3)
     chat, written = session(model, ["<think>\none < two\n</think>\n\nyes", "<think>\nnever end</thi"], dims=False)
-    assert len(chat.format.encoder.tokenizer.encode(END_THINK)) > 1
+    assert len(chat.format.tokenizer.encode(END_THINK)) > 1
     chat.enter("what?")
     assert "".join(written) == "one < two\n\nyes\n"
     written.clear()
@@ -121,10 +122,10 @@ def test_tags_that_are_no_tokens(tmp_path):
 def test_a_tag_that_is_text_ends_no_reasoning(tokenizer_model):
     """The token does; ids of the letters < / t h ... are not the token's."""
     chat, _ = session(tokenizer_model, [])
-    letters = [token for piece in ("<", "/think>") for token in chat.format.encoder.tokenizer.encode(piece)]
-    (end,) = chat.format.encoder.tokenizer.encode(END_THINK)
-    (begin,) = chat.format.encoder.tokenizer.encode(THINK)
-    thought, answer = chat.format.encoder.tokenizer.encode("first"), chat.format.encoder.tokenizer.encode("two")
+    letters = [token for piece in ("<", "/think>") for token in chat.format.tokenizer.encode(piece)]
+    (end,) = chat.format.tokenizer.encode(END_THINK)
+    (begin,) = chat.format.tokenizer.encode(THINK)
+    thought, answer = chat.format.tokenizer.encode("first"), chat.format.tokenizer.encode("two")
     tokens = [begin, *thought, *letters, *thought, end, *answer]
     chat.replicas.tokenizer.encode = lambda text: tokens
     chat.replicas.answers.append("")
@@ -158,8 +159,8 @@ def test_ctrl_c_stops_the_answer_only(tokenizer_model):
 
 def test_what_cannot_be_asked_is_forgotten(tokenizer_model):
     chat, written = session(tokenizer_model, [], dims=False)
-    chat.enter(f"what is {EOD}?")
-    assert "holds the control token" in "".join(written) and not chat.messages and not chat.replicas.asked
+    chat.enter("what is \ud83d?")
+    assert "holds half a surrogate pair" in "".join(written) and not chat.messages and not chat.replicas.asked
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_the_command_from_a_pipe(model, monkeypatch, capsys, tmp_path):
 
 
 def test_mistakes_are_one_line(model, monkeypatch, capsys, tmp_path):
-    for more, named in ((("--template", "v9"), "--template v9 is not one of auto, deepseek-v2"),
+    for more, named in ((("--template", "v9"), "--template v9 is neither one of auto, deepseek-v2"),
                         (("--template", "deepseek-r1"), "<think> is no token there"),
                         (("--top-p", "0"), "top_p is 0; it must be greater than 0"),
                         (("--seq-length", "1000"), "--seq-length 1000 is longer than the model's")):

@@ -92,12 +92,12 @@ def test_drafts_and_preemptions_change_nothing(model, temperature):
 
 
 def test_a_grammar_that_begins_behind_reasoning(model, tokenizer):
-    """Before the token everything may come; a bias brings it."""
+    """Before the token everything may come but an end; a bias brings both."""
     (end,) = tokenizer.encode(END_THINK)
     grammar = of_schema({"enum": ["yes", "no"]}, begins_after=end)
     for seed in range(3):
         ((answer,),) = engine(model, max_length=LENGTH).generate(
-            [[5, 9]], replace(SAMPLED, grammar=grammar, seed=seed, logit_bias={end: 6.0}))
+            [[5, 9]], replace(SAMPLED, grammar=grammar, seed=seed, logit_bias={end: 6.0, tokenizer.eod: 8.0}))
         reasoning, _, text = answer.text.partition(END_THINK)
         assert json.loads(text) in ("yes", "no") and answer.finish_reason == "stop"
         assert not set(answer.tokens[answer.tokens.index(end) + 1:]) & {end}

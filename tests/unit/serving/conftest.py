@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def served(checkpoint, tmp_path_factory) -> Iterator[Served]:
     with serving(tmp_path_factory.mktemp("server"), checkpoint, "--template", "deepseek-v3.1", "--max-running", "8",
-                 "--idle-seconds", "1") as one:
+                 "--idle-seconds", "2") as one:
         yield one
 
 

@@ -60,7 +60,8 @@ def outputs(tokenizer, prompt, tokens, stop=(), reason="stop", every: int = 1) -
             text.end()
         if finished or number % every == 0:
             why = ("stop" if stopped else reason) if finished else None
-            found.append(Output("request", 0, tuple(prompt), list(tokens[:number]), text.settled, why))
+            ends = text.ends + [len(text.text)] * (number - len(text.ends))
+            found.append(Output("request", 0, tuple(prompt), list(tokens[:number]), text.settled, ends, why))
         if finished:
             break
     return found

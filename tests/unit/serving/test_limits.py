@@ -27,7 +27,7 @@ def connected(served: Served, receive_buffer: int | None = None) -> Iterator[soc
     with socket.socket() as client:
         if receive_buffer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        client.settimeout(60)
+        client.settimeout(240)
         client.connect(("127.0.0.1", served.port))
         yield client
 
@@ -74,20 +74,23 @@ def test_a_reader_that_stands_still_is_cut_off(served):
     assert served.metric("vllm:generation_tokens_total") - made < 16000
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: loc", request("/health", b"") + b"GET /"])
-def test_headers_that_never_end(served, begun):
+def test_headers_that_never_end(served):
+    """None at all, some, and those of a second request: the connection is closed after --idle-seconds."""
+    begun = [b"", b"GET / HTTP/1.1\r\nHost: loc", request("/health", b"") + b"GET /"]
     begin = time.monotonic()
-    with connected(served) as client:
-        client.sendall(begun)
-        until_closed(client)
-    assert 0.9 < time.monotonic() - begin < 20
+    with connected(served) as first, connected(served) as second, connected(served) as third:
+        for client, content in zip((first, second, third), begun):
+            client.sendall(content)
+        for client in (first, second, third):
+            until_closed(client)
+    assert time.monotonic() - begin > 1.9
 
 
 @pytest.fixture(scope="module")
 def strict(checkpoint, tmp_path_factory) -> Iterator[Served]:
-    """A server that takes two answers at most, of which one waits, and little time and space."""
+    """A server that takes two answers at most, of which one waits, and small bodies."""
     with serving(tmp_path_factory.mktemp("strict"), checkpoint, "--max-running", "1", "--max-queue", "1", "--max-body",
-                 "64KiB", "--body-seconds", "0.5", "--request-seconds", "1.5") as one:
+                 "64KiB", "--body-seconds", "1") as one:
         yield one
 
 
@@ -104,16 +107,6 @@ def test_a_queue_that_is_full(strict):
     assert too_many.status == 400  # which would never have a place
     strict.wait_until_idle()
     assert strict.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 1}).status == 200
-
-
-def test_an_answer_that_takes_too_long(strict):
-    """The stream says so in an event, then ends as streams do; a client is told not to try again."""
-    whole = strict.post("/v1/completions", ENDLESS)
-    assert whole.status == 504 and whole.headers["x-should-retry"] == "false"
-    *events, last = strict.post("/v1/completions", ENDLESS | {"stream": True}).events
-    assert len(events) > 1 and all("choices" in event for event in events)
-    assert last["error"]["code"] == 504
-    strict.wait_until_idle()
 
 
 @pytest.mark.parametrize("more", [(), ("Expect: 100-continue",), ("Transfer-Encoding: chunked",)])
@@ -144,7 +137,7 @@ def test_the_end_of_the_server_waits_for_answers(checkpoint, tmp_path):
         os.kill(one.processes[0].pid, signal.SIGTERM)
         refused = _refused(one)
         answer = begun + until_closed(client)
-        one.processes[0].join(60)
+        one.processes[0].join(240)
         assert refused and b"data: [DONE]" in answer and b'"length"' in answer
         assert one.processes[0].exitcode == 0 and one.errors.read_text() == ""
 
@@ -155,14 +148,14 @@ def test_the_end_of_the_server_does_not_wait_for_ever(checkpoint, tmp_path):
         client.sendall(request("/v1/completions", ENDLESS | {"stream": True}))
         client.recv(65536)
         os.kill(one.processes[0].pid, signal.SIGINT)
-        one.processes[0].join(60)
+        one.processes[0].join(240)
         answer = until_closed(client)
         assert one.processes[0].exitcode == 0 and b'"code":503' in answer and b"data: [DONE]" in answer
 
 
 def _refused(served: Served) -> bool:
     """Whether, within a time, the server takes no more connections."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         try:
             with connected(served):

@@ -26,7 +26,7 @@ def answers(served: Served) -> list:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(240)
     return found
 
 
@@ -49,7 +49,7 @@ def test_ranks_answer_as_one_process_does(served, checkpoint, tmp_path, options)
         for each in ours.processes:
             os.kill(each.pid, signal.SIGTERM)
         for each in ours.processes:
-            each.join(60)
+            each.join(240)
         assert [each.exitcode for each in ours.processes] == [0] * len(ours.processes)
 
 
@@ -60,6 +60,6 @@ def test_a_rank_that_dies_ends_the_server(checkpoint, tmp_path):
         os.kill(ours.processes[1].pid, signal.SIGKILL)
         answer = ours.post("/v1/completions", REQUESTS[0])
         assert answer.status == 500 and "engine" in answer.error["message"]
-        ours.processes[0].join(60)
+        ours.processes[0].join(240)
         assert ours.processes[0].exitcode == 1
         assert "the engine has stopped" in ours.errors.read_text()

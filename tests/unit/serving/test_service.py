@@ -1,12 +1,16 @@
 """The service without HTTP: an engine that fails, answers that nobody reads yet."""
 
 import asyncio
+import json
+from dataclasses import replace
 
 import pytest
 
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.serving.access import Access
+from megatron_deepseek.serving.app import make_app
 from megatron_deepseek.serving.errors import ApiError
 from megatron_deepseek.serving.limits import Limits
 from megatron_deepseek.serving.sampling_fields import Defaults
@@ -36,6 +40,51 @@ def test_answers_are_numbered_by_prompt_and_n_and_only_the_last_state_is_kept():
     first, rest = asyncio.run(scenario())
     assert [(number, len(each.tokens)) for number, each in first] == [(2, 2)]
     assert [[number for number, _ in new] for new in rest] == [[0, 1, 2, 3]]
+
+
+async def asked(app, path: str, body: dict) -> list[dict]:
+    """What the application sends for one request, whose client stays until all is there."""
+    content, sent = json.dumps(body).encode(), []
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+             "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""}
+    given = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> dict:
+        return given.pop() if given else await asyncio.Future()
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
+def test_an_answer_that_takes_too_long(engine):
+    """It is 504, and a client is told not to try again; a stream says so in an event, and ends as streams do."""
+    replicas = Replicas(engine.loaded, engine.settings, stream=True)
+    model = replace(MODEL, defaults=Defaults(SamplingParameters(), 4096))
+    service = Service(replicas, model, Limits(running=4, request_seconds=0.5))
+    app = make_app(service, Access(), "0")
+    endless = {"prompt": [1, 2, 3], "max_tokens": 4000, "ignore_eos": True}
+
+    async def scenario() -> tuple[list, list]:
+        service.engine.start()
+        try:
+            answers = await asyncio.gather(*(
+                asked(app, "/v1/completions", endless | {"stream": stream}) for stream in (False, True)))
+            while replicas.statistics.running:  # ends where what is too late is stopped
+                await asyncio.sleep(0.01)
+            return answers
+        finally:
+            await asyncio.to_thread(service.engine.close, 60)
+
+    (begin, whole), (begun, *events) = asyncio.run(scenario())
+    assert begin["status"] == 504 and (b"x-should-retry", b"false") in begin["headers"]
+    assert json.loads(whole["body"])["error"]["type"] == "GatewayTimeoutError"
+    assert begun["status"] == 200 and b'"choices"' in events[0]["body"]
+    assert b'"code":504' in events[-2]["body"] and events[-1]["body"] == b"data: [DONE]\n\n"
+    assert replicas.statistics.blocks_used == 0 and replicas.statistics.output_tokens < 8000
 
 
 def test_an_engine_that_fails_is_told_to_all(engine, monkeypatch, capsys):
