@@ -70,6 +70,7 @@ def summary(done: dict) -> dict:
             "seconds": round(done["seconds"], 2), "answer_tokens": tokens,
             "requests_per_second": round(len(rows) / done["seconds"], 3),
             "tokens_per_second": round(tokens / done["seconds"], 2),
+            "tokens_per_processor_second": round(tokens / done["processor_seconds"], 2),
             "first_token_seconds": percentiles([row["first"] for row in rows]),
             "between_tokens_seconds": percentiles(between),
             "whole_seconds": percentiles([row["whole"] for row in rows])}

@@ -70,6 +70,22 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
 
+    def processor_seconds(self) -> float:
+        """Return the processor time of the process and of all below it, those that have ended included."""
+        parents, ticks = {}, {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(path.parent.name)] = int(fields[1])
+            ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))
+        found, grown = {self.process.pid}, True
+        while grown:
+            more = {child for child, parent in parents.items() if parent in found} - found
+            found, grown = found | more, bool(more)
+        return sum(ticks.get(each, 0) for each in found) / os.sysconf("SC_CLK_TCK")
+
     def open_files(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
@@ -88,16 +104,17 @@ def vllm_cpu(python: str, model: Path, port: int, log: Path, threads: int, dtype
                "--dtype", kind, "--max-model-len", str(length), "--max-num-seqs", str(running), "--host", "127.0.0.1",
                "--port", str(port), "--enforce-eager", *(["--attention-backend", "CPU_MLA"] if dtype == "fp32" else [])]
     environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-               "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(threads)}
+               "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     return Server(command, port, log, environ, 900)
 
 
 def load(python: str, server: Server, job: dict, clients: int, folder: Path) -> dict:
-    """Have `clients` of locust make the job's requests; return {"seconds", "rows"}."""
+    """Have `clients` of locust make the job's requests; return {"seconds", "processor_seconds", "rows"}."""
     (folder / "job.json").write_text(json.dumps(job | {"output": str(folder / "rows.json")}))
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), server.processor_seconds()
     command = [python, "-m", "locust", "-f", str(Path(__file__).parent / "locustfile.py"), "--headless", "--users",
                str(clients), "--spawn-rate", str(clients), "--host", f"http://127.0.0.1:{server.port}",
                "--loglevel", "ERROR", "--only-summary"]
     subprocess.run(command, env=os.environ | {"SERVE_JOB": str(folder / "job.json")}, capture_output=True, text=True)
-    return {"seconds": time.perf_counter() - start, "rows": json.loads((folder / "rows.json").read_text())}
+    return {"seconds": time.perf_counter() - start, "processor_seconds": server.processor_seconds() - worked,
+            "rows": json.loads((folder / "rows.json").read_text())}
