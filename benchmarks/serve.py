@@ -115,7 +115,8 @@ def large_model(folder: Path, dtype: str) -> Path:
 def robust(args: argparse.Namespace) -> dict:
     """Return the figures of the load, those of the misbehaviour, and the states after each."""
     path, port = small_model(args.folder), free_port()
-    more = ["--max-model-len", str(LENGTH), "--max-running", str(args.clients), "--cache-bytes", "64MiB"]
+    more = ["--max-model-len", str(LENGTH), "--max-running", str(args.clients), "--max-queue", "32",
+            "--cache-bytes", "64MiB"]
     with ours(path, port, args.folder / "ours.log", args.threads, "fp32", more) as server:
         states, quarter = [state(server)], args.requests // 4
         first = load(args.locust_python, server, job(quarter, 1), args.clients, args.folder)
@@ -171,6 +172,8 @@ def main() -> int:
                      *found["unasked"]]
             end = found["states"]["end"]
             wrong += [f"{name} {end[name]} at the end" for name in ("running", "waiting", "cache_usage") if end[name]]
+            before, after = (found["states"][name]["memory_mib"] for name in ("load", "end"))
+            wrong += [f"memory grew from {before} to {after} MiB"] if after > 1.1 * before else []
     print("\n".join(wrong) or "nothing went wrong")
     return 1 if wrong else 0
 

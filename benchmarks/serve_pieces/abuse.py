@@ -60,8 +60,11 @@ async def answer_of(target: Target, sent: bytes) -> tuple[str, bytes]:
 
 
 async def good(target: Target) -> str:
-    """Return 200 for a stream that is whole: it has its usage and its end, and no error."""
-    status, content = await answer_of(target, target.post(target.request()))
+    """Return 200 for a stream that is whole: it has its usage and its end, and no error. 429 is asked again."""
+    request = target.post(target.request())
+    while (found := await answer_of(target, request))[0] == "429":
+        await asyncio.sleep(1)
+    status, content = found
     if status != "200":
         return status
     whole = b"data: [DONE]" in content and b'"completion_tokens"' in content and b'"error"' not in content
@@ -69,8 +72,8 @@ async def good(target: Target) -> str:
 
 
 async def flood(target: Target) -> str:
-    """Ask for 40 answers at once and return the worst status."""
-    found = await asyncio.gather(*(answer_of(target, target.post(target.request(2))) for _ in range(40)))
+    """Ask for 150 answers at once and return the worst status."""
+    found = await asyncio.gather(*(answer_of(target, target.post(target.request(2))) for _ in range(150)))
     return max(status for status, _ in found)
 
 
