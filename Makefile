@@ -6,12 +6,13 @@ RUN_DIR ?= runs/tiny
 WORKERS ?= 2
 PORT ?= 8000
 CLIENTS ?= $(VENV)-clients
+BROWSER ?= $(VENV)-browser
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat serve test test-all test-engines test-clients test-core test-torch \
-  test-exhaustive drill mutants lint-docker clean
+.PHONY: help venv pretrain finetune chat serve test test-all test-engines test-clients test-browser test-core \
+  test-torch test-exhaustive drill mutants lint-docker clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -28,6 +29,7 @@ help:
 	@echo 'make test-core VERSION=0.19.2   exchange checkpoints with that release of megatron-core (in .core-VERSION)'
 	@echo 'make test-torch VERSION=2.14.1   run make test with that release of PyTorch (in .venv-torch-VERSION)'
 	@echo 'make test-clients   install clients of the server (lm-eval, llm) in $(CLIENTS), and run them'
+	@echo 'make test-browser   install Chromium (on Debian) and its driver, in $(BROWSER), and try the chat page in it'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
@@ -94,13 +96,20 @@ test-torch:
 	[ -x '.venv-torch-$(VERSION)/bin/python' ] || $(PYTHON) -m venv '.venv-torch-$(VERSION)'
 	grep -v '^torch==' constraints.txt > '.venv-torch-$(VERSION)/constraints.txt'
 	'.venv-torch-$(VERSION)/bin/python' -m pip install --quiet -c '.venv-torch-$(VERSION)/constraints.txt' \
-	  'torch==$(VERSION)' -e '.[test,tensorboard,data]'
+	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve]'
 	$(PYTEST) -m 'not slow' tests
 
 test-clients: $(STAMP)
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet 'lm-eval[api]>=0.4.11' 'llm>=0.27'
 	CLIENTS='$(abspath $(CLIENTS))' $(PYTEST) tests/clients
+
+# Pictures of the page go to tests/browser/screenshots.
+test-browser: $(STAMP)
+	@bash tests/browser/install.sh
+	$(PYTHON) -m venv $(BROWSER)
+	$(BROWSER)/bin/python -m pip install --quiet -c constraints.txt pytest selenium markdown-it-py
+	SERVE_PYTHON='$(abspath $(BIN))/python' $(BROWSER)/bin/python -m pytest -q tests/browser
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
@@ -117,5 +126,5 @@ lint-docker: $(STAMP)
 	$(BIN)/hadolint Dockerfile
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) .core-* .venv-torch-* '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(BROWSER) .core-* .venv-torch-* '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
