@@ -63,5 +63,6 @@ BASE_WEIGHTS = (
     Rule("NF4 is not multiplied as FP8", _nf4_in_fp8,
          f"--quantization-bit {NF4_BITS} conflicts with --fp8-format {{r.args.fp8_format}}, which would round its "
          f"numbers once more; --quantization-bit {FP8_BITS} keeps weights as FP8 products take them"),
-    Rule("ranks divide a quantised weight inside a block", _cuts_a_block, ""),
+    Rule("ranks divide a quantised weight inside a block", _cuts_a_block,
+         "(which weight, and where ranks would divide it)"),
 )
