@@ -374,7 +374,7 @@ def test_pdsh_starts_an_agent_on_each_node(pdsh):
 
 def test_pdsh_passes_on_what_the_scripts_read(pdsh):
     """Every variable that a script has a use for, those of NCCL and the like, and what EXPORT names."""
-    started = (path for path in EXAMPLES.glob("*_*.sh") if not path.name.startswith("serve_"))  # these start themselves
+    started = (path for path in EXAMPLES.glob("*_*.sh") if not path.name.startswith(("serve_", "vllm_")))
     text = "".join(path.read_text() for path in started) + (EXAMPLES / "common.sh").read_text()
     read = set(re.findall(r"\$\{([A-Z][A-Z_]+):[-+?]|(?:require|count) ([A-Z][A-Z_]+)", text))
     read = {name for pair in read for name in pair if name} - {"NAME", "NODE_RANK", "DRY_RUN"}
