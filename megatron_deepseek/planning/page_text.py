@@ -11,10 +11,10 @@ python tools/plan.py memory --model deepseek-v3 --world-size 2048 --gpu h800 --b
 ```
 It takes the arguments of `pretrain_deepseek.py`, and the plan's own: `--world-size`, `--gpu` (a name in
 `megatron_deepseek/planning/gpus.json`; `--gpu-file` adds others), `--engine ours|megatron|zero3`, `--memory-limit`,
-`--task pretrain|finetune|lora|qlora|grpo|serve` with `--lora-rank`, `--users`, `--context`, `--rollout-ranks`,
-`--serve-weight-bytes`. It prints a table of equal ranks, the worst rank with the moment of its peak and the three
-largest terms, what uneven experts would add, a verdict (`fits`, `tight`, `oom`) and, where it does not fit, what
-would have to change.
+`--task pretrain|finetune|lora|qlora|grpo|serve` with `--lora-rank`, `--lora-target`, `--quantization-bit`, `--users`,
+`--context`, `--rollout-ranks`, `--serve-weight-bytes`. It prints a table of equal ranks, the worst rank with the moment
+of its peak and the three largest terms, what uneven experts would add, a verdict (`fits`, `tight`, `oom`) and, where it
+does not fit, what would have to change.
 
 ## What is counted
 * **States**, of dense parameters and routed experts by themselves, since dp x cp ranks divide the ones and edp the

@@ -16,7 +16,6 @@ BASE_WEIGHTS = of(
     ("FrozenWeight.expert", "slice(index, index + 1)", "slice(0, 1)"),
     ("frozen_weight._Multiply.backward", "grad @ weight.dense(grad.dtype)",
      "grad @ weight.dense(torch.bfloat16).to(grad.dtype)"),
-    ("as_released", "form.weight", "form.dense"),
     ("Fp8Form.weight", "partial(_transposed, *blocks)", "blocks"),
 ) + of(
     READING,

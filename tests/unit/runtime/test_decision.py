@@ -197,7 +197,7 @@ def raising(monkeypatch):
 def test_what_is_there_is_looked_at_under_the_lock(tmp_path, raising, monkeypatch):
     """A run that ended just before is then seen whole; a second run is refused, and leaves the first one's lock."""
     settings = settings_of(tmp_path, f"--save {tmp_path}/run")
-    monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda run, model, job, token, lora: Start(
+    monkeypatch.setattr("megatron_deepseek.runtime.resume.decide", lambda run, model, job, token, lora, form: Start(
         lock=token, notes=((tmp_path / "run" / LOCK).read_text(),)))
     first = save_lock(settings, JOB)
     start = check_and_decide(settings, JOB, first, Pretraining())
