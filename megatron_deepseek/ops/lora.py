@@ -47,11 +47,9 @@ class LowRank:
             return self._up(self.down(dropped, self.a(), *counts), *counts)
 
     def after_swiglu(self, gate_up: GateUp, *counts: list[int]) -> torch.Tensor:
-        """Return it of the input silu(gate) * up."""
-        if self.drop is None:
-            return self._up(self.down.after_swiglu(gate_up, self.a(), *counts), *counts)
-        with self.down.activate(lambda gate, up: self.drop(swiglu(gate, up)), *gate_and_up(*gate_up)) as dropped:
-            return self._up(self.down(dropped, self.a(), *counts), *counts)
+        """Return it of the input silu(gate) * up, which is made again for A's gradient."""
+        with recomputed(swiglu, *gate_and_up(*gate_up)) as hidden:
+            return self(hidden, *counts)
 
     def keyed(self, keys: torch.Tensor | None) -> "LowRank":
         """Return the same products for rows of these keys, which drop features; without keys nothing is dropped."""
@@ -83,6 +81,9 @@ class AdaptedGemm(Gemm):
         return self.base(x, weight, *counts) + self.base.gradient_seen(delta)
 
     def after_swiglu(self, gate_up, weight, *counts):
+        if isinstance(self.base, Linear):  # SwiGLU is computed once, and kept for A where the recipe keeps it for W
+            with self.base.activate(swiglu, *gate_and_up(*gate_up)) as hidden:
+                return self(hidden, weight, *counts)
         delta = self.adapter.after_swiglu(gate_up, *counts)
         return self.base.after_swiglu(gate_up, weight, *counts) + self.base.gradient_seen(delta)
 
@@ -113,9 +114,5 @@ class AdaptedGemm(Gemm):
 
 def adapted(base: Gemm, a: Callable[[], torch.Tensor], b: Callable[[], torch.Tensor], scale: float,
             kind: type[Linear] = Linear, matrices: int = 1, dropout: Dropout | None = None) -> AdaptedGemm:
-    """Return `base` with an adapter; `kind` is Grouped for experts.
-
-    SwiGLU's output is saved for A's gradient where the recipe saves it for that of W, and else made again.
-    """
-    activate = getattr(base, "activate", recomputed)
-    return AdaptedGemm(base, LowRank(a, b, scale, kind(activate=activate), kind(), matrices, dropout))
+    """Return `base` with an adapter; `kind` is Grouped for experts."""
+    return AdaptedGemm(base, LowRank(a, b, scale, kind(), kind(), matrices, dropout))

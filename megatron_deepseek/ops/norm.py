@@ -21,9 +21,13 @@ def norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rst
     normed = x.to(rstd.dtype) * rstd
     grad = grad.to(rstd.dtype)
     grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    return _input_gradient(grad, normed, weight, rstd).to(x.dtype), grad_weight
+
+
+def _input_gradient(grad: torch.Tensor, normed: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
     grad_normed = grad * weight
-    inner = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
-    return (grad_normed.addcmul_(normed, inner, value=-1)).mul_(rstd).to(x.dtype), grad_weight
+    inner = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / normed.shape[-1]
+    return (grad_normed.addcmul_(normed, inner, value=-1)).mul_(rstd)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,7 +39,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *norm_backward.reference(grad, *ctx.saved_tensors), None
+        x, weight, rstd = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            return *norm_backward.reference(grad, x, weight, rstd), None
+        return _input_gradient(grad.to(rstd.dtype), x.to(rstd.dtype) * rstd, weight, rstd).to(x.dtype), None, None
 
 
 @with_backends("rms_norm")
