@@ -1,6 +1,6 @@
 """The private names of torch that this project uses, in one place, each with its purpose.
 
-They were checked with torch 2.11 and 2.13, and setup.py allows no later version. When that bound is raised,
+They were checked with torch 2.11, 2.13 and 2.14, and setup.py allows no later version. When that bound is raised,
 tests/unit/test_torch_private.py is the first to fail, for names that have gone or take other arguments. A name is
 looked up when it is imported from here, so that a tool loads no more of torch than it uses.
 """

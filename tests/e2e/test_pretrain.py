@@ -1,6 +1,7 @@
 """pretrain_deepseek.py as a user runs it: it learns, every layout agrees, it resumes exactly, it refuses bad input."""
 
 import json
+import re
 import shlex
 import shutil
 
@@ -62,6 +63,21 @@ def test_learns_and_writes_what_the_design_says(workshop, alone):
     assert last["lm_loss"] < first["lm_loss"] - 0.05
     assert [record["iteration"] for record in validations(alone)] == [0, 3, 6]
     assert (workshop.directory / "alone" / "latest_checkpointed_iteration.txt").read_text() == "6\n"
+
+
+@pytest.mark.slow
+def test_all_validation_data_whatever_the_layout(workshop):
+    """Rows that fill up the last batch are no text: on several data ranks, whole micro-batches of some. Weights are
+    compared after each step, and agree.
+    """
+    options = "--full-validation --split 997,3,0 --train-iters 2 --check-weight-hash-across-dp-replicas-interval 1"
+    alone = workshop.train(1, "whole", *options.split())
+    job = workshop.run(4, workshop.arguments("shared-whole", *options.split(), *(
+        "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --log-params-norm").split()))
+    assert job.status == 0 and job.output.count("all ranks have the same weights") == 2, job.output
+    found = re.search(r"valid data: .* ([\d,]+) samples of 32 tokens are 1.00 epochs", job.output)
+    assert int(found.group(1).replace(",", "")) % 16 not in (0, 15), "else no micro-batch is without text"
+    assert_same_run(workshop.metrics("shared-whole"), alone)
 
 
 @pytest.mark.slow

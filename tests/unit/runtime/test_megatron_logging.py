@@ -13,7 +13,8 @@ from megatron_deepseek.runtime import megatron_curves
 from megatron_deepseek.runtime.garbage import GarbageCollection
 from megatron_deepseek.runtime.megatron_curves import Curves, StepCurves
 from megatron_deepseek.runtime.metrics import StepMetrics
-from megatron_deepseek.runtime.report import TensorBoard, open_report
+from megatron_deepseek.runtime.report import open_report
+from megatron_deepseek.runtime.tensorboard import TensorBoard
 from megatron_deepseek.runtime.scalars import scalars
 from megatron_deepseek.settings import RunSettings
 
