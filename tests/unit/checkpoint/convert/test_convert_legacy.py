@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import legacy_megatron
 import pytest
 import torch
 from legacy_megatron import GROUPED, SEQUENTIAL, Job, write_legacy
-from pickle_damage import Bomb
+from pickle_damage import Bomb, mutations
 from small_checkpoints import V3_WIDE, all_tensors, assert_identical, convert, random_weights, write_hf
 from small_models import LLAMA_SMALL, V3_SMALL
+
+from megatron_deepseek.checkpoint.legacy.opening import open_legacy
 
 V3 = replace(V3_WIDE, num_hidden_layers=5)
 QWEN2 = replace(LLAMA_SMALL, qkv_bias=True, tie_word_embeddings=True)
@@ -178,3 +181,29 @@ def test_code_in_a_file_is_not_run(sound, tmp_path, capsys, place):
     assert not (tmp_path / "exploded").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "exploded").exists()
+
+
+@pytest.mark.slow
+def test_damaged_pickles_are_read_or_refused(tmp_path):
+    """Flipped bits, cuts and doubled pieces in data.pkl, whose tensors may then lie anywhere: a ValueError at most."""
+    config = replace(V3_WIDE, hidden_size=8, intermediate_size=8, vocab_size=16, q_lora_rank=4, moe_intermediate_size=4)
+    weights = random_weights(config, torch.bfloat16)
+    iteration = write_legacy(tmp_path, config, weights, Job(((0,), (1, None)), pp=2)) / "iter_0000100"
+    path = iteration / "mp_rank_00_001" / FILE
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in contents if name.endswith("/data.pkl"))
+    outcomes = set()
+    for damaged in mutations(contents[pickled], 400, seed=3):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in (contents | {pickled: damaged}).items():
+                archive.writestr(name, content)
+        try:
+            source = open_legacy(iteration, config, False)
+            for name, shape in source.shapes.items():
+                source.read(name, 0, shape[0])
+            outcomes.add("read")
+        except ValueError as error:
+            assert len(str(error)) < 2000 and "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
