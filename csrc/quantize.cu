@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Producer producer, TileO
 
 template <typename Producer>
 void launch_rows(const Producer& producer, int64_t rows, Codes out, bf16* kept, bool power_of_two, void* stream) {
-  launch(rows_kernel<Producer>, {one_dimension(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q, out.scales,
+  launch(rows_kernel<Producer>, {one_dimension(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q,
+         out.scales,
          kept, power_of_two);
 }
 
@@ -308,7 +309,8 @@ void retile_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int 
 }
 
 void swiglu_quantize_rows(GateUp x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
-  launch_rows(SwiGLU<Plain<bf16>>{half_of(x.gate, x, columns), half_of(x.up, x, columns), columns}, rows, out, nullptr, power_of_two, stream);
+  launch_rows(SwiGLU<Plain<bf16>>{half_of(x.gate, x, columns), half_of(x.up, x, columns), columns}, rows, out, nullptr,
+              power_of_two, stream);
 }
 
 void swiglu_quantize_columns(GateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles, bool power_of_two,
