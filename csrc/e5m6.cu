@@ -1,7 +1,8 @@
 // E5M6 by the rules of ops/fp8/e5m6.py: the 12-bit format in which attention's output is kept for two backwards.
 //
 // A block has a row; a thread has 8 numbers, whose codes are 12 bytes, three words, and 16 lanes share a 1x128 tile.
-// Every number is read once and every code written once. Shapes: M rows, K columns (a multiple of 8), k = ceil(K / 128).
+// Every number is read once and every code written once. Shapes: M rows, K columns (a multiple of 8),
+// k = ceil(K / 128).
 #include "kernels.h"
 #include "launch.cuh"
 #include "numbers.cuh"
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x;
   for (int column = int(threadIdx.x) * kVector; column < columns; column += kThreads * kVector) {
     float values[kVector];
-    load_e5m6(packed + e5m6_word(row, column, columns), scales[row * ceil_div(columns, kTile) + column / kTile], values);
+    const float scale = scales[row * ceil_div(columns, kTile) + column / kTile];
+    load_e5m6(packed + e5m6_word(row, column, columns), scale, values);
     store8(out + row * columns + column, values);
   }
 }
@@ -49,7 +51,8 @@ void quantize_e5m6(Numbers x, int64_t rows, int columns, uint32_t* packed, float
     launch(quantize_e5m6_kernel<float>, grid, stream, static_cast<const float*>(x.data), x.pitch, columns, packed,
            scales);
   else
-    launch(quantize_e5m6_kernel<bf16>, grid, stream, static_cast<const bf16*>(x.data), x.pitch, columns, packed, scales);
+    launch(quantize_e5m6_kernel<bf16>, grid, stream, static_cast<const bf16*>(x.data), x.pitch, columns, packed,
+           scales);
 }
 
 void dequantize_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int columns, GemmOutput out,

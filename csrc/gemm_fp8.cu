@@ -86,8 +86,8 @@ struct Scales {
 };
 
 // Scales are read a group of steps ahead, so that no step waits for memory: the lanes of a quad hold four steps of the
-// rows that they share, those of a warp 32 steps of the tile's block of b, and hand them out by shuffles. Of b's columns
-// each thread holds four steps of its own.
+// rows that they share, those of a warp 32 steps of the tile's block of b, and hand them out by shuffles. Of b's
+// columns each thread holds four steps of its own.
 constexpr int kQuad = 4;
 
 template <bool BlocksB, int Waves>

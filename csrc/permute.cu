@@ -119,8 +119,8 @@ void combine_rows(const bf16* y, const int* slot_of_copy, const float* weights, 
 
 void combine_backward(const bf16* grad, const bf16* y, const int* copy_of_slot, const float* weights, int64_t slots,
                       int choices, bf16* grad_y, float* grad_weights, int width, void* stream) {
-  launch(combine_backward_kernel, {one_dimension(slots), kThreads, sizeof(Shared)}, stream, grad, y, copy_of_slot, weights,
-         choices, grad_y, grad_weights, width);
+  launch(combine_backward_kernel, {one_dimension(slots), kThreads, sizeof(Shared)}, stream, grad, y, copy_of_slot,
+         weights, choices, grad_y, grad_weights, width);
 }
 
 }  // namespace mds

@@ -110,9 +110,9 @@ __device__ __forceinline__ uint32_t load_tile(Producer& producer, TileShared<typ
 }
 
 // Writes the codes of 64 numbers of one column to shared memory, transposed.
-template <typename Element>
-__device__ __forceinline__ void encode_half_column(TileShared<Element>& shared, int column, int half, float scale) {
-  const Divider divide(scale);
+template <typename Element, typename Division>
+__device__ __forceinline__ void encode_half_column(TileShared<Element>& shared, int column, int half,
+                                                   const Division& divide) {
 #pragma unroll
   for (int first = half * kTile / 2; first < (half + 1) * kTile / 2; first += 16) {
     Words4 codes;
@@ -197,11 +197,14 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Producer producer, TileO
     if (out.q_columns == nullptr) return;
     if (threadIdx.x == 0)
       out.s_columns[(int64_t(rows.matrix) * out.column_tiles + rows.column_tile) * out.num_tiles + rows.tile] = scale;
-    encode_half_column(shared, local, half, scale);
+    encode_half_column(shared, local, half, Divider(scale));
   } else {
     const float scale = column_scale(shared, local, half, power_of_two);
     if (half == 0 && column < columns) out.s_columns[int64_t(column) * out.num_tiles + rows.tile] = scale;
-    encode_half_column(shared, local, half, scale);
+    if (power_of_two)
+      encode_half_column(shared, local, half, PowerOfTwoDivider(scale));
+    else
+      encode_half_column(shared, local, half, Divider(scale));
   }
   __syncthreads();
   write_columns(shared, out, rows, columns);
@@ -209,7 +212,8 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Producer producer, TileO
 
 template <typename Producer>
 void launch_rows(const Producer& producer, int64_t rows, Codes out, bf16* kept, bool power_of_two, void* stream) {
-  launch(rows_kernel<Producer>, {one_dimension(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q, out.scales,
+  launch(rows_kernel<Producer>, {one_dimension(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q,
+         out.scales,
          kept, power_of_two);
 }
 
@@ -305,7 +309,8 @@ void retile_e5m6(const uint32_t* packed, const float* scales, int64_t rows, int 
 }
 
 void swiglu_quantize_rows(GateUp x, int64_t rows, int columns, Codes out, bool power_of_two, void* stream) {
-  launch_rows(SwiGLU<Plain<bf16>>{half_of(x.gate, x, columns), half_of(x.up, x, columns), columns}, rows, out, nullptr, power_of_two, stream);
+  launch_rows(SwiGLU<Plain<bf16>>{half_of(x.gate, x, columns), half_of(x.up, x, columns), columns}, rows, out, nullptr,
+              power_of_two, stream);
 }
 
 void swiglu_quantize_columns(GateUp x, int64_t rows, int columns, Codes by_column, RowTiles tiles, bool power_of_two,

@@ -98,6 +98,10 @@ known=" $(parts | cut -d'|' -f1 | tr '\n' ' ')"
 for name in "${only[@]}"; do
   [[ $known == *" $name "* ]] || { echo "gpu_check.sh: error: there is no part '$name'; there are$known" >&2; exit 2; }
 done
+if [[ -z $emulated$list ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu_check.sh: error: $python sees no GPU; --emulated tries the script without one" >&2
+  exit 2
+fi
 [[ -n $emulated ]] && export MEGATRON_DEEPSEEK_EMULATE=1
 mkdir -p "$output"
 output=$(realpath "$output")

@@ -65,6 +65,13 @@ def test_mistakes(tmp_path, words, message):
     assert done.returncode == 2 and message in done.stderr and not calls
 
 
+def test_without_a_gpu_nothing_passes(tmp_path):
+    """The tests would run on the emulation."""
+    done, calls = run(tmp_path, "--only", "gemm", broken="torch.cuda.is_available")
+    assert done.returncode == 2 and "sees no GPU" in done.stderr and len(calls) == 1
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
 def test_parts_fit_and_name_what_exists(tmp_path):
     """Each in less than 8 minutes, every file of tests/gpu among them, and pieces that the benchmark has."""
     lines = run(tmp_path, "--list")[0].stdout.splitlines()
