@@ -166,12 +166,12 @@ class Replicas:
     def _collect(self, outputs: list[Output]) -> list[Output]:
         """Return on rank 0 the answers of all replicas, and add up their counts; on other ranks nothing."""
         own = (outputs, self.engine.statistics)
-        everyone: list[tuple | None] = [own]
-        if self.layout.world_size > 1:
-            everyone = [None] * self.layout.world_size if self.leads else None
-            dist.gather_object(own if self.first_of_replica else None, everyone)
+        others: list[tuple | None] = []
+        if self.layout.dp > 1:  # else rank 0 has all there is
+            others = [None] * self.layout.world_size if self.leads else None
+            dist.gather_object(own if self.first_of_replica and not self.leads else None, others)
         if not self.leads:
             return []
-        of_replicas = [each for each in everyone if each is not None]
+        of_replicas = [own, *(each for each in others if each is not None)]
         self.statistics = total([statistics for _, statistics in of_replicas])
         return [output for found, _ in of_replicas for output in found]
