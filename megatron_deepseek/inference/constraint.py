@@ -22,18 +22,18 @@ class Constraint:
     """Where one answer stands in its grammar. `ends` are the tokens that end the answer, allowed once it is complete.
     """
 
-    def __init__(self, matcher, begins_after: int | None, ends: Collection[int]):
-        self._matcher, self._begins_after, self._ends = matcher, begins_after, list(ends)
-        self._begun = begins_after is None
+    def __init__(self, matcher, grammar: Grammar, ends: Collection[int]):
+        self._matcher, self._grammar, self._ends = matcher, grammar, list(ends)
+        self._begun = grammar.begins_after is None
 
     def allowed(self, number: int) -> torch.Tensor:
         """Return which of the first `number` tokens may come next, bool [number].
 
-        Before the grammar begins all may but the ends: the answer would have nothing that keeps to it.
+        Before a grammar that must begin all may but the ends: the answer would have nothing that keeps to it.
         """
         if not self._begun:
             allowed_V = torch.ones(number, dtype=torch.bool)
-            allowed_V[self._ends] = False
+            allowed_V[self._ends] = not self._grammar.must_begin
             return allowed_V
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed_V = torch.from_numpy(np.unpackbits(bits, bitorder="little")[:number].copy()).bool()
@@ -45,7 +45,7 @@ class Constraint:
     def add(self, token: int) -> None:
         """Take note of a token of the answer. One that ends it is the last, whatever the grammar makes of it."""
         if not self._begun:
-            self._begun = token == self._begins_after
+            self._begun = token == self._grammar.begins_after
         else:
             self._matcher.consume_token(token)
 
@@ -84,8 +84,8 @@ class Constraints:
         """Return the constraint of a new answer."""
         if grammar is None:
             return None
-        return Constraint(self._compile(grammar).deep_copy(), grammar.begins_after,
-                          [token for token in ends if token < self._num_ids])
+        own = [token for token in ends if token < self._num_ids]
+        return Constraint(self._compile(grammar).deep_copy(), grammar, own)
 
     def _compile(self, grammar: Grammar):
         from llguidance import LLMatcher

@@ -15,14 +15,15 @@ from megatron_deepseek.packages import how_to_install
 class Grammar:
     """A grammar that an answer keeps to. `definition` is llguidance's own form, JSON with a list of grammars.
 
-    `begins_after`: the token behind which it holds, as the one that ends reasoning, and which must come
-    then; None for the whole answer. `name`
-    is what errors call it: the field of the request that it was made from.
+    `begins_after`: the token behind which it holds; None for the whole answer. `must_begin`: the answer cannot end
+    before that token, as with the one that ends reasoning; else it may do without, as with the one that begins tool
+    calls. `name` is what errors call it: the field of the request that it was made from.
     """
 
     definition: str
     begins_after: int | None = None
     name: str = "grammar"
+    must_begin: bool = True
 
 
 def need_library(name: str) -> None:

@@ -25,7 +25,7 @@ from megatron_deepseek.serving.chat import calls
 from megatron_deepseek.serving.chat.checkpoint_template import CheckpointTemplate
 from megatron_deepseek.serving.chat.family import FamilyTemplate
 from megatron_deepseek.serving.chat.fields import fault
-from megatron_deepseek.serving.chat.forced_calls import forced_calls
+from megatron_deepseek.serving.chat.forced_calls import forced_calls, strict_calls
 from megatron_deepseek.serving.chat.messages import read_messages
 from megatron_deepseek.serving.chat.options import ChatOptions, read_options
 from megatron_deepseek.serving.chat.parser import BARE, LINES, AnswerForm, AnswerParser
@@ -96,7 +96,7 @@ class ChatFormat:
         leading = inside and self.form.thoughts == LINES
         found = grammar_of(body, begins_after, leading)
         if not tools.forced:
-            return found
+            return found or (strict_calls(tools, self.form) if tools.shown else None)
         if found is not None:
             raise fault(found.name, "cannot be with a tool_choice that asks for calls")
         return forced_calls(tools, self.form, begins_after, leading)

@@ -8,7 +8,8 @@ from megatron_deepseek.serving.chat.fields import an_object, fault, flag, one_of
 
 # Fields of a request that concern its template and its tools, beside the messages.
 CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "add_generation_prompt",
-               "continue_final_message", "chat_template_kwargs", "reasoning_effort", "thinking", "include_reasoning")
+               "continue_final_message", "chat_template_kwargs", "reasoning_effort", "thinking", "include_reasoning",
+               "chat_template")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -32,6 +33,8 @@ def read_options(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Cha
 
     A last message with "prefix": true is continued, as DeepSeek's API has it.
     """
+    if body.get("chat_template") is not None:
+        raise fault("chat_template", "cannot come with a request: --template of the server names another")
     continues = flag(body.get("continue_final_message"), "continue_final_message", None)
     asks = flag(body.get("add_generation_prompt"), "add_generation_prompt", None)
     last = messages[-1]

@@ -80,9 +80,6 @@ class AnswerParser:
             if end > settled:
                 break
             self._num_tokens += 1
-        if output.finished:
-            yield output.text[self._num_characters:], False
-            self._num_characters = settled
 
 
 class _Reader:

@@ -186,13 +186,20 @@ def test_the_letters_of_a_token_are_text(formats):
 @pytest.mark.parametrize("stop, reasoning, content", [
     ("so", "hm ", None), ("\n</think>", "hm so", None), ("nk>\n\nyes", "hm so\n</thi", None),
     (">", "hm so\n</think", None), ("\n\nno", "hm so", "yes and"), ("s a", "hm so", "ye"),
-    ("no", "hm so", "yes and\n\n")])
+    ("no", "hm so", "yes and\n\n"),
+    ("nk>zzz", "hm so", "yes and\n\nno"), ("\n</think>\n\nyet", "hm so", "yes and\n\nno")])
 def test_stop_strings(formats, stop, reasoning, content):
     """What may become one is held back, also where it begins in a token's text, which then is no token."""
     steps, message, reason = parsed(formats["deepseek-r1"], "hm so\n</think>\n\nyes and\n\nno", stop=[stop])
     assert without_ids(message) == {"content": content, "reasoning_content": reasoning} and reason == "stop"
     streamed = "".join(fields.get("content", "") for step in steps for fields in step)
     assert streamed == (content or "")
+
+
+def test_a_stop_string_in_a_token_that_begins_calls(formats):
+    """What is left of the token is text, and begins nothing."""
+    _, message, _ = parsed(formats["deepseek-v3.1"], f"so{bare(('f', '{}'))}", {"tools": TOOLS}, stop=["begin"])
+    assert message["content"] == "so<｜tool▁calls▁" and "tool_calls" not in message
 
 
 def test_characters_in_pieces(formats):
@@ -291,6 +298,29 @@ def test_what_a_random_model_says_to_a_tool_choice(formats, model, name, thinkin
             assert 0 <= json.loads(call["function"]["arguments"])["n"] <= 99
         names = {call["function"]["name"] for call in calls}
         assert names <= {"f", "g_2"} if choice == "required" else (names == {"g_2"} and len(calls) == 1)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3.1", "tagged"])
+def test_strict_tools_of_a_random_model(formats, model, name):
+    """Once it calls, calls are whole and follow the schema; it may as well say something, and end."""
+    strict = [{**FORCED[0], "function": FORCED[0]["function"] | {"strict": True}}, FORCED[1]]
+    question = formats[name].question({"messages": [QUESTION], "tools": strict})
+    control, called = formats[name].form.control, 0
+    begin = 5.0 if name == "deepseek-v3.1" else 9.0
+    bias = {control[CALLS]: begin, control[END_CALLS]: 5.0, formats[name].tokenizer.eod: 5.0}
+    for seed in range(8):
+        ((output,),) = engine(model, max_length=1200).generate([question.prompt], question.sampling(
+            SamplingParameters(max_tokens=900, seed=seed, logit_bias=bias)))
+        parser = question.parser()
+        parser.update(output)
+        calls = parser.message().get("tool_calls", [])
+        assert output.finish_reason == "stop" and (CALLS in output.text) == bool(calls)
+        for call in calls:
+            found = json.loads(call["function"]["arguments"])
+            assert call["function"]["name"] in ("f", "g_2") and isinstance(found, dict)
+            assert call["function"]["name"] == "g_2" or 0 <= found["n"] <= 99
+        called += bool(calls)
+    assert 0 < called < 8
 
 
 def test_json_behind_reasoning(formats, model):

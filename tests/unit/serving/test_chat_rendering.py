@@ -313,6 +313,7 @@ TOOL = {"type": "function", "function": {"name": "get_weather"}}
     ({"messages": [USER_MESSAGE], "thinking": {"type": "on"}}, "thinking.type: 'on' is not one of enabled, disabled"),
     ({"messages": [USER_MESSAGE], "chat_template_kwargs": []}, None),
     ({"messages": [USER_MESSAGE], "chat_template_kwargs": "x"}, "chat_template_kwargs: must be an object"),
+    ({"messages": [USER_MESSAGE], "chat_template": "x"}, "chat_template: cannot come with a request"),
     ({"messages": [USER_MESSAGE], "functions": [{}]}, "functions: is no longer in use; give tools, and tool_choice"),
     ({"messages": [USER_MESSAGE], "tools": [{"type": "web"}]}, r"tools\[0\].type: 'web' is not one of function"),
     ({"messages": [USER_MESSAGE], "tools": [{"function": {"name": "a b"}}]}, r"tools\[0\].function.name: 'a b' is not"),
