@@ -32,7 +32,8 @@ CHATS = of(
     ("CallReader._close", "        self.index += 1\n", ""),
     ("Question.sampling", 'begin: float("-inf")', "begin: 0.0"),
     ("Question.parser", "        if not self.tools.shown:\n", "        if False:\n"),
-    ("forced_calls", "if tools.parallel else", "if True else"),
+    ("forced_calls._calls", "if tools.parallel else", "if True else"),
+    ("strict_calls", "must_begin=False", "must_begin=True"),
 ) + of(
     RENDERING,
     ("WrittenTokens.encode", "if place % 2 else", "if False else"),

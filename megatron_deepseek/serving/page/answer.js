@@ -31,7 +31,13 @@ export class Answer {
       }
     } catch (error) {
       if (this.stopped) this.message.finish = "stopped";
-      else this.message.error = { message: error.message, status: error.status ?? 0, advice: error.advice ?? "", retryAfter: error.retryAfter ?? null };
+      else
+        this.message.error = {
+          message: error.message,
+          status: error.status ?? 0,
+          advice: error.advice ?? "",
+          retryAfter: error.retryAfter ?? null,
+        };
     }
   }
 
@@ -46,7 +52,8 @@ export class Answer {
     this.pieces += 1;
     if (piece.reasoning) message.reasoning += piece.reasoning;
     if (piece.content) {
-      if (message.reasoning && message.thoughtSeconds === undefined) message.thoughtSeconds = (this.last - this.first) / 1000;
+      if (message.reasoning && message.thoughtSeconds === undefined)
+        message.thoughtSeconds = (this.last - this.first) / 1000;
       message.content += piece.content;
     }
   }

@@ -23,14 +23,27 @@ class App {
     this.current = null;
     this.composer = byId("composer-text");
     this.settings = new Settings((what) => this.settingsChanged(what));
-    this.models = new ModelChoice(() => listModels(this.settings.key), (error) => this.modelsFailed(error));
+    this.models = new ModelChoice(
+      () => listModels(this.settings.key),
+      (error) => this.modelsFailed(error),
+    );
     this.scroll = new Scroll(byId("scroller"), byId("to-end"));
     this.messages = new Messages(byId("messages"), {
-      edit: (message, text) => this.edit(message, text), regenerate: (message) => this.regenerate(message),
-      show: (message) => this.showVersion(message), resume: (message) => this.resume(message),
-      retry: (message) => this.regenerate(message, true), settings: (field) => this.settings.open(field) });
-    this.sidebar = new Sidebar(this.shelf, { open: (id) => this.open(id), remove: (conversation) => this.remove(conversation),
-      rename: (conversation, title) => this.change(conversation, () => { conversation.title = title; }) });
+      edit: (message, text) => this.edit(message, text),
+      regenerate: (message) => this.regenerate(message),
+      show: (message) => this.showVersion(message),
+      resume: (message) => this.resume(message),
+      retry: (message) => this.regenerate(message, true),
+      settings: (field) => this.settings.open(field),
+    });
+    this.sidebar = new Sidebar(this.shelf, {
+      open: (id) => this.open(id),
+      remove: (conversation) => this.remove(conversation),
+      rename: (conversation, title) =>
+        this.change(conversation, () => {
+          conversation.title = title;
+        }),
+    });
     this.bind();
     this.mendInterrupted();
     this.open(location.hash.slice(1));
@@ -58,10 +71,12 @@ class App {
       });
     }
     window.addEventListener("hashchange", () => this.open(location.hash.slice(1)));
-    window.addEventListener("pagehide", () => this.running.forEach((answer, id) => {
-      answer.stop();
-      this.shelf.save(this.shelf.get(id));
-    }));
+    window.addEventListener("pagehide", () =>
+      this.running.forEach((answer, id) => {
+        answer.stop();
+        this.shelf.save(this.shelf.get(id));
+      }),
+    );
     this.shelf.watch((id) => (id === this.current?.id && !this.running.has(id) ? this.open(id) : this.showList()));
     bindTransfer({ shelf: this.shelf, current: () => this.current, added: (id) => this.open(id) });
     bindKeys(this);
@@ -70,7 +85,8 @@ class App {
   // An answer that a closed page was waiting for has ended where it stood.
   mendInterrupted() {
     for (const conversation of this.shelf.all()) {
-      for (const message of Object.values(conversation.messages)) if (message.pending) Object.assign(message, { pending: false, finish: "stopped" });
+      for (const message of Object.values(conversation.messages))
+        if (message.pending) Object.assign(message, { pending: false, finish: "stopped" });
     }
   }
 
@@ -114,7 +130,10 @@ class App {
   }
 
   setSystem(text) {
-    if (this.current) this.change(this.current, () => { this.current.system = text; });
+    if (this.current)
+      this.change(this.current, () => {
+        this.current.system = text;
+      });
     if (!this.current || byId("system-for-all").checked) this.settings.system = text;
     this.showComposer();
   }
@@ -124,7 +143,8 @@ class App {
   }
 
   modelsFailed(error) {
-    if (error.status === 401 || error.status === 403) notice("This server wants an API key.", { label: "Enter key", run: () => this.settings.open("api-key") });
+    if (error.status === 401 || error.status === 403)
+      notice("This server wants an API key.", { label: "Enter key", run: () => this.settings.open("api-key") });
     else notice(`${error.message} ${error.advice}`, { label: "Try again", run: () => this.models.load() });
   }
 
@@ -172,16 +192,22 @@ class App {
   }
 
   ask(conversation) {
-    const message = append(conversation, conversation.leaf, { role: "assistant", content: "", reasoning: "",
-      model: this.models.chosen, pending: true });
+    const message = append(conversation, conversation.leaf, {
+      role: "assistant",
+      content: "",
+      reasoning: "",
+      model: this.models.chosen,
+      pending: true,
+    });
     this.run(conversation, message, {});
   }
 
   run(conversation, message, more) {
     const before = branch(conversation, message.content ? message.id : message.parent);
     const system = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
-    const request = { model: this.models.chosen, messages: [...system, ...before.map(({ role, content }) => ({ role, content }))],
-      ...this.settings.request(), ...more };
+    const messages = [...system, ...before.map(({ role, content }) => ({ role, content }))];
+    if (message.content && message.reasoning) messages.at(-1).reasoning_content = message.reasoning; // it goes on after it
+    const request = { model: this.models.chosen, messages, ...this.settings.request(), ...more };
     let [drawn, saved] = [false, performance.now()];
     const answer = new Answer(message, request, this.settings.key, {
       onchange: () => {
@@ -196,7 +222,8 @@ class App {
           if (this.running.get(conversation.id) === answer) this.grow(answer);
         });
       },
-      onend: () => this.ended(conversation, message) });
+      onend: () => this.ended(conversation, message),
+    });
     this.running.set(conversation.id, answer);
     this.shelf.save(conversation);
     say("Answering");
@@ -229,10 +256,13 @@ class App {
     this.shelf.remove(conversation.id);
     if (conversation === this.current) this.open(null);
     else this.showList();
-    notice("Conversation deleted.", { label: "Undo", run: () => {
-      this.shelf.save(conversation);
-      this.open(conversation.id);
-    } });
+    notice("Conversation deleted.", {
+      label: "Undo",
+      run: () => {
+        this.shelf.save(conversation);
+        this.open(conversation.id);
+      },
+    });
   }
 }
 

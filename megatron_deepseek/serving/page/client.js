@@ -38,10 +38,15 @@ async function refusal(response) {
   try {
     const body = JSON.parse(await response.text());
     message = body?.error?.message ?? body?.message ?? (typeof body?.detail === "string" ? body.detail : "");
-  } catch { /* a proxy's page, or nothing */ }
+  } catch {
+    /* a proxy's page, or nothing */
+  }
   const seconds = Number(response.headers.get("Retry-After"));
   return new ServerError(message || `The server answered ${response.status} ${response.statusText}`.trim() + ".", {
-    status: response.status, advice: ADVICE[response.status] ?? "", retryAfter: seconds > 0 ? Math.min(seconds, 600) : null });
+    status: response.status,
+    advice: ADVICE[response.status] ?? "",
+    retryAfter: seconds > 0 ? Math.min(seconds, 600) : null,
+  });
 }
 
 // [{id, max_model_len}] of the server.
@@ -64,7 +69,8 @@ export async function* chat(request, key, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = parsed(data);
-    if (chunk.error) throw new ServerError(chunk.error.message ?? "The server failed.", { status: Number(chunk.error.code) || 500 });
+    if (chunk.error)
+      throw new ServerError(chunk.error.message ?? "The server failed.", { status: Number(chunk.error.code) || 500 });
     if (chunk.usage) yield { usage: chunk.usage };
     const choice = chunk.choices?.[0];
     if (!choice) continue;

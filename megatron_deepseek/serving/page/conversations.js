@@ -6,7 +6,8 @@
 
 const PREFIX = "conversation:";
 
-export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36).padStart(2, "0")).join("");
+export const newId = () =>
+  Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36).padStart(2, "0")).join("");
 
 export function newConversation(system) {
   const now = Date.now();
@@ -32,7 +33,8 @@ export function branch(conversation, leaf = conversation.leaf) {
 
 // The messages that stand where `message` does, oldest first: its other versions and itself.
 export function versions(conversation, message) {
-  return Object.values(conversation.messages).filter((each) => each.parent === message.parent && each.role === message.role)
+  return Object.values(conversation.messages)
+    .filter((each) => each.parent === message.parent && each.role === message.role)
     .sort((one, other) => one.created - other.created);
 }
 
@@ -49,7 +51,8 @@ export function showVersion(conversation, message) {
 
 export function titleOf(conversation) {
   if (conversation.title) return conversation.title;
-  const first = branch(conversation).find((message) => message.role === "user") ?? Object.values(conversation.messages)[0];
+  const first =
+    branch(conversation).find((message) => message.role === "user") ?? Object.values(conversation.messages)[0];
   const text = (first?.content ?? "").replace(/\s+/g, " ").trim();
   return text.length > 60 ? `${text.slice(0, 57).trimEnd()}…` : text || "New conversation";
 }
@@ -90,8 +93,11 @@ export class Shelf {
       this.storage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
     } catch (error) {
       const full = error.name === "QuotaExceededError";
-      this.onerror(full ? "The browser's storage is full: export conversations and delete some. This one is not kept."
-        : `This conversation is not kept: ${error.message}.`);
+      this.onerror(
+        full
+          ? "The browser's storage is full: export conversations and delete some. This one is not kept."
+          : `This conversation is not kept: ${error.message}.`,
+      );
     }
   }
 
@@ -123,17 +129,33 @@ const TEXTS = ["title", "system"];
 
 // A conversation of a file or of the storage with only what it may have; null if it is none.
 export function checked(given) {
-  if (typeof given !== "object" || given === null || typeof given.messages !== "object" || Array.isArray(given.messages)) return null;
+  if (
+    typeof given !== "object" ||
+    given === null ||
+    typeof given.messages !== "object" ||
+    Array.isArray(given.messages)
+  )
+    return null;
   const messages = {};
   for (const [id, message] of Object.entries(given.messages ?? {})) {
     if (!ROLES.has(message?.role) || typeof message.content !== "string") return null;
-    messages[id] = { ...message, id, parent: typeof message.parent === "string" ? message.parent : null,
-      created: Number(message.created) || 0 };
+    messages[id] = {
+      ...message,
+      id,
+      parent: typeof message.parent === "string" ? message.parent : null,
+      created: Number(message.created) || 0,
+    };
     if (message.role === "assistant" && typeof message.reasoning !== "string") messages[id].reasoning = "";
   }
   if (Object.values(messages).some((message) => message.parent && !messages[message.parent])) return null;
   const texts = Object.fromEntries(TEXTS.map((name) => [name, typeof given[name] === "string" ? given[name] : ""]));
-  const leaf = messages[given.leaf] ? given.leaf : Object.keys(messages).at(-1) ?? null;
-  return { id: typeof given.id === "string" && given.id ? given.id : newId(), ...texts, leaf, messages,
-    created: Number(given.created) || Date.now(), updated: Number(given.updated) || Date.now() };
+  const leaf = messages[given.leaf] ? given.leaf : (Object.keys(messages).at(-1) ?? null);
+  return {
+    id: typeof given.id === "string" && given.id ? given.id : newId(),
+    ...texts,
+    leaf,
+    messages,
+    created: Number(given.created) || Date.now(),
+    updated: Number(given.updated) || Date.now(),
+  };
 }

@@ -6,9 +6,17 @@ import { element } from "./dom.js";
 export function editor(text, done) {
   const area = element("textarea", { "aria-label": "Edit message", rows: "1" });
   area.value = text;
-  const form = element("form", { class: "editor" }, area, element("div", { class: "editor-buttons" },
-    element("button", { type: "button", class: "quiet", onclick: () => done(null) }, "Cancel"),
-    element("button", { type: "submit", class: "primary" }, "Send")));
+  const form = element(
+    "form",
+    { class: "editor" },
+    area,
+    element(
+      "div",
+      { class: "editor-buttons" },
+      element("button", { type: "button", class: "quiet", onclick: () => done(null) }, "Cancel"),
+      element("button", { type: "submit", class: "primary" }, "Send"),
+    ),
+  );
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     done(area.value);

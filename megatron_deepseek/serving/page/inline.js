@@ -61,15 +61,26 @@ class Scanner {
   // Takes what begins here, or returns false.
   special(sign) {
     switch (sign) {
-      case "\\": return this.escaped();
-      case "`": return this.code();
-      case "[": return this.link(false);
-      case "!": return this.text[this.place + 1] === "[" && this.link(true);
-      case "<": return this.autolink();
-      case "$": return this.dollars();
-      case "\n": return this.lineBreak();
-      case "*": case "_": case "~": return this.run(sign);
-      default: return this.address();
+      case "\\":
+        return this.escaped();
+      case "`":
+        return this.code();
+      case "[":
+        return this.link(false);
+      case "!":
+        return this.text[this.place + 1] === "[" && this.link(true);
+      case "<":
+        return this.autolink();
+      case "$":
+        return this.dollars();
+      case "\n":
+        return this.lineBreak();
+      case "*":
+      case "_":
+      case "~":
+        return this.run(sign);
+      default:
+        return this.address();
     }
   }
 
@@ -114,7 +125,10 @@ class Scanner {
       return true;
     }
     const inside = this.text.slice(this.place + ticks.length, stop).replaceAll("\n", " ");
-    return this.take(element("code", {}, /^ .*\S.* $/.test(inside) ? inside.slice(1, -1) : inside), stop + ticks.length);
+    return this.take(
+      element("code", {}, /^ .*\S.* $/.test(inside) ? inside.slice(1, -1) : inside),
+      stop + ticks.length,
+    );
   }
 
   // [text](address), and of ![text](address) a link too: a picture would ask another host for something.
@@ -125,7 +139,8 @@ class Scanner {
     const inside = this.text.slice(start, middle);
     if (inside.includes("[") || inside.includes("\n\n")) return false;
     const target = /^\(\s*<?((?:[^\s()<>]|\([^\s()<>]*\)){0,2000})>?(?:\s+["'][^"'\n]{0,200}["'])?\s*\)/.exec(
-      this.text.slice(middle + 1, middle + 2300));
+      this.text.slice(middle + 1, middle + 2300),
+    );
     if (!target) return false;
     const label = inside || target[1];
     const shown = picture ? document.createTextNode(label) : inline(label, this.depth + 1);

@@ -27,8 +27,12 @@ export function bindKeys(app) {
 }
 
 function withAlt(event, app) {
-  const actions = { KeyN: () => app.open(null), KeyS: () => app.settings.open(), KeyB: () => app.sidebar.toggle(),
-    KeyF: () => byId("search").focus() };
+  const actions = {
+    KeyN: () => app.open(null),
+    KeyS: () => app.settings.open(),
+    KeyB: () => app.sidebar.toggle(),
+    KeyF: () => byId("search").focus(),
+  };
   const action = actions[event.code];
   if (!action) return;
   event.preventDefault();

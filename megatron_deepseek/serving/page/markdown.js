@@ -76,7 +76,10 @@ function interrupts(line, depth) {
 function paragraph(lines, place, depth) {
   let stop = place + 1;
   while (stop < lines.length && lines[stop].trim() && !interrupts(lines[stop], depth)) stop += 1;
-  const text = lines.slice(place, stop).map((line) => line.trim()).join("\n");
+  const text = lines
+    .slice(place, stop)
+    .map((line) => line.trim())
+    .join("\n");
   return [stop, () => element("p", {}, inline(text))];
 }
 
@@ -86,16 +89,25 @@ function fenced(lines, place) {
   let stop = place + 1;
   while (stop < lines.length && !closing.test(lines[stop])) stop += 1;
   const indent = /^ */.exec(lines[place])[0].length;
-  const text = lines.slice(place + 1, stop).map((line) => line.replace(new RegExp(`^ {0,${indent}}`), "")).join("\n");
+  const text = lines
+    .slice(place + 1, stop)
+    .map((line) => line.replace(new RegExp(`^ {0,${indent}}`), ""))
+    .join("\n");
   return [Math.min(stop + 1, lines.length), () => codeBlock(text, info.trim().split(/\s/)[0])];
 }
 
 function codeBlock(text, language) {
   const button = iconButton("copy", "Copy code", () => copy(text, button));
-  return element("div", { class: "code-block" },
+  return element(
+    "div",
+    { class: "code-block" },
     element("div", { class: "code-head" }, element("span", {}, language || "text"), button),
-    element("pre", { tabindex: "0", "aria-label": `Code${language ? `, ${language}` : ""}` },
-      element("code", {}, highlighted(text, language))));
+    element(
+      "pre",
+      { tabindex: "0", "aria-label": `Code${language ? `, ${language}` : ""}` },
+      element("code", {}, highlighted(text, language)),
+    ),
+  );
 }
 
 function displayed(lines, place) {
@@ -113,12 +125,16 @@ function displayed(lines, place) {
   if (lines.length - place > 30) return null;
   const rest = lines.slice(place);
   if (rest.some((line) => !line.trim())) return null;
-  return [lines.length, () => element("div", { class: "display-math" }, element("code", { class: "formula-source" }, rest.join("\n")))];
+  return [
+    lines.length,
+    () => element("div", { class: "display-math" }, element("code", { class: "formula-source" }, rest.join("\n"))),
+  ];
 }
 
 function quote(lines, place, depth) {
   let stop = place;
-  while (stop < lines.length && lines[stop].trim() && (QUOTE.test(lines[stop]) || !interrupts(lines[stop], depth))) stop += 1;
+  while (stop < lines.length && lines[stop].trim() && (QUOTE.test(lines[stop]) || !interrupts(lines[stop], depth)))
+    stop += 1;
   const inside = lines.slice(place, stop).map((line) => line.replace(QUOTE, ""));
   return [stop, () => element("blockquote", {}, ...blocks(inside, depth + 1).map((block) => block.render()))];
 }
@@ -149,12 +165,20 @@ function list(lines, place, depth) {
   }
   while (stop > place && !lines[stop - 1].trim()) stop -= 1;
   const start = ordered && parseInt(marker, 10) !== 1 ? { start: String(parseInt(marker, 10)) } : {};
-  return [stop, () => {
-    const parts = items.map((item) => inside(item.map(withoutTask)));
-    const loose = parts.some((part) => part.some((block, number) => number && block.apart))
-      || items.slice(0, -1).some((item) => item.length > 1 && item.at(-1) === "");
-    return element(ordered ? "ol" : "ul", start, ...items.map((item, number) => listItem(item[0], parts[number], loose)));
-  }];
+  return [
+    stop,
+    () => {
+      const parts = items.map((item) => inside(item.map(withoutTask)));
+      const loose =
+        parts.some((part) => part.some((block, number) => number && block.apart)) ||
+        items.slice(0, -1).some((item) => item.length > 1 && item.at(-1) === "");
+      return element(
+        ordered ? "ol" : "ul",
+        start,
+        ...items.map((item, number) => listItem(item[0], parts[number], loose)),
+      );
+    },
+  ];
 
   function sameList(line) {
     const item = ITEM.exec(line);
@@ -171,8 +195,12 @@ function listItem(first, parts, loose) {
   const children = made.flatMap((each) => (each.tagName === "P" && !loose ? [...each.childNodes] : [each]));
   const task = TASK.exec(first);
   if (!task) return element("li", {}, ...children);
-  const box = element("input", { type: "checkbox", disabled: true, checked: task[1] !== " ",
-    "aria-label": task[1] === " " ? "to do" : "done" });
+  const box = element("input", {
+    type: "checkbox",
+    disabled: true,
+    checked: task[1] !== " ",
+    "aria-label": task[1] === " " ? "to do" : "done",
+  });
   return element("li", { class: "task" }, box, " ", ...children);
 }
 
@@ -194,9 +222,30 @@ function table(lines, place) {
   let stop = place + 2;
   while (stop < lines.length && lines[stop].trim() && lines[stop].includes("|")) stop += 1;
   const body = lines.slice(place + 2, stop).map(cells);
-  const row = (tag, texts) => element("tr", {}, ...head.map((_, column) =>
-    element(tag, { class: sides[column] ? `to-${sides[column]}` : false, scope: tag === "th" ? "col" : false },
-      inline(texts[column] ?? ""))));
-  return [stop, () => element("div", { class: "table-scroll", tabindex: "0", role: "region", "aria-label": "Table" },
-    element("table", {}, element("thead", {}, row("th", head)), element("tbody", {}, ...body.map((each) => row("td", each)))))];
+  const row = (tag, texts) =>
+    element(
+      "tr",
+      {},
+      ...head.map((_, column) =>
+        element(
+          tag,
+          { class: sides[column] ? `to-${sides[column]}` : false, scope: tag === "th" ? "col" : false },
+          inline(texts[column] ?? ""),
+        ),
+      ),
+    );
+  return [
+    stop,
+    () =>
+      element(
+        "div",
+        { class: "table-scroll", tabindex: "0", role: "region", "aria-label": "Table" },
+        element(
+          "table",
+          {},
+          element("thead", {}, row("th", head)),
+          element("tbody", {}, ...body.map((each) => row("td", each))),
+        ),
+      ),
+  ];
 }

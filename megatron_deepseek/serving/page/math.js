@@ -6,23 +6,35 @@ const MATHML = "http://www.w3.org/1998/Math/MathML";
 const DEEPEST = 40;
 const LONGEST = 5000;
 
-const LETTERS = "alpha:α beta:β gamma:γ delta:δ epsilon:ϵ varepsilon:ε zeta:ζ eta:η theta:θ vartheta:ϑ iota:ι kappa:κ "
-  + "lambda:λ mu:μ nu:ν xi:ξ pi:π rho:ρ sigma:σ tau:τ upsilon:υ phi:ϕ varphi:φ chi:χ psi:ψ omega:ω Gamma:Γ Delta:Δ "
-  + "Theta:Θ Lambda:Λ Xi:Ξ Pi:Π Sigma:Σ Phi:Φ Psi:Ψ Omega:Ω infty:∞ partial:∂ nabla:∇ ell:ℓ hbar:ℏ emptyset:∅ "
-  + "Re:ℜ Im:ℑ aleph:ℵ";
-const SIGNS = "times:× cdot:⋅ div:÷ pm:± mp:∓ leq:≤ le:≤ geq:≥ ge:≥ neq:≠ ne:≠ approx:≈ equiv:≡ sim:∼ propto:∝ to:→ "
-  + "rightarrow:→ leftarrow:← Rightarrow:⇒ implies:⟹ iff:⟺ Leftrightarrow:⇔ mapsto:↦ in:∈ notin:∉ subset:⊂ subseteq:⊆ "
-  + "supset:⊃ cup:∪ cap:∩ setminus:∖ forall:∀ exists:∃ neg:¬ land:∧ lor:∨ wedge:∧ vee:∨ oplus:⊕ otimes:⊗ circ:∘ ast:∗ star:⋆ "
-  + "mid:∣ parallel:∥ perp:⊥ angle:∠ ldots:… cdots:⋯ dots:… vdots:⋮ ddots:⋱ langle:⟨ rangle:⟩ lfloor:⌊ rfloor:⌋ lceil:⌈ rceil:⌉ "
-  + "lvert:| rvert:| lVert:‖ rVert:‖ quad:\u2003 qquad:\u2003\u2003 ll:≪ gg:≫ therefore:∴ because:∵ prime:′ colon:: "
-  + "{:{ }:} %:% $:$ &:& #:# _:_ |:‖ ,:\u2009 ;:\u2005 ::\u2005 !: \\s:\u00a0";
-const LARGE = "sum:∑ prod:∏ int:∫ iint:∬ oint:∮ bigcup:⋃ bigcap:⋂ lim:lim max:max min:min sup:sup inf:inf argmax:arg\u2009max argmin:arg\u2009min";
+const LETTERS =
+  "alpha:α beta:β gamma:γ delta:δ epsilon:ϵ varepsilon:ε zeta:ζ eta:η theta:θ vartheta:ϑ iota:ι kappa:κ " +
+  "lambda:λ mu:μ nu:ν xi:ξ pi:π rho:ρ sigma:σ tau:τ upsilon:υ phi:ϕ varphi:φ chi:χ psi:ψ omega:ω Gamma:Γ Delta:Δ " +
+  "Theta:Θ Lambda:Λ Xi:Ξ Pi:Π Sigma:Σ Phi:Φ Psi:Ψ Omega:Ω infty:∞ partial:∂ nabla:∇ ell:ℓ hbar:ℏ emptyset:∅ " +
+  "Re:ℜ Im:ℑ aleph:ℵ";
+const SIGNS =
+  "times:× cdot:⋅ div:÷ pm:± mp:∓ leq:≤ le:≤ geq:≥ ge:≥ neq:≠ ne:≠ approx:≈ equiv:≡ sim:∼ propto:∝ to:→ " +
+  "rightarrow:→ leftarrow:← Rightarrow:⇒ implies:⟹ iff:⟺ Leftrightarrow:⇔ mapsto:↦ in:∈ notin:∉ subset:⊂ subseteq:⊆ " +
+  "supset:⊃ cup:∪ cap:∩ setminus:∖ forall:∀ exists:∃ neg:¬ land:∧ lor:∨ wedge:∧ vee:∨ oplus:⊕ otimes:⊗ circ:∘ ast:∗ star:⋆ " +
+  "mid:∣ parallel:∥ perp:⊥ angle:∠ ldots:… cdots:⋯ dots:… vdots:⋮ ddots:⋱ langle:⟨ rangle:⟩ lfloor:⌊ rfloor:⌋ lceil:⌈ rceil:⌉ " +
+  "lvert:| rvert:| lVert:‖ rVert:‖ quad:\u2003 qquad:\u2003\u2003 ll:≪ gg:≫ therefore:∴ because:∵ prime:′ colon:: " +
+  "{:{ }:} %:% $:$ &:& #:# _:_ |:‖ ,:\u2009 ;:\u2005 ::\u2005 !: \\s:\u00a0";
+const LARGE =
+  "sum:∑ prod:∏ int:∫ iint:∬ oint:∮ bigcup:⋃ bigcap:⋂ lim:lim max:max min:min sup:sup inf:inf argmax:arg\u2009max argmin:arg\u2009min";
 const NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp det dim ker gcd deg arg Pr mod";
 const ACCENTS = { hat: "^", bar: "¯", overline: "¯", tilde: "~", vec: "→", dot: "˙", ddot: "¨", widehat: "^" };
-const FONTS = { mathbf: "bold", boldsymbol: "bold", mathrm: "normal", mathit: "italic", operatorname: "normal", mathbb: "bb", mathcal: "cal" };
+const FONTS = {
+  mathbf: "bold",
+  boldsymbol: "bold",
+  mathrm: "normal",
+  mathit: "italic",
+  operatorname: "normal",
+  mathbb: "bb",
+  mathcal: "cal",
+};
 const BLACKBOARD = { R: "ℝ", N: "ℕ", Z: "ℤ", Q: "ℚ", C: "ℂ", P: "ℙ", E: "𝔼", F: "𝔽" };
 
-const mapOf = (text) => new Map(text.split(" ").map((pair) => [pair.slice(0, pair.indexOf(":", 1)), pair.slice(pair.indexOf(":", 1) + 1)]));
+const mapOf = (text) =>
+  new Map(text.split(" ").map((pair) => [pair.slice(0, pair.indexOf(":", 1)), pair.slice(pair.indexOf(":", 1) + 1)]));
 const [letters, signs, large] = [mapOf(LETTERS), mapOf(SIGNS), mapOf(LARGE)];
 const names = new Set(NAMES.split(" "));
 
@@ -80,7 +92,7 @@ class Parser {
       if (sign === "'") {
         this.place += 1;
         sup = node("mrow", {}, ...(sup ? [sup] : []), node("mo", {}, "′"));
-      } else if (sign === "_" && !sub || sign === "^" && !sup) {
+      } else if ((sign === "_" && !sub) || (sign === "^" && !sup)) {
         this.place += 1;
         const value = this.atom(depth);
         if (sign === "_") sub = value;
@@ -125,7 +137,10 @@ class Parser {
     if (token === "}" || token === "&" || token === "^" || token === "_") throw new Unknown(`${token} out of place`);
     this.place += 1;
     const words = WORDS.exec(token);
-    if (words) return /^(text|mbox)/.test(words[1]) ? node("mtext", {}, words[2]) : node("mi", { mathvariant: "normal" }, words[2]);
+    if (words)
+      return /^(text|mbox)/.test(words[1])
+        ? node("mtext", {}, words[2])
+        : node("mi", { mathvariant: "normal" }, words[2]);
     if (token.startsWith("\\")) return this.command(token.slice(1), depth);
     if (/^\d/.test(token)) return node("mn", {}, token);
     if (/^\p{L}$/u.test(token)) return node("mi", {}, token);
@@ -134,33 +149,60 @@ class Parser {
 
   command(name, depth) {
     if (letters.has(name)) return node("mi", {}, letters.get(name));
-    if (large.has(name)) return node("mo", { "data-limits": String(!/int$/.test(name)), movablelimits: "true" }, large.get(name));
+    if (large.has(name))
+      return node("mo", { "data-limits": String(!/int$/.test(name)), movablelimits: "true" }, large.get(name));
     if (names.has(name)) {
       const close = this.peek() === "(" || this.peek() === "\\left";
       return node("mo", { form: "prefix", lspace: "0.17em", rspace: close ? "0" : "0.17em" }, name);
     }
     if (/^\s$/.test(name)) return node("mspace", { width: "0.3em" });
     if (signs.has(name)) return node("mo", { stretchy: "false" }, signs.get(name));
-    if (name in ACCENTS) return node("mover", { accent: "true" }, this.group(depth), node("mo", { stretchy: "false" }, ACCENTS[name]));
+    if (name in ACCENTS)
+      return node("mover", { accent: "true" }, this.group(depth), node("mo", { stretchy: "false" }, ACCENTS[name]));
     if (name in FONTS) return this.font(FONTS[name]);
     switch (name) {
-      case "frac": case "dfrac": case "tfrac": return node("mfrac", {}, this.group(depth), this.group(depth));
-      case "binom": return node("mrow", {}, node("mo", {}, "("), node("mfrac", { linethickness: "0" }, this.group(depth),
-        this.group(depth)), node("mo", {}, ")"));
-      case "sqrt": return this.root(depth);
-      case "boxed": return node("mrow", { class: "boxed" }, this.group(depth));
-      case "left": return this.fenced(depth);
-      case "begin": return this.environment(depth);
-      case "limits": case "displaystyle": case "textstyle": case "nonumber": case "big": case "Big": case "bigl": case "bigr":
-      case "bigg": case "Bigl": case "Bigr": return node("mrow", {});
-      default: throw new Unknown(`\\${name} is not known`);
+      case "frac":
+      case "dfrac":
+      case "tfrac":
+        return node("mfrac", {}, this.group(depth), this.group(depth));
+      case "binom":
+        return node(
+          "mrow",
+          {},
+          node("mo", {}, "("),
+          node("mfrac", { linethickness: "0" }, this.group(depth), this.group(depth)),
+          node("mo", {}, ")"),
+        );
+      case "sqrt":
+        return this.root(depth);
+      case "boxed":
+        return node("mrow", { class: "boxed" }, this.group(depth));
+      case "left":
+        return this.fenced(depth);
+      case "begin":
+        return this.environment(depth);
+      case "limits":
+      case "displaystyle":
+      case "textstyle":
+      case "nonumber":
+      case "big":
+      case "Big":
+      case "bigl":
+      case "bigr":
+      case "bigg":
+      case "Bigl":
+      case "Bigr":
+        return node("mrow", {});
+      default:
+        throw new Unknown(`\\${name} is not known`);
     }
   }
 
   font(kind) {
-    const text = this.peek() === "{" ? this.words() : this.tokens[this.place++] ?? "";
+    const text = this.peek() === "{" ? this.words() : (this.tokens[this.place++] ?? "");
     if (text.includes("\\")) throw new Unknown("a command inside of a font");
-    if (kind === "bb") return node("mi", { mathvariant: "normal" }, [...text].map((letter) => BLACKBOARD[letter] ?? letter).join(""));
+    if (kind === "bb")
+      return node("mi", { mathvariant: "normal" }, [...text].map((letter) => BLACKBOARD[letter] ?? letter).join(""));
     return node("mi", { class: `math-${kind}`, ...(kind === "cal" ? {} : { mathvariant: "normal" }) }, text);
   }
 
@@ -192,8 +234,18 @@ class Parser {
   // Matrices, cases and aligned lines are tables.
   environment(depth) {
     const name = this.words().replace("*", "");
-    const fences = { matrix: ["", ""], pmatrix: ["(", ")"], bmatrix: ["[", "]"], vmatrix: ["|", "|"], cases: ["{", ""], aligned: ["", ""],
-      align: ["", ""], array: ["", ""], gathered: ["", ""], equation: ["", ""] }[name];
+    const fences = {
+      matrix: ["", ""],
+      pmatrix: ["(", ")"],
+      bmatrix: ["[", "]"],
+      vmatrix: ["|", "|"],
+      cases: ["{", ""],
+      aligned: ["", ""],
+      align: ["", ""],
+      array: ["", ""],
+      gathered: ["", ""],
+      equation: ["", ""],
+    }[name];
     if (!fences) throw new Unknown(`the environment ${name} is not known`);
     if (name === "array") this.words();
     const rows = [[]];

@@ -25,10 +25,14 @@ export class Messages {
       this.views.delete(id);
     }
     wanted.forEach((view, place) => {
-      if (this.container.children[place] !== view.node) this.container.insertBefore(view.node, this.container.children[place] ?? null);
+      if (this.container.children[place] !== view.node)
+        this.container.insertBefore(view.node, this.container.children[place] ?? null);
       const last = place === wanted.length - 1;
-      view.update(running?.message === view.message ? running : null, { last, busy: Boolean(running),
-        versions: versions(conversation, view.message) });
+      view.update(running?.message === view.message ? running : null, {
+        last,
+        busy: Boolean(running),
+        versions: versions(conversation, view.message),
+      });
     });
   }
 
@@ -47,16 +51,25 @@ export class Messages {
   }
 
   editLast() {
-    [...this.views.values()].filter((view) => view instanceof UserView && view.node.isConnected).at(-1)?.edit();
+    [...this.views.values()]
+      .filter((view) => view instanceof UserView && view.node.isConnected)
+      .at(-1)
+      ?.edit();
   }
 }
 
 function versionSwitch(message, all, busy, actions) {
   if (all.length < 2) return null;
   const place = all.indexOf(message);
-  const to = (step, name, label) => iconButton(name, label, () => actions.show(all[place + step]), { disabled: busy || !all[place + step] });
-  return element("span", { class: "versions", role: "group", "aria-label": "Versions" }, to(-1, "left", "Previous version"),
-    element("span", {}, `${place + 1}/${all.length}`), to(1, "right", "Next version"));
+  const to = (step, name, label) =>
+    iconButton(name, label, () => actions.show(all[place + step]), { disabled: busy || !all[place + step] });
+  return element(
+    "span",
+    { class: "versions", role: "group", "aria-label": "Versions" },
+    to(-1, "left", "Previous version"),
+    element("span", {}, `${place + 1}/${all.length}`),
+    to(1, "right", "Next version"),
+  );
 }
 
 class UserView {
@@ -70,8 +83,13 @@ class UserView {
 
   update(running, { busy, versions: all }) {
     const button = iconButton("copy", "Copy message", () => copy(this.message.content, button));
-    this.row.replaceChildren(...[versionSwitch(this.message, all, busy, this.actions), button,
-      iconButton("edit", "Edit message", () => this.edit(), { disabled: busy })].filter(Boolean));
+    this.row.replaceChildren(
+      ...[
+        versionSwitch(this.message, all, busy, this.actions),
+        button,
+        iconButton("edit", "Edit message", () => this.edit(), { disabled: busy }),
+      ].filter(Boolean),
+    );
   }
 
   edit() {
@@ -95,15 +113,34 @@ class AnswerView {
     this.actions = actions;
     this.summary = element("span", { class: "summary-text" });
     this.thoughts = element("div", { class: "markdown" });
-    this.folded = element("details", { class: "thoughts" }, element("summary", {}, icon("thought"), this.summary, icon("down")), this.thoughts);
+    this.folded = element(
+      "details",
+      { class: "thoughts" },
+      element("summary", {}, icon("thought"), this.summary, icon("down")),
+      this.thoughts,
+    );
     this.folded.addEventListener("toggle", () => this.showThoughts());
     this.body = element("div", { class: "markdown answer" });
     this.calls = element("div", { class: "calls" });
     this.problem = element("div", { class: "problem", role: "alert" });
-    this.waiting = element("div", { class: "waiting", "aria-hidden": "true" }, element("i"), element("i"), element("i"));
+    this.waiting = element(
+      "div",
+      { class: "waiting", "aria-hidden": "true" },
+      element("i"),
+      element("i"),
+      element("i"),
+    );
     this.row = element("div", { class: "actions" });
-    this.node = element("article", { class: "message assistant", "aria-label": "Answer" }, this.folded, this.body, this.calls,
-      this.waiting, this.problem, this.row);
+    this.node = element(
+      "article",
+      { class: "message assistant", "aria-label": "Answer" },
+      this.folded,
+      this.body,
+      this.calls,
+      this.waiting,
+      this.problem,
+      this.row,
+    );
   }
 
   showThoughts() {
@@ -116,19 +153,30 @@ class AnswerView {
     const thinking = Boolean(running) && !message.content && !message.calls;
     this.folded.classList.toggle("active", thinking);
     const seconds = message.thoughtSeconds;
-    this.summary.textContent = thinking ? "Thinking…" : `Thought${seconds === undefined ? "" : ` for ${duration(seconds)}`}`;
+    this.summary.textContent = thinking
+      ? "Thinking…"
+      : `Thought${seconds === undefined ? "" : ` for ${duration(seconds)}`}`;
     this.showThoughts();
     showMarkdown(this.body, message.content);
     this.waiting.hidden = !running || Boolean(message.content || message.reasoning || message.calls);
     this.showCalls();
     this.node.setAttribute("aria-busy", String(Boolean(running)));
     this.node.classList.toggle("growing", Boolean(running) && Boolean(message.content));
-    if (running && running.rate) this.meta ? (this.meta.textContent = `${running.rate.toFixed(1)} tokens/s`) : null;
+    const rate = running?.rate;
+    if (rate) this.meta.textContent = `${rate.toFixed(1)} tokens/s`;
   }
 
   showCalls() {
-    this.calls.replaceChildren(...(this.message.calls ?? []).map((call) => element("div", { class: "call" },
-      element("span", {}, "The model asks for the tool ", element("code", {}, call.name || "…")), element("pre", { tabindex: "0" }, call.arguments))));
+    this.calls.replaceChildren(
+      ...(this.message.calls ?? []).map((call) =>
+        element(
+          "div",
+          { class: "call" },
+          element("span", {}, "The model asks for the tool ", element("code", {}, call.name || "…")),
+          element("pre", { tabindex: "0" }, call.arguments),
+        ),
+      ),
+    );
   }
 
   update(running, { last, busy, versions: all }) {
@@ -145,11 +193,27 @@ class AnswerView {
       return;
     }
     const button = iconButton("copy", "Copy answer", () => copy(this.message.content, button));
-    const more = last && !busy && this.message.content && !this.message.error && ["length", "stopped"].includes(this.message.finish);
-    this.row.replaceChildren(...[versionSwitch(this.message, all, busy, this.actions), button,
-      iconButton("again", "Answer again", () => this.actions.regenerate(this.message), { disabled: busy }),
-      more ? element("button", { type: "button", class: "quiet", onclick: () => this.actions.resume(this.message) }, "Continue") : null,
-      this.meta].filter(Boolean));
+    const more =
+      last &&
+      !busy &&
+      this.message.content &&
+      !this.message.error &&
+      ["length", "stopped"].includes(this.message.finish);
+    this.row.replaceChildren(
+      ...[
+        versionSwitch(this.message, all, busy, this.actions),
+        button,
+        iconButton("again", "Answer again", () => this.actions.regenerate(this.message), { disabled: busy }),
+        more
+          ? element(
+              "button",
+              { type: "button", class: "quiet", onclick: () => this.actions.resume(this.message) },
+              "Continue",
+            )
+          : null,
+        this.meta,
+      ].filter(Boolean),
+    );
   }
 
   showProblem(busy) {
@@ -158,9 +222,22 @@ class AnswerView {
     if (!error) return;
     const wait = error.retryAfter ? ` It asks to wait ${Math.ceil(error.retryAfter)} s.` : "";
     const ofKey = error.status === 401 || error.status === 403;
-    this.problem.replaceChildren(icon("warning"), element("div", {}, element("strong", {}, error.message), ` ${error.advice}${wait}`),
-      ofKey ? element("button", { type: "button", class: "quiet", onclick: () => this.actions.settings("api-key") }, "Enter key") : "",
-      element("button", { type: "button", class: "quiet", disabled: busy, onclick: () => this.actions.retry(this.message) }, "Try again"));
+    this.problem.replaceChildren(
+      icon("warning"),
+      element("div", {}, element("strong", {}, error.message), ` ${error.advice}${wait}`),
+      ofKey
+        ? element(
+            "button",
+            { type: "button", class: "quiet", onclick: () => this.actions.settings("api-key") },
+            "Enter key",
+          )
+        : "",
+      element(
+        "button",
+        { type: "button", class: "quiet", disabled: busy, onclick: () => this.actions.retry(this.message) },
+        "Try again",
+      ),
+    );
   }
 }
 
@@ -173,8 +250,13 @@ function duration(seconds) {
 function statistics(message) {
   const tokens = message.usage?.completion ?? message.pieces;
   const rate = rateOf(tokens ?? 0, message.seconds ?? 0);
-  return [tokens ? `${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}` : "", rate ? `${rate.toFixed(1)} tokens/s` : "",
-    FINISHES[message.finish] ?? ""].filter(Boolean).join(" · ");
+  return [
+    tokens ? `${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}` : "",
+    rate ? `${rate.toFixed(1)} tokens/s` : "",
+    FINISHES[message.finish] ?? "",
+  ]
+    .filter(Boolean)
+    .join(" · ");
 }
 
 function explained(message) {

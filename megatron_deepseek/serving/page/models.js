@@ -15,7 +15,9 @@ export class ModelChoice {
     this.select.addEventListener("change", () => {
       try {
         localStorage.setItem(KEPT, this.select.value);
-      } catch { /* not kept */ }
+      } catch {
+        /* not kept */
+      }
       this.showContext(this.used);
     });
   }

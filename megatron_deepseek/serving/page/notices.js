@@ -7,10 +7,20 @@ export function notice(text, action = null) {
   const line = element("div", { class: "notice" }, element("span", {}, text));
   const away = () => line.remove();
   if (action) {
-    line.append(element("button", { type: "button", class: "quiet", onclick: () => {
-      away();
-      action.run();
-    } }, action.label));
+    line.append(
+      element(
+        "button",
+        {
+          type: "button",
+          class: "quiet",
+          onclick: () => {
+            away();
+            action.run();
+          },
+        },
+        action.label,
+      ),
+    );
   }
   byId("notices").replaceChildren(line);
   setTimeout(away, action ? 9000 : 5000);

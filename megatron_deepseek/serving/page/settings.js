@@ -45,7 +45,9 @@ export class Settings {
     remember.checked = stored(() => localStorage.getItem(KEY)) !== null;
     const keep = () => {
       stored(() => sessionStorage.setItem(KEY, field.value));
-      stored(() => (remember.checked && field.value ? localStorage.setItem(KEY, field.value) : localStorage.removeItem(KEY)));
+      stored(() =>
+        remember.checked && field.value ? localStorage.setItem(KEY, field.value) : localStorage.removeItem(KEY),
+      );
     };
     field.addEventListener("input", keep);
     remember.addEventListener("change", keep);
@@ -89,12 +91,17 @@ export class Settings {
     if (!text || !NUMBERS[name]) return null;
     const [field, lowest, highest, whole] = NUMBERS[name];
     const value = Number(text);
-    if (!Number.isFinite(value) || (whole && !Number.isInteger(value))) return `${field}: ${text} is not a ${whole ? "whole " : ""}number`;
+    if (!Number.isFinite(value) || (whole && !Number.isInteger(value)))
+      return `${field}: ${text} is not a ${whole ? "whole " : ""}number`;
     return value < lowest || value > highest ? `${field}: ${text} is not between ${lowest} and ${highest}` : null;
   }
 
   problem() {
-    return Object.keys(NUMBERS).map((name) => this.wrong(name)).find((text) => text !== null) ?? null;
+    return (
+      Object.keys(NUMBERS)
+        .map((name) => this.wrong(name))
+        .find((text) => text !== null) ?? null
+    );
   }
 
   // The fields of the request that the user has set.
@@ -104,7 +111,10 @@ export class Settings {
       const text = String(this.values[name] ?? "").trim();
       if (text && this.wrong(name) === null) fields[field] = Number(text);
     }
-    const stop = (this.values.stop_texts ?? "").split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+    const stop = (this.values.stop_texts ?? "")
+      .split("\n")
+      .filter(Boolean)
+      .map((line) => line.replaceAll("\\n", "\n"));
     if (stop.length) fields.stop = stop;
     if (this.values.thinking) fields.chat_template_kwargs = { thinking: this.values.thinking === "on" };
     return fields;

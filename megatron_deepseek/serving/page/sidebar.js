@@ -50,19 +50,43 @@ export class Sidebar {
       }
       rows.push(this.row(each));
     }
-    if (!rows.length) rows.push(element("li", { class: "nothing" }, words ? "Nothing found." : "Your conversations will be listed here. They stay in this browser."));
+    if (!rows.length)
+      rows.push(
+        element(
+          "li",
+          { class: "nothing" },
+          words ? "Nothing found." : "Your conversations will be listed here. They stay in this browser.",
+        ),
+      );
     this.list.replaceChildren(...rows);
   }
 
   row(conversation) {
     const title = titleOf(conversation);
-    const open = element("button", { type: "button", class: "open", "aria-current": conversation.id === this.current ? "page" : false,
-      title, onclick: () => {
-        this.actions.open(conversation.id);
-        if (this.isOver) this.toggle(false);
-      } }, element("span", {}, title), this.running?.has(conversation.id) ? element("span", { class: "dot", role: "img", "aria-label": "being answered" }) : null);
-    const row = element("li", { class: "row" }, open, iconButton("edit", `Rename ${title}`, () => this.rename(row, conversation)),
-      iconButton("trash", `Delete ${title}`, () => this.actions.remove(conversation)));
+    const open = element(
+      "button",
+      {
+        type: "button",
+        class: "open",
+        "aria-current": conversation.id === this.current ? "page" : false,
+        title,
+        onclick: () => {
+          this.actions.open(conversation.id);
+          if (this.isOver) this.toggle(false);
+        },
+      },
+      element("span", {}, title),
+      this.running?.has(conversation.id)
+        ? element("span", { class: "dot", role: "img", "aria-label": "being answered" })
+        : null,
+    );
+    const row = element(
+      "li",
+      { class: "row" },
+      open,
+      iconButton("edit", `Rename ${title}`, () => this.rename(row, conversation)),
+      iconButton("trash", `Delete ${title}`, () => this.actions.remove(conversation)),
+    );
     return row;
   }
 
@@ -91,7 +115,9 @@ export class Sidebar {
 }
 
 function textOf(conversation) {
-  return [titleOf(conversation), ...Object.values(conversation.messages).map((message) => message.content)].join("\n").toLowerCase();
+  return [titleOf(conversation), ...Object.values(conversation.messages).map((message) => message.content)]
+    .join("\n")
+    .toLowerCase();
 }
 
 function periodOf(time) {

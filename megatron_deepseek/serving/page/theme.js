@@ -3,6 +3,8 @@
   let theme = null;
   try {
     theme = localStorage.getItem("theme");
-  } catch { /* storage is switched off */ }
+  } catch {
+    /* storage is switched off */
+  }
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 }

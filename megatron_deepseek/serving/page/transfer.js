@@ -15,29 +15,42 @@ export function toMarkdown(conversation) {
   for (const message of branch(conversation)) {
     const model = message.role === "assistant" && message.model ? ` (${message.model})` : "";
     parts.push(`## ${ROLE_NAMES[message.role]}${model}`);
-    if (message.reasoning) parts.push(`<details><summary>Reasoning</summary>\n\n${message.reasoning.trim()}\n\n</details>`);
+    if (message.reasoning)
+      parts.push(`<details><summary>Reasoning</summary>\n\n${message.reasoning.trim()}\n\n</details>`);
     if (message.content) parts.push(message.content.trim());
   }
   return `${parts.join("\n\n")}\n`;
 }
 
-const quoted = (text) => text.split("\n").map((line) => `> ${line}`.trimEnd()).join("\n");
+const quoted = (text) =>
+  text
+    .split("\n")
+    .map((line) => `> ${line}`.trimEnd())
+    .join("\n");
 
 // One line of JSON a conversation, {"messages": [...]}: what preprocessing and fine-tuning read.
 export function toMessages(conversation) {
   const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
-  const messages = branch(conversation).map(({ role, content, reasoning }) =>
-    ({ role, content, ...(reasoning ? { reasoning_content: reasoning } : {}) }));
+  const messages = branch(conversation).map(({ role, content, reasoning }) => ({
+    role,
+    content,
+    ...(reasoning ? { reasoning_content: reasoning } : {}),
+  }));
   return `${JSON.stringify({ messages: [...system, ...messages] })}\n`;
 }
 
 export const fileName = (conversation, ending) =>
-  `${titleOf(conversation).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 50) || "conversation"}.${ending}`;
+  `${
+    titleOf(conversation)
+      .replace(/[^\p{L}\p{N}]+/gu, "-")
+      .replace(/^-|-$/g, "")
+      .slice(0, 50) || "conversation"
+  }.${ending}`;
 
 // The conversations of a file: this page's, one conversation alone, {"messages": [...]}, a list or lines of these.
 export function fromFile(text) {
   const given = values(text);
-  const found = given.flatMap((each) => (each?.format === FORMAT ? each.conversations ?? [] : [each]));
+  const found = given.flatMap((each) => (each?.format === FORMAT ? (each.conversations ?? []) : [each]));
   const made = found.map((each, place) => {
     const conversation = Array.isArray(each?.messages) ? fromMessages(each.messages) : checked(each);
     if (!conversation) throw new Error(`number ${place + 1} of the file is no conversation`);
@@ -52,13 +65,16 @@ function values(text) {
     const whole = JSON.parse(text);
     return Array.isArray(whole) ? whole : [whole];
   } catch {
-    return text.split("\n").filter((line) => line.trim()).map((line, place) => {
-      try {
-        return JSON.parse(line);
-      } catch {
-        throw new Error(place ? `line ${place + 1} is not JSON` : "it is neither JSON nor lines of JSON");
-      }
-    });
+    return text
+      .split("\n")
+      .filter((line) => line.trim())
+      .map((line, place) => {
+        try {
+          return JSON.parse(line);
+        } catch {
+          throw new Error(place ? `line ${place + 1} is not JSON` : "it is neither JSON nor lines of JSON");
+        }
+      });
   }
 }
 
@@ -68,8 +84,11 @@ function fromMessages(messages) {
     const content = typeof message?.content === "string" ? message.content : "";
     if (message?.role === "system") conversation.system = content;
     else if (["user", "assistant"].includes(message?.role)) {
-      append(conversation, conversation.leaf, { role: message.role, content,
-        reasoning: message.reasoning_content ?? message.reasoning ?? "" });
+      append(conversation, conversation.leaf, {
+        role: message.role,
+        content,
+        reasoning: message.reasoning_content ?? message.reasoning ?? "",
+      });
     } else return null;
   }
   return conversation;

@@ -9,10 +9,11 @@ import { addAll, fileName, fromFile, toJson, toMarkdown, toMessages } from "./tr
 // current(): the open conversation or null; added(id): open this one.
 export function bindTransfer({ shelf, current, added }) {
   const dialog = dialogOf("transfer");
-  const exporting = (id, ending, type, write) => byId(id).addEventListener("click", () => {
-    download(fileName(current(), ending), write(current()), type);
-    dialog.close();
-  });
+  const exporting = (id, ending, type, write) =>
+    byId(id).addEventListener("click", () => {
+      download(fileName(current(), ending), write(current()), type);
+      dialog.close();
+    });
   exporting("export-markdown", "md", "text/markdown", toMarkdown);
   exporting("export-json", "json", "application/json", (conversation) => toJson([conversation]));
   exporting("export-messages", "jsonl", "application/jsonl", toMessages);
@@ -23,7 +24,8 @@ export function bindTransfer({ shelf, current, added }) {
   byId("open-transfer").addEventListener("click", () => {
     const open = current();
     byId("transfer-title").textContent = open ? titleOf(open) : "No conversation is open";
-    for (const id of ["export-markdown", "export-json", "export-messages"]) byId(id).disabled = !open || !branch(open).length;
+    for (const id of ["export-markdown", "export-json", "export-messages"])
+      byId(id).disabled = !open || !branch(open).length;
     byId("export-all").disabled = !shelf.all().length;
     dialog.showModal();
   });
