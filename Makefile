@@ -6,11 +6,13 @@ RUN_DIR ?= runs/tiny
 WORKERS ?= 2
 PORT ?= 8000
 CLIENTS ?= $(VENV)-clients
+BROWSER ?= $(VENV)-browser
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat serve test test-all test-engines test-clients test-exhaustive drill mutants clean
+.PHONY: help venv pretrain finetune chat serve test test-all test-engines test-clients test-browser test-exhaustive drill \
+  mutants clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -25,6 +27,7 @@ help:
 	@echo 'make test-all   the same, and the tests that are marked slow'
 	@echo 'make test-engines   install other programs that read the same models (PEFT), and compare with them'
 	@echo 'make test-clients   install clients of the server (lm-eval, llm) in $(CLIENTS), and run them'
+	@echo 'make test-browser   install Chromium (on Debian) and its driver, in $(BROWSER), and try the chat page in it'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
 	@echo 'make mutants    plant mistakes in the source, one at a time, and list those that no test sees (hours)'
@@ -81,6 +84,13 @@ test-clients: $(STAMP)
 	$(CLIENTS)/bin/python -m pip install --quiet 'lm-eval[api]>=0.4.11' 'llm>=0.27'
 	CLIENTS='$(abspath $(CLIENTS))' $(PYTEST) tests/clients
 
+# Pictures of the page go to tests/browser/screenshots.
+test-browser: $(STAMP)
+	@bash tests/browser/install.sh
+	$(PYTHON) -m venv $(BROWSER)
+	$(BROWSER)/bin/python -m pip install --quiet -c constraints.txt pytest selenium markdown-it-py
+	SERVE_PYTHON='$(abspath $(BIN))/python' $(BROWSER)/bin/python -m pytest -q tests/browser
+
 test-exhaustive: $(STAMP)
 	$(BIN)/python tests/parallel/exhaustive.py
 
@@ -92,5 +102,5 @@ mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(BROWSER) '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

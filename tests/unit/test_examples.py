@@ -60,7 +60,8 @@ def run_script(name: str, *arguments: str, **environ: str):
     return settings_of(words_of(bash(str(EXAMPLES / name), *arguments, **{**DATA, "PYTHON": "echo", **environ})))
 
 
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*_*.sh"))
+TRAINING = ("pretrain", "continue", "finetune")  # serve_vllm_*.sh: test_serving_examples.py
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*_*.sh") if path.name.startswith(TRAINING))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
