@@ -21,7 +21,7 @@ from megatron_deepseek.ops.frozen_weight import Bytes, Fp8Form
 from megatron_deepseek.parallel.shards import shard_regions
 
 BLOCK = 128  # rows that are read begin at a multiple of it: where blocks of FP8 do
-NUMBERS_AT_ONCE = 1 << 21
+NUMBERS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
