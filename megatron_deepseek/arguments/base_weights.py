@@ -55,7 +55,7 @@ def _cuts_a_block(r: Request) -> bool:
 
 
 BASE_WEIGHTS = (
-    Rule("quantised weights need --lora-rank", lambda r: r.args.quantization_bit is not None and
+    Rule("a quantised base needs --lora-rank", lambda r: r.args.quantization_bit is not None and
          r.args.lora_rank is None,
          "--quantization-bit {r.args.quantization_bit} needs --lora-rank: what is kept so is not trained"),
     Rule("--double-quantization is of NF4", _switches_scales,
@@ -63,6 +63,6 @@ BASE_WEIGHTS = (
     Rule("NF4 is not multiplied as FP8", _nf4_in_fp8,
          f"--quantization-bit {NF4_BITS} conflicts with --fp8-format {{r.args.fp8_format}}, which would round its "
          f"numbers once more; --quantization-bit {FP8_BITS} keeps weights as FP8 products take them"),
-    Rule("ranks divide a quantised weight inside a block", _cuts_a_block,
+    Rule("a quantised weight needs whole blocks on each rank", _cuts_a_block,
          "(which weight, and where ranks would divide it)"),
 )

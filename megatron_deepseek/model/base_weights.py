@@ -57,6 +57,14 @@ class HeldWeight:
         return getattr(self.module, self.name + SCALES)
 
 
+def check_torch(version: str = torch.__version__) -> None:
+    """Raise ValueError for a torch whose FSDP cannot keep a parameter of bytes beside others: before 2.13 it asks every
+    parameter to be able to have a gradient, and gathers bytes as bfloat16.
+    """
+    if tuple(map(int, version.split(".")[:2])) < (2, 13):
+        raise ValueError(f"--quantization-bit needs torch 2.13 or later, whose FSDP keeps bytes; this is {version}")
+
+
 def hold_base(stages: Iterable[nn.Module], config: ModelConfig, base: BaseSettings, layout: Layout, tp: TensorParallel
               ) -> None:
     """Keep the weights of linear layers and experts as bytes, and note them in the stages' `held`.

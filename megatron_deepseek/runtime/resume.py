@@ -18,6 +18,7 @@ from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.device import has_accelerator
 from megatron_deepseek.model.architecture.adapters import adapter_rows, describe_adapters
 from megatron_deepseek.model.architecture.freezing import describe_frozen, is_frozen, parameter_shapes
+from megatron_deepseek.model.base_weights import check_torch
 from megatron_deepseek.ops.backends.startup import describe_kernels
 from megatron_deepseek.parallel.restarts import job_name
 from megatron_deepseek.parallel.start import choose_device
@@ -58,6 +59,8 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
         return None
     with end_on_user_error(lock=lock):
         choose_device()
+        if settings.base is not None:
+            check_torch()
         settings = task.check(settings)
         run = settings.run
         if run.chat_template is not None:

@@ -14,6 +14,7 @@ from megatron_deepseek.model import build
 from megatron_deepseek.model.architecture.adapters import LoraSettings, is_adapter
 from megatron_deepseek.model.architecture.base_weights import SCALES, BaseSettings
 from megatron_deepseek.model.architecture.parameters import parameters
+from megatron_deepseek.model.base_weights import check_torch
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.init import fill_normal
 from megatron_deepseek.model.router import Router
@@ -127,3 +128,12 @@ def test_numbers_that_are_not_finite_are_refused(meshes):
     ours = trainer(meshes, lively=False, lora=EVERYTHING, base=FORMS["nf4"])
     with pytest.raises(ValueError, match=r"^model.layers.0.self_attn.\w+.weight: it has values that are not finite"):
         fill_held(ours.stages, RandomBase(CONFIG, std=float("inf")), CPU)
+
+
+@pytest.mark.parametrize("version, fits", [("2.11.0", False), ("2.12.1+cpu", False), ("2.13.0+cpu", True)])
+def test_a_torch_that_keeps_no_bytes_is_refused(version, fits):
+    if fits:
+        check_torch(version)
+    else:
+        with pytest.raises(ValueError, match=f"--quantization-bit needs torch 2.13 or later.*this is {version[:4]}"):
+            check_torch(version)
