@@ -115,7 +115,8 @@ def recomputed(producer: Producer, *inputs: torch.Tensor) -> Iterator:
         yield outputs
         return
     handle = RecomputeHandle(partial(_made_by, producer, keep(inputs)))
-    index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))}
+    index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))
+                        if part.untyped_storage().nbytes()}  # storages of nothing all have the same pointer
     pack_other, unpack_other = _hooks_around()
 
     def pack(tensor):

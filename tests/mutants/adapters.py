@@ -18,7 +18,7 @@ ADAPTERS = of(
     STEP,
     ("LowRank._up", "hidden, b = hidden * self.scale, self.b()", "hidden, b = hidden, self.b()"),
     ("LowRank._up", "hidden.chunk(self.matrices, -1), b.chunk", "hidden.chunk(self.matrices, -1)[::-1], b.chunk"),
-    ("AdaptedGemm.after_swiglu", " + self.base.gradient_seen(delta)", ""),
+    ("AdaptedGemm.after_swiglu", "return self(hidden, weight, *counts)", "return self.base(hidden, weight, *counts)"),
     ("freeze_base", "isinstance(module, Factor) or is_adapter(name)", 'name.endswith("lora_B")'),
     ("set_learning_rate", 'learning_rate * group["lr_ratio"]', "learning_rate"),
     ("initialize", "parameter.shape[-1]**-0.5", "parameter.shape[0]**-0.5"),
@@ -30,7 +30,7 @@ ADAPTERS = of(
     ("_Drop.backward", "_dropped(grad, keys_R, ctx.dropout)", "grad"),
 ) + of(
     STEP,
-    ("LowRank.after_swiglu", "self.drop(swiglu(gate, up))", "swiglu(gate, up)"),
+    ("LowRank.__call__", "self.down(dropped, self.a(), *counts)", "self.down(x, self.a(), *counts)"),
     ("Experts._mlp", "keys_R = split_mix(expert_of_rows(counts, self.first, keys_R.device), keys_R)", "pass"),
     ("Router.forward", "self.gemm.keyed(keys_T)(", "self.gemm("),
     ("KeyedRows.batch", "keys_of(self.seed, torch.tensor(sample_indices(*where))",
@@ -72,6 +72,12 @@ ADAPTERS = of(
     AT_SCALE,
     ("MergedSource.stream", "in row_ranges(self.shapes[name], start, stop):", "in [(start, stop)]:"),
     ("_write_unless_finished", "workspace.finished(file.name) is not None", "False"),
+) + of(
+    ("tests/parallel/test_fp8_layouts.py",),
+    ("AdaptedGemm.after_swiglu", " + self.base.gradient_seen(delta)", ""),
+) + of(
+    ("tests/unit/ops/test_recompute.py",),
+    ("recomputed", "if part.untyped_storage().nbytes()", "if True"),
 ) + of(
     BESIDE,
     ("adapter._stacked", "pair.b.read() * pair.scale", "pair.b.read()"),

@@ -37,6 +37,26 @@ def test_gradient_of_a_pair(run):
     torch.testing.assert_close(x.grad, 5 * x.detach() ** 4, rtol=1e-12, atol=0)
 
 
+def test_tensors_without_elements_are_not_taken_for_each_other():
+    """Of a rank that no token was sent to: all such storages have one pointer, whatever their dtype."""
+    class KeepsNumbers(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, numbers):
+            ctx.save_for_backward(numbers)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            assert ctx.saved_tensors[0].dtype == torch.int64
+            return grad, None
+
+    x = torch.empty(0, 3, requires_grad=True)
+    with recomputed(lambda x: 2 * x, x) as made:
+        y = KeepsNumbers.apply(made, torch.empty(0, dtype=torch.int64))
+    y.sum().backward()
+    assert x.grad.shape == (0, 3)
+
+
 def test_views_of_outputs_are_restored():
     """A consumer that saves a transposed slice gets the same slice of the second run."""
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
