@@ -180,12 +180,14 @@ def test_swiglu_of_kept_tiles(device, counts):
     table = None if counts is None else tile_table(counts, device)
     got = operator("kept_swiglu_quantize_columns")(*parts, table, True)
     same(got, operator("swiglu_quantize_columns")(*numbers, table, True))
+    nearly(ungrouped(got, counts or [135]), plain.quantize_swiglu_columns(*numbers, True, counts))
     got = operator("kept_swiglu_backward_quantize")(grad, *parts, table, False)
     expected = operator("swiglu_backward_quantize")(grad, *numbers, table, False)
     same(got[:2], expected[:2])
     same(got[2:], expected[2:])
-    if counts is None:
-        nearly(got[:2], plain.quantize_1x128(torch.cat(swiglu_backward(grad, *numbers), -1)))
+    gradients = torch.cat(swiglu_backward(grad, *numbers), -1)
+    nearly(got[:2], plain.quantize_1x128(gradients))
+    nearly(ungrouped(got[2:], counts or [135]), plain.quantize_128x1(gradients, False, counts))
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 8), (130, 136), (3, 7168)])

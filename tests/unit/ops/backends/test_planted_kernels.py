@@ -52,14 +52,15 @@ def test_ones_are_seen_by_every_test(outcomes):
 
 
 @pytest.mark.parametrize("plant, tests", [
-    ("transposed scale", (
+    pytest.param("transposed scale", (
         "e5m6.py::test_retile", "forms.py::test_linear_of_three_products", "gemm.py::test_dense",
-        "gemm.py::test_dense_with_scales_of_rows",
-        "model.py::test_kernels_and_references_agree", "quantize.py::test_rows", "quantize.py::test_blocks")),
-    ("neighbouring group", (
+        "gemm.py::test_dense_with_scales_of_rows", "model.py::test_kernels_and_references_agree",
+        "quantize.py::test_rows", "quantize.py::test_blocks"), marks=pytest.mark.slow),
+    pytest.param("neighbouring group", (
         "forms.py::test_experts_of_three_products", "forms.py::test_permutations", "gemm.py::test_rows_grouped",
         "gemm.py::test_depth_grouped", "model.py::test_kernels_and_references_agree", "permute.py::test_route",
-        "permute.py::test_gather", "quantize.py::test_columns_of_groups", "quantize.py::test_retile")),
+        "permute.py::test_gather", "quantize.py::test_columns_of_groups", "quantize.py::test_retile"),
+        marks=pytest.mark.slow),
     ("misshapen", ("registration.py::test_operator",))])
 def test_a_wrong_kernel_is_seen_in_each_file(outcomes, plant, tests):
     ended = outcomes(plant, *tests)
