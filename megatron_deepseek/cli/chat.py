@@ -22,7 +22,8 @@ _IDLE_MINUTES = 7 * 24 * 60  # for which other ranks wait for a question
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog=PROGRAM, description="Chat with a trained model. /help lists the commands of the chat.")
     add = parser.add_argument_group("chat").add_argument
-    add("--template", metavar="NAME", default="auto", help="of the chat (auto: the one that the tokenizer tells)")
+    add("--template", metavar="NAME", default="auto",
+        help="of the chat: a family, or a file of Jinja (auto: the checkpoint's own, else what its tokenizer tells)")
     add("--system", default="", metavar="TEXT", help="what the model is told before the chat")
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="ask for reasoning, or for none (as the template has it)")

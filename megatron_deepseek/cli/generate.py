@@ -29,7 +29,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help='lines of {"prompt": TEXT or [IDS]} or {"messages": [...]}, with sampling of their own if wanted')
     add("--output", type=Path, metavar="FILE.jsonl",
         help="write answers there, as they are ready; what is there already is not answered again (standard output)")
-    add("--template", metavar="NAME", default="auto", help="of chats (auto: the one that the tokenizer tells)")
+    add("--template", metavar="NAME", default="auto",
+        help="of chats: a family, or a file of Jinja (auto: the checkpoint's own, else what its tokenizer tells)")
     add("--n", type=values.positive_int, metavar="N", help="answers to each prompt (1)")
     add("--logprobs", type=values.count, metavar="K",
         help="with --prompts: log-probabilities of answers' tokens, and of the K likeliest")
