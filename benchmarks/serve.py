@@ -123,7 +123,7 @@ def robust(args: argparse.Namespace) -> dict:
         states.append(settled(server))
         rest = load(args.locust_python, server, job(args.requests - quarter, 2), args.clients, args.folder)
         states.append(settled(server))
-        told, unasked = asyncio.run(misbehave(Target(port, "m", LENGTH // 2), args.abuse_seconds))
+        told, unasked = asyncio.run(misbehave(Target(port, "m", LENGTH // 2, LENGTH // 2), args.abuse_seconds))
         states.append(settled(server))
         last = load(args.locust_python, server, job(quarter, 3), args.clients, args.folder)
         states.append(settled(server))

@@ -27,6 +27,7 @@ class Target:
     port: int
     model: str
     longest: int = 1 << 30  # tokens of a prompt, and of an answer
+    abandoned: int = 96  # tokens of an answer that nobody reads to its end
     generator: random.Random = field(default_factory=lambda: random.Random(1))
 
     def request(self, tokens: int | None = None) -> bytes:
@@ -80,7 +81,7 @@ async def flood(target: Target) -> str:
 async def abort(target: Target) -> str:
     """Leave in the middle of an answer, at any time from before its first token."""
     reader, writer = await target.open()
-    writer.write(target.post(target.request(96)))
+    writer.write(target.post(target.request(target.abandoned)))
     await writer.drain()
     if target.generator.random() < 0.7:
         await reader.read(target.generator.randrange(1, 3000))

@@ -111,7 +111,7 @@ def test_reasoning_is_folded_and_not_sent_again(page, server):
     assert details.get_attribute("open") is None
     assert re.match(r"Thought for [\d.]+ s", page.one("details summary").text)
     page.one("details summary").click()
-    assert "Multiples of 5: 19." in details.text
+    page.until(lambda: "Multiples of 5: 19." in details.text, "the reasoning")
     page.say("and now?")
     assert server.requests[-1]["messages"][1] == {
         "role": "assistant", "content": "There are **46** of them: $33 + 19 - 6 = 46$."}

@@ -34,6 +34,7 @@ def check(answer: Answer, status: int, param: str | None = None) -> dict:
     ({"max_tokens": -1}, "max_tokens", "at least 0"),
     ({"max_tokens": 2.5}, "max_tokens", "an integer"),
     ({"max_token": 4}, "max_token", "did you mean max_tokens?"),
+    ({"max_new_tokens": 4}, "max_new_tokens", "did you mean max_tokens?"),
     ({"temperature": -1}, "temperature", "at least 0"),
     ({"temperature": "hot"}, "temperature", "no"),
     ({"top_p": 0}, "top_p", "greater than 0"),
