@@ -70,7 +70,8 @@ def test_a_wrong_field_is_named(served, fields, param, words):
 @pytest.mark.parametrize("fields, param", [
     ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": 5000}, "max_completion_tokens"),
     ({"top_logprobs": 2}, "top_logprobs"), ({"logprobs": 3}, "logprobs"), ({"messages": None}, "messages"),
-    ({"messages": "hi"}, "messages"), ({"temperature": 1e400}, None), ({"n": 1000}, "n")])
+    ({"messages": "hi"}, "messages"), ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"temperature": 1e400}, None), ({"n": 1000}, "n")])
 def test_a_wrong_field_of_a_chat_is_named(served, fields, param):
     check(served.post("/v1/chat/completions", CHAT | fields), 400, param)
 
