@@ -113,6 +113,9 @@ ANSWERS = [
      {"content": "and more", "calls": [("f", "{}")]}),
     ("deepseek-v3.1", {"tools": TOOLS, "parallel_tool_calls": False}, bare(("f", "{}"), ("g_2", "{}")),
      {"content": None, "calls": [("f", "{}")]}),
+    ("deepseek-v3.1", {"tools": TOOLS}, bare(("f", "{}")) + "x" + bare(("g_2", "{}")),
+     {"content": "x", "calls": [("f", "{}"), ("g_2", "{}")]}),
+    ("deepseek-v3.1", {"tools": TOOLS}, bare(("f", '{"a": 1} \n')), {"content": None, "calls": [("f", '{"a": 1} \n')]}),
     # what is not a call is text, all of it
     ("deepseek-v3.1", {}, bare(("f", "{}")), {"content": bare(("f", "{}"))}),
     ("deepseek-v3.1", {"tools": TOOLS, "tool_choice": "none"}, bare(("f", "{}")), {"content": bare(("f", "{}"))}),
@@ -292,6 +295,7 @@ def test_what_a_random_model_says_to_a_tool_choice(formats, model, name, thinkin
         calls = parser.message().get("tool_calls", [])
         if choice == "none":
             assert not calls and CALLS not in output.text
+            assert question.sampling(parameters).logit_bias[control[CALLS]] == float("-inf")
             continue
         assert parser.finish_reason(output) == "tool_calls" and parser.message()["content"] is None, output.text
         for call in calls:
