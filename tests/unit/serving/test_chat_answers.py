@@ -286,7 +286,8 @@ def test_what_a_random_model_says_to_a_tool_choice(formats, model, name, thinkin
     question = formats[name].question({"messages": [QUESTION], "tools": FORCED, "tool_choice": choice,
                                        "thinking": thinking})
     control = formats[name].form.control
-    bias = {control[END_THINK]: 8.0, control[END_CALLS]: 4.0, control[CALLS]: 4.0, formats[name].tokenizer.eod: 8.0}
+    bias = {control[END_THINK]: 25.0, control[END_CALLS]: 4.0, control[CALLS]: 4.0, formats[name].tokenizer.eod: 8.0,
+            control[CALL]: 0.0 if choice == "required" else 15.0}
     for seed in range(3):
         parameters = SamplingParameters(max_tokens=700, seed=seed, logit_bias=bias)
         ((output,),) = engine(model, max_length=1200).generate([question.prompt], question.sampling(parameters))
@@ -301,6 +302,7 @@ def test_what_a_random_model_says_to_a_tool_choice(formats, model, name, thinkin
         for call in calls:
             assert 0 <= json.loads(call["function"]["arguments"])["n"] <= 99
         names = {call["function"]["name"] for call in calls}
+        assert output.text.rpartition(CALLS)[2].count(CALL) == len(calls)
         assert names <= {"f", "g_2"} if choice == "required" else (names == {"g_2"} and len(calls) == 1)
 
 
