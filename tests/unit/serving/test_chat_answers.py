@@ -287,9 +287,9 @@ def test_what_a_random_model_says_to_a_tool_choice(formats, model, name, thinkin
                                        "thinking": thinking})
     control = formats[name].form.control
     bias = {control[END_THINK]: 25.0, control[END_CALLS]: 4.0, control[CALLS]: 4.0, formats[name].tokenizer.eod: 8.0,
-            control[CALL]: 0.0 if choice == "required" else 15.0}
+            control[CALL]: 15.0 if isinstance(choice, dict) else 0.0}
     for seed in range(3):
-        parameters = SamplingParameters(max_tokens=700, seed=seed, logit_bias=bias)
+        parameters = SamplingParameters(max_tokens=20 if choice == "none" else 700, seed=seed, logit_bias=bias)
         ((output,),) = engine(model, max_length=1200).generate([question.prompt], question.sampling(parameters))
         parser = question.parser()
         parser.update(output)
