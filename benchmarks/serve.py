@@ -148,7 +148,7 @@ def beside(args: argparse.Namespace) -> dict:
                                                         LENGTH, running)
     for name, start in starts.items():
         with start(free_port(), args.folder / f"{name}.log") as server:
-            load(args.locust_python, server, job(args.beside_clients, 11), args.beside_clients, args.folder)
+            load(args.locust_python, server, job(max(2, args.beside_requests // 8), 11), 2, args.folder)
             rows[name] = summary(load(args.locust_python, server, job(args.beside_requests, 12), args.beside_clients,
                                       args.folder))
         print(name, json.dumps(rows[name]), flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_deepseek.near_names import near_names
 from megatron_deepseek.serving.errors import ApiError, bad_field
 
-_NEAR = 0.85  # of a misspelt field; a client's field that is no field here is mostly less alike
+_NEAR = 0.8  # of a misspelt field; a client's field that is no field here is mostly less alike
 _KINDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object", int: "an integer"}
 
 

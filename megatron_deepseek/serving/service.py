@@ -58,7 +58,8 @@ class Service:
 
     @property
     def healthy(self) -> bool:
-        return self.engine.alive
+        """Return whether answers can be expected: the thread may still be ending when all have been told."""
+        return self.engine.alive and not self.failed.is_set()
 
     def checked(self, prompt: str | list[int], parameters: SamplingParameters, field: str) -> tuple[int, ...]:
         """Return a prompt's ids; raise ApiError that names the field unless the model can be asked with them."""
@@ -72,7 +73,7 @@ class Service:
     async def asked(self, ask: Ask) -> AsyncIterator[Ticket]:
         """Ask the engine, and stop what is not finished when the block ends. Raise ApiError where it is too much."""
         self.limits.admit(ask.num_answers, self._answering)
-        if not self.engine.alive:
+        if not self.healthy:
             raise ApiError(503, "The engine has stopped.")
         ticket = Ticket(uuid.uuid4().hex, ask)
         self._answering += ask.num_answers

@@ -239,6 +239,8 @@ def test_everything_that_can_be_operated_has_a_name(page):
     assert not nameless
     roles = {node["role"]["value"] for node in nodes}
     assert {"complementary", "main", "log", "navigation", "heading", "status"} <= roles
+    names = {node.get("name", {}).get("value") for node in nodes if node["role"]["value"] == "region"}
+    assert {"Messages", "Table"} <= names
     said = page.script("return document.getElementById('status').textContent")
     assert said.startswith("Answer: A number is **prime**")
 
@@ -267,6 +269,9 @@ def test_phone(page, server):
     page.say("Show everything")
     assert page.script("return document.documentElement.scrollWidth") <= PHONE[0]
     assert page.script("const s = document.getElementById('scroller'); return s.scrollWidth - s.clientWidth") <= 0
+    wide = page.script("""return [...document.querySelectorAll('.code-block pre, .table-scroll')].filter(
+        e => e.scrollWidth > e.clientWidth).map(e => getComputedStyle(e).overflowX)""")
+    assert wide and set(wide) == {"auto"}, "cut off"
     page.write("one" + Keys.ENTER + "two")
     assert page.one("#composer-text").get_attribute("value") == "one\ntwo" and len(server.requests) == 1
     page.click("List of conversations")

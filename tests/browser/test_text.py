@@ -163,6 +163,15 @@ def test_conversations_go_to_files_and_come_back(page, server, tmp_path):
     page.until(lambda: len(page.kept()) == 3, "two more")
     page.say("and now?")
     assert [message["content"] for message in server.requests[-1]["messages"]][:2] == ["Be brief.", "Think about it"]
+    page.script("location.hash = arguments[0]", before[0]["id"])
+    page.until(lambda: page.all(".versions"), "the first conversation")
+    for number, change in ((3, False), (4, True)):  # one that has gone on is not overwritten
+        if change:
+            page.say("and more?")
+        page.one("#import-file").send_keys(str(tmp_path / "back.json"))
+        page.until(lambda: "was added" in page.one("#notices").text, "the notice")
+        assert len(page.kept()) == number
+        page.script("document.getElementById('notices').replaceChildren()")
 
 
 @pytest.mark.parametrize("content, words", [

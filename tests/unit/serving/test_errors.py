@@ -34,6 +34,7 @@ def check(answer: Answer, status: int, param: str | None = None) -> dict:
     ({"max_tokens": -1}, "max_tokens", "at least 0"),
     ({"max_tokens": 2.5}, "max_tokens", "an integer"),
     ({"max_token": 4}, "max_token", "did you mean max_tokens?"),
+    ({"max_new_tokens": 4}, "max_new_tokens", "did you mean max_tokens?"),
     ({"temperature": -1}, "temperature", "at least 0"),
     ({"temperature": "hot"}, "temperature", "no"),
     ({"top_p": 0}, "top_p", "greater than 0"),
@@ -69,7 +70,8 @@ def test_a_wrong_field_is_named(served, fields, param, words):
 @pytest.mark.parametrize("fields, param", [
     ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": 5000}, "max_completion_tokens"),
     ({"top_logprobs": 2}, "top_logprobs"), ({"logprobs": 3}, "logprobs"), ({"messages": None}, "messages"),
-    ({"messages": "hi"}, "messages"), ({"temperature": 1e400}, None), ({"n": 1000}, "n")])
+    ({"messages": "hi"}, "messages"), ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"temperature": 1e400}, None), ({"n": 1000}, "n")])
 def test_a_wrong_field_of_a_chat_is_named(served, fields, param):
     check(served.post("/v1/chat/completions", CHAT | fields), 400, param)
 

@@ -32,6 +32,16 @@ def connected(served: Served, receive_buffer: int | None = None) -> Iterator[soc
         yield client
 
 
+def until(client: socket.socket, words: bytes) -> bytes:
+    """What comes, at least until these words are in it."""
+    found = b""
+    while words not in found:
+        more = client.recv(65536)
+        assert more, found
+        found += more
+    return found
+
+
 def until_closed(client: socket.socket) -> bytes:
     """What comes until the server closes, which may be by a reset."""
     found = b""
@@ -53,7 +63,7 @@ def test_a_closed_connection_stops_its_request_and_frees_its_blocks(served, path
     with connected(served) as client:
         client.sendall(request(path, body))
         if stream:
-            assert b"data: " in client.recv(65536)
+            until(client, b"data: ")
         while not served.metric("vllm:num_requests_running"):
             time.sleep(0.01)
         assert served.metric("vllm:kv_cache_usage_perc") > 0
@@ -132,8 +142,8 @@ def test_a_body_that_never_ends(strict):
 def test_the_end_of_the_server_waits_for_answers(checkpoint, tmp_path):
     """SIGTERM: what was asked is answered to its end, nobody else is let in, and the status is 0."""
     with serving(tmp_path, checkpoint) as one, connected(one) as client:
-        client.sendall(request("/v1/completions", ENDLESS | {"max_tokens": 400, "stream": True}, "Connection: close"))
-        begun = client.recv(65536)
+        client.sendall(request("/v1/completions", ENDLESS | {"max_tokens": 250, "stream": True}, "Connection: close"))
+        begun = until(client, b"data: ")
         os.kill(one.processes[0].pid, signal.SIGTERM)
         refused = _refused(one)
         answer = begun + until_closed(client)
@@ -146,7 +156,7 @@ def test_the_end_of_the_server_does_not_wait_for_ever(checkpoint, tmp_path):
     """What is not answered by then is told so."""
     with serving(tmp_path, checkpoint, "--drain-seconds", "0.3") as one, connected(one) as client:
         client.sendall(request("/v1/completions", ENDLESS | {"stream": True}))
-        client.recv(65536)
+        until(client, b"data: ")
         os.kill(one.processes[0].pid, signal.SIGINT)
         one.processes[0].join(240)
         answer = until_closed(client)

@@ -105,7 +105,7 @@ def test_an_engine_that_fails_is_told_to_all(engine, monkeypatch, capsys):
         assert service.healthy
         for status in (500, 503):
             with pytest.raises(ApiError) as told:
-                await ask()
+                await asyncio.wait_for(ask(), 120)
             assert told.value.status == status
             await asyncio.to_thread(service.engine.close, 10)
         assert not service.healthy and service.failed.is_set()
