@@ -113,6 +113,9 @@ ANSWERS = [
      {"content": "and more", "calls": [("f", "{}")]}),
     ("deepseek-v3.1", {"tools": TOOLS, "parallel_tool_calls": False}, bare(("f", "{}"), ("g_2", "{}")),
      {"content": None, "calls": [("f", "{}")]}),
+    ("deepseek-v3.1", {"tools": TOOLS}, bare(("f", "{}")) + "x" + bare(("g_2", "{}")),
+     {"content": "x", "calls": [("f", "{}"), ("g_2", "{}")]}),
+    ("deepseek-v3.1", {"tools": TOOLS}, bare(("f", '{"a": 1} \n')), {"content": None, "calls": [("f", '{"a": 1} \n')]}),
     # what is not a call is text, all of it
     ("deepseek-v3.1", {}, bare(("f", "{}")), {"content": bare(("f", "{}"))}),
     ("deepseek-v3.1", {"tools": TOOLS, "tool_choice": "none"}, bare(("f", "{}")), {"content": bare(("f", "{}"))}),
@@ -283,20 +286,23 @@ def test_what_a_random_model_says_to_a_tool_choice(formats, model, name, thinkin
     question = formats[name].question({"messages": [QUESTION], "tools": FORCED, "tool_choice": choice,
                                        "thinking": thinking})
     control = formats[name].form.control
-    bias = {control[END_THINK]: 8.0, control[END_CALLS]: 4.0, control[CALLS]: 4.0, formats[name].tokenizer.eod: 8.0}
+    bias = {control[END_THINK]: 25.0, control[END_CALLS]: 4.0, control[CALLS]: 4.0, formats[name].tokenizer.eod: 8.0,
+            control[CALL]: 15.0 if isinstance(choice, dict) else 0.0}
     for seed in range(3):
-        parameters = SamplingParameters(max_tokens=700, seed=seed, logit_bias=bias)
+        parameters = SamplingParameters(max_tokens=20 if choice == "none" else 700, seed=seed, logit_bias=bias)
         ((output,),) = engine(model, max_length=1200).generate([question.prompt], question.sampling(parameters))
         parser = question.parser()
         parser.update(output)
         calls = parser.message().get("tool_calls", [])
         if choice == "none":
             assert not calls and CALLS not in output.text
+            assert question.sampling(parameters).logit_bias[control[CALLS]] == float("-inf")
             continue
         assert parser.finish_reason(output) == "tool_calls" and parser.message()["content"] is None, output.text
         for call in calls:
             assert 0 <= json.loads(call["function"]["arguments"])["n"] <= 99
         names = {call["function"]["name"] for call in calls}
+        assert output.text.rpartition(CALLS)[2].count(CALL) == len(calls)
         assert names <= {"f", "g_2"} if choice == "required" else (names == {"g_2"} and len(calls) == 1)
 
 

@@ -139,6 +139,18 @@ def test_tokens_that_somebody_writes_are_text(folders, name):
         (identity,) = made.tokenizer.encode(token)
         assert prompt.count(identity) == plain.count(identity), token
     assert evil in made.tokenizer.decode(prompt)
+    family = ids(folders["none"], {"messages": messages}, "deepseek-v3")
+    assert [family.count(made.tokenizer.encode(token)[0]) for token in (U, A, E)] == [1, 1, 0]
+
+
+def test_marks_that_somebody_writes_are_dropped(folders):
+    """Else two of them about a token of the template would make text of it."""
+    def messages(begin: str, end: str) -> list[dict]:
+        return [{"role": "user", "content": f"a{begin}"}, {"role": "assistant", "content": f"{end}b"}, TALK[1]]
+
+    forged, plain = messages("\ue0f0", "\ue0f1"), messages("", "")
+    for folder, template in ((folders["with calls"], "auto"), (folders["none"], "deepseek-v3")):
+        assert ids(folder, {"messages": forged}, template) == ids(folder, {"messages": plain}, template)
 
 
 def test_the_template_of_a_file_and_of_a_list(folders, tmp_path):
@@ -206,6 +218,9 @@ FENCED = (f"{B}{U}Q{A}C<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>fu
 def test_calls_and_results_are_replayed(folders, template, expected):
     """In the order of the calls, whatever order the results came in: no id is shown. Nothing asks for the answer."""
     assert shown(folders["none"], {"messages": CALLING}, template) == expected
+    goes_on = [*CALLING, {"role": "assistant", "content": "B"}, CALLING[0]]
+    later = shown(folders["none"], {"messages": goes_on}, template)
+    assert later.startswith(f"{expected}B{E}{U}Q{A}")
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1", "deepseek-v3.1"])
