@@ -149,8 +149,8 @@ class FrozenGemm(Gemm):
 
     @property
     def activate(self):
-        """Return how an adapter's input that SwiGLU makes is kept for its own gradient."""
-        return getattr(self.base, "activate", kept)
+        """Return how the GEMM `base` keeps SwiGLU's output."""
+        return self.base.activate
 
     def shared(self, x):
         return self.base.shared(x)
@@ -167,7 +167,7 @@ class FrozenGemm(Gemm):
 
 def dequantising(base: Gemm, form: Form, scales: Callable[[], torch.Tensor]) -> FrozenGemm:
     """Return a GEMM that makes the numbers of its weight for each use; SwiGLU's output is kept as by `base`."""
-    product = LinearAtOnce(multiply=multiply, activate=getattr(base, "activate", kept))
+    product = LinearAtOnce(multiply=multiply, activate=base.activate or kept)
     return FrozenGemm(product, scales, lambda codes, scales, dtype: FrozenWeight(form, codes, scales))
 
 

@@ -81,7 +81,7 @@ class AdaptedGemm(Gemm):
         return self.base(x, weight, *counts) + self.base.gradient_seen(delta)
 
     def after_swiglu(self, gate_up, weight, *counts):
-        if isinstance(self.base, Linear):  # SwiGLU is computed once, and kept for A where the recipe keeps it for W
+        if self.base.activate is not None:  # SwiGLU is computed once, and kept for A where it is kept for W
             with self.base.activate(swiglu, *gate_and_up(*gate_up)) as hidden:
                 return self(hidden, weight, *counts)
         delta = self.adapter.after_swiglu(gate_up, *counts)

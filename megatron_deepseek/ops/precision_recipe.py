@@ -46,9 +46,12 @@ class Gemm(ABC):
     """x [..., I] times weight [O, I] transposed; with `counts`, each expert's rows times its weight of [E, O, I].
 
     `gathered` makes what FSDP2 gathers of a shard of the weight (parallel/data.py); None to gather the shard itself.
+    `activate` says how SwiGLU's output is kept for the backward: by `kept` or `recomputed` as an ordinary tensor, which
+    others may read as well; None where the GEMM makes it in a format of its own.
     """
 
     gathered: Callable[[torch.Tensor], Any] | None = None
+    activate: Callable[..., AbstractContextManager] | None = None
 
     @abstractmethod
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, *counts: list[int]) -> torch.Tensor:
