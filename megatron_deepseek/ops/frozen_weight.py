@@ -24,7 +24,7 @@ from megatron_deepseek.ops import nf4
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.weight import Fp8Weight
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, has_native_kernel
-from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, LinearAtOnce
+from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GemmOver, LinearAtOnce
 from megatron_deepseek.ops.recompute import kept
 
 Bytes = tuple[torch.Tensor, torch.Tensor]  # codes [..., N, c] and scales [..., s, d], uint8
@@ -131,10 +131,9 @@ class FrozenWeight:
 
 
 @dataclass(frozen=True)
-class FrozenGemm(Gemm):
+class FrozenGemm(GemmOver):
     """The GEMM `base` with the weight that `weight_of` makes of codes, of `scales()` and of the layer's dtype."""
 
-    base: Gemm
     scales: Callable[[], torch.Tensor]
     weight_of: Callable[[torch.Tensor, torch.Tensor, torch.dtype], Any]
 
@@ -146,23 +145,6 @@ class FrozenGemm(Gemm):
 
     def deferring(self, deferred: Deferred) -> "FrozenGemm":
         return self
-
-    @property
-    def activate(self):
-        """Return how the GEMM `base` keeps SwiGLU's output."""
-        return self.base.activate
-
-    def shared(self, x):
-        return self.base.shared(x)
-
-    def seen(self, x):
-        return self.base.seen(x)
-
-    def gradient_seen(self, y):
-        return self.base.gradient_seen(y)
-
-    def rows(self, x):
-        return self.base.rows(x)
 
 
 def dequantising(base: Gemm, form: Form, scales: Callable[[], torch.Tensor]) -> FrozenGemm:

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from megatron_deepseek.ops.dropout import Dropout
-from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Linear
+from megatron_deepseek.ops.precision_recipe import Deferred, GateUp, Gemm, GemmOver, Linear
 from megatron_deepseek.ops.recompute import recomputed
 from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 
@@ -70,10 +70,9 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class AdaptedGemm(Gemm):
+class AdaptedGemm(GemmOver):
     """The GEMM `base`, with `adapter` added to its result."""
 
-    base: Gemm
     adapter: LowRank
 
     def __call__(self, x, weight, *counts):
@@ -98,18 +97,6 @@ class AdaptedGemm(Gemm):
     def gathered(self):
         """Return what makes the form in which FSDP gathers W; A and B are gathered as they are."""
         return self.base.gathered
-
-    def shared(self, x):
-        return self.base.shared(x)
-
-    def seen(self, x):
-        return self.base.seen(x)
-
-    def gradient_seen(self, y):
-        return self.base.gradient_seen(y)
-
-    def rows(self, x):
-        return self.base.rows(x)
 
 
 def adapted(base: Gemm, a: Callable[[], torch.Tensor], b: Callable[[], torch.Tensor], scale: float,

@@ -89,6 +89,30 @@ class Gemm(ABC):
 
 
 @dataclass(frozen=True)
+class GemmOver(Gemm):
+    """A GEMM that does something around another, `base`, and takes and gives rows in that one's form."""
+
+    base: Gemm
+
+    @property
+    def activate(self):
+        """Return how `base` keeps SwiGLU's output."""
+        return self.base.activate
+
+    def shared(self, x):
+        return self.base.shared(x)
+
+    def seen(self, x):
+        return self.base.seen(x)
+
+    def gradient_seen(self, y):
+        return self.base.gradient_seen(y)
+
+    def rows(self, x):
+        return self.base.rows(x)
+
+
+@dataclass(frozen=True)
 class Linear(Gemm):
     """F.linear in the layer's own dtype.
 

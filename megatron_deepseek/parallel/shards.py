@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from megatron_deepseek.torch_private import (
@@ -30,6 +30,12 @@ def stacked_shard(dim: int, matrices: int) -> _StridedShard:
     """
     assert dim > 0, dim
     return _StridedShard(dim, split_factor=matrices)
+
+
+def is_first_copy(tensor: DTensor) -> bool:
+    """Return whether this rank is the first of those that have the same shard, so that it counts there alone."""
+    replicated = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
 
 
 @dataclass(frozen=True, eq=False)

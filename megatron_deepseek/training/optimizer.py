@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.model.architecture.adapters import B, factor_of
 from megatron_deepseek.model.architecture.parameters import MATRIX, optimizer_group
+from megatron_deepseek.parallel.shards import is_first_copy
 from megatron_deepseek.parallel.sums import sum_numbers
 from megatron_deepseek.settings import OptimizerSettings
 
@@ -161,13 +162,7 @@ def build_optimizer(parameters: Iterable[NamedParameter], settings: OptimizerSet
 def counts_in_norm(item: NamedParameter) -> bool:
     """Return whether this rank's shard counts in the norm: of TP replicas and of stage copies only the first does."""
     gradient = item.parameter.grad
-    return item.counted and gradient is not None and _is_first_copy(gradient)
-
-
-def _is_first_copy(tensor: DTensor) -> bool:
-    """Return whether this rank is the first of those that have the same shard."""
-    replicated = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
-    return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
+    return item.counted and gradient is not None and is_first_copy(gradient)
 
 
 @torch.no_grad()
@@ -182,7 +177,7 @@ def squared_gradient_norm(parameters: Iterable[NamedParameter], device: torch.de
 @torch.no_grad()
 def parameter_norm(parameters: Iterable[NamedParameter], device: torch.device) -> float:
     """Return the Euclidean norm of all that is trained, of squares in float64; each parameter counts once."""
-    counted = [item.parameter for item in parameters if item.counted and _is_first_copy(item.parameter)]
+    counted = [item.parameter for item in parameters if item.counted and is_first_copy(item.parameter)]
     return math.sqrt(sum_numbers([_sum_of_squares(counted, device)], device)[0])
 
 

@@ -93,6 +93,6 @@ ADAPTERS = of(
     ("for_vllm.write_for_vllm", "if is_applied(layer_of(name))}", "}"),
 ) + of(
     BASE,
-    ("counts_here", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
+    ("is_first_copy", "== 0 for dim in replicated", ">= 0 for dim in replicated"),
     ("base_hash._counted", "name == EMBEDDING and not stage.stage.embedding", "False"),
 )

@@ -33,8 +33,8 @@ MEGATRON = of(
 ) + of(
     REPLICAS,
     ("count_zeros", "if counts_in_norm(item)]", "if item.parameter.grad is not None]"),
-    ("parameter_norm", "item.counted and _is_first_copy(item.parameter)", "item.counted"),
-    ("parameter_norm", "item.counted and _is_first_copy(item.parameter)", "_is_first_copy(item.parameter)"),
+    ("parameter_norm", "item.counted and is_first_copy(item.parameter)", "item.counted"),
+    ("parameter_norm", "item.counted and is_first_copy(item.parameter)", "is_first_copy(item.parameter)"),
     ("replicas._digests", "yield (names[shard], offset), _digest(local)", "yield (names[shard], ()), _digest(local)"),
     ("replicas._digests", "gathered_parameters(unit)", "((shard, shard) for shard, _ in gathered_parameters(unit))"),
     ("describe_differences", "max(groups.values(), key=len)", "min(groups.values(), key=len)"),

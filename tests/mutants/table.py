@@ -340,7 +340,7 @@ STEP_MUTANTS = of(
 OPTIMIZER = of(
     STEP,
     ("counts_in_norm", "return item.counted and gradient is not None", "return gradient is not None"),
-    ("_is_first_copy", "return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in replicated)",
+    ("is_first_copy", "return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in replicated)",
      "return True"),
     ("Trainer.train_step", 'math.sqrt(sums.pop("squared_gradient_norm"))', 'sums.pop("squared_gradient_norm")'),
     ("clip_gradients", "scale = max_norm / (norm + 1e-6)", "scale = max_norm / (norm**2 + 1e-6)"),

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.model.architecture.adapters import is_adapter
 from megatron_deepseek.model.architecture.parameters import EMBEDDING
 from megatron_deepseek.model.init import global_index
 from megatron_deepseek.ops.hashing import ELEMENTS_AT_A_TIME, split_mix, stream_key
-from megatron_deepseek.parallel.shards import shard_regions
+from megatron_deepseek.parallel.shards import is_first_copy, shard_regions
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
@@ -43,14 +43,8 @@ def _counted(stages: Sequence[nn.Module]) -> Iterator[tuple[str, DTensor]]:
             if is_adapter(name) or not parameter.is_floating_point() or (
                     name == EMBEDDING and not stage.stage.embedding):
                 continue
-            if counts_here(parameter):
+            if is_first_copy(parameter):
                 yield name, parameter
-
-
-def counts_here(parameter: DTensor) -> bool:
-    """Return whether this rank's shard counts: of replicas the first does."""
-    replicated = [dim for dim, placement in enumerate(parameter.placements) if isinstance(placement, Replicate)]
-    return all(parameter.device_mesh.get_local_rank(dim) == 0 for dim in replicated)
 
 
 def hash_of(name: str, shape: torch.Size, local: torch.Tensor, offset: tuple[int, ...]) -> torch.Tensor:

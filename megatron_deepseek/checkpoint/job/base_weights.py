@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.checkpoint.convert.source import TensorSource
-from megatron_deepseek.checkpoint.job.base_hash import counts_here, hash_of
+from megatron_deepseek.checkpoint.job.base_hash import hash_of
 from megatron_deepseek.model.base_weights import HeldWeight
 from megatron_deepseek.ops.frozen_weight import Bytes, Fp8Form
-from megatron_deepseek.parallel.shards import shard_regions
+from megatron_deepseek.parallel.shards import is_first_copy, shard_regions
 
 BLOCK = 128  # rows that are read begin at a multiple of it: where blocks of FP8 do
 NUMBERS_AT_ONCE = 1 << 23
@@ -61,7 +61,7 @@ def fill_held(stages: Sequence[nn.Module], source: TensorSource, device: torch.d
         matrices, scale_rows = max(1, len(held.row.stacked)), held.shape.rows_of_scale
         codes = list(_rows_of(held.codes, matrices))
         scales = list(_rows_of(held.scales, matrices))
-        counted = counts_here(held.codes)
+        counted = is_first_copy(held.codes)
         for expert, matrix in dict.fromkeys((each.expert, each.matrix) for each in (*codes, *scales)):
             own, own_scales = ([each for each in every if (each.expert, each.matrix) == (expert, matrix)]
                                for every in (codes, scales))
