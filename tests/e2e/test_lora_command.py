@@ -4,6 +4,7 @@ import json
 
 import pytest
 from test_finetune import Bench, assert_same, steps
+from torch_versions import keeps_bytes
 
 from megatron_deepseek.cli.merge_lora import main as merge_lora
 
@@ -37,6 +38,7 @@ def test_resumes_in_another_layout_and_keeps_adapters_alone(bench, alone):
     assert refused.status == 2 and "holds adapters of rank 2 alone" in refused.output
 
 
+@keeps_bytes
 def test_qlora_says_its_memory_and_goes_on_in_another_layout(bench):
     """Beside NF4: two steps on one rank, two on two expert ranks, as four on one."""
     qlora = "--load", str(bench.directory / "released"), *LORA, "--train-iters", "4", "--quantization-bit", "4"

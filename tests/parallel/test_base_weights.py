@@ -9,6 +9,7 @@ from compare import differences
 from fp8_job import FP8, WIDE_LENGTH
 from job import spec_of
 from random_base import RandomBase
+from torch_versions import keeps_bytes
 
 from megatron_deepseek.checkpoint.job.base_hash import base_hash
 from megatron_deepseek.checkpoint.job.base_weights import fill_held
@@ -27,6 +28,8 @@ CASES = (
     BaseCase(tp=2, cp=2, etp=2, microbatches=2, bits=8, shared=2, recompute="layernorm,mla_up_proj,moe_act"),
     BaseCase(tp=2, router="greedy", ep=2, attention="one_key_head", microbatches=2, offload_layers=1),
 )
+
+pytestmark = keeps_bytes
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=() if case is CASES[0] else pytest.mark.slow)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_adapters import CPU, LORA, AdapterBench
 from small_checkpoints import V3_WIDE, convert, v3_directory
 from small_models import weights_of, whole_stage
+from torch_versions import keeps_bytes
 
 from megatron_deepseek.checkpoint.adapter.base import BASE, check_adapters
 from megatron_deepseek.checkpoint.convert.names import hf_shapes
@@ -25,6 +26,8 @@ from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 
 NF4, FP8 = BaseSettings(4), BaseSettings(8)
 PRECISION = Precision(torch.float32)
+
+pytestmark = keeps_bytes
 
 
 @pytest.fixture(scope="module")

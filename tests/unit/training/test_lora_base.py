@@ -7,6 +7,7 @@ import torch
 from random_base import RandomBase, held_numbers
 from small_models import gradients_of, load, tensors, weights_of, whole_stage
 from small_trainers import BF16, CONFIG, LOSS, NO_CLIPPING, SEQ_LENGTH, batch_of, trainer
+from torch_versions import keeps_bytes
 
 from megatron_deepseek.checkpoint.convert.block_fp8 import is_quantized
 from megatron_deepseek.checkpoint.job.base_weights import fill_held
@@ -67,6 +68,7 @@ def with_base(meshes, form: str, precision: Precision = Precision(torch.float64)
     return ours, held_numbers(ours.stages[0], precision.activations)
 
 
+@keeps_bytes
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", [Precision(torch.float64), BF16], ids=["float64", "bf16"])
 def test_a_quantised_base_computes_what_its_numbers_do(meshes, form, precision):
@@ -86,6 +88,7 @@ def load_numbers(plain: Trainer, ours: Trainer, numbers: dict[str, torch.Tensor]
     load(plain.stages[0], rest | numbers)
 
 
+@keeps_bytes
 def test_released_fp8_is_multiplied_as_it_is(meshes):
     """Under the FP8 recipe: its numbers, quantised again, are the same codes and scales, and so is all else."""
     config = replace(CONFIG, moe_intermediate_size=128, hidden_size=136)
@@ -97,6 +100,7 @@ def test_released_fp8_is_multiplied_as_it_is(meshes):
     assert_same_step(ours, plain)
 
 
+@keeps_bytes
 @pytest.mark.parametrize("form", FORMS)
 def test_numbers_are_those_of_each_matrix_by_itself(meshes, form):
     """Of experts too: gate, up and down of each; what is stored in FP8 is kept as it is."""
@@ -114,6 +118,7 @@ def test_numbers_are_those_of_each_matrix_by_itself(meshes, form):
                 assert torch.equal(found[start:start + rows], whole.double()), tensor.name
 
 
+@keeps_bytes
 def test_bytes_that_are_held(meshes):
     """Half a byte a number, of 16 in a row padded to 64, a byte for the scale and 8 for the row."""
     ours, numbers = with_base(meshes, "nf4")
@@ -124,6 +129,7 @@ def test_bytes_that_are_held(meshes):
     assert not any(parameter.requires_grad for parameter in held.values())
 
 
+@keeps_bytes
 def test_numbers_that_are_not_finite_are_refused(meshes):
     ours = trainer(meshes, lively=False, lora=EVERYTHING, base=FORMS["nf4"])
     with pytest.raises(ValueError, match=r"^model.layers.0.self_attn.\w+.weight: it has values that are not finite"):

@@ -1,0 +1,8 @@
+"""What only some releases of torch can do: marks for tests of it."""
+
+import pytest
+import torch
+
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+
+keeps_bytes = pytest.mark.skipif(VERSION < (2, 13), reason="FSDP keeps parameters of bytes from torch 2.13 on")
