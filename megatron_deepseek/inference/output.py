@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,7 +35,7 @@ class Output:
     prompt_log_probabilities: list[float | None] | None = None
     prompt_top_log_probabilities: list[dict[int, float] | None] | None = None
     chosen_experts: Mapping[str, torch.Tensor] | None = None
-    queue_seconds: float | None = None
+    queue_seconds: float | None = field(default=None, compare=False)
 
     @property
     def finished(self) -> bool:

@@ -9,7 +9,7 @@ CURVES = ("tests/unit/runtime/test_megatron_logging.py",)
 READING = ("tests/unit/data/test_pretraining_data.py",)
 REPLICAS = ("tests/parallel/test_replicas.py",)
 DIVISION = ("tests/unit/arguments/test_arguments.py",)
-WIKITEXT = ("tests/unit/data/preprocess/test_wikitext.py",)
+WIKITEXT = ("tests/unit/data/preprocess/test_wikitext_files.py",)
 
 MEGATRON = of(
     VALIDATION,

@@ -43,7 +43,7 @@ SERVED = of(
     ("Server.shutdown", "self._service.end", "len, ()"),
     ("body._receive", "size > limits.body_bytes:\n        raise", "size > 2 * most:\n        raise"),
 ) + of(
-    ("tests/unit/serving/test_ranks.py",),
+    ("tests/unit/serving/test_served_by_ranks.py",),
     ("Replicas._collect", "total([statistics for _, statistics in of_replicas])", "self.engine.statistics"),
 ) + of(
     ("tests/unit/serving/test_routes.py",),

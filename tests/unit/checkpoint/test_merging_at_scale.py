@@ -68,9 +68,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-@pytest.mark.parametrize("most, more", [(50 * MIB, ()), (80 * MIB, ("--dtype", "fp8"))], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("most, more", [(60 * MIB, ()), (110 * MIB, ("--dtype", "fp8"))], ids=["bf16", "fp8"])
 def test_memory_is_that_of_blocks_of_rows(base, adapters, tmp_path, most, more):
-    """Whatever the base's size: about 40 MB was seen, and for blocks of 128 rows of FP8 65 MB; a file would be more."""
+    """Whatever the base's size: about 40 MB was seen, and for blocks of 128 rows of FP8 65 to 95 MB; a file in float32
+    would be more.
+    """
     def measured():
         before = resident()
         assert main(words(base, adapters, tmp_path / "out", "--max-shard-size", "32MB", *more)) == 0
