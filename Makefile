@@ -101,7 +101,7 @@ test-torch:
 
 test-clients: $(STAMP)
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet 'lm-eval[api]>=0.4.11' 'llm>=0.27'
+	$(CLIENTS)/bin/python -m pip install --quiet 'lm-eval[api]>=0.4.11' 'transformers>=5' 'llm>=0.27'
 	CLIENTS='$(abspath $(CLIENTS))' $(PYTEST) tests/clients
 
 # Pictures of the page go to tests/browser/screenshots.
