@@ -58,6 +58,12 @@ def fsdp_parameter_group(module):
     return module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
 
 
+def set_timeout(timeout, group) -> None:
+    """Limit how long the collectives of a group wait. Until torch 2.14 it has no public name."""
+    import torch.distributed as dist
+    (getattr(dist, "set_timeout", None) or __getattr__("_set_pg_timeout"))(timeout, group)
+
+
 def pack_weight(weight, rows: int):
     """Return a weight [out, in] in the order that oneDNN likes best for products of so many rows."""
     return torch_ops()._reorder_linear_weight(weight, rows)

@@ -96,8 +96,8 @@ def text_of(content, where: str) -> str:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind != "text":
-            raise BadRow("images or sound", f"{where} holds a part of the type {kind}, which these models cannot read; "
-                                            "remove the row")
+            raise BadRow("images or sound", f"{where} holds a part of the type {kind!r:.40}, which these models cannot "
+                                            "read; remove the row")
         texts.append(part.get("text") if isinstance(part, Mapping) else part)
     if not all(isinstance(text, str) for text in texts):
         raise BadRow("wrong type", f"{where} has a part without text")

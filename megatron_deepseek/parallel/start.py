@@ -16,7 +16,7 @@ from megatron_deepseek.device import (
     is_accelerator,
 )
 from megatron_deepseek.parallel.restarts import agent_store
-from megatron_deepseek.torch_private import _set_pg_timeout, _world
+from megatron_deepseek.torch_private import _world, set_timeout
 
 
 def choose_device() -> torch.device:
@@ -75,4 +75,4 @@ def limit_waiting(timeout_minutes: float) -> None:
     """Give every process group the time-out of the default one, in place of torch's own for groups made without one."""
     for group in list(_world.pg_map):
         if group != dist.GroupMember.NON_GROUP_MEMBER:
-            _set_pg_timeout(timedelta(minutes=timeout_minutes), group)
+            set_timeout(timedelta(minutes=timeout_minutes), group)
