@@ -29,6 +29,10 @@ WHERE = {
     "_StridedShard": "torch.distributed.tensor.placement_types",
     # The copy of the state that a background save writes (checkpoint/job/distributed.py).
     "StateDictStager": "torch.distributed.checkpoint._state_dict_stager",
+    # Operators as they are called, collectives among them, and groups by their names
+    # (parallel/recorded_collectives.py).
+    "TorchDispatchMode": "torch.utils._python_dispatch",
+    "_resolve_process_group": "torch.distributed.distributed_c10d",
     # A store for ranks that do not exist, to shard a model as they would (checkpoint/reshard/rank_shards.py).
     "FakeStore": "torch.testing._internal.distributed.fake_pg",
     # Traces of all threads (runtime/profile.py).
