@@ -12,13 +12,11 @@ from tqdm import tqdm
 from megatron_deepseek.cli import inference_options as options
 from megatron_deepseek.cli.answers_file import AnswersFile, cut_and_read, record
 from megatron_deepseek.cli.generate_prompts import PromptLine, PromptReader
+from megatron_deepseek.inference.asking import AHEAD, Asked, answer_all
 from megatron_deepseek.inference.loading import checked_length, join_ranks, load_model
 from megatron_deepseek.inference.model_files import ModelFiles
-from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
-
-_AHEAD = 4  # times --max-running: requests that wait at each replica, so that none is ever short of work
 
 
 def read_prompts(args: argparse.Namespace, files: ModelFiles) -> list[PromptLine]:
@@ -74,7 +72,8 @@ def answer(args: argparse.Namespace, replicas: Replicas, lines: Sequence[PromptL
     file = AnswersFile(args.output, partial(print, file=sys.stderr)) if args.output is not None else None
     with tqdm(total=done + len(lines), initial=done, unit="prompt", disable=None, dynamic_ncols=True) as bar:
         tokens = 0
-        for line, outputs in _answers(replicas, lines, _AHEAD * args.max_running):
+        asked = (Asked(line, line.ids, line.parameters) for line in lines)
+        for line, outputs in answer_all(replicas, asked, AHEAD * args.max_running):
             if file is None:
                 print(json.dumps(record(line, outputs), ensure_ascii=False), flush=True)
             else:
@@ -85,25 +84,6 @@ def answer(args: argparse.Namespace, replicas: Replicas, lines: Sequence[PromptL
     if file is not None:
         file.close()
     _say_drafts(replicas)
-
-
-def _answers(replicas: Replicas, lines: Sequence[PromptLine], ahead: int):
-    """Yield each line with its answers when all of them are ready. So many requests wait at most at each replica."""
-    rest, asked, found = iter(lines), {}, {}
-    while True:
-        for line in rest if len(asked) < ahead * replicas.layout.dp else ():
-            asked[replicas.add(line.ids, line.parameters)] = line
-            if len(asked) >= ahead * replicas.layout.dp:
-                break
-        if not asked:
-            return
-        for output in replicas.step():
-            if output.finished:
-                name = output.request_id
-                of_line: dict[int, Output] = found.setdefault(name, {})
-                of_line[output.index] = output
-                if len(of_line) == asked[name].parameters.n:
-                    yield asked.pop(name), [each for _, each in sorted(found.pop(name).items())]
 
 
 def _say_drafts(replicas: Replicas) -> None:

@@ -50,8 +50,11 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids`, special tokens as they are written; an id without an entry gives nothing."""
+    def decode(self, ids: list[int], special_tokens: bool = True) -> str:
+        """Return the text of `ids`; an id without an entry gives nothing.
+
+        Special tokens are as they are written, or left out.
+        """
 
 
 class HuggingFaceTokenizer:
@@ -104,8 +107,8 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: list[int], special_tokens: bool = True) -> str:
+        return self.backend.decode(ids, skip_special_tokens=not special_tokens)
 
 
 class ByteTokenizer:
@@ -123,8 +126,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: list[int]) -> str:
-        spelled = (bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids if i < self.vocab_size)
+    def decode(self, ids: list[int], special_tokens: bool = True) -> str:
+        end = self.vocab_size if special_tokens else 256
+        spelled = (bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids if i < end)
         return b"".join(spelled).decode(errors="replace")
 
 
@@ -147,8 +151,8 @@ class NullTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
+    def decode(self, ids: list[int], special_tokens: bool = True) -> str:
+        return " ".join(str(each) for each in ids if special_tokens or each != self.eod)
 
 
 def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> Tokenizer:

@@ -22,7 +22,7 @@ from megatron_deepseek.inference.forward import InferenceModel
 from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.readings import Readings
-from megatron_deepseek.inference.request import Request, Sequence
+from megatron_deepseek.inference.request import PromptReading, Request, Sequence
 from megatron_deepseek.inference.sampling import is_plain_greedy, next_token
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.scheduler import Scheduler, Span
@@ -104,15 +104,18 @@ class Engine:
         batch = self.model.batch([_piece(span) for span in spans])
         states_TH = self.model.states(batch, chosen)
         self.readings.read_prompts(spans, batch.rows, states_TH)
-        sampling = [(span, row) for span, row in zip(spans, batch.rows) if span.samples]
-        self._sample(sampling, states_TH)
+        ready = [(span, row) for span, row in zip(spans, batch.rows) if span.samples]
+        self._sample([(span, row) for span, row in ready if span.sequence.parameters.max_tokens], states_TH)
+        for span, _ in ready:
+            if not span.sequence.parameters.max_tokens:
+                self._finish_unanswered(span.sequence)
         for span, row in zip(spans, batch.rows):
             self.readings.keep_experts(span, row, chosen)
             self._advance(span)
         running = [span.sequence for span in spans if span.sequence.finish_reason is None]
         if self.drafter is not None:
             self.drafter.draft(running, self.lockstep)
-        return [output_of(span.sequence) for span, _ in sampling]
+        return [output_of(span.sequence) for span, _ in ready]
 
     def abort(self, request_id: str) -> list[Output]:
         """Stop a request and free what it holds; return what there is of its answers. An unknown name is ignored."""
@@ -185,7 +188,8 @@ class Engine:
         ends = frozenset((*parameters.stop_token_ids, *(() if parameters.ignore_eos else self.loaded.eos_ids)))
         stop = StopStrings(parameters.stop) if parameters.stop else None
         seed = random.SystemRandom().getrandbits(63) if parameters.seed is None else parameters.seed
-        request = Request(request_id, self._arrivals, prompt, parameters, ends, stop, seed)
+        reading = PromptReading.begin(min(parameters.prompt_logprobs_from, len(prompt)))
+        request = Request(request_id, self._arrivals, prompt, parameters, ends, stop, seed, reading)
         sequences = [self._sequence(request, index) for index in range(parameters.n)]
         self._requests[request_id] = sequences
         for sequence in sequences:
@@ -198,7 +202,8 @@ class Engine:
         text = None if tokenizer is None else AnswerText(tokenizer, request.prompt, request.stop_strings)
         generator = torch.Generator().manual_seed((request.seed + index) % 2**63)
         constraint = self._constraints.constraint(request.parameters.grammar, request.ends)
-        return Sequence(request, index, list(request.prompt), generator, text, constraint)
+        tokens = list(request.prompt if request.parameters.max_tokens else request.prompt[:-1] or request.prompt)
+        return Sequence(request, index, tokens, generator, text, constraint)
 
     def _sample(self, sampling: list[tuple[Span, int]], states_TH: torch.Tensor) -> None:
         """Choose the next tokens of each sequence: one, and one more for each draft that is what was chosen."""
@@ -246,6 +251,13 @@ class Engine:
         elif sequence.num_answered >= parameters.max_tokens or len(sequence.tokens) >= self.settings.max_length:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None and sequence.text is not None and not sequence.text.finished:
+            sequence.text.end()
+
+    @staticmethod
+    def _finish_unanswered(sequence: Sequence) -> None:
+        """Finish a sequence of which the prompt alone was to be read."""
+        sequence.finish_reason = "length"
+        if sequence.text is not None:
             sequence.text.end()
 
     def _advance(self, span: Span) -> None:

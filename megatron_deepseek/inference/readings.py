@@ -22,22 +22,19 @@ class Readings:
 
     def read_prompts(self, spans: list[Span], rows: list[int], states_TH: torch.Tensor) -> None:
         """Read the log-probabilities of prompts that want them, as far as they were computed."""
-        for span, row in zip(spans, rows):
-            if span.sequence.parameters.prompt_logprobs is not None and not span.sequence.index:
-                self._read_prompt(span, row, states_TH)
+        wanted = [(span.sequence, place, row + place - span.begin)
+                  for span, row in zip(spans, rows) for place in _places(span)]
+        for begin in range(0, len(wanted), self._rows_at_once):
+            self._read_places(wanted[begin:begin + self._rows_at_once], states_TH)
 
-    def _read_prompt(self, span: Span, row: int, states_TH: torch.Tensor) -> None:
-        """Read those of the tokens after each of a span's; what is known already is left, after a preemption."""
-        prompt, reading = span.sequence.request.prompt, span.sequence.request.prompt_reading
-        known = reading.log_probabilities
-        places = range(max(span.begin, len(known) - 1), min(span.end, len(prompt) - 1))
-        for begin in range(places.start, places.stop, self._rows_at_once):
-            some = places[begin - places.start:][:self._rows_at_once]
-            logits_RV = self.model.logits(states_TH, [row + place - span.begin for place in some])
-            for place, found_V in zip(some, log_probabilities(logits_RV)):
-                token = prompt[place + 1]
-                known.append(float(found_V[token]))
-                reading.tops.append(likeliest(found_V, span.sequence.parameters.prompt_logprobs, token))
+    def _read_places(self, wanted: list[tuple[Sequence, int, int]], states_TH: torch.Tensor) -> None:
+        """Read the tokens after some (sequence, place, row), which are in the order of places."""
+        found_RV = log_probabilities(self.model.logits(states_TH, [row for *_, row in wanted]))
+        for (sequence, place, _), found_V in zip(wanted, found_RV):
+            reading, token = sequence.request.prompt_reading, sequence.request.prompt[place + 1]
+            found = likeliest(found_V, sequence.parameters.prompt_logprobs, token)
+            reading.log_probabilities.append(found[token])
+            reading.tops.append(found)
 
     def read_token(self, sequence: Sequence, logits_V: torch.Tensor, token: int) -> None:
         """Read the log-probability of a token of the answer."""
@@ -57,3 +54,12 @@ class Readings:
         if span.begin == 0:
             sequence.experts.clear()
         sequence.experts.append({name: experts_TK[row:row + stays].clone() for name, experts_TK in chosen.items()})
+
+
+def _places(span: Span) -> range:
+    """Return the places of a span after which tokens are read; what is known already is left, after a preemption."""
+    sequence = span.sequence
+    if sequence.parameters.prompt_logprobs is None or sequence.index:
+        return range(0)
+    return range(max(span.begin, sequence.request.prompt_reading.place),
+                 min(span.end, len(sequence.request.prompt) - 1))

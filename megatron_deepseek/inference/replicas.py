@@ -85,8 +85,11 @@ class Replicas:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def add(self, prompt: Prompt, parameters: SamplingParameters, request_id: str | None = None) -> str:
+    def add(self, prompt: Prompt, parameters: SamplingParameters, request_id: str | None = None,
+            beside: str | None = None) -> str:
         """Let a request wait for the next step, at the replica that has least to do; return its name.
+
+        `beside`: a request that is not yet answered, with which it can share blocks; it goes to the same replica.
 
         Raise ValueError for a prompt or parameters that cannot be, and for a name that is in use.
         """
@@ -96,12 +99,15 @@ class Replicas:
         if request_id in self._waiting:
             raise ValueError(f"request_id {request_id!r} is in use")
         seed = random.SystemRandom().getrandbits(63) if parameters.seed is None else parameters.seed
-        busy = [sum(each.left for each in self._waiting.values() if each.replica == number)
-                for number in range(self.layout.dp)]
-        chosen = busy.index(min(busy))
+        chosen = self._least_busy() if beside is None else self._waiting[beside].replica
         self._waiting[request_id] = _Waiting(chosen, ids, parameters.n)
         self._commands.append(_Add(chosen, ids, replace(parameters, seed=seed), request_id))
         return request_id
+
+    def _least_busy(self) -> int:
+        busy = [sum(each.left for each in self._waiting.values() if each.replica == number)
+                for number in range(self.layout.dp)]
+        return busy.index(min(busy))
 
     def abort(self, request_id: str) -> None:
         """Stop a request and free what it holds, at the next step. An unknown name is ignored."""

@@ -15,8 +15,18 @@ from megatron_deepseek.inference.text import AnswerText
 class PromptReading:
     """The log-probabilities of a prompt's tokens, as far as they are known, and of the likeliest by id."""
 
-    log_probabilities: list[float | None] = field(default_factory=lambda: [None])
-    tops: list[dict[int, float] | None] = field(default_factory=lambda: [None])
+    log_probabilities: list[float | None]
+    tops: list[dict[int, float] | None]
+
+    @classmethod
+    def begin(cls, first: int) -> "PromptReading":
+        """Return the reading of a prompt whose tokens before place `first` are not read."""
+        return cls([None] * first, [None] * first)
+
+    @property
+    def place(self) -> int:
+        """Return the place of the token whose logits are read next."""
+        return len(self.log_probabilities) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +40,14 @@ class Request:
     ends: frozenset[int]
     stop_strings: StopStrings | None
     seed: int
-    prompt_reading: PromptReading = field(default_factory=PromptReading)
+    prompt_reading: PromptReading = field(default_factory=lambda: PromptReading.begin(1))
 
 
 @dataclass(eq=False)
 class Sequence:
     """One answer: its prompt and the tokens so far, and where it stands.
 
+    `tokens` of a request that nothing is answered to leave out the last one, after which nothing is to be known.
     `num_computed`: of how many tokens the cache has what layers keep. `num_filled`: the same for MTP modules.
     `blocks`: where in the cache. `hashes`: of its full blocks, as far as they are known. `drafts`: tokens that may come
     next, to be verified in the next step. `constraint`: what its grammar allows. `added_at`, `admitted_at`: seconds of

@@ -11,10 +11,11 @@ GREEDY_TEMPERATURE = 1e-5  # below it the likeliest token is taken, as in vLLM
 
 # Least and greatest value of each number, both allowed; None for no bound.
 _BOUNDS = {
-    "max_tokens": (1, None), "min_tokens": (0, None), "temperature": (0, None), "top_p": (0, 1), "top_k": (0, None),
+    "max_tokens": (0, None), "min_tokens": (0, None), "temperature": (0, None), "top_p": (0, 1), "top_k": (0, None),
     "min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "n": (1, None),
-    "logprobs": (0, None), "prompt_logprobs": (0, None), "repetition_penalty": (0, None)}
-_INTEGERS = ("max_tokens", "min_tokens", "top_k", "n", "logprobs", "prompt_logprobs", "seed")
+    "logprobs": (0, None), "prompt_logprobs": (0, None), "prompt_logprobs_from": (1, None),
+    "repetition_penalty": (0, None)}
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "n", "logprobs", "prompt_logprobs", "prompt_logprobs_from", "seed")
 _MAY_BE_NONE = ("logprobs", "prompt_logprobs", "seed")
 
 
@@ -33,6 +34,8 @@ class SamplingParameters:
 
     `logprobs`: log-probabilities of output tokens, of the one chosen and this many likeliest, of raw logits, before
     penalties and temperature; `prompt_logprobs`: the same for the prompt, whose first token has none; None for neither.
+    `prompt_logprobs_from`: the place of the first token of the prompt that they are read for; what comes before may be
+    taken from the cache. `max_tokens` 0 with `prompt_logprobs`: the prompt is read and nothing is answered.
     `chosen_experts`: return the experts that each token chose.
     """
 
@@ -53,6 +56,7 @@ class SamplingParameters:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
     chosen_experts: bool = False
     grammar: Grammar | None = None
 
@@ -65,6 +69,8 @@ class SamplingParameters:
             raise ValueError("top_p is 0; it must be greater than 0, and temperature 0 takes the likeliest token")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos {self.ignore_eos!r} is neither true nor false")
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise ValueError("max_tokens is 0; it must be at least 1, unless prompt_logprobs are asked for")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is greater than max_tokens {self.max_tokens}")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):

@@ -1,8 +1,9 @@
 """Chooses the tokens of the next forward: continuous batching with chunked prefill and preemption.
 
 Each step takes every running answer's next token with its drafts, then, as far as the token budget goes, chunks of
-prompts, all in order of arrival. A request is admitted once there are blocks for all of it. Where blocks run out, the
-youngest running sequence gives up its own and is computed again later.
+prompts, all in order of arrival. A request is admitted once there are blocks for all of it, and once no other one
+computes a block that it can share. Where blocks run out, the youngest running sequence gives up its own and is computed
+again later.
 """
 
 import time
@@ -72,8 +73,7 @@ class Scheduler:
             return
         full = num_computed // self.settings.block_size
         if full > sequence.num_registered:
-            tokens = sequence.tokens[:full * self.settings.block_size]
-            sequence.hashes = block_hashes(tokens, self.settings.block_size, sequence.hashes[:full])
+            self._know_hashes(sequence, full * self.settings.block_size)
             for place in range(sequence.num_registered, full):
                 self.pool.register(sequence.blocks[place], sequence.hashes[place])
             sequence.num_registered = full
@@ -100,13 +100,15 @@ class Scheduler:
 
     def _admit(self, spans: dict[Sequence, Span]) -> None:
         """Let waiting sequences run, in order, as long as there are blocks, places and tokens of the budget left."""
+        computed_now = {each for each in map(_next_block, self.running) if each is not None}
         for sequence in list(self.waiting):
             budget = self._budget(spans)
             if not budget or len(self.running) >= self.settings.max_running:
                 return
-            if self._waits_for_the_first(sequence):
+            shared, rest = self._shared_blocks(sequence)
+            if rest and rest[0] in computed_now:  # it can share that block too, once it is there
+                self.pool.release(shared)
                 continue
-            shared = self._shared_blocks(sequence)
             if self._blocks_for(len(sequence.tokens)) - len(shared) > self.pool.available:
                 self.pool.release(shared)
                 return
@@ -119,24 +121,30 @@ class Scheduler:
             sequence.blocks += self.pool.allocate(
                 max(self._blocks_for(sequence.num_computed + length) - len(shared), 0))
             spans[sequence] = Span(sequence, sequence.num_computed, length)
+            computed_now.add(_next_block(sequence))
             self.shared_tokens += sequence.num_computed
 
-    def _waits_for_the_first(self, sequence: Sequence) -> bool:
-        """Return whether it can share the blocks of its request's first answer once that has computed the prompt."""
-        if not self.settings.prefix_sharing or not sequence.index:
-            return False
-        return any(other.request is sequence.request and not other.index
-                   and other.num_computed < len(sequence.request.prompt) for other in (*self.running, *self.waiting))
+    def _shared_blocks(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        """Return blocks that have the sequence's first tokens, and the hashes of those that it could share beside them.
 
-    def _shared_blocks(self, sequence: Sequence) -> list[int]:
-        """Return blocks that have the sequence's first tokens; the last token is always computed, for its logits."""
-        parameters = sequence.parameters
-        if not self.settings.prefix_sharing or parameters.chosen_experts or (
-                parameters.prompt_logprobs is not None and not sequence.index):
-            return []
-        known = sequence.hashes[:(len(sequence.tokens) - 1) // self.settings.block_size]
-        sequence.hashes = block_hashes(sequence.tokens[:-1], self.settings.block_size, known)
-        return self.pool.share(sequence.hashes)
+        What is read of a token is computed: the logits of the last one, and of a prompt's that are asked for.
+        """
+        if not self.settings.prefix_sharing:
+            return [], []
+        self._know_hashes(sequence, len(sequence.tokens) - 1)
+        parameters, most = sequence.parameters, len(sequence.tokens) - 1
+        if parameters.chosen_experts:
+            return [], []
+        if parameters.prompt_logprobs is not None and not sequence.index:
+            most = min(most, sequence.request.prompt_reading.place)
+        hashes = sequence.hashes[:most // self.settings.block_size]
+        shared = self.pool.share(hashes)
+        return shared, hashes[len(shared):]
+
+    def _know_hashes(self, sequence: Sequence, tokens: int) -> None:
+        """Compute the hashes of the full blocks of a sequence's first `tokens` tokens, as far as they are not known."""
+        if len(sequence.hashes) < tokens // self.settings.block_size:
+            sequence.hashes = block_hashes(sequence.tokens[:tokens], self.settings.block_size, sequence.hashes)
 
     def _blocks_for(self, tokens: int) -> int:
         """Return how many blocks `tokens` tokens take, and the drafts that may follow."""
@@ -158,3 +166,8 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def _next_block(sequence: Sequence) -> bytes | None:
+    """Return the hash of the block that a running sequence fills next, None if all of its prompt's are full."""
+    return sequence.hashes[sequence.num_registered] if sequence.num_registered < len(sequence.hashes) else None
