@@ -14,12 +14,15 @@ enum class Grouping {
 };
 
 constexpr int kTileN = 128;
+constexpr int kHalf = 128;        // rows that a block's consumers multiply at once; tall tiles have two such halves
 constexpr int kRowsTogether = 8;  // tiles of M that pass over N side by side, so that both operands stay in the L2
 
 struct Gemm {
   int64_t m, n;
   int k_tiles, m_tiles, n_tiles;
+  int tile_m;          // rows of a tile: kHalf, or 2 * kHalf of tall ones
   int64_t tiles;       // of all groups
+  int64_t whole;       // tiles that are one turn of a block; of those behind them each half is a turn
   const int* table;    // Groups::table
   const float* scale_a;
   const float* scale_b;
@@ -27,10 +30,19 @@ struct Gemm {
   int64_t scale_rows_b;      // of one matrix
 };
 
-// A tile of the result: a[a_row ..], b[b_row ..], out[out_row .., column ..] and K's tiles from `k` on.
+// Returns how many of the tall tiles are computed whole by persistent blocks. Reading bounds a turn: 48 KB a step of K
+// for a tall tile, 32 KB for its half. So the last wave of turns is halved where all halves fit into one wave.
+constexpr __host__ __device__ int64_t whole_tiles(int64_t tiles, int blocks) {
+  const int64_t last = tiles % blocks;
+  return 2 * last <= blocks ? tiles - last : tiles;
+}
+
+constexpr __host__ __device__ int64_t turns_of(const Gemm& p) { return p.whole + 2 * (p.tiles - p.whole); }
+
+// One turn of a block: a[a_row ..], b[b_row ..], out[out_row .., column ..] and K's tiles from `k` on.
 struct Work {
   int64_t a_row, b_row, out_row;
-  int column, rows, columns;  // what of the tile exists
+  int column, rows, columns;  // what of the turn's tile exists; without rows there are no k_tiles either
   int matrix, k, k_tiles;
 };
 
@@ -46,8 +58,19 @@ constexpr __host__ __device__ Place place_of(int64_t tile, int m_tiles, int n_ti
   return {first + int(in_band % height), int(in_band / height)};
 }
 
-template <Grouping grouping, int TileM>
-__host__ __device__ inline Work work_of(const Gemm& p, int64_t tile) {
+// Leaves of a tall tile's work one half.
+__host__ __device__ inline void take_half(Work& work, int half) {
+  work.a_row += half * kHalf;
+  work.out_row += half * kHalf;
+  work.rows -= half * kHalf;
+  if (work.rows > kHalf) work.rows = kHalf;
+  if (work.rows <= 0) work.rows = work.k_tiles = 0;
+}
+
+template <Grouping grouping>
+__host__ __device__ inline Work work_of(const Gemm& p, int64_t turn) {
+  const bool halved = turn >= p.whole;
+  const int64_t tile = halved ? p.whole + (turn - p.whole) / 2 : turn;
   const int64_t of_one = int64_t(p.m_tiles) * p.n_tiles;
   const int group = grouping == Grouping::kDepth ? int(tile / of_one) : 0;
   const Place place = place_of(grouping == Grouping::kDepth ? tile % of_one : tile, p.m_tiles, p.n_tiles);
@@ -61,8 +84,8 @@ __host__ __device__ inline Work work_of(const Gemm& p, int64_t tile) {
     work.rows = p.table[3 * place.m + 2];
     work.out_row = work.a_row;
   } else {
-    work.a_row = int64_t(place.m) * TileM;
-    work.rows = int(p.m - work.a_row < TileM ? p.m - work.a_row : TileM);
+    work.a_row = int64_t(place.m) * p.tile_m;
+    work.rows = int(p.m - work.a_row < p.tile_m ? p.m - work.a_row : p.tile_m);
     work.out_row = group * p.m + work.a_row;
   }
   if (grouping == Grouping::kDepth) {
@@ -70,6 +93,7 @@ __host__ __device__ inline Work work_of(const Gemm& p, int64_t tile) {
     work.k_tiles = p.table[2 * group + 1];
   }
   work.b_row = work.matrix * p.n + work.column;
+  if (halved) take_half(work, int((turn - p.whole) % 2));
   return work;
 }
 

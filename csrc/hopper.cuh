@@ -92,6 +92,28 @@ __device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, int co
       : "memory");
 }
 
+// Stores four 8 x 8 matrices of 16-bit numbers: lane l gives the place of row l % 8 of matrix l / 8, and has two
+// neighbouring numbers of row l / 4 of each matrix ("stmatrix").
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&word)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+
+// Makes this thread's writes to shared memory visible to the copy engine.
+__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Copies bytes, a multiple of 16, from shared to global memory, later.
+__device__ __forceinline__ void copy_row(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all committed copies of this thread have read their shared memory.
+__device__ __forceinline__ void wait_for_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }

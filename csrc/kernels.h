@@ -161,9 +161,13 @@ struct Groups {
   int count;
 };
 
-void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, void* stream);
+// How bfloat16 results of products with 128x128 scales are stored: from registers, or by the copy engine (TMA).
+enum class Store { kDirect, kCopyEngine };
+
+void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, Store store, void* stream);
 // Tiles have up to 256 rows if `tall`, else up to 128.
-void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, void* stream);
+void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, Store store,
+                       void* stream);
 void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, void* stream);
 
 }  // namespace mds

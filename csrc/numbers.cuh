@@ -92,13 +92,20 @@ __host__ __device__ __forceinline__ float from_e4m3(e4m3 code) {
 // so that a maximum cannot lose a NaN.
 __host__ __device__ __forceinline__ uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffff; }
 
+// Divides by a format's largest number, rounded as IEEE's division: the product with the reciprocal, a constant, corrected
+// once by the remainder. tests/emulation/checks.cpp tries every mantissa.
+__host__ __device__ __forceinline__ float divided_by_max(float x, float max) {
+  const float reciprocal = 1.0f / max, quotient = x * reciprocal;
+  return fmaf(fmaf(-quotient, max, x), reciprocal, quotient);
+}
+
 // Returns the scale of a tile with this largest magnitude, by the rules of ops/fp8/encoding.py; `max` is the format's
 // largest number.
 __host__ __device__ __forceinline__ float tile_scale(uint32_t magnitude, bool power_of_two, float max = kE4M3Max) {
   if (magnitude == 0) return 1.0f;
   if (magnitude >= 0x7f800000) return bits_float(0x7fffffff);  // the tile is lost
   const float smallest = bits_float(1u << 23);                // 2^-126
-  float scale = bits_float(magnitude) / max;
+  float scale = divided_by_max(bits_float(magnitude), max);
   if (scale < smallest) scale = smallest;
   return power_of_two ? bits_float((float_bits(scale) + 0x7fffff) & 0x7f800000) : scale;
 }

@@ -5,8 +5,8 @@
 // multiple of `align` (128 for FP8 tiles; 1 for none), so that a tile never has rows of two experts. A choice outside
 // 0..E-1 has no slot.
 //
-//   1. every block counts its part of the copies, each warp for itself          counts[block][warp][expert]
-//   2. all blocks synchronise; then each sums up, for every expert, the copies that come before its warps'
+//   1. every block counts its part of the copies, each warp for itself          counts[block][expert]
+//   2. all blocks synchronise; then each sums up, for every expert, the copies of all blocks and of those before it
 //   3. every warp goes through its part again, 32 copies at a time, and assigns slots
 //
 // Blocks wait for each other, so all of them must be resident at once: there are no more blocks than multiprocessors,
@@ -26,10 +26,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+constexpr int kTogether = 2;  // few, as multiprocessors there are
+#else
+constexpr int kTogether = 16;  // counts of blocks that a thread reads at once
+#endif
 constexpr int kMinCopies = 256;  // of a warp: less would make the sums over warps longer than the walk
 
 struct Shared {
   int next[kWarps][kMaxExperts];  // copies of each expert, then how many of them come before the next one
+  int before[kMaxExperts];        // copies of each expert in the blocks before this one
   int start[kMaxExperts + 1];     // copies of each expert in all, then its first slot; the end of the last
   int warp_total[kWarps];
 };
@@ -69,27 +75,56 @@ __device__ __forceinline__ void scan_starts(Shared& shared, RouteShape shape) {
   __syncthreads();
 }
 
-// Sets shared.next to the copies of each expert that come before each warp of this block, shared.start to their number.
-__device__ __forceinline__ void count_before(Shared& shared, const int* counts, int num_warps, RouteShape shape) {
-  for (int e = int(threadIdx.x); e < shape.experts; e += kThreads) {
-    int before = 0;
-    for (int w = 0; w < num_warps; ++w) {
-      const int local = w - int(blockIdx.x) * kWarps;
-      if (local >= 0 && local < kWarps) shared.next[local][e] = before;
-      before += counts[int64_t(w) * shape.experts + e];
+// Sets counts[block] to the copies of each expert in this block, and clears the sums over blocks.
+__device__ __forceinline__ void write_counts(Shared& shared, int* counts, int experts) {
+  for (int e = int(threadIdx.x); e < experts; e += kThreads) {
+    int sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared.next[w][e];
+    counts[int64_t(blockIdx.x) * experts + e] = sum;
+    shared.before[e] = shared.start[e] = 0;
+  }
+}
+
+// Sets shared.start to the copies of each expert, shared.next to those before each warp of this block. The blocks of an
+// expert are divided among as many threads as there are for it, and each thread reads kTogether of them at once.
+__device__ __forceinline__ void count_before(Shared& shared, const int* counts, int blocks, int experts) {
+  const int parts = experts < kThreads ? kThreads / experts : 1;
+  for (int i = int(threadIdx.x); i < parts * experts; i += kThreads) {
+    const int e = i % experts;
+    int before = 0, all = 0;
+#pragma unroll 1
+    for (int first = i / experts; first < blocks; first += kTogether * parts) {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int block = first + j * parts;
+        const int count = block < blocks ? counts[int64_t(block) * experts + e] : 0;
+        all += count;
+        before += block < int(blockIdx.x) ? count : 0;
+      }
     }
-    shared.start[e] = before;
+    atomicAdd(&shared.before[e], before);
+    atomicAdd(&shared.start[e], all);
+  }
+  __syncthreads();
+  for (int e = int(threadIdx.x); e < experts; e += kThreads) {
+    int before = shared.before[e];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const int count = shared.next[w][e];
+      shared.next[w][e] = before;
+      before += count;
+    }
   }
   __syncthreads();
 }
 
-// counts [blocks * kWarps, E] is scratch; offsets [E + 1]: first slot of each expert and the end of the last.
+// counts [blocks, E] is scratch; offsets [E + 1]: first slot of each expert and the end of the last.
 __global__ void __launch_bounds__(kThreads)
     route_kernel(const int64_t* experts, RouteShape shape, int* counts, int* copy_of_slot, int* slot_of_copy,
                  int* count_of_expert, int* offsets) {
   Shared& shared = block_shared<Shared>();
-  const int num_warps = int(gridDim.x) * kWarps, own = int(blockIdx.x) * kWarps + warp_id();
-  const int64_t begin = own * shape.copies_per_warp;
+  const int64_t begin = (int64_t(blockIdx.x) * kWarps + warp_id()) * shape.copies_per_warp;
   const int64_t end = begin + shape.copies_per_warp < shape.copies ? begin + shape.copies_per_warp : shape.copies;
   int* next = shared.next[warp_id()];
 
@@ -99,14 +134,14 @@ __global__ void __launch_bounds__(kThreads)
     const int expert = expert_of(experts, copy, end, shape.experts);
     if (expert >= 0) atomicAdd(&next[expert], 1);
   }
-  __syncwarp();
-  for (int e = lane_id(); e < shape.experts; e += kWarp) counts[int64_t(own) * shape.experts + e] = next[e];
+  __syncthreads();
+  write_counts(shared, counts, shape.experts);
   for (int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x; slot < shape.slots; slot += gridDim.x * kThreads)
     copy_of_slot[slot] = -1;  // a place of padding, until a copy takes it
 
   wait_for_all_blocks();
 
-  count_before(shared, counts, num_warps, shape);
+  count_before(shared, counts, int(gridDim.x), shape.experts);
   if (blockIdx.x == 0)
     for (int e = int(threadIdx.x); e < shape.experts; e += kThreads) count_of_expert[e] = shared.start[e];
   __syncthreads();
@@ -143,7 +178,7 @@ int64_t route_blocks(const RouteShape& shape) {
   return std::max<int64_t>(1, ceil_div<int64_t>(shape.copies, shape.copies_per_warp * kWarps));
 }
 
-int64_t route_scratch(const RouteShape& shape) { return route_blocks(shape) * kWarps * shape.experts; }
+int64_t route_scratch(const RouteShape& shape) { return route_blocks(shape) * shape.experts; }
 
 void route(const int64_t* experts, RouteShape shape, int* scratch, int* copy_of_slot, int* slot_of_copy,
            int* count_of_expert, int* offsets, void* stream) {

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from gpu_pieces.timing import Bench, Case, Ceilings, Row
 
 from megatron_deepseek.ops import norm, permute, rope
-from megatron_deepseek.ops.backends import alternatives, cuda
+from megatron_deepseek.ops.backends import alternatives
+from megatron_deepseek.ops.backends.cuda import gemm, layers
+from megatron_deepseek.ops.backends.cuda.operands import tile_rows
 from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
 from megatron_deepseek.ops.fp8 import e5m6, encoding, gemm as fp8_gemm, norm as fp8_norm
@@ -82,7 +84,7 @@ def quantize(bench: Bench) -> Iterator[Row]:
             "csrc": lambda: operator("norm_backward_quantize")(grad, x, wide, rstd, None, False)}, 6 * m * k),
         Case("rows of codes, to 8 experts", {
             "torch": lambda: codes.view(torch.uint8).index_select(0, chosen),
-            "csrc": lambda: cuda.gather_rows(codes.view(torch.uint8), chosen)}, 9 * m * k),
+            "csrc": lambda: layers.gather_rows(codes.view(torch.uint8), chosen)}, 9 * m * k),
         Case("SwiGLU, 1x128", {"torch": lambda: quantize_swiglu.reference(gate, up, True),
                                "csrc": lambda: operator("swiglu_quantize_rows")(gate, up, True)}, 5 * m * half),
         Case("SwiGLU backward, 1x128 and 128x1", {
@@ -177,8 +179,8 @@ def products(bench: Bench) -> Iterator[Row]:
         operands = *encoding.quantize_1x128.reference(x), *encoding.quantize_128x128.reference(w)
         rows = *encoding.quantize_1x128.reference(x), *encoding.quantize_1x128.reference(w)
         yield from bench.rows(Case(f"{m} x {n} x {k}", {
-            "torch, bf16": lambda: x @ w.t(), "csrc": lambda: cuda.scaled_mm(*operands),
-            "csrc, 1x128 both": lambda: cuda.scaled_mm(*rows),
+            "torch, bf16": lambda: x @ w.t(), "csrc": lambda: gemm.scaled_mm(*operands),
+            "csrc, 1x128 both": lambda: gemm.scaled_mm(*rows),
             "torch, scaled_mm": lambda: alternatives.torch_scaled_mm(*operands)}, flops=2 * m * n * k))
 
 
@@ -190,18 +192,18 @@ def grouped_products(bench: Bench) -> Iterator[Row]:
         rows = sum(counts)
         x, grad, w = _random(bench, rows, width), _random(bench, rows, inner), _random(bench, experts, inner, width)
         operands = *encoding.quantize_1x128.reference(x), *encoding.quantize_128x128.reference(w)
-        tiles = torch.tensor([tile[1:] for tile in cuda.tile_rows(counts)], dtype=torch.int32, device=bench.device)
+        tiles = torch.tensor([tile[1:] for tile in tile_rows(counts)], dtype=torch.int32, device=bench.device)
         columns = {}
 
         def wgrad():
             if not columns:
                 columns.update(zip("ax", (operator("quantize_columns")(t, tiles, False) for t in (grad, x))))
-            return cuda.grouped_scaled_mm_wgrad(*columns["a"], *columns["x"], counts)
+            return gemm.grouped_scaled_mm_wgrad(*columns["a"], *columns["x"], counts)
 
         flops = 2 * rows * width * inner
         yield from bench.rows(Case(f"forward, {name}", {
             "torch, bf16": lambda: grouped_forward(x, w, counts),
-            "csrc": lambda: cuda.grouped_scaled_mm(*operands, counts)}, flops=flops))
+            "csrc": lambda: gemm.grouped_scaled_mm(*operands, counts)}, flops=flops))
         yield from bench.rows(Case(f"wgrad, {name}", {
             "torch, bf16": lambda: grouped_wgrad(grad, x, counts), "csrc": wgrad}, flops=flops))
 

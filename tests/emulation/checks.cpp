@@ -2,6 +2,7 @@
 // tiles, and how many quotients a Divider gets wrong. tests/unit/ops/backends/test_csrc_encodings.py knows what each must be.
 #include <cstdio>
 #include <random>
+#include <tuple>
 
 #include "gemm_fp8.cu"
 
@@ -28,11 +29,43 @@ long wrong_codes(long tiles) {
   return wrong;
 }
 
-template <int Waves>
-void print_shape() {
-  using S = Shape<Waves>;
-  std::printf("shape %d %d %d %u %zu %zu %zu\n", Waves, S::kTileM, S::kStages, S::kStageBytes, sizeof(Shared<Waves>),
-              offsetof(Shared<Waves>, b), offsetof(Shared<Waves>, full));
+// Scales of every mantissa that are not those by IEEE's division; at the exponents where the smallest scale begins, of one
+// and of the largest numbers.
+long wrong_scales(float max, uint32_t smallest_exponent) {
+  const float smallest = bits_float(1u << 23);
+  long wrong = 0;
+  for (uint32_t exponent : {smallest_exponent, 127u, 254u})
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {
+      const uint32_t magnitude = exponent << 23 | mantissa;
+      const float scale = bits_float(magnitude) / max;
+      wrong += tile_scale(magnitude, false, max) != (scale < smallest ? smallest : scale);
+    }
+  return wrong;
+}
+
+Gemm dense(int64_t m, int64_t n, int blocks) {
+  Gemm p{};
+  p.m = m, p.n = n, p.k_tiles = 1, p.tile_m = 2 * kHalf;
+  p.m_tiles = int(ceil_div<int64_t>(m, p.tile_m)), p.n_tiles = int(ceil_div<int64_t>(n, kTileN));
+  p.tiles = int64_t(p.m_tiles) * p.n_tiles, p.whole = whole_tiles(p.tiles, blocks);
+  return p;
+}
+
+// Every turn of persistent blocks, and the block that takes it.
+void print_turns(int64_t m, int64_t n, int blocks) {
+  const Gemm p = dense(m, n, blocks);
+  for (int64_t turn = 0; turn < turns_of(p); ++turn) {
+    const Work work = work_of<Grouping::kNone>(p, turn);
+    std::printf("turn %ld %ld %d %ld %ld %d %d %d %d\n", long(m), long(n), blocks, long(turn % blocks),
+                long(work.out_row), work.rows, work.column, work.columns, work.k_tiles);
+  }
+}
+
+template <typename F>
+void print_form() {
+  using S = Shared<F>;
+  std::printf("form %d %d %d %zu %zu %zu\n", F::Waves, F::kTileM, F::kStages, sizeof(S), offsetof(S, b),
+              offsetof(S, full));
 }
 
 int main() {
@@ -44,13 +77,21 @@ int main() {
     for (int i = 0; i < hopper::kAccumulators; ++i)
       std::printf("accumulator %d %d %d %d\n", thread, i, hopper::accumulator_row(thread, i),
                   hopper::accumulator_column(thread, i));
-  print_shape<1>();
-  print_shape<2>();
+  print_form<Form<Grouping::kNone, false, 1, Store::kDirect>>();
+  print_form<Form<Grouping::kNone, true, 1, Store::kDirect>>();
+  print_form<Form<Grouping::kNone, true, 2, Store::kDirect>>();
+  print_form<Form<Grouping::kNone, true, 1, Store::kCopyEngine>>();
+  print_form<Form<Grouping::kNone, true, 2, Store::kCopyEngine>>();
   std::printf("registers %d %d %d\n", kProducerRegisters, kConsumerRegisters, kThreads);
   for (auto [m, n] : {std::pair{1, 1}, {7, 3}, {8, 5}, {19, 4}})
     for (int64_t tile = 0; tile < m * n; ++tile) {
       const Place place = place_of(tile, m, n);
       std::printf("tile %d %d %d %d\n", m, n, place.m, place.n);
     }
+  for (auto [m, n, blocks] : {std::tuple{100, 128, 3}, {300, 391, 3}, {520, 264, 3}, {1000, 640, 5}})
+    print_turns(m, n, blocks);
+  for (int n : {512, 576, 1536, 2048, 2112, 2816, 3072, 4096, 5632, 7168, 10944, 16384, 18432, 21888, 24576, 32768, 36864})
+    print_turns(4096, n, 132);
   std::printf("wrong %ld\n", wrong_codes(4000));
+  std::printf("wrong_scales %ld %ld\n", wrong_scales(kE4M3Max, 9), wrong_scales(kE5M6Max, 16));
 }

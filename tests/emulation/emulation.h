@@ -19,6 +19,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -60,6 +61,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> storage;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+  std::vector<unsigned char> seen_by_copies;  // shared memory as the copy engine reads it: what was fenced
   Barrier named[16];  // 0 is __syncthreads
   std::vector<Warp> warps;
 };
@@ -74,6 +76,8 @@ struct Fiber {
   uint64_t seen = 0;
   const char* place = "";
   std::vector<std::function<void()>> asynchronous;  // this thread's wgmma that nobody has waited for
+  std::vector<uint32_t> unfenced;                   // words of shared memory that the copy engine does not see yet
+  uint64_t copies_asked = 0, copies_committed = 0, copies_read = 0;  // from shared memory
 
   bool ready() const { return !done && (watched == nullptr || *watched != seen); }
 };
@@ -84,6 +88,7 @@ struct Machine {
   const std::function<void()>* kernel = nullptr;
   Barrier grid;
   std::deque<std::function<void()>> copies;  // bulk copies that have been issued and not yet happened
+  const char* problem = nullptr;             // that a fiber found at its end
 };
 
 inline Machine& machine() {
@@ -141,12 +146,14 @@ auto exchange(unsigned mask, T value, Take take) {
 
 inline void start_fiber() {
   (*machine().kernel)();
+  if (self().copies_asked != self().copies_read) machine().problem = "a thread ended before its copies had been read";
   self().done = true;
   swapcontext(&self().context, &machine().scheduler);
 }
 
 inline void prepare(Fiber& fiber, Block& block, unsigned thread) {
   fiber.block = &block, fiber.thread = thread, fiber.done = false, fiber.watched = nullptr;
+  fiber.copies_asked = fiber.copies_committed = fiber.copies_read = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -190,6 +197,7 @@ inline void make_block(Block& block, dim3 index, const Shape& shape) {
   uintptr_t base = reinterpret_cast<uintptr_t>(block.storage.get());
   block.shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024);
   std::memset(block.shared, 0xff, shape.shared_bytes);
+  block.seen_by_copies.assign(shape.shared_bytes, 0xff);
   std::memset(block.shared + shape.shared_bytes, 0x5a, kGuardBytes);
   block.warps = std::vector<Warp>((shape.threads + 31) / 32);
 }
@@ -217,6 +225,7 @@ inline void run_fibers(std::vector<Fiber>& fibers) {
                                std::to_string(fiber.block->index.x) + " waits at " + fiber.place);
   for (const Fiber& fiber : fibers)
     if (!fiber.asynchronous.empty()) throw std::runtime_error("a kernel ended with wgmma in flight");
+  if (const char* problem = std::exchange(machine().problem, nullptr)) throw std::runtime_error(problem);
 }
 
 // One block after the other, or all at once where blocks wait for each other.

@@ -70,6 +70,45 @@ inline void copy_tile(void* to, const TensorMap* map, int column, int row, Barri
   });
 }
 
+// What a thread writes is seen by the copy engine once that thread has fenced.
+inline void store_matrices(void* row, const uint32_t (&word)[4]) {
+  const int lane = int(emulation::self().thread % 32);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const uint64_t place = __shfl_sync(~0u, uint64_t(emulation::aligned(row, 16)), 8 * matrix + lane / 4);
+    unsigned char* words = reinterpret_cast<unsigned char*>(place) + lane % 4 * 4;
+    std::memcpy(words, &word[matrix], 4);
+    emulation::self().unfenced.push_back(shared_address(words));
+  }
+}
+
+inline void fence_for_copies() {
+  emulation::Fiber& fiber = emulation::self();
+  for (uint32_t place : fiber.unfenced)
+    std::memcpy(&fiber.block->seen_by_copies[place], fiber.block->shared + place, 4);
+  fiber.unfenced.clear();
+}
+
+// Every other copy happens at once, the others as late as the engine comes to them: neither may be relied upon.
+inline void copy_row(void* to, const void* from, uint32_t bytes) {
+  emulation::Fiber& fiber = emulation::self();
+  if (bytes % 16) throw std::runtime_error("bulk copies are multiples of 16 bytes");
+  const uint32_t place = shared_address(emulation::aligned(from, 16));
+  auto copy = [=, &fiber, to = emulation::aligned(to, 16)] {
+    std::memcpy(to, &fiber.block->seen_by_copies[place], bytes);
+    ++fiber.copies_read;
+  };
+  if (++fiber.copies_asked % 2 == 0)
+    copy();
+  else
+    emulation::machine().copies.push_back(copy);
+}
+inline void commit_copies() { emulation::self().copies_committed = emulation::self().copies_asked; }
+inline void wait_for_reads() {
+  emulation::Fiber& fiber = emulation::self();
+  while (fiber.copies_read < fiber.copies_committed)
+    emulation::wait_until_changed(&fiber.copies_read, fiber.copies_read, "copies' reads");
+}
+
 inline void product_fence() {}
 inline void product_commit() {}
 inline void product_wait() {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from references import plain
 
-from megatron_deepseek.ops.backends.cuda import tile_rows
+from megatron_deepseek.ops.backends.cuda.operands import tile_rows
 from megatron_deepseek.ops.backends.kernels import operator
 
 SHAPES = [(1, 8), (130, 136), (3, 2176)]

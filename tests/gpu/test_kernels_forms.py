@@ -1,10 +1,10 @@
-"""ops/backends/cuda.py, what models call on a GPU, against the references on a CPU: values and gradients."""
+"""ops/backends/cuda/, what models call on a GPU, against the references on a CPU: values and gradients."""
 
 import pytest
 import torch
 from references import plain
 
-from megatron_deepseek.ops.backends import cuda
+from megatron_deepseek.ops.backends.cuda import gemm, layers, quantize
 from megatron_deepseek.ops.fp8.encoding import dequantize_1x128, dequantize_128x128, quantize_128x1
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm_wgrad
 
@@ -28,29 +28,29 @@ def same(ours, reference, inputs, *args, tolerance=BF16):
 
 def test_rope(device):
     table = torch.randn(2, 6, 4, device=device)
-    same(cuda.rope_queries, plain.rope_queries, (leaf(2, 6, 3, 24, device=device),), table, 16)
+    same(layers.rope_queries, plain.rope_queries, (leaf(2, 6, 3, 24, device=device),), table, 16)
     heads, shared = leaf(2, 6, 3, 40, device=device), leaf(2, 6, 8, device=device)
-    same(cuda.assemble_keys, plain.assemble_keys, (heads, shared), table, 16)
-    same(cuda.assemble_keys, plain.assemble_keys, (heads, shared), None, 16)
+    same(layers.assemble_keys, plain.assemble_keys, (heads, shared), table, 16)
+    same(layers.assemble_keys, plain.assemble_keys, (heads, shared), None, 16)
 
 
 def test_rope_of_a_view(device):
     """Rows of a wider tensor, at an odd place: copied first."""
     wide = leaf(2, 6, 3, 25, device=device)
     table = torch.randn(2, 6, 4, device=device)
-    same(lambda x: cuda.rope_queries(x[..., 1:], table, 16),
+    same(lambda x: layers.rope_queries(x[..., 1:], table, 16),
          lambda x: plain.rope_queries(x[..., 1:], table, 16),
          (wide,))
 
 
 def test_permutations(device):
     experts_TK = torch.rand(20, 8, device=device).topk(3, -1).indices
-    ours, reference = cuda.sort_by_expert(experts_TK, 8), plain.sort_by_expert(experts_TK, 8)
+    ours, reference = layers.sort_by_expert(experts_TK, 8), plain.sort_by_expert(experts_TK, 8)
     assert all(torch.equal(a.long(), b) for a, b in zip(ours, reference))
     order_R, inverse_R, _ = ours
-    same(cuda.copy_and_permute, plain.copy_and_permute, (leaf(20, 24, device=device),), order_R, inverse_R)
-    same(cuda.permute, plain.permute, (leaf(60, 24, device=device),), order_R, inverse_R)
-    same(lambda y, w: cuda.weighted_sum(y, w, order_R, inverse_R),
+    same(layers.copy_and_permute, plain.copy_and_permute, (leaf(20, 24, device=device),), order_R, inverse_R)
+    same(layers.permute, plain.permute, (leaf(60, 24, device=device),), order_R, inverse_R)
+    same(lambda y, w: layers.weighted_sum(y, w, order_R, inverse_R),
          lambda y, w: plain.weighted_sum(y, w, order_R, inverse_R),
          (leaf(60, 24, device=device), torch.rand(20, 3, device=device, requires_grad=True)),
          tolerance={"rtol": 2**-6, "atol": 0.05})  # the reference rounds the weights to bfloat16
@@ -60,22 +60,22 @@ def test_cross_entropy(device):
     """A label of another rank, and the gradient in place."""
     logits, labels = leaf(4, 40, device=device).detach() * 3, torch.tensor([10, 49, 5, 20], device=device)
     ours, reference = (f(logits, labels, 10) for f in (
-        cuda.cross_entropy_statistics, plain.cross_entropy_statistics))
+        layers.cross_entropy_statistics, plain.cross_entropy_statistics))
     for a, b in zip(ours, reference):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
     grad = torch.rand(4, device=device)
     expected = plain.cross_entropy_gradient(logits, labels, 10, *reference[:2], grad)
-    got = cuda.cross_entropy_gradient(logits, labels, 10, *ours[:2], grad)
+    got = layers.cross_entropy_gradient(logits, labels, 10, *ours[:2], grad)
     torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-6)
     assert got.data_ptr() == logits.data_ptr()
 
 
 def test_what_kernels_do_not_take(device):
     """float64, widths of no multiple of 16 bytes: the reference's."""
-    assert cuda.rope_queries(torch.zeros(1, 1, 1, 24, device=device), None, 16) is NotImplemented
-    assert cuda.quantize_1x128(torch.zeros(2, 12, device=device)) is NotImplemented
-    assert cuda.permute(torch.zeros(2, 3, device=device), None, None) is NotImplemented
-    assert cuda.scaled_mm(torch.zeros(0, 16, device=device), None, None, None) is NotImplemented
+    assert layers.rope_queries(torch.zeros(1, 1, 1, 24, device=device), None, 16) is NotImplemented
+    assert quantize.quantize_1x128(torch.zeros(2, 12, device=device)) is NotImplemented
+    assert layers.permute(torch.zeros(2, 3, device=device), None, None) is NotImplemented
+    assert gemm.scaled_mm(torch.zeros(0, 16, device=device), None, None, None) is NotImplemented
 
 
 def close(got, expected, bound=2**-8):
@@ -86,13 +86,14 @@ def close(got, expected, bound=2**-8):
 def test_linear_of_three_products(device):
     """Forward, dgrad and wgrad as training calls them, M and K no multiples of 128."""
     x, grad, w = (torch.randn(*shape, device=device).bfloat16() for shape in ((150, 80), (150, 200), (200, 80)))
-    x_q, g_q, w_q = cuda.quantize_1x128(x.view(3, 50, 80)), cuda.quantize_1x128(grad), cuda.quantize_128x128(w)
+    x_q, g_q = quantize.quantize_1x128(x.view(3, 50, 80)), quantize.quantize_1x128(grad)
+    w_q = quantize.quantize_128x128(w)
     x_tiles = x_q[0].view(150, 80), x_q[1].view(150, 1)
-    close(cuda.scaled_mm(*x_tiles, *w_q), plain.scaled_mm(*plain.quantize_1x128(x), *plain.quantize_128x128(w)))
+    close(gemm.scaled_mm(*x_tiles, *w_q), plain.scaled_mm(*plain.quantize_1x128(x), *plain.quantize_128x128(w)))
     expected = plain.scaled_mm(*plain.quantize_1x128(grad), *(part.mT for part in plain.quantize_128x128(w)))
-    close(cuda.scaled_mm(*g_q, *cuda.quantize_both_ways(w)[1]), expected)
-    close(cuda.scaled_mm(*g_q, *(part.mT for part in w_q)), expected)
-    close(cuda.scaled_mm(*cuda.quantize_128x1(grad), *cuda.quantize_128x1(x)),
+    close(gemm.scaled_mm(*g_q, *quantize.quantize_both_ways(w)[1]), expected)
+    close(gemm.scaled_mm(*g_q, *(part.mT for part in w_q)), expected)
+    close(gemm.scaled_mm(*quantize.quantize_128x1(grad), *quantize.quantize_128x1(x)),
           dequantize_1x128(*plain.quantize_1x128(grad.t())) @ dequantize_1x128(*plain.quantize_1x128(x.t())).t())
 
 
@@ -100,12 +101,12 @@ def test_experts_of_three_products(device):
     counts = [70, 0, 150]
     x, grad, w = (torch.randn(*shape, device=device).bfloat16() for shape in ((220, 80), (220, 136), (3, 136, 80)))
     x_q, g_q, w_q = plain.quantize_1x128(x), plain.quantize_1x128(grad), plain.quantize_128x128(w)
-    close(cuda.grouped_scaled_mm(*x_q, *w_q, counts), plain.grouped_scaled_mm(*x_q, *w_q, counts))
+    close(gemm.grouped_scaled_mm(*x_q, *w_q, counts), plain.grouped_scaled_mm(*x_q, *w_q, counts))
     transposed = tuple(part.mT.contiguous() for part in w_q)
-    close(cuda.grouped_scaled_mm(*g_q, *cuda.quantize_both_ways(w)[1], counts), plain.grouped_scaled_mm(
+    close(gemm.grouped_scaled_mm(*g_q, *quantize.quantize_both_ways(w)[1], counts), plain.grouped_scaled_mm(
         *g_q, *transposed, counts))
-    columns = [cuda.quantize_128x1(t, False, counts) for t in (grad, x)]
-    got = cuda.grouped_scaled_mm_wgrad(*columns[0], *columns[1], counts)
+    columns = [quantize.quantize_128x1(t, False, counts) for t in (grad, x)]
+    got = gemm.grouped_scaled_mm_wgrad(*columns[0], *columns[1], counts)
     references = [plain.quantize_128x1(t, False, counts) for t in (grad, x)]
     close(got, plain.grouped_scaled_mm_wgrad(*references[0], *references[1], counts))
     assert not got[1].any()
@@ -124,21 +125,21 @@ def codes_close(got, expected):
 
 def test_gradients_both_ways(device):
     x = torch.randn(150, 200, device=device).bfloat16()
-    codes_close(cuda.quantize_rows_and_columns(x, True), plain.quantize_rows_and_columns(x, True))
+    codes_close(quantize.quantize_rows_and_columns(x, True), plain.quantize_rows_and_columns(x, True))
 
 
 @pytest.mark.parametrize("joint, width", [(True, 72), (True, 128), (False, 128)])
 def test_swiglu_backward(device, joint, width):
     gate_up, grad = (torch.randn(150, size, device=device).bfloat16() for size in (2 * width, width))
     arguments = grad, *gate_up.chunk(2, -1), joint
-    codes_close(cuda.swiglu_backward_tiles(*arguments), plain.swiglu_backward_tiles(*arguments))
+    codes_close(quantize.swiglu_backward_tiles(*arguments), plain.swiglu_backward_tiles(*arguments))
 
 
 @pytest.mark.parametrize("counts", [(), ([3, 0, 130],)])
 def test_swiglu_backward_whose_tiles_are_not_of_each(device, counts):
     """72 columns of gate end within a tile of both side by side, so each gradient is quantised by itself."""
     grad, gate, up = (torch.randn(133, 72, device=device).bfloat16() for _ in range(3))
-    got = cuda.swiglu_backward_tiles(grad, gate, up, False, *counts)
+    got = quantize.swiglu_backward_tiles(grad, gate, up, False, *counts)
     expected = plain.swiglu_backward_tiles(grad, gate, up, False, *counts)
     if counts:  # kernels pad the tiles of groups
         got = tuple((rows, (without_padding(columns[0], *counts), columns[1])) for rows, columns in got)
@@ -165,24 +166,24 @@ def test_products_of_halves_of_tiles(device):
     gate_up, grad = (torch.randn(150, size, device=device).bfloat16() for size in (256, 128))
     weight, x = (torch.randn(*shape, device=device).bfloat16() for shape in ((128, 80), (150, 80)))
     ours, reference = (f(grad, *gate_up.chunk(2, -1), False) for f in (
-        cuda.swiglu_backward_tiles, plain.swiglu_backward_tiles))
+        quantize.swiglu_backward_tiles, plain.swiglu_backward_tiles))
     for (rows, columns), (expected_rows, expected_columns) in zip(ours, reference):
-        close(cuda.scaled_mm(*rows, *cuda.quantize_both_ways(weight)[1]),
+        close(gemm.scaled_mm(*rows, *quantize.quantize_both_ways(weight)[1]),
               plain.scaled_mm(*expected_rows, *plain.quantize_128x128(weight.t())), 2**-7)
-        close(cuda.scaled_mm(*columns, *cuda.quantize_128x1(x)),
+        close(gemm.scaled_mm(*columns, *quantize.quantize_128x1(x)),
               plain.scaled_mm(*expected_columns, *plain.quantize_128x1(x)), 2**-7)
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_norm(device, keep):
     x, weight = torch.randn(3, 50, 72, device=device).bfloat16(), torch.rand(72, device=device).bfloat16()
-    q, scale, rstd, y = cuda.norm_quantize(x, weight, 1e-6, keep)
+    q, scale, rstd, y = quantize.norm_quantize(x, weight, 1e-6, keep)
     expected = plain.norm_quantize(x, weight, 1e-6, keep)
     codes_close((q, scale), expected[:2])
     torch.testing.assert_close(rstd, expected[2], rtol=1e-5, atol=0)
     assert y is None if not keep else torch.allclose(y.float(), expected[3].float(), rtol=2**-7)
     grad = torch.randn_like(x)
-    got = cuda.norm_backward_quantize(grad, x, weight, rstd)
+    got = quantize.norm_backward_quantize(grad, x, weight, rstd)
     expected = plain.norm_backward_quantize(grad, x, weight, rstd)
     codes_close(got[:2], expected[:2])
     torch.testing.assert_close(got[2].float(), expected[2].float(), rtol=2**-6, atol=2**-6)
@@ -192,19 +193,19 @@ def test_norm(device, keep):
 def test_rows_of_codes_and_of_scales(device, dtype, width):
     x = torch.randint(200, (20, width), device=device).to(dtype)
     index = torch.randint(20, (70,), device=device)
-    assert torch.equal(cuda.gather_rows(x, index), x[index])
+    assert torch.equal(layers.gather_rows(x, index), x[index])
 
 
 def test_rows_that_are_further_apart(device):
     """Gate and up, halves of a product's rows, are quantised where they are."""
     gate, up = torch.randn(30, 96, device=device).bfloat16().chunk(2, -1)
     for half in (gate, up):
-        codes_close(cuda.quantize_1x128(half), plain.quantize_1x128(half))
+        codes_close(quantize.quantize_1x128(half), plain.quantize_1x128(half))
 
 
 def test_swiglu_of_halves(device):
     hidden = torch.randn(2, 30, 48, device=device).bfloat16()
     gate, up = hidden.chunk(2, -1)
-    q, s = cuda.quantize_swiglu(gate, up)
+    q, s = quantize.quantize_swiglu(gate, up)
     close(dequantize_1x128(q, s), torch.nn.functional.silu(gate.float()) * up.float(), 0.04)  # E4M3: 2^-4 at most
-    close(dequantize_128x128(*cuda.quantize_128x128(hidden[0])), hidden[0].float(), 0.04)
+    close(dequantize_128x128(*quantize.quantize_128x128(hidden[0])), hidden[0].float(), 0.04)

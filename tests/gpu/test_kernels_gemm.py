@@ -9,7 +9,7 @@ import pytest
 import torch
 from references import plain
 
-from megatron_deepseek.ops.backends.cuda import tile_rows
+from megatron_deepseek.ops.backends.cuda.operands import tile_rows
 from megatron_deepseek.ops.backends.kernels import operator
 
 HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
@@ -32,14 +32,21 @@ def matrix(*shape: int, device) -> torch.Tensor:
     return (x * torch.exp2(torch.randint(-6, 6, (*shape[:-1], 1), device=device).float())).bfloat16()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+# Results that are stored from registers, or by the copy engine (TMA).
+STORES = pytest.mark.parametrize("dtype, tma_store", [
+    (torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)], ids=["bfloat16", "tma_store", "float32"])
+
+
+@STORES
 @pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528),
                                      (20, 24, 4624)])
-def test_dense(device, m, n, k, dtype):
-    """The last has more than 32 blocks of K, whose scales lie in the lanes of a warp."""
+def test_dense(device, m, n, k, dtype, tma_store):
+    """The last has more than 32 blocks of K, whose scales lie in the lanes of a warp. The copy engine does not store
+    rows of 391 numbers, which do not begin at multiples of 16 bytes.
+    """
     a, b = matrix(m, k, device=device), matrix(n, k, device=device)
     operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
-    close(operator("scaled_mm")(*operands, dtype == torch.float32), plain.scaled_mm(*operands, dtype))
+    close(operator("scaled_mm")(*operands, dtype == torch.float32, tma_store), plain.scaled_mm(*operands, dtype))
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640)])
@@ -50,12 +57,17 @@ def test_dense_with_scales_of_rows(device, m, n, k, any_order):
     close(operator("scaled_mm")(*operands, True), plain.scaled_mm(*operands, torch.float32))
 
 
-def test_tall_tiles(device):
-    """More than two tall tiles for each multiprocessor, 3 of them in the emulation."""
-    m, n = (8192, 8192) if device.type == "cuda" else (520, 264)
+@STORES
+@pytest.mark.parametrize("m, n", [(520, 264), (300, 256), (1000, 128)])
+def test_tall_tiles(device, m, n, dtype, tma_store, any_order):
+    """On three multiprocessors, as the emulation has: nine tall tiles, or three and one that is halved, of which a half
+    is partly empty.
+    """
+    if device.type == "cuda":
+        m, n = 16 * m, 32 * n
     operands = (*plain.quantize_1x128(matrix(m, 272, device=device)),
                 *plain.quantize_128x128(matrix(n, 272, device=device)))
-    close(operator("scaled_mm")(*operands, True), plain.scaled_mm(*operands, torch.float32))
+    close(operator("scaled_mm")(*operands, dtype == torch.float32, tma_store), plain.scaled_mm(*operands, dtype))
 
 
 def test_a_transposed_weight_with_padded_rows(device):
@@ -74,13 +86,14 @@ def row_tiles(counts: list[int], device, height: int = 128) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@STORES
 @pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 384]])
-def test_rows_grouped(device, counts, dtype, tall):
+def test_rows_grouped(device, counts, dtype, tma_store, tall):
+    """Groups begin at any row, and end within tiles; rows of the next are no one's to write."""
     a, b = matrix(sum(counts), 272, device=device), matrix(len(counts), 200, 272, device=device)
     operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
     tiles = row_tiles(counts, device, 256 if tall else 128)
-    got = operator("grouped_scaled_mm")(*operands, tiles, tall, dtype == torch.float32)
+    got = operator("grouped_scaled_mm")(*operands, tiles, tall, dtype == torch.float32, tma_store)
     close(got, plain.grouped_scaled_mm(*operands, counts, dtype))
 
 

@@ -6,7 +6,7 @@ import torch
 from megatron_deepseek.ops.backends.kernels import operator
 
 # tokens, choices, experts, the first of which nobody chooses and the last everybody may
-CASES = [(1, 1, 1), (7, 2, 3), (100, 8, 16), (300, 8, 1024), (700, 6, 64), (0, 4, 8)]
+CASES = [(1, 1, 1), (7, 2, 3), (100, 8, 16), (300, 8, 1024), (700, 6, 64), (700, 6, 100), (700, 6, 300), (0, 4, 8)]
 
 
 def choices(tokens: int, top_k: int, experts: int, device) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from references import plain
 
-from megatron_deepseek.ops.backends.cuda import tile_rows
+from megatron_deepseek.ops.backends.cuda.operands import tile_rows
 from megatron_deepseek.ops.backends.kernels import operator
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.swiglu import swiglu, swiglu_backward

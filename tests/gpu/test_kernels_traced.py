@@ -1,4 +1,4 @@
-"""torch.compile and FakeTensor see the kernels through what models call (ops/backends/cuda.py), every one of them.
+"""torch.compile and FakeTensor see the kernels through what models call (ops/backends/cuda/), every one of them.
 
 Each call is compiled as one graph and its results are compared with the reference's, its backward included; and made of
 tensors without data, which must have the shapes, dtypes and strides of real results.

@@ -5,13 +5,16 @@ neither side there. Here they are compared with a second reading.
 """
 
 import importlib.util
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[4]
+PAGE = (ROOT / "docs" / "kernels.md").read_text()
 spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
@@ -80,9 +83,9 @@ def test_accumulator_fragments(printed):
 
 
 def test_shared_memory_and_registers(printed):
-    for waves, tile_m, stages, stage_bytes, size, of_b, barriers in printed["shape"]:
-        assert tile_m == 128 * waves <= 256  # rows of a box of the copy engine
-        assert stage_bytes == (tile_m + 128) * 128 < 2**20  # what an mbarrier can expect
+    for waves, tile_m, stages, size, of_b, barriers in printed["form"]:
+        assert tile_m == 128 * waves <= 256
+        assert (tile_m + 128) * 128 < 2**20  # what an mbarrier can expect
         assert of_b % 1024 == 0 and tile_m * 128 % 1024 == 0 and barriers % 8 == 0
         assert size <= SHARED_BYTES and stages >= 4
     (producer, consumer, threads), = printed["registers"]
@@ -99,6 +102,54 @@ def test_every_tile_once(printed):
         assert sorted(places) == [(m, n) for m in range(m_tiles) for n in range(n_tiles)]
         for first in range(0, len(places), 8 * n_tiles):  # 8 tiles of M side by side, for the L2
             assert len({m for m, _ in places[first:first + 8 * n_tiles]}) <= 8
+
+
+def turns(printed) -> dict[tuple[int, int, int], list[tuple[int, ...]]]:
+    """Return (block, first row, rows, column, columns, tiles of K) of every turn, by M, N and the number of blocks."""
+    found = defaultdict(list)
+    for m, n, blocks, *turn in printed["turn"]:
+        found[m, n, blocks].append(tuple(turn))
+    return found
+
+
+def test_turns_cover_the_result_once(printed):
+    """Tall tiles, of which those of the last wave may be halved; what is empty has nothing to load."""
+    few = {shape: of_blocks for shape, of_blocks in turns(printed).items() if len(of_blocks) < 300}
+    assert len(few) > 5
+    for (m, n, _), of_blocks in few.items():
+        seen = np.zeros((m, n), np.int8)
+        for _, row, rows, column, columns, k_tiles in of_blocks:
+            assert rows <= 256 and columns <= 128 and k_tiles == (rows > 0)
+            seen[row:row + rows, column:column + columns] += 1
+        assert (seen == 1).all()
+
+
+def slowest(of_blocks: list[tuple[int, ...]]) -> float:
+    """Return how long the slowest block takes, in turns of 256 x 128; one of up to 128 x 128 takes two thirds."""
+    times = defaultdict(float)
+    for block, _, rows, *_ in of_blocks:
+        times[block] += 1 if rows > 128 else 2 / 3
+    return max(times.values())
+
+
+def test_the_documented_waves(printed):
+    """docs/kernels.md's table: N, tall tiles at M = 4096 per multiprocessor, and the time with and without halves."""
+    table = re.findall(r"^\| (\d+) \|[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) % \| (\d+) % \|$", PAGE, re.M)
+    of_shape = {n: of_blocks for (m, n, blocks), of_blocks in turns(printed).items() if (m, blocks) == (4096, 132)}
+    assert [int(row[0]) for row in table] == sorted(of_shape)
+    for n, *numbers in table:
+        tiles = 16 * -(-int(n) // 128)
+        before = -(-tiles // 132) if tiles >= 264 else -(-2 * tiles // 132) * 2 / 3  # all tall, or all of 128 rows
+        after = slowest(of_shape[int(n)])
+        assert after <= before
+        ideal = tiles / 132
+        assert [float(x) for x in numbers] == [round(ideal, 2), round(before, 2), round(after, 2),
+                                               round(100 * ideal / before), round(100 * ideal / after)], n
+
+
+def test_scales_by_a_reciprocal(printed):
+    """Every mantissa of a tile's largest magnitude: no scale is another than that by IEEE's division."""
+    assert printed["wrong_scales"] == [(0, 0)]
 
 
 def test_division_by_a_reciprocal(printed):
