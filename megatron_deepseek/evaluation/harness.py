@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_deepseek.evaluation.chats import Chats
+from megatron_deepseek.evaluation.generation_options import sampling_of
 from megatron_deepseek.evaluation.generator_states import kept_generators
 from megatron_deepseek.evaluation.questions import EvaluatedModel
 from megatron_deepseek.foreign_json import read_object
@@ -99,6 +100,16 @@ def _words(error: BaseException) -> str:
         return (f"its data set is not on this machine, and cannot be downloaded ({text:.200}). A task whose "
                 "dataset_path is json, csv or parquet reads files of this machine")
     return f"{text:.400}"
+
+
+def sampled_task(tasks: "Sequence[Task | Group]") -> str | None:
+    """Return the name of a task whose answers are sampled, None where there is none."""
+    for each in tasks:
+        for task in each.get_all_tasks() if hasattr(each, "get_all_tasks") else (each,):
+            given = task.get_config("generation_kwargs") or {}
+            if task.OUTPUT_TYPE == "generate_until" and not sampling_of(given, seed=0).greedy:
+                return task.task_name
+    return None
 
 
 def evaluate(model: EvaluatedModel, tasks: "Sequence[Task | Group]", wanted: Evaluated, described: Mapping[str, Any],
