@@ -186,6 +186,7 @@ class RunSettings:
     quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
     `save_hf_dtype`: bf16, fp32 or fp8, None for that of the computation; `fp8_scale_format`: of FP8 weights of the
     export, None for that of what the run began from (checkpoint/convert/block_fp8.py).
+    `eval_tasks`: tasks of lm-eval that are evaluated every `eval_tasks_interval` iterations, as the options say.
     `freeze_parameters`: wildcard patterns over the names of parameters that are not trained. `drop_mtp`: the command
     line says --mtp-num-layers 0, so modules of weights that are taken over stay behind. `unpadded_vocab_size`: the
     rows of the embedding that exports have, None for all.
@@ -208,6 +209,11 @@ class RunSettings:
     chat_template: str | None = None
     eval_interval: int | None = None
     eval_iters: int = 0
+    eval_tasks: tuple[str, ...] = ()
+    eval_tasks_interval: int = 1000
+    eval_tasks_limit: float | None = None
+    eval_tasks_num_fewshot: int | None = None
+    eval_tasks_include_path: Path | None = None
     log_interval: int = 1
     exit_interval: int | None = None
     exit_duration_in_mins: float | None = None

@@ -229,6 +229,13 @@ def _add_evaluation_and_logging(parser):
     add = parser.add_argument_group("evaluation and logging").add_argument
     add("--eval-iters", type=values.count, help="batches of an evaluation (0: none)")
     add("--eval-interval", type=values.positive_int, help="iterations between evaluations (1000)")
+    add("--eval-tasks", type=str, nargs="+", metavar="TASK",
+        help="tasks of lm-eval to evaluate while training: names, or YAML and JSON files (none)")
+    add("--eval-tasks-interval", type=values.positive_int, metavar="N", help="iterations between that (1000)")
+    add("--eval-tasks-limit", type=values.positive, metavar="N",
+        help="examples of each task; below 1, a part of them (all)")
+    add("--eval-tasks-num-fewshot", type=values.count, metavar="N", help="examples before a question (the task's)")
+    add("--eval-tasks-include-path", type=values.path, metavar="DIR", help="a folder of further tasks (none)")
     add("--log-interval", type=values.positive_int, default=1, help="iterations between lines (1)")
     add("--log-throughput", action="store_true", help="also the model's TFLOP/s a rank")
     add("--log-params-norm", action="store_true", help="also the norm of what is trained")

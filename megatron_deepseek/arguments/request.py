@@ -255,6 +255,13 @@ class Request:
         return bool(self.args.eval_iters) or self.args.full_validation
 
     @property
+    def options_of_tasks(self) -> str:
+        """Return the first option that says how --eval-tasks are evaluated, as it was typed; "" where there is none."""
+        names = ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_num_fewshot", "eval_tasks_include_path")
+        given = (name for name in names if getattr(self.args, name) is not None)
+        return next((f"--{name.replace('_', '-')} {getattr(self.args, name)}" for name in given), "")
+
+    @property
     def evaluation(self) -> str:
         """Return the argument that asks for evaluations, as it was typed."""
         return "--full-validation" if self.args.full_validation else f"--eval-iters {self.args.eval_iters}"

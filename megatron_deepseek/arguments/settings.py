@@ -228,6 +228,8 @@ def _run(request: Request) -> RunSettings:
     evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else request.evaluates
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
+                eval_tasks=tuple(args.eval_tasks or ()),
+                eval_tasks_interval=args.eval_tasks_interval or RunSettings.eval_tasks_interval,
                 finetune=args.finetune or _begins_from_weights(request), train_iters=args.train_iters or 0,
                 drop_mtp=args.num_nextn_predict_layers == 0,
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,

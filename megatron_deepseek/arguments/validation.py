@@ -210,6 +210,8 @@ _RUN = (
          lambda r: not r.fine_tunes and r.args.eval_interval is not None and r.args.eval_iters is None
          and not r.args.full_validation,
          "--eval-interval {r.args.eval_interval} needs --eval-iters or --full-validation"),
+    Rule("options of tasks need tasks", lambda r: not r.args.eval_tasks and r.options_of_tasks,
+         "{r.options_of_tasks} needs --eval-tasks"),
     Rule("several validation sets need evaluations",
          lambda r: not r.fine_tunes and r.args.multiple_validation_sets and not r.evaluates,
          "--multiple-validation-sets needs --full-validation or --eval-iters"),

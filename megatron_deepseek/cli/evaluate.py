@@ -40,8 +40,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="programs for problems of HumanEval's form, each run in a sandbox")
     add("--output", "--output-path", "--output_path", type=Path, metavar="PATH",
         help="a folder, or FILE.json, for results; answers are kept beside them, from which a killed run goes on")
-    add("--limit", type=values.positive, metavar="N", help="examples or problems of each; below 1, a part of them (all)")
-    add("--batch-size", "--batch_size", type=values.positive_int, metavar="N", help="requests at a time (--max-running)")
+    add("--limit", type=values.positive, metavar="N", help="examples or problems; below 1, a part of them (all)")
+    add("--batch-size", "--batch_size", type=values.positive_int, metavar="N", help="as --max-running")
     add("--stride", type=values.positive_int, metavar="N",
         help="with --perplexity: tokens that each window but the first adds (all of the window)")
     add("--json-key", default="text", metavar="KEY", help="with --perplexity: of a JSONL file's texts (text)")
@@ -49,7 +49,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tasks", "as lm-eval's own options of these names").add_argument
-    add("--num-fewshot", "--num_fewshot", type=values.count, metavar="N", help="examples before a question (the task's)")
+    add("--num-fewshot", "--num_fewshot", type=values.count, metavar="N", help="examples before it (the task's)")
     add("--apply-chat-template", "--apply_chat_template", action="store_true", help="ask in chats (no)")
     add("--fewshot-as-multiturn", "--fewshot_as_multiturn", action=argparse.BooleanOptionalAction, default=True,
         help="in chats each example is a turn (yes)")
@@ -59,7 +59,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="run tasks that execute what the model writes, without a sandbox")
     add("--template", metavar="NAME", default="auto",
         help="of chats: a family, or a file of Jinja (auto: the checkpoint's own, else what its tokenizer tells)")
-    add("--thinking", action=argparse.BooleanOptionalAction, help="of chats, ask for reasoning (as the template has it)")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="ask for reasoning (as the template has it)")
 
 
 def _add_programs(parser: argparse.ArgumentParser) -> None:

@@ -4,14 +4,16 @@ lm-eval is imported here and in lm.py alone, when tasks are asked for: it takes 
 """
 
 import importlib.util
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_deepseek.evaluation.chats import Chats
+from megatron_deepseek.evaluation.generation_options import sampling_of
 from megatron_deepseek.evaluation.generator_states import kept_generators
 from megatron_deepseek.evaluation.questions import EvaluatedModel
 from megatron_deepseek.foreign_json import read_object
@@ -101,19 +103,29 @@ def _words(error: BaseException) -> str:
     return f"{text:.400}"
 
 
+def sampled_task(tasks: "Sequence[Task | Group]") -> str | None:
+    """Return the name of a task whose answers are sampled, None where there is none."""
+    for each in tasks:
+        for task in each.get_all_tasks() if hasattr(each, "get_all_tasks") else (each,):
+            given = task.get_config("generation_kwargs") or {}
+            if task.OUTPUT_TYPE == "generate_until" and not sampling_of(given, seed=0).greedy:
+                return task.task_name
+    return None
+
+
 def evaluate(model: EvaluatedModel, tasks: "Sequence[Task | Group]", wanted: Evaluated, described: Mapping[str, Any],
              chats: Chats = Chats(), output: Path | None = None, quiet: bool = False) -> tuple[dict, Path | None]:
     """Return lm-eval's results, and the file that they were written to where an `output` is given.
 
     `described`: model_args of the results. `output`: as lm-eval's --output_path, a folder or FILE.json; lm-eval adds
-    the date to the names. Random numbers are seeded as lm-eval does it, and put back afterwards.
+    the date to the names. If it is `quiet` it shows no bars. Random numbers are seeded as lm-eval does it, and put back afterwards.
     """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
     from megatron_deepseek.evaluation.lm import EvaluatedLM
     tracker = EvaluationTracker(output_path=None if output is None else str(output))
-    with kept_generators(), _quiet():
+    with kept_generators(), _quiet(), redirect_stderr(io.StringIO()) if quiet else nullcontext():
         results = simple_evaluate(
             model=EvaluatedLM(model, chats, quiet), model_args=dict(described), tasks=list(tasks),
             num_fewshot=wanted.num_fewshot, limit=wanted.limit, apply_chat_template=wanted.apply_chat_template,

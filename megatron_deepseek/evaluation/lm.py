@@ -49,6 +49,10 @@ class EvaluatedLM(TemplateLM):
         begins = add_special_tokens is not False and self.tokenizer.adds_bos and ids[:1] != [bos]
         return [bos, *ids] if begins else ids
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return log p of each continuation, and whether it is the likeliest; without lm-eval's own bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         questions = [Continuation(tuple(context), tuple(text)) for _, context, text in requests]
         return [(answer.log_probability, answer.greedy) for answer in self._ask(questions, "log-likelihoods")]

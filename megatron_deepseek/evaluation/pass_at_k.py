@@ -81,8 +81,8 @@ def complete(model: EvaluatedModel, problems: Sequence[Problem], parameters: Sam
     for number, problem in enumerate(problems):
         ids = prompt_ids(model.tokenizer, problem.prompt)
         if len(ids) + parameters.max_tokens > model.max_length:
-            raise ValueError(f"the problem {problem.name} has {len(ids)} tokens, and with {parameters.max_tokens} of an "
-                             f"answer that is more than the {model.max_length} that the model sees")
+            raise ValueError(f"the problem {problem.name} has {len(ids)} tokens, with {parameters.max_tokens} of an "
+                             f"answer more than the {model.max_length} that the model sees")
         seed = (parameters.seed or 0) + number * parameters.n
         questions.append(Generation(tuple(ids), replace(parameters, seed=seed)))
     found: list[list[str]] = [[] for _ in problems]

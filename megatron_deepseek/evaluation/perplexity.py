@@ -83,7 +83,9 @@ def perplexity_of(model: EvaluatedModel, path: Path, stride: int | None = None, 
 
 
 def documents_of(path: Path, tokenizer: Tokenizer, key: str = "text") -> Iterator[Document]:
-    """Yield the documents of a file: of an indexed dataset (its .bin, .idx or prefix), of JSONL a line's `key`, else one.
+    """Yield the documents of a file.
+
+    Those of an indexed dataset (its .bin, .idx or prefix), of JSONL each line's `key`, of another file the whole.
     """
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if prefix.with_name(prefix.name + ".idx").is_file():
@@ -105,7 +107,7 @@ def _document(ids: list[int], text: str) -> Document:
 
 
 def _texts(path: Path, key: str) -> Iterator[str]:
-    """Yield the texts of a JSONL file, or the whole of another one. Raise ValueError that names the place of a fault."""
+    """Yield the texts of a JSONL file, or the whole of another one; raise ValueError that names where a fault is."""
     if path.suffix not in (".jsonl", ".json"):
         try:
             yield path.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.batches import Sampler
+from megatron_deepseek.evaluation.while_training import TrainingTasks
 from megatron_deepseek.finetuning.answers import Answers
 from megatron_deepseek.finetuning.data import (
     Conversations,
@@ -45,9 +46,11 @@ class FineTuning(Task):
 
     def __init__(self):
         self._conversations: Conversations | None = None  # on rank 0, from its check to its preparation
+        self._tasks = TrainingTasks()
 
     def check(self, settings: Settings) -> Settings:
         settings = with_tokenizer(settings)
+        self._tasks.load(settings)
         self._conversations = prepare_all(settings, partial(print, flush=True))
         store = agent_store()
         if store is not None:
@@ -68,14 +71,14 @@ class FineTuning(Task):
         settings = with_length(with_tokenizer(settings), conversations.rows_per_epoch)
         depths, scale = settings.model.num_nextn_predict_layers, settings.loss.mtp_loss_scaling_factor
         return Prepared(
-            settings, partial(_open_conversations, conversations),
+            settings, partial(_open_conversations, conversations, self._tasks),
             objective_of(settings.fine_tuning.loss_average, depths, scale),
             {prefix: [counts.samples, counts.tokens] for prefix, counts
              in zip(conversations.train.prefixes, conversations.train.counts)},
             tuple(start_notes(settings, conversations)))
 
 
-def _open_conversations(conversations: Conversations, settings: Settings, state: TrainState,
+def _open_conversations(conversations: Conversations, tasks: TrainingTasks, settings: Settings, state: TrainState,
                         say: Callable[[str], None]) -> RunData:
     rows = Rows(conversations.train, settings.run.epochs)
     vocab_size, tuning = settings.model.vocab_size, settings.fine_tuning
@@ -87,15 +90,16 @@ def _open_conversations(conversations: Conversations, settings: Settings, state:
         held_out = Rows(each, epochs=1, shuffle=False)
         sampler = Sampler(held_out, vocab_size, f"--eval-dataset {' '.join(each.settings.dataset)}")
         sets.append(EvaluationSet(name_of(each), sampler, num_batches(settings, held_out.rows_per_epoch)))
-    return RunData(train, Evaluation(settings, sets) if sets else None, _periodic_answers(conversations, settings))
+    return RunData(train, Evaluation(settings, sets) if sets else None,
+                   (*_periodic_answers(conversations, settings), *tasks.periodic(settings)))
 
 
-def _periodic_answers(conversations: Conversations, settings: Settings) -> Periodic | None:
+def _periodic_answers(conversations: Conversations, settings: Settings) -> tuple[Periodic, ...]:
     tuning = settings.fine_tuning
     if tuning.generate_every is None:
-        return None
+        return ()
     told = [None]
     if dist.get_rank() == 0:
         told = [held_out_prompts(conversations.held_out[0].settings, tuning.generate_prompts)]
     dist.broadcast_object_list(told)
-    return Periodic(tuning.generate_every, Answers(settings, name_of(conversations.held_out[0]), told[0]))
+    return (Periodic(tuning.generate_every, Answers(settings, name_of(conversations.held_out[0]), told[0])),)

@@ -11,6 +11,7 @@ from megatron_deepseek.data.mock import with_mock_data
 from megatron_deepseek.data.pretraining import check_data, open_datasets, shared_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.evaluation.while_training import TrainingTasks
 from megatron_deepseek.pretraining.validation import validate, validation_sets
 from megatron_deepseek.runtime.job import run_job
 from megatron_deepseek.runtime.resume import num_samples
@@ -26,14 +27,21 @@ def pretrain(settings: Settings) -> None:
 class Pretraining(Task):
     """The task of pre-training."""
 
+    def __init__(self):
+        self._tasks = TrainingTasks()
+
     def check(self, settings: Settings) -> Settings:
+        self._tasks.load(settings)
         settings = replace(settings, data=with_mock_data(settings.data))
         check_data(settings.data, settings.model.vocab_size, num_samples(settings))
         return settings
 
     def prepare(self, settings: Settings) -> Prepared:
         """Return the task as it is: indices are built when it is known how many samples are left."""
-        return Prepared(replace(settings, data=with_mock_data(settings.data)), open_data)
+        return Prepared(replace(settings, data=with_mock_data(settings.data)), self._open_data)
+
+    def _open_data(self, settings: Settings, state: TrainState, say: Callable[[str], None]) -> RunData:
+        return replace(open_data(settings, state, say), periodic=self._tasks.periodic(settings))
 
 
 def open_data(settings: Settings, state: TrainState, say: Callable[[str], None]) -> RunData:

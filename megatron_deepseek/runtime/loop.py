@@ -1,7 +1,7 @@
 """The loop of steps, validations and saves of a run, whatever its task."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from megatron_deepseek.runtime.replicas import ReplicasDiffer, check_replicas
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import describe_changes
 from megatron_deepseek.runtime.saving import Saver, what_stays
-from megatron_deepseek.runtime.task import Prepared
+from megatron_deepseek.runtime.task import Periodic, Prepared
 from megatron_deepseek.runtime.user_errors import end_on_user_error
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.next_token import by_source
@@ -68,7 +68,7 @@ class Run:
     def train(self) -> None:
         if self.state.iteration == 0:
             self._validate()
-            self._act()
+            self._act(self.periodic)
         with self.interruptions.handling(), self.garbage:
             try:
                 self._steps()
@@ -101,8 +101,7 @@ class Run:
         leave = stop_flags.leave or (run.exit_interval is not None and done % run.exit_interval == 0)
         if run.eval_interval and (done % run.eval_interval == 0 or done == run.train_iters):
             self._validate()
-        if self.periodic is not None and (done % self.periodic.every == 0 or done == run.train_iters):
-            self._act()
+        self._act([each for each in self.periodic if done % each.every == 0 or done == run.train_iters])
         if stop_flags.leave:
             self.report.message(f"leaving after iteration {done} {self.interruptions.reason()}")
         if leave or stop_flags.save or (run.save_interval and done % run.save_interval == 0):
@@ -199,6 +198,6 @@ class Run:
             self.validate(self.trainer, self.report, self.state.iteration)
             self.garbage.around_evaluation()
 
-    def _act(self) -> None:
-        if self.periodic is not None:
-            self.periodic.act(self.trainer, self.report, self.state.iteration)
+    def _act(self, due: Sequence[Periodic]) -> None:
+        for each in due:
+            each.act(self.trainer, self.report, self.state.iteration)

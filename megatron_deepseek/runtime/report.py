@@ -270,8 +270,10 @@ def _validation_line(iteration: int, lm_loss: float, mtp_loss: tuple[float, ...]
 
 
 def _held_out_line(iteration: int, name: str, results: dict[str, Any]) -> str:
-    """Return the results that are there, in the order of `_HELD_OUT`."""
+    """Return the results that are there, in the order of `_HELD_OUT`; then other numbers, without their errors."""
     shown = [form(results[key]) for key, form in _HELD_OUT.items() if results.get(key) not in (None, ())]
+    shown += [f"{key.replace('_', ' ')} {value:.4f}" for key, value in results.items()
+              if key not in _HELD_OUT and isinstance(value, float) and "_stderr" not in key]
     return " | ".join([f"{name} at iteration {iteration}", *shown])
 
 

@@ -42,7 +42,7 @@ class RunData:
 
     train: TrainingData
     validate: Callable[[Trainer, Report, int], None] | None = None
-    periodic: Periodic | None = None
+    periodic: tuple[Periodic, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from megatron_deepseek.training.objective import Objective
 class Scores:
     """The scores of a batch, the same on every rank that has these rows, whatever pipeline stage it holds.
 
-    log_probabilities_BS: log p(label) of each token, at least float32. `experts`, where they were asked for: by layer
-    ("model.layers.3.mlp") which experts each token chose, int64 [B, S, K] in no particular order, -1 for padding.
+    log_probabilities_BS: log p(label) of each token, at least float32. `likeliest_BS`, where it was asked for: whether
+    the label is the likeliest there. `experts`, where they were asked for: by layer ("model.layers.3.mlp") which
+    experts each token chose, int64 [B, S, K] in no particular order, -1 for padding.
     """
 
     log_probabilities_BS: torch.Tensor
+    likeliest_BS: torch.Tensor | None = None
     experts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -54,6 +56,13 @@ def log_probabilities(predictions: Predictions) -> torch.Tensor:
 
 def likeliest(predictions: Predictions) -> torch.Tensor:
     return predictions.for_chunks(VocabularyLogits.likeliest)
+
+
+def log_probabilities_and_likeliest(predictions: Predictions) -> torch.Tensor:
+    """Return log p(label) of each token and, as 0 or 1, whether the label is the likeliest, [B, S, 2]."""
+    found_BS = predictions.log_probabilities()
+    right_BS = likeliest(predictions) == predictions.labels_BMS[:, 0]
+    return torch.stack([found_BS, right_BS.to(found_BS.dtype)], -1)
 
 
 def whole_sequences(own: torch.Tensor, meshes: Meshes) -> torch.Tensor:

@@ -50,6 +50,7 @@ from megatron_deepseek.training.scoring import (
     from_stage,
     likeliest,
     log_probabilities,
+    log_probabilities_and_likeliest,
     whole_sequences,
 )
 
@@ -166,18 +167,23 @@ class Trainer:
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + objective.num_depths)
         return self._reduce(objective, step.statistics, divided, counts, {})[0]
 
-    def score(self, batch: Batch, experts: bool = False) -> Scores:
-        """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose.
+    def score(self, batch: Batch, experts: bool = False, likeliest: bool = False) -> Scores:
+        """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose, and
+        whether a label is the likeliest.
 
         Nothing is trained. Every rank of the job calls it, with the same number of rows.
         """
         statistics = StepStatistics(chosen={} if experts else None)
         wide = torch.promote_types(self.spec.build.precision.activations, torch.float32)
-        scores = self._read(batch, log_probabilities, wide, statistics)
+        if likeliest:
+            both_BS2 = self._read(batch, log_probabilities_and_likeliest, wide, statistics, 2)
+            scores, right_BS = both_BS2[..., 0], both_BS2[..., 1] > 0
+        else:
+            scores, right_BS = self._read(batch, log_probabilities, wide, statistics), None
         if not experts:
-            return Scores(scores)
+            return Scores(scores, right_BS)
         like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.spec.model.num_experts_per_tok or 0)
-        return Scores(scores, chosen_experts(statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
+        return Scores(scores, right_BS, chosen_experts(statistics.chosen, like_BSK, self._moe_holders(), self.meshes))
 
     def likeliest(self, batch: Batch) -> torch.Tensor:
         """Return the id that is the likeliest after each token, [B, S], on every rank that has the rows.
@@ -187,14 +193,14 @@ class Trainer:
         return self._read(batch, likeliest, torch.int64, StepStatistics())
 
     def _read(self, batch: Batch, read: Callable[[Predictions], torch.Tensor], dtype: torch.dtype,
-              statistics: StepStatistics) -> torch.Tensor:
-        """Return what `read` takes of the main prediction of each token, [B, S] of `dtype`, on every rank."""
+              statistics: StepStatistics, *width: int) -> torch.Tensor:
+        """Return what `read` takes of the main prediction of each token, [B, S, *width] of `dtype`, on every rank."""
         objective = Keep(read)
         divided = self._divide(batch, objective)
         step = StepContext(1, partial(objective.contribution, counts={}), statistics)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
         own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
-        like = batch.tokens_BS.new_empty(batch.tokens_BS.shape, dtype=dtype)
+        like = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, *width, dtype=dtype)
         return from_stage(own, like, self.holders[-1], self.meshes)
 
     def _moe_holders(self) -> dict[str, int]:
