@@ -93,12 +93,23 @@ def run_command(command: list[str]) -> str:
     return done.stdout
 
 
+def _included(source: Path) -> set[Path]:
+    """Return the source and the files of this project that it includes, and that these include."""
+    found, todo = set(), [source]
+    while todo:
+        path = todo.pop()
+        found.add(path)
+        names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        files = {folder / name for folder in (SOURCES, EMULATION) for name in names if (folder / name).exists()}
+        todo += files - found
+    return found
+
+
 def _cached(command: list[str], source: Path, suffix: str) -> tuple[Path, str]:
     """Return the object that `command` makes of `source`, and what the compiler wrote when it was made."""
     digest = hashlib.sha256(" ".join(command).encode())
-    for path in sorted([*SOURCES.glob("*"), *EMULATION.glob("*.h")]):
-        if path == source or path.suffix in (".cuh", ".h"):
-            digest.update(path.read_bytes())
+    for path in sorted(_included(source)):
+        digest.update(path.read_bytes())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
     log = made.with_suffix(".log")
     if not (made.exists() and log.exists()):

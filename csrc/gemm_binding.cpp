@@ -28,23 +28,21 @@ void check_product(const mds::ScaledOperand& a, const mds::ScaledOperand& b) {
   STD_TORCH_CHECK(b.columns >= a.columns && b.columns < a.columns + mds::kTile, "a and b have different K");
 }
 
-mds::Store store_of(bool tma_store) { return tma_store ? mds::Store::kCopyEngine : mds::Store::kDirect; }
-
 ScalarType result_type(bool fp32) { return fp32 ? ScalarType::Float : ScalarType::BFloat16; }
 
 Tensor scaled_mm(const Tensor& a_q, const Tensor& a_s, const Tensor& b_q, const Tensor& b_s, bool fp32,
-                 bool tma_store) {
+                 bool tma_store, bool clusters) {
   const auto a = operand(a_q, a_s, "a"), b = operand(b_q, b_s, "b");
   check_product(a, b);
   STD_TORCH_CHECK(a.matrices == 1 && b.matrices == 1, "a and b must be matrices");
   const Launch launch(a_q);
   Tensor out = make(a_q, {a.rows, b.rows}, result_type(fp32));
-  mds::scaled_mm(a, b, {out.data_ptr(), fp32}, store_of(tma_store), launch.stream());
+  mds::scaled_mm(a, b, {out.data_ptr(), fp32}, {tma_store, clusters}, launch.stream());
   return out;
 }
 
 Tensor grouped_scaled_mm(const Tensor& a_q, const Tensor& a_s, const Tensor& b_q, const Tensor& b_s,
-                         const Tensor& tiles, bool tall, bool fp32, bool tma_store) {
+                         const Tensor& tiles, bool tall, bool fp32, bool tma_store, bool clusters) {
   const auto a = operand(a_q, a_s, "a"), b = operand(b_q, b_s, "b");
   check_product(a, b);
   check_dense(tiles, ScalarType::Int, "tiles");
@@ -53,12 +51,12 @@ Tensor grouped_scaled_mm(const Tensor& a_q, const Tensor& a_s, const Tensor& b_q
   const Launch launch(a_q);
   Tensor out = make(a_q, {a.rows, b.rows}, result_type(fp32));
   mds::grouped_scaled_mm(a, b, {pointer<int>(tiles), int(tiles.size(0))}, tall, {out.data_ptr(), fp32},
-                         store_of(tma_store), launch.stream());
+                         {tma_store, clusters}, launch.stream());
   return out;
 }
 
 Tensor grouped_scaled_mm_wgrad(const Tensor& a_q, const Tensor& a_s, const Tensor& b_q, const Tensor& b_s,
-                               const Tensor& groups, bool fp32) {
+                               const Tensor& groups, bool fp32, bool clusters) {
   const auto a = operand(a_q, a_s, "a"), b = operand(b_q, b_s, "b");
   check_product(a, b);
   check_dense(groups, ScalarType::Int, "groups");
@@ -67,7 +65,7 @@ Tensor grouped_scaled_mm_wgrad(const Tensor& a_q, const Tensor& a_s, const Tenso
   STD_TORCH_CHECK(a.columns % mds::kTile == 0, "groups must be padded to tiles of 128");
   const Launch launch(a_q);
   Tensor out = make(a_q, {groups.size(0), a.rows, b.rows}, result_type(fp32));
-  mds::grouped_scaled_mm_wgrad(a, b, {pointer<int>(groups), int(groups.size(0))}, {out.data_ptr(), fp32},
+  mds::grouped_scaled_mm_wgrad(a, b, {pointer<int>(groups), int(groups.size(0))}, {out.data_ptr(), fp32}, clusters,
                                launch.stream());
   return out;
 }
@@ -75,10 +73,11 @@ Tensor grouped_scaled_mm_wgrad(const Tensor& a_q, const Tensor& a_s, const Tenso
 }  // namespace
 
 OPERATORS(m) {
-  m.def("scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, bool fp32, bool tma_store=False) -> Tensor");
+  m.def("scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, bool fp32, bool tma_store=False, bool clusters=False) -> Tensor");
   m.def("grouped_scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor tiles, bool tall, bool fp32, "
-        "bool tma_store=False) -> Tensor");
-  m.def("grouped_scaled_mm_wgrad(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor groups, bool fp32) -> Tensor");
+        "bool tma_store=False, bool clusters=False) -> Tensor");
+  m.def("grouped_scaled_mm_wgrad(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor groups, bool fp32, "
+        "bool clusters=False) -> Tensor");
 }
 
 KERNELS(m) {

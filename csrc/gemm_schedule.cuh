@@ -19,7 +19,8 @@ constexpr int kRowsTogether = 8;  // tiles of M that pass over N side by side, s
 
 struct Gemm {
   int64_t m, n;
-  int k_tiles, m_tiles, n_tiles;
+  int k_tiles, m_tiles;
+  int n_tiles;         // of a cluster's width
   int tile_m;          // rows of a tile: kHalf, or 2 * kHalf of tall ones
   int64_t tiles;       // of all groups
   int64_t whole;       // tiles that are one turn of a block; of those behind them each half is a turn
@@ -44,6 +45,7 @@ struct Work {
   int64_t a_row, b_row, out_row;
   int column, rows, columns;  // what of the turn's tile exists; without rows there are no k_tiles either
   int matrix, k, k_tiles;
+  bool stored;  // else the block only keeps in step with its cluster, with the tile of another one
 };
 
 struct Place {
@@ -67,15 +69,18 @@ __host__ __device__ inline void take_half(Work& work, int half) {
   if (work.rows <= 0) work.rows = work.k_tiles = 0;
 }
 
-template <Grouping grouping>
-__host__ __device__ inline Work work_of(const Gemm& p, int64_t turn) {
+// The work of block `rank` of a cluster, whose blocks have neighbouring tiles of N.
+template <Grouping grouping, int Cluster>
+__host__ __device__ inline Work work_of(const Gemm& p, int64_t turn, int rank) {
   const bool halved = turn >= p.whole;
   const int64_t tile = halved ? p.whole + (turn - p.whole) / 2 : turn;
   const int64_t of_one = int64_t(p.m_tiles) * p.n_tiles;
   const int group = grouping == Grouping::kDepth ? int(tile / of_one) : 0;
   const Place place = place_of(grouping == Grouping::kDepth ? tile % of_one : tile, p.m_tiles, p.n_tiles);
   Work work{};
-  work.column = place.n * kTileN;
+  work.column = (place.n * Cluster + rank) * kTileN;
+  work.stored = work.column < p.n;
+  if (!work.stored) work.column = place.n * Cluster * kTileN;
   work.columns = int(p.n - work.column < kTileN ? p.n - work.column : kTileN);
   work.k_tiles = p.k_tiles;
   if (grouping == Grouping::kRows) {

@@ -55,6 +55,8 @@ __device__ __forceinline__ void store(float* row, int columns, bool, bool exists
     }
 }
 
+enum class Store { kDirect, kCopyEngine };
+
 // What a warp has of a wave's result, 16 rows of 128 columns, on its way out. Rows are 16 bytes longer, so that no two
 // of 8 rows start in one bank.
 struct alignas(16) OutputRows {

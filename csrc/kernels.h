@@ -161,13 +161,17 @@ struct Groups {
   int count;
 };
 
-// How bfloat16 results of products with 128x128 scales are stored: from registers, or by the copy engine (TMA).
-enum class Store { kDirect, kCopyEngine };
+// Forms of the kernel that are not the default before they have run on a GPU. Results do not depend on them.
+struct GemmOptions {
+  bool tma_store;  // bfloat16 results leave by the copy engine, where b has scales of blocks
+  bool clusters;   // two blocks share what they read of a
+};
 
-void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, Store store, void* stream);
+void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, GemmOptions options, void* stream);
 // Tiles have up to 256 rows if `tall`, else up to 128.
-void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, Store store,
-                       void* stream);
-void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, void* stream);
+void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out,
+                       GemmOptions options, void* stream);
+void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, bool clusters,
+                             void* stream);
 
 }  // namespace mds

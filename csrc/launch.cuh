@@ -14,6 +14,7 @@ struct Grid {
   size_t shared_bytes = 0;
   bool all_at_once = false;  // blocks wait for each other: they must all be resident (a cooperative launch)
   unsigned rows = 1;         // blockIdx.y
+  unsigned cluster = 1;      // neighbouring blocks that reach each other's shared memory
 };
 
 inline unsigned one_dimension(int64_t blocks) {
@@ -35,11 +36,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
   if (grid.blocks == 0 || grid.rows == 0) return;
   check_rows(grid, kMostRows);
-  emulation::run({grid.blocks, grid.rows, grid.threads, grid.shared_bytes, grid.all_at_once},
+  emulation::run({grid.blocks, grid.rows, grid.threads, grid.shared_bytes, grid.all_at_once, grid.cluster},
                  [&] { kernel(Parameters(arguments)...); });
 }
 
-inline int multiprocessors() { return 3; }  // few, and no power of two: persistent kernels must take several turns
+inline int multiprocessors() { return 5; }  // few, and no power of two: persistent kernels must take several turns
 
 #else
 
@@ -56,16 +57,25 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Argum
   if (grid.shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
           "shared memory of a kernel");
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (grid.all_at_once) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (grid.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = grid.cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.blocks, grid.rows);
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cooperative;
-  config.numAttrs = grid.all_at_once ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launch of a kernel");
 }
 

@@ -55,7 +55,7 @@ Gemm dense(int64_t m, int64_t n, int blocks) {
 void print_turns(int64_t m, int64_t n, int blocks) {
   const Gemm p = dense(m, n, blocks);
   for (int64_t turn = 0; turn < turns_of(p); ++turn) {
-    const Work work = work_of<Grouping::kNone>(p, turn);
+    const Work work = work_of<Grouping::kNone, 1>(p, turn, 0);
     std::printf("turn %ld %ld %d %ld %ld %d %d %d %d\n", long(m), long(n), blocks, long(turn % blocks),
                 long(work.out_row), work.rows, work.column, work.columns, work.k_tiles);
   }
@@ -63,7 +63,7 @@ void print_turns(int64_t m, int64_t n, int blocks) {
 
 template <typename F>
 void print_form() {
-  using S = Shared<F>;
+  using S = GemmShared<F>;
   std::printf("form %d %d %d %zu %zu %zu\n", F::Waves, F::kTileM, F::kStages, sizeof(S), offsetof(S, b),
               offsetof(S, full));
 }
@@ -77,12 +77,12 @@ int main() {
     for (int i = 0; i < hopper::kAccumulators; ++i)
       std::printf("accumulator %d %d %d %d\n", thread, i, hopper::accumulator_row(thread, i),
                   hopper::accumulator_column(thread, i));
-  print_form<Form<Grouping::kNone, false, 1, Store::kDirect>>();
-  print_form<Form<Grouping::kNone, true, 1, Store::kDirect>>();
-  print_form<Form<Grouping::kNone, true, 2, Store::kDirect>>();
-  print_form<Form<Grouping::kNone, true, 1, Store::kCopyEngine>>();
-  print_form<Form<Grouping::kNone, true, 2, Store::kCopyEngine>>();
-  std::printf("registers %d %d %d\n", kProducerRegisters, kConsumerRegisters, kThreads);
+  print_form<Form<Grouping::kNone, false, 1, Store::kDirect, 1>>();
+  print_form<Form<Grouping::kNone, true, 1, Store::kDirect, 1>>();
+  print_form<Form<Grouping::kNone, true, 2, Store::kDirect, 1>>();
+  print_form<Form<Grouping::kNone, true, 1, Store::kCopyEngine, 1>>();
+  print_form<Form<Grouping::kNone, true, 2, Store::kCopyEngine, 1>>();
+  std::printf("registers %d %d %d\n", kProducerRegisters, kConsumerRegisters, kGemmThreads);
   for (auto [m, n] : {std::pair{1, 1}, {7, 3}, {8, 5}, {19, 4}})
     for (int64_t tile = 0; tile < m * n; ++tile) {
       const Place place = place_of(tile, m, n);

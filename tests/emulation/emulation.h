@@ -44,6 +44,7 @@ struct Shape {
   unsigned blocks, rows, threads;
   size_t shared_bytes;
   bool all_at_once;
+  unsigned cluster;
 };
 
 struct Barrier {
@@ -63,6 +64,9 @@ struct Block {
   size_t shared_bytes = 0;
   std::vector<unsigned char> seen_by_copies;  // shared memory as the copy engine reads it: what was fenced
   Barrier named[16];  // 0 is __syncthreads
+  Block* cluster = nullptr;  // its first block, whose barrier is the cluster's
+  Barrier cluster_barrier;
+  unsigned running = 0;  // threads that have not ended
   std::vector<Warp> warps;
 };
 
@@ -87,6 +91,7 @@ struct Machine {
   Fiber* running = nullptr;
   const std::function<void()>* kernel = nullptr;
   Barrier grid;
+  unsigned cluster = 1;  // blocks of one
   std::deque<std::function<void()>> copies;  // bulk copies that have been issued and not yet happened
   const char* problem = nullptr;             // that a fiber found at its end
 };
@@ -127,6 +132,18 @@ inline void grid_barrier() {
   arrive_and_wait(machine().grid, int(gridDim.x * gridDim.y * blockDim.x), "grid barrier");
 }
 
+inline void cluster_barrier() {
+  Block* first = self().block->cluster;
+  arrive_and_wait(first->cluster_barrier, int(blockDim.x * machine().cluster), "cluster barrier");
+}
+
+// Returns what is at the same place of another block's shared memory, to which this block does something.
+template <typename T>
+T* in_block(Block* block, T* own) {
+  if (block->running == 0) machine().problem = "a block reached into the shared memory of one that had ended";
+  return reinterpret_cast<T*>(block->shared + (reinterpret_cast<unsigned char*>(own) - self().block->shared));
+}
+
 inline Warp& own_warp() { return self().block->warps[self().thread / 32]; }
 
 // Every lane puts a value down; `take` makes each lane's result of all 32.
@@ -148,6 +165,7 @@ inline void start_fiber() {
   (*machine().kernel)();
   if (self().copies_asked != self().copies_read) machine().problem = "a thread ended before its copies had been read";
   self().done = true;
+  --self().block->running;
   swapcontext(&self().context, &machine().scheduler);
 }
 
@@ -193,6 +211,7 @@ struct Order {
 inline void make_block(Block& block, dim3 index, const Shape& shape) {
   block.index = index;
   block.shared_bytes = shape.shared_bytes;
+  block.running = shape.threads;
   block.storage.reset(new unsigned char[shape.shared_bytes + 1024 + kGuardBytes]);
   uintptr_t base = reinterpret_cast<uintptr_t>(block.storage.get());
   block.shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024);
@@ -228,17 +247,20 @@ inline void run_fibers(std::vector<Fiber>& fibers) {
   if (const char* problem = std::exchange(machine().problem, nullptr)) throw std::runtime_error(problem);
 }
 
-// One block after the other, or all at once where blocks wait for each other.
+// One block or cluster after the other, or all at once where blocks wait for each other.
 inline void run(const Shape& shape, const std::function<void()>& kernel) {
   machine().kernel = &kernel;
   gridDim = {shape.blocks, shape.rows, 1};
   blockDim = {shape.threads, 1, 1};
-  const size_t total = size_t(shape.blocks) * shape.rows, together = shape.all_at_once ? total : 1;
+  machine().cluster = shape.cluster;
+  const size_t total = size_t(shape.blocks) * shape.rows, together = shape.all_at_once ? total : shape.cluster;
+  if (total % together) throw std::runtime_error("a grid that does not end with a whole cluster");
   std::vector<Fiber> fibers(together * shape.threads);
   for (size_t first = 0; first < total; first += together) {
     std::vector<Block> blocks(together);
     for (size_t b = 0; b < together; ++b) {
       make_block(blocks[b], {unsigned((first + b) % shape.blocks), unsigned((first + b) / shape.blocks), 0}, shape);
+      blocks[b].cluster = &blocks[b / shape.cluster * shape.cluster];
       for (unsigned t = 0; t < shape.threads; ++t) prepare(fibers[b * shape.threads + t], blocks[b], t);
     }
     run_fibers(fibers);

@@ -43,6 +43,12 @@ inline void barrier_arrive_expecting(Barrier* barrier, uint32_t bytes) {
 }
 inline void barrier_arrive(Barrier* barrier) { barrier_arrive_expecting(barrier, 0); }
 
+inline void barrier_arrive_at(Barrier* barrier, int rank) {
+  barrier_arrive(emulation::in_block(emulation::self().block->cluster + rank, barrier));
+}
+
+inline void cluster_barrier() { emulation::cluster_barrier(); }
+
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   BarrierState& state = state_of(barrier);
   while ((state.phase & 1) == parity) emulation::wait_until_changed(&state.phase, state.phase, "mbarrier");
@@ -54,20 +60,38 @@ inline uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const unsigned char*>(p) - emulation::shared_memory());
 }
 
-inline void copy_tile(void* to, const TensorMap* map, int column, int row, Barrier* barrier) {
-  unsigned char* shared = emulation::shared_memory();
+inline uint32_t tile_address(const void* to) {
   const uint32_t base = shared_address(to);
   if (base % 1024) throw std::runtime_error("a swizzled tile must start at a multiple of 1,024 bytes");
-  emulation::machine().copies.push_back([=, map = *map] {
+  return base;
+}
+
+inline void copy_tile_later(emulation::Block* block, uint32_t base, TensorMap map, int column, int row,
+                            Barrier* barrier) {
+  emulation::machine().copies.push_back([=] {
+    if (block->running == 0) emulation::machine().problem = "a copy came to a block that had ended";
     for (int r = 0; r < map.box_rows; ++r)
       for (int c = 0; c < 128; ++c) {
         const bool inside = row + r >= 0 && row + r < map.rows && column + c >= 0 && column + c < map.columns;
-        shared[swizzled(base + r * 128 + c)] = inside ? map.data[(row + r) * map.pitch + column + c] : 0;
+        block->shared[swizzled(base + r * 128 + c)] = inside ? map.data[(row + r) * map.pitch + column + c] : 0;
       }
     BarrierState& state = state_of(barrier);
     state.bytes -= int64_t(map.box_rows) * 128;
     state.settle();
   });
+}
+
+inline void copy_tile(void* to, const TensorMap* map, int column, int row, Barrier* barrier) {
+  copy_tile_later(emulation::self().block, tile_address(to), *map, column, row, barrier);
+}
+
+// Comes to each block at its own time.
+inline void copy_tile_to_cluster(void* to, const TensorMap* map, int column, int row, Barrier* barrier, int blocks) {
+  for (unsigned rank = 0; rank < emulation::machine().cluster; ++rank) {
+    emulation::Block* block = emulation::self().block->cluster + rank;
+    if (blocks >> rank & 1)
+      copy_tile_later(block, tile_address(to), *map, column, row, emulation::in_block(block, barrier));
+  }
 }
 
 // What a thread writes is seen by the copy engine once that thread has fenced.

@@ -32,42 +32,50 @@ def matrix(*shape: int, device) -> torch.Tensor:
     return (x * torch.exp2(torch.randint(-6, 6, (*shape[:-1], 1), device=device).float())).bfloat16()
 
 
-# Results that are stored from registers, or by the copy engine (TMA).
-STORES = pytest.mark.parametrize("dtype, tma_store", [
-    (torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)], ids=["bfloat16", "tma_store", "float32"])
+# The kernel's forms by its last three arguments: float32 results, or bfloat16 ones; stored by the copy engine (TMA), or
+# from registers; blocks in clusters, or alone.
+FORMS = pytest.mark.parametrize("form", [
+    pytest.param((False, False, False), id="bfloat16"), pytest.param((True, False, False), id="float32"),
+    pytest.param((False, True, False), id="tma_store"), pytest.param((True, False, True), id="clusters"),
+    pytest.param((False, True, True), id="clusters_tma_store")])
 
 
-@STORES
+def dtype_of(form: tuple[bool, ...]) -> torch.dtype:
+    return torch.float32 if form[0] else torch.bfloat16
+
+
+@FORMS
 @pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528),
                                      (20, 24, 4624)])
-def test_dense(device, m, n, k, dtype, tma_store):
+def test_dense(device, m, n, k, form):
     """The last has more than 32 blocks of K, whose scales lie in the lanes of a warp. The copy engine does not store
     rows of 391 numbers, which do not begin at multiples of 16 bytes.
     """
     a, b = matrix(m, k, device=device), matrix(n, k, device=device)
     operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
-    close(operator("scaled_mm")(*operands, dtype == torch.float32, tma_store), plain.scaled_mm(*operands, dtype))
+    close(operator("scaled_mm")(*operands, *form), plain.scaled_mm(*operands, dtype_of(form)))
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640)])
-def test_dense_with_scales_of_rows(device, m, n, k, any_order):
+@pytest.mark.parametrize("clusters", [False, True])
+def test_dense_with_scales_of_rows(device, m, n, k, clusters, any_order):
     """wgrad: both operands have 1x128 tiles. N = 137 is no multiple of 8: single numbers are stored."""
     operands = (*plain.quantize_1x128(matrix(m, k, device=device)),
                 *plain.quantize_1x128(matrix(n, k, device=device)))
-    close(operator("scaled_mm")(*operands, True), plain.scaled_mm(*operands, torch.float32))
+    close(operator("scaled_mm")(*operands, True, False, clusters), plain.scaled_mm(*operands, torch.float32))
 
 
-@STORES
-@pytest.mark.parametrize("m, n", [(520, 264), (300, 256), (1000, 128)])
-def test_tall_tiles(device, m, n, dtype, tma_store, any_order):
-    """On three multiprocessors, as the emulation has: nine tall tiles, or three and one that is halved, of which a half
-    is partly empty.
+@FORMS
+@pytest.mark.parametrize("m, n", [(520, 264), (300, 384), (1200, 128)])
+def test_tall_tiles(device, m, n, form):
+    """In the emulation there are 5 blocks or 2 clusters: the last of 6 tiles is halved for blocks, the last of 5 wide
+    ones for clusters, of which a half is partly empty; in the first case all are whole.
     """
     if device.type == "cuda":
         m, n = 16 * m, 32 * n
     operands = (*plain.quantize_1x128(matrix(m, 272, device=device)),
                 *plain.quantize_128x128(matrix(n, 272, device=device)))
-    close(operator("scaled_mm")(*operands, dtype == torch.float32, tma_store), plain.scaled_mm(*operands, dtype))
+    close(operator("scaled_mm")(*operands, *form), plain.scaled_mm(*operands, dtype_of(form)))
 
 
 def test_a_transposed_weight_with_padded_rows(device):
@@ -86,19 +94,20 @@ def row_tiles(counts: list[int], device, height: int = 128) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tall", [False, True])
-@STORES
+@FORMS
 @pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 384]])
-def test_rows_grouped(device, counts, dtype, tma_store, tall):
+def test_rows_grouped(device, counts, form, tall):
     """Groups begin at any row, and end within tiles; rows of the next are no one's to write."""
     a, b = matrix(sum(counts), 272, device=device), matrix(len(counts), 200, 272, device=device)
     operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
     tiles = row_tiles(counts, device, 256 if tall else 128)
-    got = operator("grouped_scaled_mm")(*operands, tiles, tall, dtype == torch.float32, tma_store)
-    close(got, plain.grouped_scaled_mm(*operands, counts, dtype))
+    got = operator("grouped_scaled_mm")(*operands, tiles, tall, *form)
+    close(got, plain.grouped_scaled_mm(*operands, counts, dtype_of(form)))
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256], [5, 1300]])
-def test_depth_grouped(device, counts, any_order):
+@pytest.mark.parametrize("clusters", [False, True])
+def test_depth_grouped(device, counts, clusters, any_order):
     """Operands as the kernel makes them: every group starts a new tile."""
     x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), 72, device=device)
     tiles = row_tiles(counts, device)[:, 1:].contiguous()
@@ -107,7 +116,8 @@ def test_depth_grouped(device, counts, any_order):
         groups.append((first, -(-count // 128)))
         first += groups[-1][1]
     a, b = (operator("quantize_columns")(t, tiles, False) for t in (grad, x))
-    got = operator("grouped_scaled_mm_wgrad")(*a, *b, torch.tensor(groups, dtype=torch.int32, device=device), True)
+    table = torch.tensor(groups, dtype=torch.int32, device=device)
+    got = operator("grouped_scaled_mm_wgrad")(*a, *b, table, True, clusters)
     a, b = (plain.quantize_128x1(t, False, counts) for t in (grad, x))
     close(got, plain.grouped_scaled_mm_wgrad(*a, *b, counts, torch.float32))
 

@@ -50,8 +50,8 @@ def samples(device) -> dict[str, tuple]:
         "kept_swiglu_backward_quantize": (x, q, s, q, s, tiles, False),
         "norm_quantize_rows": (x, weight, 1e-6, True, False),
         "norm_backward_quantize": (x, x, weight, rstd, tiles, False),
-        "scaled_mm": (q, s, q, s, False, True),
-        "grouped_scaled_mm": (q, s, *blocks, row_tiles, False, True, False),
+        "scaled_mm": (q, s, q, s, False, True, False),
+        "grouped_scaled_mm": (q, s, *blocks, row_tiles, False, True, False, True),
         "grouped_scaled_mm_wgrad": (*columns, *columns, groups, False),
     }
 

@@ -133,11 +133,11 @@ FAKES = {
         *_rows(grad, grad.shape[0], 2 * grad.shape[1]), *_columns(grad, 2 * grad.shape[1], tiles)),
     "norm_quantize_rows": _norm_rows,
     "norm_backward_quantize": _norm_backward,
-    "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32, tma_store=False: _gemm_output(
+    "scaled_mm": lambda a_q, a_s, b_q, b_s, fp32, tma_store=False, clusters=False: _gemm_output(
         a_q, a_q.shape[0], b_q.shape[0], fp32=fp32),
-    "grouped_scaled_mm": lambda a_q, a_s, b_q, b_s, tiles, tall, fp32, tma_store=False: _gemm_output(
+    "grouped_scaled_mm": lambda a_q, a_s, b_q, b_s, tiles, tall, fp32, tma_store=False, clusters=False: _gemm_output(
         a_q, a_q.shape[0], b_q.shape[-2], fp32=fp32),
-    "grouped_scaled_mm_wgrad": lambda a_q, a_s, b_q, b_s, groups, fp32: _gemm_output(
+    "grouped_scaled_mm_wgrad": lambda a_q, a_s, b_q, b_s, groups, fp32, clusters=False: _gemm_output(
         a_q, groups.shape[0], a_q.shape[0], b_q.shape[0], fp32=fp32),
 }
 

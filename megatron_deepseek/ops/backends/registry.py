@@ -120,6 +120,11 @@ def _ours(function: str) -> tuple[Candidate, ...]:
     return Candidate("csrc", f"cuda.{function}", _no_library), Candidate(REFERENCE, None, _always)
 
 
+def _forms(function: str, *forms: str) -> tuple[Candidate, ...]:
+    """Return forms of a product of csrc/ that are used where they are asked for, until they have run on a GPU."""
+    return tuple(Candidate(f"csrc_{form}", f"cuda.gemm:{function}_{form}", _no_hopper) for form in forms)
+
+
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "rms_norm": (Candidate("torch", "alternatives:torch_rms_norm", _always),
                  Candidate("apex", "alternatives:apex_rms_norm", _no_apex),
@@ -155,16 +160,17 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = MappingProxyType({
     "quantize_swiglu_columns": _ours("quantize:quantize_swiglu_columns"),
     "swiglu_backward_tiles": _ours("quantize:swiglu_backward_tiles"),
     "scaled_mm": (Candidate("csrc", "cuda.gemm:scaled_mm", _no_hopper),
-                  Candidate("csrc_tma_store", "cuda.gemm:scaled_mm_tma_store", _no_hopper),
+                  *_forms("scaled_mm", "tma_store", "clusters", "clusters_tma_store"),
                   Candidate("torch", "alternatives:torch_scaled_mm", _no_blockwise_gemm),
                   Candidate("transformer_engine", "alternatives:transformer_engine_scaled_mm",
                             _no_transformer_engine_gemm),
                   Candidate(REFERENCE, None, _always)),
     "grouped_scaled_mm": (Candidate("csrc", "cuda.gemm:grouped_scaled_mm", _no_hopper),
-                          Candidate("csrc_tma_store", "cuda.gemm:grouped_scaled_mm_tma_store", _no_hopper),
+                          *_forms("grouped_scaled_mm", "tma_store", "clusters", "clusters_tma_store"),
                           Candidate("torch", "alternatives:torch_grouped_scaled_mm", _no_blockwise_gemm),
                           Candidate(REFERENCE, None, _always)),
     "grouped_scaled_mm_wgrad": (Candidate("csrc", "cuda.gemm:grouped_scaled_mm_wgrad", _no_hopper),
+                                *_forms("grouped_scaled_mm_wgrad", "clusters"),
                                 Candidate("torch", "alternatives:torch_grouped_scaled_mm_wgrad", _no_blockwise_gemm),
                                 Candidate(REFERENCE, None, _always)),
 })

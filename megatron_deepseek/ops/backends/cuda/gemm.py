@@ -1,5 +1,9 @@
 """csrc/'s block-scaled products as the FP8 recipe calls them, with their references' arguments.
 
+Each has forms that are not the default before they have run on a GPU: with `tma_store` bfloat16 results of a b with
+128x128 scales leave by the copy engine (TMA); with `clusters` two blocks share what they read of a. Results are the
+same.
+
 An operator returns NotImplemented for what its kernel does not take (other dtypes, nothing to multiply): the registry
 calls the reference then.
 """
@@ -41,12 +45,11 @@ def _fits_gemm(a_q: torch.Tensor, out_dtype: torch.dtype) -> bool:
     return out_dtype in (_BF16, torch.float32) and a_q.shape[1] > 0 and a_q.shape[0] > 0
 
 
-def scaled_mm(a_q, a_s, b_q, b_s, out_dtype=_BF16, *, tma_store: bool = False):
-    """With `tma_store` bfloat16 results of a b with 128x128 scales are stored by the copy engine."""
+def scaled_mm(a_q, a_s, b_q, b_s, out_dtype=_BF16, *, tma_store: bool = False, clusters: bool = False):
     if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[1]), b_s.contiguous()
-    return operator("scaled_mm")(*operands, out_dtype == torch.float32, tma_store)
+    return operator("scaled_mm")(*operands, out_dtype == torch.float32, tma_store, clusters)
 
 
 def _worth_tall_tiles(counts: Sequence[int]) -> bool:
@@ -59,18 +62,14 @@ def _worth_tall_tiles(counts: Sequence[int]) -> bool:
     return 2 * short >= 3 * tall
 
 
-def grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16, *, tma_store: bool = False):
-    """With `tma_store` bfloat16 results are stored by the copy engine."""
+def grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16, *, tma_store: bool = False,
+                      clusters: bool = False):
     if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[2]), b_s.contiguous()
     tall = _worth_tall_tiles(counts)
     tiles = table(_tall_tiles if tall else tile_rows, counts, a_q)
-    return operator("grouped_scaled_mm")(*operands, tiles, tall, out_dtype == torch.float32, tma_store)
-
-
-scaled_mm_tma_store = functools.partial(scaled_mm, tma_store=True)
-grouped_scaled_mm_tma_store = functools.partial(grouped_scaled_mm, tma_store=True)
+    return operator("grouped_scaled_mm")(*operands, tiles, tall, out_dtype == torch.float32, tma_store, clusters)
 
 
 def _padded_columns(q: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -83,10 +82,20 @@ def _padded_columns(q: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return torch.cat([F.pad(part, (0, -part.shape[1] % TILE)) for part in parts], 1).view(q.dtype)
 
 
-def grouped_scaled_mm_wgrad(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16):
+def grouped_scaled_mm_wgrad(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16, *, clusters: bool = False):
+    """Use clusters up to four groups: as in DeepGEMM, whose authors saw them slow down more and shorter ones."""
     if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     a_q, b_q = (_padded_columns(q, counts) for q in (a_q, b_q))
     groups = table(_depths, counts, a_q)
     return operator("grouped_scaled_mm_wgrad")(a_q, a_s.contiguous(), b_q, b_s.contiguous(), groups,
-                                               out_dtype == torch.float32)
+                                               out_dtype == torch.float32, clusters and len(counts) <= 4)
+
+
+scaled_mm_tma_store = functools.partial(scaled_mm, tma_store=True)
+scaled_mm_clusters = functools.partial(scaled_mm, clusters=True)
+scaled_mm_clusters_tma_store = functools.partial(scaled_mm, clusters=True, tma_store=True)
+grouped_scaled_mm_tma_store = functools.partial(grouped_scaled_mm, tma_store=True)
+grouped_scaled_mm_clusters = functools.partial(grouped_scaled_mm, clusters=True)
+grouped_scaled_mm_clusters_tma_store = functools.partial(grouped_scaled_mm, clusters=True, tma_store=True)
+grouped_scaled_mm_wgrad_clusters = functools.partial(grouped_scaled_mm_wgrad, clusters=True)
