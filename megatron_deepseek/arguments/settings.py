@@ -17,6 +17,7 @@ from megatron_deepseek.arguments.base_weights import base_settings
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
+from megatron_deepseek.arguments.preference import preference_settings
 from megatron_deepseek.arguments.problems import Problems, problems_of
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.validation import check, check_auto_layout
@@ -219,7 +220,8 @@ def _tokenizer_model(request: Request) -> str | None:
 
 def _fine_tuning(request: Request) -> FineTuningSettings:
     args = request.args
-    return _fill(FineTuningSettings, args, dataset=tuple(args.dataset), eval_dataset=tuple(args.eval_dataset or ()))
+    return _fill(FineTuningSettings, args, dataset=tuple(args.dataset), eval_dataset=tuple(args.eval_dataset or ()),
+                 preference=preference_settings(args))
 
 
 def _run(request: Request) -> RunSettings:
