@@ -8,14 +8,14 @@ from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import Rule
 from megatron_deepseek.fine_tuning_settings import PreferenceSettings
 
-SFT = "sft"
-OBJECTIVES = (SFT, "dpo", "ipo", "hinge", "kto", "orpo", "simpo", "reward")
+SFT, REWARD = "sft", "reward"
+OBJECTIVES = (SFT, "dpo", "ipo", "hinge", "kto", "orpo", "simpo", REWARD)
 _SIMPO_BETA = 2.0
 _SMOOTHED, _WITH_LIKELIHOOD = ("dpo", "simpo"), ("dpo", "ipo", "hinge", "simpo")
 _WITH_BETA = ("dpo", "ipo", "hinge", "kto", "orpo", "simpo")
 # Which objectives read an option; each option's name is that of its field in PreferenceSettings.
 _READ_BY = {"beta": _WITH_BETA, "label_smoothing": _SMOOTHED, "rpo_alpha": _WITH_LIKELIHOOD, "simpo_gamma": ("simpo",),
-            "desirable_weight": ("kto",), "undesirable_weight": ("kto",), "center_rewards_coefficient": ("reward",)}
+            "desirable_weight": ("kto",), "undesirable_weight": ("kto",), "center_rewards_coefficient": (REWARD,)}
 
 
 def add_preference(parser):
@@ -33,6 +33,11 @@ def add_preference(parser):
     add("--undesirable-weight", type=values.non_negative, metavar="W", help="of kto's bad answers (1)")
     add("--center-rewards-coefficient", type=values.non_negative, metavar="C",
         help="reward: add C times the mean of (score of chosen + score of rejected)^2 (0)")
+
+
+def is_reward(args) -> bool:
+    """Return whether parsed arguments, of any entry, ask for a reward model."""
+    return getattr(args, "objective", SFT) == REWARD
 
 
 def preference_settings(args) -> PreferenceSettings | None:
@@ -69,6 +74,16 @@ PREFERENCE = (
     Rule("preferences are means over pairs", lambda r: _prefers(r) and r.args.loss_average != "token",
          "--loss-average {r.args.loss_average} is for --objective sft; --objective {r.args.objective} has a mean over "
          "pairs or answers"),
+    Rule("a reward model has a whole head to train", lambda r: is_reward(r.args) and r.args.lora_rank is not None,
+         "--lora-rank {r.args.lora_rank} conflicts with --objective reward: the new score head would stay random "
+         "beside frozen weights"),
+    Rule("a reward model writes no answers", lambda r: is_reward(r.args) and r.args.generate_every is not None,
+         "--generate-every {r.args.generate_every} conflicts with --objective reward, whose model gives scores"),
+    Rule("a reward model has no MTP modules",
+         lambda r: is_reward(r.args) and (r.args.init_mtp or bool(r.args.num_nextn_predict_layers)),
+         "--init-mtp and --mtp-num-layers conflict with --objective reward: a reward model predicts no tokens"),
+    Rule("a reward model predicts no tokens", lambda r: r.model.reward_head and not is_reward(r.args),
+         "--model is a reward model, with a score in place of an output head: only --objective reward trains it"),
     Rule("preferences are of whole answers", lambda r: _prefers(r) and r.args.split_turns != "none",
          "--split-turns {r.args.split_turns} is for --objective sft"),
 )

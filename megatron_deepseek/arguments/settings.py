@@ -17,7 +17,7 @@ from megatron_deepseek.arguments.base_weights import base_settings
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
-from megatron_deepseek.arguments.preference import preference_settings
+from megatron_deepseek.arguments.preference import is_reward, preference_settings
 from megatron_deepseek.arguments.problems import Problems, problems_of
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.validation import check, check_auto_layout
@@ -231,7 +231,7 @@ def _run(request: Request) -> RunSettings:
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
                 finetune=args.finetune or _begins_from_weights(request), train_iters=args.train_iters or 0,
-                drop_mtp=args.num_nextn_predict_layers == 0,
+                drop_mtp=args.num_nextn_predict_layers == 0 or is_reward(args),
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 freeze_parameters=tuple(args.freeze_parameters or ()),
                 unpadded_vocab_size=unpadded_vocab_size(args), sharding=args.data_parallel_sharding_strategy,

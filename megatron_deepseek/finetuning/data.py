@@ -56,7 +56,8 @@ def _kind(settings: Settings) -> str:
     preference = settings.fine_tuning.preference
     if preference is None:
         return data_settings.CONVERSATIONS
-    return data_settings.LABELLED if preference.objective == "kto" else data_settings.PAIRS
+    special = {"kto": data_settings.LABELLED, "reward": data_settings.SCORED}
+    return special.get(preference.objective, data_settings.PAIRS)
 
 
 def held_out_sets(settings: Settings) -> list[data_settings.DataSettings]:

@@ -18,13 +18,14 @@ from megatron_deepseek.finetuning.encode import Encoder, choose_template
 from megatron_deepseek.finetuning.formats import to_conversation
 from megatron_deepseek.finetuning.preferences import to_labelled, to_pair
 from megatron_deepseek.finetuning.reading import check_packages
-from megatron_deepseek.finetuning.settings import CONVERSATIONS, LABELLED, PAIRS, DataSettings
+from megatron_deepseek.finetuning.settings import CONVERSATIONS, LABELLED, PAIRS, SCORED, DataSettings
 from megatron_deepseek.finetuning.summary import Counts
 from megatron_deepseek.finetuning.templates import Rules, Template
 from megatron_deepseek.finetuning.tokenise import Job, tokenise
 
 VERSION = 2
-_READERS = {CONVERSATIONS: lambda row: Group((to_conversation(row),)), PAIRS: to_pair, LABELLED: to_labelled}
+_READERS = {CONVERSATIONS: lambda row: Group((to_conversation(row),)), PAIRS: to_pair, SCORED: to_pair,
+            LABELLED: to_labelled}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _job(settings: DataSettings, source: Source, encoder: Encoder) -> Job:
     root = settings.data_cache_path or Path(source.files[0].path).parent / "cache"
     return Job(source.files, source.convert, encoder, settings.tokenizer_model, settings.longest, settings.overlong,
                settings.split_turns, settings.max_bad_rows, settings.num_workers, Path(root) / "finetuning" / key,
-               has_values=settings.kind != CONVERSATIONS)
+               has_values=settings.kind != CONVERSATIONS, ends_are_read=settings.kind == SCORED)
 
 
 def _key(settings: DataSettings, source: Source, template: Template, tokenizer: Tokenizer) -> str:

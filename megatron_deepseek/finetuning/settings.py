@@ -6,7 +6,7 @@ TEMPLATES = ("auto", "deepseek-v2", "deepseek-v3", "deepseek-r1", "deepseek-v3.1
 OVERLONG = ("drop", "truncate", "error")
 HISTORY_REASONING = ("keep", "drop", "as-release")
 SPLIT_TURNS = ("none", "reasoning")
-CONVERSATIONS, PAIRS, LABELLED = "conversations", "pairs", "labelled"
+CONVERSATIONS, PAIRS, LABELLED, SCORED = "conversations", "pairs", "labelled", "scored pairs"
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class DataSettings:
     `dataset` are files, globs, directories or entries of LLaMA-Factory (`dataset_info.json:name`), or weights and these
     in turn. `max_length` are the most tokens of a conversation, None for `seq_length`, the tokens of a row.
     `num_workers` processes tokenise. `option` is what messages call the list of files: --dataset or --eval-dataset.
-    `kind` says what a row of the files is: CONVERSATIONS, PAIRS of a chosen and a rejected answer, or LABELLED ones,
-    good or bad. The samples of PAIRS and LABELLED stand in rows two by two, so `max_length` is at most about half.
+    `kind` says what a row of the files is: CONVERSATIONS, PAIRS of a chosen and a rejected answer, LABELLED ones, good
+    or bad, or SCORED pairs, whose last tokens have a place in the row too. All but CONVERSATIONS stand in rows two by
+    two, so `max_length` is at most about half.
     """
 
     dataset: tuple[str, ...]
@@ -48,7 +49,7 @@ class DataSettings:
                                    ("max-bad-rows", self.max_bad_rows, 0), ("num-workers", self.num_workers, 1)):
             if value < least:
                 raise ValueError(f"--{name} {value} must be at least {least}")
-        if self.together * (self.longest - 1) > self.seq_length:
+        if self.together * (self.longest - (self.kind != SCORED)) > self.seq_length:
             twice = "; both sides of a pair share a row" if self.together > 1 else ""
             raise ValueError(f"--max-length {self.max_length} does not fit into rows of --seq-length {self.seq_length}"
                              f"{twice}")

@@ -43,7 +43,8 @@ class Job:
     """What to tokenise and where: `overlong` and `longest` say what becomes of longer conversations.
 
     `convert` turns a row of the file of that number into its conversations; `split_turns` is none, or reasoning for a
-    sample of each answer with thoughts. `has_values`: the conversations come with values.
+    sample of each answer with thoughts. `has_values`: the conversations come with values. `ends_are_read`: the model
+    reads a conversation's last token as well, which else is a label only; a label without loss follows it.
     """
 
     files: tuple[InputFile, ...]
@@ -57,6 +58,7 @@ class Job:
     workers: int
     folder: Path
     has_values: bool = False
+    ends_are_read: bool = False
 
     @property
     def prefix(self) -> str:
@@ -235,6 +237,8 @@ class PartMaker:
 
     def _keep(self, group: Group, encoded: list[Encoded]):
         for conversation, each in zip(group.conversations, encoded):
+            if self.job.ends_are_read:
+                each.add([self.job.encoder.tokenizer.eod], 0.0)
             self.trained += each.trained
             self.left_out.update(self._left_out(conversation))
             self.writer.add(np.array(each.ids), [[len(each.ids)]])

@@ -14,7 +14,7 @@ import torch
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.data.batches import Sampler, sample_indices
-from megatron_deepseek.finetuning.preference.objectives import REFERENCE, VALUES
+from megatron_deepseek.finetuning.preference.objectives import LAST, REFERENCE, VALUES
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.finetuning.units import Units
 
@@ -44,6 +44,7 @@ class PreferenceSampler:
         columns = {VALUES: self.rows.values} | ({} if self.sums is None else {REFERENCE: self.sums})
         more = {name: torch.stack([on_first_tokens(documents_S, self._of_row(number, column)) for number, documents_S
                                    in zip(numbers, batch.documents_BS)]) for name, column in columns.items()}
+        more[LAST] = last_tokens(batch.documents_BS)
         return replace(batch, sources_BK=None, per_token={**batch.per_token, **more})
 
     def _of_row(self, number: int, column: Sums) -> list[float]:
@@ -57,6 +58,11 @@ def on_first_tokens(documents_S: torch.Tensor, values: list[float]) -> torch.Ten
     placed_S = torch.zeros(len(documents_S), dtype=torch.float64)
     placed_S[starts_D] = torch.tensor(values, dtype=torch.float64)
     return placed_S
+
+
+def last_tokens(documents_BS: torch.Tensor) -> torch.Tensor:
+    """Return float64 [B, S] with 1 on the last token of each document, padding included, and 0 on all others."""
+    return (documents_BS != torch.nn.functional.pad(documents_BS[:, 1:], (0, 1), value=-1)).double()
 
 
 class MismatchedRows:

@@ -22,6 +22,7 @@ from megatron_deepseek.training.objective import Losses, Objective
 
 REFERENCE = "reference_log_probabilities"  # a document's sum, on its first token
 VALUES = "document_values"  # its label or margin, there too
+LAST = "last_tokens"  # 1 on a document's last token, 0 on all others
 DIVERGENCE = "kl_divergence"  # KTO's z of the global batch, on every row
 
 
@@ -153,6 +154,32 @@ class LabelledAnswers(PreferenceObjective):
         return Contribution(loss, reports)
 
 
+class Rewards(PreferenceObjective):
+    """A reward model (arXiv 2203.02155, section 3.5): Bradley-Terry's loss of the scores at both answers' last tokens.
+
+    The score of the chosen answer is to exceed the other's, where the row has a margin by that much.
+    """
+
+    more_inputs = (VALUES, LAST)
+    more_reports = ("rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy")
+
+    def counts(self, rows: Rows) -> Mapping[str, torch.Tensor]:
+        return {"samples": there_are(sides_of(rows.per_document(rows.weights_BS.double()))).sum()}
+
+    def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
+        there_BP = there_are(sides_of(rows.per_document(rows.weights_BS.double())))
+        scores_BP2 = sides_of(rows.per_document(predictions.scores().double() * rows.inputs[LAST]))
+        asked_BP2 = sides_of(rows.per_document(rows.inputs[VALUES].double()))
+        margin_BP = scores_BP2[..., 0] - scores_BP2[..., 1]
+        mean = _Mean(rows, there_BP, counts["samples"])
+        loss = mean(-F.logsigmoid(margin_BP - asked_BP2[..., 0]))
+        if self.settings.center_rewards_coefficient:
+            loss = loss + self.settings.center_rewards_coefficient * mean(scores_BP2.sum(-1)**2)
+        reports = {"rewards_chosen": scores_BP2[..., 0], "rewards_rejected": scores_BP2[..., 1],
+                   "rewards_margin": margin_BP, "rewards_accuracy": (margin_BP > 0).double()}
+        return Contribution(loss, {"reward_loss": loss} | {name: mean(x.detach()) for name, x in reports.items()})
+
+
 def preference_objective(settings: PreferenceSettings) -> PreferenceObjective:
     """Return the objective of --objective."""
-    return LabelledAnswers(settings) if settings.objective == "kto" else Pairs(settings)
+    return {"kto": LabelledAnswers, "reward": Rewards}.get(settings.objective, Pairs)(settings)
