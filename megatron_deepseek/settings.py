@@ -7,6 +7,7 @@ name says tokens or iterations; a length keeps the unit that it was given in.
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_deepseek.fine_tuning_settings import FineTuningSettings
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.base_weights import BaseSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -258,36 +259,6 @@ class RunSettings:
     sharding: str = "optim_grads"
     freeze_parameters: tuple[str, ...] = ()
     unpadded_vocab_size: int | None = None
-
-
-@dataclass(frozen=True)
-class FineTuningSettings:
-    """What is special to fine-tuning; the fields are named after their options, `freeze` is in RunSettings.
-
-    `dataset` are files, or weights and files in turn; each of `eval_dataset` is a set of its own. `max_length`: the
-    most tokens of a conversation, None for the row's. `loss_average`: token or sample. `neftune_alpha`: 0 for no noise.
-    `generate_every`: iterations between answers to `generate_prompts` held-out prompts, of `generate_tokens` at most;
-    None for none.
-    """
-
-    dataset: tuple[str, ...]
-    eval_dataset: tuple[str, ...] = ()
-    template: str = "auto"
-    max_length: int | None = None
-    overlong: str = "drop"
-    packing: bool = True
-    loss_average: str = "token"
-    train_think_prefix: bool = False
-    history_reasoning: str = "as-release"
-    split_turns: str = "none"
-    neftune_alpha: float = 0.0
-    max_bad_rows: int = 0
-    num_workers: int = 2
-    recipe: str = "deepseek-v3"
-    generate_every: int | None = None
-    generate_prompts: int = 8
-    generate_tokens: int = 128
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.megatron import architecture as megatron
 from megatron_deepseek.arguments.model_options import ARCHITECTURE, ROPE_SCALING
+from megatron_deepseek.arguments.preference import is_reward
 from megatron_deepseek.arguments.vocabulary import padded
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.architecture.fields import LATENT, RULES
@@ -31,6 +32,8 @@ def build_model(args: Namespace) -> ModelConfig:
         given["tie_word_embeddings"] = args.tie_word_embeddings
     if args.moe_shared_expert_intermediate_size is not None:
         given["n_shared_experts"] = _shared_experts(args, base, given)
+    if is_reward(args):
+        given |= {"reward_head": True, "tie_word_embeddings": False, "num_nextn_predict_layers": 0}
     try:
         return dataclasses.replace(base, **given)
     except ValueError as error:

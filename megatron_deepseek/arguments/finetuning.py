@@ -18,6 +18,7 @@ from megatron_deepseek.arguments.parser import (
     add_batch,
     add_lengths,
 )
+from megatron_deepseek.arguments.preference import add_preference
 from megatron_deepseek.launch.command_line import OneLineParser
 
 PROGRAM = "finetune_deepseek.py"
@@ -90,7 +91,8 @@ def build_finetuning_parser() -> argparse.ArgumentParser:
                               description="Fine-tune a DeepSeek model on conversations. Defaults are given in "
                               f"parentheses; where other recipes than {DEFAULT_RECIPE} have others, with their names.",
                               epilog="examples/ has scripts that start it for each model, on one node and on many.")
-    for add in (*BEFORE_LENGTH, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA, _add_data, *AFTER_DATA):
+    for add in (*BEFORE_LENGTH, add_preference, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA, _add_data,
+                *AFTER_DATA):
         add(parser)
     parser.set_defaults(**_NO_PRETRAINING_DATA)
     return parser

@@ -17,6 +17,7 @@ from megatron_deepseek.arguments.base_weights import base_settings
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
+from megatron_deepseek.arguments.preference import is_reward, preference_settings
 from megatron_deepseek.arguments.problems import Problems, problems_of
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.validation import check, check_auto_layout
@@ -219,7 +220,8 @@ def _tokenizer_model(request: Request) -> str | None:
 
 def _fine_tuning(request: Request) -> FineTuningSettings:
     args = request.args
-    return _fill(FineTuningSettings, args, dataset=tuple(args.dataset), eval_dataset=tuple(args.eval_dataset or ()))
+    return _fill(FineTuningSettings, args, dataset=tuple(args.dataset), eval_dataset=tuple(args.eval_dataset or ()),
+                 preference=preference_settings(args))
 
 
 def _run(request: Request) -> RunSettings:
@@ -231,7 +233,7 @@ def _run(request: Request) -> RunSettings:
                 eval_tasks=tuple(args.eval_tasks or ()),
                 eval_tasks_interval=args.eval_tasks_interval or RunSettings.eval_tasks_interval,
                 finetune=args.finetune or _begins_from_weights(request), train_iters=args.train_iters or 0,
-                drop_mtp=args.num_nextn_predict_layers == 0,
+                drop_mtp=args.num_nextn_predict_layers == 0 or is_reward(args),
                 max_skipped_steps=args.max_skipped_steps or RunSettings.max_skipped_steps,
                 freeze_parameters=tuple(args.freeze_parameters or ()),
                 unpadded_vocab_size=unpadded_vocab_size(args), sharding=args.data_parallel_sharding_strategy,

@@ -11,6 +11,7 @@ from megatron_deepseek.arguments.base_weights import BASE_WEIGHTS
 from megatron_deepseek.arguments.lora import LORA
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
+from megatron_deepseek.arguments.preference import PREFERENCE
 from megatron_deepseek.arguments.problems import Problems
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import CP, EP, ETP, PP, TP, Rule, Topic
@@ -282,6 +283,7 @@ TOPICS = (
     Topic("lora", LORA),
     Topic("base weights", BASE_WEIGHTS, after=("ranks", "sizes", "experts")),
     Topic("fine-tuning", FINE_TUNING),
+    Topic("preference", PREFERENCE),
 )
 RULES = tuple(rule for topic in TOPICS for rule in topic.rules)
 

@@ -17,6 +17,7 @@ from megatron_deepseek.checkpoint.tracker import (
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.fields import FORWARD, WEIGHTS
 from megatron_deepseek.model.architecture.matching import differences
+from megatron_deepseek.model.architecture.parameters import SCORE
 
 _NAMED_FILES = 3
 
@@ -53,6 +54,11 @@ def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False
     found = stored_architecture(directory)
     there, here = found.num_nextn_predict_layers, config.num_nextn_predict_layers
     alike = replace(found, num_nextn_predict_layers=here)
+    if config.reward_head and not found.reward_head:
+        alike = replace(alike, tie_word_embeddings=False)
+    elif found.reward_head and not config.reward_head:
+        raise ValueError(f"--load {directory}: it is a reward model, with a score in place of an output head; "
+                         "--objective reward goes on with it")
     different = differences(alike, config, WEIGHTS)
     if different:
         raise ValueError(f"--load {directory}: it is of another architecture: {'; '.join(different)}")
@@ -60,6 +66,8 @@ def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False
     if there > here + dropped or (there < here and not init_mtp):
         raise ValueError(f"--load {directory}: {mtp.difference(there, here)}")
     lines = [mtp.left_behind(directory, dropped)] if dropped else []
+    if config.reward_head and not found.reward_head:
+        lines.append(f"the output head of {directory} stays behind: {SCORE} begins with random weights")
     changed = "; ".join(differences(alike, config, FORWARD))
     if changed and not weights_alone:
         raise ValueError(f"--load {directory}: a run goes on as it began, but {changed}; --finetune or --no-load-optim "

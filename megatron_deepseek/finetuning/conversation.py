@@ -71,6 +71,18 @@ class Conversation:
         return self
 
 
+@dataclass(frozen=True)
+class Group:
+    """The conversations that a row of a file becomes; they are kept or dropped together, and stay neighbours.
+
+    An ordinary row is one conversation, a pair of preference tuning two: chosen, rejected. `values` has a number for
+    each, none where the objective needs none: 1 or -1 for KTO's labels, a pair's margin for a reward model.
+    """
+
+    conversations: tuple[Conversation, ...]
+    values: tuple[float, ...] = ()
+
+
 def _check_order(role: str, before: str | None, calling: bool, number: int):
     """Raise BadRow for a role that cannot follow `before`, the role of the last message that is no system's."""
     allowed = {None: ("user",), "user": ("assistant",), "tool": ("tool", "assistant"),

@@ -32,11 +32,32 @@ def prepare_all(settings: Settings, say: Callable[[str], None]) -> Conversations
     held_out = tuple(prepare(each, say) for each in held_out_sets(settings))
     for each in held_out:
         refuse_same(train, each)
-    return Conversations(train, held_out, Rows(train).rows_per_epoch)
+    rows = Rows(train)
+    if train.settings.kind == data_settings.LABELLED:
+        refuse_one_label(rows)
+    return Conversations(train, held_out, rows.rows_per_epoch)
+
+
+def refuse_one_label(rows: Rows) -> None:
+    """Raise ValueError unless there are good and bad answers: KTO needs both."""
+    good = sum(int((values > 0).sum()) for values in rows.values)
+    bad = sum(len(values) for values in rows.values) - good
+    if not good or not bad:
+        raise ValueError(f"--objective kto needs good and bad answers: {' '.join(rows.prepared.settings.dataset)} has "
+                         f"{good} with the label true and {bad} with false")
 
 
 def training_set(settings: Settings) -> data_settings.DataSettings:
     return _of(settings, settings.fine_tuning.dataset, "--dataset")
+
+
+def _kind(settings: Settings) -> str:
+    """Return what a row of the files is for the objective."""
+    preference = settings.fine_tuning.preference
+    if preference is None:
+        return data_settings.CONVERSATIONS
+    special = {"kto": data_settings.LABELLED, "reward": data_settings.SCORED}
+    return special.get(preference.objective, data_settings.PAIRS)
 
 
 def held_out_sets(settings: Settings) -> list[data_settings.DataSettings]:
@@ -45,10 +66,10 @@ def held_out_sets(settings: Settings) -> list[data_settings.DataSettings]:
 
 def _of(settings: Settings, files: tuple[str, ...], option: str) -> data_settings.DataSettings:
     """Return what decides the rows of `files`: fields of the same names, of fine-tuning first, then of the data."""
-    names = {each.name for each in fields(data_settings.DataSettings)} - {"dataset", "option"}
+    names = {each.name for each in fields(data_settings.DataSettings)} - {"dataset", "option", "kind"}
     given = {name: getattr(part, name) for part in (settings.data, settings.fine_tuning)
              for name in names if hasattr(part, name)}
-    return data_settings.DataSettings(files, option=option, **given)
+    return data_settings.DataSettings(files, option=option, kind=_kind(settings), **given)
 
 
 def with_tokenizer(settings: Settings) -> Settings:

@@ -17,12 +17,15 @@ TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assist
 
 @dataclass(frozen=True)
 class Entry:
-    """The file of an entry, and what its rows must be changed to before formats.py reads them."""
+    """The file of an entry, and what its rows must be changed to before formats.py reads them. `ranking`: its rows are
+    pairs of a chosen and a rejected answer.
+    """
 
     file: Path
     formatting: str = "alpaca"
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    ranking: bool = False
 
     def change(self, row):
         """Return a row with the names that formats.py knows. Raise BadRow where a column is missing."""
@@ -33,7 +36,13 @@ class Entry:
     def _alpaca(self, row: Mapping) -> dict:
         names = {**ALPACA, **self.columns}
         return {ours: row.get(names[theirs]) for theirs, ours in ALPACA.items()} | {
-            "tools": row.get(self.columns["tools"]) if "tools" in self.columns else None}
+            "tools": row.get(self.columns["tools"]) if "tools" in self.columns else None} | self._preference(row)
+
+    def _preference(self, row: Mapping) -> dict:
+        """Return the columns of preference data: both answers of a ranking, and the label of KTO."""
+        names = ("chosen", "rejected") if self.ranking else ()
+        found = {name: row.get(self.columns.get(name, name)) for name in names}
+        return found | ({"kto_tag": row.get(self.columns["kto_tag"])} if "kto_tag" in self.columns else {})
 
     def _sharegpt(self, row: Mapping) -> dict:
         column, tags = self.columns.get("messages", "conversations"), {**TAGS, **self.tags}
@@ -43,7 +52,9 @@ class Entry:
                  tags["observation_tag"]: "tool", tags["function_tag"]: "function_call"}
         messages = [self._message(each, tags, roles) for each in row[column]]
         more = {key: row.get(self.columns[key]) for key in ("system", "tools") if key in self.columns}
-        return {"messages": messages, **more}
+        answers = {name: self._message(answer, tags, roles) if name in ("chosen", "rejected") else answer
+                   for name, answer in self._preference(row).items()}
+        return {"messages": messages, **more, **answers}
 
     def _message(self, message, tags: Mapping[str, str], roles: Mapping[str, str]):
         if not isinstance(message, Mapping):
@@ -76,9 +87,8 @@ def find_entry(named: str, option: str) -> Entry | None:
     entry = entries[name]
     if "file_name" not in entry:
         raise ValueError(f"{option} {named}: the entry has no file_name; download the dataset and name its file there")
-    if entry.get("ranking"):
-        raise ValueError(f"{option} {named}: a dataset of rankings (ranking true) is for preference tuning")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt"):
         raise ValueError(f"{option} {named}: the formatting {formatting} is not one of alpaca, sharegpt")
-    return Entry(Path(path).parent / entry["file_name"], formatting, entry.get("columns", {}), entry.get("tags", {}))
+    return Entry(Path(path).parent / entry["file_name"], formatting, entry.get("columns", {}), entry.get("tags", {}),
+                 bool(entry.get("ranking")))

@@ -24,6 +24,7 @@ from megatron_deepseek.finetuning.data import (
 from megatron_deepseek.finetuning.held_out import Evaluation, EvaluationSet
 from megatron_deepseek.finetuning.noise import NoisySampler
 from megatron_deepseek.finetuning.objectives import objective_of
+from megatron_deepseek.finetuning.preference.task import with_preference
 from megatron_deepseek.finetuning.prompts import held_out_prompts
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.finetuning.start_notes import start_notes
@@ -70,12 +71,13 @@ class FineTuning(Task):
         (conversations,) = told
         settings = with_length(with_tokenizer(settings), conversations.rows_per_epoch)
         depths, scale = settings.model.num_nextn_predict_layers, settings.loss.mtp_loss_scaling_factor
-        return Prepared(
+        prepared = Prepared(
             settings, partial(_open_conversations, conversations, self._tasks),
             objective_of(settings.fine_tuning.loss_average, depths, scale),
             {prefix: [counts.samples, counts.tokens] for prefix, counts
              in zip(conversations.train.prefixes, conversations.train.counts)},
             tuple(start_notes(settings, conversations)))
+        return prepared if settings.fine_tuning.preference is None else with_preference(prepared, conversations)
 
 
 def _open_conversations(conversations: Conversations, tasks: TrainingTasks, settings: Settings, state: TrainState,

@@ -1,7 +1,8 @@
 """The rows of an epoch: the samples of each dataset, packed apart, so that a row has one source.
 
-Without weights every sample is there once. With weights (w of --dataset) each dataset is there so often that its number
-of samples follows its weight, and none is left out: the one that needs it least is there once, others are repeated.
+Samples that belong together (units.py) are packed as one. Without weights every sample is there once. With weights (w
+of --dataset) each dataset is there so often that its number of samples follows its weight, and none is left out: the
+one that needs it least is there once, others are repeated.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from megatron_deepseek.data.indexed import open_indexed
 from megatron_deepseek.finetuning.packing import pack
 from megatron_deepseek.finetuning.prepare import Prepared
+from megatron_deepseek.finetuning.units import Units
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,28 @@ def batches_of(rows: int, global_batch_size: int) -> float:
 
 def plan_epoch(prepared: Prepared) -> EpochPlan:
     """Return the rows of an epoch."""
-    lengths = tuple(np.asarray(open_indexed(prefix, prepared.settings.option).lengths) for prefix in prepared.prefixes)
+    settings = prepared.settings
+    lengths = tuple(np.asarray(open_indexed(prefix, settings.option).lengths) for prefix in prepared.prefixes)
+    units = [Units(own, settings, source) for source, own in enumerate(lengths)]
     samples, starts, sources, held = [], [0], [], 0
-    for source, drawn in enumerate(_drawn(lengths, prepared)):
-        own = lengths[source][drawn] - 1
-        if prepared.settings.packing:
-            order, ends = pack(own, prepared.settings.seq_length, prepared.settings.seed)
+    for source, drawn in enumerate(_drawn(units, prepared)):
+        places = units[source].places[drawn]
+        if settings.packing:
+            order, ends = pack(places, settings.seq_length, settings.seed)
         else:
-            order, ends = slice(None), np.arange(len(own) + 1)
-        samples.append(drawn[order].astype(np.uint32, copy=False))
+            order, ends = slice(None), np.arange(len(places) + 1)
+        members, ends = units[source].members(drawn[order], ends)
+        samples.append(members)
         starts.append(held + ends[1:])
         sources.append(np.full(len(ends) - 1, source, np.uint16))
-        held += len(own)
+        held += len(members)
     return EpochPlan(np.concatenate(samples), np.concatenate([np.atleast_1d(each) for each in starts]),
                      np.concatenate(sources), lengths)
 
 
-def _drawn(lengths: tuple[np.ndarray, ...], prepared: Prepared) -> list[np.ndarray]:
-    """Return the samples of each dataset in an epoch, some of them more than once where there are weights."""
-    sizes = [len(each) for each in lengths]
+def _drawn(units: list[Units], prepared: Prepared) -> list[np.ndarray]:
+    """Return the units of each dataset in an epoch, some of them more than once where there are weights."""
+    sizes = [len(each) for each in units]
     if prepared.weights is None:
         return [np.arange(size, dtype=np.uint32) for size in sizes]
     most = max(size / weight for size, weight in zip(sizes, prepared.weights))

@@ -12,17 +12,20 @@ import xxhash
 from megatron_deepseek.data.blend import parse_blend
 from megatron_deepseek.data.preprocess.inputs import STANDARD_INPUT, InputFile, find_inputs
 from megatron_deepseek.data.tokenizer import HuggingFaceTokenizer, Tokenizer, build_tokenizer
-from megatron_deepseek.finetuning.conversation import Conversation
+from megatron_deepseek.finetuning.conversation import Group
 from megatron_deepseek.finetuning.dataset_info import Entry, find_entry
 from megatron_deepseek.finetuning.encode import Encoder, choose_template
 from megatron_deepseek.finetuning.formats import to_conversation
+from megatron_deepseek.finetuning.preferences import to_labelled, to_pair
 from megatron_deepseek.finetuning.reading import check_packages
-from megatron_deepseek.finetuning.settings import DataSettings
+from megatron_deepseek.finetuning.settings import CONVERSATIONS, LABELLED, PAIRS, SCORED, DataSettings
 from megatron_deepseek.finetuning.summary import Counts
 from megatron_deepseek.finetuning.templates import Rules, Template
 from megatron_deepseek.finetuning.tokenise import Job, tokenise
 
 VERSION = 2
+_READERS = {CONVERSATIONS: lambda row: Group((to_conversation(row),)), PAIRS: to_pair, SCORED: to_pair,
+            LABELLED: to_labelled}
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of the command line: its files, and for LLaMA-Factory's the entry that names its columns."""
+    """One dataset of the command line: its files, for LLaMA-Factory's the entry that names its columns, and the kind of
+    its rows (DataSettings).
+    """
 
     name: str
     files: tuple[InputFile, ...]
     entry: Entry | None
+    kind: str = CONVERSATIONS
 
-    def convert(self, row, _file: int) -> Conversation:
-        return to_conversation(row if self.entry is None else self.entry.change(row))
+    def convert(self, row, _file: int) -> Group:
+        return _READERS[self.kind](row if self.entry is None else self.entry.change(row))
 
 
 def prepare(settings: DataSettings, say: Callable[[str], None] = print) -> Prepared:
@@ -102,14 +108,17 @@ def _nothing(settings: DataSettings, source: Source, counts: Counts) -> str:
 def find_sources(settings: DataSettings) -> tuple[list[Source], tuple[float, ...] | None]:
     """Return the datasets of the command line and the weights of their blend."""
     blend = parse_blend(settings.dataset, settings.option)
-    sources = [_source(name, settings.option) for name in blend.prefixes]
+    sources = [_source(name, settings.option, settings.kind) for name in blend.prefixes]
     return sources, blend.weights
 
 
-def _source(name: str, option: str) -> Source:
+def _source(name: str, option: str, kind: str) -> Source:
     if name == STANDARD_INPUT:
         raise ValueError(f"{option} -: standard input can be read only once; write it to a file")
     entry = find_entry(name, option)
+    if entry is not None and entry.ranking and kind == CONVERSATIONS:
+        raise ValueError(f"{option} {name}: a dataset of rankings (ranking true) is for preference tuning; --objective "
+                         "dpo trains on it")
     try:
         files = tuple(find_inputs([name if entry is None else str(entry.file)]))
     except ValueError as error:
@@ -118,14 +127,15 @@ def _source(name: str, option: str) -> Source:
         if file.format == "text":
             raise ValueError(f"{option} {file.path}: plain text has no conversations; give JSON, JSONL or parquet")
     check_packages(list(files), option)
-    return Source(name, files, entry)
+    return Source(name, files, entry, kind)
 
 
 def _job(settings: DataSettings, source: Source, encoder: Encoder) -> Job:
     key = _key(settings, source, encoder.template, encoder.tokenizer)
     root = settings.data_cache_path or Path(source.files[0].path).parent / "cache"
     return Job(source.files, source.convert, encoder, settings.tokenizer_model, settings.longest, settings.overlong,
-               settings.split_turns, settings.max_bad_rows, settings.num_workers, Path(root) / "finetuning" / key)
+               settings.split_turns, settings.max_bad_rows, settings.num_workers, Path(root) / "finetuning" / key,
+               has_values=settings.kind != CONVERSATIONS, ends_are_read=settings.kind == SCORED)
 
 
 def _key(settings: DataSettings, source: Source, template: Template, tokenizer: Tokenizer) -> str:
@@ -135,6 +145,7 @@ def _key(settings: DataSettings, source: Source, template: Template, tokenizer: 
     decided = [VERSION, [_digest(file.path) for file in source.files], [file.format for file in source.files], entry,
                template.name, settings.history_reasoning, settings.train_think_prefix, settings.longest,
                settings.overlong, settings.split_turns, _tokenizer_digest(tokenizer)]
+    decided += [] if settings.kind == CONVERSATIONS else [settings.kind]
     return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
 
 

@@ -55,6 +55,6 @@ def conversations(settings: DataSettings) -> Iterator[Conversation]:
         for part in parts_of(list(source.files)):
             for _, content in read_rows(part, source.files[part.file]):
                 try:
-                    yield source.convert(parse_line(content), part.file)
+                    yield source.convert(parse_line(content), part.file).conversations[0]
                 except BadRow:
                     continue

@@ -1,5 +1,7 @@
 """The rows of an epoch, by number: what data/batches.py reads global batches from."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -8,6 +10,7 @@ from megatron_deepseek.data.indexed import open_indexed
 from megatron_deepseek.finetuning.loss_weights import LossWeights
 from megatron_deepseek.finetuning.plan import plan_epoch
 from megatron_deepseek.finetuning.prepare import Prepared
+from megatron_deepseek.finetuning.sample_values import VALUES, read_values
 
 
 class Rows:
@@ -75,17 +78,26 @@ class Rows:
         begin, end = self._starts[source][number:number + 2].tolist()
         return file.ids[begin:end], weights.of(number)
 
+    @cached_property
+    def values(self) -> tuple[np.ndarray, ...]:
+        """Return the values of each dataset's samples, float32, where the datasets come with some."""
+        return tuple(read_values(prefix + VALUES, len(file.lengths))
+                     for prefix, (file, _) in zip(self.prepared.prefixes, self._files))
+
     def __getitem__(self, number: int) -> dict:
-        length, here = self.prepared.settings.seq_length, self.samples_in(number)
+        here = self.samples_in(number)
+        return self.filled([self.sample(*each) for each in here], here[0][0] if here else 0)
+
+    def filled(self, samples: list[tuple[np.ndarray, np.ndarray]], source: int) -> dict:
+        """Return a row of the samples, each its ids and loss weights, one behind the other, filled up with padding."""
+        length = self.prepared.settings.seq_length
         tokens, labels = (np.full(length, self.prepared.pad, np.int64) for _ in range(2))
-        weights, documents = np.zeros(length, np.float32), np.full(length, len(here), np.int64)
+        weights, documents = np.zeros(length, np.float32), np.full(length, len(samples), np.int64)
         at = 0
-        for document, (source, sample) in enumerate(here):
-            ids, own = self.sample(source, sample)
+        for document, (ids, own) in enumerate(samples):
             place = slice(at, at + len(ids) - 1)
             tokens[place], labels[place], weights[place] = ids[:-1], ids[1:], own[1:]
             documents[place], at = document, place.stop
         arrays = {"tokens": tokens, "labels": labels, "loss_mask": weights, "documents": documents,
                   "real": np.arange(length) < at}
-        return {name: torch.from_numpy(each) for name, each in arrays.items()} | {
-            "source": here[0][0] if here else 0}
+        return {name: torch.from_numpy(each) for name, each in arrays.items()} | {"source": source}

@@ -15,10 +15,22 @@ def start_notes(settings: Settings, data: Conversations) -> Iterator[str]:
     yield f"template {data.train.template}: {data.train.mask_rule}"
     yield from _rows(settings, data)
     noise = f", NEFTune alpha {tuning.neftune_alpha:g}" if tuning.neftune_alpha else ""
-    yield f"loss: the mean over {tuning.loss_average}s{noise}"
+    yield f"loss: {_loss(settings)}{noise}"
     yield f"MTP: {_mtp(settings)}"
     yield f"experts: {_balance(settings)}"
     yield f"learning rate: {_rates(settings.learning_rate)}; {_adam(settings)} (--recipe {tuning.recipe})"
+
+
+def _loss(settings: Settings) -> str:
+    preference = settings.fine_tuning.preference
+    if preference is None:
+        return f"the mean over {settings.fine_tuning.loss_average}s"
+    over = "answers" if preference.objective == "kto" else "pairs"
+    reference = "" if not preference.has_reference else (
+        "; the reference is the model without its adapters, computed at every step" if settings.lora is not None else
+        "; the reference's log-probabilities are computed once and kept with the tokenised data")
+    beta = f", beta {preference.beta:g}" if preference.objective != "reward" else ""
+    return f"{preference.objective}{beta}, the mean over {over}{reference}"
 
 
 def _rows(settings: Settings, data: Conversations) -> Iterator[str]:
@@ -37,6 +49,8 @@ def _rows(settings: Settings, data: Conversations) -> Iterator[str]:
 
 def _mtp(settings: Settings) -> str:
     depths, model = settings.model.num_nextn_predict_layers, settings.model
+    if depths and settings.fine_tuning.preference is not None:
+        return f"{depths} module{'s' * (depths > 1)} left as loaded: the objective is of the next token alone"
     if not depths:
         return "none (--mtp-num-layers 0)" if settings.run.drop_mtp else "none: the model has no such module"
     first = model.num_hidden_layers

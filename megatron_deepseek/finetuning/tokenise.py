@@ -24,28 +24,31 @@ from megatron_deepseek.data.preprocess.inputs import InputFile
 from megatron_deepseek.data.preprocess.part import id_dtype
 from megatron_deepseek.data.preprocess.progress import Progress
 from megatron_deepseek.data.preprocess.workers import Counters, run_tasks
-from megatron_deepseek.finetuning.conversation import BadRow, Conversation
+from megatron_deepseek.finetuning.conversation import BadRow, Conversation, Group
 from megatron_deepseek.finetuning.encode import Encoded, Encoder
 from megatron_deepseek.finetuning.loss_weights import LossWeights, WeightsWriter, write_weights
 from megatron_deepseek.finetuning.reading import Part, parse_line, parts_of, read_rows
+from megatron_deepseek.finetuning.sample_values import VALUES, read_values, write_values
 from megatron_deepseek.finetuning.splitting import split_by_reasoning
 from megatron_deepseek.finetuning.summary import MOST_MESSAGES, Counts, Summary, read_summary
 
 ROWS_PER_BATCH = 256
 SAMPLED = 200  # conversations on which two libraries are compared
 NO_LOSS = "nothing with loss"
+EQUAL = "both answers are the same tokens"
 
 
 @dataclass(frozen=True)
 class Job:
     """What to tokenise and where: `overlong` and `longest` say what becomes of longer conversations.
 
-    `convert` turns a row of the file of that number into a conversation; `split_turns` is none, or reasoning for a
-    sample of each answer with thoughts.
+    `convert` turns a row of the file of that number into its conversations; `split_turns` is none, or reasoning for a
+    sample of each answer with thoughts. `has_values`: the conversations come with values. `ends_are_read`: the model
+    reads a conversation's last token as well, which else is a label only; a label without loss follows it.
     """
 
     files: tuple[InputFile, ...]
-    convert: Callable[[object, int], Conversation]
+    convert: Callable[[object, int], Group]
     encoder: Encoder
     tokenizer_model: str | None
     longest: int
@@ -54,10 +57,17 @@ class Job:
     max_bad_rows: int
     workers: int
     folder: Path
+    has_values: bool = False
+    ends_are_read: bool = False
 
     @property
     def prefix(self) -> str:
         return str(self.folder / "conversations")
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Return the endings of the dataset's files, and of a part's."""
+        return (".bin", ".idx", ".weights", *((VALUES,) if self.has_values else ()))
 
 
 def tokenise(job: Job, say: Callable[[str], None]) -> Counts:
@@ -130,7 +140,7 @@ def _first_conversations(job: Job) -> Iterator[Conversation]:
     for part in itertools.islice(parts_of(list(job.files)), 1):
         for _, content in itertools.islice(read_rows(part, job.files[part.file]), SAMPLED):
             with suppress(BadRow):
-                yield job.convert(parse_line(content), part.file)
+                yield from job.convert(parse_line(content), part.file).conversations
 
 
 def _stored(job: Job, part: Part) -> int:
@@ -150,7 +160,7 @@ class PartMaker:
         self.job, self.part, self.base = job, part, _base(folder, part.number)
         self.rows = self.trained = 0
         self.dropped, self.left_out, self.bad = Counter(), Counter(), []
-        self.weights = WeightsWriter()
+        self.weights, self.values = WeightsWriter(), []
 
     def make(self) -> Summary:
         dtype = id_dtype(self.job.encoder.tokenizer.vocab_size)
@@ -160,8 +170,8 @@ class PartMaker:
             for line, content in read_rows(self.part, file):
                 self.rows += 1
                 try:
-                    conversation = self.job.convert(parse_line(content), self.part.file)
-                    batch += [(line, each) for each in self._split(conversation)]
+                    group = self.job.convert(parse_line(content), self.part.file)
+                    batch += [(line, each) for each in self._split(group)]
                 except BadRow as error:
                     self._refuse(line, error)
                 if len(batch) >= ROWS_PER_BATCH:
@@ -170,15 +180,19 @@ class PartMaker:
             self._add(batch)
             tokens = self.writer.num_tokens
         self.weights.write(self.base + ".weights")
+        if self.job.has_values:
+            write_values(self.base + VALUES, [np.array(self.values, np.float32)])
         counts = Counts(self.rows, len(self.weights.counts), tokens, self.trained, dict(self.dropped),
                         tuple(self.bad[:MOST_MESSAGES]), len(self.bad), dict(self.left_out))
         summary = Summary(self.part.number, counts, {suffix: os.path.getsize(self.base + suffix)
-                                                     for suffix in (".bin", ".idx", ".weights")})
+                                                     for suffix in self.job.endings})
         write_json(self.base + ".json", asdict(summary))
         return summary
 
-    def _split(self, conversation: Conversation) -> list[Conversation]:
-        return [conversation] if self.job.split_turns == "none" else split_by_reasoning(conversation)
+    def _split(self, group: Group) -> list[Group]:
+        if self.job.split_turns == "none":
+            return [group]
+        return [Group((each,)) for conversation in group.conversations for each in split_by_reasoning(conversation)]
 
     def _left_out(self, conversation: Conversation) -> dict[str, int]:
         """Return what is nowhere shown: where turns are split, each thought is in the sample of its own answer."""
@@ -192,22 +206,44 @@ class PartMaker:
         self.bad.append(f"{file.path} {place} {line}: {error}")
         self.dropped[error.reason] += 1
 
-    def _add(self, batch: list[tuple[int, Conversation]]):
-        for (line, conversation), encoded in zip(batch, self.job.encoder.encode([each for _, each in batch])):
-            if isinstance(encoded, BadRow):
-                self._refuse(line, encoded)
+    def _add(self, batch: list[tuple[int, Group]]):
+        all_encoded = iter(self.job.encoder.encode([each for _, group in batch for each in group.conversations]))
+        for line, group in batch:
+            found = list(itertools.islice(all_encoded, len(group.conversations)))
+            bad = next((each for each in found if isinstance(each, BadRow)), None)
+            if bad is not None:
+                self._refuse(line, bad)
                 continue
-            if len(encoded.ids) > self.job.longest:
-                encoded = self._shorten(line, conversation, len(encoded.ids))
-                if encoded is None:
-                    continue
-            if not encoded.trained:
-                self.dropped[NO_LOSS] += 1
-                continue
-            self.trained += encoded.trained
+            kept = [self._fitted(line, *each) for each in zip(group.conversations, found)]
+            reason = self._reason_to_drop(kept)
+            if reason is not None:
+                self.dropped[reason] += 1
+            elif None not in kept:
+                self._keep(group, kept)
+
+    def _fitted(self, line: int, conversation: Conversation, encoded: Encoded) -> Encoded | None:
+        """Return what fits of a conversation, None where it is too long and dropped."""
+        too_long = len(encoded.ids) > self.job.longest
+        return self._shorten(line, conversation, len(encoded.ids)) if too_long else encoded
+
+    @staticmethod
+    def _reason_to_drop(encoded: list[Encoded | None]) -> str | None:
+        """Return why conversations that are encoded cannot be trained on, None if they can, or were dropped."""
+        if None in encoded:
+            return None
+        if not all(each.trained for each in encoded):
+            return NO_LOSS
+        return EQUAL if len(encoded) > 1 and encoded[0].ids == encoded[1].ids else None
+
+    def _keep(self, group: Group, encoded: list[Encoded]):
+        for conversation, each in zip(group.conversations, encoded):
+            if self.job.ends_are_read:
+                each.add([self.job.encoder.tokenizer.eod], 0.0)
+            self.trained += each.trained
             self.left_out.update(self._left_out(conversation))
-            self.writer.add(np.array(encoded.ids), [[len(encoded.ids)]])
-            self.weights.add(encoded.runs)
+            self.writer.add(np.array(each.ids), [[len(each.ids)]])
+            self.weights.add(each.runs)
+        self.values += group.values
 
     def _shorten(self, line: int, conversation: Conversation, length: int) -> Encoded | None:
         """Return what is left of an over-long conversation: its first turns, whole, or where not even these fit its
@@ -241,7 +277,10 @@ def _put_together(job: Job, summaries: list[Summary]) -> Counts:
     counts = [LossWeights(base + ".weights").counts for base in bases]
     write_weights(job.prefix + ".weights", np.concatenate(counts or [np.empty(0, np.uint32)]),
                   (LossWeights(base + ".weights").runs for base in bases))
-    sizes = {suffix: os.path.getsize(job.prefix + suffix) for suffix in (".bin", ".idx", ".weights")}
+    if job.has_values:
+        values = (read_values(base + VALUES, len(count)) for base, count in zip(bases, counts))
+        write_values(job.prefix + VALUES, values)
+    sizes = {suffix: os.path.getsize(job.prefix + suffix) for suffix in job.endings}
     write_json(str(job.folder / "done.json"), {"counts": asdict(total), "sizes": sizes})
     return total
 

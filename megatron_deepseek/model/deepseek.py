@@ -1,7 +1,7 @@
 """A DeepSeek model, or the part of one that a pipeline stage holds.
 
 Parameter names are Hugging Face's on every stage: model.embed_tokens, model.layers.N, model.norm, lm_head; MTP module k
-is layer num_hidden_layers + k - 1, as in the released V3 weights.
+is layer num_hidden_layers + k - 1, as in the released V3 weights. A reward model has score in place of lm_head.
 
 Stages send each other a stack of hidden states along the batch: the main model's, and after it the state of every MTP
 depth already computed. The stage with the head calls the step's objective (training/objective.py), which turns them
@@ -18,7 +18,7 @@ from torch import nn
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.base_weights import BaseSettings
 from megatron_deepseek.model.blueprint import Blueprint
-from megatron_deepseek.model.head import OutputHead
+from megatron_deepseek.model.head import OutputHead, ScoreHead
 from megatron_deepseek.model.layer import DecoderLayer, MTPLayer, run_layer
 from megatron_deepseek.model.positions import Positions
 from megatron_deepseek.model.predictions import Predictions
@@ -26,7 +26,7 @@ from megatron_deepseek.model.rotary import rope_table
 from megatron_deepseek.model.step import MicroBatch, StepContext
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.pipeline import received
-from megatron_deepseek.parallel.tensor import RMSNorm, column_linear
+from megatron_deepseek.parallel.tensor import RMSNorm, column_linear, replicated_linear
 from megatron_deepseek.parallel.vocabulary import VocabParallelEmbedding
 
 
@@ -70,7 +70,10 @@ class DeepseekStage(nn.Module):
         self.held: tuple = ()  # and those that are
         self.model = Trunk(stage, blueprint)
         self.runs = {index: run_of(position) for position, index in enumerate(self.model.layers)}
-        if stage.loss and not self.config.tie_word_embeddings:
+        if stage.loss and self.config.reward_head:
+            self.score = replicated_linear(self.config.hidden_size, 1, blueprint.tp)
+            self.head = ScoreHead(self.tp, self.score)
+        elif stage.loss and not self.config.tie_word_embeddings:
             self.lm_head = column_linear(self.config.hidden_size, self.config.vocab_size, blueprint.tp)
             self.head = OutputHead(self.tp, self.lm_head.local_weight, lambda: self.lm_head.gemm, loss_chunk_size)
         elif stage.loss:

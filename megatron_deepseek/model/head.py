@@ -84,3 +84,17 @@ class OutputHead:
         x_TH, weight_vH = self.tp.enter(state_BSH).flatten(0, 1), self._weight()
         chunk_size = self.chunk_size or default_chunk_size(len(weight_vH), x_TH.dtype)
         return x_TH, weight_vH, chunk_size if chunk_size < len(x_TH) else None
+
+
+class ScoreHead:
+    """A reward model's head: one number for each position, from its state as `OutputHead` gets it."""
+
+    def __init__(self, tp: TensorParallel, linear: Callable[[torch.Tensor], torch.Tensor]):
+        """Take `linear`, which maps states [B, S, H] of this rank's slice of the sequence to [B, S, 1]."""
+        self.tp, self.linear = tp, linear
+
+    def scores(self, state_BSH: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the whole local sequence, [B, S], in at least float32, the same on all TP ranks."""
+        score_BS1 = self.linear(state_BSH)
+        wide = torch.promote_types(score_BS1.dtype, torch.float32)
+        return self.tp.whole_sequence(score_BS1).squeeze(-1).to(wide)

@@ -14,7 +14,8 @@ whole, follows from the weight (Shapes: O outputs, I inputs, r rank, E experts):
 The output of B is of the same kind as that of the weight: this rank's outputs, or a partial sum.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -22,7 +23,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from megatron_deepseek.model.architecture.adapters import A, B, LoraSettings, adapted_rows, factor_name, is_adapter
+from megatron_deepseek.model.architecture.adapters import (
+    A,
+    B,
+    LoraSettings,
+    adapted_rows,
+    factor_name,
+    factor_of,
+    is_adapter,
+)
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.moe import COLUMN_PARALLEL, ROW_PARALLEL, Experts
 from megatron_deepseek.model.router import Router
@@ -111,3 +120,23 @@ def _dropout(lora: LoraSettings, name: str, first: int) -> Dropout | None:
 
 def _local_factor(experts: Experts, name: str, *gradient: Placement) -> torch.Tensor:
     return local_weight(getattr(experts, name), *gradient)
+
+
+@contextmanager
+def adapters_off(stages: Iterable[nn.Module]) -> Iterator[None]:
+    """Make the stages compute as their base alone while the block runs: every B is 0, and then what it was.
+
+    No weights may be gathered when it begins or ends, so that shards alone are changed.
+    """
+    factors = [parameter.to_local() for stage in stages for name, parameter in stage.named_parameters()
+               if factor_of(name) == B]
+    with torch.no_grad():
+        before = [factor.clone() for factor in factors]
+        for factor in factors:
+            factor.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for factor, values in zip(factors, before):
+                factor.copy_(values)

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_deepseek.model.head import OutputHead
+from megatron_deepseek.model.head import OutputHead, ScoreHead
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The final states of the main prediction, which is depth 0, and each MTP depth, with the head to read them.
+    """The final states of the main prediction, which is depth 0, and each MTP depth, with the head to read them: a
+    reward model's gives scores, all others' the rest.
 
     All tensor-parallel ranks get the same numbers for all of this context rank's tokens, and must compute the same from
     them.
     """
 
     states: list[torch.Tensor]
-    head: OutputHead
+    head: OutputHead | ScoreHead
     labels_BMS: torch.Tensor
 
     @property
@@ -31,6 +32,10 @@ class Predictions:
     def log_probabilities(self, depth: int = 0) -> torch.Tensor:
         """Return log p(label) of each token, [B, S], in at least float32, with its gradient."""
         return self.head.log_probabilities(self.states[depth], self.labels_BMS[:, depth])
+
+    def scores(self) -> torch.Tensor:
+        """Return a reward model's score of each token, [B, S], in at least float32, with its gradient."""
+        return self.head.scores(self.states[0])
 
     def entropy(self, depth: int = 0) -> torch.Tensor:
         """Return the entropy in nats of each token's prediction, [B, S], with its gradient."""

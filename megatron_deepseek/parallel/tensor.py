@@ -80,6 +80,10 @@ class TensorParallel:
             return x_BSH
         return SplitTokens.apply(x_BSH, SEQUENCE_DIM, self.group)
 
+    def whole_sequence(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """Bring the stream to the whole sequence on every TP rank, where all compute the same with it from there on."""
+        return JoinTokens.apply(x_BSH, SEQUENCE_DIM, self.group) if self.size > 1 and self.sequence_parallel else x_BSH
+
     def own_keys(self, keys_BS: torch.Tensor | None) -> torch.Tensor | None:
         """Return, of what every TP rank knows of the tokens of the whole sequence, the part of `own_tokens`."""
         return keys_BS if keys_BS is None or self.size == 1 else keys_BS.chunk(self.size, SEQUENCE_DIM)[self.rank]

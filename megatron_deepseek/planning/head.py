@@ -20,16 +20,21 @@ def default_chunk(rows: int, element: int) -> int:
     return most // ROWS * ROWS or most
 
 
+def _rows(shapes: LayerShapes) -> int:
+    """Return the rows of the head's weight on a rank: its part of the vocabulary, or a reward model's one."""
+    return 1 if shapes.model.reward_head else shapes.model.vocab_size // shapes.layout.tp
+
+
 def chunk_of(shapes: LayerShapes, asked: int | None) -> int | None:
     """Return the tokens of a chunk, None where all are one."""
-    chunk = asked or default_chunk(shapes.model.vocab_size // shapes.layout.tp, shapes.numbers.element)
+    chunk = asked or default_chunk(_rows(shapes), shapes.numbers.element)
     return chunk if chunk < shapes.whole else None
 
 
 def head(shapes: LayerShapes, chunk: int | None, predictions: int) -> Iterator[Kept]:
     """Yield what one prediction's head keeps; `chunk` is `chunk_of`'s, `predictions` how many the model makes."""
     model, numbers, layout, tokens = shapes.model, shapes.numbers, shapes.layout, shapes.whole
-    vocabulary = model.vocab_size // layout.tp
+    vocabulary = _rows(shapes)
     if shapes.gathers:
         yield Kept("head's gathered input", numbers.plain(tokens, model.hidden_size))
     if predictions > 1 and shapes.sequences > 1:
@@ -46,7 +51,7 @@ def head(shapes: LayerShapes, chunk: int | None, predictions: int) -> Iterator[K
 
 def head_forward(shapes: LayerShapes, chunk: int | None) -> float:
     """Return the bytes that exist only while a prediction's loss is made: a chunk's logits, and on CPU in float32."""
-    vocabulary, tokens = shapes.model.vocab_size // shapes.layout.tp, min(chunk or shapes.whole, shapes.whole)
+    vocabulary, tokens = _rows(shapes), min(chunk or shapes.whole, shapes.whole)
     wide = 0 if shapes.numbers.cuda else tokens * vocabulary * shapes.numbers.wide
     return wide + (0 if chunk is None else shapes.numbers.plain(tokens, vocabulary))
 
@@ -56,6 +61,6 @@ def head_backward(shapes: LayerShapes, chunk: int | None) -> float:
     input, and a block of logits that is made again.
     """
     model, numbers = shapes.model, shapes.numbers
-    vocabulary = model.vocab_size // shapes.layout.tp
+    vocabulary = _rows(shapes)
     gradients = numbers.plain(vocabulary + shapes.whole, model.hidden_size)
     return gradients + head_forward(shapes, chunk)

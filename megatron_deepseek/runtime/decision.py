@@ -41,6 +41,7 @@ from megatron_deepseek.checkpoint.tracker import (
 )
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.architecture.parameters import HEAD, SCORE
 from megatron_deepseek.runtime.lock_holder import LOCK, read_holder
 from megatron_deepseek.runtime.expert_listener import PICTURE
 from megatron_deepseek.runtime.expert_load import FILE as EXPERT_LOAD
@@ -60,8 +61,9 @@ class Start:
 
     `load`: the checkpoint or released weights to load, None for fresh weights. `is_saved`: `load` is --save's last
     checkpoint. `weights_only`: load no moments. `finetune`: load no moments, and count from iteration 0. `new_modules`:
-    prefixes of the names of the MTP modules that --init-mtp initialises, those that the checkpoint lacks;
-    `dropped_modules`: of those that the checkpoint has and the model lacks, left behind by --mtp-num-layers 0.
+    prefixes of the names of the MTP modules that --init-mtp initialises, those that the checkpoint lacks, and the score
+    of a reward model that begins from another; `dropped_modules`: of those that the checkpoint has and the model lacks,
+    left behind by --mtp-num-layers 0, and that model's head.
     `origin`: the --load of the run's first start, None if it began from nothing. `overwrite`: what --save holds is
     removed before the first step. `lock`: the token of --save's lock. `before`: the arguments that the checkpoint
     records, where it is of the same run and has a record. `notes`: lines for the user.
@@ -97,10 +99,13 @@ def decide(run: RunSettings, model: ModelConfig, job: Job, lock: str = "", lora:
     weights_alone = _has_weights_alone(start.load) or (not own and (start.finetune or start.weights_only))
     lines = check_directory(start.load, model, run.init_mtp, weights_alone, run.drop_mtp)
     stored = stored_architecture(start.load)
-    new = module_prefixes(model, stored.num_nextn_predict_layers) if run.init_mtp else ()
+    new = module_prefixes(model, stored.num_nextn_predict_layers) if run.init_mtp else []
+    dropped = module_prefixes(stored, model.num_nextn_predict_layers)
+    if model.reward_head and not stored.reward_head:
+        new, dropped = [*new, SCORE], [*dropped, HEAD]
     weights_only = start.finetune or start.weights_only or bool(new) or _has_weights_alone(start.load)
     return replace(start, weights_only=weights_only, new_modules=tuple(new), notes=(*start.notes, *lines),
-                   dropped_modules=tuple(module_prefixes(stored, model.num_nextn_predict_layers)),
+                   dropped_modules=tuple(dropped),
                    before=None if start.finetune else read_recorded(start.load))
 
 

@@ -46,6 +46,9 @@ def _run_job(task: Task, settings: Settings, begun: float) -> None:
     meshes = build_meshes(settings.layout, device)
     trainer = Trainer(training_spec(prepared.settings), meshes, prepared.objective)
     limit_waiting(settings.run.distributed_timeout_minutes)
+    if prepared.before_loading is not None:
+        with end_on_user_error():
+            prepared = prepared.before_loading(trainer, start.origin)
     state, base = resume(start, trainer, settings.run.load_adapter)
     settings, state = go_on(prepared.settings, state)
     with _open_report(settings, start, state) as report:

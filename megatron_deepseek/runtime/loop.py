@@ -46,6 +46,7 @@ class Run:
         with end_on_user_error():
             data = task.open_data(settings, state, report.message)
         self.train_data, self.validate, self.periodic = data.train, data.validate, data.periodic
+        self.complete = data.complete
         if settings.lora is not None and settings.lora.lora_dropout:
             self.train_data = KeyedRows(data.train, settings.run.seed)
         recorded = self.recorded = record(settings, start.origin, job, task.files) if dist.get_rank() == 0 else None
@@ -132,6 +133,8 @@ class Run:
         begin, settings, state = time.perf_counter(), self.settings, self.state
         rate, size = learning_rate(self.schedule, state.consumed_samples), batch.num_rows * settings.layout.dp
         batch = batch.to(self.trainer.meshes.device)
+        if self.complete is not None:
+            batch = self.complete(self.trainer, batch)
         result = self.trainer.train_step(batch, rate, bias_rate(settings.loss, state, size),
                                          self.interruptions.stop_flags)
         seconds = time.perf_counter() - begin
@@ -150,7 +153,7 @@ class Run:
         iteration = self.state.iteration + 1
         skipped = self.not_finite.check(iteration, result, lambda: find_origin(self.trainer, batch))
         unlabelled = self.labels.see(iteration, result.losses.num_labels)
-        spike = self.spikes.see(iteration, result.losses.lm_loss) if result.losses.num_labels else None
+        spike = self.spikes.see(iteration, result.losses.trained[1]) if result.losses.num_labels else None
         for line in (skipped, unlabelled, spike):
             if line is not None:
                 self.report.message(line)
@@ -172,6 +175,7 @@ class Run:
             iteration=self.state.iteration,
             lm_loss=losses.lm_loss,
             mtp_loss=losses.mtp_loss,
+            objective=losses.objective,
             balance_loss=balance,
             grad_norm=result.grad_norm,
             learning_rate=rate,

@@ -42,8 +42,8 @@ class StepCurves:
         others = self._timers(metrics)
         if metrics.iteration % self.run.tensorboard_log_interval:
             return Curves({}, others, consumed_samples) if others else None
-        by_samples = {"learning-rate": metrics.learning_rate, "batch-size": batch_size, "lm loss": metrics.lm_loss,
-                      "grad-norm": metrics.grad_norm}
+        by_samples = {"learning-rate": metrics.learning_rate, "batch-size": batch_size, "grad-norm": metrics.grad_norm}
+        by_samples |= {"lm loss": metrics.lm_loss} if metrics.lm_loss is not None else {}
         by_samples |= {"world-size": self.world_size} if self.run.log_world_size_to_tensorboard else {}
         by_samples |= {"num-zeros": metrics.num_zeros} if metrics.num_zeros is not None else {}
         by_samples |= {"params-norm": metrics.params_norm} if metrics.params_norm is not None else {}

@@ -10,16 +10,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_deepseek.foreign_json import parse_json
 from megatron_deepseek.runtime.appending import AppendedFile
 
 FILE_NAME = "metrics.jsonl"
-OPTIONAL = ("mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes", "checkpoint_stall_seconds",
-            "skipped", "source_loss", "source_tokens", "moe_dropped_fraction", "moe_crossings_per_token",
-            "tflops_per_rank", "num_zeros", "params_norm")
+OPTIONAL = ("lm_loss", "mfu", "peak_memory_bytes", "moe_bytes_within_node", "moe_bytes_across_nodes",
+            "checkpoint_stall_seconds", "skipped", "source_loss", "source_tokens", "moe_dropped_fraction",
+            "moe_crossings_per_token", "tflops_per_rank", "num_zeros", "params_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,12 @@ class StepMetrics:
     copies of it), written where there are several nodes. tflops_per_rank: the model's own floating-point
     operations, 10^12 a second, written with --log-throughput. num_zeros, with --log-num-zeros-in-grad: how many numbers
     of the gradient are 0. params_norm, with --log-params-norm: the Euclidean norm of what is trained, after the update.
+    `objective`: what another objective than the next token reports, each under its own name in the record; the first is
+    the loss that is trained on. lm_loss is None where a model predicts no tokens.
     """
 
     iteration: int
-    lm_loss: float
+    lm_loss: float | None
     mtp_loss: tuple[float, ...]
     balance_loss: float | None
     grad_norm: float
@@ -61,6 +63,12 @@ class StepMetrics:
     tflops_per_rank: float | None = None
     num_zeros: int | None = None
     params_norm: float | None = None
+    objective: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> tuple[str, float]:
+        """Return the name and the value of the loss that is trained on."""
+        return next(iter(self.objective.items()), ("lm_loss", self.lm_loss))
 
     @property
     def tokens_per_second(self) -> float:
@@ -68,8 +76,8 @@ class StepMetrics:
 
     def record(self) -> dict:
         fields = {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
-        return {name: value for name, value in fields.items()
-                if value is not None or name not in OPTIONAL}
+        more = fields.pop("objective")
+        return {name: value for name, value in fields.items() if value is not None or name not in OPTIONAL} | more
 
 
 class MetricsFile:

@@ -208,8 +208,7 @@ class ProgressBar(Progress):
         self._stream = stream
 
     def step(self, metrics: StepMetrics) -> None:
-        self._bar.set_postfix_str(f"lm loss {metrics.lm_loss:.4f}, {metrics.tokens_per_second:,.0f} tokens/s",
-                                  refresh=False)
+        self._bar.set_postfix_str(f"{_loss(metrics)}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update()
 
     def message(self, text: str) -> None:
@@ -230,7 +229,8 @@ class ProgressLines(Progress):
         done, total = metrics.iteration, self._run.train_iters
         if done % self._run.log_interval and done not in (self._begun + 1, total):
             return
-        fields = [f"iteration {done:>{len(str(total))}}/{total}", f"lm loss {metrics.lm_loss:.4f}"]
+        fields = [f"iteration {done:>{len(str(total))}}/{total}", _loss(metrics)]
+        fields += [form(metrics.objective[key]) for key, form in _REWARDS.items() if key in metrics.objective]
         fields += [f"mtp loss {_losses(metrics.mtp_loss)}"] if metrics.mtp_loss else []
         fields += [f"grad norm {metrics.grad_norm:.3f}", f"learning rate {metrics.learning_rate:.3e}",
                    f"{metrics.tokens_per_second:,.0f} tokens/s"]
@@ -277,12 +277,20 @@ def _held_out_line(iteration: int, name: str, results: dict[str, Any]) -> str:
     return " | ".join([f"{name} at iteration {iteration}", *shown])
 
 
+_REWARDS: Mapping[str, Callable[[Any], str]] = {
+    "rewards_margin": "reward margin {:.4f}".format, "rewards_accuracy": "reward accuracy {:.1%}".format,
+    "kl": "kl {:.4f}".format}
 _HELD_OUT: Mapping[str, Callable[[Any], str]] = {
     "loss": "loss {:.4f}".format, "perplexity": "perplexity {:.3f}".format,
     "token_accuracy": "token accuracy {:.1%}".format, "exact_match": "exact match {:.1%}".format,
     "answers": "of {} answers".format, "mtp_loss": lambda losses: f"mtp loss {_losses(losses)}",
-    "mtp_acceptance": lambda shares: f"mtp acceptance {_shares(shares)}"}
+    "mtp_acceptance": lambda shares: f"mtp acceptance {_shares(shares)}", **_REWARDS}
 _SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
+
+
+def _loss(metrics: StepMetrics) -> str:
+    name, value = metrics.trained
+    return f"{name.replace('_', ' ')} {value:.4f}"
 
 
 def _shares(shares: tuple[float, ...]) -> str:

@@ -37,12 +37,14 @@ class Periodic:
 @dataclass(frozen=True)
 class RunData:
     """The opened data of a run: what is trained on, how to report what is held out (None if nothing is), and what else
-    is to be done from time to time.
+    is to be done from time to time. `complete`: returns a batch with what the model of the moment must compute for it
+    before the step, such as another model's log-probabilities; None if nothing is. All ranks call it.
     """
 
     train: TrainingData
     validate: Callable[[Trainer, Report, int], None] | None = None
     periodic: tuple[Periodic, ...] = ()
+    complete: Callable[[Trainer, Batch], Batch] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Prepared:
     """A task whose data is there. `settings` are the run's, with what only the data tells (the length of an epoch).
 
     `objective`: None for the next token. `open_data` is called by all ranks, and may raise ValueError. `files`: what
-    arguments.json records of the files behind the data. `notes`: lines for the start of the run.
+    arguments.json records of the files behind the data. `notes`: lines for the start of the run. `before_loading`:
+    asked once the trainer is built and before it gets the weights of the run, where the data need other weights first,
+    those of a reference model; it may leave any weights in the trainer, and returns the task for the run. It is given
+    what the run's first start began from (Start.origin).
     """
 
     settings: Settings
@@ -58,6 +63,7 @@ class Prepared:
     objective: Objective | None = None
     files: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    before_loading: Callable[[Trainer, str | None], "Prepared"] | None = None
 
 
 class Task(ABC):

@@ -9,7 +9,7 @@ be on a rank, and knows no layout. docs/objectives.md has the rules and an examp
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,38 @@ class Losses:
     reports: Mapping[str, float] = field(default_factory=dict)
     balance_loss: float = 0.0
     counts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def lm_loss(self) -> float | None:
+        """Return the mean negative log-likelihood of labels, None if that is not reported."""
+        return self.reports.get("lm_loss")
+
+    @property
+    def mtp_loss(self) -> tuple[float, ...]:
+        """Return the loss of each MTP depth."""
+        return ()
+
+    @property
+    def sources(self) -> Sequence:
+        """Return the sums of each dataset of a blend, none where they are not told apart."""
+        return ()
+
+    @property
+    def objective(self) -> Mapping[str, float]:
+        """Return what is reported beside lm_loss and mtp_loss, by its names in metrics.jsonl. Where there is any, the
+        first is the loss that is trained on, which else is lm_loss.
+        """
+        return {}
+
+    @property
+    def trained(self) -> tuple[str, float]:
+        """Return the name and the value of the loss that is trained on."""
+        return next(iter(self.objective.items()), ("lm_loss", self.lm_loss))
+
+    @property
+    def num_labels(self) -> int:
+        """Return how many terms the loss that is trained on is a mean of, 0 for a batch that teaches nothing."""
+        return round(self.counts["labels"])
 
     def finite(self) -> bool:
         """Return whether every loss is finite; a step with one that is not makes no update."""

@@ -154,7 +154,9 @@ def _changes(given: dict, config: ModelConfig) -> dict:
     released = config.to_hf_dict()
     names = [name for name in RULES if getattr(theirs, name) != getattr(config, name)]
     for name in names:
-        if not RULES[name].rotary and not RULES[name].sliding:
+        if name == "reward_head":
+            changes |= hf_config.reward_fields(config)
+        elif not RULES[name].rotary and not RULES[name].sliding:
             changes[hf_config.spelling(given, name)] = released.get(name, getattr(config, name))
     if given.get("topk_method") == hf_config.MISSPELT_GREEDY:  # neither DeepSeek's code nor transformers runs it
         changes["topk_method"] = config.topk_method

@@ -19,6 +19,7 @@ class ModelConfig(ArchitectureFields):
 
     `scoring_func`: softmax (V2) or sigmoid (V3). `topk_method`: greedy, group_limited_greedy (V2) or noaux_tc (V3).
     `num_nextn_predict_layers`: depth of Multi-Token Prediction (V3 report, section 2.2).
+    `reward_head`: one score a token in place of logits, as transformers' ...ForSequenceClassification with one label.
     `released_as`: another name of its family (families.py) that its config.json gives as model_type, such as kimi_k2.
     """
 
@@ -33,7 +34,7 @@ class ModelConfig(ArchitectureFields):
     def from_hf_dict(cls, fields: dict) -> "ModelConfig":
         """Read a parsed config.json of one of the families; see hf_config.py for the dialects."""
         released_as = other_name(fields.get("model_type"))
-        fields = hf_config.normalise(fields)
+        fields = hf_config.normalise(fields) | hf_config.read_reward_head(fields)
         scaling = fields.pop("rope_scaling")
         return cls(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None, released_as=released_as)
 

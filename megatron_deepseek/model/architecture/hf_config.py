@@ -29,6 +29,7 @@ _KEYS = tuple(name for name, rule in RULES.items() if not rule.rotary and not ru
 _USUAL = {"head_dim", "num_nextn_predict_layers"}  # what files of grouped-query attention rarely say, and need not
 _LARGEST = 2**31 - 1  # of a number: no width, count or id comes near it
 _MOST_MODULES = 10_000_000  # layers times experts: V3 has 15,872
+_CLASSIFIER = "ForSequenceClassification"
 MISSPELT_GREEDY = "gready"  # the default of the configuration_deepseek.py that the released models come with
 
 
@@ -128,8 +129,28 @@ def released_fields(config: ArchitectureFields) -> dict:
     if family.has_key("layer_types"):
         fields |= write_window(config)
     constant = {"hidden_act": "silu", "use_cache": True, "torch_dtype": "bfloat16"}
-    head = {"architectures": [family.architectures[0]], "model_type": family.model_type}
+    head = {"architectures": [family.architectures[0]], "model_type": family.model_type} | reward_fields(config)
     return head | dict(sorted((fields | constant | dict(family.constant) | write_rope(config)).items()))
+
+
+def read_reward_head(fields: dict) -> dict[str, bool]:
+    """Return the fields that a config.json of a sequence classifier sets. Raise ValueError unless it has one label."""
+    named = fields.get("architectures")
+    if not isinstance(named, list) or not any(str(name).endswith(_CLASSIFIER) for name in named):
+        return {}
+    labels = fields.get("id2label")
+    number = len(labels) if isinstance(labels, dict) else fields.get("num_labels", 2)
+    if number != 1:
+        raise ValueError(f"architectures {named} with {number} labels: only a reward model, of one label, is known")
+    return {"reward_head": True, "tie_word_embeddings": False}
+
+
+def reward_fields(config: ArchitectureFields) -> dict[str, Any]:
+    """Return what config.json says of a reward model: transformers' class, and one label; nothing for other models."""
+    if not config.reward_head:
+        return {}
+    return {"architectures": [family_of(config).architectures[0].replace("ForCausalLM", _CLASSIFIER)],
+            "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
 def _said_of_grouped_query(config: ArchitectureFields, fields: dict) -> dict:

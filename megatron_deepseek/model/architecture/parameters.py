@@ -29,6 +29,7 @@ from megatron_deepseek.model.architecture.placements import (
 )
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+SCORE = "score.weight"  # of a reward model, in place of the head: transformers' name for it
 BIAS = "e_score_correction_bias"  # of a noaux_tc router: moved by counts after each step, not by its gradient
 MATRIX, VECTOR, UNTRAINED = "matrix", "vector", "untrained"  # groups of the optimizer
 MASTER, FLOAT32 = "master", "float32"  # rules of dtypes: that of master weights, or one for good
@@ -122,6 +123,8 @@ def outer_rows(config: ArchitectureFields) -> tuple[Parameter, ...]:
     """Return the rows outside of layers. The head multiplies once for each prediction, MTP's included."""
     shape, predictions = (config.vocab_size, config.hidden_size), 1 + config.num_nextn_predict_layers
     norm = _vector(FINAL_NORM, config.hidden_size)
+    if config.reward_head:
+        return Parameter(EMBEDDING, shape, VOCABULARY_ROWS), norm, _matrix(SCORE, (1, config.hidden_size))
     if config.tie_word_embeddings:
         return _matrix(EMBEDDING, shape, VOCABULARY_ROWS, predictions), norm
     return (Parameter(EMBEDDING, shape, VOCABULARY_ROWS), norm, _matrix(HEAD, shape, VOCABULARY_ROWS, predictions))
