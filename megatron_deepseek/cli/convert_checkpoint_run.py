@@ -4,6 +4,7 @@ It is apart from convert_checkpoint.py, which parses them, because that file mus
 """
 
 import argparse
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,10 @@ from megatron_deepseek.checkpoint.dcp.metadata import METADATA
 from megatron_deepseek.checkpoint.tracker import TRACKER
 from megatron_deepseek.cli.checkpoint_options import build_with_progress, share_of
 from megatron_deepseek.model.architecture import hf_config
+from megatron_deepseek.packages import how_to_install
+
+
+HF_SHARD_BYTES = 5 * 10**9
 
 
 def plan_output(args: argparse.Namespace, source: TensorSource, assets: Assets) -> OutputFormat:
@@ -28,10 +33,15 @@ def plan_output(args: argparse.Namespace, source: TensorSource, assets: Assets) 
 
     Raise ValueError for a format of scales without FP8 weights.
     """
-    dtype = DTYPES[args.dtype] if args.dtype else None
     save = args.save or Path("output")
+    if args.to == "gguf":
+        return _plan_gguf(args, source, assets, save)
+    if args.gguf_pre_tokenizer or args.dtype == "q8_0":
+        raise ValueError(f"--gguf-pre-tokenizer and --dtype q8_0 are about GGUF files, not --to {args.to}")
+    dtype = DTYPES[args.dtype] if args.dtype else None
     if args.to == "hf":
-        output = hf_output(source, assets, save, dtype, args.max_shard_size, scale_format=args.fp8_scale_format)
+        output = hf_output(source, assets, save, dtype, args.max_shard_size or HF_SHARD_BYTES,
+                           scale_format=args.fp8_scale_format)
     else:
         output = (native_output if args.to == "native" else megatron_output)(source, assets, save, dtype)
     if args.fp8_scale_format and FP8 not in dtype_bytes(output.files):
@@ -40,13 +50,22 @@ def plan_output(args: argparse.Namespace, source: TensorSource, assets: Assets) 
     return output
 
 
+def _plan_gguf(args: argparse.Namespace, source: TensorSource, assets: Assets, save: Path) -> OutputFormat:
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"--to gguf needs the package gguf: {how_to_install('gguf')}")
+    if args.dtype == "fp8" or args.fp8_scale_format:
+        raise ValueError("--dtype fp8 and --fp8-scale-format: GGUF has no FP8 weights; --dtype q8_0 has 8 bits")
+    from megatron_deepseek.checkpoint.gguf.output import gguf_output
+    return gguf_output(source, assets, save, args.dtype, args.max_shard_size, args.gguf_pre_tokenizer)
+
+
 def describe(source: TensorSource, output: OutputFormat, chosen: frozenset[int] | None) -> None:
     """Print every tensor of the `chosen` layers (None: all) with dtypes and file, then what is dropped, then totals."""
     for file in output.files:
         for tensor in file.tensors:
-            if chosen is None or layer_of(tensor.name) in chosen:
-                print(f"{tensor.name} {list(tensor.shape)} {_name(source.dtypes[tensor.original])} -> "
-                      f"{_name(tensor.dtype)} {file.name}")
+            if chosen is None or tensor.layer in chosen:
+                stored = _name(source.dtypes[tensor.original]) if tensor.original else "computed"
+                print(f"{tensor.name} {list(tensor.shape)} {stored} -> {_name(tensor.dtype)} {file.name}")
     for name, reason in sorted(source.dropped.items()):
         if chosen is None or layer_of(name) in chosen:
             print(f"{name} dropped: {reason}")
@@ -55,14 +74,14 @@ def describe(source: TensorSource, output: OutputFormat, chosen: frozenset[int] 
           f"{len(source.copies)} copies of others")
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _open(args: argparse.Namespace) -> tuple[TensorSource, Assets]:
     """Open --load; of Megatron's files, which do not say the architecture, --assets must."""
     more = (args.assets,) if args.origin == "megatron" else ()
-    return OPEN[args.origin](args.load, args.no_mtp, *more)
+    return OPEN[args.origin](args.load, args.no_mtp or args.to == "gguf", *more)
 
 
 def _refuse_other_format(origin: str, load: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_deepseek.arguments import values
 from megatron_deepseek.data.preprocess.files import refuse_directory, written_aside
 from megatron_deepseek.data.preprocess.inputs import InputFile, find_inputs
 from megatron_deepseek.data.preprocess.records import texts_of_file
+from megatron_deepseek.data.text_splits import DEEPSEEK_V3, PUNCTUATION
 from megatron_deepseek.data.tokenizer import SPECIAL_TOKENS
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PROGRAM = "train_tokenizer.py"
-# As in the tokenizer.json of DeepSeek-V3: digits by threes, CJK apart, then words, punctuation, line ends, blanks.
-SPLITS = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-)
-PUNCTUATION = r"[\p{P}\p{S}]|\p{N}"
 SMALLEST = 256 + len(SPECIAL_TOKENS)
 
 
@@ -55,7 +48,7 @@ def train(texts: Iterable[str], vocab_size: int, isolate_punctuation: bool = Fal
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated")
-         for pattern in ((PUNCTUATION,) if isolate_punctuation else ()) + SPLITS]
+         for pattern in ((PUNCTUATION,) if isolate_punctuation else ()) + DEEPSEEK_V3]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,

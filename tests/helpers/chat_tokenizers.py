@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from megatron_deepseek.data.text_splits import LLAMA3, QWEN2
 from megatron_deepseek.data.tokenizer import ASSISTANT, BOS, EOD, USER
 from megatron_deepseek.finetuning.templates import END_THINK, THINK, TOOL_TOKENS
 
@@ -31,21 +32,19 @@ def write_tokenizer(folder: Path, tokens=ALL, chat_template: str | None = None) 
     return str(folder)
 
 
-# How tokenizer.json of Qwen2.5 and of Llama 3 cuts a text before it merges bytes: numbers by one digit, or by three.
-_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
-DISTILLED = {"qwen": ("", True), "llama": ("{1,3}", False)}  # the numbers, and whether texts are normalised (NFC)
+# How a text is cut before bytes are merged, and whether texts are normalised (NFC).
+DISTILLED = {"qwen": (QWEN2, True), "llama": (LLAMA3, False)}
 
 
 def write_distilled(folder: Path, base: str, chat_template: str | None) -> str:
     """Write a tokenizer like those of R1's distilled models: cut as `base` does, its first added tokens renamed to
     DeepSeek's, in the form of the released tokenizer_config.json. Return the folder.
     """
-    numbers, normalised = DISTILLED[base]
+    (words,), normalised = DISTILLED[base]
     backend = Tokenizer(models.BPE(ignore_merges=base == "llama"))
     backend.normalizer = normalizers.NFC() if normalised else None
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_WORDS.replace("NUMBERS", numbers)), "isolated"),
+        pre_tokenizers.Split(Regex(words), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(TEXT * 20, trainers.BpeTrainer(

@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from megatron_deepseek.checkpoint.convert import block_fp8
+from megatron_deepseek.checkpoint.convert.names import layer_of
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 
@@ -27,6 +28,11 @@ class OutputTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     scale_format: str | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """Return the layer that it belongs to, None for embedding, last norm and head."""
+        return layer_of(self.name)
 
     @property
     def nbytes(self) -> int:

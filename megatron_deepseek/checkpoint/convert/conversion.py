@@ -18,7 +18,7 @@ import torch
 from megatron_deepseek.checkpoint.building import DirectoryBuild, Share, build_directory
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.checkpoint.convert.blocks import FP8, OutputTensor, check_copies
-from megatron_deepseek.checkpoint.convert.output_file import OutputFile
+from megatron_deepseek.checkpoint.convert.output_file import OutputFile, WrittenTensor
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.inspection import checksum_checks
@@ -29,10 +29,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 @dataclass(frozen=True, eq=False)
 class OutputFormat:
-    """What a conversion writes: a model's `files` in the format `name` (hf, native or megatron), to `destination`.
+    """What a conversion writes: a model's `files` in the format `name` (hf, native, megatron, gguf), to `destination`.
 
     `write(path, file, advance)` writes a file and returns its fingerprint. `complete(directory, fingerprints)` adds
-    what makes the files a checkpoint. `publish()` runs after the directory has got its name.
+    what makes the files a checkpoint. `publish()` runs after the directory has got its name. `more`: on what else the
+    files depend; a conversion that goes on after a kill begins anew if it has changed.
     """
 
     name: str
@@ -41,6 +42,7 @@ class OutputFormat:
     write: Callable[[Path, OutputFile, Callable[[int], None]], Fingerprint]
     complete: Callable[[Path, dict[str, Fingerprint]], None]
     publish: Callable[[], None] = lambda: None
+    more: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -111,14 +113,18 @@ def conversion_build(source: TensorSource, output: OutputFormat) -> DirectoryBui
 
     Copies are compared with their originals, and a native checkpoint's files with their checksums.
     """
-    contents = [output.name, [[file.name, [[tensor.name, tensor.original, str(tensor.dtype), tensor.scale_format]
-                                           for tensor in file.tensors]] for file in output.files]]
+    contents = [output.name, output.more, [[file.name, [_plan(tensor) for tensor in file.tensors]]
+                                           for file in output.files]]
     checksums = checksum_checks(source.path)
     check_bytes = sum(source.dtypes[original].itemsize * prod(source.shapes[original])
                       for original in source.copies.values())
     check_bytes += sum(path.stat().st_size for path in source.files()) if checksums else 0
     return DirectoryBuild("conversion", output.destination, output.files, source.files(), contents, output.write,
                           output.complete, output.publish, [partial(check_copies, source), *checksums], check_bytes)
+
+
+def _plan(tensor: WrittenTensor) -> list[str | None]:
+    return [tensor.name, tensor.original, str(tensor.dtype), getattr(tensor, "scale_format", None)]
 
 
 def dtype_bytes(files: tuple[OutputFile, ...]) -> dict[torch.dtype, int]:

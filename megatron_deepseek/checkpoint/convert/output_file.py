@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import xxhash
@@ -16,7 +16,36 @@ from megatron_deepseek.checkpoint.dcp.item_file import FileWriter, ItemRegion, s
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes, lay_out
 
-T = TypeVar("T", OutputTensor, ItemRegion)
+class HasBytes(Protocol):
+    """Something that takes `nbytes` in a file."""
+
+    @property
+    def nbytes(self) -> int:
+        ...
+
+
+class WrittenTensor(HasBytes, Protocol):
+    """A tensor to write, in whatever format: its name there, the source's tensor that it is made of first, its type.
+
+    `layer`: the layer that it belongs to, None for embedding, last norm and head.
+    """
+
+    name: str
+
+    @property
+    def original(self) -> str | None:
+        ...
+
+    @property
+    def dtype(self) -> object:
+        ...
+
+    @property
+    def layer(self) -> int | None:
+        ...
+
+
+T = TypeVar("T", bound=HasBytes)
 
 
 @dataclass(frozen=True)
@@ -24,7 +53,7 @@ class OutputFile:
     """A file to write and the tensors in it, in order."""
 
     name: str
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[WrittenTensor, ...]
 
     @property
     def nbytes(self) -> int:
