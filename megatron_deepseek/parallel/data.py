@@ -47,14 +47,39 @@ def shard_over_data(units: Iterable[Unit], reshard_after_forward: bool, shards_o
         offload = CPUOffloadPolicy(pin_memory=pinned) if shards_on_cpu else OffloadPolicy()
         fully_shard(unit.module, mesh=unit.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy,
                     offload_policy=offload)
-        if unit.mesh.size() > 1:  # one rank divides nothing anyway, and a factor of 1 costs a pass
+        if unit.mesh.size() > 1:
             unit.module.set_gradient_divide_factor(1.0)
+        else:  # one rank divides nothing anyway, and a factor of 1 costs a pass
+            unit.module.set_custom_reduce_scatter(_NothingToReduce())
         unit.module.set_force_sum_reduction_for_comms(True)
         for parameter in _parameters_of(unit.module):
             info = parameter._module_info
             gemm = getattr(info.module, "weight_gemms", {}).get(info.param_name)
             if gemm is not None and gemm.gathered is not None:
                 _GatheredInAForm.wrap(parameter, gemm.gathered)
+
+
+class _NothingToReduce:
+    """The reduction over a mesh of one rank, for `set_custom_reduce_scatter`: what goes in is what comes out.
+
+    FSDP2 asks for the memory of its input and then for that of its output, which are as large, and copies the one to
+    the other. Given the same memory twice it copies nothing. The routed experts of most layouts are on such a mesh.
+    """
+
+    def __init__(self):
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return new memory for an input, and for the output that is asked for after it the same."""
+        if self._input is None:
+            self._input = torch.empty(*size, dtype=dtype, device=device)
+            return self._input
+        given, self._input = self._input, None
+        assert given.shape == torch.Size(size) and given.dtype == dtype, (given.shape, size, dtype)
+        return given
+
+    def __call__(self, *args, **kwargs) -> None:
+        raise AssertionError("one rank has nothing to reduce")
 
 
 def _master_dtype(module: nn.Module) -> torch.dtype | None:

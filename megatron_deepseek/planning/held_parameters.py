@@ -66,9 +66,15 @@ def held_base(model: ModelConfig, layout: Layout, stages: Sequence[Stage], kept:
     ranks = _Ranks(layout.tp, layout.ep, layout.etp)
     parts = [_base_of_layer(model, index, ranks, kept) for stage in stages
              for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
-    parts += [_base_of_rows([row for row in outer_rows(model) if _holds(stage, row, model)], ranks, kept)
-              for stage in stages]
-    return Held(sum(part.dense for part in parts), sum(part.experts for part in parts))
+    return Held(sum(part.dense for part in parts) + held_outside(model, layout, stages, kept),
+                sum(part.experts for part in parts))
+
+
+def held_outside(model: ModelConfig, layout: Layout, stages: Sequence[Stage], kept: Kept) -> int:
+    """Return the bytes of the weights in no layer, all of them dense: embedding, last norm and head."""
+    ranks = _Ranks(layout.tp, layout.ep, layout.etp)
+    return sum(_base_of_rows([row for row in outer_rows(model) if _holds(stage, row, model)], ranks, kept).dense
+               for stage in stages)
 
 
 class _Ranks(NamedTuple):

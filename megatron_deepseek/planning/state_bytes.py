@@ -3,9 +3,12 @@ since different numbers of ranks divide them.
 
 Ours: a parameter takes 4 bytes for its master weight, 4 for its reduced gradient and 8 for AdamW's two moments (4 with
 moments in bfloat16). FSDP divides these among the data ranks; with --optimizer-cpu-offload they lie in the host's
-memory. Not divided are 2 bytes for the gathered bfloat16 weight (4 without --bf16; FP8 takes two codes) and, where an
-update has several micro-batches, 4 for the sum of their gradients, since they are reduced once. With
-optim_grads_params weights are gathered for two units at a time: the one in use and the next. A frozen weight beside
+memory. Not divided are 2 bytes for the gathered bfloat16 weight (4 without --bf16 and of routers; FP8 takes two codes)
+and, where an update has several micro-batches, 4 for the sum of their gradients, since they are reduced once. That is
+done layer by layer in the last backward: the sum is freed before the next layer's is reduced, and the reduced gradient
+is freed before the next update's sums begin, so that the two never add up on a device
+(tests/parallel/test_state_memory.py counts them). With optim_grads_params weights are gathered for the embedding and the
+head, which every micro-batch begins and ends with, and two layers: the one in use and the next. A frozen weight beside
 adapters takes what it is kept as, and as much when it is gathered.
 """
 
@@ -13,11 +16,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.held_parameters import Held, Kept, held_adapters, held_base, held_parameters
+from megatron_deepseek.planning.held_parameters import (
+    Held,
+    Kept,
+    held_adapters,
+    held_base,
+    held_outside,
+    held_parameters,
+)
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.settings import Settings
 
-_MASTER = _SUM = 4  # bytes of a master weight or reduced gradient, and of a sum of gradients, in this engine
+_MASTER = 4  # bytes of a master weight in this engine
 
 
 @dataclass(frozen=True)
@@ -122,21 +132,27 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
     """Return FSDP2's: float32 shards, reduced gradients and moments divided; weights gathered for the step, or unit by
     unit; sums of several micro-batches' gradients whole.
     """
-    settings, engine, element = job.settings, job.engine, job.numbers.element
+    settings, engine = job.settings, job.engine
     dense, experts = data_ranks(job)
     optimizer = settings.optimizer
     moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     stages = [job.stages[stage] for stage in job.held(pp_rank)]
     trained = _trained(settings, held, job, stages)
-    whole = settings.run.sharding == "optim_grads"
-    gathered = _of(held, element, element) if whole else largest_unit(job, pp_rank, element, 2)
-    sums = engine.gradient if job.micro_batches > 1 else 0
     return StateParts(
         weights=_of(held, engine.master / dense, engine.master / experts),
-        gathered=gathered, gradients=_of(trained, sums, sums),
-        reduced=_of(trained, engine.reduced / dense, engine.reduced / experts),
+        gathered=_gathered(job, stages), **_gradients(job, trained),
         optimizer=_of(trained, moments / dense, moments / experts),
         on_host=settings.offload.optimizer_cpu_offload)
+
+
+def _gradients(job: Job, trained: Held) -> dict[str, Divided]:
+    """Return the whole sums of gradients and the reduced ones. On a device they take turns; in the host's memory the
+    reduced ones are beside moments and masters alone.
+    """
+    (dense, experts), engine = data_ranks(job), job.engine
+    sums = engine.gradient if job.micro_batches > 1 else 0
+    reduced = engine.reduced if not sums or job.settings.offload.optimizer_cpu_offload else 0
+    return {"gradients": _of(trained, sums, sums), "reduced": _of(trained, reduced / dense, reduced / experts)}
 
 
 def _trained(settings: Settings, held: Held, job: Job, stages: Sequence[Stage]) -> Held:
@@ -151,35 +167,42 @@ def adapter_parts(job: Job, pp_rank: int) -> StateParts:
     dense, experts = data_ranks(job)
     moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     base, adapters = base_bytes(job, stages), held_adapters(job.model, job.layout, stages, job.settings.lora)
-    whole = job.settings.run.sharding == "optim_grads"
-    units = [stages] if whole else [[part] for part in units_of(job, pp_rank)]
-    gathered = _largest([_gathered(job, unit) for unit in units], 1 if whole else 2)
-    sums = _SUM if job.micro_batches > 1 else 0
     return StateParts(
         weights=Divided((base.dense + _MASTER * adapters.dense) / dense,
                         (base.experts + _MASTER * adapters.experts) / experts),
-        gathered=gathered, gradients=_of(adapters, sums, sums),
-        reduced=_of(adapters, _MASTER / dense, _MASTER / experts),
+        gathered=_gathered(job, stages), **_gradients(job, adapters),
         optimizer=_of(adapters, moments / dense, moments / experts),
         on_host=job.settings.offload.optimizer_cpu_offload)
 
 
 def base_bytes(job: Job, stages: Sequence[Stage]) -> Held:
     """Return the bytes of the frozen weights of `stages` on a rank, before data ranks divide them."""
-    return held_base(job.model, job.layout, stages, Kept(job.numbers.element, _MASTER, job.settings.base))
+    return held_base(job.model, job.layout, stages, _kept(job))
+
+
+def _kept(job: Job) -> Kept:
+    """Return the bytes of numbers that layers compute with: routers compute in float32."""
+    return Kept(job.numbers.element, _MASTER, job.settings.base)
 
 
 def _gathered(job: Job, stages: Sequence[Stage]) -> Divided:
-    """Return the bytes of the frozen weights of `stages`, and of the adapters in the layers' dtype, when gathered."""
-    base, adapters = base_bytes(job, stages), held_adapters(job.model, job.layout, stages, job.settings.lora)
-    element = job.numbers.element
-    return Divided(base.dense + element * adapters.dense, base.experts + element * adapters.experts)
+    """Return the bytes of the weights that are gathered at once, adapters among them, in the layers' dtype."""
+    if job.settings.run.sharding == "optim_grads":
+        return _weights(job, stages)
+    layers = [_weights(job, [layer], outside=False) for layer in layers_of(stages)]
+    most = max(layers, key=lambda layer: layer.all, default=Divided())
+    outside = held_outside(job.model, job.layout, stages, _kept(job))
+    return Divided(outside + 2 * most.dense, 2 * most.experts)
 
 
-def _largest(units: Sequence[Divided], count: int) -> Divided:
-    """Return the bytes of the largest unit, `count` times."""
-    most = max(units, key=lambda unit: unit.all)
-    return Divided(count * most.dense, count * most.experts)
+def _weights(job: Job, stages: Sequence[Stage], outside: bool = True) -> Divided:
+    """Return the bytes of the gathered weights of `stages`, with or without those that are in none of the layers."""
+    base, element = base_bytes(job, stages), job.numbers.element
+    dense = base.dense - (0 if outside else held_outside(job.model, job.layout, stages, _kept(job)))
+    if job.settings.lora is None:
+        return Divided(dense, base.experts)
+    adapters = held_adapters(job.model, job.layout, stages, job.settings.lora)
+    return Divided(dense + element * adapters.dense, base.experts + element * adapters.experts)
 
 
 def _others(job: Job, held: Held, pp_rank: int) -> StateParts:
@@ -210,3 +233,9 @@ def units_of(job: Job, pp_rank: int) -> list[Stage]:
     held = [job.stages[stage] for stage in job.held(pp_rank)]
     layers = [Stage(False, (index,), (), False) for stage in held for index in stage.layers]
     return layers + [Stage(stage.embedding, (), stage.mtp, stage.loss) for stage in held]
+
+
+def layers_of(stages: Sequence[Stage]) -> list[Stage]:
+    """Return each layer and each MTP module of `stages` as a stage of its own."""
+    return [one for stage in stages for one in (*(Stage(False, (index,), (), False) for index in stage.layers),
+                                                *(Stage(False, (), (depth,), False) for depth in stage.mtp))]

@@ -274,6 +274,11 @@ TRAFFIC_BYTES = of(
      "within = sum(number for rank, number in sent if rank % self.ranks_per_node == node)"),
 )
 
+MEMORY_MUTANTS = of(
+    ("tests/parallel/test_state_memory.py",),
+    ("Trainer.train_step", "self.optimizer.zero_grad()", "self.optimizer.zero_grad(set_to_none=False)"),
+)
+
 STEP_MUTANTS = of(
     STEP,
     ("Trainer.global_counts", 'self.meshes.group("dp"))', 'self.meshes.group("etp"))'),
@@ -510,6 +515,6 @@ SAMPLES = of(
 MUTANTS = (
     *TENSOR, *VOCABULARY, *EXTREMES, *DATA_PARALLEL, *MESH, *EXCHANGE, *SLICED, *CONTEXT, *EXPERT, *GATHERED, *GROUPED,
     *SLICES, *SHARED, *PIPELINE, *ZERO_BUBBLE, *SCHEDULE_RULES, *PIECES, *STAGE, *SENT, *TRAFFIC_BYTES, *COUNTED,
-    *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER,
+    *MEMORY_MUTANTS, *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK, *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED)

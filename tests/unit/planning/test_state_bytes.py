@@ -60,24 +60,27 @@ def settings(arguments: str, ranks: int):
 
 
 def test_one_process_by_hand():
-    """4 + 4 + 8 + 2 bytes a parameter; an update of several micro-batches adds 4."""
+    """4 + 4 + 8 + 2 bytes a parameter; of several micro-batches the sums of gradients are where the reduced ones will
+    be. With the optimizer on the host they are beside each other.
+    """
     parameters = TINY.num_parameters()
-    assert fullest_states(settings("--model tiny", 1)).device == pytest.approx(18 * parameters, rel=1e-3)
-    assert fullest_states(settings("--model tiny --global-batch-size 4", 1)).device == pytest.approx(
-        22 * parameters, rel=1e-3)
+    for batch in ("", "--global-batch-size 4"):
+        assert fullest_states(settings(f"--model tiny {batch}", 1)).device == pytest.approx(18 * parameters, rel=1e-2)
     offloaded = fullest_states(settings("--model tiny --optimizer-cpu-offload --exp-avg-dtype bf16", 1))
-    assert (offloaded.device, offloaded.host) == pytest.approx((2 * parameters, 14 * parameters), rel=1e-3)
+    assert (offloaded.device, offloaded.host) == pytest.approx((2 * parameters, 14 * parameters), rel=1e-2)
+    summed = fullest_states(settings("--model tiny --optimizer-cpu-offload --global-batch-size 4", 1))
+    assert (summed.device, summed.host) == pytest.approx((6 * parameters, 16 * parameters), rel=1e-2)
 
 
 def test_adapters_alone_have_gradients_and_moments():
-    """4 + 2 bytes of weights, 4 of sums of gradients, 4 of reduced ones and 8 of moments are left to them; the base is
-    bfloat16 twice, as it is kept and gathered, and routers are float32.
+    """4 + 2 bytes of weights, 4 of sums of gradients and 8 of moments are left to them; the base is bfloat16 twice, as
+    it is kept and gathered, and routers are float32.
     """
     lora = settings("--model tiny --global-batch-size 4 --load base --lora-rank 4 --lora-target all router mtp", 1)
     adapters = sum(row.size for row in adapter_rows(lora.model, lora.lora))
     base = sum((4 if row.name.endswith("mlp.gate.weight") else 2) * row.size for row in parameters(lora.model)
                if row.trained)
-    assert fullest_states(lora).device == 2 * base + (4 + 2 + 4 + 4 + 8) * adapters
+    assert fullest_states(lora).device == 2 * base + (4 + 2 + 4 + 8) * adapters
 
 
 @pytest.mark.parametrize("options, base", [
@@ -109,11 +112,11 @@ def size(tensor: torch.Tensor) -> int:
 
 
 def test_frozen_parameters_have_no_gradient_and_no_moments():
-    """Of 4 + 4 + 8 + 2 + 4 bytes a frozen one keeps its master and the gathered weight."""
+    """Of 4 + 8 + 2 + 4 bytes a frozen one keeps its master and the gathered weight."""
     experts = sum(row.size for row in parameters(TINY) if row.mesh == "expert")
     whole, frozen = (fullest_states(settings(f"--model tiny --global-batch-size 4 {more}", 1)).device for more in (
         "", "--freeze-parameters model.layers.*.mlp.experts.*"))
-    assert whole - frozen == (4 + 4 + 8) * experts
+    assert whole - frozen == (4 + 8) * experts
 
 
 def test_v3_as_its_report_has_it():
@@ -124,6 +127,8 @@ def test_v3_as_its_report_has_it():
     held = [held_parameters(V3, report.layout, [cut[rank], cut[31 - rank]]) for rank in range(16)]
     total = V3.num_parameters() + V3.vocab_size * V3.hidden_size
     assert sum(each.dense + 64 * each.experts for each in held) == total
-    most = max(6 * (each.dense + each.experts) + 16 * each.dense // 64 + 16 * each.experts for each in held)
-    assert fullest_states(report).device == pytest.approx(most, rel=1e-6)
+    expected = max(6 * (each.dense + each.experts) + 12 * each.dense // 64 + 12 * each.experts for each in held)
+    routers = 2 * 256 * 7168  # float32 when gathered; the fullest rank has up to four of them
+    most = fullest_states(report).device
+    assert 0 <= most - expected <= 4 * routers
     assert f"at most {most / 2**30:.1f} GiB on a GPU, of pipeline rank" in describe_states(report)
