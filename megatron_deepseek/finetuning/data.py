@@ -77,10 +77,15 @@ def with_tokenizer(settings: Settings) -> Settings:
     data, load = settings.data, settings.run.load
     if data.tokenizer_model is not None or data.tokenizer_type != "HuggingFaceTokenizer" or load is None:
         return settings
+    return replace(settings, data=replace(data, tokenizer_model=tokenizer_with(load)))
+
+
+def tokenizer_with(load: Path) -> str:
+    """Return the directory of the tokenizer that is with the weights of --load. Raise ValueError if there is none."""
     found = next((each for each in (load, load / DIRECTORY) if (each / "tokenizer.json").is_file()), None)
     if found is None:
         raise ValueError(f"--load {load} has no tokenizer.json with it: --tokenizer-model must name one")
-    return replace(settings, data=replace(data, tokenizer_model=str(found)))
+    return str(found)
 
 
 def with_length(settings: Settings, rows_per_epoch: int) -> Settings:

@@ -81,6 +81,14 @@ class ReferenceModel:
         normed = self.norm(x_BSH, f"{name}.post_attention_layernorm")
         return x_BSH + (self.moe if self.config.is_moe_layer(index) else self.mlp)(normed, f"{name}.mlp")
 
+    def states(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """The main model's last states, [B, S, H]."""
+        self.scores = []
+        state = self.weights["model.embed_tokens.weight"][tokens_BS]
+        for index in range(self.config.num_hidden_layers):
+            state = self.layer(state, index)
+        return self.norm(state, "model.norm")
+
     def logits(self, tokens_BL: torch.Tensor, seq_length: int) -> list[torch.Tensor]:
         """Of the main model and each MTP depth k, from position i's view of tokens 0..i+k; [B, S, V] each.
 
@@ -89,11 +97,7 @@ class ReferenceModel:
         """
         head = self.weights["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
         embedding = self.weights["model.embed_tokens.weight"]
-        self.scores = []
-        state = embedding[tokens_BL[:, :seq_length]]
-        for index in range(self.config.num_hidden_layers):
-            state = self.layer(state, index)
-        states = [self.norm(state, "model.norm")]
+        states = [self.states(tokens_BL[:, :seq_length])]
         for depth in range(1, 1 + self.config.num_nextn_predict_layers):
             index = self.config.num_hidden_layers + depth - 1
             name, later = f"model.layers.{index}", F.pad(tokens_BL, (0, depth))[:, depth:depth + seq_length]

@@ -65,8 +65,8 @@ def _scored(trainer: Trainer, batch: Batch) -> Batch:
 
 def divergence(trainer: Trainer, mismatched: Batch) -> float:
     """Return KTO's z of the global batch, of this data rank's mismatched answers; 0 if there are none."""
-    difference_BS = weighted_scores(trainer, mismatched) - mismatched.per_token[REFERENCE]
-    there_BD = SequenceSums(Documents.find(mismatched.documents_BS)).per_document(mismatched.weights_BS) > 0
-    meshes = trainer.meshes
-    total, number = sum_numbers((difference_BS.sum(), there_BD.sum()), meshes.device, meshes.group("dp"))
+    sums, meshes = SequenceSums(Documents.find(mismatched.documents_BS)), trainer.meshes
+    there_BD = sums.per_document(mismatched.weights_BS) > 0
+    ratios_BD = sums.per_document(weighted_scores(trainer, mismatched) - mismatched.per_token[REFERENCE])
+    total, number = sum_numbers(((ratios_BD * there_BD).sum(), there_BD.sum()), meshes.device, meshes.group("dp"))
     return max(0.0, total / (number or 1.0))

@@ -27,10 +27,12 @@ class SumsFile:
 
     def _open(self, num_samples: int) -> np.memmap | None:
         try:
+            size = self.path.stat().st_size
             found = np.lib.format.open_memmap(self.path, "r+")
         except (OSError, ValueError):
             return None
-        return found if found.dtype == np.float64 and found.shape == (num_samples,) else None
+        whole = size == found.offset + found.nbytes  # numpy fills up a file that is too short with zeros
+        return found if whole and found.dtype == np.float64 and found.shape == (num_samples,) else None
 
     @property
     def missing(self) -> np.ndarray:
