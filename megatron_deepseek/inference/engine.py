@@ -165,7 +165,7 @@ class Engine:
         odd = next((each for each in ids if isinstance(each, bool) or not isinstance(each, int)), None)
         if odd is not None:
             raise ValueError(f"a prompt has {odd!r}, which is no token id")
-        if len(ids) >= self.settings.max_length:
+        if len(ids) > self.settings.max_length + (-1 if parameters.max_tokens else 1):  # a last one that is only read
             raise ValueError(f"a prompt has {len(ids)} tokens, and max_length {self.settings.max_length} must leave "
                              "room for one more")
         for what, given in (("a prompt", ids), ("logit_bias", parameters.logit_bias),

@@ -6,8 +6,9 @@ It is a script that imports nothing of this project, started by sandbox/run.py. 
 namespaces (user_namespaces(7)): no network, no other processes, no file that can be written but those of a file system
 in memory. In every mode setrlimit(2) bounds memory, processor time, file sizes and processes.
 
-The first process waits for the second one, which is process 1 of its namespace: when that ends, or the first one is
-killed, the kernel kills all that the program started.
+The first process waits for the second one, which is process 1 of its namespace, and that for the program: when it
+ends, or the first one is killed, the kernel kills all that the program started. A program is not process 1 itself,
+which signals do not end.
 """
 
 import ctypes
@@ -111,9 +112,6 @@ def limit(settings: dict) -> None:
 
 def become_program(settings: dict) -> None:
     """Run the program of standard input in place of this one."""
-    call("prctl", _SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
-    if settings["isolated"]:
-        close_files(settings["folder"], settings["folder_bytes"])
     call("prctl", _SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     os.chdir(settings["folder"])
     limit(settings)
@@ -127,11 +125,25 @@ def main() -> int:
     settings = json.loads(sys.argv[1])
     if settings["isolated"]:
         enter_namespaces(settings["as_nobody"], settings["interpreter"])
-    child = os.fork()
-    if not child:
+    first = os.fork()
+    if first:
+        return status_of(first)
+    call("prctl", _SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+    if settings["isolated"]:
+        close_files(settings["folder"], settings["folder_bytes"])
+    program = os.fork()
+    if not program:
         become_program(settings)
-    _, status = os.waitpid(child, 0)
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+    return status_of(program)
+
+
+def status_of(child: int) -> int:
+    """Wait for a child, and for orphans that become this process's; return the child's status, 128 + N after signal N.
+    """
+    while True:
+        process, status = os.wait()
+        if process == child:
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
 if __name__ == "__main__":
