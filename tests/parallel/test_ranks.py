@@ -59,7 +59,7 @@ def test_a_hang_ends_and_shows_where_ranks_were(ranks):
 
 
 def test_no_process_is_left(ranks):
-    """A session of its own, since the one that runs here has its server still. The server imports as little as can be."""
+    """A session of its own, since the one that runs here has its server still; its server imports torch alone."""
     script = ("import multiprocessing, ranks; from test_ranks import sum_of_ranks; ranks.PRELOAD[:] = ['torch']\n"
               "print(ranks.Ranks().run(2, sum_of_ranks), multiprocessing.active_children())")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
