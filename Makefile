@@ -71,7 +71,8 @@ chat: $(STAMP)
 serve: $(STAMP)
 	@$(LAST); $(BIN)/python tools/serve.py "$${model[@]}" --port $(PORT) $(SERVE)
 
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Bytecode is kept, whatever the environment says: else each of the WORKERS rewrites the assertions of every test anew.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(BIN)/ruff check

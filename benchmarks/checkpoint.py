@@ -29,6 +29,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 from reshard import measure_rounds  # noqa: E402
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint  # noqa: E402
+from megatron_deepseek.checkpoint.job.verification import verify  # noqa: E402
 from megatron_deepseek.checkpoint.job.state import state_to_save  # noqa: E402
 from megatron_deepseek.checkpoint.tracker import iteration_directory  # noqa: E402
 from megatron_deepseek.checkpoint.train_state import TrainState  # noqa: E402
@@ -86,7 +87,7 @@ class Rank:
         self.copy("cp -r", directory, synced=False)
         self.timed("load", lambda: checkpoint.load(directory, stages, optimizer))
         self.copy("cp -r and fsync", directory, synced=True)
-        self.timed("verify", lambda: checkpoint.verify(directory))
+        self.timed("verify", lambda: verify(directory))
         state = TrainState(2 * number + 2, 0, 1)
         future = self.timed("stall of a background save", lambda: self.background.begin(
             self.root, state, self.model, stages, optimizer, 1))

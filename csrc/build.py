@@ -8,6 +8,7 @@ compiled twice.
 """
 
 import argparse
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -15,7 +16,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,18 +108,30 @@ def _included(source: Path) -> set[Path]:
     return found
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file `path`, which is made if need be; wait while another process or thread holds it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _cached(command: list[str], source: Path, suffix: str) -> tuple[Path, str]:
-    """Return the object that `command` makes of `source`, and what the compiler wrote when it was made."""
+    """Return the object that `command` makes of `source`, and what the compiler wrote when it was made.
+
+    Of several processes that need it at once, as `make test` starts, one compiles it.
+    """
     digest = hashlib.sha256(" ".join(command).encode())
     for path in sorted(_included(source)):
         digest.update(path.read_bytes())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
     log = made.with_suffix(".log")
-    if not (made.exists() and log.exists()):
-        CACHE.mkdir(parents=True, exist_ok=True)
-        partial = made.with_suffix(f".{os.getpid()}.partial.o")
-        log.write_text(run_command([*command, str(source), "-o", str(partial)]))
-        partial.rename(made)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with _locked(made.with_suffix(".lock")):
+        if not (made.exists() and log.exists()):
+            partial = made.with_suffix(f".{os.getpid()}.partial.o")
+            log.write_text(run_command([*command, str(source), "-o", str(partial)]))
+            partial.rename(made)
     return made, log.read_text()
 
 

@@ -8,7 +8,8 @@ import argparse
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.help_models import HelpModels
-from megatron_deepseek.model.architecture.fields import ROPE_KINDS, RULES
+from megatron_deepseek.model.architecture.fields import RULES
+from megatron_deepseek.model.architecture.rope_scaling import ROPE_KINDS
 
 DROP_POLICIES = ("probs", "position")
 

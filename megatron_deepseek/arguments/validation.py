@@ -9,6 +9,7 @@ from megatron_deepseek.arguments.experts_validation import EXPERTS, OVERLAP, OVE
 from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
 from megatron_deepseek.arguments.base_weights import BASE_WEIGHTS
 from megatron_deepseek.arguments.lora import LORA
+from megatron_deepseek.arguments.optimizer_validation import OPTIMIZER
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
 from megatron_deepseek.arguments.pipeline_validation import PIPELINE
 from megatron_deepseek.arguments.preference import PREFERENCE
@@ -16,25 +17,6 @@ from megatron_deepseek.arguments.problems import Problems
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import CP, EP, ETP, PP, TP, Rule, Topic
 from megatron_deepseek.model.architecture.families import has_family
-from megatron_deepseek.model.architecture.freezing import trains_nothing
-
-def _moment_type(option: str) -> Rule:
-    dest = option[2:].replace("-", "_")
-    return Rule(f"{option} is of an unsupported type", lambda r: getattr(r.args, dest) in ("fp16", "fp8"),
-                f"{option} {{r.args.{dest}}} is not supported, only fp32 and bf16: moments of fewer than bfloat16's "
-                "exponent bits vanish unless each tensor is scaled")
-
-
-def _moment_decay(option: str, beta: str) -> Rule:
-    """Return the rule against bfloat16 moments with a `beta` under which they would never decay.
-
-    bfloat16 has 8 significant bits: a factor above 1 - 2**-8 rounds some moments back to what they were.
-    """
-    dest, beta_dest = option[2:].replace("-", "_"), beta[2:].replace("-", "_")
-    return Rule(f"{option} bf16 conflicts with a large {beta}",
-                lambda r: getattr(r.args, dest) == "bf16" and getattr(r.args, beta_dest) > 1 - 2**-8,
-                f"{option} {{r.args.{dest}}} conflicts with {beta} {{r.args.{beta_dest}}}: a bfloat16 moment times "
-                "a factor above 0.996 rounds back to itself and would never decay")
 
 
 def _data_error(r: Request) -> bool:
@@ -173,18 +155,6 @@ _FP8 = (
          "128x128"),
 )
 
-_OPTIMIZER = (
-    _moment_type("--exp-avg-dtype"),
-    _moment_type("--exp-avg-sq-dtype"),
-    _moment_decay("--exp-avg-dtype", "--adam-beta1"),
-    _moment_decay("--exp-avg-sq-dtype", "--adam-beta2"),
-    Rule("the model has none of the frozen parameters", lambda r: r.unknown_frozen is not None,
-         "--freeze-parameters {r.unknown_frozen}"),
-    Rule("the frozen parameters leave nothing to train",
-         lambda r: bool(r.frozen) and trains_nothing(r.model, r.frozen),
-         "--freeze-parameters {r.args.freeze_parameters} leaves no parameter to train"),
-)
-
 _RUN = (
     Rule("the data is not given, given twice or unreadable",
          _data_error, "(the reader of data arguments says what is wrong: none, several, unreadable)"),
@@ -278,7 +248,7 @@ TOPICS = (
     Topic("experts", EXPERTS),
     Topic("overlap", OVERLAP, chained=True, after=("ranks", "pipeline")),
     Topic("fp8", _FP8),
-    Topic("optimizer", _OPTIMIZER),
+    Topic("optimizer", OPTIMIZER),
     Topic("run", _RUN),
     Topic("lora", LORA),
     Topic("base weights", BASE_WEIGHTS, after=("ranks", "sizes", "experts")),

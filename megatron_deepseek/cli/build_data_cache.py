@@ -13,7 +13,8 @@ from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.parser import add_data
 from megatron_deepseek.data.cache import remove_unfinished
-from megatron_deepseek.data.pretraining import DataPlan, check_data, make_plan
+from megatron_deepseek.data.data_plan import DataPlan
+from megatron_deepseek.data.pretraining import check_data, make_plan
 from megatron_deepseek.data.table import describe_split
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status

@@ -1,7 +1,7 @@
 """The table that a run prints of its datasets before it starts: weights, samples, epochs."""
 
 from megatron_deepseek.data.blend import short_names
-from megatron_deepseek.data.pretraining import SplitPlan
+from megatron_deepseek.data.data_plan import SplitPlan
 
 MOST_ROWS = 40
 

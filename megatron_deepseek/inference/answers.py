@@ -13,7 +13,7 @@ def output_of(sequence: Sequence) -> Output:
     return Output(
         request_id=request.request_id, index=sequence.index, prompt=request.prompt, tokens=sequence.answer,
         text=None if sequence.text is None else sequence.text.settled, text_ends=_text_ends(sequence),
-        finish_reason=sequence.finish_reason,
+        finish_reason=sequence.finish_reason, stop_reason=sequence.stop_reason,
         log_probabilities=list(sequence.log_probabilities) if wants else None,
         top_log_probabilities=list(sequence.top_log_probabilities) if wants else None,
         prompt_log_probabilities=list(request.prompt_reading.log_probabilities) if wants_prompt else None,

@@ -242,8 +242,9 @@ class Engine:
         parameters, may_stop = sequence.parameters, sequence.num_answered >= sequence.parameters.min_tokens
         if token in sequence.request.ends:
             sequence.finish_reason = "stop"
+            sequence.stop_reason = None if self._ends_by_itself(parameters, token) else token
         elif sequence.text is not None and sequence.text.add(token, may_stop):
-            sequence.finish_reason = "stop"
+            sequence.finish_reason, sequence.stop_reason = "stop", sequence.text.stop_string
         elif sequence.constraint is not None and sequence.constraint.failed:
             sequence.finish_reason = "abort"
         elif sequence.constraint is not None and sequence.constraint.complete:
@@ -259,6 +260,10 @@ class Engine:
         sequence.finish_reason = "length"
         if sequence.text is not None:
             sequence.text.end()
+
+    def _ends_by_itself(self, parameters: SamplingParameters, token: int) -> bool:
+        """Return whether the model ends its answers with `token`, whatever else the request wants to end it with."""
+        return not parameters.ignore_eos and token in self.loaded.eos_ids
 
     def _advance(self, span: Span) -> None:
         """Take note of what was computed, and let go of what is finished."""

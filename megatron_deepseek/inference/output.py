@@ -15,7 +15,8 @@ class Output:
     without the token that ended it, and None if the engine has no tokenizer. While the answer runs, `text` leaves out
     what may still become part of a stop string or of a character. `text_ends`: the length of the text after each of
     `tokens`, with what `text` still leaves out. `finish_reason`: "stop", "length" or "abort", and None while it runs;
-    an answer whose grammar grew beyond the library's limits is aborted too.
+    an answer whose grammar grew beyond the library's limits is aborted too. `stop_reason`, as in vLLM: the string of
+    `stop` or the id of `stop_token_ids` that ended the answer; None where it ended otherwise.
 
     Log-probabilities are of raw logits, None unless they were asked for. `log_probabilities` has one for each of
     `tokens`, `top_log_probabilities` the likeliest by id, with the chosen one. The prompt's have None for its first
@@ -30,6 +31,7 @@ class Output:
     text: str | None
     text_ends: list[int] | None = None
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
     log_probabilities: list[float] | None = None
     top_log_probabilities: list[dict[int, float]] | None = None
     prompt_log_probabilities: list[float | None] | None = None

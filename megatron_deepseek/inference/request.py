@@ -50,8 +50,9 @@ class Sequence:
     `tokens` of a request that nothing is answered to leave out the last one, after which nothing is to be known.
     `num_computed`: of how many tokens the cache has what layers keep. `num_filled`: the same for MTP modules.
     `blocks`: where in the cache. `hashes`: of its full blocks, as far as they are known. `drafts`: tokens that may come
-    next, to be verified in the next step. `constraint`: what its grammar allows. `added_at`, `admitted_at`: seconds of
-    a clock, when it began to wait and when it first ran.
+    next, to be verified in the next step. `constraint`: what its grammar allows. `finish_reason` and
+    `stop_reason` are those of its Output. `added_at`, `admitted_at`: seconds of a clock, when it began to wait and when
+    it first ran.
     """
 
     request: Request
@@ -67,6 +68,7 @@ class Sequence:
     num_registered: int = 0
     drafts: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
     counts: dict[int, int] = field(default_factory=dict)
     log_probabilities: list[float] = field(default_factory=list)
     top_log_probabilities: list[dict[int, float]] = field(default_factory=list)

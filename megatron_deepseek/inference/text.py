@@ -28,6 +28,7 @@ class AnswerText:
     def __init__(self, tokenizer: Tokenizer, prompt: tuple[int, ...], stop: StopStrings | None = None):
         self.tokenizer = tokenizer
         self.text, self.finished = "", False
+        self.stop_string: str | None = None  # the one that ended the answer
         self.ends: list[int] = []  # the length of the text after each token
         self._window, self._cut = list(prompt[-CONTEXT:]), 0
         self._shown = _whole_length(tokenizer.decode(self._window))
@@ -75,7 +76,8 @@ class AnswerText:
             self.text += new
             return False
         end, length = found
-        self.text = (self.text + new[:end])[:-length]
+        whole = self.text + new[:end]
+        self.text, self.stop_string = whole[:-length], whole[-length:]
         self.ends = [min(each, len(self.text)) for each in self.ends]
         self.finished = True
         return True

@@ -66,12 +66,6 @@ def sort_choices(bins_QK: torch.Tensor, num_bins: int) -> SortedChoices:
     return SortedChoices(order, inverse.view_as(bins_QK), counts[:num_bins])
 
 
-def sort_copies(bins_QK: torch.Tensor, num_bins: int) -> Copies:
-    """Return `sort_choices` with the counts read by the host, which waits for them."""
-    choices = sort_choices(bins_QK, num_bins)
-    return choices.cut(choices.counts.tolist())
-
-
 def _gather(x_RH: torch.Tensor, place_QK: torch.Tensor) -> torch.Tensor:
     """Return the copies of each row, [Q, K, H], zero where there is none."""
     return F.pad(x_RH, (0, 0, 0, 1)).index_select(0, place_QK.flatten()).unflatten(0, place_QK.shape)

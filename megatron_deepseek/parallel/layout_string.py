@@ -89,3 +89,18 @@ def _number(stages: list[str]) -> tuple[Stage, ...]:
 
 def _error(text: str, problem: str) -> ValueError:
     return ValueError(f"--pipeline-model-parallel-layout {text!r} {problem}")
+
+
+def to_short_string(stages: tuple[Stage, ...]) -> str:
+    """Return the layout string of `stages` with repetitions: "Et*3|(tttt|)*14,tmL"."""
+    texts = to_string(stages).split("|")
+    found, place = "", 0
+    while place < len(texts):
+        count = 1
+        while place + count < len(texts) - 1 and texts[place + count] == texts[place]:
+            count += 1
+        last = place + count >= len(texts)
+        found += texts[place] if last else f"({texts[place]}|)*{count}" if count > 1 else f"{texts[place]}|"
+        place += count
+    assert count_stages(found) == len(stages), (found, stages)
+    return found

@@ -12,12 +12,11 @@ every weight were trained, so adapters keep less.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_deepseek.planning.binary_units import unit_for
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import RankMemory, all_ranks
 from megatron_deepseek.planning.state_bytes import base_bytes, data_ranks
 from megatron_deepseek.settings import Settings
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,17 @@ class Part:
 
 
 def memory_table(settings: Settings, cuda: bool) -> Iterator[str]:
-    """Yield the lines for the rank with the most on its device. `cuda`: its kernels, or those of CPU."""
+    """Yield the lines for the rank with the most on its device, in one unit. `cuda`: its kernels, or those of CPU."""
     job = Job(settings, cuda=cuda, frozen_base=settings.lora is not None)
     fullest = max(all_ranks(job), key=lambda memory: memory.peak_bytes)
     parts = [part for part in memory_parts(job, fullest.pp_rank, fullest) if part.bytes]
     of_rank = f", of pipeline rank {fullest.pp_rank}," if settings.layout.pp > 1 else ""
     yield f"memory of a rank{of_rank} before weights are read, calculated (docs/planning.md):"
     together = Part("together", sum(part.bytes for part in parts if not part.on_host))
-    width = max(len(part.name) for part in (*parts, together))
-    for part in (*parts, together):
-        yield f"  {part.name:{width}}  {part.bytes / _GIB:8.2f} GiB{' of the host' if part.on_host else ''}"
+    rows = (*parts, together)
+    width, unit = max(len(row.name) for row in rows), unit_for(max(row.bytes for row in rows))
+    for row in rows:
+        yield f"  {row.name:{width}}  {row.bytes / unit.bytes:8.2f} {unit.name}{' of the host' if row.on_host else ''}"
 
 
 def memory_parts(job: Job, pp_rank: int, memory: RankMemory | None = None) -> Iterator[Part]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_deepseek.parallel.layout_string import Stage, count_stages, to_string
+from megatron_deepseek.parallel.layout_string import to_short_string
 from megatron_deepseek.planning.candidates import (
     SHARDINGS,
     Choice,
@@ -239,7 +239,7 @@ class Search:
 
     def plan(self, draft: Draft) -> Plan:
         """Return a draft as arguments with its whole step and memory."""
-        layout = short(draft.job.stages) if draft.choice.pp > 1 else None
+        layout = to_short_string(draft.job.stages) if draft.choice.pp > 1 else None
         values = options(draft.choice, self.model, self.per_node, layout)
         job = replace(draft.job, settings=self.accept(values), cut=None)
         return Plan(values, draft.choice, step_time(job, self.gpu, self.scales), all_ranks(job))
@@ -292,18 +292,3 @@ def _with_edge(bounds: tuple[Bounds, ...], place: int, edge: int) -> tuple[Bound
 
 def _all_fit(costs: RankCosts, job: Job, bounds: tuple[Bounds, ...]) -> bool:
     return all(costs.fits(rank, tuple(bounds[stage] for stage in job.held(rank))) for rank in range(job.layout.pp))
-
-
-def short(stages: tuple[Stage, ...]) -> str:
-    """Return the layout string of `stages` with repetitions: "Et*3|(tttt|)*14,tmL"."""
-    texts = to_string(stages).split("|")
-    found, place = "", 0
-    while place < len(texts):
-        count = 1
-        while place + count < len(texts) - 1 and texts[place + count] == texts[place]:
-            count += 1
-        last = place + count >= len(texts)
-        found += texts[place] if last else f"({texts[place]}|)*{count}" if count > 1 else f"{texts[place]}|"
-        place += count
-    assert count_stages(found) == len(stages), (found, stages)
-    return found

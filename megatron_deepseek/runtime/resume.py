@@ -8,6 +8,7 @@ from megatron_deepseek.checkpoint.convert.tokenizer_files import check_template
 from megatron_deepseek.checkpoint.integrity import CHECKSUMS, read_checksums
 from megatron_deepseek.checkpoint.adapter.base import Base, form_of, holds_adapters
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.checkpoint.job.adapters import check_adapter, load_adapter, load_with_base
 from megatron_deepseek.checkpoint.job.export import check_export
 from megatron_deepseek.checkpoint.loadable import refuse_damage
@@ -130,7 +131,7 @@ def resume(start: Start, trainer: Trainer, adapter: Path | None = None) -> tuple
     base, optimizer = None, None if start.weights_only else trainer.optimizer
     lora = trainer.spec.build.lora
     with end_on_user_error():
-        refuse_damage(start.load, checkpoint.verify(start.load) or [])
+        refuse_damage(start.load, verify(start.load) or [])
         if lora is None:
             state = checkpoint.load(start.load, trainer.stages, optimizer, start.new_modules,
                                     start.dropped_modules)

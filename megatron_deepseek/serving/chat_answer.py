@@ -38,10 +38,13 @@ class ChatChoice:
             deltas.append({})
         for place, delta in enumerate(deltas):
             ends = output.finished and place == len(deltas) - 1
-            yield self._piece(delta, self.parser.finish_reason(output) if ends else None) | self._of_tokens(output)
+            yield self._piece(delta) | (self._of_end(output) if ends else {}) | self._of_tokens(output)
 
-    def _piece(self, delta: dict, reason: str | None = None) -> dict:
-        return {"index": self.number, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _piece(self, delta: dict) -> dict:
+        return {"index": self.number, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _of_end(self, output: Output) -> dict:
+        return {"finish_reason": self.parser.finish_reason(output), "stop_reason": output.stop_reason}
 
     def _of_tokens(self, output: Output) -> dict:
         """Return the log-probabilities and ids of the tokens that are settled and were not sent."""
@@ -70,7 +73,7 @@ def whole_choice(request: ChatRequest, service: Service, number: int, output: Ou
     if request.logprobs is not None:
         logprobs = {"content": logprobs_of(request, service, output, slice(None))}
     choice = {"index": number, "message": parser.message(), "logprobs": logprobs,
-              "finish_reason": parser.finish_reason(output), "stop_reason": None}
+              "finish_reason": parser.finish_reason(output), "stop_reason": output.stop_reason}
     return choice | ({"token_ids": output.tokens} if request.token_ids else {})
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_deepseek.serving.answer_fields import answer_fields
 from megatron_deepseek.serving.chat import CHAT_FIELDS, GRAMMAR_FIELDS, ChatFormat, Question
 from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields
-from megatron_deepseek.serving.sampling_fields import (
-    MAX_LOGPROBS, SAMPLING, answer_length, read_sampling, refuse_what_is_not_done, with_length)
+from megatron_deepseek.serving.sampling_fields import MAX_LOGPROBS, answer_length, read_sampling, with_length
 from megatron_deepseek.serving.service import Service
 from megatron_deepseek.serving.stream_options import StreamOptions
 from megatron_deepseek.serving.ticket import Ask
@@ -39,10 +39,7 @@ class ChatRequest:
 
 def read_chat(body: dict, service: Service) -> ChatRequest:
     """Return the request of a body. Raise ApiError that names the field which cannot be."""
-    fields = Fields(body)
-    fields.refuse_misspelt((*_OTHERS, *SAMPLING))
-    service.model.check_name(fields.text("model"))
-    refuse_what_is_not_done(fields)
+    fields = answer_fields(body, _OTHERS, service.model)
     if service.chat is None:
         raise ApiError(400, "The model's tokenizer has no chat template: use /v1/completions", "messages")
     base = read_sampling(fields, service.model.defaults, _logprobs(fields))

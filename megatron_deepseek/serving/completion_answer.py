@@ -37,7 +37,7 @@ class Choice:
         echoed = self._echo(output) if first and request.echo else ""
         choice = {"index": self.number, "text": echoed + said[self.text:],
                   "logprobs": self._logprobs(output, new, first), "finish_reason": self._reason(output),
-                  "stop_reason": None}
+                  "stop_reason": None if request.nothing_new else output.stop_reason}
         if request.token_ids:
             choice["token_ids"] = output.tokens[new.start:new.stop]
             choice["prompt_token_ids"] = list(output.prompt) if first else None

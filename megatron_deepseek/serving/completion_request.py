@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 from megatron_deepseek.inference.grammar import Grammar
+from megatron_deepseek.serving.answer_fields import answer_fields
 from megatron_deepseek.serving.chat import GRAMMAR_FIELDS, grammar_of
 from megatron_deepseek.serving.errors import ApiError, from_words
 from megatron_deepseek.serving.fields import Fields, shortly
-from megatron_deepseek.serving.sampling_fields import (
-    MAX_LOGPROBS, SAMPLING, answer_length, read_sampling, refuse_what_is_not_done, with_length)
+from megatron_deepseek.serving.sampling_fields import MAX_LOGPROBS, answer_length, read_sampling, with_length
 from megatron_deepseek.serving.service import Service
 from megatron_deepseek.serving.stream_options import StreamOptions
 from megatron_deepseek.serving.ticket import Ask
@@ -38,10 +38,7 @@ class CompletionRequest:
 
 def read_completion(body: dict, service: Service) -> CompletionRequest:
     """Return the request of a body. Raise ApiError that names the field which cannot be."""
-    fields = Fields(body)
-    fields.refuse_misspelt((*_OTHERS, *SAMPLING))
-    service.model.check_name(fields.text("model"))
-    refuse_what_is_not_done(fields)
+    fields = answer_fields(body, _OTHERS, service.model)
     echo, logprobs = fields.boolean("echo"), fields.integer("logprobs", least=0, most=MAX_LOGPROBS)
     base = replace(read_sampling(fields, service.model.defaults, logprobs), grammar=_grammar(body))
     if fields.integer("best_of", default=base.n) != base.n:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
@@ -16,10 +15,6 @@ MAX_BIASES = 1024
 # Fields that are fields of SamplingParameters too.
 SAMPLING = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "logit_bias", "stop", "stop_token_ids", "ignore_eos", "n", "seed", "prompt_logprobs")
-# Fields that would change an answer and are not done: refused unless they have the value that changes nothing.
-_NOT_DONE = MappingProxyType({"use_beam_search": False, "suffix": "", "length_penalty": 1.0, "audio": None,
-                              "bad_words": [], "allowed_token_ids": None, "truncate_prompt_tokens": None,
-                              "include_stop_str_in_output": False, "min_new_tokens": None})
 
 
 @dataclass(frozen=True)
@@ -28,14 +23,6 @@ class Defaults:
 
     sampling: SamplingParameters
     max_model_len: int
-
-
-def refuse_what_is_not_done(fields: Fields) -> None:
-    """Raise ApiError for a field of other servers that would change the answer, and is not done here."""
-    for name, nothing in _NOT_DONE.items():
-        value = fields.given(name)
-        if value is not None and value != nothing:
-            raise fields.fault(name, "is not supported")
 
 
 def read_sampling(fields: Fields, defaults: Defaults, logprobs: int | None) -> SamplingParameters:

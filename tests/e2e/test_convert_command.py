@@ -48,11 +48,11 @@ def launch(*arguments, launcher=(sys.executable,)) -> subprocess.CompletedProces
                           timeout=120)
 
 
-def convert(*arguments) -> subprocess.CompletedProcess:
-    """Convert in a process that begins with everything imported."""
+def convert(*arguments, num_ranks: int = 1) -> subprocess.CompletedProcess:
+    """Convert in processes that begin with everything imported."""
     with TemporaryDirectory(prefix="convert-") as directory:
         streams = [Path(directory) / name for name in ("out", "errors")]
-        status = run_script(command(*arguments), *streams)
+        status = run_script(command(*arguments), *streams, num_ranks)
         return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in streams))
 
 
@@ -161,11 +161,10 @@ def test_memory_does_not_hold_the_model(tmp_path, large):
     assert_equal_files(tmp_path / "back", large)
 
 
-def test_torchrun_shares_the_work(tmp_path):
+def test_ranks_share_the_work(tmp_path):
     """Two ranks write what one would, and rank 0 alone reports."""
     AutoModelForCausalLM.from_config(MODELS["v3"]).save_pretrained(tmp_path / "hf")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = launch("hf", "hf", tmp_path / "hf", tmp_path / "out", "--max-shard-size", "40KB", launcher=torchrun)
+    done = convert("hf", "hf", tmp_path / "hf", tmp_path / "out", "--max-shard-size", "40KB", num_ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tensors") == 1 and len(list((tmp_path / "out").glob("*.safetensors"))) > 4
     assert_equal_files(tmp_path / "out", tmp_path / "hf")

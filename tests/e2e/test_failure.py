@@ -7,10 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import torch.distributed.run
+from forked import running_script
 
 from megatron_deepseek.runtime.failure import guarded, lost_a_peer
 
@@ -45,10 +48,15 @@ main(*map(int, sys.argv[1:]))
 
 
 @pytest.fixture
-def launch(tmp_path):
+def script(tmp_path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture
+def launch(script):
     """Starts torchrun on the script; an agent still alive at the end is told to stop, and stops its ranks."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     jobs = []
 
@@ -69,7 +77,7 @@ def ranks_with_a_traceback(output):
 
 
 def test_the_failing_rank_speaks_alone(launch):
-    job = launch(["--standalone", "--nproc_per_node", "4"], "2", "-1")
+    job = launch(["--standalone", "--nproc_per_node", "3"], "2", "-1")
     limit = threading.Timer(60, job.kill)
     limit.start()
     lines = [(time.monotonic(), line) for line in job.stdout]
@@ -84,29 +92,40 @@ def test_the_failing_rank_speaks_alone(launch):
     assert time.monotonic() - said[0] < 15
 
 
-def launch_nodes(launch, number, *script_arguments):
-    """An agent with one rank for each node, all on this machine."""
+def run_nodes(script: Path, number: int, *arguments: str) -> list[str]:
+    """Run an agent with one rank for each node, all on this machine, and return what each printed; all must fail.
+
+    The agents are forked with torch imported; their ranks are processes that begin with nothing.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [launch(["--nnodes", str(number), "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port",
-                    port], *script_arguments) for node in range(number)]
+    printed = [script.with_name(f"node {node}") for node in range(number)]
+    with ExitStack() as stack:
+        agents = [stack.enter_context(running_script(
+            [torch.distributed.run.__file__, "--nnodes", str(number), "--node-rank", str(node), "--master-addr",
+             "127.0.0.1", "--master-port", port, str(script), *arguments], out, out))[0]
+            for node, out in enumerate(printed)]
+        for agent in agents:
+            agent.join(90)
+        statuses = [agent.exitcode for agent in agents]
+        for agent in agents:
+            agent.terminate()  # where it is alive still, it stops its ranks
+            agent.join(60)
+    assert not {0, None} & set(statuses), statuses
+    return [path.read_text() for path in printed]
 
 
-def test_ranks_of_other_nodes_end_too(launch):
+def test_ranks_of_other_nodes_end_too(script):
     """No agent of theirs sees rank 1 fail. Rank 2 loses it in a collective; rank 0 sleeps and notices nothing."""
-    nodes = launch_nodes(launch, 3, "1", "0")
-    outputs = [node.communicate(timeout=60)[0] for node in nodes]
-    assert [node.returncode != 0 for node in nodes] == [True, True, True]
+    outputs = run_nodes(script, 3, "1", "0")
     assert [ranks_with_a_traceback(output) for output in outputs] == [[], ["1"], []]
     assert "a rank of another node failed first" in outputs[0]
 
 
-def test_a_rank_killed_while_groups_are_built_is_missed_at_once(launch):
+def test_a_rank_killed_while_groups_are_built_is_missed_at_once(script):
     """The others wait in the store for the address of a process that is gone, which breaks no connection of theirs."""
-    nodes = launch_nodes(launch, 3, "-1", "-1", "600", "1")
-    outputs = [node.communicate(timeout=90)[0] for node in nodes]
-    assert [node.returncode != 0 for node in nodes] == [True, True, True]
+    outputs = run_nodes(script, 3, "-1", "-1", "600", "1")
     assert sum(output.count("Rank 1 is gone without a traceback: it was killed") for output in outputs) == 2, outputs
     assert "".join(outputs).count("This rank was in a collective") == 1
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from forked import running_script
 from workshop import REPOSITORY, run_entry
 
 from megatron_deepseek.checkpoint.tracker import iterations, last_iteration
@@ -109,11 +110,14 @@ def test_an_export_that_fails_costs_nothing(workshop):
 def test_a_signal_to_one_rank_saves_and_ends_the_job(workshop):
     """SIGUSR1, as Slurm sends it: all ranks leave after the same step, with a checkpoint of it and status 0."""
     arguments = workshop.arguments("signalled", "--train-iters", "100000", "--eval-iters", "0")
-    process = workshop.start(2, arguments)
-    wait_for_steps(workshop, "signalled")
-    os.kill(rank_process(process.pid, rank=1), signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    printed = workshop.directory / "signalled.txt"
+    with running_script([str(REPOSITORY / "pretrain_deepseek.py"), *arguments], printed, printed, 2) as ranks:
+        wait_for_steps(workshop, "signalled")
+        os.kill(ranks[1].pid, signal.SIGUSR1)
+        for rank in ranks:
+            rank.join(60)
+        output = printed.read_text()
+        assert [rank.exitcode for rank in ranks] == [0, 0], output
     last = workshop.metrics("signalled")[-1]["iteration"]
     assert last_iteration(workshop.directory / "signalled") == last < 100000
     assert f"leaving after iteration {last}" in output and f"saved {workshop.directory}/signalled/iter_" in output

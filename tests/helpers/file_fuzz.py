@@ -29,6 +29,7 @@ from small_models import whole_stage
 from pickle_damage import Bomb
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.checkpoint.loadable import check_checkpoint, refuse_damage
 from megatron_deepseek.cli import generate as generate_command
 from megatron_deepseek.cli import plot
@@ -50,7 +51,7 @@ VALUES = ("null", "true", "-1", "0", "1.5", "2147483648", "1099511627776", "9223
 def train(root: Path, config=V3_WIDE) -> int:
     """What a run does with --load before its first step."""
     directory = check_checkpoint(root, config)
-    refuse_damage(directory, checkpoint.verify(directory) or [])
+    refuse_damage(directory, verify(directory) or [])
     (stage,) = shape_stages(config, [whole_stage(config)], _meshes(), 16)
     stage.to_empty(device="cpu")
     checkpoint.load(directory, [stage], None)

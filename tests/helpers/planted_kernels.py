@@ -1,13 +1,15 @@
 """Wrong kernels in the place of the right ones, for this process: what a test of kernels must see.
 
-As a script it runs tests on them, and prints which passed and which did not, as JSON:
+As a script it runs tests on them, and prints which passed and which did not, as JSON; CASES is "all", or "outer" for
+the first and the last case of each test alone:
 
-    python tests/helpers/planted_kernels.py PLANT TEST...
+    python tests/helpers/planted_kernels.py PLANT CASES TEST...
 """
 
 import json
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -95,13 +97,21 @@ def planted(plant: str, key: str = "CPU") -> torch.library.Library:
 class Outcomes:
     """Plants the kernels once those that it replaces are loaded, and notes how each test ends."""
 
-    def __init__(self, plant: str):
-        self.plant, self.of_test = plant, {}
+    def __init__(self, plant: str, cases: str):
+        assert cases in ("all", "outer"), cases
+        self.plant, self.cases, self.of_test = plant, cases, {}
 
     @pytest.fixture(scope="session", autouse=True)
     def wrong_kernels(self, device):
         library = planted(self.plant)
         yield library
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.cases == "outer":
+            of_test = defaultdict(list)
+            for item in items:
+                of_test[item.nodeid.split("[")[0]].append(item)
+            items[:] = [item for each in of_test.values() for item in dict.fromkeys((each[0], each[-1]))]
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" or report.outcome != "passed":
@@ -109,6 +119,6 @@ class Outcomes:
 
 
 if __name__ == "__main__":
-    watcher = Outcomes(sys.argv[1])
-    pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]], plugins=[watcher])
+    watcher = Outcomes(sys.argv[1], sys.argv[2])
+    pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[3:]], plugins=[watcher])
     print("\n" + json.dumps(watcher.of_test))

@@ -9,7 +9,7 @@ from megatron_deepseek.inference.engine import Engine
 from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.architecture.fields import RopeScaling
+from megatron_deepseek.model.architecture.rope_scaling import RopeScaling
 from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext

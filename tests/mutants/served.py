@@ -17,7 +17,7 @@ SERVED = of(
     ("_ranked", "start=1", "start=0"),
 ) + of(
     ("tests/unit/serving/test_chats.py",),
-    ("ChatChoice.pieces", "if ends else None", "if output.finished else None"),
+    ("ChatChoice.pieces", "if ends else {}", "if output.finished else {}"),
     ("chat_request._LENGTHS", '"max_completion_tokens", "max_tokens"', '"max_tokens", "max_completion_tokens"'),
     ("answer_length", "usual or most", "usual or 16"),
 ) + of(

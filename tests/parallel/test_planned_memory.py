@@ -20,7 +20,7 @@ from megatron_deepseek.arguments import parse
 from megatron_deepseek.model.build import BuildOptions, Precision, build_stages
 from megatron_deepseek.model.step import StepContext
 from megatron_deepseek.parallel.context import ContextParallel
-from megatron_deepseek.parallel.mesh import build_meshes
+from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.schedule_rules import SCHEDULES
 from megatron_deepseek.parallel.stage import ReducingStage
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients
@@ -50,10 +50,9 @@ def settings_of(arguments: str, ranks: int, model: str, layers: int | None = Non
                    model=replace(config, num_hidden_layers=layers or config.num_hidden_layers))
 
 
-def kept(settings: Settings) -> tuple[int, int]:
+def kept(settings: Settings, meshes: Meshes) -> tuple[int, int]:
     """Return what hooks see on this rank, on the device and the host."""
     run, config = settings.run, settings.model
-    meshes = build_meshes(settings.layout, torch.device("cpu"))
     precision = Precision(torch.float32, torch.bfloat16 if run.bf16 else None, fp8=run.fp8_format is not None)
     options = BuildOptions(precision=precision, loss=settings.loss, recompute=settings.recompute,
                            communication=settings.communication, offload=settings.offload)
@@ -89,20 +88,25 @@ LAYOUTS = {
 
 # Experts' ranks are no matter of attention.
 FORMS = dict.fromkeys(("ep", "ep grouped", "ep gathered", "etp", "tp sp ep"), tuple(MODELS))
+QUICK = [("tp sp", ("v3", "qwen3"))]  # in `make test`: latent and grouped-query attention, each with all that it has
+CASES = [*QUICK, ("tp sp", ("v2", "qwen2")), *((layout, FORMS.get(layout, (*MODELS, *GROUPED)))
+                                               for layout in LAYOUTS if layout != "tp sp")]
 
 
 def kept_of_each(runs: list[Settings]) -> list[tuple[int, int]]:
-    return [kept(settings) for settings in runs]
+    """Return what is kept in each of `runs`, which are of one layout."""
+    meshes = build_meshes(runs[0].layout, torch.device("cpu"))
+    return [kept(settings, meshes) for settings in runs]
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name == "tp sp" else pytest.mark.slow)
-                                    for name in LAYOUTS])
-def test_layers_keep_what_is_calculated(ranks, layout):
-    """All models, in bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
+@pytest.mark.parametrize("layout, models", [
+    pytest.param(*case, id=f"{case[0]}-{'+'.join(case[1])}", marks=() if case in QUICK else pytest.mark.slow)
+    for case in CASES])
+def test_layers_keep_what_is_calculated(ranks, layout, models):
+    """In bfloat16 and FP8, with nothing, modules and whole layers recomputed."""
     arguments, number = LAYOUTS[layout]
     runs = [settings_of(f"{arguments} --bf16 {precision} {recompute}", number, model)
-            for model in FORMS.get(layout, (*MODELS, *GROUPED))
-            for precision in ("", "--fp8-format e4m3")
+            for model in models for precision in ("", "--fp8-format e4m3")
             for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
     jobs = [Job(settings, cuda=False) for settings in runs]
     said = [stage_bytes(job, 0, job.shapes()) for job in jobs]
@@ -201,7 +205,7 @@ def tensors_in(held) -> Iterator[torch.Tensor]:
             yield from tensors_in(cell.cell_contents)
 
 
-def left_for_weight_gradients(settings: Settings) -> set[tuple[int, int]]:
+def left_for_weight_gradients(settings: Settings, meshes: Meshes) -> set[tuple[int, int]]:
     """Return (stage, bytes) of what each backward leaves on this rank until its weight gradients are made."""
     found, left, defer, take = set(), defaultdict(list), DeferredGradients.defer, DeferredGradients.take
 
@@ -213,7 +217,6 @@ def left_for_weight_gradients(settings: Settings) -> set[tuple[int, int]]:
         found.add((indices[id(handle)], bytes_of(left.pop(id(handle)))))
         return take(handle)
 
-    meshes = build_meshes(settings.layout, torch.device("cpu"))
     stages = resolve(settings.model, settings.pipeline, settings.layout.pp, LENGTH)
     build = BuildOptions(precision=Precision(torch.float32, torch.bfloat16, fp8=settings.run.fp8_format is not None),
                          loss=settings.loss, recompute=settings.recompute)
@@ -229,14 +232,17 @@ def left_for_weight_gradients(settings: Settings) -> set[tuple[int, int]]:
 
 
 def left_of_each(runs: list[Settings]) -> list[set[tuple[int, int]]]:
-    return [left_for_weight_gradients(settings) for settings in runs]
+    """Return what is left in each of `runs`, which are of one layout."""
+    meshes = build_meshes(runs[0].layout, torch.device("cpu"))
+    return [left_for_weight_gradients(settings, meshes) for settings in runs]
 
 
-def test_what_waits_for_weight_gradients(ranks):
+@pytest.mark.parametrize("model", ["v3", pytest.param("qwen2", marks=pytest.mark.slow)])
+def test_what_waits_for_weight_gradients(ranks, model):
     """In bfloat16 and FP8; also the inputs that were recomputed wait."""
     runs = [settings_of(f"--bf16 {precision} {recompute} --pipeline-model-parallel-size 2 --pipeline-schedule "
                         f"ZBVZeroBubble --num-layers 4 --global-batch-size {4 * ROWS}", 2, model, 4)
-            for model in ("v3", "qwen2") for precision in ("", "--fp8-format e4m3")
+            for precision in ("", "--fp8-format e4m3")
             for recompute in ("", "--recompute-granularity selective", "--recompute-granularity full")]
     jobs = [Job(settings, cuda=False) for settings in runs]
     said = [{(stage, stage_bytes(job, stage, job.shapes()).replayed.waiting) for stage in range(4)} for job in jobs]

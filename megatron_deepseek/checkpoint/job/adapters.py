@@ -15,6 +15,7 @@ from megatron_deepseek.checkpoint.convert.formats import open_native
 from megatron_deepseek.checkpoint.convert.huggingface import open_huggingface
 from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.checkpoint.convert.source import TensorSource
 from megatron_deepseek.checkpoint.job.base_hash import base_hash
 from megatron_deepseek.checkpoint.job.base_weights import fill_held
@@ -39,7 +40,7 @@ def load_with_base(directory: Path, stages: list[nn.Module], optimizer: torch.op
         found = _load_base(directory, stages, device, dropped)
         return TrainState(), Base(directory.resolve(), found, form_of(stages[0].base))
     base, _ = read_base(directory)
-    refuse_damage(base.directory, checkpoint.verify(base.directory) or [])
+    refuse_damage(base.directory, verify(base.directory) or [])
     found = _load_base(base.directory, stages, device, _beyond(base.directory, stages))
     if found != base.hash:
         raise ValueError(f"{directory} holds adapters of another base than {base.directory} is now: the hash of its "

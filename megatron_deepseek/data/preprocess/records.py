@@ -3,7 +3,6 @@
 A text under a key is a string, a `LongText`, or a list of strings where a document comes already split into sentences.
 """
 
-import itertools
 import mmap
 import os
 import tempfile
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 from megatron_deepseek.data.preprocess.files import count_lines
 from megatron_deepseek.data.preprocess.inputs import InputFile
+from megatron_deepseek.data.preprocess.keyed_texts import texts_of
 from megatron_deepseek.data.preprocess.long_text import (
     LONG_LINE_BYTES, UNPARSED, BadDocument, LongText, decode_utf8, parse_json, parse_long_line, plain_text)
 from megatron_deepseek.data.preprocess.plan import Segment
@@ -22,9 +22,6 @@ DAMAGED = "damaged file"  # the reason of a fault after which nothing more of th
 BOM = b"\xef\xbb\xbf"
 BYTES_PER_READ = 1 << 20
 ROWS_BYTES = 1 << 20
-MOST_NAMES = 20
-
-
 class Record(NamedTuple):
     """One document of the input.
 
@@ -245,53 +242,6 @@ def _write(spool, content: bytes):
         spool.flush()
     except OSError as error:
         raise ValueError(f"--output-prefix: no room for a long document beside the parts: {error}") from error
-
-
-def texts_of(document: dict, keys: tuple[str, ...], names: list[str] | None = None) -> tuple:
-    """Return the text of each key. A key with dots that the document lacks is a path: `meta.text` is text within meta.
-
-    Raise BadDocument where one is missing or no text; the message lists `names`, by default the document's own keys.
-    """
-    return tuple(_text_of(document, key, names) for key in keys)
-
-
-def _text_of(document: dict, key: str, names: list[str] | None):
-    value = document[key] if key in document else _follow(document, key, names)
-    parts = value if isinstance(value, list) else (value,)
-    for part in parts:
-        if isinstance(part, str):
-            _check_surrogates(part, key)
-        elif not isinstance(part, LongText) or part is not value:
-            what = "a long text in a list" if isinstance(part, LongText) else f"a value of type {type(part).__name__}"
-            raise BadDocument("not text", f"key {key!r} holds {what}, not text")
-    return value
-
-
-def _follow(document: dict, key: str, names: list[str] | None):
-    value, path = document, []
-    for name in key.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise BadDocument("missing key", _missing(key, path, names if value is document and names else value))
-        path.append(name)
-        value = value[name]
-    return value
-
-
-def _missing(key: str, path: list[str], there) -> str:
-    """Return the message for a missing key; `there` is the value at `path`: a dict, a list of names, or another."""
-    owner = repr(".".join(path)) if path else "it"
-    if not isinstance(there, (list, dict)):
-        return f"no key {key!r} (--json-keys); {owner} is no object but a {type(there).__name__}"
-    names = [*map(repr, itertools.islice(there, MOST_NAMES)), *["..."] * (len(there) > MOST_NAMES)]
-    return f"no key {key!r} (--json-keys); {owner} has {', '.join(names) or 'none'}"
-
-
-def _check_surrogates(text: str, key: str):
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise BadDocument("half a surrogate pair",
-                          f"key {key!r} holds half a surrogate pair, which UTF-8 cannot encode: {error}") from error
 
 
 def where(segment: Segment, line: int, lines_before: int | None = None) -> str:

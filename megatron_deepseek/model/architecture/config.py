@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config, parameters
 from megatron_deepseek.model.architecture.families import name_of, other_name
-from megatron_deepseek.model.architecture.fields import ArchitectureFields, RopeScaling
+from megatron_deepseek.model.architecture.fields import ArchitectureFields
+from megatron_deepseek.model.architecture.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)

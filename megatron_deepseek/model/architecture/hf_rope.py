@@ -8,7 +8,8 @@ the original YaRN's code.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_deepseek.model.architecture.fields import GROUPED, ROPE_KINDS
+from megatron_deepseek.model.architecture.fields import GROUPED
+from megatron_deepseek.model.architecture.rope_scaling import ROPE_KINDS
 from megatron_deepseek.near_names import near_names
 
 RopeFields = Mapping[str, Any]

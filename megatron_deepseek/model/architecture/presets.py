@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_deepseek.foreign_json import read_object
 from megatron_deepseek.model.architecture import hf_config, released
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.architecture.fields import RopeScaling
+from megatron_deepseek.model.architecture.rope_scaling import RopeScaling
 from megatron_deepseek.near_names import near_names
 
 _V2_YARN = RopeScaling(kind="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707,

@@ -5,7 +5,7 @@ tests/helpers/released_configs.py has the files; a test reads each and compares 
 """
 
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.architecture.fields import RopeScaling
+from megatron_deepseek.model.architecture.rope_scaling import RopeScaling
 
 # DeepSeek-LLM (arXiv 2401.02954), of Llama's form
 _DEEPSEEK_LLM = {"vocab_size": 102400, "max_position_embeddings": 4096, "bos_token_id": 100000, "eos_token_id": 100001}

@@ -13,6 +13,7 @@ from cases import Case
 from job import LEARNING_RATE, batch, make_batch, named, own_rows, spec_of, whole
 
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.checkpoint.job.distributed import BackgroundSaver, first_failure
 from megatron_deepseek.checkpoint.job.export import export_hf
 from megatron_deepseek.checkpoint.job.state import MOMENTS
@@ -190,7 +191,7 @@ def _fill_disk_after(nbytes: int) -> None:
 
 
 def load_damaged(case: Case, root: Path) -> list[str]:
-    return [str(each) for each in checkpoint.verify(checkpoint_directory(root))]
+    return [str(each) for each in verify(checkpoint_directory(root))]
 
 
 def load_into(case: Case, root: Path, with_optimizer: bool) -> str:

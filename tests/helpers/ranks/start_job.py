@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.runtime import user_errors
 from megatron_deepseek.runtime.decision import Start, share
 from megatron_deepseek.runtime.save_lock import SaveLock
@@ -46,6 +46,6 @@ def verify_elsewhere(root: Path) -> list[str]:
     """Rank 1 looks into an empty directory, as on a node of its own."""
     directory = root if dist.get_rank() == 0 else root / "elsewhere"
     try:
-        return [str(each) for each in checkpoint.verify(directory)]
+        return [str(each) for each in verify(directory)]
     except ValueError as error:
         return [str(error)]

@@ -33,10 +33,10 @@ def product_of(root: Path, **changes) -> DirectoryBuild:
 
 
 def produce_together(build: DirectoryBuild, run: str, late: int | None = None) -> list[threading.Thread]:
-    """On two ranks, of which `late` comes half a second after the other; those that have not ended in ten seconds."""
+    """On two ranks, of which `late` comes 0.2 s after the other; those that have not ended in ten seconds."""
     def work(rank: int) -> None:
         if rank == late:
-            time.sleep(0.5)
+            time.sleep(0.2)
         try:
             build_directory(build, Share(1, rank, 2, run), lambda nbytes: None, lambda text: None)
         except Killed:

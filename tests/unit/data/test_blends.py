@@ -12,7 +12,8 @@ from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.parser import add_data
 from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.data.blend import parse_blend, short_names
-from megatron_deepseek.data.pretraining import SplitPlan, build_datasets, check_data, make_plan
+from megatron_deepseek.data.data_plan import SplitPlan
+from megatron_deepseek.data.pretraining import build_datasets, check_data, make_plan
 from megatron_deepseek.data.sample_index import PackedSplit
 from megatron_deepseek.data.table import describe_split
 

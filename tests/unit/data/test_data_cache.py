@@ -70,7 +70,7 @@ def attacks(folder: Path, seed: int):
                 yield f"{path.name}: {key} {value!r}", change(path, edit)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_change_of_the_cache_gives_other_samples(blend, seed):
     """Each damaged file is made anew, byte for byte, but for the times that the surveys hold."""
     right, folder = read(blend), Path(blend.data_cache_path)

@@ -204,13 +204,15 @@ def test_answers_end_where_they_should(model):
     def answer(ends=(), **parameters):
         one = engine(replace(model, eos_ids=ends))
         (output,), = one.generate(prompts(1), replace(GREEDY, **parameters))
-        return output.tokens, output.finish_reason
+        return output.tokens, output.finish_reason, output.stop_reason
 
-    place = expected.index(expected[5])
-    assert answer(ends=(expected[5],)) == (expected[:place + 1], "stop")
-    assert answer(stop_token_ids=(expected[5],)) == (expected[:place + 1], "stop")
-    assert answer(ends=(expected[5],), ignore_eos=True) == (expected, "length")
-    tokens, _ = answer(ends=(expected[0],), min_tokens=3)
+    end = expected[5]
+    place = expected.index(end)
+    assert answer(ends=(end,)) == answer(ends=(end,), stop_token_ids=(end,)) == (expected[:place + 1], "stop", None)
+    assert answer(stop_token_ids=(end,)) == (expected[:place + 1], "stop", end)
+    assert answer(ends=(end,), stop_token_ids=(end,), ignore_eos=True) == (expected[:place + 1], "stop", end)
+    assert answer(ends=(end,), ignore_eos=True) == (expected, "length", None)
+    tokens, *_ = answer(ends=(expected[0],), min_tokens=3)
     assert expected[0] not in tokens[:3] and tokens[0] == uncached_logits(
         model.stage, prompts(1)[0])[-1].index_fill(0, torch.tensor(expected[0]), -torch.inf).argmax()
     (output,), = engine(model, max_length=12).generate(prompts(1), GREEDY)
@@ -231,7 +233,7 @@ def test_stop_strings_end_the_text(meshes, draft_tokens):
         while one.has_work:
             seen += one.step()
         end = plain.text.index(stop)
-        assert (seen[-1].text, seen[-1].finish_reason) == (plain.text[:end], "stop")
+        assert (seen[-1].text, seen[-1].finish_reason, seen[-1].stop_reason) == (plain.text[:end], "stop", stop)
         assert seen[-1].tokens == plain.tokens[:end + 3]
         assert all(seen[-1].text.startswith(output.text) for output in seen)  # nothing shown was taken back
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from megatron_deepseek.ops import grouped_gemm as grouped_gemm_module
-from megatron_deepseek.ops.copies import Copies, copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops.copies import Copies, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_gemm, grouped_wgrad
 from megatron_deepseek.ops.norm import norm_forward, rms_norm
 from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
@@ -135,7 +135,8 @@ def test_weighted_sum_undoes_copy_and_permute():
 
 def all_copies(tokens: int, copies: int, experts: int) -> Copies:
     """Every choice has a copy: no row is padded."""
-    return sort_copies(torch.stack([torch.randperm(experts)[:copies] for _ in range(tokens)]), experts)
+    choices = sort_choices(torch.stack([torch.randperm(experts)[:copies] for _ in range(tokens)]), experts)
+    return choices.cut(choices.counts.tolist())
 
 
 def test_copies_of_every_choice():

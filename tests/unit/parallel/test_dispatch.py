@@ -9,7 +9,7 @@ from small_models import V3_SMALL
 from torch.autograd import gradcheck
 
 from megatron_deepseek.model.router import balanced_choice
-from megatron_deepseek.ops.copies import copy_rows, sort_copies, sum_copies
+from megatron_deepseek.ops.copies import Copies, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.parallel.expert import DROPPED, AllToAllDispatcher
 from megatron_deepseek.parallel.expert_gather import AllGatherDispatcher
 from megatron_deepseek.parallel.layout import Layout
@@ -26,15 +26,20 @@ def doubles(*shape: int) -> torch.Tensor:
                        ).requires_grad_()
 
 
+def sorted_copies(bins: torch.Tensor, num_bins: int) -> Copies:
+    choices = sort_choices(bins, num_bins)
+    return choices.cut(choices.counts.tolist())
+
+
 def test_copies_are_sorted_by_bin_and_the_rest_has_none():
-    copies = sort_copies(BINS, 3)
+    copies = sorted_copies(BINS, 3)
     assert copies.row_R.tolist() == ROWS_IN_ORDER and copies.counts == [3, 2, 2]
     assert [BINS[row, choice] for row, choice in zip(copies.row_R, copies.choice_R)] == [0, 0, 0, 1, 1, 2, 2]
     assert copies.place_QK.tolist() == [[5, 7, 0], [7, 7, 7], [3, 6, 1], [2, 7, 4]]
 
 
 def test_sum_of_copies_and_gradients():
-    copies, x, weights = sort_copies(BINS, 3), doubles(4, 2), doubles(4, 3)
+    copies, x, weights = sorted_copies(BINS, 3), doubles(4, 2), doubles(4, 3)
     factor = torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64)  # what an expert does
     rows = copy_rows(x, copies) * factor.repeat_interleave(torch.tensor(copies.counts)).unsqueeze(1)
     gains = torch.where(BINS.clamp(0, 2) == BINS, factor[BINS.clamp(0, 2)], 0.0)
@@ -44,7 +49,7 @@ def test_sum_of_copies_and_gradients():
 
 
 def test_no_copies_at_all():
-    copies, x, weights = sort_copies(torch.full((2, 3), 9), 4), doubles(2, 5), doubles(2, 3)
+    copies, x, weights = sorted_copies(torch.full((2, 3), 9), 4), doubles(2, 5), doubles(2, 3)
     y = sum_copies(copy_rows(x, copies), weights, copies)
     assert copies.counts == [0] * 4 and not y.any()
     y.sum().backward()
@@ -53,7 +58,7 @@ def test_no_copies_at_all():
 
 def test_no_rows_at_all():
     """A rank that was sent nothing still back-propagates: others wait for its collectives."""
-    copies, x = sort_copies(torch.empty(0, 1, dtype=torch.int64), 4), torch.empty(0, 5, requires_grad=True)
+    copies, x = sorted_copies(torch.empty(0, 1, dtype=torch.int64), 4), torch.empty(0, 5, requires_grad=True)
     weights = torch.empty(0, 1, requires_grad=True)
     sum_copies(copy_rows(x, copies), weights, copies).sum().backward()
     assert copies.counts == [0] * 4 and x.grad.shape == (0, 5) and weights.grad.shape == (0, 1)

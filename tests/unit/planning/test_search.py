@@ -12,11 +12,12 @@ from megatron_deepseek.arguments.auto_layout import accept_for, chosen, defaults
 from megatron_deepseek.arguments.settings import build_settings
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.planning.candidates import Choice, Lane, lanes, options, pipelines, recomputes, words
+from megatron_deepseek.parallel.layout_string import to_short_string
 from megatron_deepseek.planning.gpus import find_gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import FITS, all_ranks, rank_memory, verdict
 from megatron_deepseek.planning.rank_costs import RankCosts
-from megatron_deepseek.planning.search import Search, bounds_of, short
+from megatron_deepseek.planning.search import Search, bounds_of
 from megatron_deepseek.planning.stage_time import machine_of
 from megatron_deepseek.planning.step_time import step_time
 
@@ -180,6 +181,6 @@ def test_auto_layout_of_an_unknown_gpu_or_too_few_is_one_line():
 def test_layout_strings_in_short():
     settings = parse((LITE + " --pipeline-model-parallel-size 4").split(), RANKS, RANKS)
     stages = Job(settings).stages
-    given = f" --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout {short(stages)}"
+    given = f" --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout {to_short_string(stages)}"
     again = parse((LITE + given).split(), RANKS, RANKS)
     assert Job(again).stages == stages

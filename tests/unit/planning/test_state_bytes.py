@@ -15,10 +15,11 @@ from megatron_deepseek.model.architecture.parameters import parameters
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.planning.binary_units import shown
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.planning.held_parameters import held_parameters
 from megatron_deepseek.planning.job import Job
-from megatron_deepseek.planning.memory_table import memory_parts
+from megatron_deepseek.planning.memory_table import memory_parts, memory_table
 from megatron_deepseek.planning.state_bytes import describe_states, fullest_states
 from megatron_deepseek.runtime.job import training_spec
 from megatron_deepseek.training.trainer import Trainer
@@ -132,3 +133,18 @@ def test_v3_as_its_report_has_it():
     most = fullest_states(report).device
     assert 0 <= most - expected <= 4 * routers
     assert f"at most {most / 2**30:.1f} GiB on a GPU, of pipeline rank" in describe_states(report)
+
+
+@pytest.mark.parametrize("size, text", [(0, "0.0 KiB"), (2**20 - 1, "1024.0 KiB"), (2**20, "1.0 MiB"),
+                                        (1.5 * 2**30, "1.5 GiB"), (2**42, "4096.0 GiB")])
+def test_sizes_are_shown_in_the_unit_in_which_they_have_digits(size, text):
+    assert shown(size) == text
+
+
+def test_the_table_of_a_small_model_has_digits():
+    """All lines in one unit, so that the last is their sum."""
+    tiny = settings("--model tiny --global-batch-size 4", 1)
+    *parts, together = [line.split()[-2:] for line in memory_table(tiny, cuda=False)][1:]
+    assert {unit for _, unit in (*parts, together)} == {"MiB"} and len(parts) > 3
+    assert sum(float(number) for number, _ in parts) == pytest.approx(float(together[0]), abs=0.01 * len(parts))
+    assert float(together[0]) > 10 and "MiB on a GPU" in describe_states(tiny)

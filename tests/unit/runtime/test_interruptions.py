@@ -90,7 +90,7 @@ with Interruptions(RunSettings(10, save=Path("x")), True, 0.0).handling():
 """
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_twice_leaves_at_once(second):
     """Where the main thread sits in C; torchrun passes on the second one as SIGTERM."""
     process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -19,6 +19,7 @@ from small_models import V3_SMALL, random_batch, training_batch, weights_of, who
 
 from megatron_deepseek.checkpoint.dcp import storage_writer as writer
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.checkpoint.job.export import keep_assets
 from megatron_deepseek.checkpoint.loadable import check_checkpoint
 from megatron_deepseek.checkpoint.tracker import TRACKER, find_iteration, iterations, last_iteration
@@ -310,4 +311,4 @@ def test_damage_is_refused_before_anything_is_built(trainer, tmp_path):
     assert check_checkpoint(tmp_path, V3_SMALL, step=1) == find_iteration(tmp_path, 1)
     shutil.copytree(find_iteration(tmp_path, 1), tmp_path / "iter_0000003")
     (tmp_path / "iter_0000003" / "checksums.json").unlink()
-    assert check_checkpoint(tmp_path, V3_SMALL, step=3) and checkpoint.verify(tmp_path / "iter_0000003") is None
+    assert check_checkpoint(tmp_path, V3_SMALL, step=3) and verify(tmp_path / "iter_0000003") is None

@@ -40,6 +40,15 @@ def test_a_stream_says_what_the_whole_answer_does(served):
         assert [each["token"] for each in content] == [each["token"] for each in choice["logprobs"]["content"]]
 
 
+def test_the_stop_string_that_ended_an_answer_is_named(served):
+    (free,) = served.post("/v1/chat/completions", CHAT).json["choices"]
+    stop = free["message"]["content"][4:6]
+    asked = CHAT | {"stop": ["never there", stop]}
+    (choice,) = served.post("/v1/chat/completions", asked).json["choices"]
+    (last,) = served.post("/v1/chat/completions", asked | {"stream": True}).events[-1]["choices"]
+    assert free["stop_reason"] is None and choice["stop_reason"] == last["stop_reason"] == stop
+
+
 def test_log_probabilities_have_bytes_and_the_likeliest(served):
     """The same numbers as those of a completion; the bytes of all tokens together are those of the text."""
     (choice,) = served.post("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 3}).json["choices"]

@@ -21,10 +21,12 @@ def joined(events: list[dict], number: int) -> dict[int, dict]:
     choices: dict[int, dict] = {}
     for event in events:
         for piece in event["choices"]:
-            whole = choices.setdefault(piece["index"], {"text": "", "token_ids": [], "logprobs": {}, "reasons": []})
+            whole = choices.setdefault(piece["index"], {"text": "", "token_ids": [], "logprobs": {}, "reasons": [],
+                                                       "stop_reasons": []})
             whole["text"] += piece["text"]
             whole["token_ids"] += piece.get("token_ids") or []
             whole["reasons"].append(piece["finish_reason"])
+            whole["stop_reasons"].append(piece["stop_reason"])
             for name, values in (piece["logprobs"] or {}).items():
                 whole["logprobs"].setdefault(name, []).extend(values)
     assert len(choices) == number
@@ -117,6 +119,7 @@ def test_stop_strings_are_held_back_and_cut(served, engine):
     streamed = joined(served.post("/v1/completions", asked | {"stream": True}).events, 1)[0]
     assert whole["text"] == streamed["text"] == output.text[:output.text.index(stop)]
     assert whole["finish_reason"] == streamed["reasons"][-1] == "stop"
+    assert whole["stop_reason"] == streamed["stop_reasons"][-1] == stop
 
 
 def test_a_streamed_character_is_never_cut(served):
@@ -147,6 +150,7 @@ def test_min_tokens_and_stop_token_ids(served):
     assert end not in first["token_ids"][:3]
     (stopped,) = complete(served, PROMPTS[0], return_token_ids=True, stop_token_ids=[end])["choices"]
     assert stopped["token_ids"] == first["token_ids"][:4] and stopped["finish_reason"] == "stop"
+    assert stopped["stop_reason"] == end and first["stop_reason"] is None
     (longer,) = complete(served, PROMPTS[0], return_token_ids=True, stop_token_ids=[end], min_tokens=10)["choices"]
     assert len(longer["token_ids"]) >= 10 and longer["token_ids"][3] != end
 

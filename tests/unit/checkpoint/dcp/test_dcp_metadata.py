@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from forked import run_script
 from pickle_damage import mutations
 
 from megatron_deepseek.checkpoint.dcp import files as dcp_files
@@ -176,14 +177,9 @@ def test_the_checksum_comes_before_the_reading(tmp_path, monkeypatch):
 
 def test_mutations_cost_neither_memory_nor_time(tmp_path):
     """Without checksums, as older checkpoints and Megatron-LM's are, in a process that may have little of both."""
-    program = """import sys
-sys.path[:0] = sys.argv[2:]
-from test_dcp_metadata import survive_mutations
-survive_mutations(sys.argv[1])"""
-    arguments = [sys.executable, "-c", program, tmp_path, Path(__file__).parent,
-                 *(path for path in sys.path if path.endswith("helpers"))]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    directory, errors = tmp_path / "checkpoint", tmp_path / "errors"
+    directory.mkdir()
+    assert run_script([__file__, str(directory)], errors, errors) == 0, errors.read_text()
 
 
 def survive_mutations(directory) -> None:
@@ -250,3 +246,7 @@ def test_the_tools_start_without_dcp():
 import megatron_deepseek.cli.convert_checkpoint_run, megatron_deepseek.cli.reshard_checkpoint_run
 print(*(name for name in ("torch.distributed.checkpoint", "megatron_deepseek.model.build") if name in sys.modules))"""
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+if __name__ == "__main__":
+    survive_mutations(sys.argv[1])

@@ -41,7 +41,7 @@ def original(tmp_path_factory, state):
     return write_native(tmp_path_factory.mktemp("original") / "a", state)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_there_and_back(tmp_path, original, state, seed):
     """A -> B -> C -> A through random layouts: every bit of weights and moments, and where the run is."""
     rng, here = random.Random(seed), original

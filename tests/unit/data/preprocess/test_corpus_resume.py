@@ -11,6 +11,7 @@ from pathlib import Path
 import corpora
 import pytest
 from corpora import contents, documents_of, run, settings_of, write_lines
+from megatron_deepseek.data.preprocess import ledger
 from megatron_deepseek.data.preprocess.ledger import Ledger
 from megatron_deepseek.data.preprocess.workers import run_tasks
 
@@ -176,7 +177,8 @@ def test_a_worker_destroys_nothing_of_its_parent(tmp_path):
     assert len(collected) == 4 and [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
-def test_two_at_once_are_refused(folder):
+def test_two_at_once_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(ledger, "SECONDS_FOR_ORPHANS", 0.1)
     settings = settings_in(folder)
     with Ledger(settings).opened(), pytest.raises(ValueError, match="another process is working on .*out.parts"):
         run(settings)

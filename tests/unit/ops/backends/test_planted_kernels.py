@@ -21,9 +21,9 @@ EMPTY = ("0-16", "0-64", "shape3")  # in the names of cases without a number to 
 @pytest.fixture
 def outcomes(tmp_path):
     """Return a function that runs tests of tests/gpu on wrong kernels, and returns how each ended."""
-    def run(plant: str, *tests: str) -> dict[str, str]:
+    def run(plant: str, cases: str, *tests: str) -> dict[str, str]:
         out, errors = tmp_path / "out", tmp_path / "errors"
-        words = [str(ROOT / "tests/helpers/planted_kernels.py"), plant,
+        words = [str(ROOT / "tests/helpers/planted_kernels.py"), plant, cases,
                  *(str(FOLDER / f"test_kernels_{test}") for test in tests)]
         assert run_script(words, out, errors) == 0, errors.read_text()
         ended = json.loads(out.read_text().splitlines()[-1])
@@ -41,13 +41,14 @@ def test_every_file_is_known():
     assert files == {*COMPARING, "traced", "registration"}  # the last two are about names, shapes and derivatives
 
 
-def test_ones_are_seen_by_every_test(outcomes):
-    """But for those of empty tensors, and of what kernels do not take."""
+@pytest.mark.parametrize("cases, least", [("outer", 80), pytest.param("all", 230, marks=pytest.mark.slow)])
+def test_ones_are_seen_by_every_test(outcomes, cases, least):
+    """But for those of empty tensors, and of what kernels do not take. `least`: how many tests must have run."""
     traced = ("traced.py::test_compiled[product]", "traced.py::test_compiled[rope_queries]")  # of many that take long
-    ended = outcomes("ones", *(f"{name}.py" for name in COMPARING), *traced)
+    ended = outcomes("ones", cases, *(f"{name}.py" for name in COMPARING), *traced)
     passed = {name for name, outcome in ended.items() if outcome == "passed"}
     of_empty = {name for name in passed if any(part in name for part in EMPTY)}
-    assert len(ended) > 230
+    assert len(ended) > least
     assert passed - of_empty == {"forms.py::test_what_kernels_do_not_take"}
 
 
@@ -63,6 +64,6 @@ def test_ones_are_seen_by_every_test(outcomes):
         marks=pytest.mark.slow),
     ("misshapen", ("registration.py::test_operator",))])
 def test_a_wrong_kernel_is_seen_in_each_file(outcomes, plant, tests):
-    ended = outcomes(plant, *tests)
+    ended = outcomes(plant, "all", *tests)
     red = {name.split("[")[0] for name, outcome in ended.items() if outcome == "failed"}
     assert red == set(tests)
