@@ -123,8 +123,6 @@ MISTAKES = (
             GEMM),
     Mistake("tile of the other block of the cluster", "gemm_schedule.cuh", "(place.n * Cluster + rank) * kTileN",
             "(place.n * Cluster + 1 - rank) * kTileN", GEMM),
-    Mistake("tile behind the edge stored", "gemm_schedule.cuh", "work.stored = work.column < p.n;",
-            "work.stored = true;", GEMM),
     Mistake("halves of the first half's rows", "gemm_schedule.cuh", "work.a_row += half * kHalf;", ";", GEMM),
     Mistake("halves stored twice", "gemm_schedule.cuh", "work.out_row += half * kHalf;", ";", GEMM),
     Mistake("half with a whole tile's rows", "gemm_schedule.cuh", "if (work.rows > kHalf) work.rows = kHalf;", "",

@@ -39,6 +39,8 @@ FORMS = pytest.mark.parametrize("form", [
     pytest.param((False, True, False), id="tma_store"), pytest.param((True, False, True), id="clusters"),
     pytest.param((False, True, True), id="clusters_tma_store")])
 
+CLUSTERS = pytest.mark.parametrize("clusters", [False, True], ids=["alone", "clusters"])
+
 
 def dtype_of(form: tuple[bool, ...]) -> torch.dtype:
     return torch.float32 if form[0] else torch.bfloat16
@@ -57,7 +59,7 @@ def test_dense(device, m, n, k, form):
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640)])
-@pytest.mark.parametrize("clusters", [False, True])
+@CLUSTERS
 def test_dense_with_scales_of_rows(device, m, n, k, clusters, any_order):
     """wgrad: both operands have 1x128 tiles. N = 137 is no multiple of 8: single numbers are stored."""
     operands = (*plain.quantize_1x128(matrix(m, k, device=device)),
@@ -106,7 +108,7 @@ def test_rows_grouped(device, counts, form, tall):
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256], [5, 1300]])
-@pytest.mark.parametrize("clusters", [False, True])
+@CLUSTERS
 def test_depth_grouped(device, counts, clusters, any_order):
     """Operands as the kernel makes them: every group starts a new tile."""
     x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), 72, device=device)
