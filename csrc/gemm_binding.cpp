@@ -73,7 +73,8 @@ Tensor grouped_scaled_mm_wgrad(const Tensor& a_q, const Tensor& a_s, const Tenso
 }  // namespace
 
 OPERATORS(m) {
-  m.def("scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, bool fp32, bool tma_store=False, bool clusters=False) -> Tensor");
+  m.def("scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, bool fp32, bool tma_store=False, "
+        "bool clusters=False) -> Tensor");
   m.def("grouped_scaled_mm(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor tiles, bool tall, bool fp32, "
         "bool tma_store=False, bool clusters=False) -> Tensor");
   m.def("grouped_scaled_mm_wgrad(Tensor a_q, Tensor a_s, Tensor b_q, Tensor b_s, Tensor groups, bool fp32, "

@@ -17,10 +17,15 @@ void start(const ScaledOperand& a, const ScaledOperand& b, const Gemm& product, 
   if (product.tiles == 0) return;
   const TensorMap map_a = hopper::tensor_map(a.q, a.matrices * a.rows, a.columns, a.pitch, kHalf);
   const TensorMap map_b = hopper::tensor_map(b.q, b.matrices * b.rows, b.columns, b.pitch, kTileN);
+  TensorMap out_map{};
+  if constexpr (F::store == Store::kCopyEngine) {
+    const int64_t row_bytes = product.n * int64_t(sizeof(Out));
+    out_map = hopper::tensor_map(out, a.matrices * a.rows, row_bytes, row_bytes, OutputBoxes::kRows);
+  }
   const int64_t clusters = std::min<int64_t>(turns_of(product), multiprocessors() / F::Cluster);
   Grid grid{unsigned(clusters * F::Cluster), kGemmThreads, sizeof(GemmShared<F>)};
   grid.cluster = F::Cluster;
-  launch(gemm_kernel<F, Out>, grid, stream, map_a, map_b, product, out);
+  launch(gemm_kernel<F, Out>, grid, stream, map_a, map_b, out_map, product, out);
 }
 
 // The copy engine writes rows of bfloat16 that begin at multiples of 16 bytes; others are stored directly.

@@ -29,8 +29,8 @@ constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536, "registers of one block");
 static_assert(kHalf == kConsumers * hopper::kProductM, "rows that the consumers multiply at once");
 
-// The form of a kernel: how operands are grouped, whether b has scales of 128x128 blocks (else of rows), how many halves
-// its tiles have, how the result is stored, and how many blocks form a cluster.
+// The form of a kernel: how operands are grouped, whether b has scales of 128x128 blocks (else of rows), how many
+// halves its tiles have, how the result is stored, and how many blocks form a cluster.
 template <Grouping grouping_, bool BlocksB_, int Waves_, Store store_, int Cluster_>
 struct Form {
   static constexpr Grouping grouping = grouping_;
@@ -42,27 +42,19 @@ struct Form {
   static constexpr int kStages = Waves == 1 ? 6 : 4;
 };
 
-// Of b's columns, for this and the next block of K, each consumer for itself.
-template <bool BlocksB>
-struct ColumnScales {
-  float of[kConsumers][2][kTileN];
-};
-template <>
-struct ColumnScales<true> {};
-
 template <Store store>
 struct Staging {};
 template <>
 struct Staging<Store::kCopyEngine> {
-  OutputRows of_warp[kConsumerWarps];
+  OutputBoxes of_warp[kConsumerWarps];
 };
 
 template <typename F>
 struct GemmShared {
   e4m3 a[F::kStages][F::kTileM * kTile];
   e4m3 b[F::kStages][kTileN * kTile];
-  ColumnScales<F::BlocksB> scale_b;
   Staging<F::store> out;
+  float scale_b[kConsumers][2][kTileN];  // of b's columns, for this and the next block of K, each consumer for itself
   Barrier full[F::kStages], empty[F::kStages];
 };
 template <bool BlocksB, int Waves, Store store>
@@ -154,20 +146,20 @@ __device__ __forceinline__ void promote(float (&total)[kAccumulators], const flo
   }
 }
 
-// Stores a consumer's 64 rows of one half of the tile, of which `rows` exist from the half's first on.
+// Stores a consumer's 64 rows of the tile from its row `first` on.
 template <typename F, typename Out>
-__device__ __forceinline__ void store_half(GemmShared<F>& shared, Out* out, const Gemm& product, const Work& work,
-                                           int first_row, const float (&total)[kAccumulators], int consumer,
-                                           int thread) {
+__device__ __forceinline__ void store_rows(GemmShared<F>& shared, Out* out, const TensorMap* map, const Gemm& product,
+                                           const Work& work, int first, const float (&total)[kAccumulators],
+                                           int consumer, int thread) {
   if constexpr (F::store == Store::kCopyEngine) {
-    const int row = first_row + thread / kWarp * OutputRows::kRows;
-    store_by_copies(shared.out.of_warp[consumer * kWarpgroup / kWarp + thread / kWarp],
-                    out + (work.out_row + row) * product.n + work.column, product.n, work.rows - row, work.columns,
+    const int warp = thread / kWarp, row = first + warp * OutputBoxes::kRows;
+    store_by_copies(shared.out.of_warp[consumer * kWarpgroup / kWarp + warp], map, out, product.n,
+                    {work.out_row + row, work.column, work.columns, work.rows - row, F::grouping == Grouping::kRows},
                     total);
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + hopper::accumulator_row(thread, 2 * half);
+      const int row = first + hopper::accumulator_row(thread, 2 * half);
       store(out + (work.out_row + row) * product.n + work.column, work.columns, product.n % 8 == 0, row < work.rows,
             total + 2 * half, thread);
     }
@@ -175,8 +167,8 @@ __device__ __forceinline__ void store_half(GemmShared<F>& shared, Out* out, cons
 }
 
 template <typename F, typename Out>
-__device__ __forceinline__ void consume(GemmShared<F>& shared, const Gemm& product, Out* out, int consumer,
-                                        int rank) {
+__device__ __forceinline__ void consume(GemmShared<F>& shared, const Gemm& product, Out* out,
+                                        const TensorMap* map, int consumer, int rank) {
   const int thread = int(threadIdx.x) % kWarpgroup;
   Ring<F::kStages> ring;
   int buffer = 0;  // of scale_b; it alternates through all tiles, see below
@@ -191,7 +183,7 @@ __device__ __forceinline__ void consume(GemmShared<F>& shared, const Gemm& produ
       if constexpr (!F::BlocksB) {
         // There are two buffers, with a barrier each. A thread that writes this buffer again has passed the other's
         // barrier, which the other threads reach only after they have read this one.
-        float* column_of = shared.scale_b.of[consumer][buffer];
+        float* column_of = shared.scale_b[consumer][buffer];
         buffer ^= 1;
         column_of[thread] = scales.column;
         hopper::warpgroup_barrier(1 + consumer);
@@ -211,7 +203,7 @@ __device__ __forceinline__ void consume(GemmShared<F>& shared, const Gemm& produ
 #pragma unroll
     for (int wave = 0; wave < F::Waves; ++wave)
       if (wave < waves && work.stored)
-        store_half(shared, out, product, work, (wave * kConsumers + consumer) * hopper::kProductM, total[wave],
+        store_rows(shared, out, map, product, work, (wave * kConsumers + consumer) * hopper::kProductM, total[wave],
                    consumer, thread);
   }
   if constexpr (F::store == Store::kCopyEngine) hopper::wait_for_reads();
@@ -231,12 +223,13 @@ __device__ __forceinline__ int start_together() {
 
 template <typename F, typename Out>
 __global__ void __launch_bounds__(kGemmThreads, 1)
-    gemm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const Gemm product,
-                Out* out) {
+    gemm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                const __grid_constant__ TensorMap out_map, const Gemm product, Out* out) {
   GemmShared<F>& shared = block_shared<GemmShared<F>>();
   if (threadIdx.x == 0) {
     hopper::prefetch(&a);
     hopper::prefetch(&b);
+    if constexpr (F::store == Store::kCopyEngine) hopper::prefetch(&out_map);
     for (int stage = 0; stage < F::kStages; ++stage) {
       hopper::barrier_init(&shared.full[stage], 1);
       hopper::barrier_init(&shared.empty[stage], kConsumerWarps * F::Cluster);
@@ -246,7 +239,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const int rank = start_together<F>();
   if (threadIdx.x < kConsumers * kWarpgroup) {
     hopper::take_registers<kConsumerRegisters>();
-    consume(shared, product, out, int(threadIdx.x) / kWarpgroup, rank);
+    consume(shared, product, out, &out_map, int(threadIdx.x) / kWarpgroup, rank);
   } else {
     hopper::give_registers<kProducerRegisters>();
     if (threadIdx.x == kConsumers * kWarpgroup) produce(shared, &a, &b, product, rank);

@@ -112,8 +112,8 @@ __device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, int co
       : "memory");
 }
 
-// Copies a box to the same place in every block of the cluster whose bit is set in `blocks`, and counts its bytes at the
-// barrier of the same place there.
+// Copies a box to the same place in every block of the cluster whose bit is set in `blocks`, and counts its bytes at
+// the barrier of the same place there.
 __device__ __forceinline__ void copy_tile_to_cluster(void* to, const TensorMap* map, int column, int row,
                                                      Barrier* barrier, int blocks) {
   asm volatile(
@@ -134,10 +134,10 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&word)
 // Makes this thread's writes to shared memory visible to the copy engine.
 __device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Copies bytes, a multiple of 16, from shared to global memory, later.
-__device__ __forceinline__ void copy_row(void* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-               "r"(bytes)
+// Copies a box from shared memory to the tensor from (row, column) on, later; what is outside of it is not written.
+__device__ __forceinline__ void copy_tile_out(const TensorMap* map, int column, int row, const void* from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(column), "r"(row), "r"(shared_address(from))
                : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

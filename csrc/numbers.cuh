@@ -92,8 +92,8 @@ __host__ __device__ __forceinline__ float from_e4m3(e4m3 code) {
 // so that a maximum cannot lose a NaN.
 __host__ __device__ __forceinline__ uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffff; }
 
-// Divides by a format's largest number, rounded as IEEE's division: the product with the reciprocal, a constant, corrected
-// once by the remainder. tests/emulation/checks.cpp tries every mantissa.
+// Divides by a format's largest number, rounded as IEEE's division: the product with the reciprocal, a constant,
+// corrected once by the remainder. tests/emulation/checks.cpp tries every mantissa.
 __host__ __device__ __forceinline__ float divided_by_max(float x, float max) {
   const float reciprocal = 1.0f / max, quotient = x * reciprocal;
   return fmaf(fmaf(-quotient, max, x), reciprocal, quotient);

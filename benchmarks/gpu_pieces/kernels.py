@@ -170,6 +170,13 @@ def cross_entropy(bench: Bench) -> Iterator[Row]:
         yield from bench.rows(case)
 
 
+def _forms(product: Callable[..., torch.Tensor], *operands) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return csrc's product with 128x128 scales in each of its forms, by name."""
+    return {"csrc": lambda: product(*operands), "csrc, tma_store": lambda: product(*operands, tma_store=True),
+            "csrc, clusters": lambda: product(*operands, clusters=True),
+            "csrc, both": lambda: product(*operands, tma_store=True, clusters=True)}
+
+
 def products(bench: Bench) -> Iterator[Row]:
     """Measure dense FP8 GEMMs at DeepGEMM's shapes, of operands that are quantised before the time begins."""
     shapes = [(128, 256, 384)] if bench.small else [
@@ -179,7 +186,7 @@ def products(bench: Bench) -> Iterator[Row]:
         operands = *encoding.quantize_1x128.reference(x), *encoding.quantize_128x128.reference(w)
         rows = *encoding.quantize_1x128.reference(x), *encoding.quantize_1x128.reference(w)
         yield from bench.rows(Case(f"{m} x {n} x {k}", {
-            "torch, bf16": lambda: x @ w.t(), "csrc": lambda: gemm.scaled_mm(*operands),
+            "torch, bf16": lambda: x @ w.t(), **_forms(gemm.scaled_mm, *operands),
             "csrc, 1x128 both": lambda: gemm.scaled_mm(*rows),
             "torch, scaled_mm": lambda: alternatives.torch_scaled_mm(*operands)}, flops=2 * m * n * k))
 
@@ -203,7 +210,7 @@ def grouped_products(bench: Bench) -> Iterator[Row]:
         flops = 2 * rows * width * inner
         yield from bench.rows(Case(f"forward, {name}", {
             "torch, bf16": lambda: grouped_forward(x, w, counts),
-            "csrc": lambda: gemm.grouped_scaled_mm(*operands, counts)}, flops=flops))
+            **_forms(gemm.grouped_scaled_mm, *operands, counts)}, flops=flops))
         yield from bench.rows(Case(f"wgrad, {name}", {
             "torch, bf16": lambda: grouped_wgrad(grad, x, counts), "csrc": wgrad}, flops=flops))
 

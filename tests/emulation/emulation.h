@@ -2,8 +2,8 @@
 //
 // A fiber runs until it waits at a barrier or a warp's exchange; then the next one runs. Which one is next is the
 // environment's EMULATION_ORDER: forward, reverse or a number that seeds a random order. A kernel whose result depends
-// on the order lacks a barrier. Shared memory starts as NaN in every format, ends in a guard that is checked, and a
-// block whose fibers all wait is an error that says where they wait. What this cannot show: speed, and mistakes about
+// on the order lacks a barrier. Of a cluster's blocks the first starts before the others. Shared memory starts as NaN in
+// every format, ends in a guard that is checked, and a block whose fibers all wait is an error that says where they wait. What this cannot show: speed, and mistakes about
 // the hardware that the emulation shares (see hopper_emulation.h).
 #pragma once
 
@@ -39,6 +39,7 @@ namespace emulation {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kGuardBytes = 64;
+constexpr int kHeadStart = 50;
 
 struct Shape {
   unsigned blocks, rows, threads;
@@ -228,10 +229,15 @@ inline void check_guard(const Block& block) {
 
 inline void run_fibers(std::vector<Fiber>& fibers) {
   Order order(fibers.size());
+  int head_start = kHeadStart;  // rounds in which only the first block of each cluster runs
   for (bool progress = true; progress;) {
     progress = false;
-    for (size_t i : order.next())
-      if (fibers[i].ready()) resume(fibers[i]), progress = true;
+    for (size_t i : order.next()) {
+      const bool waits = head_start > 0 && fibers[i].block != fibers[i].block->cluster;
+      if (fibers[i].ready() && !waits) resume(fibers[i]), progress = true;
+    }
+    if (head_start > 0 && !progress) head_start = 0, progress = true;
+    if (head_start > 0) --head_start;
     for (size_t copies = order.copies(machine().copies.size()); copies > 0; --copies) {
       machine().copies.front()();
       machine().copies.pop_front();

@@ -113,12 +113,13 @@ inline void fence_for_copies() {
 }
 
 // Every other copy happens at once, the others as late as the engine comes to them: neither may be relied upon.
-inline void copy_row(void* to, const void* from, uint32_t bytes) {
+inline void copy_tile_out(const TensorMap* to, int column, int row, const void* from) {
   emulation::Fiber& fiber = emulation::self();
-  if (bytes % 16) throw std::runtime_error("bulk copies are multiples of 16 bytes");
-  const uint32_t place = shared_address(emulation::aligned(from, 16));
-  auto copy = [=, &fiber, to = emulation::aligned(to, 16)] {
-    std::memcpy(to, &fiber.block->seen_by_copies[place], bytes);
+  auto copy = [&fiber, map = *to, base = tile_address(from), column, row] {
+    for (int r = 0; r < map.box_rows && row + r < map.rows; ++r)
+      for (int c = 0; c < 128 && column + c < map.columns; ++c)
+        const_cast<unsigned char*>(map.data)[(row + r) * map.pitch + column + c] =
+            fiber.block->seen_by_copies[swizzled(base + r * 128 + c)];
     ++fiber.copies_read;
   };
   if (++fiber.copies_asked % 2 == 0)

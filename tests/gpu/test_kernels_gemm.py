@@ -39,25 +39,33 @@ FORMS = pytest.mark.parametrize("form", [
     pytest.param((False, True, False), id="tma_store"), pytest.param((True, False, True), id="clusters"),
     pytest.param((False, True, True), id="clusters_tma_store")])
 
+CLUSTERS = pytest.mark.parametrize("clusters", [False, True], ids=["alone", "clusters"])
+
 
 def dtype_of(form: tuple[bool, ...]) -> torch.dtype:
     return torch.float32 if form[0] else torch.bfloat16
 
 
+def operands_of(m: int, n: int, k: int, device) -> tuple[torch.Tensor, ...]:
+    return (*plain.quantize_1x128(matrix(m, k, device=device)), *plain.quantize_128x128(matrix(n, k, device=device)))
+
+
 @FORMS
-@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528),
-                                     (20, 24, 4624)])
+@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (128, 128, 128), (130, 136, 272), (257, 391, 144), (64, 640, 528)])
 def test_dense(device, m, n, k, form):
-    """The last has more than 32 blocks of K, whose scales lie in the lanes of a warp. The copy engine does not store
-    rows of 391 numbers, which do not begin at multiples of 16 bytes.
-    """
-    a, b = matrix(m, k, device=device), matrix(n, k, device=device)
-    operands = *plain.quantize_1x128(a), *plain.quantize_128x128(b)
+    """The copy engine does not store rows of 391 numbers, which do not begin at multiples of 16 bytes."""
+    operands = operands_of(m, n, k, device)
     close(operator("scaled_mm")(*operands, *form), plain.scaled_mm(*operands, dtype_of(form)))
 
 
+def test_dense_with_many_blocks_of_k(device):
+    """More than 32, whose scales lie in the lanes of a warp."""
+    operands = operands_of(20, 24, 4624, device)
+    close(operator("scaled_mm")(*operands, True), plain.scaled_mm(*operands, torch.float32))
+
+
 @pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640)])
-@pytest.mark.parametrize("clusters", [False, True])
+@CLUSTERS
 def test_dense_with_scales_of_rows(device, m, n, k, clusters, any_order):
     """wgrad: both operands have 1x128 tiles. N = 137 is no multiple of 8: single numbers are stored."""
     operands = (*plain.quantize_1x128(matrix(m, k, device=device)),
@@ -73,8 +81,7 @@ def test_tall_tiles(device, m, n, form):
     """
     if device.type == "cuda":
         m, n = 16 * m, 32 * n
-    operands = (*plain.quantize_1x128(matrix(m, 272, device=device)),
-                *plain.quantize_128x128(matrix(n, 272, device=device)))
+    operands = operands_of(m, n, 272, device)
     close(operator("scaled_mm")(*operands, *form), plain.scaled_mm(*operands, dtype_of(form)))
 
 
@@ -106,7 +113,7 @@ def test_rows_grouped(device, counts, form, tall):
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256], [5, 1300]])
-@pytest.mark.parametrize("clusters", [False, True])
+@CLUSTERS
 def test_depth_grouped(device, counts, clusters, any_order):
     """Operands as the kernel makes them: every group starts a new tile."""
     x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), 72, device=device)

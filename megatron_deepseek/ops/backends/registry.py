@@ -203,7 +203,7 @@ def choose(operator: str, wish: str | None) -> Choice:
             continue
         problem = candidate.why_not()
         if problem is None:
-            why = f"{ENVIRONMENT} names it" if wish else "; ".join(passed_over) or "first choice"
+            why = f"{ENVIRONMENT} names it" if wish else "; ".join(dict.fromkeys(passed_over)) or "first choice"
             return Choice(operator, candidate.name, why, candidate.load())
         if wish is not None:
             raise ValueError(f"{ENVIRONMENT}: {operator}={wish}, but {problem}")

@@ -83,7 +83,7 @@ def _padded_columns(q: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 
 
 def grouped_scaled_mm_wgrad(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16, *, clusters: bool = False):
-    """Use clusters up to four groups: as in DeepGEMM, whose authors saw them slow down more and shorter ones."""
+    """Use clusters for up to four groups, as DeepGEMM does."""
     if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     a_q, b_q = (_padded_columns(q, counts) for q in (a_q, b_q))

@@ -1,14 +1,13 @@
-"""The ring of stages in csrc/gemm_fp8.cu: every order in which producer, copy engine and consumers can act, tried.
+"""The ring of stages in csrc/gemm_kernel.cuh: every order in which producer, copy engine and consumers can act, tried.
 
-A model of its protocol, small enough to exhaust. An mbarrier's phase ends when all arrivals it was made for and all
-bytes it was told of have come; a wait for parity p returns once the phase of that parity is over, so on a new barrier a
-wait for parity 1 returns at once. A stage that is written while it is read, or read before it is written, is an error,
-and so is a state in which nobody can go on and somebody is not done.
+A model of its protocol, small enough to exhaust. A stage that is written while it is read, or read before it is
+written, is an error, and so is a state in which nobody can go on and somebody is not done.
 """
 
 from dataclasses import dataclass, replace
 
 import pytest
+from barrier_model import Actor, Barrier, explore, put
 
 
 @dataclass(frozen=True)
@@ -22,33 +21,6 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Barrier:
-    made_for: int
-    pending: int
-    copies: int = 0  # announced and not yet come
-    phase: int = 0
-
-    def settle(self) -> "Barrier":
-        return replace(self, pending=self.made_for, phase=self.phase + 1) if not (self.pending or self.copies) else self
-
-    def arrive(self, copies: int = 0) -> "Barrier":
-        assert self.pending > 0, "more arrivals than a barrier was made for"
-        return replace(self, pending=self.pending - 1, copies=self.copies + copies).settle()
-
-    def arrived_copy(self) -> "Barrier":
-        return replace(self, copies=self.copies - 1).settle()
-
-    def over(self, parity: int) -> bool:
-        return self.phase % 2 != parity
-
-
-@dataclass(frozen=True)
-class Actor:
-    step: int = 0  # blocks of K done
-    place: str = "wait"
-
-
-@dataclass(frozen=True)
 class State:
     producer: Actor
     consumers: tuple[Actor, ...]
@@ -56,10 +28,6 @@ class State:
     empty: tuple[Barrier, ...]
     holds: tuple[int, ...]  # block of K whose codes a stage has, -1 for none
     flying: frozenset[tuple[int, int]] = frozenset()  # copies asked for: (stage, block)
-
-
-def put(values: tuple, index: int, value) -> tuple:
-    return values[:index] + (value,) + values[index + 1:]
 
 
 class Machine:
@@ -114,17 +82,8 @@ class Machine:
             yield moved(Actor(actor.step + 1), **released)
 
     def explore(self) -> int:
-        """How many states there are. Raises AssertionError for a wrong one."""
-        seen, todo = {self.start}, [self.start]
-        while todo:
-            state = todo.pop()
-            following = list(self.next(state))
-            done = all(actor.step == self.blocks for actor in (state.producer, *state.consumers))
-            assert following or done, "deadlock"
-            new = {each for each in following if each not in seen}
-            seen |= new
-            todo += new
-        return len(seen)
+        return explore(self.start, self.next, lambda state: all(
+            actor.step == self.blocks for actor in (state.producer, *state.consumers)))
 
 
 @pytest.mark.parametrize("stages, blocks", [(1, 3), (2, 5), (3, 7)])
