@@ -5,7 +5,8 @@ Views move nothing, and neither do allocations. A gather reads the rows that it 
 
 In the forward an operator belongs to the innermost part that is open. In the backward it belongs to the part whose
 forward made its autograd node: nodes are numbered in the order in which they were made, so that a part is a range of
-numbers.
+numbers. Two gradients of one tensor are added by autograd itself, by `add`, which no derivative here consists of; those
+sums are a part of their own.
 """
 
 from bisect import bisect_right
@@ -25,7 +26,9 @@ FORWARD, BACKWARD = "forward", "backward"
 NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "detach",
            "alias", "lift_fresh", "_local_scalar_dense", "record_stream"}
 ONLY_WRITTEN = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}  # whose first argument is not read
-GATHERS = {"index_select", "gather", "embedding", "index"}  # read as much as they write, and their indices
+GATHERS = {"index_select", "gather", "embedding", "index", "nll_loss_forward"}  # read as much as they write, and their indices
+DENSE_OF_ROWS = {"nll_loss_backward"}  # writes a dense gradient of one number a row
+DECLARED_ONLY = {("_fused_adamw_", "grads")}  # written only with a scale, which we do not give
 SCATTERS = {"scatter_", "scatter_add_", "index_put_", "_index_put_impl_", "index_add_", "index_copy_"}
 
 
@@ -46,10 +49,14 @@ def extent(tensor: torch.Tensor) -> int:
 
 
 class StepCounter(TorchDispatchMode):
-    """While it is entered, adds every operator to `counts[part, FORWARD or BACKWARD]`."""
+    """While it is entered, adds every operator to `counts[part, FORWARD or BACKWARD]`.
 
-    def __init__(self):
+    `accumulated` is the part that adding a micro-batch's gradient of a weight to those before belongs to.
+    """
+
+    def __init__(self, accumulated: str):
         super().__init__()
+        self._accumulated = accumulated
         self.counts: dict[tuple[str, str], Count] = defaultdict(Count)
         self.by_operator: dict[tuple[str, str, str], Count] = defaultdict(Count)
         self._open, self._forced = [REST], []
@@ -83,13 +90,15 @@ class StepCounter(TorchDispatchMode):
         self._starts.append(torch.autograd._get_sequence_nr())  # noqa: SLF001 (torch's; there is no public name)
         self._parts.append(name)
 
-    def _place(self) -> tuple[str, str]:
+    def _place(self, name: str) -> tuple[str, str]:
         if self._forced:
             return self._forced[-1], FORWARD if self._between is None else BACKWARD
         if self._between is None:
             return self._open[-1], FORWARD
         node = torch._C._current_autograd_node()  # noqa: SLF001
-        if node is None or node.name() == "torch::autograd::AccumulateGrad":
+        if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+            return self._accumulated, BACKWARD
+        if node is None or name == "add":
             return self._between, BACKWARD
         return self._parts[bisect_right(self._starts, node._sequence_nr()) - 1], BACKWARD  # noqa: SLF001
 
@@ -98,7 +107,7 @@ class StepCounter(TorchDispatchMode):
         given = operator(*args, **kwargs)
         moved = bytes_moved(operator, args, kwargs, given)
         if moved is not None:
-            place = self._place()
+            place = self._place(operator.overloadpacket.__name__)
             self.counts[place] += Count(1, moved)
             self.by_operator[(*place, str(operator))] += Count(1, moved)
         return given
@@ -112,7 +121,12 @@ def bytes_moved(operator, args: tuple, kwargs: dict, given) -> int | None:
     read, written = {}, {}
     arguments = operator._schema.arguments  # noqa: SLF001
     values = dict(zip((each.name for each in arguments), args)) | kwargs
+    if name == "copy_" and _key(args[0]) == _key(args[1]):
+        return None
     for argument in arguments:
+        if (name, argument.name) in DECLARED_ONLY:
+            read |= {_key(tensor): extent(tensor) for tensor in values[argument.name]}
+            continue
         changed = argument.alias_info is not None and argument.alias_info.is_write
         for tensor in (leaf for leaf in tree_leaves(values.get(argument.name)) if isinstance(leaf, torch.Tensor)):
             if changed:
@@ -123,6 +137,8 @@ def bytes_moved(operator, args: tuple, kwargs: dict, given) -> int | None:
     storages = {key[0] for key in read}
     if not written and all(key[0] in storages for key in made):
         return None  # a view
+    if name in DENSE_OF_ROWS:
+        return sum(made.values())
     if name in GATHERS:
         indices = sum(size for key, size in read.items() if key[-1] == torch.int64)
         return indices + 2 * sum(made.values())

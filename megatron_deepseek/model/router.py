@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import Partial, Replicate
 
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.ops.precision_recipe import Gemm, LinearAtOnce
+from megatron_deepseek.ops.precision_recipe import Gemm, WideLinear
 from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
@@ -41,7 +41,7 @@ class Router(nn.Module):
         self.config, self.forced = config, forced
         self.weight = sharded_parameter((config.n_routed_experts, config.hidden_size), tp.mesh, Replicate())
         self.weight_grad = Partial() if tp.size > 1 else Replicate()
-        self.gemm: Gemm = LinearAtOnce()
+        self.gemm: Gemm = WideLinear()
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
@@ -52,7 +52,7 @@ class Router(nn.Module):
         """
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         weight_EH = local_weight(self.weight, self.weight_grad)
-        logits_TE = self.gemm.keyed(keys_T)(x_TH.to(wide), weight_EH.to(wide))
+        logits_TE = self.gemm.keyed(keys_T)(x_TH, weight_EH.to(wide))
         scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
         experts_TK = balanced_choice(positions_T, self.config) if self.forced else \

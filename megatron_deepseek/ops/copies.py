@@ -10,9 +10,8 @@ Shapes: Q rows, K choices of each, R <= Q*K copies, H hidden.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from megatron_deepseek.ops.permute import copy_and_permute, sort_by_expert, weighted_sum
+from megatron_deepseek.ops.permute import copy_and_permute, sort_by_expert, sum_rows, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +65,6 @@ def sort_choices(bins_QK: torch.Tensor, num_bins: int) -> SortedChoices:
     return SortedChoices(order, inverse.view_as(bins_QK), counts[:num_bins])
 
 
-def _gather(x_RH: torch.Tensor, place_QK: torch.Tensor) -> torch.Tensor:
-    """Return the copies of each row, [Q, K, H], zero where there is none."""
-    return F.pad(x_RH, (0, 0, 0, 1)).index_select(0, place_QK.flatten()).unflatten(0, place_QK.shape)
-
-
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_QH, row_R, place_QK):
@@ -80,14 +74,14 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RH):
         (place_QK,) = ctx.saved_tensors
-        return _gather(grad_RH, place_QK).sum(1), None, None
+        return sum_rows(grad_RH, place_QK), None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RH, weights_QK, row_R, choice_R, place_QK):
         ctx.save_for_backward(y_RH, weights_QK, row_R, choice_R, place_QK)
-        return torch.bmm(weights_QK.to(y_RH.dtype).unsqueeze(1), _gather(y_RH, place_QK)).squeeze(1)
+        return sum_rows(y_RH, place_QK, weights_QK)
 
     @staticmethod
     def backward(ctx, grad_QH):
@@ -96,7 +90,8 @@ class _Sum(torch.autograd.Function):
         grad_weight_R = (grad_RH * y_RH).sum(-1).to(weights_QK.dtype)
         grad_weights_QK = torch.zeros_like(weights_QK)
         grad_weights_QK[row_R, choice_R] = grad_weight_R
-        return grad_RH * weights_QK[row_R, choice_R].to(y_RH.dtype).unsqueeze(-1), grad_weights_QK, None, None, None
+        weights_R1 = weights_QK[row_R, choice_R].to(y_RH.dtype).unsqueeze(-1)
+        return grad_RH.mul_(weights_R1), grad_weights_QK, None, None, None
 
 
 def copy_rows(x_QH: torch.Tensor, copies: Copies) -> torch.Tensor:

@@ -7,6 +7,7 @@ Shapes: T tokens, K copies of each (top-k), R = T*K rows, H hidden, W bytes of a
 """
 
 import torch
+import torch.nn.functional as F
 
 from megatron_deepseek.ops.backends.registry import with_backends
 
@@ -15,6 +16,20 @@ from megatron_deepseek.ops.backends.registry import with_backends
 def gather_rows(x_RW: torch.Tensor, index_Q: torch.Tensor) -> torch.Tensor:
     """Return rows index_Q of x, without a gradient. Used for FP8 codes and their scales, which are rows of bytes."""
     return x_RW.index_select(0, index_Q)
+
+
+def sum_rows(x_RH: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the sum over k of x[place_TK], times `weights_TK` where given, [T, H], without a gradient.
+
+    A place of R stands for no row. Nothing of the size of the rows is made: torch's kernel for bags of embeddings adds
+    them as it reads them, in at least float32.
+    """
+    num_rows = len(x_RH)
+    if not num_rows:
+        return x_RH.new_zeros(len(place_TK), x_RH.shape[1])
+    weights_TK = torch.ones_like(place_TK, dtype=x_RH.dtype) if weights_TK is None else weights_TK.to(x_RH.dtype)
+    weights_TK = weights_TK.where(place_TK < num_rows, 0)
+    return F.embedding_bag(place_TK.clamp(max=num_rows - 1), x_RH, mode="sum", per_sample_weights=weights_TK)
 
 
 class _Permute(torch.autograd.Function):
@@ -39,7 +54,7 @@ class _CopyAndPermute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RH):
         (inverse_R,) = ctx.saved_tensors
-        return grad_RH.index_select(0, inverse_R).unflatten(0, (-1, ctx.num_copies)).sum(1), None, None, None
+        return sum_rows(grad_RH, inverse_R.unflatten(0, (-1, ctx.num_copies))), None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -47,16 +62,16 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y_RH, weights_TK, order_R, inverse_R):
-        y_TKH = y_RH.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
-        ctx.save_for_backward(y_TKH, weights_TK, order_R)
-        return torch.bmm(weights_TK.to(y_RH.dtype).unsqueeze(1), y_TKH).squeeze(1)
+        ctx.save_for_backward(y_RH, weights_TK, order_R, inverse_R)
+        return sum_rows(y_RH, inverse_R.view_as(weights_TK), weights_TK)
 
     @staticmethod
     def backward(ctx, grad_TH):
-        y_TKH, weights_TK, order_R = ctx.saved_tensors
+        y_RH, weights_TK, order_R, inverse_R = ctx.saved_tensors
+        y_TKH = y_RH.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
         grad_weights_TK = torch.bmm(y_TKH, grad_TH.unsqueeze(-1)).squeeze(-1).to(weights_TK.dtype)
         weights_R1 = weights_TK.to(grad_TH.dtype).flatten().index_select(0, order_R).unsqueeze(-1)
-        grad_RH = grad_TH.index_select(0, order_R // weights_TK.shape[1]) * weights_R1
+        grad_RH = grad_TH.index_select(0, order_R // weights_TK.shape[1]).mul_(weights_R1)
         return grad_RH, grad_weights_TK, None, None
 
 

@@ -143,6 +143,36 @@ class LinearAtOnce(Linear):
         return self
 
 
+class _WideProduct(torch.autograd.Function):
+    """x W^T in W's dtype, of which x is kept as it is given: narrow, and often by others as well."""
+
+    @staticmethod
+    def forward(ctx, x_RI, weight_OI):
+        ctx.save_for_backward(x_RI if ctx.needs_input_grad[1] else None,
+                              weight_OI if ctx.needs_input_grad[0] else None)
+        ctx.narrow = x_RI.dtype
+        return F.linear(x_RI.to(weight_OI.dtype), weight_OI)
+
+    @staticmethod
+    def backward(ctx, grad_RO):
+        x_RI, weight_OI = ctx.saved_tensors
+        grad_x = (grad_RO @ weight_OI).to(ctx.narrow) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_RO.t() @ x_RI.to(grad_RO.dtype) if ctx.needs_input_grad[1] else None
+
+
+@dataclass(frozen=True)
+class WideLinear(LinearAtOnce):
+    """F.linear of x [R, I] in the dtype of the weight, the wider one: the router's, which computes in float32."""
+
+    multiply: Callable = _WideProduct.apply
+
+    def __call__(self, x, weight, *counts):
+        return super().__call__(x, weight, *counts) if x.dtype != weight.dtype else F.linear(x, weight)
+
+    def seen(self, x):
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Grouped(Linear):
     """The grouped GEMM of experts in the layer's own dtype."""

@@ -88,11 +88,10 @@ def experts(shapes: LayerShapes, dropped: float) -> Iterator[Kept]:
 
 
 def router(shapes: LayerShapes) -> Iterator[Kept]:
-    """Yield what the router keeps (model/router.py), its input in float32 among it."""
+    """Yield what the router keeps (model/router.py): its input as it is given, which shared experts keep too."""
     model, numbers, layout, own = shapes.model, shapes.numbers, shapes.layout, shapes.own
-    split = layout.tp > 1 and not layout.sequence_parallel
-    if shapes.wide_router_input and (numbers.element < numbers.wide or split or numbers.fp8):
-        yield Kept("router's input", own * model.hidden_size * numbers.wide)
+    if layout.tp > 1 and not layout.sequence_parallel:  # a slice of the norm's output
+        yield Kept("router's input", numbers.plain(own, model.hidden_size))
     elif not model.n_shared_experts or numbers.fp8 or layout.tp > 1:
         yield Kept("router's input", numbers.plain(own, model.hidden_size), LAYERNORM)
     yield Kept("router's scores", own * model.n_routed_experts * numbers.wide)

@@ -23,11 +23,10 @@ class Engine:
     masters, reduced gradients and moments lie in the host's memory.
 
     `weighs_before`: a token's routing weight is applied before the experts' second product, whose output is then not
-    kept. `wide_router_input`: the router keeps its input again in float32. `keeps_output`: a stage keeps what it passed
-    on until its backward, as torch's pipeline stages do; `receives_early`: receives are started before a stage needs
-    them, as there (arrivals.py). `logit_bytes`: of a logit and what is made of it, which all wait for the backward;
-    None for this project's head, which makes them by chunks. `gradient_apart`: a layer's weight gradients exist in the
-    layers' dtype before they are added to the sums.
+    kept. `keeps_output`: a stage keeps what it passed on until its backward, as torch's pipeline stages do;
+    `receives_early`: receives are started before a stage needs them, as there (arrivals.py). `logit_bytes`: of a logit
+    and what is made of it, which all wait for the backward; None for this project's head, which makes them by chunks.
+    `gradient_apart`: a layer's weight gradients exist in the layers' dtype before they are added to the sums.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Engine:
     gathers: int | None = None
     host: bool = False
     weighs_before: bool = False
-    wide_router_input: bool = False
     keeps_output: bool = False
     receives_early: bool = False
     logit_bytes: float | None = None
@@ -53,7 +51,7 @@ MEGATRON = Engine("megatron", logit_bytes=2 + 4)  # fused cross-entropy: bf16 lo
 # Transformers' heads: bf16 and float32 logits, log-probabilities, and a gradient. With parameters in the host's memory
 # one unit is gathered at a time: of the runs in docs/planning.md one takes 25 GB, where a unit has 23.
 ZERO3 = Engine("zero3", divides_weights=True, divides_gradients=True, gathers=2, logit_bytes=2 + 4 + 4 + 2)
-OURS = Engine("ours", reduced=4, wide_router_input=True, keeps_output=True, receives_early=True, gradient_apart=True)
+OURS = Engine("ours", reduced=4, keeps_output=True, receives_early=True, gradient_apart=True)
 ENGINES = {"ours": OURS, "megatron": MEGATRON, "zero3": ZERO3}
 
 

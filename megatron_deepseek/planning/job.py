@@ -109,8 +109,7 @@ class Job:
                           factor)
         return LayerShapes(self.model, self.layout, settings.batch.micro_batch_size, settings.data.seq_length,
                            self.numbers, traffic, loss.balance_type != "none", loss.balance_type == "seq_aux_loss",
-                           settings.data.reset_attention_mask, self.engine.weighs_before,
-                           self.engine.wide_router_input)
+                           settings.data.reset_attention_mask, self.engine.weighs_before)
 
     def layers_of(self, stage: int) -> tuple[int, ...]:
         """Return the ids of a stage's layers, MTP modules among them, in the order in which they run."""

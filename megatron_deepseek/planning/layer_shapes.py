@@ -43,7 +43,7 @@ class LayerShapes:
     """One micro-batch on a rank: `sequences` of `length` tokens each, of which context ranks have their part.
 
     `balance`: a balance loss is attached; `per_sequence`, of each sequence by itself. `packed`: attention within
-    documents. `weighs_before`, `wide_router_input`: Engine's.
+    documents. `weighs_before`: Engine's.
     """
 
     model: ModelConfig
@@ -56,7 +56,6 @@ class LayerShapes:
     per_sequence: bool = True
     packed: bool = False
     weighs_before: bool = False
-    wide_router_input: bool = True
 
     @property
     def whole(self) -> int:

@@ -21,8 +21,8 @@ does not fit, what would have to change.
   others. Ours: float32 shards (4 + 8 moments a parameter, divided), 2 gathered and 4 for the sums of several
   micro-batches' gradients, whole; reduced gradients (4, divided) come as the sums go.
   `tests/parallel/test_state_memory.py` counts them through steps of many layouts: equal to the byte. Megatron's
-  distributed optimizer: 2 + 4 whole, 12 divided. ZeRO-3: 18 divided, two layers gathered at a time. The table of parameters
-  (`megatron_deepseek/model/architecture/parameters.py`) says what a rank holds.
+  distributed optimizer: 2 + 4 whole, 12 divided. ZeRO-3: 18 divided, two layers gathered at a time. The table of
+  parameters (`megatron_deepseek/model/architecture/parameters.py`) says what a rank holds.
 * **Activations**: `planning/activations.py` counts what each module keeps, tensor by tensor.
   `tests/unit/planning/test_activations.py` compares it with what saved-tensor hooks see in runs on CPU: equal to the
   byte, for every kind of recomputation and offloading, chunked losses, FP8, packed documents. How many micro-batches

@@ -6,10 +6,11 @@ moments in bfloat16). FSDP divides these among the data ranks; with --optimizer-
 memory. Not divided are 2 bytes for the gathered bfloat16 weight (4 without --bf16 and of routers; FP8 takes two codes)
 and, where an update has several micro-batches, 4 for the sum of their gradients, since they are reduced once. That is
 done layer by layer in the last backward: the sum is freed before the next layer's is reduced, and the reduced gradient
-is freed before the next update's sums begin, so that the two never add up on a device
-(tests/parallel/test_state_memory.py counts them). With optim_grads_params weights are gathered for the embedding and the
-head, which every micro-batch begins and ends with, and two layers: the one in use and the next. A frozen weight beside
-adapters takes what it is kept as, and as much when it is gathered.
+is freed before the next update's sums begin, so that the two never add up on a device. With optim_grads_params weights
+are gathered for the embedding and the head, which every micro-batch begins and ends with, and two layers: the one in
+use and the next. A frozen weight beside adapters takes what it is kept as, and as much when it is gathered.
+
+tests/parallel/test_state_memory.py counts all of it through steps of several layouts.
 """
 
 from collections.abc import Iterator, Sequence

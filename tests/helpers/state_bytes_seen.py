@@ -60,8 +60,8 @@ class StatesSeen(TorchDispatchMode):
 
     def _held(self) -> Iterator[tuple[str | None, torch.Tensor]]:
         for each in self._parameters:
-            yield "weights", each._sharded_param_data
-            for tensor in (*each.all_gather_outputs, *each._unsharded_inner_tensors):
+            yield "weights", each.sharded_param
+            for tensor in each.all_gather_outputs:
                 yield "gathered", tensor
             if each.unsharded_accumulated_grad is not None:
                 yield "sums", each.unsharded_accumulated_grad
