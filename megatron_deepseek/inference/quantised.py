@@ -20,7 +20,7 @@ from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, scaled_mm
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.lora import LowRank
 from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Grouped
-from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
+from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.parallel.tensor import ParallelLinear
 
 _NUMBERS_AT_ONCE = 1 << 24  # of an NF4 weight, made plain for a product
@@ -60,7 +60,7 @@ class HeldGemm(Gemm):
         return weight.multiply_grouped(x, *counts) if counts else weight.multiply(x)
 
     def after_swiglu(self, gate_up: GateUp, weight, *counts):
-        return self(swiglu(*gate_and_up(*gate_up)), weight, *counts)
+        return self(swiglu(*gate_up), weight, *counts)
 
     def deferring(self, deferred: Deferred) -> Gemm:
         raise NotImplementedError("held weights are not trained")

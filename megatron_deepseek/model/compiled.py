@@ -1,0 +1,48 @@
+"""Compiles a built stage: its modules' functions between GEMMs, attention and collectives become graphs.
+
+Modules hold these functions as attributes, or in their GEMMs, and do not know whether they are graphs. GEMMs,
+attention's kernels and collectives are left as they are: a compiler calls the same kernels for them, while weight
+gradients that wait for a W step, FP8, adapters and exchanges of tokens are not functions of tensors alone.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.router import route
+from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient_in_a_pass, cross_entropy_statistics
+from megatron_deepseek.ops.fusible import Fusible, Graphs
+from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.precision_recipe import Functions, Gemm
+from megatron_deepseek.ops.rope import apply_rope_to_halves, assemble_keys, rope_queries
+from megatron_deepseek.ops.swiglu import swiglu
+
+FUSIBLES = (
+    Fusible(rms_norm, ((0, -2),)),
+    Fusible(swiglu, ((0, -2), (1, -2)), least=2),
+    Fusible(rope_queries, ((0, 1), (1, 1))),
+    Fusible(assemble_keys, ((0, 1), (1, 1), (2, 1))),
+    Fusible(apply_rope_to_halves, ((0, 1), (1, 1))),
+    Fusible(route, ((0, 0), (2, 0))),
+    Fusible(cross_entropy_statistics, ((0, 0), (1, 0))),
+    Fusible(cross_entropy_gradient_in_a_pass, ((0, 0), (1, 0), (3, 0), (4, 0), (5, 0))),
+)
+
+
+def compile_stages(stages: Iterable[DeepseekStage], backend: str) -> None:
+    """Give all modules of `stages` graphs, made by a backend of torch.compile, in place of their functions."""
+    graphs = Graphs(FUSIBLES, backend)
+    for stage in stages:
+        for module in stage.modules():
+            _compile(module, graphs)
+        if stage.stage.loss:
+            stage.head.cross_entropy = stage.head.cross_entropy.compiled(graphs)
+
+
+def _compile(module: nn.Module, graphs: Functions) -> None:
+    for name, value in [*vars(module).items()]:
+        if isinstance(value, Gemm):
+            setattr(module, name, value.compiled(graphs))
+        elif callable(value) and value.__hash__ is not None:
+            setattr(module, name, graphs(value))
