@@ -85,8 +85,8 @@ def torch_ops():
 def compile_one_graph(function, backend: str):
     """Return `function` compiled as one graph for each kind of arguments, of which there may be many.
 
-    torch.compile raises an error for a function that is not one graph. From torch 2.13 on the bound on its kinds (8) can
-    be raised for one function: those of layers differ in widths, and in whether gradients are wanted.
+    torch.compile raises an error for a function that is not one graph. From torch 2.13 on its bound on the kinds (8)
+    can be raised for one function: those of layers differ in widths, and in whether gradients are wanted.
     """
     import inspect
 

@@ -39,6 +39,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=FORMS,
         help="how linear layers are kept: plain, fp8 (blocks as released), nf4 (4 bits) (as the files have them)")
     add("--double-quantization", action="store_true", help="with --weights nf4: quantise its scales as well")
+    add("--compile", action="store_true", help="compile what layers compute between products, attention and "
+        "communication; first answers take longer (docs/compile.md)")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", metavar="PATH", help="tokenizer.json or its directory (the one that is with the weights)")
 
@@ -132,7 +134,8 @@ def load_settings(args: argparse.Namespace, max_length: int) -> "LoadSettings":
 
     from megatron_deepseek.inference.loading import LoadSettings
     return LoadSettings(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None, form=args.weights,
-                        double_quantization=args.double_quantization, max_length=max_length, adapter=args.adapter)
+                        double_quantization=args.double_quantization, max_length=max_length, adapter=args.adapter,
+                        compile=args.compile)
 
 
 def engine_settings(args: argparse.Namespace, max_length: int) -> EngineSettings:

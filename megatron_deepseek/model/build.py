@@ -74,8 +74,8 @@ class BuildOptions:
 
     `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py). `lora`: adapters
     that alone are trained, None to train the weights (model/lora.py); `base`: in which form the weights beside them are
-    kept, None for plain numbers (model/base_weights.py). `compiler`: the backend of torch.compile that compiles the layers
-    (model/compiled.py), None for none.
+    kept, None for plain numbers (model/base_weights.py). `compiler`: the backend of torch.compile by which functions of
+    the layers become graphs (model/compiled.py), None for none.
     """
 
     precision: Precision = Precision()

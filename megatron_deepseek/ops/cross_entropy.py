@@ -71,7 +71,7 @@ class CrossEntropy:
 
     def compiled(self, functions: Callable[[Callable], Callable]) -> "CrossEntropy":
         """Return both taken from `functions`."""
-        return CrossEntropy(functions(cross_entropy_statistics), functions(cross_entropy_gradient_in_a_pass), False)
+        return CrossEntropy(functions(cross_entropy_statistics), functions(cross_entropy_gradient), False)
 
 
 def _columns(labels_T: torch.Tensor, columns: int, first_id: int) -> tuple[torch.Tensor, torch.Tensor]:

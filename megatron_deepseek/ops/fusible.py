@@ -17,12 +17,14 @@ class Fusible:
 
     `tokens` are pairs (argument, dimension) whose size is a number of tokens, which differs from call to call. With
     fewer than `least` tokens the function runs as it is: a graph is specialised to a size of 0 or 1, and where experts
-    get a varying number of tokens it would be made anew in the middle of a run.
+    get varying numbers of tokens it would be made in the middle of a run. `form`: the same function in a form that a
+    compiler takes, or makes fewer passes of; None for the function itself.
     """
 
     function: Callable
     tokens: tuple[tuple[int, int], ...]
     least: int = 1
+    form: Callable | None = None
 
 
 class Graph:
@@ -30,7 +32,7 @@ class Graph:
 
     def __init__(self, fusible: Fusible, backend: str):
         self.function, self.tokens, self.least = fusible.function, fusible.tokens, fusible.least
-        self._compiled = compile_one_graph(fusible.function, backend)
+        self._compiled = compile_one_graph(fusible.form or fusible.function, backend)
 
     def __call__(self, *args):
         position, dimension = self.tokens[0]

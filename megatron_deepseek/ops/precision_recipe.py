@@ -124,8 +124,8 @@ class GemmOver(Gemm):
 class Linear(Gemm):
     """F.linear in the layer's own dtype.
 
-    `activate` is `recomputed` where SwiGLU's output is not saved. `swiglu` is ops/swiglu.py's, or its graph. `defer` takes the weight gradient of callers that
-    multiply by the weight themselves (parallel/vocabulary_chunks.py).
+    `activate` is `recomputed` where SwiGLU's output is not saved. `swiglu` is ops/swiglu.py's, or its graph. `defer`
+    takes the weight gradient of callers that multiply by the weight themselves (parallel/vocabulary_chunks.py).
     """
 
     multiply: Callable = F.linear

@@ -90,8 +90,8 @@ class MLA(nn.Module):
 @dataclass(frozen=True, eq=False)
 class UpProjections(Heads):
     """q, k and v of this rank's heads. `w_qb` and `w_kvb` are its slices of W_qb and W_kvb, `rope_2SD` the rotary table
-    of this rank's positions, `keys` those of the tokens of all ranks. `rope_queries` and `assemble_keys` are ops/rope.py's,
-    or their graphs.
+    of this rank's positions, `keys` those of the tokens of all ranks. `rope_queries` and `assemble_keys` are those of
+    ops/rope.py, or their graphs.
     """
 
     config: ModelConfig
