@@ -5,6 +5,7 @@ It imports no torch: mistakes are to be told at once.
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_deepseek.parallel.layout import Layout
 if TYPE_CHECKING:
     from megatron_deepseek.inference.loading import LoadSettings
     from megatron_deepseek.inference.model_files import ModelFiles
+    from megatron_deepseek.inference.replicas import Replicas
     from megatron_deepseek.serving.chat import ChatFormat
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -142,6 +144,15 @@ def engine_settings(args: argparse.Namespace, max_length: int) -> EngineSettings
     return EngineSettings(max_length, block_size=args.block_size, cache_bytes=args.cache_bytes,
                           token_budget=args.token_budget, max_running=args.max_running,
                           prefix_sharing=not args.no_prefix_sharing, draft_tokens=args.draft_tokens)
+
+
+def warm_up(args: argparse.Namespace, replicas: "Replicas") -> None:
+    """Have what --compile asks for compiled before the first request, and say how long that took."""
+    if args.compile:
+        from megatron_deepseek.runtime.graphs import GraphWatch
+        replicas.engine.warm_up()
+        if leads():
+            print(GraphWatch().see(), file=sys.stderr, flush=True)
 
 
 def sampling_options(args: argparse.Namespace) -> dict:

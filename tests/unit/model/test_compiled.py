@@ -1,4 +1,4 @@
-"""Functions of layers as graphs: each equals the function itself, takes any number of tokens, and is one that a module has.
+"""Functions of layers as graphs: each equals the function, takes any number of tokens, and is one that a module has.
 
 The backend is aot_eager, whose graphs are the compiler's, forward and backward, run by torch's own operators.
 """
