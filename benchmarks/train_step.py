@@ -42,10 +42,12 @@ MODEL = ModelConfig(
 
 
 class Ours:
-    def __init__(self, model: ModelConfig, batch: int, seq_length: int, bf16: bool):
+    def __init__(self, model: ModelConfig, batch: int, seq_length: int, bf16: bool,
+                 compiler: str | None = None):
         layers = tuple(range(model.num_hidden_layers))
         spec = TrainingSpec(model, (Stage(True, layers, (), True),), "1F1B", seq_length, batch,
-                    BuildOptions(precision=Precision(torch.float32, torch.bfloat16 if bf16 else None)), OPTIMIZER)
+                    BuildOptions(precision=Precision(torch.float32, torch.bfloat16 if bf16 else None),
+                                 compiler=compiler), OPTIMIZER)
         self.trainer = Trainer(spec, build_meshes(Layout(), torch.device("cpu")))
 
     def weights(self) -> dict[str, torch.Tensor]:

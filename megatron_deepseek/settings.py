@@ -135,7 +135,8 @@ class RunSettings:
     again from a checkpoint that is resumed. With `epochs` the data gives `train_samples`, both unknown before (0 and
     None), and the last batch is made even if it is not full.
     `fp8_format`: None, or e4m3 by the blockwise recipe (ops/fp8/recipe.py). `fp8_param_gather`: its weights are
-    quantised before FSDP gathers them (ops/fp8/weight.py). `model_file`: the config.json of --model, None for a preset.
+    quantised before FSDP gathers them (ops/fp8/weight.py). `compile`: functions of the layers become graphs of
+    torch.compile (model/compiled.py). `model_file`: the config.json of --model, None for a preset.
     `save_hf_dtype`: bf16, fp32 or fp8, None for that of the computation; `fp8_scale_format`: of FP8 weights of the
     export, None for that of what the run began from (checkpoint/convert/block_fp8.py).
     `eval_tasks`: tasks of lm-eval that are evaluated every `eval_tasks_interval` iterations, as the options say.
@@ -204,6 +205,7 @@ class RunSettings:
     bf16: bool = False
     fp8_format: str | None = None
     fp8_param_gather: bool = False
+    compile: bool = False
     load_adapter: Path | None = None
     save_adapter: Path | None = None
     adapter_for: str | None = None

@@ -33,6 +33,8 @@ WHERE = {
     # (parallel/recorded_collectives.py).
     "TorchDispatchMode": "torch.utils._python_dispatch",
     "_resolve_process_group": "torch.distributed.distributed_c10d",
+    # Sizes that differ from call to call, of which one graph must take all (ops/fusible.py).
+    "mark_dynamic": "torch._dynamo.decorators",
     # A store for ranks that do not exist, to shard a model as they would (checkpoint/reshard/rank_shards.py).
     "FakeStore": "torch.testing._internal.distributed.fake_pg",
     # Traces of all threads (runtime/profile.py).
@@ -82,3 +84,25 @@ def torch_ops():
     """Return the operators that torch's compiler uses for oneDNN."""
     import torch
     return torch.ops.mkldnn
+
+
+def compile_one_graph(function, backend: str):
+    """Return `function` compiled as one graph for each kind of arguments, of which there may be many.
+
+    torch.compile raises an error for a function that is not one graph. From torch 2.13 on its bound on the kinds (8)
+    can be raised for one function: those of layers differ in widths, and in whether gradients are wanted.
+    """
+    import inspect
+
+    import torch
+    limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    return torch.compile(function, backend=backend, fullgraph=True, **limit)
+
+
+def compiled_so_far() -> tuple[int, float]:
+    """Return how many graphs torch.compile has made in this process, and the seconds that it took, backwards included.
+    """
+    import sys
+    utils = sys.modules.get("torch._dynamo.utils")  # not imported before something is compiled
+    return (0, 0.0) if utils is None else (utils.counters["stats"]["unique_graphs"],
+                                           utils.calculate_time_spent()["total_wall_time"])

@@ -106,6 +106,8 @@ def add_batch(group):
         help="products of attention, MLP and experts in FP8; e4m3 is DeepSeek-V3's (none)")
     add("--fp8-recipe", type=str, choices=FP8_RECIPES, help="where its scales come from (blockwise)")
     add("--fp8-param-gather", action="store_true", help="gather FP8 weights over data ranks as FP8, half the bytes")
+    add("--compile", action="store_true", help="compile what layers compute between products, attention and "
+        "communication; the first step takes longer (docs/compile.md)")
 
 
 def _add_learning_rate(parser):

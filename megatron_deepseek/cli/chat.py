@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     length = length if args.seq_length else min(length, USUAL_LENGTH)
     model = load_model(files, join_ranks(options.layout_of(args), _IDLE_MINUTES), options.load_settings(args, length))
     replicas = Replicas(model, replace(options.engine_settings(args, length), max_running=1), stream=True)
+    options.warm_up(args, replicas)
     if not replicas.leads:
         replicas.follow()
     else:

@@ -58,7 +58,9 @@ def build(args: argparse.Namespace, files: ModelFiles, lines: Sequence[PromptLin
     max_length = max(min(limit, needed), 2)
     meshes = join_ranks(options.layout_of(args))
     model = load_model(files, meshes, options.load_settings(args, max_length))
-    return Replicas(model, options.engine_settings(args, max_length))
+    replicas = Replicas(model, options.engine_settings(args, max_length))
+    options.warm_up(args, replicas)
+    return replicas
 
 
 def answer(args: argparse.Namespace, replicas: Replicas, lines: Sequence[PromptLine], done: int) -> None:

@@ -5,6 +5,7 @@ It imports no torch: mistakes are to be told at once.
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_deepseek.parallel.layout import Layout
 if TYPE_CHECKING:
     from megatron_deepseek.inference.loading import LoadSettings
     from megatron_deepseek.inference.model_files import ModelFiles
+    from megatron_deepseek.inference.replicas import Replicas
     from megatron_deepseek.serving.chat import ChatFormat
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -39,6 +41,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=FORMS,
         help="how linear layers are kept: plain, fp8 (blocks as released), nf4 (4 bits) (as the files have them)")
     add("--double-quantization", action="store_true", help="with --weights nf4: quantise its scales as well")
+    add("--compile", action="store_true", help="compile what layers compute between products, attention and "
+        "communication; first answers take longer (docs/compile.md)")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0], help=f"({TOKENIZER_TYPES[0]})")
     add("--tokenizer-model", metavar="PATH", help="tokenizer.json or its directory (the one that is with the weights)")
 
@@ -132,13 +136,23 @@ def load_settings(args: argparse.Namespace, max_length: int) -> "LoadSettings":
 
     from megatron_deepseek.inference.loading import LoadSettings
     return LoadSettings(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None, form=args.weights,
-                        double_quantization=args.double_quantization, max_length=max_length, adapter=args.adapter)
+                        double_quantization=args.double_quantization, max_length=max_length, adapter=args.adapter,
+                        compile=args.compile)
 
 
 def engine_settings(args: argparse.Namespace, max_length: int) -> EngineSettings:
     return EngineSettings(max_length, block_size=args.block_size, cache_bytes=args.cache_bytes,
                           token_budget=args.token_budget, max_running=args.max_running,
                           prefix_sharing=not args.no_prefix_sharing, draft_tokens=args.draft_tokens)
+
+
+def warm_up(args: argparse.Namespace, replicas: "Replicas") -> None:
+    """Have what --compile asks for compiled before the first request, and say how long that took."""
+    if args.compile:
+        from megatron_deepseek.runtime.graphs import GraphWatch
+        replicas.engine.warm_up()
+        if leads():
+            print(GraphWatch().see(), file=sys.stderr, flush=True)
 
 
 def sampling_options(args: argparse.Namespace) -> dict:

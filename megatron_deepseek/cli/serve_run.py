@@ -33,6 +33,7 @@ def serve(args: argparse.Namespace) -> int:
     model = load_model(files, join_ranks(options.layout_of(args), _IDLE_MINUTES), options.load_settings(args, length))
     replicas = Replicas(model, options.engine_settings(args, length), stream=True)
     replicas.engine.prepare_grammars()
+    options.warm_up(args, replicas)
     if not replicas.leads:
         for each in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends in order, and then says so
             signal.signal(each, signal.SIG_IGN)

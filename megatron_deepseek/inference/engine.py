@@ -33,6 +33,7 @@ from megatron_deepseek.inference.stop_strings import StopStrings
 from megatron_deepseek.inference.text import AnswerText, prompt_ids
 
 Prompt = str | Sequences[int]
+_WARM_UP = 64  # tokens of the longest forward before the first request
 
 
 class Engine:
@@ -136,6 +137,20 @@ class Engine:
     def prepare_grammars(self) -> None:
         """Do now what the first request with a grammar would wait for; where grammars cannot be, nothing."""
         self._constraints.prepare()
+
+    def warm_up(self) -> None:
+        """Run forwards of one token, of two and of a prompt, so that no request waits for what is compiled for them.
+
+        Every rank calls it, before the first request.
+        """
+        longest = min(self.settings.token_budget, self.settings.max_length, _WARM_UP)
+        blocks = self.pool.allocate(-(-longest // self.settings.block_size))
+        for number in (1, 2, longest):
+            batch = self.model.batch([Piece([0] * number, blocks, 0)])
+            self.model.logits(self.model.states(batch), [0])
+            for depth in range(1, 1 + self.model.num_depths):
+                self.model.depth_states(depth, batch)
+        self.pool.release(blocks)
 
     @property
     def has_work(self) -> bool:

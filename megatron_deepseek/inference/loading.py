@@ -21,6 +21,7 @@ from megatron_deepseek.inference.model_files import FORMS, NF4, PLAIN, ModelFile
 from megatron_deepseek.inference.packed import pack
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
+from megatron_deepseek.model.compiled import BACKEND, check_compiler, compile_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel.layout import Layout
@@ -35,7 +36,8 @@ class LoadSettings:
 
     `dtype`: what is computed in. `form`: how the weights of linear layers are kept, one of "plain", "fp8" and "nf4";
     `double_quantization`: the scales of NF4 are quantised too. `max_length`: of a text, in tokens; None for all that
-    the model can. `adapter`: a directory of PEFT.
+    the model can. `adapter`: a directory of PEFT. `compile`: functions of the layers are
+    compiled by torch.compile (model/compiled.py).
     """
 
     dtype: torch.dtype | None = None
@@ -43,6 +45,7 @@ class LoadSettings:
     double_quantization: bool = False
     max_length: int | None = None
     adapter: Path | None = None
+    compile: bool = False
 
     def __post_init__(self):
         if self.form is not None and self.form not in FORMS:
@@ -86,6 +89,9 @@ def load_model(files: ModelFiles, meshes: Meshes, settings: LoadSettings = LoadS
         attach(adapter, stage, meshes, dtype)
     make_local(stage)
     pack(stage)
+    if settings.compile:
+        check_compiler(meshes.device)
+        compile_stages([stage], BACKEND)
     return LoadedModel(stage.eval().requires_grad_(False), config, meshes, meshes.device, dtype, files.tokenizer,
                        files.eos_ids, files.defaults)
 

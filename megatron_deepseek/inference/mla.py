@@ -21,7 +21,7 @@ from megatron_deepseek.inference.quantised import dense_weight
 from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.rotary import softmax_scale
 from megatron_deepseek.ops.attention import LogSumExpMerge, Scores, attend
-from megatron_deepseek.ops.rope import apply_rope, assemble_keys, rope_queries
+from megatron_deepseek.ops.rope import apply_rope
 
 PAST_CHUNK = 1024  # tokens of the past whose keys and values exist at once
 
@@ -56,7 +56,8 @@ class CachedMLA:
         cache[self.name].index_copy_(0, batch.slots_T, latents_TW)
 
         w_qb = attention.q_proj if config.q_lora_rank is None else attention.q_b_proj
-        q_TNX = rope_queries(w_qb(c_q).unflatten(-1, (-1, config.qk_head_dim)), rope_2TD, config.qk_nope_head_dim)[0]
+        q_1TNX = w_qb(c_q).unflatten(-1, (-1, config.qk_head_dim))
+        q_TNX = attention.rope_queries(q_1TNX, rope_2TD, config.qk_nope_head_dim)[0]
         y_TNV = q_TNX.new_zeros(*q_TNX.shape[:2], config.v_head_dim)
         if batch.few:
             y_TNV[:batch.num_few] = self._absorbed(q_TNX[:batch.num_few], batch.few, cache)
@@ -120,5 +121,5 @@ class CachedMLA:
         config = self.config
         c_kv, k_pe = latents_LW.unsqueeze(0).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
         heads = self.attention.kv_b_proj(c_kv).unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim))
-        k, v = assemble_keys(heads, k_pe, None, config.qk_nope_head_dim)
+        k, v = self.attention.assemble_keys(heads, k_pe, None, config.qk_nope_head_dim)
         return k.transpose(1, 2), v.transpose(1, 2)

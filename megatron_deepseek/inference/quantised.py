@@ -8,7 +8,8 @@ Shapes: R rows, N outputs, K inputs, E experts of this rank, k = ceil(K / 128).
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, scaled_mm
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.lora import LowRank
-from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GateUp, Grouped
-from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
+from megatron_deepseek.ops.precision_recipe import Deferred, Functions, GateUp, Gemm, Grouped
+from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.parallel.tensor import ParallelLinear
 
 _NUMBERS_AT_ONCE = 1 << 24  # of an NF4 weight, made plain for a product
@@ -54,13 +55,18 @@ class HeldWeight(ABC):
 
 @dataclass(frozen=True)
 class HeldGemm(Gemm):
-    """The GEMM of whatever weight it is given: inference has no gradients."""
+    """The GEMM of whatever weight it is given: inference has no gradients. `swiglu` is as in `Linear`."""
+
+    swiglu: Callable[..., torch.Tensor] = swiglu
 
     def __call__(self, x, weight, *counts):
         return weight.multiply_grouped(x, *counts) if counts else weight.multiply(x)
 
     def after_swiglu(self, gate_up: GateUp, weight, *counts):
-        return self(swiglu(*gate_and_up(*gate_up)), weight, *counts)
+        return self(self.swiglu(*gate_up), weight, *counts)
+
+    def compiled(self, functions: Functions) -> "HeldGemm":
+        return replace(self, swiglu=functions(self.swiglu))
 
     def deferring(self, deferred: Deferred) -> Gemm:
         raise NotImplementedError("held weights are not trained")

@@ -17,6 +17,7 @@ from megatron_deepseek.model.balance_loss import BalanceWeights
 from megatron_deepseek.model.base_weights import hold_base
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.model.capacity import Capacity
+from megatron_deepseek.model.compiled import compile_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.frozen import freeze
 from megatron_deepseek.model.init import initialize
@@ -73,7 +74,8 @@ class BuildOptions:
 
     `frozen`: wildcard patterns over the names of parameters that are not trained (model/frozen.py). `lora`: adapters
     that alone are trained, None to train the weights (model/lora.py); `base`: in which form the weights beside them are
-    kept, None for plain numbers (model/base_weights.py).
+    kept, None for plain numbers (model/base_weights.py). `compiler`: the backend of torch.compile by which functions of
+    the layers become graphs (model/compiled.py), None for none.
     """
 
     precision: Precision = Precision()
@@ -85,6 +87,7 @@ class BuildOptions:
     frozen: tuple[str, ...] = ()
     lora: LoraSettings | None = None
     base: BaseSettings | None = None
+    compiler: str | None = None
     seed: int = 1234
 
 
@@ -100,6 +103,8 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
         move_buffers(stage, meshes.device)
     initialize(stages, config.initializer_range, options.seed)
+    if options.compiler is not None:
+        compile_stages(stages, options.compiler)
     return stages
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_deepseek.ops.cross_entropy import CrossEntropy
 from megatron_deepseek.ops.precision_recipe import Linear
 from megatron_deepseek.parallel import vocabulary_chunks
 from megatron_deepseek.parallel.tensor import TensorParallel
@@ -44,6 +45,7 @@ class OutputHead:
         `chunk_size`: the number of tokens whose logits are computed at once; None for `default_chunk_size`.
         """
         self.tp, self.chunk_size, self._weight, self._gemm = tp, chunk_size, weight, gemm
+        self.cross_entropy = CrossEntropy()
 
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
         """Return the logits of this rank's part of the vocabulary, [B, S, v]."""
@@ -54,9 +56,10 @@ class OutputHead:
         x_TH, weight_vH, chunk_size = self._chunks(state_BSH)
         if chunk_size is None:
             logits_Tv = self._gemm()(x_TH, weight_vH)
-            return -vocab_parallel_cross_entropy(logits_Tv, labels_BS.flatten(), self.tp).view_as(labels_BS)
+            return -vocab_parallel_cross_entropy(logits_Tv, labels_BS.flatten(), self.tp,
+                                                 self.cross_entropy).view_as(labels_BS)
         return vocabulary_chunks.log_probabilities(x_TH, weight_vH, labels_BS.flatten(), chunk_size, self.tp,
-                                                   self._gemm().defer).view_as(labels_BS)
+                                                   self._gemm().defer, self.cross_entropy).view_as(labels_BS)
 
     def entropy(self, state_BSH: torch.Tensor) -> torch.Tensor:
         """Return the entropy of each token's distribution, in nats, [B, S], in at least float32."""

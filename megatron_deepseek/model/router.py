@@ -42,6 +42,7 @@ class Router(nn.Module):
         self.weight = sharded_parameter((config.n_routed_experts, config.hidden_size), tp.mesh, Replicate())
         self.weight_grad = Partial() if tp.size > 1 else Replicate()
         self.gemm: Gemm = WideLinear()
+        self.choose = route
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
@@ -53,11 +54,17 @@ class Router(nn.Module):
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         weight_EH = local_weight(self.weight, self.weight_grad)
         logits_TE = self.gemm.keyed(keys_T)(x_TH, weight_EH.to(wide))
-        scores_TE = logits_TE.softmax(-1) if self.config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
-        experts_TK = balanced_choice(positions_T, self.config) if self.forced else \
-            choose_experts(scores_TE, bias_E, self.config)
-        return Routing(experts_TK, expert_weights(scores_TE, experts_TK, self.config), scores_TE)
+        forced_TK = balanced_choice(positions_T, self.config) if self.forced else None
+        return Routing(*self.choose(logits_TE, bias_E, forced_TK, self.config))
+
+
+def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, forced_TK: torch.Tensor | None, config: ModelConfig
+          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return Routing's tensors of the router's logits, for the experts `forced_TK` where they are given."""
+    scores_TE = logits_TE.softmax(-1) if config.scoring_func == "softmax" else logits_TE.sigmoid()
+    experts_TK = choose_experts(scores_TE, bias_E, config) if forced_TK is None else forced_TK
+    return experts_TK, expert_weights(scores_TE, experts_TK, config), scores_TE
 
 
 @torch.no_grad()

@@ -7,6 +7,9 @@ parallel/vocabulary.py combines the parts of several ranks.
 Shapes: T tokens, v columns of this part.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from megatron_deepseek.ops.backends.registry import with_backends
@@ -40,6 +43,35 @@ def cross_entropy_gradient(logits_Tv: torch.Tensor, labels_T: torch.Tensor, firs
     local_T, mine_T = _columns(labels_T, logits_Tv.shape[-1], first_id)
     grad_Tv.scatter_add_(-1, local_T.unsqueeze(-1), -(grad_T * mine_T).unsqueeze(-1))
     return grad_Tv.to(logits_Tv.dtype)
+
+
+def cross_entropy_gradient_in_a_pass(logits_Tv: torch.Tensor, labels_T: torch.Tensor, first_id: int,
+                                     max_T: torch.Tensor, sum_T: torch.Tensor, grad_T: torch.Tensor) -> torch.Tensor:
+    """Return what `cross_entropy_gradient` does, in a form that a compiler turns into one pass over the logits.
+
+    Adding to the label's column by its place would be a second one. Without a compiler this takes more memory.
+    """
+    local_T, mine_T = _columns(labels_T, logits_Tv.shape[-1], first_id)
+    columns_v = torch.arange(logits_Tv.shape[-1], device=logits_Tv.device)
+    of_label_Tv = (columns_v == local_T.unsqueeze(-1)) & mine_T.unsqueeze(-1)
+    grad_Tv = (logits_Tv.to(max_T.dtype) - max_T.unsqueeze(-1)).exp() * (grad_T / sum_T).unsqueeze(-1)
+    return (grad_Tv - torch.where(of_label_Tv, grad_T.unsqueeze(-1), 0)).to(logits_Tv.dtype)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The two functions of a part's cross-entropy, or their graphs.
+
+    Where they are `plain` and a rank has the whole vocabulary, the CPU takes torch's own cross-entropy.
+    """
+
+    statistics: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = cross_entropy_statistics
+    gradient: Callable[..., torch.Tensor] = cross_entropy_gradient
+    plain: bool = True
+
+    def compiled(self, functions: Callable[[Callable], Callable]) -> "CrossEntropy":
+        """Return both taken from `functions`."""
+        return CrossEntropy(functions(cross_entropy_statistics), functions(cross_entropy_gradient), False)
 
 
 def _columns(labels_T: torch.Tensor, columns: int, first_id: int) -> tuple[torch.Tensor, torch.Tensor]:

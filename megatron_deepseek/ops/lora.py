@@ -16,9 +16,8 @@ from functools import partial
 import torch
 
 from megatron_deepseek.ops.dropout import Dropout
-from megatron_deepseek.ops.precision_recipe import Deferred, GateUp, Gemm, GemmOver, Linear
+from megatron_deepseek.ops.precision_recipe import Deferred, Functions, GateUp, Gemm, GemmOver, Linear
 from megatron_deepseek.ops.recompute import recomputed
-from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class LowRank:
 
     def after_swiglu(self, gate_up: GateUp, *counts: list[int]) -> torch.Tensor:
         """Return it of the input silu(gate) * up, which is made again for A's gradient."""
-        with recomputed(swiglu, *gate_and_up(*gate_up)) as hidden:
+        with recomputed(self.down.swiglu, *gate_up) as hidden:
             return self(hidden, *counts)
 
     def keyed(self, keys: torch.Tensor | None) -> "LowRank":
@@ -63,6 +62,10 @@ class LowRank:
             return self.up(hidden, b, *counts)
         parts = zip(hidden.chunk(self.matrices, -1), b.chunk(self.matrices, -2))
         return torch.cat([self.up(part.contiguous(), own, *counts) for part, own in parts], -1)
+
+    def compiled(self, functions: Functions) -> "LowRank":
+        """Return the same products with SwiGLU taken from `functions`."""
+        return replace(self, down=self.down.compiled(functions), up=self.up.compiled(functions))
 
     def deferring(self, deferred: Deferred) -> "LowRank":
         """Return the same products with the gradients of A and B left to `deferred`."""
@@ -81,13 +84,16 @@ class AdaptedGemm(GemmOver):
 
     def after_swiglu(self, gate_up, weight, *counts):
         if self.base.activate is not None:  # SwiGLU is computed once, and kept for A where it is kept for W
-            with self.base.activate(swiglu, *gate_and_up(*gate_up)) as hidden:
+            with self.base.activate(self.adapter.down.swiglu, *gate_up) as hidden:
                 return self(hidden, weight, *counts)
         delta = self.adapter.after_swiglu(gate_up, *counts)
         return self.base.after_swiglu(gate_up, weight, *counts) + self.base.gradient_seen(delta)
 
     def deferring(self, deferred):
         return AdaptedGemm(self.base.deferring(deferred), self.adapter.deferring(deferred))
+
+    def compiled(self, functions):
+        return AdaptedGemm(self.base.compiled(functions), self.adapter.compiled(functions))
 
     def keyed(self, keys):
         adapter = self.adapter.keyed(keys)

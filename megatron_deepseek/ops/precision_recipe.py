@@ -20,7 +20,7 @@ from megatron_deepseek.ops.attention import Output, attention
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.recompute import kept
-from megatron_deepseek.ops.swiglu import gate_and_up, swiglu
+from megatron_deepseek.ops.swiglu import swiglu
 
 
 class Deferred(Protocol):
@@ -39,6 +39,7 @@ class Deferred(Protocol):
         """Return ops/grouped_gemm.py's result, deferring the weights' gradient."""
 
 
+Functions = Callable[[Callable], Callable]  # gives what stands in a function's place: its graph, or itself
 GateUp = tuple[torch.Tensor, ...]  # gate and up, or one tensor with gate's columns before up's
 
 
@@ -77,6 +78,10 @@ class Gemm(ABC):
         """Return y, whose gradient will be the numbers that this GEMM takes its output's gradient for."""
         return y
 
+    def compiled(self, functions: Functions) -> "Gemm":
+        """Return the same GEMM with what it computes beside products taken from `functions`."""
+        return self
+
     def keyed(self, keys: torch.Tensor | None) -> "Gemm":
         """Return the same GEMM for rows that random numbers are drawn for: by int64 keys, of the shape of x without its
         last dimension. None for rows of which none are drawn.
@@ -111,25 +116,32 @@ class GemmOver(Gemm):
     def rows(self, x):
         return self.base.rows(x)
 
+    def compiled(self, functions):
+        return replace(self, base=self.base.compiled(functions))
+
 
 @dataclass(frozen=True)
 class Linear(Gemm):
     """F.linear in the layer's own dtype.
 
-    `activate` is `recomputed` where SwiGLU's output is not saved. `defer` takes the weight gradient of callers that
-    multiply by the weight themselves (parallel/vocabulary_chunks.py).
+    `activate` is `recomputed` where SwiGLU's output is not saved. `swiglu` is ops/swiglu.py's, or its graph. `defer`
+    takes the weight gradient of callers that multiply by the weight themselves (parallel/vocabulary_chunks.py).
     """
 
     multiply: Callable = F.linear
     activate: Callable[..., AbstractContextManager] = kept
+    swiglu: Callable[..., torch.Tensor] = swiglu
     defer: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None = None
 
     def __call__(self, x, weight, *counts):
         return self.multiply(x, weight, *counts)
 
     def after_swiglu(self, gate_up, weight, *counts):
-        with self.activate(swiglu, *gate_and_up(*gate_up)) as hidden:
+        with self.activate(self.swiglu, *gate_up) as hidden:
             return self(hidden, weight, *counts)
+
+    def compiled(self, functions: Functions) -> "Linear":
+        return replace(self, swiglu=functions(self.swiglu))
 
     def deferring(self, deferred: Deferred) -> "Linear":
         return replace(self, multiply=deferred.linear, defer=deferred.defer_reading)

@@ -31,6 +31,6 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_backward(grad, *ctx.saved_tensors)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, element by element."""
-    return _SwiGLU.apply(gate, up)
+def swiglu(*parts: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, element by element, of what `gate_and_up` takes."""
+    return _SwiGLU.apply(*gate_and_up(*parts))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
+from megatron_deepseek.ops.cross_entropy import CrossEntropy
 from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
 
@@ -41,13 +41,13 @@ def local_ids(ids: torch.Tensor, rows: int, tp: TensorParallel) -> tuple[torch.T
     return local.where(mine, 0), mine
 
 
-def joint_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel
+def joint_statistics(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel, functions: CrossEntropy
                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `cross_entropy_statistics` of the whole vocabulary: maximum, sum of exponentials, label's logit.
 
     All-reduces of [T] over TP replace a gather of [T, V]. One rank has the label's logit, the others add zero.
     """
-    own_max_T, sum_T, label_logit_T = cross_entropy_statistics(logits_Tv, labels_T, tp.rank * logits_Tv.shape[-1])
+    own_max_T, sum_T, label_logit_T = functions.statistics(logits_Tv, labels_T, tp.rank * logits_Tv.shape[-1])
     max_T = own_max_T.clone()
     if tp.size > 1:
         dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=tp.group)
@@ -65,27 +65,30 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_Tv, labels_T, tp):
+    def forward(ctx, logits_Tv, labels_T, tp, functions):
         ctx.first_id = tp.rank * logits_Tv.shape[-1]
-        max_T, sum_T, label_logit_T = joint_statistics(logits_Tv, labels_T, tp)
+        ctx.functions = functions
+        max_T, sum_T, label_logit_T = joint_statistics(logits_Tv, labels_T, tp, functions)
         ctx.save_for_backward(logits_Tv, labels_T, max_T, sum_T)
         return sum_T.log() - (label_logit_T - max_T)
 
     @staticmethod
     def backward(ctx, grad_T):
         logits_Tv, labels_T, max_T, sum_T = ctx.saved_tensors
-        return cross_entropy_gradient(logits_Tv, labels_T, ctx.first_id, max_T, sum_T, grad_T), None, None
+        grad_Tv = ctx.functions.gradient(logits_Tv, labels_T, ctx.first_id, max_T, sum_T, grad_T)
+        return grad_Tv, None, None, None
 
 
-def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel,
+                                 functions: CrossEntropy = CrossEntropy()) -> torch.Tensor:
     """Return each token's loss [T], in at least float32, from this rank's logits and labels of the whole vocabulary."""
-    if tp.size == 1 and not logits_Tv.is_cuda:
+    if functions.plain and tp.size == 1 and not logits_Tv.is_cuda:
         wide = torch.promote_types(logits_Tv.dtype, torch.float32)
         return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
-    return VocabParallelCrossEntropy.apply(logits_Tv, labels_T, tp)
+    return VocabParallelCrossEntropy.apply(logits_Tv, labels_T, tp, functions)
 
 
 def log_normalizer(logits_Tv: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """Return the log of the sum of exp(logit) over the whole vocabulary, [T], from this rank's wide logits."""
     no_label_T = torch.full_like(logits_Tv[:, 0], -1, dtype=torch.int64)  # no rank has it, so its logit counts as 0
-    return VocabParallelCrossEntropy.apply(logits_Tv, no_label_T, tp)
+    return VocabParallelCrossEntropy.apply(logits_Tv, no_label_T, tp, CrossEntropy())

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.cross_entropy import cross_entropy_gradient
+from megatron_deepseek.ops.cross_entropy import CrossEntropy
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary import joint_statistics
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
@@ -45,13 +45,14 @@ def rows_of_a_block(tokens: int, rows: int, chunk_size: int) -> int:
 
 
 def log_probabilities(x_TH: torch.Tensor, weight_vH: torch.Tensor, labels_T: torch.Tensor, chunk_size: int,
-                      tp: TensorParallel, defer: Defer | None = None) -> torch.Tensor:
+                      tp: TensorParallel, defer: Defer | None = None, functions: CrossEntropy = CrossEntropy()
+                      ) -> torch.Tensor:
     """Return log p(label) of each token [T], in at least float32, of logits x W^T.
 
     `defer` takes the weight's gradient, to be computed later; with None the backward computes it.
     """
     wants_x = torch.is_grad_enabled() and x_TH.requires_grad
-    return _LogProbabilities.apply(x_TH, weight_vH, labels_T, chunk_size, tp, defer, wants_x)
+    return _LogProbabilities.apply(x_TH, weight_vH, labels_T, chunk_size, tp, defer, wants_x, functions)
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -63,16 +64,17 @@ class _LogProbabilities(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TH, weight_vH, labels_T, chunk_size, tp, defer, wants_x):
+    def forward(ctx, x_TH, weight_vH, labels_T, chunk_size, tp, defer, wants_x, functions):
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         statistics_3T = torch.empty(3, len(x_TH), dtype=wide, device=x_TH.device)
         slope_TH = torch.empty_like(x_TH) if wants_x else None
         for part in slices(len(x_TH), chunk_size):
-            statistics_3T[:, part] = _statistics(x_TH[part], weight_vH, labels_T[part], tp,
+            statistics_3T[:, part] = _statistics(x_TH[part], weight_vH, labels_T[part], tp, functions,
                                                  None if slope_TH is None else slope_TH[part])
         max_T, sum_T, label_T = statistics_3T
         ctx.save_for_backward(x_TH, labels_T, max_T, sum_T, slope_TH)
         ctx.weight, ctx.chunk_size, ctx.first_id, ctx.defer = weight_vH, chunk_size, tp.rank * len(weight_vH), defer
+        ctx.functions = functions
         return label_T - max_T - sum_T.log()
 
     @staticmethod
@@ -83,28 +85,29 @@ class _LogProbabilities(torch.autograd.Function):
             grad_x = torch.mul(slope_TH, grad_T.unsqueeze(-1), out=torch.empty_like(slope_TH))
         if ctx.needs_input_grad[1]:
             make = partial(_weight_gradient, x_TH, ctx.weight, labels_T, ctx.first_id, max_T, sum_T, -grad_T,
-                           ctx.chunk_size)
+                           ctx.chunk_size, ctx.functions)
             grad_weight = make() if ctx.defer is None else ctx.defer(ctx.weight, make)
-        return grad_x, grad_weight, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None
 
 
-def _statistics(x_TH, weight_vH, labels_T, tp, slope_TH: torch.Tensor | None) -> torch.Tensor:
+def _statistics(x_TH, weight_vH, labels_T, tp, functions: CrossEntropy, slope_TH: torch.Tensor | None) -> torch.Tensor:
     """Return joint_statistics [3, T] of one chunk; fill `slope_TH` with the derivatives of log p by the input."""
     logits_Tv = F.linear(x_TH, weight_vH)
-    max_T, sum_T, label_T = joint_statistics(logits_Tv, labels_T, tp)
+    max_T, sum_T, label_T = joint_statistics(logits_Tv, labels_T, tp, functions)
     if slope_TH is not None:
         first_id, minus_T = tp.rank * len(weight_vH), torch.full_like(max_T, -1)
-        torch.mm(cross_entropy_gradient(logits_Tv, labels_T, first_id, max_T, sum_T, minus_T), weight_vH, out=slope_TH)
+        torch.mm(functions.gradient(logits_Tv, labels_T, first_id, max_T, sum_T, minus_T), weight_vH, out=slope_TH)
     return torch.stack([max_T, sum_T, label_T])
 
 
-def _weight_gradient(x_TH, weight_vH, labels_T, first_id, max_T, sum_T, grad_T, chunk_size) -> torch.Tensor:
+def _weight_gradient(x_TH, weight_vH, labels_T, first_id, max_T, sum_T, grad_T, chunk_size,
+                     functions: CrossEntropy) -> torch.Tensor:
     """Return the cross-entropy's gradient of the weight, [v, H], block by block of rows."""
     gradient_vH = torch.empty_like(weight_vH)
 
     def fill(rows: slice) -> None:
-        grad_logits = cross_entropy_gradient(F.linear(x_TH, weight_vH[rows]), labels_T, first_id + rows.start, max_T,
-                                             sum_T, grad_T)
+        grad_logits = functions.gradient(F.linear(x_TH, weight_vH[rows]), labels_T, first_id + rows.start, max_T,
+                                         sum_T, grad_T)
         torch.mm(grad_logits.t(), x_TH, out=gradient_vH[rows])
 
     for rows in slices(len(weight_vH), rows_of_a_block(len(x_TH), len(weight_vH), chunk_size)):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.device import is_accelerator, product_name
 from megatron_deepseek.model.build import BuildOptions, Precision
+from megatron_deepseek.model.compiled import BACKEND, check_compiler
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job, limit_waiting
 from megatron_deepseek.planning.pipeline_balance import resolve
@@ -41,6 +42,8 @@ def _run_job(task: Task, settings: Settings, begun: float) -> None:
     device = choose_device()
     join_job(device, settings.run.distributed_timeout_minutes)
     with end_on_user_error(lock=lock):
+        if settings.run.compile:
+            check_compiler(device)
         start = share(start, settings.run.save)
         prepared = task.prepare(settings)
     meshes = build_meshes(settings.layout, device)
@@ -105,6 +108,7 @@ def training_spec(settings: Settings) -> TrainingSpec:
         build=BuildOptions(
             precision=Precision(torch.float32, torch.bfloat16 if settings.run.bf16 else None,
                                 fp8=settings.run.fp8_format is not None, fp8_gather=settings.run.fp8_param_gather),
+            compiler=BACKEND if settings.run.compile else None,
             loss=settings.loss, recompute=settings.recompute, communication=settings.communication,
             offload=settings.offload, reshard_after_forward=settings.run.sharding == "optim_grads_params",
             frozen=settings.run.freeze_parameters, lora=settings.lora, base=settings.base,

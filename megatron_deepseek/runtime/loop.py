@@ -16,6 +16,7 @@ from megatron_deepseek.runtime.decision import Start
 from megatron_deepseek.runtime.expert_counter import ExpertCounter, is_shown
 from megatron_deepseek.runtime.export import keep_beside
 from megatron_deepseek.runtime.garbage import GarbageCollection
+from megatron_deepseek.runtime.graphs import GraphWatch
 from megatron_deepseek.runtime.health import LabelWatch, NotFinite, SpikeWatch, find_origin
 from megatron_deepseek.runtime.interruptions import Interruptions
 from megatron_deepseek.runtime.megatron_curves import StepCurves
@@ -60,7 +61,7 @@ class Run:
         self.garbage = GarbageCollection(settings.run)
         counted = settings.model.n_routed_experts and is_shown(settings.run)
         self.experts = ExpertCounter(trainer.meshes, settings.run.log_interval) if counted else None
-        self.spikes, self.labels = SpikeWatch(), LabelWatch()
+        self.spikes, self.labels, self.graphs = SpikeWatch(), LabelWatch(), GraphWatch()
         self.schedule = schedule_of(settings.learning_rate, settings.run, settings.batch, state)
         self.curves = StepCurves(settings.run, settings.loss.balance_type, settings.layout.world_size,
                                  trainer.meshes.device)
@@ -139,6 +140,7 @@ class Run:
                                          self.interruptions.stop_flags)
         seconds = time.perf_counter() - begin
         self._check_health(result, batch)
+        self._report_graphs()
         self.state = state.after(size, result.updated)
         metrics = self._metrics(result, rate, size * settings.data.seq_length, seconds)
         self.report.step(metrics)
@@ -157,6 +159,11 @@ class Run:
         for line in (skipped, unlabelled, spike):
             if line is not None:
                 self.report.message(line)
+
+    def _report_graphs(self) -> None:
+        compiled = self.graphs.see() if self.settings.run.compile else None
+        if compiled is not None:
+            self.report.message(compiled)
 
     def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float) -> StepMetrics:
         run, losses, mfu, peak_memory = self.settings.run, result.losses, None, None

@@ -40,7 +40,7 @@ IGNORED = Keys("no number of a training depends on them", """
     overlap_grad_reduce overlap_param_gather overwrite_cache per_device_eval_batch_size prediction_loss_only
     preprocessing_batch_size print_param_status ray_init_kwargs ray_num_workers ray_run_name ray_storage_path
     ray_scheduler remove_unused_columns resources_per_worker master_addr master_port save_on_each_node save_safetensors
-    skip_memory_metrics streaming tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    skip_memory_metrics streaming tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps
     trust_remote_code upcast_layernorm upcast_lmhead_output use_cache use_cpu use_distributed_optimizer
     use_fast_tokenizer use_hyper_parallel use_kt use_kv_cache use_legacy_prediction_loop use_liger_kernel use_mca
     use_megatron_bridge use_reentrant_gc use_unsloth use_unsloth_gc use_v1_kernels recompute_method recompute_num_layers

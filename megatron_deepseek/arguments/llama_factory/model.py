@@ -110,7 +110,7 @@ def quantisation(r: Recipe) -> None:
 
 
 def numbers(r: Recipe) -> None:
-    """Translate the dtype that is computed in."""
+    """Translate the dtype that is computed in, and whether layers are compiled."""
     pure, half = r.flag("pure_bf16"), r.flag("fp16")
     if r.flag("bf16") or pure or half:
         r.put("--bf16")
@@ -118,6 +118,8 @@ def numbers(r: Recipe) -> None:
         r.differs.append("pure_bf16: --bf16 computes in bfloat16; weights and gradients stay in float32")
     if half:
         r.differs.append("fp16: --bf16 stands for it; float16 is not computed in")
+    if r.flag("torch_compile"):
+        r.put("--compile")
     if r.flag("fp8"):
         r.put("--fp8-format", "e4m3")
         r.put("--fp8-recipe", "blockwise")

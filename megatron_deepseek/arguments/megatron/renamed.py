@@ -45,6 +45,7 @@ VALUES: Mapping[tuple[str, str], str] = MappingProxyType({
     ("--dataloader-inter-document-masking", ""): "--reset-attention-mask",
     ("--multi-head-latent-attention", ""): "--multi-latent-attention",
     ("--moe-fb-overlap", ""): "--overlap-moe-expert-parallel-comm",
+    ("--torch-compile", ""): "--compile",
     ("--swap-optimizer", ""): "--optimizer-cpu-offload",
     ("--schedules-method", "dualpipev"): "--pipeline-schedule DualPipeV",
     ("--cp-comm-type", "p2p"): "--cp-comm-type ring",

@@ -44,6 +44,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = PieceLinear(hidden, of_keys * self.size, of_keys, tp, bias, gemm)
         self.v_proj = PieceLinear(hidden, of_keys * self.size, of_keys, tp, bias, gemm)
         self.o_proj = row_linear(heads * self.size, hidden, tp, config.attention_bias, recipe.attention_output)
+        self.rope = apply_rope_to_halves
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(self.size, config.rms_norm_eps, tp, weight_grad=Partial())
                                         for _ in range(2))
@@ -87,12 +88,12 @@ class ProjectedHeads(Heads):
 
     def queries(self, c_q: torch.Tensor) -> torch.Tensor:
         """Return turned queries [B, S, N, D]."""
-        return apply_rope_to_halves(self.layer.queries(c_q, self.keys_BS), self.rope_2SD)
+        return self.layer.rope(self.layer.queries(c_q, self.keys_BS), self.rope_2SD)
 
     def keys_and_values(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return turned keys and values, [B, S, G, D] each."""
         k_BSGD, v_BSGD = self.layer.keys(x_BSH, self.keys_BS), self.layer.values(x_BSH, self.keys_BS)
-        return apply_rope_to_halves(k_BSGD, self.rope_2SD), v_BSGD
+        return self.layer.rope(k_BSGD, self.rope_2SD), v_BSGD
 
     def block(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """Return turned keys and values side by side, [B, S, 2 * G * D]."""

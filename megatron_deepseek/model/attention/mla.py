@@ -14,6 +14,7 @@ what travels between the ranks that share a sequence.
 Shapes: B batch, S sequence, T any tokens, H hidden, N local heads, C latent, D head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +54,15 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, tp, of_part)
         self.kv_b_proj = column_linear(
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), tp, gemm)
+        self.rope_queries, self.assemble_keys = rope_queries, assemble_keys
         self.o_proj = row_linear(heads * config.v_head_dim, config.hidden_size, tp, bias, recipe.attention_output)
 
     def forward(self, x_BSH: torch.Tensor, positions: Positions) -> torch.Tensor:
         keys_BS = self.tp.stream_keys(positions.keys.own_BS)
         c_q, c_kv, k_pe = self.whole_sequence(*self.latents(x_BSH, keys_BS))
         w_qb = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
-        heads = UpProjections(self.config, w_qb, self.kv_b_proj, positions.rope_2SD, positions.keys)
+        heads = UpProjections(self.config, w_qb, self.kv_b_proj, positions.rope_2SD, positions.keys,
+                              self.rope_queries, self.assemble_keys)
         y_BSV = self.core(heads, c_q, (c_kv, k_pe), positions.mask)
         return self.o_proj.add_bias(self.tp.leave(self.o_proj(y_BSV, positions.keys.own_BS)))
 
@@ -87,14 +90,17 @@ class MLA(nn.Module):
 @dataclass(frozen=True, eq=False)
 class UpProjections(Heads):
     """q, k and v of this rank's heads. `w_qb` and `w_kvb` are its slices of W_qb and W_kvb, `rope_2SD` the rotary table
-    of this rank's positions, `keys` those of the tokens of all ranks.
+    of this rank's positions, `keys` those of the tokens of all ranks. `rope_queries` and `assemble_keys` are those of
+    ops/rope.py, or their graphs.
     """
 
     config: ModelConfig
     w_qb: ParallelLinear
     w_kvb: ParallelLinear
     rope_2SD: torch.Tensor
-    keys: TokenKeys = TokenKeys()
+    keys: TokenKeys
+    rope_queries: Callable[..., torch.Tensor]
+    assemble_keys: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     alike = True  # latents are those of all heads
 
     @property
@@ -104,7 +110,8 @@ class UpProjections(Heads):
     def queries(self, c_q: torch.Tensor) -> torch.Tensor:
         """Return queries [B, S, N, nope + rope], their rotary dimensions turned."""
         nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
-        return rope_queries(self.w_qb(c_q, self.keys.own_BS).unflatten(-1, (-1, nope + rope)), self.rope_2SD, nope)
+        q_BSNX = self.w_qb(c_q, self.keys.own_BS).unflatten(-1, (-1, nope + rope))
+        return self.rope_queries(q_BSNX, self.rope_2SD, nope)
 
     def keys_and_values(self, c_kv: torch.Tensor, k_pe_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys [B, S, N, nope + rope] and values [B, S, N, V] of latents whose k_pe is turned here."""
@@ -125,4 +132,5 @@ class UpProjections(Heads):
     def _keys_and_values(self, c_kv: torch.Tensor, k_pe_BTD: torch.Tensor, rope_2SD: torch.Tensor | None,
                          keys_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
-        return assemble_keys(self.w_kvb(c_kv, keys_BT).unflatten(-1, (-1, nope + v_dim)), k_pe_BTD, rope_2SD, nope)
+        kv_BTNX = self.w_kvb(c_kv, keys_BT).unflatten(-1, (-1, nope + v_dim))
+        return self.assemble_keys(kv_BTNX, k_pe_BTD, rope_2SD, nope)
