@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load", type=values.path, required=True, metavar="DIR",
         help="a Hugging Face directory, or one of checkpoints")
     add("--save", type=values.path, metavar="DIR", help="made whole, by a rename at the end")
-    add("--dtype", choices=TYPES, 
+    add("--dtype", choices=TYPES,
         help="type of the weights (as stored; FP8 becomes bf16 in native ones and in GGUF); q8_0 is GGUF's alone")
     add("--fp8-scale-format", choices=SCALE_FORMATS,
         help="of FP8 weights: any value, or ue8m0, powers of two as in V3.1 (as in the source, else float32)")
@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="where tokenizer and generation_config.json are (the source's); with --from megatron also config.json")
     add("--chat-template", metavar="NAME|FILE", help="put it beside the tokenizer: "
         f"{', '.join(template_names())}, or a file of yours (the source's, if it has one)")
-    add("--gguf-pre-tokenizer", metavar="NAME", help="llama.cpp's name of how texts are cut, if your tokenizer has none")
+    add("--gguf-pre-tokenizer", metavar="NAME",
+        help="llama.cpp's name of how texts are cut (found by the tokenizer, unless it cuts in a way of its own)")
     add("--dry-run", action="store_true", help="check everything, list what would be written, write nothing")
     add("--layers", type=layers, metavar="0,3-5", help="list these layers only; means --dry-run")
     return parser

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 
 from megatron_deepseek.checkpoint.convert.assets import Assets
 from megatron_deepseek.checkpoint.convert.blocks import FP8

@@ -23,7 +23,7 @@ def no_sentencepiece(*_):
 
 
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
-base.TextModel._create_vocab_sentencepiece = no_sentencepiece
+setattr(base.TextModel, "_create_vocab_sentencepiece", no_sentencepiece)
 transformers.AutoTokenizer = transformers.PreTrainedTokenizerFast
 for outtype, file, directory in zip(*[iter(sys.argv[1:])] * 3, strict=True):
     sys.argv[1:] = ["--outtype", outtype, "--outfile", file, directory]

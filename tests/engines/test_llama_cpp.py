@@ -19,11 +19,13 @@ pytestmark = pytest.mark.slow
 
 from gguf import GGUFReader
 
-from megatron_deepseek.data.tokenizer import ByteTokenizer, build_tokenizer
+from megatron_deepseek.checkpoint.convert.tokenizer_files import replace_tokenizer, tokenizer_to_keep
+from megatron_deepseek.data.tokenizer import BOS, EOD, ByteTokenizer, build_tokenizer
 
 MODELS = {"v3": V3_LIKE, "lite": V2_LITE_LIKE, **DENSE}
 ALL = LENGTH * len(PROMPTS)
-TEXTS = ["Hello world, it's 12345 o'clock.\n\n\t  x = [1, 2]  # no", "北京 天气 naïve café — “q” \U0001f600\U0001f468‍\U0001f469",
+TEXTS = ["Hello world, it's 12345 o'clock.\n\n\t  x = [1, 2]  # no",
+         "北京 天气 naïve café — “q” \U0001f600\U0001f468‍\U0001f469",
          "<｜User｜>What is 7 times 6?<｜Assistant｜>", "    def f(x):\r\n        return x+1;;  \n"]
 # The converter reads a name and a version out of the directory's name, writes groups of which all are reached, and
 # leaves out for some families what llama.cpp can count: the vocabulary, and the size of heads.
@@ -129,19 +131,14 @@ def test_it_cuts_texts_as_in_training_and_asks_by_the_template(models, tmp_path)
         usage = server.ask("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], max_tokens=4)["usage"]
         assert usage["prompt_tokens"] == 1 + len(tokenizer.encode("<｜User｜>hi<｜Assistant｜>"))  # begin once
         properties = server.get("/props")
-        assert (properties["bos_token"], properties["eos_token"]) == ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+        assert (properties["bos_token"], properties["eos_token"]) == (BOS, EOD)
     bytes_only = ByteTokenizer()
-    write_byte_tokenizer(tmp_path / "bytes")
+    (tmp_path / "bytes").mkdir()
+    replace_tokenizer(tmp_path / "bytes", tokenizer_to_keep("ByteTokenizer", None)[0])
     file = to_gguf(models["lite"], tmp_path / "out", "--assets", str(tmp_path / "bytes"))
     with llama_serving(file) as server:
         assert [server.tokenize(text) for text in TEXTS if "｜" not in text] == [
             bytes_only.encode(text) for text in TEXTS if "｜" not in text]
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    from megatron_deepseek.checkpoint.convert.tokenizer_files import replace_tokenizer, tokenizer_to_keep
-    folder.mkdir()
-    replace_tokenizer(folder, tokenizer_to_keep("ByteTokenizer", None)[0])
 
 
 def test_several_files_are_one_model(models, tmp_path):

@@ -18,6 +18,7 @@ from megatron_deepseek.model.architecture.parameters import BIAS, EMBEDDING, HEA
 
 REPOSITORY = Path(__file__).parents[2]
 VOCABULARY, EOS = 512, 1
+DAMPING = 0.1
 _MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _EXPERTS = {"num_experts_per_tok": 4, "first_k_dense_replace": 1}
 _TEXTS = {"vocab_size": VOCABULARY, "max_position_embeddings": 5120, "bos_token_id": 0, "eos_token_id": EOS}
@@ -61,9 +62,25 @@ def spread_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     return weights | {name: weights[original].clone() for name, original in mtp_copies(config).items()}
 
 
-def write_engine_model(directory: Path, config: ModelConfig) -> Path:
+def calm_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Return spread weights of which each layer changes less: bf16 and FP8 leave the likeliest tokens likeliest.
+
+    The MTP module predicts as the model does, from the embedding of the token that was said: the first half of its
+    eh_proj's inputs.
+    """
+    weights = spread_weights(config)
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = weight * DAMPING
+        elif name.endswith("eh_proj.weight"):
+            weights[name] = torch.eye(*weight.shape)
+    return weights
+
+
+def write_engine_model(directory: Path, config: ModelConfig, calm: bool = False) -> Path:
     """Write a Hugging Face directory with a tokenizer of V3's kind, trained on this repository's README."""
-    write_hf(directory, spread_weights(config), config.to_hf_dict() | {"torch_dtype": "float32"}, shards=1)
+    weights = calm_weights(config) if calm else spread_weights(config)
+    write_hf(directory, weights, config.to_hf_dict() | {"torch_dtype": "float32"}, shards=1)
     save(train([(REPOSITORY / "README.md").read_text()], VOCABULARY), directory / "tokenizer.json")
     fields = {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOD, "pad_token": EOD,
               "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

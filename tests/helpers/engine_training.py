@@ -1,4 +1,4 @@
-"""Checkpoints that other engines are to serve: a few steps of the real trainer, in several layouts, on spread weights."""
+"""Checkpoints that other engines are to serve: a few steps of the real trainer, in several layouts."""
 
 from pathlib import Path
 

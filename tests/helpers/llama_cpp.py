@@ -70,10 +70,11 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_serving(file: Path, cache: str = "f32") -> Iterator[LlamaServer]:
-    """Serve a GGUF file beside the block, with keys and values kept as `cache` (f32 or f16)."""
-    with subprocess.Popen([sys.executable, str(SCRIPTS / "llama_serve.py"), str(file), cache], env=_environment(),
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+def llama_serving(file: Path) -> Iterator[LlamaServer]:
+    """Serve a GGUF file beside the block."""
+    words = [sys.executable, str(SCRIPTS / "llama_serve.py"), str(file)]
+    with subprocess.Popen(words, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as server:
         try:
             url = server.stdout.readline().strip()
             assert url.startswith("http"), f"{file} does not load"

@@ -1,4 +1,4 @@
-"""Which of llama.cpp's architectures a model is, and what of a model llama.cpp would compute otherwise.
+"""The architectures of llama.cpp by family, and what of a model llama.cpp would compute otherwise.
 
 Read off llama.cpp's sources (src/models/deepseek2.cpp, deepseek.cpp; build_moe_ffn of src/llama-graph.cpp), and tried
 with the wheel of xllamacpp that tests/engines names.

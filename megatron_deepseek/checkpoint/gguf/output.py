@@ -4,7 +4,6 @@ The package gguf writes a file's header: keys, and where each tensor is. The num
 a time, since its own writer takes whole tensors, which of stacked experts are gigabytes.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

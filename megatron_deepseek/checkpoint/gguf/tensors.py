@@ -1,8 +1,8 @@
 """The tensors of a GGUF file: llama.cpp's names, shapes and order of numbers, and the weights that each is made of.
 
-Experts are stacked. MLA's kv_b_proj becomes two tensors, each of one matrix per head: k_b, transposed, because llama.cpp
-multiplies queries by it (absorbed attention), and v_b. Llama's queries and keys have the rows of a head in the order in
-which its rotary embedding takes pairs. Names come from the package gguf, which llama.cpp's own converter uses too.
+Experts are stacked. MLA's kv_b_proj becomes two tensors, each of one matrix per head: k_b, transposed, because
+llama.cpp multiplies queries by it (absorbed attention), and v_b. Llama's queries and keys have the rows of a head in
+the order in which its rotary embedding takes pairs. Names come from the package gguf, as in llama.cpp's own converter.
 """
 
 import re

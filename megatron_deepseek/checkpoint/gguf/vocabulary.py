@@ -25,14 +25,14 @@ _BY_SPLITS = {DEEPSEEK_V3: "deepseek-v3", QWEN2: "qwen2", LLAMA3: "llama-bpe"}
 _GPT2 = "gpt-2"  # what the library's own step ByteLevel cuts by
 # The same by the ids that a released tokenizer gives llama.cpp's test string: what its own converter goes by.
 _TEST_STRING = (
-    '\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 '
-    "3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= "
-    "нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure "
-    "I'll make it, 'D you like some tea? We'Ve a'lL")
+    '\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 '
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
+    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL")
 _BY_HASH = {"049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
             "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder"}
-# llama.cpp wants a list of merges. These two characters are none that stand for bytes: the merge is never made.
-_NO_MERGES = ["一 一"]
+# llama.cpp wants a list of merges. No byte is written as this character: the merge is never made.
+_NO_MERGES = ("一 一",)
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def read_vocabulary(directory: Path, pre_tokenizer: str | None, chat_template: s
         raise ValueError(f"--to gguf: {directory / JSON} is no byte-level BPE, and no other kind is written here")
     merges = tuple(" ".join(pair) for pair in model["merges"])
     tokens, types = _entries(tokenizer)
-    return Vocabulary(tokens, types, merges or tuple(_NO_MERGES), pre_tokenizer or _name_of(tokenizer, fields, directory),
-                      ids.bos_token_id, ids.eos_token_id, ids.pad_token_id, tokenizer.adds_bos,
-                      chat_template or _template_in(directory))
+    name = pre_tokenizer or _name_of(tokenizer, fields, directory)
+    return Vocabulary(tokens, types, merges or _NO_MERGES, name, ids.bos_token_id, ids.eos_token_id, ids.pad_token_id,
+                      tokenizer.adds_bos, chat_template or _template_in(directory))
 
 
 def _entries(tokenizer: HuggingFaceTokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -111,7 +111,7 @@ def _name_of(tokenizer: HuggingFaceTokenizer, fields: dict[str, Any], directory:
         if name is not None:
             return name
     raise ValueError(f"--to gguf: {directory / JSON} cuts texts in a way for which llama.cpp has no known name: some "
-                     "texts would get other tokens there; --gguf-pre-tokenizer NAME takes one of its names all the same")
+                     "texts would get other tokens there; --gguf-pre-tokenizer NAME takes one of its names anyway")
 
 
 def _splits(pre_tokenizer: dict[str, Any] | None) -> tuple[tuple[str, ...], dict[str, Any] | None]:

@@ -1,8 +1,9 @@
 """What vLLM's loader of DeepSeek-V3 asks of an export, so far as its sources say: every parameter filled, once.
 
-vLLM does not run here. Names, shapes and types were read off its repository (deepseek_v2.py at 002d6073,
-deepseek_mtp.py at 03356f8c, quantization/fp8.py at 0071b24b); SGLang's loader keeps the same names. `destination`
-follows `load_weights` of both files: what it does to a tensor's name. `parameters` says what the modules register.
+tests/engines/test_vllm.py runs vLLM; this needs none of it. Names, shapes and types were read off its repository
+(deepseek_v2.py at 002d6073, deepseek_mtp.py at 03356f8c, quantization/fp8.py at 0071b24b); SGLang's loader keeps the
+same names. `destination` follows `load_weights` of both files: what it does to a tensor's name. `parameters` says what
+the modules register.
 """
 
 import json
