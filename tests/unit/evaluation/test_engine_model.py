@@ -1,5 +1,7 @@
 """Questions through the engine: what the training model's own forward says, each context computed once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_engines import V3_MTP, loaded, uncached_logits
@@ -7,9 +9,11 @@ from small_engines import V3_MTP, loaded, uncached_logits
 from megatron_deepseek.data.tokenizer import ByteTokenizer
 from megatron_deepseek.evaluation.engine_model import EngineModel
 from megatron_deepseek.evaluation.questions import Continuation, Generation, Score
+from megatron_deepseek.inference.asking import Asked, answer_all
 from megatron_deepseek.inference.replicas import Replicas
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.settings import EngineSettings
+from megatron_deepseek.parallel.layout import Layout
 
 CONTEXTS = [(5, 9, 2, 33, 14), (7,), (5, 9, 2, 8, 8, 8, 1)]
 TEXTS = [(4, 17, 30), (4,), (11, 6)]
@@ -65,6 +69,30 @@ def test_answers_leave_out_what_ends_them(model):
     parameters = SamplingParameters(max_tokens=2, temperature=0)
     (_, plain), = evaluated(model).answers([Generation(CONTEXTS[0], parameters)])
     assert plain == [[first, second]]
-    ending = type(model)(**{**vars(model), "eos_ids": (second,)})
-    (_, ended), = evaluated(ending).answers([Generation(CONTEXTS[0], parameters)])
+    (_, ended), = evaluated(replace(model, eos_ids=(second,))).answers([Generation(CONTEXTS[0], parameters)])
     assert ended == [[first]]
+
+
+class TwoReplicas:
+    """The meshes of rank 0 of two replicas, as far as Replicas asks them."""
+
+    layout = Layout(dp=2)
+
+    @staticmethod
+    def rank(axis: str) -> int:
+        return 0
+
+
+class Handed(Replicas):
+    """Replicas that tell which of them gets each request, instead of computing."""
+
+    def step(self):
+        raise StopIteration([each.replica for each in self._commands])
+
+
+def test_requests_with_the_same_beginning_go_to_the_same_replica(model):
+    replicas = Handed(replace(model, meshes=TwoReplicas()), EngineSettings(16))
+    asked = [Asked(number, (1, 2, number), SamplingParameters(), follows=number in (1, 2, 4)) for number in range(5)]
+    with pytest.raises(RuntimeError) as handed:  # what becomes of a StopIteration in a generator
+        next(answer_all(replicas, asked, at_a_time=5))
+    assert handed.value.__cause__.value == [0, 0, 0, 1, 1]
