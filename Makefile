@@ -31,7 +31,8 @@ help:
 	@echo '                $(VLLM)), and compare with them'
 	@echo 'make test-core VERSION=0.19.2   exchange checkpoints with that release of megatron-core (in .core-VERSION)'
 	@echo 'make test-torch VERSION=2.14.1   run make test with that release of PyTorch (in .venv-torch-VERSION)'
-	@echo 'make test-clients   install clients of the server (lm-eval, llm) in $(CLIENTS), and run them'
+	@echo 'make test-clients   install lm-eval and llm in $(CLIENTS), run them as clients of the server, and hold'
+	@echo '                tools/evaluate.py against lm-eval'"'"'s own model'
 	@echo 'make test-browser   install Chromium (on Debian) and its driver, in $(BROWSER), and try the chat page in it'
 	@echo 'make test-exhaustive   compare random layouts with one process until interrupted'
 	@echo 'make drill      kill training jobs a thousand times, fill their disks, damage their files (hours)'
@@ -118,7 +119,9 @@ test-torch:
 
 test-clients: $(STAMP)
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet 'lm-eval[api]>=0.4.11' 'transformers>=5' 'llm>=0.27'
+	@own=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  echo "import site; site.addsitedir('$$own')" > "$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_the_project.pth"
+	$(CLIENTS)/bin/python -m pip install --quiet 'lm-eval[api]>=0.4.11' 'accelerate>=1' 'peft>=0.17' 'transformers>=5' 'llm>=0.27'
 	CLIENTS='$(abspath $(CLIENTS))' $(PYTEST) tests/clients
 
 # Pictures of the page go to tests/browser/screenshots.

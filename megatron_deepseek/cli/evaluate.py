@@ -99,7 +99,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; return the exit status."""
+    """Evaluate the model, and return the exit status."""
     with quick_imports():
         import torch.distributed as dist
 

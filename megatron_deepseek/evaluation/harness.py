@@ -118,14 +118,16 @@ def evaluate(model: EvaluatedModel, tasks: "Sequence[Task | Group]", wanted: Eva
     """Return lm-eval's results, and the file that they were written to where an `output` is given.
 
     `described`: model_args of the results. `output`: as lm-eval's --output_path, a folder or FILE.json; lm-eval adds
-    the date to the names. If it is `quiet` it shows no bars. Random numbers are seeded as lm-eval does it, and put back afterwards.
+    the date to the names. If it is `quiet` it shows no bars. Random numbers are seeded as lm-eval does it, and put back
+    afterwards.
     """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
     from megatron_deepseek.evaluation.lm import EvaluatedLM
     tracker = EvaluationTracker(output_path=None if output is None else str(output))
-    with kept_generators(), _quiet(), redirect_stderr(io.StringIO()) if quiet else nullcontext():
+    shown = redirect_stderr(io.StringIO()) if quiet else nullcontext()
+    with kept_generators(), _quiet(), shown:
         results = simple_evaluate(
             model=EvaluatedLM(model, chats, quiet), model_args=dict(described), tasks=list(tasks),
             num_fewshot=wanted.num_fewshot, limit=wanted.limit, apply_chat_template=wanted.apply_chat_template,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_deepseek.data.tokenizer import Tokenizer
 from megatron_deepseek.evaluation.questions import Answer, Continuation, Generation, Question, Score, cut_to
-from megatron_deepseek.training.reading_rows import continue_rows, read_rows
+from megatron_deepseek.training.reading_rows import continue_rows, score_rows
 from megatron_deepseek.training.trainer import Trainer
 
 _MICRO_BATCHES = 4  # of a data rank in a chunk
@@ -54,7 +54,7 @@ class TrainedModel:
         """Return the answers to questions of one kind, on all ranks together."""
         if isinstance(chunk[0], Continuation):
             fitting = [cut_to(each, self.max_length) for each in chunk]
-            found = read_rows(self.trainer, [each.tokens for each in fitting])
+            found = score_rows(self.trainer, [each.tokens for each in fitting])
             return [_score(each, *row) for each, row in zip(fitting, found)]
         most = [each.parameters.max_tokens for each in chunk]
         found = continue_rows(self.trainer, [each.prompt for each in chunk], most,

@@ -177,7 +177,7 @@ def _follow(process: subprocess.Popen, program: bytes, seconds: float, read: int
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill a process and its group; with namespaces that ends whatever it started."""
+    """End a process and its group; with namespaces that ends whatever it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -17,7 +17,7 @@ from megatron_deepseek.training.trainer import Trainer
 Row = Sequence[int]
 
 
-def read_rows(trainer: Trainer, rows: Sequence[Row]) -> list[tuple[list[float], list[bool]]]:
+def score_rows(trainer: Trainer, rows: Sequence[Row]) -> list[tuple[list[float], list[bool]]]:
     """Return log p of each token of a row but the first, in nats, and whether it is the likeliest there.
 
     A row has at least two tokens, and at most seq_length + 1.

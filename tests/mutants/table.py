@@ -14,6 +14,7 @@ from agreed import AGREED
 from base_weights import BASE_WEIGHTS
 from chats import CHATS
 from converted import CONVERTED
+from evaluated import EVALUATED
 from finetuned import FINE_TUNED
 from frozen import FROZEN
 from grouped_query import GROUPED_QUERY
@@ -518,4 +519,4 @@ MUTANTS = (
     *MEMORY_MUTANTS, *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK,
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
-    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED)
+    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED)

@@ -33,6 +33,7 @@ COMMANDS = {
     "tools/generate.py": "megatron_deepseek.cli.generate",
     "tools/chat.py": "megatron_deepseek.cli.chat",
     "tools/serve.py": "megatron_deepseek.cli.serve",
+    "tools/evaluate.py": "megatron_deepseek.cli.evaluate",
     "tools/plan.py": "megatron_deepseek.cli.plan",
     "tools/build_data_cache.py": "megatron_deepseek.cli.build_data_cache",
     "tools/train_tokenizer.py": "megatron_deepseek.cli.train_tokenizer",

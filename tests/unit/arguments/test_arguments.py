@@ -209,6 +209,7 @@ REFUSED = {
     "the data is not given, given twice or unreadable":
         (1, "--data-args-path corpus.txt", ["--data-path corpus", "--data-args-path corpus.txt conflict"]),
     "evaluation needs validation data": (1, "--eval-iters 2 --split 9,0,1", ["--eval-iters 2", "--split 9,0,1"]),
+    "options of tasks need tasks": (1, "--eval-tasks-limit 5", ["--eval-tasks-limit 5", "needs --eval-tasks"]),
     "several validation sets need evaluations":
         (1, "--multiple-validation-sets", ["--multiple-validation-sets", "--full-validation or --eval-iters"]),
     "names of validation sets need several of them":
