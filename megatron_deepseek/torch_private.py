@@ -35,6 +35,9 @@ WHERE = {
     "_resolve_process_group": "torch.distributed.distributed_c10d",
     # A store for ranks that do not exist, to shard a model as they would (checkpoint/reshard/rank_shards.py).
     "FakeStore": "torch.testing._internal.distributed.fake_pg",
+    # Tensors that have a shape and no numbers (dry_run/).
+    "FakeTensor": "torch._subclasses.fake_tensor",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
     # Traces of all threads (runtime/profile.py).
     "_ExperimentalConfig": "torch._C._profiler",
     # The active hooks for saved tensors, of which torch applies only the innermost (ops/recompute.py).

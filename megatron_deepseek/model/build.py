@@ -91,6 +91,14 @@ class BuildOptions:
 def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
     """Return the stages `mine` of this rank, ready to train."""
+    stages = allocate_stages(config, mine, meshes, seq_length, options)
+    initialize(stages, config.initializer_range, options.seed)
+    return stages
+
+
+def allocate_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
+                    options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
+    """Return the stages `mine` of this rank, sharded and in memory, with whatever weights are there."""
     stages = shape_stages(config, mine, meshes, seq_length, options)
     freeze(stages, options.frozen)
     if options.lora is not None:
@@ -99,7 +107,6 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     for stage in stages:
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
         move_buffers(stage, meshes.device)
-    initialize(stages, config.initializer_range, options.seed)
     return stages
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.device import ACCELERATOR
 from megatron_deepseek.torch_private import FSDPParam, fsdp_parameter_group
@@ -136,6 +137,26 @@ def gathered_parameters(unit: nn.Module) -> Iterator[tuple[nn.Parameter, torch.T
     with gathered(unit):
         for parameter in _parameters_of(unit):
             yield parameter.sharded_param, parameter.unsharded_param
+
+
+def gathered_weights(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the memory of gathered weights, of those units that were gathered once; it may be empty now."""
+    for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
+        yield from (*parameter.all_gather_outputs, *parameter._unsharded_inner_tensors)
+        if hasattr(parameter, "_unsharded_param"):
+            yield _plain(parameter._unsharded_param)
+
+
+def held_gradients(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the gradients that are there: of shards, and of gathered weights that are not reduced yet."""
+    for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
+        whole = getattr(parameter, "_unsharded_param", None)
+        held = (parameter.sharded_param.grad, parameter.unsharded_accumulated_grad, None if whole is None else whole.grad)
+        yield from (_plain(each) for each in held if each is not None)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_once(module: nn.Module) -> None:

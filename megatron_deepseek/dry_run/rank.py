@@ -1,0 +1,91 @@
+"""One rank of a job, without the job: its real trainer makes one real step on tensors without numbers."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.dry_run.fake_tensors import NothingComputed
+from megatron_deepseek.dry_run.labels import LabellingWatch, label_passing, label_states
+from megatron_deepseek.dry_run.routing import DrawnRoutes, Loads, shares
+from megatron_deepseek.dry_run.storages import StorageLog
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.build import BuildOptions, allocate_stages
+from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.parallel.fake_job import fake_job
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.planning.node_reach import expected_nodes
+from megatron_deepseek.runtime.job import training_spec
+from megatron_deepseek.settings import Settings
+from megatron_deepseek.training.objective import Objective
+from megatron_deepseek.training.trainer import Trainer
+
+LoadsOf = Callable[[int, Meshes], Loads]  # of a layer, by its index, on a rank
+
+
+def drawn_loads(settings: Settings, distribution: str) -> LoadsOf:
+    """Return what tells the tokens of each layer's experts, drawn from `distribution`."""
+    model, communication, even = settings.model, settings.communication, settings.loss.moe_router_force_load_balancing
+    node = communication.moe_ranks_per_node or settings.layout.world_size
+
+    def loads_of(index: int, meshes: Meshes) -> Loads:
+        return Loads(shares(distribution, model.n_routed_experts, seed=index),
+                     expected_nodes(model, settings.layout, node, even), unrouted_tokens(settings, index, meshes),
+                     settings.loss.moe_expert_capacity_factor, settings.layout.etp)
+
+    return loads_of
+
+
+def unrouted_tokens(settings: Settings, index: int, meshes: Meshes) -> int:
+    """Return how many tokens of this rank's micro-batch have no next embedding in the MTP module that is layer `index`:
+    the last ones of each sequence.
+    """
+    depth = index - settings.model.num_hidden_layers + 1
+    if depth < 1:
+        return 0
+    layout, length = settings.layout, settings.data.seq_length
+    own = length // layout.cp // layout.tp
+    last = length // layout.cp - meshes.rank("tp") * own  # of this context rank's tokens, behind this rank's first
+    half = length // (2 * layout.cp)
+    if meshes.rank("cp") > 0 and depth <= half * meshes.rank("cp"):
+        return 0  # the first context rank has the last chunk (zigzag)
+    return settings.batch.micro_batch_size * max(0, min(own, depth - (last - own)))
+
+
+def make_stages(loads_of: LoadsOf, config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
+                options: BuildOptions) -> list[DeepseekStage]:
+    """Return stages without initial weights whose dispatchers read drawn counts."""
+    stages = allocate_stages(config, mine, meshes, seq_length, options)
+    for index, layer in ((int(index), layer) for stage in stages for index, layer in stage.model.layers.items()):
+        if config.is_moe_layer(index):
+            layer.mlp.dispatcher = DrawnRoutes(layer.mlp.dispatcher, loads_of(index, meshes))
+    return stages
+
+
+def batch_of(settings: Settings) -> Batch:
+    """Return one data rank's rows of a global batch, with nothing in particular in them."""
+    rows = settings.batch.global_batch_size // settings.layout.dp
+    shape = rows, settings.data.seq_length
+    return Batch(tokens_BS=torch.zeros(shape, dtype=torch.int64), labels_BS=torch.zeros(shape, dtype=torch.int64),
+                 weights_BS=torch.ones(shape))
+
+
+def run_rank(settings: Settings, rank: int, loads_of: LoadsOf, objective: Objective | None = None) -> StorageLog:
+    """Return the log of all storages of one step of rank number `rank`."""
+    with fake_job(settings.layout, rank) as meshes, NothingComputed(), StorageLog() as log:
+        step(settings, meshes, log, partial(make_stages, loads_of), objective)
+    return log
+
+
+def step(settings: Settings, meshes: Meshes, log: StorageLog, make: Callable[..., list[DeepseekStage]],
+         objective: Objective | None = None) -> None:
+    """Build the trainer of this rank and make one step, all of it seen by `log`."""
+    watch = LabellingWatch(log)
+    trainer = watch.trainer = Trainer(training_spec(settings), meshes, objective, make, watch)
+    batch = batch_of(settings)
+    label_states(log, trainer, batch)
+    trainer.train_step(batch, learning_rate=1e-3)
+    label_passing(log, trainer)
