@@ -38,6 +38,7 @@ WHERE = {
     # Tensors that have a shape and no numbers (dry_run/).
     "FakeTensor": "torch._subclasses.fake_tensor",
     "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "unset_fake_temporarily": "torch._subclasses.fake_tensor",
     # Traces of all threads (runtime/profile.py).
     "_ExperimentalConfig": "torch._C._profiler",
     # The active hooks for saved tensors, of which torch applies only the innermost (ops/recompute.py).

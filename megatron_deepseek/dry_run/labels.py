@@ -13,9 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch.distributed.tensor import DTensor
-
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.dry_run.storages import Allocation, StorageLog
 from megatron_deepseek.parallel.data import gathered_weights, held_gradients
@@ -36,10 +33,10 @@ def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
     """Label what stands before the first act: shards, buffers, moments and the batch."""
     for stage in trainer.stages:
         for tensor in (*stage.parameters(), *stage.buffers(), stage.rope_2SD):
-            log.label(_local(tensor), WEIGHTS)
+            log.label(tensor, WEIGHTS)
     for state in trainer.optimizer.state.values():
         for tensor in state.values():
-            log.label(_local(tensor), OPTIMIZER)
+            log.label(tensor, OPTIMIZER)
     for tensor in (batch.tokens_BS, batch.labels_BS, batch.weights_BS):
         log.label(tensor, BATCH)
 
@@ -69,7 +66,3 @@ class LabellingWatch:
             yield
         if self.trainer is not None:
             label_passing(self.log, self.trainer)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,6 @@
 """One rank of a job, without the job: its real trainer makes one real step on tensors without numbers."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -12,31 +11,34 @@ from megatron_deepseek.dry_run.labels import LabellingWatch, label_passing, labe
 from megatron_deepseek.dry_run.routing import DrawnRoutes, Loads, shares
 from megatron_deepseek.dry_run.storages import StorageLog
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.build import BuildOptions, allocate_stages
+from megatron_deepseek.model.build import BuildOptions, place_stages, sharded_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.planning.node_reach import expected_nodes
 from megatron_deepseek.runtime.job import training_spec
 from megatron_deepseek.settings import Settings
+from megatron_deepseek.torch_private import unset_fake_temporarily
 from megatron_deepseek.training.objective import Objective
 from megatron_deepseek.training.trainer import Trainer
 
-LoadsOf = Callable[[int, Meshes], Loads]  # of a layer, by its index, on a rank
+Wrap = Callable[[Dispatcher, int, Meshes], Dispatcher]  # the dispatcher of a layer, by its index, on a rank
 
 
-def drawn_loads(settings: Settings, distribution: str) -> LoadsOf:
-    """Return what tells the tokens of each layer's experts, drawn from `distribution`."""
+def drawn(settings: Settings, distribution: str) -> Wrap:
+    """Return what gives a layer's dispatcher counts that are drawn from `distribution`."""
     model, communication, even = settings.model, settings.communication, settings.loss.moe_router_force_load_balancing
     node = communication.moe_ranks_per_node or settings.layout.world_size
 
-    def loads_of(index: int, meshes: Meshes) -> Loads:
-        return Loads(shares(distribution, model.n_routed_experts, seed=index),
-                     expected_nodes(model, settings.layout, node, even), unrouted_tokens(settings, index, meshes),
-                     settings.loss.moe_expert_capacity_factor, settings.layout.etp)
+    def wrap(dispatcher: Dispatcher, index: int, meshes: Meshes) -> DrawnRoutes:
+        return DrawnRoutes(dispatcher, Loads(
+            shares(distribution, model.n_routed_experts, seed=index),
+            expected_nodes(model, settings.layout, node, even), unrouted_tokens(settings, index, meshes),
+            settings.loss.moe_expert_capacity_factor, settings.layout.etp))
 
-    return loads_of
+    return wrap
 
 
 def unrouted_tokens(settings: Settings, index: int, meshes: Meshes) -> int:
@@ -55,14 +57,21 @@ def unrouted_tokens(settings: Settings, index: int, meshes: Meshes) -> int:
     return settings.batch.micro_batch_size * max(0, min(own, depth - (last - own)))
 
 
-def make_stages(loads_of: LoadsOf, config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
-                options: BuildOptions) -> list[DeepseekStage]:
-    """Return stages without initial weights whose dispatchers read drawn counts."""
-    stages = allocate_stages(config, mine, meshes, seq_length, options)
+def with_dispatchers(stages: list[DeepseekStage], wrap: Wrap, meshes: Meshes) -> list[DeepseekStage]:
+    """Return the stages with each layer's dispatcher in what `wrap` makes of it."""
     for index, layer in ((int(index), layer) for stage in stages for index, layer in stage.model.layers.items()):
-        if config.is_moe_layer(index):
-            layer.mlp.dispatcher = DrawnRoutes(layer.mlp.dispatcher, loads_of(index, meshes))
+        if layer.is_moe:
+            layer.mlp.dispatcher = wrap(layer.mlp.dispatcher, index, meshes)
     return stages
+
+
+def empty_stages(wrap: Wrap, config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
+                 options: BuildOptions) -> list[DeepseekStage]:
+    """Return stages without initial weights whose dispatchers are those of `wrap`. Meshes are made as ever."""
+    with unset_fake_temporarily():
+        stages = sharded_stages(config, mine, meshes, seq_length, options)
+    place_stages(stages, meshes, options)
+    return with_dispatchers(stages, wrap, meshes)
 
 
 def batch_of(settings: Settings) -> Batch:
@@ -73,10 +82,10 @@ def batch_of(settings: Settings) -> Batch:
                  weights_BS=torch.ones(shape))
 
 
-def run_rank(settings: Settings, rank: int, loads_of: LoadsOf, objective: Objective | None = None) -> StorageLog:
-    """Return the log of all storages of one step of rank number `rank`."""
+def run_rank(settings: Settings, rank: int, wrap: Wrap, objective: Objective | None = None) -> StorageLog:
+    """Return the log of all storages of one step of rank number `rank`, whose dispatchers are those of `wrap`."""
     with fake_job(settings.layout, rank) as meshes, NothingComputed(), StorageLog() as log:
-        step(settings, meshes, log, partial(make_stages, loads_of), objective)
+        step(settings, meshes, log, partial(empty_stages, wrap), objective)
     return log
 
 

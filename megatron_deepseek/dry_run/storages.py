@@ -18,10 +18,13 @@ from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.dry_run.lines import line_of
 from megatron_deepseek.parallel.watch import Act
 from megatron_deepseek.torch_private import FakeTensor
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
 
 
 class Allocation:
@@ -71,19 +74,15 @@ class StorageLog(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if any(each is not FakeTensor for each in types):
+        if operator is torch.ops.prim.device.default:  # of each fake tensor, again and again
+            return args[0].fake_device
+        if not _PLAIN.issuperset(types):
             return NotImplemented  # a DTensor or tiles in FP8: their own operators come here next
         result = operator(*args, **(kwargs or {}))
-        self.see(result)
+        given = () if operator is torch.ops.aten.lift_fresh.default else (args, kwargs)
+        for tensor in _tensors(result):
+            self._note(tensor, given)
         return result
-
-    def see(self, result) -> None:
-        """Note the storages of all tensors in `result` that are new or have another size."""
-        if isinstance(result, torch.Tensor):
-            self._note(result)
-        elif isinstance(result, tuple | list):
-            for each in result:
-                self.see(each)
 
     @contextmanager
     def __call__(self, act: Act) -> Iterator[None]:
@@ -101,7 +100,8 @@ class StorageLog(TorchDispatchMode):
             self._between = Interval(None)
 
     def label(self, tensor: torch.Tensor, name: str) -> None:
-        """Say what the storage of a tensor is, if it was made while this log was entered."""
+        """Say what the storage of a tensor, or of a DTensor's own part, is if it was made while this log was entered."""
+        tensor = getattr(tensor, "_local_tensor", tensor)
         found = self._of_storage.get(tensor.untyped_storage()._cdata)
         if found is not None:
             self.allocations[found[0]].label = name
@@ -111,7 +111,10 @@ class StorageLog(TorchDispatchMode):
             allocation.outlived = True
         interval.alive.clear()
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _note(self, tensor: torch.Tensor, given) -> None:
+        """Note a result's storage if it is new or has another size; that of an argument is not new, but a back end's of
+        collectives, of which operators only make views.
+        """
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
@@ -121,8 +124,13 @@ class StorageLog(TorchDispatchMode):
             if self.allocations[found[0]].size != size:
                 self._size(found[0], size)
             return
+        if any(each.untyped_storage()._cdata == key for each in tree_leaves(given) if isinstance(each, torch.Tensor)):
+            return
+        line = line_of(sys._getframe(2))
+        if line is None:
+            return
         number, interval = len(self.allocations), self._current.get(threading.get_ident(), self._between)
-        allocation = Allocation(interval, line_of(sys._getframe(2)), tensor)
+        allocation = Allocation(interval, line, tensor)
         self.allocations.append(allocation)
         interval.alive.add(allocation)
         self._of_storage[key] = number, weakref.ref(storage, partial(self._freed, key, number))
@@ -149,3 +157,12 @@ class StorageLog(TorchDispatchMode):
             return result
 
         return resized
+
+
+def _tensors(result) -> Iterator[torch.Tensor]:
+    """Yield the tensors of an operator's result that have memory of their own, as wrappers of others have not."""
+    if type(result) in _PLAIN:
+        yield result
+    elif isinstance(result, tuple | list):
+        for each in result:
+            yield from _tensors(each)

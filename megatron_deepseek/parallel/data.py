@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from megatron_deepseek.device import ACCELERATOR
 from megatron_deepseek.torch_private import FSDPParam, fsdp_parameter_group
@@ -156,7 +155,8 @@ def held_gradients(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return a DTensor's own part, without a view, which operators on freed memory would make."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def gather_once(module: nn.Module) -> None:
