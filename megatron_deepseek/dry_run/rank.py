@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from megatron_deepseek.data.batch import Batch
-from megatron_deepseek.dry_run.fake_tensors import NothingComputed
+from megatron_deepseek.dry_run.fake_tensors import nothing_computed
 from megatron_deepseek.dry_run.labels import LabellingWatch, label_passing, label_states
 from megatron_deepseek.dry_run.routing import DrawnRoutes, Loads, shares
 from megatron_deepseek.dry_run.storages import StorageLog
@@ -82,19 +82,28 @@ def batch_of(settings: Settings) -> Batch:
                  weights_BS=torch.ones(shape))
 
 
-def run_rank(settings: Settings, rank: int, wrap: Wrap, objective: Objective | None = None) -> StorageLog:
-    """Return the log of all storages of one step of rank number `rank`, whose dispatchers are those of `wrap`."""
-    with fake_job(settings.layout, rank) as meshes, NothingComputed(), StorageLog() as log:
-        step(settings, meshes, log, partial(empty_stages, wrap), objective)
+def run_rank(settings: Settings, rank: int, wrap: Wrap, objective: Objective | None = None, gpu: bool = False
+             ) -> StorageLog:
+    """Return the log of all storages of one step of rank number `rank`, whose dispatchers are those of `wrap`.
+
+    `gpu`: the rank computes on a GPU, else on a CPU.
+    """
+    with fake_job(settings.layout, rank) as meshes, nothing_computed(gpu), StorageLog() as log:
+        kept = step(settings, meshes, log, partial(empty_stages, wrap), objective)
+    del kept
     return log
 
 
 def step(settings: Settings, meshes: Meshes, log: StorageLog, make: Callable[..., list[DeepseekStage]],
-         objective: Objective | None = None) -> None:
-    """Build the trainer of this rank and make one step, all of it seen by `log`."""
+         objective: Objective | None = None) -> tuple[Trainer, Batch]:
+    """Build the trainer of this rank and make one step, all of it seen by `log`.
+
+    Return what has the memory that stays, for the caller to keep until the log is left.
+    """
     watch = LabellingWatch(log)
     trainer = watch.trainer = Trainer(training_spec(settings), meshes, objective, make, watch)
     batch = batch_of(settings)
     label_states(log, trainer, batch)
     trainer.train_step(batch, learning_rate=1e-3)
     label_passing(log, trainer)
+    return trainer, batch

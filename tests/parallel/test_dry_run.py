@@ -67,7 +67,8 @@ def real_step(settings: Settings):
 
     meshes = build_meshes(settings.layout, torch.device("cpu"))
     with StorageLog() as log:
-        step(settings, meshes, log, make)
+        kept = step(settings, meshes, log, make)
+    del kept
     return timeline(log), reads
 
 
