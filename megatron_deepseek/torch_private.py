@@ -32,6 +32,9 @@ WHERE = {
     # Operators as they are called, collectives among them, and groups by their names
     # (parallel/recorded_collectives.py).
     "TorchDispatchMode": "torch.utils._python_dispatch",
+    # The modes of a thread, which another one that takes turns with it needs too (parallel/micro_batch_overlap.py).
+    "_get_current_dispatch_mode_stack": "torch.utils._python_dispatch",
+    "_get_current_function_mode_stack": "torch.overrides",
     "_resolve_process_group": "torch.distributed.distributed_c10d",
     # A store for ranks that do not exist, to shard a model as they would (checkpoint/reshard/rank_shards.py).
     "FakeStore": "torch.testing._internal.distributed.fake_pg",

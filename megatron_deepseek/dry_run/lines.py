@@ -7,7 +7,7 @@ from types import CodeType, FrameType
 import torch
 
 PACKAGE = Path(__file__).parents[1]
-_OWN = Path(__file__).parent
+_OWN, _RECORD = Path(__file__).parent, "recorded_collectives.py"  # who only look
 
 
 _SHAPES_ALONE = "torch/distributed/tensor/_sharding_prop.py"  # DTensor asks for shapes, by fake tensors of its own
@@ -19,7 +19,7 @@ def _place(code: CodeType) -> str | None:
     path = Path(code.co_filename)
     if code.co_filename.endswith(_SHAPES_ALONE):
         return _SHAPES_ALONE
-    if not path.is_relative_to(PACKAGE) or path.is_relative_to(_OWN):
+    if not path.is_relative_to(PACKAGE) or path.is_relative_to(_OWN) or path.name == _RECORD:
         return None
     return str(path.relative_to(PACKAGE))
 

@@ -1,15 +1,19 @@
 """One rank of a job, without the job: its real trainer makes one real step on tensors without numbers."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from megatron_deepseek.arguments.dry_run import DryRun
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.dry_run.fake_tensors import nothing_computed
 from megatron_deepseek.dry_run.labels import LabellingWatch, label_passing, label_states
 from megatron_deepseek.dry_run.routing import DrawnRoutes, Loads, shares
 from megatron_deepseek.dry_run.storages import StorageLog
+from megatron_deepseek.dry_run.timeline import Timeline, timeline
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, place_stages, sharded_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
@@ -17,6 +21,9 @@ from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import RankMemory, rank_memory
 from megatron_deepseek.planning.node_reach import expected_nodes
 from megatron_deepseek.runtime.job import training_spec
 from megatron_deepseek.settings import Settings
@@ -82,16 +89,49 @@ def batch_of(settings: Settings) -> Batch:
                  weights_BS=torch.ones(shape))
 
 
-def run_rank(settings: Settings, rank: int, wrap: Wrap, objective: Objective | None = None, gpu: bool = False
-             ) -> StorageLog:
-    """Return the log of all storages of one step of rank number `rank`, whose dispatchers are those of `wrap`.
+@dataclass(frozen=True)
+class RankStep:
+    """What a dry run of a rank has found: bytes over time, the collectives in the order in which they begin, and the
+    memory that was planned for it.
+    """
+
+    rank: int
+    timeline: Timeline
+    collectives: tuple[Collective, ...]
+    planned: RankMemory
+
+
+def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[int], None] | None = None) -> RankStep:
+    """Return what a step of rank number `rank` takes. `progress` is told how many acts there are whenever one ends."""
+    job = replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)
+    pp_rank = rank * settings.layout.pp // settings.layout.world_size
+    acts = sum(map(len, job.actions(pp_rank)))
+    log = StorageLog(on_end=partial(progress, acts) if progress else None)
+    calls = RecordedCollectives(place=log.now)
+    run_rank(settings, rank, drawn(settings, wanted.routing), log, calls if wanted.communication else nullcontext(),
+             objective_of(settings), wanted.device == "gpu")
+    return RankStep(rank, timeline(log), tuple(calls.calls), rank_memory(job, pp_rank))
+
+
+def objective_of(settings: Settings) -> Objective | None:
+    """Return what the task of `settings` trains for, None for the next token."""
+    if settings.fine_tuning is None:
+        return None
+    from megatron_deepseek.finetuning.objectives import objective_of
+
+    return objective_of(settings.fine_tuning.loss_average, settings.model.num_nextn_predict_layers,
+                        settings.loss.mtp_loss_scaling_factor)
+
+
+def run_rank(settings: Settings, rank: int, wrap: Wrap, log: StorageLog, others: AbstractContextManager,
+             objective: Objective | None = None, gpu: bool = False) -> None:
+    """Make one step of rank number `rank`, whose dispatchers are those of `wrap`, and have `log` and `others` see it.
 
     `gpu`: the rank computes on a GPU, else on a CPU.
     """
-    with fake_job(settings.layout, rank) as meshes, nothing_computed(gpu), StorageLog() as log:
+    with fake_job(settings.layout, rank) as meshes, nothing_computed(gpu), log.watching(), others:
         kept = step(settings, meshes, log, partial(empty_stages, wrap), objective)
     del kept
-    return log
 
 
 def step(settings: Settings, meshes: Meshes, log: StorageLog, make: Callable[..., list[DeepseekStage]],

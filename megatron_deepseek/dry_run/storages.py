@@ -12,17 +12,16 @@ import sys
 import threading
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.dry_run.lines import line_of
 from megatron_deepseek.parallel.watch import Act
-from megatron_deepseek.torch_private import FakeTensor
+from megatron_deepseek.torch_private import FakeTensor, TorchDispatchMode
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
 
@@ -52,11 +51,12 @@ class StorageLog(TorchDispatchMode):
     """The log of all storages that are made while it is entered; also the pipeline's watch (parallel/watch.py).
 
     `events` are pairs: which allocation, and its bytes from then on. `acts` are pairs: the number of events before it,
-    and the act that begins, or None where one ends.
+    and the act that begins, or None where one ends. `on_end` is called when an act ends.
     """
 
-    def __init__(self):
+    def __init__(self, on_end: Callable[[], None] | None = None):
         super().__init__()
+        self._on_end = on_end
         self.allocations: list[Allocation] = []
         self.events = array("q"), array("q")
         self.acts: list[tuple[int, Act | None]] = []
@@ -64,14 +64,24 @@ class StorageLog(TorchDispatchMode):
         self._between = Interval(None)
         self._current: dict[int, Interval] = {}  # by thread
 
-    def __enter__(self):
-        self._resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = self._resizing(self._resize)
-        return super().__enter__()
+    @contextmanager
+    def watching(self) -> Iterator["StorageLog"]:
+        """Enter the log, and see storages being resized too, which is no operator."""
+        resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._resizing(resize)
+        try:
+            with self:
+                yield self
+        finally:
+            torch.UntypedStorage.resize_ = resize
 
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        torch.UntypedStorage.resize_ = self._resize
+    def now(self) -> str:
+        """Return the act of this thread, or which one has ended last."""
+        interval = self._current.get(threading.get_ident())
+        if interval is not None:
+            return str(interval.act)
+        last = next((act for _, act in reversed(self.acts) if act is not None), None)
+        return "before the first act" if last is None else f"after {last}"
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is torch.ops.prim.device.default:  # of each fake tensor, again and again
@@ -98,6 +108,8 @@ class StorageLog(TorchDispatchMode):
             self.acts.append((len(self.events[0]), None))
             self._end(interval)
             self._between = Interval(None)
+            if self._on_end is not None:
+                self._on_end()
 
     def label(self, tensor: torch.Tensor, name: str) -> None:
         """Say what the storage of a tensor, or of a DTensor's own part, is if it was made while this log was entered."""

@@ -150,8 +150,8 @@ def held_gradients(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yield the gradients that are there: of shards, and of gathered weights that are not reduced yet."""
     for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
         whole = getattr(parameter, "_unsharded_param", None)
-        held = (parameter.sharded_param.grad, parameter.unsharded_accumulated_grad, None if whole is None else whole.grad)
-        yield from (_plain(each) for each in held if each is not None)
+        yield from (_plain(each) for each in (parameter.sharded_param.grad, parameter.unsharded_accumulated_grad,
+                                              None if whole is None else whole.grad) if each is not None)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def real_step(settings: Settings):
         return with_dispatchers(build_stages(config, mine, meshes, *others), wrap, meshes)
 
     meshes = build_meshes(settings.layout, torch.device("cpu"))
-    with StorageLog() as log:
+    with StorageLog().watching() as log:
         kept = step(settings, meshes, log, make)
     del kept
     return timeline(log), reads
