@@ -15,11 +15,13 @@ import sys
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.explain import explain_layout
 from megatron_deepseek.arguments.finetuning import build_finetuning_parser
+from megatron_deepseek.dry_run.command import dry_run
 from megatron_deepseek.launch.entry import run
 
 
 def main() -> None:
     explain_layout(sys.argv[1:], build_finetuning_parser)
+    dry_run(sys.argv[1:], build_finetuning_parser, "--dataset")
     settings = parse_or_exit(sys.argv[1:], os.environ, build_finetuning_parser)
     if "--check-only" in sys.argv[1:]:
         return

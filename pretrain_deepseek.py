@@ -14,11 +14,14 @@ import sys
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.explain import explain_layout
+from megatron_deepseek.arguments.parser import build_parser
+from megatron_deepseek.dry_run.command import dry_run
 from megatron_deepseek.launch.entry import run
 
 
 def main() -> None:
     explain_layout(sys.argv[1:])
+    dry_run(sys.argv[1:], build_parser)
     settings = parse_or_exit(sys.argv[1:], os.environ)
     if "--check-only" in sys.argv[1:]:
         return

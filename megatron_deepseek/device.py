@@ -51,6 +51,11 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type == ACCELERATOR
 
 
+def on_accelerator(x: torch.Tensor) -> bool:
+    """Return whether x is on an accelerator, or stands for a tensor that would be (dry_run/fake_tensors.py)."""
+    return x.is_cuda or getattr(getattr(x, "fake_mode", None), "stands_for_accelerator", False)
+
+
 def compute_capability() -> tuple[int, int]:
     """Return the compute capability of the current device, (9, 0) for Hopper: which instructions kernels may use."""
     return torch.cuda.get_device_capability()

@@ -32,11 +32,18 @@ WHERE = {
     # Operators as they are called, collectives among them, and groups by their names
     # (parallel/recorded_collectives.py).
     "TorchDispatchMode": "torch.utils._python_dispatch",
+    # The modes of a thread, which another one that takes turns with it needs too (parallel/micro_batch_overlap.py).
+    "_get_current_dispatch_mode_stack": "torch.utils._python_dispatch",
+    "_get_current_function_mode_stack": "torch.overrides",
     "_resolve_process_group": "torch.distributed.distributed_c10d",
     # Sizes that differ from call to call, of which one graph must take all (ops/fusible.py).
     "mark_dynamic": "torch._dynamo.decorators",
     # A store for ranks that do not exist, to shard a model as they would (checkpoint/reshard/rank_shards.py).
     "FakeStore": "torch.testing._internal.distributed.fake_pg",
+    # Tensors that have a shape and no numbers (dry_run/).
+    "FakeTensor": "torch._subclasses.fake_tensor",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "unset_fake_temporarily": "torch._subclasses.fake_tensor",
     # Traces of all threads (runtime/profile.py).
     "_ExperimentalConfig": "torch._C._profiler",
     # The active hooks for saved tensors, of which torch applies only the innermost (ops/recompute.py).

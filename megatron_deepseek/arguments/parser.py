@@ -7,6 +7,7 @@ import argparse
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.base_weights import add_base_weights
+from megatron_deepseek.arguments.dry_run import add_dry_run
 from megatron_deepseek.arguments.lora import add_lora
 from megatron_deepseek.arguments.model_options import add_model, add_moe, add_rope
 from megatron_deepseek.launch.command_line import OneLineParser
@@ -286,4 +287,5 @@ def _add_accepted(parser):
 
 BEFORE_LENGTH = (add_model, add_moe, add_rope, _add_parallel)
 BETWEEN_LENGTH_AND_DATA = (_add_learning_rate, _add_optimizer, add_lora, add_base_weights)
-AFTER_DATA = (_add_checkpoint, _add_end_and_health, _add_evaluation_and_logging, _add_recompute, _add_accepted)
+AFTER_DATA = (_add_checkpoint, _add_end_and_health, _add_evaluation_and_logging, _add_recompute, add_dry_run,
+              _add_accepted)

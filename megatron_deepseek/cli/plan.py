@@ -10,7 +10,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_deepseek.cli.plan_options import PROGRAM, completed, job_of, plan_parser, settings_of, task_of, write
+from megatron_deepseek.arguments.completion import completed
+from megatron_deepseek.cli.plan_options import PROGRAM, job_of, plan_parser, settings_of, task_of, write
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.planning.changes import changes

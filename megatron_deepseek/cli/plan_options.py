@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.base_weights import base_settings
+from megatron_deepseek.arguments.completion import completed
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.settings import build_settings
@@ -20,15 +21,13 @@ from megatron_deepseek.planning.tasks import NAMES, Task
 from megatron_deepseek.settings import Settings
 
 PROGRAM = "plan.py"
-_LENGTH = ("--train-iters", "--train-samples")
-_DATA = ("--data-path", "--mock-data", "--data-args-path", "--train-data-path", "--per-split-data-args-path")
 _OF_TASK = ("lora_rank", "lora_alpha", "lora_target", "lora_rs", "lora_plus_ratio", "quantization_bit",
             "double_quantization")
-_LONG = "1000000"  # iterations of a run whose length is not given: it plays no part in its memory
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """Add to pre-training's parser what every plan of a run is told beside its arguments."""
+    parser.conflict_handler = "resolve"  # --world-size is an option of dry runs too
     add = parser.add_argument_group("the plan").add_argument
     add("--world-size", type=values.positive_int, required=True, metavar="GPUS", help="ranks of the job")
     add("--gpu", type=str, required=True, metavar="NAME", help="a name in megatron_deepseek/planning/gpus.json")
@@ -57,17 +56,6 @@ def plan_parser(command: str, description: str) -> OneLineParser:
     parser.description, parser.epilog = description, None
     add_job_arguments(parser)
     return parser
-
-
-def completed(argv: Sequence[str]) -> list[str]:
-    """Return `argv` with what a run needs and a plan does not: a length and data."""
-    given = {word.split("=")[0] for word in argv}
-    words = list(argv)
-    if not given & {*_LENGTH}:
-        words += ["--train-iters", _LONG]
-    if not given & {*_DATA}:
-        words += ["--data-path", "any"]
-    return words
 
 
 def job_of(args: argparse.Namespace) -> tuple[Job, Gpu]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from megatron_deepseek.arguments.auto_layout import accept_for, defaults
 from megatron_deepseek.arguments.settings import build_settings
-from megatron_deepseek.cli.plan_options import completed, job_of, plan_parser, write
+from megatron_deepseek.arguments.completion import completed
+from megatron_deepseek.cli.plan_options import job_of, plan_parser, write
 from megatron_deepseek.cli.plan_time import add_calibration, scales_of
 from megatron_deepseek.planning.candidates import words
 from megatron_deepseek.planning.search import Search

@@ -5,7 +5,8 @@ import json
 from collections.abc import Sequence
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.cli.plan_options import completed, job_of, plan_parser, write
+from megatron_deepseek.arguments.completion import completed
+from megatron_deepseek.cli.plan_options import job_of, plan_parser, write
 from megatron_deepseek.planning.calibration import calibrated
 from megatron_deepseek.planning.gpus import Gpu
 from megatron_deepseek.planning.job import Job

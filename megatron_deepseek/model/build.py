@@ -94,18 +94,30 @@ class BuildOptions:
 def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
                  options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
     """Return the stages `mine` of this rank, ready to train."""
+    stages = sharded_stages(config, mine, meshes, seq_length, options)
+    place_stages(stages, meshes, options)
+    initialize(stages, config.initializer_range, options.seed)
+    if options.compiler is not None:
+        compile_stages(stages, options.compiler)
+    return stages
+
+
+def sharded_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
+                   options: BuildOptions = BuildOptions()) -> list[DeepseekStage]:
+    """Return the stages `mine` of this rank on the meta device, sharded over all ranks."""
     stages = shape_stages(config, mine, meshes, seq_length, options)
     freeze(stages, options.frozen)
     if options.lora is not None:
         freeze_base(stages, options.precision.activations)
     shard_stages(stages, meshes, options)
+    return stages
+
+
+def place_stages(stages: Iterable[DeepseekStage], meshes: Meshes, options: BuildOptions = BuildOptions()) -> None:
+    """Give the shards of `stages` memory where they are kept."""
     for stage in stages:
         stage.to_empty(device="cpu" if options.offload.optimizer_cpu_offload else meshes.device)
         move_buffers(stage, meshes.device)
-    initialize(stages, config.initializer_range, options.seed)
-    if options.compiler is not None:
-        compile_stages(stages, options.compiler)
-    return stages
 
 
 def shard_stages(stages: Iterable[DeepseekStage], meshes: Meshes, options: BuildOptions = BuildOptions()) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops.backends.registry import with_backends
 from megatron_deepseek.ops.documents import Documents
 
@@ -95,9 +96,9 @@ def attend_backward(grad_BNSV, q_BNSD, k_BNKD, v_BNKV, out_BNSV, lse_BNS, scores
 
 def kernel_for(q: torch.Tensor):
     """Return (forward, backward), fused where there is a kernel. CUDA's flash kernel takes 16-bit dtypes only."""
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not on_accelerator(q):
         return _cpu_forward, _cpu_backward
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if on_accelerator(q) and q.dtype in (torch.bfloat16, torch.float16):
         return cuda_forward, cuda_backward
     return plain_forward, plain_backward
 

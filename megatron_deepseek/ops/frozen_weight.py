@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops import nf4
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.weight import Fp8Weight
@@ -104,7 +105,7 @@ class Fp8Form(Form):
 
 
 def _transposed(codes: torch.Tensor, scales: torch.Tensor) -> Bytes:
-    return tuple(part.mT.contiguous() if part.is_cuda else part.mT for part in (codes, scales))
+    return tuple(part.mT.contiguous() if on_accelerator(part) else part.mT for part in (codes, scales))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers tha
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.device import send
+from megatron_deepseek.device import on_accelerator, send
 from megatron_deepseek.ops.rounded_rows import round_up
 
 
@@ -26,7 +26,7 @@ def _mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
 
 def has_native_kernel(x: torch.Tensor, *widths: int) -> bool:
     """Return whether grouped_mm takes x: rows of all operands must begin at multiples of 16 bytes."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and not any(width % 8 for width in widths)
+    return on_accelerator(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and not any(width % 8 for width in widths)
 
 
 def _offsets(counts_E: list[int], device: torch.device) -> torch.Tensor:

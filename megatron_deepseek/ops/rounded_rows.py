@@ -7,6 +7,8 @@ itself. So the number of rows becomes a power of two or a multiple of 64, of whi
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import on_accelerator
+
 MULTIPLE = 64  # of which more rows than this become one
 
 
@@ -23,6 +25,6 @@ def rounded(rows: int) -> int:
 def round_up(x: torch.Tensor) -> torch.Tensor:
     """Return x with zero rows appended where kernels are compiled for each shape, x itself elsewhere."""
     rows = x.shape[0]
-    if not compiles_for_each_shape(x.device, x.dtype) or rounded(rows) == rows:
+    if on_accelerator(x) or not compiles_for_each_shape(x.device, x.dtype) or rounded(rows) == rows:
         return x
     return F.pad(x, (0, 0, 0, rounded(rows) - rows))

@@ -138,6 +138,27 @@ def gathered_parameters(unit: nn.Module) -> Iterator[tuple[nn.Parameter, torch.T
             yield parameter.sharded_param, parameter.unsharded_param
 
 
+def gathered_weights(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the memory of gathered weights, of those units that were gathered once; it may be empty now."""
+    for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
+        yield from (*parameter.all_gather_outputs, *parameter._unsharded_inner_tensors)
+        if hasattr(parameter, "_unsharded_param"):
+            yield _plain(parameter._unsharded_param)
+
+
+def held_gradients(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the gradients that are there: of shards, and of gathered weights that are not reduced yet."""
+    for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
+        whole = getattr(parameter, "_unsharded_param", None)
+        yield from (_plain(each) for each in (parameter.sharded_param.grad, parameter.unsharded_accumulated_grad,
+                                              None if whole is None else whole.grad) if each is not None)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor's own part, without a view, which operators on freed memory would make."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def gather_once(module: nn.Module) -> None:
     """Gather every unit of `module` whose forward is not going to run, and free it again.
 

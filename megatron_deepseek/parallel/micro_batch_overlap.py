@@ -14,10 +14,12 @@ other run queues comes before this run's wait.
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch.distributed as dist
 
 from megatron_deepseek.device import current_stream, is_accelerator_in_use, on_device, on_stream
+from megatron_deepseek.torch_private import _get_current_dispatch_mode_stack, _get_current_function_mode_stack
 
 _HERE, _THERE = 0, 1
 
@@ -37,7 +39,8 @@ class MicroBatchOverlap:
     def run(self, here: Callable[[], None], there: Callable[[], None]) -> None:
         """Run both, `here` first and in this thread. Raise what either raised, this thread's own first."""
         self._pair = _Pair()
-        thread = threading.Thread(target=self._pair.run_there, args=(_on_same_device(there),), name="paired backward")
+        thread = threading.Thread(target=self._pair.run_there, args=(_as_here(_on_same_device(there)),),
+                                  name="paired backward")
         thread.start()
         try:
             here()
@@ -85,6 +88,19 @@ class _Pair:
         with self._condition:
             self._finished[me], self._turn = True, 1 - me
             self._condition.notify_all()
+
+
+def _as_here(function: Callable[[], None]) -> Callable[[], None]:
+    """Return `function` as a new thread must run it, which would begin without the modes that see operators here."""
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+
+    def run():
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            function()
+
+    return run if modes else function
 
 
 def _on_same_device(function: Callable[[], None]) -> Callable[[], None]:

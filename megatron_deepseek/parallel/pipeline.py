@@ -23,6 +23,7 @@ from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.paired_chunks import overlap_pairs
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
 from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage
+from megatron_deepseek.parallel.watch import Act, Watch, unwatched
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 from megatron_deepseek.torch_private import (
     _Action,
@@ -99,14 +100,14 @@ class Pipeline:
     A module is called as module(x, micro_batch=, step=); x is int64 [B, S] on stage 0, and the last stage returns the
     micro-batch's scalar contribution to the global loss. Schedules are built at the first step with a given number of
     micro-batches and of predictions, and reused. With `overlap`, one half of a paired chunk computes while the other's
-    tokens are on their way.
+    tokens are on their way. `watch` is told of every act.
     """
 
     def __init__(self, modules: list[nn.Module], indices: list[int], travel: Travel, schedule: str, meshes: Meshes,
-                 overlap: MicroBatchOverlap | None = None):
+                 overlap: MicroBatchOverlap | None = None, watch: Watch = unwatched):
         self.modules, self.indices, self.schedule = modules, indices, schedule
         self.travel = replace(travel, first_trained=first_trained_stage(modules, indices, travel.num_stages, meshes))
-        self.meshes, self.overlap = meshes, overlap
+        self.meshes, self.overlap, self._watch = meshes, overlap, watch
         self.holds_first, self.holds_last = 0 in indices, travel.num_stages - 1 in indices
         splits = meshes.layout.pp > 1 and schedule in ZERO_BUBBLE
         self.deferred = [defer_weight_gradients(module) if splits else None for module in modules]
@@ -125,7 +126,11 @@ class Pipeline:
         (module,), last = self.modules, len(micro_batches.items) - 1
         for i, (x, micro_batch) in enumerate(_with_tokens(tokens_BS, micro_batches)):
             synchronize_gradients(module, i == last)
-            module(x, micro_batch=micro_batch, step=step).backward()
+            with self._watch(Act("F", 0, i)):
+                loss = module(x, micro_batch=micro_batch, step=step)
+            with self._watch(Act("B", 0, i)):
+                loss.backward()
+            del loss
 
     @torch.no_grad()
     def evaluate(self, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any, num_predictions: int) -> None:
@@ -170,7 +175,8 @@ class Pipeline:
         return ReducingStage(module, index, self.travel.num_stages, self.meshes.device,
                              input_args=self.travel.received(index, num_predictions),
                              output_args=self.travel.passed_on(index, num_predictions),
-                             group=self.meshes.group("pp"), dw_builder=deferred.take if deferred else None)
+                             group=self.meshes.group("pp"), dw_builder=deferred.take if deferred else None,
+                             watch=self._watch)
 
 
 def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages: int, meshes: Meshes) -> int:

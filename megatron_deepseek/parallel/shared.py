@@ -72,6 +72,7 @@ def _subgroup(pp_ranks: list[int], meshes: Meshes) -> dist.ProcessGroup | None:
     """Return this rank's group among the ranks with its own dp, cp and tp place and a pipeline rank in `pp_ranks`."""
     if len(pp_ranks) < 2:
         return None
-    lines = meshes.dense.mesh[pp_ranks].flatten(1).t().tolist()
+    ranks_of_pp = meshes.dense.mesh.flatten(1).tolist()
+    lines = [list(line) for line in zip(*(ranks_of_pp[pp_rank] for pp_rank in pp_ranks))]
     group, _ = dist.new_subgroups_by_enumeration(lines, group_desc="shared_parameters")
     return group

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 from megatron_deepseek.parallel.data import reshard
+from megatron_deepseek.parallel.watch import Act, Watch, unwatched
 from megatron_deepseek.torch_private import stage_backward
 
 
@@ -47,6 +48,11 @@ class ReducingStage(PipelineStage):
     """
 
     submod: FSDPModule
+
+    def __init__(self, *args, watch: Watch = unwatched, **kwargs):
+        """`watch` is told of every act of this stage; all else is PipelineStage's."""
+        super().__init__(*args, **kwargs)
+        self._watch = watch
 
     def _prepare_forward_infra(self, *args, **kwargs):
         with self._described_only():
@@ -101,7 +107,19 @@ class ReducingStage(PipelineStage):
         """Run the forward with its own micro-batch: the schedule passes the same `micro_batches` to every forward."""
         chosen = {**kwargs, "micro_batch": kwargs["micro_batches"].items[fwd_chunk_id]}
         del chosen["micro_batches"]
-        return super().forward_one_chunk(fwd_chunk_id, args, chosen, save_forward_output)
+        with self._watch(Act("F", self.stage_index, fwd_chunk_id)):
+            return super().forward_one_chunk(fwd_chunk_id, args, chosen, save_forward_output)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True,
+                           last_backward: bool = False):
+        """Run the backward, or with `full_backward` false that of the inputs alone."""
+        with self._watch(Act("B" if full_backward else "I", self.stage_index, bwd_chunk_id)):
+            return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False):
+        """Make the weight gradients that the backward of the inputs has left."""
+        with self._watch(Act("W", self.stage_index, bwd_chunk_id)):
+            return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
         if not self.is_last and not any(output.requires_grad for output in bwd_kwargs["stage_output"]):

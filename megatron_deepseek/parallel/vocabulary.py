@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops.cross_entropy import CrossEntropy
 from megatron_deepseek.parallel.tensor import TensorParallel, local_weight, sharded_parameter
 
@@ -82,7 +83,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(logits_Tv: torch.Tensor, labels_T: torch.Tensor, tp: TensorParallel,
                                  functions: CrossEntropy = CrossEntropy()) -> torch.Tensor:
     """Return each token's loss [T], in at least float32, from this rank's logits and labels of the whole vocabulary."""
-    if functions.plain and tp.size == 1 and not logits_Tv.is_cuda:
+    if functions.plain and tp.size == 1 and not on_accelerator(logits_Tv):
         wide = torch.promote_types(logits_Tv.dtype, torch.float32)
         return F.cross_entropy(logits_Tv.to(wide), labels_T, reduction="none")
     return VocabParallelCrossEntropy.apply(logits_Tv, labels_T, tp, functions)

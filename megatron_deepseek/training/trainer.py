@@ -19,6 +19,7 @@ import torch
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, build_stages
+from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import StepContext, StepStatistics
@@ -31,6 +32,7 @@ from megatron_deepseek.parallel.pipeline import Pipeline, Travel
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage, stages_of_rank
 from megatron_deepseek.parallel.shared import find_shared
 from megatron_deepseek.parallel.sums import sum_numbers
+from megatron_deepseek.parallel.watch import Watch, unwatched
 from megatron_deepseek.settings import OptimizerSettings
 from megatron_deepseek.training.balance import update_expert_bias
 from megatron_deepseek.training.division import Division, divide
@@ -103,18 +105,19 @@ class StepResult:
 class Trainer:
     """A rank's trainer. Every rank of the job builds one and calls it in the same order.
 
-    Without `objective` it trains to predict the next token.
+    Without `objective` it trains to predict the next token. A dry run (dry_run/) has its stages made by another `make`,
+    without initial weights, and a `watch` that is told of every act of the pipeline.
     """
 
-    def __init__(self, spec: TrainingSpec, meshes: Meshes, objective: Objective | None = None):
+    def __init__(self, spec: TrainingSpec, meshes: Meshes, objective: Objective | None = None,
+                 make: Callable[..., list[DeepseekStage]] = build_stages, watch: Watch = unwatched):
         self.spec, self.meshes, self.cp = spec, meshes, ContextParallel(meshes.cp)
         self.objective = objective or NextToken(spec.model.num_nextn_predict_layers,
                                                 spec.build.loss.mtp_loss_scaling_factor)
         self.holders = [rank_of_stage(s, len(spec.stages), meshes.layout.pp, spec.schedule)
                         for s in range(len(spec.stages))]
         self.indices = stages_of_rank(meshes.rank("pp"), len(spec.stages), meshes.layout.pp, spec.schedule)
-        self.stages = build_stages(spec.model, [spec.stages[i] for i in self.indices], meshes, spec.seq_length,
-                                   spec.build)
+        self.stages = make(spec.model, [spec.stages[i] for i in self.indices], meshes, spec.seq_length, spec.build)
         for unused in (layer for stage in self.stages for layer in stage.mtp_layers(self.objective.num_depths)):
             gather_once(unused)
         self.counter = self.stages[0].counter  # one counter for all stages
@@ -123,7 +126,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, spec.optimizer)
         overlapped = spec.build.communication.overlap_moe_expert_parallel_comm
         self.pipeline = Pipeline(self.stages, self.indices, travel_between_stages(spec, meshes), spec.schedule, meshes,
-                                 self.stages[0].overlap if overlapped else None)
+                                 self.stages[0].overlap if overlapped else None, watch)
 
     def named_parameters(self) -> list[NamedParameter]:
         """Return every trained parameter of this rank; of copies on several stages the first holder's first counts."""

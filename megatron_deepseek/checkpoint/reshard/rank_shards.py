@@ -5,14 +5,12 @@ shards that could drift from the first. One rank's build says what all ranks of 
 local shard depends on the rank's coordinates alone. So a few builds for each pipeline rank are enough.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
@@ -23,12 +21,11 @@ from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
 from megatron_deepseek.checkpoint.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import shape_stages, shard_stages
+from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.parallel.shards import regions
-from megatron_deepseek.torch_private import FakeStore
 
 Holders = dict[Region, tuple[int, ...]]  # the regions of a tensor, and the ranks that hold each, in order
 HoldersByTensor = dict[str, Holders]
@@ -113,7 +110,7 @@ def reads_of_ranks(found: HoldersByTensor, names: Iterable[str], stored: DcpDire
 
 def _build_rank(division: ModelDivision, rank: int) -> dict[str, _Held]:
     """Build `rank`'s stages; return for each of its tensors what the ranks of the tensor's mesh hold."""
-    with _fake_job(division.layout, rank) as meshes:
+    with fake_job(division.layout, rank) as meshes:
         mine = stages_of_rank(meshes.rank("pp"), len(division.stages), division.layout.pp, division.schedule)
         stages = shape_stages(division.model, [division.stages[index] for index in mine], meshes, _SEQ_LENGTH)
         shard_stages(stages, meshes)
@@ -136,13 +133,3 @@ def _held(everyone: list[int], shape: tuple[int, ...], mesh: DeviceMesh | None,
     coordinates = product(*map(range, mesh.shape))
     return _Held({rank: [Region(*region) for region in regions(shape, mesh.shape, coordinate, placements)]
                   for rank, coordinate in zip(mesh.mesh.flatten().tolist(), coordinates)})
-
-
-@contextmanager
-def _fake_job(layout: Layout, rank: int) -> Iterator[Meshes]:
-    assert not dist.is_initialized(), "shards of a layout are worked out outside of jobs"
-    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
-    try:
-        yield build_meshes(layout, torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()

@@ -31,6 +31,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.blueprint import Blueprint
 from megatron_deepseek.ops.attention import Output
@@ -173,6 +174,6 @@ def _equally_wide_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     part of.
     """
     padding = q.shape[-1] - v.shape[-1]
-    if v.is_cuda:
+    if on_accelerator(v):
         return q, k, v
     return q, k, F.pad(v, (0, padding)) if padding else v.contiguous()

@@ -4,12 +4,15 @@
 serve a backward, or whose results are codes, have no derivative of their own.
 """
 
+import functools
+import re
 from pathlib import Path
 
 import torch
 
 NAMESPACE = "megatron_deepseek"
 LIBRARY = Path(__file__).parents[1] / "libmegatron_deepseek.so"
+SOURCES = Path(__file__).parents[3] / "csrc"
 TILE = 128
 
 
@@ -18,10 +21,30 @@ def load(path: Path = LIBRARY) -> None:
     if is_loaded():
         raise RuntimeError(f"the operators of {NAMESPACE} are loaded already, {path} would define them again")
     torch.ops.load_library(str(path))
+    _complete()
+
+
+def _complete() -> None:
+    """Give the operators the shapes of their results, and their derivatives."""
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     for name, (backward, setup) in DERIVATIVES.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+@functools.cache
+def declare(folder: Path = SOURCES) -> torch.library.Library | None:
+    """Register the operators without kernels, from what the bindings in `folder` declare: enough to know the shapes of
+    their results. Return what keeps them registered; None where they are loaded already or the sources are not there.
+    """
+    if is_loaded() or not folder.is_dir():
+        return None
+    definitions = torch.library.Library(NAMESPACE, "DEF")
+    for path in sorted(folder.glob("*_binding.cpp")):
+        for text in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\)', path.read_text()):
+            definitions.define("".join(re.findall(r'"([^"]*)"', text)))
+    _complete()
+    return definitions
 
 
 def is_loaded() -> bool:

@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 import torch
 
-from megatron_deepseek.device import compute_capability, has_accelerator
+from megatron_deepseek.device import compute_capability, has_accelerator, on_accelerator
 
 ENVIRONMENT = "MEGATRON_DEEPSEEK_OPS"
 REFERENCE = "reference"
@@ -218,8 +218,24 @@ def choices() -> Mapping[str, Choice]:
     return MappingProxyType({operator: choose(operator, wishes.get(operator)) for operator in CANDIDATES})
 
 
+@functools.cache
+def choices_of_stand_ins() -> Mapping[str, Choice]:
+    """Return what a Hopper GPU with csrc/ chooses, for tensors that stand for a GPU's and compute nothing.
+
+    Without csrc/ itself, of which the sources are enough, that is the references.
+    """
+    from megatron_deepseek.ops.backends import kernels
+
+    kernels.declare()
+    first = {operator: next(each for each in candidates if each.name != "csrc" or kernels.is_loaded())
+             for operator, candidates in CANDIDATES.items()}
+    return MappingProxyType({operator: Choice(operator, candidate.name, "dry run", candidate.load())
+                             for operator, candidate in first.items()})
+
+
 def on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda
+    """Return whether x, or the codes of a block-scaled x, is on a GPU or stands for a tensor there."""
+    return on_accelerator(getattr(x, "q", x))
 
 
 def with_backends(operator: str):
@@ -228,7 +244,7 @@ def with_backends(operator: str):
         @functools.wraps(reference)
         def call(x, *args, **kwargs):
             if on_gpu(x):
-                function = choices()[operator].function
+                function = (choices() if x.is_cuda else choices_of_stand_ins())[operator].function
                 result = NotImplemented if function is None else function(x, *args, **kwargs)
                 if result is not NotImplemented:
                     return result

@@ -54,7 +54,7 @@ class BlockScaled(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in _UNCHANGED or function is _aten.view.default and list(args[1]) == list(args[0].shape):
             return args[0].again()
-        if function is _aten.index_select.default and args[1] == 0 and type(args[2]) is torch.Tensor:
+        if function is _aten.index_select.default and args[1] == 0 and not isinstance(args[2], BlockScaled):
             return args[0].map(lambda part: gather_rows(part, args[2]))
         plain = torch.utils._pytree.tree_map_only(BlockScaled, BlockScaled.plain, (args, kwargs or {}))
         return function(*plain[0], **plain[1])

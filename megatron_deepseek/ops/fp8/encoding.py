@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops.backends.registry import with_backends
 
 TILE = 128
@@ -134,7 +135,7 @@ def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = Fals
 
 def decode(q: torch.Tensor) -> torch.Tensor:
     """Return float32 values of E4M3 codes, on CPU by a table: the conversion was measured to take 15 times as long."""
-    if q.is_cuda:
+    if on_accelerator(q):
         return q.float()
     table = torch.arange(256, dtype=torch.uint8, device=q.device).view(E4M3).float()
     return table.index_select(0, q.view(torch.uint8).int().flatten()).view(q.shape)

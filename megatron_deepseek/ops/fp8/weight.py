@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops.fp8 import encoding
 
 Blocks = tuple[torch.Tensor, torch.Tensor]  # codes [..., N, K] and scales [..., ceil(N / 128), ceil(K / 128)]
@@ -100,7 +101,7 @@ class Fp8Shard:
         """Return the weight, and the storages that FSDP frees and allocates with it; refill those of `out`."""
         if size is None:
             blocks = gathered[0].view(encoding.E4M3), gathered[1]
-            transposed = tuple(part.mT.contiguous() if part.is_cuda else part.mT for part in blocks)
+            transposed = tuple(part.mT.contiguous() if on_accelerator(part) else part.mT for part in blocks)
         else:
             blocks, transposed = encoding.quantize_both_ways(gathered[0][:size[0]])
             gathered[0].untyped_storage().resize_(0)  # nothing reads it; FSDP allocates it for the next gathering

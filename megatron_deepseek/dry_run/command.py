@@ -1,0 +1,83 @@
+"""--dry-run-memory and --dry-run-communication of the entries. Mistakes are reported before torch is imported."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from megatron_deepseek.arguments import parse_or_exit
+from megatron_deepseek.arguments.completion import completed
+from megatron_deepseek.arguments.dry_run import ALL, WORST, DryRun, asked
+from megatron_deepseek.launch.ending import exit_status
+from megatron_deepseek.launch.program import program
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import all_ranks, worst
+from megatron_deepseek.settings import Settings
+
+_GPUS_OF_A_NODE = 8
+
+
+def dry_run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], data: str = "--data-path") -> None:
+    """Make the dry run that `argv` asks for and leave; return where it asks for none. `data`: the option of the task's
+    data, which need not be given.
+    """
+    status = exit_status(program(), lambda: _run(argv, parser, data))
+    if status is not None:
+        raise SystemExit(status)
+
+
+def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], data: str) -> int | None:
+    wanted = asked(argv)
+    if wanted is None:
+        return None
+    size = str(wanted.world_size)
+    node = str(min(wanted.world_size, _GPUS_OF_A_NODE))
+    settings = parse_or_exit(completed(argv, data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)
+    from megatron_deepseek.dry_run.report import as_json, lines
+    from megatron_deepseek.dry_run.trace import trace
+
+    found = []
+    for rank in ranks_of(wanted, settings):
+        found.append(_dry_rank(wanted, settings, rank))
+        print("\n".join(lines(wanted, settings, found[-1])), flush=True)
+    for file, what in ((wanted.json, as_json), (wanted.trace, trace)):
+        if file is not None:
+            file.write_text(json.dumps(what(wanted, settings, found)) + "\n")
+    return 0
+
+
+def _dry_rank(wanted: DryRun, settings: Settings, rank: int):
+    """Return what a dry run of a rank has found, with a line of progress on a terminal."""
+    from megatron_deepseek.dry_run.rank import dry_rank
+
+    return dry_rank(wanted, settings, rank, Progress(rank) if sys.stderr.isatty() else None)
+
+
+class Progress:
+    """A line that says how many of a rank's acts are done."""
+
+    def __init__(self, rank: int):
+        self.rank, self.done = rank, 0
+
+    def __call__(self, total: int) -> None:
+        """Say that one more of `total` acts is done."""
+        self.done += 1
+        end = "\n" if self.done == total else ""
+        print(f"\rrank {self.rank}: {self.done} of {total} acts", end=end, file=sys.stderr, flush=True)
+
+
+def ranks_of(wanted: DryRun, settings: Settings) -> Sequence[int]:
+    """Return the ranks to look at: the first of a pipeline rank stands for its equals."""
+    if isinstance(wanted.ranks, tuple):
+        return wanted.ranks
+    each = settings.layout.world_size // settings.layout.pp
+    if wanted.ranks == ALL:
+        return range(0, settings.layout.world_size, each)
+    assert wanted.ranks == WORST, wanted.ranks
+    return (worst(all_ranks(planned_job(wanted, settings))).pp_rank * each,)
+
+
+def planned_job(wanted: DryRun, settings: Settings) -> Job:
+    """Return the job as tools/plan.py memory plans it."""
+    return replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)

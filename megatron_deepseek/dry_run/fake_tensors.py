@@ -1,0 +1,114 @@
+"""Tensors without numbers, on which the real code of a training runs.
+
+They are tensors of the CPU: torch without CUDA cannot compute gradients of fake tensors on a GPU. They may stand for a
+GPU's all the same. Then this project's code takes its branches for GPUs (device.on_accelerator), and those functions of
+torch that choose by device are replaced by what they choose on a GPU (`_AsOnGpu`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch.distributed import Work
+from torch.distributed._tools import fake_collectives  # noqa: F401 (results of collectives of fake tensors)
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_deepseek.torch_private import FakeTensorMode
+
+_aten = torch.ops.aten
+_OF_NUMBERS = _aten.lift_fresh.default  # torch.tensor([1, 2]): on a device it takes memory as any other
+
+
+class _Keeps(Work):
+    """The work of a collective that is done at once. As a back end's it keeps its tensors as long as somebody has it."""
+
+    def __init__(self, running: set["_Keeps"], tensors):
+        super().__init__()
+        self._running, self._tensors = running, tensors
+
+    def wait(self, timeout=None) -> bool:
+        self._running.discard(self)
+        return True
+
+
+class NothingComputed(FakeTensorMode):
+    """A mode in which tensors are made without memory, and operators give shapes without numbers.
+
+    Where the host reads a number of such a tensor it gets 1. Operators on ordinary tensors alone, such as the ranks of a
+    mesh, are computed as ever. `stands_for_accelerator`: the tensors stand for a GPU's.
+    """
+
+    def __init__(self, stands_for_accelerator: bool = False):
+        super().__init__(allow_non_fake_inputs=True)
+        self.stands_for_accelerator = stands_for_accelerator
+        self._works: set[_Keeps] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is _aten._local_scalar_dense.default and types:
+            return 1.0 if args[0].is_floating_point() else 1
+        if operator is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as in a job; torch's function for fake tensors makes a new one
+        if not types and operator is not _OF_NUMBERS and _on_host(tree_leaves((args, kwargs))):
+            return operator(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(operator, types, args, kwargs)
+        return self._keeping(result, args) if operator.namespace == "c10d" else result
+
+    def _keeping(self, result, args):
+        """Return a collective's result with a Work that keeps what it works on until somebody has waited."""
+        work = _Keeps(self._works, args)
+        self._works.add(work)
+        return (*result[:-1], work.boxed()) if isinstance(result, tuple) else work.boxed()
+
+
+def _on_host(arguments: list) -> bool:
+    """Return whether an operator's arguments have tensors, and they have numbers."""
+    tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+    return bool(tensors) and not any(each.is_meta for each in tensors)
+
+
+@contextmanager
+def nothing_computed(gpu: bool) -> Iterator[NothingComputed]:
+    """Make tensors without numbers for a `with` block; `gpu`: they stand for a GPU's."""
+    with _AsOnGpu() if gpu else nullcontext(), NothingComputed(gpu) as mode:
+        yield mode
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """Replaces torch's functions that are made of others on a CPU, or choose among kernels, by what a GPU runs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.rms_norm or function is torch.rms_norm:
+            return _fused_norm(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """An RMSNorm as CUDA's kernel has it, which keeps its input and one number of each row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _fused_norm(x, shape, weight, eps):
+    return _FusedNorm.apply(x, weight)
+
+
+def _fused_attention(q, k, v, is_causal=False, scale=None, enable_gqa=False):
+    """Return attention by the flash kernel or, where values are narrower than keys, the memory-efficient one: both keep
+    the output and a log-sum-exp of each row.
+    """
+    if q.shape[-1] == v.shape[-1]:
+        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+    return _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[0]

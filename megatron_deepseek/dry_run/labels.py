@@ -1,0 +1,68 @@
+"""What the storages of a training are: weights, gathered weights, gradients, moments; all else is told by its life.
+
+    weights           shards and buffers, which are there all the time
+    gathered weights  whole weights that layers compute with
+    gradients         sums over micro-batches, whole, and reduced ones, in shards
+    optimizer         moments
+    batch             the rows of the step
+    activations       made in an act (or received between two) and still there when it ends
+    temporaries       made and freed in the same act, or between two
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.dry_run.storages import Allocation, StorageLog
+from megatron_deepseek.parallel.data import gathered_weights, held_gradients
+from megatron_deepseek.parallel.watch import Act
+from megatron_deepseek.training.trainer import Trainer
+
+WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
+BATCH, ACTIVATIONS, TEMPORARIES = "batch", "activations", "temporaries"
+CATEGORIES = (WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER, BATCH, ACTIVATIONS, TEMPORARIES)
+
+
+def category(allocation: Allocation) -> str:
+    """Return what an allocation is, one of CATEGORIES, once the step is over."""
+    return allocation.label or (ACTIVATIONS if allocation.outlived else TEMPORARIES)
+
+
+def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
+    """Label what stands before the first act: shards, buffers, moments and the batch."""
+    for stage in trainer.stages:
+        for tensor in (*stage.parameters(), *stage.buffers(), stage.rope_2SD):
+            log.label(tensor, WEIGHTS)
+    for state in trainer.optimizer.state.values():
+        for tensor in state.values():
+            log.label(tensor, OPTIMIZER)
+    for tensor in (batch.tokens_BS, batch.labels_BS, batch.weights_BS):
+        log.label(tensor, BATCH)
+
+
+def label_passing(log: StorageLog, trainer: Trainer) -> None:
+    """Label the gathered weights and gradients that are there now."""
+    for stage in trainer.stages:
+        for tensor in gathered_weights(stage):
+            log.label(tensor, GATHERED)
+        for tensor in held_gradients(stage):
+            log.label(tensor, GRADIENTS)
+
+
+@dataclass
+class LabellingWatch:
+    """The pipeline's watch of a dry run: it tells `log` of each act, and labels what is there behind it.
+
+    `trainer` is known only once it is built, with this watch.
+    """
+
+    log: StorageLog
+    trainer: Trainer | None = None
+
+    @contextmanager
+    def __call__(self, act: Act) -> Iterator[None]:
+        with self.log(act):
+            yield
+        if self.trainer is not None:
+            label_passing(self.log, self.trainer)

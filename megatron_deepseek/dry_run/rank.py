@@ -1,0 +1,149 @@
+"""One rank of a job, without the job: its real trainer makes one real step on tensors without numbers."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from megatron_deepseek.arguments.dry_run import DryRun
+from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.dry_run.fake_tensors import nothing_computed
+from megatron_deepseek.dry_run.labels import LabellingWatch, label_passing, label_states
+from megatron_deepseek.dry_run.routing import DrawnRoutes, Loads, shares
+from megatron_deepseek.dry_run.storages import StorageLog
+from megatron_deepseek.dry_run.timeline import Timeline, timeline
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.build import BuildOptions, place_stages, sharded_stages
+from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.parallel.expert import Dispatcher
+from megatron_deepseek.parallel.fake_job import fake_job
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.mesh import Meshes
+from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import RankMemory, rank_memory
+from megatron_deepseek.planning.node_reach import expected_nodes
+from megatron_deepseek.runtime.job import training_spec
+from megatron_deepseek.settings import Settings
+from megatron_deepseek.torch_private import unset_fake_temporarily
+from megatron_deepseek.training.objective import Objective
+from megatron_deepseek.training.trainer import Trainer
+
+Wrap = Callable[[Dispatcher, int, Meshes], Dispatcher]  # the dispatcher of a layer, by its index, on a rank
+
+
+def drawn(settings: Settings, distribution: str) -> Wrap:
+    """Return what gives a layer's dispatcher counts that are drawn from `distribution`."""
+    model, communication, even = settings.model, settings.communication, settings.loss.moe_router_force_load_balancing
+    node = communication.moe_ranks_per_node or settings.layout.world_size
+
+    def wrap(dispatcher: Dispatcher, index: int, meshes: Meshes) -> DrawnRoutes:
+        return DrawnRoutes(dispatcher, Loads(
+            shares(distribution, model.n_routed_experts, seed=index),
+            expected_nodes(model, settings.layout, node, even), unrouted_tokens(settings, index, meshes),
+            settings.loss.moe_expert_capacity_factor, settings.layout.etp))
+
+    return wrap
+
+
+def unrouted_tokens(settings: Settings, index: int, meshes: Meshes) -> int:
+    """Return how many tokens of this rank's micro-batch have no next embedding in the MTP module that is layer `index`:
+    the last ones of each sequence.
+    """
+    depth = index - settings.model.num_hidden_layers + 1
+    if depth < 1:
+        return 0
+    layout, length = settings.layout, settings.data.seq_length
+    own = length // layout.cp // layout.tp
+    last = length // layout.cp - meshes.rank("tp") * own  # of this context rank's tokens, behind this rank's first
+    half = length // (2 * layout.cp)
+    if meshes.rank("cp") > 0 and depth <= half * meshes.rank("cp"):
+        return 0  # the first context rank has the last chunk (zigzag)
+    return settings.batch.micro_batch_size * max(0, min(own, depth - (last - own)))
+
+
+def with_dispatchers(stages: list[DeepseekStage], wrap: Wrap, meshes: Meshes) -> list[DeepseekStage]:
+    """Return the stages with each layer's dispatcher in what `wrap` makes of it."""
+    for index, layer in ((int(index), layer) for stage in stages for index, layer in stage.model.layers.items()):
+        if layer.is_moe:
+            layer.mlp.dispatcher = wrap(layer.mlp.dispatcher, index, meshes)
+    return stages
+
+
+def empty_stages(wrap: Wrap, config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
+                 options: BuildOptions) -> list[DeepseekStage]:
+    """Return stages without initial weights whose dispatchers are those of `wrap`. Meshes are made as ever."""
+    with unset_fake_temporarily():
+        stages = sharded_stages(config, mine, meshes, seq_length, options)
+    place_stages(stages, meshes, options)
+    return with_dispatchers(stages, wrap, meshes)
+
+
+def batch_of(settings: Settings) -> Batch:
+    """Return one data rank's rows of a global batch, with nothing in particular in them."""
+    rows = settings.batch.global_batch_size // settings.layout.dp
+    shape = rows, settings.data.seq_length
+    return Batch(tokens_BS=torch.zeros(shape, dtype=torch.int64), labels_BS=torch.zeros(shape, dtype=torch.int64),
+                 weights_BS=torch.ones(shape))
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """What a dry run of a rank has found: bytes over time, the collectives in the order in which they begin, and the
+    memory that was planned for it.
+    """
+
+    rank: int
+    timeline: Timeline
+    collectives: tuple[Collective, ...]
+    planned: RankMemory
+
+
+def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[int], None] | None = None) -> RankStep:
+    """Return what a step of rank number `rank` takes. `progress` is told how many acts there are whenever one ends."""
+    job = replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)
+    pp_rank = rank * settings.layout.pp // settings.layout.world_size
+    acts = sum(map(len, job.actions(pp_rank)))
+    log = StorageLog(on_end=partial(progress, acts) if progress else None)
+    calls = RecordedCollectives(place=log.now)
+    run_rank(settings, rank, drawn(settings, wanted.routing), log, calls if wanted.communication else nullcontext(),
+             objective_of(settings), wanted.device == "gpu")
+    return RankStep(rank, timeline(log), tuple(calls.calls), rank_memory(job, pp_rank))
+
+
+def objective_of(settings: Settings) -> Objective | None:
+    """Return what the task of `settings` trains for, None for the next token."""
+    if settings.fine_tuning is None:
+        return None
+    from megatron_deepseek.finetuning.objectives import objective_of
+
+    return objective_of(settings.fine_tuning.loss_average, settings.model.num_nextn_predict_layers,
+                        settings.loss.mtp_loss_scaling_factor)
+
+
+def run_rank(settings: Settings, rank: int, wrap: Wrap, log: StorageLog, others: AbstractContextManager,
+             objective: Objective | None = None, gpu: bool = False) -> None:
+    """Make one step of rank number `rank`, whose dispatchers are those of `wrap`, and have `log` and `others` see it.
+
+    `gpu`: the rank computes on a GPU, else on a CPU.
+    """
+    with fake_job(settings.layout, rank) as meshes, nothing_computed(gpu), log.watching(), others:
+        kept = step(settings, meshes, log, partial(empty_stages, wrap), objective)
+    del kept
+
+
+def step(settings: Settings, meshes: Meshes, log: StorageLog, make: Callable[..., list[DeepseekStage]],
+         objective: Objective | None = None) -> tuple[Trainer, Batch]:
+    """Build the trainer of this rank and make one step, all of it seen by `log`.
+
+    Return what has the memory that stays, for the caller to keep until the log is left.
+    """
+    watch = LabellingWatch(log)
+    trainer = watch.trainer = Trainer(training_spec(settings), meshes, objective, make, watch)
+    batch = batch_of(settings)
+    label_states(log, trainer, batch)
+    trainer.train_step(batch, learning_rate=1e-3)
+    label_passing(log, trainer)
+    return trainer, batch
