@@ -224,7 +224,8 @@ def test_pretraining_makes_indexed_files_first(printed, tmp_path):
 @pytest.mark.parametrize("more, message", [
     ({"stage": "ppo"}, "stage ppo is not translated: sft, pt and dpo, kto, rm are"),
     ({"stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss kto_pair is not there"),
-    ({"stage": "rm"}, "stage rm with finetuning_type lora is not there"), ({"finetuning_type": "freeze"}, "--freeze-parameters"),
+    ({"stage": "rm"}, "stage rm with finetuning_type lora is not there"),
+    ({"finetuning_type": "freeze"}, "--freeze-parameters"),
     ({"model_name_or_path": None}, "model_name_or_path is missing"), ({"dataset": None}, "dataset is missing"),
     ({"output_dir": None}, "output_dir is missing"), ({"learning_rate": "fast"}, "learning_rate: fast is no number"),
     ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type polynomial is not there"),
