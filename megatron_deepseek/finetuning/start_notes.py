@@ -15,13 +15,13 @@ def start_notes(settings: Settings, data: Conversations) -> Iterator[str]:
     yield f"template {data.train.template}: {data.train.mask_rule}"
     yield from _rows(settings, data)
     noise = f", NEFTune alpha {tuning.neftune_alpha:g}" if tuning.neftune_alpha else ""
-    yield f"loss: {_loss(settings)}{noise}"
+    yield f"loss: {_objective(settings)}{noise}"
     yield f"MTP: {_mtp(settings)}"
     yield f"experts: {_balance(settings)}"
     yield f"learning rate: {_rates(settings.learning_rate)}; {_adam(settings)} (--recipe {tuning.recipe})"
 
 
-def _loss(settings: Settings) -> str:
+def _objective(settings: Settings) -> str:
     preference = settings.fine_tuning.preference
     if preference is None:
         return f"the mean over {settings.fine_tuning.loss_average}s"

@@ -14,8 +14,8 @@ KINDS = {"kto": LABELLED, "reward": SCORED}
 
 def pairs(number: int) -> list[dict]:
     """Pairs of very different lengths, every third with a margin."""
-    return [{"prompt": "q" * (1 + n % 3), "chosen": "good"[:1 + n % 4] + "x" * (n % 5), "rejected": "no" + "y" * (n % 4)}
-            | ({"margin": 0.5} if n % 3 == 0 else {}) for n in range(number)]
+    return [{"prompt": "q" * (1 + n % 3), "chosen": "good"[:1 + n % 4] + "x" * (n % 5),
+             "rejected": "no" + "y" * (n % 4)} | ({"margin": 0.5} if n % 3 == 0 else {}) for n in range(number)]
 
 
 def labelled(number: int) -> list[dict]:

@@ -12,17 +12,19 @@ from preference_data import labelled, pairs, rows_of, write_rows
 from preference_job import PreferenceCase, run_alone, run_preference
 
 CASES = (
-    PreferenceCase(preference="dpo", pp=2, tp=2, cp=2, sp=True, ep=2, schedule="1F1B", microbatches=4, recompute="full",
-                   mtp=1),
+    PreferenceCase(preference="dpo", pp=2, tp=2, sp=True, ep=2, schedule="1F1B", microbatches=3, mtp=1),
     PreferenceCase(preference="kto", dp=2, cp=2, ep=4, dispatcher="allgather", microbatches=2, cp_type="allgather"),
-    PreferenceCase(preference="reward", pp=2, tp=2, dp=2, sp=True, schedule="ZBVZeroBubble", virtual=2, microbatches=4),
-    PreferenceCase(preference="dpo", dp=2, tp=2, microbatches=2, lora="all+router+mtp", mtp=1),
 )
 MORE = (
+    PreferenceCase(preference="dpo", pp=2, tp=2, cp=2, sp=True, ep=2, schedule="1F1B", microbatches=4, mtp=1,
+                   recompute="full"),
+    PreferenceCase(preference="dpo", dp=2, tp=2, microbatches=2, lora="all+router+mtp", mtp=1),
+    PreferenceCase(preference="reward", pp=2, tp=2, dp=2, sp=True, schedule="ZBVZeroBubble", virtual=2,
+                   microbatches=4),
     PreferenceCase(preference="orpo", tp=2, cp=2, chunk=3, microbatches=4),
     PreferenceCase(preference="simpo", dp=2, pp=2, schedule="1F1B", microbatches=2, reshard=True),
     PreferenceCase(preference="ipo", cp=2, dp=2, microbatches=2, tied=True),
-    PreferenceCase(preference="hinge", pp=4, schedule="DualPipeV", virtual=2, microbatches=8, ep=1, recompute="moe_act"),
+    PreferenceCase(preference="hinge", pp=4, schedule="DualPipeV", virtual=2, microbatches=8, recompute="moe_act"),
     PreferenceCase(preference="reward", cp=2, dp=2, tp=2, microbatches=1, micro_batch_size=2),
     PreferenceCase(preference="kto", pp=2, dp=2, schedule="Interleaved1F1B", virtual=2, microbatches=2,
                    lora="attention+mlp"),

@@ -32,6 +32,7 @@ COMMANDS = {
     "tools/indexed_dataset.py": "megatron_deepseek.cli.indexed_dataset",
     "tools/generate.py": "megatron_deepseek.cli.generate",
     "tools/chat.py": "megatron_deepseek.cli.chat",
+    "tools/score_answers.py": "megatron_deepseek.cli.score_answers",
     "tools/serve.py": "megatron_deepseek.cli.serve",
     "tools/evaluate.py": "megatron_deepseek.cli.evaluate",
     "tools/plan.py": "megatron_deepseek.cli.plan",

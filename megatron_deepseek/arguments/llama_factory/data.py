@@ -1,4 +1,4 @@
-"""What LLaMA-Factory says of the data: conversations for `stage: sft`, texts for `stage: pt`."""
+"""What LLaMA-Factory says of the data: texts for `stage: pt`, conversations or answers for all others."""
 
 import shlex
 from pathlib import Path
@@ -12,7 +12,7 @@ _INFO = "dataset_info.json"
 
 
 def conversations(r: Recipe) -> None:
-    """Translate the datasets of sft and how they become rows."""
+    """Translate the datasets of all stages but pt, and how they become rows."""
     names = r.names("dataset")
     if not names:
         raise ValueError("dataset is missing")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_deepseek.arguments.finetuning import build_finetuning_parser
-from megatron_deepseek.arguments.llama_factory import data, model, training
+from megatron_deepseek.arguments.llama_factory import data, model, preference, training
 from megatron_deepseek.arguments.llama_factory.keys import IGNORED, NO_EQUIVALENT
 from megatron_deepseek.arguments.llama_factory.recipe import Recipe
 from megatron_deepseek.arguments.parser import build_parser
@@ -56,8 +56,9 @@ class Translation:
 def translate(given: Mapping[str, Any], processes: Processes) -> Translation:
     """Translate a recipe. Raise ValueError, naming the key, for one that cannot be trained here."""
     stage = given.get("stage") or _CONVERSATIONS
-    if stage not in (_TEXTS, _CONVERSATIONS):
-        raise ValueError(f"stage {stage} is not translated: sft and pt are")
+    if stage not in (_TEXTS, _CONVERSATIONS, *preference.STAGES):
+        raise ValueError(f"stage {stage} is not translated: {_CONVERSATIONS}, {_TEXTS} and "
+                         f"{', '.join(preference.STAGES)} are")
     parser = build_parser() if stage == _TEXTS else build_finetuning_parser()
     r = Recipe(given, parser.options, processes.per_node * processes.nodes)
     r.take("stage")
@@ -66,9 +67,12 @@ def translate(given: Mapping[str, Any], processes: Processes) -> Translation:
                          "--nnodes say how many there are")
     for of_model in (model.weights, model.method, model.quantisation):
         of_model(r)
-    if stage == _CONVERSATIONS:
+    if stage != _TEXTS:
         data.conversations(r)
     training.batches(r, training.ranks(r))
+    if stage in preference.STAGES:
+        preference.objective(r, stage)
+        preference.rows_of(r, stage)
     epochs = training.length(r)
     if stage == _TEXTS:
         data.texts(r, r.integer("cutoff_len", 2048), epochs)

@@ -32,10 +32,10 @@ class PreferenceEvaluation:
                                                 self.settings.layout.dp).to(trainer.meshes.device)
             rows = rows if self.complete is None else self.complete(trainer, rows)
             found.append(trainer.evaluate(rows))
-        return together(found)
+        return means_over_batches(found)
 
 
-def together(losses: Sequence[Losses]) -> dict[str, float]:
+def means_over_batches(losses: Sequence[Losses]) -> dict[str, float]:
     """Return the means over all batches, each by the number that it was divided by, and how many samples there were."""
     (trained, _), *_ = losses[0].objective.items()
     means = {"loss" if name == trained else name: _mean(name, losses) for name in losses[0].objective}

@@ -16,6 +16,7 @@ from megatron_deepseek.arguments.llama_factory.reading import read_words
 from megatron_deepseek.arguments.llama_factory.translation import Processes, translate
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.cli.translate_arguments import main
+from megatron_deepseek.fine_tuning_settings import PreferenceSettings
 from megatron_deepseek.settings import Settings
 
 LITE = "deepseek-ai/DeepSeek-V2-Lite"
@@ -190,6 +191,24 @@ def test_single_keys(printed, more, expected):
         assert words in " ".join(script.replace("\\\n", " ").split()), words
 
 
+@pytest.mark.parametrize("more, expected", [
+    ({"stage": "dpo", "pref_beta": 0.3, "pref_ftx": 0.5, "dpo_label_smoothing": 0.1},
+     PreferenceSettings("dpo", 0.3, 0.1, 0.5)),
+    ({"stage": "dpo", "pref_loss": "ipo"}, PreferenceSettings("ipo", 0.1)),
+    ({"stage": "dpo", "pref_loss": "orpo", "pref_ftx": 0.5}, PreferenceSettings("orpo", 0.1)),
+    ({"stage": "dpo", "pref_loss": "simpo", "simpo_gamma": 0.7}, PreferenceSettings("simpo", 0.1, simpo_gamma=0.7)),
+    ({"stage": "kto", "kto_chosen_weight": 2.0}, PreferenceSettings("kto", desirable_weight=2.0)),
+    ({"stage": "rm", "finetuning_type": "full"}, PreferenceSettings("reward"))])
+def test_stages_of_preference_tuning(printed, more, expected):
+    """A pair, or two of KTO's answers, have a row of twice cutoff_len; batches have as many answers as there."""
+    script = printed(json.dumps(REQUIRED | {"per_device_train_batch_size": 4} | more), name="recipe.json")
+    s = settings_of(script)
+    assert s.fine_tuning.preference == expected
+    assert (s.fine_tuning.max_length, s.data.seq_length) == (2048, 4096)
+    assert s.batch.global_batch_size == (2 if expected.objective == "kto" else 4)
+    assert "Left out" not in script
+
+
 def test_pretraining_makes_indexed_files_first(printed, tmp_path):
     """Of 8,192,000 bytes, 2,048,000 tokens: 3 epochs are 3,000 samples of 2,048."""
     (tmp_path / "dataset_info.json").write_text(json.dumps({"web": {"file_name": "web.json",
@@ -203,7 +222,10 @@ def test_pretraining_makes_indexed_files_first(printed, tmp_path):
 
 
 @pytest.mark.parametrize("more, message", [
-    ({"stage": "dpo"}, "stage dpo is not translated"), ({"finetuning_type": "freeze"}, "--freeze-parameters"),
+    ({"stage": "ppo"}, "stage ppo is not translated: sft, pt and dpo, kto, rm are"),
+    ({"stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss kto_pair is not there"),
+    ({"stage": "rm"}, "stage rm with finetuning_type lora is not there"),
+    ({"finetuning_type": "freeze"}, "--freeze-parameters"),
     ({"model_name_or_path": None}, "model_name_or_path is missing"), ({"dataset": None}, "dataset is missing"),
     ({"output_dir": None}, "output_dir is missing"), ({"learning_rate": "fast"}, "learning_rate: fast is no number"),
     ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type polynomial is not there"),

@@ -164,7 +164,8 @@ def test_mismatched_rows_cross_questions_and_answers(tmp_path):
         if len(here) == 1:
             assert not other["loss_mask"].any()
             continue
-        (first, second), question = (sample for _, sample in here), "<｜begin▁of▁sentence｜><｜User｜>{}?<｜Assistant｜>"
+        (_, first), (_, second) = here
+        question = "<｜begin▁of▁sentence｜><｜User｜>{}?<｜Assistant｜>"
         text = tokenizer.decode(other["tokens"][other["documents"] == 0].tolist())
         assert text == question.format(first) + "a" * (1 + second % 4)
         text = tokenizer.decode(other["tokens"][other["documents"] == 1].tolist())
