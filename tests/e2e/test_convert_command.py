@@ -115,7 +115,7 @@ def assert_equal_files(ours: Path, theirs: Path) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("to", ["native", "hf"])
+@pytest.mark.parametrize("to", ["native", pytest.param("hf", marks=pytest.mark.slow)])
 def test_kill_and_resume(tmp_path, large, to):
     """SIGKILL in the middle; the same command keeps the finished files and ends with the same weights."""
     work = tmp_path / ("out/iter_0000000.incomplete" if to == "native" else "out.incomplete")

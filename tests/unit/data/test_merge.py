@@ -41,7 +41,7 @@ def merge_by_megatron(prefixes, output, dtype=np.uint16, multimodal=False):
     return contents(output)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_bytes_are_those_of_megatron_core(tmp_path, three, workers, monkeypatch):
     monkeypatch.setattr(merge, "BYTES_PER_TASK", 7)
     monkeypatch.setattr(merge, "BYTES_PER_BLOCK", 3)
