@@ -125,8 +125,6 @@ MISTAKES = (
             "(place.n * Cluster + 1 - rank) * kTileN", GEMM),
     Mistake("halves of the first half's rows", "gemm_schedule.cuh", "work.a_row += half * kHalf;", ";", GEMM),
     Mistake("halves stored twice", "gemm_schedule.cuh", "work.out_row += half * kHalf;", ";", GEMM),
-    Mistake("half with a whole tile's rows", "gemm_schedule.cuh", "if (work.rows > kHalf) work.rows = kHalf;", "",
-            GEMM),
     Mistake("last halves forgotten", "gemm_schedule.cuh", "p.whole + 2 * (p.tiles - p.whole)", "p.tiles", GEMM),
     Mistake("staged rows not fenced", "gemm_store.cuh", "  hopper::fence_for_copies();\n", "", GEMM),
     Mistake("staged rows not waited for", "gemm_store.cuh", "  hopper::fence_for_copies();\n  __syncwarp();",
