@@ -96,7 +96,7 @@ def run_command(command: list[str]) -> str:
     return done.stdout
 
 
-def _included(source: Path) -> set[Path]:
+def included(source: Path) -> set[Path]:
     """Return the source and the files of this project that it includes, and that these include."""
     found, todo = set(), [source]
     while todo:
@@ -122,7 +122,7 @@ def _cached(command: list[str], source: Path, suffix: str) -> tuple[Path, str]:
     Of several processes that need it at once, as `make test` starts, one compiles it.
     """
     digest = hashlib.sha256(" ".join(command).encode())
-    for path in sorted(_included(source)):
+    for path in sorted(included(source)):
         digest.update(path.read_bytes())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
     log = made.with_suffix(".log")

@@ -87,8 +87,7 @@ __device__ __forceinline__ void store_by_copies(OutputBoxes& staging, const hopp
                                                 const float (&total)[hopper::kAccumulators]) {
   using Boxes = OutputBoxes;
   const int lane = lane_id();
-  hopper::wait_for_reads();
-  __syncwarp();
+  hopper::wait_for_reads();  // which the whole warp has done once it stores matrices together
 #pragma unroll
   for (int group = 0; group < kTileN / 8; group += 2) {  // of 8 columns
     uint32_t word[4];  // 8 x 8 numbers each: the upper rows of a group, the lower ones, both of the next group

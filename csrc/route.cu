@@ -29,7 +29,7 @@ constexpr int kWarps = kThreads / kWarp;
 #ifdef MEGATRON_DEEPSEEK_EMULATED
 constexpr int kTogether = 2;  // few, as multiprocessors there are
 #else
-constexpr int kTogether = 16;  // counts of blocks that a thread reads at once
+constexpr int kTogether = 12;  // counts of blocks that a thread reads at once
 #endif
 constexpr int kMinCopies = 256;  // of a warp: less would make the sums over warps longer than the walk
 

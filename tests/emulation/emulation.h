@@ -82,7 +82,7 @@ struct Fiber {
   const char* place = "";
   std::vector<std::function<void()>> asynchronous;  // this thread's wgmma that nobody has waited for
   std::vector<uint32_t> unfenced;                   // words of shared memory that the copy engine does not see yet
-  uint64_t copies_asked = 0, copies_committed = 0, copies_read = 0;  // from shared memory
+  std::vector<std::function<void()>> copies, committed;  // its copies from shared memory that have not happened
 
   bool ready() const { return !done && (watched == nullptr || *watched != seen); }
 };
@@ -164,7 +164,8 @@ auto exchange(unsigned mask, T value, Take take) {
 
 inline void start_fiber() {
   (*machine().kernel)();
-  if (self().copies_asked != self().copies_read) machine().problem = "a thread ended before its copies had been read";
+  if (self().copies.size() + self().committed.size() > 0)
+    machine().problem = "a thread ended before its copies had read shared memory";
   self().done = true;
   --self().block->running;
   swapcontext(&self().context, &machine().scheduler);
@@ -172,7 +173,7 @@ inline void start_fiber() {
 
 inline void prepare(Fiber& fiber, Block& block, unsigned thread) {
   fiber.block = &block, fiber.thread = thread, fiber.done = false, fiber.watched = nullptr;
-  fiber.copies_asked = fiber.copies_committed = fiber.copies_read = 0;
+  fiber.copies.clear(), fiber.committed.clear();
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -276,35 +277,4 @@ inline void run(const Shape& shape, const std::function<void()>& kernel) {
 
 }  // namespace emulation
 
-inline void __syncthreads() {
-  emulation::arrive_and_wait(emulation::self().block->named[0], int(blockDim.x), "__syncthreads");
-}
-inline void __syncwarp() { emulation::arrive_and_wait(emulation::own_warp().barrier, 32, "__syncwarp"); }
-inline void __threadfence() {}
-
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return emulation::exchange(mask, value, [&](const T* all, int lane) { return all[lane ^ lanes]; });
-}
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int distance) {
-  return emulation::exchange(mask, value, [&](const T* all, int lane) { return all[std::max(lane - distance, 0)]; });
-}
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
-  return emulation::exchange(mask, value, [&](const T* all, int) { return all[source % 32]; });
-}
-inline unsigned __match_any_sync(unsigned mask, int value) {
-  return emulation::exchange(mask, value, [](const int* all, int lane) {
-    unsigned same = 0;
-    for (int other = 0; other < 32; ++other) same |= unsigned(all[other] == all[lane]) << other;
-    return same;
-  });
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
-inline int atomicAdd(int* address, int value) {
-  int before = *address;
-  *address += value;
-  return before;
-}
+#include "intrinsics.h"

@@ -112,26 +112,30 @@ inline void fence_for_copies() {
   fiber.unfenced.clear();
 }
 
-// Every other copy happens at once, the others as late as the engine comes to them: neither may be relied upon.
+// One copy happens at once, the next when it is waited for: neither may be relied upon.
 inline void copy_tile_out(const TensorMap* to, int column, int row, const void* from) {
-  emulation::Fiber& fiber = emulation::self();
-  auto copy = [&fiber, map = *to, base = tile_address(from), column, row] {
+  auto copy = [block = emulation::self().block, map = *to, base = tile_address(from), column, row] {
     for (int r = 0; r < map.box_rows && row + r < map.rows; ++r)
       for (int c = 0; c < 128 && column + c < map.columns; ++c)
         const_cast<unsigned char*>(map.data)[(row + r) * map.pitch + column + c] =
-            fiber.block->seen_by_copies[swizzled(base + r * 128 + c)];
-    ++fiber.copies_read;
+            block->seen_by_copies[swizzled(base + r * 128 + c)];
   };
-  if (++fiber.copies_asked % 2 == 0)
-    copy();
+  auto& waiting = emulation::self().copies;
+  if (waiting.size() % 2)
+    copy(), waiting.push_back([] {});
   else
-    emulation::machine().copies.push_back(copy);
+    waiting.push_back(copy);
 }
-inline void commit_copies() { emulation::self().copies_committed = emulation::self().copies_asked; }
-inline void wait_for_reads() {
+
+inline void commit_copies() {
   emulation::Fiber& fiber = emulation::self();
-  while (fiber.copies_read < fiber.copies_committed)
-    emulation::wait_until_changed(&fiber.copies_read, fiber.copies_read, "copies' reads");
+  for (auto& copy : fiber.copies) fiber.committed.push_back(std::move(copy));
+  fiber.copies.clear();
+}
+
+inline void wait_for_reads() {
+  for (auto& copy : emulation::self().committed) copy();
+  emulation::self().committed.clear();
 }
 
 inline void product_fence() {}

@@ -52,7 +52,7 @@ def scaled_mm(a_q, a_s, b_q, b_s, out_dtype=_BF16, *, tma_store: bool = False, c
     return operator("scaled_mm")(*operands, out_dtype == torch.float32, tma_store, clusters)
 
 
-def _worth_tall_tiles(counts: Sequence[int]) -> bool:
+def worth_tall_tiles(counts: Sequence[int]) -> bool:
     """Return whether tiles of 256 rows, which read b half as often, suit groups of these rows.
 
     The half of a tall tile that a group leaves empty costs nothing, but such tiles use two thirds of the ring of
@@ -67,7 +67,7 @@ def grouped_scaled_mm(a_q, a_s, b_q, b_s, counts, out_dtype=_BF16, *, tma_store:
     if not _fits_gemm(a_q, out_dtype):
         return NotImplemented
     operands = _operand(a_q, a_q.shape[1]), a_s.contiguous(), _operand(b_q, b_q.shape[2]), b_s.contiguous()
-    tall = _worth_tall_tiles(counts)
+    tall = worth_tall_tiles(counts)
     tiles = table(_tall_tiles if tall else tile_rows, counts, a_q)
     return operator("grouped_scaled_mm")(*operands, tiles, tall, out_dtype == torch.float32, tma_store, clusters)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_deepseek.ops.backends.cuda.gemm import worth_tall_tiles
+
 ROOT = Path(__file__).parents[4]
 PAGE = (ROOT / "docs" / "kernels.md").read_text()
 spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
@@ -145,6 +147,13 @@ def test_the_documented_waves(printed):
         ideal = tiles / 132
         assert [float(x) for x in numbers] == [round(ideal, 2), round(before, 2), round(after, 2),
                                                round(100 * ideal / before), round(100 * ideal / after)], n
+
+
+@pytest.mark.parametrize("counts, tall", [
+    ([512, 256], True), ([300], True), ([300, 300, 100], False), ([128] * 8, False), ([0, 0, 256], True)])
+def test_tall_tiles_of_groups(counts, tall):
+    """By hand: [300, 300, 100] has two whole tall tiles, and three with an empty half."""
+    assert worth_tall_tiles(counts) == tall
 
 
 def test_scales_by_a_reciprocal(printed):
