@@ -1,7 +1,7 @@
 """How every rank of a context group gets every rank's block, and how the blocks' gradients return to their owners.
 
     Ring    cp - 1 steps; while the caller works on one block the next one travels (arXiv 2310.01889). Gradients travel
-            the same way, each rank adding its part, and arrive after cp - 1 steps at the owner, which adds its own last.
+            the same way, each rank adding its part. After cp - 1 steps they are at the owner, which adds its own.
     Gather  one all-gather before the work, one reduce-scatter after it.
     Alone   nothing travels: this rank has whole sequences.
 
