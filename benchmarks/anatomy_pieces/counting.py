@@ -26,7 +26,7 @@ FORWARD, BACKWARD = "forward", "backward"
 NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "detach",
            "alias", "lift_fresh", "_local_scalar_dense", "record_stream"}
 ONLY_WRITTEN = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}  # whose first argument is not read
-GATHERS = {"index_select", "gather", "embedding", "index", "nll_loss_forward"}  # read as much as they write, and their indices
+GATHERS = {"index_select", "gather", "embedding", "index", "nll_loss_forward"}  # read what they write, and indices
 DENSE_OF_ROWS = {"nll_loss_backward"}  # writes a dense gradient of one number a row
 DECLARED_ONLY = {("_fused_adamw_", "grads")}  # written only with a scale, which we do not give
 SCATTERS = {"scatter_", "scatter_add_", "index_put_", "_index_put_impl_", "index_add_", "index_copy_"}

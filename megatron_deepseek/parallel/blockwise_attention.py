@@ -16,7 +16,7 @@ import torch
 
 from megatron_deepseek.ops.attention import LogSumExpMerge, Output, Scores, attend, attend_backward
 from megatron_deepseek.parallel.block_mask import BlockMask
-from megatron_deepseek.parallel.exchange import Alone, Gather, Ring, Sliced
+from megatron_deepseek.parallel.exchange import Alone, Gather, Ring, Sliced, own_last
 from megatron_deepseek.parallel.window_mask import WindowMask
 
 Exchange = Ring | Gather | Sliced | Alone
@@ -89,7 +89,7 @@ class BlockwiseAttention(torch.autograd.Function):
         grad_q_BNSD = torch.zeros_like(q_BNSD, dtype=wide)
 
         def gradients():
-            for owner, block in zip(ctx.owners, blocks):
+            for owner, block in own_last([*zip(ctx.owners, blocks)]):
                 made, parts = block_mask.of(owner)
 
                 def through_attention(k, v):

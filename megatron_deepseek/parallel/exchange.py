@@ -1,18 +1,20 @@
 """How every rank of a context group gets every rank's block, and how the blocks' gradients return to their owners.
 
     Ring    cp - 1 steps; while the caller works on one block the next one travels (arXiv 2310.01889). Gradients travel
-            the same way, each rank adding its own, and arrive at the owner after cp steps.
+            the same way, each rank adding its part. After cp - 1 steps they are at the owner, which adds its own.
     Gather  one all-gather before the work, one reduce-scatter after it.
     Alone   nothing travels: this rank has whole sequences.
 
 Where the ranks of a tensor-parallel group have the same blocks, each need send only a slice of them (`Sliced`).
 
-All yield the blocks in the same order, this rank's own first. Gradients are summed in at least float32.
+All yield the blocks in the same order, this rank's own first, and take their gradients in the same order but for this
+rank's own, which come last (`own_last`). Gradients are summed in at least float32.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,12 @@ from megatron_deepseek.parallel.collectives import all_gather, reduce_scatter
 
 Blocks = Iterator[tuple[int, torch.Tensor]]
 TOKENS = 1  # the dimension of a block
+
+
+def own_last(of_blocks: Sequence[Any]) -> list[Any]:
+    """Return things of blocks in the order in which gradients are returned, given in the order of `blocks`."""
+    own, *others = of_blocks
+    return [*others, own]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +49,17 @@ class Ring:
     def return_gradients(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
         """Return the gradient of this rank's own block, summed over the ranks.
 
-        `gradients` are those of all blocks, in the order of `blocks`. Each is made only when it is needed, while the
-        sum before it travels.
+        `gradients` are those of all blocks, this rank's own last. Each is made only when it is needed, while the sum
+        before it travels.
         """
-        arriving, dtype = None, None
-        for gradient in gradients:  # made while the sum for the same owner is still on its way
-            dtype = gradient.dtype
-            total = gradient.to(torch.promote_types(dtype, torch.float32))
+        arriving, last = None, self.group.size() - 1
+        for step, gradient in enumerate(gradients):  # made while the sum for the same owner is still on its way
+            total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             if arriving is not None:
                 total = total + arriving.wait()
-            arriving = Transfer(total.contiguous(), self.group)
-        return arriving.wait().to(dtype)
+            if step < last:
+                arriving = Transfer(total.contiguous(), self.group)
+        return total.to(gradient.dtype)
 
 
 class Transfer:
@@ -84,7 +92,7 @@ class Gather:
 
     def return_gradients(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
         """Return the gradient of this rank's own block, summed over the ranks; `gradients` as in `Ring`."""
-        by_owner = dict(zip(self._order(), gradients, strict=True))
+        by_owner = dict(zip(own_last(self._order()), gradients, strict=True))
         dtype = by_owner[0].dtype
         stacked = torch.cat([by_owner[owner] for owner in range(len(by_owner))])
         return reduce_scatter(stacked.to(torch.promote_types(dtype, torch.float32)), 0, self.group).to(dtype)

@@ -162,9 +162,9 @@ BLOCKS = of(
      "            yield (self.group.rank() - step) % size, block\n",
      "            yield (self.group.rank() - step) % size, block\n"
      "            arriving = Transfer(block, self.group) if step < size - 1 else None\n"),
-    ("Ring.return_gradients", "        for gradient in gradients:  # made",
-     "        for gradient in [*gradients]:  # made"),
-    ("Ring.return_gradients", "total = gradient.to(torch.promote_types(dtype, torch.float32))", "total = gradient"),
+    ("Ring.return_gradients", "in enumerate(gradients):  # made", "in enumerate([*gradients]):  # made"),
+    ("Ring.return_gradients", "total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))",
+     "total = gradient"),
     ("Gather.return_gradients",
      "reduce_scatter(stacked.to(torch.promote_types(dtype, torch.float32)), 0, self.group).to(dtype)",
      "reduce_scatter(stacked, 0, self.group).to(dtype)"),

@@ -102,7 +102,7 @@ EXCHANGE = of(
     LAYOUTS,
     ("Ring.return_gradients", "total = total + arriving.wait()", "total = total + 0 * arriving.wait()"),
     ("Ring.blocks", "yield (self.group.rank() - step) % size, block", "yield (self.group.rank() + step) % size, block"),
-    ("Ring.return_gradients", "return arriving.wait().to(dtype)", "return total.to(dtype)"),
+    ("own_last", "return [*others, own]", "return [own, *others]"),
     ("Gather.return_gradients", "stacked = torch.cat([by_owner[owner] for owner in range(len(by_owner))])",
      "stacked = torch.cat([by_owner[owner] for owner in self._order()])"),
     ("Gather.return_gradients",

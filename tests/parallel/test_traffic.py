@@ -134,8 +134,8 @@ def bytes_of_ring(case: Case) -> int:
     ("one_key_head", 2, 2 * 4)])
 def test_what_a_ring_carries(ranks, attention, tp, numbers):
     """By hand, of a token: a latent and a turned key, or keys and values of this rank's heads. 4 of 8 tokens are on
-    each of 2 ranks, in 2 layers; a block goes to the other rank once, and its gradient to it and back. Latents are the
+    each of 2 ranks, in 2 layers; a block goes to the other rank once, and its gradient back. Latents are the
     same on all TP ranks, each of which sends a part of them.
     """
     case = Case(cp=2, cp_type="ring", tp=tp, router="dense", attention=attention)
-    assert ranks.run(2 * tp, bytes_of_ring, case) == [2 * (1 + 2) * 4 * numbers * 8] * (2 * tp)
+    assert ranks.run(2 * tp, bytes_of_ring, case) == [2 * (1 + 1) * 4 * numbers * 8] * (2 * tp)
