@@ -28,8 +28,8 @@ def qwen2() -> Qwen2ForCausalLM:
 def main() -> None:
     args = arguments(__doc__.splitlines()[0])
     join_job(torch.device("cpu"), 10)
-    ours = Ours(MODEL, args.batch, args.seq_length, args.bf16)
-    theirs = Theirs(qwen2(), ours.weights(), args.bf16)
+    ours = Ours(MODEL, args.batch, args.seq_length, args.bf16, "inductor" if args.compile else None)
+    theirs = Theirs(qwen2(), ours.weights(), args.bf16, args.compile)
     report(compare(MODEL, ours, theirs, random_batches(MODEL, args), args), args.output)
     dist.destroy_process_group()
 

@@ -1,11 +1,12 @@
 """One training step of a small DeepSeek-V3, here and in transformers, from the same weights on the same batch.
 
-    OMP_NUM_THREADS=2 python benchmarks/train_step.py [--bf16] [--output benchmarks/results/train_step.json]
+    OMP_NUM_THREADS=2 python benchmarks/train_step.py [--bf16] [--compile] [--output benchmarks/results/train_step.json]
 
-Both run in this process with the same threads and take turns, so a noisy machine slows both. A step is forward,
-backward, gradient clipping and fused AdamW. transformers gets its fastest experts implementation, found by a trial of
-each. The output is the tokens/s of both (median), their ratio, the losses of every step, which must agree, and the
-share of the measured GEMM rate that the model's multiply-adds reach.
+Both run in this process with the same threads and take turns, so a noisy machine slows both; `--clock cpu` counts the
+process's time on all processors instead. A step is forward, backward, gradient clipping and fused AdamW. transformers
+gets its fastest experts implementation, found by a trial of each; with --compile also each compiled by torch.compile,
+and ours is trained by --compile. The output is the tokens/s of both (median), their ratio, the losses of every step,
+which must agree, and the share of the measured GEMM rate that the model's multiply-adds reach.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -61,15 +63,15 @@ class Ours:
 
 
 class Theirs:
-    """A model of transformers with our weights."""
+    """A model of transformers with our weights, run as it is or as torch.compile makes it."""
 
-    def __init__(self, model: torch.nn.Module, weights: dict[str, torch.Tensor], bf16: bool):
+    def __init__(self, model: torch.nn.Module, weights: dict[str, torch.Tensor], bf16: bool, compiled: bool = False):
         self.model = model
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not unexpected and all("e_score_correction_bias" in name or name == "lm_head.weight" for name in missing
                                       ), (missing, unexpected)
         self.model.train()
-        self.bf16 = bf16
+        self.bf16, self.run = bf16, torch.compile(model) if compiled else model
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -79,7 +81,7 @@ class Theirs:
     def step(self, tokens: torch.Tensor) -> float:
         self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            logits = self.model(tokens[:, :-1], use_cache=False).logits
+            logits = self.run(tokens[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_grad)
@@ -94,22 +96,28 @@ def deepseek_v3(experts: str) -> DeepseekV3ForCausalLM:
     return DeepseekV3ForCausalLM(config)
 
 
-def fastest_experts(weights: dict[str, torch.Tensor], tokens: torch.Tensor, bf16: bool) -> tuple[str, dict]:
+def fastest(weights: dict[str, torch.Tensor], tokens: torch.Tensor, args: argparse.Namespace) -> tuple[Theirs, dict]:
+    """Return transformers' fastest model, and the seconds of each kind."""
     seconds = {}
-    for name in ("eager", "grouped_mm"):
+    for kind in product(("eager", "grouped_mm"), (False, True) if args.compile else (False,)):
+        name, compiled = kind
         try:
-            model = Theirs(deepseek_v3(name), weights, bf16)
+            model = Theirs(deepseek_v3(name), weights, args.bf16, compiled)
             model.step(tokens)
-            seconds[name] = min(timed(model.step, tokens)[0] for _ in range(2))
+            seconds[kind] = min(timed(model.step, tokens, clock=args.clock)[0] for _ in range(2))
         except (RuntimeError, ValueError) as error:
             print(f"transformers' {name} does not run here: {str(error).splitlines()[0]}")
-    return min(seconds, key=seconds.get), seconds
+    name, compiled = min(seconds, key=seconds.get)
+    return Theirs(deepseek_v3(name), weights, args.bf16, compiled), {
+        name + " compiled" * compiled: round(taken, 3) for (name, compiled), taken in seconds.items()}
 
 
-def timed(step, *args) -> tuple[float, float]:
-    begin = time.perf_counter()
+def timed(step, *args, clock: str = "wall") -> tuple[float, float]:
+    """Return the seconds of a step, of the wall's clock or of the processors', and its loss."""
+    now = time.perf_counter if clock == "wall" else time.process_time
+    begin = now()
     loss = step(*args)
-    return time.perf_counter() - begin, loss
+    return now() - begin, loss
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
@@ -122,6 +130,8 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
 def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--bf16", action="store_true", help="ours with --bf16, transformers under autocast")
+    parser.add_argument("--compile", action="store_true", help="ours with --compile, transformers by torch.compile")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time (wall)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
@@ -137,7 +147,8 @@ def random_batches(model: ModelConfig, args: argparse.Namespace) -> tuple[torch.
 def compare(model: ModelConfig, ours: Ours, theirs: Theirs, batches: tuple[torch.Tensor, ...],
             args: argparse.Namespace) -> dict:
     """Return the figures of both, which take turns."""
-    runs = [(timed(ours.step, batch), timed(theirs.step, batch)) for batch in batches]
+    runs = [(timed(ours.step, batch, clock=args.clock), timed(theirs.step, batch, clock=args.clock))
+            for batch in batches]
     return summarize(model, runs, args)
 
 
@@ -152,12 +163,10 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0])
     join_job(torch.device("cpu"), 10)
     batches = random_batches(MODEL, args)
-    ours = Ours(MODEL, args.batch, args.seq_length, args.bf16)
-    weights = ours.weights()
-    experts, trial = fastest_experts(weights, batches[0], args.bf16)
-    theirs = Theirs(deepseek_v3(experts), weights, args.bf16)
+    ours = Ours(MODEL, args.batch, args.seq_length, args.bf16, "inductor" if args.compile else None)
+    theirs, trial = fastest(ours.weights(), batches[0], args)
     figures = compare(MODEL, ours, theirs, batches, args)
-    report(figures | {"experts_implementation": experts, "experts_trial_seconds": trial}, args.output)
+    report(figures | {"transformers_trial_seconds": trial}, args.output)
     dist.destroy_process_group()
 
 
@@ -169,7 +178,8 @@ def summarize(model: ModelConfig, runs, args) -> dict:
     rate = gemm_rate(torch.bfloat16 if args.bf16 else torch.float32)
     flops = model_flops_per_token(model, args.seq_length)
     return {
-        "dtype": "bf16" if args.bf16 else "fp32", "batch": args.batch, "seq_length": args.seq_length,
+        "dtype": "bf16" if args.bf16 else "fp32", "compiled": args.compile, "clock": args.clock,
+        "batch": args.batch, "seq_length": args.seq_length,
         "threads": torch.get_num_threads(), "steps": args.steps,
         "processor": platform.processor() or os.uname().machine,
         "torch": torch.__version__, "transformers": __import__("transformers").__version__,

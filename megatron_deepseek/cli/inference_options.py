@@ -147,7 +147,7 @@ def engine_settings(args: argparse.Namespace, max_length: int) -> EngineSettings
 
 
 def warm_up(args: argparse.Namespace, replicas: "Replicas") -> None:
-    """Have what --compile asks for compiled before the first request, and say how long that took."""
+    """Make the graphs that --compile asks for before the first request, and print how long that took."""
     if args.compile:
         from megatron_deepseek.runtime.graphs import GraphWatch
         replicas.engine.warm_up()

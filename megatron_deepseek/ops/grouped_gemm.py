@@ -3,25 +3,38 @@
 CUDA in bfloat16 runs `torch.nn.functional.grouped_mm`. Everywhere else each group is an ordinary GEMM written straight
 into the result: on CPU grouped_mm in bfloat16 was measured 7x slower than that loop, and it has no float64.
 
-In bfloat16 on CPU the number of rows of each group is rounded up (rounded_rows.py).
+In bfloat16 on CPU the number of rows of each group is rounded up (rounded_rows.py): by rows of the next groups, so that
+nothing is copied. Their results are overwritten by those groups' own, and a gradient of zero adds nothing of them.
 
 Shapes: R rows, E experts, I inputs, O outputs. counts_E are Python integers that sum to R.
 """
+
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.device import on_accelerator, send
-from megatron_deepseek.ops.rounded_rows import round_up
+from megatron_deepseek.ops.rounded_rows import round_up, rows_of_kernel
 
 
-def _mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write x @ weight into `out`."""
-    rounded = round_up(x)
-    if rounded.shape == x.shape:
-        torch.mm(x, weight, out=out)
-    else:
-        out.copy_((rounded @ weight)[:x.shape[0]])
+def _products(x_RI: torch.Tensor, weight_EIO: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
+    """Return each expert's rows times its matrix, [R, O]."""
+    out_RO, start = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[2]), 0
+    for weight, count in zip(weight_EIO.unbind(), counts_E):
+        x = _rounded_rows(x_RI, start, count)
+        if start + len(x) <= len(out_RO):
+            torch.mm(x, weight, out=out_RO[start:start + len(x)])  # rows behind this expert's are written again
+        else:
+            out_RO[start:].copy_((x @ weight)[:len(out_RO) - start])
+        start += count
+    return out_RO
+
+
+def _rounded_rows(x_RI: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Return `count` rows from `start` on, and as many of those behind them as a kernel is given, else of zeros."""
+    rows = rows_of_kernel(x_RI, count)
+    return x_RI[start:start + rows] if start + rows <= len(x_RI) else round_up(x_RI[start:start + count])
 
 
 def has_native_kernel(x: torch.Tensor, *widths: int) -> bool:
@@ -37,21 +50,14 @@ def grouped_forward(x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list
     """Return y [R, O]: each expert's rows times its weight transposed."""
     if has_native_kernel(x_RI, *weight_EOI.shape[1:]):
         return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=_offsets(counts_E, x_RI.device))
-    y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-    for x, weight, y in zip(x_RI.split(counts_E), weight_EOI.unbind(), y_RO.split(counts_E)):
-        if len(x):
-            _mm(x, weight.t(), y)
-    return y_RO
+    return _products(x_RI, weight_EOI.mT, counts_E)
 
 
 def grouped_dgrad(grad_RO: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
     """Return the gradient of x [R, I]: each expert's output gradients times its weight."""
     if has_native_kernel(grad_RO, *weight_EOI.shape[1:]):
         return F.grouped_mm(grad_RO, weight_EOI, offs=_offsets(counts_E, grad_RO.device))
-    grad_RI = grad_RO.new_empty(grad_RO.shape[0], weight_EOI.shape[2])
-    for grad, weight, out in zip(grad_RO.split(counts_E), weight_EOI.unbind(), grad_RI.split(counts_E)):
-        _mm(grad, weight, out)
-    return grad_RI
+    return _products(grad_RO, weight_EOI, counts_E)
 
 
 def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
@@ -63,8 +69,9 @@ def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]
                 grad.zero_()  # not written on compute capability 10.0 (pytorch issue 172439)
         return grad_EOI
     grad_EOI = x_RI.new_empty(len(counts_E), grad_RO.shape[1], x_RI.shape[1])
-    for grad, x, out in zip(grad_RO.split(counts_E), x_RI.split(counts_E), grad_EOI.unbind()):
-        torch.mm(round_up(grad).t(), round_up(x), out=out)
+    starts_E = accumulate(counts_E, initial=0)
+    for grad, start, count, out in zip(grad_RO.split(counts_E), starts_E, counts_E, grad_EOI.unbind()):
+        torch.mm(round_up(grad).t(), _rounded_rows(x_RI, start, count), out=out)
     return grad_EOI
 
 

@@ -22,9 +22,12 @@ def rounded(rows: int) -> int:
     return 1 << (rows - 1).bit_length() if 0 < rows <= MULTIPLE else -(-rows // MULTIPLE) * MULTIPLE
 
 
+def rows_of_kernel(x: torch.Tensor, rows: int) -> int:
+    """Return how many rows a kernel is given for `rows` of those of x."""
+    return rounded(rows) if not on_accelerator(x) and compiles_for_each_shape(x.device, x.dtype) else rows
+
+
 def round_up(x: torch.Tensor) -> torch.Tensor:
     """Return x with zero rows appended where kernels are compiled for each shape, x itself elsewhere."""
-    rows = x.shape[0]
-    if on_accelerator(x) or not compiles_for_each_shape(x.device, x.dtype) or rounded(rows) == rows:
-        return x
-    return F.pad(x, (0, 0, 0, rounded(rows) - rows))
+    missing = rows_of_kernel(x, len(x)) - len(x)
+    return F.pad(x, (0, 0, 0, missing)) if missing else x

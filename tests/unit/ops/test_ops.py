@@ -216,6 +216,18 @@ def test_grouped_gemm_in_bfloat16():
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("counts", [*COUNTS, [70, 3, 130], [1, 64, 0]], ids=str)
+def test_rows_of_other_experts_change_nothing(counts):
+    """In bfloat16 on the CPU an expert's rows are rounded up by those behind them, of which no result may show."""
+    rows, scale = sum(counts), 10.0 ** torch.arange(3).repeat_interleave(torch.tensor(counts)).unsqueeze(-1)
+    x, weight, grad = (torch.randn(rows, 8) * scale).bfloat16(), torch.randn(3, 4, 8).bfloat16(), torch.randn(rows, 4)
+    grad = grad.bfloat16()
+    for product, operands in ((grouped_forward, (x, weight)), (grouped_dgrad, (grad, weight)),
+                              (grouped_wgrad, (grad, x))):
+        got, expected = product(*operands, counts), product(*(each.double() for each in operands), counts)
+        torch.testing.assert_close(got.double(), expected, rtol=2**-6, atol=0.1)
+
+
 def test_grouped_mm_leaves_no_gradient_to_experts_without_rows(monkeypatch):
     """A stand-in for CUDA's grouped_mm, which was seen to leave there what it found (pytorch issue 172439)."""
     def grouped_mm(a, b, offs):

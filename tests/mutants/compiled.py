@@ -1,0 +1,16 @@
+"""Mistakes in what is compiled: graphs that are made again and again, forms that compute something else, functions that
+stay as they are.
+"""
+
+from mutant import of
+
+COMPILED = of(
+    ("tests/unit/model/test_compiled.py",),
+    ("Graph.__call__", "if number > 1:", "if number < 0:"),
+    ("Graph.__call__", "if number < self.least:", "if number < 0:"),
+    ("cross_entropy_gradient_in_a_pass", " & mine_T.unsqueeze(-1)", ""),
+    ("turn_halves_in_a_pass", "second * cos + first * sin, rest", "second * cos - first * sin, rest"),
+    ("compiled._compile", "setattr(module, name, value.compiled(graphs))", "pass"),
+    ("CrossEntropy.compiled", "functions(cross_entropy_gradient), False", "cross_entropy_gradient, False"),
+    ("check_compiler", "if missing is not None:", "if missing is None:"),
+)
