@@ -18,6 +18,7 @@ from evaluated import EVALUATED
 from finetuned import FINE_TUNED
 from frozen import FROZEN
 from grouped_query import GROUPED_QUERY
+from llama_files import GGUF
 from loaded import LOADED
 from megatron_options import MEGATRON
 from mutant import of
@@ -520,4 +521,4 @@ MUTANTS = (
     *MEMORY_MUTANTS, *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK,
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
-    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED)
+    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *GGUF)

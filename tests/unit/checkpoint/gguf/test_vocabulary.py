@@ -83,4 +83,5 @@ def test_begin_and_template(tmp_path):
 
 
 def test_without_a_tokenizer(tmp_path):
-    assert read_vocabulary(tmp_path, None, None) is None
+    with pytest.raises(ValueError, match="has no tokenizer.json.*--assets DIR brings one"):
+        read_vocabulary(tmp_path, None, None)
