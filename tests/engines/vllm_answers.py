@@ -20,8 +20,8 @@ def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     engine = LLM(model=asked["model"], skip_tokenizer_init=True, enforce_eager=True, max_model_len=512, max_num_seqs=4,
                  disable_log_stats=False, **asked["options"])
-    sampling = SamplingParams(temperature=0, max_tokens=asked["length"], min_tokens=asked["length"], ignore_eos=True,
-                              logprobs=asked["top"], detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=asked["length"], ignore_eos=True, logprobs=asked["top"],
+                              detokenize=False)
     adapter = LoRARequest("adapter", 1, asked["adapter"]) if asked["adapter"] else None
     said = engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in asked["prompts"]], sampling,
                            lora_request=adapter, use_tqdm=False)

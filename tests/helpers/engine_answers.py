@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from engine_models import EOS, VOCABULARY
+from engine_models import VOCABULARY
 from transformers import AutoModelForCausalLM
 
 LENGTH = 32
@@ -28,13 +28,13 @@ class Answer:
 
 
 def by_transformers(directory: Path) -> list[Answer]:
-    """Return the answers to PROMPTS, in float32. No engine may end a text: the token for that is never said."""
+    """Return the answers to PROMPTS, in float32."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     answers = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH,
-                              do_sample=False, suppress_tokens=[EOS], output_logits=True, return_dict_in_generate=True)
+                              do_sample=False, output_logits=True, return_dict_in_generate=True)
         likeliest = said.logits[0][0].log_softmax(-1).topk(TOP)
         answers.append(Answer(said.sequences[0, len(prompt):].tolist(),
                               dict(zip(likeliest.indices.tolist(), likeliest.values.tolist()))))

@@ -15,7 +15,6 @@ from gguf import (
     LlamaFileType,
     RopeScalingType,
     TokenType,
-    size_label,
 )
 
 from megatron_deepseek.checkpoint.gguf.architectures import chooses_by_groups
@@ -29,11 +28,12 @@ _FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantization
 _GATES = {"softmax": ExpertGatingFuncType.SOFTMAX, "sigmoid": ExpertGatingFuncType.SIGMOID}
 
 
-def add_general(writer: GGUFWriter, name: str, kind: GGMLQuantizationType, generation: Mapping[str, Any]) -> None:
-    """Add the model's `name`, its size from the tensors that `writer` knows, its type, and how to sample from it."""
+def add_general(writer: GGUFWriter, name: str, size: str, kind: GGMLQuantizationType, generation: Mapping[str, Any]
+                ) -> None:
+    """Add the model's `name`, its size in words, the type of its matrices, and how to sample from it."""
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
+    writer.add_size_label(size)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for key, add in (("temperature", writer.add_sampling_temp), ("top_k", writer.add_sampling_top_k),
@@ -111,11 +111,8 @@ def _add_experts(writer: GGUFWriter, config: ModelConfig) -> None:
         writer.add_expert_group_used_count(config.topk_group)
 
 
-def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, vocab_size: int) -> None:
-    """Add the tokenizer, with entries that nothing uses up to `vocab_size`; None: texts cannot be served, only ids."""
-    if vocabulary is None:
-        writer.add_tokenizer_model("none")
-        return
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, vocab_size: int) -> None:
+    """Add the tokenizer, with entries that nothing uses up to `vocab_size`."""
     unused = range(len(vocabulary.tokens), vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre_tokenizer)

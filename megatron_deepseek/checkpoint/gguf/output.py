@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUF_DEFAULT_ALIGNMENT, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
+from gguf import GGUF_DEFAULT_ALIGNMENT, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, size_label
 from gguf.constants import Keys
 from gguf.quants import quantize
 
@@ -41,17 +41,18 @@ _TORCH = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: tor
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What the header of each file is made of; the first file has all of it."""
+    """What the header of each file is made of; the first file has all of it. `size` is that of the model, in words."""
 
     name: str
+    size: str
     config: ModelConfig
     kind: GGMLQuantizationType
-    vocabulary: Vocabulary | None
+    vocabulary: Vocabulary
     generation: Mapping[str, Any]
 
     def fill(self, writer: GGUFWriter) -> None:
-        """Add all keys; the tensors must have been added before."""
-        add_general(writer, self.name, self.kind, self.generation)
+        """Add all keys."""
+        add_general(writer, self.name, self.size, self.kind, self.generation)
         add_architecture(writer, self.config)
         add_vocabulary(writer, self.vocabulary, self.config.vocab_size)
 
@@ -71,8 +72,8 @@ def gguf_output(source: TensorSource, assets: Assets, save: Path, dtype: str | N
     directory = assets.directory or source.path
     vocabulary = read_vocabulary(directory, pre_tokenizer, assets.chat_template)
     _check_vocabulary(vocabulary, source.config, directory)
-    header = Header(save.name, source.config, kind, vocabulary, _generation(directory))
     tensors = gguf_tensors(source.config, source.shapes, kind)
+    header = Header(save.name, _size(tensors), source.config, kind, vocabulary, _generation(directory))
     groups = [tuple(tensors)] if largest is None else divide(tensors, largest)
     files = tuple(OutputFile(_file_name(kind, number, len(groups)), group) for number, group in enumerate(groups))
 
@@ -91,8 +92,15 @@ def _commonest(source: TensorSource) -> torch.dtype:
     return numbers.most_common(1)[0][0]
 
 
-def _check_vocabulary(vocabulary: Vocabulary | None, config: ModelConfig, directory: Path) -> None:
-    if vocabulary is not None and len(vocabulary.tokens) > config.vocab_size:
+def _size(tensors: Sequence[GgufTensor]) -> str:
+    """Return the number of parameters as files of GGUF are labelled, such as 64x1.5B of a model with experts."""
+    counter = GGUFWriter(None, "")
+    _add_tensors(counter, tensors)
+    return size_label(*counter.get_total_parameter_count())
+
+
+def _check_vocabulary(vocabulary: Vocabulary, config: ModelConfig, directory: Path) -> None:
+    if len(vocabulary.tokens) > config.vocab_size:
         raise ValueError(f"--to gguf: the tokenizer of {directory} has {len(vocabulary.tokens)} entries, the model "
                          f"{config.vocab_size}")
 
@@ -126,9 +134,7 @@ def _header_bytes(path: Path, files: Sequence[OutputFile], number: int, header: 
     """Return all that comes before the numbers of a file; the file at `path` is left with just that."""
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture_of(header.config)])
     if number == 0:
-        _add_tensors(writer, [tensor for file in files for tensor in file.tensors])
-        header.fill(writer)  # its size label is of all tensors
-        writer.tensors = [{}]
+        header.fill(writer)
     if len(files) > 1:
         writer.add_uint16(Keys.Split.LLM_KV_SPLIT_NO, number)
         writer.add_uint16(Keys.Split.LLM_KV_SPLIT_COUNT, len(files))

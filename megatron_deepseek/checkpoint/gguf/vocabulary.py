@@ -53,15 +53,16 @@ class Vocabulary:
     chat_template: str | None
 
 
-def read_vocabulary(directory: Path, pre_tokenizer: str | None, chat_template: str | None) -> Vocabulary | None:
-    """Read the tokenizer.json of `directory`, and what is beside it; return None if there is none.
+def read_vocabulary(directory: Path, pre_tokenizer: str | None, chat_template: str | None) -> Vocabulary:
+    """Read the tokenizer.json of `directory`, and what is beside it.
 
-    `pre_tokenizer` and `chat_template` replace what the files say. Raise ValueError for a tokenizer that is no
+    `pre_tokenizer` and `chat_template` replace what the files say. Raise ValueError if there is none, or one that is no
     byte-level BPE, or that cuts texts in a way for which llama.cpp has no name.
     """
     tokenizer = tokenizer_in(directory)
     if tokenizer is None:
-        return None
+        raise ValueError(f"--to gguf: {directory} has no {JSON}, without which llama.cpp does not even answer ids: "
+                         "--assets DIR brings one")
     ids = read_token_ids(directory)
     fields = json.loads(tokenizer.backend.to_str())
     model = fields["model"]

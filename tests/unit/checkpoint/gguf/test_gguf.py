@@ -9,12 +9,24 @@ from engine_models import DENSE
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from small_checkpoints import V3_WIDE, all_tensors, convert, random_weights, v3_directory, write_hf
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_deepseek.checkpoint.convert.tokenizer_files import replace_tokenizer, tokenizer_to_keep
 from megatron_deepseek.checkpoint.gguf import output
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 
 MLA = {"attn_kv_a_mqa": "kv_a_proj_with_mqa", "attn_q_a": "q_a_proj", "attn_q_b": "q_b_proj", "attn_output": "o_proj",
        "attn_q_a_norm": "q_a_layernorm", "attn_kv_a_norm": "kv_a_layernorm"}
+
+
+def add_tokenizer(directory: Path) -> Path:
+    replace_tokenizer(directory, tokenizer_to_keep("ByteTokenizer", None)[0])
+    return directory
+
+
+def with_tokenizer(directory: Path, *dtype: torch.dtype, **changes) -> Path:
+    return add_tokenizer(v3_directory(directory, *dtype, **changes))
 
 
 def read(directory: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +69,7 @@ def expected(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
 @pytest.mark.parametrize("origin", ["hf", "native"])
 @pytest.mark.parametrize("stored, dtype", [(torch.float32, "fp32"), (torch.bfloat16, None)])
 def test_every_weight_is_in_its_place(tmp_path, origin, stored, dtype):
-    hf = v3_directory(tmp_path / "hf", stored)
+    hf = with_tokenizer(tmp_path / "hf", stored)
     load = hf
     if origin == "native":
         assert convert("hf", "native", hf, tmp_path / "native") == 0
@@ -71,7 +83,7 @@ def test_every_weight_is_in_its_place(tmp_path, origin, stored, dtype):
 
 def test_fp8_is_read_by_its_blocks(tmp_path):
     """Heads begin where no block of 128 rows does."""
-    assert convert("hf", "hf", v3_directory(tmp_path / "hf"), tmp_path / "fp8", "--dtype", "fp8") == 0
+    assert convert("hf", "hf", with_tokenizer(tmp_path / "hf"), tmp_path / "fp8", "--dtype", "fp8") == 0
     assert convert("hf", "hf", tmp_path / "fp8", tmp_path / "fp32", "--dtype", "fp32") == 0
     assert convert("hf", "gguf", tmp_path / "fp8", tmp_path / "out", "--dtype", "fp32") == 0
     assert convert("hf", "gguf", tmp_path / "fp8", tmp_path / "by_itself") == 0
@@ -80,9 +92,20 @@ def test_fp8_is_read_by_its_blocks(tmp_path):
     assert (tmp_path / "by_itself" / "model-BF16.gguf").exists()
 
 
+def test_the_type_is_that_of_most_numbers(tmp_path):
+    """Experts in BF16 are fewer tensors than what is in float32 beside them, but more numbers."""
+    config = replace(V3_WIDE, moe_intermediate_size=600)
+    weights = {name: tensor.bfloat16() if ".experts." in name else tensor
+               for name, tensor in random_weights(config, torch.float32).items()}
+    assert 2 * sum(tensor.dtype == torch.bfloat16 for tensor in weights.values()) < len(weights)
+    hf = add_tokenizer(write_hf(tmp_path / "hf", weights, config.to_hf_dict()))
+    assert convert("hf", "gguf", hf, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model-BF16.gguf").exists()
+
+
 def test_eight_bits(tmp_path):
     """Rows of a multiple of 32 numbers have 8 bits and a scale for each 32; others are F16, vectors F32."""
-    hf = v3_directory(tmp_path / "hf", torch.float32, hidden_size=128)
+    hf = with_tokenizer(tmp_path / "hf", torch.float32, hidden_size=128)
     assert convert("hf", "gguf", hf, tmp_path / "out", "--dtype", "q8_0") == 0
     (file,) = (tmp_path / "out").iterdir()
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
@@ -98,7 +121,7 @@ def test_dense_families(tmp_path, family):
     """Rows of a head of queries and keys are in turns in Llama's alone: first, middle, second, ... of its halves."""
     config = DENSE[family]
     weights = random_weights(config, torch.float32)
-    hf = write_hf(tmp_path / "hf", weights, config.to_hf_dict())
+    hf = add_tokenizer(write_hf(tmp_path / "hf", weights, config.to_hf_dict()))
     assert convert("hf", "gguf", hf, tmp_path / "out") == 0
     found, query = read(tmp_path / "out"), weights["model.layers.1.self_attn.q_proj.weight"]
     if family == "llama":
@@ -106,8 +129,10 @@ def test_dense_families(tmp_path, family):
         rows = [head * size + half * size // 2 + pair for head in range(config.num_attention_heads)
                 for pair in range(size // 2) for half in (0, 1)]
         query = query[rows]
-        factors = found["rope_freqs.weight"]
-        assert factors[0] == 1 and factors[-1] == 8 and bool((factors.diff() >= 0).all())
+        stretched = LlamaRotaryEmbedding(AutoConfig.from_pretrained(hf)).inv_freq
+        plain = config.rope_theta ** (-torch.arange(0, size, 2) / size)
+        torch.testing.assert_close(found["rope_freqs.weight"], plain / stretched, rtol=1e-5, atol=0)
+        assert len(found["rope_freqs.weight"].unique()) > 2
     assert torch.equal(found["blk.1.attn_q.weight"], query)
     assert torch.equal(found["blk.1.attn_v.weight"], weights["model.layers.1.self_attn.v_proj.weight"])
     assert ("output.weight" in found) == (not config.tie_word_embeddings)
@@ -115,7 +140,7 @@ def test_dense_families(tmp_path, family):
 
 def test_several_files(tmp_path):
     """The first has all keys, the others say which they are; together they have what one file has."""
-    hf = v3_directory(tmp_path / "hf")
+    hf = with_tokenizer(tmp_path / "hf")
     assert convert("hf", "gguf", hf, tmp_path / "one") == 0
     assert convert("hf", "gguf", hf, tmp_path / "some", "--max-shard-size", "200KB", "--workers", "2") == 0
     names = sorted(path.name for path in (tmp_path / "some").iterdir())
@@ -129,7 +154,7 @@ def test_several_files(tmp_path):
 
 
 def test_sampling_and_name(tmp_path):
-    hf = v3_directory(tmp_path / "hf")
+    hf = with_tokenizer(tmp_path / "hf")
     (hf / "generation_config.json").write_text('{"temperature": 0.5, "top_p": 0.25, "top_k": 7}')
     assert convert("hf", "gguf", hf, tmp_path / "my-model") == 0
     fields = GGUFReader(tmp_path / "my-model" / "model-BF16.gguf").fields
@@ -152,7 +177,7 @@ DIFFERENT = {
 @pytest.mark.parametrize("change, message", DIFFERENT.values(), ids=DIFFERENT)
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, capsys, change, message):
     config = replace(V3_WIDE, **change)
-    hf = write_hf(tmp_path / "hf", random_weights(config, torch.bfloat16), config.to_hf_dict())
+    hf = add_tokenizer(write_hf(tmp_path / "hf", random_weights(config, torch.bfloat16), config.to_hf_dict()))
     assert convert("hf", "gguf", hf, tmp_path / "out") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--to gguf: " in error and message in error and not (tmp_path / "out").exists()
@@ -161,12 +186,12 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, capsys, change, 
 @pytest.mark.parametrize("words, message", [
     (["--dtype", "fp8"], "GGUF has no FP8 weights"), (["--fp8-scale-format", "ue8m0"], "GGUF has no FP8 weights")])
 def test_options_that_gguf_has_not(tmp_path, capsys, words, message):
-    assert convert("hf", "gguf", v3_directory(tmp_path / "hf"), tmp_path / "out", *words) == 2
+    assert convert("hf", "gguf", with_tokenizer(tmp_path / "hf"), tmp_path / "out", *words) == 2
     assert message in capsys.readouterr().err
 
 
 def test_options_that_gguf_alone_has(tmp_path, capsys):
-    hf = v3_directory(tmp_path / "hf")
+    hf = with_tokenizer(tmp_path / "hf")
     for words in (["--dtype", "q8_0"], ["--gguf-pre-tokenizer", "qwen2"]):
         assert convert("hf", "native", hf, tmp_path / "out", *words) == 2
         assert "are about GGUF files, not --to native" in capsys.readouterr().err
@@ -175,7 +200,7 @@ def test_options_that_gguf_alone_has(tmp_path, capsys):
 
 
 def test_dry_run_lists_tensors_of_a_layer(tmp_path, capsys):
-    assert convert("hf", "gguf", v3_directory(tmp_path / "hf"), tmp_path / "out", "--layers", "1") == 0
+    assert convert("hf", "gguf", with_tokenizer(tmp_path / "hf"), tmp_path / "out", "--layers", "1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "blk.1.attn_k_b.weight [2, 8, 6] bfloat16 -> BF16 model-BF16.gguf" in lines
     assert not [line for line in lines if line.startswith(("blk.0", "token_embd"))] and not (tmp_path / "out").exists()
@@ -187,7 +212,7 @@ def refuse(number: int):
 
 def test_other_keys_begin_anew(tmp_path, monkeypatch, capsys):
     """What a conversion that failed has finished is kept only if the keys are the same too."""
-    hf, write = v3_directory(tmp_path / "hf"), output.write_gguf
+    hf, write = with_tokenizer(tmp_path / "hf"), output.write_gguf
     monkeypatch.setattr(output, "write_gguf", lambda *args: refuse(args[2]) if args[2] else write(*args))
     assert convert("hf", "gguf", hf, tmp_path / "out", "--max-shard-size", "200KB") == 2
     monkeypatch.undo()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import write_distilled, write_tokenizer
 from gguf import TokenType
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatron_deepseek.checkpoint.convert.tokenizer_files import replace_tokenizer, tokenizer_to_keep
 from megatron_deepseek.checkpoint.gguf.vocabulary import read_vocabulary
@@ -40,6 +40,20 @@ def test_another_way_to_cut_texts_needs_a_name(tmp_path):
     with pytest.raises(ValueError, match="llama.cpp has no known name.*--gguf-pre-tokenizer NAME"):
         read_vocabulary(folder, None, None)
     assert read_vocabulary(folder, "deepseek-v3", None).pre_tokenizer == "deepseek-v3"
+
+
+@pytest.mark.parametrize("steps", [
+    [pre_tokenizers.ByteLevel(add_prefix_space=True)],
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(individual_digits=True)],
+    [pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]])
+def test_steps_beside_the_known_ones_are_another_way(tmp_path, steps):
+    folder = Path(write_tokenizer(tmp_path / "it"))
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="llama.cpp has no known name"):
+        read_vocabulary(folder, None, None)
 
 
 def test_another_kind_of_tokenizer_is_refused(tmp_path):
@@ -83,4 +97,5 @@ def test_begin_and_template(tmp_path):
 
 
 def test_without_a_tokenizer(tmp_path):
-    assert read_vocabulary(tmp_path, None, None) is None
+    with pytest.raises(ValueError, match="has no tokenizer.json.*--assets DIR brings one"):
+        read_vocabulary(tmp_path, None, None)
