@@ -44,13 +44,10 @@ class ResumedModel:
             if name in self._known:
                 yield number, self._known[name]
         for place, answer in self.model.answers([questions[number] for number in missing]):
-            name = self._known_name(names[missing[place]], answer)
+            name = names[missing[place]]
+            self._known[name] = answer
             self._file.write((json.dumps({"question": name, "answer": _plain(answer)}) + "\n").encode())
             yield missing[place], answer
-
-    def _known_name(self, name: str, answer: Answer) -> str:
-        self._known[name] = answer
-        return name
 
     def close(self) -> None:
         """Close the file. Raise OSError if the last answers could not be written."""
