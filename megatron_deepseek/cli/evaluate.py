@@ -24,8 +24,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     _add_what(parser)
     _add_tasks(parser)
     _add_programs(parser)
-    for group in (options.add_model, options.add_engine, options.add_layout):
-        group(parser)
+    options.add_model(parser)
+    options.add_engine(parser, block_size=4)  # what texts share is whole blocks
+    options.add_layout(parser)
     parser.set_defaults(usual=SamplingParameters())
     args = parser.parse_args(argv)
     _check(args)
