@@ -23,8 +23,8 @@ from megatron_deepseek.runtime.appending import AppendedFile
 class ResumedModel:
     """A model whose answers are kept in a file: what it holds already is not asked again.
 
-    `checkpoint`: what tells the model's weights from others. `tell` gets a line of the file's troubles. A number that is
-    not finite is not kept: JSON has none.
+    `checkpoint`: what tells the model's weights from others. `tell` gets a line of the file's troubles. A number that
+    is not finite is not kept: JSON has none.
     """
 
     def __init__(self, model: EvaluatedModel, path: Path, checkpoint: str, tell: Callable[[str], None]):
