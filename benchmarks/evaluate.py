@@ -59,7 +59,7 @@ def ours(directory: Path, asked: list[Pair], args: argparse.Namespace) -> tuple[
     from megatron_deepseek.inference.model_files import open_model
     from megatron_deepseek.inference.replicas import Replicas
     from megatron_deepseek.inference.settings import EngineSettings
-    loaded = load_model(open_model(directory), join_ranks())
+    loaded = load_model(open_model(directory, tokenizer=None), join_ranks())
     model = EngineModel(Replicas(loaded, EngineSettings(1024, block_size=args.block_size)))
     questions = [Continuation(tuple(context), tuple(text)) for context, text in asked]
     dict(model.answers(questions[:1]))

@@ -24,8 +24,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     _add_what(parser)
     _add_tasks(parser)
     _add_programs(parser)
-    for group in (options.add_model, options.add_engine, options.add_layout):
-        group(parser)
+    options.add_model(parser)
+    options.add_engine(parser, block_size=4)  # what texts share is whole blocks
+    options.add_layout(parser)
     parser.set_defaults(usual=SamplingParameters())
     args = parser.parse_args(argv)
     _check(args)
@@ -41,10 +42,15 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add("--output", "--output-path", "--output_path", type=Path, metavar="PATH",
         help="a folder, or FILE.json, for results; answers are kept beside them, from which a killed run goes on")
     add("--limit", type=values.positive, metavar="N", help="examples or problems; below 1, a part of them (all)")
-    add("--batch-size", "--batch_size", type=values.positive_int, metavar="N", help="as --max-running")
+    add("--batch-size", "--batch_size", type=_batch_size, metavar="N", help="as --max-running; auto: its default")
     add("--stride", type=values.positive_int, metavar="N",
         help="with --perplexity: tokens that each window but the first adds (all of the window)")
     add("--json-key", default="text", metavar="KEY", help="with --perplexity: of a JSONL file's texts (text)")
+
+
+def _batch_size(text: str) -> int | None:
+    """Return a number of requests at a time; None for lm-eval's auto and auto:N, since the engine fills its steps."""
+    return None if text.partition(":")[0] == "auto" else values.positive_int(text)
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:

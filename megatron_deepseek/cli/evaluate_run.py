@@ -58,7 +58,8 @@ def _kept(model: EvaluatedModel, args: argparse.Namespace, files: ModelFiles) ->
     if args.output is None:
         yield model
         return
-    digest = checkpoint_digest(files.directory, args.adapter, args.dtype, args.weights, args.double_quantization)
+    digest = checkpoint_digest(files.directory, args.adapter, args.dtype, args.weights, args.double_quantization,
+                               model.max_length)
     resumed = ResumedModel(model, _beside(args.output, "answers.jsonl"), digest, partial(print, file=sys.stderr))
     try:
         yield resumed

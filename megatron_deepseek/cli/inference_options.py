@@ -68,7 +68,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.set_defaults(usual=SamplingParameters(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p))
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser, block_size: int = 16) -> None:
     add = parser.add_argument_group("engine").add_argument
     add("--seq-length", "--max-model-len", type=values.positive_int, metavar="N",
         help="longest prompt with its answer, in tokens (all that the model can, or what is needed)")
@@ -78,7 +78,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="tokens of one forward, of running answers and chunks of prompts (512)")
     add("--max-running", type=values.positive_int, default=64, metavar="N", help="requests at a time (64)")
     add("--cache-bytes", type=values.size, metavar="SIZE", help="memory of the cache, as in 4GiB (as needed, to 1GiB)")
-    add("--block-size", type=values.positive_int, default=16, metavar="N", help="tokens of a block of it (16)")
+    add("--block-size", type=values.positive_int, default=block_size, metavar="N",
+        help=f"tokens of a block of it ({block_size})")
     add("--no-prefix-sharing", action="store_true", help="requests do not share blocks of equal beginnings")
 
 

@@ -8,6 +8,7 @@ one file may hold the answers of several checkpoints and tasks, and only what is
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,8 @@ from megatron_deepseek.runtime.appending import AppendedFile
 class ResumedModel:
     """A model whose answers are kept in a file: what it holds already is not asked again.
 
-    `checkpoint`: what tells the model's weights from others. `tell` gets a line of the file's troubles.
+    `checkpoint`: what tells the model's weights from others. `tell` gets a line of the file's troubles. A number that
+    is not finite is not kept: JSON has none.
     """
 
     def __init__(self, model: EvaluatedModel, path: Path, checkpoint: str, tell: Callable[[str], None]):
@@ -44,13 +46,13 @@ class ResumedModel:
             if name in self._known:
                 yield number, self._known[name]
         for place, answer in self.model.answers([questions[number] for number in missing]):
-            name = self._known_name(names[missing[place]], answer)
-            self._file.write((json.dumps({"question": name, "answer": _plain(answer)}) + "\n").encode())
+            if not isinstance(answer, Score) or math.isfinite(answer.log_probability):
+                self._keep(names[missing[place]], answer)
             yield missing[place], answer
 
-    def _known_name(self, name: str, answer: Answer) -> str:
+    def _keep(self, name: str, answer: Answer) -> None:
         self._known[name] = answer
-        return name
+        self._file.write((json.dumps({"question": name, "answer": _plain(answer)}) + "\n").encode())
 
     def close(self) -> None:
         """Close the file. Raise OSError if the last answers could not be written."""

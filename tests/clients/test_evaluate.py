@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import write_tokenizer
 from small_engines import spread_weights
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from megatron_deepseek.data.tokenizer import build_tokenizer
+from megatron_deepseek.data.tokenizer import BOS, build_tokenizer
 
 CLIENTS = os.environ.get("CLIENTS")
 if not CLIENTS:
@@ -43,10 +45,13 @@ def write_model(folder: Path, adds_bos: bool) -> Path:
     """A model of transformers with weights of spread, and its tokenizer, which may begin texts with a token."""
     write_tokenizer(folder, chat_template=TEMPLATE)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "LlamaTokenizerFast" if adds_bos else "PreTrainedTokenizerFast",
-               "add_bos_token": adds_bos}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    if adds_bos:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend.post_processor = TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))])
+        backend.save(str(folder / "tokenizer.json"))
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(folder))
+    assert tokenizer.adds_bos == adds_bos
     model = AutoModelForCausalLM.from_config(DeepseekV3Config(
         vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, moe_intermediate_size=24,
         num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=24, kv_lora_rank=16,

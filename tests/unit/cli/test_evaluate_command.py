@@ -60,8 +60,8 @@ def test_perplexity_is_that_of_the_training_model(checkpoint, texts, tmp_path, c
 def test_programs_are_written_and_run(checkpoint, tmp_path, capsys):
     """A model of random weights writes no program that runs; what it wrote, and why it failed, is kept."""
     (tmp_path / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
-    words = ["--load", str(checkpoint), "--pass-at-k", str(tmp_path / "problems.jsonl"), "--k", "1", "2", "--samples", "2",
-             "--max-new-tokens", "8", "--unisolated", "--output", str(tmp_path / "out.json")]
+    words = ["--load", str(checkpoint), "--pass-at-k", str(tmp_path / "problems.jsonl"), "--k", "1", "2",
+             "--samples", "2", "--max-new-tokens", "8", "--unisolated", "--output", str(tmp_path / "out.json")]
     assert main(words) == 0
     found = json.loads((tmp_path / "out.pass_at_k.json").read_text())
     assert (found["problems"], found["samples"], found["pass@1"], found["pass@2"]) == (1, 2, 0.0, 0.0)

@@ -74,3 +74,14 @@ def test_a_digest_is_of_the_weights(tmp_path):
     third = checkpoint_digest(tmp_path, None)
     (tmp_path / "weights").touch()
     assert checkpoint_digest(tmp_path, None) == third != second
+
+
+def test_a_number_that_is_not_finite_is_asked_again(tmp_path):
+    class Broken(ArithmeticModel):
+        def answers(self, questions):
+            self.asked += questions
+            yield from ((number, Score(float("nan"), False)) for number in range(len(questions)))
+
+    for _ in range(2):
+        ask(model := Broken(), tmp_path / "answers.jsonl", questions=QUESTIONS[:1])
+        assert model.asked == QUESTIONS[:1]
