@@ -22,7 +22,7 @@ _OF_NUMBERS = _aten.lift_fresh.default  # torch.tensor([1, 2]): on a device it t
 
 
 class _Keeps(Work):
-    """The work of a collective that is done at once. As a back end's it keeps its tensors as long as somebody has it."""
+    """The work of a collective that is done at once. As a back end's it keeps its tensors while somebody has it."""
 
     def __init__(self, running: set["_Keeps"], tensors):
         super().__init__()
@@ -36,8 +36,8 @@ class _Keeps(Work):
 class NothingComputed(FakeTensorMode):
     """A mode in which tensors are made without memory, and operators give shapes without numbers.
 
-    Where the host reads a number of such a tensor it gets 1. Operators on ordinary tensors alone, such as the ranks of a
-    mesh, are computed as ever. `stands_for_accelerator`: the tensors stand for a GPU's.
+    Where the host reads a number of such a tensor it gets 1. Operators on ordinary tensors alone, such as the ranks of
+    a mesh, are computed as ever. `stands_for_accelerator`: the tensors stand for a GPU's.
     """
 
     def __init__(self, stands_for_accelerator: bool = False):

@@ -4,7 +4,6 @@ in every act, and every collective.
 The routers of a dry run compute nothing, so its dispatchers are given the counts that the real ones read.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -99,8 +98,8 @@ def dry_step(settings: Settings, rank: int, reads: dict[int, list]) -> Seen:
 
 LAYOUTS = {
     "one rank, FP8": (1, "--bf16 --fp8-format e4m3 --global-batch-size 4 --recompute-granularity selective"),
-    "pipeline, experts": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --bf16 --mtp-num-layers 1 "
-                             "--global-batch-size 16 --pipeline-schedule ZBVZeroBubble"),
+    "pipeline, experts": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --bf16 "
+                             "--mtp-num-layers 1 --global-batch-size 16 --pipeline-schedule ZBVZeroBubble"),
     "tensors, two micro-batches": (2, "--tensor-model-parallel-size 2 --sequence-parallel --global-batch-size 4 "
                                       "--recompute-granularity full"),
 }
