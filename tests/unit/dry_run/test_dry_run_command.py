@@ -38,17 +38,17 @@ def test_other_command_lines_are_left_alone():
 
 def test_a_rank_of_a_pipeline(capsys, tmp_path):
     files = tmp_path / "found.json", tmp_path / "trace.json"
-    said = lines_of(capsys, f"--dry-run-memory --dry-run-communication --world-size 8 --ranks 4 {TINY} "
+    said = lines_of(capsys, f"--dry-run-memory --dry-run-communication --world-size 8 --ranks 0 {TINY} "
                             f"--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --global-batch-size 8 "
                             f"--dry-run-json {files[0]} --dry-run-trace {files[1]}")
-    assert said.startswith("rank 4 of 8: pipeline rank 1, ") and "the largest tensors" in said
+    assert said.startswith("rank 0 of 8: pipeline rank 0, ") and "the largest tensors" in said
     (rank,) = json.loads(files[0].read_text())["ranks"]
     assert rank["peak_bytes"] == max(level["bytes"] for level in rank["levels"]) == rank["peak"]["bytes"]
     assert sum(rank["peak"]["categories"].values()) == rank["peak_bytes"]
     acts = [level["act"] for level in rank["levels"] if level["act"].startswith(("F", "B"))]
-    assert sorted(acts) == sorted(f"{kind}{number} of stage 1" for kind in "FB" for number in range(2))
+    assert sorted(acts) == sorted(f"{kind}{number} of stage 0" for kind in "FB" for number in range(2))
     to_experts = [each for each in rank["collectives"] if each["kind"] == "all_to_all"]
-    assert to_experts and all(each["ranks"] == [4, 5] for each in to_experts)
+    assert to_experts and all(each["ranks"] == [0, 1] for each in to_experts)
     events = json.loads(files[1].read_text())["traceEvents"]
     assert {"acts", "collectives"} == {each["args"]["name"] for each in events if each["name"] == "thread_name"}
     assert max(each["args"]["bytes"] for each in events if "bytes" in each["args"]) == rank["peak_bytes"]
