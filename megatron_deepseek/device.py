@@ -52,8 +52,13 @@ def is_accelerator(device: torch.device) -> bool:
 
 
 def on_accelerator(x: torch.Tensor) -> bool:
-    """Return whether x is on an accelerator, or stands for a tensor that would be (dry_run/fake_tensors.py)."""
-    return x.is_cuda or getattr(getattr(x, "fake_mode", None), "stands_for_accelerator", False)
+    """Return whether x is on an accelerator, or stands for a tensor that would be."""
+    return x.is_cuda or stands_in(x)
+
+
+def stands_in(x: torch.Tensor) -> bool:
+    """Return whether x has no numbers and stands for a tensor on an accelerator (dry_run/fake_tensors.py)."""
+    return getattr(getattr(x, "fake_mode", None), "stands_for_accelerator", False)
 
 
 def compute_capability() -> tuple[int, int]:

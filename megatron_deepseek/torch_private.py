@@ -43,6 +43,7 @@ WHERE = {
     # Tensors that have a shape and no numbers (dry_run/).
     "FakeTensor": "torch._subclasses.fake_tensor",
     "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "in_kernel_invocation_manager": "torch._subclasses.fake_tensor",
     "unset_fake_temporarily": "torch._subclasses.fake_tensor",
     # Traces of all threads (runtime/profile.py).
     "_ExperimentalConfig": "torch._C._profiler",

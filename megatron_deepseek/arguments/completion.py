@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 _LENGTH = ("--train-iters", "--train-samples", "--epochs")
-_DATA = ("--data-path", "--mock-data", "--data-args-path", "--train-data-path", "--per-split-data-args-path", "--dataset")
+_DATA = ("--data-path", "--mock-data", "--data-args-path", "--train-data-path", "--per-split-data-args-path",
+         "--dataset")
 _LONG = "1000000"  # iterations of a run whose length is not given: it plays no part in its memory
 
 

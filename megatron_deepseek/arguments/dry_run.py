@@ -29,14 +29,15 @@ class DryRun:
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """Add the options to the parser of a task."""
-    add = parser.add_argument_group("dry run", "of one step, without torchrun, data and GPU (docs/dry_run.md)").add_argument
+    group = parser.add_argument_group("dry run", "of one step, without torchrun, data and GPU (docs/dry_run.md)")
+    add = group.add_argument
     add("--dry-run-memory", action="store_true", help="show the bytes that ranks allocate, by kind and over time, and "
         "leave")
     add("--dry-run-communication", action="store_true", help="show every collective of a step with its group, bytes "
         "and place in the schedule, and leave")
     add("--world-size", type=values.positive_int, metavar="RANKS", help="ranks of the job that is not started")
     add("--ranks", type=ranks, default=WORST, metavar="worst|all|0,17",
-        help="which of them: the fullest one as planned, one of each pipeline rank, or those with these numbers (worst)")
+        help="which of them: the fullest as planned, one of each pipeline rank, or these numbers (worst)")
     add("--dry-run-routing", type=str, choices=ROUTINGS, default=ROUTINGS[0],
         help="how tokens are spread over experts (balanced)")
     add("--dry-run-device", type=str, choices=DEVICES, default=DEVICES[0],

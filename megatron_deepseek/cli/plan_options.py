@@ -1,7 +1,6 @@
 """What the commands of tools/plan.py have in common: their options, and the job that these describe."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 

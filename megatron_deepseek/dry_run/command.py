@@ -4,11 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.completion import completed
-from megatron_deepseek.arguments.dry_run import ALL, WORST, DryRun, asked
+from megatron_deepseek.arguments.dry_run import WORST, DryRun, asked
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.launch.program import program
 from megatron_deepseek.planning.job import Job
@@ -68,16 +67,12 @@ class Progress:
 
 
 def ranks_of(wanted: DryRun, settings: Settings) -> Sequence[int]:
-    """Return the ranks to look at: the first of a pipeline rank stands for its equals."""
+    """Return the ranks to look at. Of a pipeline rank's the one whose experts get most stands for all."""
+    from megatron_deepseek.dry_run.rank import fullest_rank
+
     if isinstance(wanted.ranks, tuple):
         return wanted.ranks
-    each = settings.layout.world_size // settings.layout.pp
-    if wanted.ranks == ALL:
-        return range(0, settings.layout.world_size, each)
-    assert wanted.ranks == WORST, wanted.ranks
-    return (worst(all_ranks(planned_job(wanted, settings))).pp_rank * each,)
-
-
-def planned_job(wanted: DryRun, settings: Settings) -> Job:
-    """Return the job as tools/plan.py memory plans it."""
-    return replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)
+    pp_ranks = range(settings.layout.pp)
+    if wanted.ranks == WORST:
+        pp_ranks = (worst(all_ranks(Job(settings, frozen_base=settings.lora is not None))).pp_rank,)
+    return [fullest_rank(settings, pp_rank, wanted.routing) for pp_rank in pp_ranks]

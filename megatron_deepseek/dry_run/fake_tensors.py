@@ -15,14 +15,19 @@ from torch.distributed._tools import fake_collectives  # noqa: F401 (results of 
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_deepseek.torch_private import FakeTensorMode
+from megatron_deepseek.ops.backends.kernels import FAKES, NAMESPACE
+from megatron_deepseek.torch_private import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 _aten = torch.ops.aten
+_CPU = torch.device("cpu")
+# Results whose shape depends on numbers, or that share memory with what is not an argument.
+_BY_TORCH = frozenset({_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten.nonzero.default,
+                       _aten.lift_fresh.default, _aten.masked_select.default, _aten.repeat_interleave.Tensor})
 _OF_NUMBERS = _aten.lift_fresh.default  # torch.tensor([1, 2]): on a device it takes memory as any other
 
 
 class _Keeps(Work):
-    """The work of a collective that is done at once. As a back end's it keeps its tensors as long as somebody has it."""
+    """The work of a collective that is done at once. As a back end's it keeps its tensors while somebody has it."""
 
     def __init__(self, running: set["_Keeps"], tensors):
         super().__init__()
@@ -36,8 +41,8 @@ class _Keeps(Work):
 class NothingComputed(FakeTensorMode):
     """A mode in which tensors are made without memory, and operators give shapes without numbers.
 
-    Where the host reads a number of such a tensor it gets 1. Operators on ordinary tensors alone, such as the ranks of a
-    mesh, are computed as ever. `stands_for_accelerator`: the tensors stand for a GPU's.
+    Where the host reads a number of such a tensor it gets 1. Operators on ordinary tensors alone, such as the ranks of
+    a mesh, are computed as ever. `stands_for_accelerator`: the tensors stand for a GPU's.
     """
 
     def __init__(self, stands_for_accelerator: bool = False):
@@ -52,14 +57,50 @@ class NothingComputed(FakeTensorMode):
             return args[0]  # as in a job; torch's function for fake tensors makes a new one
         if not types and operator is not _OF_NUMBERS and _on_host(tree_leaves((args, kwargs))):
             return operator(*args, **(kwargs or {}))
+        if types and self._are_plain(operator, args, kwargs or {}):
+            try:
+                return self._shapes(operator, args, kwargs or {})
+            except NotImplementedError:
+                pass  # an operator without a kernel for shapes alone: torch knows how to take it apart
         result = super().__torch_dispatch__(operator, types, args, kwargs)
         return self._keeping(result, args) if operator.namespace == "c10d" else result
+
+    def _are_plain(self, operator, args, kwargs) -> bool:
+        """Return whether an operator has fake tensors alone, and gives such on their device."""
+        if operator.namespace not in ("aten", NAMESPACE) or operator in _BY_TORCH or kwargs.get("device") is not None:
+            return False
+        given = (*args, *kwargs.values())
+        return all(isinstance(each, FakeTensor) and not each.is_meta for each in _tensors(given))
+
+    def _shapes(self, operator, args, kwargs):
+        """Return what torch's FakeTensorMode returns, by the kernel for the meta device alone: FakeTensorMode's own
+        questions and its cache take several times as long, and a step of V3 has a hundred thousand operators.
+        """
+        function = FAKES[operator.overloadpacket.__name__] if operator.namespace == NAMESPACE else operator
+        with in_kernel_invocation_manager(self):
+            result = function(*args, **kwargs)
+        return self._wrapped(result)
+
+    def _wrapped(self, result):
+        if isinstance(result, FakeTensor):
+            return result  # an argument that was changed in place
+        if isinstance(result, torch.Tensor):
+            return FakeTensor(self, result, _CPU)
+        return type(result)(map(self._wrapped, result)) if isinstance(result, tuple | list) else result
 
     def _keeping(self, result, args):
         """Return a collective's result with a Work that keeps what it works on until somebody has waited."""
         work = _Keeps(self._works, args)
         self._works.add(work)
         return (*result[:-1], work.boxed()) if isinstance(result, tuple) else work.boxed()
+
+
+def _tensors(arguments) -> Iterator[torch.Tensor]:
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, tuple | list):
+            yield from _tensors(each)
 
 
 def _on_host(arguments: list) -> bool:

@@ -7,6 +7,8 @@
     batch             the rows of the step
     activations       made in an act (or received between two) and still there when it ends
     temporaries       made and freed in the same act, or between two
+    host              shards and moments with --optimizer-cpu-offload, and activations that were sent to the host: not
+                      on the device, and in no sum
 """
 
 from collections.abc import Iterator
@@ -21,22 +23,31 @@ from megatron_deepseek.training.trainer import Trainer
 
 WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradients", "optimizer"
 BATCH, ACTIVATIONS, TEMPORARIES = "batch", "activations", "temporaries"
-CATEGORIES = (WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER, BATCH, ACTIVATIONS, TEMPORARIES)
+HOST = "host"
+CATEGORIES = (WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER, BATCH, ACTIVATIONS, TEMPORARIES, HOST)
+_SENDS_TO_HOST = "ops/offload.py"
 
 
 def category(allocation: Allocation) -> str:
     """Return what an allocation is, one of CATEGORIES, once the step is over."""
-    return allocation.label or (ACTIVATIONS if allocation.outlived else TEMPORARIES)
+    if allocation.label is not None:
+        return allocation.label
+    if allocation.line.startswith(_SENDS_TO_HOST):
+        return HOST
+    return ACTIVATIONS if allocation.outlived else TEMPORARIES
 
 
 def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
     """Label what stands before the first act: shards, buffers, moments and the batch."""
+    on_host = trainer.spec.build.offload.optimizer_cpu_offload
     for stage in trainer.stages:
-        for tensor in (*stage.parameters(), *stage.buffers(), stage.rope_2SD):
+        for tensor in stage.parameters():
+            log.label(tensor, HOST if on_host else WEIGHTS)
+        for tensor in (*stage.buffers(), stage.rope_2SD):
             log.label(tensor, WEIGHTS)
     for state in trainer.optimizer.state.values():
         for tensor in state.values():
-            log.label(tensor, OPTIMIZER)
+            log.label(tensor, HOST if on_host else OPTIMIZER)
     for tensor in (batch.tokens_BS, batch.labels_BS, batch.weights_BS):
         log.label(tensor, BATCH)
 
@@ -48,6 +59,9 @@ def label_passing(log: StorageLog, trainer: Trainer) -> None:
             log.label(tensor, GATHERED)
         for tensor in held_gradients(stage):
             log.label(tensor, GRADIENTS)
+    if trainer.spec.build.offload.optimizer_cpu_offload:
+        for parameter in (each.parameter for each in trainer.parameters if each.parameter.grad is not None):
+            log.label(parameter.grad, HOST)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
+from megatron_deepseek.planning.held_parameters import held_adapters, held_parameters
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import RankMemory, rank_memory
 from megatron_deepseek.planning.node_reach import expected_nodes
@@ -130,18 +131,45 @@ def run_rank(settings: Settings, rank: int, wrap: Wrap, log: StorageLog, others:
     `gpu`: the rank computes on a GPU, else on a CPU.
     """
     with fake_job(settings.layout, rank) as meshes, nothing_computed(gpu), log.watching(), others:
-        kept = step(settings, meshes, log, partial(empty_stages, wrap), objective)
+        kept = step(settings, meshes, log, partial(empty_stages, wrap), objective, first_trained_stage(settings))
     del kept
 
 
+def first_trained_stage(settings: Settings) -> int:
+    """Return the first of all stages with a trained parameter, which ranks of a job tell each other."""
+    job = Job(settings)
+    for index, stage in enumerate(job.stages):
+        held = (held_adapters(job.model, job.layout, [stage], settings.lora) if settings.lora is not None else
+                held_parameters(job.model, job.layout, [stage], settings.run.freeze_parameters))
+        if held.dense or held.experts:
+            return index
+    return len(job.stages)
+
+
+def fullest_rank(settings: Settings, pp_rank: int, distribution: str) -> int:
+    """Return the rank of a pipeline rank whose experts get the most tokens of all its layers together."""
+    job, layout = Job(settings), settings.layout
+    loads = [0.0] * layout.ep
+    each = settings.model.n_routed_experts // layout.ep
+    for index in (index for stage in job.held(pp_rank) for index in job.layers_of(stage)):
+        if settings.model.is_moe_layer(index):
+            parts = shares(distribution, settings.model.n_routed_experts, seed=index)
+            loads = [load + sum(parts[place * each:(place + 1) * each]) for place, load in enumerate(loads)]
+    first = pp_rank * layout.world_size // layout.pp
+    return first + layout.etp * max(range(layout.ep), key=lambda place: round(loads[place], 9))
+
+
 def step(settings: Settings, meshes: Meshes, log: StorageLog, make: Callable[..., list[DeepseekStage]],
-         objective: Objective | None = None) -> tuple[Trainer, Batch]:
-    """Build the trainer of this rank and make one step, all of it seen by `log`.
+         objective: Objective | None = None, first_trained: int | None = None) -> tuple[Trainer, Batch]:
+    """Build the trainer of this rank and make one step, all of it seen by `log`. `first_trained`: the first stage that
+    trains anything, None where the ranks have told each other.
 
     Return what has the memory that stays, for the caller to keep until the log is left.
     """
     watch = LabellingWatch(log)
     trainer = watch.trainer = Trainer(training_spec(settings), meshes, objective, make, watch)
+    if first_trained is not None:
+        trainer.pipeline.travel = replace(trainer.pipeline.travel, first_trained=first_trained)
     batch = batch_of(settings)
     label_states(log, trainer, batch)
     trainer.train_step(batch, learning_rate=1e-3)

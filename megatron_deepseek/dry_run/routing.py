@@ -1,7 +1,7 @@
 """How many tokens each expert gets in a dry run, which computes no router: drawn from a distribution, or even.
 
-Every rank of a layer is taken to send its tokens alike: each expert gets the same share of every rank's copies, in every
-micro-batch. So the counts of all ranks fit together, and a forward that is recomputed sees the counts that it saw.
+Every rank of a layer is taken to send its tokens alike: each expert gets the same share of every rank's copies, in
+every micro-batch. So the counts of all ranks fit together, and a forward that is recomputed sees the counts again.
 
 Shapes: T tokens of this rank, K choices of each, E experts, r expert ranks, e = E/r local experts, s ranks that share
 each expert (ETP), N nodes, n experts of a node.

@@ -39,7 +39,7 @@ class Allocation:
 
 
 class Interval:
-    """The time of an act, or between two acts, of one thread; `alive` are the allocations made in it that still live."""
+    """The time of an act of one thread, or between two; `alive` are the allocations made in it that still live."""
 
     __slots__ = ("act", "alive")
 
@@ -112,7 +112,7 @@ class StorageLog(TorchDispatchMode):
                 self._on_end()
 
     def label(self, tensor: torch.Tensor, name: str) -> None:
-        """Say what the storage of a tensor, or of a DTensor's own part, is if it was made while this log was entered."""
+        """Say what the storage of a tensor, or of a DTensor's own part, is, if it was made under this log."""
         tensor = getattr(tensor, "_local_tensor", tensor)
         found = self._of_storage.get(tensor.untyped_storage()._cdata)
         if found is not None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_deepseek.dry_run.labels import CATEGORIES, category
+from megatron_deepseek.dry_run.labels import CATEGORIES, HOST, category
 from megatron_deepseek.dry_run.storages import StorageLog
 
 AFTER = "after the last act"
@@ -13,7 +13,10 @@ BEFORE = "before the first act"
 
 @dataclass(frozen=True)
 class Level:
-    """The fullest moment of an act, or of the time between two: `act` is the one that runs or has ended last."""
+    """The fullest moment of an act, or of the time between two: `act` is the one that runs or has ended last.
+
+    `bytes` are on the device, the sum of all categories but the host's.
+    """
 
     act: str
     bytes: int
@@ -47,8 +50,9 @@ def timeline(log: StorageLog, shown: int = 10) -> Timeline:
     levels, peak_at = _levels(log, categories)
     peak = max(levels, key=lambda level: level.bytes)
     sizes = dict(zip(log.events[0][:peak_at + 1], log.events[1][:peak_at + 1]))
-    largest = sorted(sizes.items(), key=lambda item: -item[1])[:shown]
-    return Timeline(levels, peak, [_held(log, number, size, categories[number]) for number, size in largest if size])
+    there = [(number, size) for number, size in sizes.items() if size and categories[number] != HOST]
+    largest = sorted(there, key=lambda item: -item[1])[:shown]
+    return Timeline(levels, peak, [_held(log, number, size, categories[number]) for number, size in largest])
 
 
 def _levels(log: StorageLog, categories: Sequence[str]) -> tuple[list[Level], int]:
@@ -62,7 +66,7 @@ def _levels(log: StorageLog, categories: Sequence[str]) -> tuple[list[Level], in
             number, size = log.events[0][at], log.events[1][at]
             change = size - sizes[number]
             sizes[number] = size
-            total += change
+            total += change if categories[number] != HOST else 0
             now[categories[number]] += change
             if total > top:
                 top, there = total, dict(now)

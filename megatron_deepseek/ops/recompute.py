@@ -115,12 +115,11 @@ def recomputed(producer: Producer, *inputs: torch.Tensor) -> Iterator:
         yield outputs
         return
     handle = RecomputeHandle(partial(_made_by, producer, keep(inputs)))
-    index_of_storage = {part.untyped_storage().data_ptr(): i for i, part in enumerate(_parts(outputs))
-                        if part.untyped_storage().nbytes()}  # storages of nothing all have the same pointer
+    index_of_storage = {part.untyped_storage()._cdata: i for i, part in enumerate(_parts(outputs))}
     pack_other, unpack_other = _hooks_around()
 
     def pack(tensor):
-        index = index_of_storage.get(tensor.untyped_storage().data_ptr())
+        index = index_of_storage.get(tensor.untyped_storage()._cdata)
         return (None, pack_other(tensor)) if index is None else (handle, handle.note(index, tensor))
 
     def unpack(packed):

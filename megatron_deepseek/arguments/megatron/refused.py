@@ -78,8 +78,9 @@ REFUSED = (
           "--use-checkpoint-opt-param-scheduler --use-checkpoint-opt_param-scheduler"),
     Group("ranks are started anew by torchrun or tools/launch.py with --max-restarts", "--inprocess-restart"),
     Group("SIGTERM and SIGUSR1 save and leave; leave it out", "--exit-signal=SIGTERM|15|SIGUSR1|10"),
+    Group("use --dry-run-memory with --world-size, without torchrun", "--fake-process-group"),
     Group("it is not implemented here; leave it out", """
-        --error-injection-rate=0 --fake-process-group --fault-injector-delay-start-iteration=
+        --error-injection-rate=0 --fault-injector-delay-start-iteration=
         --fault-injector-fault-delay= --fault-injector-fault-probabilities= --fault-injector-fault-types=
         --fault-injector-mtti-seconds= --fault-injector-num-ranks= --fault-injector-offset-seconds=
         --fault-injector-ranks= --fault-injector-seed= --logits-load-dir= --logits-save-dir=

@@ -208,9 +208,10 @@ def _combine_setup(ctx, inputs, output):
 
 def _combine_derivative(ctx, grad):
     grad, (copy_of_slot, slot_of_copy) = grad.contiguous(), ctx.places
-    if not ctx.saved_tensors:
+    saved = ctx.saved_tensors  # once: a layer that is recomputed refuses a second reading
+    if not saved:
         return operator("gather_rows")(grad, copy_of_slot, slot_of_copy), None, None, None
-    y, weights = ctx.saved_tensors
+    y, weights = saved
     grad_y, grad_weights = operator("combine_backward")(grad, y, copy_of_slot, weights)
     return grad_y, None, None, grad_weights
 

@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 import torch
 
-from megatron_deepseek.device import compute_capability, has_accelerator, on_accelerator
+from megatron_deepseek.device import compute_capability, has_accelerator, on_accelerator, stands_in
 
 ENVIRONMENT = "MEGATRON_DEEPSEEK_OPS"
 REFERENCE = "reference"
@@ -233,6 +233,11 @@ def choices_of_stand_ins() -> Mapping[str, Choice]:
                              for operator, candidate in first.items()})
 
 
+def choices_for(x: torch.Tensor) -> Mapping[str, Choice]:
+    """Return the choices for x, which is on a GPU or stands for a tensor there."""
+    return choices_of_stand_ins() if stands_in(getattr(x, "q", x)) else choices()
+
+
 def on_gpu(x: torch.Tensor) -> bool:
     """Return whether x, or the codes of a block-scaled x, is on a GPU or stands for a tensor there."""
     return on_accelerator(getattr(x, "q", x))
@@ -244,7 +249,7 @@ def with_backends(operator: str):
         @functools.wraps(reference)
         def call(x, *args, **kwargs):
             if on_gpu(x):
-                function = (choices() if x.is_cuda else choices_of_stand_ins())[operator].function
+                function = choices_for(x)[operator].function
                 result = NotImplemented if function is None else function(x, *args, **kwargs)
                 if result is not NotImplemented:
                     return result

@@ -36,9 +36,9 @@ def _columns(x: torch.Tensor, counts: Sequence[int] | None, quantized: tuple[tor
     return (q[:, :x.shape[0]] if counts is None else q), scale
 
 
-def _no_columns(counts: Sequence[int] | None) -> bool:
-    """Return whether groups' 128x1 tiles are left to the reference: only csrc's wgrad reads padded ones."""
-    return counts is not None and not registry.choices()["grouped_scaled_mm_wgrad"].backend.startswith("csrc")
+def _no_columns(x: torch.Tensor, counts: Sequence[int] | None) -> bool:
+    """Return whether groups' 128x1 tiles of x are left to the reference: only csrc's wgrad reads padded ones."""
+    return counts is not None and not registry.choices_for(x)["grouped_scaled_mm_wgrad"].backend.startswith("csrc")
 
 
 def quantize_1x128(x: torch.Tensor, power_of_two: bool = False):
@@ -49,14 +49,14 @@ def quantize_1x128(x: torch.Tensor, power_of_two: bool = False):
 
 
 def quantize_128x1(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
-    if not _takes(x) or _no_columns(counts):
+    if not _takes(x) or _no_columns(x, counts):
         return NotImplemented
     return _columns(x, counts, operator("quantize_columns")(dense(x), _row_tiles(counts, x), power_of_two))
 
 
 def retile_128x1(q: torch.Tensor, scale: torch.Tensor, power_of_two: bool = False,
                  counts: Sequence[int] | None = None):
-    if q.shape[-1] % 8 or not q.numel() or _no_columns(counts):
+    if q.shape[-1] % 8 or not q.numel() or _no_columns(q, counts):
         return NotImplemented
     return _columns(q, counts, operator("retile_columns")(
         dense(q), scale.contiguous(), _row_tiles(counts, q), power_of_two))
@@ -79,7 +79,7 @@ def dequantize_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, dtype:
 
 def retile_e5m6(packed: torch.Tensor, scale: torch.Tensor, size: int, power_of_two: bool,
                 counts: Sequence[int] | None = None):
-    if size % 8 or not packed.numel() or _no_columns(counts):
+    if size % 8 or not packed.numel() or _no_columns(packed, counts):
         return NotImplemented
     return _columns(packed, counts, operator("retile_e5m6")(
         dense(packed), scale.contiguous(), _row_tiles(counts, packed), power_of_two))
@@ -100,7 +100,7 @@ def quantize_both_ways(weight: torch.Tensor):
 
 
 def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None):
-    if not _takes(x) or _no_columns(counts):
+    if not _takes(x) or _no_columns(x, counts):
         return NotImplemented
     q, scale, *columns = operator("quantize_both")(dense(x), _row_tiles(counts, x), power_of_two)
     return (q, scale), _columns(x, counts, columns)
@@ -125,7 +125,7 @@ def quantize_swiglu(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool = F
 def quantize_swiglu_columns(gate: torch.Tensor, up: torch.Tensor, power_of_two: bool,
                             counts: Sequence[int] | None = None):
     """Take gate and up as numbers, or as the tiles (BlockScaled) that were kept of them for the backward."""
-    if _no_columns(counts):
+    if _no_columns(gate, counts):
         return NotImplemented
     if (kept := _kept_tiles(gate, up)) is not None:
         tiles = _row_tiles(counts, kept[0])
@@ -152,7 +152,7 @@ def swiglu_backward_tiles(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tens
 
     Those of each are halves of the result where a tile ends between them; else each gradient is quantised by itself.
     """
-    if grad.dtype != _BF16 or _no_columns(counts):
+    if grad.dtype != _BF16 or _no_columns(grad, counts):
         return NotImplemented
     apart = not joint and gate.shape[-1] % TILE
     if (kept := _kept_tiles(gate, up)) is not None and not apart:

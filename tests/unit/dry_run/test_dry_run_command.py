@@ -1,0 +1,59 @@
+"""The command line of dry runs: errors in one line before torch is needed, and a whole dry run of a tiny job."""
+
+import json
+
+import pytest
+
+from megatron_deepseek.arguments.dry_run import asked
+from megatron_deepseek.arguments.finetuning import build_finetuning_parser
+from megatron_deepseek.arguments.parser import build_parser
+from megatron_deepseek.dry_run.command import dry_run
+
+TINY = "--model tiny --bf16 --seq-length 64"
+
+
+def lines_of(capsys, arguments: str, parser=build_parser, status: int = 0) -> str:
+    with pytest.raises(SystemExit) as left:
+        dry_run(arguments.split(), parser, "--dataset" if parser is build_finetuning_parser else "--data-path")
+    assert left.value.code == status
+    said = capsys.readouterr()
+    return said.err if status else said.out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--dry-run-memory", "--dry-run-memory needs --world-size"),
+    ("--dry-run-communication --world-size 8 --ranks 0,8", "--ranks 8 is none of the ranks 0 to 7 of --world-size 8"),
+    ("--dry-run-memory --world-size 8 --ranks fullest", "'fullest' is neither worst nor all nor numbers"),
+    ("--dry-run-memory --world-size 6 --tensor-model-parallel-size 4", "6 "),
+    ("--dry-run-memory --world-size many", "'many'")])
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    said = lines_of(capsys, f"{arguments} {TINY}", status=2)
+    assert message in said and said.count("\n") == 1 and said.startswith("pretrain_deepseek.py: error: ")
+
+
+def test_other_command_lines_are_left_alone():
+    assert asked(["--model", "tiny", "--ranks", "0"]) is None
+    assert dry_run(["--model", "tiny"], build_parser) is None
+
+
+def test_a_rank_of_a_pipeline(capsys, tmp_path):
+    files = tmp_path / "found.json", tmp_path / "trace.json"
+    said = lines_of(capsys, f"--dry-run-memory --dry-run-communication --world-size 8 --ranks 0 {TINY} "
+                            f"--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --global-batch-size 8 "
+                            f"--dry-run-json {files[0]} --dry-run-trace {files[1]}")
+    assert said.startswith("rank 0 of 8: pipeline rank 0, ") and "the largest tensors" in said
+    (rank,) = json.loads(files[0].read_text())["ranks"]
+    assert rank["peak_bytes"] == max(level["bytes"] for level in rank["levels"]) == rank["peak"]["bytes"]
+    assert sum(rank["peak"]["categories"].values()) == rank["peak_bytes"]
+    acts = [level["act"] for level in rank["levels"] if level["act"].startswith(("F", "B"))]
+    assert sorted(acts) == sorted(f"{kind}{number} of stage 0" for kind in "FB" for number in range(2))
+    to_experts = [each for each in rank["collectives"] if each["kind"] == "all_to_all"]
+    assert to_experts and all(each["ranks"] == [0, 1] for each in to_experts)
+    events = json.loads(files[1].read_text())["traceEvents"]
+    assert {"acts", "collectives"} == {each["args"]["name"] for each in events if each["name"] == "thread_name"}
+    assert max(each["args"]["bytes"] for each in events if "bytes" in each["args"]) == rank["peak_bytes"]
+
+
+def test_fine_tuning_needs_no_data(capsys):
+    said = lines_of(capsys, f"--dry-run-memory --world-size 2 {TINY} --loss-average sample", build_finetuning_parser)
+    assert "peak" in said
