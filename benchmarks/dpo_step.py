@@ -22,13 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-BETA, LEARNING_RATE, CLIP, BETA2, SEQ_LENGTH = 0.1, 1e-3, 1.0, 0.95, 1024
+BETA, LEARNING_RATE, CLIP, BETA2, SEQ_LENGTH = 0.1, 1e-3, 1.0, 0.95, 2048
 MODEL = {"model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512,
          "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 96,
          "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
          "moe_intermediate_size": 128, "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4,
          "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
-         "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0, "max_position_embeddings": 1024,
+         "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0, "max_position_embeddings": 2048,
          "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 PREFIX, ASKED = "<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜>"
 
