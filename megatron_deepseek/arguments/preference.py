@@ -79,6 +79,8 @@ PREFERENCE = (
          "beside frozen weights"),
     Rule("a reward model writes no answers", lambda r: is_reward(r.args) and r.args.generate_every is not None,
          "--generate-every {r.args.generate_every} conflicts with --objective reward, whose model gives scores"),
+    Rule("a reward model answers no tasks", lambda r: is_reward(r.args) and bool(r.args.eval_tasks),
+         "--eval-tasks {r.args.eval_tasks} conflicts with --objective reward, whose model gives scores"),
     Rule("a reward model has no MTP modules",
          lambda r: is_reward(r.args) and (r.args.init_mtp or bool(r.args.num_nextn_predict_layers)),
          "--init-mtp and --mtp-num-layers conflict with --objective reward: a reward model predicts no tokens"),

@@ -47,15 +47,17 @@ def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False
 
     Of files only sizes are looked at. A directory without checksums.json passes; with `init_mtp` so does one that lacks
     MTP modules. Where `weights_alone` are taken over, the forward may be another one (a longer context, another
-    epsilon), and with `drop_mtp` MTP modules that the model lacks are left behind: the lines that are returned say so.
+    epsilon), with `drop_mtp` MTP modules that the model lacks are left behind, and a reward model may begin from a
+    language model: the lines that are returned say so.
     """
     if not is_huggingface(directory):
         refuse_damage(directory, check_sizes(directory, read_checksums(directory) or {}))
     found = stored_architecture(directory)
     there, here = found.num_nextn_predict_layers, config.num_nextn_predict_layers
     alike = replace(found, num_nextn_predict_layers=here)
-    if config.reward_head and not found.reward_head:
-        alike = replace(alike, tie_word_embeddings=False)
+    new_score = config.reward_head and not found.reward_head and weights_alone
+    if new_score:
+        alike = replace(alike, reward_head=True, tie_word_embeddings=False)
     elif found.reward_head and not config.reward_head:
         raise ValueError(f"--load {directory}: it is a reward model, with a score in place of an output head; "
                          "--objective reward goes on with it")
@@ -66,7 +68,7 @@ def check_directory(directory: Path, config: ModelConfig, init_mtp: bool = False
     if there > here + dropped or (there < here and not init_mtp):
         raise ValueError(f"--load {directory}: {mtp.difference(there, here)}")
     lines = [mtp.left_behind(directory, dropped)] if dropped else []
-    if config.reward_head and not found.reward_head:
+    if new_score:
         lines.append(f"the output head of {directory} stays behind: {SCORE} begins with random weights")
     changed = "; ".join(differences(alike, config, FORWARD))
     if changed and not weights_alone:

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     left = [(line, row) for line, row in rows if line not in done]
     with quick_imports():
         import torch
+        import torch.distributed as dist
         from tqdm import tqdm
 
         from megatron_deepseek.finetuning.preference.reward_model import RewardModel
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
                 output.write(json.dumps({"line": line, "score": score}) + "\n")
             output.flush()
             bar.update(len(part))
+    dist.destroy_process_group()
     print(f"{len(left)} answers scored, {len(rows) - len(left)} were: {args.output}", file=sys.stderr)
     return 0
 

@@ -147,7 +147,7 @@ class ArchitectureFields:
     attention_bias: bool = _field(default=False, match=WEIGHTS)
     qkv_bias: bool = _field(default=False, match=WEIGHTS, implied=True)
     qk_norm: bool = _field(default=False, match=WEIGHTS, implied=True)
-    reward_head: bool = _field(default=False, implied=True)
+    reward_head: bool = _field(default=False, match=WEIGHTS, implied=True)
     sliding_window: int | None = _field(default=None, match=FORWARD, least=1, null=None, sliding=True)
     layer_types: tuple[str, ...] = _field(default=(), match=FORWARD, sliding=True)
     attention_dropout: float = _field("--attention-dropout", "fraction", "accepted as 0 only", default=0.0, null=0.0)

@@ -28,6 +28,7 @@ REFUSED = {
     "preferences are of whole answers": ("--objective dpo --split-turns reasoning", "is for --objective sft"),
     "a reward model has a whole head to train": ("--objective reward --lora-rank 4 --load x", "would stay random"),
     "a reward model writes no answers": ("--objective reward --generate-every 2 --eval-dataset x", "gives scores"),
+    "a reward model answers no tasks": ("--objective reward --eval-tasks arc_easy", "--eval-tasks ['arc_easy']"),
     "a reward model has no MTP modules": ("--objective reward --mtp-num-layers 1", "predicts no tokens"),
 }
 

@@ -165,14 +165,17 @@ def test_kto_against_autograd(meshes, tmp_path):
                       for each, a in zip(zip(crossed, own), partners)]
     z = max(0.0, sum(departures) / 6)
     assert z > 1
-    losses = []
+    losses, implied = [], {True: [], False: []}
     for number in range(7):
         ratio = log_probabilities(reference, *ids[number])[0] - sums[0][number]
         good = number % 3 > 0
         losses.append((1.5 if good else 0.5) * (1 - (0.7 * (ratio - z) * (1 if good else -1)).sigmoid()))
+        implied[good].append(0.7 * ratio.item())
     (sum(losses) / 7).backward()
     assert found.losses.reports["kl"] == pytest.approx(z, rel=EXACT)
     assert found.losses.reports["kto_loss"] == pytest.approx((sum(losses) / 7).item(), rel=EXACT)
+    assert found.losses.reports["rewards_chosen"] == pytest.approx(sum(implied[True]) / 4, rel=EXACT)
+    assert found.losses.reports["rewards_rejected"] == pytest.approx(sum(implied[False]) / 3, rel=EXACT)
     assert (found.losses.counts["good"], found.losses.counts["bad"]) == (4, 3)
     compare(made, reference)
 
