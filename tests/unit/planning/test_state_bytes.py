@@ -16,7 +16,7 @@ from megatron_deepseek.model.architecture.parameters import parameters
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
-from megatron_deepseek.planning.binary_units import shown
+from megatron_deepseek.planning.binary_units import with_unit
 from megatron_deepseek.planning.pipeline_balance import stages
 from megatron_deepseek.planning.held_parameters import held_parameters
 from megatron_deepseek.planning.job import Job
@@ -141,7 +141,7 @@ def test_v3_as_its_report_has_it():
 @pytest.mark.parametrize("size, text", [(0, "0.0 KiB"), (2**20 - 1, "1024.0 KiB"), (2**20, "1.0 MiB"),
                                         (1.5 * 2**30, "1.5 GiB"), (2**42, "4096.0 GiB")])
 def test_sizes_are_shown_in_the_unit_in_which_they_have_digits(size, text):
-    assert shown(size) == text
+    assert with_unit(size) == text
 
 
 def test_the_table_of_a_small_model_has_digits():
