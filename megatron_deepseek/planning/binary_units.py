@@ -18,7 +18,7 @@ def unit_for(largest: float) -> Unit:
     return next((unit for unit in _UNITS if largest >= unit.bytes), _UNITS[-1])
 
 
-def shown(size: float) -> str:
+def with_unit(size: float) -> str:
     """Return `size` bytes in their own unit, with one decimal."""
     unit = unit_for(size)
     return f"{size / unit.bytes:.1f} {unit.name}"

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.binary_units import shown
+from megatron_deepseek.planning.binary_units import with_unit
 from megatron_deepseek.planning.held_parameters import (
     Held,
     Kept,
@@ -107,9 +107,9 @@ def fullest_states(settings: Settings) -> StateBytes:
 def describe_states(settings: Settings) -> str:
     """Return a line on what the fullest GPU holds."""
     most = fullest_states(settings)
-    host = f", {shown(most.host)} of the host's memory for each rank" if most.host else ""
+    host = f", {with_unit(most.host)} of the host's memory for each rank" if most.host else ""
     return (f"weights, gradients and moments (calculated, docs/quickstart_cluster.md): at most "
-            f"{shown(most.device)} on a GPU, of pipeline rank {most.pp_rank}{host}")
+            f"{with_unit(most.device)} on a GPU, of pipeline rank {most.pp_rank}{host}")
 
 
 def state_parts(job: Job, pp_rank: int) -> StateParts:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chat_tokenizers import write_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_deepseek.data.tokenizer import build_tokenizer
@@ -207,6 +207,7 @@ def _kill_in_the_middle(path: Path, cache: Path):
 RUNS = st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.0, 1.0, 0.5])), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(samples=st.lists(RUNS, max_size=5))
 def test_loss_weights_come_back(tmp_path_factory, samples):
     path = tmp_path_factory.mktemp("weights") / "a.weights"
