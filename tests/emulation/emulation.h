@@ -119,6 +119,9 @@ inline void wait_until_changed(const uint64_t* watched, uint64_t seen, const cha
   swapcontext(&fiber.context, &machine().scheduler);
 }
 
+// Lets every other thread run on, and the copy engine, before this one goes on.
+inline void give_way() { swapcontext(&self().context, &machine().scheduler); }
+
 inline void arrive_and_wait(Barrier& barrier, int expected, const char* place) {
   uint64_t seen = barrier.generation;
   if (++barrier.arrived == expected) {

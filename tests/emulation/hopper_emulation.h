@@ -141,6 +141,7 @@ inline void wait_for_reads() {
 inline void product_fence() {}
 inline void product_commit() {}
 inline void product_wait() {
+  for (int round = 0; round < 3; ++round) emulation::give_way();  // as long as a refill of a released stage takes
   for (auto& operation : emulation::self().asynchronous) operation();
   emulation::self().asynchronous.clear();
 }

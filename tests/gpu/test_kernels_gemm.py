@@ -112,6 +112,15 @@ def test_rows_grouped(device, counts, form, tall):
     close(got, plain.grouped_scaled_mm(*operands, counts, dtype_of(form)))
 
 
+def test_tma_store_leaves_the_next_group_alone(device):
+    """In the emulation the first of 5 blocks computes the last group before the fifth block the one before it."""
+    counts = [5] * 5 + [20]
+    operands = (*plain.quantize_1x128(matrix(sum(counts), 128, device=device)),
+                *plain.quantize_128x128(matrix(len(counts), 64, 128, device=device)))
+    got = operator("grouped_scaled_mm")(*operands, row_tiles(counts, device), False, False, True)
+    close(got, plain.grouped_scaled_mm(*operands, counts, torch.bfloat16))
+
+
 @pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256], [5, 1300]])
 @CLUSTERS
 def test_depth_grouped(device, counts, clusters, any_order):
