@@ -22,14 +22,18 @@ def sum_rows(x_RH: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tenso
     """Return the sum over k of x[place_TK], times `weights_TK` where given, [T, H], without a gradient.
 
     A place of R stands for no row. Nothing of the size of the rows is made: torch's kernel for bags of embeddings adds
-    them as it reads them, in at least float32.
+    them as it reads them, in at least float32. Not so in bfloat16 on the CPU, where that kernel rounds halves away from
+    zero, which sums of few numbers often are, so that they would grow.
     """
     num_rows = len(x_RH)
     if not num_rows:
         return x_RH.new_zeros(len(place_TK), x_RH.shape[1])
     weights_TK = torch.ones_like(place_TK, dtype=x_RH.dtype) if weights_TK is None else weights_TK.to(x_RH.dtype)
-    weights_TK = weights_TK.where(place_TK < num_rows, 0)
-    return F.embedding_bag(place_TK.clamp(max=num_rows - 1), x_RH, mode="sum", per_sample_weights=weights_TK)
+    weights_TK, place_TK = weights_TK.where(place_TK < num_rows, 0), place_TK.clamp(max=num_rows - 1)
+    if x_RH.device.type == "cpu" and x_RH.dtype == torch.bfloat16:
+        x_TKH = x_RH.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
+        return torch.bmm(weights_TK.unsqueeze(1), x_TKH).squeeze(1)
+    return F.embedding_bag(place_TK, x_RH, mode="sum", per_sample_weights=weights_TK)
 
 
 class _Permute(torch.autograd.Function):

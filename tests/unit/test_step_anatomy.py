@@ -17,7 +17,7 @@ FLOAT, INDEX = 4, 8
 
 
 def test_what_operators_move():
-    """In float32: a product of [2, 3] and [3, 4], a view, a copy, rows taken, a row added to all, and a sum in place."""
+    """In float32: a product of [2, 3] and [3, 4], a view, a copy, rows taken, a number taken off all, one in place."""
     a, b, rows = torch.zeros(2, 3), torch.zeros(3, 4), torch.tensor([0, 0])
     expected = []
     with StepCounter("sums") as counter:
@@ -49,8 +49,9 @@ def test_a_backward_belongs_to_the_part_of_its_forward():
 
 
 def test_parts_of_a_small_step(meshes):
-    """One micro-batch of 8 tokens in float32. Embedding: ids, and rows read and written. AdamW: seven numbers of 4 bytes
-    for each parameter. The copies of the tokens of one MoE layer to their 3 experts: rows read and written, an index.
+    """One micro-batch of 8 tokens in float32. Embedding: ids, and rows read and written. AdamW: seven numbers of 4
+    bytes for each parameter. The copies of the tokens of one MoE layer to their 3 experts: rows read and written, and
+    an index.
     """
     counter, parameters = step_anatomy.count_step(V3_SMALL, False, 1, LENGTH)
     needed = step_anatomy.least_bytes(V3_SMALL, False, 1, parameters, LENGTH)

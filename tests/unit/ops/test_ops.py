@@ -13,7 +13,7 @@ from megatron_deepseek.ops import grouped_gemm as grouped_gemm_module
 from megatron_deepseek.ops.copies import Copies, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_gemm, grouped_wgrad
 from megatron_deepseek.ops.norm import norm_forward, rms_norm
-from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, weighted_sum
+from megatron_deepseek.ops.permute import copy_and_permute, invert, permute, sum_rows, weighted_sum
 from megatron_deepseek.ops.swiglu import swiglu
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -246,3 +246,12 @@ def test_grouped_mm_leaves_no_gradient_to_experts_without_rows(monkeypatch):
 def test_grouped_gemm_refuses_counts_that_do_not_add_up():
     with pytest.raises(AssertionError):
         grouped_gemm(torch.zeros(4, 3), torch.zeros(2, 5, 3), [1, 2])
+
+
+def test_sums_of_rows_round_halves_to_even():
+    """1 + 2^-8 is halfway between two bfloat16 numbers, the lower of which is even; a place behind the rows is none."""
+    rows, places = torch.tensor([[1.0], [2**-8]]).expand(2, 8).bfloat16(), torch.tensor([[0, 1], [1, 2], [2, 2]])
+    expected = torch.tensor([[1.0], [2**-8], [0.0]]).expand(3, 8)
+    assert torch.equal(sum_rows(rows, places).float(), expected)
+    assert torch.equal(sum_rows(rows.float(), places), torch.tensor([[1 + 2**-8], [2**-8], [0.0]]).expand(3, 8))
+    assert torch.equal(sum_rows(rows[:0], torch.full((2, 2), 0)), torch.zeros(2, 8))
