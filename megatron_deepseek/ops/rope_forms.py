@@ -5,8 +5,6 @@ Shapes are those of rope.py.
 
 import torch
 
-from megatron_deepseek.ops.backends.registry import with_backends
-
 
 def turn_halves_in_a_pass(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
     """Return what `apply_rope_to_halves` does."""
@@ -25,13 +23,11 @@ def _turn_pairs(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
-@with_backends("rope_queries")
 def rope_queries_in_a_pass(x_BSNX: torch.Tensor, table_2SD: torch.Tensor, nope: int) -> torch.Tensor:
     """Return what `rope_queries` does."""
     return torch.cat([x_BSNX[..., :nope], _turn_pairs(x_BSNX[..., nope:], table_2SD)], -1)
 
 
-@with_backends("assemble_keys")
 def assemble_keys_in_a_pass(kv_BSNX: torch.Tensor, k_pe_BSD: torch.Tensor, table_2SD: torch.Tensor | None, nope: int
                             ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `assemble_keys` does."""
