@@ -33,8 +33,8 @@ _NO_BALANCE = "no balance loss is trained on: aux_loss_alpha of the config is {r
 NOTICES = (
     Notice(lambda r: r.fine_tunes and r.args.load is None, "without --load the weights are random: nothing is there to "
            "be fine-tuned"),
-    Notice(lambda r: r.args.compile, "functions of the layers are compiled in the first step, which takes longer; a line "
-           "will say how long"),
+    Notice(lambda r: r.args.compile, "functions of the layers are compiled in the first step, which takes longer; a "
+           "line will say how long"),
     Notice(lambda r: r.args.save is None, "without --save nothing will be saved"),
     Notice(lambda r: r.args.num_nextn_predict_layers is None and r.model.num_nextn_predict_layers > 0
            and not r.fine_tunes,

@@ -26,15 +26,16 @@ from megatron_deepseek.ops.cross_entropy import (
 from megatron_deepseek.ops.fusible import Fusible, Graphs
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.ops.precision_recipe import Functions, Gemm
-from megatron_deepseek.ops.rope import apply_rope_to_halves, assemble_keys, rope_queries, turn_halves_in_a_pass
+from megatron_deepseek.ops.rope import apply_rope_to_halves, assemble_keys, rope_queries
+from megatron_deepseek.ops.rope_forms import assemble_keys_in_a_pass, rope_queries_in_a_pass, turn_halves_in_a_pass
 from megatron_deepseek.ops.swiglu import swiglu
 
 BACKEND = "inductor"
 FUSIBLES = (
     Fusible(rms_norm, ((0, -2),)),
     Fusible(swiglu, ((0, -2), (1, -2)), least=2),
-    Fusible(rope_queries, ((0, 1), (1, 1))),
-    Fusible(assemble_keys, ((0, 1), (1, 1), (2, 1))),
+    Fusible(rope_queries, ((0, 1), (1, 1)), form=rope_queries_in_a_pass),
+    Fusible(assemble_keys, ((0, 1), (1, 1), (2, 1)), form=assemble_keys_in_a_pass),
     Fusible(apply_rope_to_halves, ((0, 1), (1, 1)), form=turn_halves_in_a_pass),
     Fusible(route, ((0, 0), (2, 0))),
     Fusible(cross_entropy_statistics, ((0, 0), (1, 0))),

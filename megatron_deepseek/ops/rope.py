@@ -79,15 +79,6 @@ def _turn_halves(x: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) ->
     return out.to(x.dtype)
 
 
-def turn_halves_in_a_pass(x: torch.Tensor, table_2SD: torch.Tensor) -> torch.Tensor:
-    """Return what `apply_rope_to_halves` does, in a form that a compiler turns into one pass, and derives itself."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = table_2SD.to(wide).unsqueeze(2)
-    half = cos.shape[-1]
-    first, second, rest = x.to(wide).split((half, half, x.shape[-1] - 2 * half), -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
-
-
 @with_backends("rope_queries")
 def rope_queries(x_BSNX: torch.Tensor, table_2SD: torch.Tensor, nope: int) -> torch.Tensor:
     """Apply RoPE to the dimensions of each head from `nope` on, MLA's decoupled queries; return all dimensions."""
