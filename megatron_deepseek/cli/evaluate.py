@@ -55,7 +55,8 @@ def _batch_size(text: str) -> int | None:
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tasks", "as lm-eval's own options of these names").add_argument
-    add("--num-fewshot", "--num_fewshot", type=values.count, metavar="N", help="examples before it (the task's)")
+    add("--num-fewshot", "--num_fewshot", type=values.count, metavar="N",
+        help="examples before each question (the task's own number)")
     add("--apply-chat-template", "--apply_chat_template", action="store_true", help="ask in chats (no)")
     add("--fewshot-as-multiturn", "--fewshot_as_multiturn", action=argparse.BooleanOptionalAction, default=True,
         help="in chats each example is a turn (yes)")

@@ -40,6 +40,7 @@ def evaluate(args: argparse.Namespace) -> None:
     tasks, problems = _tasks(args), None if args.pass_at_k is None else _problems(args)
     model = load_model(files, join_ranks(options.layout_of(args), _IDLE_MINUTES), options.load_settings(args, length))
     replicas = Replicas(model, options.engine_settings(args, length))
+    options.warm_up(args, replicas)
     if not replicas.leads:
         replicas.follow()
         return

@@ -94,7 +94,7 @@ def command(*words, environ: dict[str, str] = {}) -> tuple[list[str], dict[str, 
 
 def run(*words) -> str:
     words, environ = command(*words)
-    done = subprocess.run(words, env=environ, text=True, capture_output=True, timeout=400)
+    done = subprocess.run(words, env=environ, text=True, capture_output=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -108,11 +108,14 @@ def samples(output: Path) -> Iterator[dict]:
 @pytest.mark.parametrize("which, more", [
     ("model", ()), ("model", ("--apply_chat_template",)), ("model_with_bos", ("--num_fewshot", "2"))])
 def test_the_same_as_lm_evals_own_model(request, tasks, tmp_path, which, more):
-    """Log-likelihoods to the rounding of float32 over the whole of a text, answers to the letter, the same fields."""
+    """Log-likelihoods to the rounding of float32 over the whole of a text, answers to the letter, the same fields.
+
+    `hf` decides by the first text of a batch whether all of it begin with BOS: so it has batches of one.
+    """
     model = request.getfixturevalue(which)
     words = ["--tasks", ",".join(TASKS), "--include_path", tasks, *more]
     run("-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu",
-        "--batch_size", "4", "--output_path", tmp_path / "theirs", "--log_samples", *words)
+        "--batch_size", "1", "--output_path", tmp_path / "theirs", "--log_samples", *words)
     shown = run(EVALUATE, "--load", model, "--output", tmp_path / "ours", "--batch-size", "3", *words)
     assert "|tiny_choice |" in shown and "written to" in shown
     greedy, ours = set(), list(samples(tmp_path / "ours"))
@@ -146,11 +149,12 @@ def test_after_a_kill_it_goes_on(model, tasks, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     answered = kept.read_bytes().count(b"\n")
-    assert 5 <= answered < 4 * len(QUESTIONS)
     run(EVALUATE, *words, "--output", tmp_path / "killed")
     run(EVALUATE, *words, "--output", tmp_path / "whole")
-    lines = [json.loads(line)["question"] for line in kept.read_text().splitlines()]
-    assert len(set(lines)) == len(lines) == 4 * len(QUESTIONS)
+    killed, never = ([json.loads(line)["question"] for line in (tmp_path / each / "answers.jsonl").open()]
+                     for each in ("killed", "whole"))
+    assert sorted(killed) == sorted(never) and len(set(never)) == len(never)
+    assert 5 <= answered < len(never)
     ours, whole = (list(samples(tmp_path / each)) for each in ("killed", "whole"))
     assert [each["filtered_resps"] for each in ours] == [each["filtered_resps"] for each in whole]
 
@@ -160,7 +164,7 @@ def test_after_a_kill_it_goes_on(model, tasks, tmp_path):
     ("hellaswag", "its data set is not on this machine, and cannot be downloaded")])
 def test_what_cannot_be_evaluated_is_said_in_a_line(model, task, message):
     words, environ = command(EVALUATE, "--load", model, "--tasks", task)
-    done = subprocess.run(words, env=environ, text=True, capture_output=True, timeout=400)
+    done = subprocess.run(words, env=environ, text=True, capture_output=True, timeout=1500)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
 
 
