@@ -22,6 +22,7 @@ from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
+from megatron_deepseek.parallel.schedule_rules import takes_microbatches
 from megatron_deepseek.planning.held_parameters import held_adapters, held_parameters
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import RankMemory, rank_memory
@@ -90,13 +91,18 @@ def batch_of(settings: Settings) -> Batch:
                  weights_BS=torch.ones(shape))
 
 
+_ALL_AT_ONCE = ("GPipe", "LoopedBFS")  # every micro-batch's forward comes before the first backward
+
+
 @dataclass(frozen=True)
 class RankStep:
     """What a dry run of a rank has found: bytes over time, the collectives in the order in which they begin, and the
-    memory that was planned for it.
+    memory that was planned for it. `micro_batches` were made, of a data rank's `all_micro_batches`.
     """
 
     rank: int
+    micro_batches: int
+    all_micro_batches: int
     timeline: Timeline
     collectives: tuple[Collective, ...]
     planned: RankMemory
@@ -104,14 +110,36 @@ class RankStep:
 
 def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[int], None] | None = None) -> RankStep:
     """Return what a step of rank number `rank` takes. `progress` is told how many acts there are whenever one ends."""
-    job = replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)
+    whole = replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)
     pp_rank = rank * settings.layout.pp // settings.layout.world_size
+    settings = with_micro_batches(settings, wanted.micro_batches or enough_micro_batches(whole, wanted))
+    job = replace(whole, settings=settings)
     acts = sum(map(len, job.actions(pp_rank)))
     log = StorageLog(on_end=partial(progress, acts) if progress else None)
     calls = RecordedCollectives(place=log.now)
     run_rank(settings, rank, drawn(settings, wanted.routing), log, calls if wanted.communication else nullcontext(),
              objective_of(settings), wanted.device == "gpu")
-    return RankStep(rank, timeline(log), tuple(calls.calls), rank_memory(job, pp_rank))
+    return RankStep(rank, job.micro_batches, whole.micro_batches, timeline(log), tuple(calls.calls),
+                    rank_memory(whole, pp_rank))
+
+
+def enough_micro_batches(job: Job, wanted: DryRun) -> int:
+    """Return how many micro-batches show all that is wanted: of collectives all, of memory so many that every rank has
+    been at its fullest, and has added gradients to those of others.
+    """
+    if wanted.communication or job.schedule in _ALL_AT_ONCE:
+        return job.micro_batches
+    return min(job.micro_batches, max(3, 2 * len(job.stages)))
+
+
+def with_micro_batches(settings: Settings, number: int) -> Settings:
+    """Return the settings with so many micro-batches on each data rank. Raise ValueError where the schedule cannot."""
+    layout, schedule = settings.layout, settings.pipeline.schedule
+    if layout.pp > 1 and not takes_microbatches(schedule, layout.pp, number):
+        raise ValueError(f"--dry-run-micro-batches {number}: {schedule} over {layout.pp} pipeline ranks does not take so "
+                         "many (docs/arguments.md)")
+    size = number * settings.batch.micro_batch_size * layout.dp
+    return replace(settings, batch=replace(settings.batch, global_batch_size=size))
 
 
 def objective_of(settings: Settings) -> Objective | None:
