@@ -22,7 +22,7 @@ from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
-from megatron_deepseek.parallel.schedule_rules import takes_microbatches
+from megatron_deepseek.parallel.schedule_rules import microbatch_rule, takes_microbatches
 from megatron_deepseek.planning.held_parameters import held_adapters, held_parameters
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import RankMemory, rank_memory
@@ -136,8 +136,8 @@ def with_micro_batches(settings: Settings, number: int) -> Settings:
     """Return the settings with so many micro-batches on each data rank. Raise ValueError where the schedule cannot."""
     layout, schedule = settings.layout, settings.pipeline.schedule
     if layout.pp > 1 and not takes_microbatches(schedule, layout.pp, number):
-        raise ValueError(f"--dry-run-micro-batches {number}: {schedule} over {layout.pp} pipeline ranks does not take so "
-                         "many (docs/arguments.md)")
+        raise ValueError(f"--dry-run-micro-batches {number}: {schedule} over {layout.pp} pipeline ranks takes "
+                         f"{microbatch_rule(schedule, layout.pp)}")
     size = number * settings.batch.micro_batch_size * layout.dp
     return replace(settings, batch=replace(settings.batch, global_batch_size=size))
 

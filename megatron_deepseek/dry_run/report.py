@@ -7,9 +7,9 @@ from dataclasses import asdict
 from megatron_deepseek.arguments.dry_run import DryRun
 from megatron_deepseek.dry_run.rank import RankStep
 from megatron_deepseek.dry_run.timeline import Held, Level
-from megatron_deepseek.planning.words import aligned, parts_of_stage
-from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.planning.words import aligned, parts_of_stage
 from megatron_deepseek.settings import Settings
 
 _GIB, _MIB = 2**30, 2**20
