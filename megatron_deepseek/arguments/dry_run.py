@@ -10,6 +10,8 @@ from megatron_deepseek.arguments import values
 ROUTINGS = ("balanced", "zipf")
 DEVICES = ("gpu", "cpu")
 WORST, ALL = "worst", "all"
+_OF_DRY_RUNS = ("--world-size", "--ranks", "--dry-run-routing", "--dry-run-device", "--dry-run-micro-batches",
+                "--dry-run-json", "--dry-run-trace")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ def asked(argv: Sequence[str]) -> DryRun | None:
         if not any(word.startswith(("--dry-run-memory", "--dry-run-communication")) for word in argv):
             return None
     if not (args.dry_run_memory or args.dry_run_communication):
+        alone = [word.split("=")[0] for word in argv if word.split("=")[0] in _OF_DRY_RUNS]
+        if alone:
+            raise ValueError(f"{alone[0]} is for --dry-run-memory and --dry-run-communication; torchrun says how many "
+                             "ranks a run has")
         return None
     which = "--dry-run-memory" if args.dry_run_memory else "--dry-run-communication"
     if args.world_size is None:

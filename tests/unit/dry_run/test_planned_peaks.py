@@ -1,5 +1,5 @@
-"""The peaks that tools/plan.py memory calculates, against those of dry runs on a GPU: within 3 %, for layers as large as
-V3's in layouts and schedules of all kinds.
+"""The peaks that tools/plan.py memory calculates, against dry runs on a GPU: within 3 %, for layers as large as
+V3's, in layouts and schedules of all kinds.
 """
 
 import pytest
