@@ -10,11 +10,14 @@ from megatron_deepseek.arguments import values
 ROUTINGS = ("balanced", "zipf")
 DEVICES = ("gpu", "cpu")
 WORST, ALL = "worst", "all"
+_OF_DRY_RUNS = ("--world-size", "--ranks", "--dry-run-routing", "--dry-run-device", "--dry-run-micro-batches",
+                "--dry-run-json", "--dry-run-trace")
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What is asked of a dry run. `ranks`: WORST, ALL or numbers; `json` and `trace` are files to write, None for none.
+    """What is asked of a dry run. `ranks`: WORST, ALL or numbers; `micro_batches`: of a data rank's step, None for as
+    many as are needed; `json` and `trace` are files to write, None for none.
     """
 
     memory: bool
@@ -23,6 +26,7 @@ class DryRun:
     ranks: str | tuple[int, ...] = WORST
     routing: str = ROUTINGS[0]
     device: str = DEVICES[0]
+    micro_batches: int | None = None
     json: Path | None = None
     trace: Path | None = None
 
@@ -42,6 +46,8 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
         help="how tokens are spread over experts (balanced)")
     add("--dry-run-device", type=str, choices=DEVICES, default=DEVICES[0],
         help="whose kernels and memory: a GPU's, or a CPU's (gpu)")
+    add("--dry-run-micro-batches", type=values.positive_int, metavar="N",
+        help="of each data rank's step (all with --dry-run-communication, else as many as show the peak)")
     add("--dry-run-json", type=values.path, metavar="FILE", help="also write all numbers there")
     add("--dry-run-trace", type=values.path, metavar="FILE", help="also write the step as a trace for Perfetto")
 
@@ -66,11 +72,15 @@ def asked(argv: Sequence[str]) -> DryRun | None:
         args = parser.parse_known_args(argv)[0]
     except (argparse.ArgumentError, ValueError):
         args = argparse.Namespace(dry_run_memory=True, dry_run_communication=False, world_size=1, ranks=WORST,
-                                  dry_run_routing=ROUTINGS[0], dry_run_device=DEVICES[0], dry_run_json=None,
-                                  dry_run_trace=None)
+                                  dry_run_routing=ROUTINGS[0], dry_run_device=DEVICES[0],
+                                  dry_run_micro_batches=None, dry_run_json=None, dry_run_trace=None)
         if not any(word.startswith(("--dry-run-memory", "--dry-run-communication")) for word in argv):
             return None
     if not (args.dry_run_memory or args.dry_run_communication):
+        alone = [word.split("=")[0] for word in argv if word.split("=")[0] in _OF_DRY_RUNS]
+        if alone:
+            raise ValueError(f"{alone[0]} is for --dry-run-memory and --dry-run-communication; torchrun says how many "
+                             "ranks a run has")
         return None
     which = "--dry-run-memory" if args.dry_run_memory else "--dry-run-communication"
     if args.world_size is None:
@@ -80,4 +90,4 @@ def asked(argv: Sequence[str]) -> DryRun | None:
         raise ValueError(f"--ranks {outside[0]} is none of the ranks 0 to {args.world_size - 1} of --world-size "
                          f"{args.world_size}")
     return DryRun(args.dry_run_memory, args.dry_run_communication, args.world_size, args.ranks, args.dry_run_routing,
-                  args.dry_run_device, args.dry_run_json, args.dry_run_trace)
+                  args.dry_run_device, args.dry_run_micro_batches, args.dry_run_json, args.dry_run_trace)

@@ -68,7 +68,7 @@ class Progress:
 
 def ranks_of(wanted: DryRun, settings: Settings) -> Sequence[int]:
     """Return the ranks to look at. Of a pipeline rank's the one whose experts get most stands for all."""
-    from megatron_deepseek.dry_run.rank import fullest_rank
+    from megatron_deepseek.dry_run.loads import fullest_rank
 
     if isinstance(wanted.ranks, tuple):
         return wanted.ranks

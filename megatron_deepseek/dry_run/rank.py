@@ -11,66 +11,25 @@ from megatron_deepseek.arguments.dry_run import DryRun
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.dry_run.fake_tensors import nothing_computed
 from megatron_deepseek.dry_run.labels import LabellingWatch, label_passing, label_states
-from megatron_deepseek.dry_run.routing import DrawnRoutes, Loads, shares
+from megatron_deepseek.dry_run.loads import Wrap, drawn, with_dispatchers
 from megatron_deepseek.dry_run.storages import StorageLog
 from megatron_deepseek.dry_run.timeline import Timeline, timeline
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, place_stages, sharded_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
-from megatron_deepseek.parallel.expert import Dispatcher
 from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
+from megatron_deepseek.parallel.schedule_rules import microbatch_rule, takes_microbatches
 from megatron_deepseek.planning.held_parameters import held_adapters, held_parameters
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import RankMemory, rank_memory
-from megatron_deepseek.planning.node_reach import expected_nodes
 from megatron_deepseek.runtime.job import training_spec
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.torch_private import unset_fake_temporarily
 from megatron_deepseek.training.objective import Objective
 from megatron_deepseek.training.trainer import Trainer
-
-Wrap = Callable[[Dispatcher, int, Meshes], Dispatcher]  # the dispatcher of a layer, by its index, on a rank
-
-
-def drawn(settings: Settings, distribution: str) -> Wrap:
-    """Return what gives a layer's dispatcher counts that are drawn from `distribution`."""
-    model, communication, even = settings.model, settings.communication, settings.loss.moe_router_force_load_balancing
-    node = communication.moe_ranks_per_node or settings.layout.world_size
-
-    def wrap(dispatcher: Dispatcher, index: int, meshes: Meshes) -> DrawnRoutes:
-        return DrawnRoutes(dispatcher, Loads(
-            shares(distribution, model.n_routed_experts, seed=index),
-            expected_nodes(model, settings.layout, node, even), unrouted_tokens(settings, index, meshes),
-            settings.loss.moe_expert_capacity_factor, settings.layout.etp))
-
-    return wrap
-
-
-def unrouted_tokens(settings: Settings, index: int, meshes: Meshes) -> int:
-    """Return how many tokens of this rank's micro-batch have no next embedding in the MTP module that is layer `index`:
-    the last ones of each sequence.
-    """
-    depth = index - settings.model.num_hidden_layers + 1
-    if depth < 1:
-        return 0
-    layout, length = settings.layout, settings.data.seq_length
-    own = length // layout.cp // layout.tp
-    last = length // layout.cp - meshes.rank("tp") * own  # of this context rank's tokens, behind this rank's first
-    half = length // (2 * layout.cp)
-    if meshes.rank("cp") > 0 and depth <= half * meshes.rank("cp"):
-        return 0  # the first context rank has the last chunk (zigzag)
-    return settings.batch.micro_batch_size * max(0, min(own, depth - (last - own)))
-
-
-def with_dispatchers(stages: list[DeepseekStage], wrap: Wrap, meshes: Meshes) -> list[DeepseekStage]:
-    """Return the stages with each layer's dispatcher in what `wrap` makes of it."""
-    for index, layer in ((int(index), layer) for stage in stages for index, layer in stage.model.layers.items()):
-        if layer.is_moe:
-            layer.mlp.dispatcher = wrap(layer.mlp.dispatcher, index, meshes)
-    return stages
 
 
 def empty_stages(wrap: Wrap, config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int,
@@ -90,13 +49,18 @@ def batch_of(settings: Settings) -> Batch:
                  weights_BS=torch.ones(shape))
 
 
+_ALL_AT_ONCE = ("GPipe", "LoopedBFS")  # every micro-batch's forward comes before the first backward
+
+
 @dataclass(frozen=True)
 class RankStep:
     """What a dry run of a rank has found: bytes over time, the collectives in the order in which they begin, and the
-    memory that was planned for it.
+    memory that was planned for it. `micro_batches` were made, of a data rank's `all_micro_batches`.
     """
 
     rank: int
+    micro_batches: int
+    all_micro_batches: int
     timeline: Timeline
     collectives: tuple[Collective, ...]
     planned: RankMemory
@@ -104,14 +68,36 @@ class RankStep:
 
 def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[int], None] | None = None) -> RankStep:
     """Return what a step of rank number `rank` takes. `progress` is told how many acts there are whenever one ends."""
-    job = replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)
+    whole = replace(Job(settings), cuda=wanted.device == "gpu", frozen_base=settings.lora is not None)
     pp_rank = rank * settings.layout.pp // settings.layout.world_size
+    settings = with_micro_batches(settings, wanted.micro_batches or enough_micro_batches(whole, wanted))
+    job = replace(whole, settings=settings)
     acts = sum(map(len, job.actions(pp_rank)))
     log = StorageLog(on_end=partial(progress, acts) if progress else None)
     calls = RecordedCollectives(place=log.now)
     run_rank(settings, rank, drawn(settings, wanted.routing), log, calls if wanted.communication else nullcontext(),
              objective_of(settings), wanted.device == "gpu")
-    return RankStep(rank, timeline(log), tuple(calls.calls), rank_memory(job, pp_rank))
+    return RankStep(rank, job.micro_batches, whole.micro_batches, timeline(log), tuple(calls.calls),
+                    rank_memory(whole, pp_rank))
+
+
+def enough_micro_batches(job: Job, wanted: DryRun) -> int:
+    """Return how many micro-batches show all that is wanted: of collectives all, of memory so many that every rank has
+    been at its fullest, and has added gradients to those of others.
+    """
+    if wanted.communication or job.schedule in _ALL_AT_ONCE:
+        return job.micro_batches
+    return min(job.micro_batches, max(3, 2 * len(job.stages)))
+
+
+def with_micro_batches(settings: Settings, number: int) -> Settings:
+    """Return the settings with so many micro-batches on each data rank. Raise ValueError where the schedule cannot."""
+    layout, schedule = settings.layout, settings.pipeline.schedule
+    if layout.pp > 1 and not takes_microbatches(schedule, layout.pp, number):
+        raise ValueError(f"--dry-run-micro-batches {number}: {schedule} over {layout.pp} pipeline ranks takes "
+                         f"{microbatch_rule(schedule, layout.pp)}")
+    size = number * settings.batch.micro_batch_size * layout.dp
+    return replace(settings, batch=replace(settings.batch, global_batch_size=size))
 
 
 def objective_of(settings: Settings) -> Objective | None:
@@ -144,19 +130,6 @@ def first_trained_stage(settings: Settings) -> int:
         if held.dense or held.experts:
             return index
     return len(job.stages)
-
-
-def fullest_rank(settings: Settings, pp_rank: int, distribution: str) -> int:
-    """Return the rank of a pipeline rank whose experts get the most tokens of all its layers together."""
-    job, layout = Job(settings), settings.layout
-    loads = [0.0] * layout.ep
-    each = settings.model.n_routed_experts // layout.ep
-    for index in (index for stage in job.held(pp_rank) for index in job.layers_of(stage)):
-        if settings.model.is_moe_layer(index):
-            parts = shares(distribution, settings.model.n_routed_experts, seed=index)
-            loads = [load + sum(parts[place * each:(place + 1) * each]) for place, load in enumerate(loads)]
-    first = pp_rank * layout.world_size // layout.pp
-    return first + layout.etp * max(range(layout.ep), key=lambda place: round(loads[place], 9))
 
 
 def step(settings: Settings, meshes: Meshes, log: StorageLog, make: Callable[..., list[DeepseekStage]],

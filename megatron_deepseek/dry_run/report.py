@@ -7,9 +7,9 @@ from dataclasses import asdict
 from megatron_deepseek.arguments.dry_run import DryRun
 from megatron_deepseek.dry_run.rank import RankStep
 from megatron_deepseek.dry_run.timeline import Held, Level
-from megatron_deepseek.planning.words import aligned, parts_of_stage
-from megatron_deepseek.planning.pipeline_balance import resolve
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
+from megatron_deepseek.planning.pipeline_balance import resolve
+from megatron_deepseek.planning.words import aligned, parts_of_stage
 from megatron_deepseek.settings import Settings
 
 _GIB, _MIB = 2**30, 2**20
@@ -17,7 +17,9 @@ _GIB, _MIB = 2**30, 2**20
 
 def lines(wanted: DryRun, settings: Settings, found: RankStep) -> Iterator[str]:
     """Yield the report on one rank."""
-    yield f"rank {found.rank} of {settings.layout.world_size}: {_holds(settings, found)}"
+    made, whole = found.micro_batches, found.all_micro_batches
+    yield f"rank {found.rank} of {settings.layout.world_size}: {_holds(settings, found)}" + (
+        f", {made} of {whole} micro-batches" if made != whole else "")
     if wanted.memory:
         yield from memory_lines(found)
     if wanted.communication:
@@ -96,7 +98,8 @@ def as_json(wanted: DryRun, settings: Settings, found: Sequence[RankStep]) -> di
 
 
 def _rank_json(wanted: DryRun, found: RankStep) -> dict:
-    result = {"rank": found.rank, "pp_rank": found.planned.pp_rank}
+    result = {"rank": found.rank, "pp_rank": found.planned.pp_rank,
+              "micro_batches": found.micro_batches}
     if wanted.memory:
         time = found.timeline
         result |= {"peak_bytes": time.peak.bytes, "planned_peak_bytes": round(found.planned.peak_bytes),

@@ -49,13 +49,13 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     if job.stages[stage].loss and job.engine.logit_bytes is None:
         chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
         forward, backward = head_forward(shapes, chunk), head_backward(shapes, chunk)
-    waiting = head_waiting(job, stage, shapes)
+    waiting, (of_head, added) = head_waiting(job, stage, shapes), _outer_gradients(job, stage)
     for index, each in zip(reversed(indices), reversed(layers)):
         forward = max(forward, each.forward - behind)
-        backward = max(backward, each.backward + _weight_gradient(job, index) - behind + waiting)
+        backward = max(backward, each.backward + _weight_gradient(job, index) + of_head - behind + waiting)
         behind += each.kept
         waiting += each.waiting if job.splits_backwards else 0.0
-    backward = max(backward, waiting - behind)
+    backward = max(backward, waiting + added - behind)
     return StageMemory(StageBytes(behind, waiting, forward, backward), sum(each.host for each in layers))
 
 
@@ -117,6 +117,20 @@ def kind_of(job: Job, index: int) -> str:
     if index >= job.model.num_hidden_layers:
         return "activations of MTP"
     return f"activations of {'MoE' if job.model.is_moe_layer(index) else 'dense'} layers"
+
+
+def _outer_gradients(job: Job, stage: int) -> tuple[float, float]:
+    """Return the bytes of the head's weight gradient, which is there from the head's backward to the end of the
+    stage's; and what is there at that end, where FSDP adds the gradients of embedding and head to their sums: both in
+    the layers' dtype, and one of them in the sums'.
+    """
+    part, element, frozen = job.stages[stage], job.numbers.element, job.settings.run.freeze_parameters
+    if not job.engine.gradient_apart or job.frozen_base or job.splits_backwards:
+        return 0.0, 0.0
+    each = [held_parameters(job.model, job.layout, [Stage(part.embedding and first, (), (), part.loss and not first)],
+                            frozen).dense for first in (True, False)]
+    sums = job.engine.gradient if job.micro_batches > 1 and element < job.engine.gradient else 0
+    return element * each[1], element * sum(each) + sums * max(each)
 
 
 def _weight_gradient(job: Job, index: int) -> float:

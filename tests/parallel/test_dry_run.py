@@ -12,7 +12,8 @@ import torch
 from small_models import V3_SMALL
 
 from megatron_deepseek.arguments import parse
-from megatron_deepseek.dry_run.rank import run_rank, step, with_dispatchers
+from megatron_deepseek.dry_run.loads import with_dispatchers
+from megatron_deepseek.dry_run.rank import run_rank, step
 from megatron_deepseek.dry_run.storages import StorageLog
 from megatron_deepseek.dry_run.timeline import Level, timeline
 from megatron_deepseek.model.build import build_stages
@@ -97,13 +98,13 @@ def dry_step(settings: Settings, rank: int, reads: dict[int, list]) -> Seen:
 
 
 LAYOUTS = {
-    "one rank, FP8": (1, "--bf16 --fp8-format e4m3 --global-batch-size 4 --recompute-granularity selective"),
     "pipeline, experts": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --bf16 "
                              "--mtp-num-layers 1 --global-batch-size 16 --pipeline-schedule ZBVZeroBubble"),
     "tensors, two micro-batches": (2, "--tensor-model-parallel-size 2 --sequence-parallel --global-batch-size 4 "
                                       "--recompute-granularity full"),
 }
 SLOW = {
+    "one rank, FP8": (1, "--bf16 --fp8-format e4m3 --global-batch-size 4 --recompute-granularity selective"),
     "context ring": (2, "--context-parallel-size 2 --bf16 --mtp-num-layers 1"),
     "context gathered": (2, "--context-parallel-size 2 --cp-comm-type allgather --bf16 "
                             "--recompute-granularity selective"),

@@ -25,14 +25,17 @@ def lines_of(capsys, arguments: str, parser=build_parser, status: int = 0) -> st
     ("--dry-run-communication --world-size 8 --ranks 0,8", "--ranks 8 is none of the ranks 0 to 7 of --world-size 8"),
     ("--dry-run-memory --world-size 8 --ranks fullest", "'fullest' is neither worst nor all nor numbers"),
     ("--dry-run-memory --world-size 6 --tensor-model-parallel-size 4", "6 "),
-    ("--dry-run-memory --world-size many", "'many'")])
+    ("--dry-run-memory --world-size many", "'many'"),
+    ("--data-path any --world-size 8", "--world-size is for --dry-run-memory"),
+    ("--dry-run-memory --world-size 8 --pipeline-model-parallel-size 4 --global-batch-size 16 "
+     "--dry-run-micro-batches 2", "--dry-run-micro-batches 2: 1F1B over 4 pipeline ranks takes at least one for each")])
 def test_a_mistake_is_one_line(capsys, arguments, message):
     said = lines_of(capsys, f"{arguments} {TINY}", status=2)
     assert message in said and said.count("\n") == 1 and said.startswith("pretrain_deepseek.py: error: ")
 
 
 def test_other_command_lines_are_left_alone():
-    assert asked(["--model", "tiny", "--ranks", "0"]) is None
+    assert asked(["--model", "tiny", "--dry-run"]) is None  # fine-tuning's, which shows data
     assert dry_run(["--model", "tiny"], build_parser) is None
 
 
