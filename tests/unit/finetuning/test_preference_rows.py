@@ -10,6 +10,7 @@ from preference_data import labelled, pairs, rows_of, write_rows
 from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.finetuning.conversation import BadRow
+from megatron_deepseek.finetuning.describe import describe
 from megatron_deepseek.finetuning.preference.inputs import LAST, REFERENCE, VALUES, MismatchedRows, PreferenceSampler
 from megatron_deepseek.finetuning.preference.sums_file import SumsFile
 from megatron_deepseek.finetuning.preferences import to_labelled, to_pair
@@ -233,3 +234,10 @@ def test_values_of_blends(tmp_path):
     found = [values.tolist() for values in Rows(prepare(settings, str)).values]
     assert found == [[-1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]]
     assert torch.tensor(found[0]).sum() == 1
+
+
+def test_a_dry_run_says_what_each_sample_is(tmp_path):
+    shown = describe(rows_of(write_rows(tmp_path / "p.jsonl", pairs(2)), "dpo").prepared, 4)
+    assert "sample 1, chosen: 6 tokens, 2 with loss" in shown and "sample 2, rejected: 7 tokens, 3 with loss" in shown
+    shown = describe(rows_of(write_rows(tmp_path / "k.jsonl", labelled(2)), "kto").prepared, 4)
+    assert "sample 1, bad: " in shown and "sample 2, good: " in shown
