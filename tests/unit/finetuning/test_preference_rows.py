@@ -88,6 +88,7 @@ def test_labelled_answers_have_loss_behind_the_last_question():
     (to_pair, {"chosen": [USER, YES], "rejected": [{"role": "user", "content": "other"}, NO]}, "no common prompt"),
     (to_pair, {"chosen": "yes", "rejected": "no"}, "no common prompt"),
     (to_pair, {"rejected_response": "no"}, "missing field"),
+    (to_pair, {"messages": [USER, YES], "rejected_response": ["no", "none"]}, "wrong type"),
     (to_pair, {"prompt": "Q", "chosen": "yes", "rejected": "no", "margin": "much"}, "wrong margin"),
     (to_pair, ["no", "row"], "not an object"),
     (to_labelled, {"prompt": "Q", "completion": "yes"}, "no label"),
