@@ -3,7 +3,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/dpo_step.py --trl-python VENV/bin/python [--steps 6] [--output FILE]
 
-TRL is no dependency: VENV has trl 1.16 with accelerate and datasets, beside torch and transformers of the same versions.
+TRL is no dependency: VENV has trl 1.16, accelerate and datasets, beside torch and transformers of the same versions.
 Each side runs in a process of its own. Both have the reference's log-probabilities beforehand, take all pairs in every
 step, and AdamW of the same settings; the losses must agree. TRL pads pairs to the longest of a micro-batch, here they
 are packed. Processor seconds of a step, the first left out, say more than the clock where other work runs.

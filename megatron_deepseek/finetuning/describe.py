@@ -9,6 +9,8 @@ from megatron_deepseek.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_deepseek.finetuning.loss_weights import LossWeights
 from megatron_deepseek.finetuning.plan import EpochPlan, batches_of, plan_epoch
 from megatron_deepseek.finetuning.prepare import Prepared
+from megatron_deepseek.finetuning.sample_values import VALUES, read_values
+from megatron_deepseek.finetuning.settings import CONVERSATIONS, LABELLED
 from megatron_deepseek.finetuning.summary import Counts
 
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -33,11 +35,22 @@ def _first_samples(prepared: Prepared, most: int, colour: bool) -> list[str]:
     tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
     file, weights = open_indexed(prepared.prefixes[0], settings.option), LossWeights(prepared.prefixes[0] + ".weights")
     ends, lines = np.cumsum(file.lengths[:most], dtype=np.int64), []
+    sides = _sides(prepared, len(file.lengths))[:most]
     for number, (begin, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist())):
         own = weights.of(number)
-        lines += [f"sample {number + 1}: {end - begin} tokens, {int((own[1:] > 0).sum())} with loss",
+        lines += [f"sample {number + 1}{sides[number]}: {end - begin} tokens, {int((own[1:] > 0).sum())} with loss",
                   marked(tokenizer, file.ids[begin:end], own, colour), ""]
     return lines
+
+
+def _sides(prepared: Prepared, num_samples: int) -> list[str]:
+    """Return what each sample of the first dataset is in preference data: a side of a pair, or a good or bad answer."""
+    kind = prepared.settings.kind
+    if kind == CONVERSATIONS:
+        return [""] * num_samples
+    if kind == LABELLED:
+        return [", good" if value > 0 else ", bad" for value in read_values(prepared.prefixes[0] + VALUES, num_samples)]
+    return [", chosen", ", rejected"] * (num_samples // 2)
 
 
 def marked(tokenizer: Tokenizer, ids: np.ndarray, weights: np.ndarray, colour: bool) -> str:

@@ -89,6 +89,8 @@ def _swift(row: Mapping, rest: dict) -> tuple[dict, dict]:
         raise BadRow("missing field", "rejected_response and rejected_messages stand beside messages, which the row "
                                       "does not have")
     rejected = row.get("rejected_messages")
+    if rejected is None and not isinstance(row["rejected_response"], str):
+        raise BadRow("wrong type", "rejected_response must be a text; write a row for each of several")
     if rejected is None:
         rejected = [*messages[:-1], _message(row["rejected_response"])]
     return {**rest, "messages": messages}, {**rest, "messages": rejected}

@@ -20,12 +20,9 @@ from megatron_deepseek.inference.loaded_model import LoadedModel
 from megatron_deepseek.inference.model_files import FORMS, NF4, PLAIN, ModelFiles, check_dtype
 from megatron_deepseek.inference.packed import pack
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
+from megatron_deepseek.model.build import shape_whole
 from megatron_deepseek.model.compiled import BACKEND, check_compiler, compile_stages
-from megatron_deepseek.model.deepseek import DeepseekStage
-from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
 
@@ -80,7 +77,7 @@ def load_model(files: ModelFiles, meshes: Meshes, settings: LoadSettings = LoadS
     max_length = checked_length(config, settings.max_length)
     mtp = config.num_nextn_predict_layers > 0
     adapter = Adapter.read(settings.adapter, mtp=mtp) if settings.adapter is not None else None
-    stage = shape(config, meshes, max_length, dtype)
+    stage = shape_whole(config, meshes, max_length, dtype)
     targets = held_loading.take_out(stage, files.source) if form != PLAIN else []
     stage.to_empty(device=meshes.device)
     checkpoint.load_weights(files.directory, [stage])
@@ -102,21 +99,6 @@ def checked_length(config: ModelConfig, max_length: int | None, name: str = "--s
     if max_length is not None and max_length > most:
         raise ValueError(f"{name} {max_length} is longer than the model's max_position_embeddings {most}")
     return max_length or most
-
-
-def shape(config: ModelConfig, meshes: Meshes, max_length: int, dtype: torch.dtype) -> DeepseekStage:
-    """Return the whole model on the meta device, divided over TP and EP, MTP modules included.
-
-    Routers, and the biases that steer them, keep float32, as in training.
-    """
-    whole = Stage(embedding=True, layers=tuple(range(config.num_hidden_layers)),
-                  mtp=tuple(range(config.num_nextn_predict_layers)), loss=True)
-    (stage,) = shape_stages(config, [whole], meshes, max_length, BuildOptions(precision=Precision(dtype)))
-    wide = torch.promote_types(dtype, torch.float32)
-    for module in stage.modules():
-        if isinstance(module, Router):
-            module.to(wide)
-    return stage
 
 
 def make_local(stage: nn.Module) -> None:

@@ -82,6 +82,9 @@ def open_model(load: Path, step: int | None = None, *, mtp: bool = False,
         source, beside = open_native(directory, without_mtp=not mtp)[0], directory.parent / DIRECTORY
     if mtp and not source.config.num_nextn_predict_layers:
         raise ValueError(f"{directory} holds no Multi-Token Prediction module, which drafts are made by")
+    if source.config.reward_head:
+        raise ValueError(f"{directory} is a reward model, which writes no answers: tools/score_answers.py scores with "
+                         "it")
     built = None if tokenizer is None else _tokenizer(tokenizer, load, beside)
     eos_ids, defaults = read_generation(beside, source.config.vocab_size, usual)
     if built is not None and built.eod < source.config.vocab_size:

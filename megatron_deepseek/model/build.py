@@ -24,6 +24,7 @@ from megatron_deepseek.model.init import initialize
 from megatron_deepseek.model.layer import choose_run
 from megatron_deepseek.model.lora import add_adapters, freeze_base
 from megatron_deepseek.model.moe import MoE
+from megatron_deepseek.model.router import Router
 from megatron_deepseek.ops.fp8 import recipe as fp8_recipe
 from megatron_deepseek.ops.precision_recipe import Grouped, PrecisionRecipe
 from megatron_deepseek.ops.recompute import kept, recomputed
@@ -140,6 +141,21 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
         if options.lora is not None:
             add_adapters(stages, config, options.lora, blueprint.tp)
         return stages
+
+
+def shape_whole(config: ModelConfig, meshes: Meshes, max_length: int, dtype: torch.dtype) -> DeepseekStage:
+    """Return the whole model on the meta device, divided over TP and EP, MTP modules included.
+
+    Routers, and the biases that steer them, keep float32, as in training.
+    """
+    whole = Stage(embedding=True, layers=tuple(range(config.num_hidden_layers)),
+                  mtp=tuple(range(config.num_nextn_predict_layers)), loss=True)
+    (stage,) = shape_stages(config, [whole], meshes, max_length, BuildOptions(precision=Precision(dtype)))
+    wide = torch.promote_types(dtype, torch.float32)
+    for module in stage.modules():
+        if isinstance(module, Router):
+            module.to(wide)
+    return stage
 
 
 def make_blueprint(config: ModelConfig, meshes: Meshes, options: BuildOptions = BuildOptions()) -> Blueprint:

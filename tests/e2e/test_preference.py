@@ -9,6 +9,8 @@ import torch
 from preference_data import labelled, pairs, write_rows
 from workshop import CONFIG, Job, run_entry
 
+from megatron_deepseek.cli.convert_checkpoint import main as convert
+from megatron_deepseek.cli.generate import main as generate
 from megatron_deepseek.cli.score_answers import main as score_answers
 
 NUM_PAIRS = 24
@@ -23,7 +25,8 @@ class Bench:
         write_rows(directory / "held_out.jsonl", [{**row, "prompt": row["prompt"] + "!"} for row in pairs(7)])
         write_rows(directory / "answers.jsonl", labelled(23))
         (directory / "config.json").write_text(json.dumps(CONFIG))
-        job = self.run(1, "start", "dpo", "--train-iters", "1", "--lr", "0", "--save-hf", str(directory / "released"))
+        job = self.run(1, "start", "dpo", "--train-iters", "1", "--lr", "0", "--save-hf", str(directory / "released"),
+                       "--seed", "7")  # other weights than a run begins with that loads none
         assert job.status == 0, job.output
 
     def run(self, num_ranks: int, save: str, objective: str, *more: str) -> Job:
@@ -138,6 +141,16 @@ def test_a_reward_model_scores_alike_here_and_in_transformers(bench, capsys):
     assert refused.status == 2 and "is a reward model" in refused.output
     assert score_answers([*given[:1], str(bench.directory / "released"), *given[2:]]) == 2
     assert "is no reward model" in capsys.readouterr().err
+    assert generate(["--load", str(out), "--prompt", "q"]) == 2
+    assert "is a reward model, which writes no answers" in capsys.readouterr().err
+    for target in ("megatron", "gguf"):
+        given = ["--from", "hf", "--to", target, "--load", str(out), "--save", str(bench.directory / target)]
+        assert convert(given) == 2
+        assert "a reward model" in capsys.readouterr().err
+    assert convert(["--from", "hf", "--to", "hf", "--load", str(out), "--save", str(bench.directory / "fp8"), "--dtype",
+                    "fp8"]) == 0
+    stored = json.loads((bench.directory / "fp8" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "score.weight" in stored and "score.weight_scale_inv" not in stored
 
 
 @pytest.mark.parametrize("objective, rows, message", [

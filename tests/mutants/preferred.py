@@ -17,6 +17,8 @@ PREFERRED = of(
      "number = samples"),
     ("Rewards.contribution", "margin_BP - asked_BP2[..., 0]", "margin_BP"),
     ("completion.divergence", "(ratios_BD * there_BD).sum()", "ratios_BD.sum()"),
+    ("lora.adapters_off", "factor.zero_()", "factor.mul_(0.5)"),
+    ("lora.adapters_off", "factor.copy_(values)", "pass"),
 ) + of(
     ROWS,
     ("Units.members", "self.order[members[there]]", "members[there]"),
@@ -28,10 +30,9 @@ PREFERRED = of(
     LAYOUTS,
     ("Pairs.contribution", "rows.share(-scores.policy_P2[..., 0] * there_BP)",
      "(-scores.policy_P2[..., 0] * there_BP).sum()"),
-    ("completion.divergence", "meshes.group(\"dp\")", "None"),
+    ("completion.divergence", "meshes.group(\"dp\")", "meshes.group(\"cp\")"),
     ("TensorParallel.whole_sequence", "JoinTokens.apply(x_BSH, SEQUENCE_DIM, self.group) if",
      "gather_sum(x_BSH, SEQUENCE_DIM, self.group) if"),
-    ("lora.adapters_off", "factor.zero_()", "factor.mul_(0.5)"),
 ) + of(
     RUNS,
     ("reference.reference_sums", "        reference.load(trainer)", "        pass"),

@@ -22,7 +22,7 @@ SCALE_FORMATS = (FLOAT32, UE8M0)
 QUANTIZATION_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                        "weight_block_size": [BLOCK, BLOCK]}
 _NOT_QUANTIZED = ("embed_tokens.weight", "lm_head.weight", "norm.weight", "mlp.gate.weight", "eh_proj.weight",
-                  "shared_head.head.weight")
+                  "shared_head.head.weight", "score.weight")
 
 
 def is_quantized(name: str) -> bool:

@@ -48,6 +48,8 @@ def megatron_places(config: ModelConfig, stored: frozenset[str] | None = None) -
 
     Raise ValueError for an architecture that megatron-core cannot have.
     """
+    if config.reward_head:
+        raise ValueError("a reward model, with a score in place of an output head, has no counterpart in megatron-core")
     if config.attention_bias and not config.grouped_query:
         raise ValueError("attention_bias true has no counterpart in megatron-core's latent attention")
     if config.attention_bias:

@@ -49,6 +49,7 @@ Difference = tuple[Callable[[ModelConfig], bool], str]
 _COMMON: tuple[Difference, ...] = (
     (lambda c: c.n_routed_experts > 0 and c.moe_layer_freq != 1,
      "moe_layer_freq {config.moe_layer_freq}, and llama.cpp has experts in every layer after the dense ones"),
+    (lambda c: c.reward_head, "a reward model, which llama.cpp does not score with"),
     (lambda c: c.attention_bias, "attention_bias, whose biases are not written here"),
     (lambda c: _scales_rope(c, "dynamic"), "rope_scaling of type dynamic, which llama.cpp has not"),
 )

@@ -7,7 +7,6 @@ Shapes: B rows, S tokens.
 """
 
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,23 +16,15 @@ from megatron_deepseek.data.batches import Sampler, sample_indices
 from megatron_deepseek.finetuning.preference.objectives import LAST, REFERENCE, VALUES
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.finetuning.units import Units
+from megatron_deepseek.runtime.task import TrainingData
 
 Sums = tuple[np.ndarray, ...]  # of each dataset a number for each sample
-
-
-class RowSampler(Protocol):
-    """Reads global batches of `Rows` by the number of consumed samples (data/batches.py)."""
-
-    source_names: tuple[str, ...]
-
-    def batch(self, consumed_samples: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
-              ) -> Batch: ...
 
 
 class PreferenceSampler:
     """A sampler of rows with the numbers of their documents: values, and the reference's sums where `sums` has them."""
 
-    def __init__(self, sampler: RowSampler, rows: Rows, sums: Sums | None):
+    def __init__(self, sampler: TrainingData, rows: Rows, sums: Sums | None):
         self.sampler, self.rows, self.sums = sampler, rows, sums
         self.source_names = ()  # losses are not told apart by dataset
 
@@ -107,7 +98,7 @@ _REAL, MISMATCHED_REFERENCE = "mismatched_real", "mismatched_reference"
 class MismatchedSampler:
     """A sampler that puts the mismatched rows of each row beside it, with the reference's sums where there are some."""
 
-    def __init__(self, sampler: RowSampler, rows: Rows, vocab_size: int, option: str, sums: Sums | None):
+    def __init__(self, sampler: TrainingData, rows: Rows, vocab_size: int, option: str, sums: Sums | None):
         self.sampler, self.source_names = sampler, sampler.source_names
         self.mismatched = PreferenceSampler(Sampler(MismatchedRows(rows), vocab_size, option), rows, sums)
 

@@ -18,17 +18,21 @@ from megatron_deepseek.finetuning.data import tokenizer_with
 from megatron_deepseek.finetuning.encode import Encoder, choose_template
 from megatron_deepseek.finetuning.formats import to_conversation
 from megatron_deepseek.finetuning.templates import Rules
-from megatron_deepseek.model.build import BuildOptions, Precision, shape_stages
+from megatron_deepseek.model.build import shape_whole
 from megatron_deepseek.model.deepseek import DeepseekStage
-from megatron_deepseek.model.router import Router
 from megatron_deepseek.model.step import MicroBatch, Rows, StepContext
 from megatron_deepseek.parallel.layout import Layout
-from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
 
 TOKEN_BUDGET = 8192
 _JOIN_MINUTES = 10.0
+
+
+def _encoder(template: str, tokenizer_type: str, tokenizer_model: str | None) -> Encoder:
+    tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
+    return Encoder(tokenizer, choose_template(template, tokenizer, tokenizer_model), Rules("as-release", False),
+                   tokenizer_model or tokenizer_type)
 
 
 class RewardModel:
@@ -55,18 +59,11 @@ class RewardModel:
             raise ValueError(f"--load {load} is no reward model: it predicts tokens; --objective reward trains one")
         if tokenizer_model is None and tokenizer_type == "HuggingFaceTokenizer":
             tokenizer_model = tokenizer_with(load)
-        tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
-        encoder = Encoder(tokenizer, choose_template(template, tokenizer, tokenizer_model),
-                          Rules("as-release", False), tokenizer_model or tokenizer_type)
+        encoder = _encoder(template, tokenizer_type, tokenizer_model)
         device = choose_device()
         if not dist.is_initialized():
             join_job(device, _JOIN_MINUTES)
-        whole = Stage(embedding=True, layers=tuple(range(config.num_hidden_layers)), mtp=(), loss=True)
-        (stage,) = shape_stages(config, [whole], build_meshes(Layout(), device), config.max_position_embeddings,
-                                BuildOptions(precision=Precision(dtype)))
-        for module in stage.modules():
-            if isinstance(module, Router):  # computes in float32, as in training
-                module.to(torch.promote_types(dtype, torch.float32))
+        stage = shape_whole(config, build_meshes(Layout(), device), config.max_position_embeddings, dtype)
         checkpoint.load_weights(directory, [stage.to_empty(device=device)])
         return cls(stage.eval().requires_grad_(False), encoder, device, token_budget)
 

@@ -11,11 +11,11 @@ from megatron_deepseek.finetuning.data import Conversations, name_of, num_batche
 from megatron_deepseek.finetuning.held_out import EvaluationSet
 from megatron_deepseek.finetuning.preference.completion import completion_of
 from megatron_deepseek.finetuning.preference.held_out import PreferenceEvaluation
-from megatron_deepseek.finetuning.preference.inputs import MismatchedSampler, PreferenceSampler, RowSampler
+from megatron_deepseek.finetuning.preference.inputs import MismatchedSampler, PreferenceSampler
 from megatron_deepseek.finetuning.preference.objectives import preference_objective
 from megatron_deepseek.finetuning.preference.reference import ReferenceSums, reference_sums
 from megatron_deepseek.finetuning.rows import Rows
-from megatron_deepseek.runtime.task import Prepared, RunData
+from megatron_deepseek.runtime.task import Prepared, RunData, TrainingData
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.trainer import Trainer
 
@@ -57,7 +57,7 @@ def _open(supervised: Prepared, conversations: Conversations, sums: list[Referen
                    validate=PreferenceEvaluation(settings, sets, complete) if sets else None)
 
 
-def _sampler(sampler: RowSampler, rows: Rows, sums: ReferenceSums, settings: Settings) -> RowSampler:
+def _sampler(sampler: TrainingData, rows: Rows, sums: ReferenceSums, settings: Settings) -> TrainingData:
     made = PreferenceSampler(sampler, rows, sums.answers)
     if settings.fine_tuning.preference.objective != "kto":
         return made

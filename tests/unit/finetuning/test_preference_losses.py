@@ -10,18 +10,18 @@ import pytest
 import torch
 from preference_data import labelled, pairs, random_sums, rows_of, write_rows
 from reference_model import ReferenceModel
-from small_models import V3_SMALL, enliven, gradients_of, relative_error, weights_of, whole_stage
+from small_models import V3_SMALL, enliven, gradients_of, load, relative_error, weights_of, whole_stage
 
 from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.fine_tuning_settings import PreferenceSettings
-from megatron_deepseek.finetuning.preference.completion import Completion
+from megatron_deepseek.finetuning.preference.completion import Completion, weighted_scores
 from megatron_deepseek.finetuning.preference.inputs import MismatchedSampler, PreferenceSampler
 from megatron_deepseek.finetuning.preference.losses import PAIR_LOSSES, PairScores, kto, log_of_rest, rewards
-from megatron_deepseek.finetuning.preference.objectives import preference_objective
+from megatron_deepseek.finetuning.preference.objectives import REFERENCE, preference_objective
 from megatron_deepseek.finetuning.units import Units
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.rotary import rope_table
-from megatron_deepseek.settings import LossSettings, OptimizerSettings
+from megatron_deepseek.settings import LoraSettings, LossSettings, OptimizerSettings
 from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 LENGTH = 32
@@ -80,8 +80,8 @@ def test_log_of_the_rest_is_accurate(p):
 # Whole objectives -----------------------------------------------------------------------------------------------------
 
 
-def trainer(meshes, settings: PreferenceSettings, config=CONFIG) -> Trainer:
-    build = BuildOptions(precision=Precision(torch.float64), loss=LossSettings(balance_type="none"))
+def trainer(meshes, settings: PreferenceSettings, config=CONFIG, lora: LoraSettings | None = None) -> Trainer:
+    build = BuildOptions(precision=Precision(torch.float64), loss=LossSettings(balance_type="none"), lora=lora)
     made = Trainer(TrainingSpec(config, (whole_stage(config),), "1F1B", LENGTH, 1, build,
                                 OptimizerSettings(clip_grad=0.0)), meshes, preference_objective(settings))
     enliven(made.stages[0])
@@ -208,3 +208,17 @@ def test_reward_against_autograd(meshes, tmp_path):
     assert found.losses.reports["reward_loss"] == pytest.approx((sum(losses) / 5).item(), rel=EXACT)
     assert found.losses.reports["rewards_chosen"] == pytest.approx(sum(values[::2]).item() / 5, rel=EXACT)
     compare(made, reference)
+
+
+def test_the_base_of_adapters_is_their_reference(meshes, tmp_path):
+    """Sums of a model without adapters, of the same weights; then the adapters are as before."""
+    settings, lora = PreferenceSettings("dpo"), LoraSettings(2, 4.0)
+    rows = rows_of(write_rows(tmp_path / "pairs.jsonl", pairs(3)), "dpo")
+    base, adapted = trainer(meshes, settings), trainer(meshes, settings, lora=lora)
+    load(adapted.stages[0], {**weights_of(adapted.stages[0]), **weights_of(base.stages[0])})
+    before = weights_of(adapted.stages[0])
+    batch = PreferenceSampler(Sampler(rows, 512, ""), rows, None).batch(0, rows.rows_per_epoch, 1)
+    found = Completion(False, True)(adapted, batch).per_token[REFERENCE]
+    expected = weighted_scores(base, batch)
+    assert (found - expected).abs().max() < EXACT < (weighted_scores(adapted, batch) - expected).abs().max()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(adapted.stages[0]).items())

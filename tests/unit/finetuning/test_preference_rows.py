@@ -10,6 +10,7 @@ from preference_data import labelled, pairs, rows_of, write_rows
 from megatron_deepseek.data.batches import Sampler
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.finetuning.conversation import BadRow
+from megatron_deepseek.finetuning.describe import describe
 from megatron_deepseek.finetuning.preference.inputs import LAST, REFERENCE, VALUES, MismatchedRows, PreferenceSampler
 from megatron_deepseek.finetuning.preference.sums_file import SumsFile
 from megatron_deepseek.finetuning.preferences import to_labelled, to_pair
@@ -87,6 +88,7 @@ def test_labelled_answers_have_loss_behind_the_last_question():
     (to_pair, {"chosen": [USER, YES], "rejected": [{"role": "user", "content": "other"}, NO]}, "no common prompt"),
     (to_pair, {"chosen": "yes", "rejected": "no"}, "no common prompt"),
     (to_pair, {"rejected_response": "no"}, "missing field"),
+    (to_pair, {"messages": [USER, YES], "rejected_response": ["no", "none"]}, "wrong type"),
     (to_pair, {"prompt": "Q", "chosen": "yes", "rejected": "no", "margin": "much"}, "wrong margin"),
     (to_pair, ["no", "row"], "not an object"),
     (to_labelled, {"prompt": "Q", "completion": "yes"}, "no label"),
@@ -233,3 +235,10 @@ def test_values_of_blends(tmp_path):
     found = [values.tolist() for values in Rows(prepare(settings, str)).values]
     assert found == [[-1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]]
     assert torch.tensor(found[0]).sum() == 1
+
+
+def test_a_dry_run_says_what_each_sample_is(tmp_path):
+    shown = describe(rows_of(write_rows(tmp_path / "p.jsonl", pairs(2)), "dpo").prepared, 4)
+    assert "sample 1, chosen: 6 tokens, 2 with loss" in shown and "sample 2, rejected: 7 tokens, 3 with loss" in shown
+    shown = describe(rows_of(write_rows(tmp_path / "k.jsonl", labelled(2)), "kto").prepared, 4)
+    assert "sample 1, bad: " in shown and "sample 2, good: " in shown
