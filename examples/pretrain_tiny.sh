@@ -33,7 +33,7 @@ TRAINING_ARGS=(
     --min-lr 0
     --lr-decay-style linear
     --lr-warmup-fraction 0.05
-    --moe-router-bias-update-rate 0.02
+    --moe-router-bias-update-rate 0.01
 )
 
 DATA_ARGS=(
