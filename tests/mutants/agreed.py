@@ -82,7 +82,7 @@ SCHEDULES = of(
 ) + of(
     ("tests/unit/training/test_timeline.py",),
     ("global_batch_size", "consumed_samples > samples:", "consumed_samples >= samples:"),
-    ("timeline", "while consumed <= ramp_samples:", "while consumed < ramp_samples:"),
+    ("training.timeline.timeline", "while consumed <= ramp_samples:", "while consumed < ramp_samples:"),
     ("Timeline.iterations", "return iterations + samples // size", "return iterations"),
     ("timeline.last_iteration", "line = timeline(batch, state)", "line = timeline(batch)"),
     ("with_past", "if past.samples(state.iteration) == state.consumed_samples:", "if False:"),

@@ -29,8 +29,8 @@ FROZEN = of(
 ) + of(
     STAGES,
     ("Travel.passed_on", "requires_grad=index >= self.first_trained)", "requires_grad=True)"),
-    ("first_trained_stage", "any(parameter.requires_grad for parameter in module.parameters())", "True"),
-    ("first_trained_stage", '    dist.all_reduce(trained, group=meshes.group("pp"))\n', ""),
+    ("pipeline.first_trained_stage", "any(parameter.requires_grad for parameter in module.parameters())", "True"),
+    ("pipeline.first_trained_stage", '    dist.all_reduce(trained, group=meshes.group("pp"))\n', ""),
 ) + of(
     STAGES,
     ("ReducingStage.backward_maybe_with_nosync", "                reshard(self.submod)", "                pass"),
