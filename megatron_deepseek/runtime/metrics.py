@@ -71,6 +71,12 @@ class StepMetrics:
         return next(iter(self.objective.items()), ("lm_loss", self.lm_loss))
 
     @property
+    def shown_loss(self) -> str:
+        """Return the loss that is trained on, as progress shows it: "lm loss 2.3456"."""
+        name, value = self.trained
+        return f"{name.replace('_', ' ')} {value:.4f}"
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
 

@@ -208,7 +208,7 @@ class ProgressBar(Progress):
         self._stream = stream
 
     def step(self, metrics: StepMetrics) -> None:
-        self._bar.set_postfix_str(f"{_trained_loss(metrics)}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"{metrics.shown_loss}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update()
 
     def message(self, text: str) -> None:
@@ -229,7 +229,7 @@ class ProgressLines(Progress):
         done, total = metrics.iteration, self._run.train_iters
         if done % self._run.log_interval and done not in (self._begun + 1, total):
             return
-        fields = [f"iteration {done:>{len(str(total))}}/{total}", _trained_loss(metrics)]
+        fields = [f"iteration {done:>{len(str(total))}}/{total}", metrics.shown_loss]
         fields += [form(metrics.objective[key]) for key, form in _REWARDS.items() if key in metrics.objective]
         fields += [f"mtp loss {_losses(metrics.mtp_loss)}"] if metrics.mtp_loss else []
         fields += [f"grad norm {metrics.grad_norm:.3f}", f"learning rate {metrics.learning_rate:.3e}",
@@ -286,11 +286,6 @@ _HELD_OUT: Mapping[str, Callable[[Any], str]] = {
     "answers": "of {} answers".format, "mtp_loss": lambda losses: f"mtp loss {_losses(losses)}",
     "mtp_acceptance": lambda shares: f"mtp acceptance {_shares(shares)}", **_REWARDS}
 _SHOWN_SOURCES = 16  # of a blend's datasets; metrics.jsonl has all
-
-
-def _trained_loss(metrics: StepMetrics) -> str:
-    name, value = metrics.trained
-    return f"{name.replace('_', ' ')} {value:.4f}"
 
 
 def _shares(shares: tuple[float, ...]) -> str:

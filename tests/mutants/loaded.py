@@ -6,7 +6,7 @@ LOADED = of(
     ("tests/unit/inference/test_loading.py",),
     ("held_loading._read_fp8", "own_scales[part.row:part.row + len(q)]", "own_scales[part.start:part.start + len(q)]"),
     ("peft_files._of_pattern", "return patterns.number(pattern)", "break"),
-    ("shape_whole", "module.to(wide)", "pass"),
+    ("build.shape_whole", "module.to(wide)", "pass"),
     ("model_files._sampling", 'known["temperature"] = 0.0', "pass"),
 ) + of(
     ("tests/unit/ops/test_nf4.py",),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
 from megatron_deepseek.checkpoint.integrity import read_checksums
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
+from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory, refuse_damage, stored_architecture
 from megatron_deepseek.data.batches import Sampler, sample_indices
 from megatron_deepseek.finetuning.preference.inputs import MismatchedRows, Sums
@@ -63,7 +64,7 @@ class Reference:
         """Put the reference's weights into the trainer. All ranks call it; raise ValueError where they do not fit."""
         if self.directory is None:
             return
-        refuse_damage(self.directory, checkpoint.verify(self.directory) or [])
+        refuse_damage(self.directory, verify(self.directory) or [])
         stored, model = stored_architecture(self.directory), self.settings.model
         checkpoint.load(self.directory, trainer.stages, None, module_prefixes(model, stored.num_nextn_predict_layers),
                         module_prefixes(stored, model.num_nextn_predict_layers))
