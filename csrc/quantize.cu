@@ -55,8 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Producer>
 void launch_rows(const Producer& producer, int64_t rows, Codes out, bf16* kept, bool power_of_two, void* stream) {
   launch(rows_kernel<Producer>, {one_dimension(rows), kThreads, sizeof(RowScratch)}, stream, producer, out.q,
-         out.scales,
-         kept, power_of_two);
+         out.scales, kept, power_of_two);
 }
 
 template <Tiling kind, typename Producer>

@@ -1,5 +1,6 @@
 // Prints what csrc/ computes for the hardware before anything runs on it: descriptors, layouts, sizes, the order of
-// tiles, and how many quotients a Divider gets wrong. tests/unit/ops/backends/test_csrc_encodings.py knows what each must be.
+// tiles, and how many quotients a Divider gets wrong. tests/unit/ops/backends/test_csrc_encodings.py knows what each
+// must be.
 #include <cstdio>
 #include <random>
 #include <tuple>
@@ -29,8 +30,8 @@ long wrong_codes(long tiles) {
   return wrong;
 }
 
-// Scales of every mantissa that are not those by IEEE's division; at the exponents where the smallest scale begins, of one
-// and of the largest numbers.
+// Scales of every mantissa that are not those by IEEE's division, at the exponents where the smallest scale begins, of
+// one and of the largest numbers.
 long wrong_scales(float max, uint32_t smallest_exponent) {
   const float smallest = bits_float(1u << 23);
   long wrong = 0;
@@ -90,7 +91,8 @@ int main() {
     }
   for (auto [m, n, blocks] : {std::tuple{100, 128, 3}, {300, 391, 3}, {520, 264, 3}, {1000, 640, 5}})
     print_turns(m, n, blocks);
-  for (int n : {512, 576, 1536, 2048, 2112, 2816, 3072, 4096, 5632, 7168, 10944, 16384, 18432, 21888, 24576, 32768, 36864})
+  for (int n : {512, 576, 1536, 2048, 2112, 2816, 3072, 4096, 5632, 7168, 10944, 16384, 18432, 21888,
+                24576, 32768, 36864})
     print_turns(4096, n, 132);
   std::printf("wrong %ld\n", wrong_codes(4000));
   std::printf("wrong_scales %ld %ld\n", wrong_scales(kE4M3Max, 9), wrong_scales(kE5M6Max, 16));

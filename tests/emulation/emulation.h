@@ -2,9 +2,10 @@
 //
 // A fiber runs until it waits at a barrier or a warp's exchange; then the next one runs. Which one is next is the
 // environment's EMULATION_ORDER: forward, reverse or a number that seeds a random order. A kernel whose result depends
-// on the order lacks a barrier. Of a cluster's blocks the first starts before the others. Shared memory starts as NaN in
-// every format, ends in a guard that is checked, and a block whose fibers all wait is an error that says where they wait. What this cannot show: speed, and mistakes about
-// the hardware that the emulation shares (see hopper_emulation.h).
+// on the order lacks a barrier. Of a cluster's blocks the first starts before the others. Shared memory starts as NaN
+// in every format, ends in a guard that is checked, and a block whose fibers all wait is an error that says where they
+// wait. What this cannot show: speed, and mistakes about the hardware that the emulation shares (see
+// hopper_emulation.h).
 #pragma once
 
 #include <ucontext.h>

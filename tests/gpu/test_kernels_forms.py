@@ -89,7 +89,9 @@ def test_linear_of_three_products(device):
     x_q, g_q = quantize.quantize_1x128(x.view(3, 50, 80)), quantize.quantize_1x128(grad)
     w_q = quantize.quantize_128x128(w)
     x_tiles = x_q[0].view(150, 80), x_q[1].view(150, 1)
-    close(gemm.scaled_mm(*x_tiles, *w_q), plain.scaled_mm(*plain.quantize_1x128(x), *plain.quantize_128x128(w)))
+    expected = plain.scaled_mm(*plain.quantize_1x128(x), *plain.quantize_128x128(w))
+    for form in (gemm.scaled_mm, gemm.scaled_mm_tma_store, gemm.scaled_mm_clusters, gemm.scaled_mm_clusters_tma_store):
+        close(form(*x_tiles, *w_q), expected)
     expected = plain.scaled_mm(*plain.quantize_1x128(grad), *(part.mT for part in plain.quantize_128x128(w)))
     close(gemm.scaled_mm(*g_q, *quantize.quantize_both_ways(w)[1]), expected)
     close(gemm.scaled_mm(*g_q, *(part.mT for part in w_q)), expected)
@@ -101,15 +103,19 @@ def test_experts_of_three_products(device):
     counts = [70, 0, 150]
     x, grad, w = (torch.randn(*shape, device=device).bfloat16() for shape in ((220, 80), (220, 136), (3, 136, 80)))
     x_q, g_q, w_q = plain.quantize_1x128(x), plain.quantize_1x128(grad), plain.quantize_128x128(w)
-    close(gemm.grouped_scaled_mm(*x_q, *w_q, counts), plain.grouped_scaled_mm(*x_q, *w_q, counts))
+    expected = plain.grouped_scaled_mm(*x_q, *w_q, counts)
+    for form in (gemm.grouped_scaled_mm, gemm.grouped_scaled_mm_tma_store, gemm.grouped_scaled_mm_clusters,
+                 gemm.grouped_scaled_mm_clusters_tma_store):
+        close(form(*x_q, *w_q, counts), expected)
     transposed = tuple(part.mT.contiguous() for part in w_q)
     close(gemm.grouped_scaled_mm(*g_q, *quantize.quantize_both_ways(w)[1], counts), plain.grouped_scaled_mm(
         *g_q, *transposed, counts))
     columns = [quantize.quantize_128x1(t, False, counts) for t in (grad, x)]
-    got = gemm.grouped_scaled_mm_wgrad(*columns[0], *columns[1], counts)
     references = [plain.quantize_128x1(t, False, counts) for t in (grad, x)]
-    close(got, plain.grouped_scaled_mm_wgrad(*references[0], *references[1], counts))
-    assert not got[1].any()
+    for form in (gemm.grouped_scaled_mm_wgrad, gemm.grouped_scaled_mm_wgrad_clusters):
+        got = form(*columns[0], *columns[1], counts)
+        close(got, plain.grouped_scaled_mm_wgrad(*references[0], *references[1], counts))
+        assert not got[1].any()
 
 
 def codes_close(got, expected):
