@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from itertools import product
 from unittest.mock import patch
 
 import torch
@@ -29,7 +30,7 @@ NORM_AND_CLIP, ADAM = "gradient's norm, clip", "AdamW"
 FUNCTIONS = (
     (layer.DecoderLayer, "forward", RESIDUAL), (layer.MTPLayer, "forward", JOINING), (RMSNorm, "forward", NORMS),
     (mla.MLA, "forward", PROJECTIONS), (mla.UpProjections, "queries", PROJECTIONS),
-    (mla.UpProjections, "_keys_and_values", PROJECTIONS), (mla, "rope_queries", ROPE), (mla, "assemble_keys", ROPE),
+    (mla.UpProjections, "_keys_and_values", PROJECTIONS),
     (core, "_equally_wide_on_cpu", ROPE), (core.WholeSequenceAttention, "__call__", ATTENTION),
     (moe.MLP, "forward", MLPS), (Router, "forward", ROUTER), (expert.AllToAllDispatcher, "route", ROUTE),
     (moe, "count_choices", ROUTE), (expert, "copy_rows", DISPATCH), (moe.Experts, "forward", EXPERTS),
@@ -37,6 +38,9 @@ FUNCTIONS = (
     (head.OutputHead, "log_probabilities", HEAD), (head, "vocab_parallel_cross_entropy", LOSS),
     (NextToken, "contribution", LOSS), (trainer, "squared_gradient_norm", NORM_AND_CLIP),
     (trainer, "clip_gradients", NORM_AND_CLIP), (trainer.Trainer, "_update", ADAM))
+
+# What each layer of attention holds as its own.
+OF_ATTENTION = (("rope_queries", ROPE), ("assemble_keys", ROPE))
 
 # FSDP2's, wherever it runs: weights in a forward and a backward, gradients in a backward.
 OF_GROUPS = (("unshard", GATHERED), ("wait_for_unshard", GATHERED), ("post_backward", REDUCED))
@@ -58,6 +62,9 @@ def parts_of_steps(counter: StepCounter, stage: torch.nn.Module) -> Iterator[Non
     with ExitStack() as stack:
         for owner, name, part in FUNCTIONS:
             stack.enter_context(patch.object(owner, name, _within(getattr(owner, name), counter.part, part)))
+        layers = [module for module in stage.modules() if isinstance(module, mla.MLA)]
+        for module, (name, part) in product(layers, OF_ATTENTION):
+            stack.enter_context(patch.object(module, name, _within(getattr(module, name), counter.part, part)))
         for name, part in OF_GROUPS:
             stack.enter_context(patch.object(groups, name, _within(getattr(groups, name), counter.wherever, part)))
         backward = _within(torch.autograd.backward, counter.between_nodes, ADDED)

@@ -23,7 +23,8 @@ from megatron_deepseek.training.trainer import Trainer
 
 LENGTH = 8
 MODEL = replace(V3_SMALL, num_hidden_layers=4)
-PIPELINES = {schedule: f"--pipeline-model-parallel-size 2 --pipeline-schedule {schedule}" for schedule in SCHEDULES}
+PIPELINES = {schedule: f"--pipeline-model-parallel-size 2 --pipeline-schedule {schedule} --global-batch-size 8"
+             for schedule in SCHEDULES}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Layout:
 
     @property
     def settings(self) -> Settings:
-        text = (f"--model tiny --data-path x --train-iters 1 --seq-length {LENGTH} --global-batch-size 8 --bf16 "
+        text = (f"--model tiny --data-path x --train-iters 1 --seq-length {LENGTH} --global-batch-size 4 --bf16 "
                 f"--mtp-num-layers 0 {self.arguments}")
         return replace(parse(text.split(), self.ranks), model=replace(MODEL, **dict(self.model)))
 
