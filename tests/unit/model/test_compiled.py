@@ -116,3 +116,16 @@ def test_the_compiler_itself_gives_the_losses_and_gradients(meshes):
     for (name, expected), (_, got) in zip(*(each.stages[0].named_parameters() for each in both), strict=True):
         torch.testing.assert_close(got.grad.to_local(), expected.grad.to_local(), rtol=1e-3, atol=1e-5,
                                    msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.slow
+def test_fp8_products_stand_between_graphs(meshes):
+    """Graphs round to bfloat16 where the functions do, so that the same numbers are quantised."""
+    fp8 = Precision(torch.float32, torch.bfloat16, fp8=True)
+    both = [trainer(meshes, precision=fp8, compiler=each) for each in (None, "aot_eager")]
+    for step in range(2):
+        one, other = (each.train_step(batch_of(4, step), 1e-2) for each in both)
+        assert other.losses.lm_loss == pytest.approx(one.losses.lm_loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
+    (stage,) = both[1].stages
+    assert {type(module.gemm).__name__ for module in stage.modules() if hasattr(module, "gemm")} >= {"Fp8Gemm"}
