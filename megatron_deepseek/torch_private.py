@@ -97,13 +97,17 @@ def torch_ops():
 def compile_one_graph(function, backend: str):
     """Return `function` compiled as one graph for each kind of arguments, of which there may be many.
 
-    torch.compile raises an error for a function that is not one graph. From torch 2.13 on its bound on the kinds (8)
-    can be raised for one function: those of layers differ in widths, and in whether gradients are wanted.
+    torch.compile raises an error for a function that is not one graph, and for more than 8 kinds of arguments unless
+    that bound is raised: those of layers differ in widths, and in whether gradients are wanted. Before torch 2.13 it is
+    one for all functions of the process.
     """
     import inspect
 
     import torch
-    limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    limit = {"recompile_limit": 64}
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        import torch._dynamo
+        torch._dynamo.config.recompile_limit, limit = limit.popitem()[1], {}
     return torch.compile(function, backend=backend, fullgraph=True, **limit)
 
 

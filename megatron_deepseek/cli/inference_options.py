@@ -151,9 +151,10 @@ def warm_up(args: argparse.Namespace, replicas: "Replicas") -> None:
     """Make the graphs that --compile asks for before the first request, and print how long that took."""
     if args.compile:
         from megatron_deepseek.runtime.graphs import GraphWatch
+        watch = GraphWatch()
         replicas.engine.warm_up()
         if leads():
-            print(GraphWatch().see(), file=sys.stderr, flush=True)
+            print(watch.see(), file=sys.stderr, flush=True)
 
 
 def sampling_options(args: argparse.Namespace) -> dict:

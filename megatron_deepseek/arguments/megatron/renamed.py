@@ -1,6 +1,7 @@
 """Options of Megatron-LM and of its relatives that are options of this project by other names, or by other values.
 
 The relatives are MindSpeed-LLM and Pai-Megatron-Patch, and the names of a Hugging Face config.json, which both take.
+torchtitan's and transformers' names of --compile are here too.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,8 @@ VALUES: Mapping[tuple[str, str], str] = MappingProxyType({
     ("--dataloader-inter-document-masking", ""): "--reset-attention-mask",
     ("--multi-head-latent-attention", ""): "--multi-latent-attention",
     ("--moe-fb-overlap", ""): "--overlap-moe-expert-parallel-comm",
-    ("--torch-compile", ""): "--compile",
+    ("--torch_compile", ""): "--compile",
+    ("--compile.enable", ""): "--compile",
     ("--swap-optimizer", ""): "--optimizer-cpu-offload",
     ("--schedules-method", "dualpipev"): "--pipeline-schedule DualPipeV",
     ("--cp-comm-type", "p2p"): "--cp-comm-type ring",

@@ -167,6 +167,7 @@ def test_what_nothing_stands_for_is_named_with_its_reason(printed):
     ({"lora_dropout": 0.05, "use_rslora": True, "loraplus_lr_ratio": 16.0, "adapter_name_or_path": "old"},
      ["--lora-dropout 0.05", "--lora-rs", "--lora-plus-ratio 16", "--load-adapter old"]),
     ({"neat_packing": True, "disable_gradient_checkpointing": True}, ["--packing"]),
+    ({"torch_compile": True, "torch_compile_backend": "inductor"}, ["--compile"]),
     ({"max_steps": 30, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "learning_rate": 2e-5},
      ["--train-iters 30", "--lr-decay-style constant", "--lr-warmup-iters 3", "--min-lr 2e-05"]),
     ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "learning_rate": 1e-4},

@@ -11,7 +11,8 @@ GREEDY = SamplingParameters(temperature=0, max_tokens=8)
 PROMPTS = [[3, 1, 4], [1], list(range(40)), [5, 9, 2, 6, 5, 3, 5]]
 
 
-@pytest.mark.parametrize("config", [V3_MTP, pytest.param(QWEN, marks=pytest.mark.slow)], ids=["latent", "grouped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [V3_MTP, QWEN], ids=["latent", "grouped"])
 def test_tokens_are_the_same(meshes, config):
     """Prompts of one token and of many, side by side and in chunks, with drafts."""
     expected = engine(loaded(config, meshes)).generate(PROMPTS, GREEDY)
