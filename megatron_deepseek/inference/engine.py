@@ -19,7 +19,7 @@ from megatron_deepseek.inference.batch import Piece
 from megatron_deepseek.inference.blocks import BlockPool
 from megatron_deepseek.inference.constraint import Constraints
 from megatron_deepseek.inference.forward import InferenceModel
-from megatron_deepseek.inference.loaded_model import LoadedModel
+from megatron_deepseek.inference.loaded_model import LoadedModel, check_length
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.readings import Readings
 from megatron_deepseek.inference.request import PromptReading, Request, Sequence
@@ -43,7 +43,7 @@ class Engine:
     """
 
     def __init__(self, model: LoadedModel, settings: EngineSettings, lockstep: bool = False):
-        _check_length(model, settings)
+        check_length(model, settings)
         self.loaded, self.settings, self.lockstep = model, settings, lockstep
         self.model = InferenceModel(model, settings)
         self.pool = BlockPool(self.model.num_blocks)
@@ -298,14 +298,3 @@ def _piece(span: Span) -> Piece:
     sequence, own = span.sequence, len(span.sequence.tokens)
     tokens = sequence.tokens[span.begin:span.end]
     return Piece([*tokens, *sequence.drafts[:max(span.end - own, 0)]], sequence.blocks, span.begin)
-
-
-def _check_length(model: LoadedModel, settings: EngineSettings) -> None:
-    """Raise ValueError if the engine's longest text is longer than the model can see."""
-    limit, scaling = model.config.max_position_embeddings, model.config.rope_scaling
-    if settings.max_length <= limit:
-        return
-    why = ": rope_scaling dynamic turns all earlier keys anew with each token beyond it, which a cache cannot" \
-        if scaling is not None and scaling.kind == "dynamic" else ""
-    raise ValueError(f"max_length {settings.max_length} is longer than the model's max_position_embeddings "
-                     f"{limit}{why}")

@@ -6,6 +6,7 @@ import torch
 
 from megatron_deepseek.data.tokenizer import Tokenizer
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
+from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.parallel.mesh import Meshes
@@ -28,3 +29,14 @@ class LoadedModel:
     tokenizer: Tokenizer | None = None
     eos_ids: tuple[int, ...] = ()
     defaults: SamplingParameters = SamplingParameters()
+
+
+def check_length(model: LoadedModel, settings: EngineSettings) -> None:
+    """Raise ValueError if the engine's longest text is longer than the model can see."""
+    limit, scaling = model.config.max_position_embeddings, model.config.rope_scaling
+    if settings.max_length <= limit:
+        return
+    why = ": rope_scaling dynamic turns all earlier keys anew with each token beyond it, which a cache cannot" \
+        if scaling is not None and scaling.kind == "dynamic" else ""
+    raise ValueError(f"max_length {settings.max_length} is longer than the model's max_position_embeddings "
+                     f"{limit}{why}")

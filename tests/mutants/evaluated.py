@@ -39,8 +39,14 @@ EVALUATED = of(
     ("inside.limit", 'resource.RLIMIT_AS: settings["memory_bytes"], ', ""),
     ("inside.limit", ' resource.RLIMIT_NPROC: settings["processes"],', ""),
 ) + of(
-    ("tests/parallel/test_reading_rows.py",),
+    ("tests/unit/training/test_rows_read.py",),
     ("score_rows", "rows[number][1:]", "rows[number][:-1]"),
-    ("TrainedModel._ends", "tokens[-1] == self.tokenizer.eod", "True"),
+    ("continue_rows", "len(row) - 1]", "len(row) - 2]"),
+    ("log_probabilities_and_likeliest", "== predictions.labels_BMS", ">= predictions.labels_BMS"),
+) + of(
+    ("tests/unit/evaluation/test_trained_model.py",),
     ("trained_model._score", "values[-of_text:]", "values"),
+) + of(
+    ("tests/parallel/test_reading_rows.py",),
+    ("TrainedModel._ends", "tokens[-1] == self.tokenizer.eod", "True"),
 )
