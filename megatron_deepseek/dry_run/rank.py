@@ -83,11 +83,12 @@ def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[
 
 def enough_micro_batches(job: Job, wanted: DryRun) -> int:
     """Return how many micro-batches show all that is wanted: of collectives all, of memory so many that every rank has
-    been at its fullest, and has added gradients to those of others.
+    been at its fullest, and has added gradients to sums. No rank has forwards of more micro-batches in flight than
+    twice the pipeline ranks, but for schedules that make all of them first.
     """
     if wanted.communication or job.schedule in _ALL_AT_ONCE:
         return job.micro_batches
-    return min(job.micro_batches, max(3, 2 * len(job.stages)))
+    return min(job.micro_batches, max(3, 2 * job.layout.pp))
 
 
 def with_micro_batches(settings: Settings, number: int) -> Settings:
