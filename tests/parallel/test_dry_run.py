@@ -15,7 +15,7 @@ from megatron_deepseek.arguments import parse
 from megatron_deepseek.dry_run.loads import with_dispatchers
 from megatron_deepseek.dry_run.rank import run_rank, step
 from megatron_deepseek.dry_run.storages import StorageLog
-from megatron_deepseek.dry_run.timeline import Level, timeline
+from megatron_deepseek.dry_run.timeline import Level, bytes_over_time
 from megatron_deepseek.model.build import build_stages
 from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
@@ -69,7 +69,7 @@ class Seen:
 
 
 def seen(log: StorageLog, calls: RecordedCollectives, reads: dict) -> Seen:
-    return Seen(list(timeline(log).levels[1:]), [each for each in calls.calls if "first act" not in each.place], reads)
+    return Seen(list(bytes_over_time(log).levels[1:]), [each for each in calls.calls if "first act" not in each.place], reads)
 
 
 def real_step(settings: Settings) -> Seen:
