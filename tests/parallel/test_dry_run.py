@@ -69,7 +69,8 @@ class Seen:
 
 
 def seen(log: StorageLog, calls: RecordedCollectives, reads: dict) -> Seen:
-    return Seen(list(bytes_over_time(log).levels[1:]), [each for each in calls.calls if "first act" not in each.place], reads)
+    in_acts = [each for each in calls.calls if "first act" not in each.place]
+    return Seen(list(bytes_over_time(log).levels[1:]), in_acts, reads)
 
 
 def real_step(settings: Settings) -> Seen:
