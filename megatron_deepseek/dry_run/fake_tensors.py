@@ -11,9 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch.distributed import Work
-from torch.distributed._tools import fake_collectives  # noqa: F401 (results of collectives of fake tensors)
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.ops.backends.kernels import FAKES, NAMESPACE
 from megatron_deepseek.torch_private import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
@@ -55,7 +53,7 @@ class NothingComputed(FakeTensorMode):
             return 1.0 if args[0].is_floating_point() else 1
         if operator is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as in a job; torch's function for fake tensors makes a new one
-        if not types and operator is not _OF_NUMBERS and _on_host(tree_leaves((args, kwargs))):
+        if not types and operator is not _OF_NUMBERS and _on_host((args, kwargs or {})):
             return operator(*args, **(kwargs or {}))
         if types and self._are_plain(operator, args, kwargs or {}):
             try:
@@ -103,9 +101,10 @@ def _tensors(arguments) -> Iterator[torch.Tensor]:
             yield from _tensors(each)
 
 
-def _on_host(arguments: list) -> bool:
+def _on_host(arguments: tuple) -> bool:
     """Return whether an operator's arguments have tensors, and they have numbers."""
-    tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+    args, kwargs = arguments
+    tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
     return bool(tensors) and not any(each.is_meta for each in tensors)
 
 

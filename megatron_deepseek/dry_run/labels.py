@@ -38,7 +38,7 @@ def category(allocation: Allocation) -> str:
 
 
 def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
-    """Label what stands before the first act: shards, buffers, moments and the batch."""
+    """Name what stands before the first act: shards, buffers, moments and the batch."""
     on_host = trainer.spec.build.offload.optimizer_cpu_offload
     for stage in trainer.stages:
         for tensor in stage.parameters():
@@ -53,7 +53,7 @@ def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
 
 
 def label_passing(log: StorageLog, trainer: Trainer) -> None:
-    """Label the gathered weights and gradients that are there now."""
+    """Name the storages that are gathered weights and gradients, of those that are there now."""
     for stage in trainer.stages:
         for tensor in gathered_weights(stage):
             log.label(tensor, GATHERED)

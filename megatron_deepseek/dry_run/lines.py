@@ -1,4 +1,4 @@
-"""Which line of this package's code is at work: the innermost one that is not the dry run's own."""
+"""The line of this package's code that is at work: the innermost one that is not the dry run's own."""
 
 from functools import lru_cache
 from pathlib import Path

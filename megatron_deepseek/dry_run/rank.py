@@ -13,7 +13,7 @@ from megatron_deepseek.dry_run.fake_tensors import nothing_computed
 from megatron_deepseek.dry_run.labels import LabellingWatch, label_passing, label_states
 from megatron_deepseek.dry_run.loads import Wrap, drawn, with_dispatchers
 from megatron_deepseek.dry_run.storages import StorageLog
-from megatron_deepseek.dry_run.timeline import Timeline, timeline
+from megatron_deepseek.dry_run.timeline import Timeline, bytes_over_time
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, place_stages, sharded_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
@@ -77,17 +77,18 @@ def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[
     calls = RecordedCollectives(place=log.now)
     run_rank(settings, rank, drawn(settings, wanted.routing), log, calls if wanted.communication else nullcontext(),
              objective_of(settings), wanted.device == "gpu")
-    return RankStep(rank, job.micro_batches, whole.micro_batches, timeline(log), tuple(calls.calls),
+    return RankStep(rank, job.micro_batches, whole.micro_batches, bytes_over_time(log), tuple(calls.calls),
                     rank_memory(whole, pp_rank))
 
 
 def enough_micro_batches(job: Job, wanted: DryRun) -> int:
     """Return how many micro-batches show all that is wanted: of collectives all, of memory so many that every rank has
-    been at its fullest, and has added gradients to those of others.
+    been at its fullest, and has added gradients to sums. No rank has forwards of more micro-batches in flight than
+    twice the pipeline ranks, but for schedules that make all of them first.
     """
     if wanted.communication or job.schedule in _ALL_AT_ONCE:
         return job.micro_batches
-    return min(job.micro_batches, max(3, 2 * len(job.stages)))
+    return min(job.micro_batches, max(3, 2 * job.layout.pp))
 
 
 def with_micro_batches(settings: Settings, number: int) -> Settings:
@@ -117,11 +118,11 @@ def run_rank(settings: Settings, rank: int, wrap: Wrap, log: StorageLog, others:
     `gpu`: the rank computes on a GPU, else on a CPU.
     """
     with fake_job(settings.layout, rank) as meshes, nothing_computed(gpu), log.watching(), others:
-        kept = step(settings, meshes, log, partial(empty_stages, wrap), objective, first_trained_stage(settings))
+        kept = step(settings, meshes, log, partial(empty_stages, wrap), objective, first_stage_that_trains(settings))
     del kept
 
 
-def first_trained_stage(settings: Settings) -> int:
+def first_stage_that_trains(settings: Settings) -> int:
     """Return the first of all stages with a trained parameter, which ranks of a job tell each other."""
     job = Job(settings)
     for index, stage in enumerate(job.stages):

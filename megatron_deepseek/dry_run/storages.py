@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.dry_run.lines import line_of
 from megatron_deepseek.parallel.watch import Act
@@ -89,7 +88,7 @@ class StorageLog(TorchDispatchMode):
         if not _PLAIN.issuperset(types):
             return NotImplemented  # a DTensor or tiles in FP8: their own operators come here next
         result = operator(*args, **(kwargs or {}))
-        given = () if operator is torch.ops.aten.lift_fresh.default else (args, kwargs)
+        given = () if operator is torch.ops.aten.lift_fresh.default else (*args, *(kwargs or {}).values())
         for tensor in _tensors(result):
             self._note(tensor, given)
         return result
@@ -136,7 +135,7 @@ class StorageLog(TorchDispatchMode):
             if self.allocations[found[0]].size != size:
                 self._size(found[0], size)
             return
-        if any(each.untyped_storage()._cdata == key for each in tree_leaves(given) if isinstance(each, torch.Tensor)):
+        if any(each.untyped_storage()._cdata == key for each in _tensors(given)):
             return
         line = line_of(sys._getframe(2))
         if line is None:

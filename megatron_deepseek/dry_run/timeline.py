@@ -44,7 +44,7 @@ class Timeline:
     largest: Sequence[Held]
 
 
-def timeline(log: StorageLog, shown: int = 10) -> Timeline:
+def bytes_over_time(log: StorageLog, shown: int = 10) -> Timeline:
     """Return the timeline of a step that is over."""
     categories = [category(each) for each in log.allocations]
     levels, peak_at = _levels(log, categories)

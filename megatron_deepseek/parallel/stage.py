@@ -50,7 +50,7 @@ class ReducingStage(PipelineStage):
     submod: FSDPModule
 
     def __init__(self, *args, watch: Watch = unwatched, **kwargs):
-        """`watch` is told of every act of this stage; all else is PipelineStage's."""
+        """Make PipelineStage's stage, of whose acts `watch` is told."""
         super().__init__(*args, **kwargs)
         self._watch = watch
 

@@ -4,7 +4,7 @@ import torch
 
 from megatron_deepseek.dry_run.labels import ACTIVATIONS, GRADIENTS, TEMPORARIES
 from megatron_deepseek.dry_run.storages import StorageLog
-from megatron_deepseek.dry_run.timeline import timeline
+from megatron_deepseek.dry_run.timeline import bytes_over_time
 from megatron_deepseek.ops.norm import rms_norm
 from megatron_deepseek.parallel.watch import Act
 
@@ -21,7 +21,7 @@ def test_bytes_of_two_acts():
             view = gradient[:5]
             del kept
         log.label(gradient, GRADIENTS)
-    found = timeline(log)
+    found = bytes_over_time(log)
     assert [(level.act, level.bytes) for level in found.levels] == [
         ("before the first act", 0), ("F0 of stage 0", 800), ("after F0 of stage 0", 400), ("B0 of stage 0", 440),
         ("after the last act", 40)]
@@ -41,7 +41,7 @@ def test_a_storage_that_is_resized_takes_what_it_has_then():
             weight.untyped_storage().resize_(0)
         with log(Act("B", 0, 0)):
             weight.untyped_storage().resize_(64)
-    assert [level.bytes for level in timeline(log).levels] == [32, 32, 0, 64, 64]
+    assert [level.bytes for level in bytes_over_time(log).levels] == [32, 32, 0, 64, 64]
 
 
 def test_the_line_is_the_innermost_of_the_package():
