@@ -95,6 +95,7 @@ struct Machine {
   Barrier grid;
   unsigned cluster = 1;  // blocks of one
   std::deque<std::function<void()>> copies;  // bulk copies that have been issued and not yet happened
+  bool random_order = false;
   const char* problem = nullptr;             // that a fiber found at its end
 };
 
@@ -120,8 +121,11 @@ inline void wait_until_changed(const uint64_t* watched, uint64_t seen, const cha
   swapcontext(&fiber.context, &machine().scheduler);
 }
 
-// Lets every other thread run on, and the copy engine, before this one goes on.
-inline void give_way() { swapcontext(&self().context, &machine().scheduler); }
+// Lets every other thread run on, and the copy engine, before this one goes on. Only in a random order: in the others
+// threads run as far as they can, which shows what lacks a barrier.
+inline void give_way() {
+  if (machine().random_order) swapcontext(&self().context, &machine().scheduler);
+}
 
 inline void arrive_and_wait(Barrier& barrier, int expected, const char* place) {
   uint64_t seen = barrier.generation;
@@ -234,6 +238,7 @@ inline void check_guard(const Block& block) {
 
 inline void run_fibers(std::vector<Fiber>& fibers) {
   Order order(fibers.size());
+  machine().random_order = order.shuffled;
   int head_start = kHeadStart;  // rounds in which only the first block of each cluster runs
   for (bool progress = true; progress;) {
     progress = false;
