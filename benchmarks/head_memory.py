@@ -15,9 +15,7 @@ import subprocess
 import sys
 import time
 import weakref
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
-from megatron_deepseek.model import head as heads  # noqa: E402
-from megatron_deepseek.parallel import vocabulary, vocabulary_chunks  # noqa: E402
+from megatron_deepseek.model.head import OutputHead  # noqa: E402
+from megatron_deepseek.ops.cross_entropy import CrossEntropy  # noqa: E402
 
 WHOLE = 2**40  # more tokens than there are: one chunk
 TOKENS, V3, SMALL = 4096, (7168, 129280), (512, 8080)  # hidden size and ids; the latter V3's ids at TP 16
@@ -75,20 +73,12 @@ def _gradient_of_csrc(logits_Tv, labels_T, first_id, max_T, sum_T, grad_T):
     return logits_Tv
 
 
-def as_on_a_gpu(csrc: bool) -> ExitStack:
-    """Compute losses in the block as those of CUDA tensors, with the allocations of csrc/ or of the references."""
-    stack = ExitStack()
-    stack.enter_context(mock.patch.object(heads, "vocab_parallel_cross_entropy",
-                                          vocabulary.VocabParallelCrossEntropy.apply))
-    if csrc:
-        stack.enter_context(mock.patch.object(vocabulary, "cross_entropy_statistics", _statistics_of_csrc))
-        for module in (vocabulary, vocabulary_chunks):
-            stack.enter_context(mock.patch.object(module, "cross_entropy_gradient", _gradient_of_csrc))
-    return stack
+# Neither is `plain`: what a GPU runs is this project's own loss, with the allocations of csrc/ or of the references.
+CSRC, TORCH = CrossEntropy(_statistics_of_csrc, _gradient_of_csrc, plain=False), CrossEntropy(plain=False)
 
 
 def train(chunk_size: int | None, state: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor,
-          predictions: int = 1) -> None:
+          predictions: int = 1, cross_entropy: CrossEntropy = CrossEntropy()) -> None:
     """Run forward and backward of the mean losses of `predictions` predictions of each token, as MTP makes several.
 
     Each has a leaf of its own that shares the one weight: autograd adds up the gradients of one leaf in place, but not
@@ -96,7 +86,8 @@ def train(chunk_size: int | None, state: torch.Tensor, labels: torch.Tensor, wei
     """
     losses = []
     for leaf in [weight.detach().requires_grad_(weight.requires_grad) for _ in range(predictions)]:
-        head = heads.OutputHead(OneRank(), lambda: leaf, chunk_size=chunk_size)
+        head = OutputHead(OneRank(), lambda: leaf, chunk_size=chunk_size)
+        head.cross_entropy = cross_entropy
         losses.append(-head.log_probabilities(state, labels).mean())
     sum(losses).backward()
 
@@ -107,12 +98,12 @@ def peak_bytes(chunk_size: int | None, hidden: int, rows: int, csrc: bool, train
 
     Gradients count, but that of the weight only if it is `trained`.
     """
-    with torch.device("meta"), as_on_a_gpu(csrc):
+    with torch.device("meta"):
         state = torch.empty(1, TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(rows, hidden, dtype=torch.bfloat16, requires_grad=trained)
         labels = torch.empty(1, TOKENS, dtype=torch.int64)
         with Alive(state, weight, labels) as alive:
-            train(chunk_size, state, labels, weight, predictions)
+            train(chunk_size, state, labels, weight, predictions, CSRC if csrc else TORCH)
         return alive.peak
 
 

@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 
@@ -12,6 +13,13 @@ def pytest_collection_finish() -> None:
     those that Megatron-LM's readers of datasets ask for, and for those of Python itself.
     """
     gc.freeze()
+
+
+def pytest_sessionstart() -> None:
+    """Have a forked child leave the garbage of its parent alone: to collect a process group of gloo is to wait for
+    threads that a child does not have.
+    """
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pytest.fixture(scope="session", autouse=True)

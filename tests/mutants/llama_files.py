@@ -3,7 +3,7 @@
 from mutant import of
 
 FILES = ("tests/unit/checkpoint/gguf/test_gguf.py",)
-VOCABULARY = ("tests/unit/checkpoint/gguf/test_vocabulary.py",)
+VOCABULARY = ("tests/unit/checkpoint/gguf/test_gguf_vocabulary.py",)
 
 GGUF = of(
     FILES,

@@ -14,6 +14,7 @@ from megatron_deepseek.data.preprocess import cutting, encoders, long_text, part
 from megatron_deepseek.data.preprocess.fim import Rearrangement, draw_rearrangement
 from megatron_deepseek.data.preprocess.long_text import BadDocument
 from megatron_deepseek.data.preprocess.settings import Content
+from megatron_deepseek.data.text_splits import DEEPSEEK_V3
 from megatron_deepseek.data.tokenizer import FIM_TOKENS, SPECIAL_TOKENS, HuggingFaceTokenizer
 
 WORDS = ("the of and to in Sprache über naïve 12345 don't x=y+1; \n\n  \t ﬁ 中文字符，测试。日本語の、テスト！ "
@@ -29,10 +30,9 @@ def tokenizer_json(tmp_path_factory):
     """Byte-level BPE with DeepSeek-V3's pre-tokenization and fill-in-the-middle tokens, 700 entries."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from megatron_deepseek.cli import train_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in train_tokenizer.SPLITS]
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK_V3]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*SPECIAL_TOKENS, *FIM_TOKENS[0]],
