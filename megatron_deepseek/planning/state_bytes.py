@@ -149,7 +149,8 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
 
 def _gradients(job: Job, trained: Held) -> dict[str, Divided]:
     """Return the whole sums of gradients and the reduced ones. On a device they take turns; in the host's memory the
-    reduced ones are beside moments and masters alone.
+    reduced ones are beside moments and masters alone. Sums of all stages of a rank are taken to meet, which with
+    LoopedBFS is an upper bound.
     """
     (dense, experts), engine = data_ranks(job), job.engine
     sums = engine.gradient if job.micro_batches > 1 else 0

@@ -55,7 +55,8 @@ LAYOUTS = {
     "LoRA": Layout("--load base --lora-rank 2 --lora-target all", 2),
     "moments in bfloat16": Layout("--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16", 2),
     "recomputed": Layout("--recompute-granularity full --expert-model-parallel-size 2", 2),
-    **{schedule: Layout(arguments, 2) for schedule, arguments in PIPELINES.items() if schedule != "DualPipeV"}}
+    **{schedule: Layout(arguments, 2) for schedule, arguments in PIPELINES.items()
+       if schedule not in ("DualPipeV", "LoopedBFS")}}
 QUICK = ("one rank", "ep", "DualPipeV")
 
 
@@ -85,6 +86,17 @@ def test_states_at_their_most_are_those_of_the_plan(ranks, name):
                           "moments": plan.optimizer.all}
         assert plan.reduced.all == 0 and plan.device == sum(states.values())
         assert most <= plan.device + plan.gathered.all
+
+
+@pytest.mark.slow
+def test_stages_that_take_turns_have_less_than_the_plan(ranks):
+    """LoopedBFS goes backward through one of a rank's two stages after the other, so their sums do not meet."""
+    layout = Layout(PIPELINES["LoopedBFS"], 2)
+    for states, _, pp_rank in ranks.run(layout.ranks, states_of_a_step, layout):
+        plan = state_parts(Job(layout.settings, cuda=False), pp_rank)
+        assert (states["weights"], states["moments"]) == (plan.weights.all, plan.optimizer.all)
+        assert states["gathered"] <= plan.gathered.all and states["sums"] <= plan.gradients.all
+        assert plan.device / 2 < sum(states.values()) < plan.device
 
 
 def test_six_and_twelve_bytes(ranks):
