@@ -1,0 +1,58 @@
+"""The settings of reinforcement learning with group-relative advantages (GRPO): what is special to it beside settings.py."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PolicyLossSettings:
+    """How samples with rewards become a loss; the fields are named after their options. docs/grpo.md has the formulas.
+
+    `advantage`: what a reward less its group's mean is divided by: sample-std, population-std, or none.
+    `advantage_epsilon`: added to that. `loss_aggregation`: sample-mean, token-mean, or constant, which divides each
+    sample's sum by `loss_constant`. `clip_low`, `clip_high`: the ratio's bounds are 1 - low and 1 + high. `dual_clip`:
+    the greatest ratio of a negative advantage, None for none. `kl`: none, k3 or unbiased, times `kl_beta`. `ratio`:
+    token, sequence (GSPO) or cispo. `off_policy_mask_delta`: a sample of negative advantage is left out if the mean of
+    log(p_old / p) is above it, None for never. `overlong`: none, mask (an unfinished sample has no loss) or penalty.
+    `rollout_correction`: none, or token or sequence with truncate or mask, of p_training / p_rollout at
+    `rollout_correction_threshold`. `temperature`: by which logits are divided, in the rollout and in training alike.
+    """
+
+    advantage: str = "sample-std"
+    advantage_epsilon: float = 1e-4
+    loss_aggregation: str = "sample-mean"
+    loss_constant: int | None = None
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl: str = "none"
+    kl_beta: float = 0.04
+    ratio: str = "token"
+    off_policy_mask_delta: float | None = None
+    overlong: str = "none"
+    rollout_correction: str = "none"
+    rollout_correction_threshold: float = 2.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How samples are made. `prompts`: of a rollout. `group_size`: samples of a prompt. `iterations`: how often each
+    sample is trained on.
+
+    `max_tokens`: of a completion. `keep_routing`: training sends tokens to the experts that the rollout chose.
+    `keep_sampling_mask`: training's probabilities are among the tokens that top_k, top_p and min_p left. `tp`, `ep`: of
+    the engine, None for those of training, where these fit. `engine_memory`: bytes for its cache, None for its default.
+    """
+
+    prompts: int = 32
+    group_size: int = 8
+    iterations: int = 1
+    max_tokens: int = 512
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    keep_routing: bool = False
+    keep_sampling_mask: bool = False
+    tp: int | None = None
+    ep: int | None = None
