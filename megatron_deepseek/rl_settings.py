@@ -1,4 +1,4 @@
-"""The settings of reinforcement learning with group-relative advantages (GRPO): what is special to it beside settings.py."""
+"""The settings of reinforcement learning with group-relative advantages (GRPO), beside those of settings.py."""
 
 from dataclasses import dataclass
 
