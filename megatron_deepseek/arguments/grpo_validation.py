@@ -52,7 +52,7 @@ GRPO = (
           < (r.args.max_prompt_length or 0) + r.args.max_completion_length,
           "--max-prompt-length {r.args.max_prompt_length} with --max-completion-length "
           "{r.args.max_completion_length} does not fit into rows of --seq-length {r.args.seq_length}"),
-    _rule("dropout does to training what it does not to rollouts", lambda r: bool(r.args.lora_dropout),
+    _rule("dropout is for training alone, and rollouts have none", lambda r: bool(r.args.lora_dropout),
           "--lora-dropout {r.args.lora_dropout} conflicts with reinforcement learning: rollouts have no dropout, so "
           "that every ratio would be wrong"),
     _alone("kl_beta", lambda r: r.args.kl == NO_KL, "--kl k3 or unbiased"),
@@ -81,12 +81,12 @@ GRPO = (
     _rule("kept routing is not forced routing",
           lambda r: r.args.keep_routing and r.args.moe_router_force_load_balancing,
           "--keep-routing conflicts with --moe-router-force-load-balancing, which chooses experts by position"),
-    _rule("rollouts have other tensor-parallel ranks than there are",
+    _rule("the rollouts' tensor-parallel size does not divide the number of ranks",
           lambda r: bool(r.world_size % (r.args.rollout_tensor_parallel_size or 1)),
           _UNUSED.format("tensor") + "the {r.world_size} ranks of the job"),
     _rule("the rollouts' tensor-parallel size does not divide the number of attention heads", _cuts_heads,
           _UNUSED.format("tensor") + "--num-attention-heads {r.model.num_attention_heads}"),
-    _rule("rollouts have other expert-parallel ranks than there are",
+    _rule("the rollouts' expert-parallel size does not divide the number of ranks",
           lambda r: bool(r.world_size % (r.args.rollout_expert_parallel_size or 1)),
           _UNUSED.format("expert") + "the {r.world_size} ranks of the job"),
     _rule("the rollouts' expert-parallel size does not divide the number of experts",

@@ -21,7 +21,7 @@ REFUSED = {
     "a completion does not fit into a row": ("--max-completion-length 256", "--seq-length 256"),
     "a prompt with its completion does not fit into a row": (
         "--max-prompt-length 193", "--max-prompt-length 193 with --max-completion-length 64 does not fit"),
-    "dropout does to training what it does not to rollouts": (
+    "dropout is for training alone, and rollouts have none": (
         "--load x --lora-rank 4 --lora-dropout 0.1", "--lora-dropout 0.1 conflicts"),
     "--kl-beta needs --kl k3 or unbiased": ("--kl-beta 0.1", "--kl-beta 0.1 needs --kl k3 or unbiased"),
     "--reference-refresh-interval needs --kl k3 or unbiased": (
@@ -40,11 +40,11 @@ REFUSED = {
     "kept routing needs experts": ("--keep-routing --num-experts 0", "--keep-routing conflicts with --num-experts 0"),
     "kept routing is not forced routing": (
         "--keep-routing --moe-router-force-load-balancing", "conflicts with --moe-router-force-load-balancing"),
-    "rollouts have other tensor-parallel ranks than there are": (
+    "the rollouts' tensor-parallel size does not divide the number of ranks": (
         "--rollout-tensor-parallel-size 2", "size 2 does not divide the 1 ranks"),
     "the rollouts' tensor-parallel size does not divide the number of attention heads": (
         "--rollout-tensor-parallel-size 3", "size 3 does not divide --num-attention-heads 4"),
-    "rollouts have other expert-parallel ranks than there are": (
+    "the rollouts' expert-parallel size does not divide the number of ranks": (
         "--rollout-expert-parallel-size 2", "size 2 does not divide the 1 ranks"),
     "the rollouts' expert-parallel size does not divide the number of experts": (
         "--rollout-expert-parallel-size 3", "size 3 does not divide --num-experts"),
