@@ -26,6 +26,7 @@ from mutant import of
 from parameters import PARAMETERS
 from preferred import PREFERRED
 from released import RELEASED
+from rewarded import REWARDED
 from served import SERVED
 
 # What is run for a mistake: the first failure ends it. Quick tests first.
@@ -522,4 +523,4 @@ MUTANTS = (
     *MEMORY_MUTANTS, *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK,
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
-    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *COMPILED, *GGUF)
+    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF)
