@@ -1,6 +1,6 @@
 """Logits whose columns are divided over TP ranks, and what can be computed of all columns without gathering them.
 
-Shapes: T tokens, V vocabulary, v = V/tp this rank's part of it, K ids of each token.
+Shapes: T tokens, V vocabulary, v = V/tp this rank's part of it, K or M ids of each token.
 """
 
 from dataclasses import dataclass
@@ -60,14 +60,33 @@ class VocabularyLogits:
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
         """Return log p of the vocabulary's ids [T] or [T, K], in their shape."""
-        local_TK, mine_TK = local_ids(ids.view(len(ids), -1), self.local_Tv.shape[-1], self.tp)
-        own_TK = self.wide_Tv.gather(-1, local_TK).where(mine_TK, 0)
-        logits_TK = own_TK if self.tp.size == 1 else sum_alike(own_TK, self.tp.group)
+        logits_TK = self._logits_of(ids.view(len(ids), -1))
         return (logits_TK - self.log_normalizer_T.unsqueeze(-1)).view_as(ids)
+
+    def log_probabilities_among(self, ids_T: torch.Tensor, kept_TM: torch.Tensor) -> torch.Tensor:
+        """Return log p of the vocabulary's ids [T] in the softmax over each token's kept ids alone, of which it is one.
+
+        -1 is no id; a token without any has the whole vocabulary.
+        """
+        there_TM = kept_TM >= 0
+        all_T1 = ~there_TM.any(-1, keepdim=True)
+        logits_TM = self._logits_of(torch.cat([ids_T.unsqueeze(-1), kept_TM.long()], -1))
+        kept = logits_TM[:, 1:].masked_fill(~(there_TM | all_T1), -torch.inf)
+        return logits_TM[:, 0] - kept.logsumexp(-1).where(~all_T1.squeeze(-1), self.log_normalizer_T)
+
+    def tempered(self, temperature: float) -> "VocabularyLogits":
+        """Return the logits divided by the temperature."""
+        return self if temperature == 1 else VocabularyLogits(self.wide_Tv / temperature, self.tp)
 
     def entropy(self) -> torch.Tensor:
         """Return -sum of p log p over the vocabulary, in nats, [T]."""
         return _Entropy.apply(self.wide_Tv, self.log_normalizer_T.detach(), self.tp)
+
+    def _logits_of(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the vocabulary's ids, 0 for what is no id."""
+        local_TK, mine_TK = local_ids(ids_TK, self.local_Tv.shape[-1], self.tp)
+        own_TK = self.wide_Tv.gather(-1, local_TK).where(mine_TK, 0)
+        return own_TK if self.tp.size == 1 else sum_alike(own_TK, self.tp.group)
 
 
 class _Entropy(torch.autograd.Function):

@@ -330,8 +330,8 @@ STEP_MUTANTS = of(
     LAYOUTS,
     ("SequenceSums.over_ranks", "sum_gradients(sum_alike(x, self.group), self.group)", "sum_alike(x, self.group)"),
     ("SequenceSums.share", "return x.sum() / (1 if self.group is None else self.group.size())", "return x.sum()"),
-    ("SequenceSums.per_document", "places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
-     "places_BS[:, :x_BS.shape[1]]"),
+    ("SequenceSums._own_places", "places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
+     "places_BS if self.positions_S is None else places_BS[:, :len(self.positions_S)]"),
 ) + of(
     ("tests/unit/training/test_objectives.py", "tests/unit/model/test_mtp.py"),
     ("NextToken.contribution", "loss * self.mtp_scale / predictions.num_depths)", "loss * self.mtp_scale)"),
