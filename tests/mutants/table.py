@@ -515,7 +515,7 @@ SAMPLES = of(
     DATA,
     ("Run._data_rank", 'return self.trainer.meshes.rank("dp"), self.settings.layout.dp',
      "return 0, self.settings.layout.dp"),
-    ("Run._step", "batch.num_rows * settings.layout.dp", "batch.num_rows"),
+    ("Run._batches", "batch.num_rows * self.settings.layout.dp", "batch.num_rows"),
 )
 
 MUTANTS = (
