@@ -47,6 +47,14 @@ class OutputHead:
         self.tp, self.chunk_size, self._weight, self._gemm = tp, chunk_size, weight, gemm
         self.cross_entropy = CrossEntropy()
 
+    def rows(self) -> torch.Tensor:
+        """Return this rank's rows of the weight, [v, H], in what is computed in; to be called during a forward."""
+        return self._weight()
+
+    def inputs(self, state_BSH: torch.Tensor) -> torch.Tensor:
+        """Return the state of the whole local sequence, [B, S, H], the same on all TP ranks."""
+        return self.tp.enter(state_BSH)
+
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
         """Return the logits of this rank's part of the vocabulary, [B, S, v]."""
         return self._gemm()(self.tp.enter(state_BSH), self._weight())
