@@ -301,7 +301,7 @@ STEP_MUTANTS = of(
     ("sum_numbers", "send(there, device)", "send(there[::-1], device)"),
     ("Trainer.__init__", "for layer in stage.mtp_layers(self.objective.num_depths)):",
      "for layer in stage.mtp_layers(9)):"),
-    ("Trainer._read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
+    ("Trainer.read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
     ("Trainer.train_step",
      "        for shared in self.shared:\n            shared.sum_gradients()\n"
      "        own = self._own_sums(step.statistics, stop_flags())",
@@ -335,11 +335,10 @@ STEP_MUTANTS = of(
      "places_BS if self.positions_S is None else places_BS[:, :len(self.positions_S)]"),
 ) + of(
     ("tests/unit/training/test_objectives.py", "tests/unit/model/test_mtp.py"),
-    ("NextToken.contribution", "loss * self.mtp_scale / predictions.num_depths)", "loss * self.mtp_scale)"),
-    ("NextToken.contribution", '/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
+    ("NextToken.contribution", "loss * self.mtp_scale / predictions.num_depths", "loss * self.mtp_scale"),
+    ("NextToken.mean", '/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
     ("NextToken.counts", 'counts["labels"] = (rows.weights_BS != 0).sum()', 'counts["labels"] = rows.weights_BS.sum()'),
-    ("NextToken.contribution", "(loss_BS * rows.weights_BMS[:, depth]).sum()",
-     "(loss_BS * (rows.weights_BMS[:, depth] != 0)).sum()"),
+    ("NextToken.mean", "(x_BS * rows.weights_BMS[:, depth]).sum()", "(x_BS * (rows.weights_BMS[:, depth] != 0)).sum()"),
 ) + of(
     LAYOUTS,
     ("whole_sequences", "return gathered.index_select(1, order_S.argsort().to(own.device))", "return gathered"),
