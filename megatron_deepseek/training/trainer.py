@@ -21,6 +21,7 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, build_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.frozen import trained_parameters
+from megatron_deepseek.model.positions import REPLAYED
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Rows, StepContext, StepStatistics
 from megatron_deepseek.parallel.context import ContextParallel
@@ -45,6 +46,7 @@ from megatron_deepseek.training.optimizer import (
     set_learning_rate,
     squared_gradient_norm,
 )
+from megatron_deepseek.training.replay import check_replay
 from megatron_deepseek.training.scoring import (
     Distribution,
     Keep,
@@ -84,11 +86,11 @@ class StopFlags:
 class StepResult:
     """The result of a step, the same on every rank of a pipeline stage.
 
-    `expert_counts`: tokens of each expert, int64 [E] by layer of this stage. `traffic`: bytes that the expert dispatch
-    of all ranks sent in the step, recomputed forwards included. `dropped`: the part of all token copies that was above
-    experts' capacity. `cross_node_sends`: to how many other nodes a token went for a layer's experts, on average.
-    `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
-    `stop_flags`: the requests of all ranks together.
+    `expert_counts`: tokens that chose each expert, int64 [E] by layer of this stage. `traffic`: bytes that the expert
+    dispatch of all ranks sent in the step, recomputed forwards included. `dropped`: the part of all token copies that
+    was above experts' capacity. `cross_node_sends`: to how many other nodes a token went for a layer's experts, on
+    average. `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as
+    before. `stop_flags`: the requests of all ranks together.
     """
 
     losses: Losses
@@ -223,6 +225,7 @@ class Trainer:
         return divided, counts, StepContext(num_sequences, partial(objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
+        check_replay(batch.per_token.get(REPLAYED), self.spec.model, self.spec.build.loss)
         return divide(batch, objective, self.cp, self.spec.micro_batch_size, self.spec.model.n_routed_experts > 0)
 
     def global_counts(self, divided: Division, objective: Objective) -> tuple[dict[str, float], int]:
@@ -241,7 +244,7 @@ class Trainer:
         return {"squared_gradient_norm": squared_gradient_norm(self.parameters, self.meshes.device),
                 "save": stop_flags.save, "leave": stop_flags.leave, "within_node": sent.within_node,
                 "across_nodes": sent.across_nodes, "cross_node_sends": statistics.cross_node_sends,
-                "dropped": statistics.dropped, "copies": sum(each.sum() for each in statistics.expert_counts.values())}
+                "dropped": statistics.dropped, "copies": statistics.copies}
 
     def _reduce(self, objective: Objective, statistics: StepStatistics, divided: Division, counts: Mapping[str, float],
                 own: Mapping[str, float | torch.Tensor]) -> tuple[Losses, dict[str, float]]:

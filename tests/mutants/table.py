@@ -26,6 +26,7 @@ from mutant import of
 from parameters import PARAMETERS
 from preferred import PREFERRED
 from released import RELEASED
+from replayed import REPLAYED
 from rewarded import REWARDED
 from rollouts import ROLLOUTS
 from served import SERVED
@@ -414,9 +415,9 @@ MOE = of(
     ROUTER,
     ("TensorParallel.own_keys", "SEQUENCE_DIM)[self.rank]", "SEQUENCE_DIM)[0]"),
     ("MoE._balanced", "loss = loss / global_sequences", "loss = loss / num_sequences"),
-    ("MoE._balanced", "self.balance, self.sequence_group, routed_BS)", "self.balance, None, routed_BS)"),
+    ("MoE._balanced", "self.balance, self.sequence_group, counted_BS)", "self.balance, None, counted_BS)"),
     ("MoE._balanced", "        if not (self.balance.any and self.training):", "        if not self.balance.any:"),
-    ("MoE.forward", "counts_E = count_choices(chosen_TK + 1,", "counts_E = count_choices(kept_TK + 1,"),
+    ("MoE.forward", "count_choices(_routed(chosen_TK, counted_BS)", "count_choices(_routed(kept_TK, counted_BS)"),
     ("MoE._balanced", "return attach_loss(y_TH, loss), loss.detach()", "return y_TH, loss.detach()"),
     ("MoE._positions", "return send(positions_S[self.tp.rank * length:][:length]", "return send(positions_S[:length]"),
     ("MoE.forward", "self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)",
@@ -524,4 +525,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS)
+    *ROLLOUTS, *REPLAYED)
