@@ -25,7 +25,7 @@ from megatron_deepseek.data.batches import Sampler, sample_indices
 from megatron_deepseek.fine_tuning_settings import LogitCacheSettings
 from megatron_deepseek.finetuning.data import Conversations
 from megatron_deepseek.finetuning.distillation.cache_files import CachedDataset, Description, dataset_key
-from megatron_deepseek.finetuning.distillation.teacher import TeacherFiles, open_model, teacher_settings
+from megatron_deepseek.finetuning.distillation.teacher import TeacherFiles, open_model
 from megatron_deepseek.finetuning.distillation.same_tokens import entries_digest, run_entries
 from megatron_deepseek.finetuning.loop import FineTuning
 from megatron_deepseek.finetuning.prepare import Prepared
@@ -38,6 +38,7 @@ from megatron_deepseek.parallel.mesh import build_meshes
 from megatron_deepseek.parallel.start import choose_device, join_job
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
 from megatron_deepseek.runtime.failure import guarded
+from megatron_deepseek.runtime.job import training_spec
 from megatron_deepseek.runtime.user_errors import end_on_user_error
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.trainer import Trainer
@@ -65,7 +66,7 @@ def _run(settings: Settings) -> None:
         cache.begin(partial(print, flush=True))
     meshes = build_meshes(settings.layout, device)
     with end_on_user_error():
-        teacher = open_model(teacher_settings(settings, files.model, settings.layout), files, meshes)
+        teacher = open_model(training_spec(settings), files, meshes)
         cache.fill(teacher)
     dist.barrier()
     dist.destroy_process_group()

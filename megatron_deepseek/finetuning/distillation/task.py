@@ -78,7 +78,7 @@ def with_distillation(supervised: Prepared, conversations: Conversations) -> Pre
         ids = Description.read(distillation.teacher).vocab_size
         objective = Distillation(distillation, None, depths, scale, num_ids=ids)
         return replace(supervised, objective=objective, open_data=partial(_open_cached, supervised, conversations))
-    teacher = LiveTeacher(settings)
+    teacher = LiveTeacher(distillation)
     task = replace(supervised, objective=Distillation(distillation, teacher, depths, scale),
                    open_data=partial(_open_live, supervised, teacher))
     return replace(task, before_loading=partial(_with_teacher, task, teacher))

@@ -8,6 +8,7 @@ that hold the student's head. Its own head stays gathered there: V/tp x H number
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory, refuse_damage, stored_architecture
 from megatron_deepseek.checkpoint.tracker import is_huggingface
 from megatron_deepseek.data.batch import Batch
+from megatron_deepseek.fine_tuning_settings import DistillationSettings
 from megatron_deepseek.finetuning.distillation.objective import STATES
 from megatron_deepseek.finetuning.distillation.same_tokens import refuse_other_vocabulary
 from megatron_deepseek.model.architecture.config import ModelConfig
@@ -32,16 +34,9 @@ from megatron_deepseek.parallel.collectives import all_gather
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
-from megatron_deepseek.planning.pipeline_balance import resolve
-from megatron_deepseek.runtime.job import training_spec
-from megatron_deepseek.settings import (
-    CommunicationSettings,
-    LossSettings,
-    OffloadSettings,
-    RecomputeSettings,
-    Settings,
-)
-from megatron_deepseek.training.trainer import Trainer
+from megatron_deepseek.planning.pipeline_balance import resolve, stages
+from megatron_deepseek.settings import CommunicationSettings, LossSettings, OptimizerSettings, Settings
+from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -78,17 +73,18 @@ class TeacherFiles:
 
 def check_teacher(settings: Settings) -> None:
     """Raise ValueError for a teacher that is not there, has other tokens, or does not fit into the job's layout."""
-    root = settings.fine_tuning.distillation.teacher
+    root, length = settings.fine_tuning.distillation.teacher, settings.data.seq_length
     files = TeacherFiles.find(root)
     refuse_other_vocabulary(root, settings.data, files.model.vocab_size, settings.model.vocab_size)
-    problem = layout_problem(teacher_settings(settings, files.model, teacher_layout(settings, files.model)))
+    layout = teacher_layout(settings.layout, files.model, settings.fine_tuning.distillation)
+    num_stages = len(resolve(settings.model, settings.pipeline, layout.pp, length))
+    problem = layout_problem(files.model, layout, length, num_stages)
     if problem is not None:
         raise ValueError(f"--teacher {root}: {problem}")
 
 
-def layout_problem(settings: Settings) -> str | None:
-    """Return why a layout cannot hold the model of `settings`, None if it can."""
-    model, layout, length = settings.model, settings.layout, settings.data.seq_length
+def layout_problem(model: ModelConfig, layout: Layout, seq_length: int, num_stages: int) -> str | None:
+    """Return why a layout with so many pipeline stages cannot hold a model, None if it can."""
     divided = [("heads", model.num_attention_heads, "tensor", layout.tp),
                ("ids", model.vocab_size, "tensor", layout.tp),
                ("units of dense layers", model.intermediate_size, "tensor", layout.tp),
@@ -96,94 +92,89 @@ def layout_problem(settings: Settings) -> str | None:
     if model.n_routed_experts:
         shared = model.n_shared_experts * model.moe_intermediate_size
         divided += [("units of shared experts", shared, "tensor", layout.tp),
-                    ("tokens of --seq-length", length, "tensor and context", layout.tp * layout.cp)]
+                    ("tokens of --seq-length", seq_length, "tensor and context", layout.tp * layout.cp)]
     for what, number, kind, ranks in divided:
         if number % ranks:
             return f"its {number} {what} do not divide over {ranks} {kind}-parallel ranks"
     if model.num_kv_heads % layout.tp and layout.tp % model.num_kv_heads:
         return f"its {model.num_kv_heads} heads of keys and values do not go with {layout.tp} tensor-parallel ranks"
-    if length > model.max_position_embeddings:
-        return f"--seq-length {length} is longer than its {model.max_position_embeddings} positions"
-    return _pipeline_problem(settings)
-
-
-def _pipeline_problem(settings: Settings) -> str | None:
-    try:
-        resolve(settings.model, settings.pipeline, settings.layout.pp, settings.data.seq_length)
-    except ValueError as error:
-        return str(error)
+    if seq_length > model.max_position_embeddings:
+        return f"--seq-length {seq_length} is longer than its {model.max_position_embeddings} positions"
+    if num_stages > model.num_hidden_layers + 1:
+        return f"its {model.num_hidden_layers} layers and head do not fill the {num_stages} pipeline stages"
     return None
 
 
-def teacher_layout(settings: Settings, model: ModelConfig) -> Layout:
+def teacher_layout(layout: Layout, model: ModelConfig, settings: DistillationSettings) -> Layout:
     """Return the layout of a teacher of architecture `model`: the job's, with its own number of expert ranks.
 
     Raise ValueError where that does not divide the job's ranks.
     """
-    layout, ep = settings.layout, settings.fine_tuning.distillation.teacher_expert_model_parallel_size
-    ranks = layout.dp * layout.cp * layout.tp
+    ranks, ep = layout.dp * layout.cp * layout.tp, settings.teacher_expert_model_parallel_size
     if ranks % ep:
         raise ValueError(f"--teacher-expert-model-parallel-size {ep} does not divide the {ranks} ranks of a pipeline "
                          "stage")
     return replace(layout, ep=ep if model.n_routed_experts else 1, etp=1)
 
 
-def teacher_settings(settings: Settings, model: ModelConfig, layout: Layout) -> Settings:
-    """Return the settings by which a teacher of architecture `model` is built in a job of `settings`."""
-    run, communication = settings.run, settings.communication
+def teacher_spec(spec: TrainingSpec, model: ModelConfig) -> TrainingSpec:
+    """Return how a model that is only read is built beside one of `spec`: with as many stages, in the same precision,
+    its weights gathered a layer at a time.
+    """
+    build, own = spec.build, spec.build.communication
+    communication = CommunicationSettings(cp_comm_type=own.cp_comm_type, moe_ranks_per_node=own.moe_ranks_per_node)
     return replace(
-        settings, model=model, layout=layout, lora=None, base=None, pipeline=replace(settings.pipeline, layout=None),
-        loss=LossSettings(loss_chunk_size=settings.loss.loss_chunk_size), recompute=RecomputeSettings(),
-        offload=OffloadSettings(), communication=CommunicationSettings(
-            cp_comm_type=communication.cp_comm_type, moe_ranks_per_node=communication.moe_ranks_per_node),
-        run=replace(run, freeze_parameters=(), compile=False, sharding="optim_grads_params"))
+        spec, model=model, stages=stages(model, len(spec.stages), spec.seq_length), optimizer=OptimizerSettings(),
+        build=BuildOptions(precision=build.precision, loss=LossSettings(loss_chunk_size=build.loss.loss_chunk_size),
+                           communication=communication, reshard_after_forward=True))
 
 
 def frozen_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq_length: int, options: BuildOptions
                   ) -> list[DeepseekStage]:
     """Return the stages `mine` of this rank, of which nothing is trained, in what is computed in, without weights."""
-    stages = shape_stages(config, mine, meshes, seq_length, options)
-    freeze_base(stages, options.precision.activations)
-    shard_stages(stages, meshes, options)
-    place_stages(stages, meshes, options)
-    return stages
+    made = shape_stages(config, mine, meshes, seq_length, options)
+    freeze_base(made, options.precision.activations)
+    shard_stages(made, meshes, options)
+    place_stages(made, meshes, options)
+    return made
 
 
-def open_model(settings: Settings, files: TeacherFiles, meshes: Meshes) -> Trainer:
-    """Return the model of `files`, built by `teacher_settings`, as a trainer that trains nothing. All ranks call it."""
-    trainer = Trainer(training_spec(settings), meshes, make=frozen_stages)
+def open_model(spec: TrainingSpec, files: TeacherFiles, meshes: Meshes) -> Trainer:
+    """Return the model of `files` as a trainer that trains nothing, beside one of `spec`. All ranks call it."""
+    trainer = Trainer(teacher_spec(spec, files.model), meshes, make=frozen_stages)
     files.load(trainer.stages)
     return trainer
 
 
 class LiveTeacher:
-    """The teacher of a run. It is opened once the job's process groups are there."""
+    """The teacher of a run. It is opened once the student is there."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: DistillationSettings):
         self.settings, self.num_ids = settings, 0
         self._trainer: Trainer | None = None
         self._head_vH: torch.Tensor | None = None  # from the first batch on
 
     def open(self, student: Trainer) -> None:
         """Build it beside the student, and load its weights. All ranks call it."""
-        files = TeacherFiles.find(self.settings.fine_tuning.distillation.teacher)
-        layout, meshes = teacher_layout(self.settings, files.model), student.meshes
+        files, meshes = TeacherFiles.find(self.settings.teacher), student.meshes
+        layout = teacher_layout(meshes.layout, files.model, self.settings)
         if layout != meshes.layout:
             meshes = build_meshes(layout, meshes.device)
-        self._trainer = open_model(teacher_settings(self.settings, files.model, layout), files, meshes)
-        self.num_ids = min(files.model.vocab_size, self.settings.model.vocab_size)
+        self._trainer = open_model(student.spec, files, meshes)
+        self.num_ids = min(files.model.vocab_size, student.spec.model.vocab_size)
 
     def complete(self, student: Trainer, batch: Batch) -> Batch:
         """Return the batch with the teacher's final states. All ranks call it, before each step."""
         plain = replace(batch, per_token={}, per_row={})
-        states_BSH = self._trainer.read_at_head(plain, self._states, StepStatistics())
+        columns = student.spec.model.vocab_size // student.meshes.layout.tp
+        states_BSH = self._trainer.read_at_head(plain, partial(self._states, columns), StepStatistics())
         if states_BSH is None:
             states_BSH = batch.weights_BS.new_empty(*batch.tokens_BS.shape, 0)
         return replace(batch, per_token={**batch.per_token, STATES: states_BSH})
 
-    def _states(self, predictions: Predictions, rows: Rows) -> torch.Tensor:
+    def _states(self, columns: int, predictions: Predictions, rows: Rows) -> torch.Tensor:
         if self._head_vH is None:
-            self._head_vH = head_rows(predictions.head, self.settings.model.vocab_size)
+            self._head_vH = head_rows(predictions.head, columns)
         return predictions.head.inputs(predictions.states[0])
 
     def logits(self, states_TH: torch.Tensor) -> torch.Tensor:
@@ -192,10 +183,9 @@ class LiveTeacher:
             return F.linear(states_TH, self._head_vH)
 
 
-def head_rows(head: OutputHead, num_rows: int) -> torch.Tensor:
-    """Return this rank's rows of a head as one of `num_rows` rows is divided, [num_rows / tp, H]; 0 behind its end."""
+def head_rows(head: OutputHead, columns: int) -> torch.Tensor:
+    """Return the rows of a head for a TP rank's `columns` of another vocabulary, [columns, H]; 0 behind its end."""
     own_vH, tp = head.rows().detach(), head.tp
-    columns = num_rows // tp.size
     if len(own_vH) == columns:
         return own_vH.clone()
     whole_VH = own_vH if tp.size == 1 else all_gather(own_vH, 0, tp.group)
