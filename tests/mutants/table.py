@@ -27,6 +27,8 @@ from parameters import PARAMETERS
 from policy import POLICY
 from preferred import PREFERRED
 from released import RELEASED
+from rewarded import REWARDED
+from rollouts import ROLLOUTS
 from served import SERVED
 
 # What is run for a mistake: the first failure ends it. Quick tests first.
@@ -514,7 +516,7 @@ SAMPLES = of(
     DATA,
     ("Run._data_rank", 'return self.trainer.meshes.rank("dp"), self.settings.layout.dp',
      "return 0, self.settings.layout.dp"),
-    ("Run._step", "batch.num_rows * settings.layout.dp", "batch.num_rows"),
+    ("Run._batches", "batch.num_rows * self.settings.layout.dp", "batch.num_rows"),
 )
 
 MUTANTS = (
@@ -523,5 +525,5 @@ MUTANTS = (
     *MEMORY_MUTANTS, *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK,
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
-    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *COMPILED, *GGUF,
-    *POLICY)
+    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
+    *ROLLOUTS, *POLICY)
