@@ -24,6 +24,7 @@ from loaded import LOADED
 from megatron_options import MEGATRON
 from mutant import of
 from parameters import PARAMETERS
+from policy import POLICY
 from preferred import PREFERRED
 from released import RELEASED
 from replayed import REPLAYED
@@ -525,4 +526,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED)
+    *ROLLOUTS, *REPLAYED, *POLICY)
