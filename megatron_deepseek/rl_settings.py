@@ -59,6 +59,7 @@ class RolloutSettings:
     keep_sampling_mask: bool = False
     tp: int | None = None
     ep: int | None = None
+    engine_memory: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Prompts: read from files on rank 0, written in a template, and drawn in an order that seed and number decide alone."""
+"""Prompts: read from files on rank 0, written in a template, and drawn in an order that seed and number decide."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from megatron_deepseek.settings import DataSettings
 TEXT = "none"  # of --template: no template
 ANSWER = "answer"  # the column in which rewards find what is right
 _COLUMNS = ("prompt", "messages")
-_NEEDED = 1  # a completion has a token at least
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ def _conversation(row: Mapping[str, Any], asked: Any) -> Conversation:
 
 def read_prompts(settings: ReinforcementSettings, data: DataSettings, longest_completion: int,
                  say: Callable[[str], None]) -> Prompts:
-    """Read all prompts. Raise ValueError, in one line, for files without any, and for more bad rows than are allowed."""
+    """Read all prompts. Raise ValueError, in one line, for files without any, and for too many bad rows."""
     files = _files(settings.prompts)
     reader = PromptReader(settings, build_tokenizer(data.tokenizer_type, data.tokenizer_model), data.tokenizer_model)
-    most = data.seq_length + 1 - max(longest_completion, _NEEDED)  # a row has one label less than a sample tokens
+    most = data.seq_length - longest_completion
     most = min(most, settings.max_prompt_length or most)
     found, bad, too_long = [], 0, 0
     for where, row in _rows(files):
