@@ -56,3 +56,4 @@ class RolloutSettings:
     keep_sampling_mask: bool = False
     tp: int | None = None
     ep: int | None = None
+    engine_memory: int | None = None
