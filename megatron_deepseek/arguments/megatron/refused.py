@@ -87,6 +87,6 @@ REFUSED = (
         --moe-routing-trace-path= --save-activations-interval= --save-dgrads-interval= --save-params-interval=
         --save-tokens-per-expert-interval= --save-wgrads-interval=
     """),
-    Group("reinforcement learning is not a task of this entry", "--perform-rl-step"),
+    Group("train_grpo.py is the entry of reinforcement learning; leave it out there", "--perform-rl-step"),
     Group("use finetune_deepseek.py", "--sft"),
 )
