@@ -67,9 +67,6 @@ class GroupRelative(Objective):
                 *(("rollout_correction",) if settings.rollout_correction != "none" else ()),
                 *(("entropy",) if self.entropy else ()))
 
-    def losses(self, reports: Mapping[str, float], balance_loss: float, counts: Mapping[str, float]) -> PolicyLosses:
-        return PolicyLosses(reports, balance_loss, counts)
-
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
         tokens = self.tokens(predictions, rows)
         terms = token_losses(tokens, self.settings)
