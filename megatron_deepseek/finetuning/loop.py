@@ -20,6 +20,7 @@ from megatron_deepseek.finetuning.data import (
     with_length,
     with_tokenizer,
 )
+from megatron_deepseek.finetuning.distillation.task import check_distillation, with_distillation
 from megatron_deepseek.finetuning.held_out import Evaluation, EvaluationSet
 from megatron_deepseek.finetuning.noise import NoisySampler
 from megatron_deepseek.finetuning.objectives import objective_of
@@ -49,18 +50,24 @@ class FineTuning(Task):
         settings = with_tokenizer(settings)
         self._tasks.load(settings)
         self._conversations = prepare_all(settings, partial(print, flush=True))
+        if settings.fine_tuning.distillation is not None:
+            check_distillation(settings, self._conversations.train)
         tell_checked()
         return with_length(settings, self._conversations.rows_per_epoch)
 
     def wait(self) -> None:
         await_check()
 
-    def prepare(self, settings: Settings) -> Prepared:
-        """Return what rank 0 has prepared, on all ranks, which read the same files."""
+    def conversations(self, settings: Settings) -> tuple[Settings, Conversations]:
+        """Return on all ranks what rank 0 has tokenised, and the settings with what only that tells."""
         told = [self._conversations]
         dist.broadcast_object_list(told)
         (conversations,) = told
-        settings = with_length(with_tokenizer(settings), conversations.rows_per_epoch)
+        return with_length(with_tokenizer(settings), conversations.rows_per_epoch), conversations
+
+    def prepare(self, settings: Settings) -> Prepared:
+        """Return what rank 0 has prepared, on all ranks, which read the same files."""
+        settings, conversations = self.conversations(settings)
         depths, scale = settings.model.num_nextn_predict_layers, settings.loss.mtp_loss_scaling_factor
         prepared = Prepared(
             settings, partial(_open_conversations, conversations, self._tasks),
@@ -68,6 +75,8 @@ class FineTuning(Task):
             {prefix: [counts.samples, counts.tokens] for prefix, counts
              in zip(conversations.train.prefixes, conversations.train.counts)},
             tuple(start_notes(settings, conversations)))
+        if settings.fine_tuning.distillation is not None:
+            return with_distillation(prepared, conversations)
         return prepared if settings.fine_tuning.preference is None else with_preference(prepared, conversations)
 
 

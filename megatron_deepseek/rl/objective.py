@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Contribution, Rows
 from megatron_deepseek.rl.losses import SampledTokens, TokenLosses, k3, token_losses, total
 from megatron_deepseek.rl.samples import ADVANTAGES, KEPT_IDS, OLD, REFERENCE, ROLLOUT
 from megatron_deepseek.rl_settings import PolicyLossSettings
 from megatron_deepseek.training.objective import Losses, Objective
+from megatron_deepseek.training.scoring import Distribution
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,6 @@ class GroupRelative(Objective):
                 *(("rollout_correction",) if settings.rollout_correction != "none" else ()),
                 *(("entropy",) if self.entropy else ()))
 
-    def losses(self, reports: Mapping[str, float], balance_loss: float, counts: Mapping[str, float]) -> PolicyLosses:
-        return PolicyLosses(reports, balance_loss, counts)
-
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
         tokens = self.tokens(predictions, rows)
         terms = token_losses(tokens, self.settings)
@@ -81,6 +80,13 @@ class GroupRelative(Objective):
         means = {name: (measured[name].detach() * factors.get(name, of_tokens)).sum()
                  for name in self.reported(rows)[1:]}
         return Contribution(loss, {"grpo_loss": loss, **means})
+
+    def losses(self, reports: Mapping[str, float], balance_loss: float, counts: Mapping[str, float]) -> PolicyLosses:
+        return PolicyLosses(reports, balance_loss, counts)
+
+    def distribution(self, batch: Batch) -> Distribution:
+        """Return the distribution by which old and reference log-probabilities of a batch must be scored."""
+        return Distribution(self.settings.temperature, KEPT_IDS if KEPT_IDS in batch.per_token else None)
 
     def tokens(self, predictions: Predictions, rows: Rows) -> SampledTokens:
         """Return what the losses need to know of this micro-batch's tokens, float64 [B, S]."""
