@@ -1,4 +1,4 @@
-"""Mistakes in the rollouts of reinforcement learning and in how weights get to their engine. A table like table.py's."""
+"""Mistakes in the rollouts of reinforcement learning, and in how weights get to their engine. Like table.py's."""
 
 from mutant import of
 
