@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: starts pretrain_deepseek.py, or of finetune_*.sh finetune_deepseek.py, on this node by
+# Sourced by the scripts beside it: starts pretrain_deepseek.py, or for fine-tuning finetune_deepseek.py, on this node by
 # tools/launch.py, which is torchrun with the arguments checked first.
 #
 # One node:    GPUS_PER_NODE=8 bash examples/SCRIPT.sh
@@ -14,7 +14,7 @@ set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 case $(basename "$0") in
-    finetune_*) ENTRY=finetune_deepseek.py ;;
+    finetune_*|dpo_*|distill_*) ENTRY=finetune_deepseek.py ;;
     *) ENTRY=pretrain_deepseek.py ;;
 esac
 

@@ -25,7 +25,7 @@ from megatron_deepseek.planning.pipeline_balance import resolve
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATH = os.environ["PATH"]
 DATA = {"DATA_PATH": "0.7 /data/web 0.3 /data/code", "TOKENIZER": "/data/tokenizer.json", "MASTER_ADDR": "host0",
-        "NODE_RANK": "0", "DATASET": "0.7 chats.jsonl 0.3 code.jsonl"}
+        "NODE_RANK": "0", "DATASET": "0.7 chats.jsonl 0.3 code.jsonl", "TEACHER": "/models/teacher"}
 NODES = (1, 2, 3, 8, 16, 20, 32, 48, 64, 128, 256, 512, 1000)
 
 
@@ -64,7 +64,7 @@ def run_script(name: str, *arguments: str, **environ: str):
     return settings_of(words_of(bash(str(EXAMPLES / name), *arguments, **{**DATA, "PYTHON": "echo", **environ})))
 
 
-TRAINING = ("pretrain", "continue", "finetune")  # serve_vllm_*.sh: test_serving_examples.py
+TRAINING = ("pretrain", "continue", "finetune", "dpo", "distill")  # serve_vllm_*.sh: test_serving_examples.py
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*_*.sh") if path.name.startswith(TRAINING))
 
 
