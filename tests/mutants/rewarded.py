@@ -10,6 +10,7 @@ SELECTED = ("tests/unit/rewards/test_selection.py",)
 KEPT = ("tests/unit/runtime/test_kept_records.py",)
 PROMPTS = ("tests/unit/cli/test_sample_prompts.py",)
 SAMPLED = ("tests/unit/cli/test_sample_answers.py",)
+VIEWED = ("tests/unit/cli/test_view_rollouts.py",)
 
 REWARDED = of(
     READY,
@@ -83,4 +84,13 @@ REWARDED = of(
     ("Judge._score", 'TOKENS_COLUMN: each["tokens"]', "TOKENS_COLUMN: 0"),
     ("judged_digest", "str(spec)", "spec.weight"),
     ("sample_answers_run._rows", "row_of(prompt, candidate, place)", "row_of(prompt, candidates[0], place)"),
+) + of(
+    VIEWED,
+    ("Step.summary", "len({each.reward for each in group} - {None}) < 2", "len({each.reward for each in group}) < 2"),
+    ("Kept.drift", "self.log_probability - self.rollout_log_probability",
+     "self.rollout_log_probability - self.log_probability"),
+    ("rollout_records.mean", "if each is not None", "if each"),
+    ("_in_script", '.replace("<", "\\\\u003c")', ""),
+    ("_visible", 'each == "\\n" or each.isprintable()', "True"),
+    ("chosen_steps", "if number <= last", "if True"),
 )
