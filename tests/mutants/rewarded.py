@@ -33,8 +33,10 @@ REWARDED = of(
     ("mathematics._score", "if gold else None", "if gold else 1.0"),
     ("mathematics._score", "verify(gold, _parse(answer)", "verify(_parse(answer), gold"),
     ("mathematics._score", "timeout_seconds=None", "timeout_seconds=5"),
-    ("parse_right", 'return bare and _parse(f"${text}$") or _parse(text)', "return _parse(text)"),
-    ("parse_right", 'expected.rpartition("####")[2].strip()', "expected"),
+    ("parse_right", "if _DELIMITED.search(text) else (formula, text)", "if True else (formula, text)"),
+    ("parse_right", "or second and _parse(second)", ""),
+    ("parse_right", 'expected.rpartition("####")[2]', "expected"),
+    ("parse_right", '.replace("\\\\$", "")', ""),
 ) + of(
     SPECS,
     ("parse_rewards", 'f"{spec.name}_{alike + 1}"', "spec.name"),
