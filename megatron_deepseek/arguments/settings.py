@@ -232,7 +232,7 @@ def _run(request: Request) -> RunSettings:
     args = request.args
     eval_iters = args.eval_iters or 0
     evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else \
-        request.pretrains and request.evaluates
+        bool(args.eval_prompts) if request.reinforces else request.evaluates
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
                 eval_tasks=tuple(args.eval_tasks or ()),

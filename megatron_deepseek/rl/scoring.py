@@ -13,8 +13,8 @@ from megatron_deepseek.training.trainer import Trainer
 
 def scores(trainer: Trainer, samples: Sequence[Sample], shape: RowShape, temperature: float
            ) -> tuple[torch.Tensor, ...]:
-    """Return of each sample the log-probabilities of its tokens, float64 on the host, under the distribution that they
-    were drawn from: at `temperature`, among the kept ids, with the kept routing, where samples have these.
+    """Return the log-probabilities of each sample's tokens, float64 on the host, under the distribution that they were
+    drawn from: at `temperature`, among the kept ids, with the kept routing, where samples have these.
 
     Every rank calls it with the same samples, and gets all of them.
     """

@@ -1,8 +1,9 @@
 """Reinforcement learning as a task: prompts for data, group-relative advantages for an objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -12,6 +13,7 @@ from megatron_deepseek.evaluation.while_training import TrainingTasks
 from megatron_deepseek.finetuning.data import with_tokenizer
 from megatron_deepseek.rewards.spec import parse_rewards
 from megatron_deepseek.rl.collecting import Collector, PromptSource
+from megatron_deepseek.rl.held_out import HeldOut
 from megatron_deepseek.rl.judging import Judge
 from megatron_deepseek.rl.maker import RolloutMaker
 from megatron_deepseek.rl.objective import GroupRelative
@@ -37,14 +39,16 @@ class Reinforcement(Task):
 
     def __init__(self):
         self._prompts: Prompts | None = None
+        self._held_out: Prompts | None = None
         self._tasks = TrainingTasks()
 
     def check(self, settings: Settings) -> Settings:
         settings = with_tokenizer(settings)
         self._tasks.load(settings)
         parse_rewards(settings.reinforcement.reward)
-        self._prompts = read_prompts(settings.reinforcement, settings.data, settings.rollout.max_tokens,
-                                     partial(print, flush=True))
+        self._prompts = _read("--prompts", settings.reinforcement.prompts, settings)
+        if settings.reinforcement.eval_prompts:
+            self._held_out = _read("--eval-prompts", settings.reinforcement.eval_prompts, settings)
         tell_checked()
         return settings
 
@@ -74,7 +78,20 @@ class Reinforcement(Task):
             if settings.run.save is not None and dist.get_rank() == 0 else None
         maker = RolloutMaker(settings, row_shape(settings, trainer, tokenizer.eod), engine, collector, judge, reference,
                              records)
-        return RunData(None, periodic=self._tasks.periodic(settings), maker=maker)
+        validate = self._evaluation(settings, engine, judge) if settings.run.eval_interval else None
+        return RunData(None, validate, periodic=self._tasks.periodic(settings), maker=maker)
+
+
+    def _evaluation(self, settings: Settings, engine: RolloutEngine, judge: Judge) -> HeldOut:
+        told = [self._held_out.prompts if self._held_out is not None else None]
+        dist.broadcast_object_list(told)
+        name = Path(settings.reinforcement.eval_prompts[0]).name
+        return HeldOut(name, told[0], engine, judge, settings.rollout)
+
+
+def _read(option: str, patterns: Sequence[str], settings: Settings) -> Prompts:
+    return read_prompts(option, patterns, settings.reinforcement, settings.data, settings.rollout.max_tokens,
+                        partial(print, flush=True))
 
 
 def row_shape(settings: Settings, trainer: Trainer, pad: int) -> RowShape:
