@@ -6,7 +6,7 @@ import pytest
 import torch
 from base_job import BaseCase
 from cases import Case
-from job import spec_of
+from job import open_adapters, spec_of
 from random_base import RandomBase
 from rollout_job import ENDS, LENGTH, PROMPTS, score, trainer_of
 
@@ -71,6 +71,7 @@ def test_a_base_of_bytes_answers_as_it_trains(meshes, bits):
     case = BaseCase(bits=bits)
     spec = spec_of(case, Precision(torch.float64), LENGTH)
     trainer = Trainer(replace(spec, build=replace(spec.build, base=case.base)), meshes)
+    open_adapters(trainer)
     fill_held(trainer.stages, RandomBase(case.model, 0.1), meshes.device)
     check_samples(trainer, 1e-9)
 
