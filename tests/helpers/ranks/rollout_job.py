@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from cases import Case
 from job import FLOAT64, batch, make_batch, named, open_adapters, own_rows, spec_of, whole
 from kept_memory import Watch
@@ -105,3 +106,19 @@ def moved(engine: RolloutEngine) -> dict[str, list[tuple[tuple[int, ...], torch.
     parts = parts_of([stage])
     weights.resharding.move(parts_of(weights.trainer.stages), parts)
     return {name: [(each.region.place, each.local.clone()) for each in of_name] for name, of_name in parts.items()}
+
+
+def largest_difference(seen: Seen) -> float:
+    """Between what the engine and training say of any token."""
+    return max(abs(ours - theirs) for groups, scores in zip(seen.rollouts, seen.scores, strict=True)
+               for group, expected in zip(groups, scores, strict=True)
+               for sample, values in zip(group, expected, strict=True)
+               for ours, theirs in zip(sample.log_probabilities, values, strict=True))
+
+
+if __name__ == "__main__":  # of two ranks that torchrun starts
+    dist.init_process_group("gloo")
+    found = largest_difference(rollouts(Case(pp=2, schedule="1F1B", microbatches=2),
+                                        RolloutSettings(group_size=2, max_tokens=4, tp=2)))
+    assert found < 1e-9, found
+    print(f"log-probabilities differ by at most {found:.1e}", flush=True)
