@@ -50,7 +50,7 @@ setup(
         "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
         "sentences": ["nltk>=3.9"],
         # tests/engines
-        "engines": ["peft>=0.17", "transformers>=5"],
+        "engines": ["peft>=0.17", "transformers>=5", "trl>=1.16"],
         # tools/serve.py
         "serve": ["starlette>=1", "uvicorn>=0.40", "prometheus-client>=0.21", "llguidance>=1.9"],
         "eval": ["lm-eval>=0.4.11"],  # tools/evaluate.py --tasks, --eval-tasks; without its extras, so no transformers
