@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune distill chat serve test test-all test-engines test-clients test-browser test-core \
-  test-torch test-exhaustive drill mutants lint-docker clean
+.PHONY: help venv pretrain finetune distill grpo chat serve test test-all test-engines test-clients test-browser \
+  test-core test-torch test-exhaustive drill mutants lint-docker clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -26,6 +26,8 @@ help:
 	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above; LORA=1 trains adapters'
 	@echo 'make distill    after make finetune: a small dense student learns from that model, another from the labels'
 	@echo '                of the same rows alone; EPOCHS=, NPROC= and OVERWRITE=1 as above'
+	@echo 'make grpo       after make finetune: that model learns the puzzles by reward alone; right answers before and after'
+	@echo '                with three seeds, reward and length curves; GRPO_STEPS= updates, NPROC= and OVERWRITE=1 as above'
 	@echo 'make chat       after either: chat with the model that was trained last; CHAT= options of tools/chat.py'
 	@echo 'make serve      the same model in a browser and by OpenAI'"'"'s API, at PORT= (now: $(PORT)); SERVE= options of'
 	@echo '                tools/serve.py'
@@ -68,6 +70,10 @@ finetune: pretrain
 distill: $(STAMP)
 	$(MAKE) finetune EPOCHS= LORA=
 	$(BIN)/python tools/run_tiny_distillation.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
+	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
+
+grpo: finetune
+	$(BIN)/python tools/run_tiny_grpo.py --run-dir '$(RUN_DIR)' $(if $(GRPO_STEPS),--steps $(GRPO_STEPS)) \
 	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
 
 # Sets `last` to what was trained last, and `model` to the options that load it.
